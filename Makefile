@@ -1,0 +1,44 @@
+# make venv   .venv: runtime dependencies and the test extra
+# make test   the test suite in .venv
+# make lint   ruff, both as linter and as formatter
+# make demo   .venv-demo: runtime dependencies alone; then generates, trains, evaluates and reports into runs/demo
+# PYTHON=... chooses the interpreter (3.11 or newer). Package indexes and proxies come from your own pip configuration.
+
+SHELL := /bin/bash
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || echo python3)
+# --no-compile: Python compiles what it imports; compiling everything beforehand costs longer than it saves.
+PIP_INSTALL = -m pip install --quiet --disable-pip-version-check --no-input --no-compile
+TEST_FLAGS ?=
+
+# $(call install,DIR,WHAT,ARGUMENTS): a fresh environment in DIR with pip's ARGUMENTS; says every ten seconds that it is alive.
+define install
+@set -e; started=$$SECONDS; \
+echo "$(1): installing $(2) ($$($(PYTHON) --version))"; \
+$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or newer is needed; set PYTHON=..." >&2; exit 2; }; \
+( while sleep 10; do echo "$(1): still installing, $$((SECONDS - started)) s"; done ) & beat=$$!; \
+trap 'kill $$beat 2>/dev/null || true' EXIT; \
+rm -rf $(1); $(PYTHON) -m venv $(1); $(1)/bin/python $(PIP_INSTALL) $(3); \
+touch $(1)/.installed; echo "$(1): ready after $$((SECONDS - started)) s"
+endef
+
+.PHONY: venv test lint demo clean
+
+venv: .venv/.installed
+.venv/.installed: requirements.txt pyproject.toml
+	$(call install,.venv,the runtime and test dependencies,-e '.[test]')
+
+.venv-demo/.installed: requirements.txt
+	$(call install,.venv-demo,the runtime dependencies,-r requirements.txt)
+
+test: venv
+	.venv/bin/python -m pytest $(TEST_FLAGS)
+
+lint: venv
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+demo: .venv-demo/.installed
+	.venv-demo/bin/python -m flowseg_jax.demo
+
+clean:
+	rm -rf .venv .venv-demo .cache .pytest_cache .ruff_cache build *.egg-info

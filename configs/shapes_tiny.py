@@ -1,0 +1,57 @@
+"""The default: a tiny FlowSeg trained from scratch on the embedded `shapes` benchmark, on two CPU cores."""
+
+from ml_collections import ConfigDict
+
+from flowseg_jax.models.config import FlowSegConfig
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.seed = 0
+    config.steps = 2000
+    config.batch_size = 8  # images; each brings data.phrases referring passes and the passes over all its objects
+    config.log_every = 20
+    config.checkpoint_every = 200
+    config.init_from = ""  # a model directory to start from; empty: random initialisation
+
+    config.model = ConfigDict(FlowSegConfig.tiny(vocab=512, classes=64).to_dict())
+
+    config.data = ConfigDict()
+    config.data.dir = "data/shapes"  # generated and prepared once if it is missing
+    config.data.images = 6000
+    config.data.seed = 0
+    config.data.phrases = 8
+    config.data.masks = 10
+    config.data.text = 352  # tokens an image, the 72 visual ones included
+    config.data.chat = "qwen3_instruct"
+    config.data.vary_prompts = False
+    config.data.curriculum = ()  # ((until_step, {family: weight}), ...)
+    config.data.threads = 1
+
+    config.optimizer = ConfigDict()
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.warmup = 0.03
+    config.optimizer.weight_decay = 0.05
+    config.optimizer.clip = 1.0
+    config.optimizer.b1 = 0.9
+    config.optimizer.b2 = 0.98
+    config.optimizer.eps = 1e-8
+    config.optimizer.groups = ((".*", 1.0),)
+    config.optimizer.losses = ConfigDict(
+        {
+            "language": 0.1,
+            "class_": 2.0,
+            "mask": 5.0,
+            "dice": 5.0,
+            "background": 0.1,
+            "points": 192,
+            "oversample": 3.0,
+            "importance": 0.75,
+            "named": 1.0,
+            "category": 1.0,
+            "vocabulary_chunk": 4096,
+        }
+    )
+
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
+    return config

@@ -1,0 +1,80 @@
+"""The one thing that travels from the data pipeline to the model: a frozen dataclass of static-shape arrays.
+
+Dimensions: B images, T text (visual slots included), K phrases, M target masks, S and V the side of the mask encoder's and of the
+vision encoder's image. Everything is padded to the shapes of a `BatchShape` and masked; padding never changes a real example.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+
+IMAGE_TOKEN = -200  # placeholder id: one slot per visual token; never reaches the embedding table
+NO_LABEL = -100  # label of a position without language loss
+NONE = -1  # "no such phrase / object / segment", and padding of every index array
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchShape:
+    """The static sizes of a batch.
+
+    Attributes:
+        batch: images (B).
+        text: sequence length with the visual tokens (T).
+        phrases: referring phrases an image (K); each is one decoder pass.
+        masks: target masks an image (M).
+        image: side of the mask encoder's square input (S), pixels, a multiple of 8.
+        vision: side of the vision encoder's square input (V), pixels.
+    """
+
+    batch: int
+    text: int
+    phrases: int
+    masks: int
+    image: int
+    vision: int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """One static-shape batch.
+
+    Attributes:
+        images: uint8 [B, S, S, 3], RGB, longest side resized to S, padded with 0 at the bottom and right (not yet normalised).
+        scaled_size: int32 [B, 2], (h', w') of the resized image inside `images`.
+        vision_images: uint8 [B, V, V, 3], RGB, resized without keeping the aspect.
+        tokens: int32 [B, T]; text ids, IMAGE_TOKEN in each visual slot, the pad id behind the end.
+        positions: int32 [B, T], rotary position of each token.
+        segments: int32 [B, T]; 0 = prefix that every conversation of the image sees, 1.. = conversation, NONE = padding. A token
+            attends causally to the prefix and to its own conversation, so conversations packed behind one image are computed as
+            if each stood alone.
+        labels: int32 [B, T]; the token itself where it has language loss, NO_LABEL elsewhere (shifted by the loss).
+        phrase_ids: int32 [B, T]; k on every token of phrase k's `<p>..</p>` span, the two markers included; NONE elsewhere.
+            0..K-1 are referring phrases, K..K+M-1 the names of the generic conversation.
+        seg_ids: int32 [B, T]; k on the `<SEG>` of phrase k, K on the generic conversation's; NONE elsewhere.
+        masks: uint8 [B, M, S, S // 8]; target masks at the mask encoder's size, packed along the width (`np.packbits`, big end first).
+        mask_valid: bool [B, M]; False on padding.
+        phrase_mask: int32 [B, K]; which of `masks` phrase k refers to, NONE for a padded phrase.
+        object_class: int32 [B, M]; category of each mask for the linear class head, NONE without one.
+        object_name: int32 [B, M]; which name (0..M-1) of the generic conversation each mask bears, NONE without one.
+        example_id: int64 [B]; the record's id, NONE for a padded example.
+    """
+
+    images: np.ndarray
+    scaled_size: np.ndarray
+    vision_images: np.ndarray
+    tokens: np.ndarray
+    positions: np.ndarray
+    segments: np.ndarray
+    labels: np.ndarray
+    phrase_ids: np.ndarray
+    seg_ids: np.ndarray
+    masks: np.ndarray
+    mask_valid: np.ndarray
+    phrase_mask: np.ndarray
+    object_class: np.ndarray
+    object_name: np.ndarray
+    example_id: np.ndarray

@@ -1,0 +1,293 @@
+"""Examples to one static-shape `Batch`: token sequences packed behind a shared image prefix, pixels, packed masks.
+
+The sequence of an image is
+
+    prefix (segment 0):  [bos] head <image slots>
+    conversation 1:      question tail answer suffix ...
+    conversation 2:      ...
+
+Every conversation continues the positions of the prefix, so each is computed as if it stood alone behind the image.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Int, UInt8
+from PIL import Image
+
+from flowseg_jax.data import images, masks
+from flowseg_jax.data.batch import IMAGE_TOKEN, NO_LABEL, NONE, Batch, BatchShape
+from flowseg_jax.data.prompts import Conversation, Prompts, Turn, check_phrase
+from flowseg_jax.data.records import Annotation
+from flowseg_jax.data.tokenizer import Tokenizer
+from flowseg_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """A tokenised conversation without its prefix; equally long lists with the meaning of `Batch`'s fields."""
+
+    tokens: list[int]
+    labels: list[int]
+    phrase_ids: list[int]
+    seg_ids: list[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pixels:
+    """Everything of an image that does not depend on what is asked.
+
+    Attributes:
+        image: uint8 [S, S, 3]; `scaled` is (h', w') inside it.
+        vision: uint8 [V, V, 3].
+        masks: uint8 [A, S, S // 8], one for each annotation.
+    """
+
+    image: UInt8[np.ndarray, "s s 3"]
+    scaled: tuple[int, int]
+    vision: UInt8[np.ndarray, "v v 3"]
+    masks: UInt8[np.ndarray, "a s s8"]
+
+    @property
+    def nbytes(self) -> int:
+        return self.image.nbytes + self.vision.nbytes + self.masks.nbytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One image of a batch before padding.
+
+    Attributes:
+        name: what to call it in errors.
+        pixels: the image's pixels; `masks` are its targets (m of them).
+        conversations: what is said, in order.
+        phrase_mask: for each referring phrase the index of its target mask.
+        object_class: category of each target for the linear head, NONE without one.
+        object_name: generic name that each target bears, NONE without one.
+        example_id: the image's id.
+    """
+
+    name: str
+    pixels: Pixels
+    conversations: Sequence[Conversation]
+    phrase_mask: Sequence[int]
+    object_class: Sequence[int]
+    object_name: Sequence[int]
+    example_id: int
+
+
+def prepare_pixels(image: Image.Image, annotations: Sequence[Annotation], shape: BatchShape) -> Pixels:
+    """Resizes an RGB image for both encoders and packs its annotations' masks."""
+    fitted, scaled = images.fit(image, shape.image)
+    packed = images.pack_masks(masks.decode([a.rle for a in annotations], image.height, image.width), shape.image)
+    return Pixels(fitted, scaled, images.stretch(image, shape.vision), packed)
+
+
+def encode_prefix(prompts: Prompts, tokenizer: Tokenizer, visual_tokens: int) -> list[int]:
+    """Ids of what every conversation of an image sees first: bos (if any), the chat's head, the visual slots."""
+    bos = [] if tokenizer.bos is None else [tokenizer.bos]
+    return [*bos, *tokenizer.encode(prompts.template.head), *([IMAGE_TOKEN] * visual_tokens)]
+
+
+def encode_conversation(conversation: Conversation, prompts: Prompts, tokenizer: Tokenizer, name: str) -> Encoded:
+    """Tokenises a conversation as it follows the image; labels on answers and their suffix only.
+
+    Questions, answers and separators are tokenised one by one. Spans and outputs are numbered in the order of the text.
+
+    Raises:
+        UserError: an expression contains a mark, so that spans and phrases do not correspond.
+    """
+    chat = prompts.template
+    tokens: list[int] = []
+    labels: list[int] = []
+    for number, turn in enumerate(conversation.turns):
+        head = (*tokenizer.encode(chat.separator), *tokenizer.encode(chat.head)) if number else ()
+        question = (*head, *tokenizer.encode(turn.question + chat.tail))
+        answer = tokenizer.encode(turn.answer + chat.suffix)
+        tokens += (*question, *answer)
+        labels += (*([NO_LABEL] * len(question)), *answer)
+    phrase_ids, seg_ids = [NONE] * len(tokens), [NONE] * len(tokens)
+    starts = [i for i, t in enumerate(tokens) if t == tokenizer.phrase_start]
+    ends = [i for i, t in enumerate(tokens) if t == tokenizer.phrase_end]
+    outputs = [i for i, t in enumerate(tokens) if t == tokenizer.seg]
+    ordered = all(s < e for s, e in zip(starts, ends, strict=False)) and all(
+        e < s for e, s in zip(ends, starts[1:], strict=False)
+    )
+    if len(starts) != len(conversation.phrases) or len(ends) != len(starts) or not ordered:
+        raise UserError(
+            f"{name}: {len(conversation.phrases)} phrases became {len(starts)} spans; an expression contains <p> or </p>"
+        )
+    if len(outputs) != len(conversation.outputs):
+        raise UserError(
+            f"{name}: {len(conversation.outputs)} outputs became {len(outputs)} <SEG>; an expression contains <SEG>"
+        )
+    for phrase, start, end in zip(conversation.phrases, starts, ends, strict=True):
+        phrase_ids[start : end + 1] = [phrase] * (end + 1 - start)
+    for phrase, at in zip(conversation.outputs, outputs, strict=True):
+        seg_ids[at] = phrase
+    return Encoded(tokens, labels, phrase_ids, seg_ids)
+
+
+def pack(
+    prefix: Sequence[int], conversations: Sequence[Encoded], length: int, pad: int, name: str
+) -> dict[str, Int[np.ndarray, "t"]]:
+    """One image's token arrays: prefix, then the conversations, then padding.
+
+    Args:
+        prefix: ids of segment 0, visual slots included.
+        conversations: what follows; conversation i is segment i + 1 and starts at position len(prefix).
+        length: T. Nothing is ever cut: a phrase without its end would be a different phrase.
+        pad: id behind the end.
+        name: the example, for the error.
+
+    Returns:
+        int32 [T] arrays `tokens`, `positions`, `segments`, `labels`, `phrase_ids`, `seg_ids`.
+
+    Raises:
+        UserError: the text does not fit.
+    """
+    used = len(prefix) + sum(len(c.tokens) for c in conversations)
+    if used > length:
+        raise UserError(
+            f"{name}: needs {used} tokens ({len(prefix)} of them before the text), more than the text length {length}; "
+            "raise the text length or ask fewer phrases per image"
+        )
+    out = {key: np.full(length, NONE, np.int32) for key in ("segments", "phrase_ids", "seg_ids")}
+    out |= {"tokens": np.full(length, pad, np.int32), "labels": np.full(length, NO_LABEL, np.int32)}
+    out["positions"] = np.zeros(length, np.int32)
+    at = len(prefix)
+    out["tokens"][:at] = prefix
+    out["segments"][:at] = 0
+    out["positions"][:at] = np.arange(at)
+    for number, conversation in enumerate(conversations, 1):
+        here = slice(at, at := at + len(conversation.tokens))
+        for key in ("tokens", "labels", "phrase_ids", "seg_ids"):
+            out[key][here] = getattr(conversation, key)
+        out["segments"][here] = number
+        out["positions"][here] = np.arange(len(prefix), len(prefix) + len(conversation.tokens))
+    return out
+
+
+def empty(shape: BatchShape, pad: int) -> Batch:
+    """A batch of nothing but padding."""
+    b, t, k, m, s = shape.batch, shape.text, shape.phrases, shape.masks, shape.image
+    none = {key: np.full((b, t), NONE, np.int32) for key in ("segments", "phrase_ids", "seg_ids")}
+    return Batch(
+        images=np.zeros((b, s, s, 3), np.uint8),
+        scaled_size=np.full((b, 2), s, np.int32),
+        vision_images=np.zeros((b, shape.vision, shape.vision, 3), np.uint8),
+        tokens=np.full((b, t), pad, np.int32),
+        positions=np.zeros((b, t), np.int32),
+        labels=np.full((b, t), NO_LABEL, np.int32),
+        masks=np.zeros((b, m, s, s // 8), np.uint8),
+        mask_valid=np.zeros((b, m), bool),
+        phrase_mask=np.full((b, k), NONE, np.int32),
+        object_class=np.full((b, m), NONE, np.int32),
+        object_name=np.full((b, m), NONE, np.int32),
+        example_id=np.full((b,), NONE, np.int64),
+        **none,
+    )
+
+
+def assemble(rows: Sequence[Row], shape: BatchShape, prompts: Prompts, tokenizer: Tokenizer, visual_tokens: int) -> Batch:
+    """Pads rows to a batch; rows that are missing stay padding.
+
+    Raises:
+        UserError: an example has more text, phrases or masks than the shape allows.
+        ValueError: more rows than the batch has.
+    """
+    if len(rows) > shape.batch:
+        raise ValueError(f"{len(rows)} rows do not fit a batch of {shape.batch}")
+    batch = empty(shape, tokenizer.pad)
+    prefix = encode_prefix(prompts, tokenizer, visual_tokens)
+    for b, row in enumerate(rows):
+        phrases, targets = len(row.phrase_mask), len(row.pixels.masks)
+        if phrases > shape.phrases or targets > shape.masks:
+            raise UserError(
+                f"{row.name}: {phrases} phrases and {targets} masks, "
+                f"but the batch has room for {shape.phrases} and {shape.masks}"
+            )
+        encoded = [encode_conversation(c, prompts, tokenizer, row.name) for c in row.conversations]
+        for key, value in pack(prefix, encoded, shape.text, tokenizer.pad, row.name).items():
+            getattr(batch, key)[b] = value
+        batch.images[b] = row.pixels.image
+        batch.scaled_size[b] = row.pixels.scaled
+        batch.vision_images[b] = row.pixels.vision
+        batch.masks[b, :targets] = row.pixels.masks
+        batch.mask_valid[b, :targets] = True
+        batch.phrase_mask[b, :phrases] = row.phrase_mask
+        batch.object_class[b, :targets] = row.object_class
+        batch.object_name[b, :targets] = row.object_name
+        batch.example_id[b] = row.example_id
+    return batch
+
+
+def question_row(name: str, pixels: Pixels, phrases: Sequence[str], prompts: Prompts, example_id: int) -> Row:
+    """A row that asks for phrases and has no targets (evaluation, prediction): fixed wording, `phrase_mask` 0 for a phrase."""
+    bare = dataclasses.replace(pixels, masks=pixels.masks[:0])
+    conversations = [prompts.referring(phrase, k) for k, phrase in enumerate(phrases)]
+    return Row(name, bare, conversations, [0] * len(phrases), (), (), example_id)
+
+
+def single(
+    image: Image.Image,
+    texts: Sequence[str],
+    *,
+    tokenizer: Tokenizer,
+    prompts: Prompts,
+    shape: BatchShape,
+    visual_tokens: int,
+    name: str = "image",
+) -> Batch:
+    """A batch that asks for `texts` in one RGB image: K phrases a row, as many rows as it takes.
+
+    Row and place of text i are `divmod(i, shape.phrases)`.
+
+    Raises:
+        UserError: no text, an empty one, one with a mark, or more than `shape.batch * shape.phrases`.
+    """
+    if not texts:
+        raise UserError("no text to look for")
+    if len(texts) > shape.batch * shape.phrases:
+        raise UserError(f"{len(texts)} texts, but the batch has room for {shape.batch * shape.phrases}")
+    for text in texts:
+        check_phrase(text, tokenizer, name)
+    pixels = prepare_pixels(image, (), shape)
+    rows = [
+        question_row(name, pixels, texts[i : i + shape.phrases], prompts, i // shape.phrases)
+        for i in range(0, len(texts), shape.phrases)
+    ]
+    return assemble(rows, shape, prompts, tokenizer, visual_tokens)
+
+
+class LengthBound:
+    """How many tokens an image can need at most, whatever wording is drawn.
+
+    A mark splits the text, so a conversation is exactly as long as its wording plus its phrases.
+    """
+
+    def __init__(self, prompts: Prompts, tokenizer: Tokenizer, visual_tokens: int):
+        self._tokenizer = tokenizer
+        referring, generic = prompts.all_wordings()
+        chat = prompts.template
+
+        def longest(turns: Sequence[Turn]) -> int:
+            texts = [(t.question.format("<p></p>") + chat.tail, t.answer + chat.suffix) for t in turns]
+            return max(len(tokenizer.encode(q)) + len(tokenizer.encode(a)) for q, a in texts) - 2
+
+        self._prefix = len(encode_prefix(prompts, tokenizer, visual_tokens))
+        self._referring = longest(referring)
+        self._generic = longest(generic)
+        self._comma = len(tokenizer.encode("<p></p>, <p></p>")) - 4
+
+    def phrase_lengths(self, phrases: Sequence[str]) -> list[int]:
+        """Number of ids of each phrase with its two marks."""
+        return self._tokenizer.lengths([f"<p>{' '.join(p.lower().split())}</p>" for p in phrases])
+
+    def needed(self, phrases: Sequence[int], names: Sequence[int] = ()) -> int:
+        """Tokens for one conversation a phrase and, if there are names, a generic one; lengths from `phrase_lengths`."""
+        total = self._prefix + sum(phrases) + len(phrases) * self._referring
+        return total + (self._generic + sum(names) + (len(names) - 1) * self._comma if names else 0)

@@ -1,0 +1,1 @@
+"""One file an on-disk format; every reader yields `flowseg_jax.data.records.Example`."""

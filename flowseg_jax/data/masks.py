@@ -1,0 +1,116 @@
+"""COCO segmentations (polygons, run-length codes) to one compressed run-length code an object, and back to arrays.
+
+pycocotools trusts its input: a polygon of two points is taken for a box, a NaN becomes a random outline and a damaged code
+reads out of bounds. Everything is therefore checked here first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+from pycocotools import mask as coco
+
+from flowseg_jax.errors import UserError
+
+
+def _polygon(points: Any, height: int, width: int, where: str) -> list[float]:
+    if not isinstance(points, list) or not all(isinstance(p, (int, float)) and not isinstance(p, bool) for p in points):
+        raise UserError(f"{where}: a polygon must be a flat list of numbers [x0, y0, x1, y1, ...]")
+    if len(points) < 6 or len(points) % 2:
+        raise UserError(f"{where}: a polygon needs at least 3 points (x, y pairs), got {len(points)} numbers")
+    # Generous bounds: annotators overshoot the border, but a coordinate that is an image away is damage (and costs memory).
+    reach = 2 * max(height, width)
+    for p in points:
+        if not math.isfinite(p) or abs(p) > reach:
+            raise UserError(f"{where}: polygon coordinate {p} is not a position in a {width}x{height} image")
+    return [float(p) for p in points]
+
+
+def _code_lengths(counts: str) -> list[int]:
+    """Decodes COCO's compressed counts (5 bits a character, differences to the last but one run) into run lengths."""
+    runs: list[int] = []
+    value = shift = 0
+    for char in counts:
+        code = ord(char) - 48
+        if not 0 <= code < 64:
+            raise ValueError(f"character {char!r}")
+        value |= (code & 31) << shift
+        shift += 5
+        if not code & 32:
+            if code & 16:
+                value -= 1 << shift
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value = shift = 0
+    if shift:
+        raise ValueError("ends inside a number")
+    return runs
+
+
+def _run_length(code: dict[str, Any], height: int, width: int, where: str) -> dict[str, Any]:
+    counts = code.get("counts")
+    if list(code.get("size", ())) != [height, width]:
+        raise UserError(
+            f"{where}: run-length size {code.get('size')} differs from the image's [height, width] [{height}, {width}]"
+        )
+    if isinstance(counts, bytes):
+        counts = counts.decode("ascii", errors="replace")
+    if isinstance(counts, str):
+        try:
+            runs = _code_lengths(counts)
+        except ValueError as error:
+            raise UserError(f"{where}: damaged compressed run-length counts ({error})") from None
+    elif isinstance(counts, list) and all(isinstance(c, int) and not isinstance(c, bool) for c in counts):
+        runs = counts
+    else:
+        raise UserError(f"{where}: run-length counts must be a string or a list of whole numbers")
+    if any(r < 0 for r in runs) or sum(runs) != height * width:
+        raise UserError(f"{where}: run lengths add up to {sum(runs)}, not to height x width = {height * width}")
+    if isinstance(counts, str):
+        return {"size": [height, width], "counts": counts.encode()}
+    return coco.frPyObjects({"size": [height, width], "counts": runs}, height, width)
+
+
+def rasterise(segmentation: Any, height: int, width: int, where: str) -> str | None:
+    """The union of an object's parts as compressed run-length counts.
+
+    Args:
+        segmentation: COCO's field: a list of polygons, a run-length code (compressed or not) or a list of run-length codes.
+        height, width: the image's size, pixels.
+        where: file and field, for the message.
+
+    Returns:
+        The counts, or None for a mask without a single pixel.
+
+    Raises:
+        UserError: the segmentation is damaged.
+    """
+    if isinstance(segmentation, dict):
+        codes = [_run_length(segmentation, height, width, where)]
+    elif isinstance(segmentation, list) and segmentation and all(isinstance(s, dict) for s in segmentation):
+        codes = [_run_length(s, height, width, f"{where}[{i}]") for i, s in enumerate(segmentation)]
+    elif isinstance(segmentation, list) and segmentation:
+        polygons = [_polygon(p, height, width, f"{where}[{i}]") for i, p in enumerate(segmentation)]
+        codes = coco.frPyObjects(polygons, height, width)
+    else:
+        raise UserError(f"{where}: expected polygons or a run-length code, got {str(segmentation)[:40]!r}")
+    union = codes[0] if len(codes) == 1 else coco.merge(codes)
+    if not coco.area(union):
+        return None
+    return union["counts"].decode("ascii")
+
+
+def encode(mask: UInt8[np.ndarray, "h w"]) -> str:
+    """Compressed run-length counts of a 0/1 mask."""
+    return coco.encode(np.asfortranarray(mask, dtype=np.uint8))["counts"].decode("ascii")
+
+
+def decode(rles: Sequence[str], height: int, width: int) -> UInt8[np.ndarray, "n h w"]:
+    """Masks (0/1) of compressed run-length counts."""
+    if not rles:
+        return np.zeros((0, height, width), np.uint8)
+    stacked = coco.decode([{"size": [height, width], "counts": r.encode()} for r in rles])
+    return np.ascontiguousarray(np.moveaxis(stacked, -1, 0))

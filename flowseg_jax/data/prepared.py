@@ -1,0 +1,145 @@
+"""A prepared data set on disk: ArrayRecord data, an index of what each split asks, category names, a tokenizer."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flowseg_jax.data.records import Example, Sample, from_record, samples
+from flowseg_jax.errors import UserError, suggest
+
+FORMAT = 1  # of the files below; raised when they change
+METADATA = "metadata.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """What the index knows of one stored image, without reading it.
+
+    Attributes:
+        image_id, file_name, height, width: the image.
+        categories: category of each object, NONE (-1) for a crowd region.
+        samples: what can be asked, sorted.
+    """
+
+    image_id: int
+    file_name: str
+    height: int
+    width: int
+    categories: tuple[int, ...]
+    samples: tuple[Sample, ...]
+
+
+def index_entry(example: Example) -> dict[str, Any]:
+    """The index line of an example (JSON)."""
+    return {
+        "image_id": example.image_id,
+        "file_name": example.file_name,
+        "size": [example.height, example.width],
+        "categories": [-1 if a.crowd else a.category for a in example.annotations],
+        "samples": [[s.ann_id, s.ref_id, s.sentence_id, s.sentence, s.family, s.annotation, s.count] for s in samples(example)],
+    }
+
+
+def _entry(line: str) -> Entry:
+    raw = json.loads(line)
+    name, image = raw["file_name"], raw["image_id"]
+    asked = tuple(Sample(image, name, a, r, i, text, f, at, n, text) for a, r, i, text, f, at, n in raw["samples"])
+    return Entry(image, name, *raw["size"], tuple(raw["categories"]), asked)
+
+
+class Prepared:
+    """An opened prepared data set; make one with `builders.prepare`.
+
+    Attributes:
+        directory: where it lies.
+        categories: category names; an annotation's category is an index into them.
+        splits: split name -> {"images", "refs", "sentences", "samples"} counts.
+        digest: SHA-256 of everything that was read to make it.
+    """
+
+    def __init__(self, directory: Path, metadata: Mapping[str, Any]):
+        self.directory = directory
+        self.metadata = metadata
+        self.categories: tuple[str, ...] = tuple(metadata["categories"])
+        self.splits: dict[str, dict[str, int]] = metadata["splits"]
+        self.digest: str = metadata["digest"]
+        self._index: dict[str, list[Entry]] = {}
+
+    @classmethod
+    def open(cls, directory: str | Path) -> Prepared:
+        """Opens a directory that `prepare` wrote.
+
+        Raises:
+            UserError: it is missing, not a prepared data set, or one of another version.
+        """
+        directory = Path(directory)
+        try:
+            metadata = json.loads((directory / METADATA).read_text())
+        except FileNotFoundError:
+            raise UserError(
+                f"{directory}: not a prepared data set (no {METADATA}); make one with "
+                f"`python -m flowseg_jax.data prepare --source LAYOUT --out {directory}`"
+            ) from None
+        except (OSError, ValueError) as error:
+            raise UserError(f"{directory / METADATA}: cannot be read ({error})") from None
+        if metadata.get("format") != FORMAT:
+            raise UserError(
+                f"{directory}: prepared in format {metadata.get('format')}, this version reads {FORMAT}; prepare it again"
+            )
+        return cls(directory, metadata)
+
+    def check_split(self, split: str) -> None:
+        """Raises a `UserError` that lists the known splits unless `split` is one of them."""
+        if split not in self.splits:
+            raise UserError(
+                f"{self.directory}: unknown split {split!r}{suggest(split, self.splits)}; it has {', '.join(self.splits)}"
+            )
+
+    @property
+    def tokenizer_directory(self) -> Path | None:
+        """The tokenizer trained at preparation, if one was."""
+        name = self.metadata["tokenizer"]
+        return self.directory / name if name else None
+
+    def index(self, split: str) -> Sequence[Entry]:
+        """What each stored image asks, in stored order."""
+        self.check_split(split)
+        if split not in self._index:
+            lines = (self.directory / "index" / f"{split}.jsonl").read_text().splitlines()
+            self._index[split] = [_entry(line) for line in lines]
+        return self._index[split]
+
+    def families(self, split: str) -> tuple[str, ...]:
+        """The expression families that occur in the split."""
+        return tuple(sorted({s.family for entry in self.index(split) for s in entry.samples}))
+
+    @functools.cached_property
+    def _builder(self):
+        import tensorflow_datasets as tfds  # slow to import, and only needed here
+
+        return tfds.builder_from_directory(self.directory / self.metadata["data"])
+
+    def source(self, split: str) -> Records:
+        """Random access to the split's examples, encoded image bytes included."""
+        self.check_split(split)
+        import tensorflow_datasets as tfds
+
+        return Records(self._builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()}))
+
+
+class Records:
+    """A TFDS data source seen as a sequence of `Example`s."""
+
+    def __init__(self, source: Any):
+        self._source = source
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Example:
+        return from_record(self._source[index])

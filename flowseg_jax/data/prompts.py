@@ -1,0 +1,192 @@
+"""What is said to the language model: chat templates, questions and answers, in our own words.
+
+Index 0 of every list is the fixed wording of evaluation; training draws among all of them. An expression is lower-cased and
+wrapped `<p>...</p>` without spaces; the answer carries one `<SEG>`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from flowseg_jax.data.tokenizer import PHRASE_END, PHRASE_START, SEG, Tokenizer
+from flowseg_jax.errors import UserError, suggest
+
+
+@dataclasses.dataclass(frozen=True)
+class Chat:
+    """A chat template: `head` input `tail` answer `suffix`, turns joined by `separator`.
+
+    The answer and its suffix are trained, the rest is not. The image stands right behind the first head. `marks` must be
+    one id each in the tokenizer.
+    """
+
+    head: str
+    tail: str
+    suffix: str
+    separator: str
+    marks: tuple[str, ...]
+
+
+_IM = ("<|im_start|>", "<|im_end|>")
+CHATS = {
+    "qwen3_instruct": Chat("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>", "\n", _IM),
+    "qwen3_wothinking": Chat(
+        "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n", "<|im_end|>", "\n", _IM
+    ),
+    "phi3_chat": Chat("<|user|>\n", "<|end|>\n<|assistant|>\n", "<|end|>", "\n", ("<|user|>", "<|end|>", "<|assistant|>")),
+}
+
+REFERRING_QUESTIONS = (
+    "Segment {} in this picture.",
+    "Which pixels belong to {}?",
+    "Find {} and give me its mask.",
+    "Show me {}, please.",
+    "I am looking for {}. Mark it.",
+    "Where is {}? Outline it.",
+    "Cut {} out of this photo.",
+    "Point out {} with a mask.",
+)
+REFERRING_ANSWERS = (
+    f"{SEG}.",
+    f"Here: {SEG}.",
+    f"This is it: {SEG}.",
+    f"I found it, {SEG}.",
+    f"Its mask is {SEG}.",
+)
+GENERIC_QUESTIONS = (
+    "Segment all of these: {}.",
+    "Mark every object of these kinds: {}.",
+    "Which pixels show one of {}?",
+    "Give me a mask for each of the following: {}.",
+)
+GENERIC_ANSWERS = (f"{SEG}.", f"Here they are: {SEG}.", f"All of them: {SEG}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """One question and its answer."""
+
+    question: str
+    answer: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversation:
+    """Turns behind one image, with the phrase number of each `<p>` span and of each `<SEG>`, in the order of the text."""
+
+    turns: tuple[Turn, ...]
+    phrases: tuple[int, ...] = ()
+    outputs: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """How conversations are worded.
+
+    Attributes:
+        chat: name of the chat template.
+        question, answer: which wording evaluation uses (and training, when `vary` is off).
+        vary: training draws the wording at random.
+    """
+
+    chat: str = "qwen3_instruct"
+    question: int = 0
+    answer: int = 0
+    vary: bool = True
+
+    def __post_init__(self):
+        if self.chat not in CHATS:
+            raise UserError(f"prompts.chat: unknown chat template {self.chat!r}{suggest(self.chat, CHATS)}")
+        for name, lists in (("question", REFERRING_QUESTIONS), ("answer", REFERRING_ANSWERS)):
+            if not 0 <= getattr(self, name) < len(lists):
+                raise UserError(f"prompts.{name}: {getattr(self, name)} is not one of the wordings 0..{len(lists) - 1}")
+
+    @property
+    def template(self) -> Chat:
+        return CHATS[self.chat]
+
+    @property
+    def needed(self) -> tuple[str, ...]:
+        """Marks that the tokenizer must know as one id each."""
+        return self.template.marks
+
+    def _word(self, questions: Sequence[str], answers: Sequence[str], rng: np.random.Generator | None) -> tuple[str, str]:
+        if rng is not None and self.vary:
+            return questions[rng.integers(len(questions))], answers[rng.integers(len(answers))]
+        return questions[min(self.question, len(questions) - 1)], answers[min(self.answer, len(answers) - 1)]
+
+    def referring(self, phrase: str, number: int, rng: np.random.Generator | None = None) -> Conversation:
+        """The conversation that asks for one phrase.
+
+        Args:
+            phrase: the expression; lower-cased and stripped here.
+            number: the phrase's number, 0..K-1.
+            rng: draws the wording in training; None for the fixed one.
+        """
+        question, answer = self._word(REFERRING_QUESTIONS, REFERRING_ANSWERS, rng)
+        return Conversation((Turn(question.format(wrap(phrase)), answer),), (number,), (number,))
+
+    def generic(self, names: Sequence[str], first: int, rng: np.random.Generator | None = None) -> Conversation:
+        """The conversation that asks for all objects of the named kinds at once, with one `<SEG>`.
+
+        Args:
+            names: category names.
+            first: number of the first name's phrase (K); the others count on from it, and the `<SEG>` bears it.
+            rng: draws the wording in training; None for the fixed one.
+        """
+        question, answer = self._word(GENERIC_QUESTIONS, GENERIC_ANSWERS, rng)
+        turn = Turn(question.format(", ".join(wrap(name) for name in names)), answer)
+        return Conversation((turn,), tuple(range(first, first + len(names))), (first,))
+
+    def all_wordings(self) -> tuple[list[Turn], list[Turn]]:
+        """Every (referring, generic) wording that may be drawn, with `{}` in place of the phrases."""
+        if not self.vary:
+            (q, a), (gq, ga) = (
+                self._word(REFERRING_QUESTIONS, REFERRING_ANSWERS, None),
+                self._word(GENERIC_QUESTIONS, GENERIC_ANSWERS, None),
+            )
+            return [Turn(q, a)], [Turn(gq, ga)]
+        return (
+            [Turn(q, a) for q in REFERRING_QUESTIONS for a in REFERRING_ANSWERS],
+            [Turn(q, a) for q in GENERIC_QUESTIONS for a in GENERIC_ANSWERS],
+        )
+
+
+def wrap(phrase: str) -> str:
+    """`<p>phrase</p>`, lower-cased and stripped, inner whitespace collapsed.
+
+    Raises:
+        UserError: nothing is left of the phrase.
+    """
+    words = " ".join(phrase.lower().split())
+    if not words:
+        raise UserError("an expression must not be empty")
+    return f"{PHRASE_START}{words}{PHRASE_END}"
+
+
+def check_phrase(phrase: str, tokenizer: Tokenizer, name: str) -> None:
+    """Refuses an expression that contains one of the tokenizer's marks: it would be taken for the mark.
+
+    Raises:
+        UserError: naming the example and the mark.
+    """
+    low = phrase.lower()
+    for mark in tokenizer.reserved:
+        if mark.strip() and mark.lower() in low:
+            raise UserError(f"{name}: the expression {phrase!r} contains {mark!r}, which is a mark of the tokenizer")
+
+
+def training_text() -> list[str]:
+    """Wordings and template words without marks: what a tokenizer of our own should cover besides the expressions.
+
+    The fixed wordings and the chat's words stand in every prompt and are repeated accordingly, the others once.
+    """
+    lists = (REFERRING_QUESTIONS, REFERRING_ANSWERS, GENERIC_QUESTIONS, GENERIC_ANSWERS)
+    chunks = ["user\n", "assistant\n", *(wording for wordings in lists for wording in wordings)]
+    fixed = ["user\n", "assistant\n", *(wordings[0] for wordings in lists)]
+    parts = (part for chunk in (*fixed * 4, *chunks) for part in re.split(r"\s*(?:\{\}|" + re.escape(SEG) + ")", chunk))
+    return [part for part in parts if part.strip()]

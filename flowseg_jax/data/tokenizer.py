@@ -1,0 +1,154 @@
+"""Tokenizers: any local directory that `transformers.AutoTokenizer` reads, and a small byte-level BPE of our own.
+
+The model finds phrases and outputs by token id, so `<SEG>`, `<p>`, `</p>` and the chat template's marks must each be exactly
+one id; `load_tokenizer` refuses a tokenizer where they are not.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from flowseg_jax.errors import UserError
+
+SEG = "<SEG>"
+PHRASE_START = "<p>"
+PHRASE_END = "</p>"
+IMAGE = "<image>"
+MARKS = (SEG, PHRASE_START, PHRASE_END)
+SPECIAL_TOKENS = (*MARKS, IMAGE, "<|im_start|>", "<|im_end|>", "<|endoftext|>")
+
+
+class Tokenizer:
+    """A checked tokenizer.
+
+    Attributes:
+        hf: the Hugging Face tokenizer.
+        vocab: number of ids (the size of the embedding table).
+        seg, phrase_start, phrase_end: ids of the marks.
+        bos: id put before the first turn, or None.
+        pad: id behind the end of a sequence (any id would do: it is masked).
+        reserved: strings that a phrase must not contain, because they are marks.
+    """
+
+    def __init__(self, hf: Any, name: str, needed: Iterable[str] = ()):
+        self.hf = hf
+        self.name = name
+        for token in (*MARKS, *needed):
+            ids = hf.encode(token, add_special_tokens=False)
+            if len(ids) != 1 or hf.convert_ids_to_tokens(ids[0]) == hf.unk_token:
+                raise UserError(
+                    f"{name}: the tokenizer has no single id for {token!r} (got {ids}); "
+                    f"add it with `python -m flowseg_jax.data tokenizer --source {name} --out DIR`"
+                )
+        self.vocab = len(hf)
+        self.seg, self.phrase_start, self.phrase_end = (hf.convert_tokens_to_ids(token) for token in MARKS)
+        self.bos = hf.bos_token_id
+        self.pad = next((i for i in (hf.pad_token_id, hf.eos_token_id) if i is not None), 0)
+        self.reserved = tuple(sorted({*MARKS, IMAGE, *needed, *hf.get_added_vocab()}))
+        self._backend = getattr(hf, "backend_tokenizer", None)  # the same ids without the wrapper's bookkeeping
+        self._encode = functools.lru_cache(maxsize=1 << 16)(self._encode_uncached)
+
+    def _encode_uncached(self, text: str) -> tuple[int, ...]:
+        if self._backend is None:
+            return tuple(self.hf.encode(text, add_special_tokens=False))
+        return tuple(self._backend.encode(text, add_special_tokens=False).ids)
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Ids of one chunk of text, marks included, nothing added. Cached: prompts repeat."""
+        return self._encode(text)
+
+    def lengths(self, texts: Sequence[str]) -> list[int]:
+        """Number of ids of each text, encoded as a batch."""
+        if self._backend is None:
+            return [len(self.encode(text)) for text in texts]
+        return [len(e.ids) for e in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+
+def load_tokenizer(directory: str | os.PathLike[str], *, needed: Iterable[str] = ()) -> Tokenizer:
+    """Loads a tokenizer from a local directory and checks its marks.
+
+    Args:
+        directory: what `AutoTokenizer.from_pretrained` reads; never a hub name.
+        needed: further strings that must be one id each (a chat template's marks, `prompts.Prompts.needed`).
+
+    Raises:
+        UserError: no such directory, not a tokenizer, or a mark that is not exactly one id.
+    """
+    from transformers import AutoTokenizer  # slow to import, and only needed here
+
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise UserError(f"{directory}: no such tokenizer directory")
+    try:
+        hf = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+    except Exception as error:  # transformers raises many types here, all of them about the files
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{directory}: not a readable tokenizer directory ({reason})") from None
+    return Tokenizer(hf, str(directory), needed)
+
+
+def _special(token: str) -> Any:
+    from tokenizers import AddedToken
+
+    return AddedToken(token, special=True, normalized=False, lstrip=token in (SEG, PHRASE_START))
+
+
+def train_tokenizer(texts: Iterable[str], directory: str | os.PathLike[str], *, vocab: int = 512) -> None:
+    """Trains a byte-level BPE and saves it for `AutoTokenizer`.
+
+    A space is put before the first word of every chunk, so that a word has the same ids behind `<p>` as inside a sentence: a
+    small vocabulary and a small model cannot afford two spellings of "red". `<p>` and `<SEG>` swallow the space before them.
+
+    Args:
+        texts: training text without marks.
+        directory: where to save; made if missing.
+        vocab: number of ids, special tokens included.
+    """
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    if vocab < 256 + len(SPECIAL_TOKENS):
+        raise UserError(
+            f"tokenizer vocabulary {vocab} is too small: 256 bytes and {len(SPECIAL_TOKENS)} special tokens must fit"
+        )
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab,
+        special_tokens=[_special(t) for t in SPECIAL_TOKENS],
+        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    hf = PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=[_special(t) for t in SPECIAL_TOKENS if t not in ("<|im_end|>", "<|endoftext|>")],
+        clean_up_tokenization_spaces=False,
+    )
+    hf.save_pretrained(str(directory))
+
+
+def extend_tokenizer(source: str | os.PathLike[str], directory: str | os.PathLike[str]) -> int:
+    """Saves a copy of a language model's tokenizer with `<SEG>`, `<p>`, `</p>` added in this order; returns its number of ids.
+
+    The order is X-SAM's, so that ids agree with its checkpoints.
+    """
+    from transformers import AutoTokenizer
+
+    if not Path(source).is_dir():
+        raise UserError(f"{source}: no such tokenizer directory")
+    try:
+        hf = AutoTokenizer.from_pretrained(str(source), local_files_only=True)
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{source}: not a readable tokenizer directory ({reason})") from None
+    hf.add_tokens(list(MARKS), special_tokens=True)
+    hf.save_pretrained(str(directory))
+    return len(hf)

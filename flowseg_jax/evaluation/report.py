@@ -1,0 +1,260 @@
+"""`report.html` with its PNG files: a table of results and, for a person to look at, what the model did on real examples.
+
+The report is a pure function of files: `save_pictures` leaves PNGs and an index beside a split's results, `write` reads the
+folders it is given. So it can be written again whenever one more row is known, from any process. The page is static HTML
+without external resources.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flowseg_jax.errors import UserError
+from flowseg_jax.evaluation import pictures
+from flowseg_jax.evaluation.examples import KINDS, Example
+
+_INDEX = "index.json"
+_HEADINGS = {"good": "Good", "random": "Random", "failed": "Failed"}
+_NOTES = {
+    "good": "IoU of at least 80, drawn at random.",
+    "random": "Drawn at random from all samples.",
+    "failed": "IoU below 50, drawn at random. A good best candidate beside a bad selection is a selection error.",
+}
+_COLUMNS = (
+    ("n", "n", "samples"),
+    ("ciou", "cIoU", "sum of intersections / sum of unions"),
+    ("giou", "gIoU", "mean IoU of the samples"),
+    ("oracle_ciou", "oracle", "cIoU if the best candidate were always selected"),
+    ("selection_gap", "gap", "oracle cIoU - cIoU"),
+    ("0.5", "P@0.5", "share of samples with IoU of at least 0.5"),
+    ("0.7", "P@0.7", "share of samples with IoU of at least 0.7"),
+    ("0.9", "P@0.9", "share of samples with IoU of at least 0.9"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of the table: a model, evaluated on some splits.
+
+    Attributes:
+        label: what the reader calls it.
+        results: split -> the content of its `<split>.json`.
+        pictures: split -> folder written by `save_pictures`.
+        note: one sentence under the label.
+    """
+
+    label: str
+    results: Mapping[str, Mapping[str, Any]]
+    pictures: Mapping[str, Path] = dataclasses.field(default_factory=dict)
+    note: str = ""
+
+
+def read_row(label: str, folder: Path | str, *, shuffled: bool = False, note: str = "") -> Row:
+    """The row of a folder of results: its `<split>.json` files, or those of the shuffled-text control."""
+    folder = Path(folder)
+    results, images = {}, {}
+    for path in sorted(folder.glob("*.json")):
+        try:
+            result = json.loads(path.read_text(encoding="utf-8"))
+            if result["shuffled_text"] != shuffled:
+                continue
+            results[path.stem.removesuffix("_shuffled")] = result
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is not a result of eval.py ({error}); remove it or evaluate again") from error
+        if (folder / "pictures" / path.stem / _INDEX).is_file():
+            images[path.stem.removesuffix("_shuffled")] = folder / "pictures" / path.stem
+    return Row(label, results, images, note)
+
+
+def save_pictures(folder: Path | str, name: str, examples: Mapping[str, Sequence[Example]]) -> Path:
+    """Writes one PNG an example and an index to `<folder>/pictures/<name>/`, replacing what was there; returns that folder."""
+    target = Path(folder) / "pictures" / name
+    part = target.with_name(target.name + ".part")
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        index = []
+        for kind, rows in examples.items():
+            for i, example in enumerate(rows):
+                record = example.record
+                file = f"{kind}_{i + 1}_{pictures.slug(record['text'])}.png"
+                panels = (
+                    ("image", None, pictures.TRUTH),
+                    ("truth", example.truth, pictures.TRUTH),
+                    (f"selected: IoU {100 * record['iou']:.1f}", example.selected, pictures.SELECTED),
+                    (f"best: IoU {100 * record['best_iou']:.1f}", example.best, pictures.BEST),
+                )
+                pictures.strip(example.image, panels).save(part / file)
+                index.append({"kind": kind, "file": file, "record": dict(record)})
+        (part / _INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(part, target)
+    except OSError as error:
+        raise UserError(f"cannot write pictures to {target}: {error.strerror}; choose a folder you can write to") from error
+    return target
+
+
+def write(path: Path | str, rows: Sequence[Row], *, title: str, about: Sequence[str] = ()) -> Path:
+    """Writes the report.
+
+    Args:
+        path: the HTML file. Pictures are linked relative to it.
+        rows: the table's rows, in reading order; splits are shown in the order in which they first occur.
+        title: heading. about: sentences under it (what was trained, with which command).
+    """
+    path = Path(path)
+    splits = list(dict.fromkeys(split for row in rows for split in row.results))
+    body = [f"<h1>{_text(title)}</h1>", *(f'<p class="about">{_text(line)}</p>' for line in about)]
+    body += ["<h2>Results</h2>", _definitions(rows), *(_table(rows, split) for split in splits)]
+    if any(result["families"] for row in rows for result in row.results.values()):
+        body += ["<h2>By expression family</h2>", '<p class="about">cIoU, with the oracle\'s behind it; n in the heading.</p>']
+        body += [_families(rows, split) for split in splits]
+    for row in rows:
+        for split, folder in row.pictures.items():
+            body.append(_gallery(row.label, split, folder, path.parent))
+    page = f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{_text(title)}</title>'
+    page += '<meta name="viewport" content="width=device-width, initial-scale=1">'
+    page += f"<style>{_STYLE}</style></head>\n<body><main>\n" + "\n".join(body) + "\n</main></body></html>\n"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(path.name + ".part")
+        part.write_text(page, encoding="utf-8")
+        os.replace(part, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; choose a folder you can write to") from error
+    return path
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The table as plain text for the terminal: one line a row and split."""
+    lines = [("split", "model", *(name for _, name, _ in _COLUMNS))]
+    for split in dict.fromkeys(split for row in rows for split in row.results):
+        lines += [(split, row.label, *_cells(row.results[split])) for row in rows if split in row.results]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def _text(value: object) -> str:
+    return html.escape(str(value), quote=True)
+
+
+def _cells(result: Mapping[str, Any]) -> list[str]:
+    values = [result["p_at"][key] if key in result["p_at"] else result[key] for key, _, _ in _COLUMNS]
+    return [str(v) if isinstance(v, int) else f"{v:.1f}" for v in values]
+
+
+def _definitions(rows: Sequence[Row]) -> str:
+    protocols = ", ".join(sorted({result["protocol"] for row in rows for result in row.results.values()})) or "none"
+    terms = "; ".join(f"<b>{_text(name)}</b> {_text(meaning)}" for _, name, meaning in _COLUMNS)
+    return f'<p class="about">Protocol {_text(protocols)}. All figures in percent at the original image size: {terms}.</p>'
+
+
+def _table(rows: Sequence[Row], split: str) -> str:
+    head = "".join(f'<th title="{_text(meaning)}">{_text(name)}</th>' for _, name, meaning in _COLUMNS)
+    lines = []
+    for row in rows:
+        if split not in row.results:
+            continue
+        result = row.results[split]
+        step, digest = (result["checkpoint"].get(key) for key in ("step", "digest"))
+        detail = [row.note, f"step {step}" if step is not None else "", f"checkpoint {digest[:12]}" if digest else ""]
+        detail += [f"{result['failed']} failed" if result["failed"] else ""]
+        under = f'<div class="note">{_text(", ".join(d for d in detail if d))}</div>'
+        cells = "".join(f"<td>{c}</td>" for c in _cells(result))
+        lines.append(f"<tr><th>{_text(row.label)}{under}</th>{cells}</tr>")
+    return f"<table><thead><tr><th>{_text(split)}</th>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+
+
+def _families(rows: Sequence[Row], split: str) -> str:
+    with_families = [row for row in rows if row.results.get(split, {}).get("families")]
+    counts: dict[str, int] = {}
+    for row in with_families:
+        for family, figures in row.results[split]["families"].items():
+            counts.setdefault(family, figures["n"])
+    if not counts:
+        return ""
+    head = "".join(f'<th>{_text(family)}<div class="note">n {n}</div></th>' for family, n in counts.items())
+    lines = []
+    for row in with_families:
+        cells = ""
+        for family in counts:
+            figures = row.results[split]["families"].get(family)
+            cells += (
+                f'<td>{figures["ciou"]:.1f} <span class="of">{figures["oracle_ciou"]:.1f}</span></td>'
+                if figures
+                else "<td></td>"
+            )
+        lines.append(f"<tr><th>{_text(row.label)}</th>{cells}</tr>")
+    return f"<table><thead><tr><th>{_text(split)}</th>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+
+
+def _gallery(label: str, split: str, folder: Path, base: Path) -> str:
+    index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
+    parts = [f"<h2>Examples: {_text(label)}, {_text(split)}</h2>"]
+    for kind in KINDS:
+        rows = [entry for entry in index if entry["kind"] == kind]
+        if not rows:
+            continue
+        parts.append(f'<h3 class="{kind}">{_HEADINGS[kind]}</h3><p class="about">{_NOTES[kind]}</p><div class="gallery">')
+        parts += [_figure(entry, os.path.relpath(folder / entry["file"], base)) for entry in rows]
+        parts.append("</div>")
+    return "\n".join(parts)
+
+
+def _figure(entry: Mapping[str, Any], source: str) -> str:
+    record = entry["record"]
+    family = f'<span class="family">{_text(record["family"])}</span>' if record["family"] else ""
+    meant = f"<br>truth: “{_text(record['sentence'])}”" if record["text"] != record["sentence"] else ""
+    scores = (
+        f"score {_score(record['score'])} (query {record['query']}), best candidate {_score(record['best_score'])}"
+        f" (query {record['best_query']}, rank {record['best_rank'] + 1})"
+    )
+    where = f"{record['file_name']}, sentence {record['sentence_id']}"
+    return (
+        f'<figure><figcaption class="said">“{_text(record["text"])}”{family}{meant}</figcaption>'
+        f'<img loading="lazy" src="{_text(Path(source).as_posix())}" alt="{_text(record["text"])}">'
+        f'<figcaption class="note">{_text(scores)}<br>{_text(where)}</figcaption></figure>'
+    )
+
+
+def _score(value: float | None) -> str:
+    return "not a number" if value is None else f"{value:.3f}"
+
+
+_STYLE = """
+:root { color-scheme: light; }
+body { margin: 0; background: #f6f7f9; color: #1f2328; font: 15px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; }
+main { max-width: 1120px; margin: 0 auto; padding: 32px 20px 64px; }
+h1 { margin: 0 0 4px; font-size: 28px; }
+h2 { margin: 40px 0 4px; font-size: 20px; }
+h3 { margin: 24px 0 0; font-size: 16px; }
+h3.good { color: #1a7f37; } h3.failed { color: #cf222e; } h3.random { color: #57606a; }
+.about { margin: 0 0 10px; color: #57606a; max-width: 90ch; }
+table { border-collapse: collapse; width: 100%; margin: 12px 0 20px; background: #fff; border: 1px solid #d8dee4; }
+th, td { padding: 6px 10px; text-align: right; font-variant-numeric: tabular-nums; }
+th, td { border-top: 1px solid #eaeef2; vertical-align: top; }
+thead th { background: #eef1f4; border-top: 0; font-weight: 600; white-space: nowrap; }
+tr > th:first-child { text-align: left; }
+tbody th { font-weight: 500; }
+.note { color: #6e7781; font-size: 12.5px; font-weight: 400; }
+.of { color: #8c959f; font-size: 12.5px; }
+.gallery { display: grid; gap: 14px; margin-top: 8px; }
+figure { margin: 0; padding: 12px; background: #fff; border: 1px solid #d8dee4; border-radius: 6px; }
+figure img { max-width: 100%; height: auto; display: block; margin: 8px 0 6px; }
+.said { font-weight: 600; }
+.family { float: right; margin-left: 8px; padding: 0 8px; border-radius: 10px; background: #eef1f4; }
+.family { color: #57606a; font-size: 12.5px; font-weight: 500; }
+@media (max-width: 700px) { table { display: block; overflow-x: auto; } }
+"""

@@ -1,0 +1,116 @@
+"""What a tree of arrays holds: names, shapes, dtypes, checksums; and one error that lists how two trees differ."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flowseg_jax.errors import UserError
+
+Tree = Any
+CHUNK = 1 << 22  # elements that the host's checksum takes at a time
+
+
+def flatten(tree: Tree) -> dict[str, Any]:
+    """`{"a/b/0/kernel": leaf}` of any tree."""
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def nest(flat: Mapping[str, Any], integers: bool = True) -> dict:
+    """The nested dict with `flatten`'s names; with `integers`, a name that is a number becomes an index again."""
+    tree: dict = {}
+    for name, value in flat.items():
+        keys = [int(key) if integers and key.isdigit() else key for key in name.split("/")]
+        node = tree
+        for key in keys[:-1]:
+            node = node.setdefault(key, {})
+        node[keys[-1]] = value
+    return tree
+
+
+def manifest(tree: Tree) -> dict[str, list]:
+    """`{name: [shape, dtype]}` of every array or abstract array, as JSON values."""
+    return {name: [list(jnp.shape(x)), str(jnp.result_type(x))] for name, x in flatten(tree).items()}
+
+
+def compare(want: Mapping[str, list], have: Mapping[str, list], source: str) -> None:
+    """Raises one UserError that lists every name of manifest `have` that is missing, unexpected or of another shape.
+
+    Dtypes may differ: what is read is cast to what the model wants.
+    """
+    faults = [f"missing {name} {tuple(want[name][0])}" for name in want if name not in have]
+    faults += [f"unexpected {name} {tuple(have[name][0])}" for name in have if name not in want]
+    for name in want:
+        if name in have and list(have[name][0]) != list(want[name][0]):
+            faults.append(f"{name} is {tuple(have[name][0])}, the model's is {tuple(want[name][0])}")
+    if faults:
+        raise UserError(f"{source} does not fit the model: {'; '.join(faults)}")
+
+
+def check_params(abstract: Tree, params: Tree, source: str = "the checkpoint") -> None:
+    """Raises one UserError that lists every missing, unexpected and wrongly shaped parameter of `params`."""
+    compare(manifest(abstract), manifest(params), source)
+
+
+def checksums(tree: Tree) -> dict[str, int]:
+    """A 32-bit checksum of every array, independent of how it is sharded.
+
+    It is the sum, modulo 2^32, of each element's bit pattern times an odd number that depends on its index: any one changed
+    byte changes it, and so do two exchanged elements. Arrays in host memory are summed by NumPy, the others where they are.
+    """
+    sums, remote = {}, {}
+    for name, x in flatten(tree).items():
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            x = jax.random.key_data(x)
+        if _on_host(x):
+            sums[name] = _host_checksum(np.asarray(x))
+        else:
+            remote[name] = x
+    sums |= {name: int(value) for name, value in jax.device_get(device_checksums(remote)).items()}
+    return sums
+
+
+def verify(tree: Tree, expected: Mapping[str, int]) -> None:
+    """Raises a ValueError that names the first array whose checksum is not the expected one."""
+    found = checksums(tree)
+    wrong = [name for name in found if found[name] != expected.get(name)]
+    if wrong:
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise ValueError(f"the bytes of {wrong[0]}{more} have changed since they were written")
+
+
+@jax.jit
+def device_checksums(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """`checksums` on the device: uint32 scalars. No temporary is larger than a fused reduction's."""
+
+    def one(x: jax.Array) -> jax.Array:
+        if x.dtype == jnp.bool_:
+            x = x.astype(jnp.uint8)
+        x = jax.lax.bitcast_convert_type(x, jnp.uint32 if x.dtype.itemsize >= 4 else f"uint{8 * x.dtype.itemsize}")
+        index, stride = jnp.zeros(x.shape, jnp.uint32), 1
+        for axis in reversed(range(x.ndim)):
+            index += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride % 2**32)
+            stride *= x.shape[axis]
+        return jnp.sum(x.astype(jnp.uint32) * (2 * index + 1), dtype=jnp.uint32)
+
+    return jax.tree.map(one, arrays)
+
+
+def _host_checksum(x: np.ndarray) -> int:
+    flat = np.ascontiguousarray(x).reshape(-1)
+    flat = flat.view(np.uint32 if x.dtype.itemsize >= 4 else f"uint{8 * x.dtype.itemsize}")
+    total = 0
+    for start in range(0, flat.size, CHUNK):
+        bits = flat[start : start + CHUNK].astype(np.uint32)
+        index = np.arange(start, start + bits.size, dtype=np.uint64).astype(np.uint32)
+        total += int(np.sum(bits * (index * np.uint32(2) + np.uint32(1)), dtype=np.uint32))
+    return total % 2**32
+
+
+def _on_host(x: Any) -> bool:
+    devices: Iterable[Any] = x.devices() if isinstance(x, jax.Array) else ()
+    return not isinstance(x, jax.Array) or (x.is_fully_addressable and all(device.platform == "cpu" for device in devices))

@@ -1,0 +1,1 @@
+"""What the network is: one file a tower, `flowseg.py` for the whole."""

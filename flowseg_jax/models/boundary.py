@@ -1,0 +1,72 @@
+"""BAR, boundary-aware refinement: a bounded correction of the mask logits inside the uncertain band, and nowhere else.
+
+    B  = 1[dilate(M_prob) - erode(M_prob) > eps]
+    dM = alpha * tanh(f_refine([M_raw || f_comp(F)]))
+    M  = M_raw + dM * B
+
+It acts on the masks that are used: the selected one at inference, the matched ones in training. Outside B the logits are
+bit-identical to M_raw.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from flowseg_jax.models.layers import Conv, param, zeros
+from flowseg_jax.ops.morphology import band
+
+
+@dataclasses.dataclass(frozen=True)
+class BoundaryConfig:
+    """Attributes:
+    enabled: without it no parameter exists and masks pass unchanged.
+    kernel: side of the morphological window, in mask-logit pixels.
+    eps: threshold on the morphological gradient of the probabilities (paper: 0.1).
+    channels: width of the compressed pixel features.
+    identity: what makes the module start as the identity: "alpha" = 0, or a zero last "conv" (never both: no gradient).
+    """
+
+    enabled: bool = True
+    kernel: int = 3
+    eps: float = 0.1
+    channels: int = 16
+    identity: Literal["alpha", "conv"] = "alpha"
+
+    def __post_init__(self):
+        if self.kernel < 3 or self.kernel % 2 == 0:
+            raise ValueError(f"boundary.kernel is {self.kernel}: it must be odd and at least 3")
+        if self.identity not in ("alpha", "conv"):
+            raise ValueError(f"boundary.identity is {self.identity!r}: choose alpha or conv")
+
+
+class BoundaryRefinement(nnx.Module):
+    """BAR on any number of masks an image."""
+
+    def __init__(self, width: int, cfg: BoundaryConfig, *, rngs: nnx.Rngs):
+        init = nnx.initializers.xavier_uniform()
+        self.compress = Conv(width, cfg.channels, 1, rngs=rngs, init=init)
+        # f_refine is one 3x3 convolution of [mask || features] to one channel; channel 0 is the mask.
+        self.refine = Conv(1 + cfg.channels, 1, 3, padding=1, rngs=rngs, init=zeros if cfg.identity == "conv" else init)
+        self.alpha = param(rngs, zeros if cfg.identity == "alpha" else nnx.initializers.ones, (1,), (None,))
+        self.kernel, self.eps = cfg.kernel, cfg.eps
+
+    def __call__(self, masks: Float[Array, "b n h w"], features: Float[Array, "b h w d"]) -> Float[Array, "b n h w"]:
+        """Refines mask logits [B, N, h, w] with the mask features [B, h, w, D] of their images; float32 in and out."""
+        b, n, h, w = masks.shape
+        masks = masks.astype(jnp.float32)
+        edge = jax.lax.stop_gradient(band(jax.nn.sigmoid(masks), self.kernel, self.eps))
+        # The convolution is linear in its channels: the features' share is computed once an image, not once a mask.
+        kernel = self.refine.kernel[...]
+        convolve = lambda x, k: jax.lax.conv_general_dilated(  # noqa: E731
+            x, k, (1, 1), [(1, 1), (1, 1)], dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        shared = convolve(self.compress(features).astype(jnp.float32), kernel[:, :, 1:])
+        own = convolve(masks.reshape(b * n, h, w, 1), kernel[:, :, :1]).reshape(b, n, h, w)
+        delta = jnp.tanh(own + shared[..., 0][:, None] + self.refine.bias[...]) * self.alpha[...]
+        return jnp.where(edge > 0, masks + delta, masks)

@@ -1,0 +1,136 @@
+"""One frozen dataclass that nests the configs of all parts, its presets, and its strict reading from a plain dict."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from flowseg_jax.errors import UserError, suggest
+from flowseg_jax.models.boundary import BoundaryConfig
+from flowseg_jax.models.connectors import ConnectorConfig
+from flowseg_jax.models.language import LanguageConfig
+from flowseg_jax.models.mask_decoder import DecoderConfig
+from flowseg_jax.models.pixel_decoder import PixelDecoderConfig
+from flowseg_jax.models.sam import SamConfig
+from flowseg_jax.models.semantic_flow import SemanticFlowConfig
+from flowseg_jax.models.siglip import SiglipConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowSegConfig:
+    """The whole model.
+
+    Attributes:
+        sam, siglip, llm, connector, pixel_decoder, decoder, semantic_flow, boundary: configs of the parts.
+        connector_layers: SAM hidden states that feed the connector, shallow to deep, one a level (connector.scales in the same order).
+        classes: categories of the linear class head (0: none); it adds the pass by category to training.
+        named_pass: "off", "flow" or "plain": the pass in which every object is a named phrase, with or without SR and CR.
+        negatives_group: images whose phrases are each other's negatives (the batch must be a multiple).
+        exclude_same_target: phrases of one image that refer to the same object are not each other's negatives.
+        dtype: what the network computes in; parameters are float32.
+    """
+
+    sam: SamConfig
+    siglip: SiglipConfig
+    llm: LanguageConfig
+    connector: ConnectorConfig
+    pixel_decoder: PixelDecoderConfig
+    decoder: DecoderConfig
+    connector_layers: tuple[int, ...]
+    semantic_flow: SemanticFlowConfig = SemanticFlowConfig()
+    boundary: BoundaryConfig = BoundaryConfig()
+    classes: int = 0
+    named_pass: Literal["off", "flow", "plain"] = "off"
+    negatives_group: int = 4
+    exclude_same_target: bool = False
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        if len(self.connector_layers) != len(self.connector.scales):
+            raise ValueError("connector_layers and connector.scales must have one entry for each map")
+        if self.connector.out_channels != tuple(self.pixel_decoder.channels):
+            raise ValueError(
+                f"the connector puts out {self.connector.out_channels} channels, pixel_decoder.channels is {self.pixel_decoder.channels}"
+            )
+        if self.pixel_decoder.encoder_levels != self.decoder.levels:
+            raise ValueError(f"the pixel decoder gives {self.pixel_decoder.encoder_levels} levels, decoder.levels is {self.decoder.levels}")
+        if not {self.pixel_decoder.width, self.pixel_decoder.mask_width} == {self.decoder.width}:
+            raise ValueError("pixel_decoder.width, pixel_decoder.mask_width and decoder.width must be equal")
+        if self.named_pass not in ("off", "flow", "plain"):
+            raise ValueError(f"named_pass is {self.named_pass!r}: choose off, flow or plain")
+
+    @property
+    def visual_tokens(self) -> int:
+        """Visual tokens an image puts into the prompt: SigLIP's and a quarter of SAM's."""
+        side = (self.sam.grid + 1) // 2
+        return self.siglip.tokens + side * side
+
+    @classmethod
+    def tiny(cls, vocab: int = 512, classes: int = 64) -> FlowSegConfig:
+        """Trains on two cores: 96-pixel images, 24x24 masks, about 1.2 M parameters."""
+        return cls(
+            sam=SamConfig.tiny(),
+            siglip=SiglipConfig.tiny(),
+            llm=LanguageConfig.tiny(vocab),
+            connector=ConnectorConfig.tiny(),
+            pixel_decoder=PixelDecoderConfig.tiny(),
+            decoder=DecoderConfig.tiny(),
+            connector_layers=(2, 3, 4),
+            classes=classes,
+            exclude_same_target=True,
+        )
+
+    @classmethod
+    def full(cls, llm: LanguageConfig) -> FlowSegConfig:
+        """SigLIP2-so400m/14-384, SAM ViT-L/1024 and a 256/200/9 decoder around `llm`: the paper's model."""
+        return cls(
+            sam=SamConfig.vit_large(),
+            siglip=SiglipConfig.so400m_14_384(),
+            llm=llm,
+            connector=ConnectorConfig.sam_large(),
+            pixel_decoder=PixelDecoderConfig.mask2former(),
+            decoder=DecoderConfig(),
+            connector_layers=(12, 18, 24),
+            dtype="bfloat16",
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested dict (tuples as lists), for JSON."""
+
+        def plain(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {k: plain(v) for k, v in value.items()}
+            return [plain(v) for v in value] if isinstance(value, tuple | list) else value
+
+        return plain(dataclasses.asdict(self))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> FlowSegConfig:
+        """Reads `to_dict`'s form. Raises UserError for an unknown or missing key, or a value that does not fit."""
+        return _read(cls, values, "model")
+
+
+def _read(cls: type, values: Mapping[str, Any], where: str) -> Any:
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        if key not in fields:
+            raise UserError(f"{where}.{key}: unknown key{suggest(key, fields)}")
+    required = {n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING}
+    if missing := sorted(required - set(values)):
+        raise UserError(f"{where}: missing {', '.join(missing)}")
+    read = {}
+    for key, value in values.items():
+        if dataclasses.is_dataclass(hints[key]):
+            if not isinstance(value, Mapping):
+                raise UserError(f"{where}.{key}: expected a group of keys, got {value!r}")
+            value = _read(hints[key], value, f"{where}.{key}")
+        elif isinstance(value, list | tuple):
+            value = tuple(tuple(v) if isinstance(v, list | tuple) else v for v in value)
+        read[key] = value
+    try:
+        return cls(**read)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from error

@@ -1,0 +1,319 @@
+"""FlowSeg, the whole model. Read this first.
+
+    image  -> SAM ----> connector -> pixel decoder -> mask features F, memory levels
+          \\-> SigLIP -> projector --+
+           SAM (last but one) -> pixel shuffle -> projector -> visual tokens
+    prompt + visual tokens -> LLM -> projector -> C (one per <p>..</p> span), S (one per <SEG>)
+    queries + S, memory, C -> decoder (SR + CR in every layer) -> masks, scores -> BAR on the masks that are used
+
+The modules describe; parameters at rest are a plain nested dict (`FlowSeg.split`). Everything is batched and static: an image has
+K referring phrases, each its own decoder pass, and in training two language-light passes on top (all objects by name, all objects by
+category), which teach the queries to propose.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from flowseg_jax.data.batch import IMAGE_TOKEN, NONE, Batch
+from flowseg_jax.models.boundary import BoundaryConfig, BoundaryRefinement
+from flowseg_jax.models.config import FlowSegConfig
+from flowseg_jax.models.connectors import Projector, SegConnector, pad_to_multiple, pixel_shuffle
+from flowseg_jax.models.language import Language
+from flowseg_jax.models.layers import Linear, normal, param
+from flowseg_jax.models.mask_decoder import DecoderOutput, MaskDecoder, mask_logits
+from flowseg_jax.models.pixel_decoder import PixelDecoder
+from flowseg_jax.models.sam import Sam
+from flowseg_jax.models.semantic_flow import Conditions
+from flowseg_jax.models.siglip import Siglip
+
+SAM_MEAN, SAM_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ImageFeatures:
+    """What one look at the images gives.
+
+    Attributes:
+        tokens: [B, V, W], visual tokens for the LLM: SigLIP's, then SAM's.
+        mask_features: [B, h, w, D].
+        levels: memory maps [B, y, x, D], low to high resolution.
+    """
+
+    tokens: Float[Array, "b v e"]
+    mask_features: Float[Array, "b h w d"]
+    levels: tuple[Float[Array, "b _y _x d"], ...]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """What the LLM makes of the prompts.
+
+    Attributes:
+        hidden: [B, T, W], after the final norm (the language loss reads it).
+        phrases: [B, K + M, D]: C(0) of the K referring phrases, then of the M names of the generic conversation; zeros if absent.
+        segs: [B, K + 1, D]: S of each referring phrase, then of the generic conversation; zeros if absent.
+    """
+
+    hidden: Float[Array, "b t e"]
+    phrases: Float[Array, "b n d"]
+    segs: Float[Array, "b s d"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainingOutput:
+    """Everything the losses read.
+
+    Attributes:
+        hidden: [B, T, W] of the LLM.
+        unembedding: [vocab, W].
+        mask_features: [B, h, w, D].
+        decoder: all passes, image by image: K referring, then one by name (if `named`), one by category (if the model has classes).
+        conditions: of all passes.
+        category_logits: [J, B, Q, classes + 1] of the pass by category, or None.
+    """
+
+    hidden: Float[Array, "b t e"]
+    unembedding: Float[Array, "v e"]
+    mask_features: Float[Array, "b h w d"]
+    decoder: DecoderOutput
+    conditions: Conditions
+    category_logits: Float[Array, "j b q c"] | None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Segmentation:
+    """Candidates of every phrase.
+
+    Attributes:
+        scores: float32 [B, K, Q]: softmax over [phrase, background], the background dropped.
+        mask_logits: float32 [B, K, Q, h, w], not refined.
+        mask_features: [B, h, w, D], what `FlowSeg.refine` needs.
+    """
+
+    scores: Float[Array, "b k q"]
+    mask_logits: Float[Array, "b k q h w"]
+    mask_features: Float[Array, "b h w d"]
+
+
+def referring_conditions(
+    phrases: Float[Array, "b k d"],
+    background: Float[Array, "1 d"],
+    phrase_mask: Int[Array, "b k"],
+    group: int,
+    exclude_same_target: bool,
+) -> Conditions:
+    """Conditions of the B * K referring passes: all phrases of a group of images are each other's negatives.
+
+    Args:
+        phrases: C(0) [B, K, D].
+        background: the learned background row.
+        phrase_mask: [B, K], the mask a phrase refers to, NONE for a padded phrase.
+        group: number of images that share their phrases (it divides B); 1 keeps to the image's own.
+        exclude_same_target: another phrase for the same object is no negative.
+
+    Returns:
+        Rows [B * K, group * K + 1, D], the background last.
+    """
+    b, k, d = phrases.shape
+    if b % group:
+        raise ValueError(f"{b} images do not split into groups of {group} that share their phrases")
+    rows = group * k
+    exists = (phrase_mask != NONE).reshape(b // group, 1, rows)
+    image = jnp.repeat(jnp.arange(group), k)
+    same = image[:, None] == image[None, :]
+    own = jnp.eye(rows, dtype=bool)
+    valid = jnp.broadcast_to(exists, (b // group, rows, rows))
+    if exclude_same_target:
+        target = phrase_mask.reshape(b // group, rows)
+        valid = valid & ~(same & ~own & (target[:, :, None] == target[:, None, :]))
+    valid = valid | own  # a padded phrase keeps its own row: its pass is computed, and ignored
+    embeds = jnp.broadcast_to(phrases.reshape(b // group, 1, rows, d), (b // group, rows, rows, d)).reshape(b * k, rows, d)
+    own = jnp.broadcast_to(own, (b // group, rows, rows)).reshape(b * k, rows)
+    return with_background(embeds, own, valid.reshape(b * k, rows), background)
+
+
+def with_background(
+    embeds: Float[Array, "p n d"], own: Bool[Array, "p n"], valid: Bool[Array, "p n"], background: Float[Array, "1 d"]
+) -> Conditions:
+    """Appends the learned background row: every pass owns it, and it always exists."""
+    p, _, d = embeds.shape
+    row = jnp.broadcast_to(background.astype(embeds.dtype), (p, 1, d))
+    yes = jnp.ones((p, 1), bool)
+    return Conditions(jnp.concatenate([embeds, row], 1), jnp.concatenate([own, yes], 1), jnp.concatenate([valid, yes], 1))
+
+
+def pad_rows(conditions: Conditions, rows: int) -> Conditions:
+    """Inserts rows that do not exist before the background, so that passes of different kinds share one decoder call."""
+    missing = rows - conditions.own.shape[1]
+    embeds, flags = ((0, 0), (0, missing), (0, 0)), ((0, 0), (0, missing))
+
+    def insert(x: Array, padding: tuple) -> Array:
+        return jnp.concatenate([jnp.pad(x[:, :-1], padding), x[:, -1:]], 1)
+
+    return Conditions(
+        insert(conditions.embeds, embeds), insert(conditions.own, flags), insert(conditions.valid, flags)
+    )
+
+
+def interleave(parts: list[Any], images: int) -> Any:
+    """Concatenates per-image runs of passes: leaves [B * r_i, ...] -> [B * sum(r_i), ...], image by image."""
+
+    def join(*leaves: Array) -> Array:
+        split = [x.reshape(images, x.shape[0] // images, *x.shape[1:]) for x in leaves]
+        joined = jnp.concatenate(split, 1)
+        return joined.reshape(-1, *joined.shape[2:])
+
+    return jax.tree.map(join, *parts)
+
+
+class FlowSeg(nnx.Module):
+    """The whole network; `cfg` decides every size and switch."""
+
+    def __init__(self, cfg: FlowSegConfig, *, rngs: nnx.Rngs):
+        self.cfg = cfg
+        width = cfg.decoder.width
+        self.sam = Sam(cfg.sam, rngs=rngs)
+        self.siglip = Siglip(cfg.siglip, rngs=rngs)
+        self.llm = Language(cfg.llm, rngs=rngs)
+        self.visual_projector = Projector(cfg.siglip.width, cfg.llm.width, cfg.llm.width, rngs=rngs)
+        self.seg_projector = Projector(4 * cfg.sam.width, cfg.llm.width, cfg.llm.width, rngs=rngs)
+        self.llm_projector = Projector(cfg.llm.width, width, width, rngs=rngs)
+        self.connector = SegConnector(cfg.connector, rngs=rngs)
+        self.pixel_decoder = PixelDecoder(cfg.pixel_decoder, rngs=rngs)
+        self.decoder = MaskDecoder(cfg.decoder, cfg.semantic_flow, rngs=rngs)
+        self.boundary = BoundaryRefinement(width, cfg.boundary, rngs=rngs) if cfg.boundary.enabled else None
+        self.background = param(rngs, normal(1.0), (1, width), (None, None))
+        self.category_head = Linear(width, cfg.classes + 1, rngs=rngs) if cfg.classes else None
+
+    def look(self, batch: Batch) -> ImageFeatures:
+        """Runs both encoders, both projectors, the connector and the pixel decoder: once an image."""
+        cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
+        side = jnp.arange(cfg.sam.image_size)
+        inside = (side < batch.scaled_size[:, :1])[:, :, None] & (side < batch.scaled_size[:, 1:])[:, None, :]
+        pixels = (batch.images.astype(jnp.float32) / 255 - jnp.array(SAM_MEAN)) / jnp.array(SAM_STD)
+        pixels = jnp.where(inside[..., None], pixels, 0)  # padding is the mean colour, as the scaffold pads after normalising
+        select = (*cfg.connector_layers, cfg.sam.layers - 1)
+        with jax.named_scope("sam"):
+            *features, before_last = self.sam(pixels.astype(dtype), select)
+        with jax.named_scope("siglip"):
+            vision = self.siglip((batch.vision_images.astype(jnp.float32) / 127.5 - 1).astype(dtype), layers=cfg.siglip.layers - 1)
+        with jax.named_scope("connector"):
+            b = before_last.shape[0]
+            shuffled = pixel_shuffle(pad_to_multiple(before_last), 0.5)
+            tokens = [self.visual_projector(vision), self.seg_projector(shuffled.reshape(b, -1, shuffled.shape[-1]))]
+            maps = self.connector(tuple(features))
+        with jax.named_scope("pixel_decoder"):
+            mask_features, levels = self.pixel_decoder(maps)
+        return ImageFeatures(jnp.concatenate(tokens, 1), mask_features, levels)
+
+    def read(self, batch: Batch, visual: Float[Array, "b v e"]) -> Reading:
+        """Runs the LLM over the prompts with the visual tokens spliced in, and pools C and S from its last hidden states."""
+        is_visual = batch.tokens == IMAGE_TOKEN
+        slot = jnp.clip(jnp.cumsum(is_visual, 1) - 1, 0, visual.shape[1] - 1)
+        text = self.llm.embed(batch.tokens).astype(visual.dtype)
+        spliced = jnp.take_along_axis(visual, slot[..., None], axis=1)
+        embeds = jnp.where(is_visual[..., None], spliced, text)
+        with jax.named_scope("llm"):
+            hidden = self.llm(embeds, batch.positions, batch.segments)
+        projected = self.llm_projector(hidden)
+
+        def pool(ids: Int[Array, "b t"], count: int) -> Float[Array, "b n d"]:
+            """Mean over the tokens of each id; a product, so that it shards as everything else."""
+            member = (ids[:, None, :] == jnp.arange(count)[:, None]).astype(projected.dtype)
+            total = jnp.einsum("bnt,btd->bnd", member, projected, preferred_element_type=jnp.float32)
+            return (total / jnp.maximum(member.sum(-1, dtype=jnp.float32), 1)[..., None]).astype(projected.dtype)
+
+        k, m = batch.phrase_mask.shape[1], batch.mask_valid.shape[1]
+        return Reading(hidden, pool(batch.phrase_ids, k + m), pool(batch.seg_ids, k + 1))
+
+    def __call__(self, batch: Batch) -> TrainingOutput:
+        """The teacher-forced forward of training."""
+        cfg = self.cfg
+        (b, k), m = batch.phrase_mask.shape, batch.mask_valid.shape[1]
+        features = self.look(batch)
+        reading = self.read(batch, features.tokens)
+        group = cfg.negatives_group
+        parts = [
+            referring_conditions(
+                reading.phrases[:, :k], self.background[...], batch.phrase_mask, group, cfg.exclude_same_target
+            )
+        ]
+        segs = [reading.segs[:, :k].reshape(b * k, -1)]
+        if cfg.named_pass != "off":
+            exists = (batch.object_name[:, None, :] == jnp.arange(m)[:, None]).any(-1)
+            named = with_background(reading.phrases[:, k:], exists, exists, self.background[...])
+            if cfg.named_pass == "plain":
+                named = dataclasses.replace(named, own=jnp.zeros_like(named.own))
+            parts.append(named)
+            segs.append(reading.segs[:, k])
+        if self.category_head is not None:
+            none = jnp.zeros((b, 1), bool)
+            blank = jnp.zeros((b, 1, reading.phrases.shape[-1]), reading.phrases.dtype)
+            parts.append(Conditions(blank, none, ~none))
+            segs.append(jnp.zeros_like(reading.segs[:, k]))
+        rows = max(part.own.shape[1] for part in parts)
+        conditions = interleave([pad_rows(part, rows) for part in parts], b)
+        passes = conditions.own.shape[0] // b
+        with jax.named_scope("decoder"):
+            out = self.decoder(features.mask_features, features.levels, passes, conditions, interleave(segs, b))
+        categories = None
+        if self.category_head is not None:
+            by_image = out.queries.reshape(out.queries.shape[0], b, passes, *out.queries.shape[2:])
+            categories = self.category_head(by_image[:, :, -1]).astype(jnp.float32)
+        return TrainingOutput(reading.hidden, self.llm.unembedding(), features.mask_features, out, conditions, categories)
+
+    def segment(self, batch: Batch) -> Segmentation:
+        """All candidates of every phrase. A phrase is scored against the background alone: a conversation is its own group."""
+        b, k = batch.phrase_mask.shape
+        features = self.look(batch)
+        reading = self.read(batch, features.tokens)
+        phrases = reading.phrases[:, :k].reshape(b * k, 1, -1)
+        yes = jnp.ones((b * k, 1), bool)
+        conditions = with_background(phrases, yes, yes, self.background[...])
+        segs = reading.segs[:, :k].reshape(b * k, -1)
+        with jax.named_scope("decoder"):
+            out = self.decoder(features.mask_features, features.levels, k, conditions, segs)
+        scores = jax.nn.softmax(out.class_logits[-1], -1)[..., 0].reshape(b, k, -1)
+        embeds = out.mask_embeds[-1].reshape(b, -1, out.mask_embeds.shape[-1])
+        masks = mask_logits(embeds, features.mask_features)
+        return Segmentation(scores, masks.reshape(*scores.shape, *masks.shape[2:]), features.mask_features)
+
+    def refine(self, masks: Float[Array, "b n h w"], mask_features: Float[Array, "b h w d"]) -> Float[Array, "b n h w"]:
+        """BAR on mask logits; the identity without it."""
+        return masks if self.boundary is None else self.boundary(masks, mask_features)
+
+
+def at_rest(tree: Any) -> dict[str, Any]:
+    """An NNX state as the plain nested dict that parameters are at rest: string keys only, as checkpoints have them."""
+
+    def keyed(node: Any) -> Any:
+        return {str(key): keyed(value) for key, value in node.items()} if isinstance(node, dict) else node
+
+    return keyed(nnx.to_pure_dict(tree))
+
+
+def bind(graphdef: nnx.GraphDef, params: dict[str, Any]) -> FlowSeg:
+    """The network with these parameters, for use inside a traced function."""
+    return nnx.merge(graphdef, nnx.restore_int_paths(params))
+
+
+def create(cfg: FlowSegConfig, seed: int = 0) -> tuple[nnx.GraphDef, dict[str, Any]]:
+    """The network's description and freshly initialised parameters (a nested dict of float32 arrays)."""
+    graphdef, state = nnx.split(FlowSeg(cfg, rngs=nnx.Rngs(seed)))
+    return graphdef, at_rest(state)
+
+
+def describe(cfg: FlowSegConfig) -> tuple[nnx.GraphDef, nnx.State]:
+    """The network's description and abstract parameters with their logical axes; nothing is allocated."""
+    return nnx.split(nnx.eval_shape(lambda: FlowSeg(cfg, rngs=nnx.Rngs(0))))

@@ -1,0 +1,294 @@
+"""The language model: a decoder-only transformer of the Llama kind (Qwen3, Phi-3, Llama), run on embeddings.
+
+Same function as `transformers` `Qwen3Model`, `Phi3Model` and `LlamaModel` on right-padded input. It adds segments: several
+conversations can stand behind one image in one row and are computed as if each stood alone with the image.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from flowseg_jax.errors import UserError
+from flowseg_jax.models.layers import Linear, RMSNorm, normal, param
+from flowseg_jax.models.stack import scan, stack
+from flowseg_jax.ops.attention import attention
+
+FAMILIES = ("qwen3", "phi3", "llama")
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageConfig:
+    """Sizes of the language model.
+
+    Attributes:
+        family: "qwen3", "phi3" or "llama"; names the checkpoint layout, the network follows from the other fields.
+        vocab: rows of the embedding table (V).
+        width: model width (W).
+        layers: number of layers.
+        heads: query heads (H).
+        kv_heads: key and value heads (G); must divide `heads`.
+        head_dim: width of a head (E), even; H * E need not be W.
+        mlp: hidden width of the gated feed-forward part.
+        rope_theta: base of the rotary frequencies.
+        eps: RMSNorm epsilon.
+        qk_norm: whether queries and keys are RMS-normalised per head before the rotation (Qwen3).
+        tie_embeddings: whether the unembedding is the embedding table.
+        sliding_window: a token sees keys less than this many positions back, its own included; None for all.
+        remat: rematerialisation policy of a layer: "none", "full" or "dots".
+    """
+
+    family: str
+    vocab: int
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp: int
+    rope_theta: float
+    eps: float
+    qk_norm: bool
+    tie_embeddings: bool
+    sliding_window: int | None = None
+    remat: str = "full"
+
+    def __post_init__(self):
+        if self.family not in FAMILIES:
+            raise UserError(f"language model: family={self.family!r} is unknown (known: {', '.join(FAMILIES)})")
+        if self.heads % self.kv_heads:
+            raise UserError(f"language model: kv_heads={self.kv_heads} does not divide heads={self.heads}")
+        if self.head_dim % 2:
+            raise UserError(f"language model: head_dim={self.head_dim} must be even (rotary embedding)")
+
+    @classmethod
+    def qwen3_4b(cls) -> LanguageConfig:
+        """Qwen3-4B-Instruct-2507 with the table cut to the tokenizer and the three segmentation tokens."""
+        return cls(
+            family="qwen3",
+            vocab=151672,
+            width=2560,
+            layers=36,
+            heads=32,
+            kv_heads=8,
+            head_dim=128,
+            mlp=9728,
+            rope_theta=5e6,
+            eps=1e-6,
+            qk_norm=True,
+            tie_embeddings=True,
+        )
+
+    @classmethod
+    def qwen3_1b7(cls) -> LanguageConfig:
+        """Qwen3-1.7B with the table cut to the tokenizer and the three segmentation tokens."""
+        return dataclasses.replace(cls.qwen3_4b(), width=2048, layers=28, heads=16, mlp=6144, rope_theta=1e6)
+
+    @classmethod
+    def phi3_mini(cls) -> LanguageConfig:
+        """Phi-3-mini-4k-instruct with the table cut to the tokenizer and the three segmentation tokens."""
+        return cls(
+            family="phi3",
+            vocab=32014,
+            width=3072,
+            layers=32,
+            heads=32,
+            kv_heads=32,
+            head_dim=96,
+            mlp=8192,
+            rope_theta=1e4,
+            eps=1e-5,
+            qk_norm=False,
+            tie_embeddings=False,
+            sliding_window=2047,
+        )
+
+    @classmethod
+    def tiny(cls, vocab: int) -> LanguageConfig:
+        return cls(
+            family="qwen3",
+            vocab=vocab,
+            width=96,
+            layers=3,
+            heads=4,
+            kv_heads=2,
+            head_dim=24,
+            mlp=256,
+            rope_theta=1e4,
+            eps=1e-6,
+            qk_norm=True,
+            tie_embeddings=True,
+            remat="none",
+        )
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any]) -> LanguageConfig:
+        """Reads a Qwen3, Phi-3 or Llama `config.json`.
+
+        Raises:
+            UserError: another model type, a missing size, or a feature that would change the numbers (scaled or partial
+                rotary embedding, biases, another activation, windows in some layers only).
+        """
+        family = config.get("model_type")
+        if family not in FAMILIES:
+            raise UserError(f"config.json: model_type={family!r} is not supported (known: {', '.join(FAMILIES)})")
+        required = (
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "intermediate_size",
+            "rms_norm_eps",
+        )
+        for key in required:
+            if config.get(key) is None:
+                raise UserError(f"config.json ({family}): {key} is missing")
+        # transformers 5 keeps the rotary settings in one dictionary, earlier versions beside the sizes.
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        theta = rope.get("rope_theta", config.get("rope_theta"))
+        if theta is None:
+            raise UserError(f"config.json ({family}): rope_theta is missing")
+        refused = {
+            "hidden_act": config.get("hidden_act", "silu") != "silu",
+            "attention_bias": config.get("attention_bias"),
+            "mlp_bias": config.get("mlp_bias"),
+            "rope_scaling": kind != "default",
+            "partial_rotary_factor": rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0,
+            "use_sliding_window": family == "qwen3" and config.get("use_sliding_window"),
+        }
+        for key, bad in refused.items():
+            if bad:
+                value = kind if key == "rope_scaling" else config.get(key, rope.get(key))
+                raise UserError(f"config.json ({family}): {key}={value!r} is not supported")
+        heads, width = config["num_attention_heads"], config["hidden_size"]
+        return cls(
+            family=family,
+            vocab=config["vocab_size"],
+            width=width,
+            layers=config["num_hidden_layers"],
+            heads=heads,
+            kv_heads=config.get("num_key_value_heads") or heads,
+            head_dim=config.get("head_dim") or width // heads,
+            mlp=config["intermediate_size"],
+            rope_theta=float(theta),
+            eps=config["rms_norm_eps"],
+            qk_norm=family == "qwen3",
+            tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+            sliding_window=config.get("sliding_window") if family == "phi3" else None,
+        )
+
+
+def rotary(positions: Int[Array, "b t"], head_dim: int, theta: float) -> tuple[Float[Array, "b t r"], Float[Array, "b t r"]]:
+    """Cosine and sine of the rotary angles, float32 [B, T, head_dim / 2]."""
+    frequencies = (float(theta) ** (-np.arange(0, head_dim, 2) / head_dim)).astype(np.float32)
+    angles = positions[..., None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: Float[Array, "b t h e"], cos: Float[Array, "b t r"], sin: Float[Array, "b t r"]) -> Float[Array, "b t h e"]:
+    """Rotates the pairs (x[i], x[i + E/2]) by their angles, in float32; returns the dtype of x."""
+    a, b = jnp.split(x.astype(jnp.float32), 2, -1)
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
+
+
+def attention_mask(
+    positions: Int[Array, "b t"], segments: Int[Array, "b t"], sliding_window: int | None = None
+) -> Bool[Array, "b 1 t t"]:
+    """Which key each query may attend to: mask[b, 0, query, key].
+
+    A key is seen by itself and by later indices, if it is no padding (segment -1) and belongs to the shared prefix (segment 0)
+    or to the query's own segment. The sliding window counts positions, not indices, so a conversation sees as far back as it
+    would if it stood alone.
+    """
+    t = segments.shape[1]
+    index = np.arange(t)
+    key, query = segments[:, None, :], segments[:, :, None]
+    mask = (index[None, :] <= index[:, None]) & (key != -1) & ((key == 0) | (key == query))
+    if sliding_window is not None:
+        mask &= positions[:, :, None] - positions[:, None, :] < sliding_window
+    return mask[:, None]
+
+
+class LanguageLayer(nnx.Module):
+    """One pre-norm layer: grouped-query attention with rotary positions, then a SiLU-gated feed-forward part. No biases."""
+
+    def __init__(self, cfg: LanguageConfig, *, rngs: nnx.Rngs):
+        def linear(d_in: int, d_out: int, *axes: str) -> Linear:
+            return Linear(d_in, d_out, rngs=rngs, axes=axes, bias=False, init=normal(0.02))
+
+        w, e = cfg.width, cfg.head_dim
+        self.norm1 = RMSNorm(w, rngs=rngs, eps=cfg.eps)
+        self.q = linear(w, cfg.heads * e, "embed", "heads")
+        self.k = linear(w, cfg.kv_heads * e, "embed", "heads")
+        self.v = linear(w, cfg.kv_heads * e, "embed", "heads")
+        self.o = linear(cfg.heads * e, w, "heads", "embed")
+        self.q_norm = RMSNorm(e, rngs=rngs, eps=cfg.eps) if cfg.qk_norm else None
+        self.k_norm = RMSNorm(e, rngs=rngs, eps=cfg.eps) if cfg.qk_norm else None
+        self.norm2 = RMSNorm(w, rngs=rngs, eps=cfg.eps)
+        self.gate = linear(w, cfg.mlp, "embed", "mlp")
+        self.up = linear(w, cfg.mlp, "embed", "mlp")
+        self.down = linear(cfg.mlp, w, "mlp", "embed")
+        self.head_dim = e
+
+    def __call__(
+        self,
+        x: Float[Array, "b t w"],
+        cos: Float[Array, "b t r"],
+        sin: Float[Array, "b t r"],
+        mask: Bool[Array, "b 1 t t"],
+    ) -> Float[Array, "b t w"]:
+        y = self.norm1(x)
+        q, k, v = (f(y).reshape(*y.shape[:2], -1, self.head_dim) for f in (self.q, self.k, self.v))
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        y = attention(rotate(q, cos, sin), rotate(k, cos, sin), v, mask=mask)
+        x = x + self.o(y.reshape(*x.shape[:2], -1))
+        y = self.norm2(x)
+        return x + self.down(jax.nn.silu(self.gate(y)) * self.up(y))
+
+
+class Language(nnx.Module):
+    """The language model, from embeddings to normalised hidden states; the logits are `hidden @ unembedding().T`."""
+
+    def __init__(self, cfg: LanguageConfig, *, rngs: nnx.Rngs):
+        shape, axes = (cfg.vocab, cfg.width), ("vocab", "embed")
+        self.table = param(rngs, normal(0.02), shape, axes)
+        self.layers = stack(lambda r: LanguageLayer(cfg, rngs=r), cfg.layers, rngs)
+        self.norm = RMSNorm(cfg.width, rngs=rngs, eps=cfg.eps)
+        self.head = None if cfg.tie_embeddings else param(rngs, normal(0.02), shape, axes)
+        self.cfg = cfg
+
+    def embed(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t w"]:
+        """Table rows of the tokens, in the table's dtype. Placeholder ids (< 0) read row 0; the caller overwrites them."""
+        return jnp.take(self.table[...], jnp.maximum(tokens, 0), axis=0, mode="clip")
+
+    def unembedding(self) -> Float[Array, "v w"]:
+        """The matrix of the language head, [V, W]; the embedding table itself when tied."""
+        return (self.table if self.head is None else self.head)[...]
+
+    def __call__(
+        self, embeds: Float[Array, "b t w"], positions: Int[Array, "b t"], segments: Int[Array, "b t"]
+    ) -> Float[Array, "b t w"]:
+        """Runs the layers.
+
+        Args:
+            embeds: [B, T, W]; their dtype is the dtype computed in.
+            positions: int [B, T], rotary positions.
+            segments: int [B, T]; 0 = prefix seen by all, 1.. = conversations that do not see each other, -1 = padding (never
+                seen; what comes out there has no meaning).
+
+        Returns:
+            [B, T, W], hidden states after the final norm (HF's `hidden_states[-1]`).
+        """
+        cos, sin = rotary(positions, self.cfg.head_dim, self.cfg.rope_theta)
+        mask = attention_mask(positions, segments, self.cfg.sliding_window)
+        body = lambda layer, x, _: (layer(x, cos, sin, mask), None)  # noqa: E731
+        return self.norm(scan(self.layers, body, embeds, policy=self.cfg.remat)[0])

@@ -1,0 +1,199 @@
+"""The few layers all towers are made of, with logical axis names on every parameter.
+
+A parameter is `nnx.Param(value, axes=(...))`: one logical axis name (or None) a dimension. `parallel.py` turns the names into
+shardings; nothing here knows about meshes. Parameters are float32; `dtype` is what a layer computes in. Matrix products
+accumulate in float32 (`ops.dot`); norms take their statistics in float32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from flowseg_jax.ops.attention import attention
+from flowseg_jax.ops.dot import dot
+
+Initializer = Callable[..., jax.Array]
+
+ones = nnx.initializers.ones
+zeros = nnx.initializers.zeros
+xavier = nnx.initializers.xavier_uniform()
+
+
+def normal(std: float) -> Initializer:
+    return nnx.initializers.normal(std)
+
+
+def torch_uniform(fan_in: int) -> Initializer:
+    """PyTorch's default for Linear and Conv, weight and bias alike: uniform in +-1/sqrt(fan_in)."""
+    bound = 1.0 / math.sqrt(fan_in)
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def param(rngs: nnx.Rngs, init: Initializer, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
+    """A float32 parameter with one logical axis name a dimension."""
+    if len(axes) != len(shape):
+        raise ValueError(f"axes {axes} do not fit shape {shape}")
+    return nnx.Param(init(rngs.params(), shape, jnp.float32), axes=axes)
+
+
+class Linear(nnx.Module):
+    """y = x W + b, W [in, out]. `axes` names W's two dimensions."""
+
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        *,
+        rngs: nnx.Rngs,
+        axes: tuple[str | None, str | None] = (None, None),
+        bias: bool = True,
+        init: Initializer = xavier,
+        bias_init: Initializer = zeros,
+    ):
+        self.kernel = param(rngs, init, (d_in, d_out), axes)
+        self.bias = param(rngs, bias_init, (d_out,), (axes[1],)) if bias else None
+
+    def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
+        y = dot(x, self.kernel[...].astype(x.dtype))
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class Conv(nnx.Module):
+    """NHWC convolution, kernel [kh, kw, in, out], stride 1 and torch-style symmetric padding, or patchify (stride = kernel)."""
+
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        kernel: int,
+        *,
+        rngs: nnx.Rngs,
+        stride: int = 1,
+        padding: int = 0,
+        axes: tuple[str | None, str | None] = (None, None),
+        bias: bool = True,
+        init: Initializer = xavier,
+        bias_init: Initializer = zeros,
+    ):
+        self.kernel = param(rngs, init, (kernel, kernel, d_in, d_out), (None, None, *axes))
+        self.bias = param(rngs, bias_init, (d_out,), (axes[1],)) if bias else None
+        self.stride, self.padding = stride, padding
+
+    def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b y x o"]:
+        kernel = self.kernel[...].astype(x.dtype)
+        size = kernel.shape[0]
+        if size == 1 and self.stride == 1:
+            y = dot(x, kernel[0, 0])
+        elif size == self.stride and self.padding == 0:  # patchify: one matrix product
+            b, h, w, c = x.shape
+            x = x[:, : h // size * size, : w // size * size]
+            x = x.reshape(b, h // size, size, w // size, size, c).swapaxes(2, 3)
+            y = dot(x.reshape(b, h // size, w // size, size * size * c), kernel.reshape(-1, kernel.shape[-1]))
+        else:
+            # lax.conv has no mixed-precision transpose rule: the product is taken in the compute dtype.
+            y = jax.lax.conv_general_dilated(
+                x,
+                kernel,
+                (self.stride, self.stride),
+                [(self.padding, self.padding)] * 2,
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            )
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """LayerNorm over the last axis; statistics in float32, biased variance."""
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs, eps: float = 1e-5):
+        self.scale = param(rngs, ones, (width,), (None,))
+        self.bias = param(rngs, zeros, (width,), (None,))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        y = x.astype(jnp.float32)
+        y = y - y.mean(-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
+        return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """RMSNorm over the last axis; statistics in float32."""
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs, eps: float = 1e-6):
+        self.scale = param(rngs, ones, (width,), (None,))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
+        return y.astype(x.dtype) * self.scale[...].astype(x.dtype)
+
+
+class GroupNorm(nnx.Module):
+    """GroupNorm of an NHWC map; statistics in float32 over (h, w, channels of the group)."""
+
+    def __init__(self, width: int, groups: int, *, rngs: nnx.Rngs, eps: float = 1e-5):
+        if width % groups:
+            raise ValueError(f"GroupNorm: {groups} groups do not divide width {width}")
+        self.scale = param(rngs, ones, (width,), (None,))
+        self.bias = param(rngs, zeros, (width,), (None,))
+        self.groups, self.eps = groups, eps
+
+    def __call__(self, x: Float[Array, "b h w d"]) -> Float[Array, "b h w d"]:
+        b, h, w, d = x.shape
+        y = x.astype(jnp.float32).reshape(b, h, w, self.groups, d // self.groups)
+        y = y - y.mean((1, 2, 4), keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean((1, 2, 4), keepdims=True) + self.eps)
+        return (y.reshape(b, h, w, d) * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+def gelu(x: Array) -> Array:
+    """Exact (erf) GELU, as torch's default."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+def gelu_tanh(x: Array) -> Array:
+    """GELU by the tanh approximation (`gelu_pytorch_tanh`)."""
+    return jax.nn.gelu(x, approximate=True)
+
+
+class MultiHeadAttention(nnx.Module):
+    """Multi-head attention with biases, as `torch.nn.MultiheadAttention` (its fused in-projection kept as three matrices).
+
+    Weights are small and stay replicated: no sharded axis names. `fused_init` draws q, k and v as the rows of one Xavier-uniform
+    [3D, D] matrix, as torch does; otherwise each is Xavier-uniform on its own (the scaffold's self-attention).
+    """
+
+    def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs, fused_init: bool = True, zero_output: bool = False):
+        if width % heads:
+            raise ValueError(f"{heads} heads do not divide width {width}")
+        bound = math.sqrt(6 / (4 * width if fused_init else 2 * width))
+        init = lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)  # noqa: E731
+        self.query = Linear(width, width, rngs=rngs, init=init)
+        self.key = Linear(width, width, rngs=rngs, init=init)
+        self.value = Linear(width, width, rngs=rngs, init=init)
+        self.output = Linear(width, width, rngs=rngs, init=zeros if zero_output else xavier)
+        self.heads = heads
+
+    def __call__(
+        self,
+        query: Float[Array, "b s d"],
+        key: Float[Array, "b t d"],
+        value: Float[Array, "b t d"],
+        *,
+        mask: Bool[Array, "b 1 s t"] | None = None,
+    ) -> Float[Array, "b s d"]:
+        """Attends; `mask` is True where a query may look, and a query that may look nowhere gets only the output bias."""
+        b, s, d = query.shape
+
+        def split(x: Array) -> Array:
+            return x.reshape(b, x.shape[1], self.heads, d // self.heads)
+
+        out = attention(split(self.query(query)), split(self.key(key)), split(self.value(value)), mask=mask)
+        return self.output(out.reshape(b, s, d))

@@ -1,0 +1,238 @@
+"""The query decoder: Mask2Former's masked-attention layers with the semantic flow inside each of them.
+
+The unit is the decoder pass: one image, its queries, its own conditions. The R passes of an image share its memory, so their
+queries attend as one long query axis and keys and values are projected once an image.
+
+Masks are linear in the pixel features, which this module uses twice: the attention mask of a layer is the product with features
+resized to that layer's level (never the full-resolution masks of all queries resized), and callers get mask embeddings, from which
+they compute only the masks they need (`mask_logits`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from flowseg_jax.models.layers import LayerNorm, Linear, MultiHeadAttention, normal, param
+from flowseg_jax.models.pixel_decoder import sine_positions
+from flowseg_jax.models.semantic_flow import ConditionRefinement, Conditions, SemanticFlowConfig, SemanticRefinement
+from flowseg_jax.models.stack import remat, stack
+from flowseg_jax.ops.resize import resize
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """Sizes of the query decoder (X-SAM's defaults: Mask2Former, 200 queries, 9 layers).
+
+    Attributes:
+        width: D, of queries, conditions, memory and mask features.
+        queries: Q.
+        layers: number of decoder layers; layer i reads level i mod L.
+        heads: attention heads of every attention of a layer.
+        ffn: hidden width of the feed-forward network.
+        levels: L, the number of memory levels.
+        logit_scale: initial value of the learned log scale of the cosine class head.
+        logit_clamp: class logits are clipped to plus or minus this (X-SAM main 50, AAAI 500).
+        remat: rematerialisation policy of a layer.
+    """
+
+    width: int = 256
+    queries: int = 200
+    layers: int = 9
+    heads: int = 8
+    ffn: int = 2048
+    levels: int = 3
+    logit_scale: float = 2.6593
+    logit_clamp: float = 50.0
+    remat: str = "full"
+
+    @classmethod
+    def tiny(cls) -> DecoderConfig:
+        return cls(width=64, queries=16, layers=3, heads=4, ffn=256, remat="none")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecoderOutput:
+    """Predictions before the first layer and after each layer (J = layers + 1, the last is the prediction).
+
+    Attributes:
+        queries: [J, P, Q, D], after the decoder's shared LayerNorm.
+        mask_embeds: [J, P, Q, D]; a mask is their product with the mask features.
+        class_logits: float32 [J, P, Q, N] against C(j), or None without conditions.
+    """
+
+    queries: Float[Array, "j p q d"]
+    mask_embeds: Float[Array, "j p q d"]
+    class_logits: Float[Array, "j p q n"] | None
+
+
+def mask_logits(mask_embeds: Float[Array, "b n d"], features: Float[Array, "b h w d"]) -> Float[Array, "b n h w"]:
+    """Mask logits of N embeddings an image at the resolution of the mask features, in float32."""
+    return jnp.einsum("bnd,bhwd->bnhw", mask_embeds, features, preferred_element_type=jnp.float32)
+
+
+def cosine_logits(
+    queries: Float[Array, "p q d"],
+    conditions: Float[Array, "p n d"],
+    valid: Bool[Array, "p n"],
+    log_scale: Float[Array, "1"],
+    clamp: float,
+) -> Float[Array, "p q n"]:
+    """exp(log_scale) * cos(query, condition), clipped to +-clamp; rows that do not exist get -1e6. In float32."""
+
+    def unit(x: Array) -> Array:
+        x = x.astype(jnp.float32)
+        # max(norm, eps) with a gradient that is finite at zero
+        return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-24))
+
+    logits = jnp.einsum("pqd,pnd->pqn", unit(queries), unit(conditions)) * jnp.exp(log_scale)
+    return jnp.where(valid[:, None, :], jnp.clip(logits, -clamp, clamp), -1e6)
+
+
+class DecoderLayer(nnx.Module):
+    """Post-norm: visual cross-attention, SR, self-attention, feed-forward, CR."""
+
+    def __init__(self, cfg: DecoderConfig, flow: SemanticFlowConfig, *, rngs: nnx.Rngs):
+        self.cross = MultiHeadAttention(cfg.width, cfg.heads, rngs=rngs)
+        self.cross_norm = LayerNorm(cfg.width, rngs=rngs)
+        on, both = flow.mode != "off", flow.mode == "sr_cr"
+        self.semantic = SemanticRefinement(cfg.width, cfg.heads, flow, rngs=rngs) if on else None
+        self.self_attention = MultiHeadAttention(cfg.width, cfg.heads, rngs=rngs, fused_init=False)
+        self.self_norm = LayerNorm(cfg.width, rngs=rngs)
+        self.up = Linear(cfg.width, cfg.ffn, rngs=rngs)
+        self.down = Linear(cfg.ffn, cfg.width, rngs=rngs)
+        self.ffn_norm = LayerNorm(cfg.width, rngs=rngs)
+        self.refinement = ConditionRefinement(cfg.width, cfg.heads, flow, rngs=rngs) if both else None
+
+    def attend(
+        self,
+        x: Float[Array, "p q d"],
+        position: Float[Array, "q d"],
+        memory: Float[Array, "b s d"],
+        memory_position: Float[Array, "s d"],
+        allowed: Bool[Array, "p q s"],
+    ) -> Float[Array, "p q d"]:
+        """Masked cross-attention of all passes of an image to its memory: Q_vis."""
+        b, (p, q, d) = memory.shape[0], x.shape
+        flat = (x + position).reshape(b, p // b * q, d)
+        out = self.cross(flat, memory + memory_position, memory, mask=allowed.reshape(b, 1, p // b * q, -1))
+        return self.cross_norm(x + out.reshape(p, q, d))
+
+    def flow(
+        self,
+        q_vis: Float[Array, "p q d"],
+        position: Float[Array, "q d"],
+        embeds: Float[Array, "p n d"] | None,
+        conditions: Conditions | None,
+    ) -> tuple[Float[Array, "p q d"], Float[Array, "p n d"] | None]:
+        """Everything after the visual cross-attention; returns the queries and C(l)."""
+        x = q_vis
+        if conditions is not None and self.semantic is not None:
+            x = self.semantic(x, position, embeds, conditions.own)
+        x = self.self_norm(x + self.self_attention(x + position, x + position, x))
+        found = x  # Q_s: after self-attention, before the feed-forward network
+        x = self.ffn_norm(x + self.down(jax.nn.relu(self.up(x))))
+        if conditions is not None and self.refinement is not None:
+            embeds = self.refinement(embeds, found, conditions.valid & conditions.own.any(-1, keepdims=True))
+        return x, embeds
+
+
+class MaskDecoder(nnx.Module):
+    """All layers, the shared prediction heads and the learned queries (scaffold: X-SAM's Mask2Former decoder)."""
+
+    def __init__(self, cfg: DecoderConfig, flow: SemanticFlowConfig, *, rngs: nnx.Rngs):
+        small = normal(0.02)
+        self.cfg = cfg
+        self.query_content = param(rngs, small, (cfg.queries, cfg.width), (None, None))
+        self.query_position = param(rngs, small, (cfg.queries, cfg.width), (None, None))
+        self.level_embed = param(rngs, small, (cfg.levels, cfg.width), (None, None))
+        self.layers = stack(lambda r: DecoderLayer(cfg, flow, rngs=r), cfg.layers, rngs)
+        self.norm = LayerNorm(cfg.width, rngs=rngs)
+        self.mask_mlp_0 = Linear(cfg.width, cfg.width, rngs=rngs, init=small)
+        self.mask_mlp_1 = Linear(cfg.width, cfg.width, rngs=rngs, init=small)
+        self.mask_mlp_2 = Linear(cfg.width, cfg.width, rngs=rngs, init=small)
+        self.logit_scale = param(rngs, nnx.initializers.constant(cfg.logit_scale), (1,), (None,))
+
+    def mask_embed(self, queries: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        return self.mask_mlp_2(jax.nn.relu(self.mask_mlp_1(jax.nn.relu(self.mask_mlp_0(queries)))))
+
+    def __call__(
+        self,
+        mask_features: Float[Array, "b h w d"],
+        levels: tuple[Float[Array, "b y x d"], ...],
+        passes: int,
+        conditions: Conditions | None = None,
+        seg_embeds: Float[Array, "p d"] | None = None,
+    ) -> DecoderOutput:
+        """Decodes `passes` passes an image (P = B * passes, the passes of an image adjacent).
+
+        Args:
+            mask_features: [B, h, w, D].
+            levels: memory maps, low to high resolution.
+            passes: R, decoder passes an image.
+            conditions: of all P passes; None for a language-free decoder call.
+            seg_embeds: S, added to every query of its pass; zeros for a pass without.
+        """
+        cfg, b = self.cfg, mask_features.shape[0]
+        if len(levels) != cfg.levels:
+            raise ValueError(f"the decoder expects {cfg.levels} levels, got {len(levels)}")
+        dtype = mask_features.dtype
+        position = self.query_position[...].astype(dtype)
+        x = jnp.broadcast_to(self.query_content[...].astype(dtype), (b * passes, cfg.queries, cfg.width))
+        if seg_embeds is not None:
+            x = x + seg_embeds.astype(dtype)[:, None]
+        embeds = None if conditions is None else conditions.embeds.astype(dtype)
+
+        memories = []
+        for index, level in enumerate(levels):
+            _, y, w, d = level.shape
+            memories.append(
+                (
+                    level.reshape(b, y * w, d) + self.level_embed[index].astype(dtype),
+                    sine_positions(y, w, d).reshape(y * w, d).astype(dtype),
+                    jax.lax.stop_gradient(self.at_size(mask_features, (y, w)).reshape(b, y * w, d)),
+                )
+            )
+
+        def predict(x: Array, embeds: Array | None) -> tuple[Array, Array, Array | None]:
+            queries = self.norm(x)
+            logits = None
+            if conditions is not None:
+                logits = cosine_logits(queries, embeds, conditions.valid, self.logit_scale[...], cfg.logit_clamp)
+            return queries, self.mask_embed(queries), logits
+
+        graphdef, stacked = nnx.split(self.layers)
+
+        def body(carry, inputs):
+            x, embeds = carry
+            index, params = inputs
+            layer = nnx.merge(graphdef, params)
+            prediction = predict(x, embeds)
+
+            def attend(memory, memory_position, features):
+                mask_embeds = jax.lax.stop_gradient(prediction[1]).reshape(b, passes * cfg.queries, -1)
+                allowed = jnp.einsum("bqd,bsd->bqs", mask_embeds, features, preferred_element_type=jnp.float32) >= 0
+                allowed = allowed | ~allowed.any(-1, keepdims=True)  # a mask that blocks everything blocks nothing
+                return layer.attend(x, position, memory, memory_position, allowed.reshape(b * passes, cfg.queries, -1))
+
+            branches = [lambda memory=memory: attend(*memory) for memory in memories]
+            q_vis = jax.lax.switch(index % len(branches), branches)
+            return layer.flow(q_vis, position, embeds, conditions), prediction
+
+        steps = (jnp.arange(cfg.layers), nnx.to_pure_dict(stacked))
+        (x, embeds), outputs = jax.lax.scan(remat(body, cfg.remat), (x, embeds), steps)
+        last = predict(x, embeds)
+        queries, mask_embeds, logits = jax.tree.map(lambda ys, y: jnp.concatenate([ys, y[None]]), outputs, last)
+        return DecoderOutput(queries, mask_embeds, logits)
+
+    @staticmethod
+    def at_size(features: Float[Array, "b h w d"], size: tuple[int, int]) -> Float[Array, "b y x d"]:
+        """Mask features resized bilinearly: masks are linear in them, so their masks are the resized masks."""
+        if features.shape[1:3] == size:
+            return features
+        return jnp.moveaxis(resize(jnp.moveaxis(features, -1, 1), size), 1, -1)

@@ -1,0 +1,273 @@
+"""The pixel decoder: a feature pyramid in, the levels the mask decoder attends to and the map that masks are read from out.
+
+Mask2Former's multi-scale deformable encoder with an FPN on top, as Hugging Face's `Mask2FormerPixelDecoder` and X-SAM have it
+(scaffold 2.3). Levels are ordered LOW to HIGH resolution throughout, maps are NHWC. Positions, sampling coordinates and the
+softmax over the sampled points are float32; the rest computes in the dtype of the features.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from flowseg_jax.errors import UserError
+from flowseg_jax.models.layers import Conv, GroupNorm, LayerNorm, Linear, param, zeros
+from flowseg_jax.models.stack import scan, stack
+from flowseg_jax.ops.msda import msda
+from flowseg_jax.ops.resize import resize
+
+Shapes = tuple[tuple[int, int], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class PixelDecoderConfig:
+    """The pixel decoder.
+
+    Attributes:
+        channels: width of each incoming map, low to high resolution.
+        strides: nominal stride of each incoming map, low to high resolution. They decide one thing only: how many FPN stages
+            follow the encoder, log2(finest encoder stride / common_stride).
+        width: model width D, a multiple of 4.
+        mask_width: width of the mask features.
+        layers: encoder layers.
+        heads: attention heads.
+        points: sampled points a head and level.
+        ffn: hidden width of the feed-forward layers.
+        levels: how many maps, counted from the lowest resolution, enter the encoder; None: all.
+        common_stride: nominal stride at which the FPN ends.
+        groups: groups of the GroupNorms.
+        remat: rematerialisation policy of the encoder layers ("none", "full", "dots").
+    """
+
+    channels: tuple[int, ...]
+    strides: tuple[int, ...]
+    width: int = 256
+    mask_width: int = 256
+    layers: int = 6
+    heads: int = 8
+    points: int = 4
+    ffn: int = 1024
+    levels: int | None = None
+    common_stride: int = 4
+    groups: int = 32
+    remat: str = "full"
+
+    def __post_init__(self):
+        if not self.channels or len(self.channels) != len(self.strides):
+            raise UserError(
+                f"pixel_decoder: {len(self.channels)} channels {self.channels} and {len(self.strides)} strides {self.strides}; "
+                "give one of each for every feature map, low to high resolution"
+            )
+        if any(low < high for low, high in zip(self.strides, self.strides[1:], strict=False)):
+            raise UserError(f"pixel_decoder.strides {self.strides} must go from low to high resolution (largest first)")
+        if not 1 <= self.encoder_levels <= len(self.channels):
+            raise UserError(f"pixel_decoder.levels is {self.levels} with {len(self.channels)} feature maps")
+        if self.width % 4 or self.width % self.heads or self.width % self.groups:
+            raise UserError(
+                f"pixel_decoder.width {self.width} must be a multiple of 4, of heads ({self.heads}) "
+                f"and of groups ({self.groups})"
+            )
+        if self.fpn_stages > len(self.channels):
+            raise UserError(
+                f"pixel_decoder: strides {self.strides} ask for {self.fpn_stages} FPN stages with {len(self.channels)} feature "
+                "maps; add a finer map or raise common_stride"
+            )
+
+    @classmethod
+    def mask2former(cls, channels: tuple[int, ...] = (2048, 1024, 512), **changes) -> PixelDecoderConfig:
+        """The sizes of mask2former-swin-large that X-SAM uses; 1 to 4 maps of stride 32, 16, 8, 4, all of which are encoded."""
+        strides = (32, 16, 8, 4)[: len(channels)]
+        return cls(**{"channels": tuple(channels), "strides": strides, **changes})
+
+    @classmethod
+    def tiny(cls) -> PixelDecoderConfig:
+        return cls(channels=(192, 96, 48), strides=(32, 16, 8), width=64, mask_width=64, layers=2, heads=4, ffn=128)
+
+    @property
+    def encoder_levels(self) -> int:
+        """L, the number of levels in the encoder and in the output."""
+        return len(self.channels) if self.levels is None else self.levels
+
+    @property
+    def fpn_stages(self) -> int:
+        finest = min(self.strides[: self.encoder_levels])
+        return max(0, int(math.log2(finest) - math.log2(self.common_stride)))
+
+
+def sine_positions(height: int, width: int, dim: int) -> Float[Array, "h w d"]:
+    """Sine position embedding of a height x width map, float32 [height, width, dim].
+
+    The first dim/2 channels encode the row, the others the column; sines on even and cosines on odd channels, frequencies
+    10000^(-2i/(dim/2)), positions 1..n scaled to (0, 2 pi] (HF `Mask2FormerSinePositionEmbedding`, normalize=True).
+    """
+    if dim % 4:
+        raise ValueError(f"sine_positions: dim {dim} is not a multiple of 4")
+    half = dim // 2
+    frequency = 10000.0 ** (-2 * (np.arange(half) // 2) / half)
+
+    def table(size: int) -> Array:
+        # Only the two [size, half] tables become constants of the program; the map is broadcast on the device.
+        angle = np.arange(1, size + 1)[:, None] / (size + 1e-6) * 2 * np.pi * frequency
+        even = np.arange(half) % 2 == 0
+        return jnp.asarray(np.where(even, np.sin(angle), np.cos(angle)), jnp.float32)
+
+    rows = jnp.broadcast_to(table(height)[:, None], (height, width, half))
+    columns = jnp.broadcast_to(table(width)[None], (height, width, half))
+    return jnp.concatenate([rows, columns], axis=-1)
+
+
+def reference_points(shapes: Shapes) -> Float[Array, "n 2"]:
+    """Pixel centres (x, y) in [0, 1] of all levels, flattened row by row, level after level: float32 [sum h*w, 2]."""
+    points = []
+    for height, width in shapes:
+        x = (jnp.arange(width, dtype=jnp.float32) + 0.5) / width
+        y = (jnp.arange(height, dtype=jnp.float32) + 0.5) / height
+        points.append(jnp.stack(jnp.meshgrid(x, y), axis=-1).reshape(-1, 2))
+    return jnp.concatenate(points)
+
+
+def direction_grid(heads: int, levels: int, points: int) -> np.ndarray:
+    """Initial sampling offsets (x, y) in pixels, float32, flattened from [heads, levels, points, 2].
+
+    Head h looks along the angle 2 pi h / heads; its point k lies k + 1 pixels away, measured in the larger coordinate.
+    """
+    angle = 2 * np.pi * np.arange(heads) / heads
+    direction = np.stack([np.cos(angle), np.sin(angle)], axis=-1)
+    direction /= np.abs(direction).max(axis=-1, keepdims=True)
+    steps = np.arange(1, points + 1)
+    grid = direction[:, None, None] * steps[None, None, :, None]
+    return np.broadcast_to(grid, (heads, levels, points, 2)).reshape(-1).astype(np.float32)
+
+
+class DeformableAttention(nnx.Module):
+    """Multi-scale deformable self-attention (HF `Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention`)."""
+
+    def __init__(self, cfg: PixelDecoderConfig, *, rngs: nnx.Rngs):
+        self.heads, self.levels, self.points = cfg.heads, cfg.encoder_levels, cfg.points
+        samples = self.heads * self.levels * self.points
+        grid = direction_grid(self.heads, self.levels, self.points)
+        # Both matrices start Xavier-uniform, not at zero as in Deformable DETR: that is what X-SAM trains from (scaffold 2.6).
+        self.offsets = Linear(
+            cfg.width,
+            2 * samples,
+            rngs=rngs,
+            axes=("embed", "heads"),
+            bias_init=lambda key, shape, dtype=jnp.float32: jnp.asarray(grid, dtype),
+        )
+        self.weights = Linear(cfg.width, samples, rngs=rngs, axes=("embed", "heads"))
+        self.value = Linear(cfg.width, cfg.width, rngs=rngs, axes=("embed", "heads"))
+        self.output = Linear(cfg.width, cfg.width, rngs=rngs, axes=("heads", "embed"))
+
+    def __call__(
+        self, x: Float[Array, "b n d"], positions: Float[Array, "n d"], reference: Float[Array, "n 2"], shapes: Shapes
+    ) -> Float[Array, "b n d"]:
+        b, n, d = x.shape
+        value = self.value(x).reshape(b, n, self.heads, d // self.heads)
+        # float32 from here on: half precision would move the sampling points by visible fractions of a pixel.
+        query = x.astype(jnp.float32) + positions
+        offsets = self.offsets(query).reshape(b, n, self.heads, self.levels, self.points, 2)
+        sizes = jnp.asarray([(width, height) for height, width in shapes], jnp.float32)
+        locations = reference[:, None, None, None] + offsets / sizes[:, None]
+        weights = self.weights(query).reshape(b, n, self.heads, self.levels * self.points)
+        weights = jax.nn.softmax(weights).reshape(b, n, self.heads, self.levels, self.points)
+        return self.output(msda(value, shapes, locations, weights).astype(x.dtype))
+
+
+class EncoderLayer(nnx.Module):
+    """Post-norm: deformable attention, residual, LayerNorm; ReLU feed-forward, residual, LayerNorm."""
+
+    def __init__(self, cfg: PixelDecoderConfig, *, rngs: nnx.Rngs):
+        self.attention = DeformableAttention(cfg, rngs=rngs)
+        self.norm1 = LayerNorm(cfg.width, rngs=rngs)
+        self.up = Linear(cfg.width, cfg.ffn, rngs=rngs, axes=("embed", "mlp"))
+        self.down = Linear(cfg.ffn, cfg.width, rngs=rngs, axes=("mlp", "embed"))
+        self.norm2 = LayerNorm(cfg.width, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "b n d"], positions: Float[Array, "n d"], reference: Float[Array, "n 2"], shapes: Shapes
+    ) -> Float[Array, "b n d"]:
+        x = self.norm1(x + self.attention(x, positions, reference, shapes))
+        return self.norm2(x + self.down(jax.nn.relu(self.up(x))))
+
+
+class ConvNorm(nnx.Module):
+    """Convolution followed by GroupNorm."""
+
+    def __init__(self, cfg: PixelDecoderConfig, d_in: int, kernel: int, *, bias: bool, rngs: nnx.Rngs):
+        self.conv = Conv(d_in, cfg.width, kernel, padding=kernel // 2, rngs=rngs, axes=("embed", None), bias=bias)
+        self.norm = GroupNorm(cfg.width, cfg.groups, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b h w d"]:
+        return self.norm(self.conv(x))
+
+
+class PixelDecoder(nnx.Module):
+    """Feature pyramid -> (mask features, encoded levels).
+
+    An FPN stage takes one of the finest maps that came in, low to high resolution, adds the upsampled result so far and applies
+    a 3x3 convolution. With three maps of stride 32, 16, 8 the one stage therefore reads the stride-8 map again, and masks have
+    stride 8; with a fourth, encoded map of stride 4 there is no stage, and masks have stride 4; with a fourth map that is not
+    encoded (`levels=3`, the original Mask2Former) the stage brings masks to stride 4.
+    """
+
+    def __init__(self, cfg: PixelDecoderConfig, *, rngs: nnx.Rngs):
+        self.cfg = cfg
+        levels, stages = cfg.encoder_levels, cfg.fpn_stages
+        self.projections = nnx.List([ConvNorm(cfg, c, 1, bias=True, rngs=rngs) for c in cfg.channels[:levels]])
+        self.level_embed = param(rngs, zeros, (levels, cfg.width), (None, None))
+        self.layers = stack(lambda r: EncoderLayer(cfg, rngs=r), cfg.layers, rngs)
+        finest = cfg.channels[len(cfg.channels) - stages :]
+        self.lateral = nnx.List([ConvNorm(cfg, c, 1, bias=False, rngs=rngs) for c in finest])
+        self.fuse = nnx.List([ConvNorm(cfg, cfg.width, 3, bias=False, rngs=rngs) for _ in finest])
+        self.mask_projection = Conv(cfg.width, cfg.mask_width, 1, rngs=rngs, axes=("embed", None))
+
+    def positions(self, shapes: Shapes) -> Float[Array, "n d"]:
+        """Sine positions plus the level's learned embedding, flattened over all levels, float32."""
+        maps = [sine_positions(h, w, self.cfg.width).reshape(h * w, -1) for h, w in shapes]
+        return jnp.concatenate([table + self.level_embed[i] for i, table in enumerate(maps)])
+
+    def encode(self, maps: tuple[Float[Array, "b _ _ d"], ...]) -> tuple[Float[Array, "b _ _ d"], ...]:
+        """Runs the deformable encoder over projected maps of one width; returns maps of the same sizes."""
+        shapes = tuple(x.shape[1:3] for x in maps)
+        x = jnp.concatenate([x.reshape(x.shape[0], -1, x.shape[-1]) for x in maps], axis=1)
+        positions, reference = self.positions(shapes), reference_points(shapes)
+
+        def body(layer: EncoderLayer, x: Array, _) -> tuple[Array, None]:
+            return layer(x, positions, reference, shapes), None
+
+        x, _ = scan(self.layers, body, x, policy=self.cfg.remat)
+        ends = np.cumsum([h * w for h, w in shapes])[:-1].tolist()
+        parts = jnp.split(x, ends, axis=1)
+        return tuple(part.reshape(part.shape[0], h, w, -1) for part, (h, w) in zip(parts, shapes, strict=True))
+
+    def __call__(
+        self, features: tuple[Float[Array, "b _ _ _"], ...]
+    ) -> tuple[Float[Array, "b h w m"], tuple[Float[Array, "b _ _ d"], ...]]:
+        """Decodes a pyramid.
+
+        Args:
+            features: one map [B, h, w, channels[i]] a level, low to high resolution; sizes need no fixed ratio.
+
+        Returns:
+            mask features [B, h, w, mask_width], and the encoded levels, low to high resolution, each [B, h, w, width].
+
+        Raises:
+            ValueError: the number of maps or a map's channels differ from the config.
+        """
+        found = tuple(x.shape[-1] for x in features)
+        if found != tuple(self.cfg.channels):
+            raise ValueError(f"PixelDecoder: maps of {found} channels, configured for {tuple(self.cfg.channels)}")
+        levels = self.encode(tuple(project(x) for project, x in zip(self.projections, features, strict=False)))
+        top = levels[-1]
+        for lateral, fuse, x in zip(self.lateral, self.fuse, features[len(features) - len(self.lateral) :], strict=True):
+            side = lateral(x)
+            if top.shape[1:3] != side.shape[1:3]:
+                top = jnp.moveaxis(resize(jnp.moveaxis(top, -1, 1), side.shape[1:3]), 1, -1).astype(side.dtype)
+            top = jax.nn.relu(fuse(side + top))
+        return self.mask_projection(top), levels

@@ -1,0 +1,277 @@
+"""The mask encoder: SAM's ViT, read at several depths.
+
+Same function as `transformers.models.sam.modeling_sam.SamVisionEncoder` without its neck. Most layers attend inside
+windows, a few over the whole grid; both add a decomposed relative position term to the attention logits. That term is computed
+as part of the query-key product (see `SamLayer`), so no bias as large as the attention matrix is ever stored.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from flowseg_jax.errors import UserError
+from flowseg_jax.models.layers import Conv, LayerNorm, Linear, gelu, normal, param, zeros
+from flowseg_jax.models.stack import scan, stack
+from flowseg_jax.ops.attention import attention
+from flowseg_jax.ops.dot import einsum
+
+
+@dataclasses.dataclass(frozen=True)
+class SamConfig:
+    """Sizes of the mask encoder.
+
+    Attributes:
+        image_size: side of the square input (S), pixels; a remainder that fills no patch is ignored.
+        patch_size: side of a patch, pixels.
+        width: model width (W).
+        layers: number of layers.
+        heads: attention heads; must divide `width`.
+        mlp: hidden width of the feed-forward part.
+        window: side of an attention window in patches; need not divide the grid.
+        global_layers: 0-based indices of the layers that attend over the whole grid, in any pattern.
+        eps: LayerNorm epsilon.
+        remat: rematerialisation policy of a layer: "none", "full" or "dots".
+    """
+
+    image_size: int
+    patch_size: int
+    width: int
+    layers: int
+    heads: int
+    mlp: int
+    window: int
+    global_layers: tuple[int, ...]
+    eps: float = 1e-6
+    remat: str = "full"
+
+    def __post_init__(self):
+        object.__setattr__(self, "global_layers", tuple(sorted(set(self.global_layers))))
+        if self.width % self.heads:
+            raise UserError(f"SAM: heads={self.heads} does not divide width={self.width}")
+        if self.image_size < self.patch_size:
+            raise UserError(f"SAM: image_size={self.image_size} is smaller than patch_size={self.patch_size}")
+        if self.window < 1:
+            raise UserError(f"SAM: window={self.window} must be at least 1 (list every layer in global_layers for no windows)")
+        for i in self.global_layers:
+            if not 0 <= i < self.layers:
+                raise UserError(f"SAM: global_layers={self.global_layers} names layer {i}, there are {self.layers} (0-based)")
+
+    @property
+    def grid(self) -> int:
+        """Patches a side (g)."""
+        return self.image_size // self.patch_size
+
+    def place(self, layer: int) -> tuple[str, int]:
+        """Where layer `layer` is stored: the stack ("window_layers" or "global_layers") and the index in it."""
+        before = sum(i < layer for i in self.global_layers)
+        return ("global_layers", before) if layer in self.global_layers else ("window_layers", layer - before)
+
+    @classmethod
+    def vit_large(cls) -> SamConfig:
+        """SAM ViT-L: 64 x 64 patches of 1024 px images, every sixth of 24 layers global."""
+        return cls(
+            image_size=1024,
+            patch_size=16,
+            width=1024,
+            layers=24,
+            heads=16,
+            mlp=4096,
+            window=14,
+            global_layers=(5, 11, 17, 23),
+        )
+
+    @classmethod
+    def tiny(cls) -> SamConfig:
+        return cls(
+            image_size=96,
+            patch_size=8,
+            width=96,
+            layers=4,
+            heads=4,
+            mlp=384,
+            window=6,
+            global_layers=(1, 3),
+            remat="none",
+        )
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any]) -> SamConfig:
+        """Reads a `SamVisionConfig` JSON (or a whole `SamConfig` with a `vision_config`).
+
+        A key that the file leaves out has the Hugging Face class's default.
+        """
+        config = config.get("vision_config", config)
+        for key, expected in (("hidden_act", "gelu"), ("qkv_bias", True), ("use_abs_pos", True), ("use_rel_pos", True)):
+            if config.get(key, expected) != expected:
+                raise UserError(f"SAM config: {key}={config[key]!r} is not supported, expected {expected!r}")
+        layers, width, window = (
+            config.get("num_hidden_layers", 12),
+            config.get("hidden_size", 768),
+            config.get("window_size", 14),
+        )
+        mlp = config.get("mlp_dim")
+        return cls(
+            image_size=config.get("image_size", 1024),
+            patch_size=config.get("patch_size", 16),
+            width=width,
+            layers=layers,
+            heads=config.get("num_attention_heads", 12),
+            mlp=int(width * config.get("mlp_ratio", 4.0)) if mlp is None else mlp,
+            # In SAM's config a window of 0 means that every layer is global.
+            window=window or 1,
+            global_layers=tuple(config.get("global_attn_indexes", (2, 5, 8, 11))) if window else tuple(range(layers)),
+            eps=config.get("layer_norm_eps", 1e-6),
+        )
+
+
+def relative_positions(table: Float[Array, "r e"], size: int) -> Float[Array, "q k e"]:
+    """R[q, k] = table[q - k + size - 1] for q, k < size.
+
+    Taken by a product with a 0/1 tensor: the transpose of an indexed read would be a scatter in every layer's backward pass.
+    """
+    offset = np.arange(size)[:, None] - np.arange(size)[None, :] + size - 1
+    return einsum("qkr,re->qke", jax.nn.one_hot(offset, 2 * size - 1, dtype=table.dtype), table)
+
+
+class SamLayer(nnx.Module):
+    """One pre-norm layer with attention over squares of `size` x `size` patches and an erf-GELU feed-forward part.
+
+    SAM's logits are `scale q.k + q.Rh[y_q, y_k] + q.Rw[x_q, x_k]`, the last two with the unscaled query. With
+    `q' = [scale q, Rh q, Rw q]` and `k' = [k, onehot(y_k), onehot(x_k)]` they are the plain product `q'.k'` of width
+    E + 2 size, which any attention kernel computes.
+    """
+
+    def __init__(self, cfg: SamConfig, size: int, *, rngs: nnx.Rngs):
+        w, e = cfg.width, cfg.width // cfg.heads
+        self.norm1 = LayerNorm(w, rngs=rngs, eps=cfg.eps)
+        self.q = Linear(w, w, rngs=rngs, axes=("embed", "heads"))
+        self.k = Linear(w, w, rngs=rngs, axes=("embed", "heads"))
+        self.v = Linear(w, w, rngs=rngs, axes=("embed", "heads"))
+        self.o = Linear(w, w, rngs=rngs, axes=("heads", "embed"))
+        self.rel_pos_h = param(rngs, zeros, (2 * size - 1, e), (None, None))
+        self.rel_pos_w = param(rngs, zeros, (2 * size - 1, e), (None, None))
+        self.norm2 = LayerNorm(w, rngs=rngs, eps=cfg.eps)
+        self.up = Linear(w, cfg.mlp, rngs=rngs, axes=("embed", "mlp"))
+        self.down = Linear(cfg.mlp, w, rngs=rngs, axes=("mlp", "embed"))
+        self.size, self.heads = size, cfg.heads
+
+    def attend(self, x: Float[Array, "n s s w"]) -> Float[Array, "n s s w"]:
+        """Self-attention of every square on its own."""
+        n, s, _, w = x.shape
+        q, k, v = (f(x).reshape(n, s, s, self.heads, -1) for f in (self.q, self.k, self.v))
+        rows = einsum("nyxhe,yke->nyxhk", q, relative_positions(self.rel_pos_h[...].astype(x.dtype), s))
+        columns = einsum("nyxhe,xke->nyxhk", q, relative_positions(self.rel_pos_w[...].astype(x.dtype), s))
+        q = jnp.concatenate([q * q.shape[-1] ** -0.5, rows, columns], -1)
+        eye = np.eye(s, dtype=np.float32)
+        place = jnp.asarray(np.concatenate([eye.repeat(s, 0), np.tile(eye, (s, 1))], -1), x.dtype)
+        place = jnp.broadcast_to(place.reshape(1, s, s, 1, 2 * s), (n, s, s, self.heads, 2 * s))
+        k = jnp.concatenate([k, place], -1)
+        q, k, v = (a.reshape(n, s * s, self.heads, -1) for a in (q, k, v))
+        return self.o(attention(q, k, v, scale=1.0).reshape(n, s, s, w))
+
+    def __call__(self, x: Float[Array, "b g g w"]) -> Float[Array, "b g g w"]:
+        y = self.norm1(x)
+        b, g, _, w = y.shape
+        if g == self.size:
+            y = self.attend(y)
+        else:
+            # Zeros fill the last windows AFTER the norm and are attended to like any patch: SAM was trained that way.
+            n = -(-g // self.size)
+            y = jnp.pad(y, ((0, 0), (0, n * self.size - g), (0, n * self.size - g), (0, 0)))
+            y = y.reshape(b, n, self.size, n, self.size, w).swapaxes(2, 3).reshape(-1, self.size, self.size, w)
+            y = self.attend(y)
+            y = y.reshape(b, n, n, self.size, self.size, w).swapaxes(2, 3)
+            y = y.reshape(b, n * self.size, n * self.size, w)[:, :g, :g]
+        x = x + y
+        return x + self.down(gelu(self.up(self.norm2(x))))
+
+
+class Sam(nnx.Module):
+    """The mask encoder. Window and global layers are two stacks (their relative position tables differ in size)."""
+
+    def __init__(self, cfg: SamConfig, *, rngs: nnx.Rngs):
+        n_global = len(cfg.global_layers)
+        n_window = cfg.layers - n_global
+        self.patch = Conv(3, cfg.width, cfg.patch_size, rngs=rngs, stride=cfg.patch_size, axes=(None, "embed"))
+        self.position = param(rngs, normal(0.02), (cfg.grid, cfg.grid, cfg.width), (None, None, "embed"))
+        self.window_layers = stack(lambda r: SamLayer(cfg, cfg.window, rngs=r), n_window, rngs) if n_window else None
+        self.global_layers = stack(lambda r: SamLayer(cfg, cfg.grid, rngs=r), n_global, rngs) if n_global else None
+        self.cfg = cfg
+
+    def __call__(self, images: Float[Array, "b s s 3"], select: tuple[int, ...]) -> tuple[Float[Array, "b g g w"], ...]:
+        """Encodes normalised images.
+
+        Args:
+            images: [B, S, S, 3], already normalised, padding zero; its dtype is the dtype computed in.
+            select: which hidden states to return, in HF's counting: 0 = embeddings, i = after layer i (1-based), negative
+                from the end (-1 = after the last layer). Layers behind the deepest one are not run.
+
+        Returns:
+            One [B, g, g, W] a selected state, in the order of `select`.
+
+        Raises:
+            ValueError: an image of another size, or a state that does not exist.
+        """
+        cfg = self.cfg
+        if images.shape[1:] != (cfg.image_size, cfg.image_size, 3):
+            raise ValueError(f"SAM of image_size {cfg.image_size} got images {images.shape}")
+        if not select or not all(-cfg.layers - 1 <= i <= cfg.layers for i in select):
+            raise ValueError(f"SAM has hidden states 0 to {cfg.layers}, asked for {select}")
+        select = tuple(i % (cfg.layers + 1) for i in select)
+        x = self.patch(images)
+        states = {0: x + self.position[...].astype(x.dtype)}
+        period = self._period(select)
+        states |= self._periodic(states[0], select, period) if period else self._runs(states[0], select)
+        return tuple(states[i] for i in select)
+
+    def _run(self, layers: nnx.Module, x: Array, start: int = 0, stop: int | None = None) -> Array:
+        body = lambda layer, x, _: (layer(x), None)  # noqa: E731
+        return scan(layers, body, x, policy=self.cfg.remat, start=start, stop=stop)[0]
+
+    def _period(self, select: tuple[int, ...]) -> int | None:
+        """Layers a block, if the tower is equal blocks of window layers closed by a global one and `select` fits them."""
+        cfg = self.cfg
+        blocks = len(cfg.global_layers)
+        if blocks < 2 or cfg.layers % blocks or max(select) < cfg.layers:
+            return None
+        period = cfg.layers // blocks
+        regular = cfg.global_layers == tuple(range(period - 1, cfg.layers, period))
+        return period if regular and all(i % period in (0, period - 1) for i in select) else None
+
+    def _periodic(self, x: Array, select: tuple[int, ...], period: int) -> dict[int, Array]:
+        """One scan over the blocks: the whole tower is compiled as one block."""
+        inner = any(i % period for i in select)  # is the input of a global layer asked for?
+        stacks = [s for s in (self.window_layers, self.global_layers) if s is not None]
+        graphdefs, params = zip(*(nnx.split(s) for s in stacks), strict=True)
+        blocks = self.cfg.layers // period
+        params = jax.tree.map(lambda w: w.reshape(blocks, -1, *w.shape[1:]), tuple(nnx.to_pure_dict(p) for p in params))
+
+        def block(x, params):
+            *windows, last = (nnx.merge(g, p) for g, p in zip(graphdefs, params, strict=True))
+            for layers in windows:
+                x = self._run(layers, x)
+            y = self._run(last, x)
+            return y, (y, x if inner else None)
+
+        _, (outputs, inputs) = jax.lax.scan(block, x, params)
+        states = {(i + 1) * period: outputs[i] for i in range(blocks)}
+        return states | {(i + 1) * period - 1: inputs[i] for i in range(blocks) if inner}
+
+    def _runs(self, x: Array, select: tuple[int, ...]) -> dict[int, Array]:
+        """Any other pattern: one scan for each run of layers of one kind, cut at the selected states."""
+        states, done, last = {}, 0, max(select)
+        while done < last:
+            name, start = self.cfg.place(done)
+            stop = done + 1
+            while stop < last and stop not in select and self.cfg.place(stop)[0] == name:
+                stop += 1
+            x = self._run(getattr(self, name), x, start, start + stop - done)
+            states[stop], done = x, stop
+        return states

@@ -1,0 +1,140 @@
+"""The vision encoder: a SigLIP ViT that gives the language model its view of the image.
+
+Same function as the encoder of `transformers.SiglipVisionModel` (and the fixed-resolution SigLIP2 checkpoints), without its
+post-norm and pooling head: the language model reads the output of an inner layer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from flax import nnx
+from jaxtyping import Array, Float
+
+from flowseg_jax.errors import UserError
+from flowseg_jax.models.layers import Conv, LayerNorm, Linear, gelu_tanh, normal, param
+from flowseg_jax.models.stack import scan, stack
+from flowseg_jax.ops.attention import attention
+
+
+@dataclasses.dataclass(frozen=True)
+class SiglipConfig:
+    """Sizes of the vision encoder.
+
+    Attributes:
+        image_size: side of the square input (V), pixels; a remainder that fills no patch is ignored.
+        patch_size: side of a patch, pixels.
+        width: model width (W).
+        layers: encoder layers held; the caller chooses how many of them run.
+        heads: attention heads; must divide `width`.
+        mlp: hidden width of the feed-forward part.
+        eps: LayerNorm epsilon.
+        remat: rematerialisation policy of a layer: "none", "full" or "dots".
+    """
+
+    image_size: int
+    patch_size: int
+    width: int
+    layers: int
+    heads: int
+    mlp: int
+    eps: float = 1e-6
+    remat: str = "full"
+
+    def __post_init__(self):
+        if self.width % self.heads:
+            raise UserError(f"SigLIP: heads={self.heads} does not divide width={self.width}")
+        if self.image_size < self.patch_size:
+            raise UserError(f"SigLIP: image_size={self.image_size} is smaller than patch_size={self.patch_size}")
+
+    @property
+    def tokens(self) -> int:
+        """Patches an image (P)."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @classmethod
+    def so400m_14_384(cls) -> SiglipConfig:
+        """SigLIP2-so400m-patch14-384: 729 tokens of width 1152."""
+        return cls(image_size=384, patch_size=14, width=1152, layers=27, heads=16, mlp=4304)
+
+    @classmethod
+    def tiny(cls) -> SiglipConfig:
+        return cls(image_size=48, patch_size=8, width=64, layers=3, heads=4, mlp=256, remat="none")
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any]) -> SiglipConfig:
+        """Reads a `SiglipVisionConfig` JSON (or a whole model's config with a `vision_config`).
+
+        A key that the file leaves out has the Hugging Face class's default.
+        """
+        config = config.get("vision_config", config)
+        act = config.get("hidden_act", "gelu_pytorch_tanh")
+        if act != "gelu_pytorch_tanh":
+            raise UserError(f"SigLIP config: hidden_act={act!r} is not supported, expected 'gelu_pytorch_tanh'")
+        return cls(
+            image_size=config.get("image_size", 224),
+            patch_size=config.get("patch_size", 16),
+            width=config.get("hidden_size", 768),
+            layers=config.get("num_hidden_layers", 12),
+            heads=config.get("num_attention_heads", 12),
+            mlp=config.get("intermediate_size", 3072),
+            eps=config.get("layer_norm_eps", 1e-6),
+        )
+
+
+class SiglipLayer(nnx.Module):
+    """One pre-norm encoder layer: unmasked self-attention, then a GELU(tanh) feed-forward part."""
+
+    def __init__(self, cfg: SiglipConfig, *, rngs: nnx.Rngs):
+        w = cfg.width
+        self.norm1 = LayerNorm(w, rngs=rngs, eps=cfg.eps)
+        self.q = Linear(w, w, rngs=rngs, axes=("embed", "heads"))
+        self.k = Linear(w, w, rngs=rngs, axes=("embed", "heads"))
+        self.v = Linear(w, w, rngs=rngs, axes=("embed", "heads"))
+        self.o = Linear(w, w, rngs=rngs, axes=("heads", "embed"))
+        self.norm2 = LayerNorm(w, rngs=rngs, eps=cfg.eps)
+        self.up = Linear(w, cfg.mlp, rngs=rngs, axes=("embed", "mlp"))
+        self.down = Linear(cfg.mlp, w, rngs=rngs, axes=("mlp", "embed"))
+        self.heads = cfg.heads
+
+    def __call__(self, x: Float[Array, "b p w"]) -> Float[Array, "b p w"]:
+        y = self.norm1(x)
+        q, k, v = (f(y).reshape(*y.shape[:2], self.heads, -1) for f in (self.q, self.k, self.v))
+        x = x + self.o(attention(q, k, v).reshape(y.shape))
+        return x + self.down(gelu_tanh(self.up(self.norm2(x))))
+
+
+class Siglip(nnx.Module):
+    """The vision encoder."""
+
+    def __init__(self, cfg: SiglipConfig, *, rngs: nnx.Rngs):
+        self.patch = Conv(3, cfg.width, cfg.patch_size, rngs=rngs, stride=cfg.patch_size, axes=(None, "embed"))
+        self.position = param(rngs, normal(cfg.width**-0.5), (cfg.tokens, cfg.width), (None, "embed"))
+        self.layers = stack(lambda r: SiglipLayer(cfg, rngs=r), cfg.layers, rngs)
+        self.cfg = cfg
+
+    def __call__(self, images: Float[Array, "b v v 3"], *, layers: int | None = None) -> Float[Array, "b p w"]:
+        """Encodes normalised images.
+
+        Args:
+            images: [B, V, V, 3], already normalised; its dtype is the dtype computed in.
+            layers: how many layers to run, None for all. HF's `hidden_states[-2]` is `cfg.layers - 1`; 0 gives the embeddings.
+
+        Returns:
+            [B, P, W], the output of that layer, row-major over the patches, no final norm.
+
+        Raises:
+            ValueError: an image of another size, or a layer that does not exist.
+        """
+        cfg = self.cfg
+        if images.shape[1:] != (cfg.image_size, cfg.image_size, 3):
+            raise ValueError(f"SigLIP of image_size {cfg.image_size} got images {images.shape}")
+        layers = cfg.layers if layers is None else layers
+        if not 0 <= layers <= cfg.layers:
+            raise ValueError(f"SigLIP has {cfg.layers} layers, asked for {layers}")
+        x = self.patch(images).reshape(images.shape[0], cfg.tokens, cfg.width)
+        x = x + self.position[...].astype(x.dtype)
+        if not layers:
+            return x
+        return scan(self.layers, lambda layer, x, _: (layer(x), None), x, policy=cfg.remat, stop=layers)[0]

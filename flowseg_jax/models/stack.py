@@ -1,0 +1,64 @@
+"""Repeated layers: built once, stored stacked, run by `jax.lax.scan` with a named rematerialisation policy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+
+REMAT_POLICIES: dict[str, Any] = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def remat(body: Callable, policy: str) -> Callable:
+    """`body` under the named policy: none (keep everything), full (recompute all), dots (keep the weight products)."""
+    if policy not in REMAT_POLICIES:
+        raise ValueError(f"remat policy {policy!r}: known are {', '.join(REMAT_POLICIES)}")
+    if policy == "none":
+        return body
+    return jax.checkpoint(body, policy=REMAT_POLICIES[policy], prevent_cse=False)
+
+
+def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module:
+    """`count` layers as one module whose every parameter has a leading axis named "layers"."""
+    if count < 1:
+        raise ValueError(f"a stack needs at least one layer, got {count}")
+    graphdef, _ = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
+    keys = jax.random.split(rngs.params(), count)
+    state = jax.vmap(lambda key: nnx.to_pure_dict(nnx.state(make(nnx.Rngs(params=key)))))(keys)
+    layers = nnx.merge(graphdef, state)
+    for _, node in nnx.iter_graph(layers):
+        if isinstance(node, nnx.Variable):
+            node.set_metadata(axes=("layers", *node.get_metadata()["axes"]))
+    return layers
+
+
+def scan(
+    layers: nnx.Module,
+    body: Callable[[nnx.Module, Any, Any], tuple[Any, Any]],
+    carry: Any,
+    xs: Any = None,
+    *,
+    policy: str = "none",
+    start: int = 0,
+    stop: int | None = None,
+) -> tuple[Any, Any]:
+    """Runs `body(layer, carry, x) -> (carry, y)` over layers [start, stop) of a stack.
+
+    Returns the last carry and the stacked ys, as `jax.lax.scan`. `xs` has one leading entry a layer run, or is None.
+    """
+    graphdef, state = nnx.split(layers)
+    state = nnx.to_pure_dict(state)
+    if start or stop is not None:
+        state = jax.tree.map(lambda w: w[start:stop], state)
+
+    def step(carry, inputs):
+        params, x = inputs
+        return body(nnx.merge(graphdef, params), carry, x)
+
+    return jax.lax.scan(remat(step, policy), carry, (state, xs))

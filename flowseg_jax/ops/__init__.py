@@ -1,0 +1,1 @@
+"""Pure functions without parameters; nothing here knows about modules."""

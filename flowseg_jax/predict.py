@@ -1,0 +1,207 @@
+"""One image and one sentence in; the selected mask at the image's own size, its score and the runners-up out."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jaxtyping import Bool, UInt8
+from PIL import Image
+
+from flowseg_jax import checkpoint
+from flowseg_jax.data import batching, images, masks
+from flowseg_jax.data.batch import BatchShape
+from flowseg_jax.data.prompts import Prompts
+from flowseg_jax.data.tokenizer import Tokenizer, load_tokenizer
+from flowseg_jax.errors import UserError
+from flowseg_jax.evaluation import pictures, postprocess
+from flowseg_jax.models import flowseg
+from flowseg_jax.models.config import FlowSegConfig
+
+_TEXT_STEP = 64  # text lengths are multiples of this, so that similar sentences share one compilation
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """One mask that the model proposes.
+
+    Attributes:
+        query: which of the model's queries. score: in [0, 1].
+        mask: bool [H, W] at the image's own size.
+    """
+
+    query: int
+    score: float
+    mask: Bool[np.ndarray, "y x"]
+
+    def to_json(self) -> dict[str, Any]:
+        """query, score, area (pixels) and rle, COCO's run-length code with compressed counts."""
+        rle = {"size": list(self.mask.shape), "counts": masks.encode(self.mask.astype(np.uint8))}
+        return {"query": self.query, "score": self.score, "area": int(self.mask.sum()), "rle": rle}
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """The answer to one sentence.
+
+    Attributes:
+        name: the image file. text: the sentence.
+        image: uint8 [H, W, 3], upright.
+        candidates: highest score first; the first one is the selected mask.
+    """
+
+    name: str
+    text: str
+    image: UInt8[np.ndarray, "y x 3"]
+    candidates: Sequence[Candidate]
+
+    def to_json(self) -> dict[str, Any]:
+        height, width = self.image.shape[:2]
+        top = [candidate.to_json() for candidate in self.candidates]
+        return {"image": self.name, "height": height, "width": width, "text": self.text, **top[0], "candidates": top}
+
+
+class Segmentor:
+    """A model that is ready to answer; sentences of similar length and images of a similar size share their compilations.
+
+    Args:
+        graphdef, params: the model (`models.flowseg.create`).
+        tokenizer: its tokenizer.
+        image, vision: sides S and V of its two square inputs, pixels.
+        visual_tokens: slots that an image takes in the prompt.
+        prompts: its chat template (None: the default one); the fixed wording is used.
+    """
+
+    def __init__(
+        self,
+        graphdef: nnx.GraphDef,
+        params: Any,
+        tokenizer: Tokenizer,
+        *,
+        image: int,
+        vision: int,
+        visual_tokens: int,
+        prompts: Prompts | None = None,
+    ):
+        self._params, self._tokenizer, self._visual_tokens = params, tokenizer, visual_tokens
+        self._prompts = dataclasses.replace(prompts or Prompts(), vary=False)
+        self._sides = (image, vision)
+        self._bound = batching.LengthBound(self._prompts, tokenizer, visual_tokens)
+
+        def top(params, batch, count):
+            model = nnx.merge(graphdef, params)
+            found = model.segment(batch)
+            chosen = postprocess.top(found.scores, found.mask_logits, min(count, found.scores.shape[-1]))
+            return dataclasses.replace(chosen, logits=model.refine(chosen.logits[:, 0], found.mask_features)[:, None])
+
+        self._top, self._restore = jax.jit(top, static_argnums=2), jax.jit(postprocess.restore)
+
+    def __call__(self, image: Image.Image, text: str, *, top_k: int = 5, name: str = "image") -> Prediction:
+        """Segments what `text` names in an upright RGB image.
+
+        Raises:
+            UserError: an empty text or one with a mark of the tokenizer; outputs that are no numbers.
+        """
+        if top_k < 1:
+            raise UserError(f"top_k is {top_k}: at least one candidate is needed")
+        if not text.strip():
+            raise UserError("the text is empty: say what to segment")
+        side, vision = self._sides
+        needed = self._bound.needed(self._bound.phrase_lengths([text]))
+        shape = BatchShape(1, -(-needed // _TEXT_STEP) * _TEXT_STEP, 1, 1, side, vision)
+        batch = batching.single(
+            image,
+            [text],
+            tokenizer=self._tokenizer,
+            prompts=self._prompts,
+            shape=shape,
+            visual_tokens=self._visual_tokens,
+            name=name,
+        )
+        chosen = self._top(self._params, batch, top_k)
+        size = (image.height, image.width)
+        where = postprocess.geometry(batch.scaled_size, [size], grid=chosen.logits.shape[-2:], padded_size=side)
+        nothing = np.zeros((1, 1, where.bucket[0], where.bucket[1] // 8), np.uint8)
+        chosen, restored = jax.device_get((chosen, self._restore(chosen.logits, where, nothing)))
+        rows = [
+            Candidate(int(query), float(score), postprocess.unpack_mask(mask, size))
+            for query, score, mask, finite in zip(
+                chosen.query[0, 0], chosen.score[0, 0], restored.masks[0, 0], restored.finite[0, 0], strict=True
+            )
+            if finite
+        ]
+        if not rows or not restored.finite[0, 0, 0]:
+            raise UserError(f"{name}: the model's output holds no numbers (NaN or infinity); its checkpoint is damaged")
+        return Prediction(name, text, np.array(image), rows)
+
+
+def load(directory: str | os.PathLike[str]) -> Segmentor:
+    """The segmentor of a model directory (`checkpoint.save_model`); its `extra["prompts"]` holds the fields of `Prompts`.
+
+    Raises:
+        UserError: not a model directory, a damaged one, or one whose tokenizer does not fit the model.
+    """
+    cfg = FlowSegConfig.from_dict(checkpoint.read_model_config(directory)["model"])
+    graphdef, abstract = flowseg.describe(cfg)
+    loaded = checkpoint.load_model(directory, nnx.to_pure_dict(abstract))
+    prompts = Prompts(**loaded.extra.get("prompts", {}))
+    tokenizer = load_tokenizer(loaded.tokenizer_dir, needed=prompts.needed)
+    if tokenizer.vocab > cfg.llm.vocab:
+        raise UserError(f"{directory}: the tokenizer has {tokenizer.vocab} ids, the model's embedding table {cfg.llm.vocab}")
+    return Segmentor(
+        graphdef,
+        loaded.params,
+        tokenizer,
+        image=cfg.sam.image_size,
+        vision=cfg.siglip.image_size,
+        visual_tokens=cfg.visual_tokens,
+        prompts=prompts,
+    )
+
+
+def predict(
+    segmentor: Segmentor, image: str | os.PathLike[str], text: str, out: str | os.PathLike[str], *, top_k: int = 5
+) -> Path:
+    """Answers one sentence about one image file (EXIF rotation applied) and writes an overlay PNG and a JSON of the same name.
+
+    Args:
+        segmentor: the model.
+        image: any image file that Pillow reads. text: what to segment.
+        out: the folder to write to.
+        top_k: how many candidates the JSON holds.
+
+    Returns:
+        The JSON's path; the overlay has the suffix .png instead.
+
+    Raises:
+        UserError: a damaged image, a text that cannot be asked, an unwritable folder. Nothing is written then.
+    """
+    return write(segmentor(images.load(image, exif=True), text, top_k=top_k, name=os.fspath(image)), out)
+
+
+def write(prediction: Prediction, out: str | os.PathLike[str]) -> Path:
+    """Writes `<image>_<text>.png` and `.json` to the folder `out`, both or neither; returns the JSON's path."""
+    path = Path(out) / f"{Path(prediction.name).stem}_{pictures.slug(prediction.text)}.json"
+    parts = {path.with_suffix(suffix): path.with_suffix(f"{suffix}.part") for suffix in (".png", ".json")}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        drawn = Image.fromarray(pictures.overlay(prediction.image, prediction.candidates[0].mask))
+        drawn.save(parts[path.with_suffix(".png")], format="PNG")
+        text = json.dumps(prediction.to_json(), indent=1, ensure_ascii=False) + "\n"
+        parts[path].write_text(text, encoding="utf-8")
+        for final, part in parts.items():
+            os.replace(part, final)
+    except OSError as error:
+        for part in parts.values():
+            with contextlib.suppress(OSError):
+                part.unlink()
+        raise UserError(f"cannot write {path}: {error.strerror}; choose a folder you can write to") from error
+    return path

@@ -1,0 +1,1 @@
+"""Training: the state, the optimizer, one jitted step, and the loop around it."""

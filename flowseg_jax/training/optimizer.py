@@ -1,0 +1,105 @@
+"""AdamW with warm-up and cosine, clipping, and one ordered table that says how fast each parameter learns, if at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from flowseg_jax.errors import UserError
+
+Params = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """Attributes:
+    learning_rate: peak.
+    warmup: share of the steps that warm up linearly from 1e-5 of the peak (the scaffold's start factor).
+    weight_decay: decoupled, on every trainable parameter (the scaffold decays norms and biases too).
+    clip: largest global gradient norm.
+    b1, b2, eps: of Adam.
+    groups: ordered (regular expression on the parameter's path, learning-rate multiplier or None for frozen); the first that
+        matches the whole path counts, and a parameter that none matches is an error.
+    """
+
+    learning_rate: float = 4e-5
+    warmup: float = 0.03
+    weight_decay: float = 0.05
+    clip: float = 1.0
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    groups: tuple[tuple[str, float | None], ...] = ((".*", 1.0),)
+
+
+def flatten(params: Params) -> dict[str, Any]:
+    """{"decoder/norm/scale": leaf, ...}."""
+    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+    return {"/".join(str(key.key) for key in path): leaf for path, leaf in leaves}
+
+
+def unflatten(flat: dict[str, Any]) -> Params:
+    tree: Params = {}
+    for path, leaf in flat.items():
+        *parents, name = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return tree
+
+
+def multipliers(paths: list[str], groups: tuple[tuple[str, float | None], ...]) -> dict[str, float | None]:
+    """Learning-rate multiplier of each path, None for a frozen one.
+
+    Raises:
+        UserError: paths that no expression matches, all of them listed, or an expression that is none.
+    """
+    try:
+        table = [(re.compile(pattern), value) for pattern, value in groups]
+    except re.error as error:
+        raise UserError(f"optimizer.groups: {error.pattern!r} is no regular expression: {error}") from error
+    found = {path: next((v for p, v in table if p.fullmatch(path)), "uncovered") for path in paths}
+    if uncovered := [path for path, value in found.items() if value == "uncovered"]:
+        raise UserError(f"optimizer.groups covers no group for {', '.join(uncovered)}; end the table with ('.*', 1.0) or (.., None)")
+    return found
+
+
+def split(params: Params, rates: dict[str, float | None]) -> tuple[Params, Params]:
+    """(trainable, frozen): frozen parameters get neither gradients nor moments."""
+    flat = flatten(params)
+    trainable = {path: leaf for path, leaf in flat.items() if rates[path] is not None}
+    frozen = {path: leaf for path, leaf in flat.items() if rates[path] is None}
+    return unflatten(trainable), unflatten(frozen)
+
+
+def merge(trainable: Params, frozen: Params) -> Params:
+    return unflatten(flatten(trainable) | flatten(frozen))
+
+
+def schedule(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Learning rate by step: linear warm-up, then cosine to zero at `steps`. Counts steps, never time."""
+    warmup = max(1, round(cfg.warmup * steps))
+    return optax.warmup_cosine_decay_schedule(1e-5 * cfg.learning_rate, cfg.learning_rate, warmup, max(steps, warmup + 1), 0.0)
+
+
+def make_optimizer(cfg: OptimizerConfig, steps: int, rates: dict[str, float | None]) -> optax.GradientTransformation:
+    """Clip, Adam, decoupled decay, multipliers, schedule; over the trainable parameters only."""
+    factors = unflatten({path: rate for path, rate in rates.items() if rate is not None})
+
+    def scale(updates: Params, state: optax.EmptyState, params: Params | None = None) -> tuple[Params, optax.EmptyState]:
+        del params
+        return jax.tree.map(lambda update, factor: update * jnp.asarray(factor, update.dtype), updates, factors), state
+
+    return optax.chain(
+        optax.clip_by_global_norm(cfg.clip),
+        optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps),
+        optax.add_decayed_weights(cfg.weight_decay),
+        optax.GradientTransformation(lambda params: optax.EmptyState(), scale),
+        optax.scale_by_learning_rate(schedule(cfg, steps)),
+    )

@@ -1,0 +1,310 @@
+"""Where metrics go: the terminal, `metrics.jsonl` and TensorBoard, all behind CLU's `MetricWriter`; and signs of life.
+
+CLU's `metric_writers` imports TensorFlow for one class, its `SummaryWriter`. `_import_metric_writers` puts a TensorBoard writer
+over tensorboardX in that class's place before the package is imported, so that all of CLU works without TensorFlow. It does so
+even where TensorFlow is installed: that would reserve the accelerator's memory in a JAX process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import threading
+import time
+import types
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flowseg_jax.errors import UserError
+
+HEARTBEAT_SECONDS = 10.0
+RATES = ("learning_rate", "steps_per_second", "examples_per_second")  # scalars that the terminal shows in its own columns
+
+_print_lock = threading.Lock()
+_last_print = time.monotonic()
+
+
+class TensorBoardWriter:
+    """A CLU `MetricWriter` (registered as one below) that writes TensorBoard event files with tensorboardX."""
+
+    def __init__(self, logdir: str | os.PathLike):
+        from tensorboardX import SummaryWriter
+
+        self._writer = SummaryWriter(os.fspath(logdir), flush_secs=10)
+
+    def write_summaries(self, step: int, values: Mapping[str, Any], metadata: Mapping[str, Any] | None = None) -> None:
+        raise ValueError("tensorboardX has no generic summaries: write scalars, images, texts or histograms")
+
+    def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, float(value), step)
+
+    def write_images(self, step: int, images: Mapping[str, Any]) -> None:
+        for name, value in images.items():
+            value = np.asarray(value)
+            self._writer.add_images(name, value if value.ndim == 4 else value[None], step, dataformats="NHWC")
+
+    def write_videos(self, step: int, videos: Mapping[str, Any]) -> None:
+        for name, value in videos.items():
+            value = np.asarray(value)
+            value = value if value.ndim == 5 else value[None]
+            self._writer.add_video(name, value.transpose(0, 1, 4, 2, 3), step)
+
+    def write_audios(self, step: int, audios: Mapping[str, Any], *, sample_rate: int) -> None:
+        for name, value in audios.items():
+            for i, track in enumerate(np.asarray(value)):
+                self._writer.add_audio(f"{name}/{i}", track, step, sample_rate)
+
+    def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
+        for name, value in texts.items():
+            self._writer.add_text(name, value, step)
+
+    def write_histograms(
+        self, step: int, arrays: Mapping[str, Any], num_buckets: Mapping[str, int | None] | None = None
+    ) -> None:
+        for name, value in arrays.items():
+            bins = (num_buckets or {}).get(name) or 30
+            self._writer.add_histogram(name, np.asarray(value), step, bins=bins)
+
+    def write_hparams(self, hparams: Mapping[str, Any]) -> None:
+        rows = "".join(f"| {name} | {value} |\n" for name, value in hparams.items())
+        self._writer.add_text("hparams", f"| name | value |\n|---|---|\n{rows}", 0)
+
+    def flush(self) -> None:
+        """Flushes what tensorboardX's own thread has taken over; only `close` is sure to have written everything."""
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def _import_metric_writers() -> types.ModuleType:
+    name = "clu.metric_writers.summary_writer"
+    if name not in sys.modules:
+        module = types.ModuleType(name)
+        module.SummaryWriter = TensorBoardWriter
+        sys.modules[name] = module
+    from clu import metric_writers
+
+    metric_writers.MetricWriter.register(TensorBoardWriter)
+    return metric_writers
+
+
+metric_writers = _import_metric_writers()
+
+
+class ScalarWriter(metric_writers.MetricWriter):
+    """A writer of scalars: everything else that CLU can write is none of its business."""
+
+    def write_summaries(self, step, values, metadata=None):
+        pass
+
+    def write_images(self, step, images):
+        pass
+
+    def write_videos(self, step, videos):
+        pass
+
+    def write_audios(self, step, audios, *, sample_rate):
+        pass
+
+    def write_texts(self, step, texts):
+        pass
+
+    def write_histograms(self, step, arrays, num_buckets=None):
+        pass
+
+    def write_hparams(self, hparams):
+        pass
+
+    def flush(self):
+        pass
+
+    def close(self):
+        pass
+
+
+class JsonlWriter(ScalarWriter):
+    """Appends one JSON object a logged step, `{"step": s, name: value, ...}`, and flushes it.
+
+    Values are doubles with all their digits (a float32 comes back bit for bit); one that is not finite is written as NaN or
+    Infinity, as Python's `json` reads it back. The file has each step once: opened by a run that continues from `start_step`,
+    it drops the lines behind that step (they will be computed again) and a last line that a kill cut short.
+
+    Raises:
+        UserError: the file cannot be written.
+        ValueError: a step that is not behind the last one.
+    """
+
+    def __init__(self, path: str | os.PathLike, start_step: int = 0):
+        self.path = Path(path)
+        self._step = -1
+        try:
+            kept = self._kept_lines(start_step)
+            if kept is not None:
+                fresh = self.path.with_name(self.path.name + ".tmp")
+                with fresh.open("w", encoding="utf-8") as file:
+                    file.writelines(kept)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(fresh, self.path)
+            self._file = self.path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror}") from None
+
+    def _kept_lines(self, start_step: int) -> list[str] | None:
+        """The lines to keep, or None where that is all of the file. Notes the last step that is kept."""
+        if not self.path.exists():
+            return None
+        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        kept = []
+        for line in lines:
+            try:
+                step = json.loads(line)["step"]
+            except (ValueError, KeyError, TypeError):
+                continue
+            if line.endswith("\n") and self._step < step <= start_step:
+                kept.append(line)
+                self._step = step
+        return None if kept == lines else kept
+
+    def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
+        if step <= self._step:
+            raise ValueError(f"step {step} was already logged: the last one in {self.path} is {self._step}")
+        values = {"step": int(step)} | {name: _number(value) for name, value in scalars.items()}
+        try:
+            self._file.write(json.dumps(values) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror}") from None
+        self._step = step
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class ProgressWriter(ScalarWriter):
+    """One line on the terminal a logged step: losses, learning rate, steps/s, examples/s, time left.
+
+    `loss` comes first, other scalars follow in their order; the scalars named in `RATES` have columns of their own.
+    """
+
+    def __init__(self, steps: int):
+        self._steps = steps
+
+    def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
+        values = {name: float(value) for name, value in scalars.items()}
+        order = sorted((name for name in values if name not in RATES), key=lambda name: name != "loss")
+        columns = [f"step {step:{len(str(self._steps))}d}/{self._steps}"]
+        columns.append(" ".join(f"{name.removeprefix('loss_')} {values[name]:.4g}" for name in order))
+        if "learning_rate" in values:
+            columns.append(f"lr {values['learning_rate']:.2e}")
+        rate = values.get("steps_per_second", 0.0)
+        if rate > 0:
+            columns.append(f"{rate:.3g} steps/s")
+            if "examples_per_second" in values:
+                columns.append(f"{values['examples_per_second']:.3g} examples/s")
+            columns.append(f"{duration((self._steps - step) / rate)} left")
+        say("  ".join(column for column in columns if column))
+
+
+class Throughput:
+    """Steps and examples a second since the last time it was asked.
+
+    Args:
+        step: the step that the clock starts at; start it behind the compilation.
+        batch_size: examples a step, over all devices.
+    """
+
+    def __init__(self, step: int, batch_size: int):
+        self._step, self._batch_size, self._time = step, batch_size, time.perf_counter()
+
+    def __call__(self, step: int) -> dict[str, float]:
+        now = time.perf_counter()
+        rate = (step - self._step) / max(now - self._time, 1e-9)
+        self._step, self._time = step, now
+        return {"steps_per_second": rate, "examples_per_second": rate * self._batch_size}
+
+
+def create_writer(
+    workdir: str | os.PathLike, *, steps: int, start_step: int = 0, primary: bool = True, tensorboard: bool = True
+) -> Any:
+    """The writers of a training run as one CLU writer: terminal, `<workdir>/metrics.jsonl`, `<workdir>/tensorboard`.
+
+    The first two write at once; TensorBoard is written by a thread of its own. On a process that is not the primary one nothing
+    is written. `close()` it at the end.
+    """
+    if not primary:
+        return metric_writers.MultiWriter([])
+    writers: list[Any] = [JsonlWriter(Path(workdir) / "metrics.jsonl", start_step), ProgressWriter(steps)]
+    if tensorboard:
+        writers.append(metric_writers.AsyncWriter(TensorBoardWriter(Path(workdir) / "tensorboard")))
+    return metric_writers.MultiWriter(writers)
+
+
+def say(text: str) -> None:
+    """Prints a line at once. Everything that a command reports while it runs goes through here, so that `heartbeat` knows."""
+    global _last_print
+    with _print_lock:
+        print(text, flush=True)
+        _last_print = time.monotonic()
+
+
+class Beat:
+    """What a heartbeat prints; assign `message` to keep it true."""
+
+    def __init__(self, message: str):
+        self.message = message
+
+
+@contextlib.contextmanager
+def heartbeat(message: str, every: float = HEARTBEAT_SECONDS) -> Iterator[Beat]:
+    """Prints `message` with the elapsed time from a daemon thread whenever nothing was said for `every` seconds.
+
+    Heartbeats nest: the inner one's line keeps the outer one quiet. Work that takes less than `every` prints nothing, longer
+    work ends with a line that says how long it took.
+    """
+    beat, stop, printed, started = Beat(message), threading.Event(), threading.Event(), time.monotonic()
+
+    def run() -> None:
+        wake = started + every
+        while not stop.wait(max(wake - time.monotonic(), 0.0)):
+            now = time.monotonic()
+            silent_since = max(_last_print, started)
+            if now - silent_since >= every:
+                printed.set()
+                say(f"{beat.message} ... {duration(now - started)}")
+                silent_since = now
+            wake = silent_since + every
+
+    thread = threading.Thread(target=run, name="heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield beat
+    finally:
+        stop.set()
+        thread.join()
+    if printed.is_set():
+        say(f"{beat.message}: done in {duration(time.monotonic() - started)}")
+
+
+def duration(seconds: float) -> str:
+    """`12 s`, `3:05`, `2:03:04`, `3d 2:03:04`."""
+    if not np.isfinite(seconds):
+        return "?"
+    whole = round(max(seconds, 0.0))
+    if whole < 60:
+        return f"{whole} s"
+    minutes, hours, days = whole // 60 % 60, whole // 3600 % 24, whole // 86400
+    text = f"{minutes}:{whole % 60:02d}" if whole < 3600 else f"{hours}:{minutes:02d}:{whole % 60:02d}"
+    return f"{days}d {text}" if days else text
+
+
+def _number(value: Any) -> int | float:
+    item = np.asarray(value).item()
+    return item if isinstance(item, (bool, int)) else float(item)

@@ -1,0 +1,34 @@
+"""What all tests share: the CPU, full float32 products, a compilation cache that survives runs, run-time shape checks."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX is imported
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import typing
+
+import jax
+import jaxtyping
+import numpy as np
+import pytest
+
+# Shape annotations are checked in every call that a test makes. A NumPy array is as good as a JAX array there.
+jaxtyping.Array = typing.Union[jax.Array, np.ndarray]  # noqa: UP007 (jaxtyping takes a typing.Union)
+if os.environ.get("FLOWSEG_TYPECHECK", "1") != "0":
+    jaxtyping.install_import_hook(["flowseg_jax.ops", "flowseg_jax.models"], "typecheck.check")
+
+jax.config.update("jax_default_matmul_precision", "float32")
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> np.random.Generator:
+    """Random numbers that depend on the test's name alone."""
+    return np.random.default_rng(list(request.node.nodeid.encode()))

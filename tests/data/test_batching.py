@@ -1,0 +1,240 @@
+"""Token packing, spans, padding, and batches for prediction."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from flowseg_jax.data import batching, images, masks
+from flowseg_jax.data.batch import IMAGE_TOKEN, NO_LABEL, NONE, BatchShape
+from flowseg_jax.data.prompts import CHATS, Conversation, Prompts, Turn, check_phrase, training_text
+from flowseg_jax.data.records import Annotation
+from flowseg_jax.data.tokenizer import load_tokenizer, train_tokenizer
+from flowseg_jax.errors import UserError
+
+VISUAL = 10
+SHAPE = BatchShape(batch=2, text=160, phrases=3, masks=4, image=32, vision=16)
+PHRASES = ["The red star", "a dog left of the second small cat", "café"]
+PROMPTS = Prompts()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer([*training_text(), *PHRASES * 9], path, vocab=400)
+    return load_tokenizer(path)
+
+
+def picture(h=24, w=40, seed=0):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (h, w, 3), np.uint8))
+
+
+def annotations(h=24, w=40, n=3):
+    grids = [np.zeros((h, w), np.uint8) for _ in range(n)]
+    for i, grid in enumerate(grids):
+        grid[i * 3 : i * 3 + 9, 2 + i : 20] = 1
+    return tuple(Annotation(i, i % 2, masks.encode(g)) for i, g in enumerate(grids))
+
+
+def row(phrases=PHRASES, names=("cat", "dog"), seed=0, first=SHAPE.phrases):
+    pixels = batching.prepare_pixels(picture(seed=seed), annotations(), SHAPE)
+    conversations = [PROMPTS.referring(p, k) for k, p in enumerate(phrases)]
+    bears = [NONE] * 3
+    if names:
+        conversations.append(PROMPTS.generic(names, first))
+        bears = [0, 1, 0]
+    return batching.Row(f"image {seed}", pixels, conversations, [2, 0, 1][: len(phrases)], [0, 1, 0], bears, 7 + seed)
+
+
+def fields(batch):
+    return {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
+
+
+def test_spans_outputs_and_labels(tokenizer):
+    batch = batching.assemble([row()], SHAPE, PROMPTS, tokenizer, VISUAL)
+    tokens, phrase_ids, seg_ids = batch.tokens[0], batch.phrase_ids[0], batch.seg_ids[0]
+    for k, phrase in enumerate([*PHRASES, "cat", "dog"]):
+        span = tokens[phrase_ids == k]
+        assert tuple(span) == tokenizer.encode(f"<p>{phrase.lower()}</p>")
+        at = np.flatnonzero(phrase_ids == k)
+        assert (np.diff(at) == 1).all()
+    assert set(phrase_ids) == {NONE, 0, 1, 2, 3, 4}
+    for k in range(3):
+        (at,) = np.flatnonzero(seg_ids == k)
+        assert tokens[at] == tokenizer.seg
+        assert batch.segments[0, at] == k + 1 == batch.segments[0, np.flatnonzero(phrase_ids == k)[0]]
+    (at,) = np.flatnonzero(seg_ids == SHAPE.phrases)  # the generic output bears K
+    assert tokens[at] == tokenizer.seg and batch.segments[0, at] == 4
+    assert (tokens == tokenizer.seg).sum() == 4
+    answer = tokenizer.encode("<SEG>.<|im_end|>")
+    learnt = batch.labels[0] != NO_LABEL
+    assert tuple(tokens[learnt]) == answer * 4  # answers and their suffix, nothing else
+    np.testing.assert_array_equal(batch.labels[0][learnt], tokens[learnt])
+
+
+def test_prefix_positions_and_padding(tokenizer):
+    batch = batching.assemble([row()], SHAPE, PROMPTS, tokenizer, VISUAL)
+    head = tokenizer.encode("<|im_start|>user\n")
+    length = len(head) + VISUAL
+    assert tuple(batch.tokens[0, :length]) == (*head, *[IMAGE_TOKEN] * VISUAL)
+    assert (batch.segments[0, :length] == 0).all() and (batch.segments[0] == 0).sum() == length
+    np.testing.assert_array_equal(batch.positions[0, :length], np.arange(length))
+    for number in range(1, 5):
+        at = np.flatnonzero(batch.segments[0] == number)
+        np.testing.assert_array_equal(batch.positions[0, at], length + np.arange(len(at)))
+    used = (batch.segments[0] != NONE).sum()
+    assert (batch.tokens[0, used:] == tokenizer.pad).all() and (batch.segments[0, used:] == NONE).all()
+    assert used < SHAPE.text
+
+
+def test_packed_conversations_are_what_each_is_alone(tokenizer):
+    packed = batching.assemble([row()], SHAPE, PROMPTS, tokenizer, VISUAL)
+    for k, phrase in enumerate(PHRASES):
+        alone = dataclasses.replace(row(names=()), conversations=[PROMPTS.referring(phrase, k)])
+        single = batching.assemble([alone], SHAPE, PROMPTS, tokenizer, VISUAL)
+        for key in ("tokens", "positions", "labels", "phrase_ids", "seg_ids"):
+            mine = getattr(packed, key)[0][np.isin(packed.segments[0], (0, k + 1))]
+            np.testing.assert_array_equal(mine, getattr(single, key)[0][single.segments[0] != NONE], err_msg=key)
+
+
+def test_more_padding_changes_nothing_real(tokenizer):
+    rows = [row(), row(PHRASES[:1], names=(), seed=1)]
+    small = fields(batching.assemble(rows, SHAPE, PROMPTS, tokenizer, VISUAL))
+    wide = dataclasses.replace(SHAPE, batch=3, text=200, masks=6)
+    large = fields(batching.assemble(rows, wide, PROMPTS, tokenizer, VISUAL))
+    fill = {"segments": NONE, "phrase_ids": NONE, "seg_ids": NONE, "labels": NO_LABEL, "tokens": tokenizer.pad}
+    fill |= {"phrase_mask": NONE, "object_class": NONE, "object_name": NONE, "example_id": NONE, "scaled_size": 32}
+    for key, value in small.items():
+        inside = tuple(slice(0, n) for n in value.shape)
+        np.testing.assert_array_equal(large[key][inside], value, err_msg=key)
+        rest = np.ones(large[key].shape, bool)
+        rest[inside] = False
+        assert (large[key][rest] == fill.get(key, 0)).all(), key
+    # More room for phrases moves only the numbers of the generic names, which count from K.
+    more = fields(batching.assemble([row(first=5)], dataclasses.replace(SHAPE, phrases=5), PROMPTS, tokenizer, VISUAL))
+    for key in ("phrase_ids", "seg_ids"):
+        np.testing.assert_array_equal(np.where(more[key] >= 5, more[key] - 2, more[key])[0], small[key][0])
+    np.testing.assert_array_equal(more["tokens"][0], small["tokens"][0])
+
+
+def test_pixels_and_targets(tokenizer):
+    batch = batching.assemble([row()], SHAPE, PROMPTS, tokenizer, VISUAL)
+    fitted, scaled = images.fit(picture(), 32)
+    np.testing.assert_array_equal(batch.images[0], fitted)
+    assert tuple(batch.scaled_size[0]) == scaled == (19, 32)
+    np.testing.assert_array_equal(batch.vision_images[0], images.stretch(picture(), 16))
+    want = images.pack_masks(masks.decode([a.rle for a in annotations()], 24, 40), 32)
+    np.testing.assert_array_equal(batch.masks[0, :3], want)
+    assert batch.mask_valid.tolist() == [[True] * 3 + [False], [False] * 4]
+    assert batch.phrase_mask.tolist() == [[2, 0, 1], [NONE] * 3]
+    assert batch.object_class[0].tolist() == [0, 1, 0, NONE] and batch.object_name[0].tolist() == [0, 1, 0, NONE]
+    assert batch.example_id.tolist() == [7, NONE]
+    dtypes = {key: str(value.dtype) for key, value in fields(batch).items()}
+    assert dtypes == {
+        **dict.fromkeys(("images", "vision_images", "masks"), "uint8"),
+        **dict.fromkeys(("tokens", "positions", "segments", "labels", "phrase_ids", "seg_ids"), "int32"),
+        **dict.fromkeys(("scaled_size", "phrase_mask", "object_class", "object_name"), "int32"),
+        "mask_valid": "bool",
+        "example_id": "int64",
+    }
+
+
+def test_several_turns(tokenizer):
+    """A conversation of two turns: separator and head between them, spans and outputs numbered across turns."""
+    turns = (Turn("Segment <p>cat</p>.", "<SEG>."), Turn("And <p>dog</p>?", "Here: <SEG>."))
+    encoded = batching.encode_conversation(Conversation(turns, (4, 2), (4, 2)), PROMPTS, tokenizer, "x")
+    chat = CHATS["qwen3_instruct"]
+    parts = [
+        (turns[0].question + chat.tail, False),
+        ("<SEG>.<|im_end|>", True),
+        ("\n", False),
+        (chat.head, False),
+        ("And <p>dog</p>?" + chat.tail, False),
+        ("Here: <SEG>.<|im_end|>", True),
+    ]
+    want = [(t, t if loss else NO_LABEL) for text, loss in parts for t in tokenizer.encode(text)]
+    assert list(zip(encoded.tokens, encoded.labels, strict=True)) == want
+    assert [p for p in dict.fromkeys(encoded.phrase_ids) if p != NONE] == [4, 2]
+    assert [s for s in encoded.seg_ids if s != NONE] == [4, 2]
+
+
+def test_bos_stands_once_in_the_prefix(tokenizer):
+    class WithBos:
+        def __getattr__(self, name):
+            return 99 if name == "bos" else getattr(tokenizer, name)
+
+    assert batching.encode_prefix(PROMPTS, WithBos(), 2) == [
+        99,
+        *tokenizer.encode("<|im_start|>user\n"),
+        IMAGE_TOKEN,
+        IMAGE_TOKEN,
+    ]
+
+
+def test_overflow_is_an_error_that_names_the_example(tokenizer):
+    with pytest.raises(
+        UserError, match=r"image 0: needs \d+ tokens \(13 of them before the text\), more than the text length 60"
+    ):
+        batching.assemble([row()], dataclasses.replace(SHAPE, text=60), PROMPTS, tokenizer, VISUAL)
+    with pytest.raises(UserError, match="image 0: 3 phrases and 3 masks, but the batch has room for 3 and 2"):
+        batching.assemble([row()], dataclasses.replace(SHAPE, masks=2), PROMPTS, tokenizer, VISUAL)
+    with pytest.raises(ValueError, match="2 rows do not fit a batch of 1"):
+        batching.assemble([row(), row()], dataclasses.replace(SHAPE, batch=1), PROMPTS, tokenizer, VISUAL)
+
+
+def test_the_exact_length_fits(tokenizer):
+    used = int((batching.assemble([row()], SHAPE, PROMPTS, tokenizer, VISUAL).segments[0] != NONE).sum())
+    batching.assemble([row()], dataclasses.replace(SHAPE, text=used), PROMPTS, tokenizer, VISUAL)
+    with pytest.raises(UserError, match="image 0"):
+        batching.assemble([row()], dataclasses.replace(SHAPE, text=used - 1), PROMPTS, tokenizer, VISUAL)
+
+
+@pytest.mark.parametrize("prompts", [Prompts(vary=False), Prompts(vary=False, question=4, answer=3), Prompts()])
+def test_length_bound_is_exact_for_a_fixed_wording_and_never_too_small(tokenizer, prompts):
+    bound = batching.LengthBound(prompts, tokenizer, VISUAL)
+    rng = np.random.default_rng(0)
+    for names in ((), ("cat",), ("café", "red star", "dog")):
+        for _ in range(40):
+            conversations = [prompts.referring(p, k, rng) for k, p in enumerate(PHRASES)]
+            conversations += [prompts.generic(names, 3, rng)] if names else []
+            encoded = [batching.encode_conversation(c, prompts, tokenizer, "x") for c in conversations]
+            used = len(batching.encode_prefix(prompts, tokenizer, VISUAL)) + sum(len(e.tokens) for e in encoded)
+            limit = bound.needed(bound.phrase_lengths(PHRASES), bound.phrase_lengths(names))
+            assert used <= limit
+            if not prompts.vary:
+                assert limit - used <= 4  # the generic wording is rounded up
+
+
+@pytest.mark.parametrize("mark", ["<SEG>", "<p>", "</P>", "<image>", "<|im_end|>"])
+def test_marks_inside_an_expression_are_refused(tokenizer, mark):
+    with pytest.raises(UserError, match="a.jpg: the expression .* contains"):
+        check_phrase(f"dog {mark} cat", tokenizer, "a.jpg")
+    if mark in ("<p>", "<SEG>"):
+        with pytest.raises(UserError, match=r"a.jpg: \d phrases became|a.jpg: \d outputs became"):
+            turn = Turn(f"Segment <p>dog {mark} cat</p>.", "<SEG>.")
+            batching.encode_conversation(Conversation((turn,), (0,), (0,)), PROMPTS, tokenizer, "a.jpg")
+
+
+def test_single_spreads_texts_over_rows(tokenizer):
+    args = {"tokenizer": tokenizer, "prompts": PROMPTS, "shape": SHAPE, "visual_tokens": VISUAL}
+    texts = ["one", "Two", "three", "four"]
+    batch = batching.single(picture(), texts, **args)
+    assert batch.phrase_mask.tolist() == [[0, 0, 0], [0, NONE, NONE]]
+    assert not batch.mask_valid.any() and not batch.masks.any()
+    for i, text in enumerate(texts):
+        b, k = divmod(i, SHAPE.phrases)
+        assert tuple(batch.tokens[b][batch.phrase_ids[b] == k]) == tokenizer.encode(f"<p>{text.lower()}</p>")
+    np.testing.assert_array_equal(batch.images[0], batch.images[1])
+    with pytest.raises(UserError, match="7 texts, but the batch has room for 6"):
+        batching.single(picture(), ["x"] * 7, **args)
+    with pytest.raises(UserError, match="no text to look for"):
+        batching.single(picture(), [], **args)
+    with pytest.raises(UserError, match="must not be empty"):
+        batching.single(picture(), [" "], **args)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (50, 8000)])
+def test_single_takes_any_size(tokenizer, size):
+    batch = batching.single(picture(*size), ["x"], tokenizer=tokenizer, prompts=PROMPTS, shape=SHAPE, visual_tokens=VISUAL)
+    assert batch.images.any() and (batch.scaled_size[0] >= 1).all()

@@ -1,0 +1,210 @@
+"""Preparation: what is stored comes back, atomically, without TensorFlow."""
+
+import json
+import subprocess
+import sys
+import threading
+
+import minirefcoco as mini
+import pytest
+
+from flowseg_jax.data import builders
+from flowseg_jax.data.__main__ import main
+from flowseg_jax.data.formats.refcoco import RefCoco
+from flowseg_jax.data.prepared import Prepared
+from flowseg_jax.data.records import samples
+from flowseg_jax.errors import UserError
+
+
+def quiet(_):
+    pass
+
+
+@pytest.fixture(scope="module")
+def layout(tmp_path_factory):
+    return mini.write(tmp_path_factory.mktemp("layout") / "refcoco")
+
+
+@pytest.fixture(scope="module")
+def prepared(layout, tmp_path_factory):
+    lines = []
+    out = tmp_path_factory.mktemp("prepared") / "mini"
+    result = builders.prepare(layout, out, tokenizer_vocab=300, log=lines.append)
+    assert "train: 3 images" in lines and any("left out: 1 objects with an empty mask" in line for line in lines)
+    return result
+
+
+def test_round_trip(layout, prepared):
+    reader = RefCoco(layout)
+    assert tuple(prepared.splits) == reader.splits and prepared.categories == reader.categories
+    for split in reader.splits:
+        source = prepared.source(split)
+        assert [source[i] for i in range(len(source))] == list(reader.examples(split))
+
+
+def test_index_agrees_with_the_records(prepared):
+    for split in prepared.splits:
+        source, index = prepared.source(split), prepared.index(split)
+        assert len(source) == len(index)
+        for i, entry in enumerate(index):
+            assert (source[i].image_id, source[i].file_name) == (entry.image_id, entry.file_name)
+            assert entry.samples and entry.samples == samples(source[i])
+    assert [e.categories for e in prepared.index("train")] == [(1, 0), (0, 1), (0, -1)]  # the crowd has none
+    assert prepared.families("train") == ("attribute", "ordinal", "relation")
+    assert prepared.splits["train"] == {"images": 3, "refs": 5, "sentences": 16, "samples": 15}
+
+
+def test_metadata_and_digest(layout, prepared, tmp_path):
+    assert prepared.tokenizer_directory.is_dir()
+    again = builders.prepare(layout, tmp_path / "a", log=quiet)
+    assert again.digest == prepared.digest and again.tokenizer_directory is None
+    instances, refs = mini.damaged(lambda i, r: r[0]["sentences"][0].update(sent="another dog"))
+    other = builders.prepare(mini.write(tmp_path / "l", instances=instances, refs=refs), tmp_path / "b", log=quiet)
+    assert other.digest != prepared.digest
+
+
+def test_only_some_splits(layout, tmp_path):
+    assert list(builders.prepare(layout, tmp_path / "x", splits=["val"], log=quiet).splits) == ["val"]
+    with pytest.raises(UserError, match=r"unknown split 'vall' \(did you mean 'val'\?\); it has train, val, testA"):
+        builders.prepare(layout, tmp_path / "y", splits=["vall"], log=quiet)
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def break_image(root):
+    path = root / "images" / "COCO_train2014_000000000005.jpg"
+    path.write_bytes(path.read_bytes()[:300])
+
+
+def remove_image(root):
+    (root / "images" / "COCO_train2014_000000000004.jpg").unlink()
+
+
+@pytest.mark.parametrize(("damage", "message"), [(break_image, "truncated or damaged"), (remove_image, "is missing")])
+def test_nothing_is_left_behind(tmp_path, damage, message):
+    root = mini.write(tmp_path / "layout")
+    damage(root)
+    with pytest.raises(UserError, match=message):
+        builders.prepare(root, tmp_path / "out" / "mini", log=quiet)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_mark_in_a_sentence_is_an_error(tmp_path):
+    instances, refs = mini.damaged(lambda i, r: r[0]["sentences"][0].update(sent="dog <seg> cat"))
+    with pytest.raises(UserError, match="sentence 10 of ref 1 contains the mark '<SEG>'"):
+        builders.prepare(mini.write(tmp_path / "l", instances=instances, refs=refs), tmp_path / "out", log=quiet)
+
+
+def test_existing_directories_and_unknown_layouts(layout, prepared, tmp_path):
+    with pytest.raises(UserError, match="exists already; remove it to prepare again"):
+        builders.prepare(layout, prepared.directory, log=quiet)
+    (tmp_path / "empty").mkdir()
+    builders.prepare(layout, tmp_path / "empty", splits=["val"], log=quiet)
+    with pytest.raises(UserError, match=r"unknown layout 'refcoc' \(did you mean 'refcoco'"):
+        builders.prepare(layout, tmp_path / "z", layout="refcoc", log=quiet)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        builders.prepare(layout, tmp_path / "file" / "x", log=quiet)
+
+
+def test_opening_what_is_not_prepared(prepared, tmp_path):
+    with pytest.raises(UserError, match=r"not a prepared data set \(no metadata\.json\); make one with"):
+        Prepared.open(tmp_path)
+    (tmp_path / "metadata.json").write_text(json.dumps({**prepared.metadata, "format": 0}))
+    with pytest.raises(UserError, match="prepared in format 0, this version reads 1; prepare it again"):
+        Prepared.open(tmp_path)
+    with pytest.raises(UserError, match="unknown split 'trian'"):
+        prepared.index("trian")
+
+
+def test_command_line(layout, tmp_path, capsys):
+    assert main(["prepare", "--source", str(layout), "--out", str(tmp_path / "out"), "--splits", "val"]) == 0
+    said = capsys.readouterr().out
+    assert "val: 1 images" in said and "Download" not in said
+    command = [
+        sys.executable,
+        "-m",
+        "flowseg_jax.data",
+        "prepare",
+        "--source",
+        str(tmp_path / "gone"),
+        "--out",
+        str(tmp_path / "b"),
+    ]
+    failed = subprocess.run(command, capture_output=True, text=True)
+    assert failed.returncode == 2 and failed.stderr == f"error: {tmp_path / 'gone'}: no such folder\n"
+
+
+def test_no_tensorflow_no_torch():
+    code = (
+        "import sys, flowseg_jax.data.builders, flowseg_jax.data.pipeline, flowseg_jax.data.tokenizer\n"
+        "bad = {'tensorflow', 'torch'} & set(sys.modules); assert not bad, bad"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+class TestEnsureShapes:
+    @pytest.fixture
+    def generated(self, monkeypatch):
+        """Replaces the generator by the miniature layout; counts its calls."""
+        from flowseg_jax.data.shapes import generator
+
+        calls = []
+
+        def generate(out, images, seed, *, workers=None, report=print, **options):
+            calls.append((images, seed, options))
+            mini.write(out)
+
+        monkeypatch.setattr(generator, "generate", generate)
+        return calls
+
+    def test_makes_it_once(self, generated, tmp_path):
+        first = builders.ensure_shapes(tmp_path / "s", 20, 3, tokenizer_vocab=300, log=quiet, objects=(4, 6))
+        again = builders.ensure_shapes(tmp_path / "s", 20, 3, tokenizer_vocab=300, log=quiet, objects=(4, 6))
+        assert generated == [(20, 3, {"objects": (4, 6)})] and first.digest == again.digest
+        assert first.tokenizer_directory.is_dir()
+        with pytest.raises(UserError, match=r"holds a shapes set made otherwise \(seed 3 -> 4\); remove it or name another"):
+            builders.ensure_shapes(tmp_path / "s", 20, 4, tokenizer_vocab=300, log=quiet, objects=(4, 6))
+
+    def test_several_at_once_make_it_once(self, generated, tmp_path):
+        results, errors = [], []
+
+        def ask():
+            try:
+                results.append(builders.ensure_shapes(tmp_path / "s", 20, 3, tokenizer_vocab=300, log=quiet).digest)
+            except Exception as error:  # reported below: a thread would swallow it
+                errors.append(error)
+
+        threads = [threading.Thread(target=ask) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not errors and len(results) == 3 and len(set(results)) == 1 and len(generated) == 1
+
+    def test_failure_leaves_nothing(self, monkeypatch, tmp_path):
+        from flowseg_jax.data.shapes import generator
+
+        def generate(out, images, seed, **options):
+            break_image(mini.write(out))
+
+        monkeypatch.setattr(generator, "generate", generate)
+        with pytest.raises(UserError, match="truncated"):
+            builders.ensure_shapes(tmp_path / "s", 20, 3, log=quiet)
+        assert [p.name for p in tmp_path.iterdir() if not p.name.endswith(".lock")] == []
+
+    def test_leavings_of_a_killed_process_are_removed(self, generated, tmp_path):
+        (tmp_path / ".s.12345.partial" / "refcoco-like").mkdir(parents=True)
+        builders.ensure_shapes(tmp_path / "s", 20, 3, tokenizer_vocab=300, log=quiet)
+        assert sorted(p.name for p in tmp_path.iterdir()) == [".s.lock", "s"]
+
+    def test_foreign_directory(self, tmp_path):
+        (tmp_path / "s").mkdir()
+        (tmp_path / "s" / "thesis.txt").write_text("do not touch")
+        with pytest.raises(UserError, match="exists but is not a shapes set made by this command"):
+            builders.ensure_shapes(tmp_path / "s", 20, 3, log=quiet)
+
+    def test_the_real_generator(self, tmp_path):
+        prepared = builders.ensure_shapes(tmp_path / "s", 16, 1, log=quiet, workers=1)
+        assert set(prepared.splits) == {"train", "val", "testA", "testB"} and prepared.families("train")
+        source, index = prepared.source("train"), prepared.index("train")
+        assert [source[i].image_id for i in range(len(source))] == [entry.image_id for entry in index]  # stored in order

@@ -1,0 +1,335 @@
+"""Training and evaluation data: reproducible order, what is asked, what is true."""
+
+import dataclasses
+import itertools
+
+import minirefcoco as mini
+import numpy as np
+import pytest
+
+from flowseg_jax.data import builders, images, masks
+from flowseg_jax.data.batch import NONE, BatchShape
+from flowseg_jax.data.pipeline import EvalData, TrainData, TrainOptions, open_tokenizer
+from flowseg_jax.data.prompts import Prompts
+from flowseg_jax.errors import UserError
+
+VISUAL = 6
+SHAPE = BatchShape(batch=2, text=260, phrases=4, masks=3, image=32, vision=16)
+FIXED, VARIED = Prompts(vary=False), Prompts()
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    return builders.prepare(mini.write(root / "layout"), root / "prepared", tokenizer_vocab=300, log=lambda _: None)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(prepared):
+    return open_tokenizer(prepared, FIXED)
+
+
+@pytest.fixture
+def train(prepared, tokenizer):
+    def make(seed=0, shape=SHAPE, prompts=VARIED, shard=(0, 1), **options):
+        return TrainData(
+            prepared,
+            shape,
+            prompts,
+            seed,
+            visual_tokens=VISUAL,
+            tokenizer=tokenizer,
+            options=TrainOptions(**options),
+            shard=shard,
+        )
+
+    return make
+
+
+def fields(batch):
+    return {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
+
+
+def assert_same(a, b):
+    for key, value in fields(a).items():
+        np.testing.assert_array_equal(value, getattr(b, key), err_msg=key)
+
+
+def same(a, b):
+    return all(np.array_equal(v, getattr(b, k)) for k, v in fields(a).items())
+
+
+def phrases(batch, b, tokenizer):
+    """The phrases of a row, decoded from its spans."""
+    spans = [batch.tokens[b][batch.phrase_ids[b] == k][1:-1] for k in range(batch.phrase_mask.shape[1])]
+    return [tokenizer.hf.decode(s).strip() for s in spans if len(s)]
+
+
+def test_resume_from_any_step_gives_the_same_batches(train):
+    whole = list(itertools.islice(train().iterate(), 9))  # 3 images, batch 2: six epochs
+    for start in (1, 4, 7):
+        for got, want in zip(train().iterate(start), whole[start:], strict=False):
+            assert_same(got, want)
+    assert_same(train().batch(8), whole[8])
+
+
+@pytest.mark.parametrize(
+    "options", [{"threads": 1, "prefetch": 1}, {"threads": 5, "prefetch": 16}, {"cache_bytes": 0}, {"cache_bytes": 9000}]
+)
+def test_threads_and_cache_do_not_change_the_stream(train, options):
+    want = [train().batch(i) for i in range(12)]
+    data = train(**options)
+    for got, expected in zip(data.iterate(), want, strict=False):
+        assert_same(got, expected)
+
+
+def test_cache_stays_within_its_bytes(train):
+    data = train(cache_bytes=12_000)
+    for step in range(6):
+        data.batch(step)
+    assert 0 < data._cache._used <= 12_000 and len(data._cache._items) < 3
+
+
+def test_seed_and_epoch_change_order_and_phrases(train, tokenizer):
+    data = train(shape=dataclasses.replace(SHAPE, batch=3))
+    epochs = [data.batch(i) for i in range(12)]
+    assert all(sorted(b.example_id) == [1, 2, 5] for b in epochs)  # an epoch has every image once
+    assert len({tuple(b.example_id) for b in epochs}) > 1
+    of_five = {tuple(phrases(b, int(np.flatnonzero(b.example_id == 5)[0]), tokenizer)) for b in epochs}
+    assert len(of_five) > 6 and all(len(p) == len(set(p)) == 4 for p in of_five)  # four of nine sentences, drawn anew
+    assert len(set(itertools.chain(*of_five))) == 9
+    assert not all(same(train(seed=1).batch(i), train().batch(i)) for i in range(4))
+
+
+def test_wordings_vary_unless_fixed(train):
+    drawn = {train().batch(i).tokens[0].tobytes() for i in range(20)}
+    one = train(prompts=FIXED, max_phrases=1)
+    by_phrase = {}
+    for i in range(30):
+        batch = one.batch(i)
+        span = batch.tokens[0][batch.phrase_ids[0] == 0].tobytes()
+        by_phrase.setdefault(span, set()).add(batch.tokens[0].tobytes())
+    assert len(drawn) > 15 and all(len(v) == 1 for v in by_phrase.values())
+
+
+def test_phrases_point_at_their_masks(train, prepared, tokenizer):
+    source = prepared.source("train")
+    stored = {source[i].image_id: source[i] for i in range(len(source))}
+    checked = 0
+    for step in range(8):
+        batch = train().batch(step)
+        for b in range(2):
+            example = stored[int(batch.example_id[b])]
+            truth = {e.text.lower(): e.annotation for e in example.expressions}
+            full = masks.decode([a.rle for a in example.annotations], example.height, example.width)
+            for k, phrase in enumerate(phrases(batch, b, tokenizer)):
+                want = images.pack_masks(full[truth[phrase]][None], 32)[0]
+                np.testing.assert_array_equal(batch.masks[b, batch.phrase_mask[b, k]], want)
+                checked += 1
+            assert batch.mask_valid[b].sum() == len(example.annotations)
+            classes = [NONE if a.crowd else a.category for a in example.annotations]
+            assert batch.object_class[b, : len(classes)].tolist() == classes
+            fitted, scaled = images.fit(images.decode(example.image, name="x"), 32)
+            np.testing.assert_array_equal(batch.images[b], fitted)
+            assert tuple(batch.scaled_size[b]) == scaled
+    assert checked > 30
+
+
+def test_generic_conversation_names_the_kinds_in_the_image(train, prepared, tokenizer):
+    data = train(include_generic=True, prompts=FIXED)
+    orders = set()
+    for step in range(10):
+        batch = data.batch(step)
+        for b in range(2):
+            classes, bears = batch.object_class[b], batch.object_name[b]
+            names = {}
+            for k in range(SHAPE.masks):
+                span = batch.tokens[b][batch.phrase_ids[b] == SHAPE.phrases + k]
+                if len(span):
+                    names[k] = tokenizer.hf.decode(span[1:-1]).strip()
+            assert set(names.values()) == {prepared.categories[c] for c in classes if c != NONE}
+            assert all(prepared.categories[c] == names[n] for c, n in zip(classes, bears, strict=True) if c != NONE)
+            assert (bears[classes == NONE] == NONE).all()
+            assert (batch.seg_ids[b] == SHAPE.phrases).sum() == 1
+            orders.add(tuple(names.values()))
+    assert ("cat", "dog") in orders and ("dog", "cat") in orders
+    assert not (train().batch(0).seg_ids == SHAPE.phrases).any() and (train().batch(0).object_name == NONE).all()
+
+
+def test_referred_objects_only(train, tokenizer):
+    data = train(objects="referred", shape=dataclasses.replace(SHAPE, masks=1), max_phrases=1)
+    everything = train()
+    for step in range(6):
+        batch, full = data.batch(step), everything.batch(step)
+        assert batch.mask_valid.all() and (batch.phrase_mask[:, 0] == 0).all()
+        for b in range(2):
+            assert any(np.array_equal(batch.masks[b, 0], m) for m in full.masks[b])
+
+
+def test_curriculum_draws_by_family_until_its_step(train, tokenizer):
+    stages = ((3, {"attribute": 1.0}), (6, {"relation": 2.0, "*": 0.0}), (9, {"ordinal": 0.0, "*": 1.0}))
+    data, plain = train(curriculum=stages), train()
+    attribute = {"cat near the café", "lower cat", "cat", "small dog"}
+    relation = {"the dog on the left", "big dog"}
+    for step in range(12):
+        batch = data.batch(step)
+        asked = {p for b in range(2) for p in phrases(batch, b, tokenizer)}
+        if step < 3:
+            assert asked <= attribute
+        elif step < 6:
+            assert asked <= relation
+        elif step < 9:
+            assert asked <= attribute | relation
+        else:
+            assert_same(batch, plain.batch(step))
+    assert {p for s in range(3) for b in range(2) for p in phrases(data.batch(s), b, tokenizer)} == attribute
+
+
+def test_weights_are_proportions(train, tokenizer):
+    data = train(
+        curriculum=((10_000, {"relation": 9.0, "attribute": 1.0}),), max_phrases=1, shape=dataclasses.replace(SHAPE, batch=1)
+    )
+    asked = [phrases(b, 0, tokenizer) for s in range(600) if (b := data.batch(s)).example_id[0] == 1]
+    share = sum(a == ["cat near the café"] for a in asked) / len(asked)
+    assert abs(share - 1 / 19) < 0.05  # two relation sentences of weight 9, one attribute sentence of weight 1
+
+
+def test_processes_build_their_rows_of_the_same_global_batch(train):
+    shape = dataclasses.replace(SHAPE, batch=4)
+    whole = train(shape=shape)
+    parts = [train(shape=shape, shard=(i, 2)) for i in range(2)]
+    for step in range(4):
+        want = fields(whole.batch(step))
+        halves = [fields(p.batch(step)) for p in parts]
+        for key, value in want.items():
+            np.testing.assert_array_equal(np.concatenate([h[key] for h in halves]), value, err_msg=key)
+    with pytest.raises(UserError, match="batch_size 4 does not divide by 3 processes"):
+        train(shape=shape, shard=(0, 3))
+
+
+def test_too_small_shapes_are_refused_before_training(train):
+    with pytest.raises(UserError, match=r"000000000005\.jpg: may need \d+ tokens, more than the text length 60; raise"):
+        train(shape=dataclasses.replace(SHAPE, text=60))
+    with pytest.raises(UserError, match="has 2 objects, but the batch has room for 1 masks; raise the number of masks or set"):
+        train(shape=dataclasses.replace(SHAPE, masks=1))
+    with pytest.raises(UserError, match="room for 2 masks, fewer than its 4 phrases"):
+        train(shape=dataclasses.replace(SHAPE, masks=2), objects="referred")
+
+
+def test_the_smallest_accepted_text_length_never_overflows(train):
+    def fits(text):
+        try:
+            return train(shape=dataclasses.replace(SHAPE, text=text), include_generic=True)
+        except UserError:
+            return None
+
+    smallest = next(t for t in range(20, 400) if fits(t))
+    data, used = fits(smallest), 0
+    for step in range(60):
+        used = max(used, int((data.batch(step).segments != NONE).sum(1).max()))
+    assert used <= smallest
+
+
+def test_option_errors(prepared, train):
+    with pytest.raises(UserError, match=r"data\.objects: unknown value 'al' \(did you mean 'all'"):
+        TrainOptions(objects="al")
+    with pytest.raises(UserError, match="include_generic needs data.objects='all'"):
+        TrainOptions(objects="referred", include_generic=True)
+    with pytest.raises(UserError, match=r"curriculum: steps must rise, got \[5, 5\]"):
+        TrainOptions(curriculum=((5, {}), (5, {})))
+    with pytest.raises(UserError, match="weights must not be negative"):
+        TrainOptions(curriculum=((5, {"attribute": -1.0}),))
+    with pytest.raises(UserError, match=r"split 'train' has no family 'atribute' \(did you mean 'attribute'"):
+        train(curriculum=((5, {"atribute": 1.0}),))
+    with pytest.raises(UserError, match="seed must not be negative, got -1"):
+        train(seed=-1)
+    with pytest.raises(UserError, match=r"unknown split 'tset'"):
+        TrainData(prepared, SHAPE, FIXED, 0, visual_tokens=VISUAL, split="tset")
+
+
+class TestEval:
+    @pytest.fixture
+    def evaluate(self, prepared, tokenizer):
+        def make(split="train", shape=SHAPE, **options):
+            return EvalData(prepared, split, tokenizer, shape, visual_tokens=VISUAL, **options)
+
+        return make
+
+    def test_every_sample_once_in_order(self, evaluate, prepared, tokenizer):
+        data = evaluate()
+        batches = list(data)
+        assert len(batches) == len(data) == 3  # rows: 1 + 1 + ceil(9 / 4) = 5, two a batch
+        asked = [s for b in batches for row in b.samples for s in row]
+        assert asked == [s for e in prepared.index("train") for s in e.samples] and len(asked) == data.samples == 15
+        for batch in batches:
+            for b, row in enumerate(batch.samples):
+                assert phrases(batch.batch, b, tokenizer) == [s.sentence for s in row]
+                assert batch.batch.phrase_mask[b].tolist() == [0] * len(row) + [NONE] * (4 - len(row))
+                assert batch.batch.example_id[b] == row[0].image_id
+            assert not batch.batch.mask_valid.any() and not batch.batch.masks.any()
+        assert batches[-1].batch.example_id.tolist() == [5, NONE]
+        assert len(batches[-1].samples) == len(batches[-1].truth) == len(batches[-1].images) == 1
+
+    def test_truth_and_images_have_the_original_size(self, evaluate):
+        (batch,) = evaluate("testA")
+        assert batch.truth[0].dtype == bool and batch.sizes == [(96, 96)]
+        np.testing.assert_array_equal(batch.truth[0][0], mini.box_mask(96, 96, 10, 10, 50, 50))
+        assert batch.images[0].shape == (96, 96, 3) and batch.images[0].dtype == np.uint8
+        (grey,) = evaluate("val")
+        assert grey.truth[0].shape == (3, 32, 32) and grey.images[0].shape == (32, 32, 3)
+
+    def test_threads_and_shape_do_not_change_samples(self, evaluate):
+        wide = dataclasses.replace(SHAPE, batch=3, phrases=9, text=600)
+        few, many = list(evaluate()), list(evaluate(shape=wide, threads=4))
+        flat = [
+            [
+                pair
+                for b in batches
+                for row, truths in zip(b.samples, b.truth, strict=True)
+                for pair in zip(row, truths, strict=True)
+            ]
+            for batches in (few, many)
+        ]
+        assert len(few) == 3 and len(many) == 1
+        for (s, t), (u, v) in zip(*flat, strict=True):
+            assert s == u
+            np.testing.assert_array_equal(t, v)
+
+    def test_the_wording_is_fixed(self, evaluate):
+        for prompts in (Prompts(), FIXED):
+            for a, b in zip(evaluate(prompts=prompts), evaluate(), strict=True):
+                assert_same(a.batch, b.batch)
+
+    def test_shuffled_text_control(self, evaluate, tokenizer):
+        own = {s.image_id: set() for b in evaluate() for row in b.samples for s in row}
+        for b in evaluate():
+            for row in b.samples:
+                own[row[0].image_id] |= {s.sentence for s in row}
+        total = 0
+        for batch, plain in zip(evaluate(control_seed=0), evaluate(), strict=True):
+            for b, row in enumerate(batch.samples):
+                assert [s.sentence for s in row] == [s.sentence for s in plain.samples[b]]
+                assert phrases(batch.batch, b, tokenizer) == [s.prompt for s in row]
+                donors = [i for i, texts in own.items() if {s.prompt for s in row} <= texts]
+                assert donors and row[0].image_id not in donors
+                np.testing.assert_array_equal(batch.truth[b], plain.truth[b])
+                total += len(row)
+        assert total == 15
+        with pytest.raises(UserError, match="needs at least two images"):
+            evaluate("val", control_seed=0)
+
+    def test_first_images_only(self, evaluate):
+        data = evaluate(max_images=2)
+        assert {s.image_id for b in data for row in b.samples for s in row} == {1, 2}
+
+    def test_errors(self, evaluate):
+        with pytest.raises(UserError, match="unknown split 'tset'"):
+            evaluate("tset")
+        with pytest.raises(UserError, match="may need .* tokens, more than the text length 40"):
+            evaluate(shape=dataclasses.replace(SHAPE, text=40))
+
+
+def test_a_data_set_without_tokenizer_says_so(tmp_path):
+    prepared = builders.prepare(mini.write(tmp_path / "l"), tmp_path / "p", splits=["val"], log=lambda _: None)
+    with pytest.raises(UserError, match="no tokenizer was trained for this data set; name the language model's"):
+        open_tokenizer(prepared, FIXED)

@@ -1,0 +1,85 @@
+"""Chat templates and wordings."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from flowseg_jax.data import prompts as p
+from flowseg_jax.errors import UserError
+
+WORDINGS = (p.REFERRING_QUESTIONS, p.REFERRING_ANSWERS, p.GENERIC_QUESTIONS, p.GENERIC_ANSWERS)
+
+
+def test_wordings_are_well_formed():
+    for questions, answers in (WORDINGS[:2], WORDINGS[2:]):
+        assert len(set(questions)) == len(questions) and len(set(answers)) == len(answers)
+        assert all(q.count("{}") == 1 and "<" not in q for q in questions)
+        assert all(a.count("<SEG>") == 1 and "{" not in a for a in answers)
+
+
+@pytest.mark.parametrize("name", p.CHATS)
+def test_chat_templates(name):
+    chat = p.CHATS[name]
+    text = chat.head + "Q" + chat.tail + "A" + chat.suffix + chat.separator
+    assert (
+        text
+        == {
+            "qwen3_instruct": "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\nA<|im_end|>\n",
+            "qwen3_wothinking": "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\nA<|im_end|>\n",
+            "phi3_chat": "<|user|>\nQ<|end|>\n<|assistant|>\nA<|end|>\n",
+        }[name]
+    )
+    assert all(mark in text for mark in chat.marks)
+
+
+def test_referring_is_fixed_without_rng():
+    conversation = p.Prompts().referring("  The RED  star ", 3)
+    assert conversation.turns == (p.Turn("Segment <p>the red star</p> in this picture.", "<SEG>."),)
+    assert conversation.phrases == (3,) and conversation.outputs == (3,)
+    other = p.Prompts(question=1, answer=2).referring("star", 0)
+    assert other.turns == (p.Turn("Which pixels belong to <p>star</p>?", "This is it: <SEG>."),)
+
+
+def test_braces_in_a_phrase_are_kept():
+    assert "<p>{a} {}</p>" in p.Prompts().referring("{a} {}", 0).turns[0].question
+
+
+def test_generic_lists_names_and_has_one_output():
+    conversation = p.Prompts().generic(["Red circle", "blue star"], 8)
+    assert conversation.turns == (p.Turn("Segment all of these: <p>red circle</p>, <p>blue star</p>.", "<SEG>."),)
+    assert conversation.phrases == (8, 9) and conversation.outputs == (8,)
+
+
+def test_training_draws_every_wording_and_vary_off_draws_none():
+    rng = np.random.default_rng(0)
+    drawn = {p.Prompts().referring("x", 0, rng).turns[0] for _ in range(800)}
+    assert len(drawn) == len(p.REFERRING_QUESTIONS) * len(p.REFERRING_ANSWERS)
+    fixed = p.Prompts(vary=False)
+    assert {fixed.referring("x", 0, rng).turns[0] for _ in range(20)} == {fixed.referring("x", 0).turns[0]}
+    assert {fixed.generic(["x"], 0, rng).turns[0] for _ in range(20)} == {fixed.generic(["x"], 0).turns[0]}
+
+
+def test_all_wordings_covers_what_is_drawn():
+    for prompts in (p.Prompts(), p.Prompts(vary=False, question=2, answer=1)):
+        referring, generic = prompts.all_wordings()
+        rng = np.random.default_rng(1)
+        for _ in range(200):
+            turn = prompts.referring("x", 0, rng).turns[0]
+            assert dataclasses.replace(turn, question=turn.question.replace("<p>x</p>", "{}")) in referring
+            turn = prompts.generic(["x"], 0, rng).turns[0]
+            assert dataclasses.replace(turn, question=turn.question.replace("<p>x</p>", "{}")) in generic
+
+
+def test_errors():
+    with pytest.raises(UserError, match=r"unknown chat template 'qwen3_instuct' \(did you mean 'qwen3_instruct'"):
+        p.Prompts("qwen3_instuct")
+    with pytest.raises(UserError, match=r"prompts.answer: 9 is not one of the wordings 0\.\.4"):
+        p.Prompts(answer=9)
+    with pytest.raises(UserError, match="must not be empty"):
+        p.Prompts().referring(" \n", 0)
+
+
+def test_training_text_has_no_marks():
+    text = p.training_text()
+    assert "user\n" in text and all("<" not in t and "{" not in t and t.strip() for t in text)

@@ -1,0 +1,119 @@
+"""Training, saving, loading and checking tokenizers."""
+
+import pytest
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from flowseg_jax.data.prompts import CHATS, Prompts, training_text
+from flowseg_jax.data.tokenizer import SPECIAL_TOKENS, extend_tokenizer, load_tokenizer, train_tokenizer
+from flowseg_jax.errors import UserError
+
+TEXTS = [
+    f"the {size} {colour} {shape}" for size in ("small", "large") for colour in ("red", "blue") for shape in ("circle", "star")
+]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer([*training_text(), *TEXTS * 5], path, vocab=400)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokenizer(directory):
+    return load_tokenizer(directory, needed=Prompts().needed)
+
+
+def test_auto_tokenizer_loads_it(directory):
+    hf = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+    assert len(hf) == 400
+    for token in SPECIAL_TOKENS:
+        assert len(hf.encode(token, add_special_tokens=False)) == 1
+        assert token in hf.all_special_tokens
+
+
+def test_ids(tokenizer):
+    assert tokenizer.vocab == 400 and tokenizer.bos is None
+    assert tokenizer.encode("<p>red</p><SEG>") == (
+        tokenizer.phrase_start,
+        *tokenizer.encode("red"),
+        tokenizer.phrase_end,
+        tokenizer.seg,
+    )
+    assert tokenizer.pad == tokenizer.encode("<|endoftext|>")[0]
+    assert len({tokenizer.seg, tokenizer.phrase_start, tokenizer.phrase_end, tokenizer.pad}) == 4
+    assert max(tokenizer.encode("the large red star, ünïcode 漢字 🙂")) < tokenizer.vocab
+
+
+def test_a_word_has_the_same_ids_everywhere(tokenizer):
+    red = tokenizer.encode("red")
+    assert len(red) == 1
+    assert tokenizer.encode("<p>red</p>")[1:-1] == red
+    assert tokenizer.encode("the red star")[1:2] == red
+    assert tokenizer.encode("Segment <p>red</p>") == (*tokenizer.encode("Segment"), *tokenizer.encode("<p>red</p>"))
+
+
+def test_any_text_survives(tokenizer):
+    text = " Größe 漢字 🙂\tx"
+    assert tokenizer.hf.decode(tokenizer.encode(text)) == text
+
+
+def test_lengths_agree_with_encode(tokenizer):
+    texts = ["<p>red</p>", "the large star", ""]
+    assert tokenizer.lengths(texts) == [len(tokenizer.encode(t)) for t in texts]
+    assert tokenizer.lengths([]) == []
+
+
+def test_vocabulary_must_hold_the_bytes(tmp_path):
+    with pytest.raises(UserError, match="vocabulary 200 is too small"):
+        train_tokenizer(TEXTS, tmp_path, vocab=200)
+
+
+def foreign(path, special=("<|im_start|>", "<|im_end|>"), **options):
+    """A language model's tokenizer that has never heard of segmentation."""
+    import tokenizers
+
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=list(special),
+        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(TEXTS, trainer)
+    PreTrainedTokenizerFast(tokenizer_object=bpe, **options).save_pretrained(str(path))
+    return path
+
+
+def test_tokenizer_without_seg_is_refused_and_can_be_extended(tmp_path):
+    plain = foreign(tmp_path / "plain")
+    with pytest.raises(
+        UserError, match=r"no single id for '<SEG>' .*add it with `python -m flowseg_jax.data tokenizer"
+    ) as caught:
+        load_tokenizer(plain)
+    assert "\n" not in str(caught.value)
+    before = len(AutoTokenizer.from_pretrained(str(plain)))
+    assert extend_tokenizer(plain, tmp_path / "extended") == before + 3
+    tokenizer = load_tokenizer(tmp_path / "extended", needed=CHATS["qwen3_instruct"].marks)
+    assert (tokenizer.seg, tokenizer.phrase_start, tokenizer.phrase_end) == (before, before + 1, before + 2)  # X-SAM's order
+    assert tokenizer.encode("red") == tuple(AutoTokenizer.from_pretrained(str(plain)).encode("red"))
+
+
+def test_unknown_token_is_not_an_id(tmp_path):
+    plain = foreign(tmp_path, special=("<unk>",), unk_token="<unk>")
+    with pytest.raises(UserError, match="no single id for '<SEG>'"):
+        load_tokenizer(plain)
+
+
+def test_chat_marks_are_checked(directory):
+    with pytest.raises(UserError, match=r"no single id for '<\|user\|>'"):
+        load_tokenizer(directory, needed=Prompts("phi3_chat").needed)
+
+
+def test_not_a_tokenizer(tmp_path):
+    with pytest.raises(UserError, match="no such tokenizer directory"):
+        load_tokenizer(tmp_path / "gone")
+    with pytest.raises(UserError, match="not a readable tokenizer directory") as caught:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,259 @@
+from __future__ import annotations
+
+import dataclasses
+
+import hf_convert
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from flowseg_jax.errors import UserError
+from flowseg_jax.models.language import Language, LanguageConfig, attention_mask
+
+SIZES = dict(
+    vocab_size=71,
+    hidden_size=36,
+    intermediate_size=52,
+    num_hidden_layers=3,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    max_position_embeddings=128,
+    pad_token_id=0,
+    attn_implementation="eager",
+)
+ROPE = {"rope_type": "default", "rope_theta": 500.0}
+REFERENCES = {
+    # head_dim 10: heads * head_dim = 60 is not the width 36
+    "qwen3 tied": (Qwen3ForCausalLM, Qwen3Config, dict(head_dim=10, tie_word_embeddings=True, rms_norm_eps=1e-6)),
+    "phi3 window": (Phi3ForCausalLM, Phi3Config, dict(sliding_window=5, tie_word_embeddings=False, rms_norm_eps=1e-5)),
+    "llama": (LlamaForCausalLM, LlamaConfig, dict(tie_word_embeddings=False, rms_norm_eps=1e-5)),
+}
+LENGTHS = (13, 9)  # right-padded to 13
+
+
+@pytest.fixture(scope="module", params=REFERENCES)
+def reference(request):
+    model, config, extra = REFERENCES[request.param]
+    return hf_convert.randomise(model(config(**SIZES, **extra, rope_parameters=dict(ROPE))), seed=len(request.param))
+
+
+def config_of(reference):
+    return LanguageConfig.from_hf(reference.config.to_dict())
+
+
+def params_of(arrays, cfg):
+    return hf_convert.language(arrays, cfg.layers, cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim)
+
+
+def model_of(cfg, params):
+    return hf_convert.build(lambda: Language(cfg, rngs=nnx.Rngs(0)), params)
+
+
+def padded_rows():
+    tokens = np.random.default_rng(0).integers(1, 71, (2, 13))
+    real = np.arange(13) < np.array(LENGTHS)[:, None]
+    return np.where(real, tokens, 0), real, np.broadcast_to(np.arange(13), (2, 13)), np.where(real, 0, -1)
+
+
+def run_reference(reference, tokens, real):
+    return reference(input_ids=torch.tensor(tokens), attention_mask=torch.tensor(real).long(), output_hidden_states=True)
+
+
+def test_right_padded_rows_equal_hugging_face(reference):
+    cfg = config_of(reference)
+    arrays = hf_convert.weights(reference)
+    tokens, real, positions, segments = padded_rows()
+    with torch.no_grad():
+        expected = run_reference(reference, tokens, real)
+        after_one = reference.model.norm(expected.hidden_states[1])
+    model = model_of(cfg, params_of(arrays, cfg))
+    hidden = jax.jit(lambda t: model(model.embed(t), positions, segments))(tokens)
+    assert hf_convert.error(hidden[real], expected.hidden_states[-1].numpy()[real]) < 1e-5
+    logits = hidden @ model.unembedding().T
+    assert hf_convert.error(logits[real], expected.logits.numpy()[real]) < 1e-5
+    assert np.isfinite(hidden).all()
+
+    one = dataclasses.replace(cfg, layers=1)
+    model = model_of(one, params_of(arrays, one))
+    hidden = jax.jit(lambda t: model(model.embed(t), positions, segments))(tokens)
+    assert hf_convert.error(hidden[real], after_one.numpy()[real]) < 1e-5
+
+
+def test_gradients_equal_hugging_face(reference):
+    cfg = config_of(reference)
+    cfg = dataclasses.replace(cfg, remat={"qwen3": "full", "phi3": "none", "llama": "dots"}[cfg.family])
+    tokens, real, positions, segments = padded_rows()
+    probe = np.random.default_rng(1).normal(size=(2, 13, cfg.vocab)).astype(np.float32) * real[..., None]
+    reference.zero_grad()
+    (run_reference(reference, tokens, real).logits * torch.tensor(probe)).sum().backward()
+    graphdef, _ = nnx.split(nnx.eval_shape(lambda: Language(cfg, rngs=nnx.Rngs(0))))
+
+    def loss(params):
+        model = nnx.merge(graphdef, params)
+        return (model(model.embed(tokens), positions, segments) @ model.unembedding().T * probe).sum()
+
+    actual = jax.jit(jax.grad(loss))(params_of(hf_convert.weights(reference), cfg))
+    worst = hf_convert.tree_error(actual, params_of(hf_convert.gradients(reference), cfg))
+    assert worst[0] < 1e-4, worst
+
+
+def test_conversations_behind_one_prefix_equal_separate_runs(reference):
+    """Positions continue from the prefix in every conversation; the window of 5 reaches back into it over the gap."""
+    cfg = config_of(reference)
+    model = model_of(cfg, params_of(hf_convert.weights(reference), cfg))
+    rng = np.random.default_rng(2)
+    prefix, talks = 6, (4, 7, 3)
+    embeds = rng.normal(size=(1, prefix + sum(talks) + 2, cfg.width)).astype(np.float32)
+    parts = [np.arange(prefix)] + [prefix + np.arange(n) for n in talks] + [np.zeros(2, int)]
+    ids = [0] * prefix + sum(([i + 1] * n for i, n in enumerate(talks)), []) + [-1] * 2
+    segments = np.array(ids)[None]
+    packed = np.asarray(jax.jit(model.__call__)(embeds, np.concatenate(parts)[None], segments))
+    for i, n in enumerate(talks):
+        own = np.flatnonzero((segments[0] == 0) | (segments[0] == i + 1))
+        position = torch.arange(prefix + n)[None]
+        with torch.no_grad():
+            alone = reference(inputs_embeds=torch.tensor(embeds[:, own]), position_ids=position, output_hidden_states=True)
+        assert hf_convert.error(packed[:, own], alone.hidden_states[-1].numpy()) < 1e-5, f"conversation {i}"
+
+
+def test_more_padding_changes_nothing():
+    cfg = LanguageConfig.tiny(50)
+    model = Language(cfg, rngs=nnx.Rngs(0))
+    embeds = np.random.default_rng(3).normal(size=(1, 8, cfg.width)).astype(np.float32)
+    positions, segments = np.arange(8)[None], np.array([[0, 0, 0, 1, 1, 2, 2, 2]])
+    call = jax.jit(model.__call__)
+    short = call(embeds, positions, segments)
+    junk = np.full((1, 5, cfg.width), 1e3, np.float32)
+    long = call(
+        np.concatenate([embeds, junk], 1),
+        np.concatenate([positions, np.zeros((1, 5), int)], 1),
+        np.concatenate([segments, np.full((1, 5), -1)], 1),
+    )
+    assert hf_convert.error(long[:, :8], short) < 1e-6
+    assert np.isfinite(long).all()
+
+
+def test_mask_by_hand():
+    positions = np.array([[0, 1, 2, 3, 2, 0]])
+    segments = np.array([[0, 0, 1, 1, 2, -1]])
+    expected = np.array(
+        [
+            [1, 0, 0, 0, 0, 0],
+            [1, 1, 0, 0, 0, 0],
+            [1, 1, 1, 0, 0, 0],
+            [1, 1, 1, 1, 0, 0],
+            [1, 1, 0, 0, 1, 0],
+            [1, 1, 0, 0, 0, 0],
+        ]
+    )
+    assert (np.asarray(attention_mask(positions, segments))[0, 0] == expected).all()
+    expected[[2, 3, 3, 4], [0, 0, 1, 0]] = 0  # two or more positions back
+    assert (np.asarray(attention_mask(positions, segments, sliding_window=2))[0, 0] == expected).all()
+
+
+def test_placeholder_ids_read_the_first_row():
+    model = Language(LanguageConfig.tiny(50), rngs=nnx.Rngs(0))
+    rows = model.embed(jnp.array([[-200, -1, 0, 49]]))
+    table = model.unembedding()
+    assert (np.asarray(rows[0]) == np.asarray(table)[[0, 0, 0, 49]]).all()
+
+
+def test_bfloat16_stays_bfloat16_and_near():
+    model = Language(LanguageConfig.tiny(71), rngs=nnx.Rngs(0))
+    tokens, real, positions, segments = padded_rows()
+    embeds = model.embed(tokens)
+    call = jax.jit(model.__call__)
+    half = call(embeds.astype(jnp.bfloat16), positions, segments)
+    assert half.dtype == jnp.bfloat16
+    assert hf_convert.error(half.astype(jnp.float32)[real], call(embeds, positions, segments)[real]) < 0.05
+
+
+def count(width, layers, q, kv, head_norm, mlp):
+    return width + layers * (2 * width * q + 2 * width * kv + 2 * head_norm + 3 * width * mlp + 2 * width)
+
+
+@pytest.mark.parametrize(
+    ("cfg", "expected"),
+    [
+        (LanguageConfig.qwen3_4b(), 151672 * 2560 + count(2560, 36, 4096, 1024, 128, 9728)),
+        (LanguageConfig.qwen3_1b7(), 151672 * 2048 + count(2048, 28, 2048, 1024, 128, 6144)),
+        (LanguageConfig.phi3_mini(), 2 * 32014 * 3072 + count(3072, 32, 3072, 3072, 0, 8192)),
+    ],
+    ids=["qwen3_4b", "qwen3_1b7", "phi3_mini"],
+)
+def test_preset_has_the_checkpoints_parameters(cfg, expected):
+    state = nnx.state(nnx.eval_shape(lambda: Language(cfg, rngs=nnx.Rngs(0))))
+    assert sum(x.size for x in jax.tree.leaves(state)) == expected
+
+
+def test_every_parameter_names_its_axes():
+    state = nnx.state(nnx.eval_shape(lambda: Language(LanguageConfig.tiny(50), rngs=nnx.Rngs(0))))
+    for path, p in nnx.to_flat_state(state):
+        assert len(p.get_metadata()["axes"]) == len(p.shape), path
+
+
+def test_from_hf_reads_published_configs():
+    """The fields as the checkpoints' own config.json state them, in the spelling of transformers 4."""
+    qwen = dict(
+        model_type="qwen3",
+        vocab_size=151936,
+        hidden_size=2560,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        intermediate_size=9728,
+        rope_theta=5000000,
+        rope_scaling=None,
+        rms_norm_eps=1e-6,
+        sliding_window=None,
+        use_sliding_window=False,
+        tie_word_embeddings=True,
+        attention_bias=False,
+        hidden_act="silu",
+    )
+    assert LanguageConfig.from_hf(qwen) == dataclasses.replace(LanguageConfig.qwen3_4b(), vocab=151936)
+    phi = dict(
+        model_type="phi3",
+        vocab_size=32064,
+        hidden_size=3072,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        intermediate_size=8192,
+        rope_theta=10000.0,
+        rope_scaling=None,
+        rms_norm_eps=1e-5,
+        sliding_window=2047,
+        tie_word_embeddings=False,
+        attention_bias=False,
+        hidden_act="silu",
+    )
+    assert LanguageConfig.from_hf(phi) == dataclasses.replace(LanguageConfig.phi3_mini(), vocab=32064)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "gemma3"}, "model_type='gemma3'"),
+        ({"hidden_size": None}, "hidden_size is missing"),
+        ({"rope_theta": None}, "rope_theta is missing"),
+        ({"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "rope_scaling='longrope'"),
+        ({"partial_rotary_factor": 0.75}, "partial_rotary_factor=0.75"),
+        ({"attention_bias": True}, "attention_bias=True"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ({"use_sliding_window": True}, "use_sliding_window=True"),
+        ({"num_key_value_heads": 3}, "kv_heads=3"),
+        ({"head_dim": 9}, "head_dim=9"),
+    ],
+)
+def test_config_that_would_change_the_numbers_is_refused(change, message):
+    config = dict(model_type="qwen3", vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=4)
+    config |= dict(intermediate_size=8, rms_norm_eps=1e-6, rope_theta=1e4, num_key_value_heads=2, head_dim=4)
+    LanguageConfig.from_hf(config)
+    with pytest.raises(UserError, match=message):
+        LanguageConfig.from_hf(config | change)

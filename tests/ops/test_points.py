@@ -1,0 +1,111 @@
+"""Point sampling against torch's grid_sample, packed masks against unpacked ones, and X-SAM's recorded numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from flowseg_jax.ops.points import sample, sample_features, sample_packed, uncertain_points
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "units_ops.npz"
+N, HEIGHT, WIDTH, P = 3, 5, 9, 40
+
+
+def relative(a, b) -> float:
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    return float(np.abs(a - b).max() / np.abs(b).max())
+
+
+def grid_sample(maps: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
+    """maps [n, c, h, w], points [n, p, 2] -> [n, c, p]."""
+    return torch.nn.functional.grid_sample(maps, 2 * points[:, :, None] - 1, align_corners=False)[..., 0]
+
+
+def inputs():
+    rng = np.random.default_rng(0)
+    maps = rng.standard_normal((N, HEIGHT, WIDTH)).astype(np.float32)
+    points = rng.uniform(-0.3, 1.3, (N, P, 2)).astype(np.float32)
+    return maps, points
+
+
+def test_sample_matches_grid_sample_with_gradients():
+    maps, points = inputs()
+    cotangent = np.random.default_rng(1).standard_normal((N, P)).astype(np.float32)
+    out, vjp = jax.vjp(jax.jit(sample), maps, points)
+    tm, tp = torch.tensor(maps, requires_grad=True), torch.tensor(points, requires_grad=True)
+    expected = grid_sample(tm[:, None], tp)[:, 0]
+    expected.backward(torch.tensor(cotangent))
+    assert relative(out, expected.detach()) < 1e-5
+    for got, want in zip(vjp(jnp.asarray(cotangent)), (tm.grad, tp.grad), strict=True):
+        assert relative(got, want) < 1e-5
+
+
+def test_sample_matches_xsam():
+    with np.load(GOLDEN) as golden:
+        out = sample(golden["sample_point/in"][:, 0], golden["sample_point/coords_xy"])
+        assert relative(out, golden["sample_point/out"]) < 1e-5
+
+
+def test_feature_sampling_matches_grid_sample_and_commutes_with_the_product():
+    rng = np.random.default_rng(2)
+    features = rng.standard_normal((HEIGHT, WIDTH, 6)).astype(np.float32)
+    points = inputs()[1][0]
+    out, vjp = jax.vjp(lambda f: sample_features(f, points), features)
+    leaf = torch.tensor(features, requires_grad=True)
+    expected = grid_sample(leaf.permute(2, 0, 1)[None], torch.tensor(points)[None])[0].T
+    expected.sum().backward()
+    assert relative(out, expected.detach()) < 1e-5
+    assert relative(vjp(jnp.ones_like(out))[0], leaf.grad) < 1e-5
+    queries = rng.standard_normal((4, 6)).astype(np.float32)
+    masks = np.einsum("qd,hwd->qhw", queries, features)
+    assert relative(queries @ np.asarray(out).T, sample(masks, np.stack([points] * 4))) < 1e-5
+    assert sample_features(jnp.asarray(features, jnp.bfloat16), points).dtype == jnp.bfloat16
+
+
+def test_packed_masks_sample_as_unpacked_ones():
+    rng = np.random.default_rng(3)
+    masks = rng.integers(0, 2, (N, 16, 16)).astype(np.uint8)
+    points = rng.uniform(-0.1, 1.1, (N, 200, 2)).astype(np.float32)
+    packed = np.packbits(masks, axis=-1)
+    assert packed.shape == (N, 16, 2)
+    got = jax.jit(sample_packed)(packed, points)
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, sample(masks.astype(np.float32), points), rtol=0, atol=1e-6)
+    # Centres of pixels give the pixels themselves, bit by bit.
+    centre = (np.stack(np.meshgrid(np.arange(16), np.arange(16)), -1).reshape(1, 256, 2) + 0.5) / 16
+    got = sample_packed(packed, np.repeat(centre, N, 0).astype(np.float32))
+    np.testing.assert_allclose(got, masks.reshape(N, -1), atol=1e-5)
+
+
+def test_packed_masks_are_never_unpacked():
+    """At full size, 64 masks of 1,024 pixels are 256 MiB as float32; sampling them must need less than a tenth."""
+    masks = jax.ShapeDtypeStruct((64, 1024, 128), jnp.uint8)
+    points = jax.ShapeDtypeStruct((64, 1024, 2), jnp.float32)
+    memory = jax.jit(sample_packed).lower(masks, points).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 25 * 2**20
+
+
+@pytest.mark.parametrize("far", [1e30, -1e30])
+def test_points_far_outside_are_zero(far):
+    maps = np.ones((1, 4, 8), np.float32)
+    points = np.array([[[far, 0.5], [0.5, far], [0.5, 0.5]]], np.float32)
+    np.testing.assert_allclose(sample(maps, points), [[0, 0, 1]])
+    packed = np.full((1, 4, 1), 255, np.uint8)
+    np.testing.assert_allclose(sample_packed(packed, points), [[0, 0, 1]])
+
+
+def test_uncertain_points_are_those_nearest_to_zero():
+    rng = np.random.default_rng(4)
+    logits = rng.standard_normal((N, 30)).astype(np.float32)
+    candidates, extra = rng.random((N, 30, 2)).astype(np.float32), rng.random((N, 4, 2)).astype(np.float32)
+    got = np.asarray(uncertain_points(logits, candidates, extra, 7))
+    for i in range(N):
+        order = torch.topk(-torch.tensor(logits[i]).abs(), 7).indices.numpy()
+        np.testing.assert_array_equal(got[i], np.concatenate([candidates[i][order], extra[i]]))
+    gradient = jax.grad(lambda x, c: uncertain_points(x, c, extra, 7).sum(), (0, 1))(logits, candidates)
+    assert not any(np.asarray(g).any() for g in gradient)

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parent.parent
+FOREIGN = ("tensorflow", "torch")
+
+
+def requirements():
+    lines = (line.partition("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines())
+    return [Requirement(line) for line in lines if line]
+
+
+def test_requirements_parse_and_name_neither_tensorflow_nor_torch():
+    names = [requirement.name for requirement in requirements()]
+    assert len(names) == len(set(names))
+    assert not set(names) & {"tensorflow", "tensorflow-cpu", "torch"}
+    assert all(requirement.specifier for requirement in requirements())
+
+
+def test_this_environment_satisfies_them():
+    from importlib.metadata import version
+
+    wrong = [str(r) for r in requirements() if not r.specifier.contains(version(r.name), prereleases=True)]
+    assert wrong == []
+
+
+def test_project_file_reads_requirements_and_has_the_extras():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert project["tool"]["setuptools"]["dynamic"]["dependencies"] == {"file": ["requirements.txt"]}
+    assert set(project["project"]["optional-dependencies"]) == {"test", "tpu", "cuda12"}
+
+
+def modules(package: str):
+    for path in sorted((ROOT / package).rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        if parts[-1] != "__main__":
+            yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def test_importing_everything_needs_neither_tensorflow_nor_torch(tmp_path):
+    """Every module of the package is imported where both packages are present but fail, and say so, when they are imported."""
+    for name in FOREIGN:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(
+            f"print('imported {name}')\nraise ImportError('{name} is out of bounds')\n"
+        )
+    code = "import importlib, sys\nfor name in sys.argv[1:]: importlib.import_module(name)\n"
+    names = [name for package in ("flowseg_jax", "convert_weights", "configs") for name in modules(package)]
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    command = [sys.executable, "-c", code, *names]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+
+
+def test_test_files_have_unique_names():
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert len(names) == len(set(names))
+    assert not list((ROOT / "tests").rglob("__init__.py"))
