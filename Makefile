@@ -15,7 +15,7 @@ define install
 @set -e; started=$$SECONDS; \
 echo "$(1): installing $(2) ($$($(PYTHON) --version))"; \
 $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or newer is needed; set PYTHON=..." >&2; exit 2; }; \
-( while sleep 10; do echo "$(1): still installing, $$((SECONDS - started)) s"; done ) & beat=$$!; \
+( while sleep 10 >/dev/null 2>&1; do echo "$(1): still installing, $$((SECONDS - started)) s"; done ) & beat=$$!; \
 trap 'kill $$beat 2>/dev/null || true' EXIT; \
 rm -rf $(1); $(PYTHON) -m venv $(1); $(1)/bin/python $(PIP_INSTALL) $(3); \
 touch $(1)/.installed; echo "$(1): ready after $$((SECONDS - started)) s"

@@ -14,15 +14,15 @@ def get_config() -> ConfigDict:
     config.checkpoint_every = 200
     config.init_from = ""  # a model directory to start from; empty: random initialisation
 
-    config.model = ConfigDict(FlowSegConfig.tiny(vocab=512, classes=64).to_dict())
+    config.model = ConfigDict(FlowSegConfig.tiny(vocab=512).to_dict())
 
     config.data = ConfigDict()
     config.data.dir = "data/shapes"  # generated and prepared once if it is missing
     config.data.images = 6000
     config.data.seed = 0
     config.data.phrases = 8
-    config.data.masks = 10
-    config.data.text = 352  # tokens an image, the 72 visual ones included
+    config.data.masks = 12
+    config.data.text = 328  # tokens an image, the 72 visual ones included
     config.data.chat = "qwen3_instruct"
     config.data.vary_prompts = False
     config.data.curriculum = ()  # ((until_step, {family: weight}), ...)
@@ -44,7 +44,7 @@ def get_config() -> ConfigDict:
             "mask": 5.0,
             "dice": 5.0,
             "background": 0.1,
-            "points": 192,
+            "points": 128,
             "oversample": 3.0,
             "importance": 0.75,
             "named": 1.0,

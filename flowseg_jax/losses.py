@@ -239,17 +239,19 @@ def segmentation_terms(
     count = targets.masks.shape[1] * targets.masks.shape[2]
     by_level = jax.vmap(lambda key: jax.random.split(key, j), out_axes=1)(keys)  # [J, B]
 
-    def level(inputs, refine=None):
-        logits, embeds, keys = inputs
-        return level_losses(logits, embeds, features, packed, targets, Points.draw(keys, count, cfg), cfg, refine)
-
     def body(total, inputs):
-        return jax.tree.map(jnp.add, total, level(inputs)[0]), None
+        logits, embeds, keys, final = inputs
+        points = Points.draw(keys, count, cfg)
+        # BAR belongs to the final prediction. Running it on every level and choosing keeps one loop body to compile.
+        bar = None if refine is None else lambda masks, maps: jnp.where(final, refine(masks, maps), masks)
+        sums, assigned = level_losses(logits, embeds, features, packed, targets, points, cfg, bar)
+        return (jax.tree.map(jnp.add, total[0], sums), assigned), None
 
-    sums, assigned = level((class_logits[-1], mask_embeds[-1], by_level[-1]), refine)
-    # Class weights do not depend on the level: every level divides by the same sum, so level losses add up to one fraction.
-    weight = sums["class_weight"]
-    sums, _ = jax.lax.scan(jax.checkpoint(body), sums, (class_logits[:-1], mask_embeds[:-1], by_level[:-1]))
+    zero = jnp.zeros((), jnp.float32)
+    start = ({"class": zero, "class_weight": zero, "mask": zero, "dice": zero}, jnp.zeros(targets.masks.shape, jnp.int32))
+    levels = (class_logits, mask_embeds, by_level, jnp.arange(j) == j - 1)
+    (sums, assigned), _ = jax.lax.scan(jax.checkpoint(body), start, levels)
+    weight = sums["class_weight"] / j  # the same on every level, so the levels' losses add up to one fraction
     masks = (targets.masks != NONE).sum(dtype=jnp.float32)
     terms = {
         f"{name}_class": (cfg.class_ * sums["class"], weight),

@@ -1,4 +1,7 @@
-"""The run-time checker behind jaxtyping's annotations: beartype, with an int accepted where a float is asked for."""
+"""The run-time checker behind jaxtyping's annotations: beartype, with an int accepted where a float is asked for.
+
+Of a tuple's items beartype checks one, drawn at random: conftest.py seeds the draw for every test.
+"""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ CHATS = {
 }
 
 REFERRING_QUESTIONS = (
-    "Segment {} in this picture.",
+    "Segment {}.",
     "Which pixels belong to {}?",
     "Find {} and give me its mask.",
     "Show me {}, please.",

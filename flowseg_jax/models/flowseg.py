@@ -49,7 +49,7 @@ class ImageFeatures:
 
     tokens: Float[Array, "b v e"]
     mask_features: Float[Array, "b h w d"]
-    levels: tuple[Float[Array, "b _y _x d"], ...]
+    levels: tuple[Float[Array, "b _ _ d"], ...]
 
 
 @jax.tree_util.register_dataclass
@@ -310,7 +310,7 @@ def bind(graphdef: nnx.GraphDef, params: dict[str, Any]) -> FlowSeg:
 
 def create(cfg: FlowSegConfig, seed: int = 0) -> tuple[nnx.GraphDef, dict[str, Any]]:
     """The network's description and freshly initialised parameters (a nested dict of float32 arrays)."""
-    graphdef, state = nnx.split(FlowSeg(cfg, rngs=nnx.Rngs(seed)))
+    graphdef, state = nnx.split(FlowSeg(cfg, rngs=nnx.Rngs(params=jax.random.key(seed, impl="rbg"))))
     return graphdef, at_rest(state)
 
 

@@ -35,6 +35,8 @@ class DecoderConfig:
         heads: attention heads of every attention of a layer.
         ffn: hidden width of the feed-forward network.
         levels: L, the number of memory levels.
+        query_std: standard deviation of the learned queries' and their positions' initial values (X-SAM 0.02). S is added to the
+            queries: trained from scratch, queries much smaller than S start out all alike.
         logit_scale: initial value of the learned log scale of the cosine class head.
         logit_clamp: class logits are clipped to plus or minus this (X-SAM main 50, AAAI 500).
         remat: rematerialisation policy of a layer.
@@ -46,13 +48,14 @@ class DecoderConfig:
     heads: int = 8
     ffn: int = 2048
     levels: int = 3
+    query_std: float = 0.02
     logit_scale: float = 2.6593
     logit_clamp: float = 50.0
     remat: str = "full"
 
     @classmethod
     def tiny(cls) -> DecoderConfig:
-        return cls(width=64, queries=16, layers=3, heads=4, ffn=256, remat="none")
+        return cls(width=64, queries=16, layers=3, heads=2, ffn=256, query_std=1.0, remat="none")
 
 
 @jax.tree_util.register_dataclass
@@ -148,8 +151,9 @@ class MaskDecoder(nnx.Module):
     def __init__(self, cfg: DecoderConfig, flow: SemanticFlowConfig, *, rngs: nnx.Rngs):
         small = normal(0.02)
         self.cfg = cfg
-        self.query_content = param(rngs, small, (cfg.queries, cfg.width), (None, None))
-        self.query_position = param(rngs, small, (cfg.queries, cfg.width), (None, None))
+        query = normal(cfg.query_std)
+        self.query_content = param(rngs, query, (cfg.queries, cfg.width), (None, None))
+        self.query_position = param(rngs, query, (cfg.queries, cfg.width), (None, None))
         self.level_embed = param(rngs, small, (cfg.levels, cfg.width), (None, None))
         self.layers = stack(lambda r: DecoderLayer(cfg, flow, rngs=r), cfg.layers, rngs)
         self.norm = LayerNorm(cfg.width, rngs=rngs)
@@ -164,7 +168,7 @@ class MaskDecoder(nnx.Module):
     def __call__(
         self,
         mask_features: Float[Array, "b h w d"],
-        levels: tuple[Float[Array, "b y x d"], ...],
+        levels: tuple[Float[Array, "b _ _ d"], ...],
         passes: int,
         conditions: Conditions | None = None,
         seg_embeds: Float[Array, "p d"] | None = None,

@@ -94,7 +94,7 @@ class SamConfig:
             patch_size=8,
             width=96,
             layers=4,
-            heads=4,
+            heads=2,
             mlp=384,
             window=6,
             global_layers=(1, 3),
@@ -205,7 +205,7 @@ class Sam(nnx.Module):
         self.global_layers = stack(lambda r: SamLayer(cfg, cfg.grid, rngs=r), n_global, rngs) if n_global else None
         self.cfg = cfg
 
-    def __call__(self, images: Float[Array, "b s s 3"], select: tuple[int, ...]) -> tuple[Float[Array, "b g g w"], ...]:
+    def __call__(self, images: Float[Array, "b h w 3"], select: tuple[int, ...]) -> tuple[Float[Array, "b g g w"], ...]:
         """Encodes normalised images.
 
         Args:

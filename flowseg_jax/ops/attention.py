@@ -7,13 +7,14 @@ stands between the two products, the forward pass without a mask becomes one ker
 
 from __future__ import annotations
 
-import math
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-CHUNK_BYTES = 256 * 2**20  # float32 scores an image above which queries are processed in chunks
+# Above WHOLE_BYTES of float32 scores a batch element, queries are processed in chunks of CHUNK_BYTES of them (128 queries of
+# SAM's global attention): near a CPU's cache size, which is faster than larger chunks.
+WHOLE_BYTES = 256 * 2**20
+CHUNK_BYTES = 32 * 2**20
 BLOCKED = -1e30  # score of a key that must not be attended to: finite, so that a row of them has no NaN
 
 
@@ -32,10 +33,10 @@ def attention(
         q: queries; H must be a multiple of G.
         k: keys.
         v: values; their width F may differ from E.
-        mask: True where query s may attend to key t; leading axes of size 1 broadcast. None allows every key.
+        mask: True where query s may attend to key t; axes of size 1 broadcast, but for the keys. None allows every key.
         scale: factor on the scores, default E ** -0.5.
         chunk: queries computed at a time. A chunk's scores are recomputed in the backward pass, so no buffer holds all S x T of
-            them. None: all at once, unless the float32 scores of one batch element exceed `CHUNK_BYTES`.
+            them. None: all at once, unless the float32 scores of one batch element exceed `WHOLE_BYTES`.
 
     Returns:
         Array in the dtype of v; products accumulate in float32. A query that may attend to no key gets zeros.
@@ -56,7 +57,10 @@ def attention(
     k = k.swapaxes(1, 2).reshape(b * g, t, e)
     v = v.swapaxes(1, 2).reshape(b * g, t, v.shape[3])
 
-    parts = _parts(s, s * t * h * 4) if chunk is None else -(-s // chunk)
+    if chunk is None:
+        whole = 4 * s * t * h
+        chunk = s if whole <= WHOLE_BYTES else max(1, s * CHUNK_BYTES // whole)
+    parts = -(-s // chunk)
     if parts == 1:
         out = _attend(q, k, v, mask, scale)
     else:
@@ -65,10 +69,6 @@ def attention(
         body = jax.checkpoint(lambda x: _attend(x[0], k, v, mask if x[1] is None else x[1], scale), prevent_cse=False)
         out = jnp.moveaxis(jax.lax.map(body, xs), 0, 3).reshape(b, g, h // g, parts * size, -1)[:, :, :, :s]
     return out.transpose(0, 3, 1, 2, 4).reshape(b, s, h, -1)
-
-
-def _parts(queries: int, nbytes: int) -> int:
-    return min(queries, math.ceil(nbytes / CHUNK_BYTES))
 
 
 def _split(x: Array, parts: int, size: int) -> Array:

@@ -29,7 +29,7 @@ from flowseg_jax.ops.points import corners
 Shapes = tuple[tuple[int, int], ...]
 Sampler = Callable[[Array, Array], Array]  # (locations, weights) of some queries -> [b, q, h, e]
 
-CHUNK_BYTES = 64 * 2**20  # float32 samples above which queries are processed in chunks
+CHUNK_BYTES = 32 * 2**20  # float32 samples an image above which queries are processed in chunks of that many
 
 
 def msda(
@@ -50,7 +50,7 @@ def msda(
             float32 whatever their dtype.
         weights: attention weights, normalised by the caller over levels and points.
         impl: "gather", "packed", "tent" or "auto" (by the platform that the program is compiled for).
-        chunk: queries at a time. None: all, unless their samples exceed `CHUNK_BYTES`.
+        chunk: queries at a time. None: all, unless their samples exceed `CHUNK_BYTES` an image.
 
     Returns:
         Heads side by side, in the dtype of `value`; sums accumulate in float32.
@@ -67,7 +67,8 @@ def msda(
     if impl != "auto" and impl not in IMPLEMENTATIONS:
         raise ValueError(f"msda: implementation {impl!r}; known are auto, {', '.join(IMPLEMENTATIONS)}")
     if chunk is None:
-        chunk = -(-queries // -(-b * queries * h * levels * points * 4 * e * 4 // CHUNK_BYTES))
+        samples = 4 * queries * h * levels * points * 4 * e  # bytes; four pixels a point
+        chunk = -(-queries // -(-samples // CHUNK_BYTES))
     arrays = jnp.asarray(value), jnp.asarray(locations, jnp.float32), jnp.asarray(weights)
     return _msda(shapes, impl, chunk, *arrays).reshape(b, queries, h * e)
 

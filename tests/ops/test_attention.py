@@ -107,6 +107,7 @@ def test_chunks_are_chosen_by_size_and_bound_memory(monkeypatch):
         return step.lower(x, x, x).compile().memory_analysis().temp_size_in_bytes
 
     assert temporary() > 4 * 2**20
+    monkeypatch.setattr(module, "WHOLE_BYTES", 4 * 2**20 - 1)
     monkeypatch.setattr(module, "CHUNK_BYTES", 2**20)
     assert temporary() < 4 * 2**20
 

@@ -42,6 +42,10 @@ def problems(kind: str, rng: np.random.Generator) -> np.ndarray:
         cost[:] = 2.5
     elif kind == "large":
         cost *= 1e4
+    elif kind == "offset":  # differences far below the precision of bfloat16
+        cost += 1e3
+    elif kind == "nan":
+        cost[rng.random(shape) < 0.2] = np.nan
     elif kind == "product":  # every target wants the same queries: the longest augmenting paths
         cost = np.outer(np.arange(1, M + 1), np.arange(1, Q + 1)).astype(np.float32)[None] * rng.random((64, 1, 1), np.float32)
     elif kind == "infinite":
@@ -52,7 +56,9 @@ def problems(kind: str, rng: np.random.Generator) -> np.ndarray:
     return cost
 
 
-@pytest.mark.parametrize("kind", ["random", "ties", "duplicate rows", "constant", "large", "product", "infinite"])
+@pytest.mark.parametrize(
+    "kind", ["random", "ties", "duplicate rows", "constant", "large", "offset", "product", "nan", "infinite"]
+)
 def test_is_optimal(kind):
     rng = np.random.default_rng(0)
     cost = problems(kind, rng)

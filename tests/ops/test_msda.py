@@ -105,7 +105,7 @@ def test_large_inputs_are_chunked(monkeypatch):
         return step.lower(value, locations, weights).compile().memory_analysis().temp_size_in_bytes
 
     assert temporary() > samples
-    monkeypatch.setattr(module, "CHUNK_BYTES", samples // 10)
+    monkeypatch.setattr(module, "CHUNK_BYTES", samples // 10 // B)
     assert temporary() < samples
 
 
