@@ -4,9 +4,9 @@ Each term is kept as a sum and its denominator until the very end, so that micro
 divided. Weights and formulas are the scaffold's (X-SAM, after Mask2Former): 2 class, 5 mask, 5 dice, background weight 0.1,
 PointRend points. Three kinds of passes are supervised: referring (one target each), by name and by category (all objects).
 
-A mask is a product of a mask embedding with the mask features. The matcher therefore samples features once at its points and takes
-products with all queries; full masks exist only for the matched queries, which are also the only ones that boundary refinement and
-the mask losses see.
+A mask is a product of a mask embedding with the mask features. The matcher therefore samples features once at its points
+and takes products with all queries; full masks exist only for the matched queries, which are also the only ones that
+boundary refinement and the mask losses see.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def match_cost(
     targets: Float[Array, "m k"],
     cfg: LossConfig,
 ) -> Float[Array, "m q"]:
-    """Cost of assigning query q to target m from point samples (scaffold: class, BCE and dice costs, weights as in the loss)."""
+    """Cost of assigning query q to target m from point samples (class, BCE and dice, weighted as the losses)."""
     probability = jax.nn.softmax(class_logits, -1)
     k = logits.shape[-1]
     # BCE summed over points is linear in the target once softplus(logit) is separated.
@@ -94,7 +94,11 @@ def match_cost(
 
 
 def class_loss(
-    logits: Float[Array, "p q n"], labels: Int[Array, "p m"], assigned: Int[Array, "p m"], counted: Bool[Array, "p"], background: float
+    logits: Float[Array, "p q n"],
+    labels: Int[Array, "p m"],
+    assigned: Int[Array, "p m"],
+    counted: Bool[Array, "p"],
+    background: float,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Weighted cross-entropy over all queries (the last column is the background), and the sum of the weights.
 
@@ -215,9 +219,7 @@ def level_losses(
     keep = cfg.points - points.extra.shape[2]
     flat_masks = masks.reshape(b * r * m, *size)
     candidates = points.candidates.reshape(b * r * m, -1, 2)
-    chosen = uncertain_points(
-        fixed(sample(flat_masks, candidates)), candidates, points.extra.reshape(b * r * m, -1, 2), keep
-    )
+    chosen = uncertain_points(fixed(sample(flat_masks, candidates)), candidates, points.extra.reshape(b * r * m, -1, 2), keep)
     truth = jnp.take_along_axis(packed, index.reshape(b, r * m)[..., None, None], axis=1).reshape(b * r * m, *packed.shape[2:])
     mask_sum, dice_sum = point_losses(sample(flat_masks, chosen), sample_packed(truth, chosen), exists.reshape(-1))
     return {"class": class_sum, "class_weight": class_weight, "mask": mask_sum, "dice": dice_sum}, assigned
@@ -296,7 +298,9 @@ def training_terms(
     hits = ((score.argmax(-1) == assigned[..., 0]) & exists).sum(dtype=jnp.float32)
     watched: Terms = {"selected": (hits, exists.sum(dtype=jnp.float32))}
 
-    def all_objects(name: str, logits: Array, embeds: Array, labels: Int[Array, "b m"], keys: PRNGKeyArray, weight: float) -> Terms:
+    def all_objects(
+        name: str, logits: Array, embeds: Array, labels: Int[Array, "b m"], keys: PRNGKeyArray, weight: float
+    ) -> Terms:
         masks = jnp.where(labels != NONE, jnp.arange(m), NONE)
         targets = Targets(masks[:, None], labels[:, None], (labels != NONE).any(-1, keepdims=True))
         found, _ = segmentation_terms(name, logits, embeds, out.mask_features, batch.masks, targets, keys, cfg, refine)

@@ -1,7 +1,7 @@
 """Where arrays live: the mesh, the one table from logical axes to mesh axes, and what follows from them.
 
-The mesh always has the axes `data`, `fsdp` and `tensor`; one device is a mesh of ones, so one program serves a laptop and a pod.
-Batches are split over `data` and `fsdp`; parameters are split where their logical axis names say so.
+The mesh always has the axes `data`, `fsdp` and `tensor`; one device is a mesh of ones, so one program serves a laptop and a
+pod. Batches are split over `data` and `fsdp`; parameters are split where their logical axis names say so.
 """
 
 from __future__ import annotations

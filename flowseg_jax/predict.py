@@ -97,7 +97,7 @@ class Segmentor:
         self._bound = batching.LengthBound(self._prompts, tokenizer, visual_tokens)
 
         def top(params, batch, count):
-            model = nnx.merge(graphdef, params)
+            model = flowseg.bind(graphdef, params)
             found = model.segment(batch)
             chosen = postprocess.top(found.scores, found.mask_logits, min(count, found.scores.shape[-1]))
             return dataclasses.replace(chosen, logits=model.refine(chosen.logits[:, 0], found.mask_features)[:, None])
@@ -151,7 +151,7 @@ def load(directory: str | os.PathLike[str]) -> Segmentor:
     """
     cfg = FlowSegConfig.from_dict(checkpoint.read_model_config(directory)["model"])
     graphdef, abstract = flowseg.describe(cfg)
-    loaded = checkpoint.load_model(directory, nnx.to_pure_dict(abstract))
+    loaded = checkpoint.load_model(directory, flowseg.at_rest(abstract))
     prompts = Prompts(**loaded.extra.get("prompts", {}))
     tokenizer = load_tokenizer(loaded.tokenizer_dir, needed=prompts.needed)
     if tokenizer.vocab > cfg.llm.vocab:

@@ -177,7 +177,7 @@ def model_directory(tokenizer_directory, tmp_path_factory):
     cfg = FlowSegConfig.tiny(vocab=load_tokenizer(tokenizer_directory).vocab)
     rng = np.random.default_rng(0)
     params = jax.tree.map(
-        lambda x: (0.05 * rng.normal(size=x.shape)).astype(np.float32), nnx.to_pure_dict(flowseg.describe(cfg)[1])
+        lambda x: (0.05 * rng.normal(size=x.shape)).astype(np.float32), flowseg.at_rest(flowseg.describe(cfg)[1])
     )
     directory = tmp_path_factory.mktemp("model") / "tiny"
     return save_model(directory, params, cfg.to_dict(), tokenizer_directory, extra={"prompts": {"question": 1}})

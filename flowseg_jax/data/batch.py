@@ -1,7 +1,8 @@
 """The one thing that travels from the data pipeline to the model: a frozen dataclass of static-shape arrays.
 
-Dimensions: B images, T text (visual slots included), K phrases, M target masks, S and V the side of the mask encoder's and of the
-vision encoder's image. Everything is padded to the shapes of a `BatchShape` and masked; padding never changes a real example.
+Dimensions: B images, T text (visual slots included), K phrases, M target masks, S and V the side of the mask encoder's and of
+the vision encoder's image. Everything is padded to the shapes of a `BatchShape` and masked; padding never changes a real
+example.
 """
 
 from __future__ import annotations
@@ -48,14 +49,15 @@ class Batch:
         vision_images: uint8 [B, V, V, 3], RGB, resized without keeping the aspect.
         tokens: int32 [B, T]; text ids, IMAGE_TOKEN in each visual slot, the pad id behind the end.
         positions: int32 [B, T], rotary position of each token.
-        segments: int32 [B, T]; 0 = prefix that every conversation of the image sees, 1.. = conversation, NONE = padding. A token
-            attends causally to the prefix and to its own conversation, so conversations packed behind one image are computed as
-            if each stood alone.
+        segments: int32 [B, T]; 0 = prefix that every conversation of the image sees, 1.. = conversation, NONE = padding. A
+            token attends causally to the prefix and to its own conversation, so conversations packed behind one image are
+            computed as if each stood alone.
         labels: int32 [B, T]; the token itself where it has language loss, NO_LABEL elsewhere (shifted by the loss).
         phrase_ids: int32 [B, T]; k on every token of phrase k's `<p>..</p>` span, the two markers included; NONE elsewhere.
             0..K-1 are referring phrases, K..K+M-1 the names of the generic conversation.
         seg_ids: int32 [B, T]; k on the `<SEG>` of phrase k, K on the generic conversation's; NONE elsewhere.
-        masks: uint8 [B, M, S, S // 8]; target masks at the mask encoder's size, packed along the width (`np.packbits`, big end first).
+        masks: uint8 [B, M, S, S // 8]; target masks at the mask encoder's size, packed along the width (`np.packbits`, big
+            end first).
         mask_valid: bool [B, M]; False on padding.
         phrase_mask: int32 [B, K]; which of `masks` phrase k refers to, NONE for a padded phrase.
         object_class: int32 [B, M]; category of each mask for the linear class head, NONE without one.

@@ -62,7 +62,7 @@ class Evaluator:
 
         def segment(params, batch, truth, inside):
             self.compiles["model"] += 1  # runs when traced, that is once a compilation
-            model = nnx.merge(graphdef, params)
+            model = flowseg.bind(graphdef, params)
             found = model.segment(batch)
             chosen = postprocess.choose(found.scores, found.mask_logits, truth, inside)
             b, k, n, *grid = chosen.logits.shape
@@ -78,7 +78,7 @@ class Evaluator:
             return postprocess.restore(logits, where, truth)
 
         def grid(params, batch):
-            found = jax.eval_shape(lambda p, b: nnx.merge(graphdef, p).segment(b), params, batch)
+            found = jax.eval_shape(lambda p, b: flowseg.bind(graphdef, p).segment(b), params, batch)
             return found.mask_logits.shape[-2:]
 
         self._segment, self._truth_on_grid, self._restore = jax.jit(segment), jax.jit(truth_on_grid), jax.jit(restore)
@@ -113,7 +113,7 @@ def evaluate(
     """Evaluates `data` and writes its results.
 
     Args:
-        graphdef, params: the model, `nnx.split` and `nnx.to_pure_dict` of its state.
+        graphdef, params: the model, graph definition and parameters at rest.
         data: the split.
         split: names the result files.
         out: folder of `<split>.json` and `<split>.jsonl`; None writes nothing. Both are replaced only when complete.

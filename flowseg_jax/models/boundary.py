@@ -11,7 +11,6 @@ bit-identical to M_raw.
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +35,7 @@ class BoundaryConfig:
     kernel: int = 3
     eps: float = 0.1
     channels: int = 16
-    identity: Literal["alpha", "conv"] = "alpha"
+    identity: str = "alpha"
 
     def __post_init__(self):
         if self.kernel < 3 or self.kernel % 2 == 0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import typing
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 from flowseg_jax.errors import UserError, suggest
 from flowseg_jax.models.boundary import BoundaryConfig
@@ -24,7 +24,8 @@ class FlowSegConfig:
 
     Attributes:
         sam, siglip, llm, connector, pixel_decoder, decoder, semantic_flow, boundary: configs of the parts.
-        connector_layers: SAM hidden states that feed the connector, shallow to deep, one a level (connector.scales in the same order).
+        connector_layers: SAM hidden states that feed the connector, shallow to deep, one a level (connector.scales in the
+            same order).
         classes: categories of the linear class head (0: none); it adds the pass by category to training.
         named_pass: "off", "flow" or "plain": the pass in which every object is a named phrase, with or without SR and CR.
         negatives_group: images whose phrases are each other's negatives (the batch must be a multiple).
@@ -39,10 +40,10 @@ class FlowSegConfig:
     pixel_decoder: PixelDecoderConfig
     decoder: DecoderConfig
     connector_layers: tuple[int, ...]
-    semantic_flow: SemanticFlowConfig = SemanticFlowConfig()
-    boundary: BoundaryConfig = BoundaryConfig()
+    semantic_flow: SemanticFlowConfig = dataclasses.field(default_factory=SemanticFlowConfig)
+    boundary: BoundaryConfig = dataclasses.field(default_factory=BoundaryConfig)
     classes: int = 0
-    named_pass: Literal["off", "flow", "plain"] = "off"
+    named_pass: str = "off"
     negatives_group: int = 4
     exclude_same_target: bool = False
     dtype: str = "float32"
@@ -52,10 +53,13 @@ class FlowSegConfig:
             raise ValueError("connector_layers and connector.scales must have one entry for each map")
         if self.connector.out_channels != tuple(self.pixel_decoder.channels):
             raise ValueError(
-                f"the connector puts out {self.connector.out_channels} channels, pixel_decoder.channels is {self.pixel_decoder.channels}"
+                f"the connector puts out {self.connector.out_channels} channels, "
+                f"pixel_decoder.channels is {self.pixel_decoder.channels}"
             )
         if self.pixel_decoder.encoder_levels != self.decoder.levels:
-            raise ValueError(f"the pixel decoder gives {self.pixel_decoder.encoder_levels} levels, decoder.levels is {self.decoder.levels}")
+            raise ValueError(
+                f"the pixel decoder gives {self.pixel_decoder.encoder_levels} levels, decoder.levels is {self.decoder.levels}"
+            )
         if not {self.pixel_decoder.width, self.pixel_decoder.mask_width} == {self.decoder.width}:
             raise ValueError("pixel_decoder.width, pixel_decoder.mask_width and decoder.width must be equal")
         if self.named_pass not in ("off", "flow", "plain"):

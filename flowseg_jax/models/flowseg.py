@@ -6,9 +6,9 @@
     prompt + visual tokens -> LLM -> projector -> C (one per <p>..</p> span), S (one per <SEG>)
     queries + S, memory, C -> decoder (SR + CR in every layer) -> masks, scores -> BAR on the masks that are used
 
-The modules describe; parameters at rest are a plain nested dict (`FlowSeg.split`). Everything is batched and static: an image has
-K referring phrases, each its own decoder pass, and in training two language-light passes on top (all objects by name, all objects by
-category), which teach the queries to propose.
+The modules describe; parameters at rest are a plain nested dict (`at_rest`, `bind`). Everything is batched and static: an
+image has K referring phrases, each its own decoder pass, and in training one or two passes over all objects on top (by name,
+by category), which teach the queries to propose.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from flowseg_jax.data.batch import IMAGE_TOKEN, NONE, Batch
-from flowseg_jax.models.boundary import BoundaryConfig, BoundaryRefinement
+from flowseg_jax.models.boundary import BoundaryRefinement
 from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.models.connectors import Projector, SegConnector, pad_to_multiple, pixel_shuffle
 from flowseg_jax.models.language import Language
@@ -59,7 +59,8 @@ class Reading:
 
     Attributes:
         hidden: [B, T, W], after the final norm (the language loss reads it).
-        phrases: [B, K + M, D]: C(0) of the K referring phrases, then of the M names of the generic conversation; zeros if absent.
+        phrases: [B, K + M, D]: C(0) of the K referring phrases, then of the M names of the generic conversation; zeros if
+            absent.
         segs: [B, K + 1, D]: S of each referring phrase, then of the generic conversation; zeros if absent.
     """
 
@@ -77,7 +78,8 @@ class TrainingOutput:
         hidden: [B, T, W] of the LLM.
         unembedding: [vocab, W].
         mask_features: [B, h, w, D].
-        decoder: all passes, image by image: K referring, then one by name (if `named`), one by category (if the model has classes).
+        decoder: all passes, image by image: K referring, then one by name (if `named`), one by category (if the model has
+            classes).
         conditions: of all passes.
         category_logits: [J, B, Q, classes + 1] of the pass by category, or None.
     """
@@ -161,9 +163,7 @@ def pad_rows(conditions: Conditions, rows: int) -> Conditions:
     def insert(x: Array, padding: tuple) -> Array:
         return jnp.concatenate([jnp.pad(x[:, :-1], padding), x[:, -1:]], 1)
 
-    return Conditions(
-        insert(conditions.embeds, embeds), insert(conditions.own, flags), insert(conditions.valid, flags)
-    )
+    return Conditions(insert(conditions.embeds, embeds), insert(conditions.own, flags), insert(conditions.valid, flags))
 
 
 def interleave(parts: list[Any], images: int) -> Any:
@@ -207,7 +207,9 @@ class FlowSeg(nnx.Module):
         with jax.named_scope("sam"):
             *features, before_last = self.sam(pixels.astype(dtype), select)
         with jax.named_scope("siglip"):
-            vision = self.siglip((batch.vision_images.astype(jnp.float32) / 127.5 - 1).astype(dtype), layers=cfg.siglip.layers - 1)
+            vision = self.siglip(
+                (batch.vision_images.astype(jnp.float32) / 127.5 - 1).astype(dtype), layers=cfg.siglip.layers - 1
+            )
         with jax.named_scope("connector"):
             b = before_last.shape[0]
             shuffled = pixel_shuffle(pad_to_multiple(before_last), 0.5)

@@ -166,8 +166,8 @@ def gelu_tanh(x: Array) -> Array:
 class MultiHeadAttention(nnx.Module):
     """Multi-head attention with biases, as `torch.nn.MultiheadAttention` (its fused in-projection kept as three matrices).
 
-    Weights are small and stay replicated: no sharded axis names. `fused_init` draws q, k and v as the rows of one Xavier-uniform
-    [3D, D] matrix, as torch does; otherwise each is Xavier-uniform on its own (the scaffold's self-attention).
+    Weights are small and stay replicated: no sharded axis names. `fused_init` draws q, k and v as the rows of one
+    Xavier-uniform [3D, D] matrix, as torch does; otherwise each is Xavier-uniform on its own (the scaffold's self-attention).
     """
 
     def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs, fused_init: bool = True, zero_output: bool = False):

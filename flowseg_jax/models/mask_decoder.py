@@ -4,8 +4,8 @@ The unit is the decoder pass: one image, its queries, its own conditions. The R 
 queries attend as one long query axis and keys and values are projected once an image.
 
 Masks are linear in the pixel features, which this module uses twice: the attention mask of a layer is the product with features
-resized to that layer's level (never the full-resolution masks of all queries resized), and callers get mask embeddings, from which
-they compute only the masks they need (`mask_logits`).
+resized to that layer's level (never the full-resolution masks of all queries resized), and callers get mask embeddings, from
+which they compute only the masks they need (`mask_logits`).
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ class DecoderConfig:
         heads: attention heads of every attention of a layer.
         ffn: hidden width of the feed-forward network.
         levels: L, the number of memory levels.
-        query_std: standard deviation of the learned queries' and their positions' initial values (X-SAM 0.02). S is added to the
+        query_std: standard deviation of the learned queries' and their positions' initial values (X-SAM 0.02). S is added to
+            the
             queries: trained from scratch, queries much smaller than S start out all alike.
         logit_scale: initial value of the learned log scale of the cosine class head.
         logit_clamp: class logits are clipped to plus or minus this (X-SAM main 50, AAAI 500).

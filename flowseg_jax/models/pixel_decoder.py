@@ -87,7 +87,17 @@ class PixelDecoderConfig:
 
     @classmethod
     def tiny(cls) -> PixelDecoderConfig:
-        return cls(channels=(192, 96, 48), strides=(32, 16, 8), width=64, mask_width=64, layers=1, heads=2, points=2, ffn=128, remat="none")
+        return cls(
+            channels=(192, 96, 48),
+            strides=(32, 16, 8),
+            width=64,
+            mask_width=64,
+            layers=1,
+            heads=2,
+            points=2,
+            ffn=128,
+            remat="none",
+        )
 
     @property
     def encoder_levels(self) -> int:

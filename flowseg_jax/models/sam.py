@@ -205,7 +205,7 @@ class Sam(nnx.Module):
         self.global_layers = stack(lambda r: SamLayer(cfg, cfg.grid, rngs=r), n_global, rngs) if n_global else None
         self.cfg = cfg
 
-    def __call__(self, images: Float[Array, "b h w 3"], select: tuple[int, ...]) -> tuple[Float[Array, "b g g w"], ...]:
+    def __call__(self, images: Float[Array, "b y x 3"], select: tuple[int, ...]) -> tuple[Float[Array, "b g g w"], ...]:
         """Encodes normalised images.
 
         Args:

@@ -16,7 +16,6 @@ Both are the paper's equations; residuals and norms, which it leaves open, follo
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -55,8 +54,8 @@ class SemanticFlowConfig:
         zero_refinement: CR's output projection starts at zero, so that C(l) = C(0) at step 0.
     """
 
-    mode: Literal["off", "sr", "sr_cr"] = "sr_cr"
-    norm: Literal["post", "residual"] = "post"
+    mode: str = "sr_cr"
+    norm: str = "post"
     gate_bias: float = 0.0
     zero_refinement: bool = True
 

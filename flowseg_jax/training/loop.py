@@ -57,7 +57,9 @@ class Plan:
             curriculum=tuple((until, dict(weights)) for until, weights in data.curriculum),
             threads=data.threads,
         )
-        shape = BatchShape(config.batch_size, data.text, data.phrases, data.masks, model.sam.image_size, model.siglip.image_size)
+        shape = BatchShape(
+            config.batch_size, data.text, data.phrases, data.masks, model.sam.image_size, model.siglip.image_size
+        )
         if config.batch_size % model.negatives_group:
             raise UserError(f"batch_size {config.batch_size} is no multiple of model.negatives_group {model.negatives_group}")
         return cls(model, losses, OptimizerConfig(**optimizer), Prompts(chat=data.chat, vary=data.vary_prompts), options, shape)
@@ -109,12 +111,14 @@ def train(config: ConfigDict, workdir: str | Path) -> Path:
         state = initial_state(plan, config, optimizer, rates, mesh)
         everywhere = parallel.replicated(mesh)
         state = jax.device_put(state, jax.tree.map(lambda _: everywhere, state))
-    count = sum(x.size for x in jax.tree.leaves(state.params))
-    say(f"{count:,} parameters, {sum(x.size for x in jax.tree.leaves(state.trainable)):,} of them trained, on {mesh.devices.size} device(s)")
+    total, trained = (sum(x.size for x in jax.tree.leaves(part)) for part in (state.params, state.trainable))
+    say(f"{total:,} parameters, {trained:,} of them trained, on {mesh.devices.size} device(s)")
 
     def same_run(meta: dict[str, Any]) -> None:
         if changed := changed_keys(meta["config"], json.loads(to_json(config)), MAY_CHANGE):
-            raise UserError(f"{workdir} holds a run with other values of {', '.join(changed)}; use another --workdir or its config")
+            raise UserError(
+                f"{workdir} holds a run with other values of {', '.join(changed)}; use another --workdir or its config"
+            )
 
     with Checkpoints(workdir) as checkpoints:
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), as_tree(state))
@@ -198,8 +202,6 @@ def export(plan: Plan, state: TrainState, config: ConfigDict, prepared: Prepared
     """Writes the runnable model `<workdir>/model`, in float32."""
     extra = {"step": int(state.step), "seed": config.seed, "prompts": dataclasses.asdict(plan.prompts), "data": prepared.digest}
     tokenizer = prepared.tokenizer_directory
-    target = save_model(
-        workdir / "model", state.params, plan.model.to_dict(), tokenizer, extra, dtype=None, overwrite=True
-    )
+    target = save_model(workdir / "model", state.params, plan.model.to_dict(), tokenizer, extra, dtype=None, overwrite=True)
     say(f"the model of step {int(state.step)} is in {target}")
     return target

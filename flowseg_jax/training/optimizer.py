@@ -66,7 +66,9 @@ def multipliers(paths: list[str], groups: tuple[tuple[str, float | None], ...]) 
         raise UserError(f"optimizer.groups: {error.pattern!r} is no regular expression: {error}") from error
     found = {path: next((v for p, v in table if p.fullmatch(path)), "uncovered") for path in paths}
     if uncovered := [path for path, value in found.items() if value == "uncovered"]:
-        raise UserError(f"optimizer.groups covers no group for {', '.join(uncovered)}; end the table with ('.*', 1.0) or (.., None)")
+        raise UserError(
+            f"optimizer.groups covers no group for {', '.join(uncovered)}; end the table with ('.*', 1.0) or (.., None)"
+        )
     return found
 
 

@@ -53,8 +53,8 @@ def make_train_step(
     """The function to jit: (state, batch) -> (state, metrics). Randomness is a function of (seed, step, place in the batch).
 
     Forward and backward run inside one `shard_map` over the axes the batch is split on: every device sees its own images and
-    nothing else, so no loop (the matcher's above all) can hide a collective. Sums and denominators are added over devices before
-    anything is divided, so the mesh does not change the update.
+    nothing else, so no loop (the matcher's above all) can hide a collective. Sums and denominators are added over devices
+    before anything is divided, so the mesh does not change the update.
     """
     axes = ("data", "fsdp")
 

@@ -109,7 +109,7 @@ def test_conversations_behind_one_prefix_equal_separate_runs(reference):
     prefix, talks = 6, (4, 7, 3)
     embeds = rng.normal(size=(1, prefix + sum(talks) + 2, cfg.width)).astype(np.float32)
     parts = [np.arange(prefix)] + [prefix + np.arange(n) for n in talks] + [np.zeros(2, int)]
-    ids = [0] * prefix + sum(([i + 1] * n for i, n in enumerate(talks)), []) + [-1] * 2
+    ids = [0] * prefix + [i + 1 for i, n in enumerate(talks) for _ in range(n)] + [-1] * 2
     segments = np.array(ids)[None]
     packed = np.asarray(jax.jit(model.__call__)(embeds, np.concatenate(parts)[None], segments))
     for i, n in enumerate(talks):

@@ -91,7 +91,8 @@ def test_equal_blocks_run_as_one_scan_with_the_same_numbers(monkeypatch):
     select = (4, 2, 3)
     model = Sam(SamConfig.tiny(), rngs=nnx.Rngs(0))
     images = jnp.asarray(images_of(96))
-    scans = lambda: sum(e.primitive.name == "scan" for e in jax.make_jaxpr(lambda x: model(x, select))(images).eqns)  # noqa: E731
+    jaxpr = lambda: jax.make_jaxpr(lambda x: model(x, select))(images)  # noqa: E731
+    scans = lambda: sum(e.primitive.name == "scan" for e in jaxpr().eqns)  # noqa: E731
     assert scans() == 1
     blocks = run(model, images, select)
     monkeypatch.setattr(Sam, "_period", lambda self, select: None)

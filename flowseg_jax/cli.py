@@ -1,0 +1,115 @@
+"""The commands behind train.py, eval.py and predict.py: flags -> config -> one call into the package."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+
+from flowseg_jax import config as configs
+from flowseg_jax.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+SHIPPED = ROOT / "checkpoints" / "shapes_tiny"  # the trained tiny model that comes with the repository
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose mistakes are `UserError`s."""
+
+    def error(self, message: str) -> None:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def use_host_devices(batch: int) -> None:
+    """Without an accelerator, splits the batch over the CPU's cores: one host device a core, as many as divide the batch."""
+    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    jax.config.update("jax_num_cpu_devices", max(n for n in range(1, cores + 1) if batch % n == 0))
+
+
+def train(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = Parser(prog="train.py", description="Trains FlowSeg; the same command resumes.")
+    parser.add_argument(
+        "--config", metavar="FILE", help="experiment, default configs/shapes_tiny.py; --config.KEY=VALUE overrides"
+    )
+    parser.add_argument("--workdir", metavar="DIR", help="where the run lives, default runs/<name of the config>")
+    if {"-h", "--help"} & set(argv):
+        parser.parse_args(["--help"])
+    config, rest = configs.load(argv)
+    arguments = parser.parse_args(rest)
+    chosen = next(
+        (a.partition("=")[2] or b for a, b in zip(argv, [*argv[1:], ""], strict=True) if a.split("=")[0] == "--config"), None
+    )
+    from flowseg_jax.training.loop import train as run
+
+    use_host_devices(config.batch_size // config.model.negatives_group)
+    run(config, arguments.workdir or Path("runs") / Path((chosen or "configs/shapes_tiny.py").split(":")[0]).stem)
+    return 0
+
+
+def model_directory(arguments: argparse.Namespace) -> Path:
+    """The model that `--checkpoint` or `--workdir` names, else the shipped one."""
+    if arguments.checkpoint and arguments.workdir:
+        raise UserError("--checkpoint and --workdir both name a model: give one of them")
+    if arguments.checkpoint:
+        return Path(arguments.checkpoint)
+    if arguments.workdir:
+        directory = Path(arguments.workdir) / "model"
+        if not directory.is_dir():
+            raise UserError(f"{arguments.workdir} holds no trained model yet: finish its training with the train.py command")
+        return directory
+    return SHIPPED
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", metavar="DIR", help="model directory; default: the shipped tiny model")
+    parser.add_argument("--workdir", metavar="DIR", help="a training run, whose trained model is used")
+
+
+def evaluate(argv: Sequence[str] | None = None) -> int:
+    parser = Parser(prog="eval.py", description="Evaluates a model; results go to <out>/<split>.json and <split>.jsonl.")
+    add_model_flags(parser)
+    parser.add_argument("--data", metavar="DIR", default="data/shapes/prepared", help="prepared data set")
+    parser.add_argument("--split", default="val", help="one split or several: val,testA,testB")
+    parser.add_argument("--out", metavar="DIR", help="default: <workdir>/eval, or runs/eval/<name of the checkpoint>")
+    parser.add_argument("--protocol", default="xsam")
+    parser.add_argument("--images", type=int, help="only the first images of each split")
+    parser.add_argument("--batch-size", type=int, default=8, help="images at a time")
+    parser.add_argument("--shuffle-text", action="store_true", help="control: every image is asked another image's sentences")
+    arguments = parser.parse_args(argv)
+    from flowseg_jax.evaluation.benchmark import Benchmark
+
+    directory = model_directory(arguments)
+    out = (
+        Path(arguments.out)
+        if arguments.out
+        else (Path(arguments.workdir) / "eval" if arguments.workdir else Path("runs") / "eval" / directory.name)
+    )
+    benchmark = Benchmark.of_model(directory, arguments.data, batch=arguments.batch_size, protocol=arguments.protocol)
+    for split in arguments.split.split(","):
+        benchmark.run(split, out, shuffle_text=arguments.shuffle_text, images=arguments.images)
+    return 0
+
+
+def predict(argv: Sequence[str] | None = None) -> int:
+    parser = Parser(prog="predict.py", description="Segments what a sentence names; writes an overlay PNG and a JSON.")
+    add_model_flags(parser)
+    parser.add_argument("--image", metavar="FILE", required=True)
+    parser.add_argument("--text", required=True, help="what to segment")
+    parser.add_argument("--out", metavar="DIR", default="runs/predictions")
+    parser.add_argument("--top-k", type=int, default=5, help="candidates in the JSON")
+    arguments = parser.parse_args(argv)
+    from flowseg_jax import predict as prediction
+    from flowseg_jax.writers import heartbeat, say
+
+    with heartbeat("loading and compiling"):
+        segmentor = prediction.load(model_directory(arguments))
+        path = prediction.predict(segmentor, arguments.image, arguments.text, arguments.out, top_k=arguments.top_k)
+    say(f"{path}\n{path.with_suffix('.png')}")
+    return 0

@@ -1,0 +1,91 @@
+"""`make demo`: the whole path on a laptop, with something to look at after every stage.
+
+    benchmark -> shipped model evaluated, pictures -> untrained model evaluated -> training from scratch -> evaluation -> report
+
+Everything lands in `runs/demo`; started again, it continues where it stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+
+from flowseg_jax import cli
+from flowseg_jax import config as configs
+from flowseg_jax.errors import run
+from flowseg_jax.evaluation import report
+from flowseg_jax.evaluation.benchmark import Benchmark
+from flowseg_jax.models import flowseg
+from flowseg_jax.training import loop
+from flowseg_jax.writers import duration, heartbeat, say
+
+WORKDIR = Path("runs/demo")
+STEPS = 1000  # of training from scratch: at most twelve minutes on two cores
+IMAGES = 60  # of each split
+SPLITS = ("val", "testA", "testB")
+
+
+def main() -> int:
+    started = time.monotonic()
+
+    def stage(text: str) -> None:
+        say(f"\n== [{duration(time.monotonic() - started)}] {text}")
+
+    config, _ = configs.load([f"--config.steps={STEPS}", "--config.checkpoint_every=100"])
+    plan = loop.Plan.read(config)
+    cli.use_host_devices(config.batch_size // config.model.negatives_group)
+    rows: list[report.Row] = []
+    about = [
+        f"Training from scratch: {STEPS} steps of {config.batch_size} images with up to {config.data.phrases} expressions each "
+        f"(configs/shapes_tiny.py, seed {config.seed}). All numbers are percent, over the first {IMAGES} images of each split.",
+        "Shuffled-text control: every image is asked the sentences of another image; what is left is what needs no reading.",
+    ]
+
+    def show(row: report.Row) -> None:
+        rows.append(row)
+        report.write(WORKDIR / "report.html", rows, title="FlowSeg on shapes", about=about)
+        say(report.table([row]))
+        say(f"report so far: {WORKDIR / 'report.html'}")
+
+    stage("the shapes benchmark: images, expressions, tokenizer")
+    prepared = loop.open_data(config)
+
+    stage("the shipped model: evaluated, with pictures")
+    shipped = Benchmark.of_model(cli.SHIPPED, prepared.directory)
+    for split in SPLITS:
+        shipped.run(split, WORKDIR / "eval_shipped", images=IMAGES)
+    shipped.run("val", WORKDIR / "eval_shipped", shuffle_text=True, images=IMAGES)
+    show(report.read_row("shipped", WORKDIR / "eval_shipped", note="trained longer with the same config"))
+    show(report.read_row("shipped, shuffled text", WORKDIR / "eval_shipped", shuffled=True))
+
+    stage("an untrained model, for comparison")
+    with heartbeat("initialising parameters"):
+        graphdef, params = flowseg.create(plan.model, config.seed)
+    mine = dataclasses.replace(
+        shipped, cfg=plan.model, graphdef=graphdef, params=params, checkpoint={"digest": None, "step": 0}
+    )
+    for split in SPLITS:
+        mine.run(split, WORKDIR / "eval_untrained", images=IMAGES, pictures=False)
+    show(report.read_row("untrained", WORKDIR / "eval_untrained"))
+
+    stage(f"training from scratch: {STEPS} steps")
+    trained = loop.train(config, WORKDIR)
+
+    stage("what these minutes gave")
+    mine = Benchmark.of_model(trained, prepared.directory)
+    for split in SPLITS:
+        mine.run(split, WORKDIR / "eval", images=IMAGES)
+    mine.run("val", WORKDIR / "eval", shuffle_text=True, images=IMAGES)
+    show(report.read_row("this run", WORKDIR / "eval"))
+    show(report.read_row("this run, shuffled text", WORKDIR / "eval", shuffled=True))
+
+    stage("done")
+    say(report.table(rows))
+    say(f"open {WORKDIR / 'report.html'}")
+    say(f'ask it something: python predict.py --image IMAGE --text "the red circle"   (or --workdir {WORKDIR})')
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,205 @@
+"""The whole model: padding, switches, warm start, parameter budget."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small
+
+from flowseg_jax.errors import UserError
+from flowseg_jax.losses import LossConfig, divide, training_terms
+from flowseg_jax.manifest import flatten
+from flowseg_jax.models import flowseg
+from flowseg_jax.models.boundary import BoundaryConfig
+from flowseg_jax.models.config import FlowSegConfig
+from flowseg_jax.models.language import LanguageConfig
+from flowseg_jax.models.semantic_flow import SemanticFlowConfig
+
+LOSSES = LossConfig(points=24, vocabulary_chunk=16)
+OFF = SemanticFlowConfig(mode="off")
+
+
+@pytest.fixture(scope="module")
+def model():
+    cfg = small.config()
+    graphdef, params = flowseg.create(cfg, 1)
+    # Refinement starts at zero and would hide what it reads: give every zero kernel something to do.
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda w: w if np.any(w) else jnp.asarray(0.3 * rng.normal(size=w.shape), w.dtype), params)
+    return cfg, graphdef, params
+
+
+@pytest.fixture(scope="module")
+def run(model):
+    """(values of all loss terms, referring class logits, segmentation) of a batch."""
+    _, graphdef, params = model
+
+    @jax.jit
+    def forward(batch):
+        net = flowseg.bind(graphdef, params)
+        out = net(batch)
+        keys = jax.vmap(jax.random.key)(jnp.arange(batch.tokens.shape[0], dtype=jnp.uint32))
+        # One random draw for all kinds of masks would depend on their padded number: the losses are compared without it below.
+        terms, _ = training_terms(net, batch, out, keys, LOSSES)
+        return divide(terms), out, net.segment(batch)
+
+    return forward
+
+
+def close(a, b, tolerance=2e-6):
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    assert np.abs(a - b).max() <= tolerance * max(np.abs(a).max(), 1e-6)
+
+
+def test_more_text_phrases_and_masks_change_nothing(model, run):
+    cfg, *_ = model
+    batch = small.batch(cfg)
+    k = batch.phrase_mask.shape[1]
+    terms, out, found = run(batch)
+    for padded, more in ((small.pad(batch, text=5), 0), (small.pad(batch, phrases=2), 2), (small.pad(batch, masks=2), 0)):
+        terms2, out2, found2 = run(padded)
+        close(found.scores, found2.scores[:, :k])
+        close(found.mask_logits, found2.mask_logits[:, :k])
+        close(terms["language"], terms2["language"])
+        close(terms["refer_class"], terms2["refer_class"])
+        close(terms["named_class"], terms2["named_class"])
+        close(terms["category_class"], terms2["category_class"])
+        passes = out.conditions.own.shape[0] // batch.tokens.shape[0]
+        split = lambda x, p: np.asarray(x).reshape(x.shape[0], -1, p, *x.shape[2:])  # noqa: E731
+        close(split(out.decoder.queries, passes)[:, :, :k], split(out2.decoder.queries, passes + more)[:, :, :k])
+        close(split(out.decoder.queries, passes)[:, :, k:], split(out2.decoder.queries, passes + more)[:, :, k + more :])
+
+
+def test_padded_images_change_nothing(model, run):
+    cfg, *_ = model
+    batch = small.batch(cfg)
+    none = small.batch(cfg, seed=9)
+    none = dataclasses.replace(
+        none,
+        segments=np.full_like(none.segments, -1),
+        labels=np.full_like(none.labels, -100),
+        phrase_mask=np.full_like(none.phrase_mask, -1),
+        object_class=np.full_like(none.object_class, -1),
+        object_name=np.full_like(none.object_name, -1),
+    )
+    terms, _, found = run(batch)
+    terms2, _, found2 = run(jax.tree.map(lambda a, b: np.concatenate([a, b]), batch, none))
+    close(found.scores, found2.scores[:2])
+    for name, value in terms.items():
+        close(value, terms2[name])
+
+
+def test_phrases_of_an_image_do_not_see_each_other(model, run):
+    cfg, *_ = model
+    batch = small.batch(cfg)
+    found = run(batch)[2]
+    tokens = np.where((batch.segments == 1) & (batch.phrase_ids == 0), 5, batch.tokens)
+    other = run(dataclasses.replace(batch, tokens=tokens))[2]
+    assert np.abs(np.asarray(found.scores - other.scores)[:, 0]).max() > 1e-4
+    close(found.scores[:, 1], other.scores[:, 1])
+
+
+def test_mode_off_has_no_parameters_of_the_semantic_flow():
+    names = lambda cfg: set(flatten(flowseg.at_rest(flowseg.describe(cfg)[1])))  # noqa: E731
+    on, off = names(small.config()), names(small.config(semantic_flow=OFF, boundary=BoundaryConfig(enabled=False)))
+    extra = {name.split("/")[1] if name.startswith("boundary") else name.split("/")[2] for name in on - off}
+    assert extra == {"semantic", "refinement", "compress", "refine", "alpha"}
+    assert not off - on
+    sr = names(small.config(semantic_flow=SemanticFlowConfig(mode="sr")))
+    assert {n.split("/")[2] for n in on - sr} == {"refinement"}
+
+
+def test_residual_with_zero_outputs_starts_as_the_plain_scaffold():
+    flow = small.config(semantic_flow=SemanticFlowConfig(norm="residual"))
+    plain = small.config(semantic_flow=OFF)
+    graphdef, params = flowseg.create(flow, 3)
+    plain_graphdef, plain_params = flowseg.create(plain, 4)
+    kept = {name: value for name, value in flatten(params).items() if "/semantic/" not in name and "/refinement/" not in name}
+    assert kept.keys() == flatten(plain_params).keys()
+    from flowseg_jax.manifest import nest
+
+    batch = small.batch(flow)
+    a = flowseg.bind(graphdef, params)(batch).decoder
+    b = flowseg.bind(plain_graphdef, nest(kept, integers=False))(batch).decoder
+    np.testing.assert_array_equal(np.asarray(a.class_logits), np.asarray(b.class_logits))
+    np.testing.assert_array_equal(np.asarray(a.mask_embeds), np.asarray(b.mask_embeds))
+
+
+def test_the_semantic_flow_reads_its_own_phrase_only(model):
+    """SR attends to the pass's own rows: another image's phrase is a negative of the classification and nothing else."""
+    cfg, graphdef, params = model
+    batch = small.batch(cfg)
+    net = flowseg.bind(graphdef, params)
+    a = net(batch)
+    tokens = batch.tokens.copy()
+    tokens[1] = np.where(batch.phrase_ids[1] == 0, 5, tokens[1])
+    b = net(dataclasses.replace(batch, tokens=tokens))
+    passes = a.conditions.own.shape[0] // 2
+    close(a.decoder.queries[:, :passes], b.decoder.queries[:, :passes])
+    assert np.abs(np.asarray(a.decoder.class_logits - b.decoder.class_logits)[:, 0]).max() > 1e-4
+
+
+def test_same_target_is_no_negative():
+    phrase_mask = jnp.array([[0, 0, 1], [0, 1, -1]])
+    embeds = jnp.arange(2 * 3 * 4, dtype=jnp.float32).reshape(2, 3, 4)
+    conditions = flowseg.referring_conditions(embeds, jnp.ones((1, 4)), phrase_mask, 2, True)
+    valid = np.asarray(conditions.valid).astype(int).tolist()
+    assert valid[0] == [1, 0, 1, 1, 1, 0, 1]  # phrase 1 names the same object; the last of the other image does not exist
+    assert valid[2] == [1, 1, 1, 1, 1, 0, 1]
+    assert valid[3] == [1, 1, 1, 1, 1, 0, 1]
+    assert np.asarray(conditions.own).astype(int).tolist()[4] == [0, 0, 0, 0, 1, 0, 1]
+    kept = flowseg.referring_conditions(embeds, jnp.ones((1, 4)), phrase_mask, 2, False)
+    assert np.asarray(kept.valid).astype(int).tolist()[0] == [1, 1, 1, 1, 1, 0, 1]
+
+
+def count(cfg: FlowSegConfig) -> int:
+    return sum(math.prod(leaf.shape) for leaf in flatten(flowseg.at_rest(flowseg.describe(cfg)[1])).values())
+
+
+def test_the_papers_parameter_budget():
+    """BSF + BAR add 5.93 M parameters to the full-size decoder, whatever the language model."""
+    cfg = FlowSegConfig.full(LanguageConfig.qwen3_1b7())
+    plain = dataclasses.replace(cfg, semantic_flow=OFF, boundary=BoundaryConfig(enabled=False))
+    added = count(cfg) - count(plain)
+    assert added == 9 * 658_176 + 4_267
+    assert round(added / 1e6, 2) == 5.93
+
+
+@pytest.mark.parametrize(
+    ("llm", "total"),
+    [(LanguageConfig.qwen3_4b(), 4_806_514_652), (LanguageConfig.qwen3_1b7(), 0), (LanguageConfig.phi3_mini(), 0)],
+    ids=["qwen3-4b", "qwen3-1.7b", "phi3-mini"],
+)
+def test_full_size_presets_count_without_allocating(llm, total):
+    cfg = FlowSegConfig.full(llm)
+    counted = count(cfg)
+    towers = sum(
+        math.prod(x.shape) for n, x in flatten(flowseg.at_rest(flowseg.describe(cfg)[1])).items() if n.startswith("llm/")
+    )
+    # Everything but the LLM and the projectors that end in its width is the same in all three.
+    width, (v, s) = llm.width, (1152, 4096)
+    projectors = (
+        (v * width + width) + (s * width + width) + 2 * (width * width + width) + (width * 256 + 256) + (256 * 256 + 256)
+    )
+    assert counted - towers - projectors == 757_448_556
+    assert not total or counted == total
+
+
+def test_config_survives_json_and_refuses_typos():
+    cfg = FlowSegConfig.tiny()
+    values = cfg.to_dict()
+    assert FlowSegConfig.from_dict(values) == cfg
+    with pytest.raises(UserError, match=r"model.decoder.querys: unknown key \(did you mean 'queries'"):
+        FlowSegConfig.from_dict(values | {"decoder": values["decoder"] | {"querys": 3}})
+    with pytest.raises(UserError, match="named_pass is 'yes'"):
+        FlowSegConfig.from_dict(values | {"named_pass": "yes"})
+    with pytest.raises(UserError, match="levels"):
+        FlowSegConfig.from_dict(values | {"decoder": values["decoder"] | {"levels": 4}})
+    del values["sam"]
+    with pytest.raises(UserError, match="missing sam"):
+        FlowSegConfig.from_dict(values)

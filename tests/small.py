@@ -1,0 +1,114 @@
+"""A FlowSeg that is as small as it can be with every part present, and random batches for it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from flowseg_jax.data.batch import IMAGE_TOKEN, NO_LABEL, NONE, Batch
+from flowseg_jax.models.config import FlowSegConfig
+from flowseg_jax.models.connectors import ConnectorConfig
+from flowseg_jax.models.language import LanguageConfig
+from flowseg_jax.models.mask_decoder import DecoderConfig
+from flowseg_jax.models.pixel_decoder import PixelDecoderConfig
+from flowseg_jax.models.sam import SamConfig
+from flowseg_jax.models.siglip import SiglipConfig
+
+VOCAB = 40
+
+
+def config(**changes) -> FlowSegConfig:
+    """Widths differ from each other on purpose; no layer count equals another."""
+    base = FlowSegConfig(
+        sam=SamConfig(32, 8, 24, 2, 2, 32, 3, (1,), remat="none"),
+        siglip=SiglipConfig(image_size=16, patch_size=8, width=20, layers=2, heads=2, mlp=24, remat="none"),
+        llm=dataclasses.replace(LanguageConfig.tiny(VOCAB), width=28, layers=1, head_dim=14, mlp=36),
+        connector=ConnectorConfig(channels=(24, 24, 24), hidden=12),
+        pixel_decoder=PixelDecoderConfig(
+            channels=(48, 24, 12),
+            strides=(32, 16, 8),
+            width=16,
+            mask_width=16,
+            layers=1,
+            heads=2,
+            points=2,
+            ffn=24,
+            groups=4,
+            remat="none",
+        ),
+        decoder=DecoderConfig(width=16, queries=5, layers=4, heads=2, ffn=24, query_std=1.0, remat="none"),
+        connector_layers=(1, 1, 2),
+        classes=3,
+        named_pass="flow",
+        negatives_group=2,
+        exclude_same_target=True,
+    )
+    return dataclasses.replace(base, **changes)
+
+
+def batch(cfg: FlowSegConfig, *, images: int = 2, phrases: int = 2, masks: int = 3, seed: int = 0) -> Batch:
+    """Random images; `phrases` referring conversations and one generic conversation behind each, all slots used."""
+    rng = np.random.default_rng(seed)
+    visual, side, length = cfg.visual_tokens, cfg.sam.image_size, 6
+    text = 1 + visual + phrases * length + 2 * masks + 2
+    none = lambda: np.full((images, text), NONE, np.int32)  # noqa: E731
+    tokens = rng.integers(0, VOCAB, (images, text)).astype(np.int32)
+    tokens[:, 1 : 1 + visual] = IMAGE_TOKEN
+    phrase_ids, seg_ids, segments = none(), none(), np.zeros((images, text), np.int32)
+    positions = np.broadcast_to(np.arange(text, dtype=np.int32), (images, text)).copy()
+    at = 1 + visual
+    for k in range(phrases):
+        segments[:, at : at + length] = k + 1
+        positions[:, at : at + length] = 1 + visual + np.arange(length)
+        phrase_ids[:, at + 1 : at + 4] = k
+        seg_ids[:, at + 4] = k
+        at += length
+    segments[:, at:] = phrases + 1
+    positions[:, at:] = 1 + visual + np.arange(text - at)
+    for m in range(masks):
+        phrase_ids[:, at + 2 * m : at + 2 * m + 2] = phrases + m
+    seg_ids[:, -2] = phrases
+    labels = np.where(segments > 0, tokens, NO_LABEL).astype(np.int32)
+    soft = rng.random((images, masks, 4, 4)).repeat(side // 4, 2).repeat(side // 4, 3)
+    return Batch(
+        images=rng.integers(0, 256, (images, side, side, 3)).astype(np.uint8),
+        scaled_size=np.broadcast_to(np.array([side, side - 8], np.int32), (images, 2)).copy(),
+        vision_images=rng.integers(0, 256, (images, cfg.siglip.image_size, cfg.siglip.image_size, 3)).astype(np.uint8),
+        tokens=tokens,
+        positions=positions,
+        segments=segments,
+        labels=labels,
+        phrase_ids=phrase_ids,
+        seg_ids=seg_ids,
+        masks=np.packbits(soft > 0.6, axis=-1),
+        mask_valid=np.ones((images, masks), bool),
+        phrase_mask=(np.arange(images * phrases).reshape(images, phrases) % masks).astype(np.int32),
+        object_class=rng.integers(0, max(cfg.classes, 1), (images, masks)).astype(np.int32),
+        object_name=np.broadcast_to(np.arange(masks, dtype=np.int32), (images, masks)).copy(),
+        example_id=np.arange(images, dtype=np.int32),
+    )
+
+
+def pad(x: Batch, *, text: int = 0, phrases: int = 0, masks: int = 0) -> Batch:
+    """The same batch with more padding: `text` tokens behind the end, `phrases` and `masks` that do not exist."""
+    k = x.phrase_mask.shape[1]
+    wide = lambda a, n, fill: np.pad(a, ((0, 0), (0, n)), constant_values=fill)  # noqa: E731
+    fields = {
+        name: wide(getattr(x, name), text, fill)
+        for name, fill in (
+            ("tokens", 7), ("positions", 3), ("segments", NONE), ("labels", NO_LABEL), ("phrase_ids", NONE), ("seg_ids", NONE)
+        )
+    }  # fmt: skip
+    # Names are numbered behind the phrases, so more room for phrases moves them.
+    for name in ("phrase_ids", "seg_ids"):
+        fields[name] = np.where(fields[name] >= k, fields[name] + phrases, fields[name])
+    return dataclasses.replace(
+        x,
+        **fields,
+        phrase_mask=wide(x.phrase_mask, phrases, NONE),
+        masks=np.pad(x.masks, ((0, 0), (0, masks), (0, 0), (0, 0)), constant_values=255),
+        mask_valid=wide(x.mask_valid, masks, False),
+        object_class=wide(x.object_class, masks, NONE),
+        object_name=wide(x.object_name, masks, NONE),
+    )
