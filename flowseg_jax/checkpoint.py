@@ -350,7 +350,7 @@ def load_model(directory: str | os.PathLike, abstract: Tree | None = None, dtype
         compare(manifest(abstract), stored, f"model directory {path}")
         item = _string_keys(_as_stored(abstract, stored))
     else:
-        item = nest({name: jax.ShapeDtypeStruct(tuple(shape), kind) for name, (shape, kind) in stored.items()}, integers=False)
+        item = nest({name: jax.ShapeDtypeStruct(tuple(shape), kind) for name, (shape, kind) in stored.items()})
     try:
         with contextlib.closing(ocp.PyTreeCheckpointer()) as checkpointer:
             if abstract is not None:

@@ -20,15 +20,15 @@ def flatten(tree: Tree) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def nest(flat: Mapping[str, Any], integers: bool = True) -> dict:
-    """The nested dict with `flatten`'s names; with `integers`, a name that is a number becomes an index again."""
+def nest(flat: Mapping[str, Any]) -> dict:
+    """The nested dict with `flatten`'s names; all keys are strings, as in parameters at rest."""
     tree: dict = {}
     for name, value in flat.items():
-        keys = [int(key) if integers and key.isdigit() else key for key in name.split("/")]
+        *parents, last = name.split("/")
         node = tree
-        for key in keys[:-1]:
+        for key in parents:
             node = node.setdefault(key, {})
-        node[keys[-1]] = value
+        node[last] = value
     return tree
 
 

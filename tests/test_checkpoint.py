@@ -23,7 +23,7 @@ from flowseg_jax.manifest import checksums, device_checksums, flatten, manifest,
 
 def make_params():
     w = jax.random.normal(jax.random.key(1), (60, 100))
-    return {"a": {"w": w, "b": jnp.ones(7, jnp.bfloat16)}, "layers": {0: {"x": jnp.zeros(3)}, 1: {"x": jnp.arange(3.0)}}}
+    return {"a": {"w": w, "b": jnp.ones(7, jnp.bfloat16)}, "layers": {"0": {"x": jnp.zeros(3)}, "1": {"x": jnp.arange(3.0)}}}
 
 
 def make_state():
@@ -316,6 +316,6 @@ def test_checksums_of_scalars_keys_and_eight_bytes():
 
 
 def test_names_go_there_and_back():
-    tree = {"a": {"b": 1, "layers": {0: {"x": 2}, 11: {"x": 3}}}}
+    tree = {"a": {"b": 1, "layers": {"0": {"x": 2}, "11": {"x": 3}}}}
     assert flatten(tree) == {"a/b": 1, "a/layers/0/x": 2, "a/layers/11/x": 3}
     assert nest(flatten(tree)) == tree

@@ -22,6 +22,7 @@ from flax import nnx
 from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation import metrics, postprocess, protocols
 from flowseg_jax.evaluation.examples import Example, Gallery
+from flowseg_jax.models import flowseg
 from flowseg_jax.writers import duration, heartbeat, say
 
 HEARTBEAT = 8.0  # seconds of silence until a line of progress

@@ -23,9 +23,10 @@ from flowseg_jax.data.prepared import Prepared
 from flowseg_jax.data.prompts import Prompts
 from flowseg_jax.errors import UserError
 from flowseg_jax.losses import LossConfig
+from flowseg_jax.manifest import flatten
 from flowseg_jax.models import flowseg
 from flowseg_jax.models.config import FlowSegConfig
-from flowseg_jax.training.optimizer import OptimizerConfig, flatten, make_optimizer, multipliers, schedule, split
+from flowseg_jax.training.optimizer import OptimizerConfig, make_optimizer, multipliers, schedule, split
 from flowseg_jax.training.step import TrainState, make_train_step
 from flowseg_jax.writers import Throughput, create_writer, heartbeat, say
 

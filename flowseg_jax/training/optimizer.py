@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from flowseg_jax.errors import UserError
+from flowseg_jax.manifest import flatten, nest
 
 Params = dict[str, Any]
 
@@ -37,23 +38,6 @@ class OptimizerConfig:
     groups: tuple[tuple[str, float | None], ...] = ((".*", 1.0),)
 
 
-def flatten(params: Params) -> dict[str, Any]:
-    """{"decoder/norm/scale": leaf, ...}."""
-    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
-    return {"/".join(str(key.key) for key in path): leaf for path, leaf in leaves}
-
-
-def unflatten(flat: dict[str, Any]) -> Params:
-    tree: Params = {}
-    for path, leaf in flat.items():
-        *parents, name = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = leaf
-    return tree
-
-
 def multipliers(paths: list[str], groups: tuple[tuple[str, float | None], ...]) -> dict[str, float | None]:
     """Learning-rate multiplier of each path, None for a frozen one.
 
@@ -77,11 +61,11 @@ def split(params: Params, rates: dict[str, float | None]) -> tuple[Params, Param
     flat = flatten(params)
     trainable = {path: leaf for path, leaf in flat.items() if rates[path] is not None}
     frozen = {path: leaf for path, leaf in flat.items() if rates[path] is None}
-    return unflatten(trainable), unflatten(frozen)
+    return nest(trainable), nest(frozen)
 
 
 def merge(trainable: Params, frozen: Params) -> Params:
-    return unflatten(flatten(trainable) | flatten(frozen))
+    return nest(flatten(trainable) | flatten(frozen))
 
 
 def schedule(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -92,7 +76,7 @@ def schedule(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
 
 def make_optimizer(cfg: OptimizerConfig, steps: int, rates: dict[str, float | None]) -> optax.GradientTransformation:
     """Clip, Adam, decoupled decay, multipliers, schedule; over the trainable parameters only."""
-    factors = unflatten({path: rate for path, rate in rates.items() if rate is not None})
+    factors = nest({path: rate for path, rate in rates.items() if rate is not None})
 
     def scale(updates: Params, state: optax.EmptyState, params: Params | None = None) -> tuple[Params, optax.EmptyState]:
         del params

@@ -1,0 +1,86 @@
+"""Losses against the recorded values of X-SAM's PyTorch code, and against formulas written out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flowseg_jax.data.batch import NO_LABEL
+from flowseg_jax.losses import LossConfig, class_loss, divide, match_cost, next_token_loss, point_losses
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="module")
+def units():
+    return np.load(GOLDEN / "units_ops.npz")
+
+
+def test_next_token_loss_is_the_mean_over_labels_in_any_chunk(rng):
+    hidden = rng.normal(size=(2, 7, 5)).astype(np.float32)
+    table = rng.normal(size=(11, 5)).astype(np.float32)
+    labels = rng.integers(0, 11, (2, 7))
+    labels[0, :3] = labels[1, 5:] = NO_LABEL
+    logits = hidden[:, :-1] @ table.T
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    kept = labels[:, 1:] != NO_LABEL
+    expected = -np.take_along_axis(log_p, np.maximum(labels[:, 1:], 0)[..., None], -1)[..., 0][kept].sum()
+    for chunk in (1, 5, 64):
+        total, count = next_token_loss(jnp.asarray(hidden), jnp.asarray(table), jnp.asarray(labels), chunk)
+        assert float(total) == pytest.approx(expected, rel=1e-5)
+        assert int(count) == kept.sum()
+
+
+def test_class_loss_weighs_the_background(rng):
+    logits = rng.normal(size=(2, 4, 3)).astype(np.float32)
+    labels, assigned = np.array([[1, 0], [0, 0]]), np.array([[2, -1], [3, 0]])
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    target = np.full((2, 4), 2)
+    target[0, 2], target[1, 3], target[1, 0] = 1, 0, 0
+    weight = np.where(target == 2, 0.1, 1.0)
+    loss = -np.take_along_axis(log_p, target[..., None], -1)[..., 0]
+    args = jnp.asarray(logits), jnp.asarray(labels), jnp.asarray(assigned)
+    total, weights = class_loss(*args, jnp.array([True, True]), 0.1)
+    assert float(total) == pytest.approx((weight * loss).sum(), rel=1e-5)
+    assert float(weights) == pytest.approx(weight.sum(), rel=1e-6)
+    total, weights = class_loss(*args, jnp.array([False, True]), 0.1)
+    assert float(total) == pytest.approx((weight * loss)[1].sum(), rel=1e-5)
+    assert float(weights) == pytest.approx(weight[1].sum(), rel=1e-6)
+
+
+def test_mask_losses_equal_the_recorded_ones(units):
+    logits, targets = units["mask_loss/pred_logits"], units["mask_loss/targets"]
+    cost = np.asarray(
+        match_cost(
+            jnp.zeros((len(logits), 2)),
+            jnp.zeros(len(targets), int),
+            jnp.asarray(logits),
+            jnp.asarray(targets),
+            LossConfig(class_=0),
+        )
+    )
+    expected = 5 * units["mask_loss/pair_bce"] + 5 * units["mask_loss/pair_dice"]
+    assert np.abs(cost - expected.T).max() <= 1e-5 * np.abs(expected).max()
+    assigned = logits[: len(targets)]  # the recorded matched losses pair query i with target i and divide by two masks
+    bce, dice = point_losses(jnp.asarray(assigned), jnp.asarray(targets), jnp.ones(len(targets), bool))
+    assert float(bce) / 2 == pytest.approx(float(units["mask_loss/bce_nummasks2"]), rel=1e-5)
+    assert float(dice) / 2 == pytest.approx(float(units["mask_loss/dice_nummasks2"]), rel=1e-5)
+
+
+def test_point_losses_are_means_over_points_and_sums_over_masks(rng):
+    logits = rng.normal(size=(3, 6)).astype(np.float32)
+    targets = (rng.random((3, 6)) > 0.5).astype(np.float32)
+    p = 1 / (1 + np.exp(-logits))
+    bce = -(targets * np.log(p) + (1 - targets) * np.log(1 - p)).mean(-1)
+    dice = 1 - (2 * (p * targets).sum(-1) + 1) / (p.sum(-1) + targets.sum(-1) + 1)
+    found = point_losses(jnp.asarray(logits), jnp.asarray(targets), jnp.array([True, False, True]))
+    assert [float(x) for x in found] == pytest.approx([bce[[0, 2]].sum(), dice[[0, 2]].sum()], rel=1e-5)
+
+
+def test_terms_are_divided_once():
+    terms = {"a": (jnp.array(6.0), jnp.array(3.0)), "b": (jnp.array(0.0), jnp.array(0.0))}
+    assert jax.tree.map(float, divide(terms)) == {"a": 2.0, "b": 0.0}

@@ -1,0 +1,189 @@
+"""A run: it learns a batch by heart, compiles once, resumes to the bit, and refuses to become another run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import jax
+import minirefcoco as mini
+import numpy as np
+import pytest
+import small
+from ml_collections import ConfigDict
+
+from flowseg_jax import config as configs
+from flowseg_jax.data import builders
+from flowseg_jax.errors import UserError
+from flowseg_jax.evaluation.benchmark import Benchmark
+from flowseg_jax.models.language import LanguageConfig
+from flowseg_jax.training import loop
+from flowseg_jax.training.optimizer import OptimizerConfig, multipliers, schedule, split
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    return builders.prepare(mini.write(root / "layout"), root / "prepared", tokenizer_vocab=300, log=lambda _: None)
+
+
+@pytest.fixture(scope="module")
+def config(prepared) -> ConfigDict:
+    config = configs.read("configs/shapes_tiny.py")
+    cfg = small.config(named_pass="off", classes=len(prepared.categories), negatives_group=1)
+    cfg = dataclasses.replace(cfg, llm=dataclasses.replace(LanguageConfig.tiny(300), width=28, layers=1, head_dim=14, mlp=36))
+    config.model = ConfigDict(cfg.to_dict())
+    config.update(steps=6, log_every=1, checkpoint_every=2, batch_size=2)
+    config.data.update(dir=str(prepared.directory), images=0, text=120, phrases=2, masks=4)
+    config.optimizer.losses.update(points=24, vocabulary_chunk=64)
+    return config
+
+
+def lines(workdir) -> list[dict]:
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if "per_second" not in k} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def finished(config, tmp_path_factory):
+    """An uninterrupted run of six steps, and how often its step was compiled."""
+    workdir = tmp_path_factory.mktemp("run")
+    traced = []
+    make = loop.make_train_step
+
+    def counting(*args):
+        step = make(*args)
+
+        def traced_step(state, batch):
+            traced.append(1)
+            return step(state, batch)
+
+        return traced_step
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "make_train_step", counting)
+        loop.train(config, workdir)
+    return workdir, len(traced)
+
+
+def test_one_compilation_a_run_and_every_step_logged(finished):
+    workdir, traced = finished
+    assert traced == 1
+    rows = lines(workdir)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert {"loss", "loss_language", "loss_refer_class", "loss_refer_mask", "loss_refer_dice", "learning_rate"} <= rows[
+        0
+    ].keys()
+    parts = sum(value for name, value in rows[0].items() if name.startswith("loss_"))
+    assert rows[0]["loss"] == pytest.approx(parts, rel=1e-5)
+    assert (workdir / "tensorboard").is_dir()
+
+
+def test_resuming_gives_the_same_losses_to_the_bit(config, finished, tmp_path, capsys):
+    workdir, _ = finished
+    log = loop.log
+
+    def interrupt(writer, step, metrics, throughput):
+        log(writer, step, metrics, throughput)
+        if step == 3:
+            raise RuntimeError("killed")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "log", interrupt)
+        with pytest.raises(RuntimeError, match="killed"):
+            loop.train(config, tmp_path)
+    longer_log = configs.from_json(configs.to_json(config))
+    longer_log.checkpoint_every = 3  # may change
+    loop.train(longer_log, tmp_path)
+    assert "continuing from the checkpoint of step" in capsys.readouterr().out
+    assert lines(tmp_path) == lines(workdir)
+
+
+def test_a_changed_model_is_an_error_that_names_the_keys(config, finished):
+    changed = configs.from_json(configs.to_json(config))
+    changed.model.decoder.queries = 6
+    with pytest.raises(UserError, match=r"other values of model\.decoder\.queries"):
+        loop.train(changed, finished[0])
+
+
+def test_the_trained_model_can_be_evaluated(prepared, finished, tmp_path):
+    benchmark = Benchmark.of_model(finished[0] / "model", prepared.directory, batch=2)
+    result = benchmark.run("val", tmp_path, pictures=False).result
+    assert result["n"] == prepared.splits["val"]["samples"]
+    assert result["checkpoint"]["step"] == 6
+    assert json.loads((tmp_path / "val.json").read_text()) == result
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("batch_size", 3, "no multiple of model.negatives_group 2"),
+        ("data.text", 20, "more than the text length 20"),
+        ("mesh.data", 5, "does not fit 1 device"),
+        ("optimizer.groups", (("llm/.*", 1.0),), "covers no group for background"),
+        ("model.classes", 1, "model.classes is 1"),
+    ],
+)
+def test_values_that_do_not_fit_are_refused(config, tmp_path, key, value, message):
+    changed = configs.from_json(configs.to_json(config))
+    if "group" in message and key == "batch_size":
+        changed.model.negatives_group = 2
+    changed.update_from_flattened_dict({key: value})
+    with pytest.raises(UserError, match=message):
+        loop.train(changed, tmp_path)
+    assert not (tmp_path / "checkpoints").exists() or not any((tmp_path / "checkpoints").iterdir())
+
+
+def test_a_batch_is_learnt_by_heart(config, prepared):
+    """Forty times the same two images: every target is found, and selected, with IoU above 0.9."""
+    import jax.numpy as jnp
+
+    from flowseg_jax import parallel
+    from flowseg_jax.losses import LossConfig
+    from flowseg_jax.manifest import flatten
+    from flowseg_jax.models import flowseg
+    from flowseg_jax.training.optimizer import make_optimizer
+    from flowseg_jax.training.step import TrainState, make_train_step
+
+    cfg = small.config(named_pass="off", classes=3, negatives_group=1)
+    batch = small.batch(cfg)
+    graphdef, params = flowseg.create(cfg, 0)
+    rates = multipliers(list(flatten(params)), ((".*", 1.0),))
+    steps = 400
+    options = OptimizerConfig(learning_rate=3e-3, weight_decay=0.0, b2=0.98)
+    optimizer = make_optimizer(options, steps, rates)
+    mesh = parallel.make_mesh({"data": 1}, jax.devices()[:1])
+    losses = LossConfig(points=64, vocabulary_chunk=64, language=0.1)
+    step = jax.jit(make_train_step(graphdef, losses, optimizer, schedule(options, steps), 0, mesh), donate_argnums=0)
+    trainable, frozen = split(params, rates)
+    state = TrainState(jnp.zeros((), jnp.int32), trainable, frozen, optimizer.init(trainable))
+    for _ in range(steps):
+        state, _ = step(state, batch)
+    found = jax.jit(lambda p, b: flowseg.bind(graphdef, p).segment(b))(state.params, batch)
+    query = np.asarray(found.scores).argmax(-1)
+    side = found.mask_logits.shape[-1]
+    truth = np.unpackbits(batch.masks, axis=-1).astype(bool)
+    truth = truth[
+        :, :, truth.shape[2] // side // 2 :: truth.shape[2] // side, truth.shape[3] // side // 2 :: truth.shape[3] // side
+    ]
+    for b in range(2):
+        for k in range(2):
+            mask = np.asarray(found.mask_logits)[b, k, query[b, k]] > 0
+            wanted = truth[b, batch.phrase_mask[b, k]]
+            assert (mask & wanted).sum() / (mask | wanted).sum() > 0.9
+
+
+def test_optimizer_table_is_ordered_and_complete():
+    rates = multipliers(["sam/a", "llm/b"], (("sam/.*", None), (".*", 0.5)))
+    assert rates == {"sam/a": None, "llm/b": 0.5}
+    trainable, frozen = split({"sam": {"a": 1}, "llm": {"b": 2}}, rates)
+    assert (trainable, frozen) == ({"llm": {"b": 2}}, {"sam": {"a": 1}})
+    with pytest.raises(UserError, match="no regular expression"):
+        multipliers(["a"], (("(", 1.0),))
+
+
+def test_learning_rate_warms_up_and_ends_at_zero():
+    rate = schedule(OptimizerConfig(learning_rate=1.0, warmup=0.1), 100)
+    assert float(rate(0)) == pytest.approx(1e-5)
+    assert float(rate(10)) == pytest.approx(1.0)
+    assert float(rate(100)) == pytest.approx(0.0, abs=1e-7)
