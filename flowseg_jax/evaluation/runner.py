@@ -79,8 +79,7 @@ class Evaluator:
             return postprocess.restore(logits, where, truth)
 
         def grid(params, batch):
-            found = jax.eval_shape(lambda p, b: flowseg.bind(graphdef, p).segment(b), params, batch)
-            return found.mask_logits.shape[-2:]
+            return jax.eval_shape(lambda p, b: flowseg.bind(graphdef, p).segment(b).mask_logits, params, batch).shape[-2:]
 
         self._segment, self._truth_on_grid, self._restore = jax.jit(segment), jax.jit(truth_on_grid), jax.jit(restore)
         self._grid_of, self._grid = grid, None

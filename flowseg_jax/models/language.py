@@ -42,6 +42,8 @@ class LanguageConfig:
         tie_embeddings: whether the unembedding is the embedding table.
         sliding_window: a token sees keys less than this many positions back, its own included; None for all.
         remat: rematerialisation policy of a layer: "none", "full" or "dots".
+        embedding_std: standard deviation of the table's initial values (pretrained models 0.02). Behind many visual tokens a
+            small one drowns the words: what a phrase is pooled to is then the image, and all phrases of an image look alike.
     """
 
     family: str
@@ -58,6 +60,7 @@ class LanguageConfig:
     tie_embeddings: bool
     sliding_window: int | None = None
     remat: str = "full"
+    embedding_std: float = 0.02
 
     def __post_init__(self):
         if self.family not in FAMILIES:
@@ -125,6 +128,7 @@ class LanguageConfig:
             qk_norm=True,
             tie_embeddings=True,
             remat="none",
+            embedding_std=0.5,
         )
 
     @classmethod
@@ -260,7 +264,7 @@ class Language(nnx.Module):
 
     def __init__(self, cfg: LanguageConfig, *, rngs: nnx.Rngs):
         shape, axes = (cfg.vocab, cfg.width), ("vocab", "embed")
-        self.table = param(rngs, normal(0.02), shape, axes)
+        self.table = param(rngs, normal(cfg.embedding_std), shape, axes)
         self.layers = stack(lambda r: LanguageLayer(cfg, rngs=r), cfg.layers, rngs)
         self.norm = RMSNorm(cfg.width, rngs=rngs, eps=cfg.eps)
         self.head = None if cfg.tie_embeddings else param(rngs, normal(0.02), shape, axes)

@@ -35,7 +35,7 @@ def test_chat_templates(name):
 
 def test_referring_is_fixed_without_rng():
     conversation = p.Prompts().referring("  The RED  star ", 3)
-    assert conversation.turns == (p.Turn("Segment <p>the red star</p> in this picture.", "<SEG>."),)
+    assert conversation.turns == (p.Turn("Segment <p>the red star</p>.", "<SEG>."),)
     assert conversation.phrases == (3,) and conversation.outputs == (3,)
     other = p.Prompts(question=1, answer=2).referring("star", 0)
     assert other.turns == (p.Turn("Which pixels belong to <p>star</p>?", "This is it: <SEG>."),)

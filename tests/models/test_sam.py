@@ -135,8 +135,9 @@ def test_gradients_equal_hugging_face(pattern, remat):
 
 def test_global_attention_never_holds_scores_or_bias_of_all_queries(monkeypatch):
     """With chunked attention no array of the whole tower is as large as all scores: the relative positions add none."""
-    cfg = dataclasses.replace(SamConfig.tiny(), layers=1, global_layers=(0,))
+    cfg = dataclasses.replace(SamConfig.tiny(), layers=1, heads=4, global_layers=(0,))
     largest = cfg.heads * cfg.grid**4
+    monkeypatch.setattr(attention_module, "WHOLE_BYTES", largest)
     monkeypatch.setattr(attention_module, "CHUNK_BYTES", largest)
     graphdef, state = nnx.split(nnx.eval_shape(lambda: Sam(cfg, rngs=nnx.Rngs(0))))
     loss = lambda p, x: nnx.merge(graphdef, p)(x, (1,))[0].sum()  # noqa: E731
