@@ -293,6 +293,9 @@ def save_model(
         fresh.mkdir(parents=True)
         with contextlib.closing(ocp.PyTreeCheckpointer()) as checkpointer:
             checkpointer.save(fresh / "params", args=ocp.args.PyTreeSave(params))
+        note = fresh / "params" / "commit_success.txt"
+        if note.exists():
+            note.write_text("complete\n")  # Orbax writes where it was saved, which is nobody's business and changes the bytes
         shutil.copytree(tokenizer_dir, fresh / "tokenizer")
         (fresh / "config.json").write_text(text + "\n", encoding="utf-8")
         if target.exists():
