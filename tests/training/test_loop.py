@@ -135,7 +135,7 @@ def test_values_that_do_not_fit_are_refused(config, tmp_path, key, value, messag
 
 
 def test_a_batch_is_learnt_by_heart(config, prepared):
-    """Forty times the same two images: every target is found, and selected, with IoU above 0.9."""
+    """Four hundred steps on the same two images: every target is found, and selected, with IoU above 0.9."""
     import jax.numpy as jnp
 
     from flowseg_jax import parallel
