@@ -12,9 +12,9 @@ def get_config() -> ConfigDict:
     config.batch_size = 8  # images; each brings data.phrases referring passes and the passes over all its objects
     config.log_every = 20
     config.checkpoint_every = 200
-    config.init_from = ""  # a model directory to start from; empty: random initialisation
+    config.init_from = ()  # ([tower=]DIR, ...), models and towers to start from; empty: random initialisation
 
-    config.model = ConfigDict(FlowSegConfig.tiny(vocab=512).to_dict())
+    config.model = ConfigDict(FlowSegConfig.tiny(vocab=512, classes=64).to_dict())
 
     config.data = ConfigDict()
     config.data.dir = "data/shapes"  # generated and prepared once if it is missing
@@ -41,10 +41,11 @@ def get_config() -> ConfigDict:
         {
             "language": 0.1,
             "class_": 2.0,
+            "class_gain": 4.0,
             "mask": 5.0,
             "dice": 5.0,
             "background": 0.1,
-            "points": 128,
+            "points": 0,
             "oversample": 3.0,
             "importance": 0.75,
             "named": 1.0,

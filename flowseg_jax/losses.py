@@ -12,7 +12,7 @@ boundary refinement and the mask losses see.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -33,8 +33,11 @@ class LossConfig:
 
     Attributes:
         language, class_, mask, dice: weights of the terms.
+        class_gain: factor on the class loss on top of its weight, which the matcher does not see. Trained from scratch, what
+            tells objects apart by kind and words is learned late, because the masks' gradients drown it.
         background: class weight of the background (last) column.
-        points: sampled points a mask.
+        points: sampled points a mask; 0: every pixel of the mask grid instead, where the grid is so small that sampling would
+            be noise and save nothing.
         oversample: candidates a point for the uncertainty sampling.
         importance: share of the points taken where the prediction is most uncertain.
         named, category: weights of the pass by name and of the pass by category.
@@ -43,6 +46,7 @@ class LossConfig:
 
     language: float = 1.0
     class_: float = 2.0
+    class_gain: float = 1.0
     mask: float = 5.0
     dice: float = 5.0
     background: float = 0.1
@@ -139,9 +143,10 @@ class Targets:
     counted: Bool[Array, "b r"]
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Points:
-    """Random points of one prediction level, uniform in [0, 1]^2.
+    """Random points of one prediction level, uniform in [0, 1]^2. Handed in for all levels, a leading axis J counts these.
 
     Attributes:
         matcher: [B, R or 1, k, 2]; one set an image when the second axis is 1.
@@ -169,19 +174,45 @@ class Points:
         return cls(*jax.vmap(image)(keys))
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LevelLosses:
+    """What one prediction level gives, unweighted.
+
+    Attributes:
+        sums: "class", "mask", "dice": sums of the losses; "class_weight": the denominator of the first.
+        assigned: int32 [B, R, M], the query of each target, NONE for one that does not exist.
+        points: [B * R * M, k, 2], where the mask losses were taken; None for the whole grid.
+    """
+
+    sums: dict[str, Float[Array, ""]]
+    assigned: Int[Array, "b r m"]
+    points: Float[Array, "n k 2"] | None
+
+
+def masks_on_grid(packed: UInt8[Array, "b m s s8"], size: tuple[int, int]) -> Float[Array, "b m k"]:
+    """The share of each cell of a grid that a packed mask covers, row by row. ValueError where cells are no whole pixels."""
+    b, m, s, _ = packed.shape
+    height, width = size
+    if s % height or s % width:
+        raise ValueError(f"losses.points=0 needs a mask grid that divides the image: {s} pixels, a grid of {size}")
+    bits = jnp.unpackbits(packed, axis=-1, count=s).astype(jnp.float32)
+    return bits.reshape(b, m, height, s // height, width, s // width).mean((3, 5)).reshape(b, m, -1)
+
+
 def level_losses(
     class_logits: Float[Array, "b r q n"],
     mask_embeds: Float[Array, "b r q d"],
     features: Float[Array, "b h w d"],
     packed: UInt8[Array, "b m s s8"],
     targets: Targets,
-    points: Points,
+    points: Points | None,
     cfg: LossConfig,
     refine: Callable[[Array, Array], Array] | None = None,
-) -> tuple[dict[str, Float[Array, ""]], Int[Array, "b r m"]]:
-    """Sums of the class, mask and dice losses of one prediction level, and the assignment.
+) -> LevelLosses:
+    """Matches one prediction level with its targets; `refine` (BAR) is applied to the matched masks.
 
-    `refine` (BAR) is applied to the matched masks.
+    Without `points`, costs and losses are taken on every pixel of the mask grid.
     """
     b, r, q, d = mask_embeds.shape
     m = targets.masks.shape[-1]
@@ -190,15 +221,19 @@ def level_losses(
 
     # Matching: everything here is a decision, not a prediction.
     fixed = jax.lax.stop_gradient
-    sampled = jax.vmap(jax.vmap(sample_features, (None, 0)))(fixed(features), points.matcher)  # [B, R or 1, k, D]
-    spread = jnp.broadcast_to(sampled, (b, r, *sampled.shape[2:]))
-    at_points = jnp.einsum("brqd,brkd->brqk", fixed(mask_embeds), spread, preferred_element_type=jnp.float32)
-    shared = points.matcher.shape[1]
-    of_masks = jax.vmap(
-        lambda masks, pts: jax.vmap(lambda p: sample_packed(masks, jnp.broadcast_to(p, (masks.shape[0], *p.shape))))(pts)
-    )(packed, points.matcher)  # [B, R or 1, masks, k]
-    of_masks = jnp.broadcast_to(of_masks, (b, r, *of_masks.shape[2:])) if shared == 1 else of_masks
-    wanted = jnp.take_along_axis(of_masks, index[..., None], axis=2)
+    if points is None:
+        sampled = fixed(features).reshape(b, 1, -1, features.shape[-1])
+        of_masks = masks_on_grid(packed, features.shape[1:3])[:, None]
+    else:
+        sampled = jax.vmap(jax.vmap(sample_features, (None, 0)))(fixed(features), points.matcher)  # [B, R or 1, k, D]
+        of_masks = jax.vmap(
+            lambda masks, pts: jax.vmap(
+                lambda p: sample_packed(masks, jnp.broadcast_to(p, (masks.shape[0], *p.shape)), masks.shape[1])
+            )(pts)
+        )(packed, points.matcher)  # [B, R or 1, masks, k]
+    sampled = jnp.broadcast_to(sampled, (b, r, *sampled.shape[2:]))
+    at_points = jnp.einsum("brqd,brkd->brqk", fixed(mask_embeds), sampled, preferred_element_type=jnp.float32)
+    wanted = jnp.take_along_axis(jnp.broadcast_to(of_masks, (b, r, *of_masks.shape[2:])), index[..., None], axis=2)
     cost = jax.vmap(jax.vmap(match_cost, (0, 0, 0, 0, None)), (0, 0, 0, 0, None))(
         fixed(class_logits.astype(jnp.float32)), targets.labels, at_points, wanted, cfg
     )
@@ -215,14 +250,18 @@ def level_losses(
     masks = mask_logits(matched, features)
     if refine is not None:
         masks = refine(masks, features)
-    size = masks.shape[2:]
-    keep = cfg.points - points.extra.shape[2]
-    flat_masks = masks.reshape(b * r * m, *size)
-    candidates = points.candidates.reshape(b * r * m, -1, 2)
-    chosen = uncertain_points(fixed(sample(flat_masks, candidates)), candidates, points.extra.reshape(b * r * m, -1, 2), keep)
-    truth = jnp.take_along_axis(packed, index.reshape(b, r * m)[..., None, None], axis=1).reshape(b * r * m, *packed.shape[2:])
-    mask_sum, dice_sum = point_losses(sample(flat_masks, chosen), sample_packed(truth, chosen), exists.reshape(-1))
-    return {"class": class_sum, "class_weight": class_weight, "mask": mask_sum, "dice": dice_sum}, assigned
+    flat_masks = masks.reshape(b * r * m, *masks.shape[2:])
+    if points is None:
+        chosen, logits, truth = None, flat_masks.reshape(b * r * m, -1), wanted.reshape(b * r * m, -1)
+    else:
+        keep = cfg.points - points.extra.shape[2]
+        candidates, extra = (x.reshape(b * r * m, -1, 2) for x in (points.candidates, points.extra))
+        chosen = uncertain_points(fixed(sample(flat_masks, candidates)), candidates, extra, keep)
+        truth = jnp.take_along_axis(packed, index.reshape(b, r * m)[..., None, None], axis=1)
+        truth = sample_packed(truth.reshape(b * r * m, *packed.shape[2:]), chosen, packed.shape[2])
+        logits = sample(flat_masks, chosen)
+    mask_sum, dice_sum = point_losses(logits, truth, exists.reshape(-1))
+    return LevelLosses({"class": class_sum, "class_weight": class_weight, "mask": mask_sum, "dice": dice_sum}, assigned, chosen)
 
 
 def segmentation_terms(
@@ -232,22 +271,26 @@ def segmentation_terms(
     features: Float[Array, "b h w d"],
     packed: UInt8[Array, "b m s s8"],
     targets: Targets,
-    keys: PRNGKeyArray,
+    points: PRNGKeyArray | Points,
     cfg: LossConfig,
     refine: Callable[[Array, Array], Array] | None,
 ) -> tuple[Terms, Int[Array, "b r m"]]:
-    """Terms of one kind of pass, summed over all prediction levels, and the last level's assignment; BAR only on the last."""
+    """Terms of one kind of pass, summed over all prediction levels, and the last level's assignment; BAR only on the last.
+
+    `points` are keys, one an image, from which each level draws its own, or the points of all levels.
+    """
     j = class_logits.shape[0]
     count = targets.masks.shape[1] * targets.masks.shape[2]
-    by_level = jax.vmap(lambda key: jax.random.split(key, j), out_axes=1)(keys)  # [J, B]
+    given = isinstance(points, Points)
+    by_level = points if given else jax.vmap(lambda key: jax.random.split(key, j), out_axes=1)(points)  # [J, B]
 
     def body(total, inputs):
-        logits, embeds, keys, final = inputs
-        points = Points.draw(keys, count, cfg)
+        logits, embeds, drawn, final = inputs
+        points = drawn if given else Points.draw(drawn, count, cfg) if cfg.points else None
         # BAR belongs to the final prediction. Running it on every level and choosing keeps one loop body to compile.
         bar = None if refine is None else lambda masks, maps: jnp.where(final, refine(masks, maps), masks)
-        sums, assigned = level_losses(logits, embeds, features, packed, targets, points, cfg, bar)
-        return (jax.tree.map(jnp.add, total[0], sums), assigned), None
+        level = level_losses(logits, embeds, features, packed, targets, points, cfg, bar)
+        return (jax.tree.map(jnp.add, total[0], level.sums), level.assigned), None
 
     zero = jnp.zeros((), jnp.float32)
     start = ({"class": zero, "class_weight": zero, "mask": zero, "dice": zero}, jnp.zeros(targets.masks.shape, jnp.int32))
@@ -256,66 +299,87 @@ def segmentation_terms(
     weight = sums["class_weight"] / j  # the same on every level, so the levels' losses add up to one fraction
     masks = (targets.masks != NONE).sum(dtype=jnp.float32)
     terms = {
-        f"{name}_class": (cfg.class_ * sums["class"], weight),
+        f"{name}_class": (cfg.class_gain * cfg.class_ * sums["class"], weight),
         f"{name}_mask": (cfg.mask * sums["mask"], masks),
         f"{name}_dice": (cfg.dice * sums["dice"], masks),
     }
     return terms, assigned
 
 
+def referring_targets(phrase_mask: Int[Array, "b k"], group: int) -> Targets:
+    """One target a referring pass; its label is the phrase's row among those of its group of images."""
+    b, k = phrase_mask.shape
+    place = jnp.arange(b)[:, None] % group * k + jnp.arange(k)
+    return Targets(phrase_mask[..., None], place[..., None], phrase_mask != NONE)
+
+
+def object_targets(labels: Int[Array, "b m"]) -> Targets:
+    """Every labelled mask of an image is a target of its one pass."""
+    masks = jnp.where(labels != NONE, jnp.arange(labels.shape[1]), NONE)
+    return Targets(masks[:, None], labels[:, None], (labels != NONE).any(-1, keepdims=True))
+
+
 def training_terms(
-    model: FlowSeg, batch: Batch, out: TrainingOutput, keys: PRNGKeyArray, cfg: LossConfig
+    model: FlowSeg, batch: Batch, out: TrainingOutput, points: PRNGKeyArray | Mapping[str, Points], cfg: LossConfig
 ) -> tuple[Terms, Terms]:
     """All loss terms of a batch, each as (weighted sum, denominator), and what is worth watching in the same form.
 
     Args:
         model, batch, out: the network, its input and its training output.
-        keys: [B], one random key an image.
+        points: random keys [B], one an image; or the points of all levels of each kind of pass, "refer", "named", "category".
         cfg: weights and sampling.
 
     Returns:
-        The terms, and `selected`: the share of phrases whose highest-scored query is the one that was matched.
+        The terms, and what is worth watching: `selected`, the share of phrases whose highest-scored query is the one that was
+        matched; `named` and `categorised`, the share of objects whose matched query ranks the right name, or category, first.
     """
-    (b, k), m = batch.phrase_mask.shape, batch.mask_valid.shape[1]
+    b, k = batch.phrase_mask.shape
     total, count = next_token_loss(out.hidden, out.unembedding, batch.labels, cfg.vocabulary_chunk)
     terms: Terms = {"language": (cfg.language * total, count)}
     passes = out.conditions.own.shape[0] // b
     split = lambda x: x.reshape(x.shape[0], b, passes, *x.shape[2:])  # noqa: E731
     logits, embeds = split(out.decoder.class_logits), split(out.decoder.mask_embeds)
     refine = None if model.boundary is None else model.refine
-    kinds = jax.vmap(lambda key: jax.random.split(key, 3), out_axes=1)(keys)
+    if not isinstance(points, Mapping):
+        kinds = jax.vmap(lambda key: jax.random.split(key, 3), out_axes=1)(points)
+        points = dict(zip(("refer", "named", "category"), kinds, strict=True))
 
-    # Referring: one target a pass; its label is the phrase's row among its group's.
-    place = jnp.arange(b)[:, None] % model.cfg.negatives_group * k + jnp.arange(k)
-    exists = batch.phrase_mask != NONE
-    targets = Targets(batch.phrase_mask[..., None], place[..., None], exists)
+    targets = referring_targets(batch.phrase_mask, model.cfg.negatives_group)
+    exists = targets.counted
     found, assigned = segmentation_terms(
-        "refer", logits[:, :, :k], embeds[:, :, :k], out.mask_features, batch.masks, targets, kinds[0], cfg, refine
+        "refer", logits[:, :, :k], embeds[:, :, :k], out.mask_features, batch.masks, targets, points["refer"], cfg, refine
     )
     terms |= found
     last = logits[-1, :, :k]
-    score = jnp.take_along_axis(last, place[..., None, None], axis=-1)[..., 0] - last[..., -1]
+    score = jnp.take_along_axis(last, targets.labels[..., None], axis=-1)[..., 0] - last[..., -1]
     hits = ((score.argmax(-1) == assigned[..., 0]) & exists).sum(dtype=jnp.float32)
     watched: Terms = {"selected": (hits, exists.sum(dtype=jnp.float32))}
 
     def all_objects(
-        name: str, logits: Array, embeds: Array, labels: Int[Array, "b m"], keys: PRNGKeyArray, weight: float
-    ) -> Terms:
-        masks = jnp.where(labels != NONE, jnp.arange(m), NONE)
-        targets = Targets(masks[:, None], labels[:, None], (labels != NONE).any(-1, keepdims=True))
-        found, _ = segmentation_terms(name, logits, embeds, out.mask_features, batch.masks, targets, keys, cfg, refine)
-        return {name: (weight * total, count) for name, (total, count) in found.items()}
+        name: str, logits: Array, embeds: Array, labels: Int[Array, "b m"], weight: float
+    ) -> tuple[Terms, tuple[Array, Array]]:
+        targets = object_targets(labels)
+        found, assigned = segmentation_terms(
+            name, logits, embeds, out.mask_features, batch.masks, targets, points[name], cfg, refine
+        )
+        ranked_first = logits[-1, :, 0, :, :-1].argmax(-1)  # [B, Q], the background aside
+        hit = jnp.take_along_axis(ranked_first, jnp.maximum(assigned[:, 0], 0), -1) == labels
+        right = (hit & (labels != NONE)).sum(dtype=jnp.float32)
+        terms = {name: (weight * total, count) for name, (total, count) in found.items()}
+        return terms, (right, (labels != NONE).sum(dtype=jnp.float32))
 
     at = k
     if model.cfg.named_pass != "off":
-        terms |= all_objects(
-            "named", logits[:, :, at : at + 1], embeds[:, :, at : at + 1], batch.object_name, kinds[1], cfg.named
+        found, watched["named"] = all_objects(
+            "named", logits[:, :, at : at + 1], embeds[:, :, at : at + 1], batch.object_name, cfg.named
         )
+        terms |= found
         at += 1
     if out.category_logits is not None:
-        terms |= all_objects(
-            "category", out.category_logits[:, :, None], embeds[:, :, at : at + 1], batch.object_class, kinds[2], cfg.category
+        found, watched["categorised"] = all_objects(
+            "category", out.category_logits[:, :, None], embeds[:, :, at : at + 1], batch.object_class, cfg.category
         )
+        terms |= found
     return terms, watched
 
 

@@ -10,7 +10,18 @@ import numpy as np
 import pytest
 
 from flowseg_jax.data.batch import NO_LABEL
-from flowseg_jax.losses import LossConfig, class_loss, divide, match_cost, next_token_loss, point_losses
+from flowseg_jax.losses import (
+    LossConfig,
+    Targets,
+    class_loss,
+    divide,
+    level_losses,
+    masks_on_grid,
+    match_cost,
+    next_token_loss,
+    point_losses,
+    segmentation_terms,
+)
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -84,3 +95,50 @@ def test_point_losses_are_means_over_points_and_sums_over_masks(rng):
 def test_terms_are_divided_once():
     terms = {"a": (jnp.array(6.0), jnp.array(3.0)), "b": (jnp.array(0.0), jnp.array(0.0))}
     assert jax.tree.map(float, divide(terms)) == {"a": 2.0, "b": 0.0}
+
+
+@pytest.fixture
+def level(rng):
+    """One image, one pass, three queries, two targets on a 4 x 6 mask grid of 24 pixel masks."""
+    masks = rng.random((1, 2, 24, 24)) > 0.5
+    return dict(
+        class_logits=jnp.asarray(rng.normal(size=(1, 1, 3, 3)), jnp.float32),
+        mask_embeds=jnp.asarray(rng.normal(size=(1, 1, 3, 5)), jnp.float32),
+        features=jnp.asarray(rng.normal(size=(1, 4, 6, 5)), jnp.float32),
+        packed=jnp.asarray(np.packbits(masks, axis=-1)),
+        targets=Targets(jnp.array([[[1, 0]]]), jnp.array([[[0, 1]]]), jnp.array([[True]])),
+    ), masks.reshape(1, 2, 4, 6, 6, 4).mean((3, 5))
+
+
+def test_without_points_every_pixel_of_the_grid_counts(level):
+    inputs, truth = level
+    found = level_losses(**inputs, points=None, cfg=LossConfig())
+    assert len(set(np.asarray(found.assigned)[0, 0].tolist())) == 2
+    logits = np.einsum("qd,yxd->qyx", inputs["mask_embeds"][0, 0], inputs["features"][0]).reshape(3, -1)
+    pairs = logits[np.asarray(found.assigned)[0, 0]], truth[0, [1, 0]].reshape(2, -1)
+    p = 1 / (1 + np.exp(-pairs[0]))
+    bce = -(pairs[1] * np.log(p) + (1 - pairs[1]) * np.log(1 - p)).mean(-1).sum()
+    dice = (1 - (2 * (p * pairs[1]).sum(-1) + 1) / (p.sum(-1) + pairs[1].sum(-1) + 1)).sum()
+    assert float(found.sums["mask"]) == pytest.approx(bce, rel=1e-5)
+    assert float(found.sums["dice"]) == pytest.approx(dice, rel=1e-5)
+
+
+def test_a_grid_that_does_not_divide_the_image_is_refused(level):
+    with pytest.raises(ValueError, match="divides the image: 24 pixels, a grid of"):
+        masks_on_grid(level[0]["packed"], (5, 6))
+
+
+def test_the_class_gain_changes_the_class_loss_and_nothing_else(level):
+    inputs, _ = level
+    stacked = {name: inputs[name][None] for name in ("class_logits", "mask_embeds")}
+    rest = {name: inputs[name] for name in ("features", "packed", "targets")}
+    keys = jax.random.split(jax.random.key(0), 1)
+
+    def terms(gain: float):
+        cfg = LossConfig(points=0, class_gain=gain)
+        return segmentation_terms("x", **stacked, **rest, points=keys, cfg=cfg, refine=None)
+
+    (plain, assigned), (more, same) = terms(1.0), terms(1e4)
+    assert (np.asarray(assigned) == np.asarray(same)).all()
+    assert float(more["x_class"][0]) == pytest.approx(1e4 * float(plain["x_class"][0]), rel=1e-6)
+    assert [float(more[f"x_{k}"][0]) for k in ("mask", "dice")] == [float(plain[f"x_{k}"][0]) for k in ("mask", "dice")]

@@ -26,7 +26,7 @@ class BatchShape:
         text: sequence length with the visual tokens (T).
         phrases: referring phrases an image (K); each is one decoder pass.
         masks: target masks an image (M).
-        image: side of the mask encoder's square input (S), pixels, a multiple of 8.
+        image: side of the mask encoder's square input (S), pixels.
         vision: side of the vision encoder's square input (V), pixels.
     """
 
@@ -56,8 +56,8 @@ class Batch:
         phrase_ids: int32 [B, T]; k on every token of phrase k's `<p>..</p>` span, the two markers included; NONE elsewhere.
             0..K-1 are referring phrases, K..K+M-1 the names of the generic conversation.
         seg_ids: int32 [B, T]; k on the `<SEG>` of phrase k, K on the generic conversation's; NONE elsewhere.
-        masks: uint8 [B, M, S, S // 8]; target masks at the mask encoder's size, packed along the width (`np.packbits`, big
-            end first).
+        masks: uint8 [B, M, S, ceil(S / 8)]; target masks at the mask encoder's size, packed along the width (`np.packbits`,
+            big end first).
         mask_valid: bool [B, M]; False on padding.
         phrase_mask: int32 [B, K]; which of `masks` phrase k refers to, NONE for a padded phrase.
         object_class: int32 [B, M]; category of each mask for the linear class head, NONE without one.

@@ -43,7 +43,7 @@ class Pixels:
     Attributes:
         image: uint8 [S, S, 3]; `scaled` is (h', w') inside it.
         vision: uint8 [V, V, 3].
-        masks: uint8 [A, S, S // 8], one for each annotation.
+        masks: uint8 [A, S, ceil(S / 8)], one for each annotation.
     """
 
     image: UInt8[np.ndarray, "s s 3"]
@@ -95,7 +95,8 @@ def encode_prefix(prompts: Prompts, tokenizer: Tokenizer, visual_tokens: int) ->
 def encode_conversation(conversation: Conversation, prompts: Prompts, tokenizer: Tokenizer, name: str) -> Encoded:
     """Tokenises a conversation as it follows the image; labels on answers and their suffix only.
 
-    Questions, answers and separators are tokenised one by one. Spans and outputs are numbered in the order of the text.
+    Questions (from the second on with the chat's head before them), answers and separators are tokenised one by one. Spans and
+    outputs are numbered in the order of the text.
 
     Raises:
         UserError: an expression contains a mark, so that spans and phrases do not correspond.
@@ -104,8 +105,11 @@ def encode_conversation(conversation: Conversation, prompts: Prompts, tokenizer:
     tokens: list[int] = []
     labels: list[int] = []
     for number, turn in enumerate(conversation.turns):
-        head = (*tokenizer.encode(chat.separator), *tokenizer.encode(chat.head)) if number else ()
-        question = (*head, *tokenizer.encode(turn.question + chat.tail))
+        # What stands between two placeholders or answers is one chunk: some tokenizers treat a chunk's first word apart.
+        head = chat.head if number else ""
+        question = tokenizer.encode(head + turn.question + chat.tail)
+        if number:
+            question = (*tokenizer.encode(chat.separator), *question)
         answer = tokenizer.encode(turn.answer + chat.suffix)
         tokens += (*question, *answer)
         labels += (*([NO_LABEL] * len(question)), *answer)
@@ -182,7 +186,7 @@ def empty(shape: BatchShape, pad: int) -> Batch:
         tokens=np.full((b, t), pad, np.int32),
         positions=np.zeros((b, t), np.int32),
         labels=np.full((b, t), NO_LABEL, np.int32),
-        masks=np.zeros((b, m, s, s // 8), np.uint8),
+        masks=np.zeros((b, m, s, -(-s // 8)), np.uint8),
         mask_valid=np.zeros((b, m), bool),
         phrase_mask=np.full((b, k), NONE, np.int32),
         object_class=np.full((b, m), NONE, np.int32),

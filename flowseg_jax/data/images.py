@@ -113,5 +113,5 @@ def pack_masks(masks: UInt8[np.ndarray, "n h w"], side: int) -> UInt8[np.ndarray
 
 
 def unpack_masks(packed: UInt8[np.ndarray, "... s s8"]) -> UInt8[np.ndarray, "... s s"]:
-    """The inverse of the packing: 0/1 masks."""
-    return np.unpackbits(packed, axis=-1)
+    """The inverse of the packing of square masks: 0/1 masks."""
+    return np.unpackbits(packed, axis=-1, count=packed.shape[-2])

@@ -60,8 +60,10 @@ class FlowSegConfig:
             raise ValueError(
                 f"the pixel decoder gives {self.pixel_decoder.encoder_levels} levels, decoder.levels is {self.decoder.levels}"
             )
-        if not {self.pixel_decoder.width, self.pixel_decoder.mask_width} == {self.decoder.width}:
-            raise ValueError("pixel_decoder.width, pixel_decoder.mask_width and decoder.width must be equal")
+        if self.pixel_decoder.width != self.decoder.width:
+            raise ValueError("pixel_decoder.width and decoder.width must be equal")
+        if self.pixel_decoder.mask_width != (self.decoder.mask_width or self.decoder.width):
+            raise ValueError("pixel_decoder.mask_width and decoder.mask_width (if unset, decoder.width) must be equal")
         if self.named_pass not in ("off", "flow", "plain"):
             raise ValueError(f"named_pass is {self.named_pass!r}: choose off, flow or plain")
 
@@ -72,7 +74,7 @@ class FlowSegConfig:
         return self.siglip.tokens + side * side
 
     @classmethod
-    def tiny(cls, vocab: int = 512) -> FlowSegConfig:
+    def tiny(cls, vocab: int = 512, classes: int = 0) -> FlowSegConfig:
         """Trains from scratch on two cores: 96-pixel images, 24x24 masks, about 1.5 M parameters."""
         return cls(
             sam=SamConfig.tiny(),
@@ -83,6 +85,7 @@ class FlowSegConfig:
             decoder=DecoderConfig.tiny(),
             connector_layers=(2, 3, 4),
             semantic_flow=SemanticFlowConfig(gate_bias=3.0),
+            classes=classes,
             named_pass="plain",
             negatives_group=1,
             exclude_same_target=True,

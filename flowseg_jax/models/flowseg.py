@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from flowseg_jax.data.batch import IMAGE_TOKEN, NONE, Batch
 from flowseg_jax.models.boundary import BoundaryRefinement
@@ -43,12 +43,12 @@ class ImageFeatures:
 
     Attributes:
         tokens: [B, V, W], visual tokens for the LLM: SigLIP's, then SAM's.
-        mask_features: [B, h, w, D].
+        mask_features: [B, h, w, F].
         levels: memory maps [B, y, x, D], low to high resolution.
     """
 
     tokens: Float[Array, "b v e"]
-    mask_features: Float[Array, "b h w d"]
+    mask_features: Float[Array, "b h w f"]
     levels: tuple[Float[Array, "b _ _ d"], ...]
 
 
@@ -77,7 +77,7 @@ class TrainingOutput:
     Attributes:
         hidden: [B, T, W] of the LLM.
         unembedding: [vocab, W].
-        mask_features: [B, h, w, D].
+        mask_features: [B, h, w, F].
         decoder: all passes, image by image: K referring, then one by name (if `named`), one by category (if the model has
             classes).
         conditions: of all passes.
@@ -86,7 +86,7 @@ class TrainingOutput:
 
     hidden: Float[Array, "b t e"]
     unembedding: Float[Array, "v e"]
-    mask_features: Float[Array, "b h w d"]
+    mask_features: Float[Array, "b h w f"]
     decoder: DecoderOutput
     conditions: Conditions
     category_logits: Float[Array, "j b q c"] | None
@@ -100,12 +100,32 @@ class Segmentation:
     Attributes:
         scores: float32 [B, K, Q]: softmax over [phrase, background], the background dropped.
         mask_logits: float32 [B, K, Q, h, w], not refined.
-        mask_features: [B, h, w, D], what `FlowSeg.refine` needs.
+        mask_features: [B, h, w, F], what `FlowSeg.refine` needs.
     """
 
     scores: Float[Array, "b k q"]
     mask_logits: Float[Array, "b k q h w"]
-    mask_features: Float[Array, "b h w d"]
+    mask_features: Float[Array, "b h w f"]
+
+
+def normalise_images(images: UInt8[Array, "b s s 3"], scaled_size: Int[Array, "b 2"]) -> Float[Array, "b s s 3"]:
+    """The mask encoder's input in float32: padding is the mean colour, as the scaffold pads after normalising (1.1)."""
+    side = jnp.arange(images.shape[1])
+    inside = (side < scaled_size[:, :1])[:, :, None] & (side < scaled_size[:, 1:])[:, None, :]
+    pixels = (images.astype(jnp.float32) / 255 - jnp.array(SAM_MEAN)) / jnp.array(SAM_STD)
+    return jnp.where(inside[..., None], pixels, 0)
+
+
+def normalise_vision_images(images: UInt8[Array, "b v v 3"]) -> Float[Array, "b v v 3"]:
+    """The vision encoder's input in float32: mean and standard deviation 0.5."""
+    return images.astype(jnp.float32) / 127.5 - 1
+
+
+def pool_spans(x: Float[Array, "b t d"], ids: Int[Array, "b t"], count: int) -> Float[Array, "b {count} d"]:
+    """Mean over the tokens of each id 0..count-1, zeros for an absent one; a product, so that it shards as everything else."""
+    member = (ids[:, None, :] == jnp.arange(count)[:, None]).astype(x.dtype)
+    total = jnp.einsum("bnt,btd->bnd", member, x, preferred_element_type=jnp.float32)
+    return (total / jnp.maximum(member.sum(-1, dtype=jnp.float32), 1)[..., None]).astype(x.dtype)
 
 
 def referring_conditions(
@@ -192,24 +212,20 @@ class FlowSeg(nnx.Module):
         self.connector = SegConnector(cfg.connector, rngs=rngs)
         self.pixel_decoder = PixelDecoder(cfg.pixel_decoder, rngs=rngs)
         self.decoder = MaskDecoder(cfg.decoder, cfg.semantic_flow, rngs=rngs)
-        self.boundary = BoundaryRefinement(width, cfg.boundary, rngs=rngs) if cfg.boundary.enabled else None
+        self.boundary = (
+            BoundaryRefinement(cfg.pixel_decoder.mask_width, cfg.boundary, rngs=rngs) if cfg.boundary.enabled else None
+        )
         self.background = param(rngs, normal(1.0), (1, width), (None, None))
         self.category_head = Linear(width, cfg.classes + 1, rngs=rngs) if cfg.classes else None
 
     def look(self, batch: Batch) -> ImageFeatures:
         """Runs both encoders, both projectors, the connector and the pixel decoder: once an image."""
         cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
-        side = jnp.arange(cfg.sam.image_size)
-        inside = (side < batch.scaled_size[:, :1])[:, :, None] & (side < batch.scaled_size[:, 1:])[:, None, :]
-        pixels = (batch.images.astype(jnp.float32) / 255 - jnp.array(SAM_MEAN)) / jnp.array(SAM_STD)
-        pixels = jnp.where(inside[..., None], pixels, 0)  # padding is the mean colour, as the scaffold pads after normalising
         select = (*cfg.connector_layers, cfg.sam.layers - 1)
         with jax.named_scope("sam"):
-            *features, before_last = self.sam(pixels.astype(dtype), select)
+            *features, before_last = self.sam(normalise_images(batch.images, batch.scaled_size).astype(dtype), select)
         with jax.named_scope("siglip"):
-            vision = self.siglip(
-                (batch.vision_images.astype(jnp.float32) / 127.5 - 1).astype(dtype), layers=cfg.siglip.layers - 1
-            )
+            vision = self.siglip(normalise_vision_images(batch.vision_images).astype(dtype), layers=cfg.siglip.layers - 1)
         with jax.named_scope("connector"):
             b = before_last.shape[0]
             shuffled = pixel_shuffle(pad_to_multiple(before_last), 0.5)
@@ -219,25 +235,20 @@ class FlowSeg(nnx.Module):
             mask_features, levels = self.pixel_decoder(maps)
         return ImageFeatures(jnp.concatenate(tokens, 1), mask_features, levels)
 
+    def splice(self, tokens: Int[Array, "b t"], visual: Float[Array, "b v e"]) -> Float[Array, "b t e"]:
+        """The LLM's input: embedded tokens, with an image's visual tokens in order in its slots."""
+        is_visual = tokens == IMAGE_TOKEN
+        slot = jnp.clip(jnp.cumsum(is_visual, 1) - 1, 0, visual.shape[1] - 1)
+        text = self.llm.embed(tokens).astype(visual.dtype)
+        return jnp.where(is_visual[..., None], jnp.take_along_axis(visual, slot[..., None], axis=1), text)
+
     def read(self, batch: Batch, visual: Float[Array, "b v e"]) -> Reading:
         """Runs the LLM over the prompts with the visual tokens spliced in, and pools C and S from its last hidden states."""
-        is_visual = batch.tokens == IMAGE_TOKEN
-        slot = jnp.clip(jnp.cumsum(is_visual, 1) - 1, 0, visual.shape[1] - 1)
-        text = self.llm.embed(batch.tokens).astype(visual.dtype)
-        spliced = jnp.take_along_axis(visual, slot[..., None], axis=1)
-        embeds = jnp.where(is_visual[..., None], spliced, text)
         with jax.named_scope("llm"):
-            hidden = self.llm(embeds, batch.positions, batch.segments)
+            hidden = self.llm(self.splice(batch.tokens, visual), batch.positions, batch.segments)
         projected = self.llm_projector(hidden)
-
-        def pool(ids: Int[Array, "b t"], count: int) -> Float[Array, "b n d"]:
-            """Mean over the tokens of each id; a product, so that it shards as everything else."""
-            member = (ids[:, None, :] == jnp.arange(count)[:, None]).astype(projected.dtype)
-            total = jnp.einsum("bnt,btd->bnd", member, projected, preferred_element_type=jnp.float32)
-            return (total / jnp.maximum(member.sum(-1, dtype=jnp.float32), 1)[..., None]).astype(projected.dtype)
-
         k, m = batch.phrase_mask.shape[1], batch.mask_valid.shape[1]
-        return Reading(hidden, pool(batch.phrase_ids, k + m), pool(batch.seg_ids, k + 1))
+        return Reading(hidden, pool_spans(projected, batch.phrase_ids, k + m), pool_spans(projected, batch.seg_ids, k + 1))
 
     def __call__(self, batch: Batch) -> TrainingOutput:
         """The teacher-forced forward of training."""
@@ -291,7 +302,7 @@ class FlowSeg(nnx.Module):
         masks = mask_logits(embeds, features.mask_features)
         return Segmentation(scores, masks.reshape(*scores.shape, *masks.shape[2:]), features.mask_features)
 
-    def refine(self, masks: Float[Array, "b n h w"], mask_features: Float[Array, "b h w d"]) -> Float[Array, "b n h w"]:
+    def refine(self, masks: Float[Array, "b n h w"], mask_features: Float[Array, "b h w f"]) -> Float[Array, "b n h w"]:
         """BAR on mask logits; the identity without it."""
         return masks if self.boundary is None else self.boundary(masks, mask_features)
 

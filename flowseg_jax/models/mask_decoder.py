@@ -29,15 +29,17 @@ class DecoderConfig:
     """Sizes of the query decoder (X-SAM's defaults: Mask2Former, 200 queries, 9 layers).
 
     Attributes:
-        width: D, of queries, conditions, memory and mask features.
+        width: D, of queries, conditions and memory.
         queries: Q.
         layers: number of decoder layers; layer i reads level i mod L.
         heads: attention heads of every attention of a layer.
         ffn: hidden width of the feed-forward network.
         levels: L, the number of memory levels.
+        mask_width: width of the mask features; None: that of the queries.
         query_std: standard deviation of the learned queries' and their positions' initial values (X-SAM 0.02). S is added to
-            the
-            queries: trained from scratch, queries much smaller than S start out all alike.
+            the queries: trained from scratch, queries much smaller than S start out all alike.
+        mask_std: standard deviation of the mask embedding's three initial matrices (X-SAM 0.02). Trained from scratch at a
+            small width, three such matrices in a row leave next to no mask, and no gradient to what it is made from.
         logit_scale: initial value of the learned log scale of the cosine class head.
         logit_clamp: class logits are clipped to plus or minus this (X-SAM main 50, AAAI 500).
         remat: rematerialisation policy of a layer.
@@ -49,14 +51,16 @@ class DecoderConfig:
     heads: int = 8
     ffn: int = 2048
     levels: int = 3
+    mask_width: int | None = None
     query_std: float = 0.02
+    mask_std: float = 0.02
     logit_scale: float = 2.6593
     logit_clamp: float = 50.0
     remat: str = "full"
 
     @classmethod
     def tiny(cls) -> DecoderConfig:
-        return cls(width=64, queries=16, layers=3, heads=2, ffn=256, query_std=1.0, remat="none")
+        return cls(width=64, queries=16, layers=3, heads=2, ffn=256, query_std=1.0, mask_std=0.12, remat="none")
 
 
 @jax.tree_util.register_dataclass
@@ -66,12 +70,12 @@ class DecoderOutput:
 
     Attributes:
         queries: [J, P, Q, D], after the decoder's shared LayerNorm.
-        mask_embeds: [J, P, Q, D]; a mask is their product with the mask features.
+        mask_embeds: [J, P, Q, F]; a mask is their product with the mask features.
         class_logits: float32 [J, P, Q, N] against C(j), or None without conditions.
     """
 
     queries: Float[Array, "j p q d"]
-    mask_embeds: Float[Array, "j p q d"]
+    mask_embeds: Float[Array, "j p q f"]
     class_logits: Float[Array, "j p q n"] | None
 
 
@@ -127,48 +131,103 @@ class DecoderLayer(nnx.Module):
         out = self.cross(flat, memory + memory_position, memory, mask=allowed.reshape(b, 1, p // b * q, -1))
         return self.cross_norm(x + out.reshape(p, q, d))
 
-    def flow(
+    def converse(
         self,
         q_vis: Float[Array, "p q d"],
         position: Float[Array, "q d"],
         embeds: Float[Array, "p n d"] | None,
         conditions: Conditions | None,
-    ) -> tuple[Float[Array, "p q d"], Float[Array, "p n d"] | None]:
-        """Everything after the visual cross-attention; returns the queries and C(l)."""
+    ) -> Float[Array, "p q d"]:
+        """SR, then self-attention among the queries of a pass: Q_s."""
         x = q_vis
         if conditions is not None and self.semantic is not None:
             x = self.semantic(x, position, embeds, conditions.own)
-        x = self.self_norm(x + self.self_attention(x + position, x + position, x))
-        found = x  # Q_s: after self-attention, before the feed-forward network
-        x = self.ffn_norm(x + self.down(jax.nn.relu(self.up(x))))
+        return self.self_norm(x + self.self_attention(x + position, x + position, x))
+
+    def conclude(
+        self,
+        found: Float[Array, "p q d"],
+        embeds: Float[Array, "p n d"] | None,
+        conditions: Conditions | None,
+    ) -> tuple[Float[Array, "p q d"], Float[Array, "p n d"] | None]:
+        """Feed-forward network, and CR from Q_s; returns the queries and C(l)."""
+        x = self.ffn_norm(found + self.down(jax.nn.relu(self.up(found))))
         if conditions is not None and self.refinement is not None:
             embeds = self.refinement(embeds, found, conditions.valid & conditions.own.any(-1, keepdims=True))
         return x, embeds
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """One level as the decoder reads it, flattened row by row.
+
+    Attributes:
+        values: [B, S, D], the encoded level plus its learned embedding.
+        positions: [S, D], added to the keys.
+        features: [B, S, F], the mask features at this level's size, without gradient: what attention masks are made from.
+    """
+
+    values: Float[Array, "b s d"]
+    positions: Float[Array, "s d"]
+    features: Float[Array, "b s f"]
 
 
 class MaskDecoder(nnx.Module):
     """All layers, the shared prediction heads and the learned queries (scaffold: X-SAM's Mask2Former decoder)."""
 
     def __init__(self, cfg: DecoderConfig, flow: SemanticFlowConfig, *, rngs: nnx.Rngs):
-        small = normal(0.02)
         self.cfg = cfg
-        query = normal(cfg.query_std)
+        query, mask = normal(cfg.query_std), normal(cfg.mask_std)
         self.query_content = param(rngs, query, (cfg.queries, cfg.width), (None, None))
         self.query_position = param(rngs, query, (cfg.queries, cfg.width), (None, None))
-        self.level_embed = param(rngs, small, (cfg.levels, cfg.width), (None, None))
+        self.level_embed = param(rngs, normal(0.02), (cfg.levels, cfg.width), (None, None))
         self.layers = stack(lambda r: DecoderLayer(cfg, flow, rngs=r), cfg.layers, rngs)
         self.norm = LayerNorm(cfg.width, rngs=rngs)
-        self.mask_mlp_0 = Linear(cfg.width, cfg.width, rngs=rngs, init=small)
-        self.mask_mlp_1 = Linear(cfg.width, cfg.width, rngs=rngs, init=small)
-        self.mask_mlp_2 = Linear(cfg.width, cfg.width, rngs=rngs, init=small)
+        self.mask_mlp_0 = Linear(cfg.width, cfg.width, rngs=rngs, init=mask)
+        self.mask_mlp_1 = Linear(cfg.width, cfg.width, rngs=rngs, init=mask)
+        self.mask_mlp_2 = Linear(cfg.width, cfg.mask_width or cfg.width, rngs=rngs, init=mask)
         self.logit_scale = param(rngs, nnx.initializers.constant(cfg.logit_scale), (1,), (None,))
 
-    def mask_embed(self, queries: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+    def mask_embed(self, queries: Float[Array, "*b d"]) -> Float[Array, "*b f"]:
         return self.mask_mlp_2(jax.nn.relu(self.mask_mlp_1(jax.nn.relu(self.mask_mlp_0(queries)))))
+
+    def memory(self, index: int, level: Float[Array, "b y x d"], mask_features: Float[Array, "b h w f"]) -> Memory:
+        """Prepares level `index` (0 = lowest resolution)."""
+        b, y, x, d = level.shape
+        features = jax.lax.stop_gradient(self.at_size(mask_features, (y, x)))
+        return Memory(
+            level.reshape(b, y * x, d) + self.level_embed[index].astype(level.dtype),
+            sine_positions(y, x, d).reshape(y * x, d).astype(level.dtype),
+            features.reshape(b, y * x, -1),
+        )
+
+    def start(self, passes: int, seg_embeds: Float[Array, "p d"] | None, dtype: jnp.dtype) -> Float[Array, "p q d"]:
+        """The queries before the first layer: learned content plus S."""
+        x = jnp.broadcast_to(self.query_content[...].astype(dtype), (passes, self.cfg.queries, self.cfg.width))
+        return x if seg_embeds is None else x + seg_embeds.astype(dtype)[:, None]
+
+    def predict(
+        self, x: Float[Array, "p q d"], embeds: Float[Array, "p n d"] | None, conditions: Conditions | None
+    ) -> tuple[Float[Array, "p q d"], Float[Array, "p q f"], Float[Array, "p q n"] | None]:
+        """Normalised queries, their mask embeddings and class logits against C (None without conditions)."""
+        queries, logits = self.norm(x), None
+        if conditions is not None:
+            logits = cosine_logits(queries, embeds, conditions.valid, self.logit_scale[...], self.cfg.logit_clamp)
+        return queries, self.mask_embed(queries), logits
+
+    @staticmethod
+    def attention_mask(mask_embeds: Float[Array, "p q f"], memory: Memory) -> Bool[Array, "p q s"]:
+        """Where each query may look: inside its predicted mask, or everywhere if that is empty at this level's size."""
+        b, s, e = memory.features.shape
+        flat = jax.lax.stop_gradient(mask_embeds).reshape(b, -1, e)
+        allowed = jnp.einsum("bqe,bse->bqs", flat, memory.features, preferred_element_type=jnp.float32) >= 0
+        allowed = allowed | ~allowed.any(-1, keepdims=True)  # a mask that blocks everything blocks nothing
+        return allowed.reshape(*mask_embeds.shape[:2], s)
 
     def __call__(
         self,
-        mask_features: Float[Array, "b h w d"],
+        mask_features: Float[Array, "b h w f"],
         levels: tuple[Float[Array, "b _ _ d"], ...],
         passes: int,
         conditions: Conditions | None = None,
@@ -177,7 +236,7 @@ class MaskDecoder(nnx.Module):
         """Decodes `passes` passes an image (P = B * passes, the passes of an image adjacent).
 
         Args:
-            mask_features: [B, h, w, D].
+            mask_features: [B, h, w, F].
             levels: memory maps, low to high resolution.
             passes: R, decoder passes an image.
             conditions: of all P passes; None for a language-free decoder call.
@@ -188,55 +247,33 @@ class MaskDecoder(nnx.Module):
             raise ValueError(f"the decoder expects {cfg.levels} levels, got {len(levels)}")
         dtype = mask_features.dtype
         position = self.query_position[...].astype(dtype)
-        x = jnp.broadcast_to(self.query_content[...].astype(dtype), (b * passes, cfg.queries, cfg.width))
-        if seg_embeds is not None:
-            x = x + seg_embeds.astype(dtype)[:, None]
+        x = self.start(b * passes, seg_embeds, dtype)
         embeds = None if conditions is None else conditions.embeds.astype(dtype)
-
-        memories = []
-        for index, level in enumerate(levels):
-            _, y, w, d = level.shape
-            memories.append(
-                (
-                    level.reshape(b, y * w, d) + self.level_embed[index].astype(dtype),
-                    sine_positions(y, w, d).reshape(y * w, d).astype(dtype),
-                    jax.lax.stop_gradient(self.at_size(mask_features, (y, w)).reshape(b, y * w, d)),
-                )
-            )
-
-        def predict(x: Array, embeds: Array | None) -> tuple[Array, Array, Array | None]:
-            queries = self.norm(x)
-            logits = None
-            if conditions is not None:
-                logits = cosine_logits(queries, embeds, conditions.valid, self.logit_scale[...], cfg.logit_clamp)
-            return queries, self.mask_embed(queries), logits
-
+        memories = [self.memory(index, level, mask_features) for index, level in enumerate(levels)]
         graphdef, stacked = nnx.split(self.layers)
 
         def body(carry, inputs):
             x, embeds = carry
             index, params = inputs
             layer = nnx.merge(graphdef, params)
-            prediction = predict(x, embeds)
+            prediction = self.predict(x, embeds, conditions)
 
-            def attend(memory, memory_position, features):
-                mask_embeds = jax.lax.stop_gradient(prediction[1]).reshape(b, passes * cfg.queries, -1)
-                allowed = jnp.einsum("bqd,bsd->bqs", mask_embeds, features, preferred_element_type=jnp.float32) >= 0
-                allowed = allowed | ~allowed.any(-1, keepdims=True)  # a mask that blocks everything blocks nothing
-                return layer.attend(x, position, memory, memory_position, allowed.reshape(b * passes, cfg.queries, -1))
+            def attend(memory: Memory) -> Array:
+                allowed = self.attention_mask(prediction[1], memory)
+                return layer.attend(x, position, memory.values, memory.positions, allowed)
 
-            branches = [lambda memory=memory: attend(*memory) for memory in memories]
+            branches = [lambda memory=memory: attend(memory) for memory in memories]
             q_vis = jax.lax.switch(index % len(branches), branches)
-            return layer.flow(q_vis, position, embeds, conditions), prediction
+            return layer.conclude(layer.converse(q_vis, position, embeds, conditions), embeds, conditions), prediction
 
         steps = (jnp.arange(cfg.layers), nnx.to_pure_dict(stacked))
         (x, embeds), outputs = jax.lax.scan(remat(body, cfg.remat), (x, embeds), steps)
-        last = predict(x, embeds)
+        last = self.predict(x, embeds, conditions)
         queries, mask_embeds, logits = jax.tree.map(lambda ys, y: jnp.concatenate([ys, y[None]]), outputs, last)
         return DecoderOutput(queries, mask_embeds, logits)
 
     @staticmethod
-    def at_size(features: Float[Array, "b h w d"], size: tuple[int, int]) -> Float[Array, "b y x d"]:
+    def at_size(features: Float[Array, "b h w f"], size: tuple[int, int]) -> Float[Array, "b y x f"]:
         """Mask features resized bilinearly: masks are linear in them, so their masks are the resized masks."""
         if features.shape[1:3] == size:
             return features

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 
 from flowseg_jax.errors import UserError
 from flowseg_jax.models.layers import Conv, LayerNorm, Linear, gelu, normal, param, zeros
+from flowseg_jax.models.pixel_decoder import sine_positions
 from flowseg_jax.models.stack import scan, stack
 from flowseg_jax.ops.attention import attention
 from flowseg_jax.ops.dot import einsum
@@ -38,6 +39,9 @@ class SamConfig:
         global_layers: 0-based indices of the layers that attend over the whole grid, in any pattern.
         eps: LayerNorm epsilon.
         remat: rematerialisation policy of a layer: "none", "full" or "dots".
+        position_init: what the learned position embedding starts from: "normal" (standard deviation 0.02) or "sine" (half of
+            Mask2Former's sine table). Trained from scratch, features that hardly know their place
+            cannot tell look-alikes apart.
     """
 
     image_size: int
@@ -50,6 +54,7 @@ class SamConfig:
     global_layers: tuple[int, ...]
     eps: float = 1e-6
     remat: str = "full"
+    position_init: str = "normal"
 
     def __post_init__(self):
         object.__setattr__(self, "global_layers", tuple(sorted(set(self.global_layers))))
@@ -59,6 +64,8 @@ class SamConfig:
             raise UserError(f"SAM: image_size={self.image_size} is smaller than patch_size={self.patch_size}")
         if self.window < 1:
             raise UserError(f"SAM: window={self.window} must be at least 1 (list every layer in global_layers for no windows)")
+        if self.position_init not in ("normal", "sine"):
+            raise UserError(f"SAM: position_init={self.position_init!r} is unknown (known: normal, sine)")
         for i in self.global_layers:
             if not 0 <= i < self.layers:
                 raise UserError(f"SAM: global_layers={self.global_layers} names layer {i}, there are {self.layers} (0-based)")
@@ -99,6 +106,7 @@ class SamConfig:
             window=6,
             global_layers=(1, 3),
             remat="none",
+            position_init="sine",
         )
 
     @classmethod
@@ -200,7 +208,9 @@ class Sam(nnx.Module):
         n_global = len(cfg.global_layers)
         n_window = cfg.layers - n_global
         self.patch = Conv(3, cfg.width, cfg.patch_size, rngs=rngs, stride=cfg.patch_size, axes=(None, "embed"))
-        self.position = param(rngs, normal(0.02), (cfg.grid, cfg.grid, cfg.width), (None, None, "embed"))
+        sine = lambda key, shape, dtype: 0.5 * sine_positions(*shape).astype(dtype)  # noqa: E731
+        position = sine if cfg.position_init == "sine" else normal(0.02)
+        self.position = param(rngs, position, (cfg.grid, cfg.grid, cfg.width), (None, None, "embed"))
         self.window_layers = stack(lambda r: SamLayer(cfg, cfg.window, rngs=r), n_window, rngs) if n_window else None
         self.global_layers = stack(lambda r: SamLayer(cfg, cfg.grid, rngs=r), n_global, rngs) if n_global else None
         self.cfg = cfg

@@ -57,15 +57,19 @@ def sample_features(features: Float[Array, "h w d"], points: Float[Array, "p 2"]
     return out.astype(features.dtype)
 
 
-def sample_packed(masks: UInt8[Array, "n s bytes"], points: Float[Array, "n p 2"]) -> Float[Array, "n p"]:
+def sample_packed(
+    masks: UInt8[Array, "n s bytes"], points: Float[Array, "n p 2"], width: int | None = None
+) -> Float[Array, "n p"]:
     """`sample` of binary masks packed eight pixels a byte along the width, first pixel in the highest bit (`np.packbits`).
 
-    Only the bytes that the points need are read: the masks are never unpacked.
+    Only the bytes that the points need are read: the masks are never unpacked. `width` is the masks' in pixels, None where it
+    fills the bytes.
     """
     n, h, nbytes = masks.shape
+    width = nbytes * 8 if width is None else width
     flat = masks.reshape(n, h * nbytes)
     out = 0.0
-    for row, column, weight in corners(points, h, nbytes * 8):
+    for row, column, weight in corners(points, h, width):
         byte = _take(flat, row * nbytes + column // 8)
         out += weight * (byte >> (7 - column % 8).astype(jnp.uint8) & 1)
     return out
