@@ -1,7 +1,8 @@
 """The language model: a decoder-only transformer of the Llama kind (Qwen3, Phi-3, Llama), run on embeddings.
 
 Same function as `transformers` `Qwen3Model`, `Phi3Model` and `LlamaModel` on right-padded input. It adds segments: several
-conversations can stand behind one image in one row and are computed as if each stood alone with the image.
+conversations can stand behind one image in one row and are computed as if each stood alone with the image. What has been read
+can be kept in a `Cache` and read on from: token by token, in chunks, or with many expressions behind one image.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ class LanguageConfig:
         tie_embeddings: whether the unembedding is the embedding table.
         sliding_window: a token sees keys less than this many positions back, its own included; None for all.
         remat: rematerialisation policy of a layer: "none", "full" or "dots".
+        init_std: standard deviation of the layers' initial matrices (HF `initializer_range`). For widths near a hundred, 0.02
+            leaves every layer close to the identity.
         embedding_std: standard deviation of the table's initial values (pretrained models 0.02). Behind many visual tokens a
             small one drowns the words: what a phrase is pooled to is then the image, and all phrases of an image look alike.
     """
@@ -60,6 +63,7 @@ class LanguageConfig:
     tie_embeddings: bool
     sliding_window: int | None = None
     remat: str = "full"
+    init_std: float = 0.02
     embedding_std: float = 0.02
 
     def __post_init__(self):
@@ -128,6 +132,7 @@ class LanguageConfig:
             qk_norm=True,
             tie_embeddings=True,
             remat="none",
+            init_std=0.1,
             embedding_std=0.5,
         )
 
@@ -203,22 +208,96 @@ def rotate(x: Float[Array, "b t h e"], cos: Float[Array, "b t r"], sin: Float[Ar
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
 
 
+def visible(
+    positions: Int[Array, "b t"],
+    segments: Int[Array, "b t"],
+    key_positions: Int[Array, "b s"],
+    key_segments: Int[Array, "b s"],
+    sliding_window: int | None = None,
+) -> Bool[Array, "b 1 t s"]:
+    """Which earlier key each query may attend to: mask[b, 0, query, key].
+
+    A key is visible if it is no padding (segment -1) and belongs to the shared prefix (segment 0) or to the query's own
+    segment. The sliding window counts positions, not indices, so a conversation sees as far back as it would if it stood alone.
+    """
+    key, query = key_segments[:, None, :], segments[:, :, None]
+    mask = (key != -1) & ((key == 0) | (key == query))
+    if sliding_window is not None:
+        mask &= positions[:, :, None] - key_positions[:, None, :] < sliding_window
+    return mask[:, None]
+
+
 def attention_mask(
     positions: Int[Array, "b t"], segments: Int[Array, "b t"], sliding_window: int | None = None
 ) -> Bool[Array, "b 1 t t"]:
-    """Which key each query may attend to: mask[b, 0, query, key].
+    """`visible` among the tokens of one run: a key is seen by itself and by later indices."""
+    index = np.arange(segments.shape[1])
+    return visible(positions, segments, positions, segments, sliding_window) & (index[None, :] <= index[:, None])
 
-    A key is seen by itself and by later indices, if it is no padding (segment -1) and belongs to the shared prefix (segment 0)
-    or to the query's own segment. The sliding window counts positions, not indices, so a conversation sees as far back as it
-    would if it stood alone.
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """Keys and values of what has been read: S slots a row, of static shape, filled from the front with real tokens only.
+
+    As keys are rotated already, a slot's index means nothing but the order of reading.
+
+    Attributes:
+        keys: [layers, B, S, G, E], rotated, in the dtype computed in.
+        values: [layers, B, S, G, E].
+        positions: int [B, S], rotary position of each slot's token.
+        segments: int [B, S], segment of each slot's token; -1 = empty slot, never attended to.
     """
-    t = segments.shape[1]
-    index = np.arange(t)
-    key, query = segments[:, None, :], segments[:, :, None]
-    mask = (index[None, :] <= index[:, None]) & (key != -1) & ((key == 0) | (key == query))
-    if sliding_window is not None:
-        mask &= positions[:, :, None] - positions[:, None, :] < sliding_window
-    return mask[:, None]
+
+    keys: Float[Array, "l b s g e"]
+    values: Float[Array, "l b s g e"]
+    positions: Int[Array, "b s"]
+    segments: Int[Array, "b s"]
+
+    @classmethod
+    def empty(cls, cfg: LanguageConfig, rows: int, slots: int, dtype: jnp.dtype) -> Cache:
+        zeros = jnp.zeros((cfg.layers, rows, slots, cfg.kv_heads, cfg.head_dim), dtype)
+        return cls(zeros, zeros, jnp.zeros((rows, slots), jnp.int32), jnp.full((rows, slots), -1, jnp.int32))
+
+    @property
+    def lengths(self) -> Int[Array, "b"]:
+        """Filled slots of each row."""
+        return (self.segments != -1).sum(1, dtype=jnp.int32)
+
+    def grow(self, slots: int) -> Cache:
+        """The same with so many more empty slots a row."""
+        pad = lambda x, axis, fill: jnp.pad(  # noqa: E731
+            x, [(0, slots if i == axis else 0) for i in range(x.ndim)], constant_values=fill
+        )
+        return Cache(pad(self.keys, 2, 0), pad(self.values, 2, 0), pad(self.positions, 1, 0), pad(self.segments, 1, -1))
+
+    def repeat(self, times: int) -> Cache:
+        """Every row so many times, the copies adjacent: [B * times, ...]. Packed segments share a row without copies."""
+        keys, values = (jnp.repeat(x, times, axis=1) for x in (self.keys, self.values))
+        return Cache(keys, values, *(jnp.repeat(x, times, axis=0) for x in (self.positions, self.segments)))
+
+    def append(
+        self,
+        keys: Float[Array, "l b t g e"],
+        values: Float[Array, "l b t g e"],
+        positions: Int[Array, "b t"],
+        segments: Int[Array, "b t"],
+    ) -> Cache:
+        """Fills each row's next slots with its real tokens; padding takes none. Tokens that find no slot are dropped."""
+        real = segments != -1
+        nowhere = self.segments.shape[1]
+        slots = jnp.where(real, self.lengths[:, None] + jnp.cumsum(real, 1) - 1, nowhere)
+        put = jax.vmap(lambda old, new, at: old.at[at].set(new.astype(old.dtype), mode="drop"))
+        put_layers = jax.vmap(put, (0, 0, None))
+        return Cache(
+            put_layers(self.keys, keys, slots),
+            put_layers(self.values, values, slots),
+            put(self.positions, positions, slots),
+            put(self.segments, segments, slots),
+        )
+
+
+KeyValue = tuple[Float[Array, "b _ g e"], Float[Array, "b _ g e"]]
 
 
 class LanguageLayer(nnx.Module):
@@ -226,7 +305,7 @@ class LanguageLayer(nnx.Module):
 
     def __init__(self, cfg: LanguageConfig, *, rngs: nnx.Rngs):
         def linear(d_in: int, d_out: int, *axes: str) -> Linear:
-            return Linear(d_in, d_out, rngs=rngs, axes=axes, bias=False, init=normal(0.02))
+            return Linear(d_in, d_out, rngs=rngs, axes=axes, bias=False, init=normal(cfg.init_std))
 
         w, e = cfg.width, cfg.head_dim
         self.norm1 = RMSNorm(w, rngs=rngs, eps=cfg.eps)
@@ -247,16 +326,20 @@ class LanguageLayer(nnx.Module):
         x: Float[Array, "b t w"],
         cos: Float[Array, "b t r"],
         sin: Float[Array, "b t r"],
-        mask: Bool[Array, "b 1 t t"],
-    ) -> Float[Array, "b t w"]:
+        mask: Bool[Array, "b 1 t k"],
+        past: KeyValue | None = None,
+    ) -> tuple[Float[Array, "b t w"], KeyValue]:
+        """Attends to `past` (if any), then the new tokens, as `mask` says; returns the new tokens' keys and values too."""
         y = self.norm1(x)
         q, k, v = (f(y).reshape(*y.shape[:2], -1, self.head_dim) for f in (self.q, self.k, self.v))
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        y = attention(rotate(q, cos, sin), rotate(k, cos, sin), v, mask=mask)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        keys, values = (k, v) if past is None else (jnp.concatenate([past[0], k], 1), jnp.concatenate([past[1], v], 1))
+        y = attention(q, keys, values, mask=mask)
         x = x + self.o(y.reshape(*x.shape[:2], -1))
         y = self.norm2(x)
-        return x + self.down(jax.nn.silu(self.gate(y)) * self.up(y))
+        return x + self.down(jax.nn.silu(self.gate(y)) * self.up(y)), (k, v)
 
 
 class Language(nnx.Module):
@@ -292,7 +375,57 @@ class Language(nnx.Module):
         Returns:
             [B, T, W], hidden states after the final norm (HF's `hidden_states[-1]`).
         """
-        cos, sin = rotary(positions, self.cfg.head_dim, self.cfg.rope_theta)
         mask = attention_mask(positions, segments, self.cfg.sliding_window)
-        body = lambda layer, x, _: (layer(x, cos, sin, mask), None)  # noqa: E731
-        return self.norm(scan(self.layers, body, embeds, policy=self.cfg.remat)[0])
+        return self._run(embeds, positions, mask, None, keep=False)[0]
+
+    def prefill(
+        self, embeds: Float[Array, "b t w"], positions: Int[Array, "b t"], segments: Int[Array, "b t"], slots: int
+    ) -> tuple[Float[Array, "b t w"], Cache]:
+        """As the call, and the cache of what was read, with `slots` slots a row.
+
+        Raises:
+            ValueError: fewer slots than tokens.
+        """
+        b, t = segments.shape
+        if slots < t:
+            raise ValueError(f"a cache of {slots} slots cannot hold {t} tokens")
+        mask = attention_mask(positions, segments, self.cfg.sliding_window)
+        hidden, new = self._run(embeds, positions, mask, None, keep=True)
+        return hidden, Cache.empty(self.cfg, b, slots, embeds.dtype).append(*new, positions, segments)
+
+    def extend(
+        self, cache: Cache, embeds: Float[Array, "b t w"], positions: Int[Array, "b t"], segments: Int[Array, "b t"]
+    ) -> tuple[Float[Array, "b t w"], Cache]:
+        """Reads on: the new tokens see what is cached and each other, as if all had been read in one call.
+
+        The new tokens need no slot to be computed, only to be remembered: who reads once behind a prefix (the expressions
+        about an image, packed as segments 1..) takes a cache without room and ignores the one returned.
+
+        Args:
+            cache: of earlier tokens.
+            embeds: [B, T, W].
+            positions: int [B, T], rotary positions, counted on from the cached ones by the caller.
+            segments: int [B, T], as in the call; padding (-1) takes no slot.
+
+        Returns:
+            [B, T, W], hidden states of the new tokens after the final norm; the cache with the new tokens.
+        """
+        window = self.cfg.sliding_window
+        earlier = visible(positions, segments, cache.positions, cache.segments, window)
+        mask = jnp.concatenate([earlier, attention_mask(positions, segments, window)], -1)
+        hidden, new = self._run(embeds, positions, mask, (cache.keys, cache.values), keep=True)
+        return hidden, cache.append(*new, positions, segments)
+
+    def _run(
+        self, x: Float[Array, "b t w"], positions: Int[Array, "b t"], mask: Bool[Array, "b 1 t k"], past: Any, *, keep: bool
+    ) -> tuple[Float[Array, "b t w"], Any]:
+        """All layers over the new tokens; `past` is the cached keys and values of all layers, or None. Returns the normalised
+        hidden states and, if asked to keep them, the new keys and values of all layers."""
+        cos, sin = rotary(positions, self.cfg.head_dim, self.cfg.rope_theta)
+
+        def body(layer: LanguageLayer, x: Array, past: KeyValue | None) -> tuple[Array, KeyValue | None]:
+            x, new = layer(x, cos, sin, mask, past)
+            return x, new if keep else None
+
+        x, new = scan(self.layers, body, x, past, policy=self.cfg.remat)
+        return self.norm(x), new

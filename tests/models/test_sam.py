@@ -151,9 +151,12 @@ def test_bfloat16_stays_bfloat16_and_near():
     cfg = SamConfig.from_hf(reference.config.to_dict())
     model = hf_convert.build(lambda: Sam(cfg, rngs=nnx.Rngs(0)), hf_convert.sam(hf_convert.weights(reference), cfg))
     images = images_of(58)
-    for half, full in zip(run(model, images.astype(jnp.bfloat16), (1, 2)), run(model, images, (1, 2)), strict=True):
+    _, states = run_reference(reference, images)
+    for i, half in enumerate(run(model, images.astype(jnp.bfloat16), (1, 2)), start=1):
         assert half.dtype == jnp.bfloat16
-        assert hf_convert.error(half.astype(jnp.float32), full) < 0.05
+        error = hf_convert.error(half.astype(jnp.float32), states[i].detach().numpy())
+        print(f"bfloat16 error, state {i}: {error:.1e}")
+        assert error < 0.05
 
 
 def test_preset_has_the_checkpoints_parameters():
