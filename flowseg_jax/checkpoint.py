@@ -28,6 +28,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from flowseg_jax.errors import UserError
 from flowseg_jax.manifest import Tree, check_params, checksums, compare, flatten, manifest, nest, verify
+from flowseg_jax.streaming import LazyArray, write_arrays
 from flowseg_jax.writers import say
 
 __all__ = [
@@ -35,12 +36,14 @@ __all__ = [
     "LoadedModel",
     "Restored",
     "changed_keys",
+    "check_free",
     "check_params",
     "load_model",
     "prepare_workdir",
     "provenance",
     "read_model_config",
     "save_model",
+    "stream_model",
 ]
 
 FORMAT = "flowseg_jax model"
@@ -242,12 +245,17 @@ class Checkpoints:
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
-    """A model directory in memory: parameters, the dict for `FlowSegConfig.from_dict`, the tokenizer's directory, the rest."""
+    """A model directory in memory: parameters, the dict for `FlowSegConfig.from_dict`, the tokenizer's directory, the rest.
+
+    `tower` is None for a model; for a tower it holds its `family` and `config`, `model_config` is empty, and there may be no
+    tokenizer.
+    """
 
     params: Tree
     model_config: dict[str, Any]
     tokenizer_dir: Path
     extra: dict[str, Any]
+    tower: dict[str, Any] | None = None
 
 
 def save_model(
@@ -272,35 +280,78 @@ def save_model(
     Raises:
         UserError: the directory exists, or cannot be written.
     """
-    target = Path(directory).absolute()
-    if not overwrite and target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{target} exists: remove it or choose another name")
-    if not Path(tokenizer_dir).is_dir():
-        raise UserError(f"no tokenizer directory {tokenizer_dir}")
     params = _cast_floats(_string_keys(params), dtype)
-    config = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "model": dict(model_config),
-        "extra": dict(extra or {}),
-        **provenance(),
-        "manifest": manifest(params),
-        "checksums": checksums(params),
-    }
-    text = json.dumps(config, indent=1)
+
+    def write(path: Path) -> dict[str, int]:
+        with contextlib.closing(ocp.PyTreeCheckpointer()) as checkpointer:
+            checkpointer.save(path, args=ocp.args.PyTreeSave(params))
+        return checksums(params)
+
+    return _write_model(directory, write, manifest(params), {"model": dict(model_config)}, tokenizer_dir, extra, overwrite)
+
+
+def stream_model(
+    directory: str | os.PathLike,
+    arrays: Mapping[str, LazyArray],
+    model_config: Mapping[str, Any] | None,
+    tokenizer_dir: str | os.PathLike | None,
+    extra: Mapping[str, Any] | None = None,
+    *,
+    tower: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    progress: Callable[[str], None] = lambda name: None,
+) -> Path:
+    """`save_model` for arrays that are made one at a time, while they are written; each keeps its dtype.
+
+    Args:
+        arrays: by flat name ("llm/table").
+        model_config: of a model; None for a tower.
+        tokenizer_dir: as in `save_model`; a tower may have none.
+        tower: of a tower, its `family` and `config`.
+        progress: called with the name of each array once it is made.
+
+    Raises:
+        UserError: as `save_model`, and what making an array raises.
+    """
+    kind = {"model": dict(model_config)} if tower is None else {"model": {}, "tower": dict(tower)}
+    kinds = {name: [list(lazy.shape), str(lazy.dtype)] for name, lazy in arrays.items()}
+    return _write_model(
+        directory, lambda path: write_arrays(path, arrays, progress), kinds, kind, tokenizer_dir, extra, overwrite
+    )
+
+
+def _write_model(
+    directory: str | os.PathLike,
+    write: Callable[[Path], dict[str, int]],
+    kinds: Mapping[str, list],
+    kind: Mapping[str, Any],
+    tokenizer_dir: str | os.PathLike | None,
+    extra: Mapping[str, Any] | None,
+    overwrite: bool,
+) -> Path:
+    """A directory with what `write` puts into `params/`; it returns the checksums of the arrays in the manifest `kinds`."""
+    target = Path(directory).absolute()
+    check_free(target, overwrite)
+    if tokenizer_dir is not None and not Path(tokenizer_dir).is_dir():
+        raise UserError(f"no tokenizer directory {tokenizer_dir}")
+    config = {"format": FORMAT, "format_version": FORMAT_VERSION, **kind, "extra": dict(extra or {}), **provenance()}
+    json.dumps(config)  # what is no JSON value shows before anything is written
     fresh, old = (target.with_name(f".{target.name}.{what}-{os.getpid()}") for what in ("tmp", "old"))
     try:
         fresh.mkdir(parents=True)
-        with contextlib.closing(ocp.PyTreeCheckpointer()) as checkpointer:
-            checkpointer.save(fresh / "params", args=ocp.args.PyTreeSave(params))
+        sums = write(fresh / "params")
         note = fresh / "params" / "commit_success.txt"
         if note.exists():
             note.write_text("complete\n")  # Orbax writes where it was saved, which is nobody's business and changes the bytes
-        shutil.copytree(tokenizer_dir, fresh / "tokenizer")
+        if tokenizer_dir is not None:
+            shutil.copytree(tokenizer_dir, fresh / "tokenizer")
+        text = json.dumps({**config, "manifest": kinds, "checksums": sums}, indent=1)
         (fresh / "config.json").write_text(text + "\n", encoding="utf-8")
         if target.exists():
             target.rename(old)
         fresh.rename(target)
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         raise UserError(f"model directory {target} could not be written: {_line(error)}") from error
     finally:
@@ -311,8 +362,19 @@ def save_model(
     return target
 
 
-def read_model_config(directory: str | os.PathLike) -> dict[str, Any]:
-    """The whole `config.json` of a model directory, checked: `model`, `extra`, `manifest`, `checksums`, versions, revision."""
+def check_free(directory: str | os.PathLike, overwrite: bool = False) -> None:
+    """Raises a UserError where a directory to be written exists already and is not empty."""
+    target = Path(directory)
+    if not overwrite and target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target} exists: remove it or choose another name")
+
+
+def read_model_config(directory: str | os.PathLike, *, towers: bool = False) -> dict[str, Any]:
+    """The whole `config.json` of a model directory, checked: `model`, `extra`, `manifest`, `checksums`, versions, revision.
+
+    Args:
+        towers: accept the directory of a tower as well, which has `tower` in place of `model`.
+    """
     path = Path(directory).absolute()
     if not path.is_dir():
         raise UserError(f"no model directory {path}")
@@ -327,27 +389,37 @@ def read_model_config(directory: str | os.PathLike) -> dict[str, Any]:
     if config.get("format_version") != FORMAT_VERSION:
         found = config.get("format_version")
         raise UserError(f"{path} has format version {found}, this flowseg_jax reads {FORMAT_VERSION}: convert it again")
+    tower = config.get("tower")
     lacking = [key for key in ("model", "extra", "manifest", "checksums") if not isinstance(config.get(key), dict)]
-    lacking += [name for name in ("params", "tokenizer") if not (path / name).is_dir()]
+    needed = ("params",) if tower is not None else ("params", "tokenizer")
+    lacking += [name for name in needed if not (path / name).is_dir()]
     if lacking:
         raise UserError(f"model directory {path} is incomplete: it lacks {', '.join(lacking)}")
+    if tower is not None and not towers:
+        raise UserError(
+            f"{path} holds a tower ({tower.get('family')}), not a whole model: build one around it by "
+            "python -m convert_weights flowseg llm=DIR siglip=DIR sam=DIR OUT"
+        )
     return config
 
 
-def load_model(directory: str | os.PathLike, abstract: Tree | None = None, dtype: str | None = "float32") -> LoadedModel:
+def load_model(
+    directory: str | os.PathLike, abstract: Tree | None = None, dtype: str | None = "float32", *, towers: bool = False
+) -> LoadedModel:
     """Reads a model directory and verifies every array.
 
     Args:
-        directory: written by `save_model`.
+        directory: written by `save_model` or `stream_model`.
         abstract: parameters as `jax.ShapeDtypeStruct`s, with shardings where there is a mesh; they are read straight into that
             form, and compared with it first. Without it they come as NumPy arrays.
         dtype: without `abstract`, what floating-point parameters are cast to; None leaves them as they are stored.
+        towers: read the directory of a tower as well.
 
     Raises:
         UserError: no such directory, not a model directory, damaged, or parameters that do not fit `abstract`.
     """
     path = Path(directory).absolute()
-    config = read_model_config(path)
+    config = read_model_config(path, towers=towers)
     stored = config["manifest"]
     if abstract is not None:
         compare(manifest(abstract), stored, f"model directory {path}")
@@ -368,7 +440,7 @@ def load_model(directory: str | os.PathLike, abstract: Tree | None = None, dtype
         raise UserError(f"model directory {path} is damaged: {_line(error)}") from error
     params = nest(flatten(params))
     params = _cast(params, abstract) if abstract is not None else _cast_floats(params, dtype)
-    return LoadedModel(params, config["model"], path / "tokenizer", config["extra"])
+    return LoadedModel(params, config["model"], path / "tokenizer", config["extra"], config.get("tower"))
 
 
 def _as_stored(abstract: Tree, stored: Mapping[str, list]) -> Tree:

@@ -1,0 +1,394 @@
+"""The config of a conversion: read from `config.json` beside the weights, or from the shapes of the tensors.
+
+Hugging Face writes a config beside a tower. X-SAM writes none: what tensors cannot tell (numbers of heads, RoPE, the side of
+SigLIP's image) comes from presets that must agree with the shapes, and any value can be set by name.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from convert_weights.families import Mask2FormerConfig, Stage1Config
+from convert_weights.ops import Shape
+from convert_weights.sources import Entry, local, read_json
+from flowseg_jax.errors import UserError, suggest
+from flowseg_jax.models.boundary import BoundaryConfig
+from flowseg_jax.models.config import FlowSegConfig
+from flowseg_jax.models.connectors import ConnectorConfig
+from flowseg_jax.models.language import LanguageConfig
+from flowseg_jax.models.mask_decoder import DecoderConfig
+from flowseg_jax.models.pixel_decoder import PixelDecoderConfig
+from flowseg_jax.models.sam import SamConfig
+from flowseg_jax.models.semantic_flow import SemanticFlowConfig
+from flowseg_jax.models.siglip import SiglipConfig
+
+LLMS = {
+    "qwen3_4b": LanguageConfig.qwen3_4b,
+    "qwen3_1b7": LanguageConfig.qwen3_1b7,
+    "phi3_mini": LanguageConfig.phi3_mini,
+}
+SIGLIPS = {"so400m_14_384": SiglipConfig.so400m_14_384}
+STRIDES = (32, 16, 8, 4)
+
+
+class Shapes:
+    """The shapes of a checkpoint's tensors, with errors that name what is not there."""
+
+    def __init__(self, entries: Mapping[str, Entry], name: str):
+        self._entries, self._name = entries, name
+
+    def __getitem__(self, tensor: str) -> Shape:
+        if tensor not in self._entries:
+            raise UserError(f"{self._name} holds no {tensor}: its sizes cannot be read off; is it a checkpoint of this family?")
+        return self._entries[tensor].shape
+
+    def __contains__(self, tensor: str) -> bool:
+        return tensor in self._entries
+
+    def count(self, before: str) -> int:
+        """How many numbers 0, 1, ... follow `before` in the names."""
+        pattern = re.compile(re.escape(before) + r"(\d+)\.")
+        found = [int(match.group(1)) for match in map(pattern.match, self._entries) if match]
+        return max(found, default=-1) + 1
+
+
+def hf_config(path: Path | None, weights: Path) -> dict[str, Any]:
+    """The Hugging Face config of some weights: the file or directory `path`, else `config.json` beside them."""
+    place = path if path is not None else weights
+    file = place / "config.json" if place.is_dir() else place if path is not None else place.parent / "config.json"
+    if not file.is_file():
+        raise UserError(f"{file}: no such file; give the model's config by --config FILE")
+    return read_json(file)
+
+
+def tower_config(family: str, values: dict[str, Any]) -> Any:
+    """A tower's config from Hugging Face's.
+
+    Raises:
+        UserError: it belongs to another family, or names a feature that is not supported.
+    """
+    kind = str(values.get("model_type", ""))
+    kinds = {
+        "siglip2": ("siglip", "siglip2", "siglip_vision_model", "siglip2_vision_model"),
+        "sam": ("sam", "sam_vision_model"),
+    }
+    kinds |= {"mask2former": ("mask2former",)}
+    if kind and kind not in kinds.get(family, (family,)):
+        raise UserError(f"config.json says model_type={kind!r}: that is no checkpoint of the family {family}")
+    if family == "siglip2":
+        return SiglipConfig.from_hf(values)
+    if family == "sam":
+        return SamConfig.from_hf(values)
+    if family == "mask2former":
+        return mask2former_config(values)
+    return LanguageConfig.from_hf(values)
+
+
+def mask2former_config(values: Mapping[str, Any]) -> Mask2FormerConfig:
+    """Reads a `Mask2FormerConfig` JSON (Hugging Face's defaults for keys that it leaves out); its backbone must be a Swin."""
+    backbone = values.get("backbone_config") or {}
+    embed, depths = backbone.get("embed_dim", 96), backbone.get("depths", (2, 2, 6, 2))
+    channels = tuple(embed * 2**i for i in reversed(range(len(depths))))
+    strides = tuple(sorted(values.get("feature_strides", (4, 8, 16, 32)), reverse=True))
+    levels = values.get("num_feature_levels", 3)
+    width, heads = values.get("hidden_dim", 256), values.get("num_attention_heads", 8)
+    if values.get("pre_norm") or values.get("enforce_input_projection") or values.get("feature_size", 256) != width:
+        raise UserError(
+            "config.json (mask2former): pre_norm, input projections and feature_size != hidden_dim are not supported"
+        )
+    mask_width = values.get("mask_feature_size", 256)
+    pixel = PixelDecoderConfig(
+        channels,
+        strides,
+        width=width,
+        mask_width=mask_width,
+        layers=values.get("encoder_layers", 6),
+        heads=heads,
+        ffn=values.get("encoder_feedforward_dim", 1024),
+        levels=levels,
+        common_stride=values.get("common_stride", 4),
+    )
+    decoder = DecoderConfig(
+        width=width,
+        queries=values.get("num_queries", 100),
+        layers=values.get("decoder_layers", 10) - 1,
+        heads=heads,
+        ffn=values.get("dim_feedforward", 2048),
+        levels=levels,
+        mask_width=None if mask_width == width else mask_width,
+    )
+    labels = values.get("id2label")
+    return Mask2FormerConfig(pixel, decoder, len(labels) if labels else values.get("num_labels", 2))
+
+
+def preset(value: str, presets: Mapping[str, Any], read: Any, what: str) -> Any:
+    """A named preset, or the config of a directory with a Hugging Face config.json."""
+    if value in presets:
+        return presets[value]()
+    path = Path(value)
+    if not path.exists() and "/" not in value:
+        raise UserError(f"{what}: no preset and no directory {value!r}{suggest(value, presets)}")
+    return read(hf_config(None, local(value)))
+
+
+def sam_from_shapes(shapes: Shapes, prefix: str = "segmentor.encoder.") -> SamConfig:
+    """All sizes of SAM's encoder. A layer whose position table fits the whole grid is a global one."""
+    _, grid, _, width = shapes[f"{prefix}pos_embed"]
+    patch = shapes[f"{prefix}patch_embed.projection.weight"][-1]
+    layers = shapes.count(f"{prefix}layers.")
+    tables = [shapes[f"{prefix}layers.{i}.attn.rel_pos_h"] for i in range(layers)]
+    is_global = [rows == 2 * grid - 1 for rows, _ in tables]
+    windows = {(rows + 1) // 2 for (rows, _), whole in zip(tables, is_global, strict=True) if not whole}
+    if len(windows) > 1:
+        raise UserError(f"{prefix}: layers with windows of {len(windows)} sizes, {sorted(windows)}; one size is supported")
+    return SamConfig(
+        image_size=grid * patch,
+        patch_size=patch,
+        width=width,
+        layers=layers,
+        heads=width // tables[0][1],
+        mlp=shapes[f"{prefix}layers.0.mlp.lin1.weight"][0],
+        window=windows.pop() if windows else 1,
+        global_layers=tuple(i for i, whole in enumerate(is_global) if whole),
+    )
+
+
+def connector_from_shapes(shapes: Shapes, sam: SamConfig) -> tuple[ConnectorConfig, tuple[int, ...]]:
+    """The connector, and the layers that it reads: the last quarters of the encoder, as X-SAM has them (scaffold 2.2)."""
+    levels = shapes.count("seg_connector.model.")
+    hidden, width = shapes["seg_connector.model.0.model.0.weight"][:2]
+    scales = tuple(shapes[f"seg_connector.model.{i}.model.4.weight"][0] / width for i in range(levels))
+    scales = tuple(int(scale) if scale == int(scale) else scale for scale in scales)
+    return ConnectorConfig((width,) * levels, hidden, scales), quarters(sam.layers, levels)
+
+
+def quarters(layers: int, levels: int) -> tuple[int, ...]:
+    """The last `levels` of the four quarter points of an encoder: 12, 18, 24 of 24."""
+    return tuple(round(layers * i / 4) for i in range(1, 5))[-levels:]
+
+
+def decoders_from_shapes(shapes: Shapes, channels: Sequence[int]) -> tuple[PixelDecoderConfig, DecoderConfig]:
+    """Both decoders with 8 heads (X-SAM's number); the points a head samples follow from it."""
+    pixel, decoder, heads = "segmentor.pixel_decoder.", "segmentor.decoder.", PixelDecoderConfig.heads
+    levels, width = shapes[f"{pixel}level_embed"]
+    samples = shapes[f"{pixel}encoder.layers.0.self_attn.attention_weights.weight"][0]
+    mask_width = shapes[f"{pixel}mask_projection.weight"][0]
+    queries, query_width = shapes[f"{decoder}queries_features.weight"]
+    return (
+        PixelDecoderConfig(
+            tuple(channels),
+            STRIDES[: len(channels)],
+            width=width,
+            mask_width=mask_width,
+            layers=shapes.count(f"{pixel}encoder.layers."),
+            heads=heads,
+            points=max(samples // (heads * levels), 1),
+            ffn=shapes[f"{pixel}encoder.layers.0.fc1.weight"][0],
+        ),
+        DecoderConfig(
+            width=query_width,
+            queries=queries,
+            layers=shapes.count(f"{decoder}decoder.layers."),
+            heads=heads,
+            ffn=shapes[f"{decoder}decoder.layers.0.fc1.weight"][0],
+            levels=levels,
+            mask_width=None if mask_width == query_width else mask_width,
+        ),
+    )
+
+
+def llm_from_shapes(shapes: Shapes, chosen: LanguageConfig | None) -> LanguageConfig:
+    """The preset that has the checkpoint's width, depth and kind, or `chosen`; the vocabulary is the table's."""
+    vocab, width = shapes["llm.model.embed_tokens.weight"]
+    layers = shapes.count("llm.model.layers.")
+    known = [chosen] if chosen is not None else [make() for make in LLMS.values()]
+    fitting = [cfg for cfg in known if (cfg.width, cfg.layers) == (width, layers)]
+    if not fitting:
+        asked = f"--llm has width {known[0].width} and {known[0].layers}" if chosen is not None else "no preset has these"
+        raise UserError(
+            f"the checkpoint's language model has width {width} and {layers} layers, {asked}; "
+            "give --llm DIR with its config.json"
+        )
+    return dataclasses.replace(fitting[0], vocab=vocab)
+
+
+def siglip_from_shapes(shapes: Shapes, chosen: SiglipConfig | None, vision: str) -> SiglipConfig:
+    """The vision encoder: heads and image size of `chosen` (SigLIP2-so400m/14-384 by default), the rest from the shapes."""
+    prefix = f"{vision}.vision_model."
+    base = chosen or SiglipConfig.so400m_14_384()
+    width, _, _, patch = shapes[f"{prefix}embeddings.patch_embedding.weight"]
+    tokens = shapes[f"{prefix}embeddings.position_embedding.weight"][0]
+    if (base.width, base.patch_size, base.tokens) != (width, patch, tokens):
+        raise UserError(
+            f"the checkpoint's vision encoder has width {width}, patches of {patch} and {tokens} tokens, the config has "
+            f"{base.width}, {base.patch_size} and {base.tokens}; give --siglip DIR with its config.json"
+        )
+    mlp = shapes[f"{prefix}encoder.layers.0.mlp.fc1.weight"][0]
+    return dataclasses.replace(base, layers=shapes.count(f"{prefix}encoder.layers."), mlp=mlp)
+
+
+def stage1_from_shapes(shapes: Shapes) -> Stage1Config:
+    """X-SAM's stage-1 segmentor."""
+    sam = sam_from_shapes(shapes)
+    connector, layers = connector_from_shapes(shapes, sam)
+    heads = [f"segmentor.class_predictor.{name}weight" for name in ("predictor.", "")]
+    head = next((name for name in heads if name in shapes), heads[0])
+    return Stage1Config(
+        sam, connector, layers, *decoders_from_shapes(shapes, connector.out_channels), classes=shapes[head][0] - 1
+    )
+
+
+def xsam_from_shapes(
+    shapes: Shapes, llm: LanguageConfig | None, siglip: SiglipConfig | None, mode: str, dtype: str
+) -> FlowSegConfig:
+    """The model that an X-SAM checkpoint is, or becomes.
+
+    Args:
+        mode: "off" leaves X-SAM as it is; "sr" and "sr_cr" add the semantic flow and BAR so that the model still starts as
+            what it was (residual norm, zero-initialised outputs).
+        dtype: what the network computes in.
+    """
+    if "llm.model.embed_tokens.weight" not in shapes and "segmentor.encoder.pos_embed" in shapes:
+        raise UserError(
+            "a checkpoint of X-SAM's first stage (no language model): use python -m convert_weights xsam_stage1 ..."
+        )
+    aaai = "visual_encoder.vision_model.embeddings.patch_embedding.weight" in shapes
+    sam = sam_from_shapes(shapes)
+    connector, layers = connector_from_shapes(shapes, sam)
+    pixel, decoder = decoders_from_shapes(shapes, connector.out_channels)
+    return FlowSegConfig(
+        sam=sam,
+        siglip=siglip_from_shapes(shapes, siglip, "visual_encoder" if aaai else "vision_encoder"),
+        llm=llm_from_shapes(shapes, llm),
+        connector=connector,
+        pixel_decoder=pixel,
+        decoder=dataclasses.replace(decoder, logit_clamp=500.0 if aaai else 50.0),
+        connector_layers=layers,
+        semantic_flow=SemanticFlowConfig(mode=mode, norm="post" if mode == "off" else "residual"),
+        boundary=BoundaryConfig(enabled=mode != "off"),
+        dtype=dtype,
+    )
+
+
+def joined_config(
+    llm: LanguageConfig, siglip: SiglipConfig, sam: SamConfig, stage1: Stage1Config | None, mode: str, dtype: str
+) -> FlowSegConfig:
+    """A FlowSeg around towers, with X-SAM's connector and decoders: those of `stage1`, or full-sized ones."""
+    if stage1 is None:
+        scales = ConnectorConfig.sam_large().scales
+        connector = ConnectorConfig((sam.width,) * len(scales), sam.width // 2, scales)
+        pixel = PixelDecoderConfig.mask2former(connector.out_channels)
+        stage1 = Stage1Config(sam, connector, quarters(sam.layers, len(scales)), pixel, DecoderConfig(), 0)
+    elif stage1.sam != sam:
+        raise UserError(f"the segmentor's mask encoder is {stage1.sam}, the given one {sam}: leave sam= out")
+    return FlowSegConfig(
+        sam=sam,
+        siglip=siglip,
+        llm=llm,
+        connector=stage1.connector,
+        pixel_decoder=stage1.pixel_decoder,
+        decoder=stage1.decoder,
+        connector_layers=stage1.connector_layers,
+        semantic_flow=SemanticFlowConfig(mode=mode),
+        boundary=BoundaryConfig(enabled=mode != "off"),
+        dtype=dtype,
+    )
+
+
+def override(cfg: Any, settings: Sequence[str]) -> Any:
+    """The config with `KEY=VALUE`s set; keys are dotted (`decoder.heads=4`), values are Python literals or bare words.
+
+    Raises:
+        UserError: no such key, or values that do not fit each other.
+    """
+    tree = dataclasses.asdict(cfg)
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        *parents, last = key.split(".")
+        node = tree
+        for parent in parents:
+            node = node.get(parent) if isinstance(node, dict) else None
+        if not equals or not isinstance(node, dict) or last not in node:
+            raise UserError(f"--set {setting}: expected KEY=VALUE with a key of the config (say decoder.heads=4)")
+        try:
+            node[last] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            node[last] = text
+    return rebuild(type(cfg), tree)
+
+
+def rebuild(kind: type, values: Mapping[str, Any]) -> Any:
+    """A config dataclass from nested plain values, lists for tuples; strict. Raises UserError."""
+    if kind is FlowSegConfig:
+        return FlowSegConfig.from_dict(values)
+    fields = {field.name: field.type for field in dataclasses.fields(kind)}
+    if set(values) - set(fields):
+        raise UserError(f"{kind.__name__} has no {', '.join(sorted(set(values) - set(fields)))}")
+    nested = {c.__name__: c for c in (SamConfig, ConnectorConfig, PixelDecoderConfig, DecoderConfig)}
+    read = {}
+    for key, value in values.items():
+        if fields[key] in nested:
+            value = rebuild(nested[fields[key]], value)
+        read[key] = tuple(value) if isinstance(value, list) else value
+    try:
+        return kind(**read)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{kind.__name__}: {error}") from None
+
+
+def to_hf(family: str, cfg: Any) -> dict[str, Any] | None:
+    """Hugging Face's `config.json` of an exported tower, or None where its class needs more than a tower."""
+    if family == "siglip2":
+        return {
+            "model_type": "siglip_vision_model",
+            "architectures": ["SiglipVisionModel"],
+            "hidden_size": cfg.width,
+            "intermediate_size": cfg.mlp,
+            "num_hidden_layers": cfg.layers,
+            "num_attention_heads": cfg.heads,
+            "image_size": cfg.image_size,
+            "patch_size": cfg.patch_size,
+            "layer_norm_eps": cfg.eps,
+            "hidden_act": "gelu_pytorch_tanh",
+        }
+    if family == "sam":
+        return {
+            "model_type": "sam_vision_model",
+            "architectures": ["SamVisionModel"],
+            "hidden_size": cfg.width,
+            "mlp_dim": cfg.mlp,
+            "num_hidden_layers": cfg.layers,
+            "num_attention_heads": cfg.heads,
+            "image_size": cfg.image_size,
+            "patch_size": cfg.patch_size,
+            "window_size": cfg.window,
+            "global_attn_indexes": list(cfg.global_layers),
+            "layer_norm_eps": cfg.eps,
+        }
+    if isinstance(cfg, LanguageConfig):
+        classes = {"qwen3": "Qwen3ForCausalLM", "phi3": "Phi3ForCausalLM", "llama": "LlamaForCausalLM"}
+        windows = {"sliding_window": cfg.sliding_window} if cfg.family == "phi3" else {}
+        # A Phi-3 has no separate width of a head: transformers computes it.
+        widths = {"head_dim": cfg.head_dim} if cfg.family != "phi3" or cfg.head_dim * cfg.heads != cfg.width else {}
+        return {
+            "model_type": cfg.family,
+            "architectures": [classes[cfg.family]],
+            "vocab_size": cfg.vocab,
+            "hidden_size": cfg.width,
+            "num_hidden_layers": cfg.layers,
+            "num_attention_heads": cfg.heads,
+            "num_key_value_heads": cfg.kv_heads,
+            "intermediate_size": cfg.mlp,
+            "rms_norm_eps": cfg.eps,
+            "rope_theta": cfg.rope_theta,
+            "tie_word_embeddings": cfg.tie_embeddings,
+            "hidden_act": "silu",
+            **widths,
+            **windows,
+        }
+    return None

@@ -1,0 +1,159 @@
+"""Runs the tables: tensors in, our parameters out, and the other way round, one array at a time."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from convert_weights.families import FAMILIES, Family
+from convert_weights.plan import Plan, Target, check_twins, make_plan
+from convert_weights.sources import ArraySource, Entry, TensorSource
+from convert_weights.table import Piece, expand
+from flowseg_jax.errors import UserError, suggest
+from flowseg_jax.manifest import compare, flatten, nest
+
+CHUNK = 1 << 22  # values of a vocabulary that are averaged at a time
+
+
+def get_family(name: str) -> Family:
+    """The family of that name. Raises a UserError that lists the known ones."""
+    if name not in FAMILIES:
+        raise UserError(f"unknown family {name!r}{suggest(name, FAMILIES)}")
+    return FAMILIES[name]
+
+
+def import_params(
+    family_name: str, tensors: Mapping[str, np.ndarray] | TensorSource, cfg: Any, *, dtype: str | None = None, seed: int = 0
+) -> dict[str, Any]:
+    """PyTorch's tensors as our parameters.
+
+    Args:
+        family_name: a key of `families.FAMILIES`.
+        tensors: arrays by name, or a source of them.
+        cfg: `FlowSegConfig` for xsam and flowseg, the tower's config for a tower.
+        dtype: what all parameters become; None keeps each one's own.
+        seed: of the parameters that the checkpoint may lack (`Family.fresh`).
+
+    Returns:
+        A nested dict of NumPy arrays with the names and shapes of the model that `cfg` describes.
+
+    Raises:
+        UserError: one that lists every missing, unexpected and wrongly shaped tensor.
+    """
+    source = tensors if not isinstance(tensors, Mapping) else ArraySource(tensors)
+    plan = make_plan(get_family(family_name), cfg, source, dtype)
+    check_twins(plan, source)
+    initial = fresh_params(plan, seed)
+    return nest({target.name: build(target, source, initial) for target in plan.targets})
+
+
+def export_params(family_name: str, params: Mapping[str, Any], cfg: Any, *, layout: str | None = None) -> dict[str, np.ndarray]:
+    """Our parameters as PyTorch's tensors: the inverse of `import_params`, bit for bit.
+
+    Args:
+        params: nested dict of arrays.
+        layout: naming, a key of the family's `layouts`; None for the first.
+
+    Raises:
+        UserError: parameters that are not those of `cfg`.
+    """
+    family = get_family(family_name)
+    flat = {name: np.asarray(x) for name, x in flatten(params).items()}
+    exported = Exported(family, cfg, ArraySource(flat, "the parameters"), layout)
+    return {name: exported.read(name) for name in exported.entries}
+
+
+def fresh_params(plan: Plan, seed: int) -> dict[str, np.ndarray]:
+    """The parameters that the source may lack and does lack, as a new model has them."""
+    return {name: np.asarray(x) for name, x in plan.family.initial(plan.cfg, plan.fresh, seed).items()}
+
+
+def build(target: Target, source: TensorSource, initial: Mapping[str, np.ndarray]) -> np.ndarray:
+    """One parameter. Besides it, no more than one tensor (of one layer) is in memory."""
+    if not target.pieces:
+        return initial[target.name].astype(target.dtype)
+    out = np.empty(target.shape, target.dtype)
+    for piece in target.pieces:
+        _fill(out if piece.layer is None else out[piece.layer], piece, source)
+    return out
+
+
+def _fill(out: np.ndarray, piece: Piece, source: TensorSource) -> None:
+    rows, found = piece.part_shape[0], source.entries[piece.source].shape[0]
+    if piece.op.resizes and found != piece.total:
+        # X-SAM sizes the table by the tokenizer: padded rows go, or new tokens start from the mean of the known ones.
+        kept = min(rows, found)
+        out[:kept] = piece.op.to_ours(source.read(piece.source, 0, kept), piece.cfg)
+        if rows > found:
+            out[found:] = _mean_row(out[:found]).astype(out.dtype)
+        return
+    part = source.read(piece.source, piece.start, piece.start + rows)
+    out[...] = piece.op.to_ours(part, piece.cfg)
+
+
+def _mean_row(table: np.ndarray) -> np.ndarray:
+    total = np.zeros(table.shape[1], np.float64)
+    step = max(1, CHUNK // table.shape[1])
+    for start in range(0, len(table), step):
+        total += table[start : start + step].astype(np.float64).sum(0)
+    return total / len(table)
+
+
+class Exported:
+    """Our parameters as a source of PyTorch's tensors, each made when it is read (most quickly `in_order`).
+
+    Args:
+        params: a source of our parameters under their flat names ("llm/table").
+        layout: naming, a key of the family's `layouts`; None for the first.
+
+    Raises:
+        UserError: parameters that are not those of `cfg`; an unknown layout.
+    """
+
+    def __init__(self, family: Family, cfg: Any, params: TensorSource, layout: str | None = None):
+        layout = layout or next(iter(family.layouts))
+        if layout not in family.layouts:
+            raise UserError(f"{family.name} has no layout {layout!r}{suggest(layout, family.layouts)}")
+        shapes = family.shapes(cfg)
+        known = {name: [list(shape), "float32"] for name, shape in shapes.items()}
+        compare(known, {name: [list(e.shape), str(e.dtype)] for name, e in params.entries.items()}, params.name)
+        self.name, self._params = params.name, params
+        self._pieces: dict[str, list[Piece]] = {}
+        for piece in expand(family.layouts[layout](cfg), cfg, shapes):
+            self._pieces.setdefault(piece.source, []).append(piece)
+        self.entries = {name: self._entry(pieces) for name, pieces in self._pieces.items()}
+        self._held: dict[str, np.ndarray] = {}
+
+    def _entry(self, pieces: list[Piece]) -> Entry:
+        kinds = [self._params.entries[piece.target].dtype for piece in pieces]
+        return Entry(pieces[0].source_shape, functools.reduce(jnp.promote_types, kinds))
+
+    def in_order(self) -> Iterator[str]:
+        """Names, those that come from the same stacks one behind the other."""
+        return iter(sorted(self.entries, key=lambda name: [piece.target for piece in self._pieces[name]]))
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        pieces = self._pieces[name]
+        # The next tensor mostly comes from the same stacks: they are kept until one comes from others.
+        wanted = dict.fromkeys(piece.target for piece in pieces)
+        self._held = {target: x for target, x in self._held.items() if target in wanted}
+        for target in wanted:
+            if target not in self._held:
+                self._held[target] = self._params.read(target)
+        parts = []
+        for piece in pieces:
+            ours = self._held[piece.target]
+            parts.append(piece.op.to_source(ours if piece.layer is None else ours[piece.layer], piece.cfg))
+        whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return np.ascontiguousarray(whole[start:stop])
+
+
+def cast(x: np.ndarray, dtype: str | None) -> np.ndarray:
+    """A floating-point array in another dtype; None keeps it."""
+    floating = np.issubdtype(x.dtype, np.floating) or x.dtype == ml_dtypes.bfloat16
+    return x.astype(dtype) if dtype and floating else x

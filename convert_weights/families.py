@@ -1,0 +1,288 @@
+"""The families of checkpoints: which tables a family consists of, what its config is, what it may lack."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+
+from convert_weights import segmentor, towers
+from convert_weights.ops import Shape
+from convert_weights.table import Row, Section, Table, linear, unnumbered
+from flowseg_jax.manifest import flatten
+from flowseg_jax.models.config import FlowSegConfig
+from flowseg_jax.models.connectors import ConnectorConfig, SegConnector
+from flowseg_jax.models.flowseg import FlowSeg, at_rest
+from flowseg_jax.models.language import Language, LanguageConfig
+from flowseg_jax.models.layers import Linear
+from flowseg_jax.models.mask_decoder import DecoderConfig, MaskDecoder
+from flowseg_jax.models.pixel_decoder import PixelDecoder, PixelDecoderConfig
+from flowseg_jax.models.sam import Sam, SamConfig
+from flowseg_jax.models.semantic_flow import SemanticFlowConfig
+from flowseg_jax.models.siglip import Siglip, SiglipConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Mask2FormerConfig:
+    """The parts of a Mask2Former that we have, its backbone left out; `classes` counts without "no object"."""
+
+    pixel_decoder: PixelDecoderConfig
+    decoder: DecoderConfig
+    classes: int
+
+
+class Mask2Former(nnx.Module):
+    def __init__(self, cfg: Mask2FormerConfig, *, rngs: nnx.Rngs):
+        self.pixel_decoder = PixelDecoder(cfg.pixel_decoder, rngs=rngs)
+        self.decoder = MaskDecoder(cfg.decoder, SemanticFlowConfig(mode="off"), rngs=rngs)
+        self.category_head = Linear(cfg.decoder.width, cfg.classes + 1, rngs=rngs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage1Config:
+    """X-SAM's first stage: a closed-vocabulary segmentor without language (the fields are those of `FlowSegConfig`)."""
+
+    sam: SamConfig
+    connector: ConnectorConfig
+    connector_layers: tuple[int, ...]
+    pixel_decoder: PixelDecoderConfig
+    decoder: DecoderConfig
+    classes: int
+
+
+class Stage1(nnx.Module):
+    def __init__(self, cfg: Stage1Config, *, rngs: nnx.Rngs):
+        self.sam = Sam(cfg.sam, rngs=rngs)
+        self.connector = SegConnector(cfg.connector, rngs=rngs)
+        self.pixel_decoder = PixelDecoder(cfg.pixel_decoder, rngs=rngs)
+        self.decoder = MaskDecoder(cfg.decoder, SemanticFlowConfig(mode="off"), rngs=rngs)
+        self.category_head = Linear(cfg.decoder.width, cfg.classes + 1, rngs=rngs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A kind of checkpoint.
+
+    Attributes:
+        name: as on the command line.
+        config: the dataclass of its config.
+        module: the network (config, rngs=...) that the parameters belong to.
+        layouts: {layout: config -> its sections}; the one that fits a file best is taken, the first one is exported.
+        fresh: patterns of our paths, each naming a group of parameters. A group of which a checkpoint holds nothing is
+            initialised as in a new model; of a group that it holds in part, the rest is missing.
+        tower: it is a part of a model and cannot run by itself.
+        resizes: the vocabulary of the file may be longer or shorter than the config's.
+        example: a config, to know the family's names by.
+    """
+
+    name: str
+    config: type
+    module: Callable[..., nnx.Module]
+    layouts: Mapping[str, Callable[[Any], tuple[Section, ...]]]
+    example: Callable[[], Any]
+    fresh: tuple[str, ...] = ()
+    tower: bool = True
+    resizes: bool = False
+
+    def shapes(self, cfg: Any) -> dict[str, Shape]:
+        """{our path: shape} of all parameters; nothing is allocated."""
+        return _shapes(self.module, cfg)
+
+    def initial(self, cfg: Any, names: Iterable[str], seed: int) -> dict[str, jax.Array]:
+        """The parameters `names` of a new model: those of `flowseg.create(cfg, seed)`, up to rounding (they are compiled).
+
+        The others are not computed: what is not returned is no part of the compiled program.
+        """
+        names = tuple(names)
+
+        @jax.jit
+        def make() -> dict[str, jax.Array]:
+            module = self.module(cfg, rngs=nnx.Rngs(params=jax.random.key(seed, impl="rbg")))
+            flat = flatten(at_rest(nnx.state(module)))
+            return {name: flat[name] for name in names}
+
+        return make() if names else {}
+
+    def fresh_group(self, target: str) -> str | None:
+        """The pattern of the group that may be missing and `target` is in; None if it must be in the checkpoint."""
+        return next((group for group in self.fresh if re.match(group, target)), None)
+
+    @functools.cached_property
+    def names(self) -> dict[str, frozenset[str]]:
+        """{layout: the names that it uses, their numbers left out}."""
+        example = self.example()
+        return {
+            layout: frozenset(
+                unnumbered(section.source + row.source) for section in sections(example) for row in section.table.rows
+            )
+            for layout, sections in self.layouts.items()
+        }
+
+
+@functools.lru_cache(maxsize=16)
+def _shapes(module: Callable[..., nnx.Module], cfg: Any) -> dict[str, Shape]:
+    state = nnx.state(nnx.eval_shape(lambda: module(cfg, rngs=nnx.Rngs(0))))
+    return {name: tuple(x.shape) for name, x in flatten(at_rest(state)).items()}
+
+
+def under(*sections: Section, source: str = "", target: str = "") -> tuple[Section, ...]:
+    """Sections with a prefix more on either side."""
+    return tuple(dataclasses.replace(s, source=source + s.source, target=target + s.target) for s in sections)
+
+
+def _only(table: Table, source: str = "") -> Callable[[Any], tuple[Section, ...]]:
+    return lambda cfg: (Section(table, source),)
+
+
+def _rest(*ignore: str) -> Section:
+    """Tensors of the file that belong to no table."""
+    return Section(Table((), ignore=ignore))
+
+
+def _language(name: str, table: Table, **layouts: Table) -> Family:
+    tiny = dataclasses.replace(LanguageConfig.tiny(8), family=name, qk_norm=name == "qwen3")
+    tables = {"hf": table, **layouts}
+    return Family(
+        name, LanguageConfig, Language, {key: _only(value) for key, value in tables.items()}, lambda: tiny, resizes=True
+    )  # fmt: skip
+
+
+def _inside(table: Table, prefix: str) -> Callable[[Any], tuple[Section, ...]]:
+    """A tower inside a whole model of its class: what is ignored lies beside it as well."""
+    return lambda cfg: (Section(table, prefix), _rest(*table.ignore))
+
+
+def _decoders(source_pixel: str, source_decoder: str, head: tuple[Row, ...], category: tuple[Row, ...]) -> tuple[Section, ...]:
+    """The mask decoder, whose class heads are named apart from it."""
+    return (
+        Section(segmentor.PIXEL_DECODER, source_pixel, "pixel_decoder/", lambda cfg: cfg.pixel_decoder),
+        Section(segmentor.DECODER, source_decoder, "decoder/", lambda cfg: cfg.decoder),
+        Section(Table((*head, *category))),
+    )
+
+
+def _segmentor(logit_scale: str, predictor: str) -> tuple[Section, ...]:
+    """X-SAM's segmentor: mask encoder, connector, decoders, class head."""
+    scale = (Row(logit_scale, "decoder/logit_scale"),)
+    return (
+        Section(towers.SAM, "segmentor.encoder.", "sam/", lambda cfg: cfg.sam),
+        Section(segmentor.CONNECTOR, "seg_connector.", "connector/", lambda cfg: cfg.connector),
+        *_decoders(
+            "segmentor.pixel_decoder.", "segmentor.decoder.", scale, linear(predictor, "category_head")
+        ),
+        _rest(r"segmentor\.shared_image_embedding\..*", r"segmentor\.(criterion|criteria)\..*"),
+    )  # fmt: skip
+
+
+_MAIN = _segmentor("segmentor.class_predictor.logit_scale", "segmentor.class_predictor.predictor")
+_AAAI = _segmentor("segmentor.logit_scale", "segmentor.class_predictor")
+
+
+def _xsam(vision: str, parts: tuple[Section, ...], *more: Section) -> Callable[[FlowSegConfig], tuple[Section, ...]]:
+    def sections(cfg: FlowSegConfig) -> tuple[Section, ...]:
+        return (
+            Section(towers.language(cfg.llm), "llm.", "llm/", lambda cfg: cfg.llm),
+            Section(towers.SIGLIP, f"{vision}.vision_model.", "siglip/", lambda cfg: cfg.siglip),
+            *under(Section(segmentor.PROJECTOR), source="visual_projector.", target="visual_projector/"),
+            *under(Section(segmentor.PROJECTOR), source="seg_projector.", target="seg_projector/"),
+            *under(Section(segmentor.PROJECTOR), source="llm_projector.", target="llm_projector/"),
+            *parts,
+            Section(Table((Row("bg_embeds.weight", "background"),))),
+            Section(segmentor.BOUNDARY, "segmentor.boundary.", "boundary/"),
+            *more,
+        )
+
+    return sections
+
+
+_XSAM_LAYOUTS = {"main": _xsam("vision_encoder", _MAIN), "aaai": _xsam("visual_encoder", _AAAI)}
+# A segmentor of the first stage brings a closed-vocabulary head, for which a model may have no use.
+_HEAD = _rest(r"segmentor\.class_predictor\.(predictor\.)?(weight|bias)")
+_FLOWSEG_LAYOUTS = {"main": _xsam("vision_encoder", _MAIN, _HEAD), "aaai": _xsam("visual_encoder", _AAAI, _HEAD)}
+# What FlowSeg adds to X-SAM, and the linear head of its closed-vocabulary pass.
+_ADDED = (
+    r"decoder/layers/semantic/(attention|norm)/",
+    r"decoder/layers/semantic/gate/",
+    r"decoder/layers/refinement/",
+    r"boundary/",
+    r"category_head/",
+)
+# What a model that is put together from its towers has nothing for.
+_JOINTS = (
+    r"visual_projector/",
+    r"seg_projector/",
+    r"llm_projector/",
+    r"connector/",
+    r"pixel_decoder/",
+    r"decoder/logit_scale",
+    r"decoder/",
+    r"background",
+)
+_M2F_HEAD = linear("class_predictor", "category_head")
+
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (
+        _language("qwen3", towers.QWEN3),
+        _language("phi3", towers.PHI3),
+        _language("llama", towers.LLAMA, gguf=towers.LLAMA_GGUF),
+        Family(
+            "siglip2",
+            SiglipConfig,
+            Siglip,
+            {"hf": _inside(towers.SIGLIP, "vision_model."), "encoder": _only(towers.SIGLIP)},
+            SiglipConfig.tiny,
+        ),
+        Family(
+            "sam",
+            SamConfig,
+            Sam,
+            {"hf": _inside(towers.SAM, "vision_encoder."), "encoder": _only(towers.SAM)},
+            SamConfig.tiny,
+        ),
+        Family(
+            "mask2former",
+            Mask2FormerConfig,
+            Mask2Former,
+            {
+                "hf": lambda cfg: (
+                    *_decoders("model.pixel_level_module.decoder.", "model.transformer_module.", (), _M2F_HEAD),
+                    _rest(r"model\.pixel_level_module\.encoder\..*", r"criterion\..*"),
+                )
+            },
+            lambda: Mask2FormerConfig(PixelDecoderConfig.tiny(), DecoderConfig.tiny(), 3),
+            fresh=(r"decoder/logit_scale",),
+        ),
+        Family(
+            "xsam_stage1",
+            Stage1Config,
+            Stage1,
+            {"main": lambda cfg: _MAIN, "aaai": lambda cfg: _AAAI},
+            lambda: Stage1Config(
+                SamConfig.tiny(),
+                ConnectorConfig.tiny(),
+                (2, 3, 4),
+                PixelDecoderConfig.tiny(),
+                DecoderConfig.tiny(),
+                3,
+            ),
+            fresh=(r"decoder/logit_scale",),
+        ),
+        Family("xsam", FlowSegConfig, FlowSeg, _XSAM_LAYOUTS, FlowSegConfig.tiny, fresh=_ADDED, tower=False),
+        Family(
+            "flowseg",
+            FlowSegConfig,
+            FlowSeg,
+            _FLOWSEG_LAYOUTS,
+            FlowSegConfig.tiny,
+            fresh=(*_ADDED, *_JOINTS),
+            tower=False,
+            resizes=True,
+        ),
+    )
+}

@@ -1,0 +1,280 @@
+"""One conversion from beginning to end: find sources, config and tokenizer, match everything, stream into a model directory."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import resource
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from convert_weights import configs
+from convert_weights.convert import Exported, build, fresh_params, get_family
+from convert_weights.directory import ModelDirectory, is_model_directory
+from convert_weights.families import FAMILIES, Family
+from convert_weights.plan import Plan, check_twins, make_plan
+from convert_weights.sources import JoinedSource, TensorSource, local, open_source, read_json
+from flowseg_jax.checkpoint import check_free, stream_model
+from flowseg_jax.data.prompts import Prompts
+from flowseg_jax.data.tokenizer import extend_tokenizer, load_tokenizer
+from flowseg_jax.errors import UserError
+from flowseg_jax.models.config import FlowSegConfig
+from flowseg_jax.models.language import LanguageConfig
+from flowseg_jax.streaming import LazyArray
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
+# Where a tower's names stand in a whole model: (what they begin with alone, what they begin with there).
+PLACES = {
+    "llm": ("", "llm."),
+    "siglip": ("vision_model.", "vision_encoder.vision_model."),
+    "sam": ("vision_encoder.", "segmentor.encoder."),
+    "segmentor": ("", ""),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What the user asks for.
+
+    Attributes:
+        family: a key of `FAMILIES`.
+        source: file or directory; for flowseg `part=PATH` of each part in `PLACES`.
+        out: the directory to write; None to check only.
+        tokenizer: directory; None: the one beside the language model's weights.
+        config: `config.json` or a directory with it; None: beside the weights, or from shapes.
+        llm, siglip: of xsam: a preset's name or a directory with config.json.
+        mode: of a whole model, the semantic flow's: "off", "sr", "sr_cr"; None: off for xsam, sr_cr for flowseg.
+        chat: chat template; None: the language model's own.
+        settings: `KEY=VALUE`s of the config.
+        dtype: what parameters are stored as; None keeps the checkpoint's.
+        seed: of fresh parameters.
+        overwrite: replace OUT.
+    """
+
+    family: str
+    source: str | dict[str, str]
+    out: str | None = None
+    tokenizer: str | None = None
+    config: str | None = None
+    llm: str | None = None
+    siglip: str | None = None
+    mode: str | None = None
+    chat: str | None = None
+    settings: Sequence[str] = ()
+    dtype: str | None = None
+    seed: int = 0
+    overwrite: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A conversion that is known to be possible; nothing is written yet."""
+
+    plan: Plan
+    source: TensorSource
+    tokenizer: Path | None
+    extra: dict[str, Any]
+
+    def arrays(self, seed: int) -> dict[str, LazyArray]:
+        initial = fresh_params(self.plan, seed)
+        return {
+            target.name: LazyArray(target.shape, target.dtype, lambda target=target: build(target, self.source, initial))
+            for target in self.plan.targets
+        }
+
+
+@contextlib.contextmanager
+def prepared(request: Request) -> Iterator[Job]:
+    """Opens and matches everything; the tokenizer lives as long as the context.
+
+    Raises:
+        UserError: whatever is wrong with sources, config, tokenizer or OUT, before anything is written.
+    """
+    family = get_family(request.family)
+    if request.out is not None:
+        check_free(request.out, request.overwrite)
+    with tempfile.TemporaryDirectory(prefix="convert_weights-") as scratch:
+        make = _towers_together if family.name == "flowseg" else _xsam if family.name == "xsam" else _tower
+        source, cfg, base = make(family, request)
+        tokenizer, count = _tokenizer(request, base, source, Path(scratch))
+        if count is not None and isinstance(cfg, LanguageConfig):
+            cfg = dataclasses.replace(cfg, vocab=count)
+        elif count is not None and family.resizes:
+            cfg = dataclasses.replace(cfg, llm=dataclasses.replace(cfg.llm, vocab=count))
+        cfg = configs.override(cfg, request.settings)
+        if request.out is not None and not family.tower and tokenizer is None:
+            raise UserError(f"{family.name} needs its language model's tokenizer: give --tokenizer DIR")
+        extra: dict[str, Any] = {"converted": {"family": family.name, "seed": request.seed}}
+        if isinstance(cfg, FlowSegConfig):
+            extra["prompts"] = {"chat": request.chat or _chat(cfg.llm)}
+            if tokenizer is not None:
+                load_tokenizer(tokenizer, needed=Prompts(**extra["prompts"]).needed)
+                if count != cfg.llm.vocab:
+                    raise UserError(
+                        f"the tokenizer has {count} ids with its segmentation tokens, the checkpoint's table {cfg.llm.vocab} "
+                        "rows: give the tokenizer of its language model"
+                    )
+        plan = make_plan(family, cfg, source, request.dtype)
+        check_twins(plan, source)
+        extra["converted"] |= {"layout": plan.layout, "fresh": list(plan.fresh)}
+        yield Job(plan, source, tokenizer, extra)
+
+
+def write(job: Job, request: Request, progress: Callable[[str], None] = lambda name: None) -> Path:
+    """Streams a prepared conversion into its directory."""
+    family, cfg = job.plan.family, job.plan.cfg
+    assert request.out is not None
+    tower = {"family": family.name, "config": _plain(dataclasses.asdict(cfg))} if family.tower else None
+    return stream_model(
+        request.out,
+        job.arrays(request.seed),
+        None if family.tower else cfg.to_dict(),
+        job.tokenizer,
+        job.extra,
+        tower=tower,
+        overwrite=request.overwrite,
+        progress=progress,
+    )
+
+
+def check(job: Job, request: Request, progress: Callable[[str], None] = lambda name: None) -> None:
+    """Everything but the writing: each array is made and dropped."""
+    for name, lazy in job.arrays(request.seed).items():
+        lazy.make()
+        progress(name)
+
+
+def peak_memory() -> int:
+    """The most memory that this process has had in use so far, bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _tower(family: Family, request: Request) -> tuple[TensorSource, Any, Path | None]:
+    """Source, config and where a tokenizer may lie, of a tower."""
+    path = local(str(request.source))
+    source, own = _open(path, family)
+    if own is not None:
+        return source, own.cfg, own.tokenizer
+    if family.name == "xsam_stage1":
+        return source, configs.stage1_from_shapes(configs.Shapes(source.entries, source.name)), None
+    if hasattr(source, "config") and request.config is None:
+        values = source.config()
+    else:
+        values = configs.hf_config(Path(request.config) if request.config else None, path)
+    return source, configs.tower_config(family.name, values), path if path.is_dir() else path.parent
+
+
+def _xsam(family: Family, request: Request) -> tuple[TensorSource, FlowSegConfig, Path | None]:
+    path = local(str(request.source))
+    source, own = _open(path, family)
+    if own is not None:
+        raise UserError(f"{path} is converted already")
+    beside = (path if path.is_dir() else path.parent) / "config.json"
+    file = Path(request.config) if request.config else beside
+    values = read_json(file) if request.config or file.is_file() else {}
+    if "flowseg" in values:
+        return source, configs.rebuild(FlowSegConfig, values["flowseg"]), beside.parent
+    if request.config:
+        raise UserError(f"{file} holds no config of ours (key flowseg); set single values by --set KEY=VALUE")
+    llm = configs.preset(request.llm, configs.LLMS, LanguageConfig.from_hf, "--llm") if request.llm else None
+    siglip = None
+    if request.siglip:
+        siglip = configs.preset(request.siglip, configs.SIGLIPS, lambda v: configs.tower_config("siglip2", v), "--siglip")
+    shapes = configs.Shapes(source.entries, source.name)
+    return source, configs.xsam_from_shapes(shapes, llm, siglip, request.mode or "off", _compute(source)), beside.parent
+
+
+def _towers_together(family: Family, request: Request) -> tuple[TensorSource, FlowSegConfig, Path | None]:
+    if not isinstance(request.source, dict):
+        raise UserError("flowseg is put together from towers: flowseg llm=DIR siglip=DIR sam=DIR [segmentor=FILE] OUT")
+    parts = dict(request.source)
+    for part in parts:
+        if part not in PLACES:
+            raise UserError(f"flowseg has no part {part!r} (known: {', '.join(PLACES)})")
+    lacking = [part for part in ("llm", "siglip", "sam") if part not in parts and not (part == "sam" and "segmentor" in parts)]
+    if lacking:
+        raise UserError(f"flowseg needs {', '.join(f'{part}=DIR' for part in lacking)}: nothing is made up for a missing tower")
+    if "sam" in parts and "segmentor" in parts:
+        raise UserError("both sam= and segmentor= hold a mask encoder: leave sam= out")
+    opened, cfgs, tokenizer = [], {}, None
+    for part, path in parts.items():
+        name = {"siglip": "siglip2", "segmentor": "xsam_stage1"}.get(part, part)
+        tower = FAMILIES[_llm_family(local(path)) if part == "llm" else name]
+        source, cfgs[part], base = _tower(tower, dataclasses.replace(request, source=path, config=None))
+        opened.append((part, source))
+        tokenizer = base if part == "llm" else tokenizer
+    old_names = any("segmentor.class_predictor.weight" in source.entries for _, source in opened)
+    joined = []
+    for part, source in opened:
+        old, new = PLACES[part]
+        joined.append((source, old, new.replace("vision_encoder", "visual_encoder") if old_names else new))
+    source = JoinedSource(joined, " + ".join(source.name for _, source in opened))
+    sam = cfgs["segmentor"].sam if "segmentor" in cfgs else cfgs["sam"]
+    cfg = configs.joined_config(
+        cfgs["llm"], cfgs["siglip"], sam, cfgs.get("segmentor"), request.mode or "sr_cr", _compute(opened[0][1])
+    )
+    return source, cfg, tokenizer
+
+
+def _open(path: Path, family: Family) -> tuple[TensorSource, ModelDirectory | None]:
+    """A source; one of our own directories is read through the family's table."""
+    if path.is_dir() and is_model_directory(path):
+        own = ModelDirectory(path, family)
+        return Exported(family, own.cfg, own), own
+    return open_source(path), None
+
+
+def _llm_family(path: Path) -> str:
+    """Which language model a directory holds."""
+    if path.suffix == ".gguf" or (path.is_dir() and list(path.glob("*.gguf")) and not (path / "config.json").is_file()):
+        raise UserError(
+            f"{path}: convert a GGUF by itself first (python -m convert_weights llama ...), then give its directory"
+        )
+    values = configs.hf_config(None, path)
+    found = values.get("tower", {}).get("family") or values.get("model", {}).get("llm", {}).get("family")
+    found = found or values.get("model_type")
+    if found not in ("qwen3", "phi3", "llama"):
+        raise UserError(f"llm={path}: no language model that is supported (config.json says {found!r}; qwen3, phi3 or llama)")
+    return found
+
+
+def _tokenizer(request: Request, base: Path | None, source: TensorSource, scratch: Path) -> tuple[Path | None, int | None]:
+    """A copy of the tokenizer with the segmentation tokens added, and its number of ids; (None, None) where there is none."""
+    if request.tokenizer is not None:
+        base = local(request.tokenizer)
+    elif hasattr(source, "save_tokenizer"):
+        base = scratch / "base"
+        source.save_tokenizer(base)
+    elif base is None or not any((base / name).is_file() for name in TOKENIZER_FILES):
+        return None, None
+    return scratch / "tokenizer", extend_tokenizer(base, scratch / "tokenizer")
+
+
+def _chat(cfg: LanguageConfig) -> str:
+    """The template that X-SAM uses with a language model (scaffold 1.2); SmolLM2 was trained with Qwen's marks."""
+    if cfg.family == "phi3":
+        return "phi3_chat"
+    small = LanguageConfig.qwen3_1b7()
+    thinks = cfg.family == "qwen3" and (cfg.width, cfg.layers) == (small.width, small.layers)
+    return "qwen3_wothinking" if thinks else "qwen3_instruct"
+
+
+def _compute(source: TensorSource) -> str:
+    """What a network computes in whose weights are these: bfloat16 if most of them are."""
+    sizes: dict[np.dtype, int] = {}
+    for shape, dtype in source.entries.values():
+        sizes[dtype] = sizes.get(dtype, 0) + int(np.prod(shape, dtype=np.int64))
+    return "bfloat16" if sizes and max(sizes, key=lambda dtype: sizes[dtype]) == ml_dtypes.bfloat16 else "float32"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

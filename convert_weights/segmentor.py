@@ -1,0 +1,106 @@
+"""The tables of what joins the towers and of the mask decoder, under the names of X-SAM (scaffold 6), a port of Hugging Face's.
+
+What FlowSeg adds has no name there. Its text cross-attention is our SR's attention and keeps X-SAM's names; gate, CR and BAR
+are named in the same style, so that a whole FlowSeg can be exported and read back.
+"""
+
+from __future__ import annotations
+
+from convert_weights.table import Row, Table, conv, linear, norm, numbered
+from flowseg_jax.models.connectors import ConnectorConfig
+from flowseg_jax.models.mask_decoder import DecoderConfig
+from flowseg_jax.models.pixel_decoder import PixelDecoderConfig
+
+PROJECTOR = Table((*linear("model.0", "up"), *linear("model.2", "down")))
+
+
+def _connector_levels(cfg: ConnectorConfig) -> dict:
+    return {"level": numbered("level", len(cfg.scales))}
+
+
+# Each level is a Sequential of three convolutions and three norms, alternating.
+CONNECTOR = Table(
+    (
+        *conv("model.{level}.model.0", "levels/{level}/conv1", bias=False),
+        *norm("model.{level}.model.1", "levels/{level}/norm1"),
+        *conv("model.{level}.model.2", "levels/{level}/conv2", bias=False),
+        *norm("model.{level}.model.3", "levels/{level}/norm2"),
+        *conv("model.{level}.model.4", "levels/{level}/conv3", bias=False),
+        *norm("model.{level}.model.5", "levels/{level}/norm3"),
+    ),
+    _connector_levels,
+)
+
+
+def _pixel_axes(cfg: PixelDecoderConfig) -> dict:
+    # adapter_1 and layer_1 belong to the finest map, our stages go from low to high resolution.
+    stages = cfg.fpn_stages
+    return {
+        "layer": numbered("layer", cfg.layers),
+        "level": numbered("level", cfg.encoder_levels),
+        "adapter": [{"adapter": stages - stage, "stage": stage} for stage in range(stages)],
+    }
+
+
+PIXEL_DECODER = Table(
+    (
+        Row("level_embed", "level_embed"),
+        *conv("input_projections.{level}.0", "projections/{level}/conv"),
+        *norm("input_projections.{level}.1", "projections/{level}/norm"),
+        *linear("encoder.layers.{layer}.self_attn.sampling_offsets", "layers/attention/offsets"),
+        *linear("encoder.layers.{layer}.self_attn.attention_weights", "layers/attention/weights"),
+        *linear("encoder.layers.{layer}.self_attn.value_proj", "layers/attention/value"),
+        *linear("encoder.layers.{layer}.self_attn.output_proj", "layers/attention/output"),
+        *norm("encoder.layers.{layer}.self_attn_layer_norm", "layers/norm1"),
+        *linear("encoder.layers.{layer}.fc1", "layers/up"),
+        *linear("encoder.layers.{layer}.fc2", "layers/down"),
+        *norm("encoder.layers.{layer}.final_layer_norm", "layers/norm2"),
+        *conv("adapter_{adapter}.0", "lateral/{stage}/conv", bias=False),
+        *norm("adapter_{adapter}.1", "lateral/{stage}/norm"),
+        *conv("layer_{adapter}.0", "fuse/{stage}/conv", bias=False),
+        *norm("layer_{adapter}.1", "fuse/{stage}/norm"),
+        *conv("mask_projection", "mask_projection"),
+    ),
+    _pixel_axes,
+)
+
+
+def _attention(source: str, target: str) -> tuple[Row, ...]:
+    """torch.nn.MultiheadAttention: the three in-projections are one matrix."""
+    return (
+        *linear(f"{source}.in_proj", f"{target}/query {target}/key {target}/value", suffix="_"),
+        *linear(f"{source}.out_proj", f"{target}/output"),
+    )
+
+
+def _decoder_axes(cfg: DecoderConfig) -> dict:
+    return {"layer": numbered("layer", cfg.layers), "mlp": numbered("mlp", 3)}
+
+
+_LAYER = "decoder.layers.{layer}."
+DECODER = Table(
+    (
+        Row("queries_embedder.weight", "query_position"),
+        Row("queries_features.weight", "query_content"),
+        Row("level_embed.weight", "level_embed"),
+        *_attention(_LAYER + "cross_attn", "layers/cross"),
+        *norm(_LAYER + "cross_attn_layer_norm", "layers/cross_norm"),
+        *linear(_LAYER + "self_attn.q_proj", "layers/self_attention/query"),
+        *linear(_LAYER + "self_attn.k_proj", "layers/self_attention/key"),
+        *linear(_LAYER + "self_attn.v_proj", "layers/self_attention/value"),
+        *linear(_LAYER + "self_attn.out_proj", "layers/self_attention/output"),
+        *norm(_LAYER + "self_attn_layer_norm", "layers/self_norm"),
+        *linear(_LAYER + "fc1", "layers/up"),
+        *linear(_LAYER + "fc2", "layers/down"),
+        *norm(_LAYER + "final_layer_norm", "layers/ffn_norm"),
+        *norm("decoder.layernorm", "norm"),
+        *linear("decoder.mask_predictor.mask_embedder.{mlp}.0", "mask_mlp_{mlp}"),
+        # SR and CR
+        *_attention(_LAYER + "text_cross_attn", "layers/semantic/attention"),
+        *norm(_LAYER + "text_cross_attn_layer_norm", "layers/semantic/norm"),
+        *linear(_LAYER + "text_gate", "layers/semantic/gate"),
+        *_attention(_LAYER + "condition_cross_attn", "layers/refinement/attention"),
+    ),
+    _decoder_axes,
+)
+BOUNDARY = Table((*conv("compress", "compress"), *conv("refine", "refine"), Row("alpha", "alpha")))

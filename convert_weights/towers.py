@@ -1,0 +1,126 @@
+"""The tables of the towers, under the names that Hugging Face's classes give them."""
+
+from __future__ import annotations
+
+from convert_weights.table import Row, Table, conv, linear, norm, numbered
+from flowseg_jax.models.language import LanguageConfig
+from flowseg_jax.models.sam import SamConfig
+
+
+def _layers(cfg) -> dict:
+    return {"layer": numbered("layer", cfg.layers)}
+
+
+# Qwen3ForCausalLM, Phi3ForCausalLM, LlamaForCausalLM. The head exists on our side where it is not tied; a tied model's file may
+# carry a copy of the embedding table under its name.
+_TEXT = (
+    Row("model.embed_tokens.weight", "table", "vocabulary"),
+    Row("lm_head.weight", "head", "vocabulary"),
+    *norm("model.norm", "norm", bias=False),
+    *norm("model.layers.{layer}.input_layernorm", "layers/norm1", bias=False),
+    *norm("model.layers.{layer}.post_attention_layernorm", "layers/norm2", bias=False),
+    *linear("model.layers.{layer}.self_attn.o_proj", "layers/o", bias=False),
+    *linear("model.layers.{layer}.mlp.down_proj", "layers/down", bias=False),
+)
+_SEPARATE = (
+    *linear("model.layers.{layer}.self_attn.q_proj", "layers/q", bias=False),
+    *linear("model.layers.{layer}.self_attn.k_proj", "layers/k", bias=False),
+    *linear("model.layers.{layer}.self_attn.v_proj", "layers/v", bias=False),
+    *linear("model.layers.{layer}.mlp.gate_proj", "layers/gate", bias=False),
+    *linear("model.layers.{layer}.mlp.up_proj", "layers/up", bias=False),
+)
+_FUSED = (
+    *linear("model.layers.{layer}.self_attn.qkv_proj", "layers/q layers/k layers/v", bias=False),
+    *linear("model.layers.{layer}.mlp.gate_up_proj", "layers/gate layers/up", bias=False),
+)
+_HEAD_NORMS = (
+    *norm("model.layers.{layer}.self_attn.q_norm", "layers/q_norm", bias=False),
+    *norm("model.layers.{layer}.self_attn.k_norm", "layers/k_norm", bias=False),
+)
+_TEXT_EXTRAS = {
+    "axes": _layers,
+    "ignore": (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
+    "twins": {"lm_head.weight": "model.embed_tokens.weight"},
+}
+LLAMA = Table((*_TEXT, *_SEPARATE), **_TEXT_EXTRAS)
+QWEN3 = Table((*_TEXT, *_SEPARATE, *_HEAD_NORMS), **_TEXT_EXTRAS)
+PHI3 = Table((*_TEXT, *_FUSED), **_TEXT_EXTRAS)
+
+# The names that llama.cpp gives the same model in a GGUF file. It stores a head's rotary rows in another order.
+LLAMA_GGUF = Table(
+    (
+        Row("token_embd.weight", "table", "vocabulary"),
+        Row("output.weight", "head", "vocabulary"),
+        *norm("output_norm", "norm", bias=False),
+        *norm("blk.{layer}.attn_norm", "layers/norm1", bias=False),
+        *norm("blk.{layer}.ffn_norm", "layers/norm2", bias=False),
+        *linear("blk.{layer}.attn_q", "layers/q", bias=False, op="rotary"),
+        *linear("blk.{layer}.attn_k", "layers/k", bias=False, op="rotary"),
+        *linear("blk.{layer}.attn_v", "layers/v", bias=False),
+        *linear("blk.{layer}.attn_output", "layers/o", bias=False),
+        *linear("blk.{layer}.ffn_gate", "layers/gate", bias=False),
+        *linear("blk.{layer}.ffn_up", "layers/up", bias=False),
+        *linear("blk.{layer}.ffn_down", "layers/down", bias=False),
+    ),
+    _layers,
+    ignore=(r"rope_freqs\.weight",),
+    twins={"output.weight": "token_embd.weight"},
+)
+
+
+def language(cfg: LanguageConfig) -> Table:
+    """The table of a language model's family."""
+    return {"qwen3": QWEN3, "phi3": PHI3, "llama": LLAMA}[cfg.family]
+
+
+# SiglipVisionModel (and SigLIP2 of fixed resolution), without the prefix `vision_model.`.
+SIGLIP = Table(
+    (
+        *conv("embeddings.patch_embedding", "patch"),
+        Row("embeddings.position_embedding.weight", "position"),
+        *norm("encoder.layers.{layer}.layer_norm1", "layers/norm1"),
+        *norm("encoder.layers.{layer}.layer_norm2", "layers/norm2"),
+        *linear("encoder.layers.{layer}.self_attn.q_proj", "layers/q"),
+        *linear("encoder.layers.{layer}.self_attn.k_proj", "layers/k"),
+        *linear("encoder.layers.{layer}.self_attn.v_proj", "layers/v"),
+        *linear("encoder.layers.{layer}.self_attn.out_proj", "layers/o"),
+        *linear("encoder.layers.{layer}.mlp.fc1", "layers/up"),
+        *linear("encoder.layers.{layer}.mlp.fc2", "layers/down"),
+    ),
+    _layers,
+    # The language model reads an inner layer: neither the last norm nor the pooling head is part of our tower. A whole SigLIP
+    # has a text tower beside it.
+    ignore=(
+        r"post_layernorm\..*",
+        r"head\..*",
+        r"embeddings\.position_ids",
+        r"text_model\..*",
+        r"logit_scale",
+        r"logit_bias",
+    ),
+)
+
+
+def _sam_layers(cfg: SamConfig) -> dict:
+    # Window and global layers are two stacks, their position tables differ in size.
+    return {"layer": [{"layer": i, "stack": cfg.place(i)[0]} for i in range(cfg.layers)]}
+
+
+# SamVisionEncoder.
+SAM = Table(
+    (
+        *conv("patch_embed.projection", "patch"),
+        Row("pos_embed", "position", "unbatch"),
+        *norm("layers.{layer}.layer_norm1", "{stack}/norm1"),
+        *norm("layers.{layer}.layer_norm2", "{stack}/norm2"),
+        *linear("layers.{layer}.attn.qkv", "{stack}/q {stack}/k {stack}/v"),
+        *linear("layers.{layer}.attn.proj", "{stack}/o"),
+        Row("layers.{layer}.attn.rel_pos_h", "{stack}/rel_pos_h"),
+        Row("layers.{layer}.attn.rel_pos_w", "{stack}/rel_pos_w"),
+        *linear("layers.{layer}.mlp.lin1", "{stack}/up"),
+        *linear("layers.{layer}.mlp.lin2", "{stack}/down"),
+    ),
+    _sam_layers,
+    # A whole SAM has prompt encoder and mask decoder beside it.
+    ignore=(r"neck\..*", r"prompt_encoder\..*", r"mask_decoder\..*", r"shared_image_embedding\..*"),
+)
