@@ -1,4 +1,4 @@
-"""One image and one sentence in; the selected mask at the image's own size, its score and the runners-up out."""
+"""An image and sentences in; for each the selected mask at the image's own size, its score and the runners-up out."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from flowseg_jax.models import flowseg
 from flowseg_jax.models.config import FlowSegConfig
 
 _TEXT_STEP = 64  # text lengths are multiples of this, so that similar sentences share one compilation
+_PHRASES = 8  # sentences that share one look at the image; one alone has a compilation of its own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,26 +101,46 @@ class Segmentor:
             model = flowseg.bind(graphdef, params)
             found = model.segment(batch)
             chosen = postprocess.top(found.scores, found.mask_logits, min(count, found.scores.shape[-1]))
-            return dataclasses.replace(chosen, logits=model.refine(chosen.logits[:, 0], found.mask_features)[:, None])
+            b, k, n, h, w = chosen.logits.shape
+            refined = model.refine(chosen.logits.reshape(b, k * n, h, w), found.mask_features)
+            return dataclasses.replace(chosen, logits=refined.reshape(b, k, n, h, w))
 
         self._top, self._restore = jax.jit(top, static_argnums=2), jax.jit(postprocess.restore)
 
     def __call__(self, image: Image.Image, text: str, *, top_k: int = 5, name: str = "image") -> Prediction:
-        """Segments what `text` names in an upright RGB image.
+        """`segment` for one sentence about an upright RGB image in memory."""
+        return self._segment(image, [text], top_k, name)[0]
+
+    def segment(self, image: str | os.PathLike[str] | Image.Image, texts: Sequence[str], *, top_k: int = 5) -> list[Prediction]:
+        """Segments what each text names; up to eight texts share one look at the image.
+
+        Args:
+            image: a file (EXIF rotation applied) or an upright image.
+            texts: what to segment, one answer each.
+            top_k: candidates an answer.
 
         Raises:
-            UserError: an empty text or one with a mark of the tokenizer; outputs that are no numbers.
+            UserError: a damaged file; an empty text or one with a mark of the tokenizer; outputs that are no numbers.
         """
+        if isinstance(image, Image.Image):
+            return self._segment(image.convert("RGB"), texts, top_k, "image")
+        return self._segment(images.load(image, exif=True), texts, top_k, os.fspath(image))
+
+    def _segment(self, image: Image.Image, texts: Sequence[str], top_k: int, name: str) -> list[Prediction]:
         if top_k < 1:
             raise UserError(f"top_k is {top_k}: at least one candidate is needed")
-        if not text.strip():
-            raise UserError("the text is empty: say what to segment")
+        if isinstance(texts, str):
+            raise UserError("segment takes a list of texts, got one string")
+        if not texts or not all(text.strip() for text in texts):
+            raise UserError("a text is empty: say what to segment")
         side, vision = self._sides
-        needed = self._bound.needed(self._bound.phrase_lengths([text]))
-        shape = BatchShape(1, -(-needed // _TEXT_STEP) * _TEXT_STEP, 1, 1, side, vision)
+        k = 1 if len(texts) == 1 else _PHRASES
+        longest = sorted(self._bound.phrase_lengths(texts), reverse=True)[:k]
+        needed = self._bound.needed([longest[0]] * (k - len(longest)) + longest)
+        shape = BatchShape(-(-len(texts) // k), -(-needed // _TEXT_STEP) * _TEXT_STEP, k, 1, side, vision)
         batch = batching.single(
             image,
-            [text],
+            texts,
             tokenizer=self._tokenizer,
             prompts=self._prompts,
             shape=shape,
@@ -128,19 +149,24 @@ class Segmentor:
         )
         chosen = self._top(self._params, batch, top_k)
         size = (image.height, image.width)
-        where = postprocess.geometry(batch.scaled_size, [size], grid=chosen.logits.shape[-2:], padded_size=side)
-        nothing = np.zeros((1, 1, where.bucket[0], where.bucket[1] // 8), np.uint8)
+        where = postprocess.geometry(batch.scaled_size, [size] * shape.batch, grid=chosen.logits.shape[-2:], padded_size=side)
+        nothing = np.zeros((shape.batch, k, where.bucket[0], where.bucket[1] // 8), np.uint8)
         chosen, restored = jax.device_get((chosen, self._restore(chosen.logits, where, nothing)))
-        rows = [
-            Candidate(int(query), float(score), postprocess.unpack_mask(mask, size))
-            for query, score, mask, finite in zip(
-                chosen.query[0, 0], chosen.score[0, 0], restored.masks[0, 0], restored.finite[0, 0], strict=True
-            )
-            if finite
-        ]
-        if not rows or not restored.finite[0, 0, 0]:
-            raise UserError(f"{name}: the model's output holds no numbers (NaN or infinity); its checkpoint is damaged")
-        return Prediction(name, text, np.array(image), rows)
+
+        def answer(number: int, text: str) -> Prediction:
+            at = divmod(number, k)
+            rows = [
+                Candidate(int(query), float(score), postprocess.unpack_mask(mask, size))
+                for query, score, mask, finite in zip(
+                    chosen.query[at], chosen.score[at], restored.masks[at], restored.finite[at], strict=True
+                )
+                if finite
+            ]
+            if not rows or not restored.finite[at][0]:
+                raise UserError(f"{name}: the model's output holds no numbers (NaN or infinity); its checkpoint is damaged")
+            return Prediction(name, text, np.array(image), rows)
+
+        return [answer(number, text) for number, text in enumerate(texts)]
 
 
 def load(directory: str | os.PathLike[str]) -> Segmentor:

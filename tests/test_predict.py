@@ -191,6 +191,23 @@ def test_a_model_directory_answers(model_directory, tmp_path):
     assert decode(answer).shape == (60, 90)
 
 
+def test_several_texts_share_a_look_at_the_image(model_directory):
+    import flowseg_jax
+
+    segmentor = flowseg_jax.load(model_directory)
+    texts = ["it", "the red circle", "that thing over there"] * 3  # more than fit one row
+    image = Image.fromarray(picture())
+    together = segmentor.segment(image, texts, top_k=2)
+    assert [answer.text for answer in together] == texts
+    for answer in (together[0], together[1], together[8]):
+        alone = segmentor(image, answer.text, top_k=2)
+        assert [c.query for c in answer.candidates] == [c.query for c in alone.candidates]
+        np.testing.assert_allclose([c.score for c in answer.candidates], [c.score for c in alone.candidates], rtol=1e-4)
+        assert np.mean(answer.candidates[0].mask != alone.candidates[0].mask) < 1e-3
+    with pytest.raises(UserError, match="list of texts"):
+        segmentor.segment(image, "the red circle")
+
+
 def test_a_tokenizer_larger_than_the_model_is_refused(model_directory, tmp_path):
     directory = tmp_path / "model"
     shutil.copytree(model_directory, directory)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from flowseg_jax import parallel
-from flowseg_jax.checkpoint import Checkpoints, changed_keys, load_model, prepare_workdir, save_model
+from flowseg_jax.checkpoint import Checkpoints, changed_keys, prepare_workdir, save_model
 from flowseg_jax.config import to_json
 from flowseg_jax.data.batch import Batch, BatchShape
 from flowseg_jax.data.builders import ensure_shapes
@@ -26,6 +26,7 @@ from flowseg_jax.losses import LossConfig
 from flowseg_jax.manifest import flatten
 from flowseg_jax.models import flowseg
 from flowseg_jax.models.config import FlowSegConfig
+from flowseg_jax.training.initial import initial_params
 from flowseg_jax.training.optimizer import OptimizerConfig, make_optimizer, multipliers, schedule, split
 from flowseg_jax.training.step import TrainState, make_train_step
 from flowseg_jax.writers import Throughput, create_writer, heartbeat, say
@@ -75,14 +76,8 @@ def open_data(config: ConfigDict) -> Prepared:
 
 
 def initial_state(plan: Plan, config: ConfigDict, optimizer: Any, rates: Mapping[str, float | None], mesh: Any) -> TrainState:
-    """Fresh parameters (or those of `init_from`) and moments, created where they belong."""
-    _, abstract = flowseg.describe(plan.model)
-    if config.init_from:
-        params = load_model(config.init_from, flowseg.at_rest(abstract)).params
-    else:
-        shardings = parallel.param_shardings(abstract, mesh)
-        params = jax.jit(lambda: flowseg.create(plan.model, config.seed)[1], out_shardings=shardings)()
-    trainable, frozen = split(params, rates)
+    """Parameters, fresh or from `init_from`, and moments, created where they belong."""
+    trainable, frozen = split(initial_params(plan.model, config.seed, config.init_from, mesh), rates)
     return TrainState(jnp.zeros((), jnp.int32), trainable, frozen, optimizer.init(trainable))
 
 
