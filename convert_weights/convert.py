@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ from convert_weights.table import Piece, expand
 from flowseg_jax.errors import UserError, suggest
 from flowseg_jax.manifest import compare, flatten, nest
 
-CHUNK = 1 << 22  # values of a vocabulary that are averaged at a time
+CHUNK = 1 << 22  # values of a vocabulary that are read, or averaged, at a time
 
 
 def get_family(name: str) -> Family:
@@ -84,16 +85,18 @@ def build(target: Target, source: TensorSource, initial: Mapping[str, np.ndarray
 
 
 def _fill(out: np.ndarray, piece: Piece, source: TensorSource) -> None:
-    rows, found = piece.part_shape[0], source.entries[piece.source].shape[0]
-    if piece.op.resizes and found != piece.total:
-        # X-SAM sizes the table by the tokenizer: padded rows go, or new tokens start from the mean of the known ones.
-        kept = min(rows, found)
-        out[:kept] = piece.op.to_ours(source.read(piece.source, 0, kept), piece.cfg)
-        if rows > found:
-            out[found:] = _mean_row(out[:found]).astype(out.dtype)
+    found = source.entries[piece.source].shape
+    if not piece.op.by_rows or not found:
+        out[...] = piece.op.to_ours(source.read(piece.source, piece.start, piece.start + piece.part_shape[0]), piece.cfg)
         return
-    part = source.read(piece.source, piece.start, piece.start + rows)
-    out[...] = piece.op.to_ours(part, piece.cfg)
+    # X-SAM sizes the table by the tokenizer: padded rows go, or new tokens start from the mean of the known ones.
+    kept = min(len(out), found[0])
+    step = max(1, CHUNK // max(math.prod(found[1:]), 1))
+    for start in range(0, kept, step):  # a vocabulary is as large as a parameter gets, and not held twice
+        stop = min(start + step, kept)
+        out[start:stop] = source.read(piece.source, piece.start + start, piece.start + stop)
+    if kept < len(out):
+        out[kept:] = _mean_row(out[:kept]).astype(out.dtype)
 
 
 def _mean_row(table: np.ndarray) -> np.ndarray:

@@ -23,12 +23,14 @@ class Op:
     Attributes:
         source_shape: the PyTorch shape that belongs to a parameter's shape.
         to_ours, to_source: (array, the tower's config) -> a view or a copy in the other layout.
+        by_rows: nothing moves: a run of the tensor's rows is a run of ours.
         resizes: the first axis counts tokens, and a table of another length can be cut or grown to fit.
     """
 
     source_shape: Callable[[Shape], Shape]
     to_ours: Callable[[np.ndarray, Any], np.ndarray]
     to_source: Callable[[np.ndarray, Any], np.ndarray]
+    by_rows: bool = False
     resizes: bool = False
 
 
@@ -55,7 +57,7 @@ def _ours_to_interleaved(x: np.ndarray, cfg: Any) -> np.ndarray:
 
 
 OPS: dict[str, Op] = {
-    "same": Op(lambda s: s, _same, _same),
+    "same": Op(lambda s: s, _same, _same, by_rows=True),
     # torch.nn.Linear keeps [out, in], ours [in, out]
     "linear": Op(lambda s: (s[1], s[0]), _transpose, _transpose),
     # torch.nn.Conv2d keeps OIHW, ours HWIO
@@ -67,7 +69,7 @@ OPS: dict[str, Op] = {
     # a leading batch axis of one, as on SAM's position table
     "unbatch": Op(lambda s: (1, *s), lambda x, cfg: x[0], lambda x, cfg: x[None]),
     # rows are tokens
-    "vocabulary": Op(lambda s: s, _same, _same, resizes=True),
+    "vocabulary": Op(lambda s: s, _same, _same, by_rows=True, resizes=True),
     # llama.cpp stores the two rotary halves of a head's rows interleaved; otherwise as "linear"
     "rotary": Op(lambda s: (s[1], s[0]), _interleaved_to_ours, _ours_to_interleaved),
 }

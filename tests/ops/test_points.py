@@ -82,6 +82,15 @@ def test_packed_masks_sample_as_unpacked_ones():
     np.testing.assert_allclose(got, masks.reshape(N, -1), atol=1e-5)
 
 
+def test_packed_masks_of_any_width():
+    """A width that fills no whole number of bytes is told apart from its packed one."""
+    rng = np.random.default_rng(4)
+    masks = rng.integers(0, 2, (N, 13, 13)).astype(np.uint8)
+    points = rng.uniform(-0.1, 1.1, (N, 200, 2)).astype(np.float32)
+    got = sample_packed(np.packbits(masks, axis=-1), points, 13)
+    np.testing.assert_allclose(got, sample(masks.astype(np.float32), points), rtol=0, atol=1e-6)
+
+
 def test_packed_masks_are_never_unpacked():
     """At full size, 64 masks of 1,024 pixels are 256 MiB as float32; sampling them must need less than a tenth."""
     masks = jax.ShapeDtypeStruct((64, 1024, 128), jnp.uint8)
