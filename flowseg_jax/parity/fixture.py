@@ -252,7 +252,7 @@ class Fixture:
         except UserError:
             raise
         except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
-            raise UserError(f"{self.directory / 'config.json'}: {error}") from None
+            raise UserError(f"{self.directory / 'config.json'}: {' '.join(str(error).split())[:300]}") from None
 
     def _model(self, images: int, clamp: float, classes: int) -> FlowSegConfig:
         levels = self.segmentor("num_feature_levels")

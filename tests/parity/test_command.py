@@ -182,6 +182,7 @@ def test_mistakes_are_one_line(tmp_path):
     fails("units.npz: truncated or damaged npz file")
     np.savez(tmp_path / "units.npz", **{"msda/out": np.array([{}], dtype=object)})
     fails("units.npz: truncated or damaged npz file")
+    (tmp_path / "units.npz").unlink()
     for file in ("conversations.json", "prompts.json"):
         (tmp_path / file).write_text('[{"template": 1}]')
         fails(f"{file}: ")
