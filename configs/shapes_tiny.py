@@ -14,15 +14,17 @@ def get_config() -> ConfigDict:
     config.checkpoint_every = 200
     config.init_from = ()  # ([tower=]DIR, ...), models and towers to start from; empty: random initialisation
 
-    config.model = ConfigDict(FlowSegConfig.tiny(vocab=512, classes=64).to_dict())
+    config.model = ConfigDict(FlowSegConfig.tiny(vocab=512, classes=384).to_dict())
 
     config.data = ConfigDict()
     config.data.dir = "data/shapes"  # generated and prepared once if it is missing
     config.data.images = 6000
     config.data.seed = 0
+    config.data.mix = ()  # ((family, share), ...) of the generated expressions; empty: the benchmark's own
     config.data.phrases = 8
     config.data.masks = 12
-    config.data.text = 328  # tokens an image, the 72 visual ones included
+    config.data.text = 368  # tokens an image, the 72 visual ones included
+    config.data.tokenizer = ""  # its directory; empty: a small one is trained on the data set and comes with it
     config.data.chat = "qwen3_instruct"
     config.data.vary_prompts = False
     config.data.curriculum = ()  # ((until_step, {family: weight}), ...)

@@ -44,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=DTYPES, help="what parameters are stored as, default: as they are")
     parser.add_argument("--layout", metavar="NAME", help="of --export: hf; main or aaai for X-SAM's two namings")
     parser.add_argument("--seed", type=int, default=0, help="of parameters that the checkpoint does not have")
+    parser.add_argument(
+        "--mesh", metavar="AXES", help="store for a mesh such as fsdp=8,tensor=2: each device then reads its own part only"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT")
     a = parser.parse_args(argv)
     family = get_family(a.family)
@@ -53,10 +56,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError("--layout chooses the names of an export: give --export too (an import recognises them)")
     source, out = _paths(a)
     request = jobs.Request(
-        a.family, source, out, a.tokenizer, a.config, a.llm, a.siglip, a.mode, a.chat, a.set, a.dtype, a.seed, a.overwrite
+        a.family,
+        source,
+        out,
+        a.tokenizer,
+        a.config,
+        a.llm,
+        a.siglip,
+        a.mode,
+        a.chat,
+        a.set,
+        a.dtype,
+        a.seed,
+        a.overwrite,
+        _mesh(a.mesh),
     )
-    started, before = time.monotonic(), jobs.peak_memory()
+    started = time.monotonic()
     with jobs.prepared(request) as job:
+        before = jobs.peak_memory()  # with libraries and tokenizer
         targets = {target.name: target for target in job.plan.targets}
         progress = lambda name: say(_line(targets[name]))  # noqa: E731
         if a.check:
@@ -93,6 +110,16 @@ def _paths(a) -> tuple[str | dict[str, str], str | None]:
     if len(rest) > 1 or (not rest and not a.check):
         raise UserError(f"{a.family}: expected one SOURCE and one OUT, got {' '.join(a.paths)}")
     return source, None if a.check else rest[0]
+
+
+def _mesh(text: str | None) -> dict[str, int] | None:
+    """{"fsdp": 8} for "fsdp=8"."""
+    if text is None:
+        return None
+    sizes = dict(part.partition("=")[::2] for part in text.split(","))
+    if bad := [f"{axis}={size}" for axis, size in sizes.items() if not size.isdecimal()]:
+        raise UserError(f"--mesh takes axes and their sizes, fsdp=8,tensor=2; got {bad[0]!r}")
+    return {axis: int(size) for axis, size in sizes.items()}
 
 
 def _line(target: Target) -> str:

@@ -13,6 +13,7 @@ from convert_weights.sources import Entry
 from flowseg_jax.checkpoint import read_model_config
 from flowseg_jax.errors import UserError
 from flowseg_jax.manifest import verify
+from flowseg_jax.streaming import boxes
 
 # Where a tower lies in a whole model.
 WITHIN = {"qwen3": "llm/", "phi3": "llm/", "llama": "llm/", "siglip2": "siglip/", "sam": "sam/"}
@@ -64,7 +65,10 @@ class ModelDirectory:
             "path": stored.replace("/", ".") + "/",
         }
         try:
-            array = ts.open({"driver": "zarr", "kvstore": place}, open=True, context=self._context).result().read().result()
+            store = ts.open({"driver": "zarr", "kvstore": place}, open=True, context=self._context).result()
+            array = np.empty(store.shape, store.dtype.numpy_dtype)
+            for box in boxes(store):  # all at once, TensorStore would hold the whole array in its compressed form as well
+                array[box] = store[box].read().result()
             verify({stored: array}, self._sums)
         except (ValueError, OSError) as error:
             raise UserError(f"{self.name} is damaged at {stored}: {str(error).splitlines()[0][:200]}") from None

@@ -10,10 +10,12 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.sharding import AbstractMesh
 
 from convert_weights import segmentor, towers
 from convert_weights.ops import Shape
 from convert_weights.table import Row, Section, Table, linear, unnumbered
+from flowseg_jax import parallel
 from flowseg_jax.manifest import flatten
 from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.models.connectors import ConnectorConfig, SegConnector
@@ -93,6 +95,11 @@ class Family:
         """{our path: shape} of all parameters; nothing is allocated."""
         return _shapes(self.module, cfg)
 
+    def shards(self, cfg: Any, mesh: AbstractMesh) -> dict[str, Shape]:
+        """{our path: the shape of what one device of `mesh` holds}, by the rules of `parallel`."""
+        shardings = flatten(parallel.param_shardings(_abstract(self.module, cfg), mesh))
+        return {name: shardings[name].shard_shape(shape) for name, shape in self.shapes(cfg).items()}
+
     def initial(self, cfg: Any, names: Iterable[str], seed: int) -> dict[str, jax.Array]:
         """The parameters `names` of a new model: those of `flowseg.create(cfg, seed)`, up to rounding (they are compiled).
 
@@ -125,9 +132,13 @@ class Family:
 
 
 @functools.lru_cache(maxsize=16)
+def _abstract(module: Callable[..., nnx.Module], cfg: Any) -> nnx.State:
+    return nnx.state(nnx.eval_shape(lambda: module(cfg, rngs=nnx.Rngs(0))))
+
+
+@functools.lru_cache(maxsize=16)
 def _shapes(module: Callable[..., nnx.Module], cfg: Any) -> dict[str, Shape]:
-    state = nnx.state(nnx.eval_shape(lambda: module(cfg, rngs=nnx.Rngs(0))))
-    return {name: tuple(x.shape) for name, x in flatten(at_rest(state)).items()}
+    return {name: tuple(x.shape) for name, x in flatten(at_rest(_abstract(module, cfg))).items()}
 
 
 def under(*sections: Section, source: str = "", target: str = "") -> tuple[Section, ...]:

@@ -7,7 +7,7 @@ import dataclasses
 import resource
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from convert_weights.directory import ModelDirectory, is_model_directory
 from convert_weights.families import FAMILIES, Family
 from convert_weights.plan import Plan, check_twins, make_plan
 from convert_weights.sources import JoinedSource, TensorSource, local, open_source, read_json
+from flowseg_jax import parallel
 from flowseg_jax.checkpoint import check_free, stream_model
 from flowseg_jax.data.prompts import Prompts
 from flowseg_jax.data.tokenizer import extend_tokenizer, load_tokenizer
@@ -54,6 +55,7 @@ class Request:
         settings: `KEY=VALUE`s of the config.
         dtype: what parameters are stored as; None keeps the checkpoint's.
         seed: of fresh parameters.
+        mesh: sizes of the mesh axes that the arrays are divided for on disk; None: not divided.
         overwrite: replace OUT.
     """
 
@@ -70,6 +72,7 @@ class Request:
     dtype: str | None = None
     seed: int = 0
     overwrite: bool = False
+    mesh: Mapping[str, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,11 +83,17 @@ class Job:
     source: TensorSource
     tokenizer: Path | None
     extra: dict[str, Any]
+    shards: Mapping[str, tuple[int, ...]]
 
     def arrays(self, seed: int) -> dict[str, LazyArray]:
         initial = fresh_params(self.plan, seed)
         return {
-            target.name: LazyArray(target.shape, target.dtype, lambda target=target: build(target, self.source, initial))
+            target.name: LazyArray(
+                target.shape,
+                target.dtype,
+                lambda target=target: build(target, self.source, initial),
+                self.shards.get(target.name),
+            )
             for target in self.plan.targets
         }
 
@@ -123,7 +132,8 @@ def prepared(request: Request) -> Iterator[Job]:
         plan = make_plan(family, cfg, source, request.dtype)
         check_twins(plan, source)
         extra["converted"] |= {"layout": plan.layout, "fresh": list(plan.fresh)}
-        yield Job(plan, source, tokenizer, extra)
+        shards = family.shards(cfg, parallel.abstract_mesh(request.mesh)) if request.mesh else {}
+        yield Job(plan, source, tokenizer, extra, shards)
 
 
 def write(job: Job, request: Request, progress: Callable[[str], None] = lambda name: None) -> Path:

@@ -32,8 +32,12 @@ class TorchSource:
         self.name = name
         self.entries: dict[str, Entry] = {}
         self._tensors: dict[str, Any] = {}
+        self._mapped: set[str] = set()
         for file in files:
-            for key, tensor in _load(file).items():
+            mapped = zipfile.is_zipfile(file)  # the format before PyTorch 1.6 is no zip archive and cannot be mapped
+            state = _load(file, mapped)
+            self._mapped |= set(state) if mapped else set()
+            for key, tensor in state.items():
                 if key in self._tensors:
                     raise UserError(f"{file} and another file of {name} both hold {key}: leave one of the two out")
                 self._tensors[key] = tensor
@@ -46,18 +50,18 @@ class TorchSource:
         part = tensor[start:stop] if tensor.ndim else tensor
         bits = part.contiguous().view(torch.uint16) if dtype == ml_dtypes.bfloat16 else part
         out = np.array(bits.numpy().view(dtype) if dtype == ml_dtypes.bfloat16 else bits.numpy(), copy=True)
-        _release(part)
+        if name in self._mapped:
+            _release(part)
         return out
 
 
-def _load(file: Path) -> Mapping[str, Any]:
+def _load(file: Path, mapped: bool) -> Mapping[str, Any]:
     try:
         import torch
     except ImportError:
         raise UserError(f"{file} is a PyTorch file and torch is not installed: pip install torch, or use safetensors") from None
     try:
-        # The format before PyTorch 1.6 is no zip archive and cannot be mapped.
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         wanted = re.search(r"(?:GLOBAL|function|class) ([\w.]+)", str(error))
         what = f" (it asks for {wanted.group(1)})" if wanted else ""
@@ -90,14 +94,13 @@ def _dtype(file: Path, key: str, tensor: Any) -> np.dtype:
 
 
 def _release(tensor: Any) -> None:
-    """Gives the pages of a mapped tensor back, so that memory in use does not grow to the size of the file."""
-    if not sys.platform.startswith("linux") or not tensor.numel():
+    """Gives the pages of a mapped tensor back, so that memory in use does not grow to the size of the file.
+
+    Only for tensors of a mapped file, whose pages are read again when they are needed again.
+    """
+    if not sys.platform.startswith("linux"):
         return
-    page = mmap.PAGESIZE
-    start = -(-tensor.data_ptr() // page) * page
-    end = (
-        (tensor.data_ptr() + tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.element_size()) // page * page
-    )
-    end = min(end, (tensor.data_ptr() + tensor.numel() * tensor.element_size()) // page * page)
-    if end > start and tensor.untyped_storage().filename:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
+    page, start = mmap.PAGESIZE, tensor.data_ptr()
+    first, last = -(-start // page) * page, (start + tensor.numel() * tensor.element_size()) // page * page
+    if last > first:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)

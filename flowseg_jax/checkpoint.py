@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import importlib.metadata
 import json
@@ -353,7 +354,9 @@ def _write_model(
     except UserError:
         raise
     except (OSError, ValueError) as error:
-        raise UserError(f"model directory {target} could not be written: {_line(error)}") from error
+        full = os.strerror(errno.ENOSPC)  # TensorStore says it at the end of a long sentence
+        reason = full if full in str(error) else _line(error)
+        raise UserError(f"model directory {target} could not be written: {reason}") from error
     finally:
         if old.exists() and not target.exists():
             old.rename(target)

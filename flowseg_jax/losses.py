@@ -32,7 +32,7 @@ class LossConfig:
     """Weights and sampling of the losses.
 
     Attributes:
-        language, class_, mask, dice: weights of the terms.
+        language, class_, mask, dice: weights of the terms; a language weight of 0 leaves that term out.
         class_gain: factor on the class loss on top of its weight, which the matcher does not see. Trained from scratch, what
             tells objects apart by kind and words is learned late, because the masks' gradients drown it.
         background: class weight of the background (last) column.
@@ -334,8 +334,10 @@ def training_terms(
         matched; `named` and `categorised`, the share of objects whose matched query ranks the right name, or category, first.
     """
     b, k = batch.phrase_mask.shape
-    total, count = next_token_loss(out.hidden, out.unembedding, batch.labels, cfg.vocabulary_chunk)
-    terms: Terms = {"language": (cfg.language * total, count)}
+    terms: Terms = {}
+    if cfg.language:  # a vocabulary is expensive, and a frozen language model has nothing to learn from it
+        total, count = next_token_loss(out.hidden, out.unembedding, batch.labels, cfg.vocabulary_chunk)
+        terms["language"] = cfg.language * total, count
     passes = out.conditions.own.shape[0] // b
     split = lambda x: x.reshape(x.shape[0], b, passes, *x.shape[2:])  # noqa: E731
     logits, embeds = split(out.decoder.class_logits), split(out.decoder.mask_embeds)

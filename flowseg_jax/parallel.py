@@ -14,13 +14,14 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from flowseg_jax.errors import UserError
 from flowseg_jax.models.flowseg import at_rest
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
+AnyMesh = Mesh | AbstractMesh
 Rules = Mapping[str, str | tuple[str, ...] | None]
 
 RULES: Rules = {
@@ -59,6 +60,20 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     return jax.make_mesh(tuple(shape), MESH_AXES, devices=devices, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
+def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
+    """A mesh without devices, to know what each of them would hold.
+
+    Raises:
+        UserError: unknown axis, or a size below 1.
+    """
+    for axis, size in sizes.items():
+        if axis not in MESH_AXES:
+            raise UserError(f"mesh.{axis}: unknown axis (known: {', '.join(MESH_AXES)})")
+        if size < 1:
+            raise UserError(f"mesh.{axis} must be at least 1, got {size}")
+    return AbstractMesh(tuple(sizes.get(axis, 1) for axis in MESH_AXES), MESH_AXES)
+
+
 @contextlib.contextmanager
 def use(mesh: Mesh, rules: Rules = RULES) -> Iterator[Mesh]:
     """Makes mesh and rules current for everything traced inside."""
@@ -70,7 +85,7 @@ def use(mesh: Mesh, rules: Rules = RULES) -> Iterator[Mesh]:
         _active.reset(token)
 
 
-def spec(names: Sequence[str | None], shape: Sequence[int], mesh: Mesh, rules: Rules = RULES) -> PartitionSpec:
+def spec(names: Sequence[str | None], shape: Sequence[int], mesh: AnyMesh, rules: Rules = RULES) -> PartitionSpec:
     """The partition of one array from its logical axis names; an axis that the mesh does not divide stays whole.
 
     Raises:
@@ -87,7 +102,7 @@ def spec(names: Sequence[str | None], shape: Sequence[int], mesh: Mesh, rules: R
     return PartitionSpec(*entries)
 
 
-def param_shardings(state: nnx.State, mesh: Mesh, rules: Rules = RULES) -> dict[str, Any]:
+def param_shardings(state: nnx.State, mesh: AnyMesh, rules: Rules = RULES) -> dict[str, Any]:
     """Shardings of all parameters, as a nested dict like the parameters at rest; `state` may be abstract."""
 
     def place(variable: nnx.Variable) -> NamedSharding:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,16 +21,21 @@ import tensorstore as ts
 
 from flowseg_jax.manifest import checksums, nest
 
-CHUNK = 32 << 20  # bytes; what one read of a sharded restore takes at most, and what one compression holds
+CHUNK = 8 << 20  # bytes; what is compressed at a time, and what one read of a sharded restore takes
 
 
 @dataclasses.dataclass(frozen=True)
 class LazyArray:
-    """An array that `make` returns when it is called; it is called once, and the array is dropped once it is written."""
+    """An array that `make` returns when it is called; it is called once, and the array is dropped once it is written.
+
+    `shard` is the shape of the part that one device will hold: what is stored is divided so that no chunk lies in two parts,
+    and every device reads its own and nothing else. None: the whole array.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     make: Callable[[], np.ndarray]
+    shard: tuple[int, ...] | None = None
 
 
 class _LazyHandler(ocp.type_handlers.NumpyHandler):
@@ -37,20 +43,47 @@ class _LazyHandler(ocp.type_handlers.NumpyHandler):
 
     async def serialize(self, values: Sequence[LazyArray], infos: Sequence[Any], args: Sequence[Any] | None = None) -> list:
         for value, info in zip(values, infos, strict=True):
-            await self._background_serialize([value], [info], [ocp.SaveArgs(chunk_byte_size=CHUNK)])
+            await self._background_serialize([value], [info], [ocp.SaveArgs()])
         return []
 
     async def _open_and_write(self, value: LazyArray, tspec: dict[str, Any], ts_context: ts.Context) -> None:
         """One chunk at a time: Orbax's own form hands TensorStore all chunks at once, which it then all holds compressed."""
+        chunk = chunk_shape(value.shard or value.shape, value.dtype.itemsize)
+        tspec = tspec | {"metadata": tspec["metadata"] | {"chunks": chunk}}
         store = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
         array = value.make()
-        chunk = store.chunk_layout.write_chunk.shape
-        for corner in itertools.product(*(range(0, n, c) for n, c in zip(store.shape, chunk, strict=True))):
-            box = tuple(slice(i, min(i + c, n)) for i, c, n in zip(corner, chunk, store.shape, strict=True))
+        for box in boxes(store):
             await store[box].write(array[box], can_reference_source_data_indefinitely=True)
 
     def memory_size(self, values: Sequence[LazyArray]) -> list[tuple[int, int]]:
         return [(0, 0) for _ in values]
+
+
+def chunk_shape(shard: Sequence[int], itemsize: int) -> tuple[int, ...]:
+    """The largest chunk of at most `CHUNK` bytes whose sides divide those of `shard`.
+
+    One axis is divided if that is enough, the first one of those that leave most; otherwise the first goes one by one and the
+    next is divided.
+    """
+    shard = tuple(shard)
+    if math.prod(shard) * itemsize <= CHUNK:
+        return shard
+    options = []
+    for axis, side in enumerate(shard):
+        rest = math.prod(shard) // side * itemsize
+        fitting = [n for n in range(1, min(side, CHUNK // rest) + 1) if side % n == 0]
+        options += [(*shard[:axis], fitting[-1], *shard[axis + 1 :])] if fitting else []
+    if options:
+        return max(options, key=math.prod)
+    first = next(axis for axis, side in enumerate(shard) if side > 1)
+    return chunk_shape((*shard[:first], 1, *shard[first + 1 :]), itemsize)
+
+
+def boxes(store: ts.TensorStore) -> Iterator[tuple[slice, ...]]:
+    """The chunks that a stored array consists of, each as the index of its values."""
+    chunk = store.chunk_layout.write_chunk.shape or ()  # None for a scalar
+    for corner in itertools.product(*(range(0, n, c) for n, c in zip(store.shape, chunk, strict=True))):
+        yield tuple(slice(i, min(i + c, n)) for i, c, n in zip(corner, chunk, store.shape, strict=True))
 
 
 def write_arrays(

@@ -117,6 +117,24 @@ class LanguageConfig:
         )
 
     @classmethod
+    def smollm2_135m(cls) -> LanguageConfig:
+        """SmolLM2-135M-Instruct with the three segmentation tokens: a pretrained model that a laptop can run."""
+        return cls(
+            family="llama",
+            vocab=49155,
+            width=576,
+            layers=30,
+            heads=9,
+            kv_heads=3,
+            head_dim=64,
+            mlp=1536,
+            rope_theta=1e5,
+            eps=1e-5,
+            qk_norm=False,
+            tie_embeddings=True,
+        )
+
+    @classmethod
     def tiny(cls, vocab: int) -> LanguageConfig:
         return cls(
             family="qwen3",

@@ -68,7 +68,7 @@ class Source:
             raise UserError(f"init_from {text!r}: {path} is a {family} tower and belongs to {place}")
         names = {f"{place}/{name}" if place else name: name for name in stored}
         if tower:
-            names = {ours: name for ours, name in names.items() if ours.startswith(f"{tower}/")}
+            names = {ours: name for ours, name in names.items() if ours.split("/")[0] == tower}
         if not names:
             raise UserError(f"init_from {text!r}: {path} holds no {tower or 'parameters'}")
         unused = tuple(ours for ours in names if ours not in shapes and OPTIONAL.match(ours))

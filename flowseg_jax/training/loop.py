@@ -18,9 +18,10 @@ from flowseg_jax.checkpoint import Checkpoints, changed_keys, prepare_workdir, s
 from flowseg_jax.config import to_json
 from flowseg_jax.data.batch import Batch, BatchShape
 from flowseg_jax.data.builders import ensure_shapes
-from flowseg_jax.data.pipeline import TrainData, TrainOptions
+from flowseg_jax.data.pipeline import TrainData, TrainOptions, open_tokenizer
 from flowseg_jax.data.prepared import Prepared
 from flowseg_jax.data.prompts import Prompts
+from flowseg_jax.data.tokenizer import Tokenizer
 from flowseg_jax.errors import UserError
 from flowseg_jax.losses import LossConfig
 from flowseg_jax.manifest import flatten
@@ -71,7 +72,10 @@ def open_data(config: ConfigDict) -> Prepared:
     """The data set of a config; the embedded `shapes` set is generated and prepared if it is missing."""
     data = config.data
     if data.images:
-        return ensure_shapes(data.dir, data.images, data.seed, tokenizer_vocab=config.model.llm.vocab, log=say)
+        options = {"mix": dict(data.mix)} if data.mix else {}
+        if not data.tokenizer:
+            options["tokenizer_vocab"] = config.model.llm.vocab
+        return ensure_shapes(data.dir, data.images, data.seed, log=say, **options)
     return Prepared.open(data.dir)
 
 
@@ -92,8 +96,17 @@ def train(config: ConfigDict, workdir: str | Path) -> Path:
     workdir = prepare_workdir(workdir)
     (workdir / "config.json").write_text(to_json(config) + "\n")
     prepared = open_data(config)
+    tokenizer = open_tokenizer(prepared, plan.prompts, config.data.tokenizer)
+    if tokenizer.vocab > plan.model.llm.vocab:
+        raise UserError(f"model.llm.vocab is {plan.model.llm.vocab}, the tokenizer {tokenizer.name} has {tokenizer.vocab} ids")
     data = TrainData(
-        prepared, plan.shape, plan.prompts, config.seed, visual_tokens=plan.model.visual_tokens, options=plan.options
+        prepared,
+        plan.shape,
+        plan.prompts,
+        config.seed,
+        visual_tokens=plan.model.visual_tokens,
+        tokenizer=tokenizer,
+        options=plan.options,
     )
     if plan.model.classes and len(prepared.categories) > plan.model.classes:
         raise UserError(f"model.classes is {plan.model.classes}, the data set has {len(prepared.categories)} categories")
@@ -166,7 +179,7 @@ def train(config: ConfigDict, workdir: str | Path) -> Path:
         if signal.SIGINT in stopped:
             raise KeyboardInterrupt
         raise SystemExit(0)
-    return export(plan, state, config, prepared, workdir)
+    return export(plan, state, config, prepared, tokenizer, workdir)
 
 
 def log(writer: Any, step: int, metrics: Mapping[str, jax.Array], throughput: Throughput) -> None:
@@ -194,10 +207,10 @@ def from_tree(like: TrainState, tree: Mapping[str, Any]) -> TrainState:
     return TrainState(tree["step"], tree["trainable"], tree["frozen"], opt_state)
 
 
-def export(plan: Plan, state: TrainState, config: ConfigDict, prepared: Prepared, workdir: Path) -> Path:
+def export(plan: Plan, state: TrainState, config: ConfigDict, prepared: Prepared, tokenizer: Tokenizer, workdir: Path) -> Path:
     """Writes the runnable model `<workdir>/model`, in float32."""
     extra = {"step": int(state.step), "seed": config.seed, "prompts": dataclasses.asdict(plan.prompts), "data": prepared.digest}
-    tokenizer = prepared.tokenizer_directory
-    target = save_model(workdir / "model", state.params, plan.model.to_dict(), tokenizer, extra, dtype=None, overwrite=True)
+    cfg = plan.model.to_dict()
+    target = save_model(workdir / "model", state.params, cfg, tokenizer.name, extra, dtype=None, overwrite=True)
     say(f"the model of step {int(state.step)} is in {target}")
     return target

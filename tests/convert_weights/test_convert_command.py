@@ -11,12 +11,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+import tensorstore as ts
 import tiny_checkpoints as tiny
 import torch
 
 from convert_weights import cli
-from convert_weights.convert import import_params
-from flowseg_jax import checkpoint, streaming
+from convert_weights.convert import get_family, import_params
+from flowseg_jax import checkpoint, parallel, streaming
 from flowseg_jax.data.tokenizer import load_tokenizer
 from flowseg_jax.errors import UserError
 from flowseg_jax.manifest import checksums, flatten, manifest
@@ -139,7 +140,8 @@ def test_xsam_becomes_a_model_that_runs(tmp_path, xsam, capsys):
     assert equal(loaded.params, import_params("xsam", tensors, cfg))
     assert loaded.extra["prompts"] == {"chat": "qwen3_instruct"}
     abstract = flowseg.at_rest(flowseg.describe(cfg)[1])
-    assert jax.tree.leaves(checkpoint.load_model(tmp_path / "out1", abstract).params)[0].dtype == np.float32
+    restored = checkpoint.load_model(tmp_path / "out1", abstract).params  # as eval.py and predict.py read it
+    assert equal(jax.tree.map(np.asarray, restored), jax.tree.map(lambda x: x.astype(np.float32), loaded.params))
 
     run("xsam", tmp_path / "out1", tmp_path / "out2", "--export")
     assert equal(safetensors.numpy.load_file(tmp_path / "out2" / "model.safetensors"), tensors)
@@ -238,6 +240,50 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path, hf):
     with pytest.raises(UserError, match="hf_qwen3 is not a model directory|no model directory|was not written by flowseg_jax"):
         run("qwen3", source, tmp_path / "out", "--export")
     assert leftovers(tmp_path) == []
+
+
+def test_for_a_mesh_no_chunk_lies_in_two_devices_parts(tmp_path, hf, monkeypatch):
+    monkeypatch.setattr(parallel, "MIN_SHARDED_ELEMENTS", 512)
+    monkeypatch.setattr(streaming, "CHUNK", 1 << 12)
+    source, mesh = hf("qwen3"), {"fsdp": 2, "tensor": 2}
+    run("qwen3", source, tmp_path / "out1", "--mesh", "fsdp=2,tensor=2")
+    run("qwen3", source, tmp_path / "out2")
+    shards = get_family("qwen3").shards(LanguageConfig(**checkpoint_tower(tmp_path / "out1")), parallel.abstract_mesh(mesh))
+
+    def across(directory) -> list[str]:
+        return [n for n, c in chunks(directory).items() if any(s % k for s, k in zip(shards[n], c, strict=True))]
+
+    assert shards["layers/q/kernel"] == (3, 12, 16)  # [L, embed, heads]
+    assert across(tmp_path / "out1") == []
+    assert "layers/gate/kernel" in across(tmp_path / "out2")
+    assert equal(*(checkpoint.load_model(tmp_path / f"out{i}", dtype=None, towers=True).params for i in (1, 2)))
+    for text, message in (("fsdp=two", "got 'fsdp=two'"), ("model=2", "mesh.model: unknown axis"), ("fsdp=0", "at least 1")):
+        with pytest.raises(UserError, match=message):
+            run("qwen3", source, tmp_path / "out3", "--mesh", text)
+    assert sorted(leftovers(tmp_path)) == ["out1", "out2"]
+
+
+def checkpoint_tower(directory) -> dict:
+    return checkpoint.read_model_config(directory, towers=True)["tower"]["config"]
+
+
+def chunks(directory) -> dict[str, tuple[int, ...]]:
+    """The shape of the stored pieces of each array, as TensorStore reads it."""
+    found = {}
+    for name in checkpoint.read_model_config(directory, towers=True)["manifest"]:
+        place = {"driver": "ocdbt", "base": (directory / "params").as_uri() + "/", "path": name.replace("/", ".") + "/"}
+        store = ts.open({"driver": "zarr", "kvstore": place}, open=True).result()
+        found[name] = store.chunk_layout.read_chunk.shape or ()
+    return found
+
+
+def test_chunks_divide_what_they_are_part_of(monkeypatch):
+    monkeypatch.setattr(streaming, "CHUNK", 1000)
+    assert streaming.chunk_shape((10, 10), 4) == (10, 10)
+    assert streaming.chunk_shape((7, 30, 8), 4) == (1, 30, 8)
+    assert streaming.chunk_shape((241, 6), 4) == (241, 1)  # a prime number of rows is not cut
+    assert streaming.chunk_shape((3, 400, 100), 4) == (1, 2, 100)
+    assert streaming.chunk_shape((), 4) == ()
 
 
 def test_a_full_disk_leaves_nothing(tmp_path, hf, monkeypatch):

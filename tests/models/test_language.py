@@ -185,8 +185,9 @@ def count(width, layers, q, kv, head_norm, mlp):
         (LanguageConfig.qwen3_4b(), 151672 * 2560 + count(2560, 36, 4096, 1024, 128, 9728)),
         (LanguageConfig.qwen3_1b7(), 151672 * 2048 + count(2048, 28, 2048, 1024, 128, 6144)),
         (LanguageConfig.phi3_mini(), 2 * 32014 * 3072 + count(3072, 32, 3072, 3072, 0, 8192)),
+        (LanguageConfig.smollm2_135m(), 49155 * 576 + count(576, 30, 576, 192, 0, 1536)),
     ],
-    ids=["qwen3_4b", "qwen3_1b7", "phi3_mini"],
+    ids=["qwen3_4b", "qwen3_1b7", "phi3_mini", "smollm2_135m"],
 )
 def test_preset_has_the_checkpoints_parameters(cfg, expected):
     state = nnx.state(nnx.eval_shape(lambda: Language(cfg, rngs=nnx.Rngs(0))))

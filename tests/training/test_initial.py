@@ -64,12 +64,13 @@ def test_a_part_of_a_model_and_a_tower_take_their_places(plain_directory, plain_
     stored = {name: np.asarray(2 * x) for name, x in flatten(plain_params["llm"]).items()}
     lazy = {name: LazyArray(x.shape, x.dtype, lambda x=x: x) for name, x in stored.items()}
     tower = stream_model(tmp_path / "llm", lazy, None, None, tower={"family": "qwen3", "config": {}})
-    found = flatten(initial_params(PLAIN, 3, (f"sam={plain_directory}", f"llm={tower}"), mesh))
+    parts = (f"sam={plain_directory}", f"background={plain_directory}", f"llm={tower}")
+    found = flatten(initial_params(PLAIN, 3, parts, mesh))
     fresh, plain = flatten(jax.jit(lambda: flowseg.create(PLAIN, 3)[1])()), flatten(plain_params)
     for name, x in found.items():
         if name.startswith("llm/"):
             assert same(x, stored[name.removeprefix("llm/")]), name
-        elif name.startswith("sam/"):
+        elif name.startswith("sam/") or name == "background":
             assert same(x, plain[name]), name
         else:
             np.testing.assert_allclose(x, fresh[name], rtol=1e-6, atol=1e-7, err_msg=name)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import pickle
 import random
@@ -14,17 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 from flowseg_jax.data.shapes import outline
 from flowseg_jax.data.shapes.expressions import Expression
-from flowseg_jax.data.shapes.scene import COLOURS, SHAPES, Scene
+from flowseg_jax.data.shapes.scene import COLOURS, SHAPES, SIZES, TEXTURES, Scene
 from flowseg_jax.data.shapes.statistics import Statistics
 
 if TYPE_CHECKING:
     from flowseg_jax.data.shapes.generator import Recipe
 
 RLE_SHARE = 0.12  # of the objects; masks with a hole come on top
+# A category is everything that can be seen of an object by itself, so that the pass by name teaches every attribute.
 CATEGORIES = [
-    {"id": 1 + len(SHAPES) * c + s, "name": f"{colour} {shape}", "supercategory": shape}
-    for c, colour in enumerate(COLOURS)
-    for s, shape in enumerate(SHAPES)
+    {"id": i, "name": " ".join(kind), "supercategory": kind[-1]}
+    for i, kind in enumerate(itertools.product(SIZES, TEXTURES, COLOURS, SHAPES), 1)
 ]
 _CATEGORY_ID = {category["name"]: category["id"] for category in CATEGORIES}
 
@@ -53,7 +54,7 @@ def record(index: int, split: str, scene: Scene, refs: list[list[Expression]], r
                 "area": float(area),
                 "iscrowd": 0,
                 "bbox": outline.bounding_box(mask),
-                "category_id": _CATEGORY_ID[f"{item.colour} {item.shape}"],
+                "category_id": _CATEGORY_ID[f"{item.size} {item.texture} {item.colour} {item.shape}"],
             }
         )
         graph = {"shape": item.shape, "colour": item.colour, "texture": item.texture, "size": item.size}

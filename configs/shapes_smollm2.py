@@ -1,0 +1,42 @@
+"""FlowSeg around a real language model: SmolLM2-135M-Instruct (Q4_1 weights) with its own tokenizer, on the `shapes` benchmark.
+
+    make smollm2                                                  # fetches the weights and converts them to data/smollm2
+    python train.py --config=configs/shapes_smollm2.py            # the language model is frozen
+    python train.py --config=configs/shapes_smollm2.py:full       # all of it learns
+
+A language model of this size costs two cores seconds a step, too much to learn to see from nothing beside it: the vision towers
+and the mask decoder start from the shipped tiny model, and what joins them to the language model is new.
+"""
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from configs.shapes_tiny import get_config as shapes_tiny
+from flowseg_jax.errors import UserError
+from flowseg_jax.models.config import FlowSegConfig
+from flowseg_jax.models.language import LanguageConfig
+
+LANGUAGE_MODEL, VISION = "data/smollm2", "checkpoints/shapes_tiny"
+
+
+def get_config(learns: str = "frozen") -> ConfigDict:
+    if learns not in ("frozen", "full"):
+        raise UserError(f"the language model is 'frozen' or 'full', got {learns!r}")
+    llm = dataclasses.replace(LanguageConfig.smollm2_135m(), remat="none")
+    config = shapes_tiny()
+    config.steps = 600
+    config.batch_size = 4
+    config.checkpoint_every = 100
+    parts = ("siglip", "sam", "connector", "pixel_decoder", "decoder", "boundary", "background")
+    config.init_from = (LANGUAGE_MODEL, *(f"{part}={VISION}" for part in parts))
+    config.model = ConfigDict(dataclasses.replace(FlowSegConfig.tiny(), llm=llm).to_dict())
+    config.data.tokenizer = f"{LANGUAGE_MODEL}/tokenizer"
+    config.data.phrases = 6
+    config.data.text = 336
+    if learns == "frozen":
+        config.optimizer.groups = (("llm/.*", None), (".*", 1.0))
+        config.optimizer.losses.language = 0.0
+    else:
+        config.optimizer.groups = (("llm/.*", 0.04), (".*", 1.0))
+    return config
