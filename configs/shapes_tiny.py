@@ -39,6 +39,8 @@ def get_config() -> ConfigDict:
     config.optimizer.b2 = 0.98
     config.optimizer.eps = 1e-8
     config.optimizer.groups = ((".*", 1.0),)
+    config.optimizer.accumulate = 1  # parts of a batch that are differentiated one after the other
+    config.optimizer.skip_limit = 10  # updates in a row that may fail to be finite
     config.optimizer.losses = ConfigDict(
         {
             "language": 0.1,

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 
 from flowseg_jax.data.batch import NO_LABEL, NONE, Batch
+from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.models.flowseg import FlowSeg, TrainingOutput
 from flowseg_jax.models.mask_decoder import mask_logits
 from flowseg_jax.ops.matcher import match
@@ -141,6 +142,16 @@ class Targets:
     masks: Int[Array, "b r m"]
     labels: Int[Array, "b r m"]
     counted: Bool[Array, "b r"]
+
+    def denominators(self, name: str, queries: int, background: float) -> dict[str, Float[Array, ""]]:
+        """What the sums of each loss are divided by: the classes' weights (of one level) and the number of masks.
+
+        They follow from the targets alone, whatever is predicted: a target takes one query, the others are background.
+        """
+        matched = jnp.minimum((self.masks != NONE).sum(-1), queries)
+        weight = jnp.where(self.counted, matched + background * (queries - matched), 0).sum(dtype=jnp.float32)
+        masks = (self.masks != NONE).sum(dtype=jnp.float32)
+        return {f"{name}_class": weight, f"{name}_mask": masks, f"{name}_dice": masks}
 
 
 @jax.tree_util.register_dataclass
@@ -296,14 +307,9 @@ def segmentation_terms(
     start = ({"class": zero, "class_weight": zero, "mask": zero, "dice": zero}, jnp.zeros(targets.masks.shape, jnp.int32))
     levels = (class_logits, mask_embeds, by_level, jnp.arange(j) == j - 1)
     (sums, assigned), _ = jax.lax.scan(jax.checkpoint(body), start, levels)
-    weight = sums["class_weight"] / j  # the same on every level, so the levels' losses add up to one fraction
-    masks = (targets.masks != NONE).sum(dtype=jnp.float32)
-    terms = {
-        f"{name}_class": (cfg.class_gain * cfg.class_ * sums["class"], weight),
-        f"{name}_mask": (cfg.mask * sums["mask"], masks),
-        f"{name}_dice": (cfg.dice * sums["dice"], masks),
-    }
-    return terms, assigned
+    weights = {"class": cfg.class_gain * cfg.class_, "mask": cfg.mask, "dice": cfg.dice}
+    counts = targets.denominators(name, class_logits.shape[-2], cfg.background)
+    return {f"{name}_{kind}": (w * sums[kind], counts[f"{name}_{kind}"]) for kind, w in weights.items()}, assigned
 
 
 def referring_targets(phrase_mask: Int[Array, "b k"], group: int) -> Targets:
@@ -383,6 +389,24 @@ def training_terms(
         )
         terms |= found
     return terms, watched
+
+
+def denominators(model: FlowSegConfig, batch: Batch, cfg: LossConfig) -> dict[str, Float[Array, ""]]:
+    """The denominator of every term of `training_terms`, from the batch alone.
+
+    Known beforehand, they let parts of a batch be differentiated one after the other and still be divided once.
+    """
+    found = {}
+    if cfg.language:
+        found["language"] = (batch.labels[:, 1:] != NO_LABEL).sum(dtype=jnp.float32)
+    kinds = {"refer": referring_targets(batch.phrase_mask, model.negatives_group)}
+    if model.named_pass != "off":
+        kinds["named"] = object_targets(batch.object_name)
+    if model.classes:
+        kinds["category"] = object_targets(batch.object_class)
+    for name, targets in kinds.items():
+        found |= targets.denominators(name, model.decoder.queries, cfg.background)
+    return found
 
 
 def divide(terms: Terms) -> dict[str, Float[Array, ""]]:

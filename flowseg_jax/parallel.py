@@ -20,12 +20,13 @@ from flowseg_jax.errors import UserError
 from flowseg_jax.models.flowseg import at_rest
 
 MESH_AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")  # every device of these has images of its own
 
 AnyMesh = Mesh | AbstractMesh
 Rules = Mapping[str, str | tuple[str, ...] | None]
 
 RULES: Rules = {
-    "batch": ("data", "fsdp"),
+    "batch": BATCH_AXES,
     "embed": "fsdp",
     "heads": "tensor",
     "mlp": "tensor",

@@ -121,6 +121,8 @@ def test_without_points_every_pixel_of_the_grid_counts(level):
     dice = (1 - (2 * (p * pairs[1]).sum(-1) + 1) / (p.sum(-1) + pairs[1].sum(-1) + 1)).sum()
     assert float(found.sums["mask"]) == pytest.approx(bce, rel=1e-5)
     assert float(found.sums["dice"]) == pytest.approx(dice, rel=1e-5)
+    weight = inputs["targets"].denominators("refer", 3, LossConfig().background)["refer_class"]
+    assert float(found.sums["class_weight"]) == pytest.approx(float(weight)) == pytest.approx(2.1)
 
 
 def test_a_grid_that_does_not_divide_the_image_is_refused(level):

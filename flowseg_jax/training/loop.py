@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import signal
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from flowseg_jax import parallel
@@ -33,7 +35,17 @@ from flowseg_jax.training.step import TrainState, make_train_step
 from flowseg_jax.writers import Throughput, create_writer, heartbeat, say
 
 # What the same run may change between two starts; anything else would be another run.
-MAY_CHANGE = ("steps", "log_every", "checkpoint_every", "mesh", "data.dir", "data.threads", "init_from")
+MAY_CHANGE = (
+    "steps",
+    "log_every",
+    "checkpoint_every",
+    "mesh",
+    "data.dir",
+    "data.threads",
+    "init_from",
+    "optimizer.accumulate",
+    "optimizer.skip_limit",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +94,7 @@ def open_data(config: ConfigDict) -> Prepared:
 def initial_state(plan: Plan, config: ConfigDict, optimizer: Any, rates: Mapping[str, float | None], mesh: Any) -> TrainState:
     """Parameters, fresh or from `init_from`, and moments, created where they belong."""
     trainable, frozen = split(initial_params(plan.model, config.seed, config.init_from, mesh), rates)
-    return TrainState(jnp.zeros((), jnp.int32), trainable, frozen, optimizer.init(trainable))
+    return TrainState(jnp.zeros((), jnp.int32), trainable, frozen, optimizer.init(trainable), jnp.zeros(2, jnp.int32))
 
 
 def train(config: ConfigDict, workdir: str | Path) -> Path:
@@ -112,6 +124,7 @@ def train(config: ConfigDict, workdir: str | Path) -> Path:
         raise UserError(f"model.classes is {plan.model.classes}, the data set has {len(prepared.categories)} categories")
 
     mesh = parallel.make_mesh(config.mesh.to_dict())
+    check_parts(plan, mesh)
     graphdef, abstract = flowseg.describe(plan.model)
     rates = multipliers(list(flatten(flowseg.at_rest(abstract))), plan.optimizer.groups)
     rate = schedule(plan.optimizer, config.steps)
@@ -136,13 +149,20 @@ def train(config: ConfigDict, workdir: str | Path) -> Path:
             state = from_tree(state, restored.state)
             say(f"continuing from the checkpoint of step {restored.step} in {workdir}")
         start = restored.step if restored else 0
-        train_step = jax.jit(make_train_step(graphdef, plan.losses, optimizer, rate, config.seed, mesh), donate_argnums=0)
+        step_function = make_train_step(
+            graphdef, plan.model, plan.losses, optimizer, rate, config.seed, mesh, plan.optimizer.accumulate
+        )
+        train_step = jax.jit(step_function, donate_argnums=0)
         batches = data.iterate(start)
         placed = parallel.batch_sharding(mesh)
         meta = {"config": json.loads(to_json(config)), "data_position": start}
 
         def save(step: int) -> None:
             checkpoints.save(step, as_tree(state), meta | {"data_position": step})
+
+        def report(step: int, metrics: Mapping[str, jax.Array]) -> None:
+            values = log(writer, step, metrics, throughput)
+            check_skipped(values, step, data, plan.optimizer.skip_limit)
 
         stopped: list[int] = []
         handlers = {s: signal.signal(s, lambda number, _: stopped.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -159,7 +179,7 @@ def train(config: ConfigDict, workdir: str | Path) -> Path:
                 if step < config.steps:
                     batch = jax.device_put(device_part(next(batches)), placed)
                 if pending:  # read one step late: the device never waits for the host
-                    log(writer, *pending, throughput)
+                    report(*pending)
                     pending = None
                 if step % config.log_every == 0 or step == config.steps:
                     pending = step, metrics
@@ -168,7 +188,7 @@ def train(config: ConfigDict, workdir: str | Path) -> Path:
                 if stopped:
                     break
             if pending:
-                log(writer, *pending, throughput)
+                report(*pending)
             checkpoints.wait()
         finally:
             writer.close()
@@ -182,9 +202,35 @@ def train(config: ConfigDict, workdir: str | Path) -> Path:
     return export(plan, state, config, prepared, tokenizer, workdir)
 
 
-def log(writer: Any, step: int, metrics: Mapping[str, jax.Array], throughput: Throughput) -> None:
+def check_parts(plan: Plan, mesh: Mesh) -> None:
+    """Raises a UserError unless the batch can be split over the mesh, into parts, and those into groups of negatives."""
+    ways = math.prod(mesh.shape[axis] for axis in parallel.BATCH_AXES)
+    parts, group = plan.optimizer.accumulate, plan.model.negatives_group
+    if plan.shape.batch % (ways * parts * group):
+        raise UserError(
+            f"batch_size {plan.shape.batch} cannot be split over {ways} device(s) and optimizer.accumulate={parts} part(s) "
+            f"each in whole groups of model.negatives_group={group}: make it a multiple of {ways * parts * group}"
+        )
+
+
+def log(writer: Any, step: int, metrics: Mapping[str, jax.Array], throughput: Throughput) -> dict[str, float]:
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
     writer.write_scalars(step, values | throughput(step))
+    return values
+
+
+def check_skipped(values: Mapping[str, float], step: int, data: TrainData, limit: int) -> None:
+    """Raises a UserError with the images of the last batches when too many updates in a row were not finite.
+
+    Nothing is lost: parameters and moments are those before the first of them.
+    """
+    row = int(values["skipped_in_a_row"])
+    if row > limit:
+        last = [data.batch(i).example_id.tolist() for i in range(step - min(row, 3), step)]
+        raise UserError(
+            f"the last {row} updates up to step {step} were not finite and were skipped, optimizer.skip_limit is {limit}; "
+            f"image ids of the last batches: {'; '.join(', '.join(map(str, ids)) for ids in last)}"
+        )
 
 
 def device_part(batch: Batch) -> Batch:
@@ -199,12 +245,13 @@ def as_tree(state: TrainState) -> dict[str, Any]:
         "trainable": state.trainable,
         "frozen": state.frozen,
         "moments": jax.tree.leaves(state.opt_state),
+        "skipped": state.skipped,
     }
 
 
 def from_tree(like: TrainState, tree: Mapping[str, Any]) -> TrainState:
     opt_state = jax.tree.unflatten(jax.tree.structure(like.opt_state), tree["moments"])
-    return TrainState(tree["step"], tree["trainable"], tree["frozen"], opt_state)
+    return TrainState(tree["step"], tree["trainable"], tree["frozen"], opt_state, tree["skipped"])
 
 
 def export(plan: Plan, state: TrainState, config: ConfigDict, prepared: Prepared, tokenizer: Tokenizer, workdir: Path) -> Path:

@@ -26,6 +26,8 @@ class OptimizerConfig:
     b1, b2, eps: of Adam.
     groups: ordered (regular expression on the parameter's path, learning-rate multiplier or None for frozen); the first that
         matches the whole path counts, and a parameter that none matches is an error.
+    accumulate: parts of a device's images that are differentiated one after the other, to save memory; the update is the same.
+    skip_limit: updates in a row that may be skipped because they are not finite; more stop the run.
     """
 
     learning_rate: float = 4e-5
@@ -36,6 +38,14 @@ class OptimizerConfig:
     b2: float = 0.999
     eps: float = 1e-8
     groups: tuple[tuple[str, float | None], ...] = ((".*", 1.0),)
+    accumulate: int = 1
+    skip_limit: int = 10
+
+    def __post_init__(self):
+        if self.accumulate < 1 or self.skip_limit < 0:
+            raise UserError(
+                f"optimizer: accumulate={self.accumulate} must be at least 1, skip_limit={self.skip_limit} at least 0"
+            )
 
 
 def multipliers(paths: list[str], groups: tuple[tuple[str, float | None], ...]) -> dict[str, float | None]:

@@ -119,6 +119,8 @@ def test_the_trained_model_can_be_evaluated(prepared, finished, tmp_path):
     ("key", "value", "message"),
     [
         ("batch_size", 3, "no multiple of model.negatives_group 2"),
+        ("optimizer.accumulate", 4, "batch_size 2 cannot be split over 1 device.* make it a multiple of 4"),
+        ("optimizer.accumulate", 0, "accumulate=0 must be at least 1"),
         ("data.text", 20, "more than the text length 20"),
         ("mesh.data", 5, "does not fit 1 device"),
         ("optimizer.groups", (("llm/.*", 1.0),), "covers no group for background"),
@@ -182,9 +184,9 @@ def test_a_batch_is_learnt_by_heart(config, prepared):
     optimizer = make_optimizer(options, steps, rates)
     mesh = parallel.make_mesh({"data": 1}, jax.devices()[:1])
     losses = LossConfig(points=64, vocabulary_chunk=64, language=0.1)
-    step = jax.jit(make_train_step(graphdef, losses, optimizer, schedule(options, steps), 0, mesh), donate_argnums=0)
+    step = jax.jit(make_train_step(graphdef, cfg, losses, optimizer, schedule(options, steps), 0, mesh), donate_argnums=0)
     trainable, frozen = split(params, rates)
-    state = TrainState(jnp.zeros((), jnp.int32), trainable, frozen, optimizer.init(trainable))
+    state = TrainState(jnp.zeros((), jnp.int32), trainable, frozen, optimizer.init(trainable), jnp.zeros(2, jnp.int32))
     for _ in range(steps):
         state, _ = step(state, batch)
     found = jax.jit(lambda p, b: flowseg.bind(graphdef, p).segment(b))(state.params, batch)

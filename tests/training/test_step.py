@@ -1,0 +1,104 @@
+"""One update: the same whatever parts it is made in, and none at all when it is not finite."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import small
+
+from flowseg_jax import parallel
+from flowseg_jax.data.batch import NO_LABEL, NONE
+from flowseg_jax.errors import UserError
+from flowseg_jax.losses import LossConfig, denominators
+from flowseg_jax.manifest import flatten
+from flowseg_jax.models import flowseg
+from flowseg_jax.training import loop
+from flowseg_jax.training.step import TrainState, make_train_step
+
+LOSSES = LossConfig(points=24, vocabulary_chunk=64)
+CFG = small.config()
+
+
+@pytest.fixture(scope="module")
+def batch():
+    """Eight images, in pairs that share negatives; the later ones have fewer phrases, objects and labels."""
+    batch = small.batch(CFG, images=8)
+    phrases, names, classes, labels = (
+        np.array(x) for x in (batch.phrase_mask, batch.object_name, batch.object_class, batch.labels)
+    )
+    phrases[5:, 1:] = NONE
+    phrases[7] = NONE
+    names[2, 0] = names[6] = NONE
+    classes[4:, 1:] = NONE
+    labels[3:5] = NO_LABEL
+    return dataclasses.replace(batch, phrase_mask=phrases, object_name=names, object_class=classes, labels=labels)
+
+
+@pytest.fixture(scope="module")
+def network():
+    return flowseg.create(CFG, 0)
+
+
+def updated(network, batch, accumulate: int):
+    """(parameters less their gradients, metrics) after one step."""
+    graphdef, params = network
+    mesh = parallel.make_mesh({"data": 1}, jax.devices()[:1])
+    optimizer = optax.sgd(1.0)
+    step = make_train_step(graphdef, CFG, LOSSES, optimizer, optax.constant_schedule(1.0), 0, mesh, accumulate)
+    state = TrainState(jnp.zeros((), jnp.int32), params, {}, optimizer.init(params), jnp.zeros(2, jnp.int32))
+    return jax.jit(step)(state, batch)
+
+
+def test_parts_give_the_update_of_the_whole(network, batch):
+    """Pairs have between 0 and 4 phrases: a mean over parts of each part's mean would be another update."""
+    (whole, seen), (parts, seen_in_parts) = (updated(network, batch, n) for n in (1, 4))
+    assert seen.keys() == seen_in_parts.keys()
+    for name, value in seen.items():
+        assert float(seen_in_parts[name]) == pytest.approx(float(value), rel=1e-5), name
+    before, whole, parts = (flatten(x) for x in (network[1], whole.trainable, parts.trainable))
+    scale = max(np.abs(whole[name] - before[name]).max() for name in before)
+    for name, x in whole.items():
+        assert np.abs(x - parts[name]).max() <= 1e-5 * scale, name
+
+
+def test_the_batch_alone_gives_the_denominators(batch):
+    found = {name: float(count) for name, count in denominators(CFG, batch, LOSSES).items()}
+    assert found.pop("language") == (batch.labels[:, 1:] != NO_LABEL).sum()
+    q = CFG.decoder.queries
+    rows = {"refer": batch.phrase_mask.reshape(-1, 1), "named": batch.object_name, "category": batch.object_class}
+    for name, targets in rows.items():  # a row is a pass
+        masks = (targets != NONE).sum()
+        assert found.pop(f"{name}_mask") == found.pop(f"{name}_dice") == masks
+        background = sum(q - np.count_nonzero(row != NONE) for row in targets if (row != NONE).any())
+        assert found.pop(f"{name}_class") == pytest.approx(masks + 0.1 * background)
+    assert not found
+
+
+def test_an_update_that_is_not_finite_is_not_made(network, batch):
+    graphdef, params = network
+    mesh = parallel.make_mesh({"data": 1}, jax.devices()[:1])
+    optimizer = optax.adam(1e-3)
+    schedule = optax.constant_schedule(1e-3)
+    step = jax.jit(make_train_step(graphdef, CFG, LOSSES, optimizer, schedule, 0, mesh))
+    spoilt = params | {"background": jnp.full_like(params["background"], jnp.inf)}
+    state = TrainState(jnp.zeros((), jnp.int32), spoilt, {}, optimizer.init(spoilt), jnp.zeros(2, jnp.int32))
+    after, metrics = step(state, batch)
+    assert jax.tree.all(jax.tree.map(np.array_equal, after.trainable, spoilt))
+    assert jax.tree.all(jax.tree.map(np.array_equal, after.opt_state, state.opt_state))
+    assert (int(after.step), after.skipped.tolist(), int(metrics["skipped_in_a_row"])) == (1, [1, 1], 1)
+    healed, _ = step(dataclasses.replace(after, trainable=params), batch)
+    assert healed.skipped.tolist() == [1, 0]
+    assert not np.array_equal(healed.trainable["background"], params["background"])
+
+
+def test_too_many_skipped_updates_name_the_images():
+    data = SimpleNamespace(batch=lambda step: SimpleNamespace(example_id=np.array([10 * step, 10 * step + 1])))
+    loop.check_skipped({"skipped_in_a_row": 2.0}, 7, data, limit=2)
+    with pytest.raises(UserError, match=r"the last 3 updates up to step 7 .*skip_limit is 2; .*: 40, 41; 50, 51; 60, 61$"):
+        loop.check_skipped({"skipped_in_a_row": 3.0}, 7, data, limit=2)
