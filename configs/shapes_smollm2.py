@@ -25,7 +25,7 @@ def get_config(learns: str = "frozen") -> ConfigDict:
         raise UserError(f"the language model is 'frozen' or 'full', got {learns!r}")
     llm = dataclasses.replace(LanguageConfig.smollm2_135m(), remat="none")
     config = shapes_tiny()
-    config.steps = 600
+    config.steps = 400
     config.batch_size = 4
     config.checkpoint_every = 100
     parts = ("siglip", "sam", "connector", "pixel_decoder", "decoder", "boundary", "background")

@@ -50,7 +50,7 @@ def train(argv: Sequence[str] | None = None) -> int:
     )
     from flowseg_jax.training.loop import train as run
 
-    use_host_devices(config.batch_size // config.model.negatives_group)
+    use_host_devices(config.batch_size // max(1, config.model.negatives_group * config.optimizer.accumulate))
     run(config, arguments.workdir or Path("runs") / Path((chosen or "configs/shapes_tiny.py").split(":")[0]).stem)
     return 0
 
@@ -77,7 +77,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 def evaluate(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="eval.py", description="Evaluates a model; results go to <out>/<split>.json and <split>.jsonl.")
     add_model_flags(parser)
-    parser.add_argument("--data", metavar="DIR", default="data/shapes/prepared", help="prepared data set")
+    parser.add_argument("--data", metavar="DIR", help="prepared data set; default: the shapes benchmark, made if missing")
     parser.add_argument("--split", default="val", help="one split or several: val,testA,testB")
     parser.add_argument("--out", metavar="DIR", help="default: <workdir>/eval, or runs/eval/<name of the checkpoint>")
     parser.add_argument("--protocol", default="xsam")
@@ -85,7 +85,9 @@ def evaluate(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=int, default=8, help="images at a time")
     parser.add_argument("--shuffle-text", action="store_true", help="control: every image is asked another image's sentences")
     arguments = parser.parse_args(argv)
+    from flowseg_jax.checkpoint import read_model_config
     from flowseg_jax.evaluation.benchmark import Benchmark
+    from flowseg_jax.training import loop
 
     directory = model_directory(arguments)
     out = (
@@ -93,7 +95,11 @@ def evaluate(argv: Sequence[str] | None = None) -> int:
         if arguments.out
         else (Path(arguments.workdir) / "eval" if arguments.workdir else Path("runs") / "eval" / directory.name)
     )
-    benchmark = Benchmark.of_model(directory, arguments.data, batch=arguments.batch_size, protocol=arguments.protocol)
+    data = arguments.data
+    if data is None:
+        read_model_config(directory)  # a mistyped name is told at once, not after the benchmark is made
+        data = loop.open_data(configs.load([])[0]).directory
+    benchmark = Benchmark.of_model(directory, data, batch=arguments.batch_size, protocol=arguments.protocol)
     for split in arguments.split.split(","):
         benchmark.run(split, out, shuffle_text=arguments.shuffle_text, images=arguments.images)
     return 0

@@ -34,6 +34,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path):
         (cli.evaluate, ["--data=nowhere"], "nowhere: not a prepared data set"),
         (cli.evaluate, ["--checkpoint=a", "--workdir=b"], "give one of them"),
         (cli.evaluate, ["--workdir=nowhere"], "holds no trained model"),
+        (cli.evaluate, ["--checkpoint=nowhere"], "no model directory .*nowhere"),
         (cli.predict, ["--text=x"], "--image"),
         (cli.predict, ["--image=x.png", "--text=x", "--checkpoint=nowhere"], "no model directory"),
     ],
