@@ -25,9 +25,9 @@ def get_config(learns: str = "frozen") -> ConfigDict:
         raise UserError(f"the language model is 'frozen' or 'full', got {learns!r}")
     llm = dataclasses.replace(LanguageConfig.smollm2_135m(), remat="none")
     config = shapes_tiny()
-    config.steps = 400
+    config.steps = 250
     config.batch_size = 4
-    config.checkpoint_every = 100
+    config.checkpoint_every = 50
     parts = ("siglip", "sam", "connector", "pixel_decoder", "decoder", "boundary", "background")
     config.init_from = (LANGUAGE_MODEL, *(f"{part}={VISION}" for part in parts))
     config.model = ConfigDict(dataclasses.replace(FlowSegConfig.tiny(), llm=llm).to_dict())

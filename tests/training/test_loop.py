@@ -155,15 +155,6 @@ def test_the_configs_ask_for_data_that_their_model_can_read(name, monkeypatch):
     assert (asked["seed"] != 0) == (name == "shapes_shipped") == ("mix" in asked)  # the benchmark itself stays unseen
 
 
-def test_a_language_weight_of_zero_leaves_the_vocabulary_alone(config, tmp_path):
-    silent = configs.from_json(configs.to_json(config))
-    silent.optimizer.losses.language = 0.0
-    silent.optimizer.groups = (("llm/.*", None), (".*", 1.0))
-    silent.steps = 1
-    loop.train(silent, tmp_path)
-    assert "loss_refer_class" in lines(tmp_path)[0] and "loss_language" not in lines(tmp_path)[0]
-
-
 def test_a_batch_is_learnt_by_heart(config, prepared):
     """Four hundred steps on the same two images: every target is found, and selected, with IoU above 0.9."""
     import jax.numpy as jnp

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from types import SimpleNamespace
 
 import jax
@@ -15,7 +16,7 @@ import small
 from flowseg_jax import parallel
 from flowseg_jax.data.batch import NO_LABEL, NONE
 from flowseg_jax.errors import UserError
-from flowseg_jax.losses import LossConfig, denominators
+from flowseg_jax.losses import LossConfig, denominators, training_terms
 from flowseg_jax.manifest import flatten
 from flowseg_jax.models import flowseg
 from flowseg_jax.training import loop
@@ -23,6 +24,7 @@ from flowseg_jax.training.step import TrainState, make_train_step
 
 LOSSES = LossConfig(points=24, vocabulary_chunk=64)
 CFG = small.config()
+OPTIMIZER = optax.sgd(1.0, momentum=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -45,19 +47,26 @@ def network():
     return flowseg.create(CFG, 0)
 
 
-def updated(network, batch, accumulate: int):
-    """(parameters less their gradients, metrics) after one step."""
-    graphdef, params = network
-    mesh = parallel.make_mesh({"data": 1}, jax.devices()[:1])
-    optimizer = optax.sgd(1.0)
-    step = make_train_step(graphdef, CFG, LOSSES, optimizer, optax.constant_schedule(1.0), 0, mesh, accumulate)
-    state = TrainState(jnp.zeros((), jnp.int32), params, {}, optimizer.init(params), jnp.zeros(2, jnp.int32))
-    return jax.jit(step)(state, batch)
+def start(params) -> TrainState:
+    return TrainState(jnp.zeros((), jnp.int32), params, {}, OPTIMIZER.init(params), jnp.zeros(2, jnp.int32))
 
 
-def test_parts_give_the_update_of_the_whole(network, batch):
-    """Pairs have between 0 and 4 phrases: a mean over parts of each part's mean would be another update."""
-    (whole, seen), (parts, seen_in_parts) = (updated(network, batch, n) for n in (1, 4))
+@pytest.fixture(scope="module")
+def steps(network):
+    """The compiled step that differentiates the batch in so many parts."""
+
+    @functools.cache
+    def make(accumulate: int):
+        mesh = parallel.make_mesh({"data": 1}, jax.devices()[:1])
+        schedule = optax.constant_schedule(1.0)
+        return jax.jit(make_train_step(network[0], CFG, LOSSES, OPTIMIZER, schedule, 0, mesh, accumulate))
+
+    return make
+
+
+def test_parts_give_the_update_of_the_whole(network, batch, steps):
+    """Pairs have between 1 and 4 phrases: a mean over parts of each part's mean would be another update."""
+    (whole, seen), (parts, seen_in_parts) = (steps(n)(start(network[1]), batch) for n in (1, 4))
     assert seen.keys() == seen_in_parts.keys()
     for name, value in seen.items():
         assert float(seen_in_parts[name]) == pytest.approx(float(value), rel=1e-5), name
@@ -80,19 +89,26 @@ def test_the_batch_alone_gives_the_denominators(batch):
     assert not found
 
 
-def test_an_update_that_is_not_finite_is_not_made(network, batch):
-    graphdef, params = network
-    mesh = parallel.make_mesh({"data": 1}, jax.devices()[:1])
-    optimizer = optax.adam(1e-3)
-    schedule = optax.constant_schedule(1e-3)
-    step = jax.jit(make_train_step(graphdef, CFG, LOSSES, optimizer, schedule, 0, mesh))
-    spoilt = params | {"background": jnp.full_like(params["background"], jnp.inf)}
-    state = TrainState(jnp.zeros((), jnp.int32), spoilt, {}, optimizer.init(spoilt), jnp.zeros(2, jnp.int32))
-    after, metrics = step(state, batch)
-    assert jax.tree.all(jax.tree.map(np.array_equal, after.trainable, spoilt))
+def test_a_language_weight_of_zero_leaves_the_vocabulary_out(network, batch):
+    losses = dataclasses.replace(LOSSES, language=0.0)
+
+    def terms(params):
+        model = flowseg.bind(network[0], params)
+        return training_terms(model, batch, model(batch), jax.random.split(jax.random.key(0), 8), losses)[0]
+
+    found = jax.eval_shape(terms, network[1])
+    assert found.keys() == denominators(CFG, batch, losses).keys()
+    assert "language" not in found and "refer_class" in found
+
+
+def test_an_update_that_is_not_finite_is_not_made(network, batch, steps):
+    params = network[1]
+    state = start(params | {"background": jnp.full_like(params["background"], jnp.inf)})
+    after, metrics = steps(1)(state, batch)
+    assert jax.tree.all(jax.tree.map(np.array_equal, after.trainable, state.trainable))
     assert jax.tree.all(jax.tree.map(np.array_equal, after.opt_state, state.opt_state))
     assert (int(after.step), after.skipped.tolist(), int(metrics["skipped_in_a_row"])) == (1, [1, 1], 1)
-    healed, _ = step(dataclasses.replace(after, trainable=params), batch)
+    healed, _ = steps(1)(dataclasses.replace(after, trainable=params), batch)
     assert healed.skipped.tolist() == [1, 0]
     assert not np.array_equal(healed.trainable["background"], params["background"])
 
