@@ -59,7 +59,7 @@ def test_the_layout_has_every_field_of_refcoco(made: Made):
     images = {image["id"]: image for image in made.instances["images"]}
     annotations = {a["id"]: a for a in made.instances["annotations"]}
     categories = {c["id"]: c for c in made.instances["categories"]}
-    assert len(images) == 400 and len(categories) == 64
+    assert len(images) == 400 and len(categories) == 2 * 3 * 8 * 8  # sizes, textures, colours, shapes
     for image in images.values():
         assert {"file_name", "height", "width", "license", "coco_url", "flickr_url"} <= image.keys()
         with Image.open(made.root / "images" / image["file_name"]) as picture:
@@ -85,8 +85,10 @@ def test_the_layout_has_every_field_of_refcoco(made: Made):
     assert len(set(sent_ids)) == len(sent_ids)
     assert len({ref["ref_id"] for ref in made.refs}) == len({ref["ann_id"] for ref in made.refs}) == len(made.refs)
     assert (made.root / "refs(unc).p").read_bytes()[:2] == b"\x80\x02"  # pickle protocol 2
-    names = {c["name"] for c in categories.values()}
-    assert names == {f"{colour} {shape}" for colour in COLOURS for shape in SHAPES}
+    for scene in map(json.loads, (made.root / "scenes.jsonl").read_text().splitlines()):
+        for thing in scene["objects"]:  # a category is all that can be seen of an object by itself
+            name = " ".join(thing[kind] for kind in ("size", "texture", "colour", "shape"))
+            assert categories[annotations[thing["ann_id"]]["category_id"]]["name"] == name
 
 
 def test_annotations_are_the_visible_pixels(made: Made):

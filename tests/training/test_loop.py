@@ -85,9 +85,10 @@ def test_resuming_gives_the_same_losses_to_the_bit(config, finished, tmp_path, c
     log = loop.log
 
     def interrupt(writer, step, metrics, throughput):
-        log(writer, step, metrics, throughput)
+        values = log(writer, step, metrics, throughput)
         if step == 3:
             raise RuntimeError("killed")
+        return values
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "log", interrupt)
