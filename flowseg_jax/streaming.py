@@ -62,8 +62,8 @@ class _LazyHandler(ocp.type_handlers.NumpyHandler):
 def chunk_shape(shard: Sequence[int], itemsize: int) -> tuple[int, ...]:
     """The largest chunk of at most `CHUNK` bytes whose sides divide those of `shard`.
 
-    One axis is divided if that is enough, the first one of those that leave most; otherwise the first goes one by one and the
-    next is divided.
+    If dividing one axis is enough, the axis that leaves the largest chunk is divided. Otherwise the first axis is cut into
+    single steps and the rest is looked at alone.
     """
     shard = tuple(shard)
     if math.prod(shard) * itemsize <= CHUNK:
