@@ -12,6 +12,7 @@ def get_config() -> ConfigDict:
     config.batch_size = 8  # images; each brings data.phrases referring passes and the passes over all its objects
     config.log_every = 20
     config.checkpoint_every = 200
+    config.checkpoint = ConfigDict({"keep": 2, "keep_every": 0, "best": ()})  # the last, every n-th, (metric, "min" or "max")
     config.init_from = ()  # ([tower=]DIR, ...), models and towers to start from; empty: random initialisation
 
     config.model = ConfigDict(FlowSegConfig.tiny(vocab=512, classes=384).to_dict())
@@ -28,7 +29,8 @@ def get_config() -> ConfigDict:
     config.data.chat = "qwen3_instruct"
     config.data.vary_prompts = False
     config.data.curriculum = ()  # ((until_step, {family: weight}), ...)
-    config.data.threads = 1
+    config.data.threads = 1  # that build batches
+    config.data.workers = 0  # processes that do, on hosts with many cores
 
     config.optimizer = ConfigDict()
     config.optimizer.learning_rate = 1e-3
@@ -41,6 +43,7 @@ def get_config() -> ConfigDict:
     config.optimizer.groups = ((".*", 1.0),)
     config.optimizer.accumulate = 1  # parts of a batch that are differentiated one after the other
     config.optimizer.skip_limit = 10  # updates in a row that may fail to be finite
+    config.optimizer.frozen_dtype = "float32"  # what the matrices of frozen towers rest in
     config.optimizer.losses = ConfigDict(
         {
             "language": 0.1,

@@ -28,6 +28,7 @@ TOP_LEVEL = (
     "batch_size",
     "log_every",
     "checkpoint_every",
+    "checkpoint",
     "init_from",
     "model",
     "data",

@@ -20,10 +20,11 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 
 from flowseg_jax.data.batch import NO_LABEL, NONE, Batch
 from flowseg_jax.models.config import FlowSegConfig
-from flowseg_jax.models.flowseg import FlowSeg, TrainingOutput
+from flowseg_jax.models.flowseg import ALONE, FlowSeg, Peers, TrainingOutput
 from flowseg_jax.models.mask_decoder import mask_logits
 from flowseg_jax.ops.matcher import match
 from flowseg_jax.ops.points import sample, sample_features, sample_packed, uncertain_points
+from flowseg_jax.ops.vocabulary import Vocabulary, cross_entropy
 
 Terms = dict[str, tuple[Float[Array, ""], Float[Array, ""]]]  # name -> (weighted sum, denominator)
 
@@ -60,25 +61,16 @@ class LossConfig:
 
 
 def next_token_loss(
-    hidden: Float[Array, "b t w"], unembedding: Float[Array, "v w"], labels: Int[Array, "b t"], chunk: int
+    hidden: Float[Array, "b t w"], vocabulary: Vocabulary, labels: Int[Array, "b t"], chunk: int, first: int = 1
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Sum of cross-entropies of the next token over all labels, and their number; logits exist for `chunk` tokens at a time."""
-    width = hidden.shape[-1]
-    x, y = hidden[:, :-1].reshape(-1, width), labels[:, 1:].reshape(-1)
-    chunk = min(chunk, x.shape[0])
-    padding = -x.shape[0] % chunk
-    x = jnp.pad(x, ((0, padding), (0, 0))).reshape(-1, chunk, width)
-    y = jnp.pad(y, (0, padding), constant_values=NO_LABEL).reshape(-1, chunk)
+    """Sum of cross-entropies of the next token over all labels, and their number; logits exist for `chunk` tokens at a time.
 
-    @jax.checkpoint
-    def part(total, inputs):
-        x, y = inputs
-        logits = jnp.einsum("nw,vw->nv", x, unembedding.astype(x.dtype), preferred_element_type=jnp.float32)
-        picked = jnp.take_along_axis(logits, jnp.maximum(y, 0)[:, None], -1)[:, 0]
-        return total + jnp.where(y != NO_LABEL, jax.nn.logsumexp(logits, -1) - picked, 0).sum(), None
-
-    total, _ = jax.lax.scan(part, jnp.zeros((), jnp.float32), (x, y))
-    return total, (y != NO_LABEL).sum(dtype=jnp.float32)
+    No label stands before `first`: the tokens before it, the visual ones in training, are not multiplied with the vocabulary.
+    """
+    x, y = hidden[:, first - 1 : -1].reshape(-1, hidden.shape[-1]), labels[:, first:].reshape(-1)
+    counted = y != NO_LABEL
+    total = jnp.where(counted, cross_entropy(x, vocabulary, y, chunk), 0).sum()
+    return total, counted.sum(dtype=jnp.float32)
 
 
 def match_cost(
@@ -312,10 +304,13 @@ def segmentation_terms(
     return {f"{name}_{kind}": (w * sums[kind], counts[f"{name}_{kind}"]) for kind, w in weights.items()}, assigned
 
 
-def referring_targets(phrase_mask: Int[Array, "b k"], group: int) -> Targets:
-    """One target a referring pass; its label is the phrase's row among those of its group of images."""
+def referring_targets(phrase_mask: Int[Array, "b k"], group: int, first: int | Int[Array, ""] = 0) -> Targets:
+    """One target a referring pass; its label is the phrase's row among those of its group of images.
+
+    `first` is the place of these images in the batch that is divided into groups.
+    """
     b, k = phrase_mask.shape
-    place = jnp.arange(b)[:, None] % group * k + jnp.arange(k)
+    place = (first + jnp.arange(b))[:, None] % group * k + jnp.arange(k)
     return Targets(phrase_mask[..., None], place[..., None], phrase_mask != NONE)
 
 
@@ -326,7 +321,12 @@ def object_targets(labels: Int[Array, "b m"]) -> Targets:
 
 
 def training_terms(
-    model: FlowSeg, batch: Batch, out: TrainingOutput, points: PRNGKeyArray | Mapping[str, Points], cfg: LossConfig
+    model: FlowSeg,
+    batch: Batch,
+    out: TrainingOutput,
+    points: PRNGKeyArray | Mapping[str, Points],
+    cfg: LossConfig,
+    peers: Peers = ALONE,
 ) -> tuple[Terms, Terms]:
     """All loss terms of a batch, each as (weighted sum, denominator), and what is worth watching in the same form.
 
@@ -334,6 +334,7 @@ def training_terms(
         model, batch, out: the network, its input and its training output.
         points: random keys [B], one an image; or the points of all levels of each kind of pass, "refer", "named", "category".
         cfg: weights and sampling.
+        peers: who has the other parts of the batch.
 
     Returns:
         The terms, and what is worth watching: `selected`, the share of phrases whose highest-scored query is the one that was
@@ -342,7 +343,9 @@ def training_terms(
     b, k = batch.phrase_mask.shape
     terms: Terms = {}
     if cfg.language:  # a vocabulary is expensive, and a frozen language model has nothing to learn from it
-        total, count = next_token_loss(out.hidden, out.unembedding, batch.labels, cfg.vocabulary_chunk)
+        total, count = next_token_loss(
+            out.hidden, out.vocabulary, batch.labels, cfg.vocabulary_chunk, first=max(1, model.cfg.visual_tokens)
+        )
         terms["language"] = cfg.language * total, count
     passes = out.conditions.own.shape[0] // b
     split = lambda x: x.reshape(x.shape[0], b, passes, *x.shape[2:])  # noqa: E731
@@ -352,7 +355,7 @@ def training_terms(
         kinds = jax.vmap(lambda key: jax.random.split(key, 3), out_axes=1)(points)
         points = dict(zip(("refer", "named", "category"), kinds, strict=True))
 
-    targets = referring_targets(batch.phrase_mask, model.cfg.negatives_group)
+    targets = referring_targets(batch.phrase_mask, model.cfg.negatives_group, peers.first(b))
     exists = targets.counted
     found, assigned = segmentation_terms(
         "refer", logits[:, :, :k], embeds[:, :, :k], out.mask_features, batch.masks, targets, points["refer"], cfg, refine

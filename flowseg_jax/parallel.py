@@ -1,7 +1,9 @@
 """Where arrays live: the mesh, the one table from logical axes to mesh axes, and what follows from them.
 
 The mesh always has the axes `data`, `fsdp` and `tensor`; one device is a mesh of ones, so one program serves a laptop and a
-pod. Batches are split over `data` and `fsdp`; parameters are split where their logical axis names say so.
+pod. Batches are split over `data` and `fsdp`. A parameter is divided over `tensor` where a product may be computed in parts,
+and over `fsdp` on the first other axis that may be: its leading one wherever possible, because only along that one does the
+TPU compiler scatter gradients without summing them everywhere first.
 """
 
 from __future__ import annotations
@@ -9,33 +11,41 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from flowseg_jax.errors import UserError
 from flowseg_jax.models.flowseg import at_rest
+from flowseg_jax.ops.collectives import SHARD_AXIS, factors
 
 MESH_AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")  # every device of these has images of its own
 
 AnyMesh = Mesh | AbstractMesh
-Rules = Mapping[str, str | tuple[str, ...] | None]
+Rules = Mapping[str, tuple[str, ...]]
 
+# Which mesh axes may divide a logical axis. An axis of the mesh is used once in an array: on the first axis that allows it.
 RULES: Rules = {
     "batch": BATCH_AXES,
-    "embed": "fsdp",
-    "heads": "tensor",
-    "mlp": "tensor",
-    "vocab": "tensor",
-    "layers": None,
+    "layers": (),
+    "embed": ("fsdp",),
+    "heads": ("tensor", "fsdp"),
+    "mlp": ("tensor", "fsdp"),
+    "vocab": (),  # of any size: `ops.vocabulary` exchanges a device's columns for rows
 }
 
-# Splitting a small weight costs a collective and saves nothing: the mask decoder, norms and biases stay whole everywhere.
-MIN_SHARDED_ELEMENTS = 1 << 16
+# For parameters whose module names no axes (Flax's own layers): the names of the last axes by the parameter's path.
+PATH_RULES: tuple[tuple[str, tuple[str, ...]], ...] = ((r"(.*/)?kernel", ("embed", "mlp")), (r".*", ()))
+
+# Dividing a small weight costs an exchange and saves nothing: the mask decoder, norms and biases stay whole everywhere.
+MIN_SHARDED_ELEMENTS = 1 << 20
 
 _active: contextvars.ContextVar[tuple[Mesh, Rules] | None] = contextvars.ContextVar("flowseg_rules", default=None)
 
@@ -58,7 +68,13 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
             f"mesh {dict(zip(MESH_AXES, shape, strict=True))} does not fit {len(devices)} device(s); "
             "set one axis to -1 to use what is left"
         )
-    return jax.make_mesh(tuple(shape), MESH_AXES, devices=devices, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    # `fsdp` is laid out as the grid that `ops.collectives.gather` takes it for, so that its steps are between neighbours.
+    data, fsdp, tensor = shape
+    try:
+        grid = mesh_utils.create_device_mesh((data, *factors(fsdp), tensor), devices, allow_split_physical_axes=True)
+    except (NotImplementedError, ValueError, AssertionError):  # no such layout on this network: any order is as good
+        grid = np.array(devices)
+    return Mesh(grid.reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
@@ -92,27 +108,68 @@ def spec(names: Sequence[str | None], shape: Sequence[int], mesh: AnyMesh, rules
     Raises:
         ValueError: a name without a rule.
     """
-    entries: list[Any] = []
-    for name, size in zip(names, shape, strict=True):
-        if name is not None and name not in rules:
-            raise ValueError(f"no sharding rule for logical axis {name!r}")
-        axes = rules[name] if name is not None else None
-        axes = (axes,) if isinstance(axes, str) else axes or ()
-        ways = math.prod(mesh.shape[axis] for axis in axes)
-        entries.append((axes if len(axes) > 1 else axes[0]) if ways > 1 and size % ways == 0 else None)
-    return PartitionSpec(*entries)
+    if unknown := [name for name in names if name is not None and name not in rules]:
+        raise ValueError(f"no sharding rule for logical axis {unknown[0]!r}")
+    allowed = [rules[name] if name is not None else () for name in names]
+    entries: list[tuple[str, ...]] = [() for _ in names]
+    for axis in reversed(MESH_AXES):  # `tensor` chooses first
+        ways = mesh.shape[axis]
+        for i, size in enumerate(shape):
+            taken = math.prod(mesh.shape[other] for other in entries[i])
+            fits = axis in allowed[i] and ways > 1 and size % (ways * taken) == 0
+            if fits and (not entries[i] or names[i] == "batch"):
+                entries[i] = (axis, *entries[i])
+                break
+    return PartitionSpec(*(axes[0] if len(axes) == 1 else axes or None for axes in entries))
+
+
+def axis_names(path: str, variable: nnx.Variable) -> tuple[str | None, ...]:
+    """The logical axis names of a parameter: its own, or those that `PATH_RULES` give to its path."""
+    own = variable.get_metadata().get("axes")
+    if own is not None:
+        return own
+    last = next(names for pattern, names in PATH_RULES if re.fullmatch(pattern, path))
+    last = last[max(0, len(last) - len(variable.shape)) :]
+    return (None,) * (len(variable.shape) - len(last)) + last
+
+
+def _paths(state: nnx.State) -> list[tuple[str, nnx.Variable]]:
+    leaves = jax.tree_util.tree_leaves_with_path(state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    return [(jax.tree_util.keystr(path, simple=True, separator="/"), variable) for path, variable in leaves]
+
+
+def _param_spec(path: str, variable: nnx.Variable, mesh: AnyMesh, rules: Rules) -> PartitionSpec:
+    names, shape = axis_names(path, variable), variable.shape
+    of_a_layer = [size for name, size in zip(names, shape, strict=True) if name != "layers"]
+    small = math.prod(of_a_layer) < MIN_SHARDED_ELEMENTS
+    return spec((None,) * len(shape) if small else names, shape, mesh, rules)
 
 
 def param_shardings(state: nnx.State, mesh: AnyMesh, rules: Rules = RULES) -> dict[str, Any]:
     """Shardings of all parameters, as a nested dict like the parameters at rest; `state` may be abstract."""
+    places = iter([NamedSharding(mesh, _param_spec(path, variable, mesh, rules)) for path, variable in _paths(state)])
+    return at_rest(jax.tree.map(lambda _: next(places), state, is_leaf=lambda x: isinstance(x, nnx.Variable)))
 
-    def place(variable: nnx.Variable) -> NamedSharding:
-        small = math.prod(variable.shape) < MIN_SHARDED_ELEMENTS
-        names = (None,) * len(variable.shape) if small else variable.get_metadata()["axes"]
-        return NamedSharding(mesh, spec(names, variable.shape, mesh, rules))
 
-    leaves = jax.tree.map(place, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
-    return at_rest(leaves)
+def divided(model: nnx.Module, mesh: AnyMesh, rules: Rules = RULES) -> nnx.GraphDef:
+    """The graph definition of a model that computes inside `shard_map` on its device's parts of the parameters.
+
+    Each parameter that `fsdp` divides is marked with the axis it is divided along, counted from the end (so that it holds for
+    one layer of a stack too); `layers.weight` puts the parts together where the parameter is used.
+    """
+    for path, variable in _paths(nnx.state(model)):
+        entries = _param_spec(path, variable, mesh, rules)
+        at = next((i for i, axes in enumerate(entries) if SHARD_AXIS in (axes if isinstance(axes, tuple) else (axes,))), None)
+        if at is not None:
+            _variable(model, path).set_metadata(divided=at - len(variable.shape))
+    return nnx.split(model)[0]
+
+
+def _variable(model: nnx.Module, path: str) -> nnx.Variable:
+    node: Any = model
+    for key in path.split("/"):
+        node = node[int(key)] if key.isdigit() else getattr(node, key)
+    return node
 
 
 def batch_sharding(mesh: Mesh, rules: Rules = RULES) -> NamedSharding:

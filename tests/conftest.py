@@ -10,9 +10,14 @@ ROOT = Path(__file__).resolve().parent.parent
 os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX is imported
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
-# Most of the suite's time is compiling programs that run once: let LLVM optimise less. FLOWSEG_OPTIMISE=1 tests what users run.
+# Most of the suite's time is compiling programs that run once: let LLVM optimise less, and XLA emit fusions the short way.
+# FLOWSEG_OPTIMISE=1 tests what users run.
 if os.environ.get("FLOWSEG_OPTIMISE", "0") == "0":
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
+    quick = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick}".strip()
+if "FLOWSEG_DEVICES" in os.environ:  # how many host devices a process has is fixed when JAX starts: tests/multidevice
+    count = os.environ["FLOWSEG_DEVICES"]
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}".strip()
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

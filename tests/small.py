@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
+import jax
 import numpy as np
+from ml_collections import ConfigDict
 
+from flowseg_jax import config as configs
 from flowseg_jax.data.batch import IMAGE_TOKEN, NO_LABEL, NONE, Batch
+from flowseg_jax.manifest import flatten, nest
+from flowseg_jax.models import flowseg
 from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.models.connectors import ConnectorConfig
 from flowseg_jax.models.language import LanguageConfig
@@ -14,6 +20,9 @@ from flowseg_jax.models.mask_decoder import DecoderConfig
 from flowseg_jax.models.pixel_decoder import PixelDecoderConfig
 from flowseg_jax.models.sam import SamConfig
 from flowseg_jax.models.siglip import SiglipConfig
+from flowseg_jax.training.optimizer import split
+from flowseg_jax.training.program import Program
+from flowseg_jax.training.step import TrainState
 
 VOCAB = 40
 
@@ -45,6 +54,50 @@ def config(**changes) -> FlowSegConfig:
         exclude_same_target=True,
     )
     return dataclasses.replace(base, **changes)
+
+
+def lean(**changes) -> FlowSegConfig:
+    """Half the program to compile: referring passes only, one level of features, two decoder layers."""
+    whole = config()
+    return config(
+        connector=ConnectorConfig(channels=(24,), hidden=12, scales=(1,)),
+        connector_layers=(2,),
+        pixel_decoder=dataclasses.replace(whole.pixel_decoder, channels=(24,), strides=(8,), common_stride=8),
+        decoder=dataclasses.replace(whole.decoder, layers=2, levels=1),
+        classes=0,
+        named_pass="off",
+        **changes,
+    )
+
+
+def experiment(cfg: FlowSegConfig, batch: Batch, **mesh: int) -> ConfigDict:
+    """A run of this model on batches of that shape."""
+    experiment = configs.read("configs/shapes_tiny.py")
+    experiment.model = ConfigDict(cfg.to_dict())
+    experiment.update(batch_size=len(batch.tokens), steps=10)
+    experiment.data.update(text=batch.tokens.shape[1], phrases=batch.phrase_mask.shape[1], masks=batch.mask_valid.shape[1])
+    experiment.optimizer.losses.update(language=1.0, class_gain=1.0, points=24, vocabulary_chunk=16)
+    experiment.mesh.update({"data": 1, **mesh})
+    return experiment
+
+
+def params(cfg: FlowSegConfig, seed: int = 0) -> dict[str, Any]:
+    """Random parameters, without the compilation that drawing them as training does would need."""
+    rng = np.random.default_rng(seed)
+
+    def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        if name.endswith(("/scale", "logit_scale")):
+            return np.ones(shape, np.float32)
+        return (0.3 * rng.normal(size=shape)).astype(np.float32)
+
+    return nest({name: draw(name, x.shape) for name, x in flatten(flowseg.at_rest(flowseg.describe(cfg)[1])).items()})
+
+
+def start(program: Program, params: dict[str, Any]) -> TrainState:
+    """The state of a run that begins with these parameters, where the program wants it."""
+    trainable, frozen = split(params, program.rates)
+    state = TrainState(np.int32(0), trainable, frozen, program.optimizer.init(trainable), np.zeros(2, np.int32))
+    return jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), state, program.state)
 
 
 def batch(cfg: FlowSegConfig, *, images: int = 2, phrases: int = 2, masks: int = 3, seed: int = 0) -> Batch:

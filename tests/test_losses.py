@@ -22,6 +22,7 @@ from flowseg_jax.losses import (
     point_losses,
     segmentation_terms,
 )
+from flowseg_jax.ops.vocabulary import Vocabulary
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -41,7 +42,7 @@ def test_next_token_loss_is_the_mean_over_labels_in_any_chunk(rng):
     kept = labels[:, 1:] != NO_LABEL
     expected = -np.take_along_axis(log_p, np.maximum(labels[:, 1:], 0)[..., None], -1)[..., 0][kept].sum()
     for chunk in (1, 5, 64):
-        total, count = next_token_loss(jnp.asarray(hidden), jnp.asarray(table), jnp.asarray(labels), chunk)
+        total, count = next_token_loss(jnp.asarray(hidden), Vocabulary.whole(jnp.asarray(table)), jnp.asarray(labels), chunk)
         assert float(total) == pytest.approx(expected, rel=1e-5)
         assert int(count) == kept.sum()
 

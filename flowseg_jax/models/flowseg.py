@@ -32,6 +32,7 @@ from flowseg_jax.models.pixel_decoder import PixelDecoder
 from flowseg_jax.models.sam import Sam
 from flowseg_jax.models.semantic_flow import Conditions
 from flowseg_jax.models.siglip import Siglip
+from flowseg_jax.ops.vocabulary import Vocabulary
 
 SAM_MEAN, SAM_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -76,7 +77,7 @@ class TrainingOutput:
 
     Attributes:
         hidden: [B, T, W] of the LLM.
-        unembedding: [vocab, W].
+        vocabulary: of the language head, in the dtype of `hidden`.
         mask_features: [B, h, w, F].
         decoder: all passes, image by image: K referring, then one by name (if `named`), one by category (if the model has
             classes).
@@ -85,11 +86,37 @@ class TrainingOutput:
     """
 
     hidden: Float[Array, "b t e"]
-    unembedding: Float[Array, "v e"]
+    vocabulary: Vocabulary
     mask_features: Float[Array, "b h w f"]
     decoder: DecoderOutput
     conditions: Conditions
     category_logits: Float[Array, "j b q c"] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Peers:
+    """The devices among which a batch is divided, as seen by one of them inside `shard_map`; none outside of it.
+
+    Attributes:
+        axes: mesh axes, major to minor; device i holds the i-th part of the batch.
+    """
+
+    axes: tuple[str, ...] = ()
+
+    def first(self, images: int) -> int | Int[Array, ""]:
+        """The place in the whole batch of the first of this device's images."""
+        return jax.lax.axis_index(self.axes) * images if self.axes else 0
+
+    def group_of(self, x: Float[Array, "b *d"] | Int[Array, "b *d"], group: int) -> Array:
+        """Rows of this device's images and of those that complete their groups, [max(B, group), ...]: in the batch's order."""
+        b = x.shape[0]
+        if b % group == 0:
+            return x
+        everything = jax.lax.all_gather(x, self.axes, axis=0, tiled=True)
+        return jax.lax.dynamic_slice_in_dim(everything, self.first(b) // group * group, group)
+
+
+ALONE = Peers()
 
 
 @jax.tree_util.register_dataclass
@@ -236,11 +263,21 @@ class FlowSeg(nnx.Module):
         return ImageFeatures(jnp.concatenate(tokens, 1), mask_features, levels)
 
     def splice(self, tokens: Int[Array, "b t"], visual: Float[Array, "b v e"]) -> Float[Array, "b t e"]:
-        """The LLM's input: embedded tokens, with an image's visual tokens in order in its slots."""
+        """The LLM's input: embedded tokens, with an image's visual tokens in its slots, which are one run or none.
+
+        Only the text is looked up, at most T - V tokens: a row without an image has padding behind them.
+        """
+        length, v = tokens.shape[1], visual.shape[1]
         is_visual = tokens == IMAGE_TOKEN
-        slot = jnp.clip(jnp.cumsum(is_visual, 1) - 1, 0, visual.shape[1] - 1)
-        text = self.llm.embed(tokens).astype(visual.dtype)
-        return jnp.where(is_visual[..., None], jnp.take_along_axis(visual, slot[..., None], axis=1), text)
+        start = jnp.where(is_visual.any(1), is_visual.argmax(1), length)
+        before = jnp.arange(length) < start[:, None]
+        text = jnp.where(before[:, : length - v], tokens[:, : length - v], tokens[:, v:])
+        text = self.llm.embed(text, visual.dtype)
+        # Every part is moved as a whole: reading row by row would make the gradient a scatter.
+        put = lambda x, start: jax.lax.dynamic_update_slice(jnp.zeros((length, x.shape[1]), x.dtype), x, (start, 0))  # noqa: E731
+        images = jax.vmap(put)(visual, start)
+        text = jnp.where(before[..., None], jnp.pad(text, ((0, 0), (0, v), (0, 0))), jnp.pad(text, ((0, 0), (v, 0), (0, 0))))
+        return jnp.where(is_visual[..., None], images, text)
 
     def read(self, batch: Batch, visual: Float[Array, "b v e"]) -> Reading:
         """Runs the LLM over the prompts with the visual tokens spliced in, and pools C and S from its last hidden states."""
@@ -250,18 +287,17 @@ class FlowSeg(nnx.Module):
         k, m = batch.phrase_mask.shape[1], batch.mask_valid.shape[1]
         return Reading(hidden, pool_spans(projected, batch.phrase_ids, k + m), pool_spans(projected, batch.seg_ids, k + 1))
 
-    def __call__(self, batch: Batch) -> TrainingOutput:
-        """The teacher-forced forward of training."""
+    def __call__(self, batch: Batch, peers: Peers = ALONE) -> TrainingOutput:
+        """The teacher-forced forward of training; `peers` have the other parts of the batch."""
         cfg = self.cfg
         (b, k), m = batch.phrase_mask.shape, batch.mask_valid.shape[1]
         features = self.look(batch)
         reading = self.read(batch, features.tokens)
         group = cfg.negatives_group
-        parts = [
-            referring_conditions(
-                reading.phrases[:, :k], self.background[...], batch.phrase_mask, group, cfg.exclude_same_target
-            )
-        ]
+        phrases, phrase_mask = (peers.group_of(x, group) for x in (reading.phrases[:, :k], batch.phrase_mask))
+        referring = referring_conditions(phrases, self.background[...], phrase_mask, group, cfg.exclude_same_target)
+        mine = peers.first(b) % group * k if b % group else 0
+        parts = [jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, mine, b * k), referring)]
         segs = [reading.segs[:, :k].reshape(b * k, -1)]
         if cfg.named_pass != "off":
             exists = (batch.object_name[:, None, :] == jnp.arange(m)[:, None]).any(-1)
@@ -284,7 +320,8 @@ class FlowSeg(nnx.Module):
         if self.category_head is not None:
             by_image = out.queries.reshape(out.queries.shape[0], b, passes, *out.queries.shape[2:])
             categories = self.category_head(by_image[:, :, -1]).astype(jnp.float32)
-        return TrainingOutput(reading.hidden, self.llm.unembedding(), features.mask_features, out, conditions, categories)
+        vocabulary = self.llm.unembedding(reading.hidden.dtype)
+        return TrainingOutput(reading.hidden, vocabulary, features.mask_features, out, conditions, categories)
 
     def segment(self, batch: Batch) -> Segmentation:
         """All candidates of every phrase. A phrase is scored against the background alone: a conversation is its own group."""

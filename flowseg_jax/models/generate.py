@@ -64,7 +64,7 @@ def generate(
     else:
         prompt_hidden, cache = model.extend(cache.grow(t + max_new_tokens), embeds, positions, segments)
     last = jnp.take_along_axis(prompt_hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
-    matrix = model.unembedding().astype(embeds.dtype)
+    matrix = model.unembedding(embeds.dtype).rows
     ends = jnp.asarray(tuple(eos), jnp.int32)
 
     def going(state: tuple) -> Array:

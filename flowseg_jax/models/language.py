@@ -20,6 +20,7 @@ from flowseg_jax.errors import UserError
 from flowseg_jax.models.layers import Linear, RMSNorm, normal, param
 from flowseg_jax.models.stack import scan, stack
 from flowseg_jax.ops.attention import attention
+from flowseg_jax.ops.vocabulary import Vocabulary, look_up
 
 FAMILIES = ("qwen3", "phi3", "llama")
 
@@ -360,8 +361,13 @@ class LanguageLayer(nnx.Module):
         return x + self.down(jax.nn.silu(self.gate(y)) * self.up(y)), (k, v)
 
 
+def _vocabulary(table: nnx.Param, dtype: jnp.dtype | None) -> Vocabulary:
+    rows = table[...] if dtype is None else table[...].astype(dtype)
+    return Vocabulary.whole(rows) if table.get_metadata().get("divided") is None else Vocabulary.of_columns(rows)
+
+
 class Language(nnx.Module):
-    """The language model, from embeddings to normalised hidden states; the logits are `hidden @ unembedding().T`."""
+    """The language model, from embeddings to normalised hidden states; the logits are `hidden @ unembedding().rows.T`."""
 
     def __init__(self, cfg: LanguageConfig, *, rngs: nnx.Rngs):
         shape, axes = (cfg.vocab, cfg.width), ("vocab", "embed")
@@ -371,13 +377,13 @@ class Language(nnx.Module):
         self.head = None if cfg.tie_embeddings else param(rngs, normal(0.02), shape, axes)
         self.cfg = cfg
 
-    def embed(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t w"]:
-        """Table rows of the tokens, in the table's dtype. Placeholder ids (< 0) read row 0; the caller overwrites them."""
-        return jnp.take(self.table[...], jnp.maximum(tokens, 0), axis=0, mode="clip")
+    def embed(self, tokens: Int[Array, "b t"], dtype: jnp.dtype | None = None) -> Float[Array, "b t w"]:
+        """Table rows of the tokens, in `dtype` or the table's. Placeholder ids (< 0) read row 0; the caller overwrites them."""
+        return look_up(_vocabulary(self.table, dtype), tokens)
 
-    def unembedding(self) -> Float[Array, "v w"]:
-        """The matrix of the language head, [V, W]; the embedding table itself when tied."""
-        return (self.table if self.head is None else self.head)[...]
+    def unembedding(self, dtype: jnp.dtype | None = None) -> Vocabulary:
+        """The matrix of the language head, [V, W]; the embedding table itself when tied. In `dtype` or its own."""
+        return _vocabulary(self.table if self.head is None else self.head, dtype)
 
     def __call__(
         self, embeds: Float[Array, "b t w"], positions: Int[Array, "b t"], segments: Int[Array, "b t"]

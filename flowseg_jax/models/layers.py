@@ -16,6 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from flowseg_jax.ops.attention import attention
+from flowseg_jax.ops.collectives import gather
 from flowseg_jax.ops.dot import dot
 
 Initializer = Callable[..., jax.Array]
@@ -42,6 +43,17 @@ def param(rngs: nnx.Rngs, init: Initializer, shape: tuple[int, ...], axes: tuple
     return nnx.Param(init(rngs.params(), shape, jnp.float32), axes=axes)
 
 
+def weight(variable: nnx.Param, dtype: jnp.dtype) -> Array:
+    """The copy of a parameter that a product is computed with: in the compute dtype, and whole.
+
+    Where devices hold parts of it (`parallel.divided`), they are put together here, after the cast: inside the body of a stack
+    that is one layer at a time, and with rematerialisation again in the backward pass, so that no stack is ever whole.
+    """
+    axis = variable.get_metadata().get("divided")
+    x = variable[...].astype(dtype)
+    return x if axis is None else gather(x, axis)
+
+
 class Linear(nnx.Module):
     """y = x W + b, W [in, out]. `axes` names W's two dimensions."""
 
@@ -60,7 +72,7 @@ class Linear(nnx.Module):
         self.bias = param(rngs, bias_init, (d_out,), (axes[1],)) if bias else None
 
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
-        y = dot(x, self.kernel[...].astype(x.dtype))
+        y = dot(x, weight(self.kernel, x.dtype))
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
@@ -86,7 +98,7 @@ class Conv(nnx.Module):
         self.stride, self.padding = stride, padding
 
     def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b y x o"]:
-        kernel = self.kernel[...].astype(x.dtype)
+        kernel = weight(self.kernel, x.dtype)
         size = kernel.shape[0]
         if size == 1 and self.stride == 1:
             y = dot(x, kernel[0, 0])

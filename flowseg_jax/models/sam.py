@@ -17,7 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from flowseg_jax.errors import UserError
-from flowseg_jax.models.layers import Conv, LayerNorm, Linear, gelu, normal, param, zeros
+from flowseg_jax.models.layers import Conv, LayerNorm, Linear, gelu, normal, param, weight, zeros
 from flowseg_jax.models.pixel_decoder import sine_positions
 from flowseg_jax.models.stack import scan, stack
 from flowseg_jax.ops.attention import attention
@@ -236,7 +236,7 @@ class Sam(nnx.Module):
             raise ValueError(f"SAM has hidden states 0 to {cfg.layers}, asked for {select}")
         select = tuple(i % (cfg.layers + 1) for i in select)
         x = self.patch(images)
-        states = {0: x + self.position[...].astype(x.dtype)}
+        states = {0: x + weight(self.position, x.dtype)}
         period = self._period(select)
         states |= self._periodic(states[0], select, period) if period else self._runs(states[0], select)
         return tuple(states[i] for i in select)

@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from flowseg_jax.errors import UserError
-from flowseg_jax.models.layers import Conv, LayerNorm, Linear, gelu_tanh, normal, param
+from flowseg_jax.models.layers import Conv, LayerNorm, Linear, gelu_tanh, normal, param, weight
 from flowseg_jax.models.stack import scan, stack
 from flowseg_jax.ops.attention import attention
 
@@ -134,7 +134,7 @@ class Siglip(nnx.Module):
         if not 0 <= layers <= cfg.layers:
             raise ValueError(f"SigLIP has {cfg.layers} layers, asked for {layers}")
         x = self.patch(images).reshape(images.shape[0], cfg.tokens, cfg.width)
-        x = x + self.position[...].astype(x.dtype)
+        x = x + weight(self.position, x.dtype)
         if not layers:
             return x
         return scan(self.layers, lambda layer, x, _: (layer(x), None), x, policy=cfg.remat, stop=layers)[0]

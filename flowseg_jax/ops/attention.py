@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-# Above WHOLE_BYTES of float32 scores a batch element, queries are processed in chunks of CHUNK_BYTES of them (128 queries of
+# Above WHOLE_BYTES of float32 scores, queries are processed in chunks of CHUNK_BYTES of them a batch element (128 queries of
 # SAM's global attention): near a CPU's cache size, which is faster than larger chunks.
-WHOLE_BYTES = 256 * 2**20
+WHOLE_BYTES = 512 * 2**20
 CHUNK_BYTES = 32 * 2**20
 BLOCKED = -1e30  # score of a key that must not be attended to: finite, so that a row of them has no NaN
 
@@ -36,7 +36,7 @@ def attention(
         mask: True where query s may attend to key t; axes of size 1 broadcast, but for the keys. None allows every key.
         scale: factor on the scores, default E ** -0.5.
         chunk: queries computed at a time. A chunk's scores are recomputed in the backward pass, so no buffer holds all S x T of
-            them. None: all at once, unless the float32 scores of one batch element exceed `WHOLE_BYTES`.
+            them. None: all at once, unless the float32 scores exceed `WHOLE_BYTES`.
 
     Returns:
         Array in the dtype of v; products accumulate in float32. A query that may attend to no key gets zeros.
@@ -59,7 +59,7 @@ def attention(
 
     if chunk is None:
         whole = 4 * s * t * h
-        chunk = s if whole <= WHOLE_BYTES else max(1, s * CHUNK_BYTES // whole)
+        chunk = s if b * whole <= WHOLE_BYTES else max(1, s * CHUNK_BYTES // whole)
     parts = -(-s // chunk)
     if parts == 1:
         out = _attend(q, k, v, mask, scale)

@@ -140,9 +140,9 @@ def observe(model: FlowSeg, batch: Batch) -> Observed:
     visual = jnp.concatenate([images["visual_projector/out"], images["seg_projector/out"]], 1)
     tokens = observe_language(model, batch, visual)
     tokens[f"llm/hidden_states_{cfg.llm.layers}"] = out.hidden
-    tokens["llm/logits_at_labels"] = out.hidden[:, -LOGIT_POSITIONS:] @ out.unembedding.T
+    tokens["llm/logits_at_labels"] = out.hidden[:, -LOGIT_POSITIONS:] @ out.vocabulary.rows.T
     tokens["llm_projector/out"] = projected = model.llm_projector(out.hidden)
-    total, count = next_token_loss(out.hidden, out.unembedding, batch.labels, out.hidden.shape[1])
+    total, count = next_token_loss(out.hidden, out.vocabulary, batch.labels, out.hidden.shape[1])
     images["llm/loss"] = total / jnp.maximum(count, 1)
 
     segs = pool_spans(projected, batch.seg_ids, k + 1)[:, :k].reshape(-1, projected.shape[-1])

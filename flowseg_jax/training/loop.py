@@ -1,37 +1,32 @@
-"""The training run: data, state, step, loop, in that order on one page."""
+"""The training run: program, data, state, loop, in that order on one page."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-import math
-import signal
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from flowseg_jax import parallel
-from flowseg_jax.checkpoint import Checkpoints, changed_keys, prepare_workdir, save_model
+from flowseg_jax.checkpoint import Checkpoints, changed_keys
 from flowseg_jax.config import to_json
-from flowseg_jax.data.batch import Batch, BatchShape
 from flowseg_jax.data.builders import ensure_shapes
-from flowseg_jax.data.pipeline import TrainData, TrainOptions, open_tokenizer
+from flowseg_jax.data.pipeline import TrainData, open_tokenizer
 from flowseg_jax.data.prepared import Prepared
-from flowseg_jax.data.prompts import Prompts
-from flowseg_jax.data.tokenizer import Tokenizer
 from flowseg_jax.errors import UserError
-from flowseg_jax.losses import LossConfig
-from flowseg_jax.manifest import flatten
-from flowseg_jax.models import flowseg
-from flowseg_jax.models.config import FlowSegConfig
-from flowseg_jax.training.initial import initial_params
-from flowseg_jax.training.optimizer import OptimizerConfig, make_optimizer, multipliers, schedule, split
-from flowseg_jax.training.step import TrainState, make_train_step
+from flowseg_jax.model_directory import save_model
+from flowseg_jax.planning import devices, flops
+from flowseg_jax.processes import is_primary
+from flowseg_jax.storage import prepare_workdir
+from flowseg_jax.training.profiling import Profile, Profiler
+from flowseg_jax.training.program import Plan, Program
+from flowseg_jax.training.step import TrainState
+from flowseg_jax.training.stopping import Stop
 from flowseg_jax.writers import Throughput, create_writer, heartbeat, say
 
 # What the same run may change between two starts; anything else would be another run.
@@ -39,45 +34,15 @@ MAY_CHANGE = (
     "steps",
     "log_every",
     "checkpoint_every",
+    "checkpoint",
     "mesh",
     "data.dir",
     "data.threads",
+    "data.workers",
     "init_from",
     "optimizer.accumulate",
     "optimizer.skip_limit",
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """A config, read and checked: what `train` and `evaluate` are made from."""
-
-    model: FlowSegConfig
-    losses: LossConfig
-    optimizer: OptimizerConfig
-    prompts: Prompts
-    options: TrainOptions
-    shape: BatchShape
-
-    @classmethod
-    def read(cls, config: ConfigDict) -> Plan:
-        """Raises UserError where values do not fit together."""
-        model = FlowSegConfig.from_dict(config.model.to_dict())
-        optimizer = config.optimizer.to_dict()
-        losses = LossConfig(**optimizer.pop("losses"))
-        data = config.data
-        options = TrainOptions(
-            objects="all" if model.classes or model.named_pass != "off" else "referred",
-            include_generic=model.named_pass != "off",
-            curriculum=tuple((until, dict(weights)) for until, weights in data.curriculum),
-            threads=data.threads,
-        )
-        shape = BatchShape(
-            config.batch_size, data.text, data.phrases, data.masks, model.sam.image_size, model.siglip.image_size
-        )
-        if config.batch_size % model.negatives_group:
-            raise UserError(f"batch_size {config.batch_size} is no multiple of model.negatives_group {model.negatives_group}")
-        return cls(model, losses, OptimizerConfig(**optimizer), Prompts(chat=data.chat, vary=data.vary_prompts), options, shape)
 
 
 def open_data(config: ConfigDict) -> Prepared:
@@ -91,27 +56,15 @@ def open_data(config: ConfigDict) -> Prepared:
     return Prepared.open(data.dir)
 
 
-def initial_state(plan: Plan, config: ConfigDict, optimizer: Any, rates: Mapping[str, float | None], mesh: Any) -> TrainState:
-    """Parameters, fresh or from `init_from`, and moments, created where they belong."""
-    trainable, frozen = split(initial_params(plan.model, config.seed, config.init_from, mesh), rates)
-    return TrainState(jnp.zeros((), jnp.int32), trainable, frozen, optimizer.init(trainable), jnp.zeros(2, jnp.int32))
-
-
-def train(config: ConfigDict, workdir: str | Path) -> Path:
-    """Trains, or continues, the run in `workdir`; returns the directory of the trained model.
-
-    Raises:
-        UserError: an unusable config, workdir, data set or checkpoint; nothing is half-written.
-        KeyboardInterrupt: after Ctrl-C, once the state is saved.
-    """
-    plan = Plan.read(config)
-    workdir = prepare_workdir(workdir)
-    (workdir / "config.json").write_text(to_json(config) + "\n")
-    prepared = open_data(config)
+def open_train_data(config: ConfigDict, program: Program) -> TrainData:
+    """This process's share of the batches. Raises a UserError where data set, tokenizer and model do not fit together."""
+    plan, prepared = program.plan, open_data(config)
     tokenizer = open_tokenizer(prepared, plan.prompts, config.data.tokenizer)
     if tokenizer.vocab > plan.model.llm.vocab:
         raise UserError(f"model.llm.vocab is {plan.model.llm.vocab}, the tokenizer {tokenizer.name} has {tokenizer.vocab} ids")
-    data = TrainData(
+    if plan.model.classes and len(prepared.categories) > plan.model.classes:
+        raise UserError(f"model.classes is {plan.model.classes}, the data set has {len(prepared.categories)} categories")
+    return TrainData(
         prepared,
         plan.shape,
         plan.prompts,
@@ -119,104 +72,114 @@ def train(config: ConfigDict, workdir: str | Path) -> Path:
         visual_tokens=plan.model.visual_tokens,
         tokenizer=tokenizer,
         options=plan.options,
+        rows=program.rows(),
     )
-    if plan.model.classes and len(prepared.categories) > plan.model.classes:
-        raise UserError(f"model.classes is {plan.model.classes}, the data set has {len(prepared.categories)} categories")
 
-    mesh = parallel.make_mesh(config.mesh.to_dict())
-    check_parts(plan, mesh)
-    graphdef, abstract = flowseg.describe(plan.model)
-    rates = multipliers(list(flatten(flowseg.at_rest(abstract))), plan.optimizer.groups)
-    rate = schedule(plan.optimizer, config.steps)
-    optimizer = make_optimizer(plan.optimizer, config.steps, rates)
-    with heartbeat("initialising parameters"):
-        state = initial_state(plan, config, optimizer, rates, mesh)
-        everywhere = parallel.replicated(mesh)
-        state = jax.device_put(state, jax.tree.map(lambda _: everywhere, state))
-    total, trained = (sum(x.size for x in jax.tree.leaves(part)) for part in (state.params, state.trainable))
-    say(f"{total:,} parameters, {trained:,} of them trained, on {mesh.devices.size} device(s)")
+
+def train(config: ConfigDict, workdir: str | os.PathLike, profile: Profile | None = None) -> Path:
+    """Trains, or continues, the run in `workdir`; returns the directory of the trained model.
+
+    Where there are several processes, each calls this with the same arguments.
+
+    Raises:
+        UserError: an unusable config, workdir, data set or checkpoint; nothing is half-written.
+        KeyboardInterrupt: after Ctrl-C, once the state is saved.
+        SystemExit: 0 after SIGTERM, once the state is saved.
+    """
+    program = Program.build(config)
+    workdir, resolved = prepare_workdir(workdir), json.loads(to_json(config))
+    if is_primary():
+        (workdir / "config.json").write_text(to_json(config) + "\n")
+    data = open_train_data(config, program)
+    describe(program)
 
     def same_run(meta: dict[str, Any]) -> None:
-        if changed := changed_keys(meta["config"], json.loads(to_json(config)), MAY_CHANGE):
+        if changed := changed_keys(meta["config"], resolved, MAY_CHANGE):
             raise UserError(
                 f"{workdir} holds a run with other values of {', '.join(changed)}; use another --workdir or its config"
             )
 
-    with Checkpoints(workdir) as checkpoints:
-        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), as_tree(state))
-        restored = checkpoints.restore_latest(like, same_run)
+    with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(Checkpoints(workdir, **config.checkpoint))
+        restored = checkpoints.restore_latest(as_tree(program.state), same_run)
         if restored:
-            state = from_tree(state, restored.state)
-            say(f"continuing from the checkpoint of step {restored.step} in {workdir}")
-        start = restored.step if restored else 0
-        step_function = make_train_step(
-            graphdef, plan.model, plan.losses, optimizer, rate, config.seed, mesh, plan.optimizer.accumulate
-        )
-        train_step = jax.jit(step_function, donate_argnums=0)
-        batches = data.iterate(start)
-        placed = parallel.batch_sharding(mesh)
-        meta = {"config": json.loads(to_json(config)), "data_position": start}
+            start, state = restored.step, from_tree(program.state, restored.state)
+            say(f"continuing from the checkpoint of step {start} in {workdir}")
+        else:
+            with heartbeat("initialising parameters"):
+                start, state = 0, program.initial_state(config)
+        stop = stack.enter_context(Stop())
+        batches = stack.enter_context(contextlib.closing(data.iterate(start)))
+        writer = create_writer(workdir, steps=config.steps, start_step=start, primary=is_primary())
+        stack.callback(writer.close)
+        profiler = Profiler(profile, workdir / "profile")
+        stack.callback(profiler.close)
+        if start < config.steps:
+            batch = program.place(next(batches))
+            with heartbeat("compiling the train step"):
+                train_step = program.step.lower(program.state, program.batch).compile()
+        report = Report(program, data, writer, start)
 
-        def save(step: int) -> None:
-            checkpoints.save(step, as_tree(state), meta | {"data_position": step})
-
-        def report(step: int, metrics: Mapping[str, jax.Array]) -> None:
-            values = log(writer, step, metrics, throughput)
-            check_skipped(values, step, data, plan.optimizer.skip_limit)
-
-        stopped: list[int] = []
-        handlers = {s: signal.signal(s, lambda number, _: stopped.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
-        writer = create_writer(workdir, steps=config.steps, start_step=start)
-        try:
-            if start < config.steps:
-                batch = jax.device_put(device_part(next(batches)), placed)
-                with heartbeat("compiling the train step"):
-                    compiled = train_step.lower(state, batch).compile()
-                throughput = Throughput(start, config.batch_size)
-            pending: tuple[int, Any] | None = None
-            for step in range(start + 1, config.steps + 1):
-                state, metrics = compiled(state, batch)
-                if step < config.steps:
-                    batch = jax.device_put(device_part(next(batches)), placed)
-                if pending:  # read one step late: the device never waits for the host
-                    report(*pending)
-                    pending = None
-                if step % config.log_every == 0 or step == config.steps:
-                    pending = step, metrics
-                if step % config.checkpoint_every == 0 or step == config.steps or stopped:
-                    save(step)
-                if stopped:
-                    break
-            if pending:
-                report(*pending)
-            checkpoints.wait()
-        finally:
-            writer.close()
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-    if stopped:
-        say(f"stopped: the state of step {int(state.step)} is saved in {workdir}; the same command continues")
-        if signal.SIGINT in stopped:
-            raise KeyboardInterrupt
-        raise SystemExit(0)
-    return export(plan, state, config, prepared, tokenizer, workdir)
+        for step in range(start + 1, config.steps + 1):
+            profiler.before(step)
+            state, metrics = train_step(state, batch)
+            last = step == config.steps
+            if not last:
+                batch = program.place(next(batches))
+            report.read()  # what was logged a step ago: the device never waits for the host
+            if step % config.log_every == 0 or last:
+                report.log(step, metrics)
+            profiler.after(step, metrics)
+            stopped = stop.behind(step)
+            if step % config.checkpoint_every == 0 or last or stopped:
+                writer.flush()
+                checkpoints.save(step, as_tree(state), {"config": resolved, "data_position": step}, metrics)
+            if stopped and not last:
+                report.read()
+                checkpoints.wait()
+                say(f"stopped: the state of step {step} is saved in {workdir}; the same command continues")
+                raise KeyboardInterrupt if stop.interrupted else SystemExit(0)
+        report.read()
+    return export(program.plan, state, config, data, workdir)
 
 
-def check_parts(plan: Plan, mesh: Mesh) -> None:
-    """Raises a UserError unless the batch can be split over the mesh, into parts, and those into groups of negatives."""
-    ways = math.prod(mesh.shape[axis] for axis in parallel.BATCH_AXES)
-    parts, group = plan.optimizer.accumulate, plan.model.negatives_group
-    if plan.shape.batch % (ways * parts * group):
-        raise UserError(
-            f"batch_size {plan.shape.batch} cannot be split over {ways} device(s) and optimizer.accumulate={parts} part(s) "
-            f"each in whole groups of model.negatives_group={group}: make it a multiple of {ways * parts * group}"
-        )
+def describe(program: Program) -> None:
+    """Says what is about to be trained, and on what."""
+    trained, frozen = (sum(x.size for x in jax.tree.leaves(part)) for part in (program.state.trainable, program.state.frozen))
+    mesh = program.mesh
+    axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    say(f"{trained + frozen:,} parameters, {trained:,} of them trained; mesh: {axes}")
+    device = mesh.devices.flat[0]
+    if devices.peak_flops(device) is None:
+        say(f"MFU and device memory: n/a on {device.device_kind}")
 
 
-def log(writer: Any, step: int, metrics: Mapping[str, jax.Array], throughput: Throughput) -> dict[str, float]:
-    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-    writer.write_scalars(step, values | throughput(step))
-    return values
+class Report:
+    """Metrics on their way from the device to the writers, a step late so that nobody waits."""
+
+    def __init__(self, program: Program, data: TrainData, writer: Any, start: int):
+        self._program, self._data, self._writer = program, data, writer
+        self._pending: tuple[int, Mapping[str, jax.Array]] | None = None
+        plan, self._devices = program.plan, list(program.mesh.devices.flat)
+        state = program.state
+        self._flops = flops.total(flops.step_flops(plan.model, plan.shape, plan.losses, state.trainable, state.frozen))
+        self._throughput = Throughput(start, plan.shape.batch)
+
+    def log(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
+        self._pending = step, metrics
+
+    def read(self) -> None:
+        """Writes what is pending. Raises a UserError when too many updates in a row were not finite."""
+        if self._pending is None:
+            return
+        (step, metrics), self._pending = self._pending, None
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        speed = self._throughput(step)
+        use = devices.mfu(self._flops, 1 / speed["steps_per_second"], self._devices)
+        memory = devices.memory_in_use(self._devices)["peak"]
+        known = {"mfu": use, "memory_gib": None if memory is None else memory / devices.GIB}
+        self._writer.write_scalars(step, values | speed | {name: x for name, x in known.items() if x is not None})
+        check_skipped(values, step, self._data, self._program.plan.optimizer.skip_limit)
 
 
 def check_skipped(values: Mapping[str, float], step: int, data: TrainData, limit: int) -> None:
@@ -231,11 +194,6 @@ def check_skipped(values: Mapping[str, float], step: int, data: TrainData, limit
             f"the last {row} updates up to step {step} were not finite and were skipped, optimizer.skip_limit is {limit}; "
             f"image ids of the last batches: {'; '.join(', '.join(map(str, ids)) for ids in last)}"
         )
-
-
-def device_part(batch: Batch) -> Batch:
-    """The batch as the device sees it: record ids stay on the host (they need 64 bits)."""
-    return dataclasses.replace(batch, example_id=batch.example_id.astype("int32"))
 
 
 def as_tree(state: TrainState) -> dict[str, Any]:
@@ -254,10 +212,12 @@ def from_tree(like: TrainState, tree: Mapping[str, Any]) -> TrainState:
     return TrainState(tree["step"], tree["trainable"], tree["frozen"], opt_state, tree["skipped"])
 
 
-def export(plan: Plan, state: TrainState, config: ConfigDict, prepared: Prepared, tokenizer: Tokenizer, workdir: Path) -> Path:
-    """Writes the runnable model `<workdir>/model`, in float32."""
-    extra = {"step": int(state.step), "seed": config.seed, "prompts": dataclasses.asdict(plan.prompts), "data": prepared.digest}
+def export(plan: Plan, state: TrainState, config: ConfigDict, data: TrainData, workdir: Path) -> Path:
+    """Writes the runnable model `<workdir>/model`; parameters keep the dtypes they rest in."""
+    step = int(state.step)
+    prompts = dataclasses.asdict(plan.prompts)
+    extra = {"step": step, "seed": config.seed, "prompts": prompts, "data": data.prepared.digest}
     cfg = plan.model.to_dict()
-    target = save_model(workdir / "model", state.params, cfg, tokenizer.name, extra, dtype=None, overwrite=True)
-    say(f"the model of step {int(state.step)} is in {target}")
+    target = save_model(workdir / "model", state.params, cfg, data.tokenizer.name, extra, dtype=None, overwrite=True)
+    say(f"the model of step {step} is in {target}")
     return target

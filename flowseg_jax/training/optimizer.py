@@ -28,6 +28,8 @@ class OptimizerConfig:
         matches the whole path counts, and a parameter that none matches is an error.
     accumulate: parts of a device's images that are differentiated one after the other, to save memory; the update is the same.
     skip_limit: updates in a row that may be skipped because they are not finite; more stop the run.
+    frozen_dtype: what the matrices of frozen towers (SAM, SigLIP, the language model) rest in, "float32" or "bfloat16". They
+        are cast to the compute dtype before every use, so where the model computes in bfloat16 the numbers stay the same.
     """
 
     learning_rate: float = 4e-5
@@ -40,8 +42,11 @@ class OptimizerConfig:
     groups: tuple[tuple[str, float | None], ...] = ((".*", 1.0),)
     accumulate: int = 1
     skip_limit: int = 10
+    frozen_dtype: str = "float32"
 
     def __post_init__(self):
+        if self.frozen_dtype not in ("float32", "bfloat16"):
+            raise UserError(f"optimizer.frozen_dtype is {self.frozen_dtype!r}: choose float32 or bfloat16")
         if self.accumulate < 1 or self.skip_limit < 0:
             raise UserError(
                 f"optimizer: accumulate={self.accumulate} must be at least 1, skip_limit={self.skip_limit} at least 0"
@@ -72,6 +77,15 @@ def split(params: Params, rates: dict[str, float | None]) -> tuple[Params, Param
     trainable = {path: leaf for path, leaf in flat.items() if rates[path] is not None}
     frozen = {path: leaf for path, leaf in flat.items() if rates[path] is None}
     return nest(trainable), nest(frozen)
+
+
+TOWER_MATRIX = re.compile(r"(sam|siglip|llm)/(.*/)?(kernel|table|head)")
+
+
+def rest(frozen: Params, dtype: str) -> Params:
+    """The frozen parameters as they are kept: the matrices of the towers in `dtype`, all else as it is."""
+    cast = lambda path, x: x.astype(dtype) if TOWER_MATRIX.fullmatch(path) else x  # noqa: E731
+    return nest({path: cast(path, x) for path, x in flatten(frozen).items()})
 
 
 def merge(trainable: Params, frozen: Params) -> Params:

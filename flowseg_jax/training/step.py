@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from flowseg_jax.data.batch import Batch
+from flowseg_jax.errors import UserError
 from flowseg_jax.losses import LossConfig, Terms, denominators, divide, training_terms
 from flowseg_jax.models.config import FlowSegConfig
-from flowseg_jax.models.flowseg import bind
-from flowseg_jax.parallel import BATCH_AXES
+from flowseg_jax.models.flowseg import Peers, bind
+from flowseg_jax.parallel import BATCH_AXES, MESH_AXES
 from flowseg_jax.training.optimizer import Params, merge
 
 Metrics = dict[str, jax.Array]
@@ -46,6 +49,48 @@ class TrainState:
         return merge(self.trainable, self.frozen)
 
 
+@dataclasses.dataclass(frozen=True)
+class Division:
+    """How the images of a global batch are divided: among devices, and on each into parts taken one after the other.
+
+    Attributes:
+        images: in the batch (B).
+        devices: that the batch is split over.
+        parts: micro-batches.
+
+    A micro-batch is a run of the batch's rows, so which images share negatives depends on neither number. The array that
+    devices hold is therefore in another order than the batch: see `rows`.
+    """
+
+    images: int
+    devices: int
+    parts: int
+
+    @property
+    def each(self) -> int:
+        """Images of one device in one micro-batch."""
+        return self.images // (self.devices * self.parts)
+
+    def rows(self) -> np.ndarray:
+        """int [B], the row of the batch that stands at each place of the array split over devices."""
+        return np.arange(self.images).reshape(self.parts, self.devices, self.each).swapaxes(0, 1).reshape(-1)
+
+    def check(self, group: int) -> None:
+        """Raises a UserError unless everything divides and micro-batches are whole groups of negatives."""
+        share = self.devices * self.parts
+        if self.images % share:
+            raise UserError(
+                f"batch_size {self.images} cannot be split over {self.devices} device(s) and optimizer.accumulate={self.parts} "
+                f"part(s): make it a multiple of {share}"
+            )
+        if self.images // self.parts % group or (self.each % group and group % self.each):
+            raise UserError(
+                f"batch_size {self.images} in optimizer.accumulate={self.parts} part(s) on {self.devices} device(s) is "
+                f"{self.images // self.parts} images at a time, {self.each} a device: that does not divide into groups of "
+                f"model.negatives_group={group}; make batch_size a multiple of {math.lcm(share, group * self.parts)}"
+            )
+
+
 def make_train_step(
     graphdef: nnx.GraphDef,
     cfg: FlowSegConfig,
@@ -54,66 +99,94 @@ def make_train_step(
     schedule: optax.Schedule,
     seed: int,
     mesh: Mesh,
-    accumulate: int = 1,
+    specs: tuple[Any, Any],
+    division: Division,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The function to jit: (state, batch) -> (state, metrics). Randomness is a function of (seed, step, place in the batch).
+    """The function to jit: (state, batch) -> (state, metrics). Randomness is a function of (seed, step, row of the batch).
 
-    Forward and backward run inside one `shard_map` over the axes the batch is split on: every device sees its own images and
-    nothing else, so no loop (the matcher's above all) can hide a collective. With `accumulate` above 1 a device takes its
-    images in so many parts, one after the other. The batch alone says what the losses are divided by, so neither the mesh
-    nor the parts change the update.
+    Forward and backward run inside one `shard_map` over the axes the batch is split on. Every device sees its own images and
+    its parts of the parameters, and every exchange is one that is written out: weights are gathered where they are used, one
+    layer at a time, and their gradients scattered back; no loop (the matcher's above all) can hide a collective. The `tensor`
+    axis, where it has more than one device, is left to the compiler.
 
-    An update that is not finite is not made: parameters and moments stay as they are, and `TrainState.skipped` counts it.
+    The batch alone says what the losses are divided by, so neither the mesh nor the parts change the update. An update that
+    is not finite is not made: parameters and moments stay as they are, and `TrainState.skipped` counts it.
+
+    Args:
+        graphdef: the model's, from `parallel.divided`.
+        cfg, losses, optimizer, schedule, seed: of the run.
+        mesh: the devices.
+        specs: `PartitionSpec`s of the trainable and of the frozen parameters.
+        division: of the batch, whose rows come in the order of `Division.rows`.
     """
+    specs = jax.tree.map(lambda spec: _manual(spec, mesh), specs)
+    unsummed = jax.tree.map(lambda spec: tuple(axis for axis in BATCH_AXES if axis not in _axes(spec)), specs[0])
+    parts, each, peers = division.parts, division.each, Peers(BATCH_AXES)
 
     def local(trainable: Params, frozen: Params, batch: Batch, key: jax.Array) -> tuple[Params, Metrics]:
-        images = batch.tokens.shape[0]
-        first = jax.lax.axis_index(BATCH_AXES) * images
-        keys = jax.vmap(lambda i: jax.random.fold_in(key, first + i))(jnp.arange(images))
         counts = jax.lax.psum(denominators(cfg, batch, losses), BATCH_AXES)
+        row = jnp.arange(parts)[:, None] * (each * division.devices) + peers.first(each) + jnp.arange(each)
+        keys = jax.vmap(jax.vmap(lambda row: jax.random.fold_in(key, row)))(row)
 
         def loss_of(trainable: Params, part: Batch, keys: jax.Array) -> tuple[jax.Array, tuple[Metrics, Terms]]:
             model = bind(graphdef, merge(trainable, frozen))
-            terms, watched = training_terms(model, part, model(part), keys, losses)
+            terms, watched = training_terms(model, part, model(part, peers), keys, losses, peers)
             shares = divide({name: (total, counts[name]) for name, (total, _) in terms.items()})
             return sum(shares.values()), (shares, watched)
 
         def differentiate(part: Batch, keys: jax.Array) -> tuple[Params, tuple[Metrics, Terms]]:
             return jax.grad(loss_of, has_aux=True)(trainable, part, keys)
 
-        if accumulate == 1:
-            found = differentiate(batch, keys)
+        if parts == 1:
+            found = differentiate(batch, keys[0])
         else:
-            parts = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), (batch, keys))
-            shapes = jax.eval_shape(differentiate, *jax.tree.map(lambda x: x[0], parts))
+            xs = jax.tree.map(lambda x: x.reshape(parts, each, *x.shape[1:]), batch), keys
+            shapes = jax.eval_shape(differentiate, *jax.tree.map(lambda x: x[0], xs))
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
             add = lambda total, part: (jax.tree.map(jnp.add, total, differentiate(*part)), None)  # noqa: E731
-            found, _ = jax.lax.scan(add, zeros, parts)
-        gradients, (shares, watched) = jax.lax.psum(found, BATCH_AXES)
+            found, _ = jax.lax.scan(add, zeros, xs)
+        gradients, seen = found
+        with jax.named_scope("sum_gradients"):
+            gradients = jax.tree.map(lambda x, axes: jax.lax.psum(x, axes) if axes else x, gradients, unsummed)
+        shares, watched = jax.lax.psum(seen, BATCH_AXES)
         metrics = {"loss": sum(shares.values())} | {f"loss_{name}": value for name, value in shares.items()}
         return gradients, metrics | divide(watched)
 
     shared = jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(PartitionSpec(), PartitionSpec(), PartitionSpec(BATCH_AXES), PartitionSpec()),
-        out_specs=PartitionSpec(),
+        in_specs=(*specs, PartitionSpec(BATCH_AXES), PartitionSpec()),
+        out_specs=(specs[0], PartitionSpec()),
+        axis_names=set(MESH_AXES if mesh.shape["tensor"] == 1 else BATCH_AXES),
         check_vma=False,
     )
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         gradients, metrics = shared(state.trainable, state.frozen, batch, key)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
-        metrics["gradient_norm"] = optax.global_norm(gradients)
-        metrics["learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
-        new = optax.apply_updates(state.trainable, updates), opt_state
-        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
-        trainable, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), new, (state.trainable, state.opt_state)
-        )
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
+            metrics["gradient_norm"] = optax.global_norm(gradients)
+            metrics["learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
+            new = optax.apply_updates(state.trainable, updates), opt_state
+            finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
+            trainable, opt_state = jax.tree.map(
+                lambda new, old: jnp.where(finite, new, old), new, (state.trainable, state.opt_state)
+            )
         skipped = jnp.where(finite, state.skipped * jnp.array([1, 0]), state.skipped + 1)
         metrics["skipped"], metrics["skipped_in_a_row"] = skipped
         return TrainState(state.step + 1, trainable, state.frozen, opt_state, skipped), metrics
 
     return train_step
+
+
+def _axes(spec: PartitionSpec) -> set[str]:
+    """The mesh axes that a partition uses."""
+    return {axis for entry in spec if entry for axis in (entry if isinstance(entry, tuple) else (entry,))}
+
+
+def _manual(spec: PartitionSpec, mesh: Mesh) -> PartitionSpec:
+    """What `shard_map` is told of a partition: nothing about an axis that is left to the compiler."""
+    if mesh.shape["tensor"] == 1:
+        return spec
+    return PartitionSpec(*(None if entry == "tensor" else entry for entry in spec))

@@ -75,5 +75,5 @@ def test_its_greedy_continuation_is_hugging_faces(ours, theirs, converted):
     assert text.startswith(" Paris")
     known = logits.shape[1]
     hidden = np.concatenate([out.prompt_hidden[0], out.hidden[0]])
-    mine = (hidden @ np.asarray(ours.unembedding()).T)[: len(whole), :known]
+    mine = (hidden @ np.asarray(ours.unembedding().rows).T)[: len(whole), :known]
     assert np.abs(mine - logits).max() <= 1e-5 * np.abs(logits).max()

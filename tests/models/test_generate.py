@@ -63,7 +63,7 @@ def test_logits_from_a_cache_equal_the_run_without_and_hugging_face(pair, sizes)
     cacheless = jax.jit(model.__call__)(embeds, positions, segments)
     hidden, cache = read_in_chunks(model, embeds, positions, segments, sizes, slots=15)
     assert hf_convert.error(hidden[real], np.asarray(cacheless)[real]) < 1e-5
-    logits = hidden @ np.asarray(model.unembedding()).T
+    logits = hidden @ np.asarray(model.unembedding().rows).T
     assert hf_convert.error(logits[real], expected[real]) < 1e-5
     assert cache.lengths.tolist() == list(LENGTHS)
     assert (np.asarray(cache.positions)[1, :9] == np.arange(9)).all()

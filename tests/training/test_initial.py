@@ -12,10 +12,10 @@ import pytest
 import small
 
 from flowseg_jax import parallel
-from flowseg_jax.checkpoint import save_model, stream_model
 from flowseg_jax.errors import UserError
 from flowseg_jax.losses import LossConfig, divide, training_terms
 from flowseg_jax.manifest import flatten, nest
+from flowseg_jax.model_directory import save_model, stream_model
 from flowseg_jax.models import flowseg
 from flowseg_jax.models.boundary import BoundaryConfig
 from flowseg_jax.models.mask_decoder import mask_logits

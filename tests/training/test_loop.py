@@ -17,8 +17,9 @@ from flowseg_jax.data import builders
 from flowseg_jax.data.shapes.writer import CATEGORIES
 from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation.benchmark import Benchmark
+from flowseg_jax.models import flowseg
 from flowseg_jax.models.language import LanguageConfig
-from flowseg_jax.training import loop
+from flowseg_jax.training import loop, program
 from flowseg_jax.training.optimizer import OptimizerConfig, multipliers, schedule, split
 
 
@@ -45,12 +46,10 @@ def lines(workdir) -> list[dict]:
     return [{k: v for k, v in row.items() if "per_second" not in k} for row in rows]
 
 
-@pytest.fixture(scope="module")
-def finished(config, tmp_path_factory):
-    """An uninterrupted run of six steps, and how often its step was compiled."""
-    workdir = tmp_path_factory.mktemp("run")
+def counted(config: ConfigDict, workdir) -> int:
+    """Trains, and counts how often the step is traced."""
     traced = []
-    make = loop.make_train_step
+    make = program.make_train_step
 
     def counting(*args):
         step = make(*args)
@@ -62,9 +61,16 @@ def finished(config, tmp_path_factory):
         return traced_step
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "make_train_step", counting)
+        patch.setattr(program, "make_train_step", counting)
         loop.train(config, workdir)
-    return workdir, len(traced)
+    return len(traced)
+
+
+@pytest.fixture(scope="module")
+def finished(config, tmp_path_factory):
+    """An uninterrupted run of six steps, and how often its step was compiled."""
+    workdir = tmp_path_factory.mktemp("run")
+    return workdir, counted(config, workdir)
 
 
 def test_one_compilation_a_run_and_every_step_logged(finished):
@@ -82,21 +88,20 @@ def test_one_compilation_a_run_and_every_step_logged(finished):
 
 def test_resuming_gives_the_same_losses_to_the_bit(config, finished, tmp_path, capsys):
     workdir, _ = finished
-    log = loop.log
 
-    def interrupt(writer, step, metrics, throughput):
-        values = log(writer, step, metrics, throughput)
-        if step == 3:
-            raise RuntimeError("killed")
-        return values
+    class Interrupting(loop.Report):
+        def log(self, step, metrics):
+            super().log(step, metrics)
+            if step == 4:
+                raise RuntimeError("killed")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "log", interrupt)
+        patch.setattr(loop, "Report", Interrupting)
         with pytest.raises(RuntimeError, match="killed"):
             loop.train(config, tmp_path)
     longer_log = configs.from_json(configs.to_json(config))
     longer_log.checkpoint_every = 3  # may change
-    loop.train(longer_log, tmp_path)
+    assert counted(longer_log, tmp_path) == 1
     assert "continuing from the checkpoint of step" in capsys.readouterr().out
     assert lines(tmp_path) == lines(workdir)
 
@@ -121,6 +126,7 @@ def test_the_trained_model_can_be_evaluated(prepared, finished, tmp_path):
     [
         ("batch_size", 3, "no multiple of model.negatives_group 2"),
         ("optimizer.accumulate", 4, "batch_size 2 cannot be split over 1 device.* make it a multiple of 4"),
+        ("optimizer.frozen_dtype", "half", "frozen_dtype is 'half': choose float32 or bfloat16"),
         ("optimizer.accumulate", 0, "accumulate=0 must be at least 1"),
         ("data.text", 20, "more than the text length 20"),
         ("mesh.data", 5, "does not fit 1 device"),
@@ -158,40 +164,30 @@ def test_the_configs_ask_for_data_that_their_model_can_read(name, monkeypatch):
 
 def test_a_batch_is_learnt_by_heart(config, prepared):
     """Four hundred steps on the same two images: every target is found, and selected, with IoU above 0.9."""
-    import jax.numpy as jnp
-
-    from flowseg_jax import parallel
-    from flowseg_jax.losses import LossConfig
-    from flowseg_jax.manifest import flatten
-    from flowseg_jax.models import flowseg
-    from flowseg_jax.training.optimizer import make_optimizer
-    from flowseg_jax.training.step import TrainState, make_train_step
-
     cfg = small.config(named_pass="off", classes=3, negatives_group=1)
     batch = small.batch(cfg)
-    graphdef, params = flowseg.create(cfg, 0)
-    rates = multipliers(list(flatten(params)), ((".*", 1.0),))
     steps = 400
-    options = OptimizerConfig(learning_rate=3e-3, weight_decay=0.0, b2=0.98)
-    optimizer = make_optimizer(options, steps, rates)
-    mesh = parallel.make_mesh({"data": 1}, jax.devices()[:1])
-    losses = LossConfig(points=64, vocabulary_chunk=64, language=0.1)
-    step = jax.jit(make_train_step(graphdef, cfg, losses, optimizer, schedule(options, steps), 0, mesh), donate_argnums=0)
-    trainable, frozen = split(params, rates)
-    state = TrainState(jnp.zeros((), jnp.int32), trainable, frozen, optimizer.init(trainable), jnp.zeros(2, jnp.int32))
+    experiment = small.experiment(cfg, batch)
+    experiment.steps = steps
+    experiment.optimizer.update(learning_rate=3e-3, weight_decay=0.0)
+    experiment.optimizer.losses.update(points=64, language=0.1)
+    run = program.Program.build(experiment, jax.devices()[:1])
+    graphdef, params = flowseg.create(cfg, 0)
+    state, batch = small.start(run, params), run.place(batch)
+    step = run.step.lower(run.state, run.batch).compile()
     for _ in range(steps):
         state, _ = step(state, batch)
     found = jax.jit(lambda p, b: flowseg.bind(graphdef, p).segment(b))(state.params, batch)
     query = np.asarray(found.scores).argmax(-1)
     side = found.mask_logits.shape[-1]
-    truth = np.unpackbits(batch.masks, axis=-1).astype(bool)
+    truth = np.unpackbits(np.asarray(batch.masks), axis=-1).astype(bool)
     truth = truth[
         :, :, truth.shape[2] // side // 2 :: truth.shape[2] // side, truth.shape[3] // side // 2 :: truth.shape[3] // side
     ]
     for b in range(2):
         for k in range(2):
             mask = np.asarray(found.mask_logits)[b, k, query[b, k]] > 0
-            wanted = truth[b, batch.phrase_mask[b, k]]
+            wanted = truth[b, int(batch.phrase_mask[b, k])]
             assert (mask & wanted).sum() / (mask | wanted).sum() > 0.9
 
 

@@ -13,17 +13,17 @@ import optax
 import pytest
 import small
 
-from flowseg_jax import parallel
 from flowseg_jax.data.batch import NO_LABEL, NONE
 from flowseg_jax.errors import UserError
 from flowseg_jax.losses import LossConfig, denominators, training_terms
 from flowseg_jax.manifest import flatten
 from flowseg_jax.models import flowseg
 from flowseg_jax.training import loop
-from flowseg_jax.training.step import TrainState, make_train_step
+from flowseg_jax.training import program as module
+from flowseg_jax.training.step import Division
 
-LOSSES = LossConfig(points=24, vocabulary_chunk=64)
 CFG = small.config()
+LOSSES = LossConfig(points=24, vocabulary_chunk=16)
 OPTIMIZER = optax.sgd(1.0, momentum=0.5)
 
 
@@ -47,26 +47,29 @@ def network():
     return flowseg.create(CFG, 0)
 
 
-def start(params) -> TrainState:
-    return TrainState(jnp.zeros((), jnp.int32), params, {}, OPTIMIZER.init(params), jnp.zeros(2, jnp.int32))
-
-
 @pytest.fixture(scope="module")
-def steps(network):
-    """The compiled step that differentiates the batch in so many parts."""
+def steps(batch):
+    """(program, compiled step) that differentiates the batch in so many parts; not donating: a state serves several tests."""
 
     @functools.cache
     def make(accumulate: int):
-        mesh = parallel.make_mesh({"data": 1}, jax.devices()[:1])
-        schedule = optax.constant_schedule(1.0)
-        return jax.jit(make_train_step(network[0], CFG, LOSSES, OPTIMIZER, schedule, 0, mesh, accumulate))
+        experiment = small.experiment(CFG, batch)
+        experiment.optimizer.accumulate = accumulate
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "make_optimizer", lambda *_: OPTIMIZER)
+            program = module.Program.build(experiment, jax.devices()[:1])
+        return program, jax.jit(program.step.__wrapped__).lower(program.state, program.batch).compile()
 
     return make
 
 
 def test_parts_give_the_update_of_the_whole(network, batch, steps):
     """Pairs have between 1 and 4 phrases: a mean over parts of each part's mean would be another update."""
-    (whole, seen), (parts, seen_in_parts) = (steps(n)(start(network[1]), batch) for n in (1, 4))
+    made = []
+    for parts in (1, 4):
+        program, step = steps(parts)
+        made.append(step(small.start(program, network[1]), program.place(batch)))
+    (whole, seen), (parts, seen_in_parts) = made
     assert seen.keys() == seen_in_parts.keys()
     for name, value in seen.items():
         assert float(seen_in_parts[name]) == pytest.approx(float(value), rel=1e-5), name
@@ -102,13 +105,14 @@ def test_a_language_weight_of_zero_leaves_the_vocabulary_out(network, batch):
 
 
 def test_an_update_that_is_not_finite_is_not_made(network, batch, steps):
-    params = network[1]
-    state = start(params | {"background": jnp.full_like(params["background"], jnp.inf)})
-    after, metrics = steps(1)(state, batch)
+    program, step = steps(1)
+    params, batch = network[1], program.place(batch)
+    state = small.start(program, params | {"background": jnp.full_like(params["background"], jnp.inf)})
+    after, metrics = step(state, batch)
     assert jax.tree.all(jax.tree.map(np.array_equal, after.trainable, state.trainable))
     assert jax.tree.all(jax.tree.map(np.array_equal, after.opt_state, state.opt_state))
     assert (int(after.step), after.skipped.tolist(), int(metrics["skipped_in_a_row"])) == (1, [1, 1], 1)
-    healed, _ = steps(1)(dataclasses.replace(after, trainable=params), batch)
+    healed, _ = step(dataclasses.replace(after, trainable=small.start(program, params).trainable), batch)
     assert healed.skipped.tolist() == [1, 0]
     assert not np.array_equal(healed.trainable["background"], params["background"])
 
@@ -118,3 +122,24 @@ def test_too_many_skipped_updates_name_the_images():
     loop.check_skipped({"skipped_in_a_row": 2.0}, 7, data, limit=2)
     with pytest.raises(UserError, match=r"the last 3 updates up to step 7 .*skip_limit is 2; .*: 40, 41; 50, 51; 60, 61$"):
         loop.check_skipped({"skipped_in_a_row": 3.0}, 7, data, limit=2)
+
+
+def test_a_micro_batch_is_a_run_of_rows_whatever_holds_it():
+    division = Division(images=16, devices=4, parts=2)
+    held = division.rows().reshape(4, 2, division.each)
+    assert held[:, 0].reshape(-1).tolist() == list(range(8)) and held[:, 1].reshape(-1).tolist() == list(range(8, 16))
+    for group in (1, 2, 4, 8):  # within a device, or over two or four of them
+        division.check(group)
+
+
+@pytest.mark.parametrize(
+    ("images", "devices", "parts", "group", "message"),
+    [
+        (8, 3, 1, 1, "cannot be split over 3 device.* a multiple of 3"),
+        (8, 1, 4, 4, "2 images at a time, 2 a device: that does not divide into groups of model.negatives_group=4.* of 16"),
+        (24, 4, 1, 4, "24 images at a time, 6 a device"),
+    ],
+)
+def test_a_batch_that_does_not_divide_is_refused(images, devices, parts, group, message):
+    with pytest.raises(UserError, match=message):
+        Division(images, devices, parts).check(group)

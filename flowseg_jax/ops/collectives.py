@@ -1,0 +1,55 @@
+"""What devices tell each other inside `jax.shard_map`, where every exchange is written out.
+
+A loss inside `shard_map` is the sum of what its devices return. The transposes of these exchanges are exact for that sum: a
+gathered weight's gradient comes back added up over all devices and divided among them again.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+SHARD_AXIS = "fsdp"  # the mesh axis whose devices hold parts of a parameter
+
+
+def factors(devices: int) -> tuple[int, int]:
+    """(rows, columns) of the squarest grid of that many devices, rows <= columns."""
+    rows = next(n for n in range(math.isqrt(devices), 0, -1) if devices % n == 0)
+    return rows, devices // rows
+
+
+def gather(x: Array, axis: int) -> Array:
+    """The whole array of which every device of `SHARD_AXIS` holds one part along `axis`.
+
+    Devices are taken as a grid: first along its rows, then along its columns. So the transpose scatters in two steps as well,
+    which the TPU compiler turns into true reduce-scatters; one step over all devices it turns into an all-reduce of the
+    whole array, of which each device keeps its part.
+    """
+    for groups in reversed(_grid(jax.lax.axis_size(SHARD_AXIS))):
+        x = jax.lax.all_gather(x, SHARD_AXIS, axis=axis % x.ndim, tiled=True, axis_index_groups=groups)
+    return x
+
+
+def scatter_sum(x: Array, axis: int) -> Array:
+    """The sum over the devices of `SHARD_AXIS`, of which each keeps its part along `axis`: the transpose of `gather`."""
+    for groups in _grid(jax.lax.axis_size(SHARD_AXIS)):
+        x = jax.lax.psum_scatter(x, SHARD_AXIS, scatter_dimension=axis % x.ndim, tiled=True, axis_index_groups=groups)
+    return x
+
+
+def _grid(devices: int) -> list[list[list[int]]]:
+    """The groups of the exchange along columns, then of that along rows; exchanges with nobody are left out."""
+    rows, columns = factors(devices)
+    index = [[row * columns + column for column in range(columns)] for row in range(rows)]
+    steps = [[list(group) for group in zip(*index, strict=True)], index]
+    return [groups for groups in steps if len(groups[0]) > 1]
+
+
+def columns_to_rows(x: Array) -> Array:
+    """From a part [v, w / n] of a matrix's columns to this device's part [ceil(v / n), w] of its rows, missing rows zero."""
+    devices = jax.lax.axis_size(SHARD_AXIS)
+    x = jnp.pad(x, ((0, -x.shape[0] % devices), (0, 0)))
+    return jax.lax.all_to_all(x, SHARD_AXIS, split_axis=0, concat_axis=1, tiled=True)

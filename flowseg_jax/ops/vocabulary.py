@@ -1,0 +1,134 @@
+"""Products with the vocabulary, the largest matrix of the model: looking words up, and the loss of the next word.
+
+With its table divided among devices, the table never comes together anywhere. Each device holds some of the words; it is asked
+for the tokens of all devices, and answers with zeros for words of others. The logits of a token likewise exist in parts, of
+which only the maximum and the sum of exponentials are exchanged.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from flowseg_jax.ops.collectives import SHARD_AXIS, columns_to_rows, gather, scatter_sum
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+    """The rows of an embedding table, or those of this device.
+
+    Attributes:
+        rows: [V, W], or [ceil(V / devices), W] of a divided table.
+        size: V, the number of words.
+        divided: whether the devices of `SHARD_AXIS` hold a part each.
+    """
+
+    rows: Float[Array, "v w"]
+    size: int = dataclasses.field(metadata={"static": True})
+    divided: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    @classmethod
+    def whole(cls, table: Float[Array, "v w"]) -> Vocabulary:
+        return cls(table, table.shape[0])
+
+    @classmethod
+    def of_columns(cls, table: Float[Array, "v c"]) -> Vocabulary:
+        """From a device's part of the columns, which is how a table lies in memory: a vocabulary has any number of words."""
+        return cls(columns_to_rows(table), table.shape[0], divided=True)
+
+    @property
+    def first(self) -> int | Int[Array, ""]:
+        """The first word of this device."""
+        return jax.lax.axis_index(SHARD_AXIS) * self.rows.shape[0] if self.divided else 0
+
+
+def look_up(vocabulary: Vocabulary, tokens: Int[Array, "b t"]) -> Float[Array, "b t w"]:
+    """The rows of the tokens. Ids below zero or beyond the vocabulary read the nearest row; the caller overwrites them."""
+    tokens = jnp.clip(tokens, 0, vocabulary.size - 1)
+    if not vocabulary.divided:
+        return jnp.take(vocabulary.rows, tokens, axis=0, mode="clip")
+    local = gather(tokens, 0) - vocabulary.first
+    mine = (local >= 0) & (local < vocabulary.rows.shape[0])
+    found = _read(vocabulary.rows, jnp.where(mine, local, vocabulary.rows.shape[0]))
+    return scatter_sum(found, 0)
+
+
+@jax.custom_vjp
+def _read(rows: Float[Array, "v w"], index: Int[Array, "b t"]) -> Float[Array, "b t w"]:
+    """Rows by index, zeros for an index beyond them.
+
+    The gradient is a product with the one-hot matrix of the index. As a scatter, XLA would sort the tokens of all devices.
+    """
+    return jnp.take(rows, index, axis=0, mode="fill", fill_value=0)
+
+
+def _read_forward(rows: Array, index: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _read(rows, index), (rows, index)
+
+
+def _read_backward(saved: tuple[Array, Array], cotangent: Array) -> tuple[Array, None]:
+    rows, index = saved
+
+    def add(total: Array, inputs: tuple[Array, Array]) -> tuple[Array, None]:
+        index, cotangent = inputs
+        one_hot = (jnp.arange(rows.shape[0])[:, None] == index).astype(cotangent.dtype)
+        return total + jnp.dot(one_hot, cotangent, preferred_element_type=jnp.float32), None
+
+    total, _ = jax.lax.scan(add, jnp.zeros(rows.shape, jnp.float32), (index, cotangent))
+    return total.astype(rows.dtype), None
+
+
+_read.defvjp(_read_forward, _read_backward)
+
+
+def cross_entropy(
+    hidden: Float[Array, "n w"], vocabulary: Vocabulary, labels: Int[Array, "n"], chunk: int
+) -> Float[Array, "n"]:
+    """-log softmax(hidden @ rows.T)[label] of each token in float32; a label outside the vocabulary counts as logit 0.
+
+    Args:
+        hidden: final hidden states; their dtype is the dtype that the products are computed in.
+        vocabulary: of the language head.
+        labels: the next token of each.
+        chunk: tokens of one device whose logits exist at a time; they are computed again in the backward pass. A device with
+            a part of the words takes the tokens of all devices, as many times more at once.
+    """
+    rows = vocabulary.rows.astype(hidden.dtype)
+    if not vocabulary.divided:
+        peak, total, picked = _scan_logits(hidden, rows, labels, chunk, rows.shape[0])
+        return peak + jnp.log(total) - picked
+    here = jnp.minimum(vocabulary.size - vocabulary.first, rows.shape[0])
+    devices = jax.lax.axis_size(SHARD_AXIS)
+    local_labels = gather(labels, 0) - vocabulary.first
+    peak, total, picked = _scan_logits(gather(hidden, 0), rows, local_labels, devices * chunk, here)
+    highest = jax.lax.pmax(jax.lax.stop_gradient(peak), SHARD_AXIS)  # a shift: it cancels, and so does its gradient
+    total = scatter_sum(total * jnp.exp(peak - highest), 0)
+    mine = jax.lax.axis_index(SHARD_AXIS) * hidden.shape[0]
+    return jax.lax.dynamic_slice_in_dim(highest, mine, hidden.shape[0]) + jnp.log(total) - scatter_sum(picked, 0)
+
+
+def _scan_logits(hidden: Array, rows: Array, labels: Array, chunk: int, exists: int | Array) -> tuple[Array, Array, Array]:
+    """(max, sum of exp(logit - max), logit of the label or 0) of each token over the first `exists` rows."""
+    count, width = hidden.shape
+    chunk = min(chunk, count)
+    padding = -count % chunk
+    hidden = jnp.pad(hidden, ((0, padding), (0, 0))).reshape(-1, chunk, width)
+    labels = jnp.pad(labels, (0, padding)).reshape(-1, chunk)
+    word = jnp.arange(rows.shape[0])
+
+    @jax.checkpoint
+    def part(inputs):
+        hidden, labels = inputs
+        logits = jnp.einsum("nw,vw->nv", hidden, rows, preferred_element_type=jnp.float32)
+        logits = jnp.where(word < exists, logits, -1e30)
+        peak = jax.lax.stop_gradient(logits.max(-1))
+        known = (labels >= 0) & (labels < exists)
+        # Picked by comparison, not by index: the gradient of an indexed read would be a scatter into all logits.
+        picked = jnp.where(word == jnp.where(known, labels, -1)[:, None], logits, 0).sum(-1)
+        return peak, jnp.exp(logits - peak[:, None]).sum(-1), picked
+
+    return tuple(x.reshape(-1)[:count] for x in jax.lax.map(part, (hidden, labels)))

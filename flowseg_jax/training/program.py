@@ -1,0 +1,187 @@
+"""A config made into one program: the model's description, where everything lives, and the jitted train step.
+
+Nothing is allocated here. Training builds a real state and real batches for the program, `--plan` compiles it for devices that
+are not there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from ml_collections import ConfigDict
+
+from flowseg_jax import parallel
+from flowseg_jax.data import batching
+from flowseg_jax.data.batch import Batch, BatchShape
+from flowseg_jax.data.pipeline import TrainOptions
+from flowseg_jax.data.prompts import Prompts
+from flowseg_jax.errors import UserError
+from flowseg_jax.losses import LossConfig
+from flowseg_jax.manifest import flatten, nest
+from flowseg_jax.models import flowseg
+from flowseg_jax.models.config import FlowSegConfig
+from flowseg_jax.training.initial import initial_params
+from flowseg_jax.training.optimizer import OptimizerConfig, make_optimizer, multipliers, rest, schedule, split
+from flowseg_jax.training.step import Division, Metrics, TrainState, make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A config, read and checked: what `train` and `evaluate` are made from."""
+
+    model: FlowSegConfig
+    losses: LossConfig
+    optimizer: OptimizerConfig
+    prompts: Prompts
+    options: TrainOptions
+    shape: BatchShape
+
+    @classmethod
+    def read(cls, config: ConfigDict) -> Plan:
+        """Raises UserError where values do not fit together."""
+        model = FlowSegConfig.from_dict(config.model.to_dict())
+        optimizer = config.optimizer.to_dict()
+        losses = LossConfig(**optimizer.pop("losses"))
+        data = config.data
+        options = TrainOptions(
+            objects="all" if model.classes or model.named_pass != "off" else "referred",
+            include_generic=model.named_pass != "off",
+            curriculum=tuple((until, dict(weights)) for until, weights in data.curriculum),
+            threads=data.threads,
+            workers=data.workers,
+        )
+        shape = BatchShape(
+            config.batch_size, data.text, data.phrases, data.masks, model.sam.image_size, model.siglip.image_size
+        )
+        if config.batch_size % model.negatives_group:
+            raise UserError(f"batch_size {config.batch_size} is no multiple of model.negatives_group {model.negatives_group}")
+        if data.text <= model.visual_tokens:
+            raise UserError(f"data.text is {data.text}, and an image alone takes {model.visual_tokens} tokens: raise it")
+        return cls(model, losses, OptimizerConfig(**optimizer), Prompts(chat=data.chat, vary=data.vary_prompts), options, shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """Attributes:
+    plan: the config it is made from.
+    mesh: the devices.
+    graphdef: of the model as one device computes it (`parallel.divided`).
+    rates: {path: learning-rate multiplier, or None where frozen}.
+    division: of the batch among devices and into micro-batches.
+    optimizer: over the trainable parameters.
+    state: abstract, with shardings.
+    batch: abstract, with shardings; its rows in the order of `division.rows()`.
+    step: jitted (state, batch) -> (state, metrics); the state is donated.
+    """
+
+    plan: Plan
+    mesh: Mesh
+    graphdef: nnx.GraphDef
+    rates: Mapping[str, float | None]
+    division: Division
+    optimizer: optax.GradientTransformation
+    state: TrainState
+    batch: Batch
+    step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+    @classmethod
+    def build(cls, config: ConfigDict, devices: Sequence[Any] | None = None) -> Program:
+        """Raises UserError where the config's values do not fit together, or not the devices (None: all there are)."""
+        plan = Plan.read(config)
+        mesh = parallel.make_mesh(config.mesh.to_dict(), devices)
+        ways = math.prod(mesh.shape[axis] for axis in parallel.BATCH_AXES)
+        division = Division(plan.shape.batch, ways, plan.optimizer.accumulate)
+        division.check(plan.model.negatives_group)
+
+        graphdef, described = flowseg.describe(plan.model)
+        shardings = flatten(parallel.param_shardings(described, mesh))
+        flat = flatten(flowseg.at_rest(described))
+        rates = multipliers(list(flat), plan.optimizer.groups)
+        optimizer = make_optimizer(plan.optimizer, config.steps, rates)
+        params = {path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings[path]) for path, x in flat.items()}
+        trainable, frozen = split(nest(params), rates)
+        state = _abstract_state(optimizer, trainable, frozen, plan.optimizer.frozen_dtype, mesh)
+
+        step = make_train_step(
+            parallel.divided(nnx.merge(graphdef, described), mesh),
+            plan.model,
+            plan.losses,
+            optimizer,
+            schedule(plan.optimizer, config.steps),
+            config.seed,
+            mesh,
+            jax.tree.map(lambda x: x.sharding.spec, (trainable, frozen)),
+            division,
+        )
+        out = jax.tree.map(lambda x: x.sharding, state), parallel.replicated(mesh)
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=out)
+        batch = _abstract_batch(plan.shape, parallel.batch_sharding(mesh))
+        return cls(plan, mesh, graphdef, rates, division, optimizer, state, batch, jitted)
+
+    def initial_state(self, config: ConfigDict) -> TrainState:
+        """Parameters, fresh or from `init_from`, and moments, created where they belong."""
+        trainable, frozen = split(initial_params(self.plan.model, config.seed, config.init_from, self.mesh), self.rates)
+        place = lambda abstract: jax.tree.map(lambda x: x.sharding, abstract)  # noqa: E731
+        frozen = jax.jit(
+            lambda x: rest(x, self.plan.optimizer.frozen_dtype), donate_argnums=0, out_shardings=place(self.state.frozen)
+        )(frozen)
+        moments = jax.jit(self.optimizer.init, out_shardings=place(self.state.opt_state))(trainable)
+        zero = jax.jit(
+            lambda: (jnp.zeros((), jnp.int32), jnp.zeros(2, jnp.int32)), out_shardings=parallel.replicated(self.mesh)
+        )
+        step, skipped = zero()
+        return TrainState(step, trainable, frozen, moments, skipped)
+
+    def rows(self) -> list[int]:
+        """The rows of the global batch that this process's devices hold, in the order in which they hold them."""
+        places = self.batch.tokens.sharding.addressable_devices_indices_map((self.division.images,)).values()
+        mine = sorted({place for (part,) in places for place in range(self.division.images)[part]})
+        return self.division.rows()[mine].tolist()
+
+    def place(self, batch: Batch) -> Batch:
+        """This process's rows, in the order of `rows`, as its part of the arrays that the step takes."""
+        batch = dataclasses.replace(batch, example_id=batch.example_id.astype("int32"))  # 64 bits stay on the host
+        return jax.tree.map(
+            lambda x, like: jax.make_array_from_process_local_data(like.sharding, np.asarray(x), like.shape), batch, self.batch
+        )
+
+
+def _abstract_state(
+    optimizer: optax.GradientTransformation, trainable: Any, frozen: Any, frozen_dtype: str, mesh: Mesh
+) -> TrainState:
+    """Moments lie where their parameters do; everything else of the optimizer is small and everywhere."""
+    whole = parallel.replicated(mesh)
+
+    def like(x: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    moments = optax.tree_utils.tree_map_params(
+        optimizer,
+        lambda moment, param: like(moment, param.sharding),
+        jax.eval_shape(optimizer.init, trainable),
+        trainable,
+        transform_non_params=lambda x: like(x, whole),
+    )
+    resting = jax.eval_shape(lambda x: rest(x, frozen_dtype), frozen)
+    resting = jax.tree.map(lambda x, param: like(x, param.sharding), resting, frozen)
+    count = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=whole)  # noqa: E731
+    return TrainState(count(), trainable, resting, moments, count(2))
+
+
+def _abstract_batch(shape: BatchShape, sharding: NamedSharding) -> Batch:
+    one = batching.empty(dataclasses.replace(shape, batch=1), pad=0)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(
+            (shape.batch, *x.shape[1:]), np.int32 if x.dtype == np.int64 else x.dtype, sharding=sharding
+        ),
+        one,
+    )

@@ -1,0 +1,86 @@
+"""One program on any mesh: the same losses and parameters, everything divided where the rules say, no hidden exchange."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import numpy as np
+import optax
+import pytest
+import small
+
+from flowseg_jax import parallel
+from flowseg_jax.manifest import flatten
+from flowseg_jax.planning import hlo
+from flowseg_jax.training import program as module
+from flowseg_jax.training.program import Program
+
+AXES = ("data", "fsdp", "tensor")
+WHOLE, LEAN = small.config(negatives_group=4), small.lean(negatives_group=4)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _setting():
+    """Small parameters are divided too, and an optimizer shows gradients as they are: Adam would hide their scale."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parallel, "MIN_SHARDED_ELEMENTS", 256)
+        patch.setattr(module, "make_optimizer", lambda *_: optax.sgd(1e-3, momentum=0.5))
+        yield
+
+
+@functools.cache
+def trained(cfg, mesh: tuple[int, ...], accumulate: int = 1):
+    """(program, text of the compiled step, [metrics of two steps], parameters after them)."""
+    batch = small.batch(cfg, images=8)
+    config = small.experiment(cfg, batch, **dict(zip(AXES, mesh, strict=True)))
+    config.optimizer.accumulate = accumulate
+    program = Program.build(config, jax.devices()[: int(np.prod(mesh))])
+    state = small.start(program, small.params(cfg))
+    order = program.division.rows()
+    batch = program.place(jax.tree.map(lambda x: np.asarray(x)[order], batch))
+    step = program.step.lower(program.state, program.batch).compile()
+    seen = []
+    for _ in range(2):
+        state, metrics = step(state, batch)
+        seen.append({name: float(value) for name, value in metrics.items()})
+    jax.tree.map(lambda x, like: None if x.sharding == like.sharding else pytest.fail(f"{x.shape} moved"), state, program.state)
+    return program, step.as_text(), seen, flatten(jax.device_get(state.trainable))
+
+
+def assert_equal_training(cfg, mesh: tuple[int, ...], accumulate: int = 1) -> None:
+    _, _, seen, params = trained(cfg, mesh, accumulate)
+    _, _, expected, others = trained(cfg, (1, 1, 1))
+    for ours, theirs in zip(seen, expected, strict=True):
+        assert ours == pytest.approx(theirs, rel=2e-5)
+    start = flatten(small.params(cfg))
+    scale = max(np.abs(others[name] - start[name]).max() for name in start)
+    for name, x in params.items():
+        assert np.abs(x - others[name]).max() <= 1e-4 * scale, name
+
+
+@pytest.mark.parametrize(("mesh", "accumulate"), [((2, 2, 2), 1), ((1, 2, 1), 2)])
+def test_the_same_training_on_other_meshes(mesh, accumulate):
+    assert_equal_training(LEAN, mesh, accumulate)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [(8, 1, 1), (1, 8, 1), (2, 4, 1), (2, 2, 2)])
+def test_the_same_training_of_the_whole_model(mesh):
+    assert_equal_training(WHOLE, mesh)
+
+
+def test_moments_lie_where_their_parameters_do():
+    program, *_ = trained(LEAN, (1, 2, 1), 2)
+    (momentum,) = jax.tree.leaves(program.state.opt_state, is_leaf=lambda x: isinstance(x, dict))
+    place = lambda tree: {name: x.sharding.spec for name, x in flatten(tree).items()}  # noqa: E731
+    assert place(momentum) == place(program.state.trainable)
+    divided = [name for name, spec in place(momentum).items() if "fsdp" in jax.tree.leaves(tuple(spec))]
+    assert "llm/layers/q/kernel" in divided and "llm/table" in divided
+
+
+def test_no_loop_of_unknown_length_exchanges_anything():
+    """A collective in the matcher's loops would make every device wait for the slowest image of the whole mesh."""
+    _, text, *_ = trained(LEAN, (2, 2, 2))
+    searches = [loop for loop in hlo.traffic(text).loops if loop.trip_count is None]
+    assert searches and not [loop for loop in searches if loop.collectives]
