@@ -43,6 +43,10 @@ class BatchShape:
 class Batch:
     """One static-shape batch.
 
+    A row with an image has exactly as many visual slots as the model has visual tokens, in one run; a row of padding has none.
+    What is said of the image follows: no label, no phrase span and no `<SEG>` stands before the end of that run. So none has
+    an index below the number of visual tokens, and losses leave these positions out.
+
     Attributes:
         images: uint8 [B, S, S, 3], RGB, longest side resized to S, padded with 0 at the bottom and right (not yet normalised).
         scaled_size: int32 [B, 2], (h', w') of the resized image inside `images`.

@@ -20,6 +20,7 @@ from PIL import Image
 
 from flowseg_jax.data import images, masks
 from flowseg_jax.data.batch import IMAGE_TOKEN, NO_LABEL, NONE, Batch, BatchShape
+from flowseg_jax.data.prepared import Entry
 from flowseg_jax.data.prompts import Conversation, Prompts, Turn, check_phrase
 from flowseg_jax.data.records import Annotation
 from flowseg_jax.data.tokenizer import Tokenizer
@@ -141,8 +142,8 @@ def pack(
     """One image's token arrays: prefix, then the conversations, then padding.
 
     Args:
-        prefix: ids of segment 0, visual slots included.
-        conversations: what follows; conversation i is segment i + 1 and starts at position len(prefix).
+        prefix: ids of segment 0; it ends with the visual slots.
+        conversations: what follows, without a slot; conversation i is segment i + 1 and starts at position len(prefix).
         length: T. Nothing is ever cut: a phrase without its end would be a different phrase.
         pad: id behind the end.
         name: the example, for the error.
@@ -152,7 +153,11 @@ def pack(
 
     Raises:
         UserError: the text does not fit.
+        ValueError: a visual slot somewhere else than at the end of the prefix: losses skip what stands before that.
     """
+    slots = prefix.count(IMAGE_TOKEN)
+    if IMAGE_TOKEN in prefix[: len(prefix) - slots] or any(IMAGE_TOKEN in c.tokens for c in conversations):
+        raise ValueError(f"{name}: the visual slots must be one run at the end of the prefix")
     used = len(prefix) + sum(len(c.tokens) for c in conversations)
     if used > length:
         raise UserError(
@@ -295,3 +300,46 @@ class LengthBound:
         """Tokens for one conversation a phrase and, if there are names, a generic one; lengths from `phrase_lengths`."""
         total = self._prefix + sum(phrases) + len(phrases) * self._referring
         return total + (self._generic + sum(names) + (len(names) - 1) * self._comma if names else 0)
+
+
+def check_fit(
+    entries: Sequence[Entry],
+    phrases_at_most: int,
+    shape: BatchShape,
+    bound: LengthBound,
+    names: Sequence[str],
+    all_objects: bool,
+) -> None:
+    """Refuses a shape that some image would overflow, before training instead of in the middle of it.
+
+    Args:
+        entries: the images and what can be asked of each.
+        phrases_at_most: phrases asked of one image at a time.
+        shape: of the batch.
+        bound: how long a text can get.
+        names: category names, if a conversation names the image's kinds.
+        all_objects: every object of an image is a target.
+
+    Raises:
+        UserError: naming the image and what it needs.
+    """
+    asked = sorted({s.prompt for e in entries for s in e.samples})
+    length = dict(zip(asked, bound.phrase_lengths(asked), strict=True))
+    name_length = bound.phrase_lengths(names)
+    worst, worst_entry = 0, None
+    for entry in entries:
+        if all_objects and len(entry.categories) > shape.masks:
+            raise UserError(
+                f"{entry.file_name}: has {len(entry.categories)} objects, but the batch has room for {shape.masks} masks; "
+                "raise the number of masks or set data.objects='referred'"
+            )
+        longest = sorted((length[s.prompt] for s in entry.samples), reverse=True)[:phrases_at_most]
+        kinds = sorted({c for c in entry.categories if c != NONE}) if names else []
+        needed = bound.needed(longest, [name_length[c] for c in kinds])
+        if needed > worst:
+            worst, worst_entry = needed, entry
+    if worst > shape.text:
+        raise UserError(
+            f"{worst_entry.file_name}: may need {worst} tokens, more than the text length {shape.text}; "
+            "raise the text length or ask fewer phrases per image"
+        )

@@ -1,7 +1,7 @@
 """From a prepared data set to static-shape batches on the host, through Grain.
 
 The order of training data is a pure function of (seed, step): batch `step` can be built without its predecessors, so that
-resuming needs one integer and neither the number of threads nor of processes matters.
+resuming needs one integer and neither the number of threads, of workers nor of processes matters.
 """
 
 from __future__ import annotations
@@ -10,11 +10,19 @@ import collections
 import dataclasses
 import functools
 import math
+import multiprocessing.util
+import os
+import re
+import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import grain
+import jax
 import numpy as np
+from absl import flags
 
 from flowseg_jax.data import batching, images, masks
 from flowseg_jax.data.batch import NONE, Batch, BatchShape
@@ -42,8 +50,11 @@ class TrainOptions:
         curriculum: ((until_step, {family: weight}), ...) in rising order: before `until_step`, phrases are drawn in proportion
             to their family's weight and never at weight 0. A family that is not listed has the weight of "*", or 0. Behind the
             last entry all phrases count alike.
-        cache_bytes: decoded and resized images kept in memory; 0 for none. Does not change results.
-        threads, prefetch: of `TrainData.iterate`; batches.
+        cache_bytes: decoded and resized images kept in memory, by all workers together; 0 for none.
+        threads: that build batches, in each process.
+        prefetch: batches that lie ready, of all workers together; at least two a worker.
+        workers: processes that build batches, where threads of one do not keep up; 0 for none but this one. Neither this nor
+            the three above change results.
     """
 
     objects: str = "all"
@@ -53,6 +64,7 @@ class TrainOptions:
     cache_bytes: int = 1 << 29
     threads: int = 2
     prefetch: int = 8
+    workers: int = 0
 
     def __post_init__(self):
         if self.objects not in ("all", "referred"):
@@ -66,6 +78,8 @@ class TrainOptions:
             raise UserError(f"data.curriculum: steps must rise, got {steps}")
         if any(w < 0 for _, weights in self.curriculum for w in weights.values()):
             raise UserError("data.curriculum: weights must not be negative")
+        if self.workers < 0:
+            raise UserError(f"data.workers must not be negative, got {self.workers}")
 
 
 def open_tokenizer(prepared: Prepared, prompts: Prompts, directory: str | None = None) -> Tokenizer:
@@ -121,37 +135,6 @@ def _decode(example: Example, shape: BatchShape) -> _Decoded:
     return _Decoded(example.image_id, example.file_name, annotations, samples(example), pixels)
 
 
-def _check_fit(
-    entries: Sequence[Entry],
-    phrases_at_most: int,
-    shape: BatchShape,
-    bound: LengthBound,
-    names: Sequence[str],
-    all_objects: bool,
-) -> None:
-    """Refuses a shape that some image would overflow, before training instead of in the middle of it."""
-    asked = sorted({s.prompt for e in entries for s in e.samples})
-    length = dict(zip(asked, bound.phrase_lengths(asked), strict=True))
-    name_length = bound.phrase_lengths(names)
-    worst, worst_entry = 0, None
-    for entry in entries:
-        if all_objects and len(entry.categories) > shape.masks:
-            raise UserError(
-                f"{entry.file_name}: has {len(entry.categories)} objects, but the batch has room for {shape.masks} masks; "
-                "raise the number of masks or set data.objects='referred'"
-            )
-        longest = sorted((length[s.prompt] for s in entry.samples), reverse=True)[:phrases_at_most]
-        kinds = sorted({c for c in entry.categories if c != NONE}) if names else []
-        needed = bound.needed(longest, [name_length[c] for c in kinds])
-        if needed > worst:
-            worst, worst_entry = needed, entry
-    if worst > shape.text:
-        raise UserError(
-            f"{worst_entry.file_name}: may need {worst} tokens, more than the text length {shape.text}; "
-            "raise the text length or ask fewer phrases per image"
-        )
-
-
 class TrainData:
     """Training batches.
 
@@ -164,10 +147,12 @@ class TrainData:
         tokenizer: None for the one of the data set.
         split: which split.
         options: what is asked of an image.
-        shard: (index, count) of this process: it builds rows [index * B / count, (index + 1) * B / count) of each global batch.
+        rows: which rows of each global batch this process builds, and in which order; None for all of them. What a row holds
+            depends on (seed, step, row) alone, whoever builds it.
 
     Raises:
         UserError: an image may need more text or masks than the shape has; an unknown split or family.
+        ValueError: a row twice, or one that the global batch does not have.
     """
 
     def __init__(
@@ -181,18 +166,15 @@ class TrainData:
         tokenizer: Tokenizer | None = None,
         split: str = "train",
         options: TrainOptions = TrainOptions(),
-        shard: tuple[int, int] = (0, 1),
+        rows: Sequence[int] | None = None,
     ):
         self.tokenizer = tokenizer or open_tokenizer(prepared, prompts)
         self._prompts, self._options, self._seed, self._visual_tokens = prompts, options, seed, visual_tokens
         self._categories = prepared.categories
         if seed < 0:
             raise UserError(f"seed must not be negative, got {seed}")
-        if shape.batch % shard[1]:
-            raise UserError(f"batch_size {shape.batch} does not divide by {shard[1]} processes")
-        rows = shape.batch // shard[1]
-        self._global_batch, self._first_row = shape.batch, shard[0] * rows
-        self.shape = dataclasses.replace(shape, batch=rows)
+        self._global_batch, self._rows = shape.batch, _check_rows(rows, shape.batch)
+        self.shape = dataclasses.replace(shape, batch=len(self._rows))
         self._phrases = min(options.max_phrases or shape.phrases, shape.phrases)
         if options.objects == "referred" and shape.masks < self._phrases:
             raise UserError(f"the batch has room for {shape.masks} masks, fewer than its {self._phrases} phrases")
@@ -206,11 +188,24 @@ class TrainData:
                     raise UserError(f"data.curriculum: split {split!r} has no family {family!r}{suggest(family, families)}")
         bound = LengthBound(prompts, self.tokenizer, visual_tokens)
         names = prepared.categories if options.include_generic else ()
-        _check_fit(entries, self._phrases, shape, bound, names, options.objects == "all")
-        self._source = prepared.source(split)
-        self._cache = _Cache(options.cache_bytes)
-        self._order = functools.lru_cache(maxsize=4)(self._permutation)
+        batching.check_fit(entries, self._phrases, shape, bound, names, options.objects == "all")
         self.images = len(entries)
+        self.prepared, self._split = prepared, split
+        self._open(options.cache_bytes)
+
+    def _open(self, cache_bytes: int) -> None:
+        self._source = self.prepared.source(self._split)
+        self._cache = _Cache(cache_bytes)
+        self._order = functools.lru_cache(maxsize=4)(self._permutation)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a worker is sent: no locks, open files or images, nor the index, which only `__init__` needs."""
+        state = {key: value for key, value in vars(self).items() if key not in ("_source", "_cache", "_order")}
+        return state | {"tokenizer": _send(self.tokenizer)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, tokenizer=_receive(state["tokenizer"]))
+        self._open(self._options.cache_bytes // max(self._options.workers, 1))
 
     def _permutation(self, epoch: int) -> np.ndarray:
         # Not Grain's shuffle: it needs milliseconds an index for a handful of images (overfitting one batch).
@@ -262,15 +257,98 @@ class TrainData:
         return Row(name, pixels, conversations, phrase_mask, classes, bears, decoded.image_id)
 
     def batch(self, step: int) -> Batch:
-        """This process's rows of global batch `step`."""
-        first = step * self._global_batch + self._first_row
-        rows = [self._row(first + i, step) for i in range(self.shape.batch)]
+        """This process's rows of global batch `step`: row r is the image at position step * B + r of the stream."""
+        rows = [self._row(step * self._global_batch + row, step) for row in self._rows]
         return batching.assemble(rows, self.shape, self._prompts, self.tokenizer, self._visual_tokens)
 
-    def iterate(self, start_step: int = 0) -> Iterator[Batch]:
-        """Endless batches from `start_step` on, built ahead by threads."""
-        options = grain.ReadOptions(num_threads=self._options.threads, prefetch_buffer_size=self._options.prefetch)
-        return iter(grain.MapDataset.range(start_step, 1 << 40).map(self.batch).to_iter_dataset(options))
+    def iterate(self, start_step: int = 0) -> Batches:
+        """Endless batches from `start_step` on, built ahead by threads or by workers; close it when done.
+
+        Workers start with the first batch that is asked for. As they import the main module, it must be guarded by
+        `if __name__ == "__main__"`.
+        """
+        threads, workers = self._options.threads, self._options.workers
+        # A worker's batches lie ready behind it, half in its queue and half in this process, not in front of it.
+        ahead = threads if workers else self._options.prefetch
+        steps = grain.MapDataset.range(start_step, 1 << 40).map(self.batch)
+        batches = steps.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead))
+        if workers:
+            if not flags.FLAGS.is_parsed():  # Grain's flags have their defaults: our commands do not use absl's
+                flags.FLAGS.mark_as_parsed()
+            queue = max(self._options.prefetch // (2 * workers), 1)
+            batches = batches.mp_prefetch(grain.MultiprocessingOptions(workers, queue), worker_init_fn=_start_worker)
+        return Batches(iter(batches))
+
+
+def _check_rows(rows: Sequence[int] | None, batch: int) -> tuple[int, ...]:
+    rows = tuple(range(batch) if rows is None else rows)
+    if not rows or len(set(rows)) < len(rows) or not set(rows) <= set(range(batch)):
+        raise ValueError(f"rows must be distinct and among 0..{batch - 1}, the rows of the global batch; got {list(rows)}")
+    return rows
+
+
+def _send(tokenizer: Tokenizer) -> dict[str, Any]:
+    """A tokenizer's state without its cache, and without the wrapper: importing that would take most of a worker's start."""
+    state = {key: value for key, value in vars(tokenizer).items() if key != "_encode"}
+    return state if tokenizer._backend is None else state | {"hf": None}
+
+
+def _receive(state: dict[str, Any]) -> Tokenizer:
+    tokenizer = Tokenizer.__new__(Tokenizer)
+    vars(tokenizer).update(state)
+    tokenizer._encode = functools.lru_cache(maxsize=1 << 16)(tokenizer._encode_uncached)
+    return tokenizer
+
+
+def _start_worker(index: int, count: int) -> None:
+    """Runs in each worker before it reads any data."""
+    # A signal to the whole job is the trainer's to answer: it still needs the batch of the step that it finishes.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    jax.config.update("jax_platforms", "cpu")  # should anything here compute with JAX: the accelerators are the trainer's
+    threading.Thread(target=_die_with_parent, name="die-with-parent", daemon=True).start()
+    multiprocessing.util.Finalize(None, _leave, exitpriority=-10)  # behind its queues, which deliver what they hold at -5
+
+
+def _die_with_parent() -> None:
+    # Waits for the end of a pipe that closes with the parent, however that ends. Not PR_SET_PDEATHSIG: it kills when the
+    # *thread* ends that started the worker, which Grain ends first when it closes; and other systems than Linux lack it.
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _leave() -> None:
+    # `close` waits for one worker after the other: none should finish what its threads have begun, nor take Python down first.
+    if sys.exception() is None:
+        os._exit(0)
+
+
+class Batches(Iterator[Batch]):
+    """Batches that threads or workers build ahead; `close` ends those.
+
+    What fails in a worker is raised here as it was raised there.
+
+    Raises:
+        UserError: a worker was killed.
+    """
+
+    def __init__(self, batches: grain.DatasetIterator):
+        self._batches = batches
+
+    def __next__(self) -> Batch:
+        try:
+            return next(self._batches)
+        except RuntimeError as error:
+            if died := re.match(r"Worker process was terminated unexpectedly with exit code (-?\d+)", str(error)):
+                raise UserError(
+                    f"a data worker died with exit code {died[1]}; if it ran out of memory (-9) or of shared memory (-7), "
+                    "set data.workers or data.prefetch lower, or make /dev/shm larger"
+                ) from None
+            raise
+
+    def close(self) -> None:
+        """Ends the threads or workers; safe to call twice."""
+        self._batches.close()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -336,7 +414,7 @@ class EvalData:
         if control_seed is not None:
             entries = _shuffle_text(entries, control_seed, prepared.directory)
         bound = LengthBound(self._prompts, self.tokenizer, visual_tokens)
-        _check_fit(entries, shape.phrases, shape, bound, (), all_objects=False)
+        batching.check_fit(entries, shape.phrases, shape, bound, (), all_objects=False)
         for entry in entries:
             for sample in entry.samples:
                 check_phrase(sample.prompt, self.tokenizer, entry.file_name)

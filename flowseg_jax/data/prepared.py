@@ -70,6 +70,10 @@ class Prepared:
         self.digest: str = metadata["digest"]
         self._index: dict[str, list[Entry]] = {}
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Sent to a worker process as where it lies: what was read of it is read again there if it is needed."""
+        return Prepared, (self.directory, self.metadata)
+
     @classmethod
     def open(cls, directory: str | Path) -> Prepared:
         """Opens a directory that `prepare` wrote.

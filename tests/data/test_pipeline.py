@@ -2,13 +2,14 @@
 
 import dataclasses
 import itertools
+import pickle
 
 import minirefcoco as mini
 import numpy as np
 import pytest
 
-from flowseg_jax.data import builders, images, masks
-from flowseg_jax.data.batch import NONE, BatchShape
+from flowseg_jax.data import batching, builders, images, masks
+from flowseg_jax.data.batch import IMAGE_TOKEN, NO_LABEL, NONE, BatchShape
 from flowseg_jax.data.pipeline import EvalData, TrainData, TrainOptions, open_tokenizer
 from flowseg_jax.data.prompts import Prompts
 from flowseg_jax.errors import UserError
@@ -31,7 +32,7 @@ def tokenizer(prepared):
 
 @pytest.fixture
 def train(prepared, tokenizer):
-    def make(seed=0, shape=SHAPE, prompts=VARIED, shard=(0, 1), **options):
+    def make(seed=0, shape=SHAPE, prompts=VARIED, rows=None, **options):
         return TrainData(
             prepared,
             shape,
@@ -40,7 +41,7 @@ def train(prepared, tokenizer):
             visual_tokens=VISUAL,
             tokenizer=tokenizer,
             options=TrainOptions(**options),
-            shard=shard,
+            rows=rows,
         )
 
     return make
@@ -194,17 +195,54 @@ def test_weights_are_proportions(train, tokenizer):
     assert abs(share - 1 / 19) < 0.05  # two relation sentences of weight 9, one attribute sentence of weight 1
 
 
-def test_processes_build_their_rows_of_the_same_global_batch(train):
+@pytest.mark.parametrize("rows", [(0, 1), (3,), (2, 0, 1), (3, 1, 2, 0)])
+def test_a_process_builds_the_rows_it_is_asked_for_in_that_order(train, rows):
     shape = dataclasses.replace(SHAPE, batch=4)
-    whole = train(shape=shape)
-    parts = [train(shape=shape, shard=(i, 2)) for i in range(2)]
+    whole, part = train(shape=shape), train(shape=shape, rows=rows)
+    assert part.shape == dataclasses.replace(shape, batch=len(rows))
     for step in range(4):
         want = fields(whole.batch(step))
-        halves = [fields(p.batch(step)) for p in parts]
-        for key, value in want.items():
-            np.testing.assert_array_equal(np.concatenate([h[key] for h in halves]), value, err_msg=key)
-    with pytest.raises(UserError, match="batch_size 4 does not divide by 3 processes"):
-        train(shape=shape, shard=(0, 3))
+        for key, value in fields(part.batch(step)).items():
+            np.testing.assert_array_equal(value, want[key][list(rows)], err_msg=key)
+
+
+@pytest.mark.parametrize("rows", [(), (0, 0), (1, 4), (-1, 0)])
+def test_rows_that_the_global_batch_does_not_have_are_refused(train, rows):
+    with pytest.raises(ValueError, match=r"rows must be distinct and among 0..3, the rows of the global batch; got \["):
+        train(shape=dataclasses.replace(SHAPE, batch=4), rows=rows)
+
+
+def test_everything_that_is_said_stands_behind_the_visual_slots(train, tokenizer):
+    """What lets the losses leave out the first `visual_tokens` positions."""
+    for step in range(10):
+        batch = train(include_generic=True).batch(step)
+        for b in range(2):
+            (slots,) = np.nonzero(batch.tokens[b] == IMAGE_TOKEN)
+            assert len(slots) == VISUAL and (np.diff(slots) == 1).all()
+            said = (batch.labels[b] != NO_LABEL) | (batch.phrase_ids[b] != NONE) | (batch.seg_ids[b] != NONE)
+            assert np.flatnonzero(said)[0] > slots[-1] >= VISUAL - 1
+    padding = batching.assemble([], SHAPE, FIXED, tokenizer, VISUAL)
+    assert not (padding.tokens == IMAGE_TOKEN).any() and (padding.labels == NO_LABEL).all()
+
+
+@pytest.mark.parametrize(
+    ("prefix", "said"), [([IMAGE_TOKEN, 5, IMAGE_TOKEN], [6]), ([IMAGE_TOKEN, 5], [6]), ([5, IMAGE_TOKEN], [6, IMAGE_TOKEN])]
+)
+def test_visual_slots_elsewhere_are_refused(prefix, said):
+    none = [NONE] * len(said)
+    with pytest.raises(ValueError, match="x: the visual slots must be one run at the end of the prefix"):
+        batching.pack(prefix, [batching.Encoded(said, said, none, none)], 9, 0, "x")
+
+
+def test_a_worker_is_sent_neither_images_nor_the_index(train):
+    data = train(cache_bytes=20_000, workers=2)
+    fresh = len(pickle.dumps(data))
+    want = data.batch(3)
+    sent = pickle.dumps(data)
+    assert len(sent) == fresh < 40_000  # nearly all of it is the tokenizer
+    received = pickle.loads(sent)
+    assert_same(received.batch(3), want)
+    assert received._cache._limit == 10_000  # all workers together keep what one process would
 
 
 def test_too_small_shapes_are_refused_before_training(train):
@@ -241,6 +279,8 @@ def test_option_errors(prepared, train):
         TrainOptions(curriculum=((5, {"attribute": -1.0}),))
     with pytest.raises(UserError, match=r"split 'train' has no family 'atribute' \(did you mean 'attribute'"):
         train(curriculum=((5, {"atribute": 1.0}),))
+    with pytest.raises(UserError, match="data.workers must not be negative, got -2"):
+        TrainOptions(workers=-2)
     with pytest.raises(UserError, match="seed must not be negative, got -1"):
         train(seed=-1)
     with pytest.raises(UserError, match=r"unknown split 'tset'"):
