@@ -10,9 +10,9 @@ import tensorstore as ts
 
 from convert_weights.families import FAMILIES, Family
 from convert_weights.sources import Entry
-from flowseg_jax.checkpoint import read_model_config
 from flowseg_jax.errors import UserError
 from flowseg_jax.manifest import verify
+from flowseg_jax.model_directory import read_model_config
 from flowseg_jax.streaming import boxes
 
 # Where a tower lies in a whole model.

@@ -18,8 +18,8 @@ from convert_weights.convert import Exported, cast
 from convert_weights.directory import ModelDirectory
 from convert_weights.families import Family
 from convert_weights.sources import DTYPES
-from flowseg_jax.checkpoint import check_free
 from flowseg_jax.errors import UserError
+from flowseg_jax.model_directory import check_free
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 

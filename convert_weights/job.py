@@ -21,10 +21,10 @@ from convert_weights.families import FAMILIES, Family
 from convert_weights.plan import Plan, check_twins, make_plan
 from convert_weights.sources import JoinedSource, TensorSource, local, open_source, read_json
 from flowseg_jax import parallel
-from flowseg_jax.checkpoint import check_free, stream_model
 from flowseg_jax.data.prompts import Prompts
 from flowseg_jax.data.tokenizer import extend_tokenizer, load_tokenizer
 from flowseg_jax.errors import UserError
+from flowseg_jax.model_directory import check_free, stream_model
 from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.models.language import LanguageConfig
 from flowseg_jax.streaming import LazyArray

@@ -1,87 +1,36 @@
-"""Checkpoints: Orbax behind the few calls that the rest of the package needs.
+"""Training checkpoints: Orbax behind the few calls that a run needs.
 
-Two things are stored. A *training checkpoint* (`Checkpoints`) is one step's state with a JSON of what it takes to continue:
-config, position in the data, versions, parameter manifest. A *model directory* (`save_model`, `load_model`) is what can be run:
-model config, tokenizer, parameters. Both carry a checksum of every array: Orbax notices a truncated file, not a changed byte.
+A checkpoint is one step's directory: the state, and a JSON with everything else that it takes to continue (config, position in
+the data, versions, git revision, parameter manifest) and a checksum of every array, because Orbax notices a truncated file but
+not a changed byte. `docs/checkpoints.md` says what that guarantees.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
-import functools
-import importlib.metadata
 import json
+import logging
+import math
 import os
-import shutil
-import subprocess
-import tempfile
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
-from flowseg_jax.errors import UserError
-from flowseg_jax.manifest import Tree, check_params, checksums, compare, flatten, manifest, nest, verify
-from flowseg_jax.streaming import LazyArray, write_arrays
+from flowseg_jax.errors import UserError, suggest
+from flowseg_jax.manifest import Tree, checksums, compare, manifest, verify
+from flowseg_jax.model_directory import load_model, read_model_config, save_model
+from flowseg_jax.processes import attempt, is_primary
+from flowseg_jax.storage import absolute, as_stored, cast, damage, prepare_workdir, provenance, reason
 from flowseg_jax.writers import say
 
-__all__ = [
-    "Checkpoints",
-    "LoadedModel",
-    "Restored",
-    "changed_keys",
-    "check_free",
-    "check_params",
-    "load_model",
-    "prepare_workdir",
-    "provenance",
-    "read_model_config",
-    "save_model",
-    "stream_model",
-]
+__all__ = ["Checkpoints", "Restored", "changed_keys", "load_model", "prepare_workdir", "read_model_config", "save_model"]
 
-FORMAT = "flowseg_jax model"
-FORMAT_VERSION = 1
-DAMAGE = (ValueError, OSError, KeyError, TypeError)  # what reading a damaged directory raises, see _is_damage
-
-
-def prepare_workdir(path: str | os.PathLike) -> Path:
-    """Creates the directory where it is missing and proves that it can be written. Returns its absolute path.
-
-    Raises:
-        UserError: it cannot be created or written.
-    """
-    workdir = Path(path).expanduser().absolute()
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=workdir) as probe:
-            probe.write(b"flowseg_jax")
-    except OSError as error:
-        raise UserError(f"workdir {workdir} cannot be written: {error.strerror}; choose another with --workdir") from None
-    return workdir
-
-
-@functools.cache
-def provenance() -> dict[str, Any]:
-    """Versions of the packages that decide the numbers, and the git revision of this checkout, if it is one."""
-    names = ("flowseg-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers")
-    versions = {}
-    for name in names:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    root, revision = Path(__file__).resolve().parent.parent, None
-    if (root / ".git").exists():
-        with contextlib.suppress(OSError, subprocess.SubprocessError):
-            command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
-            revision = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    return {"versions": versions, "revision": revision}
+SIGNS = {"min": -1.0, "max": 1.0}  # what makes a better value of a metric a larger one
 
 
 def changed_keys(saved: Mapping[str, Any], new: Mapping[str, Any], ignore: Iterable[str] = ()) -> list[str]:
@@ -129,53 +78,81 @@ class Restored:
 class Checkpoints:
     """The training checkpoints of a run, `<workdir>/checkpoints/<step>`, written by a thread while training goes on.
 
+    Where there are several processes, all of them make one and call its methods in the same order, on a directory that all of
+    them see.
+
     Args:
-        workdir: the run's directory.
+        workdir: the run's directory, local or remote.
         keep: how many of the newest are kept.
-        keep_every: steps that are multiples of it are kept for good.
+        keep_every: steps that are multiples of it are kept for good; 0 or None for none.
+        best: (metric, "min" or "max"): the checkpoint with the lowest or highest value of it is kept as well; empty for none.
+
+    Raises:
+        UserError: a policy that makes no sense, or a directory that cannot be opened.
     """
 
-    def __init__(self, workdir: str | os.PathLike, keep: int = 2, keep_every: int | None = None):
-        self.directory = Path(workdir).absolute() / "checkpoints"
-        kept: list[Any] = [policies.LatestN(keep)]
-        if keep_every:
-            kept.append(policies.EveryNSteps(keep_every))
+    def __init__(
+        self, workdir: str | os.PathLike, keep: int = 2, keep_every: int | None = None, best: Sequence[str] | None = None
+    ):
+        self.directory = absolute(workdir) / "checkpoints"
+        self._best = tuple(best or ())
+        self._step: int | None = None  # whose checkpoint is being written
+        logging.getLogger("absl").addFilter(_logged_and_raised)
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policies.AnyPreservationPolicy(kept),
+            preservation_policy=_preservation(keep, keep_every, self._best),
+            best_fn=_quality(*self._best) if self._best else None,  # without it Orbax does not store the metrics
             cleanup_tmp_directories=True,  # of a run that was killed while it saved
         )
         try:
+            self._set_aside_unreadable_metrics()
             self._manager = ocp.CheckpointManager(self.directory, options=options)
-        except OSError as error:
-            raise UserError(f"checkpoints in {self.directory} cannot be opened: {error}") from None
+        except (OSError, ImportError) as error:
+            raise UserError(f"checkpoints in {self.directory} cannot be opened: {reason(error)}") from None
 
     @property
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
 
-    def save(self, step: int, state: Tree, meta: Mapping[str, Any]) -> bool:
+    @property
+    def best_step(self) -> int | None:
+        """The step with the best value of the metric that `best` names; None before there is one."""
+        return self._manager.best_step() if self._best else None
+
+    def save(self, step: int, state: Tree, meta: Mapping[str, Any], metrics: Mapping[str, Any] | None = None) -> bool:
         """Starts writing the checkpoint behind `step`; the arrays may be donated as soon as this returns.
 
         Args:
             state: pure tree of arrays.
             meta: JSON values, at least the resolved config and the position in the data. Versions, git revision, manifest and
                 checksums are added.
+            metrics: scalars of this step, for `best`. Without them, or if the one that counts is not finite, the checkpoint is
+                never the best one.
 
         Returns:
             False where that step is saved already.
+
+        Raises:
+            UserError: this checkpoint, or the one before it, could not be written; or `metrics` lack the one that `best` names.
         """
+        self.wait()
         if step in self._manager.all_steps():
             return False
+        if metrics is not None:
+            metrics = {name: float(value) for name, value in metrics.items()}
+            if self._best and self._best[0] not in metrics:
+                raise UserError(f"checkpoint.best: no metric {self._best[0]!r}{suggest(self._best[0], metrics)}")
         meta = {**meta, "step": step, **provenance(), "manifest": manifest(state), "checksums": checksums(state)}
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
-        with self._written(f"checkpoint of step {step}"):
-            return self._manager.save(step, args=args, force=True)
+        self._step = step
+        with self._written():
+            return self._manager.save(step, args=args, metrics=metrics, force=True)
 
     def restore_latest(self, abstract: Tree, check: Callable[[dict], None] | None = None) -> Restored | None:
         """The newest checkpoint that can be read; a damaged one is named, set aside and the one before it taken.
 
         Args:
-            abstract: `jax.ShapeDtypeStruct`s with shardings, in the structure of the state.
+            abstract: `jax.ShapeDtypeStruct`s with shardings, in the structure of the state. The mesh need not be the one that
+                the checkpoint was written on.
             check: called with a checkpoint's JSON before its arrays are read; raises a UserError if another config wrote it.
 
         Returns:
@@ -184,33 +161,28 @@ class Checkpoints:
         Raises:
             UserError: from `check`, or when the state has other arrays than this run's.
         """
+        self.wait()
         for step in sorted(self._manager.all_steps(), reverse=True):
-            try:
-                meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
-                stored, sums = meta["manifest"], meta["checksums"]
-            except Exception as error:
-                if not _is_damage(error):
-                    raise
-                self._set_aside(step, error)
-                continue
-            if check is not None:
-                check(meta)
-            compare(manifest(abstract), stored, f"checkpoint {self.directory / str(step)}")
-            try:
-                args = ocp.args.Composite(state=ocp.args.StandardRestore(_as_stored(abstract, stored)))
-                state = self._manager.restore(step, args=args).state
-                verify(state, sums)
-            except Exception as error:
-                if not _is_damage(error):
-                    raise
-                self._set_aside(step, error)
-                continue
-            return Restored(step, _cast(state, abstract), meta)
+            path = self.directory / str(step)
+            meta, fault = attempt(partial(_read_meta, path), damage)
+            if not fault:
+                if check is not None:
+                    check(meta)
+                compare(manifest(abstract), meta["manifest"], f"checkpoint {path}")
+                state, fault = attempt(partial(_read_state, path, as_stored(abstract, meta["manifest"])), damage)
+            if not fault:
+                _, fault = attempt(partial(verify, state, meta["checksums"]), damage)
+            if not fault:
+                return Restored(step, cast(state, abstract), meta)
+            self._set_aside(step, fault)
+            self._manager.reload()
+            if self.latest_step is None and is_primary():
+                say("there is no older checkpoint: starting from step 0")
         return None
 
     def wait(self) -> None:
         """Returns when everything is on disk. Raises a UserError where that failed."""
-        with self._written("a checkpoint"):
+        with self._written():
             self._manager.wait_until_finished()
 
     def close(self) -> None:
@@ -224,260 +196,84 @@ class Checkpoints:
         self.close()
 
     @contextlib.contextmanager
-    def _written(self, what: str):
+    def _written(self):
         try:
             yield
         except (ValueError, OSError) as error:
-            steps = self._manager.all_steps()
-            older = f"; the checkpoints of steps {', '.join(map(str, steps))} are intact" if steps else ""
-            raise UserError(f"{what} in {self.directory} could not be written: {_line(error)}{older}") from error
+            with contextlib.suppress(OSError):
+                self._manager.reload()  # older ones that were to be removed after this one are still there
+            steps = [str(step) for step in self._manager.all_steps()]
+            older = f"; older checkpoints are intact: {', '.join(steps)}" if steps else ""
+            what = f"checkpoint of step {self._step} in {self.directory}"
+            raise UserError(f"{what} could not be written: {reason(error)}{older}") from error
 
-    def _set_aside(self, step: int, error: Exception) -> None:
-        aside = self.directory / f"{step}.damaged"
-        if jax.process_index() == 0:
-            if aside.exists():
-                shutil.rmtree(aside)
-            (self.directory / str(step)).rename(aside)
-        say(f"checkpoint {self.directory / str(step)} is damaged ({_line(error)}): set aside as {aside.name}")
-        self._manager.reload()
-        if self.latest_step is None:
-            say("there is no older checkpoint: starting from step 0")
+    def _set_aside(self, step: int | str, fault: str) -> None:
+        """Renames the directory of a step; all processes call it, and it is done when they return."""
+        path, aside = self.directory / str(step), self.directory / f"{step}.damaged"
 
+        def rename() -> None:
+            aside.rmtree(missing_ok=True)
+            path.rename(aside)
+            say(f"checkpoint {path} is damaged ({fault}): set aside as {aside.name}")
 
-@dataclasses.dataclass(frozen=True)
-class LoadedModel:
-    """A model directory in memory: parameters, the dict for `FlowSegConfig.from_dict`, the tokenizer's directory, the rest.
+        _, refusal = attempt(lambda: rename() if is_primary() else None, damage)
+        if refusal:
+            raise UserError(f"checkpoint {path} is damaged ({fault}) and cannot be set aside: {refusal}")
 
-    `tower` is None for a model; for a tower it holds its `family` and `config`, `model_config` is empty, and there may be no
-    tokenizer.
-    """
-
-    params: Tree
-    model_config: dict[str, Any]
-    tokenizer_dir: Path
-    extra: dict[str, Any]
-    tower: dict[str, Any] | None = None
+    def _set_aside_unreadable_metrics(self) -> None:
+        """Orbax reads the metrics of all steps when it opens the directory, and gives up where one is no JSON."""
+        for path in sorted(self.directory.glob("*/metrics/metrics")):
+            step = path.parent.parent.name
+            _, fault = attempt(partial(_read_json, path), damage)
+            if fault and step.isdigit():
+                self._set_aside(step, fault)
 
 
-def save_model(
-    directory: str | os.PathLike,
-    params: Tree,
-    model_config: Mapping[str, Any],
-    tokenizer_dir: str | os.PathLike,
-    extra: Mapping[str, Any] | None = None,
-    dtype: str | None = "bfloat16",
-    overwrite: bool = False,
-) -> Path:
-    """Writes a runnable model directory: `config.json`, `tokenizer/`, `params/`. It appears complete or not at all.
-
-    Args:
-        params: pure dict of arrays.
-        model_config: what `FlowSegConfig.from_dict` reads.
-        tokenizer_dir: directory that `transformers.AutoTokenizer` reads; copied.
-        extra: anything else worth keeping with the weights (how they were made, metrics, prompts); JSON values.
-        dtype: what floating-point parameters are stored as; None keeps each one's own.
-        overwrite: replace a directory that exists.
-
-    Raises:
-        UserError: the directory exists, or cannot be written.
-    """
-    params = _cast_floats(_string_keys(params), dtype)
-
-    def write(path: Path) -> dict[str, int]:
-        with contextlib.closing(ocp.PyTreeCheckpointer()) as checkpointer:
-            checkpointer.save(path, args=ocp.args.PyTreeSave(params))
-        return checksums(params)
-
-    return _write_model(directory, write, manifest(params), {"model": dict(model_config)}, tokenizer_dir, extra, overwrite)
+def _logged_and_raised(record: logging.LogRecord) -> bool:
+    """Filters out the stack traces that Orbax logs in its threads of errors that it raises later, when they are waited for."""
+    return not (record.exc_info and "orbax" in record.pathname)
 
 
-def stream_model(
-    directory: str | os.PathLike,
-    arrays: Mapping[str, LazyArray],
-    model_config: Mapping[str, Any] | None,
-    tokenizer_dir: str | os.PathLike | None,
-    extra: Mapping[str, Any] | None = None,
-    *,
-    tower: Mapping[str, Any] | None = None,
-    overwrite: bool = False,
-    progress: Callable[[str], None] = lambda name: None,
-) -> Path:
-    """`save_model` for arrays that are made one at a time, while they are written; each keeps its dtype.
-
-    Args:
-        arrays: by flat name ("llm/table").
-        model_config: of a model; None for a tower.
-        tokenizer_dir: as in `save_model`; a tower may have none.
-        tower: of a tower, its `family` and `config`.
-        progress: called with the name of each array once it is made.
-
-    Raises:
-        UserError: as `save_model`, and what making an array raises.
-    """
-    kind = {"model": dict(model_config)} if tower is None else {"model": {}, "tower": dict(tower)}
-    kinds = {name: [list(lazy.shape), str(lazy.dtype)] for name, lazy in arrays.items()}
-    return _write_model(
-        directory, lambda path: write_arrays(path, arrays, progress), kinds, kind, tokenizer_dir, extra, overwrite
-    )
+def _preservation(keep: int, keep_every: int | None, best: tuple[str, ...]) -> policies.PreservationPolicy:
+    """Which checkpoints stay: those that any of the three rules keeps."""
+    if keep < 1:
+        raise UserError(f"checkpoint.keep must be at least 1, got {keep}")
+    if keep_every is not None and keep_every < 0:
+        raise UserError(f"checkpoint.keep_every must be a number of steps, or 0 for none, got {keep_every}")
+    if best and (len(best) != 2 or best[1] not in SIGNS):
+        raise UserError(f"checkpoint.best must be a metric and 'min' or 'max', as in ('loss', 'min'), got {best}")
+    kept: list[Any] = [policies.LatestN(keep)]
+    if keep_every:
+        kept.append(policies.EveryNSteps(keep_every))
+    if best:
+        kept.append(policies.BestN(get_metric_fn=_quality(*best), n=1, keep_checkpoints_without_metrics=False))
+    return policies.AnyPreservationPolicy(kept)
 
 
-def _write_model(
-    directory: str | os.PathLike,
-    write: Callable[[Path], dict[str, int]],
-    kinds: Mapping[str, list],
-    kind: Mapping[str, Any],
-    tokenizer_dir: str | os.PathLike | None,
-    extra: Mapping[str, Any] | None,
-    overwrite: bool,
-) -> Path:
-    """A directory with what `write` puts into `params/`; it returns the checksums of the arrays in the manifest `kinds`."""
-    target = Path(directory).absolute()
-    check_free(target, overwrite)
-    if tokenizer_dir is not None and not Path(tokenizer_dir).is_dir():
-        raise UserError(f"no tokenizer directory {tokenizer_dir}")
-    config = {"format": FORMAT, "format_version": FORMAT_VERSION, **kind, "extra": dict(extra or {}), **provenance()}
-    json.dumps(config)  # what is no JSON value shows before anything is written
-    fresh, old = (target.with_name(f".{target.name}.{what}-{os.getpid()}") for what in ("tmp", "old"))
-    try:
-        fresh.mkdir(parents=True)
-        sums = write(fresh / "params")
-        note = fresh / "params" / "commit_success.txt"
-        if note.exists():
-            note.write_text("complete\n")  # Orbax writes where it was saved, which is nobody's business and changes the bytes
-        if tokenizer_dir is not None:
-            shutil.copytree(tokenizer_dir, fresh / "tokenizer")
-        text = json.dumps({**config, "manifest": kinds, "checksums": sums}, indent=1)
-        (fresh / "config.json").write_text(text + "\n", encoding="utf-8")
-        if target.exists():
-            target.rename(old)
-        fresh.rename(target)
-    except UserError:
-        raise
-    except (OSError, ValueError) as error:
-        full = os.strerror(errno.ENOSPC)  # TensorStore says it at the end of a long sentence
-        reason = full if full in str(error) else _line(error)
-        raise UserError(f"model directory {target} could not be written: {reason}") from error
-    finally:
-        if old.exists() and not target.exists():
-            old.rename(target)
-        for leftover in (fresh, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-    return target
+def _quality(name: str, direction: str) -> Callable[[Mapping[str, float]], float]:
+    """What a checkpoint's metrics are worth: the more, the better; a value that is missing or not finite is worth nothing."""
+
+    def quality(metrics: Mapping[str, float]) -> float:
+        value = metrics.get(name, math.nan)
+        return SIGNS[direction] * value if math.isfinite(value) else -math.inf
+
+    return quality
 
 
-def check_free(directory: str | os.PathLike, overwrite: bool = False) -> None:
-    """Raises a UserError where a directory to be written exists already and is not empty."""
-    target = Path(directory)
-    if not overwrite and target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{target} exists: remove it or choose another name")
+# Orbax's handlers and not the manager's `restore`: that one ends in a barrier, which a process that cannot read never reaches.
 
 
-def read_model_config(directory: str | os.PathLike, *, towers: bool = False) -> dict[str, Any]:
-    """The whole `config.json` of a model directory, checked: `model`, `extra`, `manifest`, `checksums`, versions, revision.
-
-    Args:
-        towers: accept the directory of a tower as well, which has `tower` in place of `model`.
-    """
-    path = Path(directory).absolute()
-    if not path.is_dir():
-        raise UserError(f"no model directory {path}")
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is not a model directory: it has no config.json") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path / 'config.json'} cannot be read: {_line(error)}") from None
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
-        raise UserError(f"{path / 'config.json'} was not written by flowseg_jax; convert such weights by convert_weights")
-    if config.get("format_version") != FORMAT_VERSION:
-        found = config.get("format_version")
-        raise UserError(f"{path} has format version {found}, this flowseg_jax reads {FORMAT_VERSION}: convert it again")
-    tower = config.get("tower")
-    lacking = [key for key in ("model", "extra", "manifest", "checksums") if not isinstance(config.get(key), dict)]
-    needed = ("params",) if tower is not None else ("params", "tokenizer")
-    lacking += [name for name in needed if not (path / name).is_dir()]
-    if lacking:
-        raise UserError(f"model directory {path} is incomplete: it lacks {', '.join(lacking)}")
-    if tower is not None and not towers:
-        raise UserError(
-            f"{path} holds a tower ({tower.get('family')}), not a whole model: build one around it by "
-            "python -m convert_weights flowseg llm=DIR siglip=DIR sam=DIR OUT"
-        )
-    return config
+def _read_meta(path: epath.Path) -> dict[str, Any]:
+    meta = _read_json(path / "meta" / "metadata")
+    for key in ("manifest", "checksums"):
+        meta[key]  # a damaged file may still be JSON
+    return meta
 
 
-def load_model(
-    directory: str | os.PathLike, abstract: Tree | None = None, dtype: str | None = "float32", *, towers: bool = False
-) -> LoadedModel:
-    """Reads a model directory and verifies every array.
-
-    Args:
-        directory: written by `save_model` or `stream_model`.
-        abstract: parameters as `jax.ShapeDtypeStruct`s, with shardings where there is a mesh; they are read straight into that
-            form, and compared with it first. Without it they come as NumPy arrays.
-        dtype: without `abstract`, what floating-point parameters are cast to; None leaves them as they are stored.
-        towers: read the directory of a tower as well.
-
-    Raises:
-        UserError: no such directory, not a model directory, damaged, or parameters that do not fit `abstract`.
-    """
-    path = Path(directory).absolute()
-    config = read_model_config(path, towers=towers)
-    stored = config["manifest"]
-    if abstract is not None:
-        compare(manifest(abstract), stored, f"model directory {path}")
-        item = _string_keys(_as_stored(abstract, stored))
-    else:
-        item = nest({name: jax.ShapeDtypeStruct(tuple(shape), kind) for name, (shape, kind) in stored.items()})
-    try:
-        with contextlib.closing(ocp.PyTreeCheckpointer()) as checkpointer:
-            if abstract is not None:
-                restore = ocp.checkpoint_utils.construct_restore_args(item)
-            else:
-                restore = jax.tree.map(lambda x: ocp.RestoreArgs(restore_type=np.ndarray, dtype=x.dtype), item)
-            params = checkpointer.restore(path / "params", args=ocp.args.PyTreeRestore(item=item, restore_args=restore))
-        verify(params, config["checksums"])
-    except Exception as error:
-        if not _is_damage(error):
-            raise
-        raise UserError(f"model directory {path} is damaged: {_line(error)}") from error
-    params = nest(flatten(params))
-    params = _cast(params, abstract) if abstract is not None else _cast_floats(params, dtype)
-    return LoadedModel(params, config["model"], path / "tokenizer", config["extra"], config.get("tower"))
+def _read_json(path: epath.Path) -> Any:
+    return json.loads(path.read_text())
 
 
-def _as_stored(abstract: Tree, stored: Mapping[str, list]) -> Tree:
-    """The abstract arrays with the dtypes they were written in: checksums are of those bytes."""
-
-    def one(path: tuple, x: Any) -> Any:
-        kind = stored[jax.tree_util.keystr(path, simple=True, separator="/")][1]
-        if kind == str(x.dtype) or jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-            return x
-        return jax.ShapeDtypeStruct(x.shape, kind, sharding=getattr(x, "sharding", None))
-
-    return jax.tree_util.tree_map_with_path(one, abstract)
-
-
-def _cast(tree: Tree, abstract: Tree) -> Tree:
-    return jax.tree.map(lambda x, like: x if x.dtype == like.dtype else x.astype(like.dtype), tree, abstract)
-
-
-def _cast_floats(tree: Tree, dtype: str | None) -> Tree:
-    if dtype is None:
-        return tree
-    return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
-
-
-def _string_keys(tree: Tree) -> Tree:
-    return {str(key): _string_keys(value) for key, value in tree.items()} if isinstance(tree, Mapping) else tree
-
-
-def _is_damage(error: Exception) -> bool:
-    """Whether reading failed for what is on disk and not, say, for want of memory. An unreadable chunk is a bare Exception."""
-    return isinstance(error, DAMAGE) or type(error) is Exception
-
-
-def _line(error: BaseException) -> str:
-    """The first sentence of an error's text, or its type."""
-    text = str(error).strip().splitlines()
-    return text[0].split(". See ")[0].split(" [")[0][:200] if text else type(error).__name__
+def _read_state(path: epath.Path, abstract: Tree) -> Tree:
+    with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
+        return handler.restore(path / "state", args=ocp.args.StandardRestore(abstract))

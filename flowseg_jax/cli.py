@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import jax
+from ml_collections import ConfigDict
 
 from flowseg_jax import config as configs
 from flowseg_jax.errors import UserError
@@ -40,19 +42,67 @@ def train(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--config", metavar="FILE", help="experiment, default configs/shapes_tiny.py; --config.KEY=VALUE overrides"
     )
-    parser.add_argument("--workdir", metavar="DIR", help="where the run lives, default runs/<name of the config>")
+    parser.add_argument("--workdir", metavar="DIR", help="where the run lives, default runs/<name of the config>; may be gs://")
+    parser.add_argument("--profile", metavar="START:STEPS", help="trace STEPS steps behind step START into <workdir>/profile")
+    add_process_flags(parser)
+    add_plan_flags(parser)
     if {"-h", "--help"} & set(argv):
         parser.parse_args(["--help"])
     config, rest = configs.load(argv)
     arguments = parser.parse_args(rest)
+    if arguments.plan:
+        return plan(config, arguments)
+    if arguments.topology or arguments.effort or arguments.json:
+        raise UserError("--topology, --effort and --json belong to --plan: add it, or leave them out to train")
     chosen = next(
         (a.partition("=")[2] or b for a, b in zip(argv, [*argv[1:], ""], strict=True) if a.split("=")[0] == "--config"), None
     )
-    from flowseg_jax.training.loop import train as run
-
     use_host_devices(config.batch_size // max(1, config.model.negatives_group * config.optimizer.accumulate))
-    run(config, arguments.workdir or Path("runs") / Path((chosen or "configs/shapes_tiny.py").split(":")[0]).stem)
+    join_processes(arguments)
+    from flowseg_jax.training.loop import train as run
+    from flowseg_jax.training.profiling import Profile
+
+    profile = Profile.parse(arguments.profile) if arguments.profile else None
+    run(config, arguments.workdir or Path("runs") / Path((chosen or "configs/shapes_tiny.py").split(":")[0]).stem, profile)
     return 0
+
+
+def add_process_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--distributed", action="store_true", help="one of several processes (TPU pod, GKE, SLURM, Open MPI)")
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="elsewhere: where process 0 listens, the same for all")
+    parser.add_argument("--processes", metavar="N", type=int, help="how many there are")
+    parser.add_argument("--process", metavar="I", type=int, help="which this one is, from 0")
+
+
+def join_processes(arguments: argparse.Namespace) -> None:
+    """Joins the processes that the flags name; all but the first fall silent."""
+    explicit = (arguments.coordinator, arguments.processes, arguments.process)
+    if not arguments.distributed and explicit == (None, None, None):
+        return
+    from flowseg_jax import processes, writers
+
+    processes.join(*explicit)
+    if not processes.is_primary():
+        writers.silence()
+
+
+def add_plan_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--plan", action="store_true", help="compile the step for a topology and report; nothing runs")
+    parser.add_argument("--topology", metavar="NAME", help="with --plan: v5e:4x4, v5p:2x2x2, v6e:4x4, h100:8; default cpu:1")
+    parser.add_argument("--effort", metavar="LEVEL", help="with --plan: how hard XLA optimises, O0 to O3, default; O1")
+    parser.add_argument("--json", action="store_true", help="with --plan: the last line is one JSON object")
+
+
+def plan(config: ConfigDict, arguments: argparse.Namespace) -> int:
+    """Prints what a run would need; 1 if it does not fit."""
+    from flowseg_jax.planning.plan import plan as make
+    from flowseg_jax.writers import say
+
+    report = make(config, arguments.topology or "cpu:1", effort=arguments.effort or "O1")
+    say(report.text())
+    if arguments.json:
+        say(json.dumps(report.to_json()))
+    return 0 if report.fits else 1
 
 
 def model_directory(arguments: argparse.Namespace) -> Path:
@@ -85,8 +135,8 @@ def evaluate(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=int, default=8, help="images at a time")
     parser.add_argument("--shuffle-text", action="store_true", help="control: every image is asked another image's sentences")
     arguments = parser.parse_args(argv)
-    from flowseg_jax.checkpoint import read_model_config
     from flowseg_jax.evaluation.benchmark import Benchmark
+    from flowseg_jax.model_directory import read_model_config
     from flowseg_jax.training import loop
 
     directory = model_directory(arguments)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from flowseg_jax.errors import UserError
 
@@ -83,10 +85,18 @@ def verify(tree: Tree, expected: Mapping[str, int]) -> None:
         raise ValueError(f"the bytes of {wrong[0]}{more} have changed since they were written")
 
 
-@jax.jit
 def device_checksums(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """`checksums` on the device: uint32 scalars. No temporary is larger than a fused reduction's."""
+    """`checksums` on the device: uint32 scalars. No temporary is larger than a fused reduction's.
 
+    The scalars are on every device of the arrays' mesh: each of several processes can read them, also for arrays of which it
+    holds a part.
+    """
+    meshes = [x.sharding.mesh for x in arrays.values() if isinstance(x.sharding, NamedSharding)]
+    return _compiled_checksums(NamedSharding(meshes[0], PartitionSpec()) if meshes else None)(arrays)
+
+
+@functools.cache
+def _compiled_checksums(placed: NamedSharding | None) -> Callable[[dict[str, jax.Array]], dict[str, jax.Array]]:
     def one(x: jax.Array) -> jax.Array:
         if x.dtype == jnp.bool_:
             x = x.astype(jnp.uint8)
@@ -97,7 +107,7 @@ def device_checksums(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
             stride *= x.shape[axis]
         return jnp.sum(x.astype(jnp.uint32) * (2 * index + 1), dtype=jnp.uint32)
 
-    return jax.tree.map(one, arrays)
+    return jax.jit(lambda arrays: jax.tree.map(one, arrays), out_shardings=placed)
 
 
 def _host_checksum(x: np.ndarray) -> int:

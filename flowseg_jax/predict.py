@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Bool, UInt8
 from PIL import Image
 
-from flowseg_jax import checkpoint
+from flowseg_jax import model_directory
 from flowseg_jax.data import batching, images, masks
 from flowseg_jax.data.batch import BatchShape
 from flowseg_jax.data.prompts import Prompts
@@ -170,14 +170,14 @@ class Segmentor:
 
 
 def load(directory: str | os.PathLike[str]) -> Segmentor:
-    """The segmentor of a model directory (`checkpoint.save_model`); its `extra["prompts"]` holds the fields of `Prompts`.
+    """The segmentor of a model directory (`model_directory.save_model`); its `extra["prompts"]` holds the fields of `Prompts`.
 
     Raises:
         UserError: not a model directory, a damaged one, or one whose tokenizer does not fit the model.
     """
-    cfg = FlowSegConfig.from_dict(checkpoint.read_model_config(directory)["model"])
+    cfg = FlowSegConfig.from_dict(model_directory.read_model_config(directory)["model"])
     graphdef, abstract = flowseg.describe(cfg)
-    loaded = checkpoint.load_model(directory, flowseg.at_rest(abstract))
+    loaded = model_directory.load_model(directory, flowseg.at_rest(abstract))
     prompts = Prompts(**loaded.extra.get("prompts", {}))
     tokenizer = load_tokenizer(loaded.tokenizer_dir, needed=prompts.needed)
     if tokenizer.vocab > cfg.llm.vocab:

@@ -15,17 +15,20 @@ import threading
 import time
 import types
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from flowseg_jax.errors import UserError
+from flowseg_jax.storage import absolute, is_remote, reason
 
 HEARTBEAT_SECONDS = 10.0
+UPLOAD_SECONDS = 30.0  # between two uploads of a metrics.jsonl that is an object in a store
 RATES = ("learning_rate", "steps_per_second", "examples_per_second")  # scalars that the terminal shows in its own columns
 
 _print_lock = threading.Lock()
+_silent = False
 _last_print = time.monotonic()
 
 
@@ -136,32 +139,29 @@ class JsonlWriter(ScalarWriter):
     Infinity, as Python's `json` reads it back. The file has each step once: opened by a run that continues from `start_step`,
     it drops the lines behind that step (they will be computed again) and a last line that a kill cut short.
 
+    An object of a store cannot be appended to. It is replaced as a whole: at most every `UPLOAD_SECONDS`, and by `flush`, which
+    is to be called before a checkpoint is saved so that no line behind it can be lost.
+
     Raises:
         UserError: the file cannot be written.
         ValueError: a step that is not behind the last one.
     """
 
     def __init__(self, path: str | os.PathLike, start_step: int = 0):
-        self.path = Path(path)
+        self.path = absolute(path)
         self._step = -1
-        try:
-            kept = self._kept_lines(start_step)
-            if kept is not None:
-                fresh = self.path.with_name(self.path.name + ".tmp")
-                with fresh.open("w", encoding="utf-8") as file:
-                    file.writelines(kept)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(fresh, self.path)
-            self._file = self.path.open("a", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error.strerror}") from None
+        with self._written():
+            lines = self._read()
+            kept = self._kept(lines, start_step)
+            self._lines = (_ReplacedLines if is_remote(self.path) else _AppendedLines)(self.path, kept, kept != lines)
 
-    def _kept_lines(self, start_step: int) -> list[str] | None:
-        """The lines to keep, or None where that is all of the file. Notes the last step that is kept."""
+    def _read(self) -> list[str]:
         if not self.path.exists():
-            return None
-        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+            return []
+        return self.path.read_bytes().decode(errors="replace").splitlines(keepends=True)
+
+    def _kept(self, lines: list[str], start_step: int) -> list[str]:
+        """The lines to keep. Notes the last step of them."""
         kept = []
         for line in lines:
             try:
@@ -171,21 +171,77 @@ class JsonlWriter(ScalarWriter):
             if line.endswith("\n") and self._step < step <= start_step:
                 kept.append(line)
                 self._step = step
-        return None if kept == lines else kept
+        return kept
+
+    @contextlib.contextmanager
+    def _written(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if not isinstance(error, OSError) and not is_remote(self.path):  # clients of object stores have errors of their own
+                raise
+            raise UserError(f"cannot write {self.path}: {getattr(error, 'strerror', None) or reason(error)}") from None
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
         if step <= self._step:
             raise ValueError(f"step {step} was already logged: the last one in {self.path} is {self._step}")
         values = {"step": int(step)} | {name: _number(value) for name, value in scalars.items()}
-        try:
-            self._file.write(json.dumps(values) + "\n")
-            self._file.flush()
-        except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error.strerror}") from None
+        with self._written():
+            self._lines.write(json.dumps(values) + "\n")
         self._step = step
+
+    def flush(self) -> None:
+        with self._written():
+            self._lines.flush()
+
+    def close(self) -> None:
+        with self._written():
+            self._lines.close()
+
+
+class _AppendedLines:
+    """The lines of a local file, each in it as soon as it is written."""
+
+    def __init__(self, path: epath.Path, lines: list[str], changed: bool):
+        if changed:
+            fresh = path.with_name(path.name + ".tmp")
+            with fresh.open("w") as file:
+                file.writelines(lines)
+                file.flush()
+                os.fsync(file.fileno())
+            fresh.replace(path)
+        self._file = path.open("a")
+
+    def write(self, line: str) -> None:
+        self._file.write(line)
+        self._file.flush()
+
+    def flush(self) -> None:
+        pass
 
     def close(self) -> None:
         self._file.close()
+
+
+class _ReplacedLines:
+    """The lines of an object, held here and uploaded all together."""
+
+    def __init__(self, path: epath.Path, lines: list[str], changed: bool):
+        self._path, self._lines, self._uploaded = path, lines, time.monotonic()
+        if changed:
+            self.flush()
+
+    def write(self, line: str) -> None:
+        self._lines.append(line)
+        if time.monotonic() - self._uploaded >= UPLOAD_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        self._path.write_text("".join(self._lines))
+        self._uploaded = time.monotonic()
+
+    def close(self) -> None:
+        self.flush()
 
 
 class ProgressWriter(ScalarWriter):
@@ -241,9 +297,10 @@ def create_writer(
     """
     if not primary:
         return metric_writers.MultiWriter([])
-    writers: list[Any] = [JsonlWriter(Path(workdir) / "metrics.jsonl", start_step), ProgressWriter(steps)]
+    directory = absolute(workdir)
+    writers: list[Any] = [JsonlWriter(directory / "metrics.jsonl", start_step), ProgressWriter(steps)]
     if tensorboard:
-        writers.append(metric_writers.AsyncWriter(TensorBoardWriter(Path(workdir) / "tensorboard")))
+        writers.append(metric_writers.AsyncWriter(TensorBoardWriter(directory / "tensorboard")))
     return metric_writers.MultiWriter(writers)
 
 
@@ -251,8 +308,15 @@ def say(text: str) -> None:
     """Prints a line at once. Everything that a command reports while it runs goes through here, so that `heartbeat` knows."""
     global _last_print
     with _print_lock:
-        print(text, flush=True)
+        if not _silent:
+            print(text, flush=True)
         _last_print = time.monotonic()
+
+
+def silence() -> None:
+    """Lets `say` print nothing from now on, for a process that another one speaks for."""
+    global _silent
+    _silent = True
 
 
 class Beat:

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import json
+import math
 import os
 import shutil
 import signal
@@ -12,31 +12,13 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from ml_collections import ConfigDict
+from trees import abstract_of, flip, largest, make_state, same
 
 from flowseg_jax import checkpoint
 from flowseg_jax.errors import UserError
-from flowseg_jax.manifest import checksums, device_checksums, flatten, manifest, nest
-
-
-def make_params():
-    w = jax.random.normal(jax.random.key(1), (60, 100))
-    return {"a": {"w": w, "b": jnp.ones(7, jnp.bfloat16)}, "layers": {"0": {"x": jnp.zeros(3)}, "1": {"x": jnp.arange(3.0)}}}
-
-
-def make_state():
-    params = make_params()
-    return {"params": params, "opt": optax.adamw(1e-3).init(params), "step": jnp.asarray(3), "key": jax.random.key(0)}
-
-
-def abstract_of(tree):
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
-
-
-def same(a, b):
-    return jax.tree.structure(a) == jax.tree.structure(b) and checksums(a) == checksums(b)
+from flowseg_jax.manifest import checksums, device_checksums, flatten, nest
 
 
 def test_saves_and_restores_everything(tmp_path):
@@ -60,6 +42,65 @@ def test_saves_and_restores_everything(tmp_path):
     assert "revision" in restored.meta
 
 
+def steps_of(directory):
+    return sorted(int(path.name) for path in Path(directory).iterdir())
+
+
+LOSSES = {1: 4.0, 2: 1.0, 3: 3.0, 4: math.nan, 5: -math.inf, 6: 2.0}
+
+
+@pytest.mark.parametrize(
+    ("policy", "kept", "best"),
+    [
+        ({"keep": 1}, [7], None),
+        ({"keep": 3, "keep_every": 0, "best": ()}, [5, 6, 7], None),
+        ({"keep": 1, "keep_every": 3}, [3, 6, 7], None),
+        ({"keep": 1, "best": ("loss", "min")}, [2, 7], 2),
+        ({"keep": 1, "best": ("loss", "max")}, [1, 7], 1),
+        ({"keep": 2, "keep_every": 4, "best": ("loss", "min")}, [2, 4, 6, 7], 2),
+    ],
+)
+def test_what_is_kept(tmp_path, policy, kept, best):
+    """Also over two restarts; what is not finite, and what was saved without metrics, is never the best."""
+    state = {"w": jnp.arange(3.0)}
+    for steps in ((1, 2, 3), (4, 5), (6, 7)):
+        with checkpoint.Checkpoints(tmp_path, **policy) as checkpoints:
+            for step in steps:
+                metrics = {"loss": jnp.float32(LOSSES[step]), "other": 1} if step in LOSSES else None
+                checkpoints.save(step, state, {}, metrics)
+    with checkpoint.Checkpoints(tmp_path, **policy) as checkpoints:
+        assert checkpoints.best_step == best
+    assert steps_of(tmp_path / "checkpoints") == kept
+
+
+def test_another_metric_may_become_the_one_that_counts(tmp_path):
+    state = {"w": jnp.arange(3.0)}
+    with checkpoint.Checkpoints(tmp_path, best=("loss", "min")) as checkpoints:
+        checkpoints.save(1, state, {}, {"loss": 1.0})
+    with checkpoint.Checkpoints(tmp_path, keep=1, best=("iou", "max")) as checkpoints:
+        for step, iou in ((2, 0.5), (3, 0.4)):
+            checkpoints.save(step, state, {}, {"loss": 2.0, "iou": iou})
+        assert checkpoints.best_step == 2
+        checkpoints.wait()
+        assert steps_of(checkpoints.directory) == [2, 3]
+        with pytest.raises(UserError, match=r"checkpoint.best: no metric 'iou' \(known: loss\)"):
+            checkpoints.save(4, state, {}, {"loss": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        ({"keep": 0}, "checkpoint.keep must be at least 1, got 0"),
+        ({"keep_every": -1}, "checkpoint.keep_every must be a number of steps, or 0 for none, got -1"),
+        ({"best": ("loss",)}, r"checkpoint.best must be a metric and 'min' or 'max', as in \('loss', 'min'\), got \('loss',\)"),
+        ({"best": ("loss", "low")}, "got .*'low'"),
+    ],
+)
+def test_policies_that_make_no_sense(tmp_path, policy, message):
+    with pytest.raises(UserError, match=message):
+        checkpoint.Checkpoints(tmp_path, **policy)
+
+
 def test_arrays_may_be_donated_while_they_are_saved(tmp_path):
     step = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
     state = step({"w": jnp.zeros(2_000_000)})
@@ -73,16 +114,6 @@ def test_arrays_may_be_donated_while_they_are_saved(tmp_path):
     assert np.unique(np.asarray(restored.state["w"])).tolist() == [1.0]
 
 
-def largest(directory: Path) -> Path:
-    return max((path for path in directory.rglob("d/*") if path.is_file()), key=lambda path: path.stat().st_size)
-
-
-def flip(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-
-
 DAMAGE = {
     "one bit": lambda d: flip(largest(d / "state")),
     "truncated": lambda d: os.truncate(largest(d / "state"), 100),
@@ -93,15 +124,16 @@ DAMAGE = {
     "json truncated": lambda d: os.truncate(d / "meta" / "metadata", 20),
     "json gone": lambda d: shutil.rmtree(d / "meta"),
     "empty directory": lambda d: [shutil.rmtree(d), d.mkdir()],
+    "metrics truncated": lambda d: os.truncate(d / "metrics" / "metrics", 5),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_newest_checkpoint_is_set_aside(tmp_path, capsys, damage):
     state = make_state()
-    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    with checkpoint.Checkpoints(tmp_path, best=("loss", "min")) as checkpoints:
         for step in (1, 2):
-            checkpoints.save(step, state | {"step": jnp.asarray(step)}, {})
+            checkpoints.save(step, state | {"step": jnp.asarray(step)}, {}, {"loss": float(step)})
     DAMAGE[damage](tmp_path / "checkpoints" / "2")
     with checkpoint.Checkpoints(tmp_path) as checkpoints:
         restored = checkpoints.restore_latest(abstract_of(state))
@@ -176,99 +208,6 @@ def test_killed_while_saving_leaves_the_older_checkpoint(tmp_path):
         assert checkpoints.latest_step == 1
         assert checkpoints.restore_latest(abstract_of({"w": jnp.zeros(100)})).step == 1
         assert [p.name for p in checkpoints.directory.iterdir()] == ["1"]
-
-
-@pytest.fixture
-def tokenizer(tmp_path):
-    directory = tmp_path / "tok"
-    directory.mkdir()
-    (directory / "tokenizer.json").write_text("{}")
-    return directory
-
-
-def test_model_directory_round_trip(tmp_path, tokenizer):
-    params = make_params()
-    path = checkpoint.save_model(tmp_path / "model", params, {"width": (1, 2)}, tokenizer, {"seed": 3})
-    loaded = checkpoint.load_model(path)
-    assert loaded.model_config == {"width": [1, 2]}
-    assert loaded.extra == {"seed": 3}
-    assert (loaded.tokenizer_dir / "tokenizer.json").read_text() == "{}"
-    assert all(isinstance(x, np.ndarray) and x.dtype == np.float32 for x in jax.tree.leaves(loaded.params))
-    assert same(loaded.params, jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), params))
-    stored = checkpoint.load_model(path, dtype=None).params
-    assert stored["a"]["w"].dtype == jnp.bfloat16
-    sharded = checkpoint.load_model(path, abstract_of(params)).params
-    assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(sharded))
-    assert manifest(sharded) == manifest(params)
-    exact = checkpoint.save_model(path, params, {}, tokenizer, dtype=None, overwrite=True)
-    assert same(checkpoint.load_model(exact, dtype=None).params, params)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "tok"]  # nothing temporary is left
-
-
-def test_a_model_directory_appears_whole_or_not_at_all(tmp_path, tokenizer, monkeypatch):
-    params = make_params()
-    path = checkpoint.save_model(tmp_path / "model", params, {"good": 1}, tokenizer)
-    with pytest.raises(UserError, match="model exists: remove it or choose another name"):
-        checkpoint.save_model(path, params, {}, tokenizer)
-    with pytest.raises(UserError, match="no tokenizer directory"):
-        checkpoint.save_model(tmp_path / "other", params, {}, tmp_path / "nope")
-
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(checkpoint.shutil, "copytree", full)
-    for target in (path, tmp_path / "other"):
-        with pytest.raises(UserError, match=r"could not be written: .*No space left"):
-            checkpoint.save_model(target, params, {}, tokenizer, overwrite=True)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "tok"]
-    assert checkpoint.load_model(path).model_config == {"good": 1}
-
-
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (lambda d: flip(largest(d / "params")), "is damaged: the bytes of a/w have changed"),
-        (lambda d: os.truncate(largest(d / "params"), 50), "is damaged: "),
-        (lambda d: (d / "config.json").unlink(), "is not a model directory: it has no config.json"),
-        (lambda d: (d / "config.json").write_text('{"format'), "config.json cannot be read"),
-        (lambda d: (d / "config.json").write_text('{"model_type": "qwen3"}'), "was not written by flowseg_jax"),
-        (lambda d: shutil.rmtree(d / "params"), "is incomplete: it lacks params"),
-        (lambda d: shutil.rmtree(d / "tokenizer"), "is incomplete: it lacks tokenizer"),
-        (shutil.rmtree, "no model directory"),
-    ],
-)
-def test_a_spoilt_model_directory_is_one_line(tmp_path, tokenizer, spoil, message):
-    path = checkpoint.save_model(tmp_path / "model", make_params(), {}, tokenizer)
-    spoil(path)
-    with pytest.raises(UserError, match=message) as error:
-        checkpoint.load_model(path)
-    assert "\n" not in str(error.value)
-
-
-def test_a_model_of_another_format_version(tmp_path, tokenizer):
-    path = checkpoint.save_model(tmp_path / "model", make_params(), {}, tokenizer)
-    config = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps(config | {"format_version": 99}))
-    with pytest.raises(UserError, match="has format version 99, this flowseg_jax reads 1"):
-        checkpoint.load_model(path)
-
-
-def test_loading_is_strict_both_ways(tmp_path, tokenizer):
-    path = checkpoint.save_model(tmp_path / "model", make_params(), {}, tokenizer)
-    abstract = {"a": {"w": jax.ShapeDtypeStruct((60, 99), jnp.float32), "c": jax.ShapeDtypeStruct((1,), jnp.float32)}}
-    with pytest.raises(UserError) as error:
-        checkpoint.load_model(path, abstract)
-    wanted = (
-        "missing a/c (1,)",
-        "unexpected a/b (7,)",
-        "unexpected layers/1/x (3,)",
-        "a/w is (60, 100), the model's is (60, 99)",
-    )
-    for part in wanted:
-        assert part in str(error.value)
-    with pytest.raises(UserError, match=r"this does not fit the model: missing a/c \(1,\)"):
-        checkpoint.check_params({"a": {"c": jnp.zeros(1)}}, {}, "this")
-    checkpoint.check_params(abstract_of(make_params()), make_params())
 
 
 def test_changed_keys():

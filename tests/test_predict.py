@@ -15,10 +15,10 @@ from PIL import Image
 from pycocotools import mask as coco
 
 from flowseg_jax import predict
-from flowseg_jax.checkpoint import save_model
 from flowseg_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation import pictures
+from flowseg_jax.model_directory import save_model
 from flowseg_jax.models import flowseg
 from flowseg_jax.models.config import FlowSegConfig
 

@@ -10,7 +10,6 @@ from typing import Any
 
 from flax import nnx
 
-from flowseg_jax.checkpoint import load_model, read_model_config
 from flowseg_jax.data.batch import BatchShape
 from flowseg_jax.data.batching import LengthBound
 from flowseg_jax.data.pipeline import EvalData
@@ -19,6 +18,7 @@ from flowseg_jax.data.prompts import Prompts
 from flowseg_jax.data.tokenizer import Tokenizer, load_tokenizer
 from flowseg_jax.evaluation import protocols, report
 from flowseg_jax.evaluation.runner import Evaluation, Evaluator, evaluate
+from flowseg_jax.model_directory import load_model, read_model_config
 from flowseg_jax.models import flowseg
 from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.writers import heartbeat

@@ -1,0 +1,159 @@
+"""The train step of a config as a candidate, in this revision of the repository or in another one.
+
+This file is run against older revisions: beyond configs, batches and `Program` it may only use what they have, see
+`_before_program`. As a worker: `python -m benchmarks.step [--config=FILE] [--config.KEY=VALUE ...]`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+import flowseg_jax
+from benchmarks import worker
+from flowseg_jax import config as configs
+from flowseg_jax.data.batch import IMAGE_TOKEN, Batch, BatchShape
+from flowseg_jax.data.batching import empty
+from flowseg_jax.errors import UserError
+from flowseg_jax.models.config import FlowSegConfig
+
+COMPARED = ("loss", "gradient_norm")  # metrics of the first step; they must be the same for times to be comparable
+
+
+class TrainStep:
+    """The jitted train step on one device, with a state of its own that every call takes one step further.
+
+    Every step sees the same random batch. Steps are dispatched one behind the other, as in training.
+    """
+
+    def __init__(self, config: ConfigDict):
+        plan, place, self._step, self.state = build(config)
+        self._batch = place(random_batch(plan.shape, plan.model))
+        self.pid = os.getpid()
+        self.state, metrics = self._step(self.state, self._batch)
+        self._first = {name: np.asarray(metrics[name]) for name in COMPARED}
+
+    def run(self, calls: int) -> float:
+        started = time.perf_counter()
+        for _ in range(calls):
+            self.advance()
+        jax.block_until_ready(self.state)
+        return time.perf_counter() - started
+
+    def advance(self) -> None:
+        """Dispatches one step."""
+        self.state, _ = self._step(self.state, self._batch)
+
+    def output(self) -> dict[str, np.ndarray]:
+        return self._first
+
+
+class Built(NamedTuple):
+    """A config's plan, what puts a batch on the device, the jitted (state, batch) -> (state, metrics), the initial state."""
+
+    plan: Any
+    place: Callable[[Batch], Batch]
+    step: Callable[[Any, Batch], tuple[Any, dict[str, jax.Array]]]
+    state: Any
+
+
+def build(config: ConfigDict) -> Built:
+    """What a step needs on the first device, however this revision makes it."""
+    devices = jax.devices()[:1]
+    if importlib.util.find_spec("flowseg_jax.training.program") is None:
+        return _before_program(config, devices)
+    from flowseg_jax.training.program import Program
+
+    program = Program.build(config, devices)
+    return Built(program.plan, program.place, program.step, program.initial_state(config))
+
+
+def _before_program(config: ConfigDict, devices: list[jax.Device]) -> Built:
+    """`build` for revisions in which `training.loop.train` itself put the parts together."""
+    from flowseg_jax import parallel
+    from flowseg_jax.manifest import flatten
+    from flowseg_jax.models import flowseg
+    from flowseg_jax.training import loop
+    from flowseg_jax.training.optimizer import make_optimizer, multipliers, schedule
+    from flowseg_jax.training.step import make_train_step
+
+    plan = loop.Plan.read(config)
+    mesh = parallel.make_mesh(config.mesh.to_dict(), devices)
+    graphdef, abstract = flowseg.describe(plan.model)
+    rates = multipliers(list(flatten(flowseg.at_rest(abstract))), plan.optimizer.groups)
+    optimizer = make_optimizer(plan.optimizer, config.steps, rates)
+    rate = schedule(plan.optimizer, config.steps)
+    state = jax.device_put(loop.initial_state(plan, config, optimizer, rates, mesh), parallel.replicated(mesh))
+    step = make_train_step(
+        graphdef, plan.model, plan.losses, optimizer, rate, config.seed, mesh, accumulate=plan.optimizer.accumulate
+    )
+    return Built(plan, jax.device_put, jax.jit(step, donate_argnums=0), state)
+
+
+def random_batch(shape: BatchShape, model: FlowSegConfig, seed: int = 0) -> Batch:
+    """A batch of noise in which everything is present: all phrases and masks, one generic conversation, text to the end.
+
+    Raises:
+        UserError: the text length has no room for it.
+    """
+    rng = np.random.default_rng(seed)
+    prefix, conversations = 1 + model.visual_tokens, shape.phrases + 1
+    length = (shape.text - prefix) // conversations  # tokens of each conversation
+    if length < max(5, shape.masks + 2):
+        raise UserError(f"data.text={shape.text} has no room for {conversations} conversations and {shape.masks} names")
+    batch = empty(shape, 0)
+    used = prefix + conversations * length
+    batch.tokens[:, :used] = rng.integers(0, model.llm.vocab, (shape.batch, used))
+    batch.tokens[:, 1:prefix] = IMAGE_TOKEN
+    batch.segments[:, :prefix] = 0
+    batch.positions[:, :prefix] = np.arange(prefix)
+    for number in range(conversations):
+        at = prefix + number * length
+        here = slice(at, at + length)
+        batch.segments[:, here] = number + 1
+        batch.positions[:, here] = prefix + np.arange(length)
+        batch.labels[:, here] = batch.tokens[:, here]
+        batch.seg_ids[:, at + length - 1] = number  # the generic conversation, behind the phrases, has the last number
+        if number < shape.phrases:
+            batch.phrase_ids[:, at + 1 : at + 4] = number
+        else:
+            batch.phrase_ids[:, at + 1 : at + 1 + shape.masks] = shape.phrases + np.arange(shape.masks)
+    batch.images[:] = rng.integers(0, 256, batch.images.shape)
+    batch.vision_images[:] = rng.integers(0, 256, batch.vision_images.shape)
+    coarse = rng.random((shape.batch, shape.masks, 8, 8)) > 0.6
+    pixels = np.arange(shape.image) * 8 // shape.image
+    batch.masks[:] = np.packbits(coarse[:, :, pixels][:, :, :, pixels], axis=-1)
+    batch.mask_valid[:] = True
+    batch.phrase_mask[:] = np.arange(shape.phrases) % shape.masks
+    batch.object_class[:] = rng.integers(0, max(model.classes, 1), (shape.batch, shape.masks))
+    batch.object_name[:] = np.arange(shape.masks)
+    return dataclasses.replace(batch, example_id=np.arange(shape.batch, dtype=np.int32))
+
+
+def make(argv: list[str]) -> TrainStep:
+    """The candidate of a worker's command line.
+
+    Raises:
+        RuntimeError: this worker would time the code of another directory than the one it was started in.
+    """
+    package = Path(flowseg_jax.__file__).resolve()
+    if not package.is_relative_to(Path.cwd().resolve()):
+        raise RuntimeError(f"this is the train step of {package.parent}, not of {Path.cwd()}")
+    config, rest = configs.load(argv)
+    if rest:
+        raise UserError(f"benchmarks.step: unknown arguments {' '.join(rest)}")
+    return TrainStep(config)
+
+
+if __name__ == "__main__":
+    worker.serve(lambda: make(sys.argv[1:]))

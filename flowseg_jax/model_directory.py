@@ -1,0 +1,272 @@
+"""Model directories: what can be run. A model's config, its tokenizer and its parameters, or one converted tower's.
+
+Every array has a checksum: Orbax notices a truncated file, not a changed byte. A directory is made under a temporary name
+beside its place and appears complete or not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from flowseg_jax.errors import UserError
+from flowseg_jax.manifest import Tree, checksums, compare, flatten, manifest, nest, verify
+from flowseg_jax.processes import attempt, is_primary
+from flowseg_jax.storage import absolute, as_stored, cast, copy_tree, damage, local_directory, provenance, reason
+from flowseg_jax.streaming import LazyArray, write_arrays
+
+__all__ = ["LoadedModel", "check_free", "load_model", "read_model_config", "save_model", "stream_model"]
+
+FORMAT = "flowseg_jax model"
+FORMAT_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """A model directory in memory: parameters, the dict for `FlowSegConfig.from_dict`, the tokenizer's directory, the rest.
+
+    `tower` is None for a model; for a tower it holds its `family` and `config`, `model_config` is empty, and there may be no
+    tokenizer.
+    """
+
+    params: Tree
+    model_config: dict[str, Any]
+    tokenizer_dir: Path
+    extra: dict[str, Any]
+    tower: dict[str, Any] | None = None
+
+
+def save_model(
+    directory: str | os.PathLike,
+    params: Tree,
+    model_config: Mapping[str, Any],
+    tokenizer_dir: str | os.PathLike,
+    extra: Mapping[str, Any] | None = None,
+    dtype: str | None = "bfloat16",
+    overwrite: bool = False,
+) -> epath.Path:
+    """Writes a runnable model directory: `config.json`, `tokenizer/`, `params/`. It appears complete or not at all.
+
+    Where there are several processes, all of them call it, with a directory that all of them see.
+
+    Args:
+        params: pure dict of arrays, each on this process's devices or on those of all processes.
+        model_config: what `FlowSegConfig.from_dict` reads.
+        tokenizer_dir: directory that `transformers.AutoTokenizer` reads; copied.
+        extra: anything else worth keeping with the weights (how they were made, metrics, prompts); JSON values.
+        dtype: what floating-point parameters are stored as; None keeps each one's own.
+        overwrite: replace a directory that exists.
+
+    Raises:
+        UserError: the directory exists, or cannot be written.
+    """
+    params = _cast_floats(_string_keys(params), dtype)
+
+    def write(path: epath.Path) -> dict[str, int]:
+        with contextlib.closing(ocp.PyTreeCheckpointer()) as checkpointer:
+            checkpointer.save(path, args=ocp.args.PyTreeSave(params))
+        return checksums(params)
+
+    return _write_model(directory, write, manifest(params), {"model": dict(model_config)}, tokenizer_dir, extra, overwrite)
+
+
+def stream_model(
+    directory: str | os.PathLike,
+    arrays: Mapping[str, LazyArray],
+    model_config: Mapping[str, Any] | None,
+    tokenizer_dir: str | os.PathLike | None,
+    extra: Mapping[str, Any] | None = None,
+    *,
+    tower: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    progress: Callable[[str], None] = lambda name: None,
+) -> epath.Path:
+    """`save_model` for arrays that are made one at a time, while they are written; each keeps its dtype.
+
+    Args:
+        arrays: by flat name ("llm/table").
+        model_config: of a model; None for a tower.
+        tokenizer_dir: as in `save_model`; a tower may have none.
+        tower: of a tower, its `family` and `config`.
+        progress: called with the name of each array once it is made.
+
+    Raises:
+        UserError: as `save_model`, and what making an array raises.
+    """
+    kind = {"model": dict(model_config)} if tower is None else {"model": {}, "tower": dict(tower)}
+    kinds = {name: [list(lazy.shape), str(lazy.dtype)] for name, lazy in arrays.items()}
+    return _write_model(
+        directory, lambda path: write_arrays(path, arrays, progress), kinds, kind, tokenizer_dir, extra, overwrite
+    )
+
+
+def _write_model(
+    directory: str | os.PathLike,
+    write: Callable[[epath.Path], dict[str, int]],
+    kinds: Mapping[str, list],
+    kind: Mapping[str, Any],
+    tokenizer_dir: str | os.PathLike | None,
+    extra: Mapping[str, Any] | None,
+    overwrite: bool,
+) -> epath.Path:
+    """A directory with what `write` puts into `params/`; it returns the checksums of the arrays in the manifest `kinds`."""
+    target = absolute(directory)
+    check_free(target, overwrite)
+    tokenizer = None if tokenizer_dir is None else absolute(tokenizer_dir)
+    if tokenizer is not None and not tokenizer.is_dir():
+        raise UserError(f"no tokenizer directory {tokenizer_dir}")
+    config = {"format": FORMAT, "format_version": FORMAT_VERSION, **kind, "extra": dict(extra or {}), **provenance()}
+    json.dumps(config)  # what is no JSON value shows before anything is written
+    # The names are the same in every process, and in the run that was killed while it wrote here.
+    fresh, old = (target.with_name(f".{target.name}.{what}") for what in ("tmp", "old"))
+
+    def begin() -> None:
+        _recover(target, old)
+        fresh.rmtree(missing_ok=True)
+        fresh.mkdir(parents=True)
+
+    def finish(sums: Mapping[str, int]) -> None:
+        # Orbax notes where it was saved, which is nobody's business and changes the bytes.
+        (fresh / "params" / "commit_success.txt").write_text("complete\n")
+        if tokenizer is not None:
+            copy_tree(tokenizer, fresh / "tokenizer")
+        text = json.dumps({**config, "manifest": kinds, "checksums": sums}, indent=1)
+        (fresh / "config.json").write_text(text + "\n")
+        if target.exists():
+            target.rename(old)
+        fresh.rename(target)
+
+    try:
+        _, fault = attempt(lambda: begin() if is_primary() else None, _not_written)
+        if not fault:
+            sums, fault = attempt(lambda: write(fresh / "params"), _not_written)
+        if not fault:
+            _, fault = attempt(lambda: finish(sums) if is_primary() else None, _not_written)
+    finally:
+        if is_primary():
+            with contextlib.suppress(OSError):  # a leftover does no harm, the next one who writes here removes it
+                _recover(target, old)
+                fresh.rmtree(missing_ok=True)
+    if fault:
+        raise UserError(f"model directory {target} could not be written: {fault}")
+    return target
+
+
+def _recover(target: epath.Path, old: epath.Path) -> None:
+    """Puts a directory that was to be replaced back into its place if nothing came there; otherwise it is done with."""
+    if old.exists():
+        if target.exists():
+            old.rmtree()
+        else:
+            old.rename(target)
+
+
+def _not_written(error: Exception) -> str | None:
+    return reason(error) if isinstance(error, OSError | ValueError) and not isinstance(error, UserError) else None
+
+
+def check_free(directory: str | os.PathLike, overwrite: bool = False) -> None:
+    """Raises a UserError where a directory to be written exists already and is not empty."""
+    target = absolute(directory)
+    if not overwrite and target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target} exists: remove it or choose another name")
+
+
+def read_model_config(directory: str | os.PathLike, *, towers: bool = False) -> dict[str, Any]:
+    """The whole `config.json` of a model directory, checked: `model`, `extra`, `manifest`, `checksums`, versions, revision.
+
+    Args:
+        towers: accept the directory of a tower as well, which has `tower` in place of `model`.
+    """
+    path = absolute(directory)
+    if not path.is_dir():
+        raise UserError(f"no model directory {path}")
+    try:
+        config = json.loads((path / "config.json").read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} is not a model directory: it has no config.json") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path / 'config.json'} cannot be read: {reason(error)}") from None
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        raise UserError(f"{path / 'config.json'} was not written by flowseg_jax; convert such weights by convert_weights")
+    if config.get("format_version") != FORMAT_VERSION:
+        found = config.get("format_version")
+        raise UserError(f"{path} has format version {found}, this flowseg_jax reads {FORMAT_VERSION}: convert it again")
+    tower = config.get("tower")
+    lacking = [key for key in ("model", "extra", "manifest", "checksums") if not isinstance(config.get(key), dict)]
+    needed = ("params",) if tower is not None else ("params", "tokenizer")
+    lacking += [name for name in needed if not (path / name).is_dir()]
+    if lacking:
+        raise UserError(f"model directory {path} is incomplete: it lacks {', '.join(lacking)}")
+    if tower is not None and not towers:
+        raise UserError(
+            f"{path} holds a tower ({tower.get('family')}), not a whole model: build one around it by "
+            "python -m convert_weights flowseg llm=DIR siglip=DIR sam=DIR OUT"
+        )
+    return config
+
+
+def load_model(
+    directory: str | os.PathLike, abstract: Tree | None = None, dtype: str | None = "float32", *, towers: bool = False
+) -> LoadedModel:
+    """Reads a model directory and verifies every array.
+
+    Args:
+        directory: written by `save_model` or `stream_model`.
+        abstract: parameters as `jax.ShapeDtypeStruct`s, with shardings where there is a mesh; they are read straight into that
+            form, and compared with it first. Without it they come as NumPy arrays.
+        dtype: without `abstract`, what floating-point parameters are cast to; None leaves them as they are stored.
+        towers: read the directory of a tower as well.
+
+    Raises:
+        UserError: no such directory, not a model directory, damaged, or parameters that do not fit `abstract`.
+    """
+    path = absolute(directory)
+    config = read_model_config(path, towers=towers)
+    stored = config["manifest"]
+    if abstract is not None:
+        compare(manifest(abstract), stored, f"model directory {path}")
+        item = _string_keys(as_stored(abstract, stored))
+    else:
+        item = nest({name: jax.ShapeDtypeStruct(tuple(shape), kind) for name, (shape, kind) in stored.items()})
+
+    def read() -> Tree:
+        if abstract is not None:
+            restore = ocp.checkpoint_utils.construct_restore_args(item)
+        else:
+            restore = jax.tree.map(lambda x: ocp.RestoreArgs(restore_type=np.ndarray, dtype=x.dtype), item)
+        # The handler and no checkpointer around it: that one ends in a barrier, which a process that cannot read never reaches.
+        with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+            return handler.restore(path / "params", args=ocp.args.PyTreeRestore(item=item, restore_args=restore))
+
+    params, fault = attempt(read, damage)
+    if not fault:
+        _, fault = attempt(lambda: verify(params, config["checksums"]), damage)
+    if fault:
+        raise UserError(f"model directory {path} is damaged: {fault}")
+    params = nest(flatten(params))
+    params = cast(params, abstract) if abstract is not None else _cast_floats(params, dtype)
+    tower, tokenizer = config.get("tower"), path / "tokenizer"
+    tokenizer = Path(tokenizer) if tower is not None else local_directory(tokenizer)
+    return LoadedModel(params, config["model"], tokenizer, config["extra"], tower)
+
+
+def _cast_floats(tree: Tree, dtype: str | None) -> Tree:
+    if dtype is None:
+        return tree
+    return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+
+
+def _string_keys(tree: Tree) -> Tree:
+    return {str(key): _string_keys(value) for key, value in tree.items()} if isinstance(tree, Mapping) else tree

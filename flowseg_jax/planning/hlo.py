@@ -1,0 +1,230 @@
+"""The collectives of a compiled program, read from its optimised HLO text: which, how often, how many bytes, in which loops.
+
+Text is all that ahead-of-time compilation leaves for every platform. Read are XLA's CPU, GPU and TPU dialects of it, with their
+ways to overlap a collective with arithmetic: each collective counts once, where it starts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+
+KINDS = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "collective-permute",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-broadcast",
+)
+
+_COMPUTATION = re.compile(r"(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{$")
+_ASSIGNMENT = re.compile(r"\s+(?:ROOT )?%?(?P<name>[\w.\-]+) = ")
+_ARRAY = re.compile(r"\b(?P<dtype>[a-z][a-z0-9]*)\[(?P<sizes>[\d,]*)\]")
+_BITS = re.compile(r"\d+")
+_NAME = re.compile(r"%([\w.\-]+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One collective instruction.
+
+    Attributes:
+        kind: one of `KINDS`.
+        bytes: of the whole array on a device: what is gathered to, reduced, or scattered from.
+        executions: how often it runs in one run of the program.
+        loops: names of the loops around it, outermost first.
+    """
+
+    kind: str
+    bytes: int
+    executions: int
+    loops: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """A while loop.
+
+    Attributes:
+        name: of the instruction.
+        trip_count: how often it runs each time; None where that depends on data. Such a loop is counted as one run.
+        collectives: kinds inside it, inner loops included.
+    """
+
+    name: str
+    trip_count: int | None
+    collectives: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """All collectives and all loops of a program."""
+
+    collectives: tuple[Collective, ...]
+    loops: tuple[Loop, ...]
+
+    def totals(self) -> dict[str, tuple[int, int]]:
+        """{kind: (executions, bytes of all executions)}."""
+        found: dict[str, tuple[int, int]] = {}
+        for x in self.collectives:
+            count, size = found.get(x.kind, (0, 0))
+            found[x.kind] = count + x.executions, size + x.executions * x.bytes
+        return dict(sorted(found.items()))
+
+    def largest_in_a_loop(self, kind: str) -> int:
+        """Bytes of the largest collective of a kind that stands in a loop, 0 without one."""
+        return max((x.bytes for x in self.collectives if x.kind == kind and x.loops), default=0)
+
+
+def traffic(text: str) -> Traffic:
+    """Reads optimised HLO text (`jax.stages.Compiled.as_text()`). Raises ValueError for text without an entry computation."""
+    return _Reader(text).read()
+
+
+def loops_with_collectives(text: str) -> list[Loop]:
+    """The loops of a program that exchange something. In one of unknown length every turn waits for the slowest device."""
+    return [loop for loop in traffic(text).loops if loop.collectives]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Instruction:
+    """`name = type opcode(operands), attributes`."""
+
+    name: str
+    type: str
+    opcode: str
+    operands: tuple[str, ...]
+    attributes: str
+
+    @classmethod
+    def parse(cls, line: str, name: str, start: int) -> _Instruction:
+        """`line[start:]` follows the equals sign. A type is a tuple in parentheses or has no space in it."""
+        end = _closing(line, start) if line[start] == "(" else line.index(" ", start)
+        paren = line.index("(", end)
+        close = _closing(line, paren)
+        operands = line[paren + 1 : close - 1]
+        named = tuple(_NAME.findall(operands)) or (operands,)
+        return cls(name, line[start:end], line[end:paren].strip(), named, line[close:])
+
+    def called(self, attribute: str) -> str | None:
+        """The computation that an attribute names."""
+        found = re.search(rf"\b{attribute}=%?([\w.\-]+)", self.attributes)
+        return found and found[1]
+
+
+def _closing(line: str, start: int) -> int:
+    """The index behind the parenthesis that closes the one at `start`."""
+    depth = 0
+    for match in re.compile(r"[()]").finditer(line, start):
+        depth += 1 if match[0] == "(" else -1
+        if not depth:
+            return match.end()
+    raise ValueError(f"unbalanced parentheses in HLO: {line[:120]}")
+
+
+def _bytes(type_text: str) -> int:
+    """Bytes of all arrays of a type, without the padding of its layout."""
+    total = 0
+    for match in _ARRAY.finditer(re.sub(r"\{[^{}]*\}", "", type_text)):
+        bits = _BITS.search(match["dtype"])
+        width = int(bits[0]) if bits else 8  # "pred"
+        total += math.ceil(math.prod(int(size) for size in match["sizes"].split(",") if size) * width / 8)
+    return total
+
+
+class _Reader:
+    """One pass over a program: from the entry into everything that it calls."""
+
+    def __init__(self, text: str):
+        self._lines: dict[str, list[str]] = {}
+        self._entry, current = None, None
+        for line in text.splitlines():
+            if current is None and (header := _COMPUTATION.match(line)):
+                current = self._lines[header["name"]] = []
+                self._entry = header["name"] if header["entry"] else self._entry
+            elif line.startswith("}"):
+                current = None
+            elif current is not None:
+                current.append(line)
+        if self._entry is None:
+            raise ValueError("no entry computation: this is no HLO text")
+        self._parsed: dict[str, dict[str, _Instruction]] = {}
+        self._loops: dict[str, int | None] = {}
+
+    def read(self) -> Traffic:
+        found = tuple(self._walk(self._entry, 1, ()))
+        inside = {name: tuple(sorted({x.kind for x in found if name in x.loops})) for name in self._loops}
+        return Traffic(found, tuple(Loop(name, trips, inside[name]) for name, trips in self._loops.items()))
+
+    def _instructions(self, computation: str) -> dict[str, _Instruction]:
+        """Those of one computation by name, in order; parsed when they are first asked for."""
+        if computation not in self._parsed:
+            matches = ((line, _ASSIGNMENT.match(line)) for line in self._lines.get(computation, ()))
+            found = [_Instruction.parse(line, match["name"], match.end()) for line, match in matches if match]
+            self._parsed[computation] = {x.name: x for x in found}
+        return self._parsed[computation]
+
+    def _walk(self, computation: str, executions: int, loops: tuple[str, ...]) -> Iterator[Collective]:
+        chains: set[str] = set()
+        for x in self._instructions(computation).values():
+            if x.opcode == "while":
+                self._loops[x.name] = trips = self._trip_count(x)
+                for part in ("condition", "body"):
+                    yield from self._walk(x.called(part), executions * (1 if trips is None else trips), (*loops, x.name))
+            elif x.opcode == "conditional":
+                branches = [list(self._walk(name, executions, loops)) for name in _branches(x)]
+                yield from max(branches, key=lambda found: sum(c.executions * c.bytes for c in found), default=[])
+            elif x.opcode == "call":
+                yield from self._walk(x.called("to_apply"), executions, loops)
+            elif x.opcode in ("fusion", "async-start"):
+                yield from self._fused(x.called("calls"), executions, loops, chains)
+            elif collective := self._collective(x, computation):
+                yield Collective(*collective, executions, loops)
+
+    def _fused(self, computation: str, executions: int, loops: tuple[str, ...], chains: set[str]) -> Iterator[Collective]:
+        """The collectives of a fusion. The TPU compiler spreads one over several fusions that bear its chain's id."""
+        for x in self._instructions(computation).values():
+            collective = self._collective(x, computation)
+            chain = re.search(r'chain_id="(\d+)"', x.attributes)
+            if not collective or (chain and chain[1] in chains):
+                continue
+            if chain:
+                chains.add(chain[1])
+            kind, size = collective
+            # An all-reduce of which a device keeps one part is what the TPU compiler makes a reduce-scatter of.
+            yield Collective(
+                "reduce-scatter" if computation.startswith("all-reduce-scatter") else kind, size, executions, loops
+            )
+
+    def _collective(self, x: _Instruction, computation: str) -> tuple[str, int] | None:
+        """(kind, bytes) if the instruction is a collective; its end, if it has one of its own, is none."""
+        kind = x.opcode.removesuffix("-start")
+        if kind not in KINDS:
+            return None
+        local = self._instructions(computation)
+        taken = sum(_bytes(local[name].type) for name in x.operands if name in local)
+        given = _bytes(x.type)
+        if x.opcode.endswith("-start") and kind != "all-reduce":
+            given -= taken  # the type of an asynchronous start has the operands in it
+        return kind, max(taken, given)
+
+    def _trip_count(self, loop: _Instruction) -> int | None:
+        """Given by the compiler, or the bound that the loop's counter is compared with: `lax.scan` counts from 0 in ones."""
+        if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
+            return int(known[1])
+        condition = self._instructions(loop.called("condition"))
+        test = next(reversed(condition.values()))  # the root is the last
+        if test.opcode != "compare" or "direction=LT" not in test.attributes:
+            return None
+        bound = condition.get(test.operands[1])
+        return int(bound.operands[0]) if bound is not None and bound.opcode == "constant" else None
+
+
+def _branches(conditional: _Instruction) -> list[str]:
+    if several := re.search(r"branch_computations=\{([^}]*)\}", conditional.attributes):
+        return _NAME.findall(several[1])
+    return [name for name in (conditional.called("true_computation"), conditional.called("false_computation")) if name]

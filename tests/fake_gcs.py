@@ -1,0 +1,126 @@
+"""A Google Cloud Storage that is a dict in this process, for everything that a `gs://` path goes through.
+
+Etils reaches it by fsspec (in place of gcsfs), TensorStore by the JSON API over HTTP on localhost (its own client, unchanged),
+Orbax's question about the kind of bucket is answered by a stub of google-cloud-storage.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import fsspec
+import pytest
+from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
+
+
+class Objects(MemoryFileSystem):
+    """What etils sees. `store` holds the objects by "/bucket/name"."""
+
+    protocol = ("gcs", "gs")
+    store: dict[str, MemoryFile] = {}  # noqa: RUF012
+    pseudo_dirs = [""]  # noqa: RUF012
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return "/" + path.removeprefix("gs://").strip("/")
+
+
+class Api(BaseHTTPRequestHandler):
+    """What TensorStore sees: objects are read whole or in a range, written whole, listed and deleted."""
+
+    protocol_version = "HTTP/1.1"
+    generations: dict[str, int] = {}  # noqa: RUF012
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+    def asked(self) -> tuple[str, dict[str, str]]:
+        """The object's key ("/bucket/name"; "/bucket/" for all) and the query."""
+        url = urlsplit(self.path)
+        query = {key: values[0] for key, values in parse_qs(url.query).items()}
+        bucket, _, name = url.path.partition("/b/")[2].partition("/o")
+        return f"/{bucket}/{query.get('name') or unquote(name[1:])}", query
+
+    def answer(self, code: int, body: bytes = b"", **headers: str) -> None:
+        self.send_response(code)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def describe(self, key: str) -> dict[str, str]:
+        name, size = key.split("/", 2)[2], len(Objects.store[key].getvalue())
+        return {"name": name, "size": str(size), "generation": str(self.generations.get(key, 1))}
+
+    def do_GET(self) -> None:
+        key, query = self.asked()
+        if key.endswith("/"):
+            found = [self.describe(k) for k in sorted(Objects.store) if k.startswith(key + query.get("prefix", ""))]
+            return self.answer(200, json.dumps({"items": found}).encode())
+        if key not in Objects.store:
+            return self.answer(404)
+        data, generation = Objects.store[key].getvalue(), str(self.generations.get(key, 1))
+        if query.get("ifGenerationNotMatch") == generation:
+            return self.answer(304)
+        wanted = self.headers.get("Range")
+        if wanted is None:
+            return self.answer(200, data, x_goog_generation=generation)
+        first, _, last = wanted.removeprefix("bytes=").partition("-")
+        if int(first) >= len(data):
+            return self.answer(416)
+        part = data[int(first) : int(last) + 1 if last else None]
+        where = f"bytes {first}-{int(first) + len(part) - 1}/{len(data)}"
+        return self.answer(206, part, x_goog_generation=generation, Content_Range=where)
+
+    def do_POST(self) -> None:
+        key, query = self.asked()
+        data = self.rfile.read(int(self.headers["Content-Length"]))
+        present = self.generations.get(key, 1) if key in Objects.store else 0
+        if int(query.get("ifGenerationMatch", present)) != present:
+            return self.answer(412)
+        Objects.store[key] = MemoryFile(Objects(), key, data)
+        self.generations[key] = present + 1
+        return self.answer(200, json.dumps(self.describe(key)).encode())
+
+    def do_DELETE(self) -> None:
+        key, _ = self.asked()
+        self.answer(204 if Objects.store.pop(key, None) else 404)
+
+
+class Client:
+    """Of the stub of google-cloud-storage: buckets without hierarchical namespaces."""
+
+    def get_bucket(self, name: str) -> types.SimpleNamespace:
+        return types.SimpleNamespace(name=name)
+
+
+@contextmanager
+def serve() -> Iterator[str]:
+    """The store, empty, while the context lasts; yields the path of a bucket in it."""
+    Objects.store.clear()
+    Api.generations.clear()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Api)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    storage = types.ModuleType("google.cloud.storage")
+    storage.Client = Client
+    cloud = types.ModuleType("google.cloud")
+    cloud.storage = storage
+    fsspec.register_implementation("gcs", Objects, clobber=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "google.cloud", cloud)
+        patch.setitem(sys.modules, "google.cloud.storage", storage)
+        patch.setenv("TENSORSTORE_GCS_HTTP_URL", f"http://127.0.0.1:{server.server_port}")
+        patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "none")
+        try:
+            yield "gs://bucket"
+        finally:
+            server.shutdown()
+            server.server_close()

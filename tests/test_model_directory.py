@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from trees import abstract_of, flip, largest, make_params, same
+
+from flowseg_jax import model_directory
+from flowseg_jax.errors import UserError
+from flowseg_jax.manifest import check_params, manifest
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    directory = tmp_path / "tok"
+    directory.mkdir()
+    (directory / "tokenizer.json").write_text("{}")
+    return directory
+
+
+def test_model_directory_round_trip(tmp_path, tokenizer):
+    params = make_params()
+    path = model_directory.save_model(tmp_path / "model", params, {"width": (1, 2)}, tokenizer, {"seed": 3})
+    loaded = model_directory.load_model(path)
+    assert loaded.model_config == {"width": [1, 2]}
+    assert loaded.extra == {"seed": 3}
+    assert (loaded.tokenizer_dir / "tokenizer.json").read_text() == "{}"
+    assert all(isinstance(x, np.ndarray) and x.dtype == np.float32 for x in jax.tree.leaves(loaded.params))
+    assert same(loaded.params, jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), params))
+    stored = model_directory.load_model(path, dtype=None).params
+    assert stored["a"]["w"].dtype == jnp.bfloat16
+    sharded = model_directory.load_model(path, abstract_of(params)).params
+    assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(sharded))
+    assert manifest(sharded) == manifest(params)
+    exact = model_directory.save_model(path, params, {}, tokenizer, dtype=None, overwrite=True)
+    assert same(model_directory.load_model(exact, dtype=None).params, params)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "tok"]  # nothing temporary is left
+
+
+def test_a_model_directory_appears_whole_or_not_at_all(tmp_path, tokenizer, monkeypatch):
+    params = make_params()
+    path = model_directory.save_model(tmp_path / "model", params, {"good": 1}, tokenizer)
+    with pytest.raises(UserError, match="model exists: remove it or choose another name"):
+        model_directory.save_model(path, params, {}, tokenizer)
+    with pytest.raises(UserError, match="no tokenizer directory"):
+        model_directory.save_model(tmp_path / "other", params, {}, tmp_path / "nope")
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(model_directory, "copy_tree", full)
+    for target in (path, tmp_path / "other"):
+        with pytest.raises(UserError, match=r"could not be written: .*No space left"):
+            model_directory.save_model(target, params, {}, tokenizer, overwrite=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "tok"]
+    assert model_directory.load_model(path).model_config == {"good": 1}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda d: flip(largest(d / "params")), "is damaged: the bytes of a/w have changed"),
+        (lambda d: os.truncate(largest(d / "params"), 50), "is damaged: "),
+        (lambda d: (d / "config.json").unlink(), "is not a model directory: it has no config.json"),
+        (lambda d: (d / "config.json").write_text('{"format'), "config.json cannot be read"),
+        (lambda d: (d / "config.json").write_text('{"model_type": "qwen3"}'), "was not written by flowseg_jax"),
+        (lambda d: shutil.rmtree(d / "params"), "is incomplete: it lacks params"),
+        (lambda d: shutil.rmtree(d / "tokenizer"), "is incomplete: it lacks tokenizer"),
+        (shutil.rmtree, "no model directory"),
+    ],
+)
+def test_a_spoilt_model_directory_is_one_line(tmp_path, tokenizer, spoil, message):
+    path = model_directory.save_model(tmp_path / "model", make_params(), {}, tokenizer)
+    spoil(path)
+    with pytest.raises(UserError, match=message) as error:
+        model_directory.load_model(path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_model_of_another_format_version(tmp_path, tokenizer):
+    path = model_directory.save_model(tmp_path / "model", make_params(), {}, tokenizer)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"format_version": 99}))
+    with pytest.raises(UserError, match="has format version 99, this flowseg_jax reads 1"):
+        model_directory.load_model(path)
+
+
+def test_loading_is_strict_both_ways(tmp_path, tokenizer):
+    path = model_directory.save_model(tmp_path / "model", make_params(), {}, tokenizer)
+    abstract = {"a": {"w": jax.ShapeDtypeStruct((60, 99), jnp.float32), "c": jax.ShapeDtypeStruct((1,), jnp.float32)}}
+    with pytest.raises(UserError) as error:
+        model_directory.load_model(path, abstract)
+    wanted = (
+        "missing a/c (1,)",
+        "unexpected a/b (7,)",
+        "unexpected layers/1/x (3,)",
+        "a/w is (60, 100), the model's is (60, 99)",
+    )
+    for part in wanted:
+        assert part in str(error.value)
+    with pytest.raises(UserError, match=r"this does not fit the model: missing a/c \(1,\)"):
+        check_params({"a": {"c": jnp.zeros(1)}}, {}, "this")
+    check_params(abstract_of(make_params()), make_params())

@@ -1,0 +1,102 @@
+"""Two processes of two devices each train as one process of four does; one process alone goes on and evaluates."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import minirefcoco as mini
+import pytest
+import small
+
+from flowseg_jax import config as configs
+from flowseg_jax.data import builders
+from flowseg_jax.evaluation.benchmark import Benchmark
+from flowseg_jax.model_directory import save_model
+from flowseg_jax.models.language import LanguageConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """A run of four steps on miniature data, saved behind the second; it starts from parameters that cost nothing to draw."""
+    root = tmp_path_factory.mktemp("run")
+    prepared = builders.prepare(mini.write(root / "layout"), root / "prepared", tokenizer_vocab=300, log=lambda _: None)
+    cfg = small.lean(negatives_group=4)
+    cfg = dataclasses.replace(cfg, llm=dataclasses.replace(LanguageConfig.tiny(300), width=28, layers=1, head_dim=14, mlp=36))
+    config = small.experiment(cfg, small.batch(cfg, images=8), data=2, fsdp=2)
+    config.update(steps=4, log_every=1, checkpoint_every=2, init_from=(str(root / "start"),))
+    config.data.update(dir=str(prepared.directory), images=0, text=120, masks=4)
+    save_model(root / "start", small.params(cfg), cfg.to_dict(), prepared.tokenizer_directory, dtype=None)
+    return config
+
+
+def launch(config, workdir: Path, devices: int, *flags: str) -> subprocess.Popen:
+    workdir.parent.mkdir(exist_ok=True)
+    file = workdir.parent / f"{workdir.name}-{'-'.join(flags) or 'alone'}.json".replace("/", "").replace(":", "")
+    file.write_text(configs.to_json(config))
+    xla = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+    environment = os.environ | {"XLA_FLAGS": xla, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "train.py"), f"--config={file}", f"--workdir={workdir}", *flags]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(*processes: subprocess.Popen) -> str:
+    outputs = [process.communicate(timeout=250)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(outputs)
+    return "\n".join(outputs)
+
+
+def metrics(workdir: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if "per_second" not in k} for row in rows]
+
+
+def train_both(config, tmp_path, devices: int) -> list[dict]:
+    """One process into `one`, two with half of the devices each into `two`; returns the metrics of the first."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    whole = launch(config, tmp_path / "one", devices)
+    halves = [
+        launch(config, tmp_path / "two", devices // 2, f"--coordinator={address}", "--processes=2", f"--process={index}")
+        for index in range(2)
+    ]
+    said = finish(*halves)
+    finish(whole)
+    assert said.count("of them trained; mesh:") == 1  # one speaks for both
+    return metrics(tmp_path / "one")
+
+
+def assert_equal(ours: list[dict], theirs: list[dict]) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
+
+
+def test_two_processes_train_as_one(config, tmp_path):
+    short = configs.from_json(configs.to_json(config))
+    short.steps = 2
+    short.mesh.data = 1
+    expected = train_both(short, tmp_path, 2)
+    assert len(expected) == 2
+    assert_equal(metrics(tmp_path / "two"), expected)
+    assert (tmp_path / "two" / "model" / "config.json").is_file()
+
+
+@pytest.mark.slow
+def test_one_process_goes_on_where_two_stopped(config, tmp_path):
+    expected = train_both(config, tmp_path, 4)
+    assert_equal(metrics(tmp_path / "two"), expected)
+    assert sorted(path.name for path in (tmp_path / "two" / "checkpoints").iterdir()) == ["2", "4"]
+    (tmp_path / "two" / "checkpoints" / "4").rename(tmp_path / "set-aside")
+    assert "continuing from the checkpoint of step 2" in finish(launch(config, tmp_path / "two", 4))
+    assert_equal(metrics(tmp_path / "two"), expected)
+    benchmarks = [Benchmark.of_model(tmp_path / run / "model", config.data.dir, batch=2) for run in ("one", "two")]
+    one, two = (benchmark.run("val", tmp_path / f"eval{i}", pictures=False).result for i, benchmark in enumerate(benchmarks))
+    assert two["n"] == one["n"] and two["ciou"] == pytest.approx(one["ciou"], abs=1e-3)
