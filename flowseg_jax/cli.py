@@ -89,7 +89,7 @@ def join_processes(arguments: argparse.Namespace) -> None:
 def add_plan_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plan", action="store_true", help="compile the step for a topology and report; nothing runs")
     parser.add_argument("--topology", metavar="NAME", help="with --plan: v5e:4x4, v5p:2x2x2, v6e:4x4, h100:8; default cpu:1")
-    parser.add_argument("--effort", metavar="LEVEL", help="with --plan: how hard XLA optimises, O0 to O3, default; O1")
+    parser.add_argument("--effort", metavar="LEVEL", help="with --plan: how hard XLA optimises, O0 to O3, default; O0")
     parser.add_argument("--json", action="store_true", help="with --plan: the last line is one JSON object")
 
 
@@ -98,7 +98,7 @@ def plan(config: ConfigDict, arguments: argparse.Namespace) -> int:
     from flowseg_jax.planning.plan import plan as make
     from flowseg_jax.writers import say
 
-    report = make(config, arguments.topology or "cpu:1", effort=arguments.effort or "O1")
+    report = make(config, arguments.topology or "cpu:1", effort=arguments.effort or "O0")
     say(report.text())
     if arguments.json:
         say(json.dumps(report.to_json()))

@@ -220,14 +220,14 @@ def test_changed_keys():
 
 
 def test_prepare_workdir(tmp_path):
-    workdir = checkpoint.prepare_workdir(tmp_path / "a" / "b")
+    workdir = prepare_workdir(tmp_path / "a" / "b")
     assert workdir.is_dir()
     assert list(workdir.iterdir()) == []
     (tmp_path / "file").write_text("")
     with pytest.raises(
         UserError, match=r"workdir .*file.run cannot be written: Not a directory; choose another with --workdir"
     ):
-        checkpoint.prepare_workdir(tmp_path / "file" / "run")
+        prepare_workdir(tmp_path / "file" / "run")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8", "uint32", "bool", "int32"])

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import pytest
 from trees import abstract_of, make_params, make_state, same
 
-from flowseg_jax.checkpoint import Checkpoints, prepare_workdir
+from flowseg_jax.checkpoint import Checkpoints
 from flowseg_jax.errors import UserError
 from flowseg_jax.model_directory import load_model, save_model
-from flowseg_jax.storage import absolute
+from flowseg_jax.storage import absolute, prepare_workdir
 from flowseg_jax.writers import JsonlWriter, create_writer
 
 

@@ -114,7 +114,7 @@ def cross_entropy(
 def _scan_logits(hidden: Array, rows: Array, labels: Array, chunk: int, exists: int | Array) -> tuple[Array, Array, Array]:
     """(max, sum of exp(logit - max), logit of the label or 0) of each token over the first `exists` rows."""
     count, width = hidden.shape
-    chunk = min(chunk, count)
+    chunk = max(1, min(chunk, count))
     padding = -count % chunk
     hidden = jnp.pad(hidden, ((0, padding), (0, 0))).reshape(-1, chunk, width)
     labels = jnp.pad(labels, (0, padding)).reshape(-1, chunk)

@@ -129,7 +129,7 @@ def _closing(line: str, start: int) -> int:
 def _bytes(type_text: str) -> int:
     """Bytes of all arrays of a type, without the padding of its layout."""
     total = 0
-    for match in _ARRAY.finditer(re.sub(r"\{[^{}]*\}", "", type_text)):
+    for match in _ARRAY.finditer(type_text):
         bits = _BITS.search(match["dtype"])
         width = int(bits[0]) if bits else 8  # "pred"
         total += math.ceil(math.prod(int(size) for size in match["sizes"].split(",") if size) * width / 8)

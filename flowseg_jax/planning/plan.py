@@ -25,7 +25,7 @@ from flowseg_jax.planning.topology import Topology, open_topology
 from flowseg_jax.training.program import Program
 from flowseg_jax.writers import heartbeat
 
-# How hard XLA optimises. O1 takes a fraction of the time of "default", with memory within a few percent of it.
+# How hard XLA optimises. The lower levels take a fraction of the time of "default", with memory within a few percent of it.
 EFFORTS = ("O0", "O1", "O2", "O3", "default")
 MFU = 0.4  # the share of peak arithmetic that step times are given for
 
@@ -148,7 +148,7 @@ class PlanReport:
         return f"fits, {_gib(spare)} to spare" if self.fits else f"does not fit, {_gib(-spare)} too much"
 
 
-def plan(config: ConfigDict, topology: str, *, effort: str = "O1") -> PlanReport:
+def plan(config: ConfigDict, topology: str, *, effort: str = "O0") -> PlanReport:
     """Compiles the train step of a config for a topology, `v5e:4x4`, `h100:8` or `cpu:8`, and reports.
 
     Raises:
@@ -274,7 +274,7 @@ def _arithmetic(by_part: Mapping[str, float], seconds: float | None) -> str:
     largest = sorted(by_part, key=by_part.get, reverse=True)[:4]
     shares = ", ".join(f"{part} {by_part[part] / total:.0%}" for part in largest)
     at = "n/a" if seconds is None else f"{seconds:.3g} s"
-    return f"arithmetic: {total / 1e12:,.4g} TFLOP a step ({shares}); a step at {MFU:.0%} MFU: {at}"
+    return f"arithmetic: {_flop(total)} a step ({shares}); a step at {MFU:.0%} MFU: {at}"
 
 
 def _traffic_lines(traffic: hlo.Traffic) -> list[str]:
@@ -286,6 +286,11 @@ def _traffic_lines(traffic: hlo.Traffic) -> list[str]:
         f"largest all-reduce in a loop {traffic.largest_in_a_loop('all-reduce') / 1e6:,.1f} MB; of {len(waiting)} loops whose "
         f"length depends on data {exchanging} exchange anything",
     ]
+
+
+def _flop(count: float) -> str:
+    scale, unit = next((x for x in ((1e15, "P"), (1e12, "T"), (1e9, "G")) if count >= x[0]), (1e6, "M"))
+    return f"{count / scale:.3g} {unit}FLOP"
 
 
 def _gib(size: int) -> str:

@@ -120,7 +120,8 @@ def make_train_step(
         division: of the batch, whose rows come in the order of `Division.rows`.
     """
     specs = jax.tree.map(lambda spec: _manual(spec, mesh), specs)
-    unsummed = jax.tree.map(lambda spec: tuple(axis for axis in BATCH_AXES if axis not in _axes(spec)), specs[0])
+    several = [axis for axis in BATCH_AXES if mesh.shape[axis] > 1]  # a sum over one device would still be an all-reduce
+    unsummed = jax.tree.map(lambda spec: tuple(axis for axis in several if axis not in _axes(spec)), specs[0])
     parts, each, peers = division.parts, division.each, Peers(BATCH_AXES)
 
     def local(trainable: Params, frozen: Params, batch: Batch, key: jax.Array) -> tuple[Params, Metrics]:

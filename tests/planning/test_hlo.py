@@ -46,12 +46,19 @@ def waiting(x):  # how long depends on data, and every turn asks all devices
 def alone(x):  # how long depends on data, and nobody is asked
     return lax.psum(lax.while_loop(lambda y: y.sum() < 1e3, lambda y: y * 2, x), "x")
 
+once = lambda y: lax.psum(y, "x")
+twice = lambda y: once(once(y) * y)
+
 def chosen(x):
-    return lax.cond(x[0, 0] > 0, lambda y: lax.psum(y, "x"), lambda y: lax.psum(lax.psum(y, "x") * y, "x"), x)
+    return lax.cond(x[0, 0] > 0, once, twice, x)
+
+def otherwise(x):
+    return lax.cond(x[0, 0] > 0, twice, once, x)
 
 print(json.dumps({
     "summed": text(summed, (8, 4)), "layers": text(layers, (8, 6, 16, 2), (8, 4, 16)), "nested": text(nested, (8, 4)),
     "waiting": text(waiting, (8, 4)), "alone": text(alone, (8, 4)), "chosen": text(chosen, (8, 4)),
+    "otherwise": text(otherwise, (8, 4)),
 }))
 """
 
@@ -95,7 +102,8 @@ def test_a_loop_of_unknown_length_tells_whether_it_waits_for_others(compiled):
 
 
 def test_of_branches_the_one_that_exchanges_most_counts(compiled):
-    assert hlo.traffic(compiled["chosen"]).totals() == {"all-reduce": (2, 32)}
+    for name in ("chosen", "otherwise"):
+        assert hlo.traffic(compiled[name]).totals() == {"all-reduce": (2, 32)}
 
 
 def module(body: str, *others: str) -> str:
@@ -169,6 +177,7 @@ def test_the_gpu_compilers_dialect():
         "all-reduce": (1, 64),
         "reduce-scatter": (1, (1024 * 256 + 512 * 64) * 2),
     }
+    assert hlo.traffic(GPU).largest_in_a_loop("all-reduce") == 0
 
 
 def test_a_known_trip_count_is_taken_from_the_compiler():
@@ -176,8 +185,26 @@ def test_a_known_trip_count_is_taken_from_the_compiler():
     condition = "%cond (w: s32[]) -> pred[] {\n  %w = s32[] parameter(0)\n  ROOT %r = pred[] fusion(%w), calls=%compare\n}"
     loop = '  ROOT %while = s32[] while(%p), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"9"}}'
     assert hlo.traffic(module(loop, body, condition)).totals() == {"all-reduce": (9, 36)}
-    unknown = loop.replace("known_trip_count", "something_else")
-    assert hlo.traffic(module(unknown, body, condition)).loops[0].trip_count is None
+
+
+@pytest.mark.parametrize(
+    "root",
+    [
+        "compare(%w, %bound), direction=NE",
+        "compare(%bound, %w), direction=LT",
+        "and(%w, %bound), direction=LT",
+        "fusion(%w), kind=kLoop, calls=%compare",
+    ],
+)
+def test_any_other_condition_is_one_on_data(root):
+    condition = (
+        f"%cond (w: s32[]) -> pred[] {{\n  %w = s32[] parameter(0)\n  %bound = s32[] constant(7)\n  ROOT %r = pred[] {root}\n}}"
+    )
+    body = "%body (w: s32[]) -> s32[] {\n  ROOT %w = s32[] parameter(0)\n}"
+    loop = "  ROOT %while = s32[] while(%p), condition=%cond, body=%body"
+    assert hlo.traffic(module(loop, body, condition)).loops[0].trip_count is None
+    counted = condition.replace(root, "compare(%w, %bound), direction=LT")
+    assert hlo.traffic(module(loop, body, counted)).loops[0].trip_count == 7
 
 
 def test_other_text_is_refused():

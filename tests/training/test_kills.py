@@ -24,11 +24,11 @@ from pathlib import Path
 import minirefcoco as mini
 import pytest
 import small
-from ml_collections import ConfigDict
 from trees import flip, largest
 
 from flowseg_jax import config as configs
 from flowseg_jax.data import builders
+from flowseg_jax.model_directory import save_model
 from flowseg_jax.models.language import LanguageConfig
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -68,15 +68,12 @@ class Command:
 def command(tmp_path_factory) -> Command:
     root = tmp_path_factory.mktemp("data")
     prepared = builders.prepare(mini.write(root / "layout"), root / "prepared", tokenizer_vocab=300, log=lambda _: None)
-    config = configs.read("configs/shapes_tiny.py")
-    # As little as there is to compile: one decoder layer, one pass.
-    cfg = small.config(named_pass="off", classes=0, negatives_group=1, connector_layers=(1, 1, 1))
     llm = dataclasses.replace(LanguageConfig.tiny(300), width=28, layers=1, head_dim=14, mlp=36)
-    cfg = dataclasses.replace(cfg, llm=llm, decoder=dataclasses.replace(cfg.decoder, layers=1))
-    config.model = ConfigDict(cfg.to_dict())
-    config.update(steps=STEPS, log_every=1, checkpoint_every=4, batch_size=2)
+    cfg = small.lean(negatives_group=1, llm=llm)
+    save_model(root / "start", small.params(cfg), cfg.to_dict(), prepared.tokenizer_directory, dtype=None)
+    config = small.experiment(cfg, small.batch(cfg))
+    config.update(steps=STEPS, log_every=1, checkpoint_every=4, init_from=(str(root / "start"),))
     config.data.update(dir=str(prepared.directory), images=0, text=120, phrases=2, masks=4)
-    config.optimizer.losses.update(points=24, vocabulary_chunk=64)
     file = root / "config.json"
     file.write_text(configs.to_json(config))
     return Command(file)

@@ -20,7 +20,6 @@ from flowseg_jax.evaluation.benchmark import Benchmark
 from flowseg_jax.models import flowseg
 from flowseg_jax.models.language import LanguageConfig
 from flowseg_jax.training import loop, program
-from flowseg_jax.training.optimizer import OptimizerConfig, multipliers, schedule, split
 
 
 @pytest.fixture(scope="module")
@@ -189,19 +188,3 @@ def test_a_batch_is_learnt_by_heart(config, prepared):
             mask = np.asarray(found.mask_logits)[b, k, query[b, k]] > 0
             wanted = truth[b, int(batch.phrase_mask[b, k])]
             assert (mask & wanted).sum() / (mask | wanted).sum() > 0.9
-
-
-def test_optimizer_table_is_ordered_and_complete():
-    rates = multipliers(["sam/a", "llm/b"], (("sam/.*", None), (".*", 0.5)))
-    assert rates == {"sam/a": None, "llm/b": 0.5}
-    trainable, frozen = split({"sam": {"a": 1}, "llm": {"b": 2}}, rates)
-    assert (trainable, frozen) == ({"llm": {"b": 2}}, {"sam": {"a": 1}})
-    with pytest.raises(UserError, match="no regular expression"):
-        multipliers(["a"], (("(", 1.0),))
-
-
-def test_learning_rate_warms_up_and_ends_at_zero():
-    rate = schedule(OptimizerConfig(learning_rate=1.0, warmup=0.1), 100)
-    assert float(rate(0)) == pytest.approx(1e-5, rel=1e-2)
-    assert float(rate(10)) == pytest.approx(1.0)
-    assert float(rate(100)) == pytest.approx(0.0, abs=1e-7)
