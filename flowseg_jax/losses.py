@@ -240,7 +240,8 @@ def level_losses(
     cost = jax.vmap(jax.vmap(match_cost, (0, 0, 0, 0, None)), (0, 0, 0, 0, None))(
         fixed(class_logits.astype(jnp.float32)), targets.labels, at_points, wanted, cfg
     )
-    assigned = match(cost, exists)
+    with jax.named_scope("matcher"):
+        assigned = match(cost, exists)
 
     flat = lambda x: x.reshape(b * r, *x.shape[2:])  # noqa: E731
     class_sum, class_weight = class_loss(

@@ -341,7 +341,10 @@ class FlowSeg(nnx.Module):
 
     def refine(self, masks: Float[Array, "b n h w"], mask_features: Float[Array, "b h w f"]) -> Float[Array, "b n h w"]:
         """BAR on mask logits; the identity without it."""
-        return masks if self.boundary is None else self.boundary(masks, mask_features)
+        if self.boundary is None:
+            return masks
+        with jax.named_scope("boundary"):
+            return self.boundary(masks, mask_features)
 
 
 def at_rest(tree: Any) -> dict[str, Any]:

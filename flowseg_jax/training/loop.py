@@ -132,14 +132,13 @@ def train(config: ConfigDict, workdir: str | os.PathLike, profile: Profile | Non
             profiler.after(step, metrics)
             stopped = stop.behind(step)
             if step % config.checkpoint_every == 0 or last or stopped:
+                report.read()  # a checkpoint has all lines up to its step before it
                 writer.flush()
                 checkpoints.save(step, as_tree(state), {"config": resolved, "data_position": step}, metrics)
             if stopped and not last:
-                report.read()
                 checkpoints.wait()
                 say(f"stopped: the state of step {step} is saved in {workdir}; the same command continues")
                 raise KeyboardInterrupt if stop.interrupted else SystemExit(0)
-        report.read()
     return export(program.plan, state, config, data, workdir)
 
 

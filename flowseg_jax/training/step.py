@@ -131,7 +131,9 @@ def make_train_step(
 
         def loss_of(trainable: Params, part: Batch, keys: jax.Array) -> tuple[jax.Array, tuple[Metrics, Terms]]:
             model = bind(graphdef, merge(trainable, frozen))
-            terms, watched = training_terms(model, part, model(part, peers), keys, losses, peers)
+            out = model(part, peers)
+            with jax.named_scope("losses"):
+                terms, watched = training_terms(model, part, out, keys, losses, peers)
             shares = divide({name: (total, counts[name]) for name, (total, _) in terms.items()})
             return sum(shares.values()), (shares, watched)
 
