@@ -62,7 +62,7 @@ def train(argv: Sequence[str] | None = None) -> int:
     from flowseg_jax.training.loop import train as run
     from flowseg_jax.training.profiling import Profile
 
-    profile = Profile.parse(arguments.profile) if arguments.profile else None
+    profile = None if arguments.profile is None else Profile.parse(arguments.profile)
     run(config, arguments.workdir or Path("runs") / Path((chosen or "configs/shapes_tiny.py").split(":")[0]).stem, profile)
     return 0
 
