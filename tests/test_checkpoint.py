@@ -19,6 +19,7 @@ from trees import abstract_of, flip, largest, make_state, same
 from flowseg_jax import checkpoint
 from flowseg_jax.errors import UserError
 from flowseg_jax.manifest import checksums, device_checksums, flatten, nest
+from flowseg_jax.storage import prepare_workdir
 
 
 def test_saves_and_restores_everything(tmp_path):

@@ -160,7 +160,7 @@ def wait_until(moment: Callable[[], bool], process: subprocess.Popen, log: Path)
     deadline = time.monotonic() + PATIENCE
     while not moment():
         assert process.poll() is None and time.monotonic() < deadline, log.read_text()
-        time.sleep(0.0005)
+        time.sleep(0.002)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +174,7 @@ class Kill:
     def come(self, workdir: Path) -> bool:
         if self.kind == "starting":
             return True
-        return last_logged(workdir) >= self.step and (self.kind == "training" or saving(workdir) is not None)
+        return (self.kind == "training" or saving(workdir) is not None) and last_logged(workdir) >= self.step
 
 
 def difference(workdir: Path, truth: Outcome) -> str:
