@@ -59,7 +59,7 @@ def assert_equal_training(cfg, mesh: tuple[int, ...], accumulate: int = 1) -> No
         assert np.abs(x - others[name]).max() <= 1e-4 * scale, name
 
 
-@pytest.mark.parametrize(("mesh", "accumulate"), [((2, 2, 2), 1), ((1, 2, 1), 2)])
+@pytest.mark.parametrize(("mesh", "accumulate"), [((2, 2, 2), 2)])
 def test_the_same_training_on_other_meshes(mesh, accumulate):
     assert_equal_training(LEAN, mesh, accumulate)
 
@@ -71,7 +71,7 @@ def test_the_same_training_of_the_whole_model(mesh):
 
 
 def test_moments_lie_where_their_parameters_do():
-    program, *_ = trained(LEAN, (1, 2, 1), 2)
+    program, *_ = trained(LEAN, (2, 2, 2), 2)
     (momentum,) = jax.tree.leaves(program.state.opt_state, is_leaf=lambda x: isinstance(x, dict))
     place = lambda tree: {name: x.sharding.spec for name, x in flatten(tree).items()}  # noqa: E731
     assert place(momentum) == place(program.state.trainable)
@@ -81,6 +81,6 @@ def test_moments_lie_where_their_parameters_do():
 
 def test_no_loop_of_unknown_length_exchanges_anything():
     """A collective in the matcher's loops would make every device wait for the slowest image of the whole mesh."""
-    _, text, *_ = trained(LEAN, (2, 2, 2))
+    _, text, *_ = trained(LEAN, (2, 2, 2), 2)
     searches = [loop for loop in hlo.traffic(text).loops if loop.trip_count is None]
     assert searches and not [loop for loop in searches if loop.collectives]

@@ -164,7 +164,7 @@ def test_a_frozen_part_costs_what_its_gradients_take():
     cfg = small.config()
     work = flops.language(cfg.llm, cfg.visual_tokens + 40)
     attention_share = work.pairs / work.forward
-    ratios = cost(cfg, "llm")  # behind projectors that learn: gradients pass through it
+    ratios = cost(cfg, "llm/")  # behind projectors that learn: gradients pass through it
     assert ratios["llm"] == pytest.approx(2 + attention_share)
     assert ratios["head"] == pytest.approx(2)  # tied to the frozen table
     assert ratios["sam"] == ratios["visual_projector"] == pytest.approx(3)
@@ -174,7 +174,7 @@ def test_a_frozen_part_costs_what_its_gradients_take():
     assert ratios["seg_projector"] == pytest.approx(3)
     assert ratios["llm"] == pytest.approx(3)
 
-    ratios = cost(cfg, "sam", "siglip", "visual_projector", "seg_projector", "llm")
+    ratios = cost(cfg, "sam", "siglip", "visual_projector", "seg_projector", "llm/")
     assert ratios["llm"] == pytest.approx(1)
     assert ratios["llm_projector"] == pytest.approx(3)
 

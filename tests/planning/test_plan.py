@@ -223,6 +223,7 @@ def check_plan(found: dict, output: str) -> None:
     assert "nothing was executed" in output
 
 
+@pytest.mark.slow
 def test_the_command_plans_the_real_step(tmp_path):
     code, output, found = run_command("cpu:8", tmp_path)
     assert code == 0
@@ -236,6 +237,7 @@ def test_the_command_plans_the_real_step(tmp_path):
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu (extra `tpu`) is not installed")
 @pytest.mark.parametrize("topology", ["v5e:2x4"])
+@pytest.mark.slow
 def test_the_command_plans_the_real_step_for_tpus(tmp_path, topology):
     code, output, found = run_command(topology, tmp_path)
     assert code == 0

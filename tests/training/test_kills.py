@@ -34,7 +34,7 @@ from flowseg_jax.models.language import LanguageConfig
 ROOT = Path(__file__).resolve().parent.parent.parent
 STEPS = 24
 PATIENCE = 600  # seconds for one process, however busy the machine is
-pytestmark = pytest.mark.timeout(1800)
+pytestmark = [pytest.mark.timeout(1800), pytest.mark.slow]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,7 +31,7 @@ def prepared(tmp_path_factory):
 @pytest.fixture(scope="module")
 def config(prepared) -> ConfigDict:
     config = configs.read("configs/shapes_tiny.py")
-    cfg = small.config(named_pass="off", classes=len(prepared.categories), negatives_group=1)
+    cfg = dataclasses.replace(small.lean(negatives_group=1), classes=len(prepared.categories))
     cfg = dataclasses.replace(cfg, llm=dataclasses.replace(LanguageConfig.tiny(300), width=28, layers=1, head_dim=14, mlp=36))
     config.model = ConfigDict(cfg.to_dict())
     config.update(steps=6, log_every=1, checkpoint_every=2, batch_size=2)
@@ -161,9 +161,10 @@ def test_the_configs_ask_for_data_that_their_model_can_read(name, monkeypatch):
     assert (asked["seed"] != 0) == (name == "shapes_shipped") == ("mix" in asked)  # the benchmark itself stays unseen
 
 
+@pytest.mark.slow
 def test_a_batch_is_learnt_by_heart(config, prepared):
     """Four hundred steps on the same two images: every target is found, and selected, with IoU above 0.9."""
-    cfg = small.config(named_pass="off", classes=3, negatives_group=1)
+    cfg = dataclasses.replace(small.lean(negatives_group=1), classes=3)
     batch = small.batch(cfg)
     steps = 400
     experiment = small.experiment(cfg, batch)

@@ -22,7 +22,7 @@ from flowseg_jax.training import loop
 from flowseg_jax.training import program as module
 from flowseg_jax.training.step import Division
 
-CFG = small.config()
+CFG = dataclasses.replace(small.lean(), named_pass="flow", classes=3)
 LOSSES = LossConfig(points=24, vocabulary_chunk=16)
 OPTIMIZER = optax.sgd(1.0, momentum=0.5)
 

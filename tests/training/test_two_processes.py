@@ -79,6 +79,7 @@ def assert_equal(ours: list[dict], theirs: list[dict]) -> None:
         assert a == pytest.approx(b, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(config, tmp_path):
     short = configs.from_json(configs.to_json(config))
     short.steps = 2
