@@ -17,9 +17,9 @@ import jax
 from jax.sharding import Mesh
 
 from flowseg_jax import parallel
-from flowseg_jax.checkpoint import load_model, read_model_config
 from flowseg_jax.errors import UserError, suggest
 from flowseg_jax.manifest import flatten, nest
+from flowseg_jax.model_directory import load_model, read_model_config
 from flowseg_jax.models import flowseg
 from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.writers import say

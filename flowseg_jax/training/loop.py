@@ -88,8 +88,6 @@ def train(config: ConfigDict, workdir: str | os.PathLike, profile: Profile | Non
     """
     program = Program.build(config)
     workdir, resolved = prepare_workdir(workdir), json.loads(to_json(config))
-    if is_primary():
-        (workdir / "config.json").write_text(to_json(config) + "\n")
     data = open_train_data(config, program)
     describe(program)
 
@@ -108,6 +106,8 @@ def train(config: ConfigDict, workdir: str | os.PathLike, profile: Profile | Non
         else:
             with heartbeat("initialising parameters"):
                 start, state = 0, program.initial_state(config)
+        if is_primary():  # not before: a config that is refused leaves the run's own where it is
+            (workdir / "config.json").write_text(to_json(config) + "\n")
         stop = stack.enter_context(Stop())
         batches = stack.enter_context(contextlib.closing(data.iterate(start)))
         writer = create_writer(workdir, steps=config.steps, start_step=start, primary=is_primary())
