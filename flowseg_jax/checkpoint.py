@@ -23,12 +23,11 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from flowseg_jax.errors import UserError, suggest
 from flowseg_jax.manifest import Tree, checksums, compare, manifest, verify
-from flowseg_jax.model_directory import load_model, read_model_config
 from flowseg_jax.processes import attempt, is_primary
 from flowseg_jax.storage import absolute, as_stored, cast, damage, provenance, reason
 from flowseg_jax.writers import say
 
-__all__ = ["Checkpoints", "Restored", "changed_keys", "load_model", "read_model_config"]
+__all__ = ["Checkpoints", "Restored", "changed_keys"]
 
 SIGNS = {"min": -1.0, "max": 1.0}  # what makes a better value of a metric a larger one
 

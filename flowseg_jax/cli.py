@@ -11,9 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
+from etils import epath
 from ml_collections import ConfigDict
 
 from flowseg_jax import config as configs
+from flowseg_jax import storage
 from flowseg_jax.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -105,14 +107,14 @@ def plan(config: ConfigDict, arguments: argparse.Namespace) -> int:
     return 0 if report.fits else 1
 
 
-def model_directory(arguments: argparse.Namespace) -> Path:
-    """The model that `--checkpoint` or `--workdir` names, else the shipped one."""
+def model_directory(arguments: argparse.Namespace) -> epath.Path | Path:
+    """The model that `--checkpoint` or `--workdir` names, local or remote, else the shipped one."""
     if arguments.checkpoint and arguments.workdir:
         raise UserError("--checkpoint and --workdir both name a model: give one of them")
     if arguments.checkpoint:
-        return Path(arguments.checkpoint)
+        return storage.absolute(arguments.checkpoint)
     if arguments.workdir:
-        directory = Path(arguments.workdir) / "model"
+        directory = storage.absolute(arguments.workdir) / "model"
         if not directory.is_dir():
             raise UserError(f"{arguments.workdir} holds no trained model yet: finish its training with the train.py command")
         return directory
@@ -140,11 +142,7 @@ def evaluate(argv: Sequence[str] | None = None) -> int:
     from flowseg_jax.training import loop
 
     directory = model_directory(arguments)
-    out = (
-        Path(arguments.out)
-        if arguments.out
-        else (Path(arguments.workdir) / "eval" if arguments.workdir else Path("runs") / "eval" / directory.name)
-    )
+    out = results_directory(arguments, directory.name)
     data = arguments.data
     if data is None:
         read_model_config(directory)  # a mistyped name is told at once, not after the benchmark is made
@@ -153,6 +151,17 @@ def evaluate(argv: Sequence[str] | None = None) -> int:
     for split in arguments.split.split(","):
         benchmark.run(split, out, shuffle_text=arguments.shuffle_text, images=arguments.images)
     return 0
+
+
+def results_directory(arguments: argparse.Namespace, name: str) -> Path:
+    """Where an evaluation's results go: `--out`, or beside the run, or under `runs/` by the model's name."""
+    if arguments.out:
+        return Path(arguments.out)
+    if arguments.workdir and storage.is_remote(arguments.workdir):
+        raise UserError(f"results are written to a local directory: name one with --out beside --workdir={arguments.workdir}")
+    if arguments.workdir:
+        return Path(arguments.workdir) / "eval"
+    return Path("runs") / "eval" / name
 
 
 def predict(argv: Sequence[str] | None = None) -> int:

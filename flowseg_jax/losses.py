@@ -20,8 +20,9 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 
 from flowseg_jax.data.batch import NO_LABEL, NONE, Batch
 from flowseg_jax.models.config import FlowSegConfig
-from flowseg_jax.models.flowseg import ALONE, FlowSeg, Peers, TrainingOutput
+from flowseg_jax.models.flowseg import FlowSeg, TrainingOutput
 from flowseg_jax.models.mask_decoder import mask_logits
+from flowseg_jax.ops.collectives import ALONE, Peers
 from flowseg_jax.ops.matcher import match
 from flowseg_jax.ops.points import sample, sample_features, sample_packed, uncertain_points
 from flowseg_jax.ops.vocabulary import Vocabulary, cross_entropy

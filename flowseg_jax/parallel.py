@@ -72,7 +72,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     data, fsdp, tensor = shape
     try:
         grid = mesh_utils.create_device_mesh((data, *factors(fsdp), tensor), devices, allow_split_physical_axes=True)
-    except (NotImplementedError, ValueError, AssertionError):  # no such layout on this network: any order is as good
+    except NotImplementedError:  # JAX found no layout of such axes on this network: then no order is better than another
         grid = np.array(devices)
     return Mesh(grid.reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
@@ -133,11 +133,6 @@ def axis_names(path: str, variable: nnx.Variable) -> tuple[str | None, ...]:
     return (None,) * (len(variable.shape) - len(last)) + last
 
 
-def _paths(state: nnx.State) -> list[tuple[str, nnx.Variable]]:
-    leaves = jax.tree_util.tree_leaves_with_path(state, is_leaf=lambda x: isinstance(x, nnx.Variable))
-    return [(jax.tree_util.keystr(path, simple=True, separator="/"), variable) for path, variable in leaves]
-
-
 def _param_spec(path: str, variable: nnx.Variable, mesh: AnyMesh, rules: Rules) -> PartitionSpec:
     names, shape = axis_names(path, variable), variable.shape
     of_a_layer = [size for name, size in zip(names, shape, strict=True) if name != "layers"]
@@ -147,8 +142,12 @@ def _param_spec(path: str, variable: nnx.Variable, mesh: AnyMesh, rules: Rules) 
 
 def param_shardings(state: nnx.State, mesh: AnyMesh, rules: Rules = RULES) -> dict[str, Any]:
     """Shardings of all parameters, as a nested dict like the parameters at rest; `state` may be abstract."""
-    places = iter([NamedSharding(mesh, _param_spec(path, variable, mesh, rules)) for path, variable in _paths(state)])
-    return at_rest(jax.tree.map(lambda _: next(places), state, is_leaf=lambda x: isinstance(x, nnx.Variable)))
+
+    def place(path: tuple, variable: nnx.Variable) -> NamedSharding:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return NamedSharding(mesh, _param_spec(name, variable, mesh, rules))
+
+    return at_rest(jax.tree_util.tree_map_with_path(place, state, is_leaf=lambda x: isinstance(x, nnx.Variable)))
 
 
 def divided(model: nnx.Module, mesh: AnyMesh, rules: Rules = RULES) -> nnx.GraphDef:
@@ -157,19 +156,13 @@ def divided(model: nnx.Module, mesh: AnyMesh, rules: Rules = RULES) -> nnx.Graph
     Each parameter that `fsdp` divides is marked with the axis it is divided along, counted from the end (so that it holds for
     one layer of a stack too); `layers.weight` puts the parts together where the parameter is used.
     """
-    for path, variable in _paths(nnx.state(model)):
-        entries = _param_spec(path, variable, mesh, rules)
-        at = next((i for i, axes in enumerate(entries) if SHARD_AXIS in (axes if isinstance(axes, tuple) else (axes,))), None)
-        if at is not None:
-            _variable(model, path).set_metadata(divided=at - len(variable.shape))
+    for path, variable in nnx.iter_graph(model):
+        if isinstance(variable, nnx.Variable):
+            entries = _param_spec("/".join(map(str, path)), variable, mesh, rules)
+            at = next((i for i, axes in enumerate(entries) if axes == SHARD_AXIS), None)
+            if at is not None:
+                variable.set_metadata(divided=at - len(variable.shape))
     return nnx.split(model)[0]
-
-
-def _variable(model: nnx.Module, path: str) -> nnx.Variable:
-    node: Any = model
-    for key in path.split("/"):
-        node = node[int(key)] if key.isdigit() else getattr(node, key)
-    return node
 
 
 def batch_sharding(mesh: Mesh, rules: Rules = RULES) -> NamedSharding:

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import jax
 import jax.numpy as jnp
 from etils import epath
@@ -30,11 +31,16 @@ def absolute(path: str | os.PathLike) -> epath.Path:
     """A local path made absolute, or a remote one (`gs://bucket/name`) as it is, with the methods of `pathlib.Path`.
 
     Raises:
-        UserError: a scheme that etils has no file system for.
+        UserError: a scheme that etils has no file system for, or a bucket without the client for it.
     """
     text = os.fspath(path)
     if "://" not in text:  # etils would take the absolute path of a remote one for a local one
         return epath.Path(Path(text).expanduser().absolute())
+    if text.startswith("gs://"):
+        try:
+            fsspec.get_filesystem_class("gcs")  # the name that etils opens
+        except ImportError:
+            raise UserError(f"{text}: buckets need the extra gcs (pip install gcsfs google-cloud-storage)") from None
     try:
         return epath.Path(text)
     except KeyError:

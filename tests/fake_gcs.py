@@ -15,9 +15,9 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
-import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
+from fsspec.registry import _registry
 
 
 class Objects(MemoryFileSystem):
@@ -113,8 +113,8 @@ def serve() -> Iterator[str]:
     storage.Client = Client
     cloud = types.ModuleType("google.cloud")
     cloud.storage = storage
-    fsspec.register_implementation("gcs", Objects, clobber=True)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(_registry, "gcs", Objects)  # `fsspec.register_implementation`, undone at the end
         patch.setitem(sys.modules, "google.cloud", cloud)
         patch.setitem(sys.modules, "google.cloud.storage", storage)
         patch.setenv("TENSORSTORE_GCS_HTTP_URL", f"http://127.0.0.1:{server.server_port}")

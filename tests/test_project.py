@@ -34,7 +34,7 @@ def test_this_environment_satisfies_them():
 def test_project_file_reads_requirements_and_has_the_extras():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert project["tool"]["setuptools"]["dynamic"]["dependencies"] == {"file": ["requirements.txt"]}
-    assert set(project["project"]["optional-dependencies"]) == {"test", "smollm2", "tpu", "cuda12"}
+    assert set(project["project"]["optional-dependencies"]) == {"test", "smollm2", "gcs", "tpu", "cuda12"}
 
 
 def modules(package: str):

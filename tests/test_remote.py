@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 from trees import abstract_of, make_params, make_state, same
 
+from flowseg_jax import cli
 from flowseg_jax.checkpoint import Checkpoints
 from flowseg_jax.errors import UserError
 from flowseg_jax.model_directory import load_model, save_model
@@ -32,6 +33,15 @@ def test_a_workdir(bucket):
     assert not any("probe" in key for key in fake_gcs.Objects.store)
     with pytest.raises(UserError, match=r"ftp://host/run: paths are local or gs://BUCKET/NAME"):
         prepare_workdir("ftp://host/run")
+
+
+def test_a_bucket_without_its_client(monkeypatch):
+    def missing(_):
+        raise ImportError("Please install gcsfs to access Google Storage")
+
+    monkeypatch.setattr("fsspec.get_filesystem_class", missing)
+    with pytest.raises(UserError, match=r"gs://bucket/run: buckets need the extra gcs \(pip install gcsfs"):
+        cli.evaluate(["--workdir=gs://bucket/run"])
 
 
 def test_a_workdir_that_cannot_be_written(bucket, monkeypatch):

@@ -24,7 +24,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from flowseg_jax.data import batching, images, masks
+from flowseg_jax.data import batching, images, masks, workers
 from flowseg_jax.data.batch import NONE, Batch, BatchShape
 from flowseg_jax.data.batching import LengthBound, Pixels, Row
 from flowseg_jax.data.prepared import Entry, Prepared
@@ -200,11 +200,10 @@ class TrainData:
 
     def __getstate__(self) -> dict[str, Any]:
         """What a worker is sent: no locks, open files or images, nor the index, which only `__init__` needs."""
-        state = {key: value for key, value in vars(self).items() if key not in ("_source", "_cache", "_order")}
-        return state | {"tokenizer": _send(self.tokenizer)}
+        return {key: value for key, value in vars(self).items() if key not in ("_source", "_cache", "_order")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, tokenizer=_receive(state["tokenizer"]))
+        vars(self).update(state)
         self._open(self._options.cache_bytes // max(self._options.workers, 1))
 
     def _permutation(self, epoch: int) -> np.ndarray:
@@ -267,16 +266,16 @@ class TrainData:
         Workers start with the first batch that is asked for. As they import the main module, it must be guarded by
         `if __name__ == "__main__"`.
         """
-        threads, workers = self._options.threads, self._options.workers
+        threads, count = self._options.threads, self._options.workers
         # A worker's batches lie ready behind it, half in its queue and half in this process, not in front of it.
-        ahead = threads if workers else self._options.prefetch
+        ahead = threads if count else self._options.prefetch
         steps = grain.MapDataset.range(start_step, 1 << 40).map(self.batch)
         batches = steps.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead))
-        if workers:
+        if count:
             if not flags.FLAGS.is_parsed():  # Grain's flags have their defaults: our commands do not use absl's
                 flags.FLAGS.mark_as_parsed()
-            queue = max(self._options.prefetch // (2 * workers), 1)
-            batches = batches.mp_prefetch(grain.MultiprocessingOptions(workers, queue), worker_init_fn=_start_worker)
+            queue = max(self._options.prefetch // (2 * count), 1)
+            batches = batches.mp_prefetch(grain.MultiprocessingOptions(count, queue), worker_init_fn=_start_worker)
         return Batches(iter(batches))
 
 
@@ -287,34 +286,11 @@ def _check_rows(rows: Sequence[int] | None, batch: int) -> tuple[int, ...]:
     return rows
 
 
-def _send(tokenizer: Tokenizer) -> dict[str, Any]:
-    """A tokenizer's state without its cache, and without the wrapper: importing that would take most of a worker's start."""
-    state = {key: value for key, value in vars(tokenizer).items() if key != "_encode"}
-    return state if tokenizer._backend is None else state | {"hf": None}
-
-
-def _receive(state: dict[str, Any]) -> Tokenizer:
-    tokenizer = Tokenizer.__new__(Tokenizer)
-    vars(tokenizer).update(state)
-    tokenizer._encode = functools.lru_cache(maxsize=1 << 16)(tokenizer._encode_uncached)
-    return tokenizer
-
-
 def _start_worker(index: int, count: int) -> None:
     """Runs in each worker before it reads any data."""
-    # A signal to the whole job is the trainer's to answer: it still needs the batch of the step that it finishes.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    workers.start(signal.SIGINT, signal.SIGTERM)
     jax.config.update("jax_platforms", "cpu")  # should anything here compute with JAX: the accelerators are the trainer's
-    threading.Thread(target=_die_with_parent, name="die-with-parent", daemon=True).start()
     multiprocessing.util.Finalize(None, _leave, exitpriority=-10)  # behind its queues, which deliver what they hold at -5
-
-
-def _die_with_parent() -> None:
-    # Waits for the end of a pipe that closes with the parent, however that ends. Not PR_SET_PDEATHSIG: it kills when the
-    # *thread* ends that started the worker, which Grain ends first when it closes; and other systems than Linux lack it.
-    multiprocessing.parent_process().join()
-    os._exit(1)
 
 
 def _leave() -> None:

@@ -52,6 +52,15 @@ class Tokenizer:
         self._backend = getattr(hf, "backend_tokenizer", None)  # the same ids without the wrapper's bookkeeping
         self._encode = functools.lru_cache(maxsize=1 << 16)(self._encode_uncached)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the cache, and without the wrapper where its backend encodes: importing it is most of a worker's start."""
+        state = {key: value for key, value in vars(self).items() if key != "_encode"}
+        return state if self._backend is None else state | {"hf": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._encode = functools.lru_cache(maxsize=1 << 16)(self._encode_uncached)
+
     def _encode_uncached(self, text: str) -> tuple[int, ...]:
         if self._backend is None:
             return tuple(self.hf.encode(text, add_special_tokens=False))

@@ -32,6 +32,7 @@ from flowseg_jax.models.pixel_decoder import PixelDecoder
 from flowseg_jax.models.sam import Sam
 from flowseg_jax.models.semantic_flow import Conditions
 from flowseg_jax.models.siglip import Siglip
+from flowseg_jax.ops.collectives import ALONE, Peers
 from flowseg_jax.ops.vocabulary import Vocabulary
 
 SAM_MEAN, SAM_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -91,32 +92,6 @@ class TrainingOutput:
     decoder: DecoderOutput
     conditions: Conditions
     category_logits: Float[Array, "j b q c"] | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Peers:
-    """The devices among which a batch is divided, as seen by one of them inside `shard_map`; none outside of it.
-
-    Attributes:
-        axes: mesh axes, major to minor; device i holds the i-th part of the batch.
-    """
-
-    axes: tuple[str, ...] = ()
-
-    def first(self, images: int) -> int | Int[Array, ""]:
-        """The place in the whole batch of the first of this device's images."""
-        return jax.lax.axis_index(self.axes) * images if self.axes else 0
-
-    def group_of(self, x: Float[Array, "b *d"] | Int[Array, "b *d"], group: int) -> Array:
-        """Rows of this device's images and of those that complete their groups, [max(B, group), ...]: in the batch's order."""
-        b = x.shape[0]
-        if b % group == 0:
-            return x
-        everything = jax.lax.all_gather(x, self.axes, axis=0, tiled=True)
-        return jax.lax.dynamic_slice_in_dim(everything, self.first(b) // group * group, group)
-
-
-ALONE = Peers()
 
 
 @jax.tree_util.register_dataclass

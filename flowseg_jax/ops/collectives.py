@@ -6,11 +6,12 @@ gathered weight's gradient comes back added up over all devices and divided amon
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float, Int
 
 SHARD_AXIS = "fsdp"  # the mesh axis whose devices hold parts of a parameter
 
@@ -53,3 +54,29 @@ def columns_to_rows(x: Array) -> Array:
     devices = jax.lax.axis_size(SHARD_AXIS)
     x = jnp.pad(x, ((0, -x.shape[0] % devices), (0, 0)))
     return jax.lax.all_to_all(x, SHARD_AXIS, split_axis=0, concat_axis=1, tiled=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Peers:
+    """The devices among which a batch is divided, as seen by one of them inside `shard_map`; none outside of it.
+
+    Attributes:
+        axes: mesh axes, major to minor; device i holds the i-th part of the batch.
+    """
+
+    axes: tuple[str, ...] = ()
+
+    def first(self, images: int) -> int | Int[Array, ""]:
+        """The place in the whole batch of the first of this device's images."""
+        return jax.lax.axis_index(self.axes) * images if self.axes else 0
+
+    def group_of(self, x: Float[Array, "b *d"] | Int[Array, "b *d"], group: int) -> Array:
+        """Rows of this device's images and of those that complete their groups, [max(B, group), ...]: in the batch's order."""
+        b = x.shape[0]
+        if b % group == 0:
+            return x
+        everything = jax.lax.all_gather(x, self.axes, axis=0, tiled=True)
+        return jax.lax.dynamic_slice_in_dim(everything, self.first(b) // group * group, group)
+
+
+ALONE = Peers()

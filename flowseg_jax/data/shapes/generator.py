@@ -5,13 +5,11 @@ from __future__ import annotations
 import functools
 import math
 import multiprocessing
-import multiprocessing.process
 import os
 import random
 import shutil
 import signal
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -24,6 +22,7 @@ from flowseg_jax.data.shapes.expressions import FAMILIES, Expression, Expression
 from flowseg_jax.data.shapes.render import render
 from flowseg_jax.data.shapes.scene import Scene, compose, draw_attributes, is_held_out, place
 from flowseg_jax.data.shapes.statistics import Statistics
+from flowseg_jax.data.workers import start as start_worker
 from flowseg_jax.errors import UserError, suggest
 
 PRESETS: dict[str, tuple[Mapping[str, float], tuple[int, int]]] = {
@@ -238,18 +237,8 @@ def _distinct(rng: random.Random, known: Expressions, families: list[str], targe
 
 def _pool(workers: int) -> ProcessPoolExecutor:
     # Spawned, not forked: the caller may run JAX, whose threads do not survive a fork.
-    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
-
-
-def _start_worker() -> None:
-    """Leaves Ctrl-C to the parent, and ends with the parent even when that is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def watch(parent: multiprocessing.process.BaseProcess) -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, args=(multiprocessing.parent_process(),), daemon=True).start()
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(workers, context, initializer=start_worker, initargs=(signal.SIGINT,))
 
 
 def _with_progress(made: Iterable, total: int, report: Callable[[str], None]) -> Iterable:
