@@ -137,6 +137,8 @@ def random_batch(shape: BatchShape, model: FlowSegConfig, seed: int = 0) -> Batc
     batch.phrase_mask[:] = np.arange(shape.phrases) % shape.masks
     batch.object_class[:] = rng.integers(0, max(model.classes, 1), (shape.batch, shape.masks))
     batch.object_name[:] = np.arange(shape.masks)
+    if hasattr(batch, "name_valid"):  # earlier versions, which this one is measured against, have none
+        batch.name_valid[:] = True
     return dataclasses.replace(batch, example_id=np.arange(shape.batch, dtype=np.int32))
 
 

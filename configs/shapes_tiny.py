@@ -22,8 +22,15 @@ def get_config() -> ConfigDict:
     config.data.images = 6000
     config.data.seed = 0
     config.data.mix = ()  # ((family, share), ...) of the generated expressions; empty: the benchmark's own
+    config.data.sets = ()  # ((directory of a prepared data set, weight), ...) instead of `dir`; all weights 0: by their sizes
+    config.data.held_out = ()  # prepared data sets, or lists of images, whose evaluation images nothing is trained on
+    config.data.objects = "all"  # targets of images with expressions: all objects, or "referred" where not all are annotated
     config.data.phrases = 8
     config.data.masks = 12
+    config.data.names = 0  # names that a generic question may ask for, absent ones included; 0: the kinds in the image
+    config.data.explain = 0.5  # share of the reasoning questions with an explanation that ask for it
+    config.data.jitter = ()  # (smallest, largest) scale of large-scale jitter of images with categories only
+    config.data.square = False  # pad the vision encoder's image to a square instead of stretching it
     config.data.text = 368  # tokens an image, the 72 visual ones included
     config.data.tokenizer = ""  # its directory; empty: a small one is trained on the data set and comes with it
     config.data.chat = "qwen3_instruct"

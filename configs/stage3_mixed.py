@@ -1,9 +1,12 @@
-"""Stage 3 of FlowSeg around Qwen3-4B: everything learns, all tasks in one batch. For 16 chips of 16 GB or more.
+"""Stage 3 of FlowSeg: everything learns, all tasks in one batch.
 
+    python train.py --config=configs/stage3_mixed.py                    # around Qwen3-4B; for 16 chips of 16 GB or more
+    python train.py --config=configs/stage3_mixed.py:qwen3_1b7          # or phi3_mini, or tiny (two cores, miniature data)
     python train.py --config=configs/stage3_mixed.py --plan --topology=v5e:4x4     # memory and collectives, no chip needed
 
-Batch and learning rates are the scaffold's (4 images a device on 16 devices, encoders at a tenth of the rate); groups of
-negatives are FlowSeg's 8. An image brings its 1,753 visual tokens and up to eight referring conversations behind them.
+Batch and learning rates are the scaffold's (4 images a device on 16 devices, encoders at a tenth of the rate); two epochs
+and groups of 8 negatives are FlowSeg's. An image brings its 1,753 visual tokens, and behind them up to eight referring
+conversations, a question that names up to 128 kinds, or a chat.
 """
 
 from __future__ import annotations
@@ -13,31 +16,69 @@ import dataclasses
 from ml_collections import ConfigDict
 
 from configs.shapes_tiny import get_config as shapes_tiny
+from flowseg_jax.data.mixture import repeats
+from flowseg_jax.errors import UserError, suggest
 from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.models.language import LanguageConfig
 
+LANGUAGE_MODELS = {
+    "qwen3_4b": LanguageConfig.qwen3_4b,
+    "qwen3_1b7": LanguageConfig.qwen3_1b7,
+    "phi3_mini": LanguageConfig.phi3_mini,
+}
+# Training images of each set as published; how many there really are, training says when it starts.
+SETS = {
+    "data/llava_mix665k": 624_610,
+    "data/coco_panoptic": 118_287,
+    "data/refcoco": 16_994,
+    "data/refcoco+": 16_992,
+    "data/refcocog": 21_899,
+    "data/reasonseg": 239,
+}
+TINY_SETS = ("data/stages/shapes/prepared", "data/stages/reasonseg", "data/stages/panoptic", "data/stages/chat")
+TINY_TOKENIZER, TINY_VOCAB = "data/stages/tokenizer", 640
 
-def get_config() -> ConfigDict:
+
+def stage(llm: str) -> tuple[ConfigDict, FlowSegConfig]:
+    """What the three stages have in common around a language model, or at tiny size: a config to complete, and its model."""
+    if llm != "tiny" and llm not in LANGUAGE_MODELS:
+        raise UserError(f"no language model {llm!r} for a stage{suggest(llm, [*LANGUAGE_MODELS, 'tiny'])}")
     config = shapes_tiny()
-    config.steps = 20_000
-    config.batch_size = 64
+    config.data.images = 0
+    config.data.vary_prompts = True
+    if llm == "tiny":
+        config.log_every = 10
+        config.checkpoint_every = 100
+        config.data.tokenizer = TINY_TOKENIZER
+        config.optimizer.losses.class_gain = 1.0
+        return config, dataclasses.replace(FlowSegConfig.tiny(TINY_VOCAB), named_pass="off")
     config.log_every = 10
     config.checkpoint_every = 500
-    model = dataclasses.replace(
-        FlowSegConfig.full(LanguageConfig.qwen3_4b()), named_pass="flow", negatives_group=8, exclude_same_target=True
-    )
-    config.model = ConfigDict(model.to_dict())
-
-    config.data.dir = "data/mixed"
-    config.data.images = 0
-    config.data.masks = 32
-    config.data.text = 2304  # 18 * 128
-    config.data.vary_prompts = True
-
-    config.optimizer.learning_rate = 4e-5
+    config.data.tokenizer = f"weights/{llm}/tokenizer"
+    config.data.chat = "phi3_chat" if llm == "phi3_mini" else "qwen3_instruct"
     config.optimizer.b2 = 0.999
-    config.optimizer.groups = ((r"(sam|siglip)/.*", 0.1), (".*", 1.0))
     config.optimizer.losses.update(language=1.0, class_gain=1.0, points=12544, vocabulary_chunk=512)
-
     config.mesh.update(data=1, fsdp=-1)
+    return config, FlowSegConfig.full(LANGUAGE_MODELS[llm]())
+
+
+def get_config(llm: str = "qwen3_4b") -> ConfigDict:
+    config, model = stage(llm)
+    model = dataclasses.replace(model, named_pass="flow", exclude_same_target=True)
+    config.init_from = ("runs/stage1_segmentor/model", "runs/stage2_align/model")
+    config.data.objects = "referred"
+    if llm == "tiny":
+        config.steps = 400
+        config.batch_size = 8
+        config.data.sets = tuple((directory, 0.0) for directory in TINY_SETS)
+        config.data.update(phrases=6, masks=12, names=10, text=420)
+    else:
+        model = dataclasses.replace(model, negatives_group=8)
+        config.batch_size = 64
+        config.steps = 2 * sum(repeats(list(SETS.values()))) // config.batch_size  # two epochs
+        config.data.sets = tuple((directory, 0.0) for directory in SETS)
+        config.data.update(phrases=8, masks=32, names=128, text=2304)  # 18 * 128 tokens
+        config.optimizer.learning_rate = 4e-5
+        config.optimizer.groups = ((r"(sam|siglip)/.*", 0.1), (".*", 1.0))
+    config.model = ConfigDict(model.to_dict())
     return config

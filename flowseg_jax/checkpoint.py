@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -96,7 +97,9 @@ class Checkpoints:
         self.directory = absolute(workdir) / "checkpoints"
         self._best = tuple(best or ())
         self._step: int | None = None  # whose checkpoint is being written
-        logging.getLogger("absl").addFilter(_logged_and_raised)
+        for name in ("absl", "asyncio"):
+            logging.getLogger(name).addFilter(_logged_and_raised)
+        _leave_closed_loops_unsaid()
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_preservation(keep, keep_every, self._best),
             best_fn=_quality(*self._best) if self._best else None,  # without it Orbax does not store the metrics
@@ -228,9 +231,23 @@ class Checkpoints:
                 self._set_aside(step, fault)
 
 
+def _leave_closed_loops_unsaid() -> None:
+    """Keeps one message from stderr: where writing one array fails, Orbax closes the event loop that the other arrays' threads
+    then tell of their end, and each of them prints a stack trace around our error."""
+    if sys.unraisablehook is not sys.__unraisablehook__:
+        return  # set by somebody else, who decides what is said
+
+    def report(unraisable: Any) -> None:
+        if not (unraisable.exc_type is RuntimeError and str(unraisable.exc_value) == "Event loop is closed"):
+            sys.__unraisablehook__(unraisable)
+
+    sys.unraisablehook = report
+
+
 def _logged_and_raised(record: logging.LogRecord) -> bool:
-    """Filters out the stack traces that Orbax logs in its threads of errors that it raises later, when they are waited for."""
-    return not (record.exc_info and "orbax" in record.pathname)
+    """Filters out the stack traces of errors that Orbax raises later, when they are waited for: those that its threads log, and
+    those of the other arrays of a checkpoint that failed, of which it raises the first."""
+    return not (record.exc_info and ("orbax" in record.pathname or "was never retrieved" in record.getMessage()))
 
 
 def _preservation(keep: int, keep_every: int | None, best: tuple[str, ...]) -> policies.PreservationPolicy:

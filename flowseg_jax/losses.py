@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 
-from flowseg_jax.data.batch import NO_LABEL, NONE, Batch
+from flowseg_jax.data.batch import NO_LABEL, NONE, NOTHING, Batch
 from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.models.flowseg import FlowSeg, TrainingOutput
 from flowseg_jax.models.mask_decoder import mask_logits
@@ -307,13 +307,14 @@ def segmentation_terms(
 
 
 def referring_targets(phrase_mask: Int[Array, "b k"], group: int, first: int | Int[Array, ""] = 0) -> Targets:
-    """One target a referring pass; its label is the phrase's row among those of its group of images.
+    """One target a referring pass, or none where the phrase refers to nothing: then all queries are background.
 
+    A target's label is the phrase's row among those of its group of images.
     `first` is the place of these images in the batch that is divided into groups.
     """
     b, k = phrase_mask.shape
     place = (first + jnp.arange(b))[:, None] % group * k + jnp.arange(k)
-    return Targets(phrase_mask[..., None], place[..., None], phrase_mask != NONE)
+    return Targets(jnp.maximum(phrase_mask, NONE)[..., None], place[..., None], phrase_mask != NONE)
 
 
 def object_targets(labels: Int[Array, "b m"]) -> Targets:
@@ -344,29 +345,37 @@ def training_terms(
     """
     b, k = batch.phrase_mask.shape
     terms: Terms = {}
-    if cfg.language:  # a vocabulary is expensive, and a frozen language model has nothing to learn from it
+    if (
+        cfg.language and out.hidden is not None
+    ):  # a vocabulary is expensive, and a frozen language model has nothing to learn from it
         total, count = next_token_loss(
             out.hidden, out.vocabulary, batch.labels, cfg.vocabulary_chunk, first=max(1, model.cfg.visual_tokens)
         )
         terms["language"] = cfg.language * total, count
-    passes = out.conditions.own.shape[0] // b
+    watched: Terms = {}
+    if out.decoder is None:
+        return terms, watched
+    passes = out.decoder.queries.shape[1] // b
     split = lambda x: x.reshape(x.shape[0], b, passes, *x.shape[2:])  # noqa: E731
-    logits, embeds = split(out.decoder.class_logits), split(out.decoder.mask_embeds)
+    logits, embeds = None if out.conditions is None else split(out.decoder.class_logits), split(out.decoder.mask_embeds)
     refine = None if model.boundary is None else model.refine
     if not isinstance(points, Mapping):
         kinds = jax.vmap(lambda key: jax.random.split(key, 3), out_axes=1)(points)
         points = dict(zip(("refer", "named", "category"), kinds, strict=True))
 
-    targets = referring_targets(batch.phrase_mask, model.cfg.negatives_group, peers.first(b))
-    exists = targets.counted
-    found, assigned = segmentation_terms(
-        "refer", logits[:, :, :k], embeds[:, :, :k], out.mask_features, batch.masks, targets, points["refer"], cfg, refine
-    )
-    terms |= found
-    last = logits[-1, :, :k]
-    score = jnp.take_along_axis(last, targets.labels[..., None], axis=-1)[..., 0] - last[..., -1]
-    hits = ((score.argmax(-1) == assigned[..., 0]) & exists).sum(dtype=jnp.float32)
-    watched: Terms = {"selected": (hits, exists.sum(dtype=jnp.float32))}
+    at = 0
+    if logits is not None:
+        targets = referring_targets(batch.phrase_mask, model.cfg.negatives_group, peers.first(b))
+        exists = targets.counted & (batch.phrase_mask != NOTHING)
+        found, assigned = segmentation_terms(
+            "refer", logits[:, :, :k], embeds[:, :, :k], out.mask_features, batch.masks, targets, points["refer"], cfg, refine
+        )
+        terms |= found
+        last = logits[-1, :, :k]
+        score = jnp.take_along_axis(last, targets.labels[..., None], axis=-1)[..., 0] - last[..., -1]
+        hits = ((score.argmax(-1) == assigned[..., 0]) & exists).sum(dtype=jnp.float32)
+        watched["selected"] = hits, exists.sum(dtype=jnp.float32)
+        at = k
 
     def all_objects(
         name: str, logits: Array, embeds: Array, labels: Int[Array, "b m"], weight: float
@@ -381,7 +390,6 @@ def training_terms(
         terms = {name: (weight * total, count) for name, (total, count) in found.items()}
         return terms, (right, (labels != NONE).sum(dtype=jnp.float32))
 
-    at = k
     if model.cfg.named_pass != "off":
         found, watched["named"] = all_objects(
             "named", logits[:, :, at : at + 1], embeds[:, :, at : at + 1], batch.object_name, cfg.named
@@ -401,13 +409,14 @@ def denominators(model: FlowSegConfig, batch: Batch, cfg: LossConfig) -> dict[st
 
     Known beforehand, they let parts of a batch be differentiated one after the other and still be divided once.
     """
-    found = {}
-    if cfg.language:
+    found, kinds = {}, {}
+    if cfg.language and model.speaks:
         found["language"] = (batch.labels[:, 1:] != NO_LABEL).sum(dtype=jnp.float32)
-    kinds = {"refer": referring_targets(batch.phrase_mask, model.negatives_group)}
-    if model.named_pass != "off":
+    if model.speaks and model.segments:
+        kinds["refer"] = referring_targets(batch.phrase_mask, model.negatives_group)
+    if model.named_pass != "off" and model.segments:
         kinds["named"] = object_targets(batch.object_name)
-    if model.classes:
+    if model.classes and model.segments:
         kinds["category"] = object_targets(batch.object_class)
     for name, targets in kinds.items():
         found |= targets.denominators(name, model.decoder.queries, cfg.background)

@@ -51,7 +51,7 @@ def save_model(
     directory: str | os.PathLike,
     params: Tree,
     model_config: Mapping[str, Any],
-    tokenizer_dir: str | os.PathLike,
+    tokenizer_dir: str | os.PathLike | None,
     extra: Mapping[str, Any] | None = None,
     dtype: str | None = "bfloat16",
     overwrite: bool = False,
@@ -63,7 +63,7 @@ def save_model(
     Args:
         params: pure dict of arrays, each on this process's devices or on those of all processes.
         model_config: what `FlowSegConfig.from_dict` reads.
-        tokenizer_dir: directory that `transformers.AutoTokenizer` reads; copied.
+        tokenizer_dir: directory that `transformers.AutoTokenizer` reads; copied. None for a model without language.
         extra: anything else worth keeping with the weights (how they were made, metrics, prompts); JSON values.
         dtype: what floating-point parameters are stored as; None keeps each one's own.
         overwrite: replace a directory that exists.
@@ -205,7 +205,7 @@ def read_model_config(directory: str | os.PathLike, *, towers: bool = False) -> 
         raise UserError(f"{path} has format version {found}, this flowseg_jax reads {FORMAT_VERSION}: convert it again")
     tower = config.get("tower")
     lacking = [key for key in ("model", "extra", "manifest", "checksums") if not isinstance(config.get(key), dict)]
-    needed = ("params",) if tower is not None else ("params", "tokenizer")
+    needed = ("params", "tokenizer") if _has_tokenizer(config) else ("params",)
     lacking += [name for name in needed if not (path / name).is_dir()]
     if lacking:
         raise UserError(f"model directory {path} is incomplete: it lacks {', '.join(lacking)}")
@@ -257,9 +257,15 @@ def load_model(
         raise UserError(f"model directory {path} is damaged: {fault}")
     params = nest(flatten(params))
     params = cast(params, abstract) if abstract is not None else _cast_floats(params, dtype)
-    tower, tokenizer = config.get("tower"), path / "tokenizer"
-    tokenizer = Path(tokenizer) if tower is not None else local_directory(tokenizer)
-    return LoadedModel(params, config["model"], tokenizer, config["extra"], tower)
+    tokenizer = path / "tokenizer"
+    tokenizer = local_directory(tokenizer) if _has_tokenizer(config) else Path(tokenizer)
+    return LoadedModel(params, config["model"], tokenizer, config["extra"], config.get("tower"))
+
+
+def _has_tokenizer(config: Mapping[str, Any]) -> bool:
+    """Whether it is a model with language: a tower may lack a tokenizer, and so may a segmentor."""
+    model = config.get("model")
+    return config.get("tower") is None and not (isinstance(model, dict) and model.get("parts") == "segmentor")
 
 
 def _cast_floats(tree: Tree, dtype: str | None) -> Tree:

@@ -17,7 +17,7 @@ from jaxtyping import Bool, UInt8
 from PIL import Image
 
 from flowseg_jax import model_directory
-from flowseg_jax.data import batching, images, masks
+from flowseg_jax.data import batching, drawing, images, masks
 from flowseg_jax.data.batch import BatchShape
 from flowseg_jax.data.prompts import Prompts
 from flowseg_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -176,6 +176,7 @@ def load(directory: str | os.PathLike[str]) -> Segmentor:
         UserError: not a model directory, a damaged one, or one whose tokenizer does not fit the model.
     """
     cfg = FlowSegConfig.from_dict(model_directory.read_model_config(directory)["model"])
+    cfg.check_complete(str(directory))
     graphdef, abstract = flowseg.describe(cfg)
     loaded = model_directory.load_model(directory, flowseg.at_rest(abstract))
     prompts = Prompts(**loaded.extra.get("prompts", {}))
@@ -215,11 +216,11 @@ def predict(
 
 def write(prediction: Prediction, out: str | os.PathLike[str]) -> Path:
     """Writes `<image>_<text>.png` and `.json` to the folder `out`, both or neither; returns the JSON's path."""
-    path = Path(out) / f"{Path(prediction.name).stem}_{pictures.slug(prediction.text)}.json"
+    path = Path(out) / f"{Path(prediction.name).stem}_{drawing.slug(prediction.text)}.json"
     parts = {path.with_suffix(suffix): path.with_suffix(f"{suffix}.part") for suffix in (".png", ".json")}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        drawn = Image.fromarray(pictures.overlay(prediction.image, prediction.candidates[0].mask))
+        drawn = Image.fromarray(drawing.overlay(prediction.image, prediction.candidates[0].mask, pictures.SELECTED))
         drawn.save(parts[path.with_suffix(".png")], format="PNG")
         text = json.dumps(prediction.to_json(), indent=1, ensure_ascii=False) + "\n"
         parts[path].write_text(text, encoding="utf-8")

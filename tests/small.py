@@ -139,12 +139,13 @@ def batch(cfg: FlowSegConfig, *, images: int = 2, phrases: int = 2, masks: int =
         phrase_mask=(np.arange(images * phrases).reshape(images, phrases) % masks).astype(np.int32),
         object_class=rng.integers(0, max(cfg.classes, 1), (images, masks)).astype(np.int32),
         object_name=np.broadcast_to(np.arange(masks, dtype=np.int32), (images, masks)).copy(),
+        name_valid=np.ones((images, masks), bool),
         example_id=np.arange(images, dtype=np.int32),
     )
 
 
-def pad(x: Batch, *, text: int = 0, phrases: int = 0, masks: int = 0) -> Batch:
-    """The same batch with more padding: `text` tokens behind the end, `phrases` and `masks` that do not exist."""
+def pad(x: Batch, *, text: int = 0, phrases: int = 0, masks: int = 0, names: int = 0) -> Batch:
+    """The same batch with more padding: `text` tokens behind the end, `phrases`, `masks` and `names` that do not exist."""
     k = x.phrase_mask.shape[1]
     wide = lambda a, n, fill: np.pad(a, ((0, 0), (0, n)), constant_values=fill)  # noqa: E731
     fields = {
@@ -164,4 +165,5 @@ def pad(x: Batch, *, text: int = 0, phrases: int = 0, masks: int = 0) -> Batch:
         mask_valid=wide(x.mask_valid, masks, False),
         object_class=wide(x.object_class, masks, NONE),
         object_name=wide(x.object_name, masks, NONE),
+        name_valid=wide(x.name_valid, names, False),
     )

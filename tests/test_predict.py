@@ -15,6 +15,7 @@ from PIL import Image
 from pycocotools import mask as coco
 
 from flowseg_jax import predict
+from flowseg_jax.data import drawing
 from flowseg_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation import pictures
@@ -99,7 +100,9 @@ def test_a_file_becomes_an_overlay_and_a_json(model, tmp_path):
     assert (mask & disc).sum() / (mask | disc).sum() > 0.8
     areas = {c["query"]: c["area"] for c in answer["candidates"]}
     assert [areas[q] for q in sorted(areas)] == sorted(areas.values(), reverse=True)
-    np.testing.assert_array_equal(np.asarray(Image.open(path.with_suffix(".png"))), pictures.overlay(picture(), mask))
+    np.testing.assert_array_equal(
+        np.asarray(Image.open(path.with_suffix(".png"))), drawing.overlay(picture(), mask, pictures.SELECTED)
+    )
 
 
 def test_exif_rotation_is_applied(model, tmp_path):

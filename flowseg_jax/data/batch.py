@@ -1,8 +1,8 @@
 """The one thing that travels from the data pipeline to the model: a frozen dataclass of static-shape arrays.
 
-Dimensions: B images, T text (visual slots included), K phrases, M target masks, S and V the side of the mask encoder's and of
-the vision encoder's image. Everything is padded to the shapes of a `BatchShape` and masked; padding never changes a real
-example.
+Dimensions: B images, T text (visual slots included), K phrases, M target masks, G generic names, S and V the side of the mask
+encoder's and of the vision encoder's image. Everything is padded to the shapes of a `BatchShape` and masked; padding never
+changes a real example.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 IMAGE_TOKEN = -200  # placeholder id: one slot per visual token; never reaches the embedding table
 NO_LABEL = -100  # label of a position without language loss
 NONE = -1  # "no such phrase / object / segment", and padding of every index array
+NOTHING = -2  # in `phrase_mask`: the phrase is there, what it names is not
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +29,7 @@ class BatchShape:
         masks: target masks an image (M).
         image: side of the mask encoder's square input (S), pixels.
         vision: side of the vision encoder's square input (V), pixels.
+        names: names that the generic conversation of an image may ask for (G); 0 where there is none.
     """
 
     batch: int
@@ -36,6 +38,7 @@ class BatchShape:
     masks: int
     image: int
     vision: int
+    names: int = 0
 
 
 @jax.tree_util.register_dataclass
@@ -58,14 +61,16 @@ class Batch:
             computed as if each stood alone.
         labels: int32 [B, T]; the token itself where it has language loss, NO_LABEL elsewhere (shifted by the loss).
         phrase_ids: int32 [B, T]; k on every token of phrase k's `<p>..</p>` span, the two markers included; NONE elsewhere.
-            0..K-1 are referring phrases, K..K+M-1 the names of the generic conversation.
+            0..K-1 are referring phrases, K..K+G-1 the names of the generic conversation.
         seg_ids: int32 [B, T]; k on the `<SEG>` of phrase k, K on the generic conversation's; NONE elsewhere.
         masks: uint8 [B, M, S, ceil(S / 8)]; target masks at the mask encoder's size, packed along the width (`np.packbits`,
             big end first).
         mask_valid: bool [B, M]; False on padding.
-        phrase_mask: int32 [B, K]; which of `masks` phrase k refers to, NONE for a padded phrase.
+        phrase_mask: int32 [B, K]; which of `masks` phrase k refers to, NOTHING for a phrase that refers to nothing, NONE for a
+            padded phrase.
         object_class: int32 [B, M]; category of each mask for the linear class head, NONE without one.
-        object_name: int32 [B, M]; which name (0..M-1) of the generic conversation each mask bears, NONE without one.
+        object_name: int32 [B, M]; which name (0..G-1) of the generic conversation each mask bears, NONE without one.
+        name_valid: bool [B, G]; names that the generic conversation asks for, those of which the image has no object included.
         example_id: int64 [B]; the record's id, NONE for a padded example.
     """
 
@@ -83,4 +88,5 @@ class Batch:
     phrase_mask: np.ndarray
     object_class: np.ndarray
     object_name: np.ndarray
+    name_valid: np.ndarray
     example_id: np.ndarray

@@ -21,8 +21,8 @@ from PIL import Image
 from flowseg_jax.data import images, masks
 from flowseg_jax.data.batch import IMAGE_TOKEN, NO_LABEL, NONE, Batch, BatchShape
 from flowseg_jax.data.prepared import Entry
-from flowseg_jax.data.prompts import Conversation, Prompts, Turn, check_phrase
-from flowseg_jax.data.records import Annotation
+from flowseg_jax.data.prompts import Conversation, Prompts, check_phrase
+from flowseg_jax.data.records import Annotation, Turn
 from flowseg_jax.data.tokenizer import Tokenizer
 from flowseg_jax.errors import UserError
 
@@ -65,9 +65,10 @@ class Row:
         name: what to call it in errors.
         pixels: the image's pixels; `masks` are its targets (m of them).
         conversations: what is said, in order.
-        phrase_mask: for each referring phrase the index of its target mask.
+        phrase_mask: for each referring phrase the index of its target mask, NOTHING for one that refers to nothing.
         object_class: category of each target for the linear head, NONE without one.
         object_name: generic name that each target bears, NONE without one.
+        names: how many names the generic conversation asks for.
         example_id: the image's id.
     """
 
@@ -78,13 +79,30 @@ class Row:
     object_class: Sequence[int]
     object_name: Sequence[int]
     example_id: int
+    names: int = 0
 
 
-def prepare_pixels(image: Image.Image, annotations: Sequence[Annotation], shape: BatchShape) -> Pixels:
-    """Resizes an RGB image for both encoders and packs its annotations' masks."""
+def prepare_pixels(
+    image: Image.Image,
+    annotations: Sequence[Annotation],
+    shape: BatchShape,
+    jitter: images.Jitter | None = None,
+    square: bool = False,
+) -> Pixels:
+    """Resizes an RGB image for both encoders and packs its annotations' masks.
+
+    Args:
+        image, annotations: what to resize.
+        shape: of the batch.
+        jitter: how to scale and cut the mask encoder's input; None: the whole image.
+        square: pad the vision encoder's input to a square instead of stretching it.
+    """
+    full = masks.decode([a.rle for a in annotations], image.height, image.width)
+    vision = (images.square if square else images.stretch)(image, shape.vision)
+    if jitter is not None:
+        return Pixels(jitter.image(image, shape.image), jitter.cut, vision, jitter.pack_masks(full, shape.image))
     fitted, scaled = images.fit(image, shape.image)
-    packed = images.pack_masks(masks.decode([a.rle for a in annotations], image.height, image.width), shape.image)
-    return Pixels(fitted, scaled, images.stretch(image, shape.vision), packed)
+    return Pixels(fitted, scaled, vision, images.pack_masks(full, shape.image))
 
 
 def encode_prefix(prompts: Prompts, tokenizer: Tokenizer, visual_tokens: int) -> list[int]:
@@ -196,13 +214,25 @@ def empty(shape: BatchShape, pad: int) -> Batch:
         phrase_mask=np.full((b, k), NONE, np.int32),
         object_class=np.full((b, m), NONE, np.int32),
         object_name=np.full((b, m), NONE, np.int32),
+        name_valid=np.zeros((b, shape.names), bool),
         example_id=np.full((b,), NONE, np.int64),
         **none,
     )
 
 
-def assemble(rows: Sequence[Row], shape: BatchShape, prompts: Prompts, tokenizer: Tokenizer, visual_tokens: int) -> Batch:
-    """Pads rows to a batch; rows that are missing stay padding.
+def cut(chats: Sequence[Encoded], room: int) -> list[Encoded]:
+    """The first `room` tokens of conversations without phrases: what is left of a long chat still teaches to speak."""
+    kept = []
+    for chat in chats:
+        kept.append(Encoded(*(getattr(chat, field.name)[:room] for field in dataclasses.fields(chat))))
+        room -= len(kept[-1].tokens)
+    return kept
+
+
+def assemble(
+    rows: Sequence[Row], shape: BatchShape, prompts: Prompts, tokenizer: Tokenizer | None, visual_tokens: int
+) -> Batch:
+    """Pads rows to a batch; rows that are missing stay padding. Without a tokenizer, all text does.
 
     Raises:
         UserError: an example has more text, phrases or masks than the shape allows.
@@ -210,18 +240,21 @@ def assemble(rows: Sequence[Row], shape: BatchShape, prompts: Prompts, tokenizer
     """
     if len(rows) > shape.batch:
         raise ValueError(f"{len(rows)} rows do not fit a batch of {shape.batch}")
-    batch = empty(shape, tokenizer.pad)
-    prefix = encode_prefix(prompts, tokenizer, visual_tokens)
+    batch = empty(shape, 0 if tokenizer is None else tokenizer.pad)
+    prefix = [] if tokenizer is None else encode_prefix(prompts, tokenizer, visual_tokens)
     for b, row in enumerate(rows):
         phrases, targets = len(row.phrase_mask), len(row.pixels.masks)
-        if phrases > shape.phrases or targets > shape.masks:
+        if phrases > shape.phrases or targets > shape.masks or row.names > shape.names:
             raise UserError(
-                f"{row.name}: {phrases} phrases and {targets} masks, "
-                f"but the batch has room for {shape.phrases} and {shape.masks}"
+                f"{row.name}: {phrases} phrases, {targets} masks and {row.names} names, "
+                f"but the batch has room for {shape.phrases}, {shape.masks} and {shape.names}"
             )
-        encoded = [encode_conversation(c, prompts, tokenizer, row.name) for c in row.conversations]
-        for key, value in pack(prefix, encoded, shape.text, tokenizer.pad, row.name).items():
-            getattr(batch, key)[b] = value
+        if tokenizer is not None:
+            encoded = [encode_conversation(c, prompts, tokenizer, row.name) for c in row.conversations]
+            if not any(c.phrases or c.outputs for c in row.conversations):
+                encoded = cut(encoded, shape.text - len(prefix))
+            for key, value in pack(prefix, encoded, shape.text, tokenizer.pad, row.name).items():
+                getattr(batch, key)[b] = value
         batch.images[b] = row.pixels.image
         batch.scaled_size[b] = row.pixels.scaled
         batch.vision_images[b] = row.pixels.vision
@@ -230,14 +263,24 @@ def assemble(rows: Sequence[Row], shape: BatchShape, prompts: Prompts, tokenizer
         batch.phrase_mask[b, :phrases] = row.phrase_mask
         batch.object_class[b, :targets] = row.object_class
         batch.object_name[b, :targets] = row.object_name
+        batch.name_valid[b, : row.names] = True
         batch.example_id[b] = row.example_id
     return batch
 
 
-def question_row(name: str, pixels: Pixels, phrases: Sequence[str], prompts: Prompts, example_id: int) -> Row:
-    """A row that asks for phrases and has no targets (evaluation, prediction): fixed wording, `phrase_mask` 0 for a phrase."""
+def question_row(
+    name: str, pixels: Pixels, phrases: Sequence[str], prompts: Prompts, example_id: int, families: Sequence[str] | None = None
+) -> Row:
+    """A row that asks for phrases and has no targets (evaluation, prediction): fixed wording, `phrase_mask` 0 for a phrase.
+
+    With `families`, the phrases are reasoning questions, "short" or "long" ones.
+    """
     bare = dataclasses.replace(pixels, masks=pixels.masks[:0])
-    conversations = [prompts.referring(phrase, k) for k, phrase in enumerate(phrases)]
+    if families is None:
+        conversations = [prompts.referring(phrase, k) for k, phrase in enumerate(phrases)]
+    else:
+        asked = enumerate(zip(phrases, families, strict=True))
+        conversations = [prompts.reasoning(phrase, k, family == "long") for k, (phrase, family) in asked]
     return Row(name, bare, conversations, [0] * len(phrases), (), (), example_id)
 
 
@@ -280,26 +323,32 @@ class LengthBound:
 
     def __init__(self, prompts: Prompts, tokenizer: Tokenizer, visual_tokens: int):
         self._tokenizer = tokenizer
-        referring, generic = prompts.all_wordings()
         chat = prompts.template
 
         def longest(turns: Sequence[Turn]) -> int:
-            texts = [(t.question.format("<p></p>") + chat.tail, t.answer + chat.suffix) for t in turns]
+            texts = [(t.question.format("<p></p>") + chat.tail, t.answer.replace("{}", "") + chat.suffix) for t in turns]
             return max(len(tokenizer.encode(q)) + len(tokenizer.encode(a)) for q, a in texts) - 2
 
         self._prefix = len(encode_prefix(prompts, tokenizer, visual_tokens))
-        self._referring = longest(referring)
-        self._generic = longest(generic)
+        self._longest = {kind: longest(turns) for kind, turns in prompts.all_wordings().items()}
         self._comma = len(tokenizer.encode("<p></p>, <p></p>")) - 4
 
     def phrase_lengths(self, phrases: Sequence[str]) -> list[int]:
         """Number of ids of each phrase with its two marks."""
         return self._tokenizer.lengths([f"<p>{' '.join(p.lower().split())}</p>" for p in phrases])
 
-    def needed(self, phrases: Sequence[int], names: Sequence[int] = ()) -> int:
+    def answer_length(self, answer: str) -> int:
+        """At most so many ids does an explanation add to the answer."""
+        return len(self._tokenizer.encode(answer)) + 2 if answer else 0  # its neighbours may be cut into other tokens
+
+    def needed(self, phrases: Sequence[int], names: Sequence[int] = (), task: str = "referring") -> int:
         """Tokens for one conversation a phrase and, if there are names, a generic one; lengths from `phrase_lengths`."""
-        total = self._prefix + sum(phrases) + len(phrases) * self._referring
-        return total + (self._generic + sum(names) + (len(names) - 1) * self._comma if names else 0)
+        total = self._prefix + sum(phrases) + len(phrases) * self._longest[task]
+        return total + (self.generic(names) - self._prefix if names else 0)
+
+    def generic(self, names: Sequence[int]) -> int:
+        """Tokens for a generic conversation alone; the names' lengths from `phrase_lengths`."""
+        return self._prefix + self._longest["generic"] + sum(names) + (len(names) - 1) * self._comma
 
 
 def check_fit(
@@ -309,6 +358,7 @@ def check_fit(
     bound: LengthBound,
     names: Sequence[str],
     all_objects: bool,
+    task: str = "referring",
 ) -> None:
     """Refuses a shape that some image would overflow, before training instead of in the middle of it.
 
@@ -319,6 +369,7 @@ def check_fit(
         bound: how long a text can get.
         names: category names, if a conversation names the image's kinds.
         all_objects: every object of an image is a target.
+        task: "referring" or "reasoning", which are worded differently.
 
     Raises:
         UserError: naming the image and what it needs.
@@ -328,14 +379,17 @@ def check_fit(
     name_length = bound.phrase_lengths(names)
     worst, worst_entry = 0, None
     for entry in entries:
-        if all_objects and len(entry.categories) > shape.masks:
+        several = len({s.annotations for s in entry.samples if len(s.annotations) > 1})  # each a mask of its own
+        masks_needed = len(entry.categories) + min(several, phrases_at_most)
+        if all_objects and masks_needed > shape.masks:
             raise UserError(
-                f"{entry.file_name}: has {len(entry.categories)} objects, but the batch has room for {shape.masks} masks; "
+                f"{entry.file_name}: has {masks_needed} objects, but the batch has room for {shape.masks} masks; "
                 "raise the number of masks or set data.objects='referred'"
             )
-        longest = sorted((length[s.prompt] for s in entry.samples), reverse=True)[:phrases_at_most]
+        each = (length[s.prompt] + bound.answer_length(s.answer) for s in entry.samples)
+        longest = sorted(each, reverse=True)[:phrases_at_most]
         kinds = sorted({c for c in entry.categories if c != NONE}) if names else []
-        needed = bound.needed(longest, [name_length[c] for c in kinds])
+        needed = bound.needed(longest, [name_length[c] for c in kinds], task)
         if needed > worst:
             worst, worst_entry = needed, entry
     if worst > shape.text:

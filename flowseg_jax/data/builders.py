@@ -1,34 +1,39 @@
-"""An on-disk layout to a prepared data set: TFDS builder (ArrayRecord, no TensorFlow), index, tokenizer, metadata.
+"""An on-disk layout to a prepared data set: TFDS data (ArrayRecord, no TensorFlow), index, tokenizer, metadata.
 
 Everything is written into a hidden sibling directory that is renamed at the end, so a prepared data set is complete or absent.
+An interrupted preparation leaves that directory, and the same command continues behind its finished shards.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import hashlib
-import io
 import json
+import multiprocessing
 import os
 import shutil
-import sys
+import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
-import tensorflow_datasets as tfds
-
-from flowseg_jax.data.formats.refcoco import RefCoco
-from flowseg_jax.data.prepared import FORMAT, METADATA, Prepared, index_entry
+from flowseg_jax.data import shards, workers
+from flowseg_jax.data.formats import layout_name, open_layout
+from flowseg_jax.data.prepared import FORMAT, METADATA, Prepared
 from flowseg_jax.data.prompts import training_text
-from flowseg_jax.data.records import Example, Layout, to_record
-from flowseg_jax.data.tokenizer import SPECIAL_TOKENS, train_tokenizer
-from flowseg_jax.errors import UserError, suggest
+from flowseg_jax.data.records import Layout, Problems
+from flowseg_jax.data.shards import Shard
+from flowseg_jax.data.tokenizer import train_tokenizer
+from flowseg_jax.errors import UserError
 
-LAYOUTS: dict[str, Callable[..., Layout]] = {"refcoco": RefCoco}
 PROGRESS_SECONDS = 5.0
+WORTH_A_PROCESS = 512  # images: reading and writing fewer takes less than the start of a process
+REQUEST, PROBLEMS = "request.json", "problems.txt"
 Log = Callable[[str], None]
 
 
@@ -36,156 +41,213 @@ def _say(text: str) -> None:
     print(text, flush=True)
 
 
-with tfds.core.registered.skip_registration():
+def prepare(
+    source: str | Path,
+    out: str | Path,
+    *,
+    layout: str = "refcoco",
+    split_by: str | None = None,
+    images: str | Path | None = None,
+    file: str | None = None,
+    splits: Sequence[str] | None = None,
+    tokenizer_vocab: int | None = None,
+    on_error: str = "stop",
+    processes: int | None = None,
+    log: Log = _say,
+) -> Prepared:
+    """Turns an on-disk layout into a prepared data set.
 
-    class Referring(tfds.core.GeneratorBasedBuilder):
-        """One record an image of a split: the encoded image, all of its objects, the expressions of the split.
+    Args:
+        source: the layout's root.
+        out: directory to make; must not exist (or be empty). Appears complete or not at all.
+        layout: name of the layout (`formats.LAYOUTS`).
+        split_by: which refs file, e.g. "unc"; None for the only one.
+        images: folder of the images; None for the usual places.
+        file: which JSON of chats, where there are several.
+        splits: which splits; None for all.
+        tokenizer_vocab: train a byte-level BPE of this many ids on the train split; None for no tokenizer.
+        on_error: "stop" at the first damaged record; "record": list them all in `problems.txt` and leave them out.
+        processes: that read and write; None for the number of cores. Does not change the result.
+        log: receives progress at least every 10 s.
 
-        No sequence is nested: TFDS can write ragged features only with TensorFlow.
-        """
-
-        VERSION = tfds.core.Version("1.0.0")
-
-        def __init__(self, *, examples: dict[str, Callable[[], Iterator[Example]]] | None = None, **kwargs: Any):
-            self._examples = examples or {}
-            super().__init__(**kwargs)
-
-        def _info(self) -> tfds.core.DatasetInfo:
-            import numpy as np
-
-            text, sequence = tfds.features.Text(), tfds.features.Sequence
-            return tfds.core.DatasetInfo(
-                builder=self,
-                description="Referring expressions: objects of an image and sentences that refer to them.",
-                features=tfds.features.FeaturesDict(
-                    {
-                        "image": tfds.features.Image(shape=(None, None, 3)),
-                        "image_id": np.int64,
-                        "height": np.int32,
-                        "width": np.int32,
-                        "file_name": text,
-                        "ann_id": sequence(np.int64),
-                        "ann_category": sequence(np.int32),
-                        "ann_rle": sequence(text),
-                        "ann_iscrowd": sequence(np.bool_),
-                        "sentence_text": sequence(text),
-                        "sentence_id": sequence(np.int64),
-                        "sentence_ref": sequence(np.int64),
-                        "sentence_ann": sequence(np.int32),
-                        "sentence_family": sequence(text),
-                    }
-                ),
-                disable_shuffling=True,  # stored order = reader's order = the index's order; training shuffles anyway
-            )
-
-        def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-            return {split: self._records(make) for split, make in self._examples.items()}
-
-        def _generate_examples(self) -> Any:
-            raise ValueError("splits generate their own examples")
-
-        def _records(self, make: Callable[[], Iterator[Example]]) -> Iterator[tuple[int, dict[str, Any]]]:
-            for number, example in enumerate(make()):
-                yield number, to_record(example)
+    Raises:
+        UserError: anything wrong with the source, naming file and field. Nothing is left behind but finished shards, behind
+            which the same command continues.
+    """
+    source, out = Path(source), Path(out)
+    layout = layout_name(layout)
+    if on_error not in ("stop", "record"):
+        raise UserError(f"on_error is {on_error!r}: choose stop or record")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: exists already; remove it to prepare again")
+    log(f"reading {source}")
+    options = {"split_by": split_by, "images": images, "file": file}
+    problems = Problems(keep=on_error == "record")
+    opened = open_layout(layout, source, problems, **options)
+    chosen = tuple(splits) if splits else opened.splits
+    sizes = {split: opened.size(split) for split in chosen}  # an unknown split is an error before anything is written
+    request = {"layout": layout, "splits": list(chosen), "on_error": on_error}
+    with _continued(out, request | {"files": _stamps(opened)}, log) as root:
+        todo = [shard for split in chosen for shard in shards.divide(root / "shards", split, sizes[split])]
+        reopen = functools.partial(_open_in_worker, layout, source, options, on_error == "record")
+        _write(opened, todo, reopen, problems.keep, processes, log)
+        metadata = _summary(opened, todo, problems, root, log) | {"request": request}
+        metadata["tokenizer"] = "tokenizer" if tokenizer_vocab else None
+        shards.finish(todo, root)
+        (root / METADATA).write_text(json.dumps(metadata, indent=1) + "\n")
+        if tokenizer_vocab:
+            learn_tokenizer(said(Prepared.open(root)), root / "tokenizer", tokenizer_vocab)
+    log(f"prepared {out}")
+    return Prepared.open(out)
 
 
-class _Collector:
-    """Passes examples on while it indexes, counts, digests and reports them."""
+def _stamps(layout: Layout) -> list[list[Any]]:
+    """What tells one version of the annotation files from another."""
+    return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in map(Path, layout.annotation_files)]
 
-    def __init__(self, layout: Layout, index_dir: Path, log: Log):
-        self._layout, self._dir, self._log = layout, index_dir, log
-        self._digest = hashlib.sha256()
-        self.counts: dict[str, dict[str, int]] = {}
-        self.sentences: dict[str, list[str]] = {}
-        self.error: UserError | None = None
 
-    @property
-    def digest(self) -> str:
-        return self._digest.hexdigest()
+_layout: Layout | None = None  # of a worker process
 
-    def examples(self, split: str) -> Iterator[Example]:
+
+def _open_in_worker(name: str, source: Path, options: Mapping[str, Any], keep: bool) -> None:
+    global _layout
+    workers.start(signal.SIGINT)
+    _layout = open_layout(name, source, Problems(keep), **options)
+
+
+def _write_in_worker(shard: Shard, keep: bool) -> dict[str, Any]:
+    return shard.write(_layout, keep)
+
+
+def _write(
+    layout: Layout, todo: Sequence[Shard], reopen: Callable[[], None], keep: bool, processes: int | None, log: Log
+) -> None:
+    """Writes the shards that are missing, in processes of their own where that is worth their start."""
+    missing = [shard for shard in todo if shard.report() is None]
+    if len(missing) < len(todo):
+        log(f"continuing: {len(todo) - len(missing)} of {len(todo)} shards are written already")
+    for split in dict.fromkeys(shard.split for shard in todo):
+        log(f"{split}: {sum(s.stop - s.start for s in todo if s.split == split)} images")
+    done, total, last = 0, sum(s.stop - s.start for s in missing), time.monotonic()
+    count = min(processes or os.cpu_count() or 1, len(missing))
+
+    def progress(shard: Shard) -> None:
+        nonlocal done, last
+        done += shard.stop - shard.start
+        if time.monotonic() - last > PROGRESS_SECONDS:
+            log(f"{done} of {total} images")
+            last = time.monotonic()
+
+    if count <= 1 or (processes is None and total < WORTH_A_PROCESS * count):
+        for shard in missing:
+            shard.write(layout, keep)
+            progress(shard)
+        return
+    # Spawned, not forked: the caller may run JAX, whose threads do not survive a fork.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(count, context, initializer=reopen) as pool:
         try:
-            yield from self._examples(split)
-        except UserError as error:  # TFDS wraps what a generator raises; the first cause is kept here
-            self.error = error
+            running = {pool.submit(_write_in_worker, shard, keep): shard for shard in missing}
+            while running:
+                finished, _ = wait(running, timeout=PROGRESS_SECONDS, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    future.result()
+                    progress(running.pop(future))
+                if not finished:
+                    log(f"{done} of {total} images")
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
             raise
 
-    def _examples(self, split: str) -> Iterator[Example]:
-        total, last = self._layout.size(split), time.monotonic()
-        refs: set[int] = set()
-        count = dict.fromkeys(("images", "refs", "sentences", "samples"), 0)
-        texts = self.sentences[split] = []
-        self._log(f"{split}: {total} images")
-        with (self._dir / f"{split}.jsonl").open("w") as index:
-            for example in self._layout.examples(split):
-                for expression in example.expressions:
-                    for mark in SPECIAL_TOKENS:
-                        if mark.lower() in expression.text.lower():
-                            raise UserError(
-                                f"{self._layout.source}: sentence {expression.id} of ref {expression.ref_id} "
-                                f"contains the mark {mark!r}"
-                            )
-                    refs.add(expression.ref_id)
-                    texts.append(expression.text.lower())
-                line = index_entry(example)
-                index.write(json.dumps(line) + "\n")
-                self._digest.update(json.dumps(line, sort_keys=True).encode())
-                self._digest.update("".join(a.rle for a in example.annotations).encode())
-                self._digest.update(hashlib.sha256(example.image).digest())
-                count["images"] += 1
-                count["sentences"] += len(example.expressions)
-                count["samples"] += len(line["samples"])
-                if time.monotonic() - last > PROGRESS_SECONDS:
-                    self._log(f"{split}: {count['images']} of {total} images")
-                    last = time.monotonic()
-                yield example
-        count["refs"] = len(refs)
-        self.counts[split] = count
-        self._log(f"{split}: {count['images']} images, {count['refs']} refs, {count['sentences']} sentences; writing")
 
-
-def _prepare_into(
-    layout: Layout, root: Path, splits: Sequence[str], tokenizer_vocab: int | None, request: Any, log: Log
-) -> None:
-    """Writes a complete prepared data set into the existing directory `root`."""
-    (root / "index").mkdir()
-    stream = sys.stdout
-
-    def report(text: str) -> None:
-        with contextlib.redirect_stdout(stream):
-            log(text)
-
-    collector = _Collector(layout, root / "index", report)
-    examples = {split: (lambda split=split: collector.examples(split)) for split in splits}
-    tfds.disable_progress_bar()
-    builder = Referring(examples=examples, data_dir=root / "data", file_format="array_record")
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download and the temporary directory
-            builder.download_and_prepare(download_dir=root / "downloads")
-    except Exception:
-        if collector.error is not None:
-            raise collector.error from None
-        raise
-    shutil.rmtree(root / "downloads", ignore_errors=True)
-    if tokenizer_vocab:
-        texts = collector.sentences["train" if "train" in splits else splits[0]]
-        prompts = training_text()
-        prompts *= 1 + len(texts) // (4 * len(prompts))  # about as frequent beside the expressions as in what the model reads
-        train_tokenizer([*prompts, *layout.categories, *texts], root / "tokenizer", vocab=tokenizer_vocab)
-    for reason, number in layout.notes().items():
-        log(f"left out: {number} {reason}")
-    metadata = {
+def _summary(layout: Layout, todo: Sequence[Shard], problems: Problems, root: Path, log: Log) -> dict[str, Any]:
+    """The metadata of complete shards; says what was special, and lists what was damaged."""
+    reports = [(shard.split, shard.report()) for shard in todo]
+    counts = {split: Counter() for split, _ in reports}
+    notes, found, digest = Counter(), list(problems.found), hashlib.sha256()
+    for split, report in reports:
+        counts[split].update(report["counts"])
+        notes.update(report["notes"])
+        found += report["problems"]
+        digest.update(report["digest"].encode())
+    for split, count in counts.items():
+        said = f"{count['refs']} refs, {count['sentences']} sentences" if layout.task != "chat" else "chats"
+        log(f"{split}: {count['images']} images, {said}")
+    for reason, number in sorted(notes.items()):
+        log(f"note: {number} {reason}")
+    if found:
+        (root / PROBLEMS).write_text("".join(f"{problem}\n" for problem in found))
+        log(f"{len(found)} damaged records are left out, listed in {PROBLEMS}; the first: {found[0]}")
+    return {
         "format": FORMAT,
+        "task": layout.task,
         "source": layout.source,
-        "request": request,
         "categories": list(layout.categories),
-        "splits": {split: collector.counts[split] for split in splits},
-        "left_out": dict(layout.notes()),
-        "digest": collector.digest,
-        "tokenizer": "tokenizer" if tokenizer_vocab else None,
-        "data": str(Path(builder.data_dir).relative_to(root)),
+        "splits": {split: dict(count) for split, count in counts.items()},
+        "notes": dict(sorted(notes.items())),
+        "problems": len(found),
+        "digest": digest.hexdigest(),
+        "data": "data",
     }
-    (root / METADATA).write_text(json.dumps(metadata, indent=1) + "\n")
+
+
+def said(prepared: Prepared) -> list[str]:
+    """What is said in a data set's training split (without one, in its first split): categories, sentences as often as its
+    source has them, explanations, chats."""
+    split = "train" if "train" in prepared.splits else next(iter(prepared.splits))
+    texts = list(prepared.categories)
+    for entry in prepared.index(split):
+        for sample in entry.samples:
+            texts += [sample.sentence] * sample.count + [sample.answer] * bool(sample.answer)
+    if prepared.task == "chat":  # not in the index
+        source = prepared.source(split)
+        for i in range(len(source)):
+            texts += [text for turn in source[i].turns for text in (turn.question, turn.answer)]
+    return texts
+
+
+def learn_tokenizer(texts: Sequence[str], directory: Path, vocab: int) -> None:
+    """Trains a tokenizer on sentences, and on the wordings about as often as the model reads them beside the sentences."""
+    prompts = training_text()
+    prompts *= 1 + len(texts) // (4 * len(prompts))
+    train_tokenizer([*prompts, *texts], directory, vocab=vocab)
+
+
+@contextlib.contextmanager
+def _continued(out: Path, request: Mapping[str, Any], log: Log) -> Iterator[Path]:
+    """A hidden sibling of `out` that becomes `out` when the block ends well; what another request left there is removed.
+
+    When the block fails, finished shards stay for the next try; without any, nothing stays.
+    """
+    root = out.parent / f".{out.name}.partial"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with _locked(root / "lock", log):
+            if out.is_dir() and any(out.iterdir()):
+                raise UserError(f"{out}: another process has prepared it meanwhile")
+            stamp = root / REQUEST
+            if not stamp.exists() or json.loads(stamp.read_text()) != json.loads(json.dumps(request)):
+                for left in root.iterdir():
+                    if left.name != "lock":
+                        shutil.rmtree(left) if left.is_dir() else left.unlink()
+                stamp.write_text(json.dumps(request))
+            try:
+                yield root
+            except BaseException:
+                if not any((root / "shards").glob("*.json")):
+                    shutil.rmtree(root, ignore_errors=True)
+                raise
+            for left in (root / "lock", stamp):
+                left.unlink()
+            shutil.rmtree(root / "shards")
+            try:
+                os.rename(root, out)
+            except OSError as error:
+                raise UserError(
+                    f"{out}: cannot be put in place ({error.strerror}); did another process write it meanwhile?"
+                ) from None
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror})") from None
 
 
 @contextlib.contextmanager
@@ -208,48 +270,6 @@ def _atomic_directory(out: Path) -> Iterator[Path]:
             ) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def prepare(
-    source: str | Path,
-    out: str | Path,
-    *,
-    layout: str = "refcoco",
-    split_by: str | None = None,
-    images: str | Path | None = None,
-    splits: Sequence[str] | None = None,
-    tokenizer_vocab: int | None = None,
-    log: Log = _say,
-) -> Prepared:
-    """Turns an on-disk layout into a prepared data set.
-
-    Args:
-        source: the layout's root.
-        out: directory to make; must not exist (or be empty). Appears complete or not at all.
-        layout: name of the layout (`LAYOUTS`).
-        split_by: which refs file, e.g. "unc"; None for the only one.
-        images: folder of the images; None for the usual places.
-        splits: which splits; None for all.
-        tokenizer_vocab: train a byte-level BPE of this many ids on the train split; None for no tokenizer.
-        log: receives progress at least every 10 s.
-
-    Raises:
-        UserError: anything wrong with the source, naming file and field; nothing is left behind.
-    """
-    source, out = Path(source), Path(out)
-    if layout not in LAYOUTS:
-        raise UserError(f"unknown layout {layout!r}{suggest(layout, LAYOUTS)}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: exists already; remove it to prepare again")
-    log(f"reading {source}")
-    opened = LAYOUTS[layout](source, split_by=split_by, images=images)
-    chosen = tuple(splits) if splits else opened.splits
-    for split in chosen:
-        opened.size(split)  # an unknown split is an error before anything is written
-    with _atomic_directory(out) as temporary:
-        _prepare_into(opened, temporary, chosen, tokenizer_vocab, {"layout": layout, "splits": list(chosen)}, log)
-    log(f"prepared {out}")
-    return Prepared.open(out)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import os
 import warnings
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from flowseg_jax.errors import UserError
 
@@ -45,6 +46,11 @@ def decode(data: bytes, *, name: str, exif: bool = False) -> Image.Image:
     except (OSError, SyntaxError, ValueError) as error:  # PIL reports damaged files through all three
         raise UserError(f"{name}: truncated or damaged image ({error})") from None
     return _to_rgb(image)
+
+
+def is_rotated(data: bytes) -> bool:
+    """Whether an image file that `decode` accepts asks in its EXIF to be shown rotated or mirrored."""
+    return Image.open(io.BytesIO(data)).getexif().get(ExifTags.Base.Orientation, 1) not in (0, 1)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -83,6 +89,55 @@ def stretch(image: Image.Image, side: int) -> UInt8[np.ndarray, "v v 3"]:
     if image.size != (side, side):
         image = image.resize((side, side), Image.Resampling.BILINEAR)
     return np.array(image)
+
+
+def square(image: Image.Image, side: int) -> UInt8[np.ndarray, "v v 3"]:
+    """The vision encoder's input of stage 2: centred on a grey square (127), then resized (the scaffold's `expand2square`)."""
+    longest = max(image.size)
+    canvas = Image.new("RGB", (longest, longest), (127, 127, 127))
+    canvas.paste(image, ((longest - image.width) // 2, (longest - image.height) // 2))
+    return stretch(canvas, side)
+
+
+@dataclasses.dataclass(frozen=True)
+class Jitter:
+    """One draw of large-scale jitter (scaffold 1.1): the image scaled to fit a square of `scale` times the input's side, then
+    its centre cut to at most that side; the rest is padding at the bottom and right.
+
+    Attributes:
+        size: (height, width) of the scaled image.
+        top, left: of the cut.
+        cut: (height, width) of the cut, which is what is real of the input.
+    """
+
+    size: tuple[int, int]
+    top: int
+    left: int
+    cut: tuple[int, int]
+
+    @classmethod
+    def of(cls, height: int, width: int, side: int, scale: float) -> Jitter:
+        h, w = scaled_size(height, width, max(int(side * scale + 0.5), 1))
+        cut = min(h, side), min(w, side)
+        return cls((h, w), (h - cut[0]) // 2, (w - cut[1]) // 2, cut)
+
+    def image(self, image: Image.Image, side: int) -> UInt8[np.ndarray, "s s 3"]:
+        """The mask encoder's input (bilinear)."""
+        h, w = self.size
+        resized = np.asarray(image.resize((w, h), Image.Resampling.BILINEAR))
+        return self._place(resized[None], side)[0]
+
+    def pack_masks(self, masks: UInt8[np.ndarray, "n h w"], side: int) -> UInt8[np.ndarray, "n s s8"]:
+        """The target masks that belong to it, packed; an object outside of the cut has none of its pixels."""
+        _, height, width = masks.shape
+        h, w = self.size
+        return np.packbits(self._place(masks.take(_nearest(height, h), axis=1).take(_nearest(width, w), axis=2), side), axis=-1)
+
+    def _place(self, arrays: np.ndarray, side: int) -> np.ndarray:
+        h, w = self.cut
+        out = np.zeros((len(arrays), side, side, *arrays.shape[3:]), np.uint8)
+        out[:, :h, :w] = arrays[:, self.top : self.top + h, self.left : self.left + w]
+        return out
 
 
 def _nearest(size_in: int, size_out: int) -> np.ndarray:

@@ -6,7 +6,6 @@ reads out of bounds. Everything is therefore checked here first.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,7 +24,7 @@ def _polygon(points: Any, height: int, width: int, where: str) -> list[float]:
     # Generous bounds: annotators overshoot the border, but a coordinate that is an image away is damage (and costs memory).
     reach = 2 * max(height, width)
     for p in points:
-        if not math.isfinite(p) or abs(p) > reach:
+        if not abs(p) <= reach:  # neither is NaN; a whole number may be too large to become a float
             raise UserError(f"{where}: polygon coordinate {p} is not a position in a {width}x{height} image")
     return [float(p) for p in points]
 

@@ -9,10 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from flowseg_jax.data.batch import NONE
+from flowseg_jax.data.leakage import image_key
 from flowseg_jax.data.records import Example, Sample, from_record, samples
 from flowseg_jax.errors import UserError, suggest
 
-FORMAT = 1  # of the files below; raised when they change
+FORMAT = 2  # of the files below; raised when they change
 METADATA = "metadata.json"
 
 
@@ -22,7 +24,7 @@ class Entry:
 
     Attributes:
         image_id, file_name, height, width: the image.
-        categories: category of each object, NONE (-1) for a crowd region.
+        categories: category of each object, NONE (-1) for a crowd region and where nothing has a category.
         samples: what can be asked, sorted.
     """
 
@@ -40,15 +42,20 @@ def index_entry(example: Example) -> dict[str, Any]:
         "image_id": example.image_id,
         "file_name": example.file_name,
         "size": [example.height, example.width],
-        "categories": [-1 if a.crowd else a.category for a in example.annotations],
-        "samples": [[s.ann_id, s.ref_id, s.sentence_id, s.sentence, s.family, s.annotation, s.count] for s in samples(example)],
+        "categories": [NONE if a.crowd or a.ignore else a.category for a in example.annotations],
+        "samples": [
+            [s.ann_id, s.ref_id, s.sentence_id, s.sentence, s.family, s.annotations, s.count, s.answer]
+            for s in samples(example)
+        ],
     }
 
 
 def _entry(line: str) -> Entry:
     raw = json.loads(line)
     name, image = raw["file_name"], raw["image_id"]
-    asked = tuple(Sample(image, name, a, r, i, text, f, at, n, text) for a, r, i, text, f, at, n in raw["samples"])
+    asked = tuple(
+        Sample(image, name, a, r, i, text, f, tuple(at), n, text, answer) for a, r, i, text, f, at, n, answer in raw["samples"]
+    )
     return Entry(image, name, *raw["size"], tuple(raw["categories"]), asked)
 
 
@@ -57,6 +64,7 @@ class Prepared:
 
     Attributes:
         directory: where it lies.
+        task: what it teaches, one of `records.TASKS`.
         categories: category names; an annotation's category is an index into them.
         splits: split name -> {"images", "refs", "sentences", "samples"} counts.
         digest: SHA-256 of everything that was read to make it.
@@ -65,6 +73,7 @@ class Prepared:
     def __init__(self, directory: Path, metadata: Mapping[str, Any]):
         self.directory = directory
         self.metadata = metadata
+        self.task: str = metadata["task"]
         self.categories: tuple[str, ...] = tuple(metadata["categories"])
         self.splits: dict[str, dict[str, int]] = metadata["splits"]
         self.digest: str = metadata["digest"]
@@ -93,9 +102,14 @@ class Prepared:
             raise UserError(f"{directory / METADATA}: cannot be read ({error})") from None
         if metadata.get("format") != FORMAT:
             raise UserError(
-                f"{directory}: prepared in format {metadata.get('format')}, this version reads {FORMAT}; prepare it again"
+                f"{directory}: prepared in format {metadata.get('format')}, this version reads {FORMAT}; "
+                "remove it and prepare it again"
             )
         return cls(directory, metadata)
+
+    def key(self, file_name: str) -> str:
+        """What identifies an image of this data set in others too (`leakage.image_key`)."""
+        return image_key(file_name, self.metadata["request"]["layout"])
 
     def check_split(self, split: str) -> None:
         """Raises a `UserError` that lists the known splits unless `split` is one of them."""

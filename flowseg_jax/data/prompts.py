@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from flowseg_jax.data.records import Turn
 from flowseg_jax.data.tokenizer import PHRASE_END, PHRASE_START, SEG, Tokenizer
 from flowseg_jax.errors import UserError, suggest
 
@@ -57,6 +58,18 @@ REFERRING_ANSWERS = (
     f"I found it, {SEG}.",
     f"Its mask is {SEG}.",
 )
+REASONING_QUESTIONS = (  # a whole question, which asks for the thing itself
+    "{} Answer with a mask.",
+    "{} Segment it.",
+    "{} Show me which pixels you mean.",
+    "Look closely. {} Mark the answer.",
+)
+EXPLAIN_QUESTIONS = (
+    "{} Answer with a mask and explain why.",
+    "{} Segment it, and give the reason.",
+    "{} Show me the pixels and say how you know.",
+)
+EXPLAIN_ANSWERS = (f"{SEG}. {{}}", f"Here: {SEG}. {{}}", f"This is it: {SEG}. {{}}")
 GENERIC_QUESTIONS = (
     "Segment all of these: {}.",
     "Mark every object of these kinds: {}.",
@@ -64,14 +77,6 @@ GENERIC_QUESTIONS = (
     "Give me a mask for each of the following: {}.",
 )
 GENERIC_ANSWERS = (f"{SEG}.", f"Here they are: {SEG}.", f"All of them: {SEG}.")
-
-
-@dataclasses.dataclass(frozen=True)
-class Turn:
-    """One question and its answer."""
-
-    question: str
-    answer: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,18 +147,37 @@ class Prompts:
         turn = Turn(question.format(", ".join(wrap(name) for name in names)), answer)
         return Conversation((turn,), tuple(range(first, first + len(names))), (first,))
 
-    def all_wordings(self) -> tuple[list[Turn], list[Turn]]:
-        """Every (referring, generic) wording that may be drawn, with `{}` in place of the phrases."""
+    def reasoning(
+        self, question: str, number: int, long: bool, explanation: str = "", rng: np.random.Generator | None = None
+    ) -> Conversation:
+        """The conversation that asks what has to be thought about.
+
+        Args:
+            question: a whole question, or a phrase that stands for the thing.
+            number: its number, 0..K-1.
+            long: whether it is a whole question.
+            explanation: what the answer says behind the mask; empty for the mask alone.
+            rng: draws the wording in training; None for the fixed one.
+        """
+        if not (long or explanation):
+            return self.referring(question, number, rng)
+        wordings = (EXPLAIN_QUESTIONS, EXPLAIN_ANSWERS) if explanation else (REASONING_QUESTIONS, REFERRING_ANSWERS)
+        asked, answer = self._word(*wordings, rng)
+        # Not `format`: an explanation may have braces of its own.
+        turn = Turn(asked.format(wrap(question)), answer.replace("{}", explanation))
+        return Conversation((turn,), (number,), (number,))
+
+    def all_wordings(self) -> dict[str, list[Turn]]:
+        """Every wording that may be drawn for "referring", "reasoning" and "generic", with `{}` in place of the phrases."""
+        referring = (REFERRING_QUESTIONS, REFERRING_ANSWERS)
+        lists = {
+            "referring": [referring],
+            "reasoning": [referring, (REASONING_QUESTIONS, REFERRING_ANSWERS), (EXPLAIN_QUESTIONS, EXPLAIN_ANSWERS)],
+            "generic": [(GENERIC_QUESTIONS, GENERIC_ANSWERS)],
+        }
         if not self.vary:
-            (q, a), (gq, ga) = (
-                self._word(REFERRING_QUESTIONS, REFERRING_ANSWERS, None),
-                self._word(GENERIC_QUESTIONS, GENERIC_ANSWERS, None),
-            )
-            return [Turn(q, a)], [Turn(gq, ga)]
-        return (
-            [Turn(q, a) for q in REFERRING_QUESTIONS for a in REFERRING_ANSWERS],
-            [Turn(q, a) for q in GENERIC_QUESTIONS for a in GENERIC_ANSWERS],
-        )
+            return {kind: [Turn(*self._word(*pair, None)) for pair in pairs] for kind, pairs in lists.items()}
+        return {kind: [Turn(q, a) for qs, answers in pairs for q in qs for a in answers] for kind, pairs in lists.items()}
 
 
 def wrap(phrase: str) -> str:
@@ -185,7 +209,7 @@ def training_text() -> list[str]:
 
     The fixed wordings and the chat's words stand in every prompt and are repeated accordingly, the others once.
     """
-    lists = (REFERRING_QUESTIONS, REFERRING_ANSWERS, GENERIC_QUESTIONS, GENERIC_ANSWERS)
+    lists = (REFERRING_QUESTIONS, REFERRING_ANSWERS, GENERIC_QUESTIONS, GENERIC_ANSWERS)  # of the `shapes` benchmark
     chunks = ["user\n", "assistant\n", *(wording for wordings in lists for wording in wordings)]
     fixed = ["user\n", "assistant\n", *(wordings[0] for wordings in lists)]
     parts = (part for chunk in (*fixed * 4, *chunks) for part in re.split(r"\s*(?:\{\}|" + re.escape(SEG) + ")", chunk))

@@ -1,10 +1,18 @@
-"""What every on-disk format is read into: one `Example` an image, with its objects and the expressions that refer to them."""
+"""What every on-disk format is read into: one `Example` an image, with its objects and what is said about it."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections import Counter
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, Protocol
+
+from flowseg_jax.data.batch import NONE
+from flowseg_jax.errors import UserError
+
+TASKS = ("referring", "reasoning", "generic", "chat")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,53 +21,75 @@ class Annotation:
 
     Attributes:
         id: annotation id of the source.
-        category: 0-based index into the layout's category names.
+        category: 0-based index into the layout's category names, NONE (-1) where the layout has no categories.
         rle: counts of the COCO compressed run-length code of its mask (the union of its parts) at the image's original size.
         crowd: whether the source calls it a crowd region.
+        ignore: whether its pixels count for nothing at evaluation.
     """
 
     id: int
     category: int
     rle: str
     crowd: bool = False
+    ignore: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Expression:
-    """One sentence that refers to one object; `annotation` is an index into `Example.annotations`."""
+    """One sentence about an image.
+
+    Attributes:
+        text: the sentence.
+        id, ref_id: of the source.
+        annotations: the objects that it refers to, as indices into `Example.annotations`; empty if it refers to nothing.
+        family: kind of expression, empty when the source does not say; "short" or "long" for reasoning questions.
+        answer: what may be said beside the mask (an explanation), or empty.
+    """
 
     text: str
     id: int
     ref_id: int
-    annotation: int
+    annotations: tuple[int, ...]
     family: str = ""
+    answer: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """One question and its answer."""
+
+    question: str
+    answer: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One image of one split: its encoded bytes, all of its objects, and the expressions that belong to the split."""
+    """One image of one split: its encoded bytes, all of its objects, and the expressions or the chat of the split."""
 
     image_id: int
     file_name: str
     height: int
     width: int
     image: bytes
-    annotations: tuple[Annotation, ...]
-    expressions: tuple[Expression, ...]
+    annotations: tuple[Annotation, ...] = ()
+    expressions: tuple[Expression, ...] = ()
+    turns: tuple[Turn, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One thing to ask about an image: an object and a unique lower-cased sentence that refers to it.
+    """One thing to ask about an image: objects and a unique lower-cased sentence that refers to them.
 
     Attributes:
         image_id, file_name: the image.
-        ann_id, ref_id, sentence_id: where the sentence came from (the first of its duplicates).
+        ann_id: id of the first object, NONE (-1) if the sentence refers to nothing.
+        ref_id, sentence_id: where the sentence came from (the first of its duplicates).
         sentence: lower-cased, stripped.
         family: kind of expression, empty when the source does not say.
-        annotation: index into the example's annotations.
+        annotations: indices into the example's annotations; empty if the sentence refers to nothing.
         count: how many sentences of the source were merged into this one (for protocols that count duplicates).
         prompt: the phrase that is asked. It differs from `sentence` only in the shuffled-text control.
+        answer: what may be said beside the mask, or empty.
     """
 
     image_id: int
@@ -69,54 +99,108 @@ class Sample:
     sentence_id: int
     sentence: str
     family: str
-    annotation: int
+    annotations: tuple[int, ...]
     count: int
     prompt: str
+    answer: str = ""
 
 
 def samples(example: Example) -> tuple[Sample, ...]:
-    """The example's samples: unique lower-cased sentences of each annotation, sorted (the protocol of X-SAM)."""
-    merged: dict[tuple[int, str], list[Expression]] = {}
+    """The example's samples: unique lower-cased sentences of each target, sorted (the protocol of X-SAM)."""
+    merged: dict[tuple[tuple[int, ...], str], list[Expression]] = {}
     for expression in example.expressions:
-        merged.setdefault((expression.annotation, expression.text.strip().lower()), []).append(expression)
+        merged.setdefault((expression.annotations, expression.text.strip().lower()), []).append(expression)
     result = []
-    for (annotation, sentence), same in sorted(merged.items()):
+    for (targets, sentence), same in sorted(merged.items()):
         first = same[0]
         result.append(
             Sample(
                 example.image_id,
                 example.file_name,
-                example.annotations[annotation].id,
+                example.annotations[targets[0]].id if targets else NONE,
                 first.ref_id,
                 first.id,
                 sentence,
                 first.family,
-                annotation,
+                targets,
                 len(same),
                 sentence,
+                first.answer,
             )
         )
     return tuple(result)
 
 
-class Layout(Protocol):
-    """An opened on-disk data set: what a reader of `formats/` offers."""
+class Problems:
+    """What is wrong with single records: raised at once, or kept, listed and counted while the rest goes on.
 
+    Attributes:
+        keep: go on.
+        found: one message a record, naming file and field.
+    """
+
+    def __init__(self, keep: bool = False):
+        self.keep = keep
+        self.found: list[str] = []
+
+    @contextlib.contextmanager
+    def record(self) -> Iterator[None]:
+        """Around the reading of one record."""
+        try:
+            yield
+        except UserError as error:
+            if not self.keep:
+                raise
+            self.found.append(str(error))
+
+
+class Layout(Protocol):
+    """An opened on-disk data set: what a reader of `formats/` offers.
+
+    It is opened with `(root, *, problems=Problems(), **options)`, checks its annotation files then, record by record inside
+    `problems.record()`, and reads images and rasterises masks only in `example`, which is safe in several processes at once.
+
+    Attributes:
+        task: one of `TASKS`.
+        categories: names, empty without categories.
+        source: what was opened, in words.
+        annotation_files: what was read to open it (a change makes another data set).
+    """
+
+    task: str
     categories: tuple[str, ...]
     source: str
+
+    @property
+    def annotation_files(self) -> tuple[Any, ...]: ...
 
     @property
     def splits(self) -> tuple[str, ...]: ...
 
     def size(self, split: str) -> int:
-        """Number of images of the split."""
+        """Number of examples of the split, those that will be left out included. UserError for an unknown split."""
         ...
 
-    def examples(self, split: str) -> Iterator[Example]: ...
-
-    def notes(self) -> Mapping[str, int]:
-        """What was left out so far, counted by reason."""
+    def image_path(self, split: str, index: int) -> Path | None:
+        """The image file of an example, which is not read; None for one without an image. UserError if it is missing."""
         ...
+
+    def example(self, split: str, index: int, notes: Counter[str]) -> Example | None:
+        """Example `index` of the split; None if it is left out by rule. `notes` counts, in words, what was special.
+
+        Raises:
+            UserError: the record is damaged, naming file and field.
+        """
+        ...
+
+
+def examples(layout: Layout, split: str, notes: Counter[str] | None = None) -> Iterator[Example]:
+    """All examples of a split in order, without those that are left out."""
+    notes = Counter() if notes is None else notes
+    for index in range(layout.size(split)):
+        example = layout.example(split, index, notes)
+        if example is not None:
+            yield example
 
 
 def to_record(example: Example) -> dict[str, Any]:
@@ -131,29 +215,34 @@ def to_record(example: Example) -> dict[str, Any]:
         "ann_category": [a.category for a in example.annotations],
         "ann_rle": [a.rle for a in example.annotations],
         "ann_iscrowd": [a.crowd for a in example.annotations],
+        "ann_ignore": [a.ignore for a in example.annotations],
         "sentence_text": [e.text for e in example.expressions],
         "sentence_id": [e.id for e in example.expressions],
         "sentence_ref": [e.ref_id for e in example.expressions],
-        "sentence_ann": [e.annotation for e in example.expressions],
+        "sentence_anns": [len(e.annotations) for e in example.expressions],
+        "sentence_ann": [a for e in example.expressions for a in e.annotations],  # of all sentences, one after the other
         "sentence_family": [e.family for e in example.expressions],
+        "sentence_answer": [e.answer for e in example.expressions],
+        "turn_question": [t.question for t in example.turns],
+        "turn_answer": [t.answer for t in example.turns],
     }
 
 
 def from_record(record: Mapping[str, Any]) -> Example:
     """The inverse of `to_record` on what a data source yields (text as bytes, sequences as arrays)."""
+
+    def columns(*names: str) -> Iterator[tuple[Any, ...]]:
+        return zip(*(record[name] for name in names), strict=True)
+
     annotations = tuple(
-        Annotation(int(i), int(c), r.decode(), bool(w))
-        for i, c, r, w in zip(record["ann_id"], record["ann_category"], record["ann_rle"], record["ann_iscrowd"], strict=True)
+        Annotation(int(i), int(c), r.decode(), bool(w), bool(n))
+        for i, c, r, w, n in columns("ann_id", "ann_category", "ann_rle", "ann_iscrowd", "ann_ignore")
     )
+    targets = iter(record["sentence_ann"])
     expressions = tuple(
-        Expression(t.decode(), int(i), int(r), int(a), f.decode())
-        for t, i, r, a, f in zip(
-            record["sentence_text"],
-            record["sentence_id"],
-            record["sentence_ref"],
-            record["sentence_ann"],
-            record["sentence_family"],
-            strict=True,
+        Expression(t.decode(), int(i), int(r), tuple(int(next(targets)) for _ in range(n)), f.decode(), a.decode())
+        for t, i, r, n, f, a in columns(
+            "sentence_text", "sentence_id", "sentence_ref", "sentence_anns", "sentence_family", "sentence_answer"
         )
     )
     return Example(
@@ -164,4 +253,5 @@ def from_record(record: Mapping[str, Any]) -> Example:
         record["image"],
         annotations,
         expressions,
+        tuple(Turn(q.decode(), a.decode()) for q, a in columns("turn_question", "turn_answer")),
     )

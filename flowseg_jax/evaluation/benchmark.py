@@ -12,7 +12,7 @@ from flax import nnx
 
 from flowseg_jax.data.batch import BatchShape
 from flowseg_jax.data.batching import LengthBound
-from flowseg_jax.data.pipeline import EvalData
+from flowseg_jax.data.evaluation import EvalData
 from flowseg_jax.data.prepared import Prepared
 from flowseg_jax.data.prompts import Prompts
 from flowseg_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -59,7 +59,7 @@ class Benchmark:
         bound = LengthBound(dataclasses.replace(self.prompts, vary=False), self.tokenizer, self.cfg.visual_tokens)
         asked = {s.sentence for split in self.data.splits for entry in self.data.index(split) for s in entry.samples}
         longest = sorted(bound.phrase_lengths(sorted(asked)), reverse=True)[:PHRASES]
-        self._text = -(-bound.needed(longest) // TEXT_STEP) * TEXT_STEP
+        self._text = -(-bound.needed(longest, task=self.data.task) // TEXT_STEP) * TEXT_STEP
 
     @classmethod
     def of_model(cls, directory: str | Path, data: str | Path, *, batch: int = 8, protocol: str = "xsam") -> Benchmark:
@@ -67,6 +67,7 @@ class Benchmark:
         prepared = Prepared.open(data)
         stored = read_model_config(directory)
         cfg = FlowSegConfig.from_dict(stored["model"])
+        cfg.check_complete(str(directory))
         with heartbeat(f"loading {directory}"):
             graphdef, abstract = flowseg.describe(cfg)
             loaded = load_model(directory, flowseg.at_rest(abstract))

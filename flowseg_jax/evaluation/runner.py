@@ -29,7 +29,7 @@ HEARTBEAT = 8.0  # seconds of silence until a line of progress
 
 
 class Data(Protocol):
-    """What is evaluated: `data.pipeline.EvalData`, an iterable of its `EvalBatch`es that knows its number of samples."""
+    """What is evaluated: `data.evaluation.EvalData`, an iterable of its `EvalBatch`es that knows its number of samples."""
 
     samples: int
 

@@ -31,6 +31,8 @@ class FlowSegConfig:
         negatives_group: images whose phrases are each other's negatives (the batch must be a multiple).
         exclude_same_target: phrases of one image that refer to the same object are not each other's negatives.
         dtype: what the network computes in; parameters are float32.
+        parts: "all"; "segmentor": SAM, connector and mask decoder with the linear head, without language (stage 1); "language":
+            both encoders, their projectors and the language model, without a mask decoder (stage 2).
     """
 
     sam: SamConfig
@@ -47,6 +49,7 @@ class FlowSegConfig:
     negatives_group: int = 4
     exclude_same_target: bool = False
     dtype: str = "float32"
+    parts: str = "all"
 
     def __post_init__(self):
         if len(self.connector_layers) != len(self.connector.scales):
@@ -66,10 +69,36 @@ class FlowSegConfig:
             raise ValueError("pixel_decoder.mask_width and decoder.mask_width (if unset, decoder.width) must be equal")
         if self.named_pass not in ("off", "flow", "plain"):
             raise ValueError(f"named_pass is {self.named_pass!r}: choose off, flow or plain")
+        if self.parts not in ("all", "segmentor", "language"):
+            raise ValueError(f"parts is {self.parts!r}: choose all, segmentor or language")
+        if self.parts == "segmentor" and (not self.classes or self.named_pass != "off" or self.semantic_flow.mode != "off"):
+            raise ValueError(
+                "a segmentor without language needs classes for its linear head, named_pass off and semantic_flow.mode off"
+            )
+
+    @property
+    def segments(self) -> bool:
+        """Whether it has a mask decoder."""
+        return self.parts != "language"
+
+    @property
+    def speaks(self) -> bool:
+        """Whether it has a language model."""
+        return self.parts != "segmentor"
+
+    def check_complete(self, where: str) -> None:
+        """Raises a UserError unless the model can be asked for something: without language, or without masks, it cannot."""
+        if self.parts != "all":
+            raise UserError(
+                f"{where}: holds only the parts {self.parts!r} of a model, made to start the next stage of training from "
+                "(init_from); it answers no expressions"
+            )
 
     @property
     def visual_tokens(self) -> int:
-        """Visual tokens an image puts into the prompt: SigLIP's and a quarter of SAM's."""
+        """Visual tokens an image puts into the prompt: SigLIP's and a quarter of SAM's; none without a language model."""
+        if not self.speaks:
+            return 0
         side = (self.sam.grid + 1) // 2
         return self.siglip.tokens + side * side
 

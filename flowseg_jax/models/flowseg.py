@@ -44,13 +44,13 @@ class ImageFeatures:
     """What one look at the images gives.
 
     Attributes:
-        tokens: [B, V, W], visual tokens for the LLM: SigLIP's, then SAM's.
-        mask_features: [B, h, w, F].
+        tokens: [B, V, W], visual tokens for the LLM: SigLIP's, then SAM's; None without an LLM.
+        mask_features: [B, h, w, F]; None without a mask decoder.
         levels: memory maps [B, y, x, D], low to high resolution.
     """
 
-    tokens: Float[Array, "b v e"]
-    mask_features: Float[Array, "b h w f"]
+    tokens: Float[Array, "b v e"] | None
+    mask_features: Float[Array, "b h w f"] | None
     levels: tuple[Float[Array, "b _ _ d"], ...]
 
 
@@ -61,7 +61,7 @@ class Reading:
 
     Attributes:
         hidden: [B, T, W], after the final norm (the language loss reads it).
-        phrases: [B, K + M, D]: C(0) of the K referring phrases, then of the M names of the generic conversation; zeros if
+        phrases: [B, K + G, D]: C(0) of the K referring phrases, then of the G names of the generic conversation; zeros if
             absent.
         segs: [B, K + 1, D]: S of each referring phrase, then of the generic conversation; zeros if absent.
     """
@@ -74,23 +74,23 @@ class Reading:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainingOutput:
-    """Everything the losses read.
+    """Everything the losses read; None is what a model of fewer parts does not have.
 
     Attributes:
         hidden: [B, T, W] of the LLM.
         vocabulary: of the language head, in the dtype of `hidden`.
         mask_features: [B, h, w, F].
-        decoder: all passes, image by image: K referring, then one by name (if `named`), one by category (if the model has
-            classes).
-        conditions: of all passes.
+        decoder: all passes, image by image: K referring (with an LLM), then one by name (if `named`), one by category (if the
+            model has classes).
+        conditions: of all passes; None without an LLM.
         category_logits: [J, B, Q, classes + 1] of the pass by category, or None.
     """
 
-    hidden: Float[Array, "b t e"]
-    vocabulary: Vocabulary
-    mask_features: Float[Array, "b h w f"]
-    decoder: DecoderOutput
-    conditions: Conditions
+    hidden: Float[Array, "b t e"] | None
+    vocabulary: Vocabulary | None
+    mask_features: Float[Array, "b h w f"] | None
+    decoder: DecoderOutput | None
+    conditions: Conditions | None
     category_logits: Float[Array, "j b q c"] | None
 
 
@@ -206,36 +206,44 @@ class FlowSeg(nnx.Module):
         self.cfg = cfg
         width = cfg.decoder.width
         self.sam = Sam(cfg.sam, rngs=rngs)
-        self.siglip = Siglip(cfg.siglip, rngs=rngs)
-        self.llm = Language(cfg.llm, rngs=rngs)
-        self.visual_projector = Projector(cfg.siglip.width, cfg.llm.width, cfg.llm.width, rngs=rngs)
-        self.seg_projector = Projector(4 * cfg.sam.width, cfg.llm.width, cfg.llm.width, rngs=rngs)
-        self.llm_projector = Projector(cfg.llm.width, width, width, rngs=rngs)
-        self.connector = SegConnector(cfg.connector, rngs=rngs)
-        self.pixel_decoder = PixelDecoder(cfg.pixel_decoder, rngs=rngs)
-        self.decoder = MaskDecoder(cfg.decoder, cfg.semantic_flow, rngs=rngs)
-        self.boundary = (
-            BoundaryRefinement(cfg.pixel_decoder.mask_width, cfg.boundary, rngs=rngs) if cfg.boundary.enabled else None
-        )
-        self.background = param(rngs, normal(1.0), (1, width), (None, None))
-        self.category_head = Linear(width, cfg.classes + 1, rngs=rngs) if cfg.classes else None
+        if cfg.speaks:
+            self.siglip = Siglip(cfg.siglip, rngs=rngs)
+            self.llm = Language(cfg.llm, rngs=rngs)
+            self.visual_projector = Projector(cfg.siglip.width, cfg.llm.width, cfg.llm.width, rngs=rngs)
+            self.seg_projector = Projector(4 * cfg.sam.width, cfg.llm.width, cfg.llm.width, rngs=rngs)
+        if cfg.speaks and cfg.segments:
+            self.llm_projector = Projector(cfg.llm.width, width, width, rngs=rngs)
+        if cfg.segments:
+            self.connector = SegConnector(cfg.connector, rngs=rngs)
+            self.pixel_decoder = PixelDecoder(cfg.pixel_decoder, rngs=rngs)
+            self.decoder = MaskDecoder(cfg.decoder, cfg.semantic_flow, rngs=rngs)
+            refines = cfg.boundary.enabled
+            self.boundary = BoundaryRefinement(cfg.pixel_decoder.mask_width, cfg.boundary, rngs=rngs) if refines else None
+        if cfg.speaks and cfg.segments:
+            self.background = param(rngs, normal(1.0), (1, width), (None, None))
+        self.category_head = Linear(width, cfg.classes + 1, rngs=rngs) if cfg.classes and cfg.segments else None
 
     def look(self, batch: Batch) -> ImageFeatures:
-        """Runs both encoders, both projectors, the connector and the pixel decoder: once an image."""
+        """Runs both encoders, both projectors, the connector and the pixel decoder, as far as there are: once an image."""
         cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
-        select = (*cfg.connector_layers, cfg.sam.layers - 1)
+        tokens, mask_features, levels = None, None, ()
+        select = (*(cfg.connector_layers if cfg.segments else ()), cfg.sam.layers - 1)
         with jax.named_scope("sam"):
             *features, before_last = self.sam(normalise_images(batch.images, batch.scaled_size).astype(dtype), select)
-        with jax.named_scope("siglip"):
-            vision = self.siglip(normalise_vision_images(batch.vision_images).astype(dtype), layers=cfg.siglip.layers - 1)
-        with jax.named_scope("connector"):
-            b = before_last.shape[0]
-            shuffled = pixel_shuffle(pad_to_multiple(before_last), 0.5)
-            tokens = [self.visual_projector(vision), self.seg_projector(shuffled.reshape(b, -1, shuffled.shape[-1]))]
-            maps = self.connector(tuple(features))
-        with jax.named_scope("pixel_decoder"):
-            mask_features, levels = self.pixel_decoder(maps)
-        return ImageFeatures(jnp.concatenate(tokens, 1), mask_features, levels)
+        if cfg.speaks:
+            with jax.named_scope("siglip"):
+                vision = self.siglip(normalise_vision_images(batch.vision_images).astype(dtype), layers=cfg.siglip.layers - 1)
+            with jax.named_scope("projectors"):
+                b = before_last.shape[0]
+                shuffled = pixel_shuffle(pad_to_multiple(before_last), 0.5)
+                seen = [self.visual_projector(vision), self.seg_projector(shuffled.reshape(b, -1, shuffled.shape[-1]))]
+                tokens = jnp.concatenate(seen, 1)
+        if cfg.segments:
+            with jax.named_scope("connector"):
+                maps = self.connector(tuple(features))
+            with jax.named_scope("pixel_decoder"):
+                mask_features, levels = self.pixel_decoder(maps)
+        return ImageFeatures(tokens, mask_features, levels)
 
     def splice(self, tokens: Int[Array, "b t"], visual: Float[Array, "b v e"]) -> Float[Array, "b t e"]:
         """The LLM's input: embedded tokens, with an image's visual tokens in its slots, which are one run or none.
@@ -254,19 +262,31 @@ class FlowSeg(nnx.Module):
         text = jnp.where(before[..., None], jnp.pad(text, ((0, 0), (0, v), (0, 0))), jnp.pad(text, ((0, 0), (v, 0), (0, 0))))
         return jnp.where(is_visual[..., None], images, text)
 
-    def read(self, batch: Batch, visual: Float[Array, "b v e"]) -> Reading:
-        """Runs the LLM over the prompts with the visual tokens spliced in, and pools C and S from its last hidden states."""
+    def listen(self, batch: Batch, visual: Float[Array, "b v e"]) -> Float[Array, "b t e"]:
+        """Runs the LLM over the prompts with the visual tokens spliced in."""
         with jax.named_scope("llm"):
-            hidden = self.llm(self.splice(batch.tokens, visual), batch.positions, batch.segments)
+            return self.llm(self.splice(batch.tokens, visual), batch.positions, batch.segments)
+
+    def read(self, batch: Batch, visual: Float[Array, "b v e"]) -> Reading:
+        """Runs the LLM, and pools C and S from its last hidden states."""
+        hidden = self.listen(batch, visual)
         projected = self.llm_projector(hidden)
-        k, m = batch.phrase_mask.shape[1], batch.mask_valid.shape[1]
-        return Reading(hidden, pool_spans(projected, batch.phrase_ids, k + m), pool_spans(projected, batch.seg_ids, k + 1))
+        k, g = batch.phrase_mask.shape[1], batch.name_valid.shape[1]
+        return Reading(hidden, pool_spans(projected, batch.phrase_ids, k + g), pool_spans(projected, batch.seg_ids, k + 1))
 
     def __call__(self, batch: Batch, peers: Peers = ALONE) -> TrainingOutput:
         """The teacher-forced forward of training; `peers` have the other parts of the batch."""
         cfg = self.cfg
-        (b, k), m = batch.phrase_mask.shape, batch.mask_valid.shape[1]
+        b, k = batch.phrase_mask.shape
         features = self.look(batch)
+        if not cfg.segments:
+            hidden = self.listen(batch, features.tokens)
+            return TrainingOutput(hidden, self.llm.unembedding(hidden.dtype), None, None, None, None)
+        if not cfg.speaks:
+            with jax.named_scope("decoder"):
+                out = self.decoder(features.mask_features, features.levels, 1)
+            categories = self.category_head(out.queries).astype(jnp.float32)
+            return TrainingOutput(None, None, features.mask_features, out, None, categories)
         reading = self.read(batch, features.tokens)
         group = cfg.negatives_group
         phrases, phrase_mask = (peers.group_of(x, group) for x in (reading.phrases[:, :k], batch.phrase_mask))
@@ -275,7 +295,7 @@ class FlowSeg(nnx.Module):
         parts = [jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, mine, b * k), referring)]
         segs = [reading.segs[:, :k].reshape(b * k, -1)]
         if cfg.named_pass != "off":
-            exists = (batch.object_name[:, None, :] == jnp.arange(m)[:, None]).any(-1)
+            exists = batch.name_valid
             named = with_background(reading.phrases[:, k:], exists, exists, self.background[...])
             if cfg.named_pass == "plain":
                 named = dataclasses.replace(named, own=jnp.zeros_like(named.own))

@@ -185,16 +185,17 @@ def forward(model: FlowSegConfig, shape: BatchShape, losses: LossConfig) -> dict
     """The forward pass of training over one image, by part."""
     llm, width = model.llm.width, model.decoder.width
     named, categories = model.named_pass != "off", bool(model.classes)
-    passes = shape.phrases + named + categories
-    rows = 1 + max(model.negatives_group * shape.phrases, shape.masks if named else 0)
-    targets = shape.phrases + (named + categories) * shape.masks
+    phrases = shape.phrases if model.speaks else 0
+    passes = phrases + named + categories
+    rows = 1 + max(model.negatives_group * phrases, shape.names if named else 0) if model.speaks else 0
+    targets = phrases + (named + categories) * shape.masks
     side, maps = (model.sam.grid + 1) // 2, levels(model)
     head = _linear(shape.text - model.visual_tokens, llm, model.llm.vocab) if losses.language else 0.0
 
     def projector(tokens: float, d_in: int, d_out: int) -> Work:
         return Work(_linear(tokens, d_in, d_out) + _linear(tokens, d_out, d_out))
 
-    return {
+    works = {
         "sam": sam(model.sam, max(*model.connector_layers, model.sam.layers - 1)),
         "siglip": siglip(model.siglip, model.siglip.layers - 1),
         "visual_projector": projector(model.siglip.tokens, model.siglip.width, llm),
@@ -207,6 +208,9 @@ def forward(model: FlowSegConfig, shape: BatchShape, losses: LossConfig) -> dict
         "decoder": decoder(model.decoder, model.semantic_flow.mode, maps, passes, rows, model.classes),
         "masks": masks(model.decoder, mask_pixels(model.pixel_decoder, maps), passes, targets, losses.points),
     }
+    without = () if model.speaks else ("siglip", "visual_projector", "seg_projector", "llm", "head", "llm_projector")
+    without += () if model.segments else ("llm_projector", "connector", "pixel_decoder", "decoder", "masks")
+    return {part: work for part, work in works.items() if part not in without}
 
 
 def part_of(path: str, tied: bool) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from flowseg_jax.checkpoint import Checkpoints, changed_keys
 from flowseg_jax.config import to_json
 from flowseg_jax.data.builders import ensure_shapes
+from flowseg_jax.data.mixture import Member, held_out_keys, mix
 from flowseg_jax.data.pipeline import TrainData, open_tokenizer
 from flowseg_jax.data.prepared import Prepared
 from flowseg_jax.errors import UserError
@@ -46,7 +47,7 @@ MAY_CHANGE = (
 
 
 def open_data(config: ConfigDict) -> Prepared:
-    """The data set of a config; the embedded `shapes` set is generated and prepared if it is missing."""
+    """The data set `data.dir` of a config; the embedded `shapes` set is generated and prepared if it is missing."""
     data = config.data
     if data.images:
         options = {"mix": dict(data.mix)} if data.mix else {}
@@ -56,16 +57,40 @@ def open_data(config: ConfigDict) -> Prepared:
     return Prepared.open(data.dir)
 
 
+def open_members(config: ConfigDict) -> tuple[Member, ...]:
+    """The data sets that a config trains on, without the images of what it evaluates on."""
+    data = config.data
+    sets = [(Prepared.open(directory), weight) for directory, weight in data.sets] or [(open_data(config), 0.0)]
+    members = mix(sets, held_out=held_out_keys([*data.held_out, *(prepared for prepared, _ in sets)]))
+    for member in members:
+        left = f", {member.held_out:,} held out for evaluation" if member.held_out else ""
+        if left or len(members) > 1:
+            share = member.slots / sum(m.slots for m in members)
+            say(f"{member.prepared.directory}: {len(member.records):,} images, {share:.1%} of an epoch{left}")
+    return members
+
+
 def open_train_data(config: ConfigDict, program: Program) -> TrainData:
-    """This process's share of the batches. Raises a UserError where data set, tokenizer and model do not fit together."""
-    plan, prepared = program.plan, open_data(config)
-    tokenizer = open_tokenizer(prepared, plan.prompts, config.data.tokenizer)
-    if tokenizer.vocab > plan.model.llm.vocab:
-        raise UserError(f"model.llm.vocab is {plan.model.llm.vocab}, the tokenizer {tokenizer.name} has {tokenizer.vocab} ids")
-    if plan.model.classes and len(prepared.categories) > plan.model.classes:
-        raise UserError(f"model.classes is {plan.model.classes}, the data set has {len(prepared.categories)} categories")
+    """This process's share of the batches. Raises a UserError where data sets, tokenizer and model do not fit together."""
+    plan, members = program.plan, open_members(config)
+    tokenizer, model = None, plan.model
+    if model.speaks:
+        own = [member.prepared for member in members if member.prepared.tokenizer_directory]
+        tokenizer = open_tokenizer((own or [members[0].prepared])[0], plan.prompts, config.data.tokenizer)
+        if tokenizer.vocab > model.llm.vocab:
+            raise UserError(f"model.llm.vocab is {model.llm.vocab}, the tokenizer {tokenizer.name} has {tokenizer.vocab} ids")
+    if model.classes:
+        known = {m.prepared.categories: m.prepared.directory for m in members if m.prepared.task in ("referring", "generic")}
+        if len(known) > 1:
+            raise UserError(
+                f"{' and '.join(map(str, known.values()))} have other categories, and the linear head (model.classes) knows "
+                "one list: train on one of them, or without the head"
+            )
+        for categories, directory in known.items():
+            if len(categories) > model.classes:
+                raise UserError(f"model.classes is {model.classes}, {directory} has {len(categories)} categories")
     return TrainData(
-        prepared,
+        members,
         plan.shape,
         plan.prompts,
         config.seed,
@@ -215,8 +240,8 @@ def export(plan: Plan, state: TrainState, config: ConfigDict, data: TrainData, w
     """Writes the runnable model `<workdir>/model`; parameters keep the dtypes they rest in."""
     step = int(state.step)
     prompts = dataclasses.asdict(plan.prompts)
-    extra = {"step": step, "seed": config.seed, "prompts": prompts, "data": data.prepared.digest}
-    cfg = plan.model.to_dict()
-    target = save_model(workdir / "model", state.params, cfg, data.tokenizer.name, extra, dtype=None, overwrite=True)
+    extra = {"step": step, "seed": config.seed, "prompts": prompts, "data": data.digest}
+    cfg, tokenizer = plan.model.to_dict(), data.tokenizer and data.tokenizer.name
+    target = save_model(workdir / "model", state.params, cfg, tokenizer, extra, dtype=None, overwrite=True)
     say(f"the model of step {step} is in {target}")
     return target

@@ -22,8 +22,8 @@ from ml_collections import ConfigDict
 from flowseg_jax import parallel
 from flowseg_jax.data import batching
 from flowseg_jax.data.batch import Batch, BatchShape
-from flowseg_jax.data.pipeline import TrainOptions
 from flowseg_jax.data.prompts import Prompts
+from flowseg_jax.data.rows import TrainOptions
 from flowseg_jax.errors import UserError
 from flowseg_jax.losses import LossConfig
 from flowseg_jax.manifest import flatten, nest
@@ -52,19 +52,24 @@ class Plan:
         optimizer = config.optimizer.to_dict()
         losses = LossConfig(**optimizer.pop("losses"))
         data = config.data
+        objects = data.objects if model.classes or model.named_pass != "off" else "referred"
         options = TrainOptions(
-            objects="all" if model.classes or model.named_pass != "off" else "referred",
-            include_generic=model.named_pass != "off",
+            objects=objects,
+            include_generic=model.named_pass != "off" and objects == "all",
+            negatives=data.names > 0,
             curriculum=tuple((until, dict(weights)) for until, weights in data.curriculum),
+            explain=data.explain,
+            jitter=data.jitter,
+            square=data.square,
             threads=data.threads,
             workers=data.workers,
         )
-        shape = BatchShape(
-            config.batch_size, data.text, data.phrases, data.masks, model.sam.image_size, model.siglip.image_size
-        )
+        names = 0 if model.named_pass == "off" else data.names or data.masks
+        sides = model.sam.image_size, model.siglip.image_size
+        shape = BatchShape(config.batch_size, data.text, data.phrases, data.masks, *sides, names)
         if config.batch_size % model.negatives_group:
             raise UserError(f"batch_size {config.batch_size} is no multiple of model.negatives_group {model.negatives_group}")
-        if data.text <= model.visual_tokens:
+        if model.speaks and data.text <= model.visual_tokens:
             raise UserError(f"data.text is {data.text}, and an image alone takes {model.visual_tokens} tokens: raise it")
         return cls(model, losses, OptimizerConfig(**optimizer), Prompts(chat=data.chat, vary=data.vary_prompts), options, shape)
 

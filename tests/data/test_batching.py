@@ -135,7 +135,7 @@ def test_pixels_and_targets(tokenizer):
         **dict.fromkeys(("images", "vision_images", "masks"), "uint8"),
         **dict.fromkeys(("tokens", "positions", "segments", "labels", "phrase_ids", "seg_ids"), "int32"),
         **dict.fromkeys(("scaled_size", "phrase_mask", "object_class", "object_name"), "int32"),
-        "mask_valid": "bool",
+        **dict.fromkeys(("mask_valid", "name_valid"), "bool"),
         "example_id": "int64",
     }
 
@@ -176,7 +176,7 @@ def test_overflow_is_an_error_that_names_the_example(tokenizer):
         UserError, match=r"image 0: needs \d+ tokens \(13 of them before the text\), more than the text length 60"
     ):
         batching.assemble([row()], dataclasses.replace(SHAPE, text=60), PROMPTS, tokenizer, VISUAL)
-    with pytest.raises(UserError, match="image 0: 3 phrases and 3 masks, but the batch has room for 3 and 2"):
+    with pytest.raises(UserError, match="image 0: 3 phrases, 3 masks and 0 names, but the batch has room for 3, 2 and 0"):
         batching.assemble([row()], dataclasses.replace(SHAPE, masks=2), PROMPTS, tokenizer, VISUAL)
     with pytest.raises(ValueError, match="2 rows do not fit a batch of 1"):
         batching.assemble([row(), row()], dataclasses.replace(SHAPE, batch=1), PROMPTS, tokenizer, VISUAL)

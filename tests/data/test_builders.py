@@ -12,7 +12,7 @@ from flowseg_jax.data import builders
 from flowseg_jax.data.__main__ import main
 from flowseg_jax.data.formats.refcoco import RefCoco
 from flowseg_jax.data.prepared import Prepared
-from flowseg_jax.data.records import samples
+from flowseg_jax.data.records import examples, samples
 from flowseg_jax.errors import UserError
 
 
@@ -30,7 +30,7 @@ def prepared(layout, tmp_path_factory):
     lines = []
     out = tmp_path_factory.mktemp("prepared") / "mini"
     result = builders.prepare(layout, out, tokenizer_vocab=300, log=lines.append)
-    assert "train: 3 images" in lines and any("left out: 1 objects with an empty mask" in line for line in lines)
+    assert "train: 3 images" in lines and any("note: 1 objects with an empty mask" in line for line in lines)
     return result
 
 
@@ -39,7 +39,7 @@ def test_round_trip(layout, prepared):
     assert tuple(prepared.splits) == reader.splits and prepared.categories == reader.categories
     for split in reader.splits:
         source = prepared.source(split)
-        assert [source[i] for i in range(len(source))] == list(reader.examples(split))
+        assert [source[i] for i in range(len(source))] == list(examples(reader, split))
 
 
 def test_index_agrees_with_the_records(prepared):
@@ -76,7 +76,7 @@ def break_image(root):
 
 
 def remove_image(root):
-    (root / "images" / "COCO_train2014_000000000004.jpg").unlink()
+    (root / "images" / "COCO_train2014_000000000001.jpg").unlink()
 
 
 @pytest.mark.parametrize(("damage", "message"), [(break_image, "truncated or damaged"), (remove_image, "is missing")])
@@ -86,6 +86,79 @@ def test_nothing_is_left_behind(tmp_path, damage, message):
     with pytest.raises(UserError, match=message):
         builders.prepare(root, tmp_path / "out" / "mini", log=quiet)
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def lose_image(root):
+    """Image 4 is moved away; a function puts it back."""
+    path = root / "images" / "COCO_train2014_000000000004.jpg"
+    path.rename(root / "kept.jpg")
+    return lambda: (root / "kept.jpg").rename(path)
+
+
+def test_continues_behind_finished_shards(tmp_path, monkeypatch):
+    root, lines, read = mini.write(tmp_path / "layout"), [], []
+    put_back = lose_image(root)
+    with pytest.raises(UserError, match="image 'COCO_train2014_000000000004.jpg' is missing"):
+        builders.prepare(root, tmp_path / "out", log=quiet)
+    assert not (tmp_path / "out").exists() and len(list((tmp_path / ".out.partial" / "shards").glob("*.json"))) == 2
+    put_back()
+    example = RefCoco.example
+    monkeypatch.setattr(RefCoco, "example", lambda self, split, *rest: read.append(split) or example(self, split, *rest))
+    prepared = builders.prepare(root, tmp_path / "out", log=lines.append)
+    assert read == ["testA"] and "continuing: 2 of 3 shards are written already" in lines
+    assert prepared.digest == builders.prepare(root, tmp_path / "again", log=quiet).digest
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["again", "layout", "out"]
+
+
+def test_other_annotations_begin_anew(tmp_path):
+    root = mini.write(tmp_path / "layout")
+    put_back = lose_image(root)
+    with pytest.raises(UserError, match="is missing"):
+        builders.prepare(root, tmp_path / "out", log=quiet)
+    put_back()
+    instances, refs = mini.damaged(lambda i, r: r[0]["sentences"][0].update(sent="another dog"))
+    mini.write(root, instances=instances, refs=refs)
+    assert any(s.sentence == "another dog" for e in builders.prepare(root, tmp_path / "out").index("train") for s in e.samples)
+
+
+def test_damaged_records_are_listed_where_that_is_wanted(tmp_path):
+    def damage(instances, refs):
+        refs[1]["ann_id"] = 999
+        mini.entry(instances["annotations"], 51)["segmentation"] = [[1, 2, float("nan"), 4, 5, 6]]
+
+    instances, refs = mini.damaged(damage)
+    root, lines = mini.write(tmp_path / "layout", instances=instances, refs=refs), []
+    (root / "images" / "COCO_train2014_000000000004.jpg").write_bytes(b"no image")
+    with pytest.raises(UserError, match="has no annotation 999"):
+        builders.prepare(root, tmp_path / "out", log=quiet)
+    with pytest.raises(UserError, match="split 'testA': nothing is left of its examples"):
+        builders.prepare(root, tmp_path / "out", on_error="record", log=quiet)
+    prepared = builders.prepare(root, tmp_path / "out", splits=["train", "val"], on_error="record", log=lines.append)
+    assert prepared.metadata["problems"] == 2 and [e.image_id for e in prepared.index("train")] == [1, 2]
+    listed = (tmp_path / "out" / "problems.txt").read_text().splitlines()
+    assert len(listed) == 2 and "annotation 999" in listed[0] and "polygon coordinate nan" in listed[1]
+    assert any(line.startswith("2 damaged records are left out, listed in problems.txt") for line in lines)
+    with pytest.raises(UserError, match="on_error is 'ignore': choose stop or record"):
+        builders.prepare(root, tmp_path / "x", on_error="ignore", log=quiet)
+
+
+def test_processes_write_what_one_writes(layout, prepared, tmp_path, monkeypatch):
+    monkeypatch.setattr("flowseg_jax.data.shards.EXAMPLES", 1)
+    several = builders.prepare(layout, tmp_path / "out", processes=2, log=quiet)
+    assert several.splits == prepared.splits and several.metadata["notes"] == prepared.metadata["notes"]
+    for split in prepared.splits:
+        assert several.index(split) == prepared.index(split)
+        ours, theirs = several.source(split), prepared.source(split)
+        assert [ours[i] for i in range(len(ours))] == [theirs[i] for i in range(len(theirs))]
+    assert len(list((tmp_path / "out" / "data").glob("*-train.array_record-*"))) == 3
+
+
+def test_what_fails_in_a_process_is_its_own_error(tmp_path, monkeypatch):
+    monkeypatch.setattr("flowseg_jax.data.shards.EXAMPLES", 1)
+    root = mini.write(tmp_path / "layout")
+    break_image(root)
+    with pytest.raises(UserError, match=r"COCO_train2014_000000000005\.jpg: truncated or damaged image"):
+        builders.prepare(root, tmp_path / "out", processes=2, log=quiet)
 
 
 def test_a_mark_in_a_sentence_is_an_error(tmp_path):
@@ -110,7 +183,7 @@ def test_opening_what_is_not_prepared(prepared, tmp_path):
     with pytest.raises(UserError, match=r"not a prepared data set \(no metadata\.json\); make one with"):
         Prepared.open(tmp_path)
     (tmp_path / "metadata.json").write_text(json.dumps({**prepared.metadata, "format": 0}))
-    with pytest.raises(UserError, match="prepared in format 0, this version reads 1; prepare it again"):
+    with pytest.raises(UserError, match="prepared in format 0, this version reads 2; remove it and prepare it again"):
         Prepared.open(tmp_path)
     with pytest.raises(UserError, match="unknown split 'trian'"):
         prepared.index("trian")

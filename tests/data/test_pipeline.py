@@ -10,12 +10,15 @@ import pytest
 
 from flowseg_jax.data import batching, builders, images, masks
 from flowseg_jax.data.batch import IMAGE_TOKEN, NO_LABEL, NONE, BatchShape
-from flowseg_jax.data.pipeline import EvalData, TrainData, TrainOptions, open_tokenizer
+from flowseg_jax.data.evaluation import EvalData
+from flowseg_jax.data.mixture import mix
+from flowseg_jax.data.pipeline import TrainData, open_tokenizer
 from flowseg_jax.data.prompts import Prompts
+from flowseg_jax.data.rows import TrainOptions
 from flowseg_jax.errors import UserError
 
 VISUAL = 6
-SHAPE = BatchShape(batch=2, text=260, phrases=4, masks=3, image=32, vision=16)
+SHAPE = BatchShape(batch=2, text=260, phrases=4, masks=3, image=32, vision=16, names=3)
 FIXED, VARIED = Prompts(vary=False), Prompts()
 
 
@@ -34,7 +37,7 @@ def tokenizer(prepared):
 def train(prepared, tokenizer):
     def make(seed=0, shape=SHAPE, prompts=VARIED, rows=None, **options):
         return TrainData(
-            prepared,
+            mix([(prepared, 0.0)]),
             shape,
             prompts,
             seed,
@@ -121,10 +124,10 @@ def test_phrases_point_at_their_masks(train, prepared, tokenizer):
         batch = train().batch(step)
         for b in range(2):
             example = stored[int(batch.example_id[b])]
-            truth = {e.text.lower(): e.annotation for e in example.expressions}
+            truth = {e.text.lower(): e.annotations for e in example.expressions}
             full = masks.decode([a.rle for a in example.annotations], example.height, example.width)
             for k, phrase in enumerate(phrases(batch, b, tokenizer)):
-                want = images.pack_masks(full[truth[phrase]][None], 32)[0]
+                want = images.pack_masks(full[list(truth[phrase])], 32)[0]
                 np.testing.assert_array_equal(batch.masks[b, batch.phrase_mask[b, k]], want)
                 checked += 1
             assert batch.mask_valid[b].sum() == len(example.annotations)
@@ -144,7 +147,8 @@ def test_generic_conversation_names_the_kinds_in_the_image(train, prepared, toke
         for b in range(2):
             classes, bears = batch.object_class[b], batch.object_name[b]
             names = {}
-            for k in range(SHAPE.masks):
+            assert batch.name_valid[b].sum() == len(set(bears) - {NONE})
+            for k in range(SHAPE.names):
                 span = batch.tokens[b][batch.phrase_ids[b] == SHAPE.phrases + k]
                 if len(span):
                     names[k] = tokenizer.hf.decode(span[1:-1]).strip()
@@ -285,7 +289,7 @@ def test_option_errors(prepared, train):
     with pytest.raises(UserError, match="seed must not be negative, got -1"):
         train(seed=-1)
     with pytest.raises(UserError, match=r"unknown split 'tset'"):
-        TrainData(prepared, SHAPE, FIXED, 0, visual_tokens=VISUAL, split="tset")
+        mix([(prepared, 0.0)], "tset")
 
 
 class TestEval:

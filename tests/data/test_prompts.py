@@ -1,11 +1,10 @@
 """Chat templates and wordings."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 
 from flowseg_jax.data import prompts as p
+from flowseg_jax.data.records import Turn
 from flowseg_jax.errors import UserError
 
 WORDINGS = (p.REFERRING_QUESTIONS, p.REFERRING_ANSWERS, p.GENERIC_QUESTIONS, p.GENERIC_ANSWERS)
@@ -62,13 +61,18 @@ def test_training_draws_every_wording_and_vary_off_draws_none():
 
 def test_all_wordings_covers_what_is_drawn():
     for prompts in (p.Prompts(), p.Prompts(vary=False, question=2, answer=1)):
-        referring, generic = prompts.all_wordings()
+        wordings = prompts.all_wordings()
         rng = np.random.default_rng(1)
-        for _ in range(200):
-            turn = prompts.referring("x", 0, rng).turns[0]
-            assert dataclasses.replace(turn, question=turn.question.replace("<p>x</p>", "{}")) in referring
-            turn = prompts.generic(["x"], 0, rng).turns[0]
-            assert dataclasses.replace(turn, question=turn.question.replace("<p>x</p>", "{}")) in generic
+        for i in range(200):
+            drawn = {
+                "referring": prompts.referring("x", 0, rng),
+                "generic": prompts.generic(["x"], 0, rng),
+                "reasoning": prompts.reasoning("x", 0, bool(i % 2), "because {y}" if i % 3 else "", rng),
+            }
+            for kind, conversation in drawn.items():
+                (turn,) = conversation.turns
+                said = turn.question.replace("<p>x</p>", "{}"), turn.answer.replace("because {y}", "{}")
+                assert Turn(*said) in wordings[kind]
 
 
 def test_errors():

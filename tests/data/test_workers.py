@@ -17,13 +17,15 @@ import minirefcoco as mini
 import numpy as np
 import pytest
 
-from flowseg_jax.data import builders
+from flowseg_jax.data import builders, shards
 from flowseg_jax.data.batch import BatchShape
-from flowseg_jax.data.pipeline import TrainData, TrainOptions
+from flowseg_jax.data.mixture import mix
+from flowseg_jax.data.pipeline import TrainData, open_tokenizer
 from flowseg_jax.data.prompts import Prompts
+from flowseg_jax.data.rows import TrainOptions
 from flowseg_jax.errors import UserError
 
-SHAPE = BatchShape(batch=2, text=260, phrases=4, masks=3, image=32, vision=16)
+SHAPE = BatchShape(batch=2, text=260, phrases=4, masks=3, image=32, vision=16, names=3)
 SHARED_MEMORY = Path("/dev/shm")
 DEADLINE = 120.0  # seconds; only a failing test, or a machine with more to do than cores, waits so long
 
@@ -54,7 +56,9 @@ def prepared(tmp_path_factory):
 @pytest.fixture(scope="module")
 def train(prepared):
     def make(prepared=prepared, **options):
-        return TrainData(prepared, SHAPE, Prompts(), 0, visual_tokens=6, options=TrainOptions(**options))
+        tokenizer = open_tokenizer(prepared, Prompts())
+        members = mix([(prepared, 0.0)])
+        return TrainData(members, SHAPE, Prompts(), 0, visual_tokens=6, tokenizer=tokenizer, options=TrainOptions(**options))
 
     return make
 
@@ -116,8 +120,8 @@ def test_workers_build_the_same_batches_and_end_when_closed(train):
 
 
 def test_what_fails_in_a_worker_is_raised_as_without_one(train, tmp_path, monkeypatch):
-    record = builders.to_record
-    monkeypatch.setattr(builders, "to_record", lambda example: record(example) | {"image": example.image[:-200]})
+    record = shards.to_record
+    monkeypatch.setattr(shards, "to_record", lambda example: record(example) | {"image": example.image[:-200]})
     broken = builders.prepare(mini.write(tmp_path / "l"), tmp_path / "p", tokenizer_vocab=300, log=lambda _: None)
     said = []
     for workers in (0, 1):

@@ -143,6 +143,7 @@ def _batch(rows, size):
         phrase_mask=phrase_mask,
         object_class=np.full((size, 1), NONE, np.int32),
         object_name=np.full((size, 1), NONE, np.int32),
+        name_valid=np.zeros((size, 0), bool),
         example_id=example,
     )
     sizes = [r[0].shape[:2] for r in rows]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from flowseg_jax.data import drawing
 from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation import pictures, report
 from flowseg_jax.evaluation.examples import Example
@@ -128,16 +129,16 @@ def test_overlay_keeps_the_mask_and_fades_the_rest():
     mask = np.zeros((30, 50), bool)
     mask[5:20, 0:25] = True
     before = image.copy()
-    out = pictures.overlay(image, mask)
+    out = drawing.overlay(image, mask, pictures.SELECTED)
     np.testing.assert_array_equal(image, before)
     np.testing.assert_array_equal(out[mask], image[mask])
-    edge = pictures.outline(mask)
+    edge = drawing.outline(mask)
     assert edge[4, 10] and edge[4, 25] and edge[12, 25] and not edge[3, 10] and not edge[12, 24]
     np.testing.assert_array_equal(out[edge], np.broadcast_to(pictures.SELECTED, (edge.sum(), 3)))
     rest = out[~mask & ~edge]
     assert (rest == rest[:, :1]).all() and rest.min() > 130
     with pytest.raises(ValueError, match="does not fit"):
-        pictures.overlay(image, mask[:-1])
+        drawing.overlay(image, mask[:-1], pictures.SELECTED)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 400), (3000, 2)])
@@ -148,9 +149,9 @@ def test_strips_of_odd_sizes(size):
 
 
 def test_slugs():
-    assert pictures.slug("Left of the BIG, red/blue one!") == "left-of-the-big-red-blue-one"
-    assert pictures.slug("赤い丸") == "expression"
-    assert len(pictures.slug("x" * 300)) == 48
+    assert drawing.slug("Left of the BIG, red/blue one!") == "left-of-the-big-red-blue-one"
+    assert drawing.slug("赤い丸") == "expression"
+    assert len(drawing.slug("x" * 300)) == 48
 
 
 def test_a_file_that_is_no_result_is_named(tmp_path):

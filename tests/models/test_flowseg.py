@@ -63,10 +63,17 @@ def test_padding_changes_nothing(model, run):
     none = small.batch(cfg, seed=9)
     empty = {
         name: np.full_like(getattr(none, name), fill)
-        for name, fill in (("segments", -1), ("labels", -100), ("phrase_mask", -1), ("object_class", -1), ("object_name", -1))
+        for name, fill in (
+            ("segments", -1),
+            ("labels", -100),
+            ("phrase_mask", -1),
+            ("object_class", -1),
+            ("object_name", -1),
+            ("name_valid", 0),
+        )
     }
     none = dataclasses.replace(none, **empty)
-    more = small.pad(jax.tree.map(lambda a, b: np.concatenate([a, b]), batch, none), text=5, phrases=2, masks=2)
+    more = small.pad(jax.tree.map(lambda a, b: np.concatenate([a, b]), batch, none), text=5, phrases=2, masks=2, names=3)
     terms, out, found = run(batch)
     terms2, out2, found2 = run(more)
     close(found.scores, found2.scores[:images, :k])

@@ -7,19 +7,26 @@ Pickles are read with an unpickler that constructs nothing but plain containers,
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
-from pathlib import Path, PurePosixPath
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from flowseg_jax.data import images, masks
-from flowseg_jax.data.records import Annotation, Example, Expression
+from flowseg_jax.data import masks
+from flowseg_jax.data.formats.reading import ImageFolders, by_id, field, image_of, path_of, read_json, root_folder
+from flowseg_jax.data.records import Annotation, Example, Expression, Problems
 from flowseg_jax.errors import UserError, suggest
 
-_IMAGE_DIRS = (
+# How LISA, X-SAM and Sa2VA call the folder of each data set, and where each of them keeps the images.
+FOLDERS = {
+    "refcoco": ("refcoco",),
+    "refcoco+": ("refcoco+", "refcocop", "refcoco_plus"),
+    "refcocog": ("refcocog",),
+    "grefcoco": ("grefcoco",),
+}
+IMAGE_DIRS = (
     "images",
     "images/train2014",
     "../images",
@@ -27,8 +34,11 @@ _IMAGE_DIRS = (
     "../images/mscoco/images/train2014",
     "train2014",
     "../train2014",
+    "../coco2014/train2014",
+    "../../glamm_data/images/coco2014/train2014",
 )
 _SPLIT_ORDER = ("train", "val", "testA", "testB", "test")
+_NEEDS = "a RefCOCO layout needs instances.json and refs(<split_by>).p side by side"
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -36,18 +46,12 @@ class _PlainUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it wants to import {module}.{name}; a refs file holds plain lists and dicts only")
 
 
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise UserError(f"{path}: missing; a RefCOCO layout needs instances.json and refs(<split_by>).p side by side") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
+def read_pickle(path: Path) -> list[Any]:
+    """The refs of a pickle file, which may construct nothing but plain containers.
 
-
-def _read_refs(path: Path) -> list[Any]:
+    Raises:
+        UserError: it cannot be read, is damaged, wants to construct something, or is not a list.
+    """
     try:
         with path.open("rb") as file:
             refs = _PlainUnpickler(file, encoding="latin1").load()
@@ -60,27 +64,14 @@ def _read_refs(path: Path) -> list[Any]:
     return refs
 
 
-def _field(entry: Any, key: str, kind: type | tuple[type, ...], where: str) -> Any:
-    """`entry[key]` after checking that it is there and of the right type."""
-    if not isinstance(entry, dict):
-        raise UserError(f"{where}: expected an object with fields, got {str(entry)[:40]!r}")
-    if key not in entry:
-        raise UserError(f"{where}: field {key!r} is missing")
-    value = entry[key]
-    if not isinstance(value, kind) or isinstance(value, bool):
-        names = "/".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
-        raise UserError(f"{where}.{key}: expected {names}, got {str(value)[:40]!r}")
-    return value
-
-
-def _by_id(table: Any, entries: str, path: Path) -> dict[int, dict[str, Any]]:
-    result: dict[int, dict[str, Any]] = {}
-    for i, entry in enumerate(_field(table, entries, list, str(path))):
-        key = _field(entry, "id", int, f"{path}: {entries}[{i}]")
-        if key in result:
-            raise UserError(f"{path}: {entries}[{i}].id: {key} occurs twice")
-        result[key] = entry
-    return result
+def find_root(root: str | Path, name: str) -> Path:
+    """The folder of data set `name`: `root` itself if it holds `instances.json`, else the one inside that peers call so."""
+    root = root_folder(root)
+    if not (root / "instances.json").is_file():
+        for folder in FOLDERS[name]:
+            if (root / folder / "instances.json").is_file():
+                return root / folder
+    return root
 
 
 def refs_file(root: Path, split_by: str | None) -> Path:
@@ -98,13 +89,157 @@ def refs_file(root: Path, split_by: str | None) -> Path:
     raise AssertionError("unreachable: `found` is not empty")
 
 
-class RefCoco:
+class Instances:
+    """An opened `instances.json` whose images referring expressions are about.
+
+    Attributes:
+        path: the file.
+        annotations: by id; each lies in an image and has a category and a segmentation.
+        categories: names, in the order of their ids.
+    """
+
+    def __init__(self, path: Path, folders: ImageFolders, problems: Problems, needs: str = _NEEDS):
+        self.path, self._folders = path, folders
+        table = read_json(path, needs)
+        self.images = by_id(table, "images", path, problems)
+        categories = by_id(table, "categories", path, problems)
+        self._category_index = {key: i for i, key in enumerate(sorted(categories))}
+        self.categories = tuple(field(categories[key], "name", str, f"{path}: category {key}") for key in sorted(categories))
+        self.annotations: dict[int, dict[str, Any]] = {}
+        self._of_image: dict[int, list[dict[str, Any]]] = defaultdict(list)
+        for key, annotation in by_id(table, "annotations", path, problems).items():
+            with problems.record():
+                where = f"{path}: annotation {key}"
+                image_id = field(annotation, "image_id", int, where)
+                if image_id not in self.images:
+                    raise UserError(f"{where}.image_id: there is no image {image_id}")
+                if field(annotation, "category_id", int, where) not in self._category_index:
+                    raise UserError(f"{where}.category_id: there is no category {annotation['category_id']}")
+                field(annotation, "segmentation", (list, dict), where)
+                self.annotations[key] = annotation
+                self._of_image[image_id].append(annotation)
+
+    def check_ref(self, ref: Any, where: str) -> tuple[int, str]:
+        """(image id, split) of a ref after checking that its image exists and its sentences are sentences."""
+        image_id = field(ref, "image_id", int, where)
+        if image_id not in self.images:
+            raise UserError(f"{where}.image_id: {self.path.name} has no image {image_id}")
+        sentences = field(ref, "sentences", list, where)
+        if not sentences:
+            raise UserError(f"{where}.sentences: an object without an expression")
+        for j, sentence in enumerate(sentences):
+            spot = f"{where}.sentences[{j}]"
+            field(sentence, "sent_id", int, spot)
+            if not field(sentence, "sent", str, spot).strip():
+                raise UserError(f"{spot}.sent: an empty expression")
+            if not isinstance(sentence.get("family", ""), str):
+                raise UserError(f"{spot}.family: expected text, got {sentence['family']!r}")
+        return image_id, field(ref, "split", str, where)
+
+    def check_object(self, ann_id: int, image_id: int, where: str) -> None:
+        """Raises a UserError unless annotation `ann_id` exists and lies in the image."""
+        if ann_id not in self.annotations:
+            raise UserError(f"{where}.ann_id: expression without an object: {self.path.name} has no annotation {ann_id}")
+        if self.annotations[ann_id]["image_id"] != image_id:
+            raise UserError(
+                f"{where}.ann_id: annotation {ann_id} lies in image {self.annotations[ann_id]['image_id']}, not {image_id}"
+            )
+
+    def image_path(self, image_id: int) -> Path:
+        """The file of an image. UserError if it is missing."""
+        return path_of(self.images[image_id], self._folders, f"{self.path}: image {image_id}")
+
+    def example(
+        self, image_id: int, refs: Mapping[int, tuple[dict[str, Any], tuple[int, ...]]], notes: Counter[str]
+    ) -> Example:
+        """The image with all of its objects, and the sentences of `refs`: ref id -> (ref, ids of its annotations).
+
+        Raises:
+            UserError: the image is missing, damaged or of another size; a mask is damaged; a referred object's mask is empty.
+        """
+        name, data, height, width = image_of(self.images[image_id], self._folders, f"{self.path}: image {image_id}", notes)
+        referred = {ann_id for _, targets in refs.values() for ann_id in targets}
+        annotations: list[Annotation] = []
+        place: dict[int, int] = {}
+        for entry in self._of_image[image_id]:
+            where = f"{self.path}: annotation {entry['id']}.segmentation"
+            rle = masks.rasterise(entry["segmentation"], height, width, where)
+            if rle is None:
+                if entry["id"] in referred:
+                    raise UserError(f"{where}: empty mask, yet an expression refers to it")
+                notes["objects with an empty mask that no expression refers to: left out"] += 1
+                continue
+            place[entry["id"]] = len(annotations)
+            category = self._category_index[entry["category_id"]]
+            annotations.append(Annotation(entry["id"], category, rle, bool(entry.get("iscrowd", 0))))
+        expressions = tuple(
+            Expression(s["sent"].strip(), s["sent_id"], ref_id, tuple(sorted(place[t] for t in targets)), s.get("family", ""))
+            for ref_id, (ref, targets) in refs.items()
+            for s in ref["sentences"]
+        )
+        return Example(image_id, name, height, width, data, tuple(annotations), expressions)
+
+
+Refs = dict[int, tuple[dict[str, Any], tuple[int, ...]]]
+
+
+class Grouped:
+    """Refs by split and image: what `RefCoco` and `GRefCoco` share once each ref is checked."""
+
+    task = "referring"
+
+    def __init__(self, instances: Instances, refs_path: Path):
+        self.instances, self._refs_path = instances, refs_path
+        self.categories = instances.categories
+        self.annotation_files = (instances.path, refs_path)
+        self._refs: dict[str, dict[int, Refs]] = defaultdict(lambda: defaultdict(dict))
+
+    def add(self, ref: dict[str, Any], ref_id: int, image_id: int, split: str, targets: tuple[int, ...], where: str) -> None:
+        """Takes in a checked ref. UserError if its id occurred in this image already."""
+        refs = self._refs[split][image_id]
+        if ref_id in refs:
+            raise UserError(f"{where}.ref_id: {ref_id} occurs twice")
+        refs[ref_id] = ref, targets
+
+    def finish(self) -> None:
+        """Raises a UserError if there are no refs."""
+        if not self._refs:
+            raise UserError(f"{self._refs_path}: holds no refs")
+        self._refs = {split: dict(by_image) for split, by_image in self._refs.items()}
+        self._order = {split: list(by_image) for split, by_image in self._refs.items()}
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        rank = {name: i for i, name in enumerate(_SPLIT_ORDER)}
+        return tuple(sorted(self._refs, key=lambda s: (rank.get(s, len(rank)), s)))
+
+    def size(self, split: str) -> int:
+        """Number of images that the split's refs use."""
+        if split not in self._order:
+            raise UserError(
+                f"{self._refs_path}: unknown split {split!r}{suggest(split, self.splits)}; it has {', '.join(self.splits)}"
+            )
+        return len(self._order[split])
+
+    def image_path(self, split: str, index: int) -> Path:
+        """The file of image `index` of the split. UserError if it is missing."""
+        return self.instances.image_path(self._order[split][index])
+
+    def example(self, split: str, index: int, notes: Counter[str]) -> Example:
+        """Image `index` of the split, in the order of their first refs; see `Instances.example`."""
+        image_id = self._order[split][index]
+        return self.instances.example(image_id, self._refs[split][image_id], notes)
+
+
+class RefCoco(Grouped):
     """An opened RefCOCO layout.
 
     Args:
-        root: folder with `instances.json` and `refs(<split_by>).p`.
+        root: folder with `instances.json` and `refs(<split_by>).p`, or the one that holds this folder.
+        name: which data set, a key of `FOLDERS`, where `root` holds several.
         split_by: which refs file; by default the only one (of several, unc before umd).
-        images: folder of the images; by default the usual places inside and beside `root`.
+        images: folder of the images; by default the usual places inside and beside the root.
+        problems: what is done about a damaged record.
 
     Attributes:
         categories: names, in the order of their ids.
@@ -113,146 +248,31 @@ class RefCoco:
 
     Raises:
         UserError: a file is missing or damaged, or a ref or sentence does not lead to an object. Images and masks are checked
-            when `examples` gets to them.
+            by `example`.
     """
 
-    def __init__(self, root: str | Path, *, split_by: str | None = None, images: str | Path | None = None):
-        self.root = Path(root)
-        if not self.root.is_dir():
-            raise UserError(f"{self.root}: no such folder")
-        self._instances_path = self.root / "instances.json"
-        self._refs_path = refs_file(self.root, split_by)
-        self.annotation_files = (self._instances_path, self._refs_path)
-        self.source = f"refcoco layout {self._refs_path.name}"
-        self._image_dirs = [Path(images)] if images is not None else [self.root / d for d in _IMAGE_DIRS]
-        self._notes: Counter[str] = Counter()
-
-        table = _read_json(self._instances_path)
-        self._images = _by_id(table, "images", self._instances_path)
-        annotations = _by_id(table, "annotations", self._instances_path)
-        categories = _by_id(table, "categories", self._instances_path)
-        self._category_index = {key: i for i, key in enumerate(sorted(categories))}
-        self.categories = tuple(
-            _field(categories[key], "name", str, f"{self._instances_path}: category {key}") for key in sorted(categories)
-        )
-        self._annotations: dict[int, list[dict[str, Any]]] = defaultdict(list)
-        for key, annotation in annotations.items():
-            where = f"{self._instances_path}: annotation {key}"
-            image_id = _field(annotation, "image_id", int, where)
-            if image_id not in self._images:
-                raise UserError(f"{where}.image_id: there is no image {image_id}")
-            if _field(annotation, "category_id", int, where) not in self._category_index:
-                raise UserError(f"{where}.category_id: there is no category {annotation['category_id']}")
-            _field(annotation, "segmentation", (list, dict), where)
-            self._annotations[image_id].append(annotation)
-        self._refs = self._check_refs(annotations)
-
-    @property
-    def splits(self) -> tuple[str, ...]:
-        rank = {name: i for i, name in enumerate(_SPLIT_ORDER)}
-        return tuple(sorted(self._refs, key=lambda s: (rank.get(s, len(rank)), s)))
-
-    def _check_refs(self, annotations: Mapping[int, Mapping[str, Any]]) -> dict[str, dict[int, list[dict[str, Any]]]]:
-        """Groups the refs: split -> image id -> refs, after checking that each leads to an object of its image."""
-        grouped: dict[str, dict[int, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
-        for i, ref in enumerate(_read_refs(self._refs_path)):
-            where = f"{self._refs_path}: refs[{i}]"
-            ref_id = _field(ref, "ref_id", int, where)
-            where = f"{self._refs_path}: ref {ref_id}"
-            image_id = _field(ref, "image_id", int, where)
-            if isinstance(ref.get("ann_id"), list):
-                raise UserError(f"{where}.ann_id: a list of objects; this is gRefCOCO, which has a layout of its own")
-            ann_id = _field(ref, "ann_id", int, where)
-            if image_id not in self._images:
-                raise UserError(f"{where}.image_id: {self._instances_path.name} has no image {image_id}")
-            if ann_id not in annotations:
-                raise UserError(
-                    f"{where}.ann_id: expression without an object: {self._instances_path.name} has no annotation {ann_id}"
-                )
-            if annotations[ann_id]["image_id"] != image_id:
-                raise UserError(
-                    f"{where}.ann_id: annotation {ann_id} lies in image {annotations[ann_id]['image_id']}, not {image_id}"
-                )
-            sentences = _field(ref, "sentences", list, where)
-            if not sentences:
-                raise UserError(f"{where}.sentences: an object without an expression")
-            for j, sentence in enumerate(sentences):
-                spot = f"{where}.sentences[{j}]"
-                _field(sentence, "sent_id", int, spot)
-                if not _field(sentence, "sent", str, spot).strip():
-                    raise UserError(f"{spot}.sent: an empty expression")
-                if not isinstance(sentence.get("family", ""), str):
-                    raise UserError(f"{spot}.family: expected text, got {sentence['family']!r}")
-            grouped[_field(ref, "split", str, where)][image_id].append(ref)
-        if not grouped:
-            raise UserError(f"{self._refs_path}: holds no refs")
-        return grouped
-
-    def _of(self, split: str) -> dict[int, list[dict[str, Any]]]:
-        if split not in self._refs:
-            raise UserError(
-                f"{self._refs_path}: unknown split {split!r}{suggest(split, self.splits)}; it has {', '.join(self.splits)}"
-            )
-        return self._refs[split]
-
-    def size(self, split: str) -> int:
-        """Number of images that the split's refs use."""
-        return len(self._of(split))
-
-    def notes(self) -> Mapping[str, int]:
-        """What was left out so far, counted by reason."""
-        return dict(self._notes)
-
-    def _image_bytes(self, image_id: int) -> tuple[str, bytes, int, int]:
-        entry = self._images[image_id]
-        where = f"{self._instances_path}: image {image_id}"
-        name = _field(entry, "file_name", str, where)
-        height, width = (_field(entry, key, int, where) for key in ("height", "width"))
-        relative = PurePosixPath(name)
-        if not name or relative.is_absolute() or ".." in relative.parts:
-            raise UserError(f"{where}.file_name: {name!r} leads out of the image folder")
-        for folder in self._image_dirs:
-            path = folder / relative
-            if path.is_file():
-                break
-        else:
-            raise UserError(f"{where}.file_name: image {name!r} is missing (looked in {', '.join(map(str, self._image_dirs))})")
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-        size = images.decode(data, name=str(path)).size
-        if size != (width, height):
-            raise UserError(
-                f"{where}: height x width {height}x{width} differs from the image file's {size[1]}x{size[0]} ({path})"
-            )
-        return name, data, height, width
-
-    def examples(self, split: str) -> Iterator[Example]:
-        """Yields the split's images in the order of their first ref.
-
-        Raises:
-            UserError: an image is missing, damaged or of another size; a mask is damaged; a referred object has an empty mask.
-        """
-        for image_id, refs in self._of(split).items():
-            name, data, height, width = self._image_bytes(image_id)
-            referred = {ref["ann_id"] for ref in refs}
-            annotations: list[Annotation] = []
-            place: dict[int, int] = {}
-            for entry in self._annotations[image_id]:
-                where = f"{self._instances_path}: annotation {entry['id']}.segmentation"
-                rle = masks.rasterise(entry["segmentation"], height, width, where)
-                if rle is None:
-                    if entry["id"] in referred:
-                        raise UserError(f"{where}: empty mask, yet an expression refers to it")
-                    self._notes["objects with an empty mask that no expression refers to"] += 1
-                    continue
-                place[entry["id"]] = len(annotations)
-                category = self._category_index[entry["category_id"]]
-                annotations.append(Annotation(entry["id"], category, rle, bool(entry.get("iscrowd", 0))))
-            expressions = tuple(
-                Expression(s["sent"].strip(), s["sent_id"], ref["ref_id"], place[ref["ann_id"]], s.get("family", ""))
-                for ref in refs
-                for s in ref["sentences"]
-            )
-            yield Example(image_id, name, height, width, data, tuple(annotations), expressions)
+    def __init__(
+        self,
+        root: str | Path,
+        *,
+        name: str = "refcoco",
+        split_by: str | None = None,
+        images: str | Path | None = None,
+        problems: Problems | None = None,
+    ):
+        problems = problems or Problems()
+        root = find_root(root, name)
+        path = refs_file(root, split_by)
+        super().__init__(Instances(root / "instances.json", ImageFolders.of(root, IMAGE_DIRS, images), problems), path)
+        self.source = f"refcoco layout {path.name}"
+        for i, ref in enumerate(read_pickle(path)):
+            with problems.record():
+                ref_id = field(ref, "ref_id", int, f"{path}: refs[{i}]")
+                where = f"{path}: ref {ref_id}"
+                image_id, split = self.instances.check_ref(ref, where)
+                if isinstance(ref.get("ann_id"), list):
+                    raise UserError(f"{where}.ann_id: a list of objects; this is gRefCOCO, open it with the layout grefcoco")
+                ann_id = field(ref, "ann_id", int, where)
+                self.instances.check_object(ann_id, image_id, where)
+                self.add(ref, ref_id, image_id, split, (ann_id,), where)
+        self.finish()

@@ -1,17 +1,19 @@
-"""`python -m flowseg_jax.data shapes --out DIR --images N --seed S`."""
+"""`python -m flowseg_jax.data shapes --out DIR --images N --seed S`, `companions` and `lesson`."""
 
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
+from flowseg_jax.data.shapes import companions, lesson
 from flowseg_jax.data.shapes.expressions import FAMILIES
 from flowseg_jax.data.shapes.generator import PRESETS, generate
 from flowseg_jax.errors import UserError
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
-    """Adds the `shapes` command; the parsed namespace carries `run`, a function of the namespace."""
+    """Adds `shapes`, `companions` and `lesson` and returns the first; a parsed namespace carries `run`, a function of it."""
     parser = subparsers.add_parser("shapes", help="generate the synthetic `shapes` benchmark in the RefCOCO layout")
     parser.add_argument("--out", type=Path, required=True, help="directory to create")
     parser.add_argument("--images", type=int, required=True, help="number of images over all splits")
@@ -24,7 +26,26 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     parser.add_argument("--quality", type=int, default=92, help="JPEG quality")
     parser.add_argument("--workers", type=int, help="processes (default: the number of cores)")
     parser.set_defaults(run=run)
+    _add_companions(subparsers)
+    _add_lesson(subparsers)
     return parser
+
+
+def _add_companions(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser("companions", help="generate shapes in the layouts of ReasonSeg, COCO panoptic and LLaVA")
+    parser.add_argument("--out", type=Path, required=True, help="directory to create")
+    parser.add_argument("--seed", type=int, default=0)
+    numbers = ", ".join(f"{number} {name}" for name, number in companions.DEFAULTS.items())
+    parser.add_argument("--scale", type=float, default=1.0, help=f"multiplies the numbers of images ({numbers})")
+    parser.set_defaults(run=run_companions)
+
+
+def _add_lesson(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser("lesson", help="generate twenty pictures that teach a new word, to try fine-tuning with")
+    parser.add_argument("--out", type=Path, required=True, help="directory to create")
+    parser.add_argument("--images", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.set_defaults(run=run_lesson)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -40,6 +61,21 @@ def run(args: argparse.Namespace) -> int:
         quality=args.quality,
         workers=args.workers,
     )
+    return 0
+
+
+def run_companions(args: argparse.Namespace) -> int:
+    """Generates the companions that the parsed arguments ask for."""
+    if not (math.isfinite(args.scale) and args.scale > 0):
+        raise UserError(f"--scale must be a number above 0, got {args.scale}")
+    companions.write(args.out, seed=args.seed, **{name: round(args.scale * n) for name, n in companions.DEFAULTS.items()})
+    return 0
+
+
+def run_lesson(args: argparse.Namespace) -> int:
+    """Writes the lesson that the parsed arguments ask for."""
+    lesson.write(args.out, args.images, args.seed)
+    print(f"wrote {args.images} pictures and {args.out / 'lesson.jsonl'}")
     return 0
 
 

@@ -1,0 +1,44 @@
+"""Your own expressions, from any trained model. See docs/data.md.
+
+    python -m flowseg_jax.data prepare --layout jsonl --source my.jsonl --out data/mine
+    python train.py --config=configs/finetune.py --workdir=runs/mine                      # from the shipped tiny model
+    python train.py --config=configs/finetune.py:MODEL --config.data.dir=DIR --workdir=runs/mine
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from configs.shapes_tiny import get_config as shapes_tiny
+from flowseg_jax.config import ROOT
+from flowseg_jax.model_directory import read_model_config
+from flowseg_jax.models.config import FlowSegConfig
+
+PHRASES, TOKENS = 4, 56  # asked of one image; for the text of each
+
+
+def get_config(checkpoint: str = "") -> ConfigDict:
+    """`checkpoint` is a model directory; empty: the shipped tiny model."""
+    checkpoint = checkpoint or str(ROOT / "checkpoints" / "shapes_tiny")
+    stored = read_model_config(checkpoint)
+    # Categories and names are those of the checkpoint's own training data: here, expressions alone are learned.
+    model = dataclasses.replace(FlowSegConfig.from_dict(stored["model"]), classes=0, named_pass="off")
+    model.check_complete(checkpoint)
+    config = shapes_tiny()
+    config.init_from = (checkpoint,)
+    config.steps = 150
+    config.batch_size = max(4, model.negatives_group)
+    config.log_every = 10
+    config.checkpoint_every = 50
+    config.model = ConfigDict(model.to_dict())
+    config.data.dir = "data/mine"
+    config.data.images = 0
+    config.data.tokenizer = f"{checkpoint}/tokenizer"
+    config.data.chat = stored["extra"].get("prompts", {}).get("chat", config.data.chat)
+    config.data.objects = "referred"
+    config.data.update(phrases=PHRASES, masks=PHRASES, text=model.visual_tokens + 8 + PHRASES * TOKENS)
+    config.optimizer.learning_rate = 2e-4 if model.decoder.width < 256 else 2e-5
+    config.optimizer.losses.update(language=0.0, points=0 if model.sam.image_size < 256 else 12544)
+    return config

@@ -1,0 +1,45 @@
+"""Stage 2 of FlowSeg: the two projectors learn to put images into the language model's words; everything else is frozen.
+
+    python train.py --config=configs/stage2_align.py            # around Qwen3-4B; or :qwen3_1b7, :phi3_mini
+    python train.py --config=configs/stage2_align.py:tiny       # two cores, miniature data
+
+It starts from stage 1's SAM and from converted towers (`convert_weights siglip2 SRC weights/siglip2`, `convert_weights qwen3
+SRC weights/qwen3_4b`). One epoch of LLaVA-558k, batch and rates are the scaffold's. A tiny language model has read nothing
+before: at that size it learns here too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from configs.stage3_mixed import stage
+
+IMAGES = 558_128
+
+
+def get_config(llm: str = "qwen3_4b") -> ConfigDict:
+    config, model = stage(llm)
+    model = dataclasses.replace(model, parts="language", named_pass="off", negatives_group=1)
+    config.data.update(phrases=1, masks=1, square=True)
+    config.optimizer.losses.language = 1.0
+    if llm == "tiny":
+        config.init_from = ("sam=runs/stage1_segmentor/model",)
+        config.steps = 300
+        config.batch_size = 8
+        config.data.dir = "data/stages/chat"
+        config.data.text = 220
+        config.optimizer.groups = (("sam/.*", None), (".*", 1.0))
+    else:
+        config.init_from = ("sam=runs/stage1_segmentor/model", "weights/siglip2", f"weights/{llm}")
+        config.batch_size = 256
+        config.steps = IMAGES // config.batch_size
+        config.data.dir = "data/llava_558k"
+        config.data.text = 2048  # 1,753 visual tokens and a caption
+        config.optimizer.learning_rate = 1e-3
+        config.optimizer.weight_decay = 0.0
+        config.optimizer.groups = (("(visual|seg)_projector/.*", 1.0), (".*", None))
+        config.optimizer.frozen_dtype = "bfloat16"
+    config.model = ConfigDict(model.to_dict())
+    return config

@@ -1,0 +1,213 @@
+"""Your own data: a `.jsonl` file, one object of an image a line, as `jsonl.schema.json` describes it.
+
+    {"image": "photos/1.jpg", "expressions": ["the left cup"], "mask": [[10, 10, 60, 10, 60, 80]]}
+    {"image": "photos/1.jpg", "expressions": ["the cat"], "mask": null}
+    {"image": "photos/2.jpg", "expressions": ["a dog", "the dog"], "mask": "masks/2.png", "category": "dog", "split": "val"}
+
+All lines of an image make one example, so an image belongs to one split. Masks must be drawn on the pixels as the file stores
+them: a phone stores a rotation beside the pixels (EXIF), and it is not applied.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.resources
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import ValidationError, best_match
+from PIL import Image
+
+from flowseg_jax.data import images as pixels
+from flowseg_jax.data import masks
+from flowseg_jax.data.formats.llava import hashed_id
+from flowseg_jax.data.formats.reading import ImageFolders, image_bytes
+from flowseg_jax.data.records import Annotation, Example, Expression, Problems
+from flowseg_jax.errors import UserError, suggest
+
+SCHEMA = "jsonl.schema.json"
+_LONGEST = 160  # characters of a message of the schema, which quotes the value
+
+
+@functools.cache
+def validator() -> Draft202012Validator:
+    """Checks one parsed line."""
+    schema = json.loads(importlib.resources.files(__package__).joinpath(SCHEMA).read_text("utf-8"))
+    Draft202012Validator.check_schema(schema)
+    return Draft202012Validator(schema)
+
+
+def _said(error: ValidationError) -> str:
+    message = error.message
+    if error.validator == "pattern":  # a regular expression says little to most readers
+        message = f"expected {error.schema['title']}, got {error.instance!r}"
+    if len(message) > _LONGEST:
+        message = f"{message[: _LONGEST // 2]} ... {message[-_LONGEST // 2 :]}"
+    place = error.json_path.removeprefix("$").removeprefix(".")
+    return f"{place}: {message}" if place else message
+
+
+def parse(line: bytes, where: str) -> dict[str, Any]:
+    """One line as an object that the schema allows. UserError, with `where` before it, if it is none."""
+    try:
+        entry = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not UTF-8 ({error.reason} at byte {error.start}); save the file as UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not valid JSON ({error.msg} at column {error.colno}); a line is one whole object") from None
+    except (RecursionError, ValueError) as error:
+        raise UserError(f"{where}: not valid JSON ({error})") from None
+    error = best_match(validator().iter_errors(entry))
+    if error is not None:
+        raise UserError(f"{where}: {_said(error)}")
+    return entry
+
+
+def find_file(root: str | Path) -> Path:
+    """The file itself, or the only one of a folder."""
+    root = Path(root)
+    if not root.is_dir():
+        if not root.is_file():
+            raise UserError(f"{root}: no such file or folder")
+        return root
+    found = sorted(root.glob("*.jsonl"))
+    if len(found) != 1:
+        raise UserError(f"{root}: {', '.join(p.name for p in found) or 'no *.jsonl'} here; pass the .jsonl file itself")
+    return found[0]
+
+
+class Jsonl:
+    """An opened `.jsonl` file.
+
+    Args:
+        root: the file, or a folder that holds exactly one.
+        images: folder that the images' paths are relative to; by default the file's. Masks stay relative to the file.
+        problems: what is done about a damaged line.
+
+    Raises:
+        UserError: a line is not as the schema says, an id occurs twice, or an image occurs in two splits. Images and masks
+            are checked by `example`.
+    """
+
+    task = "referring"
+
+    def __init__(self, root: str | Path, *, images: str | Path | None = None, problems: Problems | None = None):
+        problems = problems or Problems()
+        self.path = find_file(root)
+        self.source = f"jsonl {self.path.name}"
+        self.annotation_files = (self.path,)
+        self._folders = ImageFolders.of(self.path.parent, (".",), images)
+        self._masks = ImageFolders([self.path.parent])
+        # split -> image -> (number, id, number of the first sentence, content) of its lines
+        self._lines: dict[str, dict[str, list[tuple[int, int, int, dict[str, Any]]]]] = {}
+        sentences = 0
+        seen: dict[int, int] = {}
+        homes: dict[str, tuple[str, int]] = {}
+        for number, line in self._read():
+            with problems.record():
+                where = f"{self.path}:{number}"
+                entry = parse(line, where)
+                # Two ways to write a path must not hide that it is one image.
+                image, split = str(PurePosixPath(entry["image"])), entry.get("split", "train")
+                key = entry.get("id", number)
+                key = hashed_id(key) if isinstance(key, str) else int(key)
+                if seen.setdefault(key, number) != number:
+                    said = repr(entry["id"]) if "id" in entry else f"{number} (the line's number)"
+                    raise UserError(f"{where}: id: {said} is the id of line {seen[key]} too; give each line its own")
+                home, first = homes.setdefault(image, (split, number))
+                if home != split:
+                    raise UserError(
+                        f"{where}: split: {image!r} is in {split!r} here and in {home!r} in line {first}; "
+                        "an image belongs to one split, or the evaluation would see what was trained on"
+                    )
+                self._lines.setdefault(split, {}).setdefault(image, []).append((number, key, sentences, entry))
+                sentences += len(entry["expressions"])
+        if not self._lines:
+            raise UserError(f"{self.path}: holds no usable line")
+        self._order = {split: list(by_image) for split, by_image in self._lines.items()}
+        lines = [e for by_image in self._lines.values() for group in by_image.values() for *_, e in group]
+        self.categories = tuple(sorted({_category(e) for e in lines if e["mask"] is not None}))
+
+    def _read(self) -> Iterator[tuple[int, bytes]]:
+        """(number, line) of the lines that are not blank."""
+        try:
+            data = self.path.read_bytes()
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be read ({error.strerror})") from None
+        for number, line in enumerate(data.split(b"\n"), 1):  # not `splitlines`: JSON strings may hold other line ends
+            if line.removeprefix(b"\xef\xbb\xbf").strip():
+                yield number, line
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return tuple(self._lines)
+
+    def size(self, split: str) -> int:
+        """Number of images of the split."""
+        if split not in self._order:
+            raise UserError(f"{self.path}: unknown split {split!r}{suggest(split, self.splits)}")
+        return len(self._order[split])
+
+    def image_path(self, split: str, index: int) -> Path:
+        """The file of image `index` of the split. UserError if it is missing."""
+        image = self._order[split][index]
+        return self._folders.find(image, f"{self.path}:{self._lines[split][image][0][0]}: image")
+
+    def example(self, split: str, index: int, notes: Counter[str]) -> Example:
+        """Image `index` of the split, in the order of their first lines, with the objects of all of its lines.
+
+        Raises:
+            UserError: the image or a mask is missing, damaged, empty or of another size.
+        """
+        self.size(split)
+        image = self._order[split][index]
+        lines = self._lines[split][image]
+        data, height, width = image_bytes(self.image_path(split, index), notes)
+        annotations: list[Annotation] = []
+        expressions: list[Expression] = []
+        for number, key, first, entry in lines:
+            targets: tuple[int, ...] = ()
+            if entry["mask"] is not None:
+                rle = self._mask(entry["mask"], height, width, f"{self.path}:{number}: mask")
+                targets = (len(annotations),)
+                annotations.append(Annotation(key, self.categories.index(_category(entry)), rle))
+            expressions += [Expression(t.strip(), i, key, targets) for i, t in enumerate(entry["expressions"], first)]
+        return Example(hashed_id(image), image, height, width, data, tuple(annotations), tuple(expressions))
+
+    def _mask(self, mask: Any, height: int, width: int, where: str) -> str:
+        """The run-length counts of a line's mask."""
+        if isinstance(mask, str):
+            path = self._masks.find(mask, where)
+            inside = _stored(path)
+            if inside.shape != (height, width):
+                raise UserError(
+                    f"{where}: {path} is {inside.shape[0]}x{inside.shape[1]} (height x width), its image {height}x{width}"
+                )
+            rle = masks.encode(inside.astype(np.uint8)) if inside.any() else None
+        else:
+            parts = [mask] if isinstance(mask, list) and not isinstance(mask[0], list) else mask
+            rle = masks.rasterise(parts, height, width, where)
+        if rle is None:
+            raise UserError(f"{where}: empty, yet expressions refer to it; null says that they refer to nothing")
+        return rle
+
+
+def _category(entry: dict[str, Any]) -> str:
+    return entry.get("category", "object").strip()
+
+
+def _stored(path: Path) -> np.ndarray:
+    """Where the pixels of a PNG are not zero as they are stored: palette indices, 16 bits; alpha does not count."""
+    pixels.load(path)  # refuses what is damaged or too large
+    with Image.open(path) as picture:
+        if picture.format != "PNG":
+            raise UserError(f"{path}: expected a PNG mask, got {picture.format}, which does not keep pixels exactly")
+        values = np.asarray(picture)
+        if picture.mode in ("LA", "RGBA"):
+            values = values[..., :-1]
+    return values.astype(bool) if values.ndim == 2 else values.any(axis=-1)

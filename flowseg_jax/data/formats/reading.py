@@ -1,0 +1,136 @@
+"""What all readers share: JSON, typed fields, tables by id, images by name. Every error names file and field."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from flowseg_jax.data import images
+from flowseg_jax.data.records import Problems
+from flowseg_jax.errors import UserError
+
+
+def root_folder(root: str | Path) -> Path:
+    """The root of a layout. UserError unless it is a folder."""
+    root = Path(root)
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder")
+    return root
+
+
+def read_json(path: Path, needs: str = "", notes: Counter[str] | None = None) -> Any:
+    """The content of a JSON file; `needs` says in the error of a missing file what the layout should hold.
+
+    With `notes`, a file that is not UTF-8 is read as cp1252 and counted there.
+    """
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing{needs and f'; {needs}'}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    try:
+        try:
+            text = data.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            if notes is None:
+                raise
+            text = data.decode("cp1252")
+            notes["annotation files in cp1252 instead of UTF-8"] += 1
+        return json.loads(text)
+    except RecursionError:
+        raise UserError(f"{path}: not valid JSON (nested too deeply)") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+
+
+def field(entry: Any, key: str, kind: type | tuple[type, ...], where: str) -> Any:
+    """`entry[key]` after checking that it is there and of the right type; a number must be finite."""
+    if not isinstance(entry, dict):
+        raise UserError(f"{where}: expected an object with fields, got {str(entry)[:40]!r}")
+    if key not in entry:
+        raise UserError(f"{where}: field {key!r} is missing")
+    value = entry[key]
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        names = "/".join(k.__name__ for k in kinds)
+        raise UserError(f"{where}.{key}: expected {names}, got {str(value)[:40]!r}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{where}.{key}: {value} is no number")
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 1 << 62:
+        raise UserError(f"{where}.{key}: {str(value)[:24]} is out of range")
+    return value
+
+
+def by_id(table: Any, entries: str, path: Path, problems: Problems) -> dict[int, dict[str, Any]]:
+    """The objects of the list `table[entries]` by their id; one that occurs twice is an error, the first one counts."""
+    result: dict[int, dict[str, Any]] = {}
+    for i, entry in enumerate(field(table, entries, list, str(path))):
+        with problems.record():
+            key = field(entry, "id", int, f"{path}: {entries}[{i}]")
+            if key in result:
+                raise UserError(f"{path}: {entries}[{i}].id: {key} occurs twice")
+            result[key] = entry
+    return result
+
+
+class ImageFolders:
+    """Where the images of a layout may lie; the first folder that has a name counts."""
+
+    def __init__(self, folders: Iterable[Path]):
+        self._folders = list(folders)
+
+    @classmethod
+    def of(cls, root: Path, usual: Sequence[str], images: str | Path | None) -> ImageFolders:
+        """The folder that the user names, else the usual places in and beside `root`."""
+        return cls([Path(images)] if images is not None else [root / place for place in usual])
+
+    def find(self, name: str, where: str) -> Path:
+        """The file of image `name`. UserError if it is missing or leads out of the folders; `where` names the field."""
+        relative = PurePosixPath(name)
+        if not name or "\0" in name or relative.is_absolute() or ".." in relative.parts:
+            raise UserError(f"{where}: {name!r} leads out of the image folder")
+        for folder in self._folders:
+            path = folder / relative
+            try:
+                if path.is_file():
+                    return path
+            except OSError as error:
+                raise UserError(f"{where}: {name[:80]!r} is no file name ({error.strerror})") from None
+        raise UserError(f"{where}: image {name!r} is missing (looked in {', '.join(map(str, self._folders))})")
+
+
+def image_bytes(path: Path, notes: Counter[str]) -> tuple[bytes, int, int]:
+    """An image file's bytes, height and width, after decoding it once; an EXIF rotation is counted in `notes`.
+
+    Raises:
+        UserError: it cannot be read or decoded.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    image = images.decode(data, name=str(path))
+    if images.is_rotated(data):
+        notes["images with an EXIF rotation, read as they are stored"] += 1
+    return data, image.height, image.width
+
+
+def path_of(entry: dict[str, Any], folders: ImageFolders, where: str) -> Path:
+    """The file of an entry of a COCO `images` table."""
+    return folders.find(field(entry, "file_name", str, where), f"{where}.file_name")
+
+
+def image_of(entry: dict[str, Any], folders: ImageFolders, where: str, notes: Counter[str]) -> tuple[str, bytes, int, int]:
+    """(name, bytes, height, width) of an entry of a COCO `images` table, whose size must be the file's."""
+    path = path_of(entry, folders, where)
+    name = entry["file_name"]
+    height, width = (field(entry, key, int, where) for key in ("height", "width"))
+    data, *size = image_bytes(path, notes)
+    if size != [height, width]:
+        raise UserError(f"{where}: height x width {height}x{width} differs from the image file's {size[0]}x{size[1]} ({path})")
+    return name, data, height, width

@@ -1,0 +1,180 @@
+"""`index.html` with its pictures: samples of an on-disk layout as a person should check them before training."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Bool, UInt8
+from PIL import Image
+
+from flowseg_jax.data import drawing, images, masks, page
+from flowseg_jax.data.page import text
+from flowseg_jax.data.records import Example, Layout, Problems, Sample
+from flowseg_jax.data.records import samples as samples_of
+from flowseg_jax.errors import UserError
+
+COLORS = (
+    (214, 64, 159),
+    (47, 111, 235),
+    (46, 160, 67),
+    (217, 119, 6),
+    (130, 80, 223),
+    (14, 148, 136),
+    (207, 34, 46),
+    (161, 98, 7),
+)
+IGNORE = (120, 120, 120)
+_SIDE = 360  # longest side of a picture, pixels
+_STRIPE = 6  # of the hatching, pixels
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """What is shown of one example: the drawn objects in the order of their colours, and the sentence if there is one."""
+
+    example: Example
+    drawn: tuple[int, ...]
+    sample: Sample | None = None
+
+
+def color(place: int) -> tuple[int, int, int]:
+    """The colour of a drawn object; colours recur."""
+    return COLORS[place % len(COLORS)]
+
+
+def choose(example: Example, rng: np.random.Generator) -> Picture:
+    """One of the example's samples; all of its objects where nothing is said about them."""
+    asked = samples_of(example)
+    if asked:
+        sample = asked[rng.integers(len(asked))]
+        return Picture(example, sample.annotations, sample)
+    return Picture(example, tuple(i for i, a in enumerate(example.annotations) if not a.ignore))
+
+
+def draw(picture: Picture) -> Image.Image:
+    """The image with the drawn objects outlined, its other parts faded and its ignored parts hatched in grey.
+
+    Raises:
+        UserError: the image is damaged.
+    """
+    example = picture.example
+    image = images.decode(example.image, name=example.file_name)
+    scale = _SIDE / max(image.size)
+    image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), Image.Resampling.LANCZOS)
+    out = np.array(image)
+    targets = [_small(example, i, image.size) for i in picture.drawn]
+    if targets:
+        out = drawing.overlay(out, np.any(targets, axis=0), color(0))
+        for place, mask in enumerate(targets):
+            out[drawing.border(mask)] = color(place)
+    rows, columns = np.indices(out.shape[:2])
+    stripes = (rows + columns) // _STRIPE % 2 == 0
+    for i, annotation in enumerate(example.annotations):
+        if annotation.ignore:
+            out[_small(example, i, image.size) & stripes] = IGNORE
+    return Image.fromarray(out)
+
+
+def _small(example: Example, index: int, size: tuple[int, int]) -> Bool[np.ndarray, "y x"]:
+    """An object's mask at the picture's (width, height); even the smallest one keeps a pixel."""
+    mask: UInt8[np.ndarray, "h w"] = masks.decode([example.annotations[index].rle], example.height, example.width)[0]
+    share = np.asarray(Image.fromarray(mask.astype(np.float32)).resize(size, Image.Resampling.BOX))
+    return share >= min(0.5, share.max()) if share.any() else np.zeros(share.shape, bool)
+
+
+def preview(
+    layout: Layout, out: str | Path, splits: Sequence[str], problems: Problems, *, samples: int = 12, seed: int = 0
+) -> Path:
+    """Writes the page.
+
+    Args:
+        layout: an opened layout.
+        out: the folder to create.
+        splits: which splits are shown.
+        problems: keeps its problems: those found at opening are listed, and a damaged sample is shown as its error.
+        samples: how many examples are drawn of each split.
+        seed: which ones.
+
+    Returns:
+        The HTML file.
+
+    Raises:
+        UserError: an unknown split, `samples` below 1, `seed` below 0, or a folder that is not empty or cannot be written to.
+    """
+    out = Path(out)
+    if samples < 1:
+        raise UserError(f"--samples must be at least 1, got {samples}")
+    if seed < 0:
+        raise UserError(f"--seed must be at least 0, got {seed}")
+    sizes = {split: layout.size(split) for split in splits}
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if any(out.iterdir()):
+            raise UserError(f"{out} is not empty; choose a new folder for the preview")
+        title = f"Preview: {layout.source}"
+        body = [f"<h1>{text(title)}</h1>", f'<p class="about">{text(_about(layout, seed))}</p>']
+        body += [f'<p class="error">{text(problem)}</p>' for problem in problems.found]
+        for number, (split, size) in enumerate(sizes.items()):
+            rng = np.random.default_rng([seed, number])
+            chosen = sorted(rng.permutation(size)[:samples].tolist())
+            body.append(f'<h2>{text(split)}</h2><p class="about">{len(chosen)} of {size:,}</p><div class="gallery">')
+            body += [_card(layout, split, i, rng, out / f"{number}_{drawing.slug(split)}_{i}.jpg", problems) for i in chosen]
+            body.append("</div>")
+    except OSError as error:
+        raise UserError(f"cannot write the preview to {out}: {error.strerror}; choose a folder you can write to") from error
+    page.write(out / "index.html", title, body)
+    return out / "index.html"
+
+
+def _about(layout: Layout, seed: int) -> str:
+    categories = f", {len(layout.categories)} categories" if layout.categories else ""
+    return f"Task {layout.task}{categories}. Drawn at random (seed {seed}). Outlined: targets; grey stripes: ignored."
+
+
+def _card(layout: Layout, split: str, index: int, rng: np.random.Generator, path: Path, problems: Problems) -> str:
+    """A sample's figure, its picture written to `path`; its error if it is damaged."""
+    before = len(problems.found)
+    with problems.record():
+        notes: Counter[str] = Counter()
+        example = layout.example(split, index, notes)
+        if example is None:
+            return (
+                f'<figure><figcaption class="note">example {index}: left out ({text(", ".join(notes))})</figcaption></figure>'
+            )
+        picture = choose(example, rng)
+        draw(picture).save(path, quality=88)
+        return _figure(layout, picture, path.name, index, notes)
+    return f'<figure><figcaption class="error">example {index}: {text(problems.found[before])}</figcaption></figure>'
+
+
+def _figure(layout: Layout, picture: Picture, source: str, index: int, notes: Iterable[str]) -> str:
+    example, sample = picture.example, picture.sample
+    said = ""
+    if sample:
+        family = f'<span class="family">{text(sample.family)}</span>' if sample.family else ""
+        said = f'<figcaption class="said">“{text(sample.sentence)}”{family}</figcaption>'
+    under = [_legend(layout, picture)] if picture.drawn else ["refers to nothing"] if sample else []
+    under += [f"answer: “{text(sample.answer)}”"] if sample and sample.answer else []
+    under += [f"<b>Q</b> {text(turn.question)}<br><b>A</b> {text(turn.answer)}" for turn in example.turns]
+    where = f"example {index}: {example.file_name}, {example.width}x{example.height}"
+    under += [f'<span class="note">{text("; ".join([where, *notes]))}</span>']
+    alt = sample.sentence if sample else example.file_name
+    return (
+        f'<figure>{said}<img loading="lazy" src="{text(source)}" alt="{text(alt)}">'
+        f"<figcaption>{'<br>'.join(under)}</figcaption></figure>"
+    )
+
+
+def _legend(layout: Layout, picture: Picture) -> str:
+    """Colour and category of each drawn object."""
+    entries = []
+    for place, i in enumerate(picture.drawn):
+        annotation = picture.example.annotations[i]
+        name = layout.categories[annotation.category] if annotation.category >= 0 else f"target {place + 1}"
+        crowd = " (crowd)" if annotation.crowd else ""
+        entries.append(f'<span class="swatch" style="background: rgb{color(place)}"></span>{text(name + crowd)}')
+    return "".join(entries)

@@ -1,0 +1,107 @@
+"""Mixtures: how often each data set comes, in which order, and what nothing is trained on."""
+
+import itertools
+import math
+from collections import Counter
+
+import minicoco
+import minirefcoco
+import pytest
+
+from flowseg_jax.data import builders
+from flowseg_jax.data.mixture import Member, Order, held_out_keys, mix, repeats
+from flowseg_jax.errors import UserError
+
+
+def quiet(_):
+    pass
+
+
+@pytest.fixture(scope="module")
+def refcoco(tmp_path_factory):
+    """Images 1 and 5 are in train, 2 and 3 in val, 4 in testA."""
+    root = tmp_path_factory.mktemp("refcoco")
+    instances, refs = minirefcoco.damaged(lambda _, refs: [ref.update(split="val") for ref in refs if ref["image_id"] == 2])
+    layout = minirefcoco.write(root / "layout", instances=instances, refs=refs)
+    return builders.prepare(layout, root / "prepared", log=quiet)
+
+
+@pytest.fixture(scope="module")
+def panoptic(tmp_path_factory):
+    root = tmp_path_factory.mktemp("panoptic")
+    return builders.prepare(minicoco.write(root / "layout", "panoptic"), root / "prepared", layout="coco-panoptic", log=quiet)
+
+
+def members(*slots_and_sizes):
+    return [Member(None, "train", tuple(range(100, 100 + size)), slots) for slots, size in slots_and_sizes]
+
+
+def test_small_sets_repeat_by_the_rule():
+    assert repeats([100]) == [100]
+    assert repeats([900, 100]) == [900, 100]  # a share of t is not repeated
+    share = 10 / 1010
+    assert repeats([1000, 10]) == [1000, int(10 * math.sqrt(0.1 / share))] == [1000, 31]
+
+
+def test_an_epoch_has_every_slot_once_and_every_image_equally_often():
+    order = Order(members((5, 5), (7, 3)), seed=0)
+    assert order.epoch == 12
+    seen = Counter()
+    for epoch in range(6):
+        here = [order(epoch * 12 + place) for place in range(12)]
+        assert Counter(number for number, _ in here) == {0: 5, 1: 7}
+        assert sorted(record for number, record in here if number == 0) == [100, 101, 102, 103, 104]
+        seen.update(record for number, record in here if number == 1)
+    assert set(seen) == {100, 101, 102} and max(seen.values()) == min(seen.values()) == 14  # 6 * 7 slots over 3 images
+
+
+def test_the_order_is_a_function_of_seed_and_position_alone():
+    make = lambda seed=0: Order(members((5, 5), (7, 3)), seed)  # noqa: E731
+    forwards, backwards = make(), make()
+    want = [forwards(i) for i in range(60)]
+    assert [backwards(i) for i in reversed(range(60))] == want[::-1]
+    assert want[:12] != want[12:24] and want != [make(1)(i) for i in range(60)]
+
+
+def test_weights_are_shares_of_an_epoch(refcoco, panoptic):
+    by_rule = mix([(refcoco, 0.0), (panoptic, 0.0)])
+    assert [member.slots for member in by_rule] == repeats([2, len(panoptic.index("train"))])
+    explicit = mix([(refcoco, 3.0), (panoptic, 1.0)])
+    total = 2 + len(panoptic.index("train"))
+    assert [member.slots for member in explicit] == [round(0.75 * total), max(1, round(0.25 * total))]
+    with pytest.raises(
+        UserError, match=r"weights must all be positive, or all be 0 for the repeat-factor rule, got \[1.0, 0.0\]"
+    ):
+        mix([(refcoco, 1.0), (panoptic, 0.0)])
+
+
+def test_images_of_evaluation_splits_are_not_trained_on(refcoco, panoptic, tmp_path):
+    """Image 2 is in RefCOCO's val under its name of 2014 and in the panoptic training set under that of 2017."""
+    keys = held_out_keys([refcoco, panoptic])
+    assert {"coco:2", "coco:4"} <= set(keys) and "coco:1" not in keys and keys["coco:2"] == f"{refcoco.directory} val"
+    by_list = tmp_path / "held_out.txt"
+    by_list.write_text("2\n\nCOCO_train2014_000000000004.jpg\n")
+    for held_out in (keys, held_out_keys([str(refcoco.directory)]), held_out_keys([by_list])):
+        first, second = mix([(refcoco, 0.0), (panoptic, 0.0)], held_out=held_out)
+        assert first.held_out == 0 and second.held_out == 1
+        assert {e.image_id for e in second.entries()} == {e.image_id for e in panoptic.index("train")} - {2}
+        drawn = Order((first, second), seed=0)
+        named = {second.prepared.index("train")[record].image_id for i in range(40) for n, record in [drawn(i)] if n == 1}
+        assert named == {1}
+
+
+def test_held_out_errors(refcoco, panoptic, tmp_path):
+    with pytest.raises(UserError, match=r"data.held_out: nowhere is not there; prepare that evaluation set, name a text file"):
+        held_out_keys(["nowhere"])
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\xff")
+    with pytest.raises(UserError, match="binary is no text file of image names"):
+        held_out_keys([tmp_path / "binary"])
+    everything = {panoptic.key(e.file_name): "x" for e in panoptic.index("train")}
+    with pytest.raises(UserError, match=r"every image of split 'train' is held out for evaluation \(data.held_out\)"):
+        mix([(panoptic, 0.0)], held_out=everything)
+
+
+def test_positions_far_away_cost_nothing_more():
+    order = Order(members((50, 50), (70, 30)), seed=0)
+    far = [order(120 * 10**9 + i) for i in range(120)]
+    assert Counter(n for n, _ in far) == Counter(itertools.chain([0] * 50, [1] * 70))

@@ -1,0 +1,237 @@
+"""What each kind of data set asks of an image, and several kinds in one batch."""
+
+import dataclasses
+
+import minicoco
+import minigrefcoco
+import minillava
+import minireasonseg
+import minirefcoco
+import numpy as np
+import pytest
+
+from flowseg_jax.data import builders, images, masks
+from flowseg_jax.data.batch import NO_LABEL, NONE, NOTHING, BatchShape
+from flowseg_jax.data.evaluation import EvalData
+from flowseg_jax.data.mixture import mix
+from flowseg_jax.data.pipeline import TrainData
+from flowseg_jax.data.prompts import EXPLAIN_QUESTIONS, REASONING_QUESTIONS, Prompts
+from flowseg_jax.data.rows import TrainOptions
+from flowseg_jax.data.tokenizer import load_tokenizer
+from flowseg_jax.errors import UserError
+
+VISUAL = 6
+SHAPE = BatchShape(batch=2, text=400, phrases=3, masks=5, image=32, vision=16, names=4)
+REFERRED = {"objects": "referred"}
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory):
+    root = tmp_path_factory.mktemp("sets")
+    layouts = {
+        "refcoco": minirefcoco.write(root / "refcoco"),
+        "grefcoco": minigrefcoco.write(root / "grefcoco"),
+        "reasonseg": minireasonseg.write(root / "reasonseg"),
+        "coco-panoptic": minicoco.write(root / "coco", "panoptic"),
+        "llava": minillava.write(root / "llava"),
+    }
+    found = {}
+    for layout, source in layouts.items():
+        options = {"on_error": "record", "splits": ["train"] if layout in ("refcoco", "reasonseg") else None}
+        found[layout] = builders.prepare(source, root / f"{layout}-prepared", layout=layout, log=lambda _: None, **options)
+    builders.learn_tokenizer([text for prepared in found.values() for text in builders.said(prepared)], root / "tok", 340)
+    return found | {"tokenizer": load_tokenizer(root / "tok")}
+
+
+@pytest.fixture
+def train(sets):
+    def make(*names, shape=SHAPE, seed=0, vary=True, **options):
+        members = mix([(sets[name], 0.0) for name in names])
+        return TrainData(
+            members,
+            shape,
+            Prompts(vary=vary),
+            seed,
+            visual_tokens=VISUAL,
+            tokenizer=sets["tokenizer"],
+            options=TrainOptions(**(REFERRED | options)),
+        )
+
+    return make
+
+
+def text(batch, b, sets):
+    """What is said in a row, without the image."""
+    said = batch.tokens[b][(batch.segments[b] != NONE) & (batch.tokens[b] >= 0)]
+    return sets["tokenizer"].hf.decode(said)
+
+
+def rows(data, steps):
+    for step in range(steps):
+        batch = data.batch(step)
+        yield from ((batch, b) for b in range(len(batch.tokens)))
+
+
+def test_a_phrase_for_several_objects_has_their_union_and_one_for_none_has_nothing(train, sets):
+    source = sets["grefcoco"].source("train")
+    stored = {source[i].image_id: source[i] for i in range(len(source))}
+    kinds = set()
+    for batch, b in rows(train("grefcoco"), 20):
+        example = stored[int(batch.example_id[b])]
+        truth = {e.text.lower(): e.annotations for e in example.expressions}
+        full = masks.decode([a.rle for a in example.annotations], example.height, example.width)
+        for k, target in enumerate(batch.phrase_mask[b]):
+            if target == NONE:
+                continue
+            span = batch.tokens[b][batch.phrase_ids[b] == k][1:-1]
+            wanted = truth[sets["tokenizer"].hf.decode(span).strip()]
+            kinds.add(min(len(wanted), 2))
+            if not wanted:
+                assert target == NOTHING
+                continue
+            union = full[list(wanted)].any(0).astype(np.uint8)
+            np.testing.assert_array_equal(batch.masks[b, target], images.pack_masks(union[None], SHAPE.image)[0])
+    assert kinds == {0, 1, 2}
+
+
+def test_reasoning_asks_whole_questions_and_explains_some(train, sets):
+    long = tuple(question.replace("{}", "").strip() for question in (*REASONING_QUESTIONS, *EXPLAIN_QUESTIONS))
+    explained, answers = 0, {s.answer for e in sets["reasonseg"].index("train") for s in e.samples if s.answer}
+    families = {s.sentence: s.family for e in sets["reasonseg"].index("train") for s in e.samples}
+    assert answers and set(families.values()) == {"short", "long"}
+    count = 0
+    for batch, b in rows(train("reasonseg", explain=0.5), 30):
+        said = text(batch, b, sets)
+        explained += any(answer in said for answer in answers)
+        if "long" in {families[p] for p in families if p in said}:
+            assert any(part in said for part in long)
+        count += 1
+    assert 0.1 < explained / count < 0.95
+    never = [text(batch, b, sets) for batch, b in rows(train("reasonseg", explain=0.0), 10)]
+    assert not any(answer in said for said in never for answer in answers)
+
+
+def test_evaluation_asks_reasoning_questions_with_one_wording(sets):
+    data = EvalData(sets["reasonseg"], "train", sets["tokenizer"], SHAPE, visual_tokens=VISUAL)
+    families = {s.sentence: s.family for e in sets["reasonseg"].index("train") for s in e.samples}
+    for batch in data:
+        for b, asked in enumerate(batch.samples):
+            said = text(batch.batch, b, sets)
+            long = sum(families[s.sentence] == "long" for s in asked)
+            assert said.count(REASONING_QUESTIONS[0].replace("{}", "").strip()) == long
+    with pytest.raises(UserError, match="chat data has no expressions to evaluate on"):
+        EvalData(sets["llava"], "train", sets["tokenizer"], SHAPE, visual_tokens=VISUAL)
+
+
+def test_generic_names_what_is_there_and_what_is_not(train, sets):
+    prepared, absent = sets["coco-panoptic"], 0
+    kinds = {e.image_id: {prepared.categories[c] for c in e.categories if c != NONE} for e in prepared.index("train")}
+    for batch, b in rows(train("coco-panoptic", negatives=True), 20):
+        there, count = kinds[int(batch.example_id[b])], int(batch.name_valid[b].sum())
+        spans = [batch.tokens[b][batch.phrase_ids[b] == SHAPE.phrases + k][1:-1] for k in range(count)]
+        names = [sets["tokenizer"].hf.decode(span).strip() for span in spans]
+        assert len(set(names)) == count <= SHAPE.names and set(names) <= set(prepared.categories)
+        assert there & set(names) == there  # all fit here
+        absent += len(set(names) - there)
+        for m in np.flatnonzero(batch.mask_valid[b]):
+            name = names[batch.object_name[b, m]]
+            assert name in there and prepared.categories[batch.object_class[b, m]] == name
+        assert (batch.phrase_mask[b] == NONE).all()
+    assert absent > 10
+    assert all(b.name_valid[r].sum() == len(kinds[int(b.example_id[r])]) for b, r in rows(train("coco-panoptic"), 6))
+
+
+def test_generic_names_as_many_kinds_as_fit(train, sets):
+    """With room for one mask, a kind with one object is named and the others are not asked for."""
+    full = max(len(e.categories) for e in sets["coco-panoptic"].index("train"))
+    for batch, b in rows(train("coco-panoptic", shape=dataclasses.replace(SHAPE, masks=1)), 10):
+        assert batch.mask_valid[b].sum() <= 1 < full
+        assert set(batch.object_name[b][batch.mask_valid[b]]) == set(range(int(batch.name_valid[b].sum())))
+    with pytest.raises(UserError, match=r"to name '.*' takes \d+ tokens, data.text is 30"):
+        train("coco-panoptic", shape=dataclasses.replace(SHAPE, text=30))
+    with pytest.raises(UserError, match=r"has \d objects, the batch has room for 1: raise data.masks"):
+        train("coco-panoptic", shape=dataclasses.replace(SHAPE, masks=1, names=0))
+
+
+def test_chat_teaches_its_answers_and_is_cut_where_the_text_ends(train, sets):
+    source = sets["llava"].source("train")
+    answers = [turn.answer for i in range(len(source)) for turn in source[i].turns]
+    for batch, b in rows(train("llava", shape=dataclasses.replace(SHAPE, text=600)), 6):
+        labels = batch.labels[b][batch.labels[b] != NO_LABEL]
+        said = sets["tokenizer"].hf.decode(labels)
+        assert any(answer in said for answer in answers) and "user" not in said
+        assert not batch.mask_valid[b].any() and (batch.phrase_mask[b] == NONE).all() and not batch.name_valid[b].any()
+        assert (batch.seg_ids[b] == NONE).all() and (batch.phrase_ids[b] == NONE).all()
+    used = [
+        (batch.segments[b] != NONE).sum() for batch, b in rows(train("llava", shape=dataclasses.replace(SHAPE, text=24)), 6)
+    ]
+    assert max(used) == 24
+
+
+def test_tasks_share_a_batch(train, sets):
+    names = ("refcoco", "reasonseg", "coco-panoptic", "llava")
+    data = train(*names, shape=dataclasses.replace(SHAPE, batch=8), negatives=True)
+    assert data.epoch == sum(member.slots for member in data.members) and len(data.members) == 4
+    seen = set()
+    for batch, b in rows(data, 6):
+        if (batch.phrase_mask[b] != NONE).any():
+            seen.add("phrases")
+        elif batch.name_valid[b].any():
+            seen.add("names")
+        elif (batch.labels[b] != NO_LABEL).any():
+            seen.add("chat")
+    assert seen == {"phrases", "names", "chat"}
+
+
+def test_without_language_there_are_masks_and_classes_alone(sets):
+    shape = dataclasses.replace(SHAPE, names=0, text=4)
+    members = mix([(sets["coco-panoptic"], 0.0)])
+    data = TrainData(members, shape, Prompts(), 0, visual_tokens=0, tokenizer=None)
+    batch = data.batch(0)
+    assert (batch.segments == NONE).all() and (batch.labels == NO_LABEL).all()
+    assert ((batch.object_class != NONE) == batch.mask_valid).all() and batch.mask_valid.any(1).all()
+    with pytest.raises(UserError, match=r"referring data needs a language model, and this model has none \(model.parts\)"):
+        TrainData(mix([(sets["refcoco"], 0.0)]), shape, Prompts(), 0, visual_tokens=0, tokenizer=None)
+
+
+def test_jitter_scales_cuts_and_keeps_masks_on_their_objects(sets, train):
+    plain = {int(b.example_id[r]): b for b, r in rows(train("coco-panoptic"), 6)}
+    data = train("coco-panoptic", jitter=(0.3, 3.0))
+    sizes, fewer = set(), 0
+    for batch, b in rows(data, 40):
+        height, width = batch.scaled_size[b]
+        sizes.add((int(height), int(width)))
+        assert not batch.images[b, height:].any() and not batch.images[b, :, width:].any()
+        here = images.unpack_masks(batch.masks[b][batch.mask_valid[b]])
+        assert here.any((1, 2)).all()  # what was cut off is no target
+        assert not here[:, height:].any() and not here[:, :, width:].any()
+        fewer += len(here) < sum(plain[int(batch.example_id[b])].mask_valid[0])
+    assert len(sizes) > 20
+    again = train("coco-panoptic", jitter=(0.3, 3.0)).batch(7)
+    np.testing.assert_array_equal(again.images, data.batch(7).images)
+
+
+def test_the_jitter_is_the_scaffolds():
+    """Fits into int(side * s + 0.5), centre-cut to the side; masks by the nearest pixel of the same geometry."""
+    picture = np.random.default_rng(0).integers(0, 256, (30, 60, 3)).astype(np.uint8)
+    small = images.Jitter.of(30, 60, 40, 0.5)
+    assert (small.size, small.cut, small.top, small.left) == ((10, 20), (10, 20), 0, 0)
+    large = images.Jitter.of(30, 60, 40, 2.0)
+    assert (large.size, large.cut, large.top, large.left) == ((40, 80), (40, 40), 0, 20)
+    from PIL import Image
+
+    same = images.Jitter.of(30, 60, 60, 1.0)
+    np.testing.assert_array_equal(same.image(Image.fromarray(picture), 60)[:30], picture)
+    mask = (picture[..., 0] > 128).astype(np.uint8)
+    np.testing.assert_array_equal(images.unpack_masks(same.pack_masks(mask[None], 60))[0, :30], mask)
+    doubled = images.unpack_masks(large.pack_masks(np.ones((1, 30, 60), np.uint8), 40))[0]
+    assert doubled.all()
+
+
+def test_square_keeps_the_aspect():
+    from PIL import Image
+
+    wide = Image.fromarray(np.full((10, 30, 3), 200, np.uint8))
+    padded = images.square(wide, 30)
+    assert (padded[:10] == 127).all() and (padded[10:20] == 200).all() and (padded[20:] == 127).all()
+    assert (images.stretch(wide, 30) == 200).all()

@@ -1,0 +1,92 @@
+"""Models of fewer parts: stage 1 without language, stage 2 without masks."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small
+
+from flowseg_jax.errors import UserError
+from flowseg_jax.losses import LossConfig, denominators, divide, training_terms
+from flowseg_jax.manifest import flatten, nest
+from flowseg_jax.models import flowseg
+from flowseg_jax.models.semantic_flow import SemanticFlowConfig
+
+LOSSES = LossConfig(points=24, vocabulary_chunk=16)
+LANGUAGE = {"llm", "siglip", "visual_projector", "seg_projector"}
+MASKS = {"connector", "pixel_decoder", "decoder", "boundary", "category_head"}
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """A model that has everything, but neither semantic flow nor a pass by name, and what it makes of a batch."""
+    cfg = dataclasses.replace(small.config(), semantic_flow=SemanticFlowConfig(mode="off"), named_pass="off")
+    params = small.params(cfg)
+    return cfg, params, small.batch(cfg), losses_of(cfg, params, small.batch(cfg))
+
+
+def losses_of(cfg, params, batch):
+    graphdef, _ = flowseg.describe(cfg)
+
+    @jax.jit
+    def forward(params, batch):
+        net = flowseg.bind(graphdef, params)
+        keys = jax.vmap(jax.random.key)(jnp.arange(len(batch.tokens), dtype=jnp.uint32))
+        terms, watched = training_terms(net, batch, net(batch), keys, LOSSES)
+        return divide(terms), divide(watched), {name: count for name, (_, count) in terms.items()}
+
+    return forward(params, batch)
+
+
+def parts_of(params, cfg):
+    """Those of the parameters that a model of fewer parts has."""
+    mine = flatten(flowseg.at_rest(flowseg.describe(cfg)[1]))
+    return nest({path: leaf for path, leaf in flatten(params).items() if path in mine}), {p.split("/")[0] for p in mine}
+
+
+@pytest.mark.parametrize("parts", ["segmentor", "language"])
+def test_a_part_computes_what_it_computes_in_the_whole(whole, parts):
+    cfg, params, batch, (losses, *_) = whole
+    part = dataclasses.replace(cfg, parts=parts)
+    kept, towers = parts_of(params, part)
+    assert towers == {"sam"} | (LANGUAGE if parts == "language" else MASKS)
+    if parts == "segmentor":  # nothing that is said is looked at
+        batch = dataclasses.replace(batch, tokens=batch.tokens[:, :4], **none_said(batch, 4))
+    found, seen, counts = losses_of(part, kept, batch)
+    wanted = {"language"} if parts == "language" else {f"category_{kind}" for kind in ("class", "mask", "dice")}
+    assert set(found) == wanted and set(seen) == ({"categorised"} if parts == "segmentor" else set())
+    for name in wanted:
+        np.testing.assert_allclose(found[name], losses[name], rtol=2e-6, err_msg=name)
+    # The denominators that the step divides by are known beforehand, from the batch alone.
+    before = denominators(part, batch, LOSSES)
+    assert set(before) == wanted
+    for name, count in counts.items():
+        np.testing.assert_allclose(before[name], count, rtol=1e-6, err_msg=name)
+
+
+def none_said(batch, length):
+    names = ("positions", "segments", "labels", "phrase_ids", "seg_ids")
+    return {name: np.full_like(getattr(batch, name)[:, :length], -1) for name in names}
+
+
+def test_what_does_not_fit_together_is_refused():
+    cfg = small.config()
+    with pytest.raises(ValueError, match="parts is 'half': choose all, segmentor or language"):
+        dataclasses.replace(cfg, parts="half")
+    with pytest.raises(ValueError, match="needs classes for its linear head, named_pass off and semantic_flow.mode off"):
+        dataclasses.replace(cfg, parts="segmentor")
+    with pytest.raises(
+        UserError, match=r"m: holds only the parts 'language' of a model.*\(init_from\); it answers no expressions"
+    ):
+        dataclasses.replace(cfg, parts="language").check_complete("m")
+    cfg.check_complete("m")
+
+
+def test_a_segmentor_has_no_visual_tokens(whole):
+    cfg, *_ = whole
+    assert dataclasses.replace(cfg, parts="segmentor").visual_tokens == 0
+    assert dataclasses.replace(cfg, parts="language").visual_tokens == cfg.visual_tokens > 0
