@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from flowseg_jax.data import masks
-from flowseg_jax.data.formats.reasonseg import IGNORE, TARGET, ReasonSeg, image_id, paint
+from flowseg_jax.data.formats.reading import hashed_id
+from flowseg_jax.data.formats.reasonseg import IGNORE, TARGET, ReasonSeg, paint
 from flowseg_jax.data.records import Problems, examples
 from flowseg_jax.errors import UserError
 
@@ -106,8 +107,8 @@ def test_numbers_of_images_depend_on_nothing_but_their_names(tmp_path):
     layout = ReasonSeg(mini.write(tmp_path))
     numbers = [e.image_id for split in layout.splits for e in examples(layout, split)]
     assert len(set(numbers)) == 4 and all(0 <= n < 1 << 62 for n in numbers)
-    assert numbers[0] == image_id("train", "10_a") == 939823031890946126
-    assert numbers[2] == image_id("val", "10_a") != numbers[0]
+    assert numbers[0] == hashed_id("train/10_a") == 939823031890946126
+    assert numbers[2] == hashed_id("val/10_a") != numbers[0]
 
 
 # --- painting

@@ -25,8 +25,7 @@ from PIL import Image
 
 from flowseg_jax.data import images as pixels
 from flowseg_jax.data import masks
-from flowseg_jax.data.formats.llava import hashed_id
-from flowseg_jax.data.formats.reading import ImageFolders, image_bytes
+from flowseg_jax.data.formats.reading import ImageFolders, hashed_id, image_bytes
 from flowseg_jax.data.records import Annotation, Example, Expression, Problems
 from flowseg_jax.errors import UserError, suggest
 
@@ -155,6 +154,7 @@ class Jsonl:
 
     def image_path(self, split: str, index: int) -> Path:
         """The file of image `index` of the split. UserError if it is missing."""
+        self.size(split)
         image = self._order[split][index]
         return self._folders.find(image, f"{self.path}:{self._lines[split][image][0][0]}: image")
 

@@ -6,13 +6,12 @@ before, behind or inside the text; images of OCR-VQA whose suffix is not the one
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from flowseg_jax.data.formats.reading import ImageFolders, field, image_bytes, read_json, root_folder
+from flowseg_jax.data.formats.reading import ImageFolders, field, hashed_id, image_bytes, read_json, root_folder
 from flowseg_jax.data.records import Example, Problems, Turn
 from flowseg_jax.data.tokenizer import IMAGE
 from flowseg_jax.errors import UserError, suggest
@@ -30,11 +29,6 @@ IMAGE_DIRS = (
     "..",
 )
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp")
-
-
-def hashed_id(*parts: str) -> int:
-    """A number of 62 bits that stands for the texts."""
-    return int.from_bytes(hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).digest()[:8]) >> 2
 
 
 def chat_file(root: Path, file: str | Path | None) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections import Counter
@@ -76,6 +77,11 @@ def by_id(table: Any, entries: str, path: Path, problems: Problems) -> dict[int,
                 raise UserError(f"{path}: {entries}[{i}].id: {key} occurs twice")
             result[key] = entry
     return result
+
+
+def hashed_id(*parts: str) -> int:
+    """A number of 62 bits that stands for the texts."""
+    return int.from_bytes(hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).digest()[:8]) >> 2
 
 
 class ImageFolders:

@@ -6,7 +6,6 @@ be ignored, and which of two overlapping outlines counts depends on their areas;
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from jaxtyping import UInt8
 
 from flowseg_jax.data import masks
 from flowseg_jax.data.batch import NONE
-from flowseg_jax.data.formats.reading import field, image_bytes, read_json, root_folder
+from flowseg_jax.data.formats.reading import field, hashed_id, image_bytes, read_json, root_folder
 from flowseg_jax.data.records import Annotation, Example, Expression, Problems
 from flowseg_jax.errors import UserError, suggest
 
@@ -126,11 +125,6 @@ def _check_size(entry: dict[str, Any], height: int, width: int, where: str) -> N
             )
 
 
-def image_id(split: str, name: str) -> int:
-    """A number for an image that does not depend on which others there are: 62 bits of a digest."""
-    return int.from_bytes(hashlib.sha256(f"{split}/{name}".encode()).digest()[:8], "big") >> 2
-
-
 class ReasonSeg:
     """An opened ReasonSeg layout.
 
@@ -214,7 +208,7 @@ class ReasonSeg:
             annotations.append(Annotation(1, NONE, masks.encode(mask == IGNORE), ignore=True))
         answers = self._answers(split, f"{name}.jpg", texts, notes)
         expressions = tuple(Expression(t, i, 0, (0,), family, a) for i, (t, a) in enumerate(zip(texts, answers, strict=True)))
-        number = image_id(split, name)
+        number = hashed_id(f"{split}/{name}")  # it does not depend on which others there are
         return Example(number, f"{name}.jpg", height, width, data, tuple(annotations), expressions)
 
     def _answers(self, split: str, file_name: str, texts: list[str], notes: Counter[str]) -> list[str]:

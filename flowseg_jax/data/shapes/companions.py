@@ -25,7 +25,7 @@ from PIL import Image
 
 from flowseg_jax.data.shapes import chat as talk
 from flowseg_jax.data.shapes import outline
-from flowseg_jax.data.shapes.generator import _open_partial, _say, _umask
+from flowseg_jax.data.shapes.generator import open_partial, say, umask
 from flowseg_jax.data.shapes.render import render
 from flowseg_jax.data.shapes.riddles import RIDDLES, Riddle
 from flowseg_jax.data.shapes.scene import REFERENCE_SIZE, SHAPES, Scene, compose, draw_attributes, is_held_out, place
@@ -82,7 +82,7 @@ def write(
     reasonseg: int = DEFAULTS["reasonseg"],
     panoptic: int = DEFAULTS["panoptic"],
     chat: int = DEFAULTS["chat"],
-    report: Callable[[str], None] = _say,
+    report: Callable[[str], None] = say,
 ) -> dict[str, int]:
     """Writes the three companions to the new directory `directory`; the arguments alone decide what is in them.
 
@@ -104,7 +104,7 @@ def write(
     for name, number in (("reasonseg", reasonseg), ("panoptic", panoptic), ("chat", chat)):
         if number < LEAST[name]:
             raise UserError(f"companions need at least {LEAST[name]} images for {name}, got {number}")
-    partial = _open_partial(directory)
+    partial = open_partial(directory)
     counts: dict[str, int] = {}
     try:
         with open(partial / "scenes.jsonl", "w", encoding="utf-8") as sidecar:
@@ -113,7 +113,7 @@ def write(
                 made = make(studio, number)
                 report(f"companions: {', '.join(f'{n} images in {folder}' for folder, n in made.items())}")
                 counts |= made
-        os.chmod(partial, 0o777 & ~_umask())
+        os.chmod(partial, 0o777 & ~umask())
         os.rename(partial, directory)
     except OSError as error:
         raise UserError(f"{directory}: cannot write the companions: {error.strerror or error}") from error

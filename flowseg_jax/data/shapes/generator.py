@@ -48,7 +48,7 @@ class Recipe:
     quality: int
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
     print(line, flush=True)
 
 
@@ -63,7 +63,7 @@ def generate(
     size: int = 128,
     quality: int = 92,
     workers: int | None = None,
-    report: Callable[[str], None] = _say,
+    report: Callable[[str], None] = say,
 ) -> Statistics:
     """Writes a benchmark in the RefCOCO layout to the new directory `out`.
 
@@ -94,7 +94,7 @@ def generate(
         workers = 1 if images < 256 else os.cpu_count() or 1
     if workers < 1:
         raise UserError(f"workers must be at least 1, got {workers}")
-    partial = _open_partial(out)
+    partial = open_partial(out)
     try:
         (partial / "images").mkdir()
         make = functools.partial(make_record, recipe=recipe, folder=partial / "images")
@@ -109,7 +109,7 @@ def generate(
                 raise
         report("shapes: writing the annotations")
         statistics = writer.write(partial, records, recipe)
-        os.chmod(partial, 0o777 & ~_umask())
+        os.chmod(partial, 0o777 & ~umask())
         os.rename(partial, out)
     except OSError as error:
         raise UserError(f"{out}: cannot write the benchmark: {error.strerror or error}") from error
@@ -252,7 +252,7 @@ def _with_progress(made: Iterable, total: int, report: Callable[[str], None]) ->
             report(f"shapes: {done}/{total} images, {rate:.0f} images/s, {(total - done) / rate:.0f} s left")
 
 
-def _open_partial(out: Path) -> Path:
+def open_partial(out: Path) -> Path:
     """A new hidden directory beside `out`: a rename within one directory is atomic."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} already exists; delete it or choose another --out")
@@ -263,7 +263,7 @@ def _open_partial(out: Path) -> Path:
         raise UserError(f"{out}: cannot create the directory: {error.strerror}") from error
 
 
-def _umask() -> int:
+def umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
