@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from flowseg_jax.data import masks
-from flowseg_jax.data.formats.reading import ImageFolders, by_id, field, image_of, path_of, read_json, root_folder
+from flowseg_jax.data.formats.reading import ImageFolders, by_id, crowd, field, image_of, path_of, read_json, root_folder
 from flowseg_jax.data.records import Annotation, Example, Problems
 from flowseg_jax.errors import UserError, suggest
 
@@ -61,14 +61,6 @@ def find_files(root: str | Path, kind: str, year: str | int | None) -> tuple[Pat
                 raise UserError(f"{folder}: no {kind} annotations of the year {chosen}{suggest(chosen, found)}")
             return folder, chosen, found[chosen]
     raise UserError(f"{root}: no annotations/{kind}_{{train,val}}2017.json here; pass the folder that holds annotations/")
-
-
-def crowd(entry: dict[str, Any], where: str) -> bool:
-    """Whether an object is a crowd region; one that does not say so is none."""
-    value = field(entry, "iscrowd", (int, bool), where) if "iscrowd" in entry else 0
-    if value not in (0, 1):
-        raise UserError(f"{where}.iscrowd: expected 0 or 1, got {value}")
-    return bool(value)
 
 
 class Coco:

@@ -15,8 +15,8 @@ from PIL import Image
 
 from flowseg_jax.data import images as pixels
 from flowseg_jax.data import masks
-from flowseg_jax.data.formats.coco_instances import Coco, crowd
-from flowseg_jax.data.formats.reading import ImageFolders, field, image_of
+from flowseg_jax.data.formats.coco_instances import Coco
+from flowseg_jax.data.formats.reading import ImageFolders, crowd, field, image_of
 from flowseg_jax.data.records import Annotation, Example, Problems
 from flowseg_jax.errors import UserError
 

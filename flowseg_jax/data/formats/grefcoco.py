@@ -100,7 +100,7 @@ class GRefCoco(Grouped):
         for ann_id in ids:
             self.instances.check_object(ann_id, image_id, where)
         unique = list(dict.fromkeys(ids))
-        targets = tuple(i for i in unique if not self.instances.annotations[i].get("iscrowd", 0))
+        targets = tuple(i for i in unique if not self.instances.annotations[i].get("iscrowd"))
         if unique and not targets:
             raise UserError(f"{where}.ann_id: nothing but crowd regions {str(unique)[:40]}; name an object or [{NO_TARGET}]")
         self.add(ref, ref_id, image_id, split, targets, where)

@@ -67,6 +67,14 @@ def field(entry: Any, key: str, kind: type | tuple[type, ...], where: str) -> An
     return value
 
 
+def crowd(entry: dict[str, Any], where: str) -> bool:
+    """Whether an object is a crowd region; one that does not say so is none."""
+    value = field(entry, "iscrowd", (int, bool), where) if "iscrowd" in entry else 0
+    if value not in (0, 1):
+        raise UserError(f"{where}.iscrowd: expected 0 or 1, got {value}")
+    return bool(value)
+
+
 def by_id(table: Any, entries: str, path: Path, problems: Problems) -> dict[int, dict[str, Any]]:
     """The objects of the list `table[entries]` by their id; one that occurs twice is an error, the first one counts."""
     result: dict[int, dict[str, Any]] = {}

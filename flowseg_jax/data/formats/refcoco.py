@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from flowseg_jax.data import masks
-from flowseg_jax.data.formats.reading import ImageFolders, by_id, field, image_of, path_of, read_json, root_folder
+from flowseg_jax.data.formats.reading import ImageFolders, by_id, crowd, field, image_of, path_of, read_json, root_folder
 from flowseg_jax.data.records import Annotation, Example, Expression, Problems
 from flowseg_jax.errors import UserError, suggest
 
@@ -116,6 +116,7 @@ class Instances:
                 if field(annotation, "category_id", int, where) not in self._category_index:
                     raise UserError(f"{where}.category_id: there is no category {annotation['category_id']}")
                 field(annotation, "segmentation", (list, dict), where)
+                crowd(annotation, where)
                 self.annotations[key] = annotation
                 self._of_image[image_id].append(annotation)
 
@@ -171,7 +172,7 @@ class Instances:
                 continue
             place[entry["id"]] = len(annotations)
             category = self._category_index[entry["category_id"]]
-            annotations.append(Annotation(entry["id"], category, rle, bool(entry.get("iscrowd", 0))))
+            annotations.append(Annotation(entry["id"], category, rle, crowd(entry, where)))
         expressions = tuple(
             Expression(s["sent"].strip(), s["sent_id"], ref_id, tuple(sorted(place[t] for t in targets)), s.get("family", ""))
             for ref_id, (ref, targets) in refs.items()

@@ -4,8 +4,8 @@
 
 The result is a RefCOCO directory like any other. `scene` says what stands where, `render` paints it, `expressions` finds what
 can be said, `generator` puts sets together, `writer` knows the layout, and `checker` reads an expression back and finds its
-object without any of them. `companions` (with `riddles` and `chat`) writes scenes in the layouts of ReasonSeg, COCO panoptic and
-LLaVA, and `lesson` a data set of one's own.
+object without any of them. `companions` (with `riddles` and `chat`) writes scenes in the layouts of ReasonSeg, COCO panoptic
+and LLaVA, and `lesson` a data set of one's own.
 """
 
 from flowseg_jax.data.shapes.generator import generate
