@@ -3,6 +3,9 @@
     python -m flowseg_jax.data prepare --layout jsonl --source my.jsonl --out data/mine
     python train.py --config=configs/finetune.py --workdir=runs/mine                      # from the shipped tiny model
     python train.py --config=configs/finetune.py:MODEL --config.data.dir=DIR --workdir=runs/mine
+
+Only what reads learns: a few images teach words, and would make the towers that see forget more than they can learn. With
+thousands of images unlike those that the model knows, let everything learn: --config.optimizer.groups='((".*", 1.0),)'.
 """
 
 from __future__ import annotations
@@ -39,6 +42,7 @@ def get_config(checkpoint: str = "") -> ConfigDict:
     config.data.chat = stored["extra"].get("prompts", {}).get("chat", config.data.chat)
     config.data.objects = "referred"
     config.data.update(phrases=PHRASES, masks=PHRASES, text=model.visual_tokens + 8 + PHRASES * TOKENS)
+    config.optimizer.groups = (("(llm|llm_projector)/.*", 1.0), (".*", None))
     config.optimizer.learning_rate = 2e-4 if model.decoder.width < 256 else 2e-5
     config.optimizer.losses.update(language=0.0, points=0 if model.sam.image_size < 256 else 12544)
     return config

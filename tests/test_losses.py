@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flowseg_jax.data.batch import NO_LABEL
+from flowseg_jax.data.batch import NO_LABEL, NONE, NOTHING
 from flowseg_jax.losses import (
     LossConfig,
     Targets,
@@ -20,6 +20,7 @@ from flowseg_jax.losses import (
     match_cost,
     next_token_loss,
     point_losses,
+    referring_targets,
     segmentation_terms,
 )
 from flowseg_jax.ops.vocabulary import Vocabulary
@@ -145,3 +146,19 @@ def test_the_class_gain_changes_the_class_loss_and_nothing_else(level):
     assert (np.asarray(assigned) == np.asarray(same)).all()
     assert float(more["x_class"][0]) == pytest.approx(1e4 * float(plain["x_class"][0]), rel=1e-6)
     assert [float(more[f"x_{k}"][0]) for k in ("mask", "dice")] == [float(plain[f"x_{k}"][0]) for k in ("mask", "dice")]
+
+
+def test_a_phrase_that_refers_to_nothing_makes_all_its_queries_background(rng):
+    """Its class loss counts, its masks do not; a padded phrase counts nothing."""
+    targets = referring_targets(jnp.array([[0, NOTHING, NONE]]), group=1)
+    assert targets.masks[..., 0].tolist() == [[0, NONE, NONE]] and targets.counted.tolist() == [[True, True, False]]
+    queries, background = 4, 0.1
+    counts = targets.denominators("refer", queries, background)
+    assert float(counts["refer_mask"]) == 1
+    assert float(counts["refer_class"]) == pytest.approx((1 + 3 * background) + 4 * background)
+    logits = jnp.asarray(rng.normal(size=(3, queries, 5)), jnp.float32)
+    assigned = jnp.array([[2], [NONE], [NONE]])
+    total, weight = class_loss(logits, targets.labels[0], assigned, targets.counted[0], background)
+    log_p = jax.nn.log_softmax(logits)
+    expected = -log_p[0, 2, 0] - background * log_p[0, jnp.array([0, 1, 3]), -1].sum() - background * log_p[1, :, -1].sum()
+    assert float(total) == pytest.approx(float(expected), rel=1e-5) and float(weight) == pytest.approx(1.7)

@@ -115,12 +115,13 @@ def initial_params(cfg: FlowSegConfig, seed: int, init_from: Sequence[str], mesh
     from_source = {our: source for source in sources for our in source.places}  # the last one that has it
     fresh = [name for name in abstract if name not in from_source]
 
-    @jax.jit
     def create() -> dict[str, jax.Array]:
         flat = flatten(flowseg.create(cfg, seed)[1])
         return {name: jax.lax.with_sharding_constraint(flat[name], shardings[name]) for name in fresh}
 
-    params = create() if fresh else {}
+    # Hundreds of random number generators that run once: LLVM would take twice as long to optimise them.
+    options = {"xla_backend_optimization_level": 0} if mesh.devices.flat[0].platform == "cpu" else None
+    params = jax.jit(create, compiler_options=options)() if fresh else {}
     for source in sources:
         mine = {our for our in source.places if from_source[our] is source}
         params |= {our: x for our, x in source.load(abstract, mesh).items() if our in mine} if mine else {}

@@ -69,6 +69,11 @@ class Plan:
         shape = BatchShape(config.batch_size, data.text, data.phrases, data.masks, *sides, names)
         if config.batch_size % model.negatives_group:
             raise UserError(f"batch_size {config.batch_size} is no multiple of model.negatives_group {model.negatives_group}")
+        if model.segments and data.masks > model.decoder.queries:
+            raise UserError(
+                f"data.masks is {data.masks}, and a target takes one of the model.decoder.queries={model.decoder.queries}: "
+                "lower the one or raise the other"
+            )
         if model.speaks and data.text <= model.visual_tokens:
             raise UserError(f"data.text is {data.text}, and an image alone takes {model.visual_tokens} tokens: raise it")
         return cls(model, losses, OptimizerConfig(**optimizer), Prompts(chat=data.chat, vary=data.vary_prompts), options, shape)
