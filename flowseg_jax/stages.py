@@ -48,7 +48,7 @@ class Size:
     reasonseg: int = 200
     panoptic: int = 800
     chat: int = 800
-    steps: tuple[int, int, int] = (500, 200, 400)
+    steps: tuple[int, int, int] = (400, 150, 300)
     evaluated: int = 80
 
 
@@ -65,7 +65,8 @@ class Outcome:
     def table(self) -> str:
         lines = [f"{name:34s} {loss:20s} {first:8.3f} -> {last:.3f}" for name, (loss, first, last) in self.losses.items()]
         lines += [
-            f"{name:34s} val cIoU {score['ciou']:.1f}, oracle {score['oracle_ciou']:.1f}" for name, score in self.scores.items()
+            f"{name:34s} val gIoU {score['giou']:.1f}, cIoU {score['ciou']:.1f}, best candidate's cIoU {score['oracle_ciou']:.1f}"
+            for name, score in self.scores.items()
         ]
         return "\n".join(lines)
 
