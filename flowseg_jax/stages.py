@@ -65,7 +65,7 @@ class Outcome:
     def table(self) -> str:
         lines = [f"{name:34s} {loss:20s} {first:8.3f} -> {last:.3f}" for name, (loss, first, last) in self.losses.items()]
         lines += [
-            f"{name:34s} val gIoU {score['giou']:.1f}, cIoU {score['ciou']:.1f}, best candidate's cIoU {score['oracle_ciou']:.1f}"
+            f"{name:34s} val gIoU {score['giou']:.1f}, cIoU {score['ciou']:.1f}, oracle cIoU {score['oracle_ciou']:.1f}"
             for name, score in self.scores.items()
         ]
         return "\n".join(lines)
