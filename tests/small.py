@@ -139,7 +139,7 @@ def batch(cfg: FlowSegConfig, *, images: int = 2, phrases: int = 2, masks: int =
         phrase_mask=(np.arange(images * phrases).reshape(images, phrases) % masks).astype(np.int32),
         object_class=rng.integers(0, max(cfg.classes, 1), (images, masks)).astype(np.int32),
         object_name=np.broadcast_to(np.arange(masks, dtype=np.int32), (images, masks)).copy(),
-        name_valid=np.ones((images, masks), bool),
+        name_valid=np.ones((images, 0 if cfg.named_pass == "off" else masks), bool),
         example_id=np.arange(images, dtype=np.int32),
     )
 

@@ -255,6 +255,8 @@ class Rows:
             targets = [i for kind in kinds for i in of_kind[kind]]
         classes = [decoded.annotations[i].category for i in targets]
         bears = [named.index(c) for c in classes] if named else [NONE] * len(targets)
+        if len(targets) < sum(map(len, of_kind.values())):  # for the linear head, what is left out would be background
+            classes = [NONE] * len(targets)
         pixels = dataclasses.replace(decoded.pixels, masks=packed[targets])
         return Row(decoded.file_name, pixels, conversations, (), classes, bears, decoded.image_id, len(named))
 

@@ -144,9 +144,12 @@ def test_generic_names_what_is_there_and_what_is_not(train, sets):
 def test_generic_names_as_many_kinds_as_fit(train, sets):
     """With room for one mask, a kind with one object is named and the others are not asked for."""
     full = max(len(e.categories) for e in sets["coco-panoptic"].index("train"))
+    kinds = {e.image_id: e.categories for e in sets["coco-panoptic"].index("train")}
     for batch, b in rows(train("coco-panoptic", shape=dataclasses.replace(SHAPE, masks=1)), 10):
         assert batch.mask_valid[b].sum() <= 1 < full
         assert set(batch.object_name[b][batch.mask_valid[b]]) == set(range(int(batch.name_valid[b].sum())))
+        whole = batch.mask_valid[b].sum() == sum(c != NONE for c in kinds[int(batch.example_id[b])])
+        assert whole == (batch.object_class[b][batch.mask_valid[b]] != NONE).any()  # the linear head sees all objects or none
     with pytest.raises(UserError, match=r"to name '.*' takes \d+ tokens, data.text is 30"):
         train("coco-panoptic", shape=dataclasses.replace(SHAPE, text=30))
     with pytest.raises(UserError, match=r"has \d objects, the batch has room for 1: raise data.masks"):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import minirefcoco as mini
@@ -58,16 +60,18 @@ def metrics(workdir: Path) -> list[dict]:
     return [{k: v for k, v in row.items() if "per_second" not in k} for row in rows]
 
 
-def train_both(config, tmp_path, devices: int) -> list[dict]:
-    """One process into `one`, two with half of the devices each into `two`; returns the metrics of the first."""
+def pair() -> list[tuple[str, ...]]:
+    """The flags of two processes of one run on this machine."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
+    return [(f"--coordinator={address}", "--processes=2", f"--process={index}") for index in range(2)]
+
+
+def train_both(config, tmp_path, devices: int) -> list[dict]:
+    """One process into `one`, two with half of the devices each into `two`; returns the metrics of the first."""
     whole = launch(config, tmp_path / "one", devices)
-    halves = [
-        launch(config, tmp_path / "two", devices // 2, f"--coordinator={address}", "--processes=2", f"--process={index}")
-        for index in range(2)
-    ]
+    halves = [launch(config, tmp_path / "two", devices // 2, *flags) for flags in pair()]
     said = finish(*halves)
     finish(whole)
     assert said.count("of them trained; mesh:") == 1  # one speaks for both
@@ -101,3 +105,20 @@ def test_one_process_goes_on_where_two_stopped(config, tmp_path):
     benchmarks = [Benchmark.of_model(tmp_path / run / "model", config.data.dir, batch=2) for run in ("one", "two")]
     one, two = (benchmark.run("val", tmp_path / f"eval{i}", pictures=False).result for i, benchmark in enumerate(benchmarks))
     assert two["n"] == one["n"] and two["ciou"] == pytest.approx(one["ciou"], abs=1e-3)
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_ends_both_behind_the_same_step(config, tmp_path):
+    endless = configs.from_json(configs.to_json(config))
+    endless.update(steps=100_000, checkpoint_every=100_000)
+    endless.mesh.data = 1
+    halves = [launch(endless, tmp_path / "two", 1, *flags) for flags in pair()]
+    deadline = time.monotonic() + 250
+    while not (tmp_path / "two" / "metrics.jsonl").exists() or len(metrics(tmp_path / "two")) < 3:
+        assert time.monotonic() < deadline and all(half.poll() is None for half in halves)
+        time.sleep(0.1)
+    halves[1].send_signal(signal.SIGTERM)  # the one that does not speak
+    said = finish(*halves)
+    last = metrics(tmp_path / "two")[-1]["step"]
+    assert [path.name for path in (tmp_path / "two" / "checkpoints").iterdir()] == [str(last)]
+    assert f"stopped: the state of step {last} is saved" in said
