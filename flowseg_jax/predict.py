@@ -151,7 +151,8 @@ class Segmentor:
         size = (image.height, image.width)
         where = postprocess.geometry(batch.scaled_size, [size] * shape.batch, grid=chosen.logits.shape[-2:], padded_size=side)
         nothing = np.zeros((shape.batch, k, where.bucket[0], where.bucket[1] // 8), np.uint8)
-        chosen, restored = jax.device_get((chosen, self._restore(chosen.logits, where, nothing)))
+        truth = postprocess.Truth.plain(nothing)
+        chosen, restored = jax.device_get((chosen, self._restore(chosen.logits, where, truth)))
 
         def answer(number: int, text: str) -> Prediction:
             at = divmod(number, k)

@@ -31,6 +31,8 @@ class EvalBatch:
         batch: without targets; `phrase_mask` is 0 for a phrase that exists.
         samples: the row's samples, sample k is phrase k.
         truth: bool [k, H, W], the samples' masks at original size.
+        once: bool [k, H, W], the same without the pixels that several parts of an object cover (`Annotation.once`).
+        ignored: bool [1, H, W], pixels that count for nothing.
         images: uint8 [H, W, 3], the original image.
         sizes: (H, W).
     """
@@ -38,6 +40,8 @@ class EvalBatch:
     batch: Batch
     samples: list[list[Sample]]
     truth: list[np.ndarray]
+    once: list[np.ndarray]
+    ignored: list[np.ndarray]
     images: list[np.ndarray]
     sizes: list[tuple[int, int]]
 
@@ -105,11 +109,14 @@ class EvalData:
     def batch(self, number: int) -> EvalBatch:
         """Batch `number` of the split."""
         first = number * self.shape.batch
-        rows, asked, truth, originals, sizes = [], [], [], [], []
+        rows, asked, truth, once, ignored, originals, sizes = ([] for _ in range(7))
         read = functools.lru_cache(maxsize=1)(self._read_image)  # rows of one image lie next to each other
         for record, row_samples in self._rows[first : first + self.shape.batch]:
             example, original, pixels = read(record)
-            truth.append(np.stack([_truth(example, sample) for sample in row_samples]))
+            objects = Objects.of(example)
+            truth.append(np.stack([objects.union(sample) for sample in row_samples]))
+            once.append(np.stack([objects.covered_once(sample) for sample in row_samples]))
+            ignored.append(objects.ignored)
             originals.append(original)
             sizes.append((example.height, example.width))
             asked.append(list(row_samples))
@@ -117,7 +124,7 @@ class EvalData:
             families = [s.family for s in row_samples] if self._task == "reasoning" else None
             rows.append(batching.question_row(example.file_name, pixels, prompts, self._prompts, example.image_id, families))
         batch = batching.assemble(rows, self.shape, self._prompts, self.tokenizer, self._visual_tokens)
-        return EvalBatch(batch, asked, truth, originals, sizes)
+        return EvalBatch(batch, asked, truth, once, ignored, originals, sizes)
 
     def _read_image(self, record: int) -> tuple[Example, np.ndarray, Pixels]:
         example = self._source[record]
@@ -128,10 +135,36 @@ class EvalData:
         return iter(grain.MapDataset.range(len(self)).map(self.batch).to_iter_dataset(self._read))
 
 
-def _truth(example: Example, sample: Sample) -> np.ndarray:
-    """bool [H, W]: the union of what the sample refers to, empty if that is nothing."""
-    rles = [example.annotations[index].rle for index in sample.annotations]
-    return masks.decode(rles, example.height, example.width).any(0)
+@dataclasses.dataclass(frozen=True)
+class Objects:
+    """The masks of an image's objects at its original size.
+
+    Attributes:
+        whole, once: bool [A, H, W], each object as the union of its parts, and where exactly one part covers it.
+        ignored: bool [1, H, W], pixels that count for nothing.
+    """
+
+    whole: np.ndarray
+    once: np.ndarray
+    ignored: np.ndarray
+
+    @classmethod
+    def of(cls, example: Example) -> Objects:
+        size = example.height, example.width
+        whole = masks.decode([a.rle for a in example.annotations], *size).astype(bool)
+        once = whole
+        if any(a.once for a in example.annotations):
+            once = masks.decode([a.once or a.rle for a in example.annotations], *size).astype(bool)
+        ignored = [i for i, a in enumerate(example.annotations) if a.ignore]
+        return cls(whole, once, whole[ignored].any(0, keepdims=True))
+
+    def union(self, sample: Sample) -> np.ndarray:
+        """bool [H, W]: what the sample refers to, empty if that is nothing."""
+        return self.whole[list(sample.annotations)].any(0)
+
+    def covered_once(self, sample: Sample) -> np.ndarray:
+        """The same where the masks of the objects and of their parts, added up, are 1."""
+        return self.once[list(sample.annotations)].sum(0, dtype=np.int32) == 1
 
 
 def _shuffle_text(entries: list[Entry], seed: int, where: object) -> list[Entry]:

@@ -87,19 +87,34 @@ def rasterise(segmentation: Any, height: int, width: int, where: str) -> str | N
     Raises:
         UserError: the segmentation is damaged.
     """
-    if isinstance(segmentation, dict):
-        codes = [_run_length(segmentation, height, width, where)]
-    elif isinstance(segmentation, list) and segmentation and all(isinstance(s, dict) for s in segmentation):
-        codes = [_run_length(s, height, width, f"{where}[{i}]") for i, s in enumerate(segmentation)]
-    elif isinstance(segmentation, list) and segmentation:
-        polygons = [_polygon(p, height, width, f"{where}[{i}]") for i, p in enumerate(segmentation)]
-        codes = coco.frPyObjects(polygons, height, width)
-    else:
-        raise UserError(f"{where}: expected polygons or a run-length code, got {str(segmentation)[:40]!r}")
+    codes = _codes(segmentation, height, width, where)
     union = codes[0] if len(codes) == 1 else coco.merge(codes)
     if not coco.area(union):
         return None
     return union["counts"].decode("ascii")
+
+
+def covered_once(segmentation: Any, height: int, width: int, where: str) -> str:
+    """Compressed run-length counts of the pixels that exactly one part of an object covers; empty where no two parts overlap.
+
+    Arguments and errors are those of `rasterise`.
+    """
+    codes = _codes(segmentation, height, width, where)
+    if len(codes) == 1 or coco.area(coco.merge(codes)) == sum(map(int, coco.area(codes))):
+        return ""
+    return encode(coco.decode(codes).sum(-1) == 1)
+
+
+def _codes(segmentation: Any, height: int, width: int, where: str) -> list[dict[str, Any]]:
+    """The run-length codes of an object's parts, checked."""
+    if isinstance(segmentation, dict):
+        return [_run_length(segmentation, height, width, where)]
+    if isinstance(segmentation, list) and segmentation and all(isinstance(s, dict) for s in segmentation):
+        return [_run_length(s, height, width, f"{where}[{i}]") for i, s in enumerate(segmentation)]
+    if isinstance(segmentation, list) and segmentation:
+        polygons = [_polygon(p, height, width, f"{where}[{i}]") for i, p in enumerate(segmentation)]
+        return coco.frPyObjects(polygons, height, width)
+    raise UserError(f"{where}: expected polygons or a run-length code, got {str(segmentation)[:40]!r}")
 
 
 def encode(mask: UInt8[np.ndarray, "h w"]) -> str:

@@ -25,6 +25,8 @@ class Annotation:
         rle: counts of the COCO compressed run-length code of its mask (the union of its parts) at the image's original size.
         crowd: whether the source calls it a crowd region.
         ignore: whether its pixels count for nothing at evaluation.
+        once: counts of the code of the pixels that exactly one of its parts covers; empty where no two parts overlap. That is
+            the mask of evaluations that add the parts up (protocol "lisa").
     """
 
     id: int
@@ -32,6 +34,7 @@ class Annotation:
     rle: str
     crowd: bool = False
     ignore: bool = False
+    once: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,6 +219,7 @@ def to_record(example: Example) -> dict[str, Any]:
         "ann_rle": [a.rle for a in example.annotations],
         "ann_iscrowd": [a.crowd for a in example.annotations],
         "ann_ignore": [a.ignore for a in example.annotations],
+        "ann_once": [a.once for a in example.annotations],
         "sentence_text": [e.text for e in example.expressions],
         "sentence_id": [e.id for e in example.expressions],
         "sentence_ref": [e.ref_id for e in example.expressions],
@@ -235,8 +239,8 @@ def from_record(record: Mapping[str, Any]) -> Example:
         return zip(*(record[name] for name in names), strict=True)
 
     annotations = tuple(
-        Annotation(int(i), int(c), r.decode(), bool(w), bool(n))
-        for i, c, r, w, n in columns("ann_id", "ann_category", "ann_rle", "ann_iscrowd", "ann_ignore")
+        Annotation(int(i), int(c), r.decode(), bool(w), bool(n), o.decode())
+        for i, c, r, w, n, o in columns("ann_id", "ann_category", "ann_rle", "ann_iscrowd", "ann_ignore", "ann_once")
     )
     targets = iter(record["sentence_ann"])
     expressions = tuple(

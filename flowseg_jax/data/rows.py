@@ -93,7 +93,7 @@ class Decoded:
 
     @classmethod
     def of(cls, example: Example, pixels: Pixels) -> Decoded:
-        annotations = tuple(dataclasses.replace(a, rle="") for a in example.annotations)  # packed now: the codes can go
+        annotations = tuple(dataclasses.replace(a, rle="", once="") for a in example.annotations)  # packed now
         return cls(example.image_id, example.file_name, annotations, samples(example), example.turns, pixels)
 
 

@@ -46,6 +46,7 @@ def features() -> Any:
             "ann_rle": sequence(text),
             "ann_iscrowd": sequence(np.bool_),
             "ann_ignore": sequence(np.bool_),
+            "ann_once": sequence(text),
             "sentence_text": sequence(text),
             "sentence_id": sequence(np.int64),
             "sentence_ref": sequence(np.int64),
@@ -98,7 +99,7 @@ class Shard:
                 index.write(json.dumps(line) + "\n")
                 writer.write(features().serialize_example(features().encode_example(to_record(example))))
                 digest.update(json.dumps(line, sort_keys=True).encode())
-                for text in (*(a.rle for a in example.annotations), *(t.question + t.answer for t in example.turns)):
+                for text in (*(a.rle + a.once for a in example.annotations), *(t.question + t.answer for t in example.turns)):
                     digest.update(text.encode())
                 digest.update(hashlib.sha256(example.image).digest())
                 counts["images"] += 1

@@ -18,9 +18,10 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from flowseg_jax.evaluation.protocols import XSAM, Protocol
+from flowseg_jax.evaluation.protocols import PROTOCOLS, XSAM, Protocol
 
 Record = Mapping[str, Any]
+REASONING = {"short", "long"}  # families of reasoning questions
 
 
 def iou(intersection: int, union: int, both_empty: float = 1.0) -> float:
@@ -42,22 +43,53 @@ def _cumulative(pairs: Iterable[tuple[int, int]], both_empty: float) -> float:
     return 100.0 * iou(total_i, total_u, both_empty)
 
 
+def counts(record: Record, protocol: Protocol = XSAM, of: str = "") -> tuple[int, int]:
+    """(I, U) with the truth as the protocol draws it, of the record's selected mask, or "oracle_" of the better candidate."""
+    raster = "once_" if protocol.raster == "sum" else ""
+    return record[f"{of}{raster}intersection"], record[f"{of}{raster}union"]
+
+
+def weight(record: Record, protocol: Protocol = XSAM) -> int:
+    """How many samples of the protocol the record stands for: the source's sentences that were merged into it, or one."""
+    return record["count"] if protocol.unit == "sentence" else 1
+
+
 def sample_iou(record: Record, protocol: Protocol = XSAM) -> float:
     """IoU in [0, 1] of the record's selected mask; a failed sample counts 0 even where nothing was to be found."""
-    return 0.0 if record["failed"] else iou(record["intersection"], record["union"], protocol.both_empty)
+    return 0.0 if record["failed"] else iou(*counts(record, protocol), protocol.both_empty)
+
+
+def _headline(records: Sequence[Record], protocol: Protocol) -> dict[str, Any]:
+    """n, cIoU, gIoU and P@X."""
+    times = [weight(r, protocol) for r in records]
+    values = [sample_iou(r, protocol) for r in records]
+    n = sum(times)
+    pairs = [counts(r, protocol) for r in records]
+    return {
+        "n": n,
+        "ciou": _cumulative(((w * i, w * u) for w, (i, u) in zip(times, pairs, strict=True)), protocol.both_empty),
+        # fsum: exact, so the order does not matter
+        "giou": 100.0 * math.fsum(w * v for w, v in zip(times, values, strict=True)) / n,
+        "p_at": {
+            f"{x:g}": 100.0 * sum(w for w, v in zip(times, values, strict=True) if v >= x) / n for x in protocol.thresholds
+        },
+    }
 
 
 def _figures(records: Sequence[Record], protocol: Protocol) -> dict[str, Any]:
-    values = [sample_iou(r, protocol) for r in records]
-    ciou = _cumulative(((r["intersection"], r["union"]) for r in records), protocol.both_empty)
-    oracle = _cumulative(((r["oracle_intersection"], r["oracle_union"]) for r in records), protocol.both_empty)
+    times = [weight(r, protocol) for r in records]
+    pairs = [counts(r, protocol, "oracle_") for r in records]
+    oracle = _cumulative(((w * i, w * u) for w, (i, u) in zip(times, pairs, strict=True)), protocol.both_empty)
+    found = _headline(records, protocol)
+    return found | {"oracle_ciou": oracle, "selection_gap": oracle - found["ciou"]}
+
+
+def other_protocols(records: Sequence[Record], protocol: Protocol) -> dict[str, dict[str, Any]]:
+    """{name: n, cIoU, gIoU, P@X} of the other protocols that the same predictions answer."""
     return {
-        "n": len(records),
-        "ciou": ciou,
-        "giou": 100.0 * math.fsum(values) / len(values),  # fsum: exact, so the order does not matter
-        "oracle_ciou": oracle,
-        "selection_gap": oracle - ciou,
-        "p_at": {f"{x:g}": 100.0 * sum(v >= x for v in values) / len(values) for x in protocol.thresholds},
+        name: _headline(records, other)
+        for name, other in PROTOCOLS.items()
+        if other is not protocol and other.text == protocol.text
     }
 
 
@@ -66,12 +98,14 @@ def summarise(records: Iterable[Record], protocol: Protocol = XSAM) -> dict[str,
 
     Args:
         records: one mapping a sample with `intersection`, `union`, `oracle_intersection`, `oracle_union` (pixels), `failed`
-            (bool) and `family` (str; "" = of no family).
+            (bool), `family` (str; "" = of no family), `count`, and with a summed raster `once_intersection`, `once_union`,
+            `oracle_once_intersection`, `oracle_once_union`.
         protocol: gives the IoU of an empty sample and the thresholds.
 
     Returns:
         protocol, n, ciou, giou, oracle_ciou, selection_gap, p_at ("0.5".."0.9"), failed (count) and families: the same figures
-        for each expression family. Percent, full precision.
+        for each expression family. Of reasoning questions also first_text: the same for the first question of each image alone,
+        as LISA scores them. Percent, full precision.
 
     Raises:
         ValueError: there is no record, or one whose I and U cannot be.
@@ -83,9 +117,16 @@ def summarise(records: Iterable[Record], protocol: Protocol = XSAM) -> dict[str,
     for record in records:
         if record["family"]:
             families.setdefault(record["family"], []).append(record)
-    return {
+    table = {
         "protocol": protocol.name,
         **_figures(records, protocol),
         "failed": sum(bool(r["failed"]) for r in records),
         "families": {family: _figures(rows, protocol) for family, rows in sorted(families.items())},
     }
+    if set(families) <= REASONING and families:
+        first = [r for r in records if r["sentence_id"] == 0]
+        rows = {family: [r for r in first if r["family"] == family] for family in sorted(families)}
+        if first:
+            table["first_text"] = _figures(first, protocol)
+            table["first_text"]["families"] = {family: _figures(kept, protocol) for family, kept in rows.items() if kept}
+    return table

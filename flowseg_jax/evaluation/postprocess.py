@@ -209,22 +209,46 @@ def top(scores: Float[Array, "b k q"], logits: Float[Array, "b k q h w"], count:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Truth:
+    """What masks are counted against, packed along the width (`pack_truth`).
+
+    Attributes:
+        union: uint8 [B, K, H, W // 8], objects as the union of their parts.
+        once: uint8 [B, K, H, W // 8], without the pixels that several parts cover.
+        ignored: uint8 [B, 1, H, W // 8], pixels that count for nothing.
+    """
+
+    union: UInt8[Array, "b k H W8"]
+    once: UInt8[Array, "b k H W8"]
+    ignored: UInt8[Array, "b 1 H W8"]
+
+    @classmethod
+    def plain(cls, union: UInt8[Array, "b k H W8"]) -> Truth:
+        """A truth in which no parts overlap and nothing is ignored."""
+        return cls(union, union, union[:, :1] & 0)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Restored:
     """Masks at the original size.
 
     Attributes:
         masks: uint8 [B, K, N, H, W // 8], packed along the width, zero beyond the image.
-        intersection, union: int32 [B, K, N], pixels, with the truth of the phrase.
+        intersection, union: int32 [B, K, N], pixels that are not ignored, with the truth of the phrase.
+        once_intersection, once_union: int32 [B, K, N], the same with `Truth.once`.
         finite: bool [B, K, N]; False where the logits held NaN or infinity: the mask is then empty.
     """
 
     masks: UInt8[Array, "b k n H W8"]
     intersection: Int[Array, "b k n"]
     union: Int[Array, "b k n"]
+    once_intersection: Int[Array, "b k n"]
+    once_union: Int[Array, "b k n"]
     finite: Bool[Array, "b k n"]
 
 
-def restore(logits: Float[Array, "b k n h w"], where: Geometry, truth: UInt8[Array, "b k H W8"]) -> Restored:
+def restore(logits: Float[Array, "b k n h w"], where: Geometry, truth: Truth) -> Restored:
     """Thresholds at logit > 0 at the original size (= sigmoid > 0.5, strict) and counts against the truth."""
     finite = jnp.isfinite(logits).all((-2, -1))
     logits = jnp.where(finite[..., None, None], logits, -1.0)
@@ -242,4 +266,10 @@ def restore(logits: Float[Array, "b k n h w"], where: Geometry, truth: UInt8[Arr
         return jnp.moveaxis(parts, 0, 2).reshape(*logits.shape[:2], height, width // 8)
 
     masks = jax.vmap(image)(logits, where.rows, where.cols)
-    return Restored(masks, _count(masks & truth[:, :, None]), _count(masks | truth[:, :, None]), finite)
+    counted = ~truth.ignored[:, :, None]
+
+    def counts(wanted: UInt8[Array, "b k H W8"]) -> tuple[Array, Array]:
+        wanted = wanted[:, :, None]
+        return _count(masks & wanted & counted), _count((masks | wanted) & counted)
+
+    return Restored(masks, *counts(truth.union), *counts(truth.once), finite)

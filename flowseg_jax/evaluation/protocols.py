@@ -46,7 +46,17 @@ XSAM = Protocol(
     source="X-SAM's referring evaluation, with one fixed prompt and answer instead of random ones",
 )
 
-PROTOCOLS: dict[str, Protocol] = {protocol.name: protocol for protocol in (XSAM,)}
+LISA = Protocol(
+    name="lisa",
+    unit="sentence",
+    text="lower",
+    raster="sum",
+    both_empty=1.0,
+    thresholds=(0.5, 0.6, 0.7, 0.8, 0.9),
+    source="LISA's validation (GLaMM, GSVA and EVF-SAM count alike), with the same fixed prompt",
+)
+
+PROTOCOLS: dict[str, Protocol] = {protocol.name: protocol for protocol in (XSAM, LISA)}
 
 
 def get(name: str) -> Protocol:

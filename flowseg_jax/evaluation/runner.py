@@ -91,9 +91,11 @@ class Evaluator:
         where = postprocess.geometry(
             data.batch.scaled_size, data.sizes, grid=self._grid, padded_size=data.batch.images.shape[1]
         )
-        truth = postprocess.pack_truth(data.truth, *data.batch.phrase_mask.shape, where.bucket)
+        rows, phrases = data.batch.phrase_mask.shape
+        pack = lambda masks, count: postprocess.pack_truth(masks, rows, count, where.bucket)  # noqa: E731
+        truth = postprocess.Truth(pack(data.truth, phrases), pack(data.once, phrases), pack(data.ignored, 1))
         where, truth = jax.device_put((where, truth))
-        chosen = self._segment(params, data.batch, *self._truth_on_grid(truth, where))
+        chosen = self._segment(params, data.batch, *self._truth_on_grid(truth.union, where))
         return chosen, self._restore(chosen.logits, where, truth)
 
 
@@ -138,12 +140,12 @@ def evaluate(
         return f"evaluate {name}: {len(records)}/{data.samples} samples, {doing}"
 
     def collect(batch: Any, chosen: postprocess.Chosen, restored: postprocess.Restored) -> None:
-        small = (chosen.query, chosen.score, chosen.rank, restored.intersection, restored.union, restored.finite)
-        values = jax.device_get(small)
+        values = jax.device_get((chosen.query, chosen.score, chosen.rank, dataclasses.replace(restored, masks=None)))
         masks = None  # read only when an example is kept
         for b, samples in enumerate(batch.samples):
             for k, sample in enumerate(samples):
-                record = _record(sample, batch.sizes[b], *(value[b, k] for value in values), protocol=protocol)
+                at = jax.tree.map(lambda value: value[b, k], values)  # noqa: B023 (called at once)
+                record = _record(sample, batch.sizes[b], *at, protocol=protocol)
                 records.append(record)
                 if kinds := kept.wants(record):
                     masks = jax.device_get(restored.masks) if masks is None else masks
@@ -167,6 +169,7 @@ def evaluate(
     if shuffle_text != any(r["text"] != r["sentence"] for r in records):
         raise ValueError("shuffle_text and the data disagree: EvalData(control_seed=...) makes the shuffled-text control")
     result = metrics.summarise(records, protocol)
+    result["also"] = metrics.other_protocols(records, protocol)
     result["checkpoint"] = dict(checkpoint or {})
     result["shuffled_text"] = shuffle_text
     seconds = max(time.monotonic() - begin, 1e-9)
@@ -179,6 +182,8 @@ def evaluate(
         f"evaluate {name}: {protocol.name}, n {result['n']}, cIoU {result['ciou']:.2f}, gIoU {result['giou']:.2f},"
         f" oracle cIoU {result['oracle_ciou']:.2f}, selection gap {result['selection_gap']:.2f}, failed {result['failed']}"
     )
+    for other, figures in result["also"].items():
+        say(f"evaluate {name}: {other}, n {figures['n']}, cIoU {figures['ciou']:.2f}, gIoU {figures['giou']:.2f}")
     if out is not None:
         _replace(Path(out) / f"{name}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
         _replace(Path(out) / f"{name}.json", json.dumps(result, indent=1) + "\n")
@@ -191,15 +196,14 @@ def _record(
     query: np.ndarray,
     score: np.ndarray,
     rank: np.ndarray,
-    intersection: np.ndarray,
-    union: np.ndarray,
-    finite: np.ndarray,
+    counted: postprocess.Restored,
     *,
     protocol: protocols.Protocol,
 ) -> dict[str, Any]:
     """One line of the JSONL. Every array is [2]: the selected mask and the best candidate."""
-    selected, best = ((int(intersection[n]), int(union[n])) for n in (0, 1))
-    oracle = metrics.better(selected, best, protocol)
+    selected, best = ((int(counted.intersection[n]), int(counted.union[n])) for n in (0, 1))
+    once, best_once = ((int(counted.once_intersection[n]), int(counted.once_union[n])) for n in (0, 1))
+    oracle, oracle_once = metrics.better(selected, best, protocol), metrics.better(once, best_once, protocol)
     record = {
         "image_id": int(sample.image_id),
         "file_name": sample.file_name,
@@ -209,10 +213,13 @@ def _record(
         "sentence": sample.sentence,
         "text": sample.prompt,
         "family": sample.family,
+        "count": int(sample.count),
         "height": int(size[0]),
         "width": int(size[1]),
         "intersection": selected[0],
         "union": selected[1],
+        "once_intersection": once[0],
+        "once_union": once[1],
         "query": int(query[0]),
         "score": _number(score[0]),
         "best_query": int(query[1]),
@@ -222,7 +229,9 @@ def _record(
         "best_union": best[1],
         "oracle_intersection": oracle[0],
         "oracle_union": oracle[1],
-        "failed": not bool(finite[0]),
+        "oracle_once_intersection": oracle_once[0],
+        "oracle_once_union": oracle_once[1],
+        "failed": not bool(counted.finite[0]),
     }
     record["iou"] = metrics.sample_iou(record, protocol)
     record["best_iou"] = metrics.iou(*best, protocol.both_empty)

@@ -269,7 +269,7 @@ class Comparison:
         )
         truth = [np.zeros((1, *s.size), bool) if s.truth is None else s.truth.astype(bool) for s in samples]
         packed = postprocess.pack_truth(truth, len(samples), 1, where.bucket)
-        restored = jax.device_get(jax.jit(postprocess.restore)(chosen.logits, where, packed))
+        restored = jax.device_get(jax.jit(postprocess.restore)(chosen.logits, where, postprocess.Truth.plain(packed)))
         for i, size in enumerate(sizes):
             mask = postprocess.unpack_mask(restored.masks[i, 0, 0], size)
             self.add(f"post/segmentation_{i}", np.where(mask, np.uint8(1), np.uint8(255)), "exact")

@@ -53,6 +53,15 @@ def test_masks_are_unions_of_all_kinds_of_segmentations(tmp_path):
     np.testing.assert_array_equal(masks.decode([grey.annotations[0].rle], 32, 32)[0], mini.box_mask(32, 32, 4, 4, 20, 28))
 
 
+def test_the_sum_of_overlapping_parts_is_kept_beside_their_union(tmp_path):
+    """LISA adds polygons up and counts where the sum is 1. Kept for objects that are asked for, where it makes a difference."""
+    train = read(RefCoco(mini.write(tmp_path)), "train")
+    first, second = mini.box_mask(40, 60, 5, 5, 25, 25), mini.box_mask(40, 60, 15, 15, 35, 30)
+    overlapping, alone = train[1].annotations
+    np.testing.assert_array_equal(masks.decode([overlapping.once], 40, 60)[0], first ^ second)
+    assert alone.once == "" and train[2].annotations[1].once != ""  # two run-length codes that overlap
+
+
 def test_crowds_are_kept_and_unreferenced_empty_masks_are_counted(tmp_path):
     notes = Counter()
     example = next(e for e in examples(RefCoco(mini.write(tmp_path)), "train", notes) if e.image_id == 5)

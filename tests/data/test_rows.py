@@ -12,10 +12,11 @@ import pytest
 
 from flowseg_jax.data import builders, images, masks
 from flowseg_jax.data.batch import NO_LABEL, NONE, NOTHING, BatchShape
-from flowseg_jax.data.evaluation import EvalData
+from flowseg_jax.data.evaluation import EvalData, Objects
 from flowseg_jax.data.mixture import mix
 from flowseg_jax.data.pipeline import TrainData
 from flowseg_jax.data.prompts import EXPLAIN_QUESTIONS, REASONING_QUESTIONS, Prompts
+from flowseg_jax.data.records import samples
 from flowseg_jax.data.rows import TrainOptions
 from flowseg_jax.data.tokenizer import load_tokenizer
 from flowseg_jax.errors import UserError
@@ -238,3 +239,19 @@ def test_square_keeps_the_aspect():
     padded = images.square(wide, 30)
     assert (padded[:10] == 127).all() and (padded[10:20] == 200).all() and (padded[20:] == 127).all()
     assert (images.stretch(wide, 30) == 200).all()
+
+
+def test_evaluation_ignores_what_reasonseg_ignores_and_unites_what_grefcoco_names(sets):
+    source = sets["reasonseg"].source("train")
+    examples = [source[i] for i in range(len(source))]
+    with_ignored = [e for e in examples if any(a.ignore for a in e.annotations)]
+    for example in examples:
+        objects = Objects.of(example)
+        assert objects.ignored.any() == (example in with_ignored)
+        assert not (objects.ignored & objects.whole[0]).any()  # painted one over the other
+    source = sets["grefcoco"].source("train")
+    for i in range(len(source)):
+        objects = Objects.of(source[i])
+        for sample in samples(source[i]):
+            union, once = objects.union(sample), objects.covered_once(sample)
+            assert union.any() == bool(sample.annotations) and (once <= union).all() and not objects.ignored.any()

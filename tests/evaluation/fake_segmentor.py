@@ -54,6 +54,7 @@ class Sample(NamedTuple):
     sentence: str
     family: str
     prompt: str
+    count: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +62,8 @@ class EvalBatch:
     batch: Batch
     samples: list
     truth: list
+    once: list
+    ignored: list
     images: list
     sizes: list
 
@@ -147,7 +150,9 @@ def _batch(rows, size):
         example_id=example,
     )
     sizes = [r[0].shape[:2] for r in rows]
-    return EvalBatch(batch, [r[1] for r in rows], [r[2] for r in rows], [r[0] for r in rows], sizes)
+    truth = [r[2] for r in rows]
+    nothing = [np.zeros((1, *size), bool) for size in sizes]
+    return EvalBatch(batch, [r[1] for r in rows], truth, truth, nothing, [r[0] for r in rows], sizes)
 
 
 def scenes(seed=0):

@@ -71,7 +71,7 @@ def test_masks_and_counts_equal_numpy():
     rng = np.random.default_rng(1)
     where, truth, packed = case(rng)
     logits = smooth(rng, len(ORIGINALS), 2, 3, *GRID)
-    out = jax.jit(post.restore)(logits, where, packed)
+    out = jax.jit(post.restore)(logits, where, post.Truth.plain(packed))
     assert out.intersection.dtype == jnp.int32 and out.masks.dtype == jnp.uint8
     assert np.asarray(out.finite).all()
     for i, size in enumerate(ORIGINALS):
@@ -89,9 +89,9 @@ def test_larger_bucket_and_more_batch_change_nothing():
     rng = np.random.default_rng(2)
     logits = smooth(rng, len(ORIGINALS), 2, 3, *GRID)
     where, _, packed = case(np.random.default_rng(5))
-    small = post.restore(logits, where, packed)
+    small = post.restore(logits, where, post.Truth.plain(packed))
     where2, _, packed2 = case(np.random.default_rng(5), bucket=(640, 320), batch=7)
-    big = post.restore(np.concatenate([logits, np.ones((2, 2, 3, *GRID), np.float32)]), where2, packed2)
+    big = post.restore(np.concatenate([logits, np.ones((2, 2, 3, *GRID), np.float32)]), where2, post.Truth.plain(packed2))
     n = len(ORIGINALS)
     np.testing.assert_array_equal(big.intersection[:n], small.intersection)
     np.testing.assert_array_equal(big.union[:n], small.union)
@@ -109,9 +109,9 @@ def test_blocks_change_nothing(monkeypatch):
     rng = np.random.default_rng(3)
     where, _, packed = case(rng)
     logits = smooth(rng, len(ORIGINALS), 2, 3, *GRID)
-    whole = post.restore(logits, where, packed)
+    whole = post.restore(logits, where, post.Truth.plain(packed))
     monkeypatch.setattr(post, "BLOCK", 1 << 14)
-    parts = post.restore(logits, where, packed)
+    parts = post.restore(logits, where, post.Truth.plain(packed))
     np.testing.assert_array_equal(parts.masks, whole.masks)
 
 
@@ -148,7 +148,7 @@ def test_choose_takes_the_highest_score_and_the_highest_iou():
     np.testing.assert_array_equal(chosen.rank, [[[0, 2], [0, 3]]])
     np.testing.assert_allclose(chosen.score, [[[0.9, 0.4], [0.6, 0.1]]])
     np.testing.assert_array_equal(chosen.logits[0, 0, 1], logits[0, 0, 4])
-    restored = post.restore(chosen.logits, where, packed)
+    restored = post.restore(chosen.logits, where, post.Truth.plain(packed))
     np.testing.assert_array_equal(restored.intersection[..., 1], restored.union[..., 1])
 
 
@@ -174,7 +174,7 @@ def test_numbers_that_are_none_give_an_empty_mask():
     broken[0, 0, 5] = np.inf
     chosen = post.choose(scores, broken, truth, inside)
     assert chosen.query[0, 0, 0] == 3
-    restored = post.restore(chosen.logits, where, packed)
+    restored = post.restore(chosen.logits, where, post.Truth.plain(packed))
     np.testing.assert_array_equal(restored.finite[..., 0], [[False, False]])
     assert not np.asarray(restored.masks[..., 0, :, :]).any()
     area = np.unpackbits(packed, axis=-1).sum((-2, -1))
@@ -193,3 +193,24 @@ def test_top_orders_by_score():
 def test_a_bucket_that_is_too_small_raises():
     with pytest.raises(ValueError, match="size bucket"):
         post.geometry(scaled_sizes([(100, 200)]), [(100, 200)], grid=GRID, padded_size=PADDED, bucket=(128, 128))
+
+
+def test_ignored_pixels_count_for_nothing_and_overlaps_drop_out_of_the_sum():
+    """Against NumPy, as LISA counts: ignored pixels leave both masks; where two parts lie, only the prediction counts."""
+    rng = np.random.default_rng(3)
+    original = (50, 70)
+    scaled = scaled_sizes([original])
+    where = post.geometry(scaled, [original], grid=GRID, padded_size=PADDED)
+    parts = rng.random((2, 2, *original)) < 0.4  # [k, part]
+    ignored = rng.random((1, *original)) < 0.2
+    union, once = parts.any(1), parts.sum(1) == 1
+    pack = lambda masks: post.pack_truth([masks], 1, len(masks), where.bucket)  # noqa: E731
+    logits = smooth(rng, 1, 2, 1, *GRID)
+    found = jax.jit(post.restore)(logits, where, post.Truth(pack(union), pack(once), pack(ignored)))
+    for k in range(2):
+        mask = post.unpack_mask(np.asarray(found.masks)[0, k, 0], original)
+        for name, truth in (("", union[k]), ("once_", once[k])):
+            kept = ~ignored[0]
+            assert getattr(found, f"{name}intersection")[0, k, 0] == (mask & truth & kept).sum()
+            assert getattr(found, f"{name}union")[0, k, 0] == ((mask | truth) & kept).sum()
+    assert (found.once_union != found.union).any() or (found.once_intersection != found.intersection).any()

@@ -172,7 +172,8 @@ class Instances:
                 continue
             place[entry["id"]] = len(annotations)
             category = self._category_index[entry["category_id"]]
-            annotations.append(Annotation(entry["id"], category, rle, crowd(entry, where)))
+            once = masks.covered_once(entry["segmentation"], height, width, where) if entry["id"] in referred else ""
+            annotations.append(Annotation(entry["id"], category, rle, crowd(entry, where), once=once))
         expressions = tuple(
             Expression(s["sent"].strip(), s["sent_id"], ref_id, tuple(sorted(place[t] for t in targets)), s.get("family", ""))
             for ref_id, (ref, targets) in refs.items()

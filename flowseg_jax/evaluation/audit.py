@@ -1,0 +1,146 @@
+"""What a results file says, recomputed from its samples, and whether one model is better than another.
+
+python -m flowseg_jax.evaluation audit FILE.jsonl
+python -m flowseg_jax.evaluation compare A.jsonl B.jsonl
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flowseg_jax.errors import UserError
+from flowseg_jax.evaluation import metrics
+from flowseg_jax.evaluation.protocols import PROTOCOLS, Protocol
+
+NEEDED = ("image_id", "ann_id", "sentence_id", "text", "sentence", "family", "count", "failed")
+NEEDED += tuple(
+    f"{of}{raster}{what}" for of in ("", "oracle_") for raster in ("", "once_") for what in ("intersection", "union")
+)
+RESAMPLES, INTERVAL = 10_000, (2.5, 97.5)
+
+
+def read_records(path: str | Path) -> list[dict[str, Any]]:
+    """The samples of a `<split>.jsonl`.
+
+    Raises:
+        UserError: no such file, a line that is no sample (with its number and field), or no line at all.
+    """
+    path, records = Path(path), []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); name the .jsonl that eval.py wrote") from None
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{path}:{number}: not JSON ({error})") from None
+        missing = [key for key in NEEDED if not isinstance(record, dict) or key not in record]
+        if missing:
+            raise UserError(f"{path}:{number}: no sample of this version: it lacks {', '.join(missing)}; evaluate again")
+        records.append(record)
+    if not records:
+        raise UserError(f"{path}: holds no sample")
+    return records
+
+
+def tables(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """{protocol: its table} of every protocol that these predictions answer: those that show the model the same text."""
+    return {name: metrics.summarise(records, protocol) for name, protocol in PROTOCOLS.items() if protocol.text == "lower"}
+
+
+def render(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """Tables as text, a line a protocol and one an expression family."""
+    lines = [f"{'protocol':10s} {'':14s} {'n':>7s} {'cIoU':>7s} {'gIoU':>7s} {'oracle':>7s} {'P@0.5':>7s}"]
+
+    def line(name: str, part: str, row: Mapping[str, Any]) -> str:
+        values = row["ciou"], row["giou"], row["oracle_ciou"], row["p_at"]["0.5"]
+        return f"{name:10s} {part:14s} {row['n']:7d} " + " ".join(f"{value:7.2f}" for value in values)
+
+    for name, table in found.items():
+        lines += [line(name, "all", table), *(line("", family, row) for family, row in table["families"].items())]
+        if first := table.get("first_text"):
+            lines += [line("", "first text", first)]
+            lines += [line("", f"  {family}", row) for family, row in first["families"].items()]
+    return "\n".join(lines)
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """One figure of two models on the same samples.
+
+    Attributes:
+        first, second: percent.
+        low, high: interval of second - first that holds 95 % of the resamples.
+        better: share of the resamples in which the second is the higher.
+    """
+
+    first: float
+    second: float
+    low: float
+    high: float
+    better: float
+
+    def __str__(self) -> str:
+        sign = "no difference shown" if self.low <= 0 <= self.high else "a difference"
+        return (
+            f"{self.first:.2f} -> {self.second:.2f}: {self.second - self.first:+.2f} "
+            f"[{self.low:+.2f}, {self.high:+.2f}], higher in {self.better:.1%} of the resamples ({sign})"
+        )
+
+
+def compare(
+    first: Sequence[Mapping[str, Any]],
+    second: Sequence[Mapping[str, Any]],
+    protocol: Protocol,
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> dict[str, Difference]:
+    """cIoU and gIoU of two models with paired bootstrap intervals.
+
+    Images are drawn, not samples: the sentences of an image are not independent of each other.
+
+    Raises:
+        UserError: the two do not hold the same samples.
+    """
+    key = lambda r: (r["image_id"], r["ann_id"], r["sentence_id"], r["text"])  # noqa: E731
+    ours, theirs = ({key(r): r for r in records} for records in (first, second))
+    if ours.keys() != theirs.keys():
+        only = [len(a.keys() - b.keys()) for a, b in ((ours, theirs), (theirs, ours))]
+        raise UserError(
+            f"not the same samples: {only[0]} are in the first file only, {only[1]} in the second only; "
+            "compare two evaluations of one split"
+        )
+    images = {image: i for i, image in enumerate(sorted({k[0] for k in ours}))}  # neither file's order matters
+    # A row an image: sums of w I, w U, w IoU and w.
+    sums = np.zeros((2, len(images), 4))
+    for model, records in enumerate((ours, theirs)):
+        for k, record in sorted(records.items(), key=lambda item: item[0]):
+            w, (i, u) = metrics.weight(record, protocol), metrics.counts(record, protocol)
+            sums[model, images[k[0]]] += w * i, w * u, w * metrics.sample_iou(record, protocol), w
+    rng, drawn = np.random.default_rng(seed), []
+    for _ in range(resamples):
+        often = np.bincount(rng.integers(len(images), size=len(images)), minlength=len(images))
+        drawn.append(_figures(np.einsum("i,mis->ms", often, sums), protocol))
+    spread = np.array(drawn)  # [resamples, model, figure]
+    whole = _figures(sums.sum(1), protocol)
+    differences = {}
+    for f, name in enumerate(("ciou", "giou")):
+        change = spread[:, 1, f] - spread[:, 0, f]
+        low, high = np.percentile(change, INTERVAL)
+        differences[name] = Difference(*map(float, (*whole[:, f], low, high, (change > 0).mean())))
+    return differences
+
+
+def _figures(sums: np.ndarray, protocol: Protocol) -> np.ndarray:
+    """[model, (cIoU, gIoU)] in percent from [model, (I, U, sum of IoU, n)]."""
+    i, u, values, n = sums.T
+    ciou = np.where(u > 0, i / np.maximum(u, 1), protocol.both_empty)
+    return 100 * np.stack([ciou, values / n], -1)
