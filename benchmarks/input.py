@@ -4,7 +4,8 @@
 
 An example is decoded, resized for both encoders (1024 and 384 pixels), its target masks rasterised and resized, its text made
 and tokenised, and everything packed into a batch. Both sides use one worker, which is their own process, and the same files:
-pictures of COCO's usual size with eight objects and eight expressions. The last line says how many cores keep stage 3 fed.
+pictures of COCO's usual size with eight objects and eight expressions, a small tokenizer. The last line says how many cores
+keep stage 3 fed if all of its examples were such.
 """
 
 from __future__ import annotations

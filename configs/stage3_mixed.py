@@ -6,7 +6,7 @@
 
 Batch and learning rates are the scaffold's (4 images a device on 16 devices, encoders at a tenth of the rate); two epochs
 and groups of 8 negatives are FlowSeg's. An image brings its 1,753 visual tokens, and behind them up to eight referring
-conversations, a question that names up to 128 kinds, or a chat.
+conversations, a question that names as many of 128 kinds as the text has room for, or a chat.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ def stage(llm: str) -> tuple[ConfigDict, FlowSegConfig]:
 def get_config(llm: str = "qwen3_4b") -> ConfigDict:
     config, model = stage(llm)
     model = dataclasses.replace(model, named_pass="flow", exclude_same_target=True)
-    config.init_from = ("runs/stage1_segmentor/model", "runs/stage2_align/model")
+    # Stage 1's SAM last: stage 2's copy of it rests in bfloat16.
+    config.init_from = ("runs/stage2_align/model", "runs/stage1_segmentor/model")
     config.data.objects = "referred"
     if llm == "tiny":
         config.steps = 400

@@ -317,10 +317,20 @@ def referring_targets(phrase_mask: Int[Array, "b k"], group: int, first: int | I
     return Targets(jnp.maximum(phrase_mask, NONE)[..., None], place[..., None], phrase_mask != NONE)
 
 
-def object_targets(labels: Int[Array, "b m"]) -> Targets:
-    """Every labelled mask of an image is a target of its one pass."""
+def object_targets(labels: Int[Array, "b m"], asked: Bool[Array, "b"]) -> Targets:
+    """Every labelled mask of an image is a target of its one pass, which counts where anything was asked."""
     masks = jnp.where(labels != NONE, jnp.arange(labels.shape[1]), NONE)
-    return Targets(masks[:, None], labels[:, None], (labels != NONE).any(-1, keepdims=True))
+    return Targets(masks[:, None], labels[:, None], asked[:, None])
+
+
+def named_targets(batch: Batch) -> Targets:
+    """Of the pass by name. Names of which the image has nothing make all queries background."""
+    return object_targets(batch.object_name, batch.name_valid.any(-1))
+
+
+def category_targets(batch: Batch) -> Targets:
+    """Of the pass by category, which only images with categories have."""
+    return object_targets(batch.object_class, (batch.object_class != NONE).any(-1))
 
 
 def training_terms(
@@ -378,9 +388,9 @@ def training_terms(
         at = k
 
     def all_objects(
-        name: str, logits: Array, embeds: Array, labels: Int[Array, "b m"], weight: float
+        name: str, logits: Array, embeds: Array, targets: Targets, weight: float
     ) -> tuple[Terms, tuple[Array, Array]]:
-        targets = object_targets(labels)
+        labels = targets.labels[:, 0]
         found, assigned = segmentation_terms(
             name, logits, embeds, out.mask_features, batch.masks, targets, points[name], cfg, refine
         )
@@ -392,13 +402,13 @@ def training_terms(
 
     if model.cfg.named_pass != "off":
         found, watched["named"] = all_objects(
-            "named", logits[:, :, at : at + 1], embeds[:, :, at : at + 1], batch.object_name, cfg.named
+            "named", logits[:, :, at : at + 1], embeds[:, :, at : at + 1], named_targets(batch), cfg.named
         )
         terms |= found
         at += 1
     if out.category_logits is not None:
         found, watched["categorised"] = all_objects(
-            "category", out.category_logits[:, :, None], embeds[:, :, at : at + 1], batch.object_class, cfg.category
+            "category", out.category_logits[:, :, None], embeds[:, :, at : at + 1], category_targets(batch), cfg.category
         )
         terms |= found
     return terms, watched
@@ -415,9 +425,9 @@ def denominators(model: FlowSegConfig, batch: Batch, cfg: LossConfig) -> dict[st
     if model.speaks and model.segments:
         kinds["refer"] = referring_targets(batch.phrase_mask, model.negatives_group)
     if model.named_pass != "off" and model.segments:
-        kinds["named"] = object_targets(batch.object_name)
+        kinds["named"] = named_targets(batch)
     if model.classes and model.segments:
-        kinds["category"] = object_targets(batch.object_class)
+        kinds["category"] = category_targets(batch)
     for name, targets in kinds.items():
         found |= targets.denominators(name, model.decoder.queries, cfg.background)
     return found

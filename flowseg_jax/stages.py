@@ -114,7 +114,7 @@ def main(data: Path = DATA, runs: Path = RUNS, size: Size = Size()) -> Outcome:
     stage(f"stage 2, words for images, no masks: {second} steps")
     words = train("stage2_align", "stage2", second, (f"sam={masks}",))
     stage(f"stage 3, everything, from stages 1 and 2: {third} steps")
-    whole = train("stage3_mixed", "stage3", third, (str(masks), str(words)))
+    whole = train("stage3_mixed", "stage3", third, (str(words), str(masks)))
     compared = {"stage 3 after stages 1 and 2": whole}
     if size.evaluated:
         stage(f"stage 3 alone, from nothing: {third} steps")

@@ -53,7 +53,7 @@ class Batch:
     Attributes:
         images: uint8 [B, S, S, 3], RGB, longest side resized to S, padded with 0 at the bottom and right (not yet normalised).
         scaled_size: int32 [B, 2], (h', w') of the resized image inside `images`.
-        vision_images: uint8 [B, V, V, 3], RGB, resized without keeping the aspect.
+        vision_images: uint8 [B, V, V, 3], RGB, resized without keeping the aspect (in stage 2 padded to a square before).
         tokens: int32 [B, T]; text ids, IMAGE_TOKEN in each visual slot, the pad id behind the end.
         positions: int32 [B, T], rotary position of each token.
         segments: int32 [B, T]; 0 = prefix that every conversation of the image sees, 1.. = conversation, NONE = padding. A

@@ -389,6 +389,11 @@ def check_fit(
         each = (length[s.prompt] + bound.answer_length(s.answer) for s in entry.samples)
         longest = sorted(each, reverse=True)[:phrases_at_most]
         kinds = sorted({c for c in entry.categories if c != NONE}) if names else []
+        if len(kinds) > shape.names:
+            raise UserError(
+                f"{entry.file_name}: has objects of {len(kinds)} kinds, but the batch has room for {shape.names} names; "
+                "raise data.names"
+            )
         needed = bound.needed(longest, [name_length[c] for c in kinds], task)
         if needed > worst:
             worst, worst_entry = needed, entry

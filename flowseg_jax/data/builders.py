@@ -19,6 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +68,8 @@ def prepare(
         splits: which splits; None for all.
         tokenizer_vocab: train a byte-level BPE of this many ids on the train split; None for no tokenizer.
         on_error: "stop" at the first damaged record; "record": list them all in `problems.txt` and leave them out.
-        processes: that read and write; None for the number of cores. Does not change the result.
-        log: receives progress at least every 10 s.
+        processes: that read and write; None for one a core, as far as memory goes. Does not change the result.
+        log: receives progress.
 
     Raises:
         UserError: anything wrong with the source, naming file and field. Nothing is left behind but finished shards, behind
@@ -87,7 +88,8 @@ def prepare(
     chosen = tuple(splits) if splits else opened.splits
     sizes = {split: opened.size(split) for split in chosen}  # an unknown split is an error before anything is written
     request = {"layout": layout, "splits": list(chosen), "on_error": on_error}
-    with _continued(out, request | {"files": _stamps(opened)}, log) as root:
+    same = request | {"files": _stamps(opened), "images": images and str(images), "format": FORMAT}
+    with _continued(out, same, log) as root:
         todo = [shard for split in chosen for shard in shards.divide(root / "shards", split, sizes[split])]
         reopen = functools.partial(_open_in_worker, layout, source, options, on_error == "record")
         _write(opened, todo, reopen, problems.keep, processes, log)
@@ -129,7 +131,7 @@ def _write(
     for split in dict.fromkeys(shard.split for shard in todo):
         log(f"{split}: {sum(s.stop - s.start for s in todo if s.split == split)} images")
     done, total, last = 0, sum(s.stop - s.start for s in missing), time.monotonic()
-    count = min(processes or os.cpu_count() or 1, len(missing))
+    count = min(processes or _affordable(layout), len(missing))
 
     def progress(shard: Shard) -> None:
         nonlocal done, last
@@ -155,9 +157,18 @@ def _write(
                     progress(running.pop(future))
                 if not finished:
                     log(f"{done} of {total} images")
+        except BrokenProcessPool:
+            raise UserError("a process died while it prepared, perhaps for want of memory: try fewer --processes") from None
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _affordable(layout: Layout) -> int:
+    """One process a core, but no more than memory has room for: each reads all annotations, and they grow tenfold."""
+    size = sum(Path(path).stat().st_size for path in layout.annotation_files)
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
+    return max(1, min(os.cpu_count() or 1, free // (10 * size + (1 << 29)) if free else 1))
 
 
 def _summary(layout: Layout, todo: Sequence[Shard], problems: Problems, root: Path, log: Log) -> dict[str, Any]:
@@ -247,7 +258,7 @@ def _continued(out: Path, request: Mapping[str, Any], log: Log) -> Iterator[Path
                     f"{out}: cannot be put in place ({error.strerror}); did another process write it meanwhile?"
                 ) from None
     except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror})") from None
+        raise UserError(f"{out}: cannot be written ({error})") from None
 
 
 @contextlib.contextmanager

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from flowseg_jax.data.leakage import image_key
+from flowseg_jax.data.leakage import image_key, is_training
 from flowseg_jax.data.prepared import Entry, Prepared
 from flowseg_jax.errors import UserError
 
@@ -60,7 +61,7 @@ def mix(
         sets: data sets and their weights: all 0 for the repeat-factor rule, else shares of an epoch, whose length is then the
             number of all images.
         split: which split of each.
-        held_out: {image key: evaluation set}, images that nothing is trained on.
+        held_out: images that nothing is trained on (`held_out_keys`).
 
     Raises:
         UserError: weights of which only some are given, an unknown split, or a set of which no image is left.
@@ -70,7 +71,9 @@ def mix(
         index = prepared.index(split)
         if not index:
             raise UserError(f"{prepared.directory}: split {split!r} has no images")
-        mine = tuple(i for i, e in enumerate(index) if not held_out or prepared.key(e.file_name) not in held_out)
+        mine = tuple(
+            i for i, e in enumerate(index) if not held_out or held_out.keys().isdisjoint((e.key, image_key(e.file_name)))
+        )
         if not mine:
             raise UserError(f"{prepared.directory}: every image of split {split!r} is held out for evaluation (data.held_out)")
         kept.append((prepared, mine, len(index) - len(mine)))
@@ -115,32 +118,45 @@ class Order:
 
 
 def held_out_keys(sources: Iterable[str | Path | Prepared]) -> dict[str, str]:
-    """{image key: what holds it out} of everything that is evaluated on.
+    """{image: what holds it out} of everything that is evaluated on. An image is an `Entry.key`, or its name's `image_key`.
 
     Args:
-        sources: prepared data sets, or their directories: the images of all splits but "train"; or text files with one image
-            a line, a COCO number or a file name.
+        sources: prepared data sets, or their directories: the images of all splits but "train"; text files with one image a
+            line, a COCO number or a file name as the data set has it; Visual Genome's `image_data.json`, which tells the COCO
+            numbers of its images and so which of them the others hold out.
 
     Raises:
-        UserError: a source that is neither.
+        UserError: a source that is none of these, or a directory without an evaluation split.
     """
     keys: dict[str, str] = {}
+    genomes: list[Path] = []
     for source in sources:
-        if not isinstance(source, Prepared):
-            path = Path(source)
-            if path.is_file():
-                keys |= _listed(path)
-                continue
-            if not path.is_dir():
-                raise UserError(
-                    f"data.held_out: {path} is not there; prepare that evaluation set, name a text file of image names or COCO "
-                    "numbers, or take it off the list to train on its images too"
-                )
-            source = Prepared.open(path)
-        for split in source.splits:
-            if split != "train":
-                keys |= {source.key(e.file_name): f"{source.directory} {split}" for e in source.index(split)}
+        if isinstance(source, Prepared):
+            keys |= _evaluated(source)
+            continue
+        path = Path(source)
+        if path.is_file() and path.suffix == ".json":
+            genomes.append(path)
+        elif path.is_file():
+            keys |= _listed(path)
+        elif path.is_dir():
+            found = _evaluated(Prepared.open(path))
+            if not found:
+                raise UserError(f"data.held_out: {path} has no evaluation split: prepare it with all of its splits")
+            keys |= found
+        else:
+            raise UserError(
+                f"data.held_out: {path} is not there; prepare that evaluation set, name a text file of image names or COCO "
+                "numbers, or take it off the list to train on its images too"
+            )
+    for path in genomes:  # when everything else is known
+        keys |= _of_visual_genome(path, keys)
     return keys
+
+
+def _evaluated(prepared: Prepared) -> dict[str, str]:
+    splits = [split for split in prepared.splits if not is_training(split)]
+    return {entry.key: f"{prepared.directory} {split}" for split in splits for entry in prepared.index(split)}
 
 
 def _listed(path: Path) -> dict[str, str]:
@@ -148,4 +164,15 @@ def _listed(path: Path) -> dict[str, str]:
         names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"data.held_out: {path} is no text file of image names ({error})") from None
-    return {image_key(f"{int(name):012d}.jpg" if name.isdigit() else name): str(path) for name in names}
+    return {image_key(f"{int(name):012d}.jpg" if name.isdecimal() else name): str(path) for name in names}
+
+
+def _of_visual_genome(path: Path, held_out: Mapping[str, str]) -> dict[str, str]:
+    """Visual Genome's images that are held out under their COCO numbers, by the names that LLaVA's chats give them."""
+    try:
+        pairs = [(int(e["image_id"]), e["coco_id"]) for e in json.loads(path.read_bytes())]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"data.held_out: {path} is not Visual Genome's image_data.json ({error})") from None
+    folders = ("vg/VG_100K", "vg/VG_100K_2", "gqa/images")
+    numbers = [number for number, coco in pairs if coco is not None and f"coco:{coco}" in held_out]
+    return {image_key(f"{folder}/{number}.jpg"): str(path) for number in numbers for folder in folders}

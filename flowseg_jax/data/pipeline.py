@@ -113,15 +113,19 @@ class TrainData:
         self._global_batch, self._numbers = shape.batch, _check_rows(rows, shape.batch)
         self.shape = dataclasses.replace(shape, batch=len(self._numbers))
         self._rows = [Rows(member, self.shape, prompts, tokenizer, visual_tokens, options) for member in self.members]
+        options.check_families({family for rows in self._rows for family in rows.families})
         self._order = Order(self.members, seed)
         self.epoch = self._order.epoch
         self._open(options.cache_bytes)
 
     @property
     def digest(self) -> str:
-        """Of everything that is trained on."""
-        digests = [member.prepared.digest for member in self.members]
-        return digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
+        """Of everything that is trained on, in its order: the data sets, their images that are not held out, their slots."""
+        found = hashlib.sha256()
+        for member in self.members:
+            found.update(f"{member.prepared.digest} {member.split} {member.slots} ".encode())
+            found.update(np.asarray(member.records, np.int64).tobytes())
+        return found.hexdigest()
 
     def _open(self, cache_bytes: int) -> None:
         self._sources = [member.prepared.source(member.split) for member in self.members]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from flowseg_jax.data.leakage import image_key
 from flowseg_jax.data.records import Example, Sample, from_record, samples
 from flowseg_jax.errors import UserError, suggest
 
-FORMAT = 2  # of the files below; raised when they change
+FORMAT = 3  # of the files below; raised when they change
 METADATA = "metadata.json"
 
 
@@ -24,6 +25,7 @@ class Entry:
 
     Attributes:
         image_id, file_name, height, width: the image.
+        picture: a digest of the encoded image.
         categories: category of each object, NONE (-1) for a crowd region and where nothing has a category.
         samples: what can be asked, sorted.
     """
@@ -32,8 +34,15 @@ class Entry:
     file_name: str
     height: int
     width: int
+    picture: str
     categories: tuple[int, ...]
     samples: tuple[Sample, ...]
+
+    @property
+    def key(self) -> str:
+        """What the picture is in any data set: COCO's number, else a digest of the file."""
+        key = image_key(self.file_name)
+        return key if key.startswith("coco:") else f"picture:{self.picture}"
 
 
 def index_entry(example: Example) -> dict[str, Any]:
@@ -42,6 +51,7 @@ def index_entry(example: Example) -> dict[str, Any]:
         "image_id": example.image_id,
         "file_name": example.file_name,
         "size": [example.height, example.width],
+        "picture": hashlib.sha256(example.image).hexdigest()[:32],
         "categories": [NONE if a.crowd or a.ignore else a.category for a in example.annotations],
         "samples": [
             [s.ann_id, s.ref_id, s.sentence_id, s.sentence, s.family, s.annotations, s.count, s.answer]
@@ -56,7 +66,7 @@ def _entry(line: str) -> Entry:
     asked = tuple(
         Sample(image, name, a, r, i, text, f, tuple(at), n, text, answer) for a, r, i, text, f, at, n, answer in raw["samples"]
     )
-    return Entry(image, name, *raw["size"], tuple(raw["categories"]), asked)
+    return Entry(image, name, *raw["size"], raw["picture"], tuple(raw["categories"]), asked)
 
 
 class Prepared:
@@ -106,10 +116,6 @@ class Prepared:
                 "remove it and prepare it again"
             )
         return cls(directory, metadata)
-
-    def key(self, file_name: str) -> str:
-        """What identifies an image of this data set in others too (`leakage.image_key`)."""
-        return image_key(file_name, self.metadata["request"]["layout"])
 
     def check_split(self, split: str) -> None:
         """Raises a `UserError` that lists the known splits unless `split` is one of them."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 from PIL import Image
@@ -17,7 +17,7 @@ from flowseg_jax.data.records import Annotation, Example, Sample, Turn, samples
 from flowseg_jax.data.tokenizer import Tokenizer
 from flowseg_jax.errors import UserError, suggest
 
-_ANY = "*"
+ANY_FAMILY = "*"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +79,13 @@ class TrainOptions:
         """The families' weights at a step, None where all phrases count alike."""
         return next((weights for until, weights in self.curriculum if step < until), None)
 
+    def check_families(self, known: Collection[str]) -> None:
+        """Raises a UserError if the curriculum names a family that no data set has."""
+        for _, weights in self.curriculum:
+            for family in weights:
+                if family != ANY_FAMILY and family not in known:
+                    raise UserError(f"data.curriculum: no data set has the family {family!r}{suggest(family, known)}")
+
 
 @dataclasses.dataclass(frozen=True)
 class Decoded:
@@ -116,6 +123,7 @@ class Rows:
         self.task, self._categories = member.prepared.task, member.prepared.categories
         self._shape, self._prompts, self._tokenizer, self._options = shape, prompts, tokenizer, options
         self._phrases = min(options.max_phrases or shape.phrases, shape.phrases)
+        self.families = frozenset(member.prepared.families(member.split)) if options.curriculum else frozenset()
         self._name_lengths: list[int] = []
         if tokenizer is not None:
             self._bound = LengthBound(prompts, tokenizer, visual)
@@ -151,13 +159,6 @@ class Rows:
                     f"{where}: to name {self._categories[worst]!r} takes {needed} tokens, data.text is {shape.text}"
                 )
         if self.task in ("referring", "reasoning"):
-            for _, weights in options.curriculum:
-                families = member.prepared.families(member.split)
-                for family in weights:
-                    if family != _ANY and family not in families:
-                        raise UserError(
-                            f"data.curriculum: split {member.split!r} has no family {family!r}{suggest(family, families)}"
-                        )
             named = self._categories if options.include_generic and self.task == "referring" else ()
             everything = options.objects == "all" and self.task == "referring"
             batching.check_fit(entries, self._phrases, shape, self._bound, named, everything, self.task)
@@ -186,10 +187,10 @@ class Rows:
         """At most K samples, without replacement, in random order; families weighted by the curriculum."""
         draws = rng.exponential(size=len(asked))  # the smallest of draw / weight win: weighted sampling without replacement
         weights = self._options.weights(step)
-        if weights is None:
+        if weights is None or not (ANY_FAMILY in weights or self.families & weights.keys()):  # not about this data set
             keyed = list(zip(draws, range(len(asked)), strict=True))
         else:
-            each = [weights.get(s.family, weights.get(_ANY, 0.0)) for s in asked]
+            each = [weights.get(s.family, weights.get(ANY_FAMILY, 0.0)) for s in asked]
             keyed = [(draw / w, i) for i, (draw, w) in enumerate(zip(draws, each, strict=True)) if w > 0]
         return [asked[i] for _, i in sorted(keyed)[: self._phrases]]
 
@@ -242,7 +243,8 @@ class Rows:
                     named.append(int(kind))
             targets = [i for kind in named for i in of_kind[kind]]
             if self._options.negatives:
-                others = [k for k in range(len(self._categories)) if k not in of_kind]
+                there = {a.category for a in decoded.annotations}  # crowds and what jitter cut off as well
+                others = [k for k in range(len(self._categories)) if k not in there]
                 count = rng.integers(0, max(min(shape.names, len(self._categories)) - len(named), 0) + 1)
                 for kind in rng.permutation(others)[:count]:
                     if not self._fits([*named, kind]):

@@ -101,7 +101,6 @@ class Shard:
                 digest.update(json.dumps(line, sort_keys=True).encode())
                 for text in (*(a.rle + a.once for a in example.annotations), *(t.question + t.answer for t in example.turns)):
                     digest.update(text.encode())
-                digest.update(hashlib.sha256(example.image).digest())
                 counts["images"] += 1
                 counts["refs"] += len({e.ref_id for e in example.expressions})
                 counts["sentences"] += len(example.expressions)

@@ -19,9 +19,9 @@ from flowseg_jax.losses import (
     LossConfig,
     Points,
     Targets,
+    category_targets,
     divide,
     level_losses,
-    object_targets,
     referring_targets,
     training_terms,
 )
@@ -136,7 +136,7 @@ def supervised(out: TrainingOutput, batch: Batch, kind: str, group: int) -> tupl
     embeds = split(out.decoder.mask_embeds)
     if kind == "refer":
         return split(out.decoder.class_logits)[:, :, :k], embeds[:, :, :k], referring_targets(batch.phrase_mask, group)
-    return out.category_logits[:, :, None], embeds[:, :, -1:], object_targets(batch.object_class)
+    return out.category_logits[:, :, None], embeds[:, :, -1:], category_targets(batch)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4, 5, 6), compiler_options=COMPILE_FAST)

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from flowseg_jax.checkpoint import Checkpoints, changed_keys
 from flowseg_jax.config import to_json
 from flowseg_jax.data.builders import ensure_shapes
+from flowseg_jax.data.leakage import is_training
 from flowseg_jax.data.mixture import Member, held_out_keys, mix
 from flowseg_jax.data.pipeline import TrainData, open_tokenizer
 from flowseg_jax.data.prepared import Prepared
@@ -38,6 +39,8 @@ MAY_CHANGE = (
     "checkpoint",
     "mesh",
     "data.dir",
+    "data.sets",
+    "data.held_out",
     "data.threads",
     "data.workers",
     "init_from",
@@ -64,6 +67,8 @@ def open_members(config: ConfigDict) -> tuple[Member, ...]:
     members = mix(sets, held_out=held_out_keys([*data.held_out, *(prepared for prepared, _ in sets)]))
     for member in members:
         left = f", {member.held_out:,} held out for evaluation" if member.held_out else ""
+        if len(members) > 1 and member.prepared.task != "chat" and all(map(is_training, member.prepared.splits)):
+            left += "; it has no evaluation split, so no image is held out for it"
         if left or len(members) > 1:
             share = member.slots / sum(m.slots for m in members)
             say(f"{member.prepared.directory}: {len(member.records):,} images, {share:.1%} of an epoch{left}")
@@ -121,6 +126,11 @@ def train(config: ConfigDict, workdir: str | os.PathLike, profile: Profile | Non
             raise UserError(
                 f"{workdir} holds a run with other values of {', '.join(changed)}; use another --workdir or its config"
             )
+        if meta.get("data", data.digest) != data.digest:
+            raise UserError(
+                f"{workdir} holds a run on other training data: a data set, or what is held out of it, has changed since; "
+                "use another --workdir or the data as they were"
+            )
 
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(workdir, **config.checkpoint))
@@ -159,7 +169,9 @@ def train(config: ConfigDict, workdir: str | os.PathLike, profile: Profile | Non
             if step % config.checkpoint_every == 0 or last or stopped:
                 report.read()  # a checkpoint has all lines up to its step before it
                 writer.flush()
-                checkpoints.save(step, as_tree(state), {"config": resolved, "data_position": step}, metrics)
+                checkpoints.save(
+                    step, as_tree(state), {"config": resolved, "data_position": step, "data": data.digest}, metrics
+                )
             if stopped and not last:
                 checkpoints.wait()
                 say(f"stopped: the state of step {step} is saved in {workdir}; the same command continues")

@@ -69,6 +69,10 @@ class Plan:
         shape = BatchShape(config.batch_size, data.text, data.phrases, data.masks, *sides, names)
         if config.batch_size % model.negatives_group:
             raise UserError(f"batch_size {config.batch_size} is no multiple of model.negatives_group {model.negatives_group}")
+        if data.square and model.parts == "all":
+            raise UserError(
+                "data.square is for models without a mask decoder (stage 2): evaluation and prediction stretch images"
+            )
         if model.segments and data.masks > model.decoder.queries:
             raise UserError(
                 f"data.masks is {data.masks}, and a target takes one of the model.decoder.queries={model.decoder.queries}: "

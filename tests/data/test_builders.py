@@ -11,7 +11,7 @@ import pytest
 from flowseg_jax.data import builders
 from flowseg_jax.data.__main__ import main
 from flowseg_jax.data.formats.refcoco import RefCoco
-from flowseg_jax.data.prepared import Prepared
+from flowseg_jax.data.prepared import FORMAT, Prepared
 from flowseg_jax.data.records import examples, samples
 from flowseg_jax.errors import UserError
 
@@ -183,7 +183,7 @@ def test_opening_what_is_not_prepared(prepared, tmp_path):
     with pytest.raises(UserError, match=r"not a prepared data set \(no metadata\.json\); make one with"):
         Prepared.open(tmp_path)
     (tmp_path / "metadata.json").write_text(json.dumps({**prepared.metadata, "format": 0}))
-    with pytest.raises(UserError, match="prepared in format 0, this version reads 2; remove it and prepare it again"):
+    with pytest.raises(UserError, match=f"prepared in format 0, this version reads {FORMAT}; remove it and prepare it again"):
         Prepared.open(tmp_path)
     with pytest.raises(UserError, match="unknown split 'trian'"):
         prepared.index("trian")

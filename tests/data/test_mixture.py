@@ -1,15 +1,19 @@
 """Mixtures: how often each data set comes, in which order, and what nothing is trained on."""
 
 import itertools
+import json
 import math
 from collections import Counter
 
 import minicoco
 import minirefcoco
 import pytest
+from PIL import Image
 
 from flowseg_jax.data import builders
+from flowseg_jax.data.leakage import image_key
 from flowseg_jax.data.mixture import Member, Order, held_out_keys, mix, repeats
+from flowseg_jax.data.pipeline import TrainData
 from flowseg_jax.errors import UserError
 
 
@@ -90,13 +94,69 @@ def test_images_of_evaluation_splits_are_not_trained_on(refcoco, panoptic, tmp_p
         assert named == {1}
 
 
+def own(root, pictures, split):
+    """A prepared data set of one's own: {file name: shade of the picture}."""
+    root.mkdir()
+    lines = []
+    for name, shade in pictures.items():
+        Image.new("RGB", (20, 10), (shade, 0, 0)).save(root / name)
+        lines.append({"image": name, "expressions": ["x"], "mask": [1, 1, 9, 1, 9, 9], "split": split})
+    (root / "own.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return builders.prepare(root, root.parent / f"{root.name}-prepared", layout="jsonl", log=quiet)
+
+
+def test_other_pictures_are_told_apart_by_what_is_in_them(tmp_path):
+    """Two sets may call different pictures alike, and the same picture differently."""
+    train = own(tmp_path / "a", {"1.png": 10, "2.png": 20, "3.png": 30}, "train")
+    evaluated = own(tmp_path / "b", {"1.png": 99, "other.png": 20}, "val")
+    (member,) = mix([(train, 0.0)], held_out=held_out_keys([evaluated]))
+    assert [e.file_name for e in member.entries()] == ["1.png", "3.png"]
+    by_name = tmp_path / "names.txt"
+    by_name.write_text("3.png\n²\n")
+    (member,) = mix([(train, 0.0)], held_out=held_out_keys([by_name]))
+    assert [e.file_name for e in member.entries()] == ["1.png", "2.png"]
+
+
+def test_visual_genome_tells_which_of_its_pictures_are_held_out(refcoco, tmp_path):
+    genome = tmp_path / "image_data.json"
+    genome.write_text(
+        json.dumps([{"image_id": 77, "coco_id": 2}, {"image_id": 78, "coco_id": 1}, {"image_id": 79, "coco_id": None}])
+    )
+    keys = held_out_keys([genome, refcoco])  # in any order
+    assert keys.keys() >= {image_key("vg/VG_100K/77.jpg"), image_key("vg/VG_100K_2/77.jpg"), image_key("gqa/images/77.jpg")}
+    assert not any("78" in key or "79" in key for key in keys)
+    genome.write_text("[{}]")
+    with pytest.raises(UserError, match=r"image_data.json is not Visual Genome's image_data.json \('image_id'\)"):
+        held_out_keys([genome])
+
+
+def test_a_set_without_evaluation_images_holds_nothing_out_and_says_so(tmp_path):
+    train = own(tmp_path / "a", {"1.png": 10}, "train")
+    with pytest.raises(UserError, match="a-prepared has no evaluation split: prepare it with all of its splits"):
+        held_out_keys([train.directory])
+    assert held_out_keys([train]) == {}
+
+
+def test_the_digest_of_what_is_trained_on_knows_images_and_slots(refcoco, panoptic):
+    """A resumed run compares it: the position in the data means something in these data alone."""
+
+    def digest(*sets, **held_out):
+        data = TrainData.__new__(TrainData)
+        data.members = mix(list(sets), **held_out)
+        return data.digest
+
+    both = (refcoco, 0.0), (panoptic, 0.0)
+    digests = [digest(*both), digest(*both, held_out={"coco:2": "x"}), digest((refcoco, 3.0), (panoptic, 1.0)), digest(both[0])]
+    assert len(set(digests)) == 4 and digest(*both) == digests[0]
+
+
 def test_held_out_errors(refcoco, panoptic, tmp_path):
     with pytest.raises(UserError, match=r"data.held_out: nowhere is not there; prepare that evaluation set, name a text file"):
         held_out_keys(["nowhere"])
     (tmp_path / "binary").write_bytes(b"\xff\xfe\xff")
     with pytest.raises(UserError, match="binary is no text file of image names"):
         held_out_keys([tmp_path / "binary"])
-    everything = {panoptic.key(e.file_name): "x" for e in panoptic.index("train")}
+    everything = {e.key: "x" for e in panoptic.index("train")}
     with pytest.raises(UserError, match=r"every image of split 'train' is held out for evaluation \(data.held_out\)"):
         mix([(panoptic, 0.0)], held_out=everything)
 

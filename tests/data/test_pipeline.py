@@ -255,6 +255,8 @@ def test_too_small_shapes_are_refused_before_training(train):
         train(shape=dataclasses.replace(SHAPE, text=60))
     with pytest.raises(UserError, match="has 2 objects, but the batch has room for 1 masks; raise the number of masks or set"):
         train(shape=dataclasses.replace(SHAPE, masks=1))
+    with pytest.raises(UserError, match="has objects of 2 kinds, but the batch has room for 1 names; raise data.names"):
+        train(shape=dataclasses.replace(SHAPE, names=1), include_generic=True)
     with pytest.raises(UserError, match="room for 2 masks, fewer than its 4 phrases"):
         train(shape=dataclasses.replace(SHAPE, masks=2), objects="referred")
 
@@ -282,7 +284,7 @@ def test_option_errors(prepared, train):
         TrainOptions(curriculum=((5, {}), (5, {})))
     with pytest.raises(UserError, match="weights must not be negative"):
         TrainOptions(curriculum=((5, {"attribute": -1.0}),))
-    with pytest.raises(UserError, match=r"split 'train' has no family 'atribute' \(did you mean 'attribute'"):
+    with pytest.raises(UserError, match=r"no data set has the family 'atribute' \(did you mean 'attribute'"):
         train(curriculum=((5, {"atribute": 1.0}),))
     with pytest.raises(UserError, match="data.workers must not be negative, got -2"):
         TrainOptions(workers=-2)

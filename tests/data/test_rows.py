@@ -172,6 +172,34 @@ def test_chat_teaches_its_answers_and_is_cut_where_the_text_ends(train, sets):
     assert max(used) == 24
 
 
+def test_a_curriculum_is_about_the_data_sets_that_have_its_families(train, sets):
+    """The others ask as always; a family that no set has is an error."""
+    data = train("refcoco", "reasonseg", curriculum=((10, {"attribute": 1.0}),))
+    asked = dict.fromkeys(("referring", "reasoning"), 0)
+    for batch, b in rows(data, 9):
+        number = int((batch.phrase_mask[b] != NONE).sum())
+        reasoning = any(e.image_id == batch.example_id[b] for e in sets["reasonseg"].index("train"))
+        asked["reasoning" if reasoning else "referring"] += number
+        if not reasoning:
+            assert all(word not in text(batch, b, sets) for word in ("number", "left"))  # of the other families
+    assert min(asked.values()) > 0
+    with pytest.raises(UserError, match="no data set has the family 'atribute'"):
+        train("refcoco", "reasonseg", curriculum=((10, {"atribute": 1.0}),))
+
+
+def test_a_crowd_is_not_named_as_absent(train, sets):
+    """Its kind is there, though it is no target."""
+    source = sets["coco-panoptic"].source("train")
+    crowds = {source[i].image_id: {a.category for a in source[i].annotations if a.crowd} for i in range(len(source))}
+    names = sets["coco-panoptic"].categories
+    assert any(crowds.values())
+    for batch, b in rows(train("coco-panoptic", negatives=True), 20):
+        kinds = {names[c] for c in batch.object_class[b][batch.mask_valid[b]]}
+        spans = [batch.tokens[b][batch.phrase_ids[b] == SHAPE.phrases + k][1:-1] for k in range(batch.name_valid[b].sum())]
+        absent = {sets["tokenizer"].hf.decode(span).strip() for span in spans} - kinds
+        assert not absent & {names[c] for c in crowds[int(batch.example_id[b])]}
+
+
 def test_tasks_share_a_batch(train, sets):
     names = ("refcoco", "reasonseg", "coco-panoptic", "llava")
     data = train(*names, shape=dataclasses.replace(SHAPE, batch=8), negatives=True)
