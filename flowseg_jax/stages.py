@@ -48,7 +48,7 @@ class Size:
     reasonseg: int = 200
     panoptic: int = 800
     chat: int = 800
-    steps: tuple[int, int, int] = (400, 150, 300)
+    steps: tuple[int, int, int] = (350, 120, 260)
     evaluated: int = 80
 
 
