@@ -37,9 +37,11 @@ def batch():
     phrases[5:, 1:] = NONE
     phrases[7] = NONE
     names[2, 0] = names[6] = NONE
+    asked = np.arange(8)[:, None] != [6] * batch.name_valid.shape[1]
     classes[4:, 1:] = NONE
     labels[3:5] = NO_LABEL
-    return dataclasses.replace(batch, phrase_mask=phrases, object_name=names, object_class=classes, labels=labels)
+    named = {"object_name": names, "name_valid": asked}
+    return dataclasses.replace(batch, phrase_mask=phrases, object_class=classes, labels=labels, **named)
 
 
 @pytest.fixture(scope="module")
