@@ -106,7 +106,7 @@ class Prepared:
         except FileNotFoundError:
             raise UserError(
                 f"{directory}: not a prepared data set (no {METADATA}); make one with "
-                f"`python -m flowseg_jax.data prepare --source LAYOUT --out {directory}`"
+                f"`python -m flowseg_jax.data prepare --layout LAYOUT --source DIR --out {directory}`"
             ) from None
         except (OSError, ValueError) as error:
             raise UserError(f"{directory / METADATA}: cannot be read ({error})") from None

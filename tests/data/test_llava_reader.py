@@ -107,7 +107,7 @@ def test_named_image_folder(tmp_path):
 
 
 def test_which_file(tmp_path):
-    with pytest.raises(UserError, match=r"no \*\.json here; name the file of the chats with the option file"):
+    with pytest.raises(UserError, match=r"no \*\.json here; name the file of the chats with --file"):
         Llava(tmp_path)
     mini.write(tmp_path, name="mine.json")
     assert Llava(tmp_path).annotation_files == (tmp_path / "mine.json",)

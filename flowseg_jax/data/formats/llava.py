@@ -39,7 +39,7 @@ def chat_file(root: Path, file: str | Path | None) -> Path:
     known = [path for path in found if path.name in KNOWN] or found
     if len(known) != 1:
         names = ", ".join(path.name for path in known) or "no *.json"
-        raise UserError(f"{root}: {names} here; name the file of the chats with the option file")
+        raise UserError(f"{root}: {names} here; name the file of the chats with --file")
     return known[0]
 
 
