@@ -82,6 +82,17 @@ def copy_tree(source: epath.Path, target: epath.Path) -> None:
             (target / entry.name).write_bytes(entry.read_bytes())
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Writes a whole local file or none of it; its folder is made. UserError where that is not possible."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(path.name + ".part")
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; choose a folder you can write to") from error
+
+
 @functools.cache
 def local_directory(directory: epath.Path) -> Path:
     """The directory itself where it is local, else a copy that lives as long as this process."""

@@ -237,7 +237,7 @@ def _continued(out: Path, request: Mapping[str, Any], log: Log) -> Iterator[Path
             if out.is_dir() and any(out.iterdir()):
                 raise UserError(f"{out}: another process has prepared it meanwhile")
             stamp = root / REQUEST
-            if not stamp.exists() or json.loads(stamp.read_text()) != json.loads(json.dumps(request)):
+            if not stamp.exists() or stamp.read_text() != json.dumps(request):
                 for left in root.iterdir():
                     if left.name != "lock":
                         shutil.rmtree(left) if left.is_dir() else left.unlink()

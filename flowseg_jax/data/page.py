@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import html
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from flowseg_jax.errors import UserError
+from flowseg_jax import storage
 
 
 def text(value: object) -> str:
@@ -29,13 +28,7 @@ def write(path: Path, title: str, body: Sequence[str]) -> None:
     page = f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{text(title)}</title>'
     page += '<meta name="viewport" content="width=device-width, initial-scale=1">'
     page += f"<style>{_STYLE}</style></head>\n<body><main>\n" + "\n".join(body) + "\n</main></body></html>\n"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        part.write_text(page, encoding="utf-8")
-        os.replace(part, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; choose a folder you can write to") from error
+    storage.replace_text(path, page)
 
 
 _STYLE = """

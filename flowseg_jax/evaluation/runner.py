@@ -9,7 +9,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import json
-import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from flowseg_jax import storage
 from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation import metrics, postprocess, protocols
 from flowseg_jax.evaluation.examples import Example, Gallery
@@ -185,8 +185,8 @@ def evaluate(
     for other, figures in result["also"].items():
         say(f"evaluate {name}: {other}, n {figures['n']}, cIoU {figures['ciou']:.2f}, gIoU {figures['giou']:.2f}")
     if out is not None:
-        _replace(Path(out) / f"{name}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
-        _replace(Path(out) / f"{name}.json", json.dumps(result, indent=1) + "\n")
+        storage.replace_text(Path(out) / f"{name}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+        storage.replace_text(Path(out) / f"{name}.json", json.dumps(result, indent=1) + "\n")
     return Evaluation(result, records, kept.examples())
 
 
@@ -241,14 +241,3 @@ def _record(
 
 def _number(value: Any) -> float | None:
     return float(value) if np.isfinite(value) else None  # NaN is not JSON
-
-
-def _replace(path: Path, text: str) -> None:
-    """Writes a whole file or none of it."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; choose a folder you can write to") from error

@@ -6,6 +6,7 @@ hundred has no object; the images of 2014 are called COCO_train2014_*.jpg.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import json
 import re
@@ -63,7 +64,7 @@ def find_files(root: str | Path, kind: str, year: str | int | None) -> tuple[Pat
     raise UserError(f"{root}: no annotations/{kind}_{{train,val}}2017.json here; pass the folder that holds annotations/")
 
 
-class Coco:
+class Coco(abc.ABC):
     """What the COCO readers share: files, splits, categories. A subclass reads the objects and makes the examples."""
 
     task = "generic"
@@ -102,9 +103,9 @@ class Coco:
             raise UserError(f"{path}: categories: differ from those of {self.annotation_files[0]}; use files of one release")
         self._category_index, self.categories = index, names
 
+    @abc.abstractmethod
     def _read_objects(self, table: Any, path: Path, images: dict[int, Any], problems: Problems) -> dict[int, Any]:
         """The objects by image id. None for an image with a damaged record: it is left out, as its labels are incomplete."""
-        raise NotImplementedError
 
     def _image_id(self, entry: Any, images: dict[int, Any], where: str) -> int:
         image_id = field(entry, "image_id", int, where)

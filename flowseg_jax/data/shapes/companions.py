@@ -13,9 +13,7 @@ As in the benchmark's own training split, no combination of its testB occurs.
 from __future__ import annotations
 
 import json
-import os
 import random
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
@@ -25,7 +23,7 @@ from PIL import Image
 
 from flowseg_jax.data.shapes import chat as talk
 from flowseg_jax.data.shapes import outline
-from flowseg_jax.data.shapes.generator import open_partial, say, umask
+from flowseg_jax.data.shapes.generator import say, whole_directory
 from flowseg_jax.data.shapes.render import render
 from flowseg_jax.data.shapes.riddles import RIDDLES, Riddle
 from flowseg_jax.data.shapes.scene import REFERENCE_SIZE, SHAPES, Scene, compose, draw_attributes, is_held_out, place
@@ -104,21 +102,16 @@ def write(
     for name, number in (("reasonseg", reasonseg), ("panoptic", panoptic), ("chat", chat)):
         if number < LEAST[name]:
             raise UserError(f"companions need at least {LEAST[name]} images for {name}, got {number}")
-    partial = open_partial(directory)
     counts: dict[str, int] = {}
-    try:
-        with open(partial / "scenes.jsonl", "w", encoding="utf-8") as sidecar:
-            studio = _Studio(partial, seed, sidecar)
-            for make, number in ((_reasonseg, reasonseg), (_panoptic, panoptic), (_llava, chat)):
-                made = make(studio, number)
-                report(f"companions: {', '.join(f'{n} images in {folder}' for folder, n in made.items())}")
-                counts |= made
-        os.chmod(partial, 0o777 & ~umask())
-        os.rename(partial, directory)
-    except OSError as error:
-        raise UserError(f"{directory}: cannot write the companions: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with (
+        whole_directory(directory, "the companions") as partial,
+        open(partial / "scenes.jsonl", "w", encoding="utf-8") as sidecar,
+    ):
+        studio = _Studio(partial, seed, sidecar)
+        for make, number in ((_reasonseg, reasonseg), (_panoptic, panoptic), (_llava, chat)):
+            made = make(studio, number)
+            report(f"companions: {', '.join(f'{n} images in {folder}' for folder, n in made.items())}")
+            counts |= made
     report(f"wrote {directory}")
     return counts
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import multiprocessing
@@ -11,9 +12,8 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,11 +94,10 @@ def generate(
         workers = 1 if images < 256 else os.cpu_count() or 1
     if workers < 1:
         raise UserError(f"workers must be at least 1, got {workers}")
-    partial = open_partial(out)
-    try:
+    with whole_directory(out, "the benchmark") as partial:
         (partial / "images").mkdir()
         make = functools.partial(make_record, recipe=recipe, folder=partial / "images")
-        with nullcontext() if workers == 1 else _pool(workers) as executor:
+        with contextlib.nullcontext() if workers == 1 else _pool(workers) as executor:
             jobs = range(images), splits
             made = map(make, *jobs) if executor is None else executor.map(make, *jobs, chunksize=16)
             try:
@@ -109,12 +108,6 @@ def generate(
                 raise
         report("shapes: writing the annotations")
         statistics = writer.write(partial, records, recipe)
-        os.chmod(partial, 0o777 & ~umask())
-        os.rename(partial, out)
-    except OSError as error:
-        raise UserError(f"{out}: cannot write the benchmark: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     report(f"{statistics}\nwrote {out}")
     return statistics
 
@@ -252,18 +245,31 @@ def _with_progress(made: Iterable, total: int, report: Callable[[str], None]) ->
             report(f"shapes: {done}/{total} images, {rate:.0f} images/s, {(total - done) / rate:.0f} s left")
 
 
-def open_partial(out: Path) -> Path:
-    """A new hidden directory beside `out`: a rename within one directory is atomic."""
+@contextlib.contextmanager
+def whole_directory(out: Path, what: str) -> Iterator[Path]:
+    """A new hidden directory beside `out`, which becomes `out` when the block ends well and vanishes when it does not.
+
+    Raises:
+        UserError: `out` holds something, or `what` cannot be written.
+    """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} already exists; delete it or choose another --out")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
     except OSError as error:
         raise UserError(f"{out}: cannot create the directory: {error.strerror}") from error
+    try:
+        yield partial
+        os.chmod(partial, 0o777 & ~_umask())
+        os.rename(partial, out)
+    except OSError as error:
+        raise UserError(f"{out}: cannot write {what}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
-def umask() -> int:
+def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
