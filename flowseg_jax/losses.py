@@ -355,9 +355,8 @@ def training_terms(
     """
     b, k = batch.phrase_mask.shape
     terms: Terms = {}
-    if (
-        cfg.language and out.hidden is not None
-    ):  # a vocabulary is expensive, and a frozen language model has nothing to learn from it
+    # Not at weight 0: a vocabulary is expensive, and a frozen language model has nothing to learn from it.
+    if cfg.language and out.hidden is not None:
         total, count = next_token_loss(
             out.hidden, out.vocabulary, batch.labels, cfg.vocabulary_chunk, first=max(1, model.cfg.visual_tokens)
         )
