@@ -131,25 +131,48 @@ def evaluate(argv: Sequence[str] | None = None) -> int:
     add_model_flags(parser)
     parser.add_argument("--data", metavar="DIR", help="prepared data set; default: the shapes benchmark, made if missing")
     parser.add_argument("--split", default="val", help="one split or several: val,testA,testB")
+    parser.add_argument(
+        "--benchmark", metavar="LIST", help="instead of --data and --split: refcoco/val,refcoco/testA,... in <data-root>"
+    )
+    parser.add_argument("--data-root", metavar="DIR", default="data", help="where the prepared data sets of --benchmark lie")
     parser.add_argument("--out", metavar="DIR", help="default: <workdir>/eval, or runs/eval/<name of the checkpoint>")
     parser.add_argument("--protocol", default="xsam")
     parser.add_argument("--images", type=int, help="only the first images of each split")
     parser.add_argument("--batch-size", type=int, default=8, help="images at a time")
     parser.add_argument("--shuffle-text", action="store_true", help="control: every image is asked another image's sentences")
+    parser.add_argument("--save-masks", action="store_true", help="add each selected mask to <split>.jsonl, as COCO RLE")
+    parser.add_argument("--fsdp", type=int, default=1, metavar="N", help="N devices share one copy of the parameters")
+    add_process_flags(parser)
     arguments = parser.parse_args(argv)
-    from flowseg_jax.evaluation.benchmark import Benchmark
+    use_host_devices(arguments.batch_size)
+    join_processes(arguments)
+    from flowseg_jax.data.prepared import Prepared
+    from flowseg_jax.evaluation import benchmark, protocols
     from flowseg_jax.model_directory import read_model_config
     from flowseg_jax.training import loop
 
+    protocols.get(arguments.protocol)
     directory = model_directory(arguments)
     out = results_directory(arguments, directory.name)
-    data = arguments.data
-    if data is None:
-        read_model_config(directory)  # a mistyped name is told at once, not after the benchmark is made
-        data = loop.open_data(configs.load([])[0]).directory
-    benchmark = Benchmark.of_model(directory, data, batch=arguments.batch_size, protocol=arguments.protocol)
-    for split in arguments.split.split(","):
-        benchmark.run(split, out, shuffle_text=arguments.shuffle_text, images=arguments.images)
+    read_model_config(directory)  # a mistyped name is told at once, not after the benchmark is made
+    if arguments.benchmark:
+        if arguments.data:
+            raise UserError("--benchmark and --data both name data sets: give one of them")
+        chosen = benchmark.named(arguments.benchmark, Path(arguments.data_root))
+    else:
+        data = arguments.data or loop.open_data(configs.load([])[0]).directory
+        chosen = [("", Prepared.open(data), split) for split in arguments.split.split(",")]
+    for _, prepared, split in chosen:
+        prepared.check_split(split)
+    subject = benchmark.Subject.load(directory, fsdp=arguments.fsdp)
+    for place, prepared, split in chosen:
+        benchmark.Benchmark(subject, prepared, arguments.batch_size, arguments.protocol).run(
+            split,
+            out / place,
+            shuffle_text=arguments.shuffle_text,
+            images=arguments.images,
+            save_masks=arguments.save_masks,
+        )
     return 0
 
 

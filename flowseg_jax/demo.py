@@ -15,7 +15,7 @@ from flowseg_jax import cli
 from flowseg_jax import config as configs
 from flowseg_jax.errors import run
 from flowseg_jax.evaluation import report
-from flowseg_jax.evaluation.benchmark import Benchmark
+from flowseg_jax.evaluation.benchmark import Benchmark, Subject
 from flowseg_jax.models import flowseg
 from flowseg_jax.training import loop
 from flowseg_jax.writers import duration, heartbeat, say
@@ -52,7 +52,7 @@ def main() -> int:
     prepared = loop.open_data(config)
 
     stage("the shipped model: evaluated, with pictures")
-    shipped = Benchmark.of_model(cli.SHIPPED, prepared.directory)
+    shipped = Benchmark(Subject.load(cli.SHIPPED), prepared)
     for split in SPLITS:
         shipped.run(split, WORKDIR / "eval_shipped", images=IMAGES)
     shipped.run("val", WORKDIR / "eval_shipped", shuffle_text=True, images=IMAGES)
@@ -61,10 +61,9 @@ def main() -> int:
 
     stage("an untrained model, for comparison")
     with heartbeat("initialising parameters"):
-        graphdef, params = flowseg.create(plan.model, config.seed)
-    mine = dataclasses.replace(
-        shipped, cfg=plan.model, graphdef=graphdef, params=params, checkpoint={"digest": None, "step": 0}
-    )
+        _, params = flowseg.create(plan.model, config.seed)
+    untrained = dataclasses.replace(shipped.subject, params=params, checkpoint={"digest": None, "step": 0})
+    mine = Benchmark(untrained, prepared)
     for split in SPLITS:
         mine.run(split, WORKDIR / "eval_untrained", images=IMAGES, pictures=False)
     show(report.read_row("untrained", WORKDIR / "eval_untrained"))
@@ -73,7 +72,7 @@ def main() -> int:
     trained = loop.train(config, WORKDIR)
 
     stage("what these minutes gave")
-    mine = Benchmark.of_model(trained, prepared.directory)
+    mine = Benchmark(Subject.load(trained), prepared)
     for split in SPLITS:
         mine.run(split, WORKDIR / "eval", images=IMAGES)
     mine.run("val", WORKDIR / "eval", shuffle_text=True, images=IMAGES)

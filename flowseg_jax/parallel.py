@@ -174,6 +174,28 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def place_rows(tree: Any, mesh: Mesh) -> Any:
+    """This process's rows of a batch, as its part of arrays that are divided over the mesh along their first axis."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), tree)
+
+
+def rows_here(rows: int, mesh: Mesh) -> list[int]:
+    """Which of the rows of such arrays this process holds, ascending, which is the order of `place_rows`."""
+    places = batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()
+    return sorted({row for (part,) in places for row in range(rows)[part]})
+
+
+def local_rows(tree: Any) -> Any:
+    """The rows that this process holds, as NumPy arrays."""
+
+    def read(x: jax.Array) -> np.ndarray:
+        parts = {part.index[0].start or 0: part.data for part in x.addressable_shards}
+        return np.concatenate([np.asarray(parts[first]) for first in sorted(parts)])
+
+    return jax.tree.map(read, tree)
+
+
 def shard(x: jax.Array, *names: str | None) -> jax.Array:
     """Constrains an activation by logical axis names; without a mesh there is nothing to say.
 

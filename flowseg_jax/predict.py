@@ -19,15 +19,13 @@ from PIL import Image
 from flowseg_jax import model_directory
 from flowseg_jax.data import batching, drawing, images, masks
 from flowseg_jax.data.batch import BatchShape
-from flowseg_jax.data.prompts import Prompts
+from flowseg_jax.data.evaluation import PHRASES, round_shape
+from flowseg_jax.data.prompts import Prompts, check_phrase
 from flowseg_jax.data.tokenizer import Tokenizer, load_tokenizer
 from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation import pictures, postprocess
 from flowseg_jax.models import flowseg
 from flowseg_jax.models.config import FlowSegConfig
-
-_TEXT_STEP = 64  # text lengths are multiples of this, so that similar sentences share one compilation
-_PHRASES = 8  # sentences that share one look at the image; one alone has a compilation of its own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +68,22 @@ class Prediction:
         return {"image": self.name, "height": height, "width": width, "text": self.text, **top[0], "candidates": top}
 
 
+@dataclasses.dataclass(frozen=True)
+class Look:
+    """An image that has been looked at; any number of texts can be asked about it.
+
+    Attributes:
+        name: what to call it. image: uint8 [H, W, 3], upright.
+        scaled: int32 [1, 2], its size inside the mask encoder's square input.
+        seen: what the model keeps of it.
+    """
+
+    name: str
+    image: UInt8[np.ndarray, "y x 3"]
+    scaled: np.ndarray
+    seen: flowseg.Seen
+
+
 class Segmentor:
     """A model that is ready to answer; sentences of similar length and images of a similar size share their compilations.
 
@@ -92,27 +106,26 @@ class Segmentor:
         visual_tokens: int,
         prompts: Prompts | None = None,
     ):
-        self._params, self._tokenizer, self._visual_tokens = params, tokenizer, visual_tokens
+        self._params, self._tokenizer = params, tokenizer
         self._prompts = dataclasses.replace(prompts or Prompts(), vary=False)
-        self._sides = (image, vision)
-        self._bound = batching.LengthBound(self._prompts, tokenizer, visual_tokens)
+        self._shape = BatchShape(1, 0, PHRASES[-1], 0, image, vision)
+        self._prefix = np.array(batching.encode_prefix(self._prompts, tokenizer, visual_tokens), np.int32)
 
-        def top(params, batch, count):
+        def top(params, seen, questions, count):
             model = flowseg.bind(graphdef, params)
-            found = model.segment(batch)
+            found = model.ask(seen, questions)
             chosen = postprocess.top(found.scores, found.mask_logits, min(count, found.scores.shape[-1]))
-            b, k, n, h, w = chosen.logits.shape
-            refined = model.refine(chosen.logits.reshape(b, k * n, h, w), found.mask_features)
-            return dataclasses.replace(chosen, logits=refined.reshape(b, k, n, h, w))
+            return dataclasses.replace(chosen, logits=postprocess.refine(model, chosen.logits, found.mask_features))
 
-        self._top, self._restore = jax.jit(top, static_argnums=2), jax.jit(postprocess.restore)
+        self._see = jax.jit(lambda params, views, prefix: flowseg.bind(graphdef, params).see(views, prefix))
+        self._top, self._restore = jax.jit(top, static_argnums=3), jax.jit(postprocess.restore)
 
     def __call__(self, image: Image.Image, text: str, *, top_k: int = 5, name: str = "image") -> Prediction:
         """`segment` for one sentence about an upright RGB image in memory."""
-        return self._segment(image, [text], top_k, name)[0]
+        return self.ask(self.look(image, name=name), [text], top_k=top_k)[0]
 
     def segment(self, image: str | os.PathLike[str] | Image.Image, texts: Sequence[str], *, top_k: int = 5) -> list[Prediction]:
-        """Segments what each text names; up to eight texts share one look at the image.
+        """Segments what each text names; all texts share one look at the image.
 
         Args:
             image: a file (EXIF rotation applied) or an upright image.
@@ -122,52 +135,64 @@ class Segmentor:
         Raises:
             UserError: a damaged file; an empty text or one with a mark of the tokenizer; outputs that are no numbers.
         """
-        if isinstance(image, Image.Image):
-            return self._segment(image.convert("RGB"), texts, top_k, "image")
-        return self._segment(images.load(image, exif=True), texts, top_k, os.fspath(image))
+        _check(texts, top_k)
+        return self.ask(self.look(image), texts, top_k=top_k)
 
-    def _segment(self, image: Image.Image, texts: Sequence[str], top_k: int, name: str) -> list[Prediction]:
-        if top_k < 1:
-            raise UserError(f"top_k is {top_k}: at least one candidate is needed")
-        if isinstance(texts, str):
-            raise UserError("segment takes a list of texts, got one string")
-        if not texts or not all(text.strip() for text in texts):
-            raise UserError("a text is empty: say what to segment")
-        side, vision = self._sides
-        k = 1 if len(texts) == 1 else _PHRASES
-        longest = sorted(self._bound.phrase_lengths(texts), reverse=True)[:k]
-        needed = self._bound.needed([longest[0]] * (k - len(longest)) + longest)
-        shape = BatchShape(-(-len(texts) // k), -(-needed // _TEXT_STEP) * _TEXT_STEP, k, 1, side, vision)
-        batch = batching.single(
-            image,
-            texts,
-            tokenizer=self._tokenizer,
-            prompts=self._prompts,
-            shape=shape,
-            visual_tokens=self._visual_tokens,
-            name=name,
-        )
-        chosen = self._top(self._params, batch, top_k)
-        size = (image.height, image.width)
-        where = postprocess.geometry(batch.scaled_size, [size] * shape.batch, grid=chosen.logits.shape[-2:], padded_size=side)
-        nothing = np.zeros((shape.batch, k, where.bucket[0], where.bucket[1] // 8), np.uint8)
+    def look(self, image: str | os.PathLike[str] | Image.Image, *, name: str = "image") -> Look:
+        """Looks at a file (EXIF rotation applied) or an upright image. Raises a UserError for a damaged file."""
+        if not isinstance(image, Image.Image):
+            name, image = os.fspath(image), images.load(image, exif=True)
+        image = image.convert("RGB")
+        pixels = batching.prepare_pixels(image, (), self._shape)
+        views = batching.views([pixels], 1, (self._shape.image, self._shape.vision))
+        return Look(name, np.array(image), views.scaled_size, self._see(self._params, views, self._prefix))
+
+    def ask(self, look: Look, texts: Sequence[str], *, top_k: int = 5) -> list[Prediction]:
+        """Segments what each text names in an image that has been looked at; arguments and errors as in `segment`."""
+        _check(texts, top_k)
+        for text in texts:
+            check_phrase(text, self._tokenizer, look.name)
+        most = PHRASES[-1]
+        parts = [texts[at : at + most] for at in range(0, len(texts), most)]
+        return [prediction for part in parts for prediction in self._ask(look, part, top_k)]
+
+    def _ask(self, look: Look, texts: Sequence[str], top_k: int) -> list[Prediction]:
+        """As `ask`, for as many texts as one round takes."""
+        conversations = batching.ask(self._prompts, texts)
+        said = [batching.encode_conversation(c, self._prompts, self._tokenizer, look.name) for c in conversations]
+        shape = (1, *round_shape(len(said), sum(len(c.tokens) for c in said)))
+        questions = batching.questions([said], shape, len(self._prefix), self._tokenizer.pad, [look.name])
+        chosen = self._top(self._params, look.seen, questions, top_k)
+        size = look.image.shape[:2]
+        where = postprocess.geometry(look.scaled, [size], grid=chosen.logits.shape[-2:], padded_size=self._shape.image)
+        nothing = np.zeros((1, shape[1], where.bucket[0], where.bucket[1] // 8), np.uint8)
         truth = postprocess.Truth.plain(nothing)
         chosen, restored = jax.device_get((chosen, self._restore(chosen.logits, where, truth)))
 
-        def answer(number: int, text: str) -> Prediction:
-            at = divmod(number, k)
+        def answer(k: int, text: str) -> Prediction:
             rows = [
                 Candidate(int(query), float(score), postprocess.unpack_mask(mask, size))
                 for query, score, mask, finite in zip(
-                    chosen.query[at], chosen.score[at], restored.masks[at], restored.finite[at], strict=True
+                    chosen.query[0, k], chosen.score[0, k], restored.masks[0, k], restored.finite[0, k], strict=True
                 )
                 if finite
             ]
-            if not rows or not restored.finite[at][0]:
-                raise UserError(f"{name}: the model's output holds no numbers (NaN or infinity); its checkpoint is damaged")
-            return Prediction(name, text, np.array(image), rows)
+            if not rows or not restored.finite[0, k, 0]:
+                raise UserError(
+                    f"{look.name}: the model's output holds no numbers (NaN or infinity); its checkpoint is damaged"
+                )
+            return Prediction(look.name, text, look.image, rows)
 
-        return [answer(number, text) for number, text in enumerate(texts)]
+        return [answer(k, text) for k, text in enumerate(texts)]
+
+
+def _check(texts: Sequence[str], top_k: int) -> None:
+    if top_k < 1:
+        raise UserError(f"top_k is {top_k}: at least one candidate is needed")
+    if isinstance(texts, str):
+        raise UserError("segment takes a list of texts, got one string")
+    if not texts or not all(text.strip() for text in texts):
+        raise UserError("a text is empty: say what to segment")
 
 
 def load(directory: str | os.PathLike[str]) -> Segmentor:

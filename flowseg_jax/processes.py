@@ -55,6 +55,17 @@ def _first(fault: str) -> str:
     return next((bytes(row).rstrip(b"\0").decode(errors="ignore") for row in everyone if row.any()), "")
 
 
+def exchange(mine: bytes) -> list[bytes]:
+    """What every process has to say, in the order of processes; all of them must call it."""
+    if jax.process_count() == 1:
+        return [mine]
+    lengths = multihost_utils.process_allgather(np.array([len(mine)]))[:, 0]
+    padded = np.zeros(max(1, lengths.max()), np.uint8)
+    padded[: len(mine)] = np.frombuffer(mine, np.uint8)
+    everyone = multihost_utils.process_allgather(padded)
+    return [row[:length].tobytes() for row, length in zip(everyone, lengths, strict=True)]
+
+
 def join(coordinator: str | None = None, count: int | None = None, index: int | None = None) -> None:
     """Makes this process one of several; to be called before anything asks JAX for devices.
 

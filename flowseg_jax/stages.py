@@ -24,7 +24,7 @@ from flowseg_jax.data import builders
 from flowseg_jax.data.prepared import Prepared
 from flowseg_jax.data.shapes import companions
 from flowseg_jax.errors import run
-from flowseg_jax.evaluation.benchmark import Benchmark
+from flowseg_jax.evaluation.benchmark import Benchmark, Subject
 from flowseg_jax.training import loop
 from flowseg_jax.writers import duration, say
 
@@ -123,7 +123,7 @@ def main(data: Path = DATA, runs: Path = RUNS, size: Size = Size()) -> Outcome:
     stage("what the first two stages are worth")
     scores = {}
     for name, model in compared.items() if size.evaluated else ():
-        benchmark = Benchmark.of_model(model, data / "shapes" / "prepared")
+        benchmark = Benchmark(Subject.load(model), Prepared.open(data / "shapes" / "prepared"))
         benchmark.run("val", runs / "eval" / model.parent.name, images=size.evaluated, pictures=False)
         scores[name] = json.loads((runs / "eval" / model.parent.name / "val.json").read_text())
     models = {"stage 1": masks, "stage 2": words} | compared

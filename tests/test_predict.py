@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,14 +21,9 @@ from flowseg_jax.evaluation import pictures
 from flowseg_jax.model_directory import save_model
 from flowseg_jax.models import flowseg
 from flowseg_jax.models.config import FlowSegConfig
+from flowseg_jax.models.language import Cache, LanguageConfig
 
 SIDE, GRID, QUERIES = 48, 12, 4
-
-
-class Found(NamedTuple):
-    scores: jax.Array
-    mask_logits: jax.Array
-    mask_features: jax.Array
 
 
 class Thresholds(nnx.Module):
@@ -38,13 +32,19 @@ class Thresholds(nnx.Module):
     def __init__(self):
         self.gain = nnx.Param(jnp.ones((1,)))
 
-    def segment(self, batch):
-        gray = batch.images.astype(jnp.float32).mean(-1).reshape(1, GRID, SIDE // GRID, GRID, SIDE // GRID).mean((2, 4)) / 255
+    def see(self, views, prefix):
+        b = views.images.shape[0]
+        gray = views.images.astype(jnp.float32).mean(-1).reshape(b, GRID, SIDE // GRID, GRID, SIDE // GRID).mean((2, 4)) / 255
+        return flowseg.Seen(gray[..., None], (), Cache.empty(LanguageConfig.tiny(8), b, 1, jnp.dtype("float32")))
+
+    def ask(self, seen, questions):
         thresholds = (jnp.arange(QUERIES) + 1.0) / 5
-        logits = self.gain[0] * (gray[:, None, None] - thresholds[None, None, :, None, None])
-        length = (batch.phrase_ids == 0).sum()
-        scores = 1 / (1 + jnp.abs(jnp.arange(QUERIES) - length % QUERIES))[None, None]
-        return Found(scores, logits, gray[..., None])
+        logits = self.gain[0] * (seen.mask_features[..., 0][:, None, None] - thresholds[None, None, :, None, None])
+        k = questions.asked.shape[1]
+        length = (questions.phrase_ids[:, None] == jnp.arange(k)[:, None]).sum(-1)
+        scores = 1 / (1 + jnp.abs(jnp.arange(QUERIES) - length[..., None] % QUERIES))
+        logits = jnp.broadcast_to(logits, (*scores.shape, *logits.shape[-2:]))
+        return flowseg.Segmentation(scores, logits, seen.mask_features)
 
     def refine(self, mask_logits, mask_features):
         return mask_logits + 0.01 * jnp.moveaxis(mask_features, -1, 1)

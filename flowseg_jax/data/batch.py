@@ -90,3 +90,40 @@ class Batch:
     object_name: np.ndarray
     name_valid: np.ndarray
     example_id: np.ndarray
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Views:
+    """What is seen of B images; the fields are those of `Batch`.
+
+    Attributes:
+        images: uint8 [B, S, S, 3].
+        scaled_size: int32 [B, 2].
+        vision_images: uint8 [B, V, V, 3].
+    """
+
+    images: np.ndarray
+    scaled_size: np.ndarray
+    vision_images: np.ndarray
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Questions:
+    """What is asked about images that have been seen: up to K phrases each, a conversation (segment) a phrase.
+
+    Attributes:
+        tokens: int32 [B, T], text behind the image only; the pad id behind the end.
+        positions: int32 [B, T], counted on from the prefix.
+        segments: int32 [B, T]; 1.. = conversation, NONE = padding.
+        phrase_ids, seg_ids: int32 [B, T], as in `Batch`; 0..K-1.
+        asked: bool [B, K]; False for a phrase that is padding.
+    """
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    segments: np.ndarray
+    phrase_ids: np.ndarray
+    seg_ids: np.ndarray
+    asked: np.ndarray

@@ -19,9 +19,9 @@ from jaxtyping import Int, UInt8
 from PIL import Image
 
 from flowseg_jax.data import images, masks
-from flowseg_jax.data.batch import IMAGE_TOKEN, NO_LABEL, NONE, Batch, BatchShape
+from flowseg_jax.data.batch import IMAGE_TOKEN, NO_LABEL, NONE, Batch, BatchShape, Questions, Views
 from flowseg_jax.data.prepared import Entry
-from flowseg_jax.data.prompts import Conversation, Prompts, check_phrase
+from flowseg_jax.data.prompts import Conversation, Prompts
 from flowseg_jax.data.records import Annotation, Turn
 from flowseg_jax.data.tokenizer import Tokenizer
 from flowseg_jax.errors import UserError
@@ -155,16 +155,17 @@ def encode_conversation(conversation: Conversation, prompts: Prompts, tokenizer:
 
 
 def pack(
-    prefix: Sequence[int], conversations: Sequence[Encoded], length: int, pad: int, name: str
+    prefix: Sequence[int], conversations: Sequence[Encoded], length: int, pad: int, name: str, start: int | None = None
 ) -> dict[str, Int[np.ndarray, "t"]]:
     """One image's token arrays: prefix, then the conversations, then padding.
 
     Args:
-        prefix: ids of segment 0; it ends with the visual slots.
-        conversations: what follows, without a slot; conversation i is segment i + 1 and starts at position len(prefix).
+        prefix: ids of segment 0; it ends with the visual slots. Empty where it has been read already.
+        conversations: what follows, without a slot; conversation i is segment i + 1.
         length: T. Nothing is ever cut: a phrase without its end would be a different phrase.
         pad: id behind the end.
         name: the example, for the error.
+        start: position at which each conversation starts; None: len(prefix).
 
     Returns:
         int32 [T] arrays `tokens`, `positions`, `segments`, `labels`, `phrase_ids`, `seg_ids`.
@@ -176,6 +177,7 @@ def pack(
     slots = prefix.count(IMAGE_TOKEN)
     if IMAGE_TOKEN in prefix[: len(prefix) - slots] or any(IMAGE_TOKEN in c.tokens for c in conversations):
         raise ValueError(f"{name}: the visual slots must be one run at the end of the prefix")
+    start = len(prefix) if start is None else start
     used = len(prefix) + sum(len(c.tokens) for c in conversations)
     if used > length:
         raise UserError(
@@ -194,7 +196,7 @@ def pack(
         for key in ("tokens", "labels", "phrase_ids", "seg_ids"):
             out[key][here] = getattr(conversation, key)
         out["segments"][here] = number
-        out["positions"][here] = np.arange(len(prefix), len(prefix) + len(conversation.tokens))
+        out["positions"][here] = np.arange(start, start + len(conversation.tokens))
     return out
 
 
@@ -268,51 +270,51 @@ def assemble(
     return batch
 
 
-def question_row(
-    name: str, pixels: Pixels, phrases: Sequence[str], prompts: Prompts, example_id: int, families: Sequence[str] | None = None
-) -> Row:
-    """A row that asks for phrases and has no targets (evaluation, prediction): fixed wording, `phrase_mask` 0 for a phrase.
+def views(pixels: Sequence[Pixels], count: int, sides: tuple[int, int]) -> Views:
+    """The images of a batch of `count` for encoders of `sides` (S, V); missing ones are black."""
+    side, vision = sides
+    out = Views(
+        np.zeros((count, side, side, 3), np.uint8),
+        np.full((count, 2), side, np.int32),
+        np.zeros((count, vision, vision, 3), np.uint8),
+    )
+    for i, one in enumerate(pixels):
+        out.images[i], out.scaled_size[i], out.vision_images[i] = one.image, one.scaled, one.vision
+    return out
+
+
+def ask(prompts: Prompts, phrases: Sequence[str], families: Sequence[str] | None = None) -> list[Conversation]:
+    """The conversations that ask for phrases in the fixed wording.
 
     With `families`, the phrases are reasoning questions, "short" or "long" ones.
     """
-    bare = dataclasses.replace(pixels, masks=pixels.masks[:0])
     if families is None:
-        conversations = [prompts.referring(phrase, k) for k, phrase in enumerate(phrases)]
-    else:
-        asked = enumerate(zip(phrases, families, strict=True))
-        conversations = [prompts.reasoning(phrase, k, family == "long") for k, (phrase, family) in asked]
-    return Row(name, bare, conversations, [0] * len(phrases), (), (), example_id)
+        return [prompts.referring(phrase, k) for k, phrase in enumerate(phrases)]
+    asked = enumerate(zip(phrases, families, strict=True))
+    return [prompts.reasoning(phrase, k, family == "long") for k, (phrase, family) in asked]
 
 
-def single(
-    image: Image.Image,
-    texts: Sequence[str],
-    *,
-    tokenizer: Tokenizer,
-    prompts: Prompts,
-    shape: BatchShape,
-    visual_tokens: int,
-    name: str = "image",
-) -> Batch:
-    """A batch that asks for `texts` in one RGB image: K phrases a row, as many rows as it takes.
+def questions(
+    rows: Sequence[Sequence[Encoded]], shape: tuple[int, int, int], start: int, pad: int, names: Sequence[str]
+) -> Questions:
+    """Pads the conversations about each image to a batch of (B, K, T) = `shape`; missing rows stay padding.
 
-    Row and place of text i are `divmod(i, shape.phrases)`.
+    Args:
+        rows: encoded conversations, one a phrase and in its order.
+        shape: images, phrases an image, tokens an image.
+        start: length of the prefix, which has been read already.
+        pad: id behind the end.
+        names: what to call each row in errors.
 
     Raises:
-        UserError: no text, an empty one, one with a mark, or more than `shape.batch * shape.phrases`.
+        UserError: an image has more text than there is room.
     """
-    if not texts:
-        raise UserError("no text to look for")
-    if len(texts) > shape.batch * shape.phrases:
-        raise UserError(f"{len(texts)} texts, but the batch has room for {shape.batch * shape.phrases}")
-    for text in texts:
-        check_phrase(text, tokenizer, name)
-    pixels = prepare_pixels(image, (), shape)
-    rows = [
-        question_row(name, pixels, texts[i : i + shape.phrases], prompts, i // shape.phrases)
-        for i in range(0, len(texts), shape.phrases)
-    ]
-    return assemble(rows, shape, prompts, tokenizer, visual_tokens)
+    b, k, t = shape
+    arrays = [pack((), row, t, pad, name, start) for row, name in zip(rows, names, strict=True)]
+    arrays += [pack((), (), t, pad, "", start)] * (b - len(rows))
+    stacked = {key: np.stack([a[key] for a in arrays]) for key in ("tokens", "positions", "segments", "phrase_ids", "seg_ids")}
+    counts = np.array([len(row) for row in rows] + [0] * (b - len(rows)))
+    return Questions(**stacked, asked=np.arange(k) < counts[:, None])
 
 
 class LengthBound:
@@ -336,6 +338,10 @@ class LengthBound:
     def phrase_lengths(self, phrases: Sequence[str]) -> list[int]:
         """Number of ids of each phrase with its two marks."""
         return self._tokenizer.lengths([f"<p>{' '.join(p.lower().split())}</p>" for p in phrases])
+
+    def conversation(self, phrase: int, task: str = "referring") -> int:
+        """At most so many tokens has the conversation about a phrase of that length (`phrase_lengths`), without its prefix."""
+        return self._longest[task] + phrase
 
     def answer_length(self, answer: str) -> int:
         """At most so many ids does an explanation add to the answer."""

@@ -1,17 +1,20 @@
-"""Evaluation batches of a split, in order, each with the truth it is held against."""
+"""Evaluation batches of a split: images that are seen once, and rounds of expressions that are asked about them.
+
+The images of a batch have about as many expressions, of about the same length, so that little is padding; the order in which
+they come is therefore not the split's, and every image carries its place in it.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import math
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import grain
 import numpy as np
 
 from flowseg_jax.data import batching, images, masks
-from flowseg_jax.data.batch import Batch, BatchShape
+from flowseg_jax.data.batch import BatchShape, Questions, Views
 from flowseg_jax.data.batching import LengthBound, Pixels
 from flowseg_jax.data.pipeline import open_tokenizer
 from flowseg_jax.data.prepared import Entry, Prepared
@@ -20,51 +23,138 @@ from flowseg_jax.data.records import Example, Sample
 from flowseg_jax.data.tokenizer import Tokenizer
 from flowseg_jax.errors import UserError
 
+PHRASES = (1, 2, 4, 8)  # room for expressions of an image in a round; more of them take several rounds
+RARE = 8  # rounds of a shape below which it is not worth a compilation: the next larger shape in use takes them
 _DEFAULT_PROMPTS = Prompts()
+
+RoundShape = tuple[int, int]  # (K, T): expressions and text tokens an image
+
+
+def round_shape(phrases: int, tokens: int) -> RoundShape:
+    """The smallest room for so many expressions and text tokens: two lengths an octave."""
+    octave = 1 << max(3, (tokens - 1).bit_length() - 1)
+    length = next(n for n in (octave, octave * 3 // 2, octave * 2) if tokens <= n)
+    return next(k for k in PHRASES if phrases <= k), length
+
+
+def settle(uses: Mapping[RoundShape, int]) -> dict[RoundShape, RoundShape]:
+    """The shape that each shape becomes: itself, or for a rare one the smallest other that holds it, if there is one."""
+    kept: list[RoundShape] = []
+    settled = {}
+    for shape in sorted(uses, reverse=True):
+        larger = [other for other in kept if other[0] >= shape[0] and other[1] >= shape[1]]
+        if uses[shape] < RARE and larger:
+            settled[shape] = min(larger, key=lambda s: s[0] * s[1])
+        else:
+            kept.append(shape)
+            settled[shape] = shape
+    return settled
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """A batch before anything is read.
+
+    Attributes:
+        images: places of its images in the split.
+        rounds: shape of each round.
+        bucket: padded (height, width) of the original images.
+    """
+
+    images: tuple[int, ...]
+    rounds: tuple[RoundShape, ...]
+    bucket: tuple[int, int]
+
+
+def plan(sizes: Mapping[int, tuple[int, int]], lengths: Mapping[int, Sequence[int]], batch: int) -> list[Planned]:
+    """Divides images into batches of alike ones; the same for every process.
+
+    Args:
+        sizes: {place in the split: (height, width)}.
+        lengths: {place in the split: tokens of each conversation about the image}.
+        batch: images at a time.
+    """
+    most = PHRASES[-1]
+    buckets = {i: (images.size_bucket(h), images.size_bucket(w)) for i, (h, w) in sizes.items()}
+    order = sorted(sizes, key=lambda i: (buckets[i], -len(lengths[i]), -sum(lengths[i]), i))
+    planned = []
+    for at in range(0, len(order), batch):
+        group = tuple(order[at : at + batch])
+        rounds = []
+        for first in range(0, max(len(lengths[i]) for i in group), most):
+            parts = [lengths[i][first : first + most] for i in group]
+            rounds.append(round_shape(max(map(len, parts)), max(map(sum, parts))))
+        height, width = (max(buckets[i][axis] for i in group) for axis in (0, 1))
+        planned.append(Planned(group, tuple(rounds), (height, width)))
+    settled = settle(Counter(shape for one in planned for shape in one.rounds))
+    return [dataclasses.replace(one, rounds=tuple(settled[shape] for shape in one.rounds)) for one in planned]
+
+
+@dataclasses.dataclass(frozen=True)
+class Round:
+    """Up to K expressions about each image of a batch. The lists have one entry for each real row.
+
+    Attributes:
+        questions: what is asked.
+        samples: the row's samples, sample k is phrase k.
+        truth: bool [k, H, W], the samples' masks at original size.
+        once: bool [k, H, W], the same without the pixels that several parts of an object cover (`Annotation.once`).
+    """
+
+    questions: Questions
+    samples: list[list[Sample]]
+    truth: list[np.ndarray]
+    once: list[np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalBatch:
-    """A batch to evaluate and what it is about. The lists have one entry for each real row.
+    """Images to evaluate and the rounds of expressions about them. The lists have one entry for each real row.
 
     Attributes:
-        batch: without targets; `phrase_mask` is 0 for a phrase that exists.
-        samples: the row's samples, sample k is phrase k.
-        truth: bool [k, H, W], the samples' masks at original size.
-        once: bool [k, H, W], the same without the pixels that several parts of an object cover (`Annotation.once`).
+        views: the images; missing rows are black.
+        rounds: what is asked.
+        places: the images' places in the split.
         ignored: bool [1, H, W], pixels that count for nothing.
         images: uint8 [H, W, 3], the original image.
         sizes: (H, W).
+        bucket: padded (H, W).
     """
 
-    batch: Batch
-    samples: list[list[Sample]]
-    truth: list[np.ndarray]
-    once: list[np.ndarray]
+    views: Views
+    rounds: list[Round]
+    places: list[int]
     ignored: list[np.ndarray]
     images: list[np.ndarray]
     sizes: list[tuple[int, int]]
+    bucket: tuple[int, int]
 
 
 class EvalData:
-    """All samples of a split, one per (annotation, unique lower-cased sentence), image by image.
-
-    An image with more than K samples takes several rows; the last batch is padded.
+    """All samples of a split, one per (annotation, unique lower-cased sentence).
 
     Args:
         prepared: the data set.
         split: which split.
         tokenizer: None for the one of the data set.
-        shape: the batch's static shape.
+        sides: S and V, pixels of the two encoders' square inputs.
+        batch: images at a time.
         prompts: wording; the fixed one is used.
         visual_tokens: slots that the image takes in the sequence.
         max_images: only the first images of the split; None for all.
         control_seed: not None: the shuffled-text control. Every image is asked the sentences of another image
             (`Sample.prompt`); its own samples and truth stay.
+        only: places of the images to evaluate; None for all.
+        skip: places of images to leave out.
+        rows: which rows of each batch to build, in this order (a process's own); None for all.
         threads, prefetch: of the iteration; batches.
 
+    Attributes:
+        samples: how many there are in all rows.
+        prefix: int32 [P], token ids that every conversation begins with, the image's slots at the end.
+
     Raises:
-        UserError: an unknown split, or a row may need more text than the shape has.
+        UserError: an unknown split, a data set without expressions, or an expression with a mark of the tokenizer.
     """
 
     def __init__(
@@ -72,64 +162,92 @@ class EvalData:
         prepared: Prepared,
         split: str,
         tokenizer: Tokenizer | None,
-        shape: BatchShape,
         *,
+        sides: tuple[int, int],
+        batch: int,
         prompts: Prompts = _DEFAULT_PROMPTS,
         visual_tokens: int,
         max_images: int | None = None,
         control_seed: int | None = None,
+        only: Collection[int] | None = None,
+        skip: Collection[int] = (),
+        rows: Sequence[int] | None = None,
         threads: int = 1,
         prefetch: int = 2,
     ):
         self.tokenizer = tokenizer or open_tokenizer(prepared, prompts)
-        self.shape, self.split = shape, split
+        self.split = split
         self._prompts = dataclasses.replace(prompts, vary=False)
-        self._visual_tokens = visual_tokens
+        self._shape = BatchShape(batch, 0, PHRASES[-1], 0, *sides)
+        self._rows = range(batch) if rows is None else rows
         self._read = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
         entries = list(prepared.index(split)[:max_images])
         if control_seed is not None:
             entries = _shuffle_text(entries, control_seed, prepared.directory)
-        bound = LengthBound(self._prompts, self.tokenizer, visual_tokens)
         if prepared.task not in ("referring", "reasoning"):
             raise UserError(f"{prepared.directory}: {prepared.task} data has no expressions to evaluate on")
         self._task = prepared.task
-        batching.check_fit(entries, shape.phrases, shape, bound, (), all_objects=False, task=self._task)
-        for entry in entries:
+        asked = sorted({sample.prompt for entry in entries for sample in entry.samples})
+        bound = LengthBound(self._prompts, self.tokenizer, visual_tokens)
+        length = {
+            prompt: bound.conversation(n, self._task) for prompt, n in zip(asked, bound.phrase_lengths(asked), strict=True)
+        }
+        wanted = (i for i in range(len(entries)) if (only is None or i in only) and i not in skip)
+        self.entries = {i: entries[i] for i in wanted if entries[i].samples}
+        for entry in self.entries.values():
             for sample in entry.samples:
                 check_phrase(sample.prompt, self.tokenizer, entry.file_name)
+        self.planned = plan(
+            {i: (e.height, e.width) for i, e in self.entries.items()},
+            {i: [length[s.prompt] for s in e.samples] for i, e in self.entries.items()},
+            batch,
+        )
+        self.samples = sum(len(entry.samples) for entry in self.entries.values())
+        self.prefix = np.array(batching.encode_prefix(self._prompts, self.tokenizer, visual_tokens), np.int32)
         self._source = prepared.source(split)
-        k = shape.phrases
-        self._rows = [(i, e.samples[at : at + k]) for i, e in enumerate(entries) for at in range(0, len(e.samples), k)]
-        self.samples = sum(len(s) for _, s in self._rows)
 
     def __len__(self) -> int:
         """Number of batches."""
-        return math.ceil(len(self._rows) / self.shape.batch)
+        return len(self.planned)
 
     def batch(self, number: int) -> EvalBatch:
-        """Batch `number` of the split."""
-        first = number * self.shape.batch
-        rows, asked, truth, once, ignored, originals, sizes = ([] for _ in range(7))
-        read = functools.lru_cache(maxsize=1)(self._read_image)  # rows of one image lie next to each other
-        for record, row_samples in self._rows[first : first + self.shape.batch]:
-            example, original, pixels = read(record)
-            objects = Objects.of(example)
-            truth.append(np.stack([objects.union(sample) for sample in row_samples]))
-            once.append(np.stack([objects.covered_once(sample) for sample in row_samples]))
-            ignored.append(objects.ignored)
-            originals.append(original)
-            sizes.append((example.height, example.width))
-            asked.append(list(row_samples))
-            prompts = [s.prompt for s in row_samples]
-            families = [s.family for s in row_samples] if self._task == "reasoning" else None
-            rows.append(batching.question_row(example.file_name, pixels, prompts, self._prompts, example.image_id, families))
-        batch = batching.assemble(rows, self.shape, self._prompts, self.tokenizer, self._visual_tokens)
-        return EvalBatch(batch, asked, truth, once, ignored, originals, sizes)
+        """Batch `number`, the rows asked for."""
+        planned, most = self.planned[number], PHRASES[-1]
+        places = [planned.images[row] for row in self._rows if row < len(planned.images)]
+        read = [self._read_image(place) for place in places]
+        objects = [Objects.of(example) for example, *_ in read]
+        rounds = []
+        for number, shape in enumerate(planned.rounds):
+            samples = [list(self.entries[i].samples[number * most : (number + 1) * most]) for i in places]
+            rounds.append(self._round(shape, samples, objects, [example.file_name for example, *_ in read]))
+        return EvalBatch(
+            batching.views([pixels for *_, pixels in read], len(self._rows), (self._shape.image, self._shape.vision)),
+            rounds,
+            places,
+            [one.ignored for one in objects],
+            [original for _, original, _ in read],
+            [(example.height, example.width) for example, *_ in read],
+            planned.bucket,
+        )
 
-    def _read_image(self, record: int) -> tuple[Example, np.ndarray, Pixels]:
-        example = self._source[record]
+    def _round(self, shape: RoundShape, samples: list[list[Sample]], objects: Sequence[Objects], names: Sequence[str]) -> Round:
+        said = []
+        for row, name in zip(samples, names, strict=True):
+            families = [s.family for s in row] if self._task == "reasoning" else None
+            conversations = batching.ask(self._prompts, [s.prompt for s in row], families)
+            said.append([batching.encode_conversation(c, self._prompts, self.tokenizer, name) for c in conversations])
+        size = (len(self._rows), *shape)
+        return Round(
+            batching.questions(said, size, len(self.prefix), self.tokenizer.pad, names),
+            samples,
+            [one.stack(one.union, row) for one, row in zip(objects, samples, strict=True)],
+            [one.stack(one.covered_once, row) for one, row in zip(objects, samples, strict=True)],
+        )
+
+    def _read_image(self, place: int) -> tuple[Example, np.ndarray, Pixels]:
+        example = self._source[place]
         image = images.decode(example.image, name=example.file_name)
-        return example, np.asarray(image), batching.prepare_pixels(image, (), self.shape)
+        return example, np.asarray(image), batching.prepare_pixels(image, (), self._shape)
 
     def __iter__(self) -> Iterator[EvalBatch]:
         return iter(grain.MapDataset.range(len(self)).map(self.batch).to_iter_dataset(self._read))
@@ -157,6 +275,10 @@ class Objects:
             once = masks.decode([a.once or a.rle for a in example.annotations], *size).astype(bool)
         ignored = [i for i, a in enumerate(example.annotations) if a.ignore]
         return cls(whole, once, whole[ignored].any(0, keepdims=True))
+
+    def stack(self, draw: Callable[[Sample], np.ndarray], samples: Sequence[Sample]) -> np.ndarray:
+        """bool [k, H, W]: what `draw`, one of the methods below, makes of each sample."""
+        return np.stack([draw(sample) for sample in samples]) if samples else np.zeros((0, *self.whole.shape[1:]), bool)
 
     def union(self, sample: Sample) -> np.ndarray:
         """bool [H, W]: what the sample refers to, empty if that is nothing."""

@@ -15,6 +15,12 @@ from PIL import ExifTags, Image, ImageOps
 from flowseg_jax.errors import UserError
 
 MAX_PIXELS = 89_478_485  # a quarter of a GiB of RGB; PIL warns about larger ones, for us they are an error
+SIDES = (128, 320, 640, 1024, 2048)  # what original heights and widths are padded to; beyond the last: its multiples
+
+
+def size_bucket(side: int) -> int:
+    """The padded side for an image side, in pixels: the next of `SIDES`, or the next multiple of the largest."""
+    return next((s for s in SIDES if side <= s), -(-side // SIDES[-1]) * SIDES[-1])
 
 
 def decode(data: bytes, *, name: str, exif: bool = False) -> Image.Image:

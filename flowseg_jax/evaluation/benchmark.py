@@ -3,109 +3,183 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
+import jax
 from flax import nnx
 
-from flowseg_jax.data.batch import BatchShape
-from flowseg_jax.data.batching import LengthBound
+from flowseg_jax import parallel, processes
 from flowseg_jax.data.evaluation import EvalData
-from flowseg_jax.data.prepared import Prepared
+from flowseg_jax.data.formats import LAYOUTS
+from flowseg_jax.data.prepared import METADATA, Prepared
 from flowseg_jax.data.prompts import Prompts
 from flowseg_jax.data.tokenizer import Tokenizer, load_tokenizer
+from flowseg_jax.errors import UserError, suggest
 from flowseg_jax.evaluation import protocols, report
-from flowseg_jax.evaluation.runner import Evaluation, Evaluator, evaluate
+from flowseg_jax.evaluation.evaluator import Evaluator
+from flowseg_jax.evaluation.runner import Evaluation, evaluate
+from flowseg_jax.manifest import flatten, nest
 from flowseg_jax.model_directory import load_model, read_model_config
 from flowseg_jax.models import flowseg
 from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.writers import heartbeat
 
-PHRASES = 8  # an image's expressions that share one pass; more spread over several rows
 CONTROL_SEED = 0
-TEXT_STEP = 16  # text lengths are multiples of it, so that similar data sets share compilations
+GALLERY = 6  # pictures of each kind
 
 
-@dataclasses.dataclass
-class Benchmark:
-    """What `eval.py` and the demo run.
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """What is evaluated.
 
     Attributes:
-        cfg, graphdef: the model.
-        params: its parameters; assign others of the same model to evaluate them without compiling again.
+        cfg: the model.
+        evaluator: its compiled functions.
+        params: its parameters; `dataclasses.replace` them by others of the same model to compile nothing again.
         checkpoint: what is written beside the numbers: digest and step.
-        data: the prepared data set.
         tokenizer, prompts: how expressions become text.
-        batch: images at a time.
-        protocol: named protocol.
     """
 
     cfg: FlowSegConfig
-    graphdef: nnx.GraphDef
+    evaluator: Evaluator
     params: dict[str, Any]
     checkpoint: dict[str, Any]
-    data: Prepared
     tokenizer: Tokenizer
     prompts: Prompts
-    batch: int = 8
-    protocol: str = "xsam"
-
-    def __post_init__(self):
-        self._protocol = protocols.get(self.protocol)
-        self._evaluator = Evaluator(self.graphdef)
-        # One text length for all splits, long enough for the longest expressions of any of them side by side.
-        bound = LengthBound(dataclasses.replace(self.prompts, vary=False), self.tokenizer, self.cfg.visual_tokens)
-        asked = {s.sentence for split in self.data.splits for entry in self.data.index(split) for s in entry.samples}
-        longest = sorted(bound.phrase_lengths(sorted(asked)), reverse=True)[:PHRASES]
-        self._text = -(-bound.needed(longest, task=self.data.task) // TEXT_STEP) * TEXT_STEP
 
     @classmethod
-    def of_model(cls, directory: str | Path, data: str | Path, *, batch: int = 8, protocol: str = "xsam") -> Benchmark:
-        """Opens a model directory and a prepared data set. Raises UserError where either is missing or damaged."""
-        prepared = Prepared.open(data)
+    def load(cls, directory: str | Path, *, fsdp: int = 1) -> Subject:
+        """Opens a model directory on all devices.
+
+        Args:
+            directory: the model's.
+            fsdp: so many devices share one copy of the parameters.
+
+        Raises:
+            UserError: it is missing, damaged or no whole model, or `fsdp` does not divide the devices.
+        """
         stored = read_model_config(directory)
         cfg = FlowSegConfig.from_dict(stored["model"])
         cfg.check_complete(str(directory))
+        mesh = parallel.make_mesh({"data": -1, "fsdp": fsdp})
+        graphdef, abstract = flowseg.describe(cfg)
+        shardings = flatten(parallel.param_shardings(abstract, mesh))
+        shapes = {
+            path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings[path])
+            for path, x in flatten(flowseg.at_rest(abstract)).items()
+        }
         with heartbeat(f"loading {directory}"):
-            graphdef, abstract = flowseg.describe(cfg)
-            loaded = load_model(directory, flowseg.at_rest(abstract))
+            loaded = load_model(directory, nest(shapes))
         prompts = Prompts(**loaded.extra.get("prompts", {}))
         tokenizer = load_tokenizer(loaded.tokenizer_dir, needed=prompts.needed)
+        if tokenizer.vocab > cfg.llm.vocab:
+            raise UserError(
+                f"{directory}: the tokenizer has {tokenizer.vocab} ids, the model's embedding table {cfg.llm.vocab}"
+            )
+        partition = nest({path: sharding.spec for path, sharding in shardings.items()})
+        evaluator = Evaluator(parallel.divided(nnx.merge(graphdef, abstract), mesh), mesh, partition)
         checkpoint = {"digest": digest(stored), "step": loaded.extra.get("step")}
-        return cls(cfg, graphdef, loaded.params, checkpoint, prepared, tokenizer, prompts, batch, protocol)
+        return cls(cfg, evaluator, loaded.params, checkpoint, tokenizer, prompts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+    """A subject and a prepared data set: what `eval.py` and the demo run.
+
+    Attributes:
+        subject: the model.
+        data: the data set.
+        batch: images at a time; rounded up to a multiple of the devices.
+        protocol: named protocol.
+    """
+
+    subject: Subject
+    data: Prepared
+    batch: int = 8
+    protocol: str = "xsam"
 
     def run(
-        self, split: str, out: str | Path, *, shuffle_text: bool = False, images: int | None = None, pictures: bool = True
+        self,
+        split: str,
+        out: str | Path,
+        *,
+        shuffle_text: bool = False,
+        images: int | None = None,
+        pictures: bool = True,
+        save_masks: bool = False,
     ) -> Evaluation:
         """Evaluates one split into `out`, with pictures of good, random and failed samples."""
+        subject, protocol = self.subject, protocols.get(self.protocol)
         self.data.check_split(split)
-        shape = BatchShape(self.batch, self._text, PHRASES, 1, self.cfg.sam.image_size, self.cfg.siglip.image_size)
-        data = EvalData(
+        devices = subject.evaluator.devices
+        batch = -(-self.batch // devices) * devices
+        open_data = functools.partial(
+            EvalData,
             self.data,
             split,
-            self.tokenizer,
-            shape,
-            prompts=self.prompts,
-            visual_tokens=self.cfg.visual_tokens,
+            subject.tokenizer,
+            sides=(subject.cfg.sam.image_size, subject.cfg.siglip.image_size),
+            batch=batch,
+            prompts=subject.prompts,
+            visual_tokens=subject.cfg.visual_tokens,
             max_images=images,
             control_seed=CONTROL_SEED if shuffle_text else None,
+            rows=parallel.rows_here(batch, subject.evaluator.mesh),
         )
         evaluation = evaluate(
-            self.graphdef,
-            self.params,
-            data,
+            subject.evaluator,
+            subject.params,
+            open_data,
             split=split,
             out=out,
-            protocol=self._protocol,
+            protocol=protocol,
             shuffle_text=shuffle_text,
-            checkpoint=self.checkpoint,
-            evaluator=self._evaluator,
+            about={
+                "checkpoint": subject.checkpoint,
+                "data": self.data.digest,
+                "images": images,
+                "prompt": {"question": subject.prompts.question, "answer": subject.prompts.answer},
+            },
+            gallery=GALLERY if pictures else 0,
+            save_masks=save_masks,
         )
-        if pictures:
+        if pictures and processes.is_primary():
             report.save_pictures(out, f"{split}_shuffled" if shuffle_text else split, evaluation.examples)
         return evaluation
+
+
+def named(benchmarks: str, root: Path) -> list[tuple[str, Prepared, str]]:
+    """The (name, data set, split) of each entry of a list like "refcoco/val,reasonseg/test".
+
+    Args:
+        benchmarks: entries NAME/SPLIT; NAME is that of a prepared data set in `root`.
+        root: where prepared data sets lie.
+
+    Raises:
+        UserError: an entry of another form, a name that is unknown or whose data set is not prepared, an unknown split.
+    """
+    prepared = sorted(path.parent.name for path in root.glob(f"*/{METADATA}"))
+    found: dict[str, Prepared] = {}
+    result = []
+    for entry in benchmarks.split(","):
+        name, slash, split = entry.strip().rpartition("/")
+        if not slash or not split:
+            raise UserError(f"--benchmark: {entry!r} is not NAME/SPLIT, for instance refcoco/val")
+        if name in LAYOUTS and name not in prepared:
+            raise UserError(
+                f"{root / name}: the benchmark {name} is not prepared; make it with `python -m flowseg_jax.data prepare "
+                f"--layout {name} --source DIR --out {root / name}`"
+            )
+        if name not in prepared:
+            raise UserError(f"unknown benchmark {name!r}{suggest(name, {*LAYOUTS, *prepared})}")
+        found[name] = found.get(name) or Prepared.open(root / name)
+        found[name].check_split(split)
+        result.append((name, found[name], split))
+    return result
 
 
 def digest(model_config: dict[str, Any]) -> str:

@@ -6,9 +6,8 @@ Which are kept depends only on their ids, never on the order or the batch in whi
 from __future__ import annotations
 
 import dataclasses
-import heapq
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,48 +33,29 @@ class Example:
     best: Bool[np.ndarray, "y x"]
 
 
-class Gallery:
-    """Keeps at most `size` examples of each kind: those whose ids hash lowest, a random draw that is the same every time."""
+def choose(records: Sequence[Mapping[str, Any]], size: int) -> dict[str, list[int]]:
+    """At most `size` samples of each kind: those whose ids hash lowest, a random draw that is the same every time.
 
-    def __init__(self, size: int):
-        self._size = size
-        self._kept: dict[str, list[tuple[int, str, Example]]] = {kind: [] for kind in KINDS}
+    Returns:
+        Kind -> indices into `records`, in a fixed order; a sample stands under its most telling kind only.
+    """
 
-    def wants(self, record: Mapping[str, Any]) -> list[str]:
-        """The kinds in which this record would be kept now (so that masks are unpacked only when needed)."""
-        kinds = ["random"]
-        if record["iou"] >= GOOD and not record["failed"]:
-            kinds.append("good")
-        elif record["iou"] < FAILED:
-            kinds.append("failed")
-        priority = self._priority(record)
-        return [
-            kind
-            for kind in kinds
-            if len(self._kept[kind]) < self._size or (self._kept[kind] and priority > self._kept[kind][0][:2])
-        ]
+    def draw(members: Iterable[int]) -> list[int]:
+        return sorted(members, key=lambda i: _priority(records[i]))[:size]
 
-    def add(self, example: Example, kinds: list[str]) -> None:
-        for kind in kinds:
-            heapq.heappush(self._kept[kind], (*self._priority(example.record), example))
-            if len(self._kept[kind]) > self._size:
-                heapq.heappop(self._kept[kind])
+    kinds = {
+        "failed": (i for i, r in enumerate(records) if r["iou"] < FAILED),
+        "good": (i for i, r in enumerate(records) if r["iou"] >= GOOD and not r["failed"]),
+        "random": range(len(records)),
+    }
+    seen: set[int] = set()
+    chosen = {}
+    for kind, members in kinds.items():
+        chosen[kind] = [i for i in draw(members) if i not in seen]
+        seen.update(chosen[kind])
+    return {kind: chosen[kind] for kind in KINDS}
 
-    def examples(self) -> dict[str, list[Example]]:
-        """kind -> examples, in a fixed order; an example stands under its most telling kind only."""
-        seen: set[str] = set()
-        kept: dict[str, list[Example]] = {}
-        for kind in ("failed", "good", "random"):
-            rows = [
-                (key, example)
-                for _, key, example in sorted(self._kept[kind], key=lambda r: r[:2], reverse=True)
-                if key not in seen
-            ]
-            seen.update(key for key, _ in rows)
-            kept[kind] = [example for _, example in rows]
-        return {kind: kept[kind] for kind in KINDS}
 
-    @staticmethod
-    def _priority(record: Mapping[str, Any]) -> tuple[int, str]:
-        key = f"{record['image_id']}/{record['ann_id']}/{record['sentence_id']}"
-        return -zlib.crc32(key.encode()), key
+def _priority(record: Mapping[str, Any]) -> tuple[int, str]:
+    key = f"{record['image_id']}/{record['ann_id']}/{record['sentence_id']}"
+    return zlib.crc32(key.encode()), key

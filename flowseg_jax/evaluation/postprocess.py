@@ -16,21 +16,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
+from flowseg_jax.data.images import size_bucket
 from flowseg_jax.ops.resize import apply_matrices, restore_matrices
 
-SIDES = (128, 320, 640, 1024, 2048)  # size buckets; beyond the last: its multiples
 BLOCK = 1 << 22  # logits at the original size that exist at once, an image
-
-
-def size_bucket(side: int) -> int:
-    """The padded side for an image side, in pixels: the next of `SIDES`, or the next multiple of the largest."""
-    return next((s for s in SIDES if side <= s), -(-side // SIDES[-1]) * SIDES[-1])
 
 
 @jax.tree_util.register_dataclass
@@ -205,6 +201,12 @@ def top(scores: Float[Array, "b k q"], logits: Float[Array, "b k q h w"], count:
     """The `count` candidates with the highest scores, best first (N = count)."""
     _, query = jax.lax.top_k(_ranked(scores), count)
     return jax.vmap(jax.vmap(_take))(scores, logits, query)
+
+
+def refine(model: Any, logits: Float[Array, "b k n h w"], mask_features: Float[Array, "b h w f"]) -> Float[Array, "b k n h w"]:
+    """BAR on the candidates that are used, by the model's `refine`."""
+    b, k, n, *grid = logits.shape
+    return model.refine(logits.reshape(b, k * n, *grid), mask_features).reshape(logits.shape)
 
 
 @jax.tree_util.register_dataclass

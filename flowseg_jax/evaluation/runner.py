@@ -1,39 +1,52 @@
 """Evaluates one split in jitted batches and writes `<split>.json` and `<split>.jsonl`.
 
-The model compiles once; only the two small functions that touch original-size pixels compile again for each size bucket. The
-next batch is dispatched before the last one's results are read, so decoding images on the host and computing overlap.
+The next batch is dispatched before the last one's results are read, so decoding images on the host and computing overlap. What
+is finished is kept in `<split>.partial.jsonl` as it comes: an evaluation that was interrupted, or that met a damaged image,
+goes on from there. Where there are several processes, each evaluates its share and the first one writes.
 """
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import json
+import pickle
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-import jax
 import numpy as np
-from flax import nnx
 
-from flowseg_jax import storage
+from flowseg_jax import parallel, processes, storage
+from flowseg_jax.data.masks import encode
 from flowseg_jax.errors import UserError
-from flowseg_jax.evaluation import metrics, postprocess, protocols
-from flowseg_jax.evaluation.examples import Example, Gallery
-from flowseg_jax.models import flowseg
+from flowseg_jax.evaluation import examples, metrics, postprocess, protocols
+from flowseg_jax.evaluation.evaluator import Evaluator
+from flowseg_jax.evaluation.examples import Example
+from flowseg_jax.evaluation.partial import Partial
 from flowseg_jax.writers import duration, heartbeat, say
 
 HEARTBEAT = 8.0  # seconds of silence until a line of progress
 
 
 class Data(Protocol):
-    """What is evaluated: `data.evaluation.EvalData`, an iterable of its `EvalBatch`es that knows its number of samples."""
+    """What is evaluated: `data.evaluation.EvalData`, an iterable of this process's part of each batch.
+
+    Attributes:
+        samples: how many there are, all processes together.
+        prefix: int32 [P], what every conversation begins with.
+    """
 
     samples: int
+    prefix: np.ndarray
 
     def __iter__(self) -> Iterator[Any]: ...
+
+
+class Open(Protocol):
+    """Opens the data of an evaluation, without the images at `skip`, or only with those at `only` (places in the split)."""
+
+    def __call__(self, *, only: Collection[int] | None = None, skip: Collection[int] = ()) -> Data: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +55,7 @@ class Evaluation:
 
     Attributes:
         result: what stands in `<split>.json`.
-        records: one mapping a sample, what stands in `<split>.jsonl`.
+        records: one mapping a sample in the split's order, what stands in `<split>.jsonl`.
         examples: kind ("good", "random", "failed") -> a few samples with their masks.
     """
 
@@ -51,143 +64,202 @@ class Evaluation:
     examples: dict[str, list[Example]]
 
 
-class Evaluator:
-    """The jitted functions of one model. Reuse it over splits and parameters: nothing compiles twice.
-
-    Attributes:
-        compiles: function name -> number of compilations so far.
-    """
-
-    def __init__(self, graphdef: nnx.GraphDef):
-        self.compiles: collections.Counter[str] = collections.Counter()
-
-        def segment(params, batch, truth, inside):
-            self.compiles["model"] += 1  # runs when traced, that is once a compilation
-            model = flowseg.bind(graphdef, params)
-            found = model.segment(batch)
-            chosen = postprocess.choose(found.scores, found.mask_logits, truth, inside)
-            b, k, n, *grid = chosen.logits.shape
-            refined = model.refine(chosen.logits.reshape(b, k * n, *grid), found.mask_features)
-            return dataclasses.replace(chosen, logits=refined.reshape(chosen.logits.shape))
-
-        def truth_on_grid(truth, where):
-            self.compiles["truth"] += 1
-            return postprocess.truth_on_grid(truth, where), postprocess.image_on_grid(where)
-
-        def restore(logits, where, truth):
-            self.compiles["restore"] += 1
-            return postprocess.restore(logits, where, truth)
-
-        def grid(params, batch):
-            return jax.eval_shape(lambda p, b: flowseg.bind(graphdef, p).segment(b).mask_logits, params, batch).shape[-2:]
-
-        self._segment, self._truth_on_grid, self._restore = jax.jit(segment), jax.jit(truth_on_grid), jax.jit(restore)
-        self._grid_of, self._grid = grid, None
-
-    def __call__(self, params: Any, data: Any) -> tuple[postprocess.Chosen, postprocess.Restored]:
-        """Dispatches one `EvalBatch`; the arrays that come back may still be computing."""
-        if self._grid is None:
-            self._grid = self._grid_of(params, data.batch)
-        where = postprocess.geometry(
-            data.batch.scaled_size, data.sizes, grid=self._grid, padded_size=data.batch.images.shape[1]
-        )
-        rows, phrases = data.batch.phrase_mask.shape
-        pack = lambda masks, count: postprocess.pack_truth(masks, rows, count, where.bucket)  # noqa: E731
-        truth = postprocess.Truth(pack(data.truth, phrases), pack(data.once, phrases), pack(data.ignored, 1))
-        where, truth = jax.device_put((where, truth))
-        chosen = self._segment(params, data.batch, *self._truth_on_grid(truth.union, where))
-        return chosen, self._restore(chosen.logits, where, truth)
-
-
 def evaluate(
-    graphdef: nnx.GraphDef,
+    evaluator: Evaluator,
     params: Any,
-    data: Data,
+    data: Open,
     *,
     split: str,
     out: Path | str | None = None,
     protocol: protocols.Protocol = protocols.XSAM,
     shuffle_text: bool = False,
-    checkpoint: Mapping[str, Any] | None = None,
-    gallery: int = 6,
-    evaluator: Evaluator | None = None,
+    about: Mapping[str, Any] | None = None,
+    gallery: int = 0,
+    save_masks: bool = False,
 ) -> Evaluation:
-    """Evaluates `data` and writes its results.
+    """Evaluates a split and writes its results. Every process calls it alike.
 
     Args:
-        graphdef, params: the model, graph definition and parameters at rest.
-        data: the split.
+        evaluator: the model's compiled functions.
+        params: its parameters.
+        data: opens the split.
         split: names the result files.
         out: folder of `<split>.json` and `<split>.jsonl`; None writes nothing. Both are replaced only when complete.
         protocol: names the meaning of the numbers; gives thresholds and the IoU of an empty sample.
         shuffle_text: `data` is the shuffled-text control (`EvalData(control_seed=...)`): every image is asked another image's
             sentences while its truth stays. The files are called `<split>_shuffled`.
-        checkpoint: `digest` and `step` of the parameters, written beside the numbers.
-        gallery: how many examples of each kind to keep.
-        evaluator: the compiled functions of an earlier call with the same graphdef.
+        about: written beside the numbers, the checkpoint's digest and step above all. Partial results of another `about` are
+            not continued.
+        gallery: how many examples of each kind to return.
+        save_masks: add the selected mask to each line of `<split>.jsonl`, as COCO's compressed run-length code `rle`.
 
     Raises:
-        UserError: the split holds no expression, or `out` cannot be written.
+        UserError: the split holds no expression, an image is damaged, or `out` cannot be written. What was finished is kept.
         ValueError: `shuffle_text` says something else than the data.
     """
-    evaluator = evaluator or Evaluator(graphdef)
     name = f"{split}_shuffled" if shuffle_text else split
-    records: list[dict[str, Any]] = []
-    kept = Gallery(gallery)
+    about = dict(about or {})
+    settings = {"protocol": protocol.name, "shuffled_text": shuffle_text, "save_masks": save_masks, **about}
+    params = evaluator.place(params)
     before, begin = evaluator.compiles.total(), time.monotonic()
+    with Partial.open(None if out is None else Path(out) / f"{name}.partial.jsonl", settings) as partial:
+        if partial.records:
+            say(f"evaluate {name}: going on behind {len(partial.records)} images of an earlier start")
+        remaining = data(skip=partial.records.keys())
+        kept = sum(map(len, partial.records.values()))
+        _fill(evaluator, params, remaining, partial, protocol, name, save_masks, kept + remaining.samples)
+        records = [record for place in sorted(partial.records) for record in partial.records[place]]
+        if not records:
+            raise UserError(f"split {split!r} holds no expression to evaluate; prepare it, or choose another split")
+        if shuffle_text != any(r["text"] != r["sentence"] for r in records):
+            raise ValueError("shuffle_text and the data disagree: EvalData(control_seed=...) makes the shuffled-text control")
+        result = metrics.summarise(records, protocol)
+        result["also"] = metrics.other_protocols(records, protocol)
+        result |= about | {"shuffled_text": shuffle_text}
+        _tell(name, result, len(records) - kept, time.monotonic() - begin, evaluator, before)
+        chosen = examples.choose(records, gallery)
+        shown = _illustrate(evaluator, params, data, partial.records, chosen) if gallery else {}
+        if out is not None and processes.is_primary():
+            lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
+            storage.replace_text(Path(out) / f"{name}.jsonl", lines)
+            storage.replace_text(Path(out) / f"{name}.json", json.dumps(result, indent=1) + "\n")
+        partial.finish()
+    return Evaluation(result, records, shown)
 
-    def status(doing: str) -> str:
-        return f"evaluate {name}: {len(records)}/{data.samples} samples, {doing}"
 
-    def collect(batch: Any, chosen: postprocess.Chosen, restored: postprocess.Restored) -> None:
-        values = jax.device_get((chosen.query, chosen.score, chosen.rank, dataclasses.replace(restored, masks=None)))
-        masks = None  # read only when an example is kept
-        for b, samples in enumerate(batch.samples):
-            for k, sample in enumerate(samples):
-                at = jax.tree.map(lambda value: value[b, k], values)  # noqa: B023 (called at once)
-                record = _record(sample, batch.sizes[b], *at, protocol=protocol)
-                records.append(record)
-                if kinds := kept.wants(record):
-                    masks = jax.device_get(restored.masks) if masks is None else masks
-                    selected, best = (postprocess.unpack_mask(masks[b, k, n], batch.sizes[b]) for n in (0, 1))
-                    kept.add(Example(record, np.array(batch.images[b]), np.array(batch.truth[b][k]), selected, best), kinds)
-
-    with heartbeat(status("reading images"), HEARTBEAT) as beat:
-        last = None
-        for batch in data:
-            beat.message = status("computing" if evaluator.compiles["restore"] else "compiling")
-            running = (batch, *evaluator(params, batch))
-            if last:
-                collect(*last)
-            last = running
-        if last:
-            collect(*last)
-        beat.message = f"evaluate {name}"
-
-    if not records:
-        raise UserError(f"split {split!r} holds no expression to evaluate; prepare it, or choose another split")
-    if shuffle_text != any(r["text"] != r["sentence"] for r in records):
-        raise ValueError("shuffle_text and the data disagree: EvalData(control_seed=...) makes the shuffled-text control")
-    result = metrics.summarise(records, protocol)
-    result["also"] = metrics.other_protocols(records, protocol)
-    result["checkpoint"] = dict(checkpoint or {})
-    result["shuffled_text"] = shuffle_text
-    seconds = max(time.monotonic() - begin, 1e-9)
+def _tell(name: str, result: Mapping[str, Any], samples: int, seconds: float, evaluator: Evaluator, before: int) -> None:
+    """Speed and numbers, for the console."""
     compiled = ", ".join(f"{count} {what}" for what, count in evaluator.compiles.items())
     say(
-        f"evaluate {name}: {len(records)} samples in {duration(seconds)}, {len(records) / seconds:.1f}/s;"
+        f"evaluate {name}: {samples} samples in {duration(seconds)}, {samples / max(seconds, 1e-9):.1f}/s;"
         f" {evaluator.compiles.total() - before} compilations (so far: {compiled})"
     )
     say(
-        f"evaluate {name}: {protocol.name}, n {result['n']}, cIoU {result['ciou']:.2f}, gIoU {result['giou']:.2f},"
+        f"evaluate {name}: {result['protocol']}, n {result['n']}, cIoU {result['ciou']:.2f}, gIoU {result['giou']:.2f},"
         f" oracle cIoU {result['oracle_ciou']:.2f}, selection gap {result['selection_gap']:.2f}, failed {result['failed']}"
     )
     for other, figures in result["also"].items():
         say(f"evaluate {name}: {other}, n {figures['n']}, cIoU {figures['ciou']:.2f}, gIoU {figures['giou']:.2f}")
-    if out is not None:
-        storage.replace_text(Path(out) / f"{name}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
-        storage.replace_text(Path(out) / f"{name}.json", json.dumps(result, indent=1) + "\n")
-    return Evaluation(result, records, kept.examples())
+
+
+Round = tuple[Any, postprocess.Chosen, postprocess.Restored]
+
+
+def _dispatched(
+    evaluator: Evaluator, params: Any, data: Data, reading: Callable[[], None] = lambda: None
+) -> Iterator[tuple[Any, list[Round]]]:
+    """Batches with their rounds, one behind what is being computed. A batch that one process cannot read stops all of them."""
+    batches, last = iter(data), None
+    while True:
+        batch, fault = processes.attempt(lambda: next(batches, None), lambda error: str(error) if _reported(error) else None)
+        if fault:
+            raise UserError(fault)
+        if batch is None:
+            break
+        reading()
+        running = batch, list(evaluator(params, data.prefix, batch))
+        if last is not None:
+            yield last
+        last = running
+    if last is not None:
+        yield last
+
+
+def _reported(error: Exception) -> bool:
+    return isinstance(error, UserError)
+
+
+def _fill(
+    evaluator: Evaluator,
+    params: Any,
+    data: Data,
+    partial: Partial,
+    protocol: protocols.Protocol,
+    name: str,
+    save_masks: bool,
+    total: int,
+) -> None:
+    """Evaluates what is missing, batch by batch into `partial`."""
+
+    def status() -> str:
+        done = sum(map(len, partial.records.values()))
+        return f"evaluate {name}: {done}/{total} samples, {'computing' if evaluator.compiles['restore'] else 'compiling'}"
+
+    with heartbeat(f"evaluate {name}: 0/{total} samples, reading images", HEARTBEAT) as beat:
+
+        def reading() -> None:
+            beat.message = status()
+
+        try:
+            for batch, rounds in _dispatched(evaluator, params, data, reading):
+                found: dict[int, list[dict[str, Any]]] = {place: [] for place in batch.places}
+                for asked, chosen, restored in rounds:
+                    _collect(found, batch, asked, chosen, restored, protocol, save_masks)
+                partial.add(found)
+        except UserError as error:
+            raise UserError(f"{error}; {partial.kept()}") from None
+        beat.message = f"evaluate {name}"
+
+
+def _collect(
+    found: dict[int, list[dict[str, Any]]],
+    batch: Any,
+    asked: Any,
+    chosen: postprocess.Chosen,
+    restored: postprocess.Restored,
+    protocol: protocols.Protocol,
+    save_masks: bool,
+) -> None:
+    """The records of one round of this process's rows."""
+    query, score, rank = parallel.local_rows((chosen.query, chosen.score, chosen.rank))
+    counted = parallel.local_rows(dataclasses.replace(restored, masks=restored.masks if save_masks else None))
+    for b, samples in enumerate(asked.samples):
+        for k, sample in enumerate(samples):
+            numbers = {
+                field.name: getattr(counted, field.name)[b, k] for field in dataclasses.fields(counted) if field.name != "masks"
+            }
+            record = _record(sample, batch.sizes[b], query[b, k], score[b, k], rank[b, k], numbers, protocol)
+            if save_masks:
+                mask = postprocess.unpack_mask(counted.masks[b, k, 0], batch.sizes[b])
+                record["rle"] = {"size": list(batch.sizes[b]), "counts": encode(mask.astype(np.uint8))}
+            found[batch.places[b]].append(record)
+
+
+def _illustrate(
+    evaluator: Evaluator,
+    params: Any,
+    data: Open,
+    records: Mapping[int, list[dict[str, Any]]],
+    chosen: Mapping[str, list[int]],
+) -> dict[str, list[Example]]:
+    """Evaluates the chosen samples' images once more, now with their masks.
+
+    Args:
+        records: of each place in the split.
+        chosen: kind -> indices into all records in order.
+    """
+    order = [(place, k) for place in sorted(records) for k in range(len(records[place]))]
+    wanted = {order[index] for indices in chosen.values() for index in indices}
+    mine: dict[tuple[int, int], Example] = {}
+    for batch, rounds in _dispatched(evaluator, params, data(only={place for place, _ in wanted})):
+        before = [0] * len(batch.places)
+        for asked, _, restored in rounds:
+            masks = None  # read only where an example is wanted
+            for b, samples in enumerate(asked.samples):
+                place = batch.places[b]
+                for k in range(len(samples)):
+                    if (place, before[b] + k) not in wanted:
+                        continue
+                    masks = parallel.local_rows(restored.masks) if masks is None else masks
+                    selected, best = (postprocess.unpack_mask(masks[b, k, n], batch.sizes[b]) for n in (0, 1))
+                    record = records[place][before[b] + k]
+                    truth = np.array(asked.truth[b][k])
+                    mine[place, before[b] + k] = Example(record, np.array(batch.images[b]), truth, selected, best)
+                before[b] += len(samples)
+    everyone = {}
+    for part in processes.exchange(pickle.dumps(mine)):
+        everyone |= pickle.loads(part)
+    return {kind: [everyone[order[index]] for index in indices] for kind, indices in chosen.items()}
 
 
 def _record(
@@ -196,13 +268,12 @@ def _record(
     query: np.ndarray,
     score: np.ndarray,
     rank: np.ndarray,
-    counted: postprocess.Restored,
-    *,
+    counted: Mapping[str, np.ndarray],
     protocol: protocols.Protocol,
 ) -> dict[str, Any]:
     """One line of the JSONL. Every array is [2]: the selected mask and the best candidate."""
-    selected, best = ((int(counted.intersection[n]), int(counted.union[n])) for n in (0, 1))
-    once, best_once = ((int(counted.once_intersection[n]), int(counted.once_union[n])) for n in (0, 1))
+    pairs = [(counted[f"{raster}intersection"], counted[f"{raster}union"]) for raster in ("", "once_")]
+    (selected, best), (once, best_once) = (((int(i[n]), int(u[n])) for n in (0, 1)) for i, u in pairs)
     oracle, oracle_once = metrics.better(selected, best, protocol), metrics.better(once, best_once, protocol)
     record = {
         "image_id": int(sample.image_id),
@@ -231,7 +302,7 @@ def _record(
         "oracle_union": oracle[1],
         "oracle_once_intersection": oracle_once[0],
         "oracle_once_union": oracle_once[1],
-        "failed": not bool(counted.finite[0]),
+        "failed": not bool(counted["finite"][0]),
     }
     record["iou"] = metrics.sample_iou(record, protocol)
     record["best_iou"] = metrics.iou(*best, protocol.both_empty)

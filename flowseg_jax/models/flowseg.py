@@ -21,11 +21,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from flowseg_jax.data.batch import IMAGE_TOKEN, NONE, Batch
+from flowseg_jax.data.batch import IMAGE_TOKEN, NONE, Batch, Questions, Views
 from flowseg_jax.models.boundary import BoundaryRefinement
 from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.models.connectors import Projector, SegConnector, pad_to_multiple, pixel_shuffle
-from flowseg_jax.models.language import Language
+from flowseg_jax.models.language import Cache, Language
 from flowseg_jax.models.layers import Linear, normal, param
 from flowseg_jax.models.mask_decoder import DecoderOutput, MaskDecoder, mask_logits
 from flowseg_jax.models.pixel_decoder import PixelDecoder
@@ -92,6 +92,22 @@ class TrainingOutput:
     decoder: DecoderOutput | None
     conditions: Conditions | None
     category_logits: Float[Array, "j b q c"] | None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """Images that have been looked at: all that any number of expressions about them shares.
+
+    Attributes:
+        mask_features: [B, h, w, F].
+        levels: memory maps [B, y, x, D], low to high resolution.
+        cache: of the LLM behind the prefix, which the image ends.
+    """
+
+    mask_features: Float[Array, "b h w f"]
+    levels: tuple[Float[Array, "b _ _ d"], ...]
+    cache: Cache
 
 
 @jax.tree_util.register_dataclass
@@ -223,7 +239,7 @@ class FlowSeg(nnx.Module):
             self.background = param(rngs, normal(1.0), (1, width), (None, None))
         self.category_head = Linear(width, cfg.classes + 1, rngs=rngs) if cfg.classes and cfg.segments else None
 
-    def look(self, batch: Batch) -> ImageFeatures:
+    def look(self, batch: Batch | Views) -> ImageFeatures:
         """Runs both encoders, both projectors, the connector and the pixel decoder, as far as there are: once an image."""
         cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
         tokens, mask_features, levels = None, None, ()
@@ -319,20 +335,54 @@ class FlowSeg(nnx.Module):
         return TrainingOutput(reading.hidden, vocabulary, features.mask_features, out, conditions, categories)
 
     def segment(self, batch: Batch) -> Segmentation:
-        """All candidates of every phrase. A phrase is scored against the background alone: a conversation is its own group."""
-        b, k = batch.phrase_mask.shape
+        """All candidates of every phrase, in one pass over the rows that training sees."""
         features = self.look(batch)
         reading = self.read(batch, features.tokens)
-        phrases = reading.phrases[:, :k].reshape(b * k, 1, -1)
+        k = batch.phrase_mask.shape[1]
+        return self._candidates(features.mask_features, features.levels, reading.phrases[:, :k], reading.segs[:, :k])
+
+    def see(self, views: Views, prefix: Int[Array, "p"]) -> Seen:
+        """Looks at images once: both encoders, the pixel decoder, and the LLM over the prefix.
+
+        Args:
+            views: the images.
+            prefix: token ids that every conversation begins with, the image's slots at the end (`batching.encode_prefix`).
+        """
+        features = self.look(views)
+        b, length = views.images.shape[0], prefix.shape[0]
+        place = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (b, length))
+        with jax.named_scope("llm"):
+            embeds = self.splice(jnp.broadcast_to(prefix, (b, length)), features.tokens)
+            _, cache = self.llm.prefill(embeds, place, jnp.zeros_like(place), length)
+        return Seen(features.mask_features, features.levels, cache)
+
+    def ask(self, seen: Seen, questions: Questions) -> Segmentation:
+        """All candidates of every phrase about images that have been seen; the numbers are those of `segment`."""
+        k = questions.asked.shape[1]
+        with jax.named_scope("llm"):
+            embeds = self.llm.embed(questions.tokens, seen.cache.keys.dtype)
+            hidden, _ = self.llm.extend(seen.cache, embeds, questions.positions, questions.segments)
+        projected = self.llm_projector(hidden)
+        phrases, segs = (pool_spans(projected, ids, k) for ids in (questions.phrase_ids, questions.seg_ids))
+        return self._candidates(seen.mask_features, seen.levels, phrases, segs)
+
+    def _candidates(
+        self,
+        mask_features: Float[Array, "b h w f"],
+        levels: tuple[Float[Array, "b _ _ d"], ...],
+        phrases: Float[Array, "b k d"],
+        segs: Float[Array, "b k d"],
+    ) -> Segmentation:
+        """A phrase is scored against the background alone: a conversation is its own group."""
+        b, k, _ = phrases.shape
         yes = jnp.ones((b * k, 1), bool)
-        conditions = with_background(phrases, yes, yes, self.background[...])
-        segs = reading.segs[:, :k].reshape(b * k, -1)
+        conditions = with_background(phrases.reshape(b * k, 1, -1), yes, yes, self.background[...])
         with jax.named_scope("decoder"):
-            out = self.decoder(features.mask_features, features.levels, k, conditions, segs)
+            out = self.decoder(mask_features, levels, k, conditions, segs.reshape(b * k, -1))
         scores = jax.nn.softmax(out.class_logits[-1], -1)[..., 0].reshape(b, k, -1)
         embeds = out.mask_embeds[-1].reshape(b, -1, out.mask_embeds.shape[-1])
-        masks = mask_logits(embeds, features.mask_features)
-        return Segmentation(scores, masks.reshape(*scores.shape, *masks.shape[2:]), features.mask_features)
+        masks = mask_logits(embeds, mask_features)
+        return Segmentation(scores, masks.reshape(*scores.shape, *masks.shape[2:]), mask_features)
 
     def refine(self, masks: Float[Array, "b n h w"], mask_features: Float[Array, "b h w f"]) -> Float[Array, "b n h w"]:
         """BAR on mask logits; the identity without it."""

@@ -215,25 +215,24 @@ def test_marks_inside_an_expression_are_refused(tokenizer, mark):
             batching.encode_conversation(Conversation((turn,), (0,), (0,)), PROMPTS, tokenizer, "a.jpg")
 
 
-def test_single_spreads_texts_over_rows(tokenizer):
-    args = {"tokenizer": tokenizer, "prompts": PROMPTS, "shape": SHAPE, "visual_tokens": VISUAL}
-    texts = ["one", "Two", "three", "four"]
-    batch = batching.single(picture(), texts, **args)
-    assert batch.phrase_mask.tolist() == [[0, 0, 0], [0, NONE, NONE]]
-    assert not batch.mask_valid.any() and not batch.masks.any()
-    for i, text in enumerate(texts):
-        b, k = divmod(i, SHAPE.phrases)
-        assert tuple(batch.tokens[b][batch.phrase_ids[b] == k]) == tokenizer.encode(f"<p>{text.lower()}</p>")
-    np.testing.assert_array_equal(batch.images[0], batch.images[1])
-    with pytest.raises(UserError, match="7 texts, but the batch has room for 6"):
-        batching.single(picture(), ["x"] * 7, **args)
-    with pytest.raises(UserError, match="no text to look for"):
-        batching.single(picture(), [], **args)
-    with pytest.raises(UserError, match="must not be empty"):
-        batching.single(picture(), [" "], **args)
+def test_questions_are_the_conversations_behind_the_prefix(tokenizer):
+    """What is asked of an image that was seen is, token for token, what one row with prefix and conversations holds."""
+    texts, prefix = [["one", "Two"], ["three"]], batching.encode_prefix(PROMPTS, tokenizer, VISUAL)
+    said = [[batching.encode_conversation(c, PROMPTS, tokenizer, "x") for c in batching.ask(PROMPTS, row)] for row in texts]
+    found = batching.questions(said, (3, 4, 90), len(prefix), tokenizer.pad, ["a", "b"])
+    assert found.asked.tolist() == [[True, True, False, False], [True, False, False, False], [False] * 4]
+    for b, row in enumerate(said):
+        whole = batching.pack(prefix, row, 90 + len(prefix), tokenizer.pad, "x")
+        for key in ("tokens", "positions", "segments", "phrase_ids", "seg_ids"):
+            np.testing.assert_array_equal(getattr(found, key)[b], whole[key][len(prefix) :])
+    assert (found.tokens[2] == tokenizer.pad).all() and (found.segments[2] == NONE).all()
+    with pytest.raises(UserError, match="b: needs .* tokens .*, more than the text length 9"):
+        batching.questions([[], *said[1:]], (2, 4, 9), len(prefix), tokenizer.pad, ["a", "b"])
 
 
 @pytest.mark.parametrize("size", [(1, 1), (50, 8000)])
-def test_single_takes_any_size(tokenizer, size):
-    batch = batching.single(picture(*size), ["x"], tokenizer=tokenizer, prompts=PROMPTS, shape=SHAPE, visual_tokens=VISUAL)
-    assert batch.images.any() and (batch.scaled_size[0] >= 1).all()
+def test_views_take_any_size(size):
+    pixels = batching.prepare_pixels(picture(*size), (), SHAPE)
+    views = batching.views([pixels], 2, (SHAPE.image, SHAPE.vision))
+    assert views.images[0].any() and (views.scaled_size[0] >= 1).all()
+    assert not views.images[1].any() and views.scaled_size[1].tolist() == [SHAPE.image] * 2

@@ -10,7 +10,6 @@ import pytest
 
 from flowseg_jax.data import batching, builders, images, masks
 from flowseg_jax.data.batch import IMAGE_TOKEN, NO_LABEL, NONE, BatchShape
-from flowseg_jax.data.evaluation import EvalData
 from flowseg_jax.data.mixture import mix
 from flowseg_jax.data.pipeline import TrainData, open_tokenizer
 from flowseg_jax.data.prompts import Prompts
@@ -292,88 +291,6 @@ def test_option_errors(prepared, train):
         train(seed=-1)
     with pytest.raises(UserError, match=r"unknown split 'tset'"):
         mix([(prepared, 0.0)], "tset")
-
-
-class TestEval:
-    @pytest.fixture
-    def evaluate(self, prepared, tokenizer):
-        def make(split="train", shape=SHAPE, **options):
-            return EvalData(prepared, split, tokenizer, shape, visual_tokens=VISUAL, **options)
-
-        return make
-
-    def test_every_sample_once_in_order(self, evaluate, prepared, tokenizer):
-        data = evaluate()
-        batches = list(data)
-        assert len(batches) == len(data) == 3  # rows: 1 + 1 + ceil(9 / 4) = 5, two a batch
-        asked = [s for b in batches for row in b.samples for s in row]
-        assert asked == [s for e in prepared.index("train") for s in e.samples] and len(asked) == data.samples == 15
-        for batch in batches:
-            for b, row in enumerate(batch.samples):
-                assert phrases(batch.batch, b, tokenizer) == [s.sentence for s in row]
-                assert batch.batch.phrase_mask[b].tolist() == [0] * len(row) + [NONE] * (4 - len(row))
-                assert batch.batch.example_id[b] == row[0].image_id
-            assert not batch.batch.mask_valid.any() and not batch.batch.masks.any()
-        assert batches[-1].batch.example_id.tolist() == [5, NONE]
-        assert len(batches[-1].samples) == len(batches[-1].truth) == len(batches[-1].images) == 1
-
-    def test_truth_and_images_have_the_original_size(self, evaluate):
-        (batch,) = evaluate("testA")
-        assert batch.truth[0].dtype == bool and batch.sizes == [(96, 96)]
-        np.testing.assert_array_equal(batch.truth[0][0], mini.box_mask(96, 96, 10, 10, 50, 50))
-        assert batch.images[0].shape == (96, 96, 3) and batch.images[0].dtype == np.uint8
-        (grey,) = evaluate("val")
-        assert grey.truth[0].shape == (3, 32, 32) and grey.images[0].shape == (32, 32, 3)
-
-    def test_threads_and_shape_do_not_change_samples(self, evaluate):
-        wide = dataclasses.replace(SHAPE, batch=3, phrases=9, text=600)
-        few, many = list(evaluate()), list(evaluate(shape=wide, threads=4))
-        flat = [
-            [
-                pair
-                for b in batches
-                for row, truths in zip(b.samples, b.truth, strict=True)
-                for pair in zip(row, truths, strict=True)
-            ]
-            for batches in (few, many)
-        ]
-        assert len(few) == 3 and len(many) == 1
-        for (s, t), (u, v) in zip(*flat, strict=True):
-            assert s == u
-            np.testing.assert_array_equal(t, v)
-
-    def test_the_wording_is_fixed(self, evaluate):
-        for prompts in (Prompts(), FIXED):
-            for a, b in zip(evaluate(prompts=prompts), evaluate(), strict=True):
-                assert_same(a.batch, b.batch)
-
-    def test_shuffled_text_control(self, evaluate, tokenizer):
-        own = {s.image_id: set() for b in evaluate() for row in b.samples for s in row}
-        for b in evaluate():
-            for row in b.samples:
-                own[row[0].image_id] |= {s.sentence for s in row}
-        total = 0
-        for batch, plain in zip(evaluate(control_seed=0), evaluate(), strict=True):
-            for b, row in enumerate(batch.samples):
-                assert [s.sentence for s in row] == [s.sentence for s in plain.samples[b]]
-                assert phrases(batch.batch, b, tokenizer) == [s.prompt for s in row]
-                donors = [i for i, texts in own.items() if {s.prompt for s in row} <= texts]
-                assert donors and row[0].image_id not in donors
-                np.testing.assert_array_equal(batch.truth[b], plain.truth[b])
-                total += len(row)
-        assert total == 15
-        with pytest.raises(UserError, match="needs at least two images"):
-            evaluate("val", control_seed=0)
-
-    def test_first_images_only(self, evaluate):
-        data = evaluate(max_images=2)
-        assert {s.image_id for b in data for row in b.samples for s in row} == {1, 2}
-
-    def test_errors(self, evaluate):
-        with pytest.raises(UserError, match="unknown split 'tset'"):
-            evaluate("tset")
-        with pytest.raises(UserError, match="may need .* tokens, more than the text length 40"):
-            evaluate(shape=dataclasses.replace(SHAPE, text=40))
 
 
 def test_a_data_set_without_tokenizer_says_so(tmp_path):

@@ -113,15 +113,16 @@ def test_reasoning_asks_whole_questions_and_explains_some(train, sets):
 
 
 def test_evaluation_asks_reasoning_questions_with_one_wording(sets):
-    data = EvalData(sets["reasonseg"], "train", sets["tokenizer"], SHAPE, visual_tokens=VISUAL)
+    options = {"sides": (32, 16), "batch": 2, "visual_tokens": VISUAL}
+    data = EvalData(sets["reasonseg"], "train", sets["tokenizer"], **options)
     families = {s.sentence: s.family for e in sets["reasonseg"].index("train") for s in e.samples}
-    for batch in data:
-        for b, asked in enumerate(batch.samples):
-            said = text(batch.batch, b, sets)
+    for part in (part for batch in data for part in batch.rounds):
+        for b, asked in enumerate(part.samples):
+            said = text(part.questions, b, sets)
             long = sum(families[s.sentence] == "long" for s in asked)
             assert said.count(REASONING_QUESTIONS[0].replace("{}", "").strip()) == long
     with pytest.raises(UserError, match="chat data has no expressions to evaluate on"):
-        EvalData(sets["llava"], "train", sets["tokenizer"], SHAPE, visual_tokens=VISUAL)
+        EvalData(sets["llava"], "train", sets["tokenizer"], **options)
 
 
 def test_generic_names_what_is_there_and_what_is_not(train, sets):

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 import zlib
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from PIL import Image
 
-from flowseg_jax.data.batch import IMAGE_TOKEN, NO_LABEL, NONE, Batch
+from flowseg_jax.data import batching, images
+from flowseg_jax.data.batch import NONE
+from flowseg_jax.data.evaluation import EvalBatch, Round
+from flowseg_jax.models import flowseg
+from flowseg_jax.models.language import Cache
 
 SIDE, CELL, PHRASES, TEXT, QUERIES = 48, 4, 3, 24, 5
-
-
-class Found(NamedTuple):
-    scores: jax.Array
-    mask_logits: jax.Array
-    mask_features: jax.Array
+PREFIX = (3, 1, 4)
 
 
 class FakeSegmentor(nnx.Module):
@@ -29,17 +26,24 @@ class FakeSegmentor(nnx.Module):
     def __init__(self, *, rngs: nnx.Rngs):
         self.gain = nnx.Param(jnp.full((1,), 8.0))
 
-    def segment(self, batch):
-        b = batch.tokens.shape[0]
-        grid = SIDE // CELL
-        gray = batch.images.astype(jnp.float32).mean(-1).reshape(b, grid, CELL, grid, CELL).mean((2, 4)) / 255
+    def see(self, views, prefix):
+        b, grid = views.images.shape[0], SIDE // CELL
+        gray = views.images.astype(jnp.float32).mean(-1).reshape(b, grid, CELL, grid, CELL).mean((2, 4)) / 255
+        nothing = jnp.zeros((b, 1), jnp.int32)
+        keys = jnp.full((1, b, 1, 1, 1), prefix.sum(), jnp.float32)
+        return flowseg.Seen(gray[..., None], (), Cache(keys, keys, nothing, nothing))
+
+    def ask(self, seen, questions):
+        b, k = questions.asked.shape
         thresholds = (jnp.arange(QUERIES) + 0.5) / QUERIES
-        logits = self.gain[0] * (gray[:, None, None] - thresholds[None, None, :, None, None])
-        logits = jnp.broadcast_to(logits, (b, PHRASES, *logits.shape[2:]))
-        said = batch.phrase_ids[:, None] == jnp.arange(PHRASES)[None, :, None]
-        signature = (said * batch.tokens[:, None]).sum(-1).astype(jnp.float32)  # [b, k]
+        logits = self.gain[0] * (seen.mask_features[..., 0][:, None, None] - thresholds[None, None, :, None, None])
+        logits = jnp.broadcast_to(logits, (b, k, *logits.shape[2:]))
+        said = questions.phrase_ids[:, None] == jnp.arange(k)[None, :, None]
+        signature = (
+            (said * questions.tokens[:, None]).sum(-1).astype(jnp.float32) + seen.cache.keys[0, :, :, 0, 0] - sum(PREFIX)
+        )
         scores = -jnp.abs(thresholds * 100 - (signature % 100)[..., None])
-        return Found(scores, logits, gray[..., None])
+        return flowseg.Segmentation(scores, logits, seen.mask_features)
 
     def refine(self, mask_logits, mask_features):
         return mask_logits + 0.3 * jnp.moveaxis(mask_features, -1, 1)
@@ -57,29 +61,55 @@ class Sample(NamedTuple):
     count: int = 1
 
 
-@dataclasses.dataclass(frozen=True)
-class EvalBatch:
-    batch: Batch
-    samples: list
-    truth: list
-    once: list
-    ignored: list
-    images: list
-    sizes: list
+class EvalData:
+    """The split as batches; with `control`, image i is asked the sentences of image i + 1."""
 
+    prefix = np.array(PREFIX, np.int32)
 
-class EvalData(list):
-    """The split as a list of batches; with `control`, image i is asked the sentences of image i + 1."""
-
-    def __init__(self, scenes, batch, control=False):
+    def __init__(self, scenes, batch, control=False, *, only=None, skip=(), rows=None):
         if control:
             texts = [[s.sentence for s in row] for _, row, _ in scenes]
             scenes = [
                 (image, [s._replace(prompt=(t := texts[(i + 1) % len(texts)])[j % len(t)]) for j, s in enumerate(row)], truth)
                 for i, (image, row, truth) in enumerate(scenes)
             ]
-        super().__init__(batches(scenes, batch))
-        self.samples = sum(len(row) for _, row, _ in scenes)
+        self.scenes = [(i, *scene) for i, scene in enumerate(scenes) if (only is None or i in only) and i not in skip]
+        self.samples = sum(len(row) for _, _, row, _ in self.scenes)
+        self.size, self.rows = batch, range(batch) if rows is None else rows
+
+    def __iter__(self):
+        for start in range(0, len(self.scenes), self.size):
+            yield self._batch(self.scenes[start : start + self.size])
+
+    def _batch(self, group):
+        bucket = tuple(images.size_bucket(max(image.shape[axis] for _, image, *_ in group)) for axis in (0, 1))
+        rounds = -(-max(len(row) for _, _, row, _ in group) // PHRASES)
+        group = [group[row] for row in self.rows if row < len(group)]
+        pictures, sizes = [image for _, image, *_ in group], [image.shape[:2] for _, image, *_ in group]
+        return EvalBatch(
+            batching.views([_pixels(image) for image in pictures], len(self.rows), (SIDE, 8)),
+            [self._round(group, slice(r * PHRASES, (r + 1) * PHRASES)) for r in range(rounds)],
+            [place for place, *_ in group],
+            [np.zeros((1, *size), bool) for size in sizes],
+            pictures,
+            sizes,
+            bucket,
+        )
+
+    def _round(self, group, part):
+        samples, truth = [row[part] for _, _, row, _ in group], [truth[part] for *_, truth in group]
+        said = [[_encoded(sample.prompt, k) for k, sample in enumerate(row)] for row in samples]
+        shape = (len(self.rows), PHRASES, TEXT)
+        return Round(batching.questions(said, shape, len(PREFIX), 0, ["fake"] * len(said)), samples, truth, truth)
+
+
+def _encoded(prompt, k):
+    return batching.Encoded([zlib.crc32(prompt.encode()) % 90 + 1, 5], [0, 0], [k, k], [NONE, NONE])
+
+
+def _pixels(image):
+    fitted, scaled = images.fit(Image.fromarray(image), SIDE)
+    return batching.Pixels(fitted, scaled, np.zeros((8, 8, 3), np.uint8), np.zeros((0, SIDE, SIDE // 8), np.uint8))
 
 
 def parts():
@@ -102,57 +132,6 @@ def scene(rng, image_id, size, sentences):
         samples.append(Sample(image_id, f"{image_id}.jpg", 10 * image_id, image_id, 100 * image_id + j, text, family, text))
         truth.append(radius < (0.18, 0.35)[j % 2])
     return image, samples, np.array(truth)
-
-
-def batches(scenes, batch):
-    """Rows of at most PHRASES sentences, `batch` rows at a time, the last batch padded."""
-    rows = []
-    for image, samples, truth in scenes:
-        rows += [(image, samples[i : i + PHRASES], truth[i : i + PHRASES]) for i in range(0, len(samples), PHRASES)]
-    for start in range(0, len(rows), batch):
-        yield _batch(rows[start : start + batch], batch)
-
-
-def _batch(rows, size):
-    images = np.zeros((size, SIDE, SIDE, 3), np.uint8)
-    scaled = np.full((size, 2), SIDE, np.int32)
-    tokens = np.zeros((size, TEXT), np.int32)
-    phrase_ids = np.full((size, TEXT), NONE, np.int32)
-    phrase_mask = np.full((size, PHRASES), NONE, np.int32)
-    example = np.full(size, NONE, np.int64)
-    tokens[:, :4] = IMAGE_TOKEN
-    for b, (image, samples, _) in enumerate(rows):
-        scaled[b] = [max(1, int(s * SIDE / max(image.shape[:2]) + 0.5)) for s in image.shape[:2]]
-        small = Image.fromarray(image).resize((int(scaled[b][1]), int(scaled[b][0])), Image.Resampling.BILINEAR)
-        images[b, : scaled[b][0], : scaled[b][1]] = np.asarray(small)
-        for k, sample in enumerate(samples):
-            at = 4 + 3 * k
-            tokens[b, at : at + 2] = zlib.crc32(sample.prompt.encode()) % 90 + 1, 5
-            phrase_ids[b, at : at + 2] = k
-            phrase_mask[b, k] = 0
-        example[b] = samples[0].image_id
-    batch = Batch(
-        images=images,
-        scaled_size=scaled,
-        vision_images=np.zeros((size, 8, 8, 3), np.uint8),
-        tokens=tokens,
-        positions=np.tile(np.arange(TEXT, dtype=np.int32), (size, 1)),
-        segments=np.zeros((size, TEXT), np.int32),
-        labels=np.full((size, TEXT), NO_LABEL, np.int32),
-        phrase_ids=phrase_ids,
-        seg_ids=np.full((size, TEXT), NONE, np.int32),
-        masks=np.zeros((size, 1, SIDE, SIDE // 8), np.uint8),
-        mask_valid=np.zeros((size, 1), bool),
-        phrase_mask=phrase_mask,
-        object_class=np.full((size, 1), NONE, np.int32),
-        object_name=np.full((size, 1), NONE, np.int32),
-        name_valid=np.zeros((size, 0), bool),
-        example_id=example,
-    )
-    sizes = [r[0].shape[:2] for r in rows]
-    truth = [r[2] for r in rows]
-    nothing = [np.zeros((1, *size), bool) for size in sizes]
-    return EvalBatch(batch, [r[1] for r in rows], truth, truth, nothing, [r[0] for r in rows], sizes)
 
 
 def scenes(seed=0):

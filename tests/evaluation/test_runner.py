@@ -2,53 +2,67 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 
 import fake_segmentor as fake
+import jax
 import numpy as np
 import pytest
 import torch
+from flax import nnx
 
+from flowseg_jax.data import masks
 from flowseg_jax.errors import UserError
-from flowseg_jax.evaluation import metrics, runner
-from flowseg_jax.evaluation.examples import Example, Gallery
+from flowseg_jax.evaluation import examples, metrics, runner
+from flowseg_jax.evaluation.evaluator import Evaluator
 
 SCENES = fake.scenes()
 
 
 @pytest.fixture(scope="module")
 def evaluator():
-    return runner.Evaluator(fake.parts()[0])
+    return Evaluator(fake.parts()[0])
 
 
 def run(evaluator, batch=2, scenes=SCENES, params=None, control=False, **options):
-    graphdef, fresh = fake.parts()
-    data = fake.EvalData(scenes, batch, control)
-    return runner.evaluate(graphdef, params or fresh, data, split="val", evaluator=evaluator, **options)
+    data = functools.partial(fake.EvalData, scenes, batch, control)
+    return runner.evaluate(evaluator, params or fake.parts()[1], data, split="val", **options)
 
 
 def one_by_one(scenes):
     """(I, U) and query of every sample by torch and NumPy, an image and a sentence at a time."""
-    import jax
-    from flax import nnx
-
     graphdef, params = fake.parts()
     model = nnx.merge(graphdef, params)
     rows = []
-    for data in fake.batches(scenes, 1):
-        found = model.segment(jax.device_put(data.batch))
-        for k in range(len(data.samples[0])):
-            query = int(np.argmax(np.asarray(found.scores)[0, k]))
-            logits = np.asarray(model.refine(found.mask_logits[:, k, query : query + 1], found.mask_features))
-            full = torch.nn.functional.interpolate(torch.tensor(logits), (fake.SIDE,) * 2, mode="bilinear", align_corners=False)
-            h, w = data.batch.scaled_size[0]
-            size = data.images[0].shape[:2]
-            full = torch.nn.functional.interpolate(full[..., :h, :w], size, mode="bilinear", align_corners=False)[0, 0].numpy()
-            assert np.abs(full).min() > 1e-5  # else the comparison of masks below would be a coin toss
-            truth = data.truth[0][k]
-            rows.append((query, int(((full > 0) & truth).sum()), int(((full > 0) | truth).sum())))
+    for batch in fake.EvalData(scenes, 1):
+        seen = model.see(batch.views, np.array(fake.PREFIX))
+        for asked in batch.rounds:
+            found = model.ask(seen, jax.device_put(asked.questions))
+            for k in range(len(asked.samples[0])):
+                query = int(np.argmax(np.asarray(found.scores)[0, k]))
+                logits = np.asarray(model.refine(found.mask_logits[:, k, query : query + 1], found.mask_features))
+                full = interpolate(torch.tensor(logits), (fake.SIDE,) * 2)
+                h, w = batch.views.scaled_size[0]
+                full = interpolate(full[..., :h, :w], batch.sizes[0])[0, 0].numpy()
+                assert np.abs(full).min() > 1e-5  # else the comparison of masks below would be a coin toss
+                truth = asked.truth[0][k]
+                rows.append((query, int(((full > 0) & truth).sum()), int(((full > 0) | truth).sum())))
     return rows
+
+
+def interpolate(x, size):
+    return torch.nn.functional.interpolate(x, size, mode="bilinear", align_corners=False)
+
+
+def same(ours, theirs):
+    """Everything equal, scores to 1e-5."""
+    for a, b in zip(ours.records, theirs.records, strict=True):
+        for name in ("score", "best_score"):
+            assert a[name] == pytest.approx(b[name], rel=1e-5)
+        assert {k: v for k, v in a.items() if "score" not in k} == {k: v for k, v in b.items() if "score" not in k}
+    assert ours.result == theirs.result
 
 
 def test_equals_one_by_one_and_batch_size_changes_nothing(evaluator):
@@ -56,12 +70,7 @@ def test_equals_one_by_one_and_batch_size_changes_nothing(evaluator):
     rows = [(r["query"], r["intersection"], r["union"]) for r in two.records]
     assert rows == one_by_one(SCENES)
     assert len({r["query"] for r in two.records}) > 1
-    three = run(runner.Evaluator(fake.parts()[0]), 3)
-    for a, b in zip(two.records, three.records, strict=True):
-        assert a.pop("score") == pytest.approx(b.pop("score"), rel=1e-5)
-        assert a.pop("best_score") == pytest.approx(b.pop("best_score"), rel=1e-5)
-        assert a == b
-    assert two.result == three.result
+    same(run(Evaluator(fake.parts()[0]), 3), two)
 
 
 def test_oracle_is_at_least_as_good_as_the_selection(evaluator):
@@ -75,7 +84,7 @@ def test_oracle_is_at_least_as_good_as_the_selection(evaluator):
 
 def test_files_hold_what_recomputes_them(evaluator, tmp_path, capsys):
     run(evaluator)  # so that nothing is left to compile
-    found = run(evaluator, out=tmp_path / "eval", checkpoint={"digest": "abc", "step": 7})
+    found = run(evaluator, out=tmp_path / "eval", about={"checkpoint": {"digest": "abc", "step": 7}})
     result = json.loads((tmp_path / "eval" / "val.json").read_text())
     assert result == found.result
     assert set(result) >= {"protocol", "n", "ciou", "giou", "oracle_ciou", "selection_gap", "p_at", "families"}
@@ -89,18 +98,18 @@ def test_files_hold_what_recomputes_them(evaluator, tmp_path, capsys):
     assert (
         "13 samples" in printed
         and "0 compilations (so far: " in printed
-        and "1 model" in printed
+        and "1 see" in printed
         and f"cIoU {result['ciou']:.2f}" in printed
     )
 
 
 def test_the_model_compiles_once_whatever_the_sizes():
-    evaluator = runner.Evaluator(fake.parts()[0])
+    evaluator = Evaluator(fake.parts()[0])
     run(evaluator, 1)
-    assert evaluator.compiles["model"] == 1
+    assert evaluator.compiles["see"] == evaluator.compiles["ask"] == 1
     assert evaluator.compiles["restore"] == 2  # 128 x 128 and, for the taller images, 320 x 128
     run(evaluator, 1)
-    assert evaluator.compiles.total() == 5
+    assert evaluator.compiles.total() == 6
 
 
 def test_shuffled_text_keeps_the_truth(evaluator, tmp_path):
@@ -118,8 +127,8 @@ def test_shuffled_text_keeps_the_truth(evaluator, tmp_path):
 @pytest.mark.parametrize("control", [True, False])
 def test_a_control_cannot_be_taken_for_a_result(evaluator, tmp_path, control):
     with pytest.raises(ValueError, match="disagree"):
-        run(evaluator, out=tmp_path / "eval", control=control, shuffle_text=not control)
-    assert not (tmp_path / "eval").exists()
+        run(evaluator, out=tmp_path, control=control, shuffle_text=not control)
+    assert not list(tmp_path.glob("*.json"))
 
 
 def test_logits_without_numbers_fail_and_are_counted(evaluator, capsys):
@@ -136,7 +145,7 @@ def test_logits_without_numbers_fail_and_are_counted(evaluator, capsys):
 def test_an_empty_split_is_refused_and_nothing_is_written(evaluator, tmp_path):
     with pytest.raises(UserError, match="holds no expression"):
         run(evaluator, scenes=[], out=tmp_path / "eval")
-    assert not (tmp_path / "eval").exists()
+    assert not list((tmp_path / "eval").iterdir())
 
 
 def test_an_unwritable_folder_is_named(evaluator, tmp_path):
@@ -147,48 +156,99 @@ def test_an_unwritable_folder_is_named(evaluator, tmp_path):
 
 def test_progress_is_printed_while_a_batch_takes_long(evaluator, monkeypatch, capsys):
     monkeypatch.setattr(runner, "HEARTBEAT", 0.05)
-    data = fake.EvalData(SCENES, 2)
 
-    class Slow:
-        samples = data.samples
-
+    class Slow(fake.EvalData):
         def __iter__(self):
-            for batch in data:
+            for batch in super().__iter__():
                 time.sleep(0.2)
                 yield batch
 
-    graphdef, params = fake.parts()
-    runner.evaluate(graphdef, params, Slow(), split="val", evaluator=evaluator)
+    runner.evaluate(evaluator, fake.parts()[1], functools.partial(Slow, SCENES, 2), split="val")
     lines = [line for line in capsys.readouterr().out.splitlines() if "/13 samples" in line]
     assert len(lines) >= 3 and lines[0].startswith("evaluate val: 0/13 samples, reading images")
 
 
-def test_gallery_keeps_the_same_examples_in_any_order():
+def test_examples_are_the_same_in_any_order():
     rng = np.random.default_rng(0)
     records = [
         {"image_id": i, "ann_id": i, "sentence_id": i, "iou": float(v), "failed": False} for i, v in enumerate(rng.random(200))
     ]
-    blank = np.zeros((1, 1), bool)
 
-    def kept(order):
-        gallery = Gallery(4)
-        for i in order:
-            if kinds := gallery.wants(records[i]):
-                gallery.add(Example(records[i], np.zeros((1, 1, 3), np.uint8), blank, blank, blank), kinds)
-        return {kind: [e.record["image_id"] for e in rows] for kind, rows in gallery.examples().items()}
+    def chosen(order):
+        rows = [records[i] for i in order]
+        return {kind: [rows[i]["image_id"] for i in indices] for kind, indices in examples.choose(rows, 4).items()}
 
-    first = kept(range(200))
-    assert kept(rng.permutation(200)) == first
+    first = chosen(range(200))
+    assert chosen(rng.permutation(200)) == first
     assert len(first["good"]) == len(first["failed"]) == 4
     assert all(records[i]["iou"] >= 0.8 for i in first["good"]) and all(records[i]["iou"] < 0.5 for i in first["failed"])
     assert not set(first["random"]) & set(first["good"] + first["failed"])
 
 
-def test_the_gallery_of_a_run_holds_its_own_masks(evaluator):
+def test_the_examples_of_a_run_have_their_own_masks(evaluator):
     found = run(evaluator, gallery=20)
-    examples = [e for rows in found.examples.values() for e in rows]
-    assert len(examples) == 13
-    for e in examples:
+    shown = [e for rows in found.examples.values() for e in rows]
+    assert len(shown) == 13
+    for e in shown:
         assert e.image.shape[:2] == e.truth.shape == e.selected.shape == (e.record["height"], e.record["width"])
         assert (e.selected & e.truth).sum() == e.record["intersection"]
         assert (e.best | e.truth).sum() == e.record["best_union"]
+
+
+def test_saved_masks_are_those_that_were_counted(evaluator, tmp_path):
+    run(evaluator, out=tmp_path, save_masks=True)
+    lines = (tmp_path / "val.jsonl").read_text().splitlines()
+    assert len(lines) == 13
+    truth = [mask for _, _, masks in SCENES for mask in masks]
+    for line, wanted in zip(lines, truth, strict=True):
+        record = json.loads(line)
+        assert record["rle"]["size"] == [record["height"], record["width"]] == list(wanted.shape)
+        (mask,) = masks.decode([record["rle"]["counts"]], *record["rle"]["size"])
+        assert (mask.astype(bool) & wanted).sum() == record["intersection"]
+        assert (mask.astype(bool) | wanted).sum() == record["union"]
+
+
+class Damaged(fake.EvalData):
+    """The third batch cannot be read."""
+
+    def __iter__(self):
+        for number, batch in enumerate(super().__iter__()):
+            if number == 2:
+                raise UserError("3.jpg: truncated or damaged image")
+            yield batch
+
+
+def test_a_damaged_image_loses_nothing_and_the_next_start_goes_on(evaluator, tmp_path, capsys):
+    whole = run(evaluator, 1, out=tmp_path / "whole")
+    out, params = tmp_path / "eval", fake.parts()[1]
+    start = functools.partial(runner.evaluate, evaluator, params, split="val", out=out, gallery=2)
+    with pytest.raises(UserError, match=r"3.jpg: truncated or damaged image; 1 images are done and kept in .*partial.jsonl"):
+        start(functools.partial(Damaged, SCENES, 1))
+    assert {p.name for p in out.iterdir()} == {"val.partial.jsonl"}
+    with (out / "val.partial.jsonl").open("a") as file:
+        file.write('{"place": 4, "rec')  # a kill in the middle of a line
+    seen = []
+
+    class Noting(fake.EvalData):
+        def __iter__(self):
+            for batch in super().__iter__():
+                seen.append(batch.places)
+                yield batch
+
+    resumed = start(functools.partial(Noting, SCENES, 1))
+    assert [0] not in seen[:4] and seen[:4] == [[1], [2], [3], [4]]
+    assert "going on behind 1 images" in capsys.readouterr().out
+    same(resumed, whole)
+    assert (out / "val.jsonl").read_bytes() == (tmp_path / "whole" / "val.jsonl").read_bytes()
+    assert not (out / "val.partial.jsonl").exists()
+    assert len([e for rows in resumed.examples.values() for e in rows]) > 2
+
+
+def test_what_another_model_left_is_not_continued(evaluator, tmp_path, capsys):
+    with pytest.raises(UserError, match="1 images are done"):
+        runner.evaluate(
+            evaluator, fake.parts()[1], functools.partial(Damaged, SCENES, 1), split="val", out=tmp_path, about={"model": 1}
+        )
+    found = run(evaluator, 1, out=tmp_path, about={"model": 2})
+    assert "of another model, protocol or data set; it is begun anew" in capsys.readouterr().out
+    assert found.result["n"] == 13 and found.result["model"] == 2

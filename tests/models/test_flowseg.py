@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import small
 
+from flowseg_jax.data.batch import Questions, Views
 from flowseg_jax.errors import UserError
 from flowseg_jax.losses import LossConfig, divide, training_terms
 from flowseg_jax.manifest import flatten, nest
@@ -85,6 +86,37 @@ def test_padding_changes_nothing(model, run):
     queries, queries2 = split(out.decoder.queries, images), split(out2.decoder.queries, 2 * images)[:, :images]
     close(queries[:, :, :k], queries2[:, :, :k])
     close(queries[:, :, k:], queries2[:, :, k + 2 :])
+
+
+def questions(batch, behind, phrases, text=0):
+    """What `batch` asks behind its prefix of so many tokens: phrases of `phrases`, and padding up to K of the batch."""
+    k = batch.phrase_mask.shape[1]
+    take = lambda x: x[:, behind:]  # noqa: E731
+    kept = np.isin(take(batch.segments), [p + 1 for p in phrases])
+    fields = {
+        name: np.pad(np.where(kept, take(getattr(batch, name)), fill), ((0, 0), (0, text)), constant_values=fill)
+        for name, fill in (("tokens", 7), ("positions", 3), ("segments", -1), ("phrase_ids", -1), ("seg_ids", -1))
+    }
+    return Questions(**fields, asked=np.broadcast_to(np.isin(np.arange(k), phrases), (len(batch.tokens), k)))
+
+
+def test_seeing_once_and_asking_is_segmenting(model, run):
+    """One pass over everything, one look and all phrases at once, and one look and a phrase at a time: the same numbers."""
+    cfg, graphdef, params = model
+    batch = small.batch(cfg, phrases=3)
+    behind = 1 + cfg.visual_tokens
+    batch = dataclasses.replace(batch, tokens=np.concatenate([batch.tokens[:1, :1].repeat(2, 0), batch.tokens[:, 1:]], 1))
+    whole = run(batch)[2]
+    net = flowseg.bind(graphdef, params)
+    seen = jax.jit(net.see)(Views(batch.images, batch.scaled_size, batch.vision_images), batch.tokens[0, :behind])
+    ask = jax.jit(net.ask)
+    for phrases, text in (((0, 1, 2), 0), ((1,), 0), ((0, 2), 9)):
+        found = ask(seen, questions(batch, behind, phrases, text))
+        close(found.scores[:, phrases], whole.scores[:, phrases])
+        close(found.mask_logits[:, phrases], whole.mask_logits[:, phrases], 5e-6)
+        at = np.asarray(phrases)
+        np.testing.assert_array_equal(found.scores[:, at].argmax(-1), whole.scores[:, at].argmax(-1))
+    assert np.abs(np.asarray(found.scores - whole.scores)[:, 1]).max() > 1e-4  # what was not asked is not answered
 
 
 def test_phrases_of_an_image_do_not_see_each_other(model, run):

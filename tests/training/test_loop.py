@@ -16,7 +16,7 @@ from flowseg_jax import config as configs
 from flowseg_jax.data import builders
 from flowseg_jax.data.shapes.writer import CATEGORIES
 from flowseg_jax.errors import UserError
-from flowseg_jax.evaluation.benchmark import Benchmark
+from flowseg_jax.evaluation.benchmark import Benchmark, Subject
 from flowseg_jax.models import flowseg
 from flowseg_jax.models.language import LanguageConfig
 from flowseg_jax.training import loop, program
@@ -113,7 +113,7 @@ def test_a_changed_model_is_an_error_that_names_the_keys(config, finished):
 
 
 def test_the_trained_model_can_be_evaluated(prepared, finished, tmp_path):
-    benchmark = Benchmark.of_model(finished[0] / "model", prepared.directory, batch=2)
+    benchmark = Benchmark(Subject.load(finished[0] / "model"), prepared, 2)
     result = benchmark.run("val", tmp_path, pictures=False).result
     assert result["n"] == prepared.splits["val"]["samples"]
     assert result["checkpoint"]["step"] == 6

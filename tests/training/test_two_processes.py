@@ -18,7 +18,8 @@ import small
 
 from flowseg_jax import config as configs
 from flowseg_jax.data import builders
-from flowseg_jax.evaluation.benchmark import Benchmark
+from flowseg_jax.data.prepared import Prepared
+from flowseg_jax.evaluation.benchmark import Benchmark, Subject
 from flowseg_jax.model_directory import save_model
 from flowseg_jax.models.language import LanguageConfig
 
@@ -102,7 +103,9 @@ def test_one_process_goes_on_where_two_stopped(config, tmp_path):
     (tmp_path / "two" / "checkpoints" / "4").rename(tmp_path / "set-aside")
     assert "continuing from the checkpoint of step 2" in finish(launch(config, tmp_path / "two", 4))
     assert_equal(metrics(tmp_path / "two"), expected)
-    benchmarks = [Benchmark.of_model(tmp_path / run / "model", config.data.dir, batch=2) for run in ("one", "two")]
+    benchmarks = [
+        Benchmark(Subject.load(tmp_path / run / "model"), Prepared.open(config.data.dir), 2) for run in ("one", "two")
+    ]
     one, two = (benchmark.run("val", tmp_path / f"eval{i}", pictures=False).result for i, benchmark in enumerate(benchmarks))
     assert two["n"] == one["n"] and two["ciou"] == pytest.approx(one["ciou"], abs=1e-3)
 

@@ -1,0 +1,114 @@
+"""An evaluation gives the same numbers on any number of devices, with the parameters whole or divided."""
+
+from __future__ import annotations
+
+import functools
+import json
+
+import jax
+import numpy as np
+import pytest
+import small
+from flax import nnx
+
+from flowseg_jax import parallel
+from flowseg_jax.data import batching, images
+from flowseg_jax.data.batch import IMAGE_TOKEN, NONE
+from flowseg_jax.data.evaluation import EvalBatch, Round
+from flowseg_jax.data.records import Sample
+from flowseg_jax.evaluation.evaluator import Evaluator
+from flowseg_jax.evaluation.runner import evaluate
+from flowseg_jax.manifest import flatten, nest
+from flowseg_jax.models import flowseg
+
+CFG = small.lean()
+PHRASES, LENGTH, SCENES = 2, 5, 11
+
+
+class Data:
+    """Random images with one to five random questions each, and random discs as truth."""
+
+    prefix = np.array([3, *[IMAGE_TOKEN] * CFG.visual_tokens], np.int32)
+
+    def __init__(self, batch, *, only=None, skip=()):
+        rng = np.random.default_rng(0)
+        scenes = []
+        for place in range(SCENES):
+            count = int(rng.integers(1, 6))
+            size = tuple(int(n) for n in rng.integers(20, 90, 2))
+            pixels = rng.integers(0, 256, (3, *size)).astype(np.uint8).transpose(1, 2, 0)
+            truth = rng.random((count, 5, 6)).repeat(18, 1).repeat(15, 2)[:, : size[0], : size[1]] > 0.5
+            tokens = rng.integers(5, small.VOCAB, (count, LENGTH)).tolist()
+            scenes.append((place, pixels, size, truth, tokens))
+        self.scenes = [s for s in scenes if (only is None or s[0] in only) and s[0] not in skip]
+        self.samples, self.batch = sum(len(s[3]) for s in self.scenes), batch
+
+    def __iter__(self):
+        for at in range(0, len(self.scenes), self.batch):
+            group = self.scenes[at : at + self.batch]
+            rounds = -(-max(len(truth) for *_, truth, _ in group) // PHRASES)
+            yield EvalBatch(
+                batching.views([self.pixels(s[1]) for s in group], self.batch, (CFG.sam.image_size, CFG.siglip.image_size)),
+                [self.round(group, slice(r * PHRASES, (r + 1) * PHRASES)) for r in range(rounds)],
+                [s[0] for s in group],
+                [np.zeros((1, *s[2]), bool) for s in group],
+                [s[1] for s in group],
+                [s[2] for s in group],
+                (128, 128),
+            )
+
+    @staticmethod
+    def pixels(image):
+        from PIL import Image
+
+        picture = Image.fromarray(image)
+        fitted, scaled = images.fit(picture, CFG.sam.image_size)
+        nothing = np.zeros((0, 1, 1), np.uint8)
+        return batching.Pixels(fitted, scaled, images.stretch(picture, CFG.siglip.image_size), nothing)
+
+    def round(self, group, part):
+        said, samples = [], []
+        for place, *_, tokens in group:
+            here = list(enumerate(tokens))[part]
+            ids = [NONE, *[0] * (LENGTH - 2), NONE], [*[NONE] * (LENGTH - 1), 0]
+            encode = lambda t, k, ids=ids: batching.Encoded(t, t, *([k if i == 0 else NONE for i in one] for one in ids))  # noqa: E731
+            said.append([encode(t, k) for k, (_, t) in enumerate(here)])
+            samples.append(
+                [Sample(place, f"{place}.jpg", place, place, n, f"{place} {n}", "", (0,), 1, f"{place} {n}") for n, _ in here]
+            )
+        truth = [s[3][part] for s in group]
+        shape = (self.batch, PHRASES, PHRASES * LENGTH)
+        return Round(batching.questions(said, shape, len(self.prefix), 0, ["row"] * len(said)), samples, truth, truth)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small_parameters_are_divided_too():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parallel, "MIN_SHARDED_ELEMENTS", 256)
+        yield
+
+
+@functools.cache
+def records(devices, fsdp, batch):
+    graphdef, described = flowseg.describe(CFG)
+    mesh = parallel.make_mesh({"data": -1, "fsdp": fsdp}, jax.devices()[:devices])
+    partition = nest({k: v.spec for k, v in flatten(parallel.param_shardings(described, mesh)).items()})
+    evaluator = Evaluator(parallel.divided(nnx.merge(graphdef, described), mesh), mesh, partition)
+    return evaluate(evaluator, small.params(CFG), functools.partial(Data, batch), split="val").records
+
+
+@pytest.mark.parametrize("devices, fsdp, batch", [(8, 1, 8), (4, 4, 4), (2, 1, 6)])
+def test_any_number_of_devices(devices, fsdp, batch):
+    for ours, theirs in zip(records(devices, fsdp, batch), records(1, 1, 2), strict=True):
+        for name, value in ours.items():
+            if "score" in name:
+                assert value == pytest.approx(theirs[name], rel=1e-5)
+            else:
+                assert value == theirs[name], name
+
+
+def test_the_numbers_say_something():
+    found = records(1, 1, 2)
+    assert len({record["query"] for record in found}) > 1 and all(record["union"] for record in found)
+    assert any(0 < record["intersection"] < record["union"] for record in found)
+    assert json.dumps(found, allow_nan=False)
