@@ -7,6 +7,7 @@ they come is therefore not the split's, and every image carries its place in it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
@@ -97,7 +98,7 @@ class Round:
     Attributes:
         questions: what is asked.
         samples: the row's samples, sample k is phrase k.
-        truth: bool [k, H, W], the samples' masks at original size.
+        truth: bool [k, H, W], the samples' masks at original size; with `filled`, their polygons filled on whole points.
         once: bool [k, H, W], the same without the pixels that several parts of an object cover (`Annotation.once`).
     """
 
@@ -131,7 +132,7 @@ class EvalBatch:
 
 
 class EvalData:
-    """All samples of a split, one per (annotation, unique lower-cased sentence).
+    """All samples of a split, one per (annotation, unique lower-cased sentence) or one per ref.
 
     Args:
         prepared: the data set.
@@ -144,6 +145,8 @@ class EvalData:
         max_images: only the first images of the split; None for all.
         control_seed: not None: the shuffled-text control. Every image is asked the sentences of another image
             (`Sample.prompt`); its own samples and truth stay.
+        by_ref: ask once a ref, with all of its sentences in one (protocols of unit "ref").
+        filled: hold the answers against polygons filled on whole points (protocols of raster "fill_points").
         only: places of the images to evaluate; None for all.
         skip: places of images to leave out.
         rows: which rows of each batch to build, in this order (a process's own); None for all.
@@ -154,7 +157,8 @@ class EvalData:
         prefix: int32 [P], token ids that every conversation begins with, the image's slots at the end.
 
     Raises:
-        UserError: an unknown split, a data set without expressions, or an expression with a mark of the tokenizer.
+        UserError: an unknown split, a data set without expressions, `by_ref` of questions that have no refs, or an expression
+            with a mark of the tokenizer.
     """
 
     def __init__(
@@ -169,6 +173,8 @@ class EvalData:
         visual_tokens: int,
         max_images: int | None = None,
         control_seed: int | None = None,
+        by_ref: bool = False,
+        filled: bool = False,
         only: Collection[int] | None = None,
         skip: Collection[int] = (),
         rows: Sequence[int] | None = None,
@@ -182,6 +188,14 @@ class EvalData:
         self._rows = range(batch) if rows is None else rows
         self._read = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
         entries = list(prepared.index(split)[:max_images])
+        if by_ref:
+            if prepared.task == "reasoning":
+                raise UserError(
+                    f"{prepared.directory}: reasoning questions have no refs whose sentences belong together; "
+                    "choose a protocol that asks sentence by sentence, such as xsam"
+                )
+            entries = [entry.by_ref for entry in entries]
+        self._filled = filled
         if control_seed is not None:
             entries = _shuffle_text(entries, control_seed, prepared.directory)
         if prepared.task not in ("referring", "reasoning"):
@@ -240,7 +254,10 @@ class EvalData:
         return Round(
             batching.questions(said, size, len(self.prefix), self.tokenizer.pad, names),
             samples,
-            [one.stack(one.union, row) for one, row in zip(objects, samples, strict=True)],
+            [
+                one.stack(functools.partial(one.union, filled=self._filled), row)
+                for one, row in zip(objects, samples, strict=True)
+            ],
             [one.stack(one.covered_once, row) for one, row in zip(objects, samples, strict=True)],
         )
 
@@ -258,31 +275,38 @@ class Objects:
     """The masks of an image's objects at its original size.
 
     Attributes:
-        whole, once: bool [A, H, W], each object as the union of its parts, and where exactly one part covers it.
+        whole, once, filled: bool [A, H, W], each object as the union of its parts, where exactly one part covers it, and with
+            its polygons filled on whole points.
         ignored: bool [1, H, W], pixels that count for nothing.
     """
 
     whole: np.ndarray
     once: np.ndarray
+    filled: np.ndarray
     ignored: np.ndarray
 
     @classmethod
     def of(cls, example: Example) -> Objects:
         size = example.height, example.width
         whole = masks.decode([a.rle for a in example.annotations], *size).astype(bool)
-        once = whole
-        if any(a.once for a in example.annotations):
-            once = masks.decode([a.once or a.rle for a in example.annotations], *size).astype(bool)
+
+        def drawn(as_drawn: list[str]) -> np.ndarray:
+            if not any(as_drawn):
+                return whole
+            rles = [other or a.rle for other, a in zip(as_drawn, example.annotations, strict=True)]
+            return masks.decode(rles, *size).astype(bool)
+
+        once, filled = drawn([a.once for a in example.annotations]), drawn([a.filled for a in example.annotations])
         ignored = [i for i, a in enumerate(example.annotations) if a.ignore]
-        return cls(whole, once, whole[ignored].any(0, keepdims=True))
+        return cls(whole, once, filled, whole[ignored].any(0, keepdims=True))
 
     def stack(self, draw: Callable[[Sample], np.ndarray], samples: Sequence[Sample]) -> np.ndarray:
         """bool [k, H, W]: what `draw`, one of the methods below, makes of each sample."""
         return np.stack([draw(sample) for sample in samples]) if samples else np.zeros((0, *self.whole.shape[1:]), bool)
 
-    def union(self, sample: Sample) -> np.ndarray:
-        """bool [H, W]: what the sample refers to, empty if that is nothing."""
-        return self.whole[list(sample.annotations)].any(0)
+    def union(self, sample: Sample, filled: bool = False) -> np.ndarray:
+        """bool [H, W]: what the sample refers to, empty if that is nothing; `filled`: drawn as PSALM draws it."""
+        return (self.filled if filled else self.whole)[list(sample.annotations)].any(0)
 
     def covered_once(self, sample: Sample) -> np.ndarray:
         """The same where the masks of the objects and of their parts, added up, are 1."""

@@ -12,10 +12,10 @@ from typing import Any
 
 from flowseg_jax.data.batch import NONE
 from flowseg_jax.data.leakage import image_key
-from flowseg_jax.data.records import Example, Sample, from_record, samples
+from flowseg_jax.data.records import Example, Sample, from_record, ref_samples, samples
 from flowseg_jax.errors import UserError, suggest
 
-FORMAT = 3  # of the files below; raised when they change
+FORMAT = 4  # of the files below; raised when they change
 METADATA = "metadata.json"
 
 
@@ -28,6 +28,7 @@ class Entry:
         picture: a digest of the encoded image.
         categories: category of each object, NONE (-1) for a crowd region and where nothing has a category.
         samples: what can be asked, sorted.
+        refs: the same with all sentences of a ref in one (`records.ref_samples`).
     """
 
     image_id: int
@@ -37,6 +38,12 @@ class Entry:
     picture: str
     categories: tuple[int, ...]
     samples: tuple[Sample, ...]
+    refs: tuple[Sample, ...] = ()
+
+    @property
+    def by_ref(self) -> Entry:
+        """The entry whose samples are its refs."""
+        return dataclasses.replace(self, samples=self.refs)
 
     @property
     def key(self) -> str:
@@ -53,20 +60,23 @@ def index_entry(example: Example) -> dict[str, Any]:
         "size": [example.height, example.width],
         "picture": hashlib.sha256(example.image).hexdigest()[:32],
         "categories": [NONE if a.crowd or a.ignore else a.category for a in example.annotations],
-        "samples": [
-            [s.ann_id, s.ref_id, s.sentence_id, s.sentence, s.family, s.annotations, s.count, s.answer]
-            for s in samples(example)
-        ],
+        "samples": [_line(sample) for sample in samples(example)],
+        "refs": [_line(sample) for sample in ref_samples(example)],
     }
+
+
+def _line(s: Sample) -> list[Any]:
+    return [s.ann_id, s.ref_id, s.sentence_id, s.sentence, s.family, s.annotations, s.count, s.answer]
 
 
 def _entry(line: str) -> Entry:
     raw = json.loads(line)
     name, image = raw["file_name"], raw["image_id"]
-    asked = tuple(
-        Sample(image, name, a, r, i, text, f, tuple(at), n, text, answer) for a, r, i, text, f, at, n, answer in raw["samples"]
+    asked, refs = (
+        tuple(Sample(image, name, a, r, i, text, f, tuple(at), n, text, answer) for a, r, i, text, f, at, n, answer in raw[key])
+        for key in ("samples", "refs")
     )
-    return Entry(image, name, *raw["size"], raw["picture"], tuple(raw["categories"]), asked)
+    return Entry(image, name, *raw["size"], raw["picture"], tuple(raw["categories"]), asked, refs)
 
 
 class Prepared:

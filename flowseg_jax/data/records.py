@@ -27,6 +27,8 @@ class Annotation:
         ignore: whether its pixels count for nothing at evaluation.
         once: counts of the code of the pixels that exactly one of its parts covers; empty where no two parts overlap. That is
             the mask of evaluations that add the parts up (protocol "lisa").
+        filled: counts of the code of its polygons filled on whole points (`masks.filled`); empty where that is the same mask
+            or there are no polygons. That is the mask of protocol "psalm".
     """
 
     id: int
@@ -35,6 +37,7 @@ class Annotation:
     crowd: bool = False
     ignore: bool = False
     once: str = ""
+    filled: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +137,24 @@ def samples(example: Example) -> tuple[Sample, ...]:
     return tuple(result)
 
 
+def ref_samples(example: Example) -> tuple[Sample, ...]:
+    """One sample a ref, in the source's order, that asks for all of its sentences at once (the protocol of PSALM).
+
+    The sentences stand in the source's order, duplicates included, each with a full stop behind it: "left dog. big dog.". Id
+    and family are the first one's; `count` is their number; nothing is said beside the mask.
+    """
+    refs: dict[tuple[int, tuple[int, ...]], list[Expression]] = {}
+    for expression in example.expressions:
+        refs.setdefault((expression.ref_id, expression.annotations), []).append(expression)
+    result = []
+    for (ref_id, targets), said in refs.items():
+        joined = " ".join(f"{e.text.strip().lower()}." for e in said)
+        ann_id = example.annotations[targets[0]].id if targets else NONE
+        ids = example.image_id, example.file_name, ann_id, ref_id, said[0].id
+        result.append(Sample(*ids, joined, said[0].family, targets, len(said), joined))
+    return tuple(result)
+
+
 class Problems:
     """What is wrong with single records: raised at once, or kept, listed and counted while the rest goes on.
 
@@ -220,6 +241,7 @@ def to_record(example: Example) -> dict[str, Any]:
         "ann_iscrowd": [a.crowd for a in example.annotations],
         "ann_ignore": [a.ignore for a in example.annotations],
         "ann_once": [a.once for a in example.annotations],
+        "ann_filled": [a.filled for a in example.annotations],
         "sentence_text": [e.text for e in example.expressions],
         "sentence_id": [e.id for e in example.expressions],
         "sentence_ref": [e.ref_id for e in example.expressions],
@@ -239,8 +261,10 @@ def from_record(record: Mapping[str, Any]) -> Example:
         return zip(*(record[name] for name in names), strict=True)
 
     annotations = tuple(
-        Annotation(int(i), int(c), r.decode(), bool(w), bool(n), o.decode())
-        for i, c, r, w, n, o in columns("ann_id", "ann_category", "ann_rle", "ann_iscrowd", "ann_ignore", "ann_once")
+        Annotation(int(i), int(c), r.decode(), bool(w), bool(n), o.decode(), f.decode())
+        for i, c, r, w, n, o, f in columns(
+            "ann_id", "ann_category", "ann_rle", "ann_iscrowd", "ann_ignore", "ann_once", "ann_filled"
+        )
     )
     targets = iter(record["sentence_ann"])
     expressions = tuple(

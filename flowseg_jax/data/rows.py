@@ -100,7 +100,7 @@ class Decoded:
 
     @classmethod
     def of(cls, example: Example, pixels: Pixels) -> Decoded:
-        annotations = tuple(dataclasses.replace(a, rle="", once="") for a in example.annotations)  # packed now
+        annotations = tuple(dataclasses.replace(a, rle="", once="", filled="") for a in example.annotations)  # packed now
         return cls(example.image_id, example.file_name, annotations, samples(example), example.turns, pixels)
 
 

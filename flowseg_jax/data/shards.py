@@ -47,6 +47,7 @@ def features() -> Any:
             "ann_iscrowd": sequence(np.bool_),
             "ann_ignore": sequence(np.bool_),
             "ann_once": sequence(text),
+            "ann_filled": sequence(text),
             "sentence_text": sequence(text),
             "sentence_id": sequence(np.int64),
             "sentence_ref": sequence(np.int64),

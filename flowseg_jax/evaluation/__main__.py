@@ -10,7 +10,10 @@ from flowseg_jax.evaluation import audit, protocols
 
 
 def _audit(args: argparse.Namespace) -> int:
-    found = audit.tables(audit.read_records(args.file))
+    records = audit.read_records(args.file)
+    if args.no_target_below is not None:
+        records = [record | {"no_target_below": args.no_target_below} for record in records]
+    found = audit.tables(records)
     print(json.dumps(found, indent=1) if args.json else audit.render(found))
     return 0
 
@@ -29,6 +32,9 @@ def main(argv: list[str] | None = None) -> int:
     one = commands.add_parser("audit", help="recompute the tables of all protocols from the samples of a .jsonl")
     one.add_argument("file", metavar="FILE", help="<split>.jsonl of an evaluation")
     one.add_argument("--json", action="store_true", help="print JSON")
+    one.add_argument(
+        "--no-target-below", type=float, metavar="SCORE", help='another threshold for "no target" than the evaluation\'s'
+    )
     one.set_defaults(run=_audit)
     two = commands.add_parser("compare", help="two models on the same samples, with bootstrap intervals by image")
     two.add_argument("first", metavar="A")

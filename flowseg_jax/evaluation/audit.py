@@ -16,13 +16,16 @@ import numpy as np
 
 from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation import metrics
-from flowseg_jax.evaluation.protocols import PROTOCOLS, Protocol
+from flowseg_jax.evaluation.protocols import FIVE, PROTOCOLS, Protocol
 
-NEEDED = ("image_id", "ann_id", "sentence_id", "text", "sentence", "family", "count", "failed")
+NEEDED = ("image_id", "ann_id", "sentence_id", "text", "text_form", "sentence", "family", "count", "failed", "failure")
+NEEDED += ("area", "score", "no_target_below")
 NEEDED += tuple(
     f"{of}{raster}{what}" for of in ("", "oracle_") for raster in ("", "once_") for what in ("intersection", "union")
 )
 RESAMPLES, INTERVAL = 10_000, (2.5, 97.5)
+_COLUMNS = {"ciou": "cIoU", "giou": "gIoU", "oracle_ciou": "oracle", "n_acc": "N-acc", "t_acc": "T-acc"}
+_COLUMNS |= {f"{x:g}": f"P@{x:g}" for x in FIVE}
 
 
 def read_records(path: str | Path) -> list[dict[str, Any]]:
@@ -51,17 +54,19 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
 
 
 def tables(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """{protocol: its table} of every protocol that these predictions answer: those that show the model the same text."""
-    return {name: metrics.summarise(records, protocol) for name, protocol in PROTOCOLS.items() if protocol.text == "lower"}
+    """{protocol: its table} of every protocol that these predictions answer (`metrics.answers`)."""
+    return {name: metrics.summarise(records, p) for name, p in PROTOCOLS.items() if metrics.answers(records, p)}
 
 
 def render(found: Mapping[str, Mapping[str, Any]]) -> str:
     """Tables as text, a line a protocol and one an expression family."""
-    lines = [f"{'protocol':10s} {'':14s} {'n':>7s} {'cIoU':>7s} {'gIoU':>7s} {'oracle':>7s} {'P@0.5':>7s}"]
+    columns = [key for key in _COLUMNS if any(_value(table, key) is not None for table in found.values())]
+    lines = [f"{'protocol':20s} {'':14s} {'n':>7s} " + " ".join(f"{_COLUMNS[key]:>7s}" for key in columns)]
 
     def line(name: str, part: str, row: Mapping[str, Any]) -> str:
-        values = row["ciou"], row["giou"], row["oracle_ciou"], row["p_at"]["0.5"]
-        return f"{name:10s} {part:14s} {row['n']:7d} " + " ".join(f"{value:7.2f}" for value in values)
+        values = [_value(row, key) for key in columns]
+        cells = " ".join(f"{'':7s}" if value is None else f"{value:7.2f}" for value in values)
+        return f"{name:20s} {part:14s} {row['n']:7d} {cells}".rstrip()
 
     for name, table in found.items():
         lines += [line(name, "all", table), *(line("", family, row) for family, row in table["families"].items())]
@@ -69,6 +74,11 @@ def render(found: Mapping[str, Mapping[str, Any]]) -> str:
             lines += [line("", "first text", first)]
             lines += [line("", f"  {family}", row) for family, row in first["families"].items()]
     return "\n".join(lines)
+
+
+def _value(row: Mapping[str, Any], key: str) -> float | None:
+    """A figure of a table, None where its protocol does not have it."""
+    return row["p_at"].get(key, row.get(key))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,8 +118,16 @@ def compare(
     Images are drawn, not samples: the sentences of an image are not independent of each other.
 
     Raises:
-        UserError: the two do not hold the same samples.
+        UserError: the two do not hold the same samples, or none that the protocol counts, or were asked with other texts.
     """
+    for records in (first, second):
+        if (form := records[0]["text_form"]) != protocol.text:
+            known = ", ".join(name for name, p in PROTOCOLS.items() if p.text == form)
+            raise UserError(
+                f"protocol {protocol.name} shows the model other texts than these samples were asked with; "
+                f"they answer {known}: choose one of them, or evaluate with --protocol={protocol.name}"
+            )
+    first, second = (metrics.counted(records, protocol) for records in (first, second))
     key = lambda r: (r["image_id"], r["ann_id"], r["sentence_id"], r["text"])  # noqa: E731
     ours, theirs = ({key(r): r for r in records} for records in (first, second))
     if ours.keys() != theirs.keys():

@@ -95,12 +95,14 @@ class Benchmark:
         data: the data set.
         batch: images at a time; rounded up to a multiple of the devices.
         protocol: named protocol.
+        no_target_below: see `runner.evaluate`.
     """
 
     subject: Subject
     data: Prepared
     batch: int = 8
     protocol: str = "xsam"
+    no_target_below: float = 0.0
 
     def run(
         self,
@@ -128,6 +130,8 @@ class Benchmark:
             visual_tokens=subject.cfg.visual_tokens,
             max_images=images,
             control_seed=CONTROL_SEED if shuffle_text else None,
+            by_ref=protocol.unit == "ref",
+            filled=protocol.raster == "fill_points",
             rows=parallel.rows_here(batch, subject.evaluator.mesh),
         )
         evaluation = evaluate(
@@ -144,6 +148,7 @@ class Benchmark:
                 "images": images,
                 "prompt": {"question": subject.prompts.question, "answer": subject.prompts.answer},
             },
+            no_target_below=self.no_target_below,
             gallery=GALLERY if pictures else 0,
             save_masks=save_masks,
         )

@@ -1,4 +1,4 @@
-"""cIoU, gIoU, P@X, oracle cIoU and selection gap from integer intersections and unions.
+"""cIoU, gIoU, P@X, N-acc, T-acc, oracle cIoU and selection gap from integer intersections and unions.
 
 The unit of everything here is the record of one sample, a plain dict as it stands in a `<split>.jsonl`, so that every table can
 be recomputed from the file alone. Sums are taken in integers and divided once: a result depends neither on the order of the
@@ -6,21 +6,36 @@ samples nor on how they were batched. All results are in percent.
 
 Definitions (n samples, intersection I_i and union U_i in pixels at the original image size):
 
-    cIoU = sum I / sum U          gIoU = mean I/U          P@X = share of samples with I/U >= X
+    cIoU = sum I / sum U          gIoU = mIoU = mean I/U          P@X = share of samples with I/U >= X
 
 `oracle` is what selection could have reached: for each sample the better of the best candidate and of the selected one.
 `selection_gap` = oracle cIoU - cIoU.
+
+The rule of generalised referring segmentation (ReLA), in which some samples refer to nothing. "No target" is predicted where
+the selected mask is empty or its score lies below the record's `no_target_below`:
+
+    sample refers to   predicted     I                     U                     IoU   counts for
+    nothing            no target     0                     0                     1     N-acc (share of the samples to nothing)
+    nothing            a mask        0                     its area              0
+    something          a mask        |truth and mask|      |truth or mask|       I/U   T-acc (share of the others)
+    something          no target     0                     |truth or mask|       0
+
+A failed sample has I = 0 and IoU 0 by every protocol, and is right neither for N-acc nor for T-acc.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
+from flowseg_jax.data.batch import NONE
+from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation.protocols import PROTOCOLS, XSAM, Protocol
 
 Record = Mapping[str, Any]
+Failure = Literal["", "non-finite", "no <SEG>"]  # why a sample failed: a logit is no number, the answer asks for no mask
 REASONING = {"short", "long"}  # families of reasoning questions
 
 
@@ -31,9 +46,9 @@ def iou(intersection: int, union: int, both_empty: float = 1.0) -> float:
     return int(intersection) / int(union) if union else both_empty
 
 
-def better(selected: tuple[int, int], candidate: tuple[int, int], protocol: Protocol = XSAM) -> tuple[int, int]:
-    """(I, U) of the oracle: the candidate's if its IoU is higher, else the selected mask's."""
-    return candidate if iou(*candidate, protocol.both_empty) > iou(*selected, protocol.both_empty) else selected
+def better(selected: tuple[int, int], candidate: tuple[int, int]) -> tuple[int, int]:
+    """(I, U) of the oracle by any protocol: the candidate's if its IoU is higher (of two empty masks 1), else the other's."""
+    return candidate if iou(*candidate) > iou(*selected) else selected
 
 
 def _cumulative(pairs: Iterable[tuple[int, int]], both_empty: float) -> float:
@@ -43,54 +58,124 @@ def _cumulative(pairs: Iterable[tuple[int, int]], both_empty: float) -> float:
     return 100.0 * iou(total_i, total_u, both_empty)
 
 
-def counts(record: Record, protocol: Protocol = XSAM, of: str = "") -> tuple[int, int]:
-    """(I, U) with the truth as the protocol draws it, of the record's selected mask, or "oracle_" of the better candidate."""
+def refers_to_nothing(record: Record) -> bool:
+    """Whether the sample has no target by its source."""
+    return record["ann_id"] == NONE
+
+
+def predicts_nothing(record: Record) -> bool:
+    """Whether "no target" is the answer: the selected mask is empty or scored below the threshold. A failure is no answer."""
+    return not record["failed"] and (record["area"] == 0 or record["score"] < record["no_target_below"])
+
+
+def counts(record: Record, protocol: Protocol = XSAM, of: Literal["", "oracle_"] = "") -> tuple[int, int]:
+    """(I, U) by the protocol, of the record's selected mask, or "oracle_" of the better candidate."""
     raster = "once_" if protocol.raster == "sum" else ""
-    return record[f"{of}{raster}intersection"], record[f"{of}{raster}union"]
+    i, u = record[f"{of}{raster}intersection"], record[f"{of}{raster}union"]
+    if of == "" and record["failed"]:
+        return 0, u
+    if protocol.no_target == "gres" and predicts_nothing(record):
+        if refers_to_nothing(record):
+            return 0, 0
+        return (i, u) if of else (0, u)
+    return i, u
 
 
 def weight(record: Record, protocol: Protocol = XSAM) -> int:
-    """How many samples of the protocol the record stands for: the source's sentences that were merged into it, or one."""
+    """How many samples of the protocol the record stands for: the source's sentences that were merged into it, one or none."""
+    if protocol.no_target == "left_out" and refers_to_nothing(record):
+        return 0
     return record["count"] if protocol.unit == "sentence" else 1
+
+
+def counted(records: Sequence[Record], protocol: Protocol) -> list[Record]:
+    """The records that the protocol counts.
+
+    Raises:
+        UserError: it counts none of them.
+        ValueError: there is none.
+    """
+    if not records:
+        raise ValueError("no samples to summarise")
+    kept = [r for r in records if weight(r, protocol)]
+    if not kept:
+        raise UserError(
+            f"protocol {protocol.name} counts none of the {len(records)} samples, which refer to nothing; choose another"
+        )
+    return kept
 
 
 def sample_iou(record: Record, protocol: Protocol = XSAM) -> float:
     """IoU in [0, 1] of the record's selected mask; a failed sample counts 0 even where nothing was to be found."""
-    return 0.0 if record["failed"] else iou(*counts(record, protocol), protocol.both_empty)
+    if record["failed"]:
+        return 0.0
+    if protocol.no_target == "gres" and refers_to_nothing(record):
+        return float(predicts_nothing(record))
+    return iou(*counts(record, protocol), protocol.both_empty)
+
+
+def answers(records: Sequence[Record], protocol: Protocol) -> bool:
+    """Whether the records hold a table of the protocol: the model was shown its text, and it has something to add.
+
+    Protocols with a rule for samples that refer to nothing are for data that has such samples, beside others.
+    """
+    if records[0]["text_form"] != protocol.text:
+        return False
+    return protocol.no_target == "counted" or len({refers_to_nothing(r) for r in records}) == 2
+
+
+def _share(chosen: Iterable[tuple[int, bool]]) -> float | None:
+    """Weighted share of True in percent; None of nothing."""
+    chosen = list(chosen)
+    n = sum(w for w, _ in chosen)
+    return 100.0 * sum(w for w, right in chosen if right) / n if n else None
 
 
 def _headline(records: Sequence[Record], protocol: Protocol) -> dict[str, Any]:
-    """n, cIoU, gIoU and P@X."""
-    times = [weight(r, protocol) for r in records]
-    values = [sample_iou(r, protocol) for r in records]
-    n = sum(times)
-    pairs = [counts(r, protocol) for r in records]
-    return {
+    """n, cIoU, gIoU, P@X and, after the rule of "gres", T-acc and N-acc as far as there are such samples."""
+    weighed = [(weight(r, protocol), r, sample_iou(r, protocol)) for r in records]
+    n = sum(w for w, _, _ in weighed)
+    pairs = ((w, counts(r, protocol)) for w, r, _ in weighed)
+    gres = protocol.no_target == "gres"
+    target = [(w, r, v) for w, r, v in weighed if not (gres and refers_to_nothing(r))]
+    figures = {
         "n": n,
-        "ciou": _cumulative(((w * i, w * u) for w, (i, u) in zip(times, pairs, strict=True)), protocol.both_empty),
+        "ciou": _cumulative(((w * i, w * u) for w, (i, u) in pairs), protocol.both_empty),
         # fsum: exact, so the order does not matter
-        "giou": 100.0 * math.fsum(w * v for w, v in zip(times, values, strict=True)) / n,
-        "p_at": {
-            f"{x:g}": 100.0 * sum(w for w, v in zip(times, values, strict=True) if v >= x) / n for x in protocol.thresholds
-        },
+        "giou": 100.0 * math.fsum(w * v for w, _, v in weighed) / n,
+        "p_at": {f"{x:g}": _share((w, v >= x) for w, _, v in target) for x in protocol.thresholds} if target else {},
     }
+    if gres:
+        right = {
+            "n_acc": _share((w, predicts_nothing(r)) for w, r, _ in weighed if refers_to_nothing(r)),
+            "t_acc": _share((w, not (r["failed"] or predicts_nothing(r))) for w, r, _ in target),
+        }
+        figures |= {name: value for name, value in right.items() if value is not None}
+    return figures
 
 
 def _figures(records: Sequence[Record], protocol: Protocol) -> dict[str, Any]:
-    times = [weight(r, protocol) for r in records]
-    pairs = [counts(r, protocol, "oracle_") for r in records]
-    oracle = _cumulative(((w * i, w * u) for w, (i, u) in zip(times, pairs, strict=True)), protocol.both_empty)
+    weighed = ((weight(r, protocol), counts(r, protocol, "oracle_")) for r in records)
+    oracle = _cumulative(((w * i, w * u) for w, (i, u) in weighed), protocol.both_empty)
     found = _headline(records, protocol)
     return found | {"oracle_ciou": oracle, "selection_gap": oracle - found["ciou"]}
 
 
 def other_protocols(records: Sequence[Record], protocol: Protocol) -> dict[str, dict[str, Any]]:
-    """{name: n, cIoU, gIoU, P@X} of the other protocols that the same predictions answer."""
-    return {
-        name: _headline(records, other)
-        for name, other in PROTOCOLS.items()
-        if other is not protocol and other.text == protocol.text
-    }
+    """{name: n, cIoU, gIoU, P@X, ...} of the other protocols that the same predictions answer."""
+    others = (p for p in PROTOCOLS.values() if p.name != protocol.name and answers(records, p))
+    return {other.name: _headline(counted(records, other), other) for other in others}
+
+
+def check_between(table: Mapping[str, Any]) -> None:
+    """The mean of a whole lies between the means of its parts: its gIoU between those of its families, to 1e-9.
+
+    Raises:
+        ValueError: it does not: the table's numbers are not of the same samples.
+    """
+    parts = [row["giou"] for row in table["families"].values()]
+    if not min(parts) - 1e-9 <= table["giou"] <= max(parts) + 1e-9:
+        raise ValueError(f"gIoU {table['giou']} does not lie between those of its parts, {parts}")
 
 
 def summarise(records: Iterable[Record], protocol: Protocol = XSAM) -> dict[str, Any]:
@@ -98,21 +183,23 @@ def summarise(records: Iterable[Record], protocol: Protocol = XSAM) -> dict[str,
 
     Args:
         records: one mapping a sample with `intersection`, `union`, `oracle_intersection`, `oracle_union` (pixels), `failed`
-            (bool), `family` (str; "" = of no family), `count`, and with a summed raster `once_intersection`, `once_union`,
-            `oracle_once_intersection`, `oracle_once_union`.
-        protocol: gives the IoU of an empty sample and the thresholds.
+            (bool), `failure` (`Failure`), `family` (str; "" = of no family). A protocol that counts sentences needs `count`;
+            a summed raster `once_intersection`, `once_union`, `oracle_once_intersection`, `oracle_once_union`; a rule for
+            samples that refer to nothing `ann_id`, and "gres" also `area` (pixels of the selected mask), `score` and
+            `no_target_below`.
+        protocol: what is counted and how.
 
     Returns:
-        protocol, n, ciou, giou, oracle_ciou, selection_gap, p_at ("0.5".."0.9"), failed (count) and families: the same figures
-        for each expression family. Of reasoning questions also first_text: the same for the first question of each image alone,
-        as LISA scores them. Percent, full precision.
+        protocol, n, ciou, giou, oracle_ciou, selection_gap, p_at ("0.5".."0.9"; empty where no sample refers to something),
+        failed (count), failures (reason -> count) and families: the same figures for each expression family; with "gres" also
+        n_acc and t_acc where such samples exist. Of reasoning questions also first_text: the same for the first question of
+        each image alone, as LISA scores them. Percent, full precision.
 
     Raises:
+        UserError: the protocol counts none of the records.
         ValueError: there is no record, or one whose I and U cannot be.
     """
-    records = list(records)
-    if not records:
-        raise ValueError("no samples to summarise")
+    records = counted(list(records), protocol)
     families: dict[str, list[Record]] = {}
     for record in records:
         if record["family"]:
@@ -121,12 +208,22 @@ def summarise(records: Iterable[Record], protocol: Protocol = XSAM) -> dict[str,
         "protocol": protocol.name,
         **_figures(records, protocol),
         "failed": sum(bool(r["failed"]) for r in records),
+        "failures": dict(sorted(Counter(r["failure"] for r in records if r["failed"]).items())),
         "families": {family: _figures(rows, protocol) for family, rows in sorted(families.items())},
     }
-    if set(families) <= REASONING and families:
+    if {r["family"] for r in records} <= REASONING:
         first = [r for r in records if r["sentence_id"] == 0]
         rows = {family: [r for r in first if r["family"] == family] for family in sorted(families)}
         if first:
             table["first_text"] = _figures(first, protocol)
             table["first_text"]["families"] = {family: _figures(kept, protocol) for family, kept in rows.items() if kept}
+        for whole in (table, table.get("first_text")):
+            if whole:
+                check_between(whole)
     return table
+
+
+def in_words(figures: Mapping[str, Any]) -> str:
+    """The headline of a table as one line: n, cIoU, gIoU and, where it has them, N-acc and T-acc."""
+    named = (("cIoU", "ciou"), ("gIoU", "giou"), ("N-acc", "n_acc"), ("T-acc", "t_acc"))
+    return ", ".join([f"n {figures['n']}", *(f"{name} {figures[key]:.2f}" for name, key in named if key in figures)])

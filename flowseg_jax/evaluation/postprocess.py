@@ -239,6 +239,7 @@ class Restored:
         masks: uint8 [B, K, N, H, W // 8], packed along the width, zero beyond the image.
         intersection, union: int32 [B, K, N], pixels that are not ignored, with the truth of the phrase.
         once_intersection, once_union: int32 [B, K, N], the same with `Truth.once`.
+        area: int32 [B, K, N], pixels of the mask that are not ignored.
         finite: bool [B, K, N]; False where the logits held NaN or infinity: the mask is then empty.
     """
 
@@ -247,6 +248,7 @@ class Restored:
     union: Int[Array, "b k n"]
     once_intersection: Int[Array, "b k n"]
     once_union: Int[Array, "b k n"]
+    area: Int[Array, "b k n"]
     finite: Bool[Array, "b k n"]
 
 
@@ -274,4 +276,4 @@ def restore(logits: Float[Array, "b k n h w"], where: Geometry, truth: Truth) ->
         wanted = wanted[:, :, None]
         return _count(masks & wanted & counted), _count((masks | wanted) & counted)
 
-    return Restored(masks, *counts(truth.union), *counts(truth.once), finite)
+    return Restored(masks, *counts(truth.union), *counts(truth.once), _count(masks & counted), finite)

@@ -38,6 +38,10 @@ _COLUMNS = (
     ("0.7", "P@0.7", "share of samples with IoU of at least 0.7"),
     ("0.9", "P@0.9", "share of samples with IoU of at least 0.9"),
 )
+_GRES_COLUMNS = (
+    ("n_acc", "N-acc", "share of the samples to nothing for which nothing is predicted"),
+    ("t_acc", "T-acc", "share of the samples to something for which something is predicted"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,9 +130,10 @@ def write(path: Path | str, rows: Sequence[Row], *, title: str, about: Sequence[
 
 def table(rows: Sequence[Row]) -> str:
     """The table as plain text for the terminal: one line a row and split."""
-    lines = [("split", "model", *(name for _, name, _ in _COLUMNS))]
+    columns = _columns([result for row in rows for result in row.results.values()])
+    lines = [("split", "model", *(name for _, name, _ in columns))]
     for split in dict.fromkeys(split for row in rows for split in row.results):
-        lines += [(split, row.label, *_cells(row.results[split])) for row in rows if split in row.results]
+        lines += [(split, row.label, *_cells(row.results[split], columns)) for row in rows if split in row.results]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join(
         "  ".join(
@@ -138,19 +143,27 @@ def table(rows: Sequence[Row]) -> str:
     )
 
 
-def _cells(result: Mapping[str, Any]) -> list[str]:
-    values = [result["p_at"][key] if key in result["p_at"] else result[key] for key, _, _ in _COLUMNS]
-    return [str(v) if isinstance(v, int) else f"{v:.1f}" for v in values]
+def _columns(results: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, str, str], ...]:
+    """The columns of a table of these results: N-acc and T-acc only where one of them has it."""
+    return _COLUMNS + tuple(column for column in _GRES_COLUMNS if any(column[0] in result for result in results))
+
+
+def _cells(result: Mapping[str, Any], columns: Sequence[tuple[str, str, str]]) -> list[str]:
+    """The figures of a result; empty where its protocol does not have one."""
+    values = [result["p_at"].get(key, result.get(key, "")) for key, _, _ in columns]
+    return [f"{v:.1f}" if isinstance(v, float) else str(v) for v in values]
 
 
 def _definitions(rows: Sequence[Row]) -> str:
     protocols = ", ".join(sorted({result["protocol"] for row in rows for result in row.results.values()})) or "none"
-    terms = "; ".join(f"<b>{_text(name)}</b> {_text(meaning)}" for _, name, meaning in _COLUMNS)
+    columns = _columns([result for row in rows for result in row.results.values()])
+    terms = "; ".join(f"<b>{_text(name)}</b> {_text(meaning)}" for _, name, meaning in columns)
     return f'<p class="about">Protocol {_text(protocols)}. All figures in percent at the original image size: {terms}.</p>'
 
 
 def _table(rows: Sequence[Row], split: str) -> str:
-    head = "".join(f'<th title="{_text(meaning)}">{_text(name)}</th>' for _, name, meaning in _COLUMNS)
+    columns = _columns([row.results[split] for row in rows if split in row.results])
+    head = "".join(f'<th title="{_text(meaning)}">{_text(name)}</th>' for _, name, meaning in columns)
     lines = []
     for row in rows:
         if split not in row.results:
@@ -158,9 +171,10 @@ def _table(rows: Sequence[Row], split: str) -> str:
         result = row.results[split]
         step, digest = (result["checkpoint"].get(key) for key in ("step", "digest"))
         detail = [row.note, f"step {step}" if step is not None else "", f"checkpoint {digest[:12]}" if digest else ""]
+        detail += [f"prompt {prompt['question']}, answer {prompt['answer']}" if (prompt := result.get("prompt")) else ""]
         detail += [f"{result['failed']} failed" if result["failed"] else ""]
         under = f'<div class="note">{_text(", ".join(d for d in detail if d))}</div>'
-        cells = "".join(f"<td>{c}</td>" for c in _cells(result))
+        cells = "".join(f"<td>{c}</td>" for c in _cells(result, columns))
         lines.append(f"<tr><th>{_text(row.label)}{under}</th>{cells}</tr>")
     return f"<table><thead><tr><th>{_text(split)}</th>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
 

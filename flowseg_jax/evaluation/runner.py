@@ -8,6 +8,7 @@ goes on from there. Where there are several processes, each evaluates its share 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import pickle
 import time
@@ -74,6 +75,7 @@ def evaluate(
     protocol: protocols.Protocol = protocols.XSAM,
     shuffle_text: bool = False,
     about: Mapping[str, Any] | None = None,
+    no_target_below: float = 0.0,
     gallery: int = 0,
     save_masks: bool = False,
 ) -> Evaluation:
@@ -90,6 +92,7 @@ def evaluate(
             sentences while its truth stays. The files are called `<split>_shuffled`.
         about: written beside the numbers, the checkpoint's digest and step above all. Partial results of another `about` are
             not continued.
+        no_target_below: a selected score below it means "no target" (protocol "grefcoco"); scores lie in [0, 1], so 0 is never.
         gallery: how many examples of each kind to return.
         save_masks: add the selected mask to each line of `<split>.jsonl`, as COCO's compressed run-length code `rle`.
 
@@ -98,16 +101,19 @@ def evaluate(
         ValueError: `shuffle_text` says something else than the data.
     """
     name = f"{split}_shuffled" if shuffle_text else split
-    about = dict(about or {})
-    settings = {"protocol": protocol.name, "shuffled_text": shuffle_text, "save_masks": save_masks, **about}
+    about = {"shuffled_text": shuffle_text, "no_target_below": no_target_below, **(about or {})}
+    record_of = functools.partial(_record, protocol=protocol, no_target_below=no_target_below)
     params = evaluator.place(params)
     before, begin = evaluator.compiles.total(), time.monotonic()
-    with Partial.open(None if out is None else Path(out) / f"{name}.partial.jsonl", settings) as partial:
+    with Partial.open(
+        None if out is None else Path(out) / f"{name}.partial.jsonl",
+        about | {"protocol": protocol.name, "save_masks": save_masks},
+    ) as partial:
         if partial.records:
             say(f"evaluate {name}: going on behind {len(partial.records)} images of an earlier start")
         remaining = data(skip=partial.records.keys())
         kept = sum(map(len, partial.records.values()))
-        _fill(evaluator, params, remaining, partial, protocol, name, save_masks, kept + remaining.samples)
+        _fill(evaluator, params, remaining, partial, record_of, name, save_masks, kept + remaining.samples)
         records = [record for place in sorted(partial.records) for record in partial.records[place]]
         if not records:
             raise UserError(f"split {split!r} holds no expression to evaluate; prepare it, or choose another split")
@@ -115,7 +121,7 @@ def evaluate(
             raise ValueError("shuffle_text and the data disagree: EvalData(control_seed=...) makes the shuffled-text control")
         result = metrics.summarise(records, protocol)
         result["also"] = metrics.other_protocols(records, protocol)
-        result |= about | {"shuffled_text": shuffle_text}
+        result |= about
         _tell(name, result, len(records) - kept, time.monotonic() - begin, evaluator, before)
         chosen = examples.choose(records, gallery)
         shown = _illustrate(evaluator, params, data, partial.records, chosen) if gallery else {}
@@ -135,11 +141,12 @@ def _tell(name: str, result: Mapping[str, Any], samples: int, seconds: float, ev
         f" {evaluator.compiles.total() - before} compilations (so far: {compiled})"
     )
     say(
-        f"evaluate {name}: {result['protocol']}, n {result['n']}, cIoU {result['ciou']:.2f}, gIoU {result['giou']:.2f},"
+        f"evaluate {name}: {result['protocol']}, {metrics.in_words(result)},"
         f" oracle cIoU {result['oracle_ciou']:.2f}, selection gap {result['selection_gap']:.2f}, failed {result['failed']}"
+        + "".join(f", {count} of them {reason}" for reason, count in result["failures"].items())
     )
     for other, figures in result["also"].items():
-        say(f"evaluate {name}: {other}, n {figures['n']}, cIoU {figures['ciou']:.2f}, gIoU {figures['giou']:.2f}")
+        say(f"evaluate {name}: {other}, {metrics.in_words(figures)}")
 
 
 Round = tuple[Any, postprocess.Chosen, postprocess.Restored]
@@ -174,7 +181,7 @@ def _fill(
     params: Any,
     data: Data,
     partial: Partial,
-    protocol: protocols.Protocol,
+    record_of: Callable[..., dict[str, Any]],
     name: str,
     save_masks: bool,
     total: int,
@@ -194,7 +201,7 @@ def _fill(
             for batch, rounds in _dispatched(evaluator, params, data, reading):
                 found: dict[int, list[dict[str, Any]]] = {place: [] for place in batch.places}
                 for asked, chosen, restored in rounds:
-                    _collect(found, batch, asked, chosen, restored, protocol, save_masks)
+                    _collect(found, batch, asked, chosen, restored, record_of, save_masks)
                 partial.add(found)
         except UserError as error:
             raise UserError(f"{error}; {partial.kept()}") from None
@@ -207,7 +214,7 @@ def _collect(
     asked: Any,
     chosen: postprocess.Chosen,
     restored: postprocess.Restored,
-    protocol: protocols.Protocol,
+    record_of: Callable[..., dict[str, Any]],
     save_masks: bool,
 ) -> None:
     """The records of one round of this process's rows."""
@@ -218,7 +225,7 @@ def _collect(
             numbers = {
                 field.name: getattr(counted, field.name)[b, k] for field in dataclasses.fields(counted) if field.name != "masks"
             }
-            record = _record(sample, batch.sizes[b], query[b, k], score[b, k], rank[b, k], numbers, protocol)
+            record = record_of(sample, batch.sizes[b], query[b, k], score[b, k], rank[b, k], numbers)
             if save_masks:
                 mask = postprocess.unpack_mask(counted.masks[b, k, 0], batch.sizes[b])
                 record["rle"] = {"size": list(batch.sizes[b]), "counts": encode(mask.astype(np.uint8))}
@@ -269,12 +276,14 @@ def _record(
     score: np.ndarray,
     rank: np.ndarray,
     counted: Mapping[str, np.ndarray],
+    *,
     protocol: protocols.Protocol,
+    no_target_below: float,
 ) -> dict[str, Any]:
     """One line of the JSONL. Every array is [2]: the selected mask and the best candidate."""
     pairs = [(counted[f"{raster}intersection"], counted[f"{raster}union"]) for raster in ("", "once_")]
     (selected, best), (once, best_once) = (((int(i[n]), int(u[n])) for n in (0, 1)) for i, u in pairs)
-    oracle, oracle_once = metrics.better(selected, best, protocol), metrics.better(once, best_once, protocol)
+    oracle, oracle_once = metrics.better(selected, best), metrics.better(once, best_once)
     record = {
         "image_id": int(sample.image_id),
         "file_name": sample.file_name,
@@ -283,6 +292,7 @@ def _record(
         "sentence_id": int(sample.sentence_id),
         "sentence": sample.sentence,
         "text": sample.prompt,
+        "text_form": protocol.text,
         "family": sample.family,
         "count": int(sample.count),
         "height": int(size[0]),
@@ -302,7 +312,11 @@ def _record(
         "oracle_union": oracle[1],
         "oracle_once_intersection": oracle_once[0],
         "oracle_once_union": oracle_once[1],
+        "area": int(counted["area"][0]),
+        "truth_area": selected[0] + selected[1] - int(counted["area"][0]),
+        "no_target_below": no_target_below,
         "failed": not bool(counted["finite"][0]),
+        "failure": "" if counted["finite"][0] else "non-finite",
     }
     record["iou"] = metrics.sample_iou(record, protocol)
     record["best_iou"] = metrics.iou(*best, protocol.both_empty)

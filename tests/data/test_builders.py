@@ -12,7 +12,7 @@ from flowseg_jax.data import builders
 from flowseg_jax.data.__main__ import main
 from flowseg_jax.data.formats.refcoco import RefCoco
 from flowseg_jax.data.prepared import FORMAT, Prepared
-from flowseg_jax.data.records import examples, samples
+from flowseg_jax.data.records import examples, ref_samples, samples
 from flowseg_jax.errors import UserError
 
 
@@ -49,6 +49,7 @@ def test_index_agrees_with_the_records(prepared):
         for i, entry in enumerate(index):
             assert (source[i].image_id, source[i].file_name) == (entry.image_id, entry.file_name)
             assert entry.samples and entry.samples == samples(source[i])
+            assert entry.refs == ref_samples(source[i]) == entry.by_ref.samples
     assert [e.categories for e in prepared.index("train")] == [(1, 0), (0, 1), (0, -1)]  # the crowd has none
     assert prepared.families("train") == ("attribute", "ordinal", "relation")
     assert prepared.splits["train"] == {"images": 3, "refs": 5, "sentences": 16, "samples": 15}

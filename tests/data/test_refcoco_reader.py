@@ -10,7 +10,7 @@ import pytest
 
 from flowseg_jax.data import masks
 from flowseg_jax.data.formats.refcoco import RefCoco
-from flowseg_jax.data.records import examples, samples
+from flowseg_jax.data.records import examples, ref_samples, samples
 from flowseg_jax.errors import UserError
 
 
@@ -62,6 +62,29 @@ def test_the_sum_of_overlapping_parts_is_kept_beside_their_union(tmp_path):
     assert alone.once == "" and train[2].annotations[1].once != ""  # two run-length codes that overlap
 
 
+def test_polygons_filled_on_whole_points_are_kept_beside_their_union(tmp_path):
+    """PSALM cuts the points to whole numbers and fills up to and including the edge. Kept for objects that are asked for."""
+
+    def broken(instances, refs):
+        mini.entry(instances["annotations"], 12)["segmentation"] = [mini.box(40.9, 10.2, 55.7, 35.9), mini.box(-3.5, 0, 2, 2)]
+
+    instances, refs = mini.damaged(broken)
+    train = read(RefCoco(mini.write(tmp_path, instances=instances, refs=refs)), "train")
+    whole, edged = train[1].annotations
+    first, second = mini.box_mask(40, 60, 5, 5, 26, 26), mini.box_mask(40, 60, 15, 15, 36, 31)  # one column and row more
+    np.testing.assert_array_equal(masks.decode([whole.filled], 40, 60)[0], first | second)
+    want = mini.box_mask(40, 60, 40, 10, 56, 36) | mini.box_mask(40, 60, 0, 0, 3, 3)
+    np.testing.assert_array_equal(masks.decode([edged.filled], 40, 60)[0], want)
+    assert [a.filled for a in train[2].annotations] == ["", ""]  # run-length codes have no points
+    assert train[5].annotations[1].filled == ""  # a crowd region that nothing refers to
+    with pytest.raises(UserError, match="a polygon needs at least 3 points"):
+        masks.filled([[1, 2, 3, 4]], 40, 60, "here")
+
+
+def test_a_mask_that_filling_does_not_change_is_not_kept_twice():
+    assert masks.filled([mini.box(0, 0, 60, 40)], 40, 60, "here") == ""
+
+
 def test_crowds_are_kept_and_unreferenced_empty_masks_are_counted(tmp_path):
     notes = Counter()
     example = next(e for e in examples(RefCoco(mini.write(tmp_path)), "train", notes) if e.image_id == 5)
@@ -76,6 +99,17 @@ def test_samples_are_unique_lower_cased_sorted_sentences(tmp_path):
         (11, "the dog on the left", 2, 10),
         (12, "cat near the café", 1, 20),
     ]
+
+
+def test_a_ref_is_one_sample_with_all_its_sentences_in_the_order_of_the_source(tmp_path):
+    example = read(RefCoco(mini.write(tmp_path)), "train")[1]
+    asked = ref_samples(example)
+    assert [(s.ann_id, s.ref_id, s.sentence_id, s.annotations, s.count, s.family) for s in asked] == [
+        (11, 1, 10, (0,), 3, "relation"),
+        (12, 2, 20, (1,), 1, "attribute"),
+    ]
+    assert [s.sentence for s in asked] == ["the dog on the left. the dog on the left. big dog.", "cat near the café."]
+    assert all(s.prompt == s.sentence and s.answer == "" for s in asked)
 
 
 @pytest.mark.parametrize("place", ["images", "images/train2014", "../images", "../images/mscoco/images/train2014"])

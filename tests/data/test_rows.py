@@ -284,3 +284,33 @@ def test_evaluation_ignores_what_reasonseg_ignores_and_unites_what_grefcoco_name
         for sample in samples(source[i]):
             union, once = objects.union(sample), objects.covered_once(sample)
             assert union.any() == bool(sample.annotations) and (once <= union).all() and not objects.ignored.any()
+
+
+def test_evaluation_by_ref_asks_all_sentences_at_once_and_holds_them_against_filled_polygons(sets):
+    def batches(name, **options):
+        shape = dataclasses.replace(SHAPE, text=600)
+        return EvalData(sets[name], "train", sets["tokenizer"], shape, visual_tokens=VISUAL, **options)
+
+    data = batches("refcoco", by_ref=True, filled=True)
+    asked = {
+        s.ref_id: (s, t, o)
+        for b in data
+        for row in zip(b.samples, b.truth, b.once, strict=True)
+        for s, t, o in zip(*row, strict=True)
+    }
+    assert sorted(asked) == [1, 2, 3, 4, 7] and data.samples == 5
+    sample, truth, once = asked[1]
+    assert sample.prompt == "the dog on the left. the dog on the left. big dog."
+    first, second = ((5, 5, 25, 25), (15, 15, 35, 30))
+    box = lambda x0, y0, x1, y1: minirefcoco.box_mask(40, 60, x0, y0, x1 + 1, y1 + 1)  # noqa: E731
+    np.testing.assert_array_equal(truth, box(*first) | box(*second))
+    assert (once != truth).any()
+    np.testing.assert_array_equal(asked[3][1], minirefcoco.box_mask(50, 30, 3, 20, 20, 45))  # no polygons: as it is
+    said = text(data.batch(0).batch, 0, sets)
+    assert "the dog on the left. the dog on the left. big dog." in said
+    plain = batches("refcoco", by_ref=True)
+    np.testing.assert_array_equal(plain.batch(0).truth[0][0], Objects.of(sets["refcoco"].source("train")[0]).whole[0])
+    several = batches("grefcoco", by_ref=True, filled=True)
+    assert {len(s.annotations) for b in several for row in b.samples for s in row} == {0, 1, 3}
+    with pytest.raises(UserError, match="reasoning questions have no refs .* such as xsam"):
+        batches("reasonseg", by_ref=True)

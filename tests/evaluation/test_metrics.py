@@ -21,6 +21,7 @@ def record(selected, candidate=None, family="", failed=False):
         "oracle_union": oracle[1],
         "family": family,
         "failed": failed,
+        "failure": "non-finite" if failed else "",
     }
 
 

@@ -213,4 +213,5 @@ def test_ignored_pixels_count_for_nothing_and_overlaps_drop_out_of_the_sum():
             kept = ~ignored[0]
             assert getattr(found, f"{name}intersection")[0, k, 0] == (mask & truth & kept).sum()
             assert getattr(found, f"{name}union")[0, k, 0] == ((mask | truth) & kept).sum()
+        assert found.area[0, k, 0] == (mask & kept).sum() < mask.sum()
     assert (found.once_union != found.union).any() or (found.once_intersection != found.intersection).any()

@@ -15,7 +15,7 @@ from flax import nnx
 
 from flowseg_jax.data import masks
 from flowseg_jax.errors import UserError
-from flowseg_jax.evaluation import examples, metrics, runner
+from flowseg_jax.evaluation import audit, examples, metrics, protocols, runner
 from flowseg_jax.evaluation.evaluator import Evaluator
 
 SCENES = fake.scenes()
@@ -84,7 +84,8 @@ def test_oracle_is_at_least_as_good_as_the_selection(evaluator):
 
 def test_files_hold_what_recomputes_them(evaluator, tmp_path, capsys):
     run(evaluator)  # so that nothing is left to compile
-    found = run(evaluator, out=tmp_path / "eval", about={"checkpoint": {"digest": "abc", "step": 7}})
+    about = {"checkpoint": {"digest": "abc", "step": 7}, "prompt": {"question": 2, "answer": 1}}
+    found = run(evaluator, out=tmp_path / "eval", about=about, no_target_below=0.25)
     result = json.loads((tmp_path / "eval" / "val.json").read_text())
     assert result == found.result
     assert set(result) >= {"protocol", "n", "ciou", "giou", "oracle_ciou", "selection_gap", "p_at", "families"}
@@ -93,6 +94,12 @@ def test_files_hold_what_recomputes_them(evaluator, tmp_path, capsys):
     assert set(result["families"]) == {"attribute", "relation"}
     records = [json.loads(line) for line in (tmp_path / "eval" / "val.jsonl").read_text().splitlines()]
     assert metrics.summarise(records).items() <= result.items()
+    assert result["prompt"] == {"question": 2, "answer": 1} and result["no_target_below"] == 0.25
+    for r in records:
+        assert r["text_form"] == "lower" and r["no_target_below"] == 0.25 and r["failure"] == ""
+        assert r["area"] + r["truth_area"] == r["intersection"] + r["union"] and r["truth_area"] >= r["intersection"]
+    truths = [int(t.sum()) for _, _, masks in SCENES for t in masks]
+    assert [r["truth_area"] for r in records] == truths
     assert {p.name for p in (tmp_path / "eval").iterdir()} == {"val.json", "val.jsonl"}
     printed = capsys.readouterr().out
     assert (
@@ -135,11 +142,38 @@ def test_logits_without_numbers_fail_and_are_counted(evaluator, capsys):
     _, params = fake.parts()
     params["gain"] = params["gain"] * np.nan
     found = run(evaluator, params=params)
-    assert found.result["failed"] == found.result["n"] == 13
+    assert found.result["failed"] == found.result["n"] == 13 and found.result["failures"] == {"non-finite": 13}
     assert found.result["ciou"] == found.result["giou"] == 0.0
     assert all(r["failed"] and r["intersection"] == 0 and r["union"] > 0 for r in found.records)
-    assert "failed 13" in capsys.readouterr().out
+    assert all(r["failure"] == "non-finite" and r["area"] == 0 and r["truth_area"] == r["union"] for r in found.records)
+    assert "failed 13, 13 of them non-finite" in capsys.readouterr().out
     json.dumps(found.result, allow_nan=False), json.dumps(found.records, allow_nan=False)
+
+
+def test_sentences_that_refer_to_nothing_are_counted_after_the_asked_protocol(evaluator, tmp_path, capsys):
+    """The table of a run is the one that its records audit to, whichever protocol was asked for."""
+    scenes = [
+        (
+            image,
+            [s._replace(ann_id=-1) if i % 2 else s for i, s in enumerate(row)],
+            truth & (np.arange(len(row)) % 2 == 0)[:, None, None],
+        )
+        for image, row, truth in SCENES
+    ]
+    found = run(evaluator, scenes=scenes, protocol=protocols.GREFCOCO, no_target_below=-20.0, out=tmp_path)
+    assert found.result["protocol"] == "grefcoco" and found.result["n"] == 13
+    assert (
+        0 < found.result["n_acc"] < 100 and 0 < found.result["t_acc"] < 100 and found.result["n_acc"] != found.result["t_acc"]
+    )
+    assert all(r["truth_area"] == 0 for r in found.records if r["ann_id"] == -1)
+    assert f"N-acc {found.result['n_acc']:.2f}" in capsys.readouterr().out
+    audited = audit.tables(audit.read_records(tmp_path / "val.jsonl"))
+    assert audited["grefcoco"].items() <= found.result.items()
+    plain = run(evaluator, scenes=scenes, no_target_below=-20.0)
+    assert plain.result["also"]["grefcoco"].items() <= audited["grefcoco"].items()
+    assert {name: table["ciou"] for name, table in audit.tables(plain.records).items()} == {
+        name: table["ciou"] for name, table in audited.items()
+    }
 
 
 def test_an_empty_split_is_refused_and_nothing_is_written(evaluator, tmp_path):

@@ -172,8 +172,11 @@ class Instances:
                 continue
             place[entry["id"]] = len(annotations)
             category = self._category_index[entry["category_id"]]
-            once = masks.covered_once(entry["segmentation"], height, width, where) if entry["id"] in referred else ""
-            annotations.append(Annotation(entry["id"], category, rle, crowd(entry, where), once=once))
+            other = {}  # how evaluations draw it that do not take the union
+            if entry["id"] in referred:
+                parts = entry["segmentation"], height, width, where
+                other = {"once": masks.covered_once(*parts), "filled": masks.filled(*parts)}
+            annotations.append(Annotation(entry["id"], category, rle, crowd(entry, where), **other))
         expressions = tuple(
             Expression(s["sent"].strip(), s["sent_id"], ref_id, tuple(sorted(place[t] for t in targets)), s.get("family", ""))
             for ref_id, (ref, targets) in refs.items()
