@@ -141,6 +141,9 @@ def evaluate(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=int, default=8, help="images at a time")
     parser.add_argument("--shuffle-text", action="store_true", help="control: every image is asked another image's sentences")
     parser.add_argument("--save-masks", action="store_true", help="add each selected mask to <split>.jsonl, as COCO RLE")
+    parser.add_argument(
+        "--no-target-below", type=float, default=0.0, metavar="SCORE", help='a selected score below it means "no target"'
+    )
     parser.add_argument("--fsdp", type=int, default=1, metavar="N", help="N devices share one copy of the parameters")
     add_process_flags(parser)
     arguments = parser.parse_args(argv)
@@ -166,7 +169,7 @@ def evaluate(argv: Sequence[str] | None = None) -> int:
         prepared.check_split(split)
     subject = benchmark.Subject.load(directory, fsdp=arguments.fsdp)
     for place, prepared, split in chosen:
-        benchmark.Benchmark(subject, prepared, arguments.batch_size, arguments.protocol).run(
+        benchmark.Benchmark(subject, prepared, arguments.batch_size, arguments.protocol, arguments.no_target_below).run(
             split,
             out / place,
             shuffle_text=arguments.shuffle_text,

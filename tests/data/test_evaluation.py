@@ -172,4 +172,4 @@ class TestPlan:
 
 def test_empty_rows_are_drawn_for_no_sample():
     mask = np.zeros((1, 4, 6), bool)
-    assert module.Objects(mask, mask, mask).stack(None, []).shape == (0, 4, 6)
+    assert module.Objects(mask, mask, mask, mask).stack(None, []).shape == (0, 4, 6)

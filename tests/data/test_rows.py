@@ -288,14 +288,15 @@ def test_evaluation_ignores_what_reasonseg_ignores_and_unites_what_grefcoco_name
 
 def test_evaluation_by_ref_asks_all_sentences_at_once_and_holds_them_against_filled_polygons(sets):
     def batches(name, **options):
-        shape = dataclasses.replace(SHAPE, text=600)
-        return EvalData(sets[name], "train", sets["tokenizer"], shape, visual_tokens=VISUAL, **options)
+        return EvalData(sets[name], "train", sets["tokenizer"], sides=(32, 16), batch=2, visual_tokens=VISUAL, **options)
+
+    rounds = lambda data: [part for batch in data for part in batch.rounds]  # noqa: E731
 
     data = batches("refcoco", by_ref=True, filled=True)
     asked = {
         s.ref_id: (s, t, o)
-        for b in data
-        for row in zip(b.samples, b.truth, b.once, strict=True)
+        for part in rounds(data)
+        for row in zip(part.samples, part.truth, part.once, strict=True)
         for s, t, o in zip(*row, strict=True)
     }
     assert sorted(asked) == [1, 2, 3, 4, 7] and data.samples == 5
@@ -306,11 +307,13 @@ def test_evaluation_by_ref_asks_all_sentences_at_once_and_holds_them_against_fil
     np.testing.assert_array_equal(truth, box(*first) | box(*second))
     assert (once != truth).any()
     np.testing.assert_array_equal(asked[3][1], minirefcoco.box_mask(50, 30, 3, 20, 20, 45))  # no polygons: as it is
-    said = text(data.batch(0).batch, 0, sets)
-    assert "the dog on the left. the dog on the left. big dog." in said
-    plain = batches("refcoco", by_ref=True)
-    np.testing.assert_array_equal(plain.batch(0).truth[0][0], Objects.of(sets["refcoco"].source("train")[0]).whole[0])
+    said = [text(part.questions, b, sets) for part in rounds(data) for b in range(len(part.samples))]
+    assert any("the dog on the left. the dog on the left. big dog." in each for each in said)
+    plain = {
+        s.ref_id: t for p in rounds(batches("refcoco", by_ref=True)) for t, s in zip(p.truth[0], p.samples[0], strict=True)
+    }
+    np.testing.assert_array_equal(plain[1], Objects.of(sets["refcoco"].source("train")[0]).whole[0])
     several = batches("grefcoco", by_ref=True, filled=True)
-    assert {len(s.annotations) for b in several for row in b.samples for s in row} == {0, 1, 3}
+    assert {len(s.annotations) for part in rounds(several) for row in part.samples for s in row} == {0, 1, 3}
     with pytest.raises(UserError, match="reasoning questions have no refs .* such as xsam"):
         batches("reasonseg", by_ref=True)
