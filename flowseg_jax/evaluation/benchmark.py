@@ -180,7 +180,8 @@ def named(benchmarks: str, root: Path) -> list[tuple[str, Prepared, str]]:
                 f"--layout {name} --source DIR --out {root / name}`"
             )
         if name not in prepared:
-            raise UserError(f"unknown benchmark {name!r}{suggest(name, {*LAYOUTS, *prepared})}")
+            known = sorted({*LAYOUTS, *prepared})
+            raise UserError(f"unknown benchmark {name!r}{suggest(name, known)}; there are {', '.join(known)}")
         found[name] = found.get(name) or Prepared.open(root / name)
         found[name].check_split(split)
         result.append((name, found[name], split))

@@ -1,0 +1,107 @@
+"""`eval.py` as its user runs it: benchmarks by name, where results go, what is refused before anything is computed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import minirefcoco as mini
+import pytest
+import small
+
+from flowseg_jax import cli
+from flowseg_jax.data import builders
+from flowseg_jax.errors import UserError
+from flowseg_jax.evaluation import audit
+from flowseg_jax.model_directory import save_model
+from flowseg_jax.models.language import LanguageConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with `model` and, in `data`, a prepared miniature called refcoco."""
+    root = tmp_path_factory.mktemp("evaluation")
+    layout = mini.write(root / "layout")
+    prepared = builders.prepare(layout, root / "data" / "refcoco", tokenizer_vocab=300, log=lambda _: None)
+    cfg = small.lean()
+    cfg = dataclasses.replace(cfg, llm=dataclasses.replace(LanguageConfig.tiny(300), width=28, layers=1, head_dim=14, mlp=36))
+    save_model(root / "model", small.params(cfg), cfg.to_dict(), prepared.tokenizer_directory, dtype=None)
+    return root
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def flags(place, *more):
+    return [f"--checkpoint={place / 'model'}", f"--data-root={place / 'data'}", "--batch-size=2", *more]
+
+
+def test_benchmarks_by_name(place, tmp_path, capsys):
+    benchmarks = "--benchmark=refcoco/val,refcoco/testA"
+    cli.evaluate(flags(place, benchmarks, f"--out={tmp_path}", "--protocol=psalm", "--save-masks"))
+    for split in ("val", "testA"):
+        result = json.loads((tmp_path / "refcoco" / f"{split}.json").read_text())
+        records = audit.read_records(tmp_path / "refcoco" / f"{split}.jsonl")
+        assert result["protocol"] == "psalm" and result["n"] == len(records) and result["checkpoint"]["digest"]
+        assert result["prompt"] == {"question": 0, "answer": 0} and all(r["rle"]["counts"] for r in records)
+        assert list(audit.tables(records)) == ["psalm"]
+        assert (tmp_path / "refcoco" / "pictures" / split / "index.json").is_file()
+    assert "evaluate testA: psalm, n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (
+            ["--benchmark=refcoc/val"],
+            r"unknown benchmark 'refcoc' \(did you mean 'refcoco'\?\); there are .*grefcoco.*reasonseg",
+        ),
+        (["--benchmark=reasonseg/test"], r"the benchmark reasonseg is not prepared; make it with .*--layout reasonseg"),
+        (["--benchmark=refcoco/tset"], r"unknown split 'tset'.*it has .*val"),
+        (["--benchmark=refcoco"], r"'refcoco' is not NAME/SPLIT, for instance refcoco/val"),
+        (["--benchmark=refcoco/val", "--data=x"], "--benchmark and --data both name data sets"),
+        (
+            ["--benchmark=refcoco/val", "--protocol=lise"],
+            r"unknown protocol 'lise' \(did you mean 'lisa'\?\); there are xsam, lisa",
+        ),
+        (["--benchmark=refcoco/val", "--fsdp=5"], r"mesh .*'fsdp': 5.* does not fit 1 device"),
+        (["--benchmark=refcoco/val", "--checkpoint=nowhere"], "no model directory .*nowhere"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_said_at_once(place, tmp_path, wrong, message):
+    with pytest.raises(UserError, match=message):
+        cli.evaluate(flags(place, f"--out={tmp_path}", *wrong))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_as_one(place, tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    common = [sys.executable, str(ROOT / "eval.py"), *flags(place, "--benchmark=refcoco/train")]
+
+    def start(*more):
+        return subprocess.Popen([*common, *more], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    joined = [f"--coordinator=127.0.0.1:{free_port()}", "--processes=2"]
+    runs = [start(f"--out={tmp_path / 'two'}", *joined, f"--process={i}") for i in (0, 1)]
+    runs.append(start(f"--out={tmp_path / 'one'}"))
+    said = [run.communicate(timeout=250)[0] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0, 0], "\n".join(said)
+    assert "cIoU" in said[0] and "cIoU" not in said[1]
+    two, one = (audit.read_records(tmp_path / name / "refcoco" / "train.jsonl") for name in ("two", "one"))
+    for ours, theirs in zip(two, one, strict=True):
+        for key, value in ours.items():
+            assert value == (pytest.approx(theirs[key], rel=1e-5) if "score" in key else theirs[key]), key
+    assert sorted(p.name for p in (tmp_path / "two" / "refcoco").rglob("*.png")) == sorted(
+        p.name for p in (tmp_path / "one" / "refcoco").rglob("*.png")
+    )
