@@ -1,0 +1,136 @@
+"""Sizes of the components, and the batches and runs of the whole models."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from flowseg_jax import config as configs
+from flowseg_jax.data.batch import IMAGE_TOKEN, Batch, BatchShape
+from flowseg_jax.data.batching import empty
+from flowseg_jax.models.config import FlowSegConfig
+from flowseg_jax.models.language import LanguageConfig
+
+VOCABULARY = 8192  # of the whole models: with Qwen's, a train step in two frameworks would not fit in 24 GiB
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What components are measured at.
+
+    Attributes:
+        model: sizes of the single layers.
+        whole: of the forward pass and the train step.
+        seven: of the image with seven expressions; its stacks are cut from `model`'s by about the same factor.
+        words: tokens of an expression's conversation, its answer included.
+        points: that losses are taken at.
+    """
+
+    model: FlowSegConfig
+    whole: FlowSegConfig
+    seven: FlowSegConfig
+    words: int
+    points: int
+
+    @property
+    def prompt(self) -> int:
+        """Tokens of an image with one expression."""
+        return prefix(self.model) + self.words
+
+
+def prefix(model: FlowSegConfig) -> int:
+    """Tokens that all expressions of an image share: one of text and the visual ones."""
+    return 1 + model.visual_tokens
+
+
+def cut(model: FlowSegConfig, sam: int, siglip: int, llm: int, pixel: int, decoder: int) -> FlowSegConfig:
+    """The same widths with so many layers; SAM's last one is global, and the connector reads its last three states."""
+    replace = dataclasses.replace
+    return replace(
+        model,
+        sam=replace(model.sam, layers=sam, global_layers=(sam - 1,)),
+        siglip=replace(model.siglip, layers=siglip),
+        llm=replace(model.llm, layers=llm),
+        pixel_decoder=replace(model.pixel_decoder, layers=pixel),
+        decoder=replace(model.decoder, layers=decoder),
+        connector_layers=tuple(max(1, sam - 2 + i) for i in range(3)),
+    )
+
+
+def _sizes() -> dict[str, Sizes]:
+    qwen = dataclasses.replace(LanguageConfig.qwen3_4b(), vocab=VOCABULARY)
+    full = dataclasses.replace(FlowSegConfig.full(qwen), dtype="float32", negatives_group=1)
+    tiny = dataclasses.replace(FlowSegConfig.tiny(64), named_pass="off", exclude_same_target=False)
+    tiny = dataclasses.replace(tiny, pixel_decoder=dataclasses.replace(tiny.pixel_decoder, points=4))  # HF has no other number
+    small = cut(tiny, 2, 3, 1, 1, 2)
+    # The LLM does not read SigLIP's last layer: of three, two run.
+    whole, seven = cut(full, 2, 3, 2, 2, 2), cut(full, 4, 5, 6, 1, 2)
+    return {"full": Sizes(full, whole, seven, 46, 12544), "tiny": Sizes(tiny, small, small, 6, 32)}
+
+
+SIZES = _sizes()
+
+
+def asked(model: FlowSegConfig, expressions: int, words: int, seed: int = 0) -> Batch:
+    """One image and expressions about it, packed behind it; each refers to a mask of its own."""
+    rng = np.random.default_rng(seed)
+    start = prefix(model)
+    side, vision = model.sam.image_size, model.siglip.image_size
+    shape = BatchShape(1, start + expressions * words, expressions, expressions, side, vision)
+    batch = empty(shape, 0)
+    batch.tokens[:] = rng.integers(0, model.llm.vocab, batch.tokens.shape)
+    batch.tokens[:, 1:start] = IMAGE_TOKEN
+    batch.segments[:, :start] = 0
+    batch.positions[:, :start] = np.arange(start)
+    for number in range(expressions):
+        here = slice(start + number * words, start + (number + 1) * words)
+        batch.segments[:, here] = number + 1
+        batch.positions[:, here] = start + np.arange(words)
+        answer = slice(here.stop - words // 3, here.stop)
+        batch.labels[:, answer] = batch.tokens[:, answer]
+        batch.phrase_ids[:, here.start + 1 : here.start + words // 2] = number
+        batch.seg_ids[:, here.stop - 2] = number
+    batch.images[:] = rng.integers(0, 256, batch.images.shape)
+    batch.vision_images[:] = rng.integers(0, 256, batch.vision_images.shape)
+    batch.scaled_size[:] = side
+    batch.masks[:] = blobs(rng, expressions, side)
+    batch.mask_valid[:] = True
+    batch.phrase_mask[:] = np.arange(expressions)
+    return dataclasses.replace(batch, example_id=np.zeros(1, np.int32))
+
+
+def one_of(batch: Batch, number: int, words: int) -> Batch:
+    """The same image with one of its expressions alone."""
+    expressions = batch.phrase_mask.shape[1]
+    start = batch.tokens.shape[1] - expressions * words
+    keep = np.r_[:start, start + number * words : start + (number + 1) * words]
+    renumbered = lambda ids: np.where(ids[:, keep] == number, 0, -1).astype(ids.dtype)  # noqa: E731
+    return dataclasses.replace(
+        batch,
+        **{name: getattr(batch, name)[:, keep] for name in ("tokens", "positions", "labels")},
+        segments=np.minimum(batch.segments[:, keep], 1),
+        phrase_ids=renumbered(batch.phrase_ids),
+        seg_ids=renumbered(batch.seg_ids),
+        phrase_mask=batch.phrase_mask[:, number : number + 1],
+    )
+
+
+def blobs(rng: np.random.Generator, count: int, side: int) -> np.ndarray:
+    """Random masks of coarse squares, packed along the width: uint8 [count, side, side / 8]."""
+    coarse = rng.random((count, 8, 8)) > 0.6
+    pixels = np.arange(side) * 8 // side
+    return np.packbits(coarse[:, pixels][:, :, pixels], axis=-1)
+
+
+def experiment(cfg: FlowSegConfig, batch: Batch, points: int) -> ConfigDict:
+    """A run of this model on batches of that shape, everything trained."""
+    config = configs.read("configs/shapes_tiny.py")
+    config.model = ConfigDict(cfg.to_dict())
+    config.update(batch_size=1, steps=1000)
+    config.data.update(text=batch.tokens.shape[1], phrases=batch.phrase_mask.shape[1], masks=batch.mask_valid.shape[1])
+    config.optimizer.losses.update(language=1.0, class_gain=1.0, points=points, vocabulary_chunk=512)
+    config.optimizer.groups = ((".*", 1.0),)
+    config.mesh.update(data=1, fsdp=1)
+    return config

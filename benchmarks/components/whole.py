@@ -1,0 +1,187 @@
+"""The whole model: an image and an expression to masks, a train step, an image with seven expressions."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+from benchmarks import peer_losses
+from benchmarks.components import Call, Pair, Wrap
+from benchmarks.components.inputs import bind, exported, inference, module, parameters, placed, to_torch
+from benchmarks.components.sizes import Sizes, asked, experiment, one_of, prefix
+from benchmarks.peer import FlowSegTorch, torch_batch
+from flowseg_jax.data.batch import Batch, BatchShape
+from flowseg_jax.losses import LossConfig, Points
+from flowseg_jax.models.config import FlowSegConfig
+from flowseg_jax.planning import flops
+from flowseg_jax.training.optimizer import split
+from flowseg_jax.training.program import Program
+from flowseg_jax.training.step import TrainState
+
+# A pixel whose mask logit is zero up to rounding may be attended to on one side and not on the other.
+TOLERANCE = 1e-3
+EXPRESSIONS, TRAINED = 7, 4
+STACKS = {"sam": 24, "siglip": 27, "llm": 36, "pixel_decoder": 6, "decoder": 9}  # layers of the whole model
+
+
+def answer(graphdef: Any) -> Callable[[Any, Batch], tuple[jax.Array, jax.Array]]:
+    """Our way from packed expressions to all candidates: (parameters, batch) -> scores [K, Q], masks [K, Q, h, w]."""
+
+    @jax.jit
+    def call(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        found = bind(graphdef, params).segment(batch)
+        return found.scores[0], found.mask_logits[0]
+
+    return call
+
+
+def _network(cfg: FlowSegConfig) -> tuple[dict[str, Any], Any]:
+    return parameters("flowseg", cfg), module("flowseg", cfg)
+
+
+def _on_device(batch: Batch) -> Batch:
+    return jax.tree.map(jnp.asarray, dataclasses.replace(batch, example_id=batch.example_id.astype(np.int32)))
+
+
+def _one_by_one(cfg: FlowSegConfig, tensors: Mapping[str, torch.Tensor], batches: list[Batch]) -> Callable[[Wrap], Call]:
+    """The peer's answers to expressions that come one at a time, each with its image."""
+
+    def make(wrap: Wrap) -> Call:
+        model, given = FlowSegTorch(cfg, dict(tensors), wrap), [torch_batch(batch) for batch in batches]
+
+        def call() -> tuple[torch.Tensor, torch.Tensor]:
+            scores, masks = zip(*(model.segment(batch, 1) for batch in given), strict=True)
+            return torch.cat(scores), torch.cat(masks)
+
+        return inference(call)
+
+    return make
+
+
+def forward(sizes: Sizes, dtype: str) -> Pair:
+    cfg, batch = sizes.whole, asked(sizes.whole, 1, sizes.words)
+    params, graphdef = _network(cfg)
+    call, there, weights = answer(graphdef), _on_device(batch), placed(params)
+    return Pair(lambda: call(weights, there), _one_by_one(cfg, exported("flowseg", params, cfg), [batch]), TOLERANCE)
+
+
+def seven_expressions(sizes: Sizes, dtype: str) -> Pair:
+    cfg, batch = sizes.seven, asked(sizes.seven, EXPRESSIONS, sizes.words)
+    params, graphdef = _network(cfg)
+    singles = [one_of(batch, number, sizes.words) for number in range(EXPRESSIONS)]
+    call, there, weights = answer(graphdef), _on_device(batch), placed(params)
+    tensors = exported("flowseg", params, cfg)
+    return Pair(lambda: call(weights, there), _one_by_one(cfg, tensors, singles), TOLERANCE, facts=full_depth(cfg, sizes.words))
+
+
+def seven_shared(sizes: Sizes, dtype: str) -> Pair:
+    cfg, batch = sizes.seven, asked(sizes.seven, EXPRESSIONS, sizes.words)
+    params, graphdef = _network(cfg)
+    call, there, weights = answer(graphdef), _on_device(batch), placed(params)
+    singles = [_on_device(one_of(batch, number, sizes.words)) for number in range(EXPRESSIONS)]
+    return Pair(
+        lambda: call(weights, there),
+        lambda wrap: lambda: [jax.block_until_ready(call(weights, single)) for single in singles],
+        TOLERANCE,
+        peer_output=lambda found: tuple(jnp.concatenate(part) for part in zip(*found, strict=True)),
+        compiled=False,
+        facts=full_depth(cfg, sizes.words),
+    )
+
+
+def full_depth(cfg: FlowSegConfig, words: int) -> dict[str, float]:
+    """By what the times of `cfg`, whose stacks are cut, are multiplied for the times of the whole depth: FLOPs / FLOPs.
+
+    An extrapolation: it takes for granted that all parts run at the same speed.
+
+    Returns:
+        `extrapolate_ours` for all expressions in one pass, `extrapolate_peer` for one expression at a time.
+    """
+    replace = dataclasses.replace
+    blocks = STACKS["sam"] // 4
+    whole = replace(
+        cfg,
+        sam=replace(cfg.sam, layers=STACKS["sam"], global_layers=tuple(range(blocks - 1, STACKS["sam"], blocks))),
+        connector_layers=(12, 18, 24),
+        **{name: replace(getattr(cfg, name), layers=layers) for name, layers in STACKS.items() if name != "sam"},
+    )
+
+    def work(model: FlowSegConfig, expressions: int) -> float:
+        sides = model.sam.image_size, model.siglip.image_size
+        shape = BatchShape(1, prefix(model) + expressions * words, expressions, expressions, *sides)
+        parts = flops.forward(model, shape, LossConfig(language=0.0))
+        return sum(part.forward for name, part in parts.items() if name != "masks")  # of training: matching and its targets
+
+    factor = {number: work(whole, number) / work(cfg, number) for number in (1, EXPRESSIONS)}
+    return {"extrapolate_ours": factor[EXPRESSIONS], "extrapolate_peer": factor[1]}
+
+
+class _Training:
+    """Our train step as training makes it, with a state of its own that every call takes one step further."""
+
+    def __init__(self, params: Any, cfg: FlowSegConfig, batch: Batch, points: int):
+        self.config = experiment(cfg, batch, points)
+        self.program = program = Program.build(self.config, jax.devices()[:1])
+        trainable, frozen = split(placed(params), program.rates)
+        state = TrainState(jnp.int32(0), trainable, frozen, program.optimizer.init(trainable), jnp.zeros(2, jnp.int32))
+        self._state = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), state, program.state)
+        self._batch = program.place(batch)
+        self.first: dict[str, jax.Array] | None = None
+
+    def __call__(self) -> Mapping[str, jax.Array]:
+        """One step; its metrics, when the new state is there as well."""
+        self._state, metrics = self.program.step(self._state, self._batch)
+        jax.block_until_ready(self._state)
+        self.first = self.first or {name: metrics[name] for name in ("loss", "gradient_norm")}
+        return self.first
+
+    def points(self) -> Points:
+        """The random points of the first step of all levels [J, 1, ...], drawn as the step draws them."""
+        losses, cfg = self.program.plan.losses, self.program.plan.model
+        key = jax.random.fold_in(jax.random.key(self.config.seed), 0)
+        referring = jax.random.split(jax.random.fold_in(key, 0), 3)[0]
+        levels = jax.random.split(referring, cfg.decoder.layers + 1)[:, None]
+        count = self.program.plan.shape.phrases
+        return jax.vmap(lambda keys: Points.draw(keys, count, losses))(levels)
+
+
+def train_step(sizes: Sizes, dtype: str) -> Pair:
+    """Forward, losses, backward, clipping and AdamW. The peer gets the random points of our first step, in every step; the
+    losses and gradient norms of the first step are compared."""
+    cfg, batch = sizes.whole, asked(sizes.whole, TRAINED, sizes.words)
+    params = parameters("flowseg", cfg)
+    ours = _Training(params, cfg, batch, sizes.points)
+    plan, drawn, tensors = ours.program.plan, ours.points(), exported("flowseg", params, cfg)
+    levels = [
+        tuple(to_torch(x[level])[0] for x in (drawn.matcher, drawn.candidates, drawn.extra))
+        for level in range(len(drawn.matcher))
+    ]
+    truth = torch.from_numpy(np.unpackbits(batch.masks[0], axis=-1)).float()
+
+    def theirs(wrap: Wrap) -> Call:
+        # AdamW writes into its parameters: every mode starts from a copy of its own.
+        model = FlowSegTorch(cfg, {name: x.clone() for name, x in tensors.items()}, wrap)
+        opt, given, first = plan.optimizer, torch_batch(batch), {}
+        adamw = torch.optim.AdamW(
+            model.parameters(), opt.learning_rate, (opt.b1, opt.b2), opt.eps, opt.weight_decay, fused=True
+        )
+
+        def call() -> dict[str, torch.Tensor]:
+            adamw.zero_grad()
+            loss = peer_losses.training_loss(model, given, truth, levels, plan.losses)
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), opt.clip)
+            adamw.step()
+            if not first:
+                first.update(loss=loss.detach(), gradient_norm=norm)
+            return first
+
+        return call
+
+    return Pair(ours, theirs, TOLERANCE)
