@@ -1,0 +1,164 @@
+"""Our operations beside PyTorch's (and SciPy's), one component after the other.
+
+    python -m benchmarks --list                        # what there is
+    python -m benchmarks                               # everything
+    python -m benchmarks msda siglip --dtype=float32,bfloat16
+    python -m benchmarks --check                       # beside benchmarks/ratios.json
+    python -m benchmarks --write-docs                  # into benchmarks/ratios.json and docs/performance.md
+    python -m benchmarks startup                       # time to the first step; see benchmarks/startup.py
+
+A component runs in a process of its own. Its outputs are compared first: without the same numbers there is no ratio. Then both
+sides take turns, warmed up, and the median of those samples counts during which the machine was otherwise idle. Quality A is at
+least three such samples of each side, B fewer, C none; a C has no verdict.
+
+Exit code 0: measured. 1: --check found a component slower than committed. 2: a component has no ratio. 3: the machine was too
+busy for a verdict.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import components, ratio, table
+from flowseg_jax import errors
+from flowseg_jax.cli import Parser
+from flowseg_jax.errors import UserError, suggest
+from flowseg_jax.writers import heartbeat, say
+
+REGRESSED, FAILED = 1, 2  # exit codes; the third is `ratio.TOO_BUSY`
+# OpenMP's threads, PyTorch's, spin behind their work and would take the cores from our next call.
+PEACEFUL = {"GOMP_SPINCOUNT": "20000"}
+
+
+def run(component: components.Component, dtype: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """One component in its own process.
+
+    Raises:
+        UserError: it gave no result; with the last thing it said.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        out = Path(directory) / "result.json"
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.measure",
+            component.name,
+            dtype,
+            f"--size={arguments.size}",
+            f"--out={out}",
+        ]
+        command += [f"--rounds={arguments.rounds}", *(["--eager"] if arguments.peer == "torch-eager" else [])]
+        done = subprocess.run(
+            command, cwd=table.ROOT, env=PEACEFUL | dict(os.environ), stderr=subprocess.PIPE, text=True, check=False
+        )
+        if done.returncode < 0:
+            raise UserError(f"killed by signal {-done.returncode}; if it was 9, there was not enough memory")
+        if done.returncode:
+            last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "it said nothing")
+            raise UserError(last.removeprefix("error: "))
+        return json.loads(out.read_text(encoding="utf-8"))
+
+
+def exit_code(failures: Iterable[str], verdicts: Iterable[str]) -> int:
+    """Of the whole command: what is wrong comes before what is slow, and that before what is not known."""
+    verdicts = set(verdicts)
+    if set(failures):
+        return FAILED
+    return REGRESSED if table.REGRESSED in verdicts else ratio.TOO_BUSY if table.BUSY in verdicts else 0
+
+
+def work_list(arguments: argparse.Namespace) -> list[tuple[components.Component, str]]:
+    """(component, dtype) in the table's order.
+
+    Raises:
+        UserError: an unknown component or dtype, or none that is measured in the wanted dtypes.
+    """
+    known = (components.FLOAT32, components.BFLOAT16)
+    dtypes = arguments.dtype.split(",")
+    for dtype in dtypes:
+        if dtype not in known:
+            raise UserError(f"--dtype={arguments.dtype}: no dtype {dtype!r}{suggest(dtype, known)}")
+    chosen = components.choose(arguments.components)
+    work = [(component, dtype) for component in chosen for dtype in dtypes if dtype in component.dtypes]
+    if not work:
+        raise UserError(f"none of {', '.join(c.name for c in chosen)} is measured in {arguments.dtype}; see --list")
+    return work
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("components", nargs="*", metavar="component", help="default: all; see --list")
+    parser.add_argument("--list", action="store_true", help="the components, their bars and aims")
+    parser.add_argument("--peer", choices=("torch", "torch-eager"), default="torch", help="torch tries torch.compile too")
+    parser.add_argument("--dtype", default="float32", metavar="D[,D]", help="float32, bfloat16 or both")
+    parser.add_argument("--rounds", type=ratio.positive, default=7, help="turns of each side; more while the machine is busy")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="all results, written after each component")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--check", action="store_true", help=f"fails where a ratio is {table.TOLERANCE:.0%} above the committed one"
+    )
+    what.add_argument("--write-docs", action="store_true", help="replaces the committed ratios by these")
+    parser.add_argument("--size", choices=("full", "tiny"), default="full", help="tiny tries the harness itself out")
+    return parser
+
+
+def show_components() -> None:
+    for component in components.COMPONENTS.values():
+        wanted = ", ".join(f"{dtype} {table.bars(component, dtype)}" for dtype in component.bars) or "-"
+        measured = f"{', '.join(component.dtypes)}; beside {component.peer}"
+        say(f"{component.name:20} {component.text} ({measured}). Bar / aim: {wanted}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] == ["startup"]:
+        from benchmarks import startup
+
+        return startup.main(argv[1:])
+    arguments = make_parser().parse_args(argv)
+    if arguments.list:
+        show_components()
+        return 0
+    work = work_list(arguments)
+    if arguments.size == "tiny" and (arguments.check or arguments.write_docs):
+        raise UserError("--size=tiny has no place in the committed table: leave out --check and --write-docs")
+    committed = table.read() if arguments.check else {}
+    results, failures, verdicts = [], {}, []
+    say(table.HEAD)
+    for component, dtype in work:
+        try:
+            with heartbeat(f"{component.name} {dtype}"):
+                result = run(component, dtype, arguments)
+        except UserError as error:
+            failures[f"{component.name} {dtype}"] = str(error)
+            say(f"{component.name:20} {dtype:8}  {error}")
+        else:
+            results.append(result)
+            found = table.compared(result, committed) if arguments.check else table.verdict(result)
+            verdicts.append(table.BUSY if result["quality"] == "C" else found)
+            say(table.line(result) + (f": {found}" if arguments.check else ""))
+        if arguments.json:
+            write_json(arguments.json, results, failures)
+    if arguments.write_docs and results:
+        table.write(results)
+        say(f"written: {table.RATIOS} and {table.DOCS}")
+    return exit_code(failures, verdicts)
+
+
+def write_json(path: Path, results: list[dict[str, Any]], failures: dict[str, str]) -> None:
+    try:
+        path.write_text(json.dumps({"results": results, "failures": failures}, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--json={path} cannot be written: {error.strerror}") from None
+
+
+if __name__ == "__main__":
+    errors.run(main)

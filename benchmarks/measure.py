@@ -1,0 +1,144 @@
+"""One component in a process of its own: numerics first, then both candidates in turn. Writes the result as JSON.
+
+python -m benchmarks.measure sam_window float32 --size=tiny --out=result.json     # what python -m benchmarks starts
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import components, ratio
+from flowseg_jax import errors
+from flowseg_jax.cli import Parser
+from flowseg_jax.errors import UserError
+
+OURS = "flowseg_jax"
+TRIES = 3  # calls that decide whether the compiled peer is the faster one
+SLOW = 10.0  # seconds of a call, from which on so few rounds are made as a median needs
+
+
+class Readable(ratio.Local):
+    """A call of either framework; `read` makes of its result what is compared, in any structure of arrays or tensors."""
+
+    def __init__(self, call: Callable[[], Any], read: Callable[[Any], Any]):
+        super().__init__(call)
+        self._compared = ratio.Local(lambda: read(call()))
+
+    def output(self) -> dict[str, np.ndarray]:
+        return self._compared.output()
+
+
+def as_arrays(result: Any) -> Any:
+    """Tensors as float32 arrays, in the same structure."""
+    import jax
+    import torch
+
+    plain = lambda x: x.detach().float().numpy() if isinstance(x, torch.Tensor) else x  # noqa: E731
+    return jax.tree.map(plain, result)
+
+
+def fastest(pair: components.Pair, eager_only: bool) -> tuple[components.Call, str, float]:
+    """The peer's call in its faster mode, warmed up; the name of the mode; about how many seconds the call takes.
+
+    Only one of the two exists at a time: a train step's state is the larger part of the machine's memory.
+    """
+    mode, seconds = "eager", math.inf
+    if pair.compiled and not eager_only:
+        import torch
+
+        try:
+            seconds = _seconds(pair.peer(torch.compile))
+        except Exception as error:  # the compiler's many; what it cannot compile runs as it is
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            mode = f"eager (torch.compile failed: {reason[:80]})"
+        gc.collect()
+    call = pair.peer(lambda layer: layer)
+    eager = _seconds(call)
+    if eager <= seconds:
+        return call, mode, eager
+    del call
+    gc.collect()
+    call = pair.peer(torch.compile)
+    call()
+    return call, "torch.compile", seconds
+
+
+def _seconds(call: components.Call) -> float:
+    """The least of TRIES calls behind a first one; of fewer where they are slow."""
+    call()
+    found: list[float] = []
+    while len(found) < TRIES and sum(found) < SLOW:
+        started = time.perf_counter()
+        call()
+        found.append(time.perf_counter() - started)
+    return min(found)
+
+
+def measure(component: components.Component, size: str, dtype: str, rounds: int, eager_only: bool = False) -> dict[str, Any]:
+    """Builds and times a component; see `python -m benchmarks` for what the result holds.
+
+    Raises:
+        UserError: the outputs differ: there is no ratio then.
+    """
+    import scipy
+    import torch
+
+    pair = components.build(component, size, dtype)
+    call, mode, about = fastest(pair, eager_only)
+    rounds = min(rounds, ratio.ENOUGH) if about > SLOW else rounds
+    candidates = {
+        component.peer: Readable(call, lambda result: as_arrays(pair.peer_output(result))),
+        OURS: Readable(pair.ours, pair.our_output),
+    }
+    comparison = ratio.compare(candidates, component.peer, pair.tolerance, rounds=rounds)
+    result = comparison.to_json()
+    result["environment"]["versions"] |= {"torch": torch.__version__, "scipy": scipy.__version__}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return {
+        "component": component.name,
+        "dtype": dtype,
+        "size": size,
+        "peer": component.peer,
+        "mode": mode,
+        "ratio": comparison.ratio(OURS),
+        "seconds": comparison.timings[OURS].seconds,
+        "peer_seconds": comparison.timings[component.peer].seconds,
+        "peak_gib": peak,
+        "facts": dict(pair.facts),
+        **result,
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = Parser(prog="python -m benchmarks.measure", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("component")
+    parser.add_argument("dtype", nargs="?", default="float32")
+    parser.add_argument("--size", choices=("full", "tiny"), default="full")
+    parser.add_argument("--rounds", type=ratio.positive, default=7)
+    parser.add_argument("--eager", action="store_true", help="does not try torch.compile")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="default: stdout")
+    arguments = parser.parse_args(argv)
+    (component,) = components.choose([arguments.component])
+    if arguments.dtype not in component.dtypes:
+        raise UserError(f"{component.name} is measured in {', '.join(component.dtypes)}, not in {arguments.dtype!r}")
+    result = json.dumps(measure(component, arguments.size, arguments.dtype, arguments.rounds, arguments.eager), indent=1)
+    if arguments.out is None:
+        print(result)
+    else:
+        arguments.out.write_text(result + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    errors.run(lambda: main(sys.argv[1:]))

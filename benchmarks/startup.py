@@ -1,0 +1,149 @@
+"""How long it takes until a training run has made its first step, and what memory that needs on the host.
+
+    python -m benchmarks startup                 # tiny, and full width with two layers a tower
+    python -m benchmarks startup tiny --json=FILE
+
+Three runs of each size, each a process of its own: without the persistent compilation cache, with an empty one, and with a full
+one, where the state comes from a checkpoint. Seconds of a machine that does nothing else; elsewhere they are worth little.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import load, ratio
+from benchmarks.table import ROOT
+from flowseg_jax import errors
+from flowseg_jax.cli import Parser
+from flowseg_jax.errors import UserError
+from flowseg_jax.writers import heartbeat, say
+
+EXPRESSIONS = 4
+STAGES = ("import", "trace", "compile", "state", "first step")
+RUNS = {"no cache": "fresh state", "empty cache": "fresh state", "full cache": "restored"}
+
+
+def start(size: str, began: float, checkpoint: Path | None, restore: bool) -> dict[str, Any]:
+    """Makes a run's first step in this process.
+
+    Args:
+        size: "tiny" or "full".
+        began: when this process was started, by `time.time()`.
+        checkpoint: where the state is written to behind the step, or read from; None for neither.
+        restore: read it.
+
+    Returns:
+        Seconds of each of STAGES, their sum as "total", and "peak_gib" up to the step.
+    """
+    import jax
+
+    from benchmarks.components.sizes import SIZES, asked, experiment
+    from flowseg_jax.checkpoint import Checkpoints
+    from flowseg_jax.training.program import Program
+
+    seconds = {"import": time.time() - began}
+
+    @contextlib.contextmanager
+    def stage(name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        seconds[name] = time.perf_counter() - started
+
+    sizes = SIZES[size]
+    batch = asked(sizes.whole, EXPRESSIONS, sizes.words)
+    config = experiment(sizes.whole, batch, sizes.points)
+    with stage("trace"):
+        program = Program.build(config, jax.devices()[:1])
+        lowered = program.step.lower(program.state, program.batch)
+    with stage("compile"):
+        step = lowered.compile()
+    numbered = lambda state: {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(state))}  # noqa: E731
+    with stage("state"):
+        if restore:
+            with Checkpoints(checkpoint) as checkpoints:
+                found = checkpoints.restore_latest(numbered(program.state)).state
+            leaves = [found[str(i)] for i in range(len(found))]
+            state = jax.tree.unflatten(jax.tree.structure(program.state), leaves)
+        else:
+            state = program.initial_state(config)
+        jax.block_until_ready(state)
+    with stage("first step"):
+        state, _ = step(state, program.place(batch))
+        jax.block_until_ready(state)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    if checkpoint and not restore:
+        with Checkpoints(checkpoint) as checkpoints:
+            checkpoints.save(1, numbered(state), {})
+    return seconds | {"total": sum(seconds.values()), "peak_gib": peak}
+
+
+def measure(size: str) -> dict[str, dict[str, Any]]:
+    """The three runs of one size, by their names in RUNS; each with "foreign", the cores that others kept busy meanwhile."""
+    found = {}
+    with tempfile.TemporaryDirectory() as directory:
+        for name in RUNS:
+            env = dict(os.environ) | {"JAX_COMPILATION_CACHE_DIR": f"{directory}/cache"}
+            env["JAX_ENABLE_COMPILATION_CACHE"] = str(name != "no cache")
+            command = [sys.executable, "-m", "benchmarks.startup", size, "--serve", repr(time.time())]
+            command += [] if name == "no cache" else [f"{directory}/state"]
+            command += ["restore"] if name == "full cache" else []
+            before = load.read([os.getpid()])
+            done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+            if done.returncode:
+                last = (done.stderr.strip() or f"code {done.returncode}").splitlines()[-1]
+                raise UserError(f"startup {size}, {name}: {last}")
+            # The process has been waited for: its work is this one's.
+            found[name] = json.loads(done.stdout.splitlines()[-1]) | {
+                "foreign": load.foreign_cores(before, load.read([os.getpid()]))
+            }
+    return found
+
+
+def markdown(sizes: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """The runs as a table."""
+    rows = [f"| run | {' | '.join(f'{stage} s' for stage in STAGES)} | total s | peak GiB | others' cores |"]
+    rows.append("|---|" + "--:|" * (len(STAGES) + 3))
+    for size, runs in sizes.items():
+        for name, run in runs.items():
+            cells = [f"{run[stage]:.1f}" for stage in (*STAGES, "total")]
+            rows.append(
+                f"| {size}, {name}, {RUNS[name]} | {' | '.join(cells)} | {run['peak_gib']:.1f} | {run['foreign']:.2f} |"
+            )
+    return "\n".join(rows)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = Parser(prog="python -m benchmarks startup", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("size", nargs="?", choices=("tiny", "full"), help="default: both")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also writes everything that was measured")
+    parser.add_argument("--serve", nargs="+", help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    if arguments.serve:
+        began, *rest = arguments.serve
+        result = start(arguments.size, float(began), Path(rest[0]) if rest else None, restore=len(rest) > 1)
+        print(json.dumps(result))
+        return 0
+    found = {}
+    for size in [arguments.size] if arguments.size else ["tiny", "full"]:
+        with heartbeat(f"starting up, {size}"):
+            found[size] = measure(size)
+    say(markdown(found))
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"startup": found, "environment": ratio.environment()}, indent=1) + "\n")
+    busy = any(run["foreign"] > ratio.CONTENDED for runs in found.values() for run in runs.values())
+    return ratio.TOO_BUSY if busy else 0
+
+
+if __name__ == "__main__":
+    errors.run(lambda: main(sys.argv[1:]))
