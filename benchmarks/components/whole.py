@@ -16,9 +16,10 @@ from benchmarks.components import Call, Pair, Wrap
 from benchmarks.components.inputs import bind, exported, inference, module, parameters, placed, to_torch
 from benchmarks.components.sizes import Sizes, asked, experiment, one_of, prefix
 from benchmarks.peer import FlowSegTorch, torch_batch
-from flowseg_jax.data.batch import Batch, BatchShape
+from flowseg_jax.data.batch import NONE, Batch, BatchShape, Questions, Views
 from flowseg_jax.losses import LossConfig, Points
 from flowseg_jax.models.config import FlowSegConfig
+from flowseg_jax.models.flowseg import Seen
 from flowseg_jax.planning import flops
 from flowseg_jax.training.optimizer import split
 from flowseg_jax.training.program import Program
@@ -30,23 +31,38 @@ EXPRESSIONS, TRAINED = 7, 4
 STACKS = {"sam": 24, "siglip": 27, "llm": 36, "pixel_decoder": 6, "decoder": 9}  # layers of the whole model
 
 
-def answer(graphdef: Any) -> Callable[[Any, Batch], tuple[jax.Array, jax.Array]]:
-    """Our way from packed expressions to all candidates: (parameters, batch) -> scores [K, Q], masks [K, Q, h, w]."""
+class Answer:
+    """Our way from an image and expressions to all candidates: the image is seen, then all expressions are asked.
 
-    @jax.jit
-    def call(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        found = bind(graphdef, params).segment(batch)
-        return found.scores[0], found.mask_logits[0]
+    A call returns scores [K, Q] and masks [K, Q, h, w].
+    """
 
-    return call
+    def __init__(self, graphdef: Any, params: Any):
+        self._params = placed(params)
+        self._see = jax.jit(lambda params, views, prefix: bind(graphdef, params).see(views, prefix))
+
+        @jax.jit
+        def ask(params: Any, seen: Seen, questions: Questions) -> tuple[jax.Array, jax.Array]:
+            found = bind(graphdef, params).ask(seen, questions)
+            return found.scores[0], found.mask_logits[0]
+
+        self._ask = ask
+
+    def __call__(self, views: Views, prefix: jax.Array, questions: Questions) -> tuple[jax.Array, jax.Array]:
+        return self._ask(self._params, self._see(self._params, views, prefix), questions)
 
 
 def _network(cfg: FlowSegConfig) -> tuple[dict[str, Any], Any]:
     return parameters("flowseg", cfg), module("flowseg", cfg)
 
 
-def _on_device(batch: Batch) -> Batch:
-    return jax.tree.map(jnp.asarray, dataclasses.replace(batch, example_id=batch.example_id.astype(np.int32)))
+def _on_device(batch: Batch, cfg: FlowSegConfig) -> tuple[Views, jax.Array, Questions]:
+    """A batch of one image as what is seen and what is asked."""
+    start = prefix(cfg)
+    fields = {name: getattr(batch, name)[:, start:] for name in ("tokens", "positions", "segments", "phrase_ids", "seg_ids")}
+    asked = Questions(**fields, asked=batch.phrase_mask != NONE)
+    seen = Views(batch.images, batch.scaled_size, batch.vision_images)
+    return jax.tree.map(jnp.asarray, (seen, batch.tokens[0, :start], asked))
 
 
 def _one_by_one(cfg: FlowSegConfig, tensors: Mapping[str, torch.Tensor], batches: list[Batch]) -> Callable[[Wrap], Call]:
@@ -67,27 +83,27 @@ def _one_by_one(cfg: FlowSegConfig, tensors: Mapping[str, torch.Tensor], batches
 def forward(sizes: Sizes, dtype: str) -> Pair:
     cfg, batch = sizes.whole, asked(sizes.whole, 1, sizes.words)
     params, graphdef = _network(cfg)
-    call, there, weights = answer(graphdef), _on_device(batch), placed(params)
-    return Pair(lambda: call(weights, there), _one_by_one(cfg, exported("flowseg", params, cfg), [batch]), TOLERANCE)
+    call, there = Answer(graphdef, params), _on_device(batch, cfg)
+    return Pair(lambda: call(*there), _one_by_one(cfg, exported("flowseg", params, cfg), [batch]), TOLERANCE)
 
 
 def seven_expressions(sizes: Sizes, dtype: str) -> Pair:
     cfg, batch = sizes.seven, asked(sizes.seven, EXPRESSIONS, sizes.words)
     params, graphdef = _network(cfg)
     singles = [one_of(batch, number, sizes.words) for number in range(EXPRESSIONS)]
-    call, there, weights = answer(graphdef), _on_device(batch), placed(params)
+    call, there = Answer(graphdef, params), _on_device(batch, cfg)
     tensors = exported("flowseg", params, cfg)
-    return Pair(lambda: call(weights, there), _one_by_one(cfg, tensors, singles), TOLERANCE, facts=full_depth(cfg, sizes.words))
+    return Pair(lambda: call(*there), _one_by_one(cfg, tensors, singles), TOLERANCE, facts=full_depth(cfg, sizes.words))
 
 
 def seven_shared(sizes: Sizes, dtype: str) -> Pair:
     cfg, batch = sizes.seven, asked(sizes.seven, EXPRESSIONS, sizes.words)
     params, graphdef = _network(cfg)
-    call, there, weights = answer(graphdef), _on_device(batch), placed(params)
-    singles = [_on_device(one_of(batch, number, sizes.words)) for number in range(EXPRESSIONS)]
+    call, there = Answer(graphdef, params), _on_device(batch, cfg)
+    singles = [_on_device(one_of(batch, number, sizes.words), cfg) for number in range(EXPRESSIONS)]
     return Pair(
-        lambda: call(weights, there),
-        lambda wrap: lambda: [jax.block_until_ready(call(weights, single)) for single in singles],
+        lambda: call(*there),
+        lambda wrap: lambda: [jax.block_until_ready(call(*single)) for single in singles],
         TOLERANCE,
         peer_output=lambda found: tuple(jnp.concatenate(part) for part in zip(*found, strict=True)),
         compiled=False,
