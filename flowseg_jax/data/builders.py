@@ -194,6 +194,7 @@ def _summary(layout: Layout, todo: Sequence[Shard], problems: Problems, root: Pa
         "task": layout.task,
         "source": layout.source,
         "categories": list(layout.categories),
+        "things": getattr(layout, "things", None),  # of panoptic layouts alone
         "splits": {split: dict(count) for split, count in counts.items()},
         "notes": dict(sorted(notes.items())),
         "problems": len(found),

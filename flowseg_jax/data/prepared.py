@@ -86,6 +86,8 @@ class Prepared:
         directory: where it lies.
         task: what it teaches, one of `records.TASKS`.
         categories: category names; an annotation's category is an index into them.
+        things: of each category, whether it is countable (a thing) or not (stuff); None where the source does not tell them
+            apart. Where it does, no two objects of an image share a pixel.
         splits: split name -> {"images", "refs", "sentences", "samples"} counts.
         digest: SHA-256 of everything that was read to make it.
     """
@@ -95,6 +97,7 @@ class Prepared:
         self.metadata = metadata
         self.task: str = metadata["task"]
         self.categories: tuple[str, ...] = tuple(metadata["categories"])
+        self.things: tuple[bool, ...] | None = None if metadata["things"] is None else tuple(metadata["things"])
         self.splits: dict[str, dict[str, int]] = metadata["splits"]
         self.digest: str = metadata["digest"]
         self._index: dict[str, list[Entry]] = {}

@@ -33,6 +33,7 @@ def test_panoptic(tmp_path):
     layout = open_layout("coco_panoptic", mini.write(tmp_path, "panoptic"))
     assert (layout.task, layout.splits, layout.size("train"), layout.size("val")) == ("generic", ("train", "val"), 3, 1)
     assert layout.categories == ("person", "dog", "tree-merged")  # in the order of their ids
+    assert layout.things == (True, True, False)
     assert [p.name for p in layout.annotation_files] == ["panoptic_train2017.json", "panoptic_val2017.json"]
     notes = Counter()
     train = read(layout, "train", notes)
@@ -130,6 +131,17 @@ def test_categories_must_be_those_of_the_other_split(tmp_path, kind):
     table["categories"][0]["name"] = "cat"
     with pytest.raises(UserError, match=rf"{kind}_val2017\.json: categories: differ from those of .*{kind}_train2017\.json"):
         READERS[kind](mini.write(tmp_path, kind, val=table))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(lambda c: c.pop("isthing"), "field 'isthing' is missing"), (lambda c: c.update(isthing=2), "expected 0 or 1, got 2")],
+)
+def test_panoptic_categories_say_what_they_are(tmp_path, change, message):
+    table = mini.panoptic("train")
+    change(entry(table["categories"], 18))
+    with pytest.raises(UserError, match=rf"panoptic_train2017.json: category 18.*{message}"):
+        CocoPanoptic(mini.write(tmp_path, "panoptic", train=table))
 
 
 def segment(table, **changes):

@@ -69,9 +69,14 @@ def field(entry: Any, key: str, kind: type | tuple[type, ...], where: str) -> An
 
 def crowd(entry: dict[str, Any], where: str) -> bool:
     """Whether an object is a crowd region; one that does not say so is none."""
-    value = field(entry, "iscrowd", (int, bool), where) if "iscrowd" in entry else 0
+    return flag(entry, "iscrowd", where) if "iscrowd" in entry else False
+
+
+def flag(entry: dict[str, Any], key: str, where: str) -> bool:
+    """A field that is 0 or 1."""
+    value = field(entry, key, (int, bool), where)
     if value not in (0, 1):
-        raise UserError(f"{where}.iscrowd: expected 0 or 1, got {value}")
+        raise UserError(f"{where}.{key}: expected 0 or 1, got {value}")
     return bool(value)
 
 
