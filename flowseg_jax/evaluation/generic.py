@@ -1,0 +1,414 @@
+"""Evaluates generic segmentation: every pixel's category and every object's mask, whatever the image shows.
+
+A model with a language side is asked for all category names of the data set in one conversation, as X-SAM does: they are the
+conditions of one decoder pass, and a candidate's scores are the softmax over [names, background]. `Benchmark.names` limits how
+many a conversation asks for: several conversations behind one image are several passes, whose candidates, each with scores for
+the names of its own conversation, are put side by side. A segmentor without language classifies candidates with its linear
+head. What becomes of them says `fusion`, what is counted says `panoptic`.
+
+B images, N candidates an image, C categories, h x w the mask logits.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from flowseg_jax import storage
+from flowseg_jax.data import batching, images
+from flowseg_jax.data.batch import Batch, BatchShape
+from flowseg_jax.data.batching import LengthBound, Row
+from flowseg_jax.data.prepared import Prepared
+from flowseg_jax.data.prompts import Prompts, check_phrase
+from flowseg_jax.data.records import Example
+from flowseg_jax.data.tokenizer import Tokenizer, load_tokenizer
+from flowseg_jax.errors import UserError
+from flowseg_jax.evaluation import fusion, panoptic, postprocess
+from flowseg_jax.evaluation.benchmark import TEXT_STEP, digest
+from flowseg_jax.evaluation.fusion import MASK2FORMER, Found, Thresholds
+from flowseg_jax.evaluation.panoptic import Detections, Segments
+from flowseg_jax.evaluation.runner import HEARTBEAT
+from flowseg_jax.model_directory import load_model, read_model_config
+from flowseg_jax.models import flowseg
+from flowseg_jax.models.config import FlowSegConfig
+from flowseg_jax.models.flowseg import FlowSeg
+from flowseg_jax.models.mask_decoder import mask_logits
+from flowseg_jax.writers import duration, heartbeat, say
+
+
+@dataclasses.dataclass(frozen=True)
+class Questions:
+    """How the categories are divided into conversations: `size` names each, the last one perhaps fewer.
+
+    Attributes:
+        categories: their names.
+        size: names a conversation.
+    """
+
+    categories: tuple[str, ...]
+    size: int
+
+    @classmethod
+    def of(cls, categories: tuple[str, ...], at_most: int = 0) -> Questions:
+        """As few conversations as `at_most` names each allow (0: one), of about equal length."""
+        return cls(categories, math.ceil(len(categories) / math.ceil(len(categories) / (at_most or len(categories)))))
+
+    @property
+    def count(self) -> int:
+        return math.ceil(len(self.categories) / self.size)
+
+    def chunks(self) -> list[tuple[str, ...]]:
+        return [self.categories[at : at + self.size] for at in range(0, len(self.categories), self.size)]
+
+
+def name_candidates(
+    model: FlowSeg, batch: Batch, questions: Questions
+) -> tuple[Float[Array, "b n c"], Float[Array, "b n h w"]]:
+    """Scores and refined mask logits of all candidates of images whose rows ask `questions` (`GenericData`).
+
+    N is the number of queries, times the number of conversations.
+    """
+    cfg, features = model.cfg, model.look(batch)
+    b, count, size, total = len(batch.images), questions.count, questions.size, len(questions.categories)
+    if cfg.speaks:
+        projected = model.llm_projector(model.listen(batch, features.tokens))
+        names = flowseg.pool_spans(projected, batch.phrase_ids, count * size).reshape(b * count, size, -1)
+        exists = batch.name_valid.reshape(b * count, size)
+        conditions = flowseg.with_background(names, exists, exists, model.background[...])
+        if cfg.named_pass == "plain":
+            conditions = dataclasses.replace(conditions, own=jnp.zeros_like(conditions.own))
+        # A conversation's <SEG> bears the number of its first name.
+        segs = flowseg.pool_spans(projected, batch.seg_ids, count * size)[:, ::size].reshape(b * count, -1)
+        out = model.decoder(features.mask_features, features.levels, count, conditions, segs)
+        logits = out.class_logits[-1]
+    else:
+        count, size = 1, total
+        out = model.decoder(features.mask_features, features.levels, 1)
+        logits = model.category_head(out.queries[-1]).astype(jnp.float32)
+    own = jax.nn.softmax(logits, -1)[..., :-1].reshape(b, count, -1, size)
+    scores = jnp.einsum("bjqc,jk->bjqkc", own, jnp.eye(count)).reshape(b, -1, count * size)[..., :total]
+    embeds = out.mask_embeds[-1].reshape(b, scores.shape[1], -1)
+    return scores, model.refine(mask_logits(embeds, features.mask_features), features.mask_features)
+
+
+@dataclasses.dataclass(frozen=True)
+class GenericBatch:
+    """A batch that asks for all categories; the lists have one entry for each real row.
+
+    Attributes:
+        batch: without targets.
+        examples: the images with their objects.
+        sizes: (H, W) of each.
+    """
+
+    batch: Batch
+    examples: list[Example]
+    sizes: list[tuple[int, int]]
+
+
+class GenericData:
+    """The images of a split, in order; the last batch is padded.
+
+    Args:
+        prepared: a data set of task "generic".
+        split: which split.
+        tokenizer: None for a model without language.
+        questions: how the categories are asked for.
+        batch: images at a time.
+        cfg: of the model.
+        prompts: wording; the fixed one is used.
+        max_images: only the first images of the split; None for all.
+
+    Raises:
+        UserError: an unknown split, or a category name that contains a mark of the tokenizer.
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        split: str,
+        tokenizer: Tokenizer | None,
+        questions: Questions,
+        *,
+        batch: int,
+        cfg: FlowSegConfig,
+        prompts: Prompts,
+        max_images: int | None = None,
+    ):
+        prompts = dataclasses.replace(prompts, vary=False)
+        self._source = prepared.source(split)
+        self.images = len(prepared.index(split)[:max_images])
+        self._tokenizer, self._prompts, self._visual = tokenizer, prompts, cfg.visual_tokens
+        self._conversations, self._names, text = [], 0, 1
+        if tokenizer is not None:
+            for name in questions.categories:
+                check_phrase(name, tokenizer, f"{prepared.directory}: category {name!r}")
+            chunks = questions.chunks()
+            self._conversations = [prompts.generic(chunk, j * questions.size) for j, chunk in enumerate(chunks)]
+            self._names = len(questions.categories)
+            bound = LengthBound(prompts, tokenizer, cfg.visual_tokens)
+            needed = [bound.generic(bound.phrase_lengths(chunk)) for chunk in chunks]
+            text = sum(needed) - (len(chunks) - 1) * bound.needed(())  # they share the image
+            text = math.ceil(text / TEXT_STEP) * TEXT_STEP
+        slots = questions.count * questions.size if tokenizer is not None else 0
+        self.shape = BatchShape(batch, text, 0, 0, cfg.sam.image_size, cfg.siglip.image_size, slots)
+
+    def __len__(self) -> int:
+        """Number of batches."""
+        return math.ceil(self.images / self.shape.batch)
+
+    def batch(self, number: int) -> GenericBatch:
+        """Batch `number` of the split."""
+        rows, examples = [], []
+        for index in range(number * self.shape.batch, min((number + 1) * self.shape.batch, self.images)):
+            example = self._source[index]
+            image = images.decode(example.image, name=example.file_name)
+            pixels = batching.prepare_pixels(image, (), self.shape)
+            rows.append(Row(example.file_name, pixels, self._conversations, (), (), (), example.image_id, self._names))
+            examples.append(dataclasses.replace(example, image=b""))
+        batch = batching.assemble(rows, self.shape, self._prompts, self._tokenizer, self._visual)
+        return GenericBatch(batch, examples, [(e.height, e.width) for e in examples])
+
+    def __iter__(self) -> Iterator[GenericBatch]:
+        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+        return iter(grain.MapDataset.range(len(self)).map(self.batch).to_iter_dataset(options))
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What a run over a split yields: the content of `<split>.json` and the lines of `<split>.jsonl`."""
+
+    result: dict[str, Any]
+    records: list[dict[str, Any]]
+
+
+def evaluate(
+    candidates: Callable[[Batch], tuple[Any, Any]],
+    data: Iterable[GenericBatch],
+    *,
+    categories: tuple[str, ...],
+    things: tuple[bool, ...] | None,
+    restore: Callable[..., Found],
+    thresholds: Thresholds = MASK2FORMER,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Evaluation:
+    """Evaluates the candidates that a model proposes.
+
+    Args:
+        candidates: batch -> (scores [B, N, C], mask logits [B, N, h, w]).
+        data: batches.
+        categories: their names.
+        things: which of them are things; None: no panoptic and no semantic segmentation, mask AP alone.
+        restore: `fusion.restore`, compiled.
+        thresholds: of the panoptic segmentation.
+        progress: receives how far it is.
+
+    Returns:
+        An `Evaluation` whose result has a table for each protocol: "panoptic" and "semantic" (if `things` are known) and
+        "instance".
+    """
+    detections, records = Detections(categories, things), []
+
+    def collect(batch: GenericBatch, found: Found) -> None:
+        found = jax.device_get(found)
+        for b, example in enumerate(batch.examples):
+            mine = jax.tree.map(lambda value: value[b], found)  # noqa: B023 (called at once)
+            records.append(_record(example, mine, things, thresholds))
+            objects, size = mine.objects, batch.sizes[b]
+            pairs = zip(objects.category.tolist(), objects.score.tolist(), objects.candidate.tolist(), strict=True)
+            mask_of = lambda n, masks=objects.masks, size=size: postprocess.unpack_mask(masks[n], size)  # noqa: E731
+            counted = [pair for pair in pairs if mine.finite and (things is None or things[pair[0]])]
+            detections.add(example, counted, mask_of)
+        progress(f"{len(records)} images")
+
+    last = None
+    for batch in data:
+        scores, logits = candidates(batch.batch)
+        where = postprocess.geometry(
+            batch.batch.scaled_size, batch.sizes, grid=logits.shape[-2:], padded_size=batch.batch.images.shape[1]
+        )
+        running = batch, restore(scores, logits, jax.device_put(where), None if things is None else thresholds.score)
+        if last:
+            collect(*last)
+        last = running
+    if last is None:
+        raise UserError("the split holds no image to evaluate; prepare it, or choose another split")
+    collect(*last)
+    return Evaluation(_result(records, detections, categories, things, thresholds), records)
+
+
+def _result(
+    records: list[dict[str, Any]],
+    detections: Detections,
+    categories: tuple[str, ...],
+    things: tuple[bool, ...] | None,
+    thresholds: Thresholds,
+) -> dict[str, Any]:
+    """The content of the JSON: a table a protocol, with its name and n."""
+    n = {"n": len(records)}
+    result: dict[str, Any] = n | {"failed": sum(r["failed"] for r in records), "categories": list(categories)}
+    if things is not None:
+        result["things"] = list(things)
+        settings = {"protocol": "panoptic", "score_threshold": thresholds.score, "overlap_threshold": thresholds.overlap}
+        result["panoptic"] = settings | n | panoptic.panoptic_table(records, categories, things)
+        result["semantic"] = {"protocol": "semantic"} | n | panoptic.semantic_table(records, categories)
+    return result | {"instance": {"protocol": "instance", "predictions": fusion.TOP} | n | detections.table()}
+
+
+def _record(example: Example, found: Found, things: tuple[bool, ...] | None, thresholds: Thresholds) -> dict[str, Any]:
+    """One line of the JSONL."""
+    record = {
+        "image_id": example.image_id,
+        "file_name": example.file_name,
+        "height": example.height,
+        "width": example.width,
+        "failed": not bool(found.finite),
+    }
+    if things is None:
+        return record
+    truth, size = Segments.of(example), (example.height, example.width)
+    semantic = found.labels.semantic[: size[0], : size[1]] if found.finite else np.full(size, -1, np.int16)
+    fused = fusion.fuse(found.labels, things, size, thresholds.overlap)
+    return record | panoptic.count_segments(fused, truth) | panoptic.count_pixels(semantic, truth)
+
+
+@dataclasses.dataclass
+class Benchmark:
+    """A model and a prepared generic data set, ready to be evaluated split by split; nothing compiles twice.
+
+    Attributes:
+        cfg, graphdef: the model.
+        params: its parameters.
+        checkpoint: what is written beside the numbers: digest and step.
+        data: the prepared data set.
+        tokenizer: None for a model without language.
+        prompts: how the question is worded.
+        batch: images at a time.
+        names: at most so many names a conversation; 0: all in one.
+        thresholds: of the panoptic segmentation.
+
+    Raises:
+        UserError: the data set is not a generic one, or the model makes no masks or has another number of categories.
+    """
+
+    cfg: FlowSegConfig
+    graphdef: nnx.GraphDef
+    params: dict[str, Any]
+    checkpoint: dict[str, Any]
+    data: Prepared
+    tokenizer: Tokenizer | None
+    prompts: Prompts
+    batch: int = 8
+    names: int = 0
+    thresholds: Thresholds = MASK2FORMER
+
+    def __post_init__(self):
+        if self.data.task != "generic":
+            raise UserError(f"{self.data.directory}: {self.data.task} data has no categories to evaluate on")
+        if not self.cfg.segments:
+            raise UserError(f"the model holds only the parts {self.cfg.parts!r}: it makes no masks")
+        if not self.cfg.speaks and self.cfg.classes != len(self.data.categories):
+            raise UserError(
+                f"{self.data.directory}: has {len(self.data.categories)} categories, the model's linear head has "
+                f"{self.cfg.classes} (model.classes): evaluate it on the data set that it was trained on"
+            )
+        if self.names < 0:
+            raise UserError(f"names a conversation must not be negative, got {self.names}")
+        self.compiles: collections.Counter[str] = collections.Counter()
+        self._questions = Questions.of(self.data.categories, self.names if self.cfg.speaks else 0)
+
+        def candidates(params, batch):
+            self.compiles["model"] += 1  # runs when traced, that is once a compilation
+            return name_candidates(flowseg.bind(self.graphdef, params), batch, self._questions)
+
+        def restored(*arguments):
+            self.compiles["restore"] += 1
+            return fusion.restore(*arguments)
+
+        self._candidates, self._restore = jax.jit(candidates), jax.jit(restored, static_argnums=3)
+
+    @classmethod
+    def of_model(
+        cls, directory: str | Path, data: str | Path, *, batch: int = 8, names: int = 0, thresholds: Thresholds = MASK2FORMER
+    ) -> Benchmark:
+        """Opens a model directory and a prepared data set. Raises UserError where either is missing or damaged."""
+        prepared = Prepared.open(data)
+        stored = read_model_config(directory)
+        cfg = FlowSegConfig.from_dict(stored["model"])
+        with heartbeat(f"loading {directory}"):
+            graphdef, abstract = flowseg.describe(cfg)
+            loaded = load_model(directory, flowseg.at_rest(abstract))
+        prompts = Prompts(**loaded.extra.get("prompts", {}))
+        tokenizer = load_tokenizer(loaded.tokenizer_dir, needed=prompts.needed) if cfg.speaks else None
+        checkpoint = {"digest": digest(stored), "step": loaded.extra.get("step")}
+        return cls(cfg, graphdef, loaded.params, checkpoint, prepared, tokenizer, prompts, batch, names, thresholds)
+
+    def run(self, split: str, out: str | Path | None, *, images: int | None = None) -> Evaluation:
+        """Evaluates one split into `<out>/<split>.json` and `<split>.jsonl`, which are replaced only when complete."""
+        self.data.check_split(split)
+        data = GenericData(
+            self.data,
+            split,
+            self.tokenizer,
+            self._questions,
+            batch=self.batch,
+            cfg=self.cfg,
+            prompts=self.prompts,
+            max_images=images,
+        )
+        begin = time.monotonic()
+        with heartbeat(f"evaluate {split}: 0/{data.images} images, compiling", HEARTBEAT) as beat:
+
+            def progress(done: str) -> None:
+                beat.message = f"evaluate {split}: {done} of {data.images}"
+
+            evaluation = evaluate(
+                functools.partial(self._candidates, self.params),
+                data,
+                categories=self.data.categories,
+                things=self.data.things,
+                thresholds=self.thresholds,
+                restore=self._restore,
+                progress=progress,
+            )
+        result = {"split": split, "checkpoint": self.checkpoint, "data": self.data.digest} | evaluation.result
+        result["conversations"] = self._questions.count if self.cfg.speaks else 0
+        evaluation = dataclasses.replace(evaluation, result=result)
+        compiled = ", ".join(f"{count} {what}" for what, count in self.compiles.items())
+        say(f"evaluate {split}: {result['n']} images in {duration(time.monotonic() - begin)} (compilations so far: {compiled})")
+        for line in summary(result):
+            say(f"evaluate {split}: {line}")
+        if out is not None:
+            lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in evaluation.records)
+            storage.replace_text(Path(out) / f"{split}.jsonl", lines)
+            storage.replace_text(Path(out) / f"{split}.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+        return evaluation
+
+
+def summary(result: dict[str, Any]) -> list[str]:
+    """A line for each protocol of a result."""
+    number = lambda value: "-" if value is None else f"{value:.2f}"  # noqa: E731
+    lines = []
+    if table := result.get("panoptic"):
+        figures = ", ".join(f"{name.upper()} {number(table['all'][name])}" for name in ("pq", "sq", "rq"))
+        parts = ", ".join(f"PQ of {part} {number(table[part]['pq'])}" for part in ("things", "stuff"))
+        lines.append(f"panoptic, n {table['n']}, {figures}, {parts}, failed {result['failed']}")
+    if table := result.get("semantic"):
+        lines.append(f"semantic, n {table['n']}, mIoU {number(table['miou'])}")
+    table = result["instance"]
+    figures = ", ".join(f"{name.upper()} {number(table[name])}" for name in ("ap", "ap50", "ap75"))
+    return [*lines, f"instance, n {table['n']}, {figures}"]

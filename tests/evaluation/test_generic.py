@@ -1,0 +1,483 @@
+"""Generic evaluation: against Mask2Former's inference in torch and brute force, and that the perfect answer scores 100."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from fractions import Fraction
+
+import jax
+import numpy as np
+import pytest
+import small
+import torch
+
+from flowseg_jax.data import builders, masks
+from flowseg_jax.data.prepared import Prepared
+from flowseg_jax.data.prompts import Prompts
+from flowseg_jax.data.records import Annotation, Example
+from flowseg_jax.data.shapes import companions
+from flowseg_jax.data.shapes.scene import REFERENCE_SIZE
+from flowseg_jax.data.tokenizer import load_tokenizer
+from flowseg_jax.errors import UserError
+from flowseg_jax.evaluation import fusion, generic, panoptic, postprocess
+from flowseg_jax.evaluation.panoptic import Detections, Segments
+from flowseg_jax.models import flowseg
+from flowseg_jax.models.semantic_flow import SemanticFlowConfig
+
+PADDED, GRID = 96, (24, 24)
+ORIGINALS = [(60, 100), (131, 70), (96, 96)]
+THINGS = (True, True, False, False)
+restore = jax.jit(fusion.restore, static_argnums=3)
+
+
+# What Mask2Former's inference makes of candidates, in torch at the full size, one image at a time.
+
+
+def upsampled(logits, original):
+    scaled = [max(1, int(side * PADDED / max(original) + 0.5)) for side in original]
+    x = torch.nn.functional.interpolate(torch.tensor(logits)[None], (PADDED, PADDED), mode="bilinear", align_corners=False)
+    return torch.nn.functional.interpolate(x[..., : scaled[0], : scaled[1]], original, mode="bilinear", align_corners=False)[0]
+
+
+def reference_panoptic(scores, x, thresholds):
+    best, label = torch.tensor(scores).max(-1)
+    keep = best > thresholds.score
+    best, label, probability = best[keep], label[keep], x[keep].sigmoid()
+    ids, categories, stuff = np.zeros(x.shape[1:], int), [], {}
+    if not keep.any():
+        return ids, categories
+    owner = (best[:, None, None] * probability).argmax(0)
+    for k, category in enumerate(label.tolist()):
+        mine, whole = owner == k, probability[k] > 0.5
+        if not (mine & whole).any() or mine.sum() / whole.sum() < thresholds.overlap:
+            continue
+        if category in stuff:
+            ids[mine & whole] = stuff[category]
+            continue
+        categories.append(category)
+        ids[mine & whole] = len(categories)
+        if not THINGS[category]:
+            stuff[category] = len(categories)
+    return ids, categories
+
+
+def blobs(rng, n, grid=GRID):
+    x = torch.tensor(rng.normal(size=(n, 1, 4, 4)).astype(np.float32))
+    return (6 * torch.nn.functional.interpolate(x, grid, mode="bicubic")[:, 0] - 1).numpy()
+
+
+def candidates(rng, b=3, n=12):
+    scores = rng.dirichlet([0.2] * (len(THINGS) + 1), (b, n)).astype(np.float32)[..., :-1]
+    return scores, np.stack([blobs(rng, n) for _ in range(b)])
+
+
+def geometry(originals=ORIGINALS, rows=None, bucket=None):
+    scaled = [[max(1, int(side * PADDED / max(size) + 0.5)) for side in size] for size in originals]
+    scaled += [[7, 7]] * ((rows or len(originals)) - len(originals))
+    return postprocess.geometry(np.array(scaled), originals, grid=GRID, padded_size=PADDED, bucket=bucket)
+
+
+@pytest.mark.parametrize("block", [postprocess.BLOCK, 5000])  # 5000: blocks of a few rows
+def test_labels_and_masks_equal_mask2former(rng, monkeypatch, block):
+    monkeypatch.setattr(postprocess, "BLOCK", block)
+    thresholds = fusion.Thresholds(0.5, 0.6)
+    scores, logits = candidates(rng)
+    found = jax.device_get(jax.jit(fusion.restore, static_argnums=3)(scores, logits, geometry(), thresholds.score))
+    dropped = merged = 0
+    for b, size in enumerate(ORIGINALS):
+        x = upsampled(logits[b], size)
+        assert x.abs().min() > 1e-5  # else the comparison of masks would be a coin toss
+        mine = jax.tree.map(lambda value: value[b], found)  # noqa: B023
+        segments = fusion.fuse(mine.labels, THINGS, size, thresholds.overlap)
+        ids, categories = reference_panoptic(scores[b], x, thresholds)
+        np.testing.assert_array_equal(segments.ids, ids)
+        assert list(segments.category) == categories
+        taken = scores[b].max(-1) > thresholds.score
+        dropped += taken.sum() - len(categories)
+        merged += len(categories) < len({*np.unique(mine.labels.winner)} - {-1})
+        semantic = torch.einsum("qc,qhw->chw", torch.tensor(scores[b]), x.sigmoid())
+        first, second = semantic.topk(2, dim=0).values
+        clear = (first - second > 1e-5).numpy()
+        assert clear.mean() > 0.999
+        np.testing.assert_array_equal(mine.labels.semantic[: size[0], : size[1]][clear], semantic.argmax(0).numpy()[clear])
+        # Instances: the best pairs, with the mean probability inside the mask.
+        values, pairs = torch.tensor(scores[b]).flatten().topk(min(fusion.TOP, scores[b].size))
+        inside = x > 0
+        certain = (x.sigmoid() * inside).sum((1, 2)) / (inside.sum((1, 2)) + 1e-6)
+        np.testing.assert_allclose(mine.objects.score, values * certain[pairs // len(THINGS)], rtol=1e-5)
+        assert mine.objects.candidate.tolist() == (pairs // len(THINGS)).tolist()
+        assert mine.objects.category.tolist() == (pairs % len(THINGS)).tolist()
+        for n in range(len(x)):
+            np.testing.assert_array_equal(postprocess.unpack_mask(mine.objects.masks[n], size), inside[n].numpy())
+    assert dropped and merged  # the case has what it is about
+
+
+def test_padding_changes_nothing(rng):
+    scores, logits = candidates(rng)
+    plain = jax.device_get(restore(scores, logits, geometry(bucket=(136, 104)), 0.5))
+    more = np.concatenate([scores, scores[:1]]), np.concatenate([logits, logits[:1]])
+    padded = jax.device_get(restore(*more, geometry(rows=4, bucket=(200, 160)), 0.5))
+    for b, (h, w) in enumerate(ORIGINALS):
+        for name in ("won", "area", "kept"):
+            np.testing.assert_array_equal(getattr(plain.labels, name)[b], getattr(padded.labels, name)[b])
+        for name in ("winner", "semantic"):
+            np.testing.assert_array_equal(getattr(plain.labels, name)[b, :h, :w], getattr(padded.labels, name)[b, :h, :w])
+        np.testing.assert_allclose(plain.objects.score[b], padded.objects.score[b], rtol=1e-5)
+        assert (padded.labels.winner[b, h:] == -1).all() and not padded.objects.masks[b, :, h:].any()
+    assert (padded.labels.winner[3] == -1).all()
+
+
+def test_no_map_of_all_candidates_exists_at_the_original_size():
+    n, grid, bucket = 100, (32, 32), (1024, 1024)
+    shape = lambda *s: jax.ShapeDtypeStruct(s, np.float32)  # noqa: E731
+    where = postprocess.Geometry(*(shape(1, *s) for s in ((bucket[0], 32), (bucket[1], 32), (32, bucket[0]), (32, bucket[1]))))
+    compiled = restore.lower(shape(1, n, 20), shape(1, n, *grid), where, 0.5).compile()
+    whole = n * bucket[0] * bucket[1] * 4
+    assert compiled.memory_analysis().temp_size_in_bytes < whole / 3
+
+
+# Counting.
+
+
+def example(ids, segments, image_id=1):
+    """An image whose segment k + 1 is segments[k] = (category, crowd)."""
+    annotations = [
+        Annotation(k, category, masks.encode((ids == k + 1).astype(np.uint8)), crowd)
+        for k, (category, crowd) in enumerate(segments)
+    ]
+    return Example(image_id, f"{image_id}.jpg", *ids.shape, b"", tuple(annotations))
+
+
+def found(ids, *categories):
+    return Segments(np.asarray(ids, np.int32), categories, (False,) * len(categories))
+
+
+def strip(text):
+    """One row of pixels, "." for 0."""
+    return np.array([[0 if c == "." else int(c) for c in text]])
+
+
+@pytest.mark.parametrize(
+    "truth, segments, predicted, categories, want",
+    [
+        # IoU 3/4: a match. 2/4 is none: missed, and superfluous.
+        ("1111....", [(0, False)], "111.....", [0], ([[0, 3, 4]], [], [])),
+        ("1111....", [(0, False)], "11......", [0], ([], [0], [0])),
+        # Another category is no match.
+        ("1111....", [(0, False)], "1111....", [1], ([], [0], [1])),
+        # Void does not count in the union: 4 of 4 + 3 pixels would be no more than 4/7, here it is 4/4.
+        ("1111....", [(0, False)], "1111111.", [0], ([[0, 4, 4]], [], [])),
+        # A prediction mostly on void (3 of 5) is forgiven, one with half of it (2 of 4) is not.
+        ("1111....", [(0, False)], "..11111.", [1], ([], [0], [])),
+        ("1111....", [(0, False)], "..1111..", [1], ([], [0], [1])),
+        # A crowd is not missed, matches nothing, and forgives its own category only.
+        ("1111222.", [(0, True), (1, False)], "1111222.", [0, 1], ([[1, 3, 3]], [], [])),
+        ("1111222.", [(0, True), (1, False)], "1111222.", [1, 1], ([[1, 3, 3]], [], [1])),
+        # Void and crowd together: 1 + 2 of 5.
+        (".11222..", [(0, True), (1, False)], "11122...", [0, 0], ([], [1], [0])),
+        # Nothing predicted.
+        ("1111....", [(0, False)], "........", [], ([], [0], [])),
+    ],
+)
+def test_counted_by_hand(truth, segments, predicted, categories, want):
+    counted = panoptic.count_segments(found(strip(predicted), *categories), Segments.of(example(strip(truth), segments)))
+    assert (counted["matched"], counted["missed"], counted["extra"]) == want
+
+
+def brute_force(images, categories):
+    """PQ, SQ, RQ by category with exact fractions, every pair of segments compared as sets of pixels."""
+    table = {}
+    for c in range(categories):
+        ious, fp, fn = [], 0, 0
+        for true, segments, predicted, labels in images:
+            pixels = lambda ids, k: {*zip(*np.nonzero(ids == k), strict=True)}  # noqa: E731
+            void = pixels(true, 0)
+            truths = [pixels(true, k + 1) for k, s in enumerate(segments) if s == (c, False)]
+            crowd = set().union(*(pixels(true, k + 1) for k, s in enumerate(segments) if s == (c, True)))
+            for guess in (pixels(predicted, k + 1) for k, label in enumerate(labels) if label == c):
+                values = [Fraction(len(guess & t), len((guess - void) | t)) for t in truths]
+                hit = [v for v in values if v > Fraction(1, 2)]
+                assert len(hit) <= 1
+                ious += hit
+                fp += not hit and 2 * len(guess & (void | crowd)) <= len(guess)
+            fn += len(truths)
+        fn -= len(ious)
+        if len(ious) + fp + fn:
+            weight = len(ious) + Fraction(fp + fn, 2)
+            table[c] = (sum(ious) / weight, sum(ious) / max(len(ious), 1), len(ious) / weight, len(ious), fp, fn)
+    return table
+
+
+def partition(rng, size, count):
+    """Rectangles painted over each other: ids 1.. of those with a pixel left, 0 elsewhere."""
+    ids = np.zeros(size, int)
+    for k in range(count):
+        y, x = (rng.integers(0, side - 1) for side in size)
+        ids[y : y + rng.integers(2, 9), x : x + rng.integers(2, 9)] = k + 1
+    return np.unique(ids, return_inverse=True)[1].reshape(size) if (ids == 0).any() else ids * 0
+
+
+def test_random_images_equal_brute_force(rng):
+    categories, things = 4, THINGS
+    images, records = [], []
+    for _ in range(60):
+        true = partition(rng, (12, 14), rng.integers(0, 7))
+        segments = [(int(rng.integers(categories)), bool(rng.random() < 0.25)) for _ in range(true.max())]
+        predicted = partition(rng, (12, 14), rng.integers(0, 5))
+        # Most predictions are the truth with a bite taken out.
+        labels = [int(rng.integers(categories)) for _ in range(predicted.max())]
+        if rng.random() < 0.7 and true.max():
+            predicted = np.where(rng.random(true.shape) < 0.85, true, 0)
+            predicted = np.unique(np.append(predicted, 0), return_inverse=True)[1][:-1].reshape(true.shape)
+            labels = [segments[min(k, len(segments) - 1)][0] for k in range(predicted.max())]
+        images.append((true, segments, predicted, labels))
+        truth = Segments.of(example(true, segments))
+        np.testing.assert_array_equal(truth.ids, true)
+        records.append(panoptic.count_segments(found(predicted, *labels), truth))
+    names = [f"kind {c}" for c in range(categories)]
+    table, want = panoptic.panoptic_table(records, names, things), brute_force(images, categories)
+    assert len(want) == categories and all(row[3] and row[4] and row[5] for row in want.values())
+    for c, (pq, sq, rq, tp, fp, fn) in want.items():
+        row = table["by_category"][names[c]]
+        assert (row["tp"], row["fp"], row["fn"]) == (tp, fp, fn)
+        assert (row["pq"], row["sq"], row["rq"]) == pytest.approx((100 * pq, 100 * sq, 100 * rq), rel=1e-12)
+    for part, kept in (("all", range(4)), ("things", (0, 1)), ("stuff", (2, 3))):
+        for at, key in enumerate(("pq", "sq", "rq")):
+            assert table[part][key] == pytest.approx(100 * float(sum(want[c][at] for c in kept)) / len(kept), rel=1e-12)
+    assert panoptic.panoptic_table(records[::-1], names, things) == table
+
+
+def test_a_category_that_never_occurs_is_not_averaged():
+    record = {"matched": [[0, 3, 4]], "missed": [], "extra": [1]}
+    table = panoptic.panoptic_table([record], ["a", "b", "c", "d"], THINGS)
+    assert table["all"] == {"pq": 37.5, "sq": 37.5, "rq": 50.0, "categories": 2}
+    assert table["stuff"] == {"pq": None, "sq": None, "rq": None, "categories": 0}
+    assert list(table["by_category"]) == ["a", "b"]
+
+
+def test_miou_equals_sets_of_pixels(rng):
+    categories, images = 5, []
+    for _ in range(8):
+        true = partition(rng, (9, 11), 5)
+        segments = [(int(rng.integers(3)), bool(rng.random() < 0.3)) for _ in range(true.max())]  # 3 and 4 are never true
+        images.append((true, segments, rng.integers(-1, categories, true.shape)))
+    records = [panoptic.count_pixels(p, Segments.of(example(t, s))) for t, s, p in images]
+    table = panoptic.semantic_table(records, list("abcde"))
+    want = {}
+    for c in range(3):
+        both = either = 0
+        for t, s, p in images:
+            kind = np.array([-9, *(category for category, _ in s)])[t]
+            both += ((kind == c) & (p == c)).sum()
+            either += (((kind == c) | (p == c)) & (t > 0)).sum()
+        want["abc"[c]] = 100 * both / either
+    assert table["by_category"] == pytest.approx(want) and table["categories"] == 3
+    assert table["miou"] == pytest.approx(sum(want.values()) / 3)
+
+
+def test_mask_ap_by_hand():
+    """Two objects: one found best, then a wrong one, then the other: precision 1 up to recall 1/2, then 2/3. Crowds forgive."""
+    ids = strip("1111" * 8 + "2222" * 8 + "3333" * 8)
+    image = example(ids, [(0, False), (0, False), (0, True)])
+    boxes = [ids == 1, ids == 0, ids == 2, ids == 3]
+    boxes[1][:, :3] = True  # overlaps the first object by 3 of 32
+    detections = Detections(["a", "b"], (True, False))
+    detections.add(image, [(0, 0.9, 0), (0, 0.8, 1), (0, 0.7, 2), (0, 0.95, 3), (1, 0.99, 0)], boxes.__getitem__)
+    table = detections.table()
+    want = 100 * (51 * 1 + 50 * 2 / 3) / 101  # at recall 0, 0.01, ..., 1
+    assert (table["ap"], table["ap50"], table["ap75"]) == pytest.approx((want,) * 3)
+    assert table["by_category"] == {"a": pytest.approx(want)}
+    assert table["ap_small"] == pytest.approx(want) and table["ap_large"] is None
+    nothing = Detections(["a"])
+    nothing.add(image, [], boxes.__getitem__)
+    assert nothing.table()["ap"] == 0.0
+    assert Detections(["a"], (False,)).table()["ap"] is None
+
+
+# The whole, on miniature data.
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    root = tmp_path_factory.mktemp("generic")
+    quiet = lambda text: None  # noqa: E731
+    companions.write(root / "raw", reasonseg=5, panoptic=30, chat=1, report=quiet)
+    return builders.prepare(root / "raw" / "coco", root / "panoptic", layout="coco-panoptic", tokenizer_vocab=400, log=quiet)
+
+
+def perfect(prepared, split="val", side=REFERENCE_SIZE):
+    """Candidates that are the truth: the masks of the image's objects, drawn at the encoder's size."""
+    source = prepared.source(split)
+    known = {source[i].image_id: source[i] for i in range(len(source))}
+
+    def propose(batch):
+        scores = np.full((len(batch.images), 12, len(prepared.categories)), 1e-4, np.float32)
+        logits = np.full((len(batch.images), 12, side, side), -20, np.float32)
+        for b, number in enumerate(batch.example_id):
+            if number in known:
+                one = known[int(number)]
+                for n, annotation in enumerate(one.annotations):
+                    scores[b, n, annotation.category] = 0.99
+                    logits[b, n, : one.height, : one.width] = 40.0 * masks.decode([annotation.rle], side, side)[0] - 20
+        return scores, logits
+
+    return propose
+
+
+def validation(prepared, batch):
+    """The data at the size of the images, so that a mask at the encoder's size is the mask."""
+    cfg = small.lean()
+    cfg = dataclasses.replace(cfg, sam=dataclasses.replace(cfg.sam, image_size=REFERENCE_SIZE))
+    questions = generic.Questions.of(prepared.categories)
+    return generic.GenericData(prepared, "val", None, questions, batch=batch, cfg=cfg, prompts=Prompts())
+
+
+def model(prepared, **changes):
+    """A random model with a word for each id of the set's tokenizer, and with a boundary refinement that does something."""
+    llm = dataclasses.replace(small.config().llm, vocab=load_tokenizer(prepared.tokenizer_directory).vocab)
+    return dataclasses.replace(small.lean(negatives_group=1, llm=llm), **changes)
+
+
+@functools.cache  # what one test compiles, another uses
+def benchmark(prepared, cfg, **options):
+    tokenizer = load_tokenizer(prepared.tokenizer_directory) if cfg.speaks else None
+    graphdef, params = flowseg.describe(cfg)[0], small.params(cfg)
+    return generic.Benchmark(cfg, graphdef, params, {"digest": "d"}, prepared, tokenizer, Prompts(), batch=4, **options)
+
+
+def refused(prepared, cfg, **options):
+    return generic.Benchmark(cfg, None, {}, {}, prepared, None, Prompts(), **options)
+
+
+def test_the_prepared_set_knows_its_things(prepared):
+    assert prepared.things == (True,) * 8 + (False,) and prepared.categories[-1] == "background"
+    assert Prepared.open(prepared.directory).things == prepared.things
+
+
+def test_the_truth_scores_a_hundred(prepared):
+    data = validation(prepared, 4)
+    assert len(data) == 2 and data.images == 6  # the last batch is padded
+    options = {"categories": prepared.categories, "restore": restore}
+    evaluation = generic.evaluate(perfect(prepared), data, things=prepared.things, **options)
+    result = evaluation.result
+    for part in ("all", "things", "stuff"):
+        assert (result["panoptic"][part]["pq"], result["panoptic"][part]["rq"]) == (100, 100)
+    assert result["semantic"]["miou"] == 100 and result["instance"]["ap"] == pytest.approx(100)
+    assert result["n"] == result["panoptic"]["n"] == 6 and result["failed"] == 0
+    assert set(result["instance"]["by_category"]) <= set(prepared.categories) - {"background"}
+    # Without things and stuff, only mask AP.
+    alone = generic.evaluate(perfect(prepared), data, things=None, **options).result
+    assert alone["instance"]["ap"] == pytest.approx(100) and "panoptic" not in alone and "semantic" not in alone
+    assert "background" in alone["instance"]["by_category"]
+
+
+def test_numbers_that_are_none_fail_and_are_counted(prepared):
+    data = validation(prepared, 6)
+
+    def broken(batch):
+        scores, logits = perfect(prepared)(batch)
+        logits[0, 3, 5, 5] = np.nan
+        scores[1, 0, 0] = np.inf
+        return scores, logits
+
+    evaluation = generic.evaluate(broken, data, categories=prepared.categories, things=prepared.things, restore=restore)
+    assert evaluation.result["failed"] == 2 and [r["failed"] for r in evaluation.records] == [True] * 2 + [False] * 4
+    for record in evaluation.records[:2]:
+        assert not record["matched"] and not record["extra"] and record["missed"]
+        assert {found for _, found, _ in record["confusion"]} == {-1}
+    assert all(not r["missed"] for r in evaluation.records[2:])
+    assert 0 < evaluation.result["instance"]["ap"] < 100
+    json.dumps(evaluation.result, allow_nan=False)
+
+
+LOW = fusion.Thresholds(0.1, 0.3)
+SEGMENTOR = {"parts": "segmentor", "classes": 9, "semantic_flow": SemanticFlowConfig(mode="off")}
+
+
+@pytest.mark.parametrize("changes", [{"named_pass": "flow"}, SEGMENTOR], ids=["named", "segmentor"])
+def test_an_untrained_model_is_evaluated(prepared, tmp_path, capsys, changes):
+    ours = benchmark(prepared, model(prepared, **changes), thresholds=LOW)
+    found = ours.run("val", tmp_path)
+    result = json.loads((tmp_path / "val.json").read_text())
+    records = [json.loads(line) for line in (tmp_path / "val.jsonl").read_text().splitlines()]
+    assert result == found.result and records == found.records
+    assert (result["n"], result["failed"], result["conversations"]) == (6, 0, int(changes is not SEGMENTOR))
+    assert result["checkpoint"] == {"digest": "d"} and result["data"] == prepared.digest
+    again = panoptic.panoptic_table(records, result["categories"], result["things"])
+    assert again.items() <= result["panoptic"].items()
+    assert panoptic.semantic_table(records, result["categories"]).items() <= result["semantic"].items()
+    assert any(r["extra"] for r in records) and all(r["confusion"] for r in records)
+    printed = capsys.readouterr().out
+    assert "panoptic, n 6, PQ " in printed and "semantic, n 6, mIoU " in printed and "instance, n 6, AP " in printed
+    assert ours.run("val", None, images=2).records == found.records[:2]
+    assert dict(ours.compiles) == {"model": 1, "restore": 1}
+
+
+def rows(prepared, cfg, questions):
+    tokenizer = load_tokenizer(prepared.tokenizer_directory)
+    data = generic.GenericData(prepared, "val", tokenizer, questions, batch=4, cfg=cfg, prompts=Prompts())
+    return data.batch(0).batch
+
+
+@pytest.mark.parametrize("named_pass", ["flow", "plain"])
+def test_candidates_are_those_of_the_named_pass_of_training(prepared, named_pass):
+    cfg = model(prepared, named_pass=named_pass)
+    ours = benchmark(prepared, cfg, thresholds=LOW)
+    batch = rows(prepared, cfg, generic.Questions.of(prepared.categories))
+    scores, logits = ours._candidates(ours.params, batch)
+    taught = jax.jit(lambda p, b: flowseg.bind(ours.graphdef, p)(b))(ours.params, small.pad(batch, phrases=1, text=8))
+    passes = lambda x: x[-1].reshape(4, 2, *x.shape[2:])[:, 1]  # noqa: E731 (behind the referring pass)
+    want = jax.nn.softmax(passes(taught.decoder.class_logits), -1)[..., : scores.shape[-1]]
+    np.testing.assert_allclose(scores, want, atol=1e-5)
+    raw = np.einsum("bnd,bhwd->bnhw", passes(taught.decoder.mask_embeds), taught.mask_features)
+    refined = flowseg.bind(ours.graphdef, ours.params).refine(raw, taught.mask_features)
+    np.testing.assert_allclose(logits, refined, atol=1e-4)
+    assert np.abs(raw - refined).max() > 1e-3
+
+
+def test_several_conversations_are_asked_as_if_each_stood_alone(prepared):
+    cfg = model(prepared, named_pass="flow")
+    ours, whole = benchmark(prepared, cfg, names=5), generic.Questions.of(prepared.categories, 5)
+    scores, logits = ours._candidates(ours.params, rows(prepared, cfg, whole))
+    first, second = whole.chunks()
+    assert (len(first), len(second)) == (5, 4)  # the second one is padded
+    alone = generic.Questions.of(second)
+    find = jax.jit(lambda p, b: generic.name_candidates(flowseg.bind(ours.graphdef, p), b, alone))
+    want, want_logits = find(ours.params, rows(prepared, cfg, alone))
+    q = cfg.decoder.queries
+    np.testing.assert_allclose(scores[:, q:, 5:], want, atol=1e-5)
+    np.testing.assert_allclose(logits[:, q:], want_logits, atol=1e-4)
+    assert not np.asarray(scores[:, q:, :5]).any() and not np.asarray(scores[:, :q, 5:]).any()
+    assert np.asarray(scores[:, :q, :5]).any() and np.abs(logits[:, :q] - logits[:, q:]).max() > 1e-2
+
+
+def test_questions_are_as_few_as_they_can_be():
+    for count in range(1, 40):
+        for at_most in range(count + 3):
+            questions = generic.Questions.of(tuple(map(str, range(count))), at_most)
+            chunks = questions.chunks()
+            assert sum(chunks, ()) == questions.categories and len(chunks) == questions.count
+            assert len(chunks) == (-(-count // at_most) if at_most else 1)
+            assert all(0 < len(chunk) <= questions.size <= (at_most or count) for chunk in chunks)
+
+
+def test_what_cannot_be_evaluated_is_told(prepared):
+    cfg = model(prepared, named_pass="flow")
+    with pytest.raises(UserError, match=r"has 9 categories, the model's linear head has 3 \(model.classes\)"):
+        refused(prepared, model(prepared, **{**SEGMENTOR, "classes": 3}))
+    with pytest.raises(UserError, match="holds only the parts 'language': it makes no masks"):
+        refused(prepared, model(prepared, parts="language"))
+    with pytest.raises(UserError, match="must not be negative, got -1"):
+        refused(prepared, cfg, names=-1)
+    with pytest.raises(UserError, match="unknown split 'vla'"):
+        refused(prepared, cfg).run("vla", None)
+    other = Prepared(prepared.directory, prepared.metadata | {"task": "referring"})
+    with pytest.raises(UserError, match="referring data has no categories to evaluate on"):
+        refused(other, cfg)
+    marked = Prepared(prepared.directory, prepared.metadata | {"categories": ["a </p> b", *prepared.categories[1:]]})
+    with pytest.raises(UserError, match="contains '</p>', which is a mark"):
+        rows(marked, cfg, generic.Questions.of(marked.categories))
+    with pytest.raises(UserError, match="holds no image to evaluate"):
+        generic.evaluate(perfect(prepared), [], categories=prepared.categories, things=prepared.things, restore=restore)
