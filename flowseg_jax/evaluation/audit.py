@@ -105,6 +105,25 @@ class Difference:
         )
 
 
+def pair(
+    first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]]
+) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    """Both models' records of each sample, image by image, in an order that neither file decides.
+
+    Raises:
+        UserError: the two do not hold the same samples.
+    """
+    key = lambda r: (r["image_id"], r["ann_id"], r["sentence_id"], r["text"])  # noqa: E731
+    ours, theirs = ({key(r): r for r in records} for records in (first, second))
+    if ours.keys() != theirs.keys():
+        only = [len(a.keys() - b.keys()) for a, b in ((ours, theirs), (theirs, ours))]
+        raise UserError(
+            f"not the same samples: {only[0]} are in the first file only, {only[1]} in the second only; "
+            "compare two evaluations of one split"
+        )
+    return [(ours[k], theirs[k]) for k in sorted(ours)]
+
+
 def compare(
     first: Sequence[Mapping[str, Any]],
     second: Sequence[Mapping[str, Any]],
@@ -128,21 +147,14 @@ def compare(
                 f"they answer {known}: choose one of them, or evaluate with --protocol={protocol.name}"
             )
     first, second = (metrics.counted(records, protocol) for records in (first, second))
-    key = lambda r: (r["image_id"], r["ann_id"], r["sentence_id"], r["text"])  # noqa: E731
-    ours, theirs = ({key(r): r for r in records} for records in (first, second))
-    if ours.keys() != theirs.keys():
-        only = [len(a.keys() - b.keys()) for a, b in ((ours, theirs), (theirs, ours))]
-        raise UserError(
-            f"not the same samples: {only[0]} are in the first file only, {only[1]} in the second only; "
-            "compare two evaluations of one split"
-        )
-    images = {image: i for i, image in enumerate(sorted({k[0] for k in ours}))}  # neither file's order matters
+    rows = pair(first, second)
+    images = {image: i for i, image in enumerate(dict.fromkeys(ours["image_id"] for ours, _ in rows))}
     # A row an image: sums of w I, w U, w IoU and w.
     sums = np.zeros((2, len(images), 4))
-    for model, records in enumerate((ours, theirs)):
-        for k, record in sorted(records.items(), key=lambda item: item[0]):
+    for row in rows:
+        for model, record in enumerate(row):
             w, (i, u) = metrics.weight(record, protocol), metrics.counts(record, protocol)
-            sums[model, images[k[0]]] += w * i, w * u, w * metrics.sample_iou(record, protocol), w
+            sums[model, images[record["image_id"]]] += w * i, w * u, w * metrics.sample_iou(record, protocol), w
     rng, drawn = np.random.default_rng(seed), []
     for _ in range(resamples):
         often = np.bincount(rng.integers(len(images), size=len(images)), minlength=len(images))
