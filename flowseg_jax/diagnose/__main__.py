@@ -1,0 +1,90 @@
+"""`python -m flowseg_jax.diagnose COMMAND`: where a model loses, written as JSON and as a static page."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from flowseg_jax import cli, errors
+from flowseg_jax.diagnose import negatives, oracle, rescue
+
+IMAGES = 100
+
+
+def _beside(args: argparse.Namespace, file: str) -> Path:
+    """The folder to write to: `--out`, else `diagnose` beside the results."""
+    return Path(args.out) if args.out else Path(file).parent / "diagnose"
+
+
+def _oracle(args: argparse.Namespace) -> None:
+    oracle.run(Path(args.file), _beside(args, args.file))
+
+
+def _rescue(args: argparse.Namespace) -> None:
+    rescue.run(Path(args.first), Path(args.second), _beside(args, args.second))
+
+
+def _negatives(args: argparse.Namespace) -> None:
+    control = Path(args.control) if args.control else None
+    negatives.run(Path(args.file), control, _beside(args, args.file), args.false_alarms)
+
+
+def _model(args: argparse.Namespace) -> None:
+    from flowseg_jax import config
+    from flowseg_jax.diagnose import bar, layers, prompts
+    from flowseg_jax.diagnose.source import Source
+    from flowseg_jax.evaluation.benchmark import Benchmark
+    from flowseg_jax.model_directory import read_model_config
+    from flowseg_jax.training import loop
+
+    directory, data = cli.model_directory(args), args.data
+    out = Path(args.out) if args.out else Path("runs") / "diagnose" / directory.name
+    if data is None:
+        read_model_config(directory)  # a mistyped name is told at once, not after the benchmark is made
+        data = loop.open_data(config.load([])[0]).directory
+    command = {"layers": layers.run, "bar": bar.run, "prompts": prompts.run}[args.command]
+    command(Source(Benchmark.of_model(directory, data, batch=args.batch_size), args.split, args.images or None), out)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command."""
+    parser = cli.Parser(prog="python -m flowseg_jax.diagnose", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command", parser_class=cli.Parser)
+
+    def add(name: str, run, text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument(
+            "--out", metavar="DIR", help="default: diagnose/ beside the results, runs/diagnose/MODEL of a model"
+        )
+        command.set_defaults(run=run)
+        return command
+
+    one = add("oracle", _oracle, "selected and best candidate: selection, generation and boundary errors")
+    one.add_argument("file", metavar="FILE", help="<split>.jsonl of an evaluation")
+    two = add("rescue", _rescue, "what model B makes of model A's failures, and what it breaks")
+    two.add_argument("first", metavar="A")
+    two.add_argument("second", metavar="B")
+    three = add("negatives", _negatives, "a threshold for 'no such object', and what a score is worth")
+    three.add_argument("file", metavar="FILE", help="<split>.jsonl of an evaluation")
+    three.add_argument("control", metavar="CONTROL", nargs="?", help="<split>_shuffled.jsonl (eval.py --shuffle-text)")
+    three.add_argument("--false-alarms", type=float, default=0.1, metavar="SHARE", help="wanted at most, default 0.1")
+    for name, text in (
+        ("layers", "what each decoder layer does with the condition and with the choice"),
+        ("bar", "masks before and after boundary refinement"),
+        ("prompts", "the spread over all wordings of question and answer"),
+    ):
+        command = add(name, _model, text)
+        cli.add_model_flags(command)
+        command.add_argument("--data", metavar="DIR", help="prepared data set; default: the shapes benchmark, made if missing")
+        command.add_argument("--split", default="val")
+        command.add_argument(
+            "--images", type=int, default=IMAGES, help=f"the first images of the split, 0 for all; default {IMAGES}"
+        )
+        command.add_argument("--batch-size", type=int, default=8, help="images at a time")
+    args = parser.parse_args(argv)
+    args.run(args)
+    return 0
+
+
+if __name__ == "__main__":
+    errors.run(main)

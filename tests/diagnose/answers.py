@@ -1,0 +1,39 @@
+"""Records of an evaluation, as they stand in a `<split>.jsonl`, made by hand."""
+
+from __future__ import annotations
+
+import json
+
+SIZE = 100  # union of every mask with its truth, so that an IoU is a number of pixels
+
+
+def record(image=1, sentence=0, *, iou, oracle=None, rank=0, score=0.5, family="", **changes):
+    """A sample whose selected mask has `iou` percent and whose best candidate `oracle` percent (None: the same)."""
+    oracle = iou if oracle is None else oracle
+    text = f"text {image}.{sentence}"
+    fields = {
+        "image_id": image,
+        "file_name": f"{image}.jpg",
+        "ann_id": 10 * image,
+        "sentence_id": sentence,
+        "text": text,
+        "sentence": text,
+        "family": family,
+        "count": 1,
+        "failed": False,
+        "score": score,
+        "best_rank": rank,
+        "intersection": iou,
+        "union": SIZE,
+        "once_intersection": iou,
+        "once_union": SIZE,
+    }
+    for raster in ("", "once_"):
+        fields |= {f"oracle_{raster}intersection": oracle, f"oracle_{raster}union": SIZE}
+    return fields | changes
+
+
+def write(path, records):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+    return path

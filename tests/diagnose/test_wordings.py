@@ -1,0 +1,82 @@
+"""The spread over wordings: every wording asks the same samples in the same shapes, and each row is its own evaluation."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+
+import minirefcoco as mini
+import numpy as np
+import pytest
+import small
+
+from flowseg_jax.data import builders
+from flowseg_jax.data.pipeline import open_tokenizer
+from flowseg_jax.data.prompts import REFERRING_ANSWERS, REFERRING_QUESTIONS, Prompts
+from flowseg_jax.diagnose import prompts, source
+from flowseg_jax.errors import UserError
+from flowseg_jax.evaluation.benchmark import Benchmark
+from flowseg_jax.models import flowseg
+
+
+@pytest.fixture(scope="module")
+def benchmark(tmp_path_factory):
+    """A random model and a miniature RefCOCO."""
+    root = tmp_path_factory.mktemp("data")
+    prepared = builders.prepare(mini.write(root / "layout"), root / "prepared", tokenizer_vocab=300, log=lambda _: None)
+    tokenizer = open_tokenizer(prepared, Prompts())
+    cfg = small.lean()
+    cfg = dataclasses.replace(cfg, llm=dataclasses.replace(cfg.llm, vocab=tokenizer.vocab))
+    return Benchmark(cfg, flowseg.describe(cfg)[0], small.params(cfg), {"digest": "0"}, prepared, tokenizer, Prompts(), batch=2)
+
+
+def test_all_wordings_have_one_shape_and_ask_the_same_samples(benchmark):
+    asked = source.Source(benchmark, "train")
+    first = asked.data()
+    for question, answer in ((0, 0), (6, 3), (len(REFERRING_QUESTIONS) - 1, len(REFERRING_ANSWERS) - 1)):
+        other = asked.data(Prompts(question=question, answer=answer))
+        assert other.shape == first.shape and other.samples == first.samples
+        ours, theirs = first.batch(0), other.batch(0)
+        assert ours.samples == theirs.samples
+        assert np.array_equal(ours.batch.tokens, theirs.batch.tokens) == ((question, answer) == (0, 0))
+
+
+def test_a_wording_is_an_evaluation(benchmark, capsys):
+    rows = prompts.evaluate(source.Source(benchmark, "train", images=2), [(0, 0), (7, 4), (0, 0)])
+    assert [(r["question"], r["answer"]) for r in rows] == [(0, 0), (7, 4), (0, 0)]
+    assert rows[0] == rows[2] and rows[0]["same"] == 100 and rows[0]["n"] == rows[1]["n"] > 0
+    assert rows[0]["giou"] != rows[1]["giou"]
+    assert "1 model" in capsys.readouterr().out.splitlines()[-3]  # nothing compiled again
+
+
+def test_spread_by_hand():
+    found = prompts.summarise([{"ciou": 60.0, "giou": 1.0}, {"ciou": 63.0, "giou": 1.0}, {"ciou": 66.0, "giou": 4.0}])
+    assert found["ciou"] == {"mean": 63, "sd": 3, "lowest": 60, "highest": 66}
+    assert found["giou"] == pytest.approx({"mean": 2, "sd": 3**0.5, "lowest": 1, "highest": 4})
+    assert prompts.summarise([{"ciou": 60.0, "giou": 1.0}])["ciou"]["sd"] is None
+
+
+def test_the_page_shows_every_wording(monkeypatch, tmp_path):
+    """Numbers that say which wording they are of, so that a cell in the wrong place would show."""
+
+    def evaluate(_, wordings):
+        assert wordings[0] == (2, 1)  # the model's own first: the others are compared with it
+        return [{"question": q, "answer": a, "n": 9, "ciou": 10.0 * q + a, "giou": 50.0, "same": 100.0} for q, a in wordings]
+
+    monkeypatch.setattr(prompts, "evaluate", evaluate)
+    mark = types.SimpleNamespace(prompts=Prompts(question=2, answer=1))
+    page = prompts.run(types.SimpleNamespace(benchmark=mark, split="val", about={"images": None}), tmp_path)
+    result = json.loads((tmp_path / "prompts_val.json").read_text())
+    assert len(result["wordings"]) == len(REFERRING_QUESTIONS) * len(REFERRING_ANSWERS)
+    assert result["spread"]["answers, model's question"]["ciou"]["mean"] == 22  # 20 .. 24
+    assert result["spread"]["questions, model's answer"]["ciou"]["highest"] == 71
+    cells = [part.partition("</text>")[0] for part in page.read_text().split(">") if "</text" in part]
+    assert page.suffix == ".html" and len(cells) > 120
+
+
+def test_what_cannot_be_measured_is_said(benchmark):
+    with pytest.raises(UserError, match="split"):
+        source.Source(benchmark, "vall")
+    with pytest.raises(UserError, match="--images must be at least 1, got -1"):
+        source.Source(benchmark, "train", images=-1)
