@@ -1,0 +1,42 @@
+"""The paper's ablation at tiny size: one of `baseline`, `sr`, `sr_cr` and `sr_cr_bar`, in a few minutes on two CPU cores.
+
+    python train.py --config=configs/shapes_ablation.py:sr_cr --workdir=runs/ablation_sr_cr
+
+`python -m flowseg_jax.ablation` runs all of them over several seeds and compares; its docstring says what is held equal.
+"""
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from configs.shapes_tiny import get_config as shapes_tiny
+from flowseg_jax.errors import UserError, suggest
+from flowseg_jax.models.config import FlowSegConfig
+
+TOWERS = "checkpoints/shapes_tiny"
+SHARED = ("sam", "siglip", "visual_projector", "seg_projector", "llm", "connector", "pixel_decoder")  # from TOWERS, frozen
+VARIANTS = {  # (semantic_flow.mode, boundary.enabled), each with one thing more than the one before
+    "baseline": ("off", False),
+    "sr": ("sr", False),
+    "sr_cr": ("sr_cr", False),
+    "sr_cr_bar": ("sr_cr", True),
+}
+
+
+def get_config(variant: str = "sr_cr_bar") -> ConfigDict:
+    if variant not in VARIANTS:
+        raise UserError(f"no variant {variant!r} of the ablation{suggest(variant, VARIANTS)}")
+    mode, refines = VARIANTS[variant]
+    config = shapes_tiny()
+    model = FlowSegConfig.from_dict(config.model.to_dict())
+    flow, boundary = dataclasses.replace(model.semantic_flow, mode=mode), dataclasses.replace(model.boundary, enabled=refines)
+    config.model = ConfigDict(dataclasses.replace(model, semantic_flow=flow, boundary=boundary).to_dict())
+    config.model.classes = 0
+    config.steps = 500
+    config.log_every = 50
+    config.checkpoint_every = 200
+    config.init_from = tuple(f"{part}={TOWERS}" for part in SHARED)
+    config.data.tokenizer = f"{TOWERS}/tokenizer"
+    config.optimizer.groups = ((f"({'|'.join(SHARED)})/.*", None), (".*", 1.0))
+    config.optimizer.losses.language = 0.0
+    return config
