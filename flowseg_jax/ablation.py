@@ -35,7 +35,7 @@ from flowseg_jax import config as configs
 from flowseg_jax.errors import UserError, run
 from flowseg_jax.evaluation import metrics
 from flowseg_jax.evaluation.audit import INTERVAL, RESAMPLES, read_records
-from flowseg_jax.evaluation.benchmark import Benchmark
+from flowseg_jax.evaluation.benchmark import Benchmark, Subject
 from flowseg_jax.training import loop
 from flowseg_jax.writers import say
 
@@ -207,7 +207,7 @@ def finish(config: ConfigDict, workdir: Path) -> Records:
     evaluated = read(out / f"{SPLIT}.json")  # the last file that an evaluation writes
     if evaluated is None or evaluated["checkpoint"]["step"] != config.steps or read(workdir / "config.json") != asked:
         model = loop.train(config, workdir)
-        Benchmark.of_model(model, loop.open_data(config).directory).run(SPLIT, out, pictures=False)
+        Benchmark(Subject.load(model), loop.open_data(config)).run(SPLIT, out, pictures=False)
     return read_records(out / f"{SPLIT}.jsonl")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import sys
@@ -136,7 +137,7 @@ def evaluate(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--data-root", metavar="DIR", default="data", help="where the prepared data sets of --benchmark lie")
     parser.add_argument("--out", metavar="DIR", help="default: <workdir>/eval, or runs/eval/<name of the checkpoint>")
-    parser.add_argument("--protocol", default="xsam")
+    parser.add_argument("--protocol", help="xsam (default), lisa, psalm, grefcoco, grefcoco-target-only: docs/protocols.md")
     parser.add_argument("--images", type=int, help="only the first images of each split")
     parser.add_argument("--batch-size", type=int, default=8, help="images at a time")
     parser.add_argument("--shuffle-text", action="store_true", help="control: every image is asked another image's sentences")
@@ -150,11 +151,12 @@ def evaluate(argv: Sequence[str] | None = None) -> int:
     use_host_devices(arguments.batch_size)
     join_processes(arguments)
     from flowseg_jax.data.prepared import Prepared
-    from flowseg_jax.evaluation import benchmark, protocols
+    from flowseg_jax.evaluation import benchmark, generic, protocols
     from flowseg_jax.model_directory import read_model_config
     from flowseg_jax.training import loop
 
-    protocols.get(arguments.protocol)
+    protocol = arguments.protocol or "xsam"
+    protocols.get(protocol)
     directory = model_directory(arguments)
     out = results_directory(arguments, directory.name)
     read_model_config(directory)  # a mistyped name is told at once, not after the benchmark is made
@@ -167,16 +169,42 @@ def evaluate(argv: Sequence[str] | None = None) -> int:
         chosen = [("", Prepared.open(data), split) for split in arguments.split.split(",")]
     for _, prepared, split in chosen:
         prepared.check_split(split)
-    subject = benchmark.Subject.load(directory, fsdp=arguments.fsdp)
+        if prepared.task == "generic":
+            check_generic(prepared.directory, arguments)
+
+    @functools.cache
+    def subject() -> benchmark.Subject:
+        return benchmark.Subject.load(directory, fsdp=arguments.fsdp)
+
+    @functools.cache
+    def asks_for_categories(data: Path) -> generic.Benchmark:
+        return generic.Benchmark.of_model(directory, data, batch=arguments.batch_size)
+
     for place, prepared, split in chosen:
-        benchmark.Benchmark(subject, prepared, arguments.batch_size, arguments.protocol, arguments.no_target_below).run(
-            split,
-            out / place,
-            shuffle_text=arguments.shuffle_text,
-            images=arguments.images,
-            save_masks=arguments.save_masks,
-        )
+        if prepared.task == "generic":
+            asks_for_categories(prepared.directory).run(split, out / place, images=arguments.images)
+            continue
+        asked = benchmark.Benchmark(subject(), prepared, arguments.batch_size, protocol, arguments.no_target_below)
+        options = {"shuffle_text": arguments.shuffle_text, "images": arguments.images, "save_masks": arguments.save_masks}
+        asked.run(split, out / place, **options)
     return 0
+
+
+def check_generic(directory: Path, arguments: argparse.Namespace) -> None:
+    """Raises a UserError for flags that say nothing about a data set without expressions."""
+    given = {
+        "--protocol": arguments.protocol,
+        "--shuffle-text": arguments.shuffle_text,
+        "--save-masks": arguments.save_masks,
+        "--no-target-below": arguments.no_target_below,
+        "--fsdp": arguments.fsdp != 1,
+        "--processes": arguments.processes or arguments.distributed,
+    }
+    if wrong := [flag for flag, value in given.items() if value]:
+        raise UserError(
+            f"{directory}: has categories and no expressions: its protocols are panoptic, semantic and instance, on one "
+            f"process; leave out {', '.join(wrong)}"
+        )
 
 
 def results_directory(arguments: argparse.Namespace, name: str) -> Path:

@@ -31,9 +31,10 @@ def _negatives(args: argparse.Namespace) -> None:
 
 def _model(args: argparse.Namespace) -> None:
     from flowseg_jax import config
+    from flowseg_jax.data.prepared import Prepared
     from flowseg_jax.diagnose import bar, layers, prompts
     from flowseg_jax.diagnose.source import Source
-    from flowseg_jax.evaluation.benchmark import Benchmark
+    from flowseg_jax.evaluation.benchmark import Benchmark, Subject
     from flowseg_jax.model_directory import read_model_config
     from flowseg_jax.training import loop
 
@@ -43,7 +44,8 @@ def _model(args: argparse.Namespace) -> None:
         read_model_config(directory)  # a mistyped name is told at once, not after the benchmark is made
         data = loop.open_data(config.load([])[0]).directory
     command = {"layers": layers.run, "bar": bar.run, "prompts": prompts.run}[args.command]
-    command(Source(Benchmark.of_model(directory, data, batch=args.batch_size), args.split, args.images or None), out)
+    benchmark = Benchmark(Subject.load(directory), Prepared.open(data), args.batch_size)
+    command(Source(benchmark, args.split, args.images or None), out)
 
 
 def main(argv: list[str] | None = None) -> int:

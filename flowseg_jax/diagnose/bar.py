@@ -21,12 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from flowseg_jax.data.batch import Batch
+from flowseg_jax.data.batch import Questions
 from flowseg_jax.diagnose import plots, sheet
 from flowseg_jax.diagnose.source import Measured, Source
 from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation import metrics, postprocess
-from flowseg_jax.models.flowseg import FlowSeg
+from flowseg_jax.models.flowseg import FlowSeg, Seen
 from flowseg_jax.ops.morphology import band
 
 EXAMPLES = 3  # on the page, of each kind
@@ -34,14 +34,14 @@ DILATION = 0.02  # of the diagonal
 
 
 def before_and_after(
-    model: FlowSeg, batch: Batch, truth: Float[Array, "b k h w"], inside: Float[Array, "b h w"]
+    model: FlowSeg, seen: Seen, questions: Questions, truth: Float[Array, "b k h w"], inside: Float[Array, "b h w"]
 ) -> tuple[dict, Array]:
     """The band's share and the selected mask's logits before and after BAR; traced.
 
     Returns:
         {"of_image", "of_mask": [B, K]} in [0, 1]; mask logits [B, K, 2, h, w].
     """
-    found = model.segment(batch)
+    found = model.ask(seen, questions)
     before = postprocess.top(found.scores, found.mask_logits, 1).logits[:, :, 0]
     after = model.refine(before, found.mask_features)
     area = lambda cells: (cells * inside[:, None]).sum((-2, -1))  # noqa: E731
@@ -95,7 +95,7 @@ def summarise(measured: Sequence[Measured]) -> dict[str, Any]:
 
 def run(source: Source, out: Path) -> Path:
     """Writes `bar_<split>.json` and `.html`; returns the page. Raises UserError for a model without BAR."""
-    if not source.benchmark.cfg.boundary.enabled:
+    if not source.benchmark.subject.cfg.boundary.enabled:
         raise UserError("the model has no boundary refinement (model.boundary.enabled is False): there is nothing to diagnose")
     measured, most = [], []
     for m in map(with_boundary, source.measure(before_and_after, "bar")):
@@ -103,7 +103,7 @@ def run(source: Source, out: Path) -> Path:
         most = sorted([*most, m], key=gain)
         most = most[:EXAMPLES] + most[EXAMPLES:][-EXAMPLES:]  # those that lose most, and those that gain most
     groups = {name: summarise(rows) for name, rows in sheet.groups(measured, family=lambda m: m.sample.family).items()}
-    alpha = float(np.asarray(source.benchmark.params["boundary"]["alpha"]).item())
+    alpha = float(np.asarray(source.benchmark.subject.params["boundary"]["alpha"]).item())
     change = [gain(m) for m in measured]
     reach = max(*map(abs, change), 0.1)
     counts, edges = np.histogram(change, 21, (-reach, reach))

@@ -27,11 +27,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from flowseg_jax.data.batch import Batch
+from flowseg_jax.data.batch import Questions
 from flowseg_jax.diagnose import plots, sheet
 from flowseg_jax.diagnose.source import Measured, Source
 from flowseg_jax.evaluation import postprocess
-from flowseg_jax.models.flowseg import FlowSeg, with_background
+from flowseg_jax.models.flowseg import FlowSeg, Seen, with_background
 from flowseg_jax.models.mask_decoder import MaskDecoder, Memory, mask_logits
 from flowseg_jax.models.semantic_flow import Conditions, SemanticRefinement
 
@@ -116,20 +116,20 @@ def decode(
     return Flow(*seen, jnp.concatenate([nothing[None], gates]))
 
 
-def trace(model: FlowSeg, batch: Batch, truth: Float[Array, "b k h w"], inside: Float[Array, "b h w"]) -> tuple[dict, Array]:
+def trace(
+    model: FlowSeg, seen: Seen, questions: Questions, truth: Float[Array, "b k h w"], inside: Float[Array, "b h w"]
+) -> tuple[dict, Array]:
     """The figures of every sample and the masks that they are about; traced.
 
     Returns:
         {name: [B, K, J]} with `FIGURES` and the queries `selected` and `best`; mask logits [B, K, 2 J, h, w]: selected and best
         of prediction 0, of prediction 1, ...
     """
-    b, k = batch.phrase_mask.shape
-    features = model.look(batch)
-    reading = model.read(batch, features.tokens)
+    b, k = questions.asked.shape
+    phrases, segs = model.hear(seen, questions)
     yes = jnp.ones((b * k, 1), bool)
-    conditions = with_background(reading.phrases[:, :k].reshape(b * k, 1, -1), yes, yes, model.background[...])
-    segs = reading.segs[:, :k].reshape(b * k, -1)
-    flow = decode(model.decoder, features.mask_features, features.levels, k, conditions, segs)
+    conditions = with_background(phrases.reshape(b * k, 1, -1), yes, yes, model.background[...])
+    flow = decode(model.decoder, seen.mask_features, seen.levels, k, conditions, segs.reshape(b * k, -1))
     cosines = jnp.einsum("jpqd,jpnd->jpqn", _unit(flow.queries), _unit(flow.conditions))
     highest, _ = jax.lax.top_k(cosines[..., 0] - cosines[..., -1], 2)
     own = flow.conditions[:, :, 0].astype(jnp.float32)
@@ -144,7 +144,7 @@ def trace(model: FlowSeg, batch: Batch, truth: Float[Array, "b k h w"], inside: 
 
     def choose(inputs: tuple[Array, Array]) -> postprocess.Chosen:  # one prediction at a time: all masks of all would be huge
         embeds, score = inputs
-        masks = mask_logits(embeds.reshape(b, -1, embeds.shape[-1]), features.mask_features)
+        masks = mask_logits(embeds.reshape(b, -1, embeds.shape[-1]), seen.mask_features)
         return postprocess.choose(score, masks.reshape(*score.shape, *masks.shape[2:]), truth, inside)
 
     scores = jax.nn.softmax(flow.class_logits, -1)[..., 0]

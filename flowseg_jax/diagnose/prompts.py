@@ -8,6 +8,7 @@ exceed to be about the models. Choosing the best wording here and reporting its 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,12 +34,12 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def evaluate(source: Source, wordings: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
     """One mapping a (question, answer): its indices, n, cIoU, gIoU and `same`, the share of samples with the first's query."""
-    mark, rows, first = source.benchmark, [], None
-    evaluator = runner.Evaluator(mark.graphdef)
+    subject, rows, first = source.benchmark.subject, [], None
     for question, answer in wordings:
-        prompts = dataclasses.replace(mark.prompts, question=question, answer=answer)
+        prompts = dataclasses.replace(subject.prompts, question=question, answer=answer)
         say(f"question {question}: {REFERRING_QUESTIONS[question]}  answer {answer}: {REFERRING_ANSWERS[answer]}")
-        found = runner.evaluate(mark.graphdef, mark.params, source.data(prompts), split=source.split, evaluator=evaluator)
+        data = functools.partial(source.benchmark.open, source.split, images=source.images, prompts=prompts)
+        found = runner.evaluate(subject.evaluator, subject.params, data, split=source.split)
         queries = [record["query"] for record in found.records]
         first = first or queries
         row = {"question": question, "answer": answer, **{key: found.result[key] for key in ("n", "ciou", "giou")}}
@@ -48,7 +49,7 @@ def evaluate(source: Source, wordings: Sequence[tuple[int, int]]) -> list[dict[s
 
 def run(source: Source, out: Path) -> Path:
     """Writes `prompts_<split>.json` and `.html`; returns the page."""
-    fixed = source.benchmark.prompts
+    fixed = source.benchmark.subject.prompts
     every = [(q, a) for q in range(len(REFERRING_QUESTIONS)) for a in range(len(REFERRING_ANSWERS))]
     rows = evaluate(source, sorted(every, key=lambda pair: pair != (fixed.question, fixed.answer)))
     spread = {"all": summarise(rows)}

@@ -9,19 +9,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from flowseg_jax.data.batch import Batch, BatchShape
-from flowseg_jax.data.batching import LengthBound
-from flowseg_jax.data.evaluation import EvalData
-from flowseg_jax.data.prompts import Prompts
+from flowseg_jax.data.batch import Questions
 from flowseg_jax.data.records import Sample
 from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation import metrics, postprocess
-from flowseg_jax.evaluation.benchmark import PHRASES, TEXT_STEP, Benchmark
+from flowseg_jax.evaluation.benchmark import Benchmark
 from flowseg_jax.models import flowseg
 from flowseg_jax.writers import heartbeat
 
-# (model, batch, truth on the grid [B, K, h, w], share of image [B, h, w]) -> ({name: [B, K, ...]}, mask logits [B, K, N, h, w])
-Function = Callable[[flowseg.FlowSeg, Batch, jax.Array, jax.Array], tuple[dict[str, jax.Array], jax.Array]]
+# (model, seen, questions, truth on the grid [B, K, h, w], share of image [B, h, w])
+# -> ({name: [B, K, ...]}, mask logits [B, K, N, h, w])
+Function = Callable[[flowseg.FlowSeg, flowseg.Seen, Questions, jax.Array, jax.Array], tuple[dict[str, jax.Array], jax.Array]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,26 +69,7 @@ class Source:
     @property
     def about(self) -> dict[str, Any]:
         """What was measured, as it stands in the JSON."""
-        return {"checkpoint": dict(self.benchmark.checkpoint), "split": self.split, "images": self.images}
-
-    def data(self, prompts: Prompts | None = None) -> EvalData:
-        """The samples, asked in the given wording (None: the model's); whatever the wording, the shapes are the same."""
-        mark, cfg = self.benchmark, self.benchmark.cfg
-        entries = mark.data.index(self.split)[: self.images]
-        bound = LengthBound(dataclasses.replace(mark.prompts, vary=True), mark.tokenizer, cfg.visual_tokens)
-        asked = {sample.sentence for entry in entries for sample in entry.samples}
-        longest = sorted(bound.phrase_lengths(sorted(asked)), reverse=True)[:PHRASES]
-        text = -(-bound.needed(longest, task=mark.data.task) // TEXT_STEP) * TEXT_STEP
-        shape = BatchShape(mark.batch, text, PHRASES, 1, cfg.sam.image_size, cfg.siglip.image_size)
-        return EvalData(
-            mark.data,
-            self.split,
-            mark.tokenizer,
-            shape,
-            prompts=prompts or mark.prompts,
-            visual_tokens=cfg.visual_tokens,
-            max_images=self.images,
-        )
+        return {"checkpoint": dict(self.benchmark.subject.checkpoint), "split": self.split, "images": self.images}
 
     def measure(self, function: Function, name: str) -> Iterator[Measured]:
         """Runs a diagnostic's function over all samples, jitted, and brings its masks to the original sizes.
@@ -102,48 +81,48 @@ class Source:
         Raises:
             UserError: the split holds no expression.
         """
-        mark, data = self.benchmark, self.data()
-        return measure(mark.graphdef, mark.params, data, function, name)
+        subject, data = self.benchmark.subject, self.benchmark.open(self.split, images=self.images)
+        return measure(flowseg.describe(subject.cfg)[0], subject.params, data, function, name)
 
 
 def measure(graphdef: Any, params: Any, data: Any, function: Function, name: str) -> Iterator[Measured]:
-    """`Source.measure` for any model and any iterable of `EvalBatch`es that knows its number of `samples`."""
+    """`Source.measure` for any model and any data with the interface of `EvalData`."""
     if not data.samples:
         raise UserError("the split holds no expression to measure; prepare it, or choose another split")
+    see = jax.jit(lambda params, views, prefix: flowseg.bind(graphdef, params).see(views, prefix))
     run = jax.jit(lambda params, *inputs: function(flowseg.bind(graphdef, params), *inputs))
     on_grid = jax.jit(lambda truth, where: (postprocess.truth_on_grid(truth, where), postprocess.image_on_grid(where)))
     restore = jax.jit(postprocess.restore)
-    grid, done = None, 0
+    done = 0
     with heartbeat(f"diagnose {name}: compiling") as beat:
         for batch in data:
-            if grid is None:
-                look = lambda params, batch: flowseg.bind(graphdef, params).segment(batch).mask_logits  # noqa: E731
-                grid = jax.eval_shape(look, params, batch.batch).shape[-2:]
+            seen = see(params, batch.views, data.prefix)
+            rows, side = batch.views.images.shape[:2]
             where = postprocess.geometry(
-                batch.batch.scaled_size, batch.sizes, grid=grid, padded_size=batch.batch.images.shape[1]
+                batch.views.scaled_size, batch.sizes, grid=seen.mask_features.shape[1:3], padded_size=side, bucket=batch.bucket
             )
-            rows, phrases = batch.batch.phrase_mask.shape
-            pack = lambda masks, count: postprocess.pack_truth(masks, rows, count, where.bucket)  # noqa: B023, E731
-            truth = postprocess.Truth(pack(batch.truth, phrases), pack(batch.once, phrases), pack(batch.ignored, 1))
-            values, logits = run(params, batch.batch, *on_grid(truth.union, where))
-            values, restored = jax.device_get((values, restore(logits, where, truth)))
-            for b, samples in enumerate(batch.samples):
-                for k, sample in enumerate(samples):
-                    yield Measured(
-                        sample,
-                        {key: value[b, k] for key, value in values.items()},
-                        np.array(
-                            [
-                                metrics.iou(*pair) if finite else 0.0
-                                for *pair, finite in zip(
-                                    restored.intersection[b, k], restored.union[b, k], restored.finite[b, k], strict=True
-                                )
-                            ]
-                        ),
-                        np.array([postprocess.unpack_mask(mask, batch.sizes[b]) for mask in restored.masks[b, k]]),
-                        batch.truth[b][k],
-                        batch.ignored[b][0],
-                        batch.images[b],
-                    )
-            done += sum(len(samples) for samples in batch.samples)
+            for asked in batch.rounds:
+                pack = lambda masks, count: postprocess.pack_truth(masks, rows, count, where.bucket)  # noqa: B023, E731
+                phrases = asked.questions.asked.shape[1]
+                truth = postprocess.Truth(pack(asked.truth, phrases), pack(asked.once, phrases), pack(batch.ignored, 1))
+                values, logits = run(params, seen, asked.questions, *on_grid(truth.union, where))
+                values, restored = jax.device_get((values, restore(logits, where, truth)))
+                for b, samples in enumerate(asked.samples):
+                    for k, sample in enumerate(samples):
+                        yield Measured(
+                            sample,
+                            {key: value[b, k] for key, value in values.items()},
+                            _ious(restored, (b, k)),
+                            np.array([postprocess.unpack_mask(mask, batch.sizes[b]) for mask in restored.masks[b, k]]),
+                            asked.truth[b][k],
+                            batch.ignored[b][0],
+                            batch.images[b],
+                        )
+                done += sum(len(samples) for samples in asked.samples)
             beat.message = f"diagnose {name}: {done}/{data.samples} samples"
+
+
+def _ious(restored: postprocess.Restored, at: tuple[int, int]) -> np.ndarray:
+    """[N] of one sample."""
+    counted = zip(restored.intersection[at], restored.union[at], restored.finite[at], strict=True)
+    return np.array([metrics.iou(*pair) if finite else 0.0 for *pair, finite in counted])

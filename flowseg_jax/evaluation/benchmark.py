@@ -116,24 +116,7 @@ class Benchmark:
     ) -> Evaluation:
         """Evaluates one split into `out`, with pictures of good, random and failed samples."""
         subject, protocol = self.subject, protocols.get(self.protocol)
-        self.data.check_split(split)
-        devices = subject.evaluator.devices
-        batch = -(-self.batch // devices) * devices
-        open_data = functools.partial(
-            EvalData,
-            self.data,
-            split,
-            subject.tokenizer,
-            sides=(subject.cfg.sam.image_size, subject.cfg.siglip.image_size),
-            batch=batch,
-            prompts=subject.prompts,
-            visual_tokens=subject.cfg.visual_tokens,
-            max_images=images,
-            control_seed=CONTROL_SEED if shuffle_text else None,
-            by_ref=protocol.unit == "ref",
-            filled=protocol.raster == "fill_points",
-            rows=parallel.rows_here(batch, subject.evaluator.mesh),
-        )
+        open_data = functools.partial(self.open, split, images=images, control_seed=CONTROL_SEED if shuffle_text else None)
         evaluation = evaluate(
             subject.evaluator,
             subject.params,
@@ -155,6 +138,27 @@ class Benchmark:
         if pictures and processes.is_primary():
             report.save_pictures(out, f"{split}_shuffled" if shuffle_text else split, evaluation.examples)
         return evaluation
+
+    def open(self, split: str, *, images: int | None = None, prompts: Prompts | None = None, **options: Any) -> EvalData:
+        """This process's share of the split's samples, asked as the protocol asks, by default in the model's wording."""
+        subject, protocol = self.subject, protocols.get(self.protocol)
+        self.data.check_split(split)
+        devices = subject.evaluator.devices
+        batch = -(-self.batch // devices) * devices
+        return EvalData(
+            self.data,
+            split,
+            subject.tokenizer,
+            sides=(subject.cfg.sam.image_size, subject.cfg.siglip.image_size),
+            batch=batch,
+            prompts=prompts or subject.prompts,
+            visual_tokens=subject.cfg.visual_tokens,
+            max_images=images,
+            by_ref=protocol.unit == "ref",
+            filled=protocol.raster == "fill_points",
+            rows=parallel.rows_here(batch, subject.evaluator.mesh),
+            **options,
+        )
 
 
 def named(benchmarks: str, root: Path) -> list[tuple[str, Prepared, str]]:

@@ -38,7 +38,7 @@ from flowseg_jax.data.records import Example
 from flowseg_jax.data.tokenizer import Tokenizer, load_tokenizer
 from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation import fusion, panoptic, postprocess
-from flowseg_jax.evaluation.benchmark import TEXT_STEP, digest
+from flowseg_jax.evaluation.benchmark import digest
 from flowseg_jax.evaluation.fusion import MASK2FORMER, Found, Thresholds
 from flowseg_jax.evaluation.panoptic import Detections, Segments
 from flowseg_jax.evaluation.runner import HEARTBEAT
@@ -48,6 +48,8 @@ from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.models.flowseg import FlowSeg
 from flowseg_jax.models.mask_decoder import mask_logits
 from flowseg_jax.writers import duration, heartbeat, say
+
+TEXT_STEP = 16  # text lengths are multiples of it, so that similar data sets share compilations
 
 
 @dataclasses.dataclass(frozen=True)

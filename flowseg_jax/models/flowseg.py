@@ -358,13 +358,16 @@ class FlowSeg(nnx.Module):
 
     def ask(self, seen: Seen, questions: Questions) -> Segmentation:
         """All candidates of every phrase about images that have been seen; the numbers are those of `segment`."""
+        return self._candidates(seen.mask_features, seen.levels, *self.hear(seen, questions))
+
+    def hear(self, seen: Seen, questions: Questions) -> tuple[Float[Array, "b k d"], Float[Array, "b k d"]]:
+        """C(0) and S of every phrase: the LLM reads on behind the image."""
         k = questions.asked.shape[1]
         with jax.named_scope("llm"):
             embeds = self.llm.embed(questions.tokens, seen.cache.keys.dtype)
             hidden, _ = self.llm.extend(seen.cache, embeds, questions.positions, questions.segments)
         projected = self.llm_projector(hidden)
-        phrases, segs = (pool_spans(projected, ids, k) for ids in (questions.phrase_ids, questions.seg_ids))
-        return self._candidates(seen.mask_features, seen.levels, phrases, segs)
+        return pool_spans(projected, questions.phrase_ids, k), pool_spans(projected, questions.seg_ids, k)
 
     def _candidates(
         self,

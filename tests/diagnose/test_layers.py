@@ -13,11 +13,13 @@ import pytest
 import small
 from flax import nnx
 
-from flowseg_jax.data.evaluation import EvalBatch
+from flowseg_jax.data.batch import Questions, Views
+from flowseg_jax.data.evaluation import EvalBatch, Round
 from flowseg_jax.data.records import Sample
 from flowseg_jax.diagnose import bar, layers, source
 from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation import runner
+from flowseg_jax.evaluation.evaluator import Evaluator
 from flowseg_jax.models import flowseg
 from flowseg_jax.models.mask_decoder import DecoderConfig, MaskDecoder
 from flowseg_jax.models.semantic_flow import Conditions, SemanticFlowConfig
@@ -66,11 +68,13 @@ def test_the_gate_is_the_one_that_mixes(rng):
 
 
 class Data(list):
-    """Batches that know how many samples they hold."""
+    """Batches behind one prefix that know how many samples they hold."""
+
+    prefix = np.zeros(0, np.int32)
 
     @property
     def samples(self):
-        return sum(len(row) for batch in self for row in batch.samples)
+        return sum(len(row) for batch in self for asked in batch.rounds for row in asked.samples)
 
 
 @pytest.fixture(scope="module")
@@ -92,15 +96,20 @@ def data(model):
     ignored = [np.zeros((1, *size), bool) for size in sizes]
     ignored[0][:, :4] = True
     images = [rng.integers(0, 255, (*size, 3)).astype(np.uint8) for size in sizes]
-    batch = dataclasses.replace(batch, name_valid=np.zeros((2, 0), bool))
-    return Data([EvalBatch(batch, samples, truth, truth, ignored, images, sizes)])
+    behind = 1 + cfg.visual_tokens
+    fields = {name: getattr(batch, name)[:, behind:] for name in ("tokens", "positions", "segments", "phrase_ids", "seg_ids")}
+    asked = Round(Questions(**fields, asked=np.ones((2, 2), bool)), samples, truth, truth)
+    views = Views(batch.images, batch.scaled_size, batch.vision_images)
+    data = Data([EvalBatch(views, [asked], [0, 1], ignored, images, sizes, (128, 128))])
+    data.prefix = batch.tokens[0, :behind]
+    return data
 
 
 @pytest.fixture(scope="module")
 def records(model, data):
     """What the evaluation says of the same samples."""
     _, graphdef, params = model
-    return runner.evaluate(graphdef, params, data, split="val").records
+    return runner.evaluate(Evaluator(graphdef), params, lambda **_: data, split="val").records
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +159,7 @@ def test_means_over_samples(traced):
 
 def test_pages(model, traced, refined, tmp_path):
     cfg, _, params = model
-    mark = types.SimpleNamespace(cfg=cfg, params=params)
+    mark = types.SimpleNamespace(subject=types.SimpleNamespace(cfg=cfg, params=params))
 
     def asked(measured):
         return types.SimpleNamespace(measure=lambda *_: iter(measured), split="val", about={"images": 2}, benchmark=mark)
@@ -163,7 +172,7 @@ def test_pages(model, traced, refined, tmp_path):
     assert page.count("<img") == 4 == len(list((tmp_path / "bar_val").iterdir()))
     result = json.loads((tmp_path / "bar_val.json").read_text())
     assert result["alpha"] == 3.0 and result["groups"]["all"] == bar.summarise([bar.with_boundary(m) for m in refined])
-    mark.cfg = dataclasses.replace(cfg, boundary=dataclasses.replace(cfg.boundary, enabled=False))
+    mark.subject.cfg = dataclasses.replace(cfg, boundary=dataclasses.replace(cfg.boundary, enabled=False))
     with pytest.raises(UserError, match="no boundary refinement"):
         bar.run(asked(refined), tmp_path)
 

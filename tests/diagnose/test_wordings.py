@@ -16,7 +16,8 @@ from flowseg_jax.data.pipeline import open_tokenizer
 from flowseg_jax.data.prompts import REFERRING_ANSWERS, REFERRING_QUESTIONS, Prompts
 from flowseg_jax.diagnose import prompts, source
 from flowseg_jax.errors import UserError
-from flowseg_jax.evaluation.benchmark import Benchmark
+from flowseg_jax.evaluation.benchmark import Benchmark, Subject
+from flowseg_jax.evaluation.evaluator import Evaluator
 from flowseg_jax.models import flowseg
 
 
@@ -28,18 +29,18 @@ def benchmark(tmp_path_factory):
     tokenizer = open_tokenizer(prepared, Prompts())
     cfg = small.lean()
     cfg = dataclasses.replace(cfg, llm=dataclasses.replace(cfg.llm, vocab=tokenizer.vocab))
-    return Benchmark(cfg, flowseg.describe(cfg)[0], small.params(cfg), {"digest": "0"}, prepared, tokenizer, Prompts(), batch=2)
+    evaluator = Evaluator(flowseg.describe(cfg)[0])
+    return Benchmark(Subject(cfg, evaluator, small.params(cfg), {"digest": "0"}, tokenizer, Prompts()), prepared, 2)
 
 
-def test_all_wordings_have_one_shape_and_ask_the_same_samples(benchmark):
-    asked = source.Source(benchmark, "train")
-    first = asked.data()
+def test_all_wordings_ask_the_same_samples(benchmark):
+    first = benchmark.open("train")
     for question, answer in ((0, 0), (6, 3), (len(REFERRING_QUESTIONS) - 1, len(REFERRING_ANSWERS) - 1)):
-        other = asked.data(Prompts(question=question, answer=answer))
-        assert other.shape == first.shape and other.samples == first.samples
-        ours, theirs = first.batch(0), other.batch(0)
-        assert ours.samples == theirs.samples
-        assert np.array_equal(ours.batch.tokens, theirs.batch.tokens) == ((question, answer) == (0, 0))
+        other = benchmark.open("train", prompts=Prompts(question=question, answer=answer))
+        ours, theirs = (sorted(batch.places) for batch in (first.batch(0), other.batch(0)))
+        assert other.samples == first.samples and ours == theirs
+        ours, theirs = (data.batch(0).rounds[0].questions.tokens for data in (first, other))
+        assert np.array_equal(ours, theirs) == ((question, answer) == (0, 0))
 
 
 def test_a_wording_is_an_evaluation(benchmark, capsys):
@@ -47,7 +48,7 @@ def test_a_wording_is_an_evaluation(benchmark, capsys):
     assert [(r["question"], r["answer"]) for r in rows] == [(0, 0), (7, 4), (0, 0)]
     assert rows[0] == rows[2] and rows[0]["same"] == 100 and rows[0]["n"] == rows[1]["n"] > 0
     assert rows[0]["giou"] != rows[1]["giou"]
-    assert "1 model" in capsys.readouterr().out.splitlines()[-3]  # nothing compiled again
+    assert " 0 compilations" in capsys.readouterr().out  # the first wording's programs serve the third
 
 
 def test_spread_by_hand():
@@ -65,7 +66,7 @@ def test_the_page_shows_every_wording(monkeypatch, tmp_path):
         return [{"question": q, "answer": a, "n": 9, "ciou": 10.0 * q + a, "giou": 50.0, "same": 100.0} for q, a in wordings]
 
     monkeypatch.setattr(prompts, "evaluate", evaluate)
-    mark = types.SimpleNamespace(prompts=Prompts(question=2, answer=1))
+    mark = types.SimpleNamespace(subject=types.SimpleNamespace(prompts=Prompts(question=2, answer=1)))
     page = prompts.run(types.SimpleNamespace(benchmark=mark, split="val", about={"images": None}), tmp_path)
     result = json.loads((tmp_path / "prompts_val.json").read_text())
     assert len(result["wordings"]) == len(REFERRING_QUESTIONS) * len(REFERRING_ANSWERS)
