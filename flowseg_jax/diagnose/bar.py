@@ -1,7 +1,7 @@
 """What BAR does to the selected masks.
 
-band            share of the image (and, apart, of the mask's own area) that lies in the band along the mask's boundary, the
-                only place where BAR changes logits; on the grid of the mask logits
+band            share of the image that lies in the band along the mask's boundary, the only place where BAR changes logits,
+                on the grid of the mask logits; and the area of all bands as a share of that of all masks
 IoU             at the original size, before and after
 boundary IoU    IoU of both masks' boundary regions: the pixels of a mask within d of its outline, d = 2 % of the image's
                 diagonal (Cheng et al., Boundary IoU, CVPR 2021). The image's edge is an outline.
@@ -36,18 +36,18 @@ DILATION = 0.02  # of the diagonal
 def before_and_after(
     model: FlowSeg, seen: Seen, questions: Questions, truth: Float[Array, "b k h w"], inside: Float[Array, "b h w"]
 ) -> tuple[dict, Array]:
-    """The band's share and the selected mask's logits before and after BAR; traced.
+    """The selected mask's logits before and after BAR, and what its band covers; traced.
 
     Returns:
-        {"of_image", "of_mask": [B, K]} in [0, 1]; mask logits [B, K, 2, h, w].
+        {"band", "mask": [B, K]}, shares of the image in [0, 1]; mask logits [B, K, 2, h, w].
     """
     found = model.ask(seen, questions)
     before = postprocess.top(found.scores, found.mask_logits, 1).logits[:, :, 0]
     after = model.refine(before, found.mask_features)
     area = lambda cells: (cells * inside[:, None]).sum((-2, -1))  # noqa: E731
-    edge = area(band(jax.nn.sigmoid(before), model.boundary.kernel, model.boundary.eps))
-    shares = {"of_image": edge / area(jnp.ones_like(before)), "of_mask": edge / jnp.maximum(area(before > 0), 1e-6)}
-    return shares, jnp.stack([before, after], 2)
+    edge = band(jax.nn.sigmoid(before), model.boundary.kernel, model.boundary.eps)
+    whole = area(jnp.ones_like(before))
+    return {"band": area(edge) / whole, "mask": area(before > 0) / whole}, jnp.stack([before, after], 2)
 
 
 def boundary(mask: Bool[np.ndarray, "y x"], distance: int) -> Bool[np.ndarray, "y x"]:
@@ -81,11 +81,12 @@ def gain(measured: Measured) -> float:
 def summarise(measured: Sequence[Measured]) -> dict[str, Any]:
     """Means of the bands, of iou and boundary_iou ([before, after]), and the shares helped and harmed; percent."""
     iou = np.array([m.iou for m in measured])
+    edge, area = ([float(m.values[name]) for m in measured] for name in ("band", "mask"))
     mean = lambda values: (100 * np.mean(values, 0)).tolist()  # noqa: E731
     return {
         "n": len(measured),
-        "band_of_image": mean([m.values["of_image"] for m in measured]),
-        "band_of_mask": mean([m.values["of_mask"] for m in measured]),
+        "band_of_image": mean(edge),
+        "band_of_mask": 100 * sum(edge) / sum(area) if sum(area) else None,
         "iou": mean(iou),
         "boundary_iou": mean([m.values["boundary_iou"] for m in measured]),
         "helped": mean(iou[:, 1] > iou[:, 0]),

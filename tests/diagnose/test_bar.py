@@ -52,7 +52,7 @@ def measured(before, after):
     masks = np.array([before, after])
     iou = np.array([(m & truth).sum() / (m | truth).sum() for m in masks])
     sample = Sample(1, "1.png", 1, 1, 1, "it", "", (0,), 1, "it")
-    values = {"of_image": np.float32(0.1), "of_mask": np.float32(0.4)}
+    values = {"band": np.float32(masks[0].mean() / 2), "mask": np.float32(masks[0].mean())}
     return bar.with_boundary(Measured(sample, values, iou, masks, truth, np.zeros_like(truth), np.zeros((20, 20, 3), np.uint8)))
 
 
@@ -65,5 +65,6 @@ def test_helped_and_harmed():
     assert (found["n"], found["helped"], found["harmed"]) == (4, 50, 25)
     ious = np.array([[100 / 120, 1], [1, 1], [1, 0.6], [0.6, 100 / 120]])
     assert found["iou"] == pytest.approx((100 * ious.mean(0)).tolist())
-    assert (found["band_of_image"], found["band_of_mask"]) == pytest.approx((10, 40))
+    areas = [120, 100, 100, 60]  # of the masks before BAR; every band is half as large
+    assert (found["band_of_image"], found["band_of_mask"]) == pytest.approx((100 * np.mean(areas) / 2 / 400, 50))
     assert found["boundary_iou"][0] == pytest.approx(100 * np.mean([bar.boundary_iou(r.masks[0], r.truth) for r in rows]))
