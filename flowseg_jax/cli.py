@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 from etils import epath
@@ -18,6 +19,9 @@ from ml_collections import ConfigDict
 from flowseg_jax import config as configs
 from flowseg_jax import storage
 from flowseg_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from flowseg_jax.prediction.inputs import Job
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = ROOT / "checkpoints" / "shapes_tiny"  # the trained tiny model that comes with the repository
@@ -219,18 +223,70 @@ def results_directory(arguments: argparse.Namespace, name: str) -> Path:
 
 
 def predict(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(prog="predict.py", description="Segments what a sentence names; writes an overlay PNG and a JSON.")
+    parser = Parser(prog="predict.py", description="Segments what sentences name, in an image, a folder of them or a JSONL.")
     add_model_flags(parser)
-    parser.add_argument("--image", metavar="FILE", required=True)
-    parser.add_argument("--text", required=True, help="what to segment")
+    parser.add_argument("--image", metavar="FILE|DIR", help="an image, or a folder of them")
+    parser.add_argument("--input", metavar="JSONL", help='instead: lines {"image": path, "text": one or a list}')
+    parser.add_argument("--text", action="append", metavar="TEXT", help="what to segment; may be repeated")
+    parser.add_argument(
+        "--generate", action="store_true", help="the model writes its answers, with any number of masks, itself"
+    )
+    parser.add_argument(
+        "--chat", action="append", metavar="QUESTION", help="instead of --text: a free question; may be repeated"
+    )
+    parser.add_argument(
+        "--max-tokens", type=int, metavar="N", help="with --generate or --chat: length of an answer, default 128"
+    )
+    parser.add_argument("--top-k", type=int, metavar="N", help="candidates in the JSON, default 5")
+    parser.add_argument("--all-above", type=float, metavar="SCORE", help="instead: all with this score, their union the answer")
+    parser.add_argument(
+        "--no-target-below", type=float, metavar="SCORE", help="best scores below mean that there is no such thing"
+    )
+    parser.add_argument("--save", default="overlay,rle", metavar="KINDS", help="of overlay,rle,png; default overlay,rle")
     parser.add_argument("--out", metavar="DIR", default="runs/predictions")
-    parser.add_argument("--top-k", type=int, default=5, help="candidates in the JSON")
     arguments = parser.parse_args(argv)
+    jobs = prediction_jobs(arguments)
     from flowseg_jax import predict as prediction
+    from flowseg_jax.prediction import outputs, run
     from flowseg_jax.writers import heartbeat, say
 
-    with heartbeat("loading and compiling"):
+    if arguments.top_k is not None and arguments.all_above is not None:
+        raise UserError("--top-k and --all-above both say which candidates are kept: give one of them")
+    options = {key: getattr(arguments, key) for key in ("top_k", "all_above", "no_target_below")}
+    options = {key: value for key, value in options.items() if value is not None}
+    prediction.Selection(**options)
+    writes = arguments.generate or bool(arguments.chat)
+    if arguments.max_tokens is not None:
+        if not writes:
+            raise UserError("--max-tokens belongs to --generate and --chat: add one of them, or leave it out")
+        options["max_new_tokens"] = arguments.max_tokens
+    many = bool(arguments.input) or Path(arguments.image).is_dir()
+    writer = outputs.Writer(arguments.out, outputs.kinds(arguments.save), table=many)
+    with heartbeat("loading"):
         segmentor = prediction.load(model_directory(arguments))
-        path = prediction.predict(segmentor, arguments.image, arguments.text, arguments.out, top_k=arguments.top_k)
-    say(f"{path}\n{path.with_suffix('.png')}")
-    return 0
+    method = segmentor.chat if arguments.chat else segmentor.generate if writes else segmentor.ask
+    respond = functools.partial(method, **options)
+    with writer:
+        done = run.run(segmentor, jobs, respond, writer, strict=not many)
+    say("\n".join(map(str, done.paths)) if not many else f"{Path(arguments.out) / outputs.TABLE}")
+    if done.last and not writes:
+        say(run.latency(segmentor, *done.last, respond))
+    return 1 if done.failed else 0
+
+
+def prediction_jobs(arguments: argparse.Namespace) -> list[Job]:
+    """What `--image` or `--input` and `--text` or `--chat` ask for."""
+    from flowseg_jax.prediction import inputs
+
+    texts = arguments.chat or arguments.text
+    if bool(arguments.image) == bool(arguments.input):
+        raise UserError("give --image=FILE, --image=DIR or --input=FILE.jsonl, one of them")
+    if arguments.chat and (arguments.text or arguments.generate):
+        raise UserError("--chat asks free questions, --text and --generate segment: give one of them")
+    if arguments.input:
+        if texts:
+            raise UserError("--input has its own texts: leave --text and --chat out")
+        return inputs.lines(arguments.input)
+    if not texts:
+        raise UserError('--text is missing: say what to segment, as in --text="the red circle"')
+    return inputs.images(arguments.image, texts, "--chat" if arguments.chat else "--text")

@@ -1,71 +1,51 @@
-"""An image and sentences in; for each the selected mask at the image's own size, its score and the runners-up out."""
+"""An image and sentences in; for each the selected mask at the image's own size, its score and the runners-up out.
+
+An image is looked at once; any number of sentences share the look. By default the model is handed the answer that carries
+`<SEG>` (`Segmentor.ask`); `Segmentor.generate` and `Segmentor.chat` let it write the answer itself.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
 import os
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
-from jaxtyping import Bool, UInt8
+from jaxtyping import UInt8
 from PIL import Image
 
 from flowseg_jax import model_directory
-from flowseg_jax.data import batching, drawing, images, masks
-from flowseg_jax.data.batch import BatchShape
+from flowseg_jax.data import batching, images
+from flowseg_jax.data.batch import BatchShape, Views
 from flowseg_jax.data.evaluation import PHRASES, round_shape
 from flowseg_jax.data.prompts import Prompts, check_phrase
 from flowseg_jax.data.tokenizer import Tokenizer, load_tokenizer
 from flowseg_jax.errors import UserError
-from flowseg_jax.evaluation import pictures, postprocess
-from flowseg_jax.models import flowseg
+from flowseg_jax.evaluation import postprocess
+from flowseg_jax.models import flowseg, generate
 from flowseg_jax.models.config import FlowSegConfig
+from flowseg_jax.prediction.answers import Candidate, Prediction, Selection, select
+
+__all__ = ["Answer", "Candidate", "Look", "Prediction", "Prepared", "Segmentor", "Selection", "load"]
+
+ANSWER_TOKENS = 128  # that the model may write, its end included
 
 
 @dataclasses.dataclass(frozen=True)
-class Candidate:
-    """One mask that the model proposes.
+class Prepared:
+    """A decoded image as the model takes it.
 
     Attributes:
-        query: which of the model's queries. score: in [0, 1].
-        mask: bool [H, W] at the image's own size.
-    """
-
-    query: int
-    score: float
-    mask: Bool[np.ndarray, "y x"]
-
-    def to_json(self) -> dict[str, Any]:
-        """query, score, area (pixels) and rle, COCO's run-length code with compressed counts."""
-        rle = {"size": list(self.mask.shape), "counts": masks.encode(self.mask.astype(np.uint8))}
-        return {"query": self.query, "score": self.score, "area": int(self.mask.sum()), "rle": rle}
-
-
-@dataclasses.dataclass(frozen=True)
-class Prediction:
-    """The answer to one sentence.
-
-    Attributes:
-        name: the image file. text: the sentence.
-        image: uint8 [H, W, 3], upright.
-        candidates: highest score first; the first one is the selected mask.
+        name: what to call it. image: uint8 [H, W, 3], upright.
+        views: it alone.
     """
 
     name: str
-    text: str
     image: UInt8[np.ndarray, "y x 3"]
-    candidates: Sequence[Candidate]
-
-    def to_json(self) -> dict[str, Any]:
-        height, width = self.image.shape[:2]
-        top = [candidate.to_json() for candidate in self.candidates]
-        return {"image": self.name, "height": height, "width": width, "text": self.text, **top[0], "candidates": top}
+    views: Views
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,8 +64,27 @@ class Look:
     seen: flowseg.Seen
 
 
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What the model wrote.
+
+    Attributes:
+        question: what it was asked.
+        text: its words, `<p>`, `</p>` and `<SEG>` included.
+        complete: it came to an end before it ran out of tokens.
+        predictions: one for each `<SEG>` that stands for a phrase.
+    """
+
+    question: str
+    text: str
+    complete: bool
+    predictions: Sequence[Prediction]
+
+
 class Segmentor:
     """A model that is ready to answer; sentences of similar length and images of a similar size share their compilations.
+
+    Every method that answers takes the fields of `Selection` as keywords: `top_k`, `all_above`, `no_target_below`.
 
     Args:
         graphdef, params: the model (`models.flowseg.create`).
@@ -93,6 +92,7 @@ class Segmentor:
         image, vision: sides S and V of its two square inputs, pixels.
         visual_tokens: slots that an image takes in the prompt.
         prompts: its chat template (None: the default one); the fixed wording is used.
+        no_target_below: what `Selection.no_target_below` is where it is not given.
     """
 
     def __init__(
@@ -105,98 +105,199 @@ class Segmentor:
         vision: int,
         visual_tokens: int,
         prompts: Prompts | None = None,
+        no_target_below: float = 0.0,
     ):
-        self._params, self._tokenizer = params, tokenizer
+        self._params, self._tokenizer, self._no_target_below = params, tokenizer, no_target_below
         self._prompts = dataclasses.replace(prompts or Prompts(), vary=False)
         self._shape = BatchShape(1, 0, PHRASES[-1], 0, image, vision)
         self._prefix = np.array(batching.encode_prefix(self._prompts, tokenizer, visual_tokens), np.int32)
+        marks = generate.Marks(tokenizer.phrase_start, tokenizer.phrase_end, tokenizer.seg)
+        self._eos = tuple({*tokenizer.encode(self._prompts.template.suffix)[:1], *_known(tokenizer.hf.eos_token_id)})
 
-        def top(params, seen, questions, count):
-            model = flowseg.bind(graphdef, params)
-            found = model.ask(seen, questions)
+        def top(model, found, count):
             chosen = postprocess.top(found.scores, found.mask_logits, min(count, found.scores.shape[-1]))
             return dataclasses.replace(chosen, logits=postprocess.refine(model, chosen.logits, found.mask_features))
 
+        def ask(params, seen, questions, count):
+            model = flowseg.bind(graphdef, params)
+            return top(model, model.ask(seen, questions), count)
+
+        def write(params, seen, asked, tokens):
+            return generate.write(flowseg.bind(graphdef, params), seen, asked, max_new_tokens=tokens, eos=self._eos)
+
+        def segment(params, seen, asked, written, outputs, count):
+            model = flowseg.bind(graphdef, params)
+            found, pairs = generate.segment(model, seen, asked, written, marks=marks, outputs=outputs)
+            return top(model, found, count), pairs
+
         self._see = jax.jit(lambda params, views, prefix: flowseg.bind(graphdef, params).see(views, prefix))
-        self._top, self._restore = jax.jit(top, static_argnums=3), jax.jit(postprocess.restore)
+        self._ask, self._restore = jax.jit(ask, static_argnums=3), jax.jit(postprocess.restore)
+        self._write, self._segment = jax.jit(write, static_argnums=3), jax.jit(segment, static_argnums=(4, 5))
 
-    def __call__(self, image: Image.Image, text: str, *, top_k: int = 5, name: str = "image") -> Prediction:
+    def __call__(self, image: Image.Image, text: str, *, name: str = "image", **selection: Any) -> Prediction:
         """`segment` for one sentence about an upright RGB image in memory."""
-        return self.ask(self.look(image, name=name), [text], top_k=top_k)[0]
+        return self.ask(self.look(image, name=name), [text], **selection)[0]
 
-    def segment(self, image: str | os.PathLike[str] | Image.Image, texts: Sequence[str], *, top_k: int = 5) -> list[Prediction]:
+    def segment(self, image: str | os.PathLike[str] | Image.Image, texts: Sequence[str], **selection: Any) -> list[Prediction]:
         """Segments what each text names; all texts share one look at the image.
 
         Args:
             image: a file (EXIF rotation applied) or an upright image.
             texts: what to segment, one answer each.
-            top_k: candidates an answer.
+            **selection: fields of `Selection`.
 
         Raises:
             UserError: a damaged file; an empty text or one with a mark of the tokenizer; outputs that are no numbers.
         """
-        _check(texts, top_k)
-        return self.ask(self.look(image), texts, top_k=top_k)
+        self.check(texts)
+        Selection(**selection)
+        return self.ask(self.look(image), texts, **selection)
 
-    def look(self, image: str | os.PathLike[str] | Image.Image, *, name: str = "image") -> Look:
-        """Looks at a file (EXIF rotation applied) or an upright image. Raises a UserError for a damaged file."""
+    def prepare(self, image: str | os.PathLike[str] | Image.Image, *, name: str = "image") -> Prepared:
+        """Decodes and resizes a file (EXIF rotation applied) or an upright image, on the host alone: a thread may do it.
+
+        Raises:
+            UserError: a damaged file.
+        """
         if not isinstance(image, Image.Image):
             name, image = os.fspath(image), images.load(image, exif=True)
         image = image.convert("RGB")
         pixels = batching.prepare_pixels(image, (), self._shape)
-        views = batching.views([pixels], 1, (self._shape.image, self._shape.vision))
-        return Look(name, np.array(image), views.scaled_size, self._see(self._params, views, self._prefix))
+        return Prepared(name, np.array(image), batching.views([pixels], 1, (self._shape.image, self._shape.vision)))
 
-    def ask(self, look: Look, texts: Sequence[str], *, top_k: int = 5) -> list[Prediction]:
-        """Segments what each text names in an image that has been looked at; arguments and errors as in `segment`."""
-        _check(texts, top_k)
+    def look(self, image: str | os.PathLike[str] | Image.Image | Prepared, *, name: str = "image") -> Look:
+        """Looks at an image: a file, an upright image, or one that `prepare` has prepared; errors as there."""
+        ready = image if isinstance(image, Prepared) else self.prepare(image, name=name)
+        seen = self._see(self._params, ready.views, self._prefix)
+        return Look(ready.name, ready.image, ready.views.scaled_size, seen)
+
+    def check(self, texts: Sequence[str], where: str = "text") -> None:
+        """Raises a UserError, which names `where`, for texts that cannot be asked: none, empty ones, those with a mark."""
+        if isinstance(texts, str):
+            raise UserError(f"{where}: expected a list of texts, got one string")
+        if not texts or not all(text.strip() for text in texts):
+            raise UserError(f"{where}: a text is empty: say what to segment")
         for text in texts:
-            check_phrase(text, self._tokenizer, look.name)
-        most = PHRASES[-1]
-        parts = [texts[at : at + most] for at in range(0, len(texts), most)]
-        return [prediction for part in parts for prediction in self._ask(look, part, top_k)]
+            check_phrase(text, self._tokenizer, where)
 
-    def _ask(self, look: Look, texts: Sequence[str], top_k: int) -> list[Prediction]:
-        """As `ask`, for as many texts as one round takes."""
-        conversations = batching.ask(self._prompts, texts)
-        said = [batching.encode_conversation(c, self._prompts, self._tokenizer, look.name) for c in conversations]
-        shape = (1, *round_shape(len(said), sum(len(c.tokens) for c in said)))
-        questions = batching.questions([said], shape, len(self._prefix), self._tokenizer.pad, [look.name])
-        chosen = self._top(self._params, look.seen, questions, top_k)
+    def ask(self, look: Look, texts: Sequence[str], **selection: Any) -> list[Prediction]:
+        """Segments what each text names in an image that has been looked at; arguments and errors as in `segment`."""
+        chosen_by = self._selection(selection)
+        self.check(texts)
+        return [
+            select(look.name, text, look.image, found, chosen_by)
+            for part in _rounds(texts)
+            for text, found in zip(part, self._candidates_of(look, part, chosen_by.count), strict=True)
+        ]
+
+    def generate(
+        self, look: Look, texts: Sequence[str], *, max_new_tokens: int = ANSWER_TOKENS, **selection: Any
+    ) -> list[Answer]:
+        """As `ask`, but the model writes its answer to each text itself; it may have several masks or none.
+
+        A mask is conditioned on the phrase that the model wrote, or else on the text (`models.generate.pair_outputs`).
+        """
+        asked = [turn.question for conversation in batching.ask(self._prompts, texts) for turn in conversation.turns]
+        return self._generate(look, texts, asked, max_new_tokens, self._selection(selection))
+
+    def chat(
+        self, look: Look, questions: Sequence[str], *, max_new_tokens: int = ANSWER_TOKENS, **selection: Any
+    ) -> list[Answer]:
+        """Answers free questions about an image. A `<SEG>` has a mask if the model writes the phrase `<p>..</p>` for it."""
+        return self._generate(look, questions, questions, max_new_tokens, self._selection(selection))
+
+    def _selection(self, selection: dict[str, Any]) -> Selection:
+        chosen_by = Selection(**selection)
+        if chosen_by.no_target_below is None:
+            chosen_by = dataclasses.replace(chosen_by, no_target_below=self._no_target_below)
+        return chosen_by
+
+    def _candidates_of(self, look: Look, texts: Sequence[str], count: int) -> list[list[Candidate]]:
+        """The best `count` candidates of each text, for as many texts as one round takes."""
+        encoded = [
+            batching.encode_conversation(conversation, self._prompts, self._tokenizer, look.name)
+            for conversation in batching.ask(self._prompts, texts)
+        ]
+        shape = (1, *round_shape(len(texts), sum(len(one.tokens) for one in encoded)))
+        questions = batching.questions([encoded], shape, len(self._prefix), self._tokenizer.pad, [look.name])
+        chosen = self._ask(self._params, look.seen, questions, count)
+        return list(self._at_original_size(look, chosen, range(len(texts))))
+
+    def _generate(
+        self, look: Look, texts: Sequence[str], asked: Sequence[str], max_new_tokens: int, chosen_by: Selection
+    ) -> list[Answer]:
+        self.check(texts)
+        if max_new_tokens < 1:
+            raise UserError(f"max_new_tokens is {max_new_tokens}: at least one is needed")
+        pairs = [*zip(texts, asked, strict=True)]
+        return [answer for part in _rounds(pairs) for answer in self._answer(look, part, max_new_tokens, chosen_by)]
+
+    def _answer(self, look: Look, part: Sequence[tuple[str, str]], max_new_tokens: int, chosen_by: Selection) -> list[Answer]:
+        """The answers to as many (text, question) as one round takes."""
+        ids = [self._tokenizer.encode(question + self._prompts.template.tail) for _, question in part]
+        k, t = round_shape(len(part), max(map(len, ids)))
+        asked = generate.Asked.of([ids], (1, k, t))
+        written = self._write(self._params, look.seen, asked, max_new_tokens)
+        tokens, lengths = jax.device_get((written.tokens, written.lengths))
+        most = int((tokens == self._tokenizer.seg).sum(1).max())
+        found: dict[int, list[tuple[str, list[Candidate]]]] = {}
+        if most:
+            outputs = next((n for n in PHRASES if most <= n), -(-most // PHRASES[-1]) * PHRASES[-1])
+            chosen, pairs = self._segment(self._params, look.seen, asked, written, outputs, chosen_by.count)
+            pairs, whole = jax.device_get(pairs), np.concatenate([asked.tokens[0], tokens], 1)
+            rows, nth = np.nonzero(pairs.exists)
+            phrases = [whole[i, pairs.start[i, j] + 1 : pairs.end[i, j]] for i, j in zip(rows, nth, strict=True)]
+            restored = self._at_original_size(look, chosen, rows * outputs + nth)
+            for row, phrase, candidates in zip(rows, phrases, restored, strict=True):
+                found.setdefault(int(row), []).append((self._decode(phrase), candidates))
+        answers = []
+        for row, (text, _) in enumerate(part):
+            said = tokens[row, : lengths[row]]
+            complete = bool(said[-1] in self._eos)
+            words = self._decode(said[:-1] if complete else said)
+            masks = [select(look.name, text, look.image, c, chosen_by, words, phrase) for phrase, c in found.get(row, ())]
+            answers.append(Answer(text, words, complete, masks))
+        return answers
+
+    def _decode(self, ids: np.ndarray) -> str:
+        return self._tokenizer.hf.decode(ids.tolist(), skip_special_tokens=False).strip()
+
+    def _at_original_size(self, look: Look, chosen: postprocess.Chosen, phrases: Sequence[int]) -> Iterator[list[Candidate]]:
+        """The candidates of each of these phrases, without those that are no numbers.
+
+        Raises:
+            UserError: the best one is none.
+        """
         size = look.image.shape[:2]
         where = postprocess.geometry(look.scaled, [size], grid=chosen.logits.shape[-2:], padded_size=self._shape.image)
-        nothing = np.zeros((1, shape[1], where.bucket[0], where.bucket[1] // 8), np.uint8)
-        truth = postprocess.Truth.plain(nothing)
-        chosen, restored = jax.device_get((chosen, self._restore(chosen.logits, where, truth)))
-
-        def answer(k: int, text: str) -> Prediction:
-            rows = [
-                Candidate(int(query), float(score), postprocess.unpack_mask(mask, size))
-                for query, score, mask, finite in zip(
-                    chosen.query[0, k], chosen.score[0, k], restored.masks[0, k], restored.finite[0, k], strict=True
-                )
-                if finite
-            ]
-            if not rows or not restored.finite[0, k, 0]:
+        blank = np.zeros((1, chosen.query.shape[1], where.bucket[0], where.bucket[1] // 8), np.uint8)
+        restored = self._restore(chosen.logits, where, postprocess.Truth.plain(blank))
+        query, score, packed, finite = jax.device_get((chosen.query, chosen.score, restored.masks, restored.finite))
+        for k in phrases:
+            if not finite[0, k, 0]:
                 raise UserError(
                     f"{look.name}: the model's output holds no numbers (NaN or infinity); its checkpoint is damaged"
                 )
-            return Prediction(look.name, text, look.image, rows)
+            yield [
+                Candidate(int(query[0, k, n]), float(score[0, k, n]), postprocess.unpack_mask(packed[0, k, n], size))
+                for n in np.flatnonzero(finite[0, k])
+            ]
 
-        return [answer(k, text) for k, text in enumerate(texts)]
+
+def _known(value: int | None) -> tuple[int, ...]:
+    return () if value is None else (value,)
 
 
-def _check(texts: Sequence[str], top_k: int) -> None:
-    if top_k < 1:
-        raise UserError(f"top_k is {top_k}: at least one candidate is needed")
-    if isinstance(texts, str):
-        raise UserError("segment takes a list of texts, got one string")
-    if not texts or not all(text.strip() for text in texts):
-        raise UserError("a text is empty: say what to segment")
+def _rounds(texts: Sequence[Any]) -> list[Sequence[Any]]:
+    most = PHRASES[-1]
+    return [texts[at : at + most] for at in range(0, len(texts), most)]
 
 
 def load(directory: str | os.PathLike[str]) -> Segmentor:
-    """The segmentor of a model directory (`model_directory.save_model`); its `extra["prompts"]` holds the fields of `Prompts`.
+    """The segmentor of a model directory (`model_directory.save_model`).
+
+    Of its `extra`, "prompts" holds the fields of `Prompts`, and "no_target_below" the score below which the answer is "nothing"
+    (`Selection`), if it has one.
 
     Raises:
         UserError: not a model directory, a damaged one, or one whose tokenizer does not fit the model.
@@ -209,6 +310,9 @@ def load(directory: str | os.PathLike[str]) -> Segmentor:
     tokenizer = load_tokenizer(loaded.tokenizer_dir, needed=prompts.needed)
     if tokenizer.vocab > cfg.llm.vocab:
         raise UserError(f"{directory}: the tokenizer has {tokenizer.vocab} ids, the model's embedding table {cfg.llm.vocab}")
+    below = loaded.extra.get("no_target_below", 0.0)
+    if isinstance(below, bool) or not isinstance(below, (int, float)) or not 0 <= below <= 1:
+        raise UserError(f"{directory}: extra.no_target_below in its config.json is {below!r}, not a number from 0 to 1")
     return Segmentor(
         graphdef,
         loaded.params,
@@ -217,44 +321,5 @@ def load(directory: str | os.PathLike[str]) -> Segmentor:
         vision=cfg.siglip.image_size,
         visual_tokens=cfg.visual_tokens,
         prompts=prompts,
+        no_target_below=float(below),
     )
-
-
-def predict(
-    segmentor: Segmentor, image: str | os.PathLike[str], text: str, out: str | os.PathLike[str], *, top_k: int = 5
-) -> Path:
-    """Answers one sentence about one image file (EXIF rotation applied) and writes an overlay PNG and a JSON of the same name.
-
-    Args:
-        segmentor: the model.
-        image: any image file that Pillow reads. text: what to segment.
-        out: the folder to write to.
-        top_k: how many candidates the JSON holds.
-
-    Returns:
-        The JSON's path; the overlay has the suffix .png instead.
-
-    Raises:
-        UserError: a damaged image, a text that cannot be asked, an unwritable folder. Nothing is written then.
-    """
-    return write(segmentor(images.load(image, exif=True), text, top_k=top_k, name=os.fspath(image)), out)
-
-
-def write(prediction: Prediction, out: str | os.PathLike[str]) -> Path:
-    """Writes `<image>_<text>.png` and `.json` to the folder `out`, both or neither; returns the JSON's path."""
-    path = Path(out) / f"{Path(prediction.name).stem}_{drawing.slug(prediction.text)}.json"
-    parts = {path.with_suffix(suffix): path.with_suffix(f"{suffix}.part") for suffix in (".png", ".json")}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        drawn = Image.fromarray(drawing.overlay(prediction.image, prediction.candidates[0].mask, pictures.SELECTED))
-        drawn.save(parts[path.with_suffix(".png")], format="PNG")
-        text = json.dumps(prediction.to_json(), indent=1, ensure_ascii=False) + "\n"
-        parts[path].write_text(text, encoding="utf-8")
-        for final, part in parts.items():
-            os.replace(part, final)
-    except OSError as error:
-        for part in parts.values():
-            with contextlib.suppress(OSError):
-                part.unlink()
-        raise UserError(f"cannot write {path}: {error.strerror}; choose a folder you can write to") from error
-    return path

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
+import re
 import shutil
 
 import jax
@@ -13,15 +16,19 @@ from flax import nnx
 from PIL import Image
 from pycocotools import mask as coco
 
-from flowseg_jax import predict
-from flowseg_jax.data import drawing
+from flowseg_jax import cli, predict
+from flowseg_jax.data import batching, drawing
+from flowseg_jax.data.prompts import Conversation, Prompts
+from flowseg_jax.data.records import Turn
 from flowseg_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from flowseg_jax.errors import UserError
-from flowseg_jax.evaluation import pictures
+from flowseg_jax.evaluation import pictures, postprocess
 from flowseg_jax.model_directory import save_model
-from flowseg_jax.models import flowseg
+from flowseg_jax.models import flowseg, generate
 from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.models.language import Cache, LanguageConfig
+from flowseg_jax.prediction import inputs, outputs, run
+from flowseg_jax.prediction.answers import Candidate, Selection, distinct, select
 
 SIDE, GRID, QUERIES = 48, 12, 4
 
@@ -82,14 +89,22 @@ def decode(candidate):
     return coco.decode({"size": rle["size"], "counts": rle["counts"].encode()}).astype(bool)
 
 
+def predict_file(model, image, text, out, **selection):
+    """What the command does with one image and one text; the JSON's path."""
+    with outputs.Writer(out, ("overlay", "rle"), table=False) as writer:
+        jobs = inputs.images(image, [text], "--text")
+        done = run.run(model, jobs, functools.partial(model.ask, **selection), writer, strict=True)
+    return done.paths[0]
+
+
 def test_a_file_becomes_an_overlay_and_a_json(model, tmp_path):
     Image.fromarray(picture()).save(tmp_path / "photo.png")
-    path = predict.predict(model, tmp_path / "photo.png", "the Red circle", tmp_path / "out", top_k=3)
+    path = predict_file(model, tmp_path / "photo.png", "the Red circle", tmp_path / "out", top_k=3)
     assert path == tmp_path / "out" / "photo_the-red-circle.json"
     assert sorted(p.name for p in path.parent.iterdir()) == ["photo_the-red-circle.json", "photo_the-red-circle.png"]
     answer = json.loads(path.read_text())
     assert (answer["height"], answer["width"], answer["text"]) == (60, 90, "the Red circle")
-    assert len(answer["candidates"]) == 3 and answer["rle"] == answer["candidates"][0]["rle"]
+    assert answer["found"] is True and len(answer["candidates"]) == 3 and answer["rle"] == answer["candidates"][0]["rle"]
     scores = [c["score"] for c in answer["candidates"]]
     assert scores == sorted(scores, reverse=True) and answer["score"] == scores[0]
     mask = decode(answer)
@@ -112,7 +127,7 @@ def test_exif_rotation_is_applied(model, tmp_path):
     Image.fromarray(np.rot90(upright)).save(tmp_path / "a.png", exif=exif)
     Image.fromarray(upright).save(tmp_path / "b.png")
     turned, plain = (
-        json.loads(predict.predict(model, tmp_path / n, "it", tmp_path / "out").read_text()) for n in ("a.png", "b.png")
+        json.loads(predict_file(model, tmp_path / n, "it", tmp_path / "out").read_text()) for n in ("a.png", "b.png")
     )
     assert (turned["height"], turned["width"]) == (60, 90)
     assert turned["candidates"] == plain["candidates"]
@@ -124,7 +139,7 @@ def test_exif_rotation_is_applied(model, tmp_path):
 def test_any_image_works(model, tmp_path, size, mode):
     suffix = "png" if mode != "CMYK" else "jpg"
     Image.new(mode, size[::-1], 200 if mode == "L" else tuple([200] * len(mode))).save(tmp_path / f"x.{suffix}")
-    answer = json.loads(predict.predict(model, tmp_path / f"x.{suffix}", "all of it", tmp_path / "out").read_text())
+    answer = json.loads(predict_file(model, tmp_path / f"x.{suffix}", "all of it", tmp_path / "out").read_text())
     assert (answer["height"], answer["width"]) == size
     assert decode(answer).shape == size
     if mode in ("RGB", "L") and size != (50, 8000):  # at 48 pixels that one is a line that its padding outshines
@@ -138,7 +153,7 @@ def test_no_more_candidates_than_queries(model):
 
 
 @pytest.mark.parametrize(
-    "content, message", [(b"not an image", "not an image"), (b"", "empty"), (None, "cannot read"), ("cut", "truncated")]
+    "content, message", [(b"not an image", "not an image"), (b"", "empty"), (None, "no such image"), ("cut", "truncated")]
 )
 def test_bad_images_leave_nothing_behind(model, tmp_path, content, message):
     file = tmp_path / "x.jpg"
@@ -148,7 +163,7 @@ def test_bad_images_leave_nothing_behind(model, tmp_path, content, message):
     if content is not None:
         file.write_bytes(content)
     with pytest.raises(UserError, match=rf"x\.jpg.*{message}"):
-        predict.predict(model, file, "it", tmp_path / "out")
+        predict_file(model, file, "it", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -156,14 +171,14 @@ def test_bad_images_leave_nothing_behind(model, tmp_path, content, message):
 def test_texts_that_cannot_be_asked(model, tmp_path, text, message):
     Image.fromarray(picture()).save(tmp_path / "x.png")
     with pytest.raises(UserError, match=message):
-        predict.predict(model, tmp_path / "x.png", text, tmp_path / "out")
+        predict_file(model, tmp_path / "x.png", text, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_outputs_that_are_no_numbers(tokenizer_directory, tmp_path):
     Image.fromarray(picture()).save(tmp_path / "x.png")
     with pytest.raises(UserError, match="holds no numbers"):
-        predict.predict(segmentor(tokenizer_directory, np.nan), tmp_path / "x.png", "it", tmp_path / "out")
+        predict_file(segmentor(tokenizer_directory, np.nan), tmp_path / "x.png", "it", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -171,24 +186,27 @@ def test_an_unwritable_folder(model, tmp_path):
     Image.fromarray(picture()).save(tmp_path / "x.png")
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
-        predict.predict(model, tmp_path / "x.png", "it", tmp_path / "file" / "out")
+        predict_file(model, tmp_path / "x.png", "it", tmp_path / "file" / "out")
+
+
+def random_params(cfg):
+    rng = np.random.default_rng(0)
+    abstract = flowseg.at_rest(flowseg.describe(cfg)[1])
+    return jax.tree.map(lambda x: (0.05 * rng.normal(size=x.shape)).astype(np.float32), abstract)
 
 
 @pytest.fixture(scope="module")
 def model_directory(tokenizer_directory, tmp_path_factory):
     """A tiny FlowSeg of random numbers."""
     cfg = FlowSegConfig.tiny(vocab=load_tokenizer(tokenizer_directory).vocab)
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(
-        lambda x: (0.05 * rng.normal(size=x.shape)).astype(np.float32), flowseg.at_rest(flowseg.describe(cfg)[1])
-    )
+    params = random_params(cfg)
     directory = tmp_path_factory.mktemp("model") / "tiny"
     return save_model(directory, params, cfg.to_dict(), tokenizer_directory, extra={"prompts": {"question": 1}})
 
 
 def test_a_model_directory_answers(model_directory, tmp_path):
     Image.fromarray(picture()).save(tmp_path / "x.png")
-    answer = json.loads(predict.predict(predict.load(model_directory), tmp_path / "x.png", "it", tmp_path).read_text())
+    answer = json.loads(predict_file(predict.load(model_directory), tmp_path / "x.png", "it", tmp_path).read_text())
     assert len(answer["candidates"]) == 5 and len({c["query"] for c in answer["candidates"]}) == 5
     assert all(0 <= c["score"] <= 1 for c in answer["candidates"])
     assert decode(answer).shape == (60, 90)
@@ -219,3 +237,320 @@ def test_a_tokenizer_larger_than_the_model_is_refused(model_directory, tmp_path)
     )
     with pytest.raises(UserError, match=r"has \d+ ids, the model's embedding table \d+"):
         predict.load(directory)
+
+
+def test_a_threshold_of_the_model_directory(model_directory, tmp_path):
+    directory = tmp_path / "model"
+    shutil.copytree(model_directory, directory)
+    config = json.loads((directory / "config.json").read_text())
+    for below, problem in ((1.0, None), ("high", "no_target_below .* 'high'"), (2, "no_target_below .* 2")):
+        config["extra"]["no_target_below"] = below
+        (directory / "config.json").write_text(json.dumps(config))
+        if problem:
+            with pytest.raises(UserError, match=problem):
+                predict.load(directory)
+            continue
+        segmentor = predict.load(directory)
+        look = segmentor.look(Image.fromarray(picture()))
+        assert not segmentor.ask(look, ["it"])[0].found
+        assert segmentor.ask(look, ["it"], no_target_below=0)[0].mask.any(), "what is asked for wins"
+
+
+# ------------------------------------------------------------------------------------------------------- candidates to answers
+
+
+def bands(*edges):
+    """Nested masks: from each edge on to the right."""
+    x = np.arange(100)
+    return [Candidate(q, 0.9 - q / 10, np.broadcast_to(x >= edge, (7, 100))) for q, edge in enumerate(edges)]
+
+
+def test_near_duplicates_and_empty_masks_are_left_out():
+    """IoU 0.8 is a duplicate, 79/100 is none; what is compared with is kept itself."""
+    assert [c.query for c in distinct(bands(0, 20, 21, 36, 100))] == [0, 2]
+    assert distinct([]) == []
+
+
+def answer_of(candidates, **selection):
+    return select("x.png", "it", np.zeros((7, 100, 3), np.uint8), candidates, Selection(**selection))
+
+
+def test_what_is_the_answer():
+    nested = bands(60, 0, 99)
+    assert answer_of(nested).mask.sum() == 7 * 40 and len(answer_of(nested).candidates) == 3
+    union = answer_of(nested, all_above=0.8)
+    assert union.mask.all() and [c.query for c in union.candidates] == [0, 1]
+    assert answer_of(nested, no_target_below=0.9).found
+    for selection in ({"no_target_below": 0.91}, {"all_above": 0.91}, {"no_target_below": 0.91, "all_above": 0.1}):
+        none = answer_of(nested, **selection)
+        assert (none.found, none.mask.any(), none.score) == (False, False, 0.9)
+        assert none.to_json()["area"] == 0 and none.to_json()["found"] is False
+    assert "rle" not in json.dumps(answer_of(nested).to_json(rle=False))
+
+
+@pytest.mark.parametrize("selection", [{"top_k": 0}, {"all_above": 1.1}, {"no_target_below": -0.1}, {"all_above": np.nan}])
+def test_selections_that_make_no_sense(selection):
+    with pytest.raises(UserError, match=f"{next(iter(selection))} is"):
+        Selection(**selection)
+
+
+# ------------------------------------------------------------------------------------------------------- folders, JSONL, flags
+
+
+@pytest.fixture
+def command(monkeypatch, model):
+    """The command with a model that is there already; returns (exit code, the lines of predictions.jsonl)."""
+    monkeypatch.setattr(predict, "load", lambda directory: model)
+
+    def run_it(out, *flags):
+        code = cli.predict([f"--out={out}", *flags])
+        table = out / "predictions.jsonl"
+        return code, [json.loads(line) for line in table.read_text().splitlines()] if table.exists() else []
+
+    return run_it
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three images of different sizes, a broken one between them, and what is none."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name, size in (("a.png", (60, 90)), ("c.png", (40, 200)), ("d.jpg", (90, 60))):
+        Image.fromarray(picture(*size)).save(folder / name)
+    (folder / "b.jpg").write_bytes(b"no image")
+    (folder / "notes.txt").write_text("none")
+    return folder
+
+
+def test_a_folder_is_answered_around_a_broken_file(command, folder, tmp_path, capsys):
+    code, lines = command(tmp_path / "out", f"--image={folder}", "--text=it", "--text=the red circle", "--save=overlay,png")
+    assert code == 1
+    names = [(line["image"].rpartition("/")[2], line.get("text")) for line in lines]
+    both = ["it", "the red circle"]
+    assert names == [*(("a.png", t) for t in both), ("b.jpg", None), *((n, t) for n in ("c.png", "d.jpg") for t in both)]
+    assert "not an image" in lines[2]["failure"] and "rle" not in lines[0]
+    assert lines[0]["files"] == ["a_it.png", "a_it.mask.png"]
+    written = {f for line in lines for f in line.get("files", ())} | {"predictions.jsonl"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == written
+    mask = np.asarray(Image.open(tmp_path / "out" / "a_it.mask.png"))
+    assert mask.shape == (60, 90) and set(np.unique(mask)) == {0, 255} and (mask > 0).sum() == lines[0]["area"]
+    said = capsys.readouterr().out
+    assert len([line for line in said.splitlines() if line.startswith("failed: ") and "b.jpg" in line]) == 1
+    assert re.search(r"3 of 4 images answered .*images/s\); 1 failed", said)
+
+
+def test_one_image_alone_and_in_a_folder(folder, model_directory, monkeypatch, tmp_path):
+    """With the network itself, byte for byte."""
+    segmentor = predict.load(model_directory)
+    monkeypatch.setattr(predict, "load", lambda directory: segmentor)
+    texts = ["--text=it", "--text=the red circle"]
+    assert cli.predict([f"--image={folder}", *texts, f"--out={tmp_path / 'many'}", "--save=rle"]) == 1
+    assert cli.predict([f"--image={folder / 'c.png'}", *texts, f"--out={tmp_path / 'one'}"]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "many" / "predictions.jsonl").read_text().splitlines()]
+    many = [{**line, "files": None} for line in lines if line["image"].endswith("c.png")]
+    alone = [json.loads((tmp_path / "one" / f"c_{name}.json").read_text()) for name in ("it", "the-red-circle")]
+    assert many == [{**answer, "files": None} for answer in alone]
+
+
+def test_a_jsonl_has_texts_of_its_own(command, folder, tmp_path):
+    (tmp_path / "in.jsonl").write_text(
+        '{"image": "in/a.png", "text": "it", "id": 3}\n\n'
+        '{"image": "in/a.png", "text": ["It!", "the red circle"]}\n{"image": "in/none.png", "text": "it"}\n'
+    )
+    code, lines = command(tmp_path / "out", f"--input={tmp_path / 'in.jsonl'}")
+    assert code == 1 and [line.get("text") for line in lines] == ["it", "It!", "the red circle", None]
+    assert [line.get("files") for line in lines] == [["a_it.png"], ["a_it_2.png"], ["a_the-red-circle.png"], None]
+    assert decode(lines[0]).sum() == lines[0]["area"] > 0 and "none.png" in lines[3]["failure"]
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("{", "in.jsonl:2: not JSON"),
+        ("[1]", "in.jsonl:2: expected an object"),
+        ('{"image": "a.png", "texts": "it"}', r"in.jsonl:2: text is missing \(did you mean 'texts'"),
+        ('{"image": 1, "text": "it"}', "in.jsonl:2: image must be a path"),
+        ('{"image": "a.png", "text": [1]}', "in.jsonl:2: text must be"),
+        ('{"image": "a.png", "text": []}', "in.jsonl:2: a text is empty"),
+        ('{"image": "a.png", "text": "x <SEG>"}', "in.jsonl:2: .*<SEG>"),
+    ],
+)
+def test_mistakes_in_a_jsonl(command, tmp_path, line, message):
+    (tmp_path / "in.jsonl").write_text('{"image": "a.png", "text": "it"}\n' + line)
+    with pytest.raises(UserError, match=message):
+        command(tmp_path / "out", f"--input={tmp_path / 'in.jsonl'}")
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--text=x"], "--image"),
+        (["--image=IN", "--input=x.jsonl", "--text=x"], "one of them"),
+        (["--image=IN"], "--text is missing"),
+        (["--image=IN/nowhere.png", "--text=x"], "nowhere.png: no such image"),
+        (["--image=IN/empty", "--text=x"], "holds no image file"),
+        (["--input=IN/none.jsonl"], "none.jsonl: cannot read"),
+        (["--input=IN/empty.jsonl"], "has no line"),
+        (["--input=IN/empty.jsonl", "--text=x"], "its own texts"),
+        (["--image=IN/a.png", "--text=x", "--save=overlay,rl"], "'rl'.*did you mean 'rle'"),
+        (["--image=IN/a.png", "--text=x", "--top-k=2", "--all-above=0.5"], "give one of them"),
+        (["--image=IN/a.png", "--text=x", "--all-above=2"], "all_above is 2"),
+        (["--image=IN/a.png", "--text=x", "--max-tokens=3"], "--max-tokens belongs to"),
+        (["--image=IN/a.png", "--text=x", "--chat=y"], "give one of them"),
+        (["--image=IN/a.png", "--text=a <p> b"], "--text: .*<p>"),
+        (["--image=IN/b.jpg", "--text=x"], "b.jpg: not an image"),
+    ],
+)
+def test_mistakes_of_the_call(command, folder, tmp_path, flags, message):
+    (folder / "empty").mkdir()
+    (folder / "empty.jsonl").write_text("\n")
+    with pytest.raises(UserError, match=message):
+        command(tmp_path / "out", *(flag.replace("IN", str(folder)) for flag in flags))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_latency_line_compiles_nothing(model, folder, capsys):
+    ready, texts = model.prepare(folder / "a.png"), ["it", "the red circle"]
+    model.ask(model.look(ready), texts)
+    before = model._ask._cache_size(), model._see._cache_size()
+    line = run.latency(model, ready, texts, model.ask)
+    number = r"(\d+\.\d)"
+    found = re.match(f"warm latency: first expression {number} ms, each further one {number} ms; looking .* {number} ms", line)
+    first, further, look = map(float, found.groups())
+    assert abs(first - further - look) < 0.11 and before == (model._ask._cache_size(), model._see._cache_size())
+
+
+# --------------------------------------------------------------------------------------- answers that the model writes itself
+
+TWO = "<p>the star</p> <SEG>, <p>it</p> <SEG>."
+ASKED = {  # text -> what the model is made to answer
+    "the red circle": "<SEG>.",
+    "it": TWO,
+    "that": "there is none.",
+}
+CHATS = {"what do you see?": "a picture.", "where is it?": "<p>it</p> <SEG>.", "show me": "<SEG>."}
+
+
+@pytest.fixture(scope="module")
+def taught(tokenizer_directory):
+    """A tiny FlowSeg whose language head is solved for: it gives the answers above about `picture()`, word by word."""
+    tokenizer, prompts = load_tokenizer(tokenizer_directory), Prompts(vary=False)
+    cfg = FlowSegConfig.tiny(vocab=tokenizer.vocab)
+    cfg = dataclasses.replace(cfg, llm=dataclasses.replace(cfg.llm, tie_embeddings=False))
+    graphdef, _ = flowseg.describe(cfg)
+    params = random_params(cfg)
+    params["llm"]["table"] = np.random.default_rng(1).normal(size=params["llm"]["table"].shape).astype(np.float32)
+    make = functools.partial(
+        predict.Segmentor,
+        graphdef,
+        tokenizer=tokenizer,
+        image=96,
+        vision=cfg.siglip.image_size,
+        visual_tokens=cfg.visual_tokens,
+    )
+    seen = make(params).look(Image.fromarray(picture())).seen
+
+    @jax.jit
+    def read(seen, questions):
+        llm = flowseg.bind(graphdef, params).llm
+        embeds = llm.embed(questions.tokens, seen.cache.keys.dtype)
+        return llm.extend(seen.cache, embeds, questions.positions, questions.segments)[0]
+
+    questions = {prompts.referring(text, 0).turns[0].question: answer for text, answer in ASKED.items()} | CHATS
+    hidden, follows = [], []
+    for question, answer in questions.items():
+        asked, said = (tokenizer.encode(x) for x in (question + prompts.template.tail, answer + prompts.template.suffix))
+        none = [-1] * len(asked + said)
+        encoded = batching.Encoded([*asked, *said], none, none, none)
+        packed = batching.questions([[encoded]], (1, 1, 64), len(np.asarray(seen.cache.positions)[0]), 0, ["x"])
+        hidden.append(np.asarray(read(seen, packed))[0, len(asked) - 1 : len(asked + said) - 1])
+        follows += said
+    wanted = 20.0 * np.eye(tokenizer.vocab)[follows]
+    params["llm"]["head"] = np.linalg.lstsq(np.concatenate(hidden).astype(float), wanted, rcond=None)[0].T.astype(np.float32)
+    return make(params), params, graphdef, tokenizer
+
+
+def assert_alike(actual, expected):
+    assert [c.query for c in actual.candidates] == [c.query for c in expected.candidates]
+    np.testing.assert_allclose([c.score for c in actual.candidates], [c.score for c in expected.candidates], rtol=1e-4)
+    assert np.mean(actual.mask != expected.mask) < 1e-3
+
+
+def squeezed(text):
+    return text.replace(" ", "")
+
+
+def test_an_answer_that_it_writes_is_the_one_that_it_is_handed(taught):
+    segmentor = taught[0]
+    look = segmentor.look(Image.fromarray(picture()))
+    several, one, none = segmentor.generate(look, ["it", "the red circle", "that"], top_k=3)
+    assert squeezed(one.text) == "<SEG>." and one.complete and len(one.predictions) == 1
+    assert one.predictions[0].phrase == "the red circle"
+    assert_alike(one.predictions[0], segmentor.ask(look, ["the red circle"], top_k=3)[0])
+    assert squeezed(several.text) == squeezed(TWO) and [p.phrase for p in several.predictions] == ["the star", "it"]
+    assert squeezed(none.text) == "thereisnone." and none.complete and not none.predictions
+    cut = segmentor.generate(look, ["that"], max_new_tokens=2)[0]
+    assert not cut.complete and squeezed("thereisnone.").startswith(squeezed(cut.text))
+
+
+def test_each_seg_has_the_phrase_that_the_answer_gives_it(taught):
+    """Against the same words handed over, the spans of the answer numbered 0 and 1, that of the question left over."""
+    segmentor, params, graphdef, tokenizer = taught
+    look = segmentor.look(Image.fromarray(picture()))
+    prompts = Prompts(vary=False)
+    turn = Turn(prompts.referring("it", 0).turns[0].question, TWO)
+    encoded = batching.encode_conversation(Conversation((turn,), (2, 0, 1), (0, 1)), prompts, tokenizer, "x")
+    prefix = look.seen.cache.positions.shape[1]
+    questions = batching.questions([[encoded]], (1, 4, 64), prefix, 0, ["x"])
+    found = jax.jit(lambda params: flowseg.bind(graphdef, params).ask(look.seen, questions))(params)
+    best = postprocess.top(found.scores, found.mask_logits, 3)
+    for k, prediction in enumerate(segmentor.generate(look, ["it"], top_k=3)[0].predictions):
+        assert [c.query for c in prediction.candidates] == best.query[0, k].tolist()
+        np.testing.assert_allclose([c.score for c in prediction.candidates], best.score[0, k], rtol=1e-4)
+
+
+def test_chat(taught):
+    segmentor = taught[0]
+    look = segmentor.look(Image.fromarray(picture()))
+    words, grounded, nameless = segmentor.chat(look, list(CHATS))
+    assert [squeezed(a.text) for a in (words, grounded, nameless)] == [squeezed(answer) for answer in CHATS.values()]
+    assert [p.phrase for p in grounded.predictions] == ["it"] and not words.predictions
+    assert not nameless.predictions, "a <SEG> that stands for no phrase has no mask"
+    with pytest.raises(UserError, match="max_new_tokens is 0"):
+        segmentor.chat(look, ["show me"], max_new_tokens=0)
+
+
+def test_the_command_tells_what_the_model_wrote(taught, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(predict, "load", lambda directory: taught[0])
+    Image.fromarray(picture()).save(tmp_path / "x.png")
+    texts = [f"--text={text}" for text in ASKED]
+    assert cli.predict([f"--image={tmp_path / 'x.png'}", "--generate", *texts, f"--out={tmp_path / 'out'}"]) == 0
+    files = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "out").glob("*.json")}
+    assert sorted(files) == ["x_it", "x_it_2", "x_that", "x_the-red-circle"]
+    assert [files[name]["phrase"] for name in ("x_it", "x_it_2")] == ["the star", "it"]
+    none = files["x_that"]
+    assert (none["failure"], none["found"], none["score"], none["area"]) == ("no <SEG>", False, None, 0)
+    assert not decode(none).any() and "there" in capsys.readouterr().out
+
+
+def test_an_evaluation_counts_what_it_did_not_write_as_failed(taught):
+    segmentor, params, graphdef, tokenizer = taught
+    look = segmentor.look(Image.fromarray(picture()))
+    prompts = Prompts(vary=False)
+    texts = ["that", "the red circle"]
+    ids = [tokenizer.encode(prompts.referring(text, 0).turns[0].question + prompts.template.tail) for text in texts]
+    asked = generate.Asked.of([ids], (1, 4, 32))  # two questions are padding
+    marks = generate.Marks(tokenizer.phrase_start, tokenizer.phrase_end, tokenizer.seg)
+    eos = tokenizer.encode(prompts.template.suffix)
+
+    @jax.jit
+    def answer(params, seen):
+        model = flowseg.bind(graphdef, params)
+        return generate.answer(model, seen, asked, marks=marks, max_new_tokens=8, eos=eos)
+
+    found, has_seg = answer(params, look.seen)
+    assert has_seg.tolist() == [[False, True, False, False]]
+    assert np.isnan(found.scores[0, 0]).all()
+    best = segmentor.ask(look, ["the red circle"], top_k=1)[0].candidates[0]
+    assert int(found.scores[0, 1].argmax()) == best.query
+    np.testing.assert_allclose(found.scores[0, 1].max(), best.score, rtol=1e-4)

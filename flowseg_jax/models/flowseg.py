@@ -339,7 +339,7 @@ class FlowSeg(nnx.Module):
         features = self.look(batch)
         reading = self.read(batch, features.tokens)
         k = batch.phrase_mask.shape[1]
-        return self._candidates(features.mask_features, features.levels, reading.phrases[:, :k], reading.segs[:, :k])
+        return self.candidates(features.mask_features, features.levels, reading.phrases[:, :k], reading.segs[:, :k])
 
     def see(self, views: Views, prefix: Int[Array, "p"]) -> Seen:
         """Looks at images once: both encoders, the pixel decoder, and the LLM over the prefix.
@@ -358,7 +358,7 @@ class FlowSeg(nnx.Module):
 
     def ask(self, seen: Seen, questions: Questions) -> Segmentation:
         """All candidates of every phrase about images that have been seen; the numbers are those of `segment`."""
-        return self._candidates(seen.mask_features, seen.levels, *self.hear(seen, questions))
+        return self.candidates(seen.mask_features, seen.levels, *self.hear(seen, questions))
 
     def hear(self, seen: Seen, questions: Questions) -> tuple[Float[Array, "b k d"], Float[Array, "b k d"]]:
         """C(0) and S of every phrase: the LLM reads on behind the image."""
@@ -369,14 +369,17 @@ class FlowSeg(nnx.Module):
         projected = self.llm_projector(hidden)
         return pool_spans(projected, questions.phrase_ids, k), pool_spans(projected, questions.seg_ids, k)
 
-    def _candidates(
+    def candidates(
         self,
         mask_features: Float[Array, "b h w f"],
         levels: tuple[Float[Array, "b _ _ d"], ...],
         phrases: Float[Array, "b k d"],
         segs: Float[Array, "b k d"],
     ) -> Segmentation:
-        """A phrase is scored against the background alone: a conversation is its own group."""
+        """All candidates of phrases (C) and outputs (S) that belong together one by one.
+
+        A phrase is scored against the background alone: a conversation is its own group.
+        """
         b, k, _ = phrases.shape
         yes = jnp.ones((b * k, 1), bool)
         conditions = with_background(phrases.reshape(b * k, 1, -1), yes, yes, self.background[...])

@@ -1,4 +1,8 @@
-"""Greedy decoding: one compiled loop over the language model's cache."""
+"""Greedy decoding: one compiled loop over the language model's cache; and the masks of what the model wrote itself.
+
+Segmentation usually hands the model its answer, `<SEG>` included (`FlowSeg.ask`). Here the model writes it: `write` continues
+questions about images that have been seen, `segment` reads the masks off what was written, `answer` does both for evaluation.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +11,10 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
+from flowseg_jax.models.flowseg import FlowSeg, Seen, Segmentation, pool_spans
 from flowseg_jax.models.language import Cache, Language
 
 
@@ -94,3 +100,142 @@ def generate(
         prompt_hidden,
     )
     return jax.lax.while_loop(going, advance, (jnp.int32(0), lengths > 0, last, cache, blank))[-1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Marks:
+    """Token ids that give an answer its meaning: `<p>`, `</p>` and `<SEG>`."""
+
+    phrase_start: int
+    phrase_end: int
+    seg: int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """Questions without answers, up to K about each image that has been seen.
+
+    Attributes:
+        tokens: int32 [B, K, T], text behind the image up to where the answer begins, right-padded.
+        lengths: int32 [B, K], real tokens; 0 for a question that is padding.
+    """
+
+    tokens: Int[Array, "b k t"]
+    lengths: Int[Array, "b k"]
+
+    @classmethod
+    def of(cls, rows: Sequence[Sequence[Sequence[int]]], shape: tuple[int, int, int]) -> Asked:
+        """Pads the ids of each image's questions to (B, K, T) = `shape`, on the host."""
+        asked = cls(np.zeros(shape, np.int32), np.zeros(shape[:2], np.int32))
+        for b, row in enumerate(rows):
+            for k, ids in enumerate(row):
+                asked.tokens[b, k, : len(ids)] = ids
+                asked.lengths[b, k] = len(ids)
+        return asked
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Pairs:
+    """Which phrase each `<SEG>` of an answer stands for; J of them a row. Indices count the T question and N answer tokens.
+
+    Attributes:
+        exists: bool [R, J]; False where there is no such `<SEG>`, or no phrase at all: the other fields then mean nothing.
+        seg: int32 [R, J], where the `<SEG>` is.
+        start, end: int32 [R, J], where the phrase's `<p>` and `</p>` are.
+    """
+
+    exists: Bool[Array, "r j"]
+    seg: Int[Array, "r j"]
+    start: Int[Array, "r j"]
+    end: Int[Array, "r j"]
+
+
+def pair_outputs(tokens: Int[Array, "r l"], question: int, marks: Marks, outputs: int) -> Pairs:
+    """Finds the first J = `outputs` `<SEG>` of each answer, and their phrases.
+
+    The phrases are the answer's own `<p>..</p>` spans if it has any, else the question's (X-SAM's rule). Where there are as
+    many phrases as `<SEG>`, they belong together in their order (as in X-SAM's data). Otherwise a `<SEG>` takes the last phrase
+    that ended before it, or the first one of all. A `<p>` that is never closed, or opened again before it is, begins no phrase.
+
+    Args:
+        tokens: int [R, T + N], the question padded to T, then the answer; a negative id is no token.
+        question: T.
+    """
+
+    def row(tokens: Int[Array, "l"]) -> tuple[Array, ...]:
+        length = tokens.shape[0]
+        index = jnp.arange(length, dtype=jnp.int32)
+        latest = lambda where: jax.lax.cummax(jnp.where(where, index, -1))  # noqa: E731
+        opened, closed = latest(tokens == marks.phrase_start), latest(tokens == marks.phrase_end)
+        ends = (tokens == marks.phrase_end) & (opened > jnp.pad(closed, (1, 0), constant_values=-1)[:-1])
+        own = ends & (index >= question)
+        ends = jnp.where(own.any(), own, ends)
+        is_seg = (tokens == marks.seg) & (index >= question)
+        seg, nth = (jnp.nonzero(x, size=outputs, fill_value=0)[0].astype(jnp.int32) for x in (is_seg, ends))
+        before = latest(ends)[seg]
+        end = jnp.where(ends.sum() == is_seg.sum(), nth, jnp.where(before >= 0, before, ends.argmax()))
+        return (jnp.arange(outputs) < is_seg.sum()) & ends.any(), seg, opened[end], end
+
+    return Pairs(*jax.vmap(row)(tokens))
+
+
+def write(model: FlowSeg, seen: Seen, asked: Asked, *, max_new_tokens: int, eos: Sequence[int]) -> Generation:
+    """The model's own answers to questions about images that have been seen; rows are B * K, image by image."""
+    b, k, t = asked.tokens.shape
+    embeds = model.llm.embed(asked.tokens.reshape(b * k, t), seen.cache.keys.dtype)
+    with jax.named_scope("generate"):
+        return generate(
+            model.llm,
+            embeds,
+            asked.lengths.reshape(b * k),
+            max_new_tokens=max_new_tokens,
+            eos=eos,
+            cache=seen.cache.repeat(k),
+        )
+
+
+def segment(
+    model: FlowSeg, seen: Seen, asked: Asked, written: Generation, *, marks: Marks, outputs: int
+) -> tuple[Segmentation, Pairs]:
+    """All candidates of the first J = `outputs` `<SEG>` of each answer.
+
+    Args:
+        seen: the images. asked: the questions. written: the answers to them, from `write`.
+        marks: of the tokenizer.
+        outputs: J.
+
+    Returns:
+        Segmentation of [B, K * J] phrases, question by question; the scores of one that does not exist are NaN, which
+        `evaluation.postprocess` takes for a failure: an empty mask. And the pairs, of rows B * K.
+    """
+    b, k, t = asked.tokens.shape
+    question = jnp.where(jnp.arange(t) < asked.lengths[..., None], asked.tokens, -1).reshape(b * k, t)
+    pairs = pair_outputs(jnp.concatenate([question, written.tokens], 1), t, marks, outputs)
+    projected = model.llm_projector(jnp.concatenate([written.prompt_hidden, written.hidden], 1))
+    index = jnp.arange(projected.shape[1])
+
+    def pool(start: Int[Array, "r"], end: Int[Array, "r"]) -> Float[Array, "r d"]:
+        return pool_spans(projected, jnp.where((index >= start[:, None]) & (index <= end[:, None]), 0, -1), 1)[:, 0]
+
+    pool_all = jax.vmap(pool, in_axes=1, out_axes=1)
+    phrases, segs = pool_all(pairs.start, pairs.end), pool_all(pairs.seg, pairs.seg)
+    found = model.candidates(
+        seen.mask_features, seen.levels, *(x.reshape(b, k * outputs, x.shape[-1]) for x in (phrases, segs))
+    )
+    exists = pairs.exists.reshape(b, k * outputs, 1)
+    return dataclasses.replace(found, scores=jnp.where(exists, found.scores, jnp.nan)), pairs
+
+
+def answer(
+    model: FlowSeg, seen: Seen, asked: Asked, *, marks: Marks, max_new_tokens: int, eos: Sequence[int]
+) -> tuple[Segmentation, Bool[Array, "b k"]]:
+    """What `FlowSeg.ask` gives, from answers that the model writes itself: the mask of the first `<SEG>` of each.
+
+    Returns:
+        Segmentation of [B, K] phrases; and where the answer has a `<SEG>`. Where it has none, the scores are NaN: a failure.
+    """
+    written = write(model, seen, asked, max_new_tokens=max_new_tokens, eos=eos)
+    found, pairs = segment(model, seen, asked, written, marks=marks, outputs=1)
+    return found, pairs.exists.reshape(asked.lengths.shape)

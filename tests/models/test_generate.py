@@ -14,7 +14,7 @@ import torch
 from flax import nnx
 from test_language import LENGTHS, REFERENCES, ROPE, SIZES, config_of, model_of, padded_rows, params_of
 
-from flowseg_jax.models.generate import generate
+from flowseg_jax.models.generate import Asked, Marks, generate, pair_outputs
 from flowseg_jax.models.language import Cache, Language, LanguageConfig
 
 NEW = 6  # tokens to generate
@@ -252,3 +252,43 @@ def test_decoding_in_bfloat16(tiny):
     embeds = jnp.asarray(np.random.default_rng(1).normal(size=(1, 4, tiny.cfg.width)), jnp.bfloat16)
     out = compiled(tiny, [])(embeds, jnp.array([4]))
     assert out.hidden.dtype == out.prompt_hidden.dtype == jnp.bfloat16 and out.lengths.tolist() == [NEW]
+
+
+# ------------------------------------------------------------------------------------------------- phrases and <SEG> in answers
+
+
+@pytest.mark.parametrize(
+    "question, answer, expected",
+    [
+        ("..<a>.", "S.", [(2, 4, 6)]),
+        ("..<a>.", ".S.S", [(2, 4, 7), (2, 4, 9)]),  # several <SEG> of one phrase
+        ("<a><b>", ".S.S", [(0, 2, 7), (3, 5, 9)]),  # as many phrases as <SEG>
+        ("<a><b>", "..S.", [(3, 5, 8)]),  # fewer: the last phrase before it
+        ("..<a>.", "<bc>S", [(6, 9, 10)]),  # the answer's own phrases win
+        ("..<a>.", "S<b>S<c>S", [(7, 9, 6), (7, 9, 10), (11, 13, 14)]),  # before the first phrase: the first phrase
+        ("..<a>.", "S<b>", [(7, 9, 6)]),  # one and one, whatever their order
+        ("..<a>.", "<b><c>S<d>S", [(9, 11, 12), (13, 15, 16)]),
+        ("..<a>.", ".<bS.", [(2, 4, 9)]),  # never closed: no phrase
+        ("..<a>.", "<.<b>S", [(8, 10, 11)]),  # opened again: the inner one
+        ("..<a>.", "b>S", [(2, 4, 8)]),  # closed, not opened
+        ("..S...", "S", []),  # no phrase at all
+        ("..<a>.", "....", []),
+        ("..<a>.", "S" * 5, [(2, 4, 6 + i) for i in range(4)]),  # as many as there is room for
+    ],
+)
+def test_which_phrase_each_seg_stands_for(question, answer, expected):
+    """`<`, `>` and `S` are the marks; (start, end, seg) of each pair. A row of padding beside it changes nothing."""
+    ids = {"<": 7, ">": 8, "S": 9}
+    row = [ids.get(char, 1) for char in question + answer]
+    tokens = np.full((2, 24), -1, np.int32)
+    tokens[1, : len(row)] = row
+    pairs = jax.jit(lambda tokens: pair_outputs(tokens, len(question), Marks(7, 8, 9), 4))(tokens)
+    assert not pairs.exists[0].any()
+    found = [(int(pairs.start[1, j]), int(pairs.end[1, j]), int(pairs.seg[1, j])) for j in np.flatnonzero(pairs.exists[1])]
+    assert found == expected
+
+
+def test_questions_without_answers_are_padded():
+    asked = Asked.of([[[1, 2], [3]], []], (2, 3, 4))
+    assert asked.lengths.tolist() == [[2, 1, 0], [0, 0, 0]]
+    assert asked.tokens[0].tolist() == [[1, 2, 0, 0], [3, 0, 0, 0], [0, 0, 0, 0]]

@@ -1,0 +1,151 @@
+"""From the candidates of a sentence to its answer: the best one, all good ones, or nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, UInt8
+
+from flowseg_jax.data import masks
+from flowseg_jax.errors import UserError
+
+DUPLICATE = 0.8  # a candidate whose IoU with a better one is at least this shows the same thing
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """One mask that the model proposes.
+
+    Attributes:
+        query: which of the model's queries. score: in [0, 1].
+        mask: bool [H, W] at the image's own size.
+    """
+
+    query: int
+    score: float
+    mask: Bool[np.ndarray, "y x"]
+
+    def to_json(self) -> dict[str, Any]:
+        """query, score, area (pixels) and rle."""
+        return {"query": self.query, "score": self.score, **_described(self.mask)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """What of the candidates is the answer.
+
+    Attributes:
+        top_k: without `all_above`, so many candidates are kept; the best one is the answer.
+        all_above: in [0, 1]; all candidates with at least this score are kept, and their union is the answer. An empty one is
+            left out, and so is one whose IoU with a better one that is kept is at least DUPLICATE. None: `top_k`.
+        no_target_below: in [0, 1]; the answer is nothing where the best score is below. 0: never; None: the model's own.
+    """
+
+    top_k: int = 5
+    all_above: float | None = None
+    no_target_below: float | None = None
+
+    def __post_init__(self):
+        if self.top_k < 1:
+            raise UserError(f"top_k is {self.top_k}: at least one candidate is needed")
+        for name in ("all_above", "no_target_below"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise UserError(f"{name} is {value}: scores are from 0 to 1")
+
+    @property
+    def count(self) -> int:
+        """How many candidates it needs at most."""
+        return self.top_k if self.all_above is None else sys.maxsize
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """The answer to one sentence.
+
+    Attributes:
+        name: the image file. text: the sentence.
+        image: uint8 [H, W, 3], upright.
+        score: of the best candidate; None where there is none at all.
+        mask: bool [H, W], the answer; empty where there is nothing.
+        candidates: those that are kept, highest score first.
+        answer, phrase: what the model wrote and the phrase in question, where it wrote the answer itself.
+        failure: why there is no answer, where there is none.
+    """
+
+    name: str
+    text: str
+    image: UInt8[np.ndarray, "y x 3"]
+    score: float | None
+    mask: Bool[np.ndarray, "y x"]
+    candidates: Sequence[Candidate]
+    answer: str | None = None
+    phrase: str | None = None
+    failure: str | None = None
+
+    @property
+    def found(self) -> bool:
+        return bool(self.mask.any())
+
+    def to_json(self, *, rle: bool = True) -> dict[str, Any]:
+        """All but the image; masks as `rle`, COCO's run-length code with compressed counts, or not at all."""
+        height, width = self.image.shape[:2]
+        said = {key: getattr(self, key) for key in ("answer", "phrase", "failure") if getattr(self, key) is not None}
+        whole = {"image": self.name, "height": height, "width": width, "text": self.text, **said, "found": self.found}
+        kept = [candidate.to_json() for candidate in self.candidates]
+        result = whole | {"score": self.score, **_described(self.mask), "candidates": kept}
+        if not rle:
+            for described in (result, *kept):
+                del described["rle"]
+        return result
+
+
+def _described(mask: Bool[np.ndarray, "y x"]) -> dict[str, Any]:
+    return {"area": int(mask.sum()), "rle": {"size": list(mask.shape), "counts": masks.encode(mask.astype(np.uint8))}}
+
+
+def distinct(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """The candidates, best first, without empty ones and near-duplicates of better ones."""
+    kept: list[tuple[Candidate, np.ndarray]] = []
+    for candidate in candidates:
+        bits = np.packbits(candidate.mask)
+        new = all(_count(bits & other) < DUPLICATE * _count(bits | other) for _, other in kept)
+        if new and bits.any():
+            kept.append((candidate, bits))
+    return [candidate for candidate, _ in kept]
+
+
+def _count(bits: np.ndarray) -> int:
+    return int(np.bitwise_count(bits).sum())
+
+
+def select(
+    name: str,
+    text: str,
+    image: UInt8[np.ndarray, "y x 3"],
+    candidates: Sequence[Candidate],
+    selection: Selection,
+    answer: str | None = None,
+    phrase: str | None = None,
+) -> Prediction:
+    """The answer to a sentence; `candidates`, best first, are at least as many as the selection needs."""
+    best, kept = candidates[0], list(candidates)
+    if selection.all_above is not None:
+        kept = distinct([candidate for candidate in kept if candidate.score >= selection.all_above])
+    if best.score < (selection.no_target_below or 0) or not kept:
+        mask = np.zeros_like(best.mask)
+    elif selection.all_above is None:
+        mask = best.mask
+    else:
+        mask = np.any([candidate.mask for candidate in kept], 0)
+    return Prediction(name, text, image, best.score, mask, kept, answer, phrase)
+
+
+def nothing(name: str, text: str, image: UInt8[np.ndarray, "y x 3"], answer: str) -> Prediction:
+    """An answer that the model wrote without a `<SEG>` that stands for a phrase: no mask."""
+    blank = np.zeros(image.shape[:2], bool)
+    return Prediction(name, text, image, None, blank, (), answer=answer, failure="no <SEG>")

@@ -1,0 +1,84 @@
+"""What to predict on: one image, a folder of them, or a JSONL of images with texts of their own."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from flowseg_jax.errors import UserError, suggest
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """An image and what is asked about it; `where` the texts come from, for errors about them."""
+
+    image: Path
+    texts: tuple[str, ...]
+    where: str
+
+
+def images(path: str | os.PathLike[str], texts: Sequence[str], where: str) -> list[Job]:
+    """A job for an image, or one for each image in a folder, by name; folders inside of it are not entered.
+
+    Raises:
+        UserError: there is no such file or folder, or no file in it has the suffix of an image format that Pillow reads.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such image or folder")
+    if not path.is_dir():
+        return [Job(path, tuple(texts), where)]
+    known = Image.registered_extensions()
+    found = sorted(file for file in path.iterdir() if file.suffix.lower() in known and file.is_file())
+    if not found:
+        raise UserError(f"{path}: the folder holds no image file")
+    return [Job(file, tuple(texts), where) for file in found]
+
+
+def lines(path: str | os.PathLike[str]) -> list[Job]:
+    """The jobs of a JSONL: lines `{"image": path, "text": text or list of texts}`, paths relative to the file's folder.
+
+    Other fields and empty lines are ignored.
+
+    Raises:
+        UserError: the file cannot be read or has no line; a line is no such object, by its number.
+    """
+    path = Path(path)
+    try:
+        written = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the JSONL ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a text file in UTF-8 ({error.reason} at byte {error.start})") from None
+    jobs = [_job(path, f"{path}:{number}", line) for number, line in enumerate(written, 1) if line.strip()]
+    if not jobs:
+        raise UserError(f'{path}: has no line; write {{"image": path, "text": what to segment}}')
+    return jobs
+
+
+def _job(path: Path, where: str, line: str) -> Job:
+    try:
+        entry = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{where}: not JSON ({error})") from None
+    if not isinstance(entry, dict):
+        raise UserError(f'{where}: expected an object {{"image": ..., "text": ...}}, got {line[:40]!r}')
+    image, texts = (_field(entry, name, where) for name in ("image", "text"))
+    texts = [texts] if isinstance(texts, str) else texts
+    if not isinstance(image, str):
+        raise UserError(f"{where}: image must be a path, got {image!r}")
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise UserError(f"{where}: text must be a string or a list of strings, got {texts!r}")
+    return Job(path.parent / image, tuple(texts), where)
+
+
+def _field(entry: dict[str, Any], name: str, where: str) -> Any:
+    if name not in entry:
+        raise UserError(f"{where}: {name} is missing{suggest(name, entry)}")
+    return entry[name]

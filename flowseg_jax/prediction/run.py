@@ -1,0 +1,138 @@
+"""Answers many images one by one: the next one is decoded while this one is computed; one that is damaged stops nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+
+from flowseg_jax.errors import UserError
+from flowseg_jax.predict import Answer, Look, Prediction, Prepared, Segmentor
+from flowseg_jax.prediction.answers import nothing
+from flowseg_jax.prediction.inputs import Job
+from flowseg_jax.prediction.outputs import Writer
+from flowseg_jax.writers import duration, heartbeat, say
+
+RUNS, ENOUGH = 5, 2.0  # a latency is the median of so many runs, or of as many as so many seconds hold
+
+Respond = Callable[[Look, Sequence[str]], Sequence[Prediction | Answer]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Done:
+    """What came of a run.
+
+    Attributes:
+        answered, failed: images.
+        paths: files that were written.
+        last: the last image that was answered and what was asked about it; None if there is none.
+    """
+
+    answered: int
+    failed: int
+    paths: list[Path]
+    last: tuple[Prepared, Sequence[str]] | None
+
+
+def run(segmentor: Segmentor, jobs: Sequence[Job], respond: Respond, writer: Writer, *, strict: bool = False) -> Done:
+    """Answers all jobs and writes the predictions; says which images failed and, for several, how fast it went.
+
+    Args:
+        respond: how texts are answered: one of the segmentor's methods.
+        writer: where predictions go.
+        strict: an image that fails is an error.
+
+    Raises:
+        UserError: a text that cannot be asked, before anything is computed; a folder that cannot be written; with `strict`, an
+            image that fails.
+    """
+    for job in jobs:
+        segmentor.check(job.texts, job.where)
+    failed, paths, last, started = 0, [], None, time.monotonic()
+    with heartbeat(f"predict: 0/{len(jobs)} images, loading and compiling") as beat:
+        for number, (job, ready) in enumerate(_prepared(segmentor, jobs), 1):
+            try:
+                predictions = _predictions(segmentor, job, ready, respond)
+            except UserError as error:
+                if strict:
+                    raise
+                failed += 1
+                say(f"failed: {error}")
+                writer.fail(os.fspath(job.image), str(error))
+            else:
+                paths += [path for prediction in predictions for path in writer.write(prediction)]
+                last = ready, job.texts
+            rate = number / max(time.monotonic() - started, 1e-9)
+            beat.message = f"predict: {number}/{len(jobs)} images, {rate:.1f}/s"
+        beat.message = "predict"
+    answered = len(jobs) - failed
+    if len(jobs) > 1:
+        seconds = time.monotonic() - started
+        say(
+            f"predict: {answered} of {len(jobs)} images answered in {duration(seconds)}, compilation included"
+            f" ({len(jobs) / max(seconds, 1e-9):.1f} images/s); {failed} failed"
+        )
+    return Done(answered, failed, paths, last)
+
+
+def _prepared(segmentor: Segmentor, jobs: Sequence[Job]) -> Iterator[tuple[Job, Prepared | UserError]]:
+    """Each job with its image, or with what is wrong with it; a thread is one image ahead."""
+
+    def prepare(job: Job) -> Prepared | UserError:
+        try:
+            return segmentor.prepare(job.image)
+        except UserError as error:
+            return error
+
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(prepare, jobs[0])
+        for here, job in enumerate(jobs):
+            ready = coming.result()
+            if here + 1 < len(jobs):
+                coming = thread.submit(prepare, jobs[here + 1])
+            yield job, ready
+
+
+def _predictions(segmentor: Segmentor, job: Job, ready: Prepared | UserError, respond: Respond) -> list[Prediction]:
+    if isinstance(ready, UserError):
+        raise ready
+    look, predictions = segmentor.look(ready), []
+    for response in respond(look, job.texts):
+        if isinstance(response, Prediction):
+            predictions.append(response)
+            continue
+        cut = "" if response.complete else " ... (cut: --max-tokens)"
+        say(f"{look.name}: {response.question}\n  {response.text}{cut}")
+        predictions += response.predictions or [nothing(look.name, response.question, look.image, response.text)]
+    return predictions
+
+
+def latency(segmentor: Segmentor, ready: Prepared, texts: Sequence[str], respond: Respond) -> str:
+    """A line with what an image and what an expression cost once everything is compiled.
+
+    Looking runs from the decoded and resized image to the end of what the expressions share. Asking runs from the texts to
+    masks at the original size in memory, all texts of the image together; each is charged its share.
+    """
+    look = segmentor.look(ready)
+    looking = _median(lambda: jax.block_until_ready(segmentor.look(ready).seen))
+    each = _median(lambda: respond(look, texts)) / len(texts)
+    return (
+        f"warm latency: first expression {looking + each:.1f} ms, each further one {each:.1f} ms;"
+        f" looking at an image {looking:.1f} ms (medians after compilation; {len(texts)} asked together)"
+    )
+
+
+def _median(call: Callable[[], object]) -> float:
+    """Milliseconds of a call that is compiled."""
+    times: list[float] = []
+    while len(times) < RUNS and sum(times) < ENOUGH:
+        started = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - started)
+    return 1e3 * statistics.median(times)
