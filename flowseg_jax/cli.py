@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from flowseg_jax.prediction.inputs import Job
 
 ROOT = Path(__file__).resolve().parent.parent
+ANSWER_TOKENS = 64  # of an answer that a model writes in an evaluation
 SHIPPED = ROOT / "checkpoints" / "shapes_tiny"  # the trained tiny model that comes with the repository
 
 
@@ -149,6 +150,7 @@ def evaluate(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--no-target-below", type=float, default=0.0, metavar="SCORE", help='a selected score below it means "no target"'
     )
+    parser.add_argument("--generate", action="store_true", help="the model writes its answers itself; one without <SEG> fails")
     parser.add_argument("--fsdp", type=int, default=1, metavar="N", help="N devices share one copy of the parameters")
     add_process_flags(parser)
     arguments = parser.parse_args(argv)
@@ -178,7 +180,8 @@ def evaluate(argv: Sequence[str] | None = None) -> int:
 
     @functools.cache
     def subject() -> benchmark.Subject:
-        return benchmark.Subject.load(directory, fsdp=arguments.fsdp)
+        tokens = ANSWER_TOKENS if arguments.generate else 0
+        return benchmark.Subject.load(directory, fsdp=arguments.fsdp, answer_tokens=tokens)
 
     @functools.cache
     def asks_for_categories(data: Path) -> generic.Benchmark:
@@ -201,6 +204,7 @@ def check_generic(directory: Path, arguments: argparse.Namespace) -> None:
         "--shuffle-text": arguments.shuffle_text,
         "--save-masks": arguments.save_masks,
         "--no-target-below": arguments.no_target_below,
+        "--generate": arguments.generate,
         "--fsdp": arguments.fsdp != 1,
         "--processes": arguments.processes or arguments.distributed,
     }

@@ -19,7 +19,7 @@ from PIL import Image
 
 from flowseg_jax import model_directory
 from flowseg_jax.data import batching, images
-from flowseg_jax.data.batch import BatchShape, Views
+from flowseg_jax.data.batch import Asked, BatchShape, Views
 from flowseg_jax.data.evaluation import PHRASES, round_shape
 from flowseg_jax.data.prompts import Prompts, check_phrase
 from flowseg_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -112,7 +112,7 @@ class Segmentor:
         self._shape = BatchShape(1, 0, PHRASES[-1], 0, image, vision)
         self._prefix = np.array(batching.encode_prefix(self._prompts, tokenizer, visual_tokens), np.int32)
         marks = generate.Marks(tokenizer.phrase_start, tokenizer.phrase_end, tokenizer.seg)
-        self._eos = tuple({*tokenizer.encode(self._prompts.template.suffix)[:1], *_known(tokenizer.hf.eos_token_id)})
+        self._eos = self._prompts.ends(tokenizer)
 
         def top(model, found, count):
             chosen = postprocess.top(found.scores, found.mask_logits, min(count, found.scores.shape[-1]))
@@ -236,7 +236,7 @@ class Segmentor:
         """The answers to as many (text, question) as one round takes."""
         ids = [self._tokenizer.encode(question + self._prompts.template.tail) for _, question in part]
         k, t = round_shape(len(part), max(map(len, ids)))
-        asked = generate.Asked.of([ids], (1, k, t))
+        asked = Asked.of([ids], (1, k, t))
         written = self._write(self._params, look.seen, asked, max_new_tokens)
         tokens, lengths = jax.device_get((written.tokens, written.lengths))
         most = int((tokens == self._tokenizer.seg).sum(1).max())
@@ -282,10 +282,6 @@ class Segmentor:
                 Candidate(int(query[0, k, n]), float(score[0, k, n]), postprocess.unpack_mask(packed[0, k, n], size))
                 for n in np.flatnonzero(finite[0, k])
             ]
-
-
-def _known(value: int | None) -> tuple[int, ...]:
-    return () if value is None else (value,)
 
 
 def _rounds(texts: Sequence[Any]) -> list[Sequence[Any]]:

@@ -539,7 +539,7 @@ def test_an_evaluation_counts_what_it_did_not_write_as_failed(taught):
     prompts = Prompts(vary=False)
     texts = ["that", "the red circle"]
     ids = [tokenizer.encode(prompts.referring(text, 0).turns[0].question + prompts.template.tail) for text in texts]
-    asked = generate.Asked.of([ids], (1, 4, 32))  # two questions are padding
+    asked = Asked.of([ids], (1, 4, 32))  # two questions are padding
     marks = generate.Marks(tokenizer.phrase_start, tokenizer.phrase_end, tokenizer.seg)
     eos = tokenizer.encode(prompts.template.suffix)
 

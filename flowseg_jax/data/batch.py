@@ -8,6 +8,7 @@ changes a real example.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -127,3 +128,32 @@ class Questions:
     phrase_ids: np.ndarray
     seg_ids: np.ndarray
     asked: np.ndarray
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """Questions without answers, up to K about each image that has been seen.
+
+    Attributes:
+        tokens: int32 [B, K, T], text behind the image up to where the answer begins, right-padded.
+        lengths: int32 [B, K], real tokens; 0 for a question that is padding.
+        asked: bool [B, K]; False for a question that is padding.
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+
+    @property
+    def asked(self) -> np.ndarray:
+        return self.lengths > 0
+
+    @classmethod
+    def of(cls, rows: Sequence[Sequence[Sequence[int]]], shape: tuple[int, int, int]) -> Asked:
+        """Pads the ids of each image's questions to (B, K, T) = `shape`, on the host."""
+        asked = cls(np.zeros(shape, np.int32), np.zeros(shape[:2], np.int32))
+        for b, row in enumerate(rows):
+            for k, ids in enumerate(row):
+                asked.tokens[b, k, : len(ids)] = ids
+                asked.lengths[b, k] = len(ids)
+        return asked

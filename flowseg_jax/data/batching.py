@@ -154,6 +154,11 @@ def encode_conversation(conversation: Conversation, prompts: Prompts, tokenizer:
     return Encoded(tokens, labels, phrase_ids, seg_ids)
 
 
+def encode_question(conversation: Conversation, prompts: Prompts, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Ids of the first question alone, as it follows the image, up to where its answer begins."""
+    return tokenizer.encode(conversation.turns[0].question + prompts.template.tail)
+
+
 def pack(
     prefix: Sequence[int], conversations: Sequence[Encoded], length: int, pad: int, name: str, start: int | None = None
 ) -> dict[str, Int[np.ndarray, "t"]]:

@@ -15,7 +15,7 @@ import grain
 import numpy as np
 
 from flowseg_jax.data import batching, images, masks
-from flowseg_jax.data.batch import BatchShape, Questions, Views
+from flowseg_jax.data.batch import Asked, BatchShape, Questions, Views
 from flowseg_jax.data.batching import LengthBound, Pixels
 from flowseg_jax.data.pipeline import open_tokenizer
 from flowseg_jax.data.prepared import Entry, Prepared
@@ -96,13 +96,13 @@ class Round:
     """Up to K expressions about each image of a batch. The lists have one entry for each real row.
 
     Attributes:
-        questions: what is asked.
+        questions: what is asked, with the answers unless the model writes them itself (`Asked`).
         samples: the row's samples, sample k is phrase k.
         truth: bool [k, H, W], the samples' masks at original size; with `filled`, their polygons filled on whole points.
         once: bool [k, H, W], the same without the pixels that several parts of an object cover (`Annotation.once`).
     """
 
-    questions: Questions
+    questions: Questions | Asked
     samples: list[list[Sample]]
     truth: list[np.ndarray]
     once: list[np.ndarray]
@@ -146,6 +146,7 @@ class EvalData:
         control_seed: not None: the shuffled-text control. Every image is asked the sentences of another image
             (`Sample.prompt`); its own samples and truth stay.
         by_ref: ask once a ref, with all of its sentences in one (protocols of unit "ref").
+        generate: ask without answers: the model writes them itself.
         filled: hold the answers against polygons filled on whole points (protocols of raster "fill_points").
         only: places of the images to evaluate; None for all.
         skip: places of images to leave out.
@@ -174,6 +175,7 @@ class EvalData:
         max_images: int | None = None,
         control_seed: int | None = None,
         by_ref: bool = False,
+        generate: bool = False,
         filled: bool = False,
         only: Collection[int] | None = None,
         skip: Collection[int] = (),
@@ -195,7 +197,7 @@ class EvalData:
                     "choose a protocol that asks sentence by sentence, such as xsam"
                 )
             entries = [entry.by_ref for entry in entries]
-        self._filled = filled
+        self._filled, self._generate = filled, generate
         if control_seed is not None:
             entries = _shuffle_text(entries, control_seed, prepared.directory)
         if prepared.task not in ("referring", "reasoning"):
@@ -211,6 +213,8 @@ class EvalData:
         for entry in self.entries.values():
             for sample in entry.samples:
                 check_phrase(sample.prompt, self.tokenizer, entry.file_name)
+        # Of an answer that is given, so with some room where it is not.
+        self._longest = round_shape(1, max(length.values(), default=1))[1]
         self.planned = plan(
             {i: (e.height, e.width) for i, e in self.entries.items()},
             {i: [length[s.prompt] for s in e.samples] for i, e in self.entries.items()},
@@ -246,13 +250,21 @@ class EvalData:
 
     def _round(self, shape: RoundShape, samples: list[list[Sample]], objects: Sequence[Objects], names: Sequence[str]) -> Round:
         said = []
-        for row, name in zip(samples, names, strict=True):
+        for row in samples:
             families = [s.family for s in row] if self._task == "reasoning" else None
-            conversations = batching.ask(self._prompts, [s.prompt for s in row], families)
-            said.append([batching.encode_conversation(c, self._prompts, self.tokenizer, name) for c in conversations])
-        size = (len(self._rows), *shape)
+            said.append(batching.ask(self._prompts, [s.prompt for s in row], families))
+        rows, start, pad = len(self._rows), len(self.prefix), self.tokenizer.pad
+        if self._generate:
+            ids = [[batching.encode_question(c, self._prompts, self.tokenizer) for c in row] for row in said]
+            questions = Asked.of(ids, (rows, shape[0], self._longest))
+        else:
+            encoded = [
+                [batching.encode_conversation(c, self._prompts, self.tokenizer, name) for c in row]
+                for row, name in zip(said, names, strict=True)
+            ]
+            questions = batching.questions(encoded, (rows, *shape), start, pad, names)
         return Round(
-            batching.questions(said, size, len(self.prefix), self.tokenizer.pad, names),
+            questions,
             samples,
             [
                 one.stack(functools.partial(one.union, filled=self._filled), row)

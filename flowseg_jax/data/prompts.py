@@ -119,6 +119,11 @@ class Prompts:
         """Marks that the tokenizer must know as one id each."""
         return self.template.marks
 
+    def ends(self, tokenizer: Tokenizer) -> tuple[int, ...]:
+        """Ids that end an answer which the model writes: the first of the template's suffix, and the tokenizer's own."""
+        own = tokenizer.hf.eos_token_id
+        return tuple({*tokenizer.encode(self.template.suffix)[:1], *(() if own is None else (own,))})
+
     def _word(self, questions: Sequence[str], answers: Sequence[str], rng: np.random.Generator | None) -> tuple[str, str]:
         if rng is not None and self.vary:
             return questions[rng.integers(len(questions))], answers[rng.integers(len(answers))]

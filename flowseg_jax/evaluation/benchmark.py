@@ -24,7 +24,7 @@ from flowseg_jax.evaluation.evaluator import Evaluator
 from flowseg_jax.evaluation.runner import Evaluation, evaluate
 from flowseg_jax.manifest import flatten, nest
 from flowseg_jax.model_directory import load_model, read_model_config
-from flowseg_jax.models import flowseg
+from flowseg_jax.models import flowseg, generate
 from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.writers import heartbeat
 
@@ -42,6 +42,7 @@ class Subject:
         params: its parameters; `dataclasses.replace` them by others of the same model to compile nothing again.
         checkpoint: what is written beside the numbers: digest and step.
         tokenizer, prompts: how expressions become text.
+        answer_tokens: the model writes its answers itself, of at most so many tokens; 0: they are given.
     """
 
     cfg: FlowSegConfig
@@ -50,14 +51,16 @@ class Subject:
     checkpoint: dict[str, Any]
     tokenizer: Tokenizer
     prompts: Prompts
+    answer_tokens: int = 0
 
     @classmethod
-    def load(cls, directory: str | Path, *, fsdp: int = 1) -> Subject:
+    def load(cls, directory: str | Path, *, fsdp: int = 1, answer_tokens: int = 0) -> Subject:
         """Opens a model directory on all devices.
 
         Args:
             directory: the model's.
             fsdp: so many devices share one copy of the parameters.
+            answer_tokens: the model writes its answers itself, of at most so many tokens; 0: they are given.
 
         Raises:
             UserError: it is missing, damaged or no whole model, or `fsdp` does not divide the devices.
@@ -81,9 +84,13 @@ class Subject:
                 f"{directory}: the tokenizer has {tokenizer.vocab} ids, the model's embedding table {cfg.llm.vocab}"
             )
         partition = nest({path: sharding.spec for path, sharding in shardings.items()})
-        evaluator = Evaluator(parallel.divided(nnx.merge(graphdef, abstract), mesh), mesh, partition)
+        answer = None
+        if answer_tokens:
+            marks = generate.Marks(tokenizer.phrase_start, tokenizer.phrase_end, tokenizer.seg)
+            answer = functools.partial(generate.answer, marks=marks, max_new_tokens=answer_tokens, eos=prompts.ends(tokenizer))
+        evaluator = Evaluator(parallel.divided(nnx.merge(graphdef, abstract), mesh), mesh, partition, answer)
         checkpoint = {"digest": digest(stored), "step": loaded.extra.get("step")}
-        return cls(cfg, evaluator, loaded.params, checkpoint, tokenizer, prompts)
+        return cls(cfg, evaluator, loaded.params, checkpoint, tokenizer, prompts, answer_tokens)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +136,7 @@ class Benchmark:
                 "checkpoint": subject.checkpoint,
                 "data": self.data.digest,
                 "images": images,
+                "answer": f"written, at most {subject.answer_tokens} tokens" if subject.answer_tokens else "given",
                 "prompt": {"question": subject.prompts.question, "answer": subject.prompts.answer},
             },
             no_target_below=self.no_target_below,
@@ -155,6 +163,7 @@ class Benchmark:
             visual_tokens=subject.cfg.visual_tokens,
             max_images=images,
             by_ref=protocol.unit == "ref",
+            generate=subject.answer_tokens > 0,
             filled=protocol.raster == "fill_points",
             rows=parallel.rows_here(batch, subject.evaluator.mesh),
             **options,

@@ -14,11 +14,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flowseg_jax import parallel
+from flowseg_jax.data.batch import NONE, Asked
 from flowseg_jax.data.evaluation import EvalBatch, Round
 from flowseg_jax.evaluation import postprocess
 from flowseg_jax.models import flowseg
@@ -39,6 +41,9 @@ def _join(parts: tuple[Any, Any]) -> flowseg.Seen:
     return flowseg.Seen(mask_features, levels, Cache(*keys_values, *places))
 
 
+Answer = Callable[[flowseg.FlowSeg, flowseg.Seen, Asked], tuple[flowseg.Segmentation, jax.Array]]
+
+
 class Evaluator:
     """The jitted functions of one model. Reuse it over splits and parameters: nothing compiles twice.
 
@@ -46,12 +51,14 @@ class Evaluator:
         graphdef: the model's; from `parallel.divided` where `fsdp` divides its parameters.
         mesh: the devices; None: all there are, each with all parameters.
         partition: `PartitionSpec`s of the parameters, a prefix of their tree.
+        answer: how the model answers questions without answers: (model, seen, asked) -> candidates, and whether there is an
+            answer with a mask (`models.generate.answer`); None: it is not asked such.
 
     Attributes:
         compiles: function name -> number of compilations so far.
     """
 
-    def __init__(self, graphdef: nnx.GraphDef, mesh: Mesh | None = None, partition: Any = WHOLE):
+    def __init__(self, graphdef: nnx.GraphDef, mesh: Mesh | None = None, partition: Any = WHOLE, answer: Answer | None = None):
         self.mesh = parallel.make_mesh({"data": -1}) if mesh is None else mesh
         self.compiles: collections.Counter[str] = collections.Counter()
         self._partition = partition
@@ -63,9 +70,14 @@ class Evaluator:
         def ask(params, seen, questions, truth, inside):
             self.compiles["ask"] += 1
             model = flowseg.bind(graphdef, params)
-            found = model.ask(_join(seen), questions)
+            if isinstance(questions, Asked):
+                found, answered = answer(model, _join(seen), questions)
+            else:
+                found, answered = model.ask(_join(seen), questions), questions.asked
             chosen = postprocess.choose(found.scores, found.mask_logits, truth, inside)
-            return dataclasses.replace(chosen, logits=postprocess.refine(model, chosen.logits, found.mask_features))
+            query = jnp.where(answered[..., None], chosen.query, NONE)
+            logits = postprocess.refine(model, chosen.logits, found.mask_features)
+            return dataclasses.replace(chosen, query=query, logits=logits)
 
         def truth_on_grid(truth, where):
             self.compiles["truth"] += 1
@@ -97,7 +109,8 @@ class Evaluator:
     def __call__(
         self, params: Any, prefix: np.ndarray, batch: EvalBatch
     ) -> Iterator[tuple[Round, postprocess.Chosen, postprocess.Restored]]:
-        """Dispatches one batch round by round; the arrays that come may still be computing.
+        """Dispatches one batch round by round; the arrays that come may still be computing. `Chosen.query` is NONE where the
+        model wrote an answer without a mask.
 
         Args:
             params: from `place`.

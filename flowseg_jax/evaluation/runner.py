@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from flowseg_jax import parallel, processes, storage
+from flowseg_jax.data.batch import NONE
 from flowseg_jax.data.masks import encode
 from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation import examples, metrics, postprocess, protocols
@@ -316,7 +317,7 @@ def _record(
         "truth_area": selected[0] + selected[1] - int(counted["area"][0]),
         "no_target_below": no_target_below,
         "failed": not bool(counted["finite"][0]),
-        "failure": "" if counted["finite"][0] else "non-finite",
+        "failure": "" if counted["finite"][0] else "no <SEG>" if query[0] == NONE else "non-finite",
     }
     record["iou"] = metrics.sample_iou(record, protocol)
     record["best_iou"] = metrics.iou(*best, protocol.both_empty)

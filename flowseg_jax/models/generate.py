@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from flowseg_jax.data.batch import Asked
 from flowseg_jax.models.flowseg import FlowSeg, Seen, Segmentation, pool_spans
 from flowseg_jax.models.language import Cache, Language
 
@@ -109,30 +109,6 @@ class Marks:
     phrase_start: int
     phrase_end: int
     seg: int
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Asked:
-    """Questions without answers, up to K about each image that has been seen.
-
-    Attributes:
-        tokens: int32 [B, K, T], text behind the image up to where the answer begins, right-padded.
-        lengths: int32 [B, K], real tokens; 0 for a question that is padding.
-    """
-
-    tokens: Int[Array, "b k t"]
-    lengths: Int[Array, "b k"]
-
-    @classmethod
-    def of(cls, rows: Sequence[Sequence[Sequence[int]]], shape: tuple[int, int, int]) -> Asked:
-        """Pads the ids of each image's questions to (B, K, T) = `shape`, on the host."""
-        asked = cls(np.zeros(shape, np.int32), np.zeros(shape[:2], np.int32))
-        for b, row in enumerate(rows):
-            for k, ids in enumerate(row):
-                asked.tokens[b, k, : len(ids)] = ids
-                asked.lengths[b, k] = len(ids)
-        return asked
 
 
 @jax.tree_util.register_dataclass
