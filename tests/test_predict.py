@@ -18,6 +18,7 @@ from pycocotools import mask as coco
 
 from flowseg_jax import cli, predict
 from flowseg_jax.data import batching, drawing
+from flowseg_jax.data.batch import Asked
 from flowseg_jax.data.prompts import Conversation, Prompts
 from flowseg_jax.data.records import Turn
 from flowseg_jax.data.tokenizer import load_tokenizer, train_tokenizer

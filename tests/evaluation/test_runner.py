@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import time
@@ -14,9 +15,11 @@ import torch
 from flax import nnx
 
 from flowseg_jax.data import masks
+from flowseg_jax.data.batch import Asked
 from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation import audit, examples, metrics, protocols, runner
 from flowseg_jax.evaluation.evaluator import Evaluator
+from flowseg_jax.models import flowseg
 
 SCENES = fake.scenes()
 
@@ -174,6 +177,42 @@ def test_sentences_that_refer_to_nothing_are_counted_after_the_asked_protocol(ev
     assert {name: table["ciou"] for name, table in audit.tables(plain.records).items()} == {
         name: table["ciou"] for name, table in audited.items()
     }
+
+
+class Unanswered(fake.EvalData):
+    """Questions without answers."""
+
+    def _round(self, group, part):
+        given = super()._round(group, part)
+        ids = [[[k + 1, sample.image_id] for k, sample in enumerate(row)] for row in given.samples]
+        return dataclasses.replace(given, questions=Asked.of(ids, (len(self.rows), fake.PHRASES, 4)))
+
+
+def test_an_answer_without_a_mask_fails_and_says_why(tmp_path, capsys):
+    """The model answers the first question about an image and says nothing to the others; of image 4 it gives no numbers."""
+
+    def answer(model, seen, asked):
+        b, k = asked.lengths.shape
+        brightness = jax.numpy.broadcast_to(
+            seen.mask_features[..., 0][:, None, None], (b, k, 2, fake.SIDE // 4, fake.SIDE // 4)
+        )
+        answered = asked.tokens[..., 0] == 1
+        good = answered & (asked.tokens[..., 1] != 4)
+        scores = jax.numpy.where(good[..., None], jax.numpy.array([0.2, 0.7]), np.nan)
+        return flowseg.Segmentation(scores, brightness - 0.5, seen.mask_features), answered
+
+    evaluator = Evaluator(fake.parts()[0], answer=answer)
+    data = functools.partial(Unanswered, SCENES, 2)
+    found = runner.evaluate(evaluator, fake.parts()[1], data, split="val", out=tmp_path)
+    said = {
+        (r["image_id"], i): r for image in range(1, 6) for i, r in enumerate(r for r in found.records if r["image_id"] == image)
+    }
+    for (image, number), r in said.items():
+        first = number % fake.PHRASES == 0
+        assert r["failure"] == ("no <SEG>" if not first else "non-finite" if image == 4 else "")
+        assert r["failed"] == bool(r["failure"]) and r["iou"] == 0 if r["failed"] else r["query"] == 1
+    assert found.result["failures"] == {"no <SEG>": 7, "non-finite": 1}
+    assert "failed 8, 7 of them no <SEG>, 1 of them non-finite" in capsys.readouterr().out
 
 
 def test_an_empty_split_is_refused_and_nothing_is_written(evaluator, tmp_path):
