@@ -14,12 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from flowseg_jax.errors import UserError
 from flowseg_jax.models.layers import Linear, RMSNorm, normal, param
 from flowseg_jax.models.stack import scan, stack
-from flowseg_jax.ops.attention import attention
+from flowseg_jax.ops.attention import Rule, Tokens, attention, causal
 from flowseg_jax.ops.vocabulary import Vocabulary, look_up
 
 FAMILIES = ("qwen3", "phi3", "llama")
@@ -227,33 +227,6 @@ def rotate(x: Float[Array, "b t h e"], cos: Float[Array, "b t r"], sin: Float[Ar
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
 
 
-def visible(
-    positions: Int[Array, "b t"],
-    segments: Int[Array, "b t"],
-    key_positions: Int[Array, "b s"],
-    key_segments: Int[Array, "b s"],
-    sliding_window: int | None = None,
-) -> Bool[Array, "b 1 t s"]:
-    """Which earlier key each query may attend to: mask[b, 0, query, key].
-
-    A key is visible if it is no padding (segment -1) and belongs to the shared prefix (segment 0) or to the query's own
-    segment. The sliding window counts positions, not indices, so a conversation sees as far back as it would if it stood alone.
-    """
-    key, query = key_segments[:, None, :], segments[:, :, None]
-    mask = (key != -1) & ((key == 0) | (key == query))
-    if sliding_window is not None:
-        mask &= positions[:, :, None] - key_positions[:, None, :] < sliding_window
-    return mask[:, None]
-
-
-def attention_mask(
-    positions: Int[Array, "b t"], segments: Int[Array, "b t"], sliding_window: int | None = None
-) -> Bool[Array, "b 1 t t"]:
-    """`visible` among the tokens of one run: a key is seen by itself and by later indices."""
-    index = np.arange(segments.shape[1])
-    return visible(positions, segments, positions, segments, sliding_window) & (index[None, :] <= index[:, None])
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
@@ -345,17 +318,17 @@ class LanguageLayer(nnx.Module):
         x: Float[Array, "b t w"],
         cos: Float[Array, "b t r"],
         sin: Float[Array, "b t r"],
-        mask: Bool[Array, "b 1 t k"],
+        rule: Rule,
         past: KeyValue | None = None,
     ) -> tuple[Float[Array, "b t w"], KeyValue]:
-        """Attends to `past` (if any), then the new tokens, as `mask` says; returns the new tokens' keys and values too."""
+        """Attends to `past` (if any), then the new tokens, as `rule` says; returns the new tokens' keys and values too."""
         y = self.norm1(x)
         q, k, v = (f(y).reshape(*y.shape[:2], -1, self.head_dim) for f in (self.q, self.k, self.v))
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         keys, values = (k, v) if past is None else (jnp.concatenate([past[0], k], 1), jnp.concatenate([past[1], v], 1))
-        y = attention(q, keys, values, mask=mask)
+        y = attention(q, keys, values, mask=rule)
         x = x + self.o(y.reshape(*x.shape[:2], -1))
         y = self.norm2(x)
         return x + self.down(jax.nn.silu(self.gate(y)) * self.up(y)), (k, v)
@@ -399,8 +372,8 @@ class Language(nnx.Module):
         Returns:
             [B, T, W], hidden states after the final norm (HF's `hidden_states[-1]`).
         """
-        mask = attention_mask(positions, segments, self.cfg.sliding_window)
-        return self._run(embeds, positions, mask, None, keep=False)[0]
+        rule = causal(segments, positions, self.cfg.sliding_window)
+        return self._run(embeds, positions, rule, None, keep=False)[0]
 
     def prefill(
         self, embeds: Float[Array, "b t w"], positions: Int[Array, "b t"], segments: Int[Array, "b t"], slots: int
@@ -413,8 +386,8 @@ class Language(nnx.Module):
         b, t = segments.shape
         if slots < t:
             raise ValueError(f"a cache of {slots} slots cannot hold {t} tokens")
-        mask = attention_mask(positions, segments, self.cfg.sliding_window)
-        hidden, new = self._run(embeds, positions, mask, None, keep=True)
+        rule = causal(segments, positions, self.cfg.sliding_window)
+        hidden, new = self._run(embeds, positions, rule, None, keep=True)
         return hidden, Cache.empty(self.cfg, b, slots, embeds.dtype).append(*new, positions, segments)
 
     def extend(
@@ -434,21 +407,22 @@ class Language(nnx.Module):
         Returns:
             [B, T, W], hidden states of the new tokens after the final norm; the cache with the new tokens.
         """
-        window = self.cfg.sliding_window
-        earlier = visible(positions, segments, cache.positions, cache.segments, window)
-        mask = jnp.concatenate([earlier, attention_mask(positions, segments, window)], -1)
-        hidden, new = self._run(embeds, positions, mask, (cache.keys, cache.values), keep=True)
+        rule = causal(segments, positions, self.cfg.sliding_window)
+        earlier = Tokens(jnp.full_like(cache.segments, -1), cache.segments, cache.positions)  # read before all new ones
+        keys = jax.tree.map(lambda *x: jnp.concatenate(x, 1), earlier, rule.keys)
+        rule = dataclasses.replace(rule, keys=keys)
+        hidden, new = self._run(embeds, positions, rule, (cache.keys, cache.values), keep=True)
         return hidden, cache.append(*new, positions, segments)
 
     def _run(
-        self, x: Float[Array, "b t w"], positions: Int[Array, "b t"], mask: Bool[Array, "b 1 t k"], past: Any, *, keep: bool
+        self, x: Float[Array, "b t w"], positions: Int[Array, "b t"], rule: Rule, past: Any, *, keep: bool
     ) -> tuple[Float[Array, "b t w"], Any]:
         """All layers over the new tokens; `past` is the cached keys and values of all layers, or None. Returns the normalised
         hidden states and, if asked to keep them, the new keys and values of all layers."""
         cos, sin = rotary(positions, self.cfg.head_dim, self.cfg.rope_theta)
 
         def body(layer: LanguageLayer, x: Array, past: KeyValue | None) -> tuple[Array, KeyValue | None]:
-            x, new = layer(x, cos, sin, mask, past)
+            x, new = layer(x, cos, sin, rule, past)
             return x, new if keep else None
 
         x, new = scan(self.layers, body, x, past, policy=self.cfg.remat)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 SHARD_AXIS = "fsdp"  # the mesh axis whose devices hold parts of a parameter
+TENSOR_AXIS = "tensor"  # the mesh axis over which a product may be computed in parts: heads, hidden units
 
 
 def factors(devices: int) -> tuple[int, int]:

@@ -22,11 +22,12 @@ from flowseg_jax.evaluation import postprocess
 from flowseg_jax.losses import next_token_loss
 from flowseg_jax.models.connectors import pad_to_multiple, pixel_shuffle
 from flowseg_jax.models.flowseg import FlowSeg, bind, normalise_images, normalise_vision_images, pool_spans
-from flowseg_jax.models.language import attention_mask, rotary
+from flowseg_jax.models.language import rotary
 from flowseg_jax.models.mask_decoder import MaskDecoder, mask_logits
 from flowseg_jax.models.pixel_decoder import PixelDecoder, reference_points
 from flowseg_jax.models.semantic_flow import Conditions
 from flowseg_jax.models.stack import scan
+from flowseg_jax.ops.attention import causal
 from flowseg_jax.ops.resize import resize
 from flowseg_jax.parity.fixture import Arrays, Run
 from flowseg_jax.parity.preprocessing import Sample
@@ -99,8 +100,8 @@ def observe_language(model: FlowSeg, batch: Batch, visual: Array) -> dict[str, A
     """The LLM's input and its layers; the last hidden state is the model's own."""
     llm, embeds = model.llm, model.splice(batch.tokens, visual)
     cos, sin = rotary(batch.positions, llm.cfg.head_dim, llm.cfg.rope_theta)
-    mask = attention_mask(batch.positions, batch.segments, llm.cfg.sliding_window)
-    _, layers = scan(llm.layers, lambda layer, x, _: (layer(x, cos, sin, mask)[0],) * 2, embeds)
+    rule = causal(batch.segments, batch.positions, llm.cfg.sliding_window)
+    _, layers = scan(llm.layers, lambda layer, x, _: (layer(x, cos, sin, rule)[0],) * 2, embeds)
     states = [embeds, *layers[:-1]]
     return {"llm/inputs_embeds": embeds} | {f"llm/hidden_states_{i}": x for i, x in enumerate(states)}
 

@@ -12,7 +12,7 @@ from flax import nnx
 from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from flowseg_jax.errors import UserError
-from flowseg_jax.models.language import Language, LanguageConfig, attention_mask
+from flowseg_jax.models.language import Language, LanguageConfig
 
 SIZES = dict(
     vocab_size=71,
@@ -135,24 +135,6 @@ def test_more_padding_changes_nothing():
     )
     assert hf_convert.error(long[:, :8], short) < 1e-6
     assert np.isfinite(long).all()
-
-
-def test_mask_by_hand():
-    positions = np.array([[0, 1, 2, 3, 2, 0]])
-    segments = np.array([[0, 0, 1, 1, 2, -1]])
-    expected = np.array(
-        [
-            [1, 0, 0, 0, 0, 0],
-            [1, 1, 0, 0, 0, 0],
-            [1, 1, 1, 0, 0, 0],
-            [1, 1, 1, 1, 0, 0],
-            [1, 1, 0, 0, 1, 0],
-            [1, 1, 0, 0, 0, 0],
-        ]
-    )
-    assert (np.asarray(attention_mask(positions, segments))[0, 0] == expected).all()
-    expected[[2, 3, 3, 4], [0, 0, 1, 0]] = 0  # two or more positions back
-    assert (np.asarray(attention_mask(positions, segments, sliding_window=2))[0, 0] == expected).all()
 
 
 def test_placeholder_ids_read_the_first_row():

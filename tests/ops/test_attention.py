@@ -1,4 +1,4 @@
-"""Attention against torch's scaled_dot_product_attention, values and gradients."""
+"""Attention against torch's scaled_dot_product_attention, and the kernels against the plain form: values and gradients."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import jaxtyping
 import numpy as np
 import pytest
 import torch
+from jax.experimental.pallas import tpu as pltpu
 
-from flowseg_jax.ops import attention as module
-from flowseg_jax.ops.attention import attention
+from flowseg_jax.ops.attention import Rule, Tokens, attention, causal, cudnn, flash, xla
 
 B, S, T, H, E, F = 2, 7, 9, 4, 8, 6
 
@@ -27,9 +27,9 @@ def inputs(kv_heads: int, seed: int = 0):
     return [rng.standard_normal(s).astype(np.float32) for s in ((B, S, H, E), (B, T, kv_heads, E), (B, T, kv_heads, F))]
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "chunk"))
-def run(q, k, v, cotangent, mask=None, scale=None, chunk=None):
-    out, vjp = jax.vjp(lambda q, k, v: attention(q, k, v, mask=mask, scale=scale, chunk=chunk), q, k, v)
+@functools.partial(jax.jit, static_argnames=("scale", "chunk", "impl"))
+def run(q, k, v, cotangent, mask=None, scale=None, chunk=None, impl="xla"):
+    out, vjp = jax.vjp(lambda q, k, v: attention(q, k, v, mask=mask, scale=scale, chunk=chunk, impl=impl), q, k, v)
     return out, vjp(cotangent)
 
 
@@ -107,19 +107,150 @@ def test_chunks_are_chosen_by_size_and_bound_memory(monkeypatch):
         return step.lower(x, x, x).compile().memory_analysis().temp_size_in_bytes
 
     assert temporary() > 8 * 2**20
-    monkeypatch.setattr(module, "WHOLE_BYTES", 8 * 2**20 - 1)  # of the whole batch: one element's scores are fewer
-    monkeypatch.setattr(module, "CHUNK_BYTES", 2**20)
+    monkeypatch.setattr(xla, "WHOLE_BYTES", 8 * 2**20 - 1)  # of the whole batch: one element's scores are fewer
+    monkeypatch.setattr(xla, "CHUNK_BYTES", 2**20)
     assert temporary() < 8 * 2**20
 
 
-@pytest.mark.parametrize("bad", ["heads", "mask", "keys"])
+@pytest.mark.parametrize("bad", ["heads", "mask", "keys", "rule", "impl", "flash"])
 def test_shapes_that_do_not_fit_are_refused(monkeypatch, bad):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # the function's own checks are under test
     q, k, v = inputs(2)
-    with pytest.raises(ValueError, match="do not fit|does not broadcast"):
+    with pytest.raises(ValueError, match="do not fit|does not broadcast|a rule for|unknown|takes a rule"):
         if bad == "heads":
             attention(q[:, :, :3], k, v)
         elif bad == "keys":
             attention(q, k[:, 1:], v)
+        elif bad == "rule":
+            attention(q, k, v, mask=causal(jnp.zeros((B, S), int), jnp.zeros((B, S), int)))
+        elif bad == "impl":
+            attention(q, k, v, impl="fast")
+        elif bad == "flash":
+            attention(q, k, v, mask=jnp.ones((B, 1, S, T), bool), impl="flash")
         else:
             attention(q, k, v, mask=jnp.ones((B, 1, S, T + 1), bool))
+
+
+def test_a_rule_by_hand():
+    positions = jnp.array([[0, 1, 2, 3, 2, 0]])
+    segments = jnp.array([[0, 0, 1, 1, 2, -1]])
+    expected = np.array(
+        [
+            [1, 0, 0, 0, 0, 0],
+            [1, 1, 0, 0, 0, 0],
+            [1, 1, 1, 0, 0, 0],
+            [1, 1, 1, 1, 0, 0],
+            [1, 1, 0, 0, 1, 0],
+            [1, 1, 0, 0, 0, 0],
+        ]
+    )
+    assert (np.asarray(causal(segments, positions).matrix())[0, 0] == expected).all()
+    expected[[2, 3, 3, 4], [0, 0, 1, 0]] = 0  # two or more positions back
+    assert (np.asarray(causal(segments, positions, window=2).matrix())[0, 0] == expected).all()
+
+
+def packed(rows: int, new: int, cached: int, window: int | None) -> Rule:
+    """New tokens of two conversations behind a prefix, of which some (and the prefix) are cached; both end in padding."""
+    segments = np.zeros((rows, cached + new), np.int32)
+    segments[:, cached + new // 4 : cached + new // 2], segments[:, cached + new // 2 :] = 1, 2
+    segments[:, -5:], segments[:, cached - 3 : cached] = -1, -1
+    segments[0, : cached + 2] = -1  # the first row's first queries see nothing at all
+    positions = np.tile(np.arange(cached + new, dtype=np.int32), (rows, 1))
+    positions[:, cached + new // 2 :] -= new // 4
+    order = np.tile(np.maximum(np.arange(-cached, new, dtype=np.int32), -1), (rows, 1))
+    tokens = [jnp.asarray(x) for x in (order, segments, positions)]
+    return Rule(Tokens(*(x[:, cached:] for x in tokens)), Tokens(*tokens), window)
+
+
+@pytest.mark.parametrize("case", ["plain", "packed", "cached", "window"])
+def test_flash_equals_the_plain_form(monkeypatch, case):
+    monkeypatch.setattr(flash, "BLOCKS", (128,))
+    s, t = {"plain": (130, 300), "cached": (140, 270)}.get(case, (300, 300))
+    rule = None if case == "plain" else packed(B, s, t - s, 40 if case == "window" else None)
+    rng = np.random.default_rng(3)
+    q, k, v, ct = (
+        jnp.asarray(rng.standard_normal(shape), jnp.float32)
+        for shape in ((B, s, H, E), (B, t, 2, E), (B, t, 2, F), (B, s, H, F))
+    )
+    expected, gradients = run(q, k, v, ct, mask=rule, scale=0.3)
+    with pltpu.force_tpu_interpret_mode():
+        out, got = run(q, k, v, ct, mask=rule, scale=0.3, impl="flash")
+    assert relative(out, expected) < 1e-5
+    for gradient, want in zip(got, gradients, strict=True):
+        assert gradient.shape == want.shape and relative(gradient, want) < 1e-5
+    if rule is not None:
+        blind = ~np.asarray(rule.matrix()).any((1, 3))
+        assert blind[0].any() and not np.asarray(out)[blind].any() and not np.asarray(got[0])[blind].any()
+
+
+def test_flash_passes_over_blocks_in_which_nobody_sees_anybody(monkeypatch):
+    monkeypatch.setattr(flash, "BLOCKS", (128,))
+    segments = jnp.asarray(np.repeat([[0, 1, 2, -1]], 128, 1))
+    q = jnp.zeros((1, 512, 1, 8))
+    active, *_ = flash._describe(causal(segments, jnp.zeros_like(segments)), flash._Blocks.of(q, q))
+    assert active[0].tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 0, 0]]
+
+
+def test_flash_in_bfloat16_accumulates_in_float32():
+    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in inputs(2))
+    with pltpu.force_tpu_interpret_mode():
+        out = attention(8 * q, k, v, impl="flash")
+    assert out.dtype == jnp.bfloat16
+    exact = attention(*(x.astype(jnp.float32) for x in (8 * q, k, v)))
+    assert relative(out.astype(jnp.float32), exact) < 2**-7
+
+
+@pytest.mark.parametrize(
+    ("platform", "tokens", "mask", "kernels"),
+    [
+        ("tpu", 256, "rule", 3),
+        ("tpu", 256, "none", 3),
+        ("tpu", 256, "matrix", 0),
+        ("tpu", 255, "none", 0),
+        ("cpu", 256, "rule", 0),
+    ],
+)
+def test_the_platform_compiled_for_chooses(platform, tokens, mask, kernels):
+    """One kernel forward and two backward, or none; that the program is traced on a CPU does not matter."""
+    ids = jnp.zeros((1, tokens), jnp.int32)
+    masks = {"none": None, "rule": causal(ids, ids), "matrix": causal(ids, ids).matrix()}
+    x = jnp.zeros((1, tokens, 2, 128), jnp.bfloat16)
+    step = jax.jit(
+        jax.value_and_grad(lambda q, k, v: attention(q, k, v, mask=masks[mask]).astype(jnp.float32).sum(), (0, 1, 2))
+    )
+    text = step.trace(x, x, x).lower(lowering_platforms=(platform,)).as_text()
+    assert text.count("@tpu_custom_call") == kernels
+
+
+def as_cudnn(q, k, v, *, mask, scale, implementation):
+    """JAX's plain attention under cuDNN's conditions: what stands in for a GPU here."""
+    assert implementation == "cudnn" and q.shape[3] == k.shape[3] == v.shape[3]
+    if q.shape[3] % 8:
+        raise NotImplementedError("The head dim must be a multiple of 8")
+    return PLAIN(q, k, v, mask=mask, scale=scale)
+
+
+PLAIN = jax.nn.dot_product_attention
+
+
+@pytest.mark.parametrize("mask", ["none", "rule", "keys"])
+def test_cudnn_is_called_as_the_plain_form_is_meant(monkeypatch, mask):
+    monkeypatch.setattr(jax.nn, "dot_product_attention", as_cudnn)
+    rng = np.random.default_rng(4)
+    q, k, v, ct = (
+        rng.standard_normal(s).astype(np.float32) for s in ((B, 30, H, E), (B, 30, 2, E), (B, 30, 2, F), (B, 30, H, F))
+    )
+    masks = {"none": None, "rule": packed(B, 30, 0, None), "keys": jnp.asarray(rng.random((B, 1, 1, 30)) < 0.5)}
+    out, got = run(q, k, v, ct, mask=masks[mask], scale=0.3, impl="cudnn")
+    expected, gradients = run(q, k, v, ct, mask=masks[mask], scale=0.3)
+    assert relative(out, expected) < 1e-5
+    for gradient, want in zip(got, gradients, strict=True):
+        assert relative(gradient, want) < 1e-5
+
+
+def test_cudnn_is_asked_what_it_takes(monkeypatch):
+    x = jnp.zeros((1, 4, 1, 8), jnp.bfloat16)
+    assert not cudnn.takes(x, x, x, None)  # it is not here
+    monkeypatch.setattr(jax.nn, "dot_product_attention", as_cudnn)
+    assert cudnn.takes(x, x, x, None)
+    assert not cudnn.takes(*3 * [x.astype(jnp.float32)], None) and not cudnn.takes(*3 * [x[..., :7]], None)

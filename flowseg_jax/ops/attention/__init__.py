@@ -1,0 +1,121 @@
+"""Scaled dot-product attention: grouped-query, float32 softmax, bounded memory, in the form that suits the platform.
+
+    xla     plain JAX; any platform, any mask. What the others are held against.
+    flash   our Pallas kernel for TPUs; no mask, or one that is a `Rule`.
+    cudnn   NVIDIA's kernel for GPUs, in bfloat16 or float16; other types, and widths that cuDNN does not take, fall to xla.
+
+All three recompute the scores in the backward pass from what the forward pass keeps a query: its result and one number.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+from jaxtyping import Array, Bool, Float
+
+from flowseg_jax.ops.attention import cudnn, flash, xla
+from flowseg_jax.ops.attention.rule import Rule, Tokens, causal
+
+__all__ = ["Rule", "Tokens", "attention", "causal"]
+
+IMPLEMENTATIONS = ("auto", "xla", "flash", "cudnn")
+# With fewer queries or keys than this, scores are small, and a kernel's blocks are mostly padding.
+KERNEL_TOKENS = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class _How:
+    """What is static of one call; `mask` is the structure of the mask, of which the arrays alone are passed on."""
+
+    scale: float
+    chunk: int | None
+    impl: str
+    mask: jax.tree_util.PyTreeDef
+
+
+def attention(
+    q: Float[Array, "b s h e"],
+    k: Float[Array, "b t g e"],
+    v: Float[Array, "b t g f"],
+    *,
+    mask: Rule | Bool[Array, "#b #h #s t"] | None = None,
+    scale: float | None = None,
+    chunk: int | None = None,
+    impl: str = "auto",
+) -> Float[Array, "b s h f"]:
+    """softmax(scale * q k^T) v, each query head h reading key/value head h // (H / G).
+
+    Args:
+        q: queries; H must be a multiple of G.
+        k: keys.
+        v: values; their width F may differ from E.
+        mask: who may attend to whom: a rule, or True where query s may attend to key t; axes of size 1 broadcast, but for the
+            keys. None allows every key.
+        scale: factor on the scores, default E ** -0.5.
+        chunk: queries computed at a time by `xla`, so that no buffer holds all S x T scores. None: all at once, unless the
+            float32 scores exceed `xla.WHOLE_BYTES`.
+        impl: "xla", "flash", "cudnn" or "auto" (by the platform that the program is compiled for).
+
+    Returns:
+        Array in the dtype of v; products accumulate in float32. A query that may attend to no key gets zeros.
+
+    Raises:
+        ValueError: shapes that do not fit, an unknown `impl`, or `flash` for a mask that is not a rule.
+    """
+    (b, s, h, e), (t, g) = q.shape, k.shape[1:3]
+    if h % g or k.shape != (b, t, g, e) or v.shape[:3] != (b, t, g):
+        raise ValueError(f"attention: q {q.shape}, k {k.shape} and v {v.shape} do not fit")
+    if isinstance(mask, Rule):
+        shapes = mask.queries.order.shape, mask.keys.order.shape
+        if shapes != ((b, s), (b, t)):
+            raise ValueError(f"attention: a rule for queries {shapes[0]} and keys {shapes[1]}, not {(b, s)} and {(b, t)}")
+    elif mask is not None:
+        if mask.ndim != 4 or mask.shape[3] != t or any(m not in (1, n) for m, n in zip(mask.shape, (b, h, s), strict=False)):
+            raise ValueError(f"attention: mask {mask.shape} does not broadcast to {(b, h, s, t)}")
+        if impl == "flash":
+            raise ValueError('attention: impl="flash" takes a rule for a mask, not a matrix')
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"attention: impl={impl!r} is unknown (known: {', '.join(IMPLEMENTATIONS)})")
+    leaves, structure = jax.tree.flatten(mask)
+    return _attention(_How(e**-0.5 if scale is None else scale, chunk, impl, structure), q, k, v, leaves)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(how: _How, q: Array, k: Array, v: Array, mask: list[Array]) -> Array:
+    return _run("forward", how, q, k, v, mask)[0]
+
+
+def _attention_forward(how: _How, q: Array, k: Array, v: Array, mask: list[Array]) -> tuple[Array, tuple]:
+    out, logsum = _run("forward", how, q, k, v, mask)
+    return out, (q, k, v, mask, out, logsum)
+
+
+def _attention_backward(how: _How, saved: tuple, cotangent: Array) -> tuple:
+    return *_run("backward", how, *saved, cotangent), None
+
+
+_attention.defvjp(_attention_forward, _attention_backward)
+
+
+def _run(name: str, how: _How, q: Array, k: Array, v: Array, leaves: list[Array], *saved: Array) -> tuple[Array, ...]:
+    """`forward` or `backward` of the implementation that the call or the platform asks for."""
+    mask = jax.tree.unflatten(how.mask, leaves)
+    plain = functools.partial(getattr(xla, name), chunk=how.chunk)
+    kernels = {"flash": getattr(flash, name), "cudnn": getattr(cudnn, name)}
+
+    def call(run):
+        return lambda q, k, v, mask, *saved: run(q, k, v, mask, how.scale, *saved)
+
+    if how.impl != "auto":
+        return call({"xla": plain, **kernels}[how.impl])(q, k, v, mask, *saved)
+    fits = {}
+    if min(q.shape[1], k.shape[1]) >= KERNEL_TOKENS:
+        if mask is None or isinstance(mask, Rule):
+            fits["tpu"] = call(kernels["flash"])
+        if cudnn.takes(q, k, v, mask):
+            fits["cuda"] = call(kernels["cudnn"])
+    if not fits:
+        return call(plain)(q, k, v, mask, *saved)
+    return jax.lax.platform_dependent(q, k, v, mask, *saved, default=call(plain), **fits)
