@@ -82,7 +82,8 @@ def name_candidates(
 ) -> tuple[Float[Array, "b n c"], Float[Array, "b n h w"]]:
     """Scores and refined mask logits of all candidates of images whose rows ask `questions` (`GenericData`).
 
-    N is the number of queries, times the number of conversations.
+    N is the number of queries, times the number of conversations. SR and CR act as in training (`named_pass`); without a named
+    pass in training, as in "flow".
     """
     cfg, features = model.cfg, model.look(batch)
     b, count, size, total = len(batch.images), questions.count, questions.size, len(questions.categories)
@@ -102,7 +103,9 @@ def name_candidates(
         out = model.decoder(features.mask_features, features.levels, 1)
         logits = model.category_head(out.queries[-1]).astype(jnp.float32)
     own = jax.nn.softmax(logits, -1)[..., :-1].reshape(b, count, -1, size)
-    scores = jnp.einsum("bjqc,jk->bjqkc", own, jnp.eye(count)).reshape(b, -1, count * size)[..., :total]
+    # A candidate's scores stand in the place of its own conversation; not a product, which would round them.
+    blocks = jnp.where(jnp.eye(count, dtype=bool)[:, None, :, None], own[:, :, :, None], 0)
+    scores = blocks.reshape(b, -1, count * size)[..., :total]
     embeds = out.mask_embeds[-1].reshape(b, scores.shape[1], -1)
     return scores, model.refine(mask_logits(embeds, features.mask_features), features.mask_features)
 
@@ -233,8 +236,7 @@ def evaluate(
             objects, size = mine.objects, batch.sizes[b]
             pairs = zip(objects.category.tolist(), objects.score.tolist(), objects.candidate.tolist(), strict=True)
             mask_of = lambda n, masks=objects.masks, size=size: postprocess.unpack_mask(masks[n], size)  # noqa: E731
-            counted = [pair for pair in pairs if mine.finite and (things is None or things[pair[0]])]
-            detections.add(example, counted, mask_of)
+            detections.add(example, pairs, mask_of)
         progress(f"{len(records)} images")
 
     last = None

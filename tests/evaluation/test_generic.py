@@ -8,6 +8,7 @@ import json
 from fractions import Fraction
 
 import jax
+import minicoco as mini
 import numpy as np
 import pytest
 import small
@@ -23,6 +24,7 @@ from flowseg_jax.data.tokenizer import load_tokenizer
 from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation import fusion, generic, panoptic, postprocess
 from flowseg_jax.evaluation.panoptic import Detections, Segments
+from flowseg_jax.model_directory import save_model
 from flowseg_jax.models import flowseg
 from flowseg_jax.models.semantic_flow import SemanticFlowConfig
 
@@ -112,6 +114,17 @@ def test_labels_and_masks_equal_mask2former(rng, monkeypatch, block):
         for n in range(len(x)):
             np.testing.assert_array_equal(postprocess.unpack_mask(mine.objects.masks[n], size), inside[n].numpy())
     assert dropped and merged  # the case has what it is about
+
+
+def test_a_candidate_is_kept_for_what_it_wins_not_for_what_it_keeps():
+    """Of masks of 10 pixels, 8 are won, 5 of them inside; then 7, all inside: at 0.8 the first stays, without the three."""
+    numbers = {"won": [8, 7], "area": [10, 10], "kept": [5, 7], "category": [1, 0]}
+    winner = np.array([[0] * 5 + [-1] * 3 + [1] * 7 + [-1]], np.int16)
+    values = {name: np.array(value, np.int32) for name, value in numbers.items()}
+    labels = fusion.Labels(**values, taken=np.array([True, True]), winner=winner, semantic=winner)
+    segments = fusion.fuse(labels, THINGS, (1, 15), 0.8)
+    assert segments.category == (1,) and segments.ids.tolist() == [[1] * 5 + [0] * 10]
+    assert fusion.fuse(labels, THINGS, (1, 15), 0.7).category == (1, 0)
 
 
 def test_padding_changes_nothing(rng):
@@ -278,9 +291,12 @@ def test_miou_equals_sets_of_pixels(rng):
 
 
 def test_mask_ap_by_hand():
-    """Two objects: one found best, then a wrong one, then the other: precision 1 up to recall 1/2, then 2/3. Crowds forgive."""
-    ids = strip("1111" * 8 + "2222" * 8 + "3333" * 8)
-    image = example(ids, [(0, False), (0, False), (0, True)])
+    """Two objects: one found best, then a wrong one, then the other: precision 1 up to recall 1/2, then 2/3.
+
+    What lies on a crowd region is forgiven, and stuff that is not found does not matter.
+    """
+    ids = strip("1111" * 8 + "2222" * 8 + "3333" * 8 + "4444" * 8)
+    image = example(ids, [(0, False), (0, False), (0, True), (1, False)])
     boxes = [ids == 1, ids == 0, ids == 2, ids == 3]
     boxes[1][:, :3] = True  # overlaps the first object by 3 of 32
     detections = Detections(["a", "b"], (True, False))
@@ -351,9 +367,21 @@ def refused(prepared, cfg, **options):
     return generic.Benchmark(cfg, None, {}, {}, prepared, None, Prompts(), **options)
 
 
-def test_the_prepared_set_knows_its_things(prepared):
+def test_the_prepared_set_knows_its_things(prepared, tmp_path):
     assert prepared.things == (True,) * 8 + (False,) and prepared.categories[-1] == "background"
     assert Prepared.open(prepared.directory).things == prepared.things
+    root = mini.write(tmp_path / "raw", "instances")
+    assert builders.prepare(root, tmp_path / "set", layout="coco-instances", log=lambda text: None).things is None
+
+
+def test_a_model_without_language_is_opened(prepared, tmp_path):
+    cfg = model(prepared, **SEGMENTOR)
+    params = small.params(cfg)
+    save_model(tmp_path / "model", params, cfg.to_dict(), None, {"step": 7}, dtype=None)
+    ours = generic.Benchmark.of_model(tmp_path / "model", prepared.directory, names=4)
+    assert (ours.cfg, ours.tokenizer, ours.names) == (cfg, None, 4)
+    assert ours.checkpoint["step"] == 7 and len(ours.checkpoint["digest"]) == 16
+    np.testing.assert_array_equal(ours.params["decoder"]["query_content"], params["decoder"]["query_content"])
 
 
 def test_the_truth_scores_a_hundred(prepared):
