@@ -25,7 +25,16 @@ def sample(image: int, number: int, found: int, best: int, family: str = "attrib
     i = {"intersection": found, "union": 10, "oracle_intersection": best, "oracle_union": 10}
     once = {name.replace("inter", "once_inter").replace("union", "once_union"): value for name, value in i.items()}
     about = {"image_id": image, "ann_id": number, "sentence_id": 0, "text": "a", "sentence": "a", "family": family}
-    return about | i | once | {"count": 1, "failed": False}
+    answer = {
+        "text_form": "lower",
+        "count": 1,
+        "failed": False,
+        "failure": "",
+        "area": 10,
+        "score": 0.5,
+        "no_target_below": 0.0,
+    }
+    return about | i | once | answer
 
 
 def chance(rng: np.random.Generator, images: int = 12) -> list[dict]:
@@ -122,15 +131,13 @@ def counted(monkeypatch, rng):
             (out / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in chance(rng)))
             (out / f"{split}.json").write_text(json.dumps({"checkpoint": {"step": self.step}}))
 
-    class Data:
-        directory = "data"
-
-    def of_model(model, data):
+    def benchmark(model, data):
         return Evaluated(model, json.loads((model.parent / "config.json").read_text())["steps"])
 
     monkeypatch.setattr(loop, "train", train)
-    monkeypatch.setattr(loop, "open_data", lambda config: Data)
-    monkeypatch.setattr(ablation.Benchmark, "of_model", of_model)
+    monkeypatch.setattr(loop, "open_data", lambda config: "data")
+    monkeypatch.setattr(ablation.Subject, "load", lambda model: model)
+    monkeypatch.setattr(ablation, "Benchmark", benchmark)
     return calls
 
 
