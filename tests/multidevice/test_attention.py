@@ -1,0 +1,41 @@
+"""The kernel along mesh axes that are left to the compiler: it runs on the parts that devices have, and gives the same."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import pallas as pl
+from jax.sharding import AxisType, PartitionSpec
+
+from flowseg_jax.ops.attention import attention, causal, flash
+
+
+@pytest.mark.parametrize("manual", [(), ("fsdp",)])
+@pytest.mark.parametrize(("batch", "groups"), [(2, 2), (2, 1), (3, 2)])
+def test_flash_on_the_parts_of_each_device(monkeypatch, rng, manual, batch, groups):
+    """Heads over `tensor`, images over `fsdp`, or whole where they do not divide: one key/value head, three images."""
+    if manual and batch % 2:
+        pytest.skip("what is divided by hand divides")
+    monkeypatch.setattr(flash, "BLOCKS", (128,))
+    seen = []
+    monkeypatch.setattr(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=True))
+    monkeypatch.setattr(flash, "_forward", lambda *x, run=flash._forward: seen.append(x[1].shape) or run(*x))
+    q, k, v = (jnp.asarray(rng.normal(size=(batch, 8, heads, 4)), jnp.float32) for heads in (4, groups, groups))
+    ids = jnp.zeros((batch, 8), jnp.int32)
+
+    def run(q, k, v, ids, impl="flash"):
+        out, back = jax.vjp(lambda *x: attention(*x, mask=causal(ids, ids), impl=impl), q, k, v)
+        return out, *back(jnp.cos(out))
+
+    mesh = jax.make_mesh((2, 2), ("fsdp", "tensor"), devices=jax.devices()[:4], axis_types=(AxisType.Auto,) * 2)
+    spec = PartitionSpec("fsdp")
+    whole = jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec, axis_names=set(manual), check_vma=False) if manual else run
+    with jax.set_mesh(mesh):
+        found = jax.jit(whole)(q, k, v, ids)
+    assert seen[0] == (batch // 2 if batch == 2 else 3, 8, 4 // groups, 4)
+    for x, y in zip(found, run(q, k, v, ids, "xla"), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
