@@ -118,7 +118,7 @@ def test_results_come_from_processes_and_the_worst_decides(monkeypatch, tmp_path
         if name == "resize":
             return types.SimpleNamespace(returncode=-9, stderr="")
         out = next(arg for arg in argv if arg.startswith("--out=")).removeprefix("--out=")
-        open(out, "w").write(json.dumps(result(name, dtype, quality="C" if name == "msda_grad" else "A")))
+        open(out, "w").write(json.dumps(result(name, dtype, quality="C" if name in ("msda_grad", "matcher") else "A")))
         return types.SimpleNamespace(returncode=0, stderr="")
 
     monkeypatch.setattr(subprocess, "run", run)
@@ -127,6 +127,7 @@ def test_results_come_from_processes_and_the_worst_decides(monkeypatch, tmp_path
     ((argv, options),) = commands
     assert "--eager" in argv and "--rounds=2" in argv and options["env"]["GOMP_SPINCOUNT"]
     assert command.main(["msda", "msda_grad"]) == 3
+    assert command.main(["msda", "matcher"]) == 3  # it has no bar to miss, and was not measured either
     assert command.main(["msda", "bar", "msda_grad", "resize", f"--json={out}"]) == 2
     text = capsys.readouterr().out
     assert "no ratio: it differs" in text and "killed by signal 9" in text
