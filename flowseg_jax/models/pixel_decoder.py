@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 from flowseg_jax.errors import UserError
 from flowseg_jax.models.layers import Conv, GroupNorm, LayerNorm, Linear, param, zeros
 from flowseg_jax.models.stack import scan, stack
-from flowseg_jax.ops.msda import msda
+from flowseg_jax.ops.msda import check_implementation, msda
 from flowseg_jax.ops.resize import resize
 
 Shapes = tuple[tuple[int, int], ...]
@@ -43,6 +43,7 @@ class PixelDecoderConfig:
         common_stride: nominal stride at which the FPN ends.
         groups: groups of the GroupNorms.
         remat: rematerialisation policy of the encoder layers ("none", "full", "dots").
+        msda: formulation of deformable attention (`ops.msda`): "auto", "xla", "packed", "tent" or "pallas".
     """
 
     channels: tuple[int, ...]
@@ -57,8 +58,10 @@ class PixelDecoderConfig:
     common_stride: int = 4
     groups: int = 32
     remat: str = "full"
+    msda: str = "auto"
 
     def __post_init__(self):
+        check_implementation(self.msda, "pixel_decoder.msda")
         if not self.channels or len(self.channels) != len(self.strides):
             raise UserError(
                 f"pixel_decoder: {len(self.channels)} channels {self.channels} and {len(self.strides)} strides {self.strides}; "
@@ -160,6 +163,7 @@ class DeformableAttention(nnx.Module):
 
     def __init__(self, cfg: PixelDecoderConfig, *, rngs: nnx.Rngs):
         self.heads, self.levels, self.points = cfg.heads, cfg.encoder_levels, cfg.points
+        self.impl = cfg.msda
         samples = self.heads * self.levels * self.points
         grid = direction_grid(self.heads, self.levels, self.points)
         # Both matrices start Xavier-uniform, not at zero as in Deformable DETR: that is what X-SAM trains from (scaffold 2.6).
@@ -186,7 +190,7 @@ class DeformableAttention(nnx.Module):
         locations = reference[:, None, None, None] + offsets / sizes[:, None]
         weights = self.weights(query).reshape(b, n, self.heads, self.levels * self.points)
         weights = jax.nn.softmax(weights).reshape(b, n, self.heads, self.levels, self.points)
-        return self.output(msda(value, shapes, locations, weights).astype(x.dtype))
+        return self.output(msda(value, shapes, locations, weights, impl=self.impl).astype(x.dtype))
 
 
 class EncoderLayer(nnx.Module):

@@ -12,17 +12,24 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
 
-def corners(
-    points: Float[Array, "*b 2"], height: int, width: int
-) -> list[tuple[Int[Array, "*b"], Int[Array, "*b"], Float[Array, "*b"]]]:
-    """The four (row, column, weight) of bilinear sampling at `points`.
+Corners = list[tuple[Int[Array, "*b"], Int[Array, "*b"], Float[Array, "*b"]]]
 
-    Rows and columns are clipped into the map and the weight of a neighbour outside it is zero, so that a gather may promise
-    that its indices are in bounds. Coordinates and weights are float32 whatever the dtype of the points.
+
+def corners(points: Float[Array, "*b 2"], height: int, width: int) -> Corners:
+    """The four (row, column, weight) of bilinear sampling at `points`, as `pixel_corners` has them.
+
+    Coordinates and weights are float32 whatever the dtype of the points.
     """
     points = points.astype(jnp.float32)
-    x = points[..., 0] * width - 0.5
-    y = points[..., 1] * height - 0.5
+    return pixel_corners(points[..., 0] * width - 0.5, points[..., 1] * height - 0.5, height, width)
+
+
+def pixel_corners(x: Float[Array, "*b"], y: Float[Array, "*b"], height: int, width: int) -> Corners:
+    """The four (row, column, weight) of bilinear sampling at points in pixels, the centre of the first pixel at 0.
+
+    Rows and columns are clipped into the map and the weight of a neighbour outside it is zero, so that a gather may promise
+    that its indices are in bounds.
+    """
     left, top = jnp.floor(x), jnp.floor(y)
     out = []
     for row, row_weight in ((top, top + 1 - y), (top + 1, y - top)):

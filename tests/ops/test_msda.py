@@ -1,7 +1,13 @@
-"""Every formulation of multi-scale deformable attention against torch's grid_sample and X-SAM's recorded numbers."""
+"""Every formulation of multi-scale deformable attention against torch's grid_sample and X-SAM's recorded numbers.
+
+The TPU kernel is interpreted where values matter, and compiled for TPUs that are not there where its program does.
+"""
 
 from __future__ import annotations
 
+import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -11,8 +17,9 @@ import numpy as np
 import pytest
 import torch
 
+from flowseg_jax.errors import UserError
 from flowseg_jax.ops import msda as module
-from flowseg_jax.ops.msda import IMPLEMENTATIONS
+from flowseg_jax.ops.msda import IMPLEMENTATIONS, check_implementation, kernel
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "units_ops.npz"
 SHAPES = ((3, 5), (6, 4), (7, 8))
@@ -36,34 +43,63 @@ def inputs(seed: int = 0):
     return value, ((pixel + 0.5) / size).astype(np.float32), weights
 
 
-def reference(value, locations, weights):
+def reference(value, locations, weights, shapes):
+    """As Hugging Face's Mask2Former computes it."""
+    (b, _, heads, e), (_, q, _, _, k) = value.shape, weights.shape
     out, start = 0, 0
-    for level, (h, w) in enumerate(SHAPES):
-        maps = value[:, start : start + h * w].permute(0, 2, 3, 1).reshape(B * H, E, h, w)
-        grid = 2 * locations[:, :, :, level].transpose(1, 2).reshape(B * H, Q, K, 2) - 1
+    for level, (h, w) in enumerate(shapes):
+        maps = value[:, start : start + h * w].permute(0, 2, 3, 1).reshape(b * heads, e, h, w)
+        grid = 2 * locations[:, :, :, level].transpose(1, 2).reshape(b * heads, q, k, 2) - 1
         samples = torch.nn.functional.grid_sample(maps, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-        out = out + (samples * weights[:, :, :, level].transpose(1, 2).reshape(B * H, 1, Q, K)).sum(-1)
+        out = out + (samples * weights[:, :, :, level].transpose(1, 2).reshape(b * heads, 1, q, k)).sum(-1)
         start += h * w
-    return out.reshape(B, H, E, Q).permute(0, 3, 1, 2).reshape(B, Q, H * E)
+    return out.reshape(b, heads, e, q).permute(0, 3, 1, 2).reshape(b, q, heads * e)
 
 
-@pytest.mark.parametrize(("impl", "chunk"), [("gather", None), ("gather", 4), ("packed", 4), ("tent", 4), ("auto", None)])
-def test_values_and_gradients_match_grid_sample(impl, chunk):
-    arrays = inputs()
-    cotangent = np.random.default_rng(1).standard_normal((B, Q, H * E)).astype(np.float32)
+def torch_results(arrays, cotangent, shapes=SHAPES):
+    """The output and all gradients."""
+    leaves = [torch.tensor(x, requires_grad=True) for x in arrays]
+    out = reference(*leaves, shapes)
+    out.backward(torch.tensor(cotangent))
+    return [out.detach(), *(leaf.grad for leaf in leaves)]
+
+
+def results(arrays, cotangent, shapes=SHAPES, **options):
+    """The output and all gradients."""
 
     @jax.jit
-    def run(*arrays):
-        out, vjp = jax.vjp(lambda v, p, a: module.msda(v, SHAPES, p, a, impl=impl, chunk=chunk), *arrays)
-        return out, vjp(jnp.asarray(cotangent))
+    def run(cotangent, *arrays):
+        out, vjp = jax.vjp(lambda v, p, a: module.msda(v, shapes, p, a, **options), *arrays)
+        return [out, *vjp(cotangent)]
 
-    out, gradients = run(*arrays)
-    leaves = [torch.tensor(x, requires_grad=True) for x in arrays]
-    expected = reference(*leaves)
-    expected.backward(torch.tensor(cotangent))
-    assert relative(out, expected.detach()) < 1e-5
-    for got, leaf in zip(gradients, leaves, strict=True):
-        assert relative(got, leaf.grad) < 1e-5
+    return run(cotangent, *arrays)
+
+
+def draw_cotangent(*shape: int):
+    return np.random.default_rng(1).standard_normal(shape).astype(np.float32)
+
+
+@pytest.mark.parametrize(("impl", "chunk"), [("auto", None), ("xla", 4), ("packed", 4), ("tent", 4), ("pallas", None)])
+def test_values_and_gradients_match_grid_sample(impl, chunk):
+    arrays, cotangent = inputs(), draw_cotangent(B, Q, H * E)
+    found = results(arrays, cotangent, impl=impl, chunk=chunk)
+    for got, expected in zip(found, torch_results(arrays, cotangent), strict=True):
+        assert relative(got, expected) < 1e-5
+
+
+@pytest.mark.parametrize("impl", ALL)
+def test_gradients_on_pixel_centres_are_those_of_grid_sample(impl):
+    """Where the derivative jumps, all take it to the right. Sizes are powers of two, so that centres are exact."""
+    shapes = ((4, 8),)
+    rng = np.random.default_rng(2)
+    pixel = rng.integers(-1, (9, 5), (1, 30, 1, 1, 1, 2))
+    locations = ((pixel + 0.5) / (8, 4)).astype(np.float32)
+    value = rng.standard_normal((1, 32, 1, 3)).astype(np.float32)
+    arrays, cotangent = (value, locations, rng.random((1, 30, 1, 1, 1)).astype(np.float32)), draw_cotangent(1, 30, 3)
+    for got, expected in zip(
+        results(arrays, cotangent, shapes, impl=impl), torch_results(arrays, cotangent, shapes), strict=True
+    ):
+        assert relative(got, expected) < 1e-5
 
 
 @pytest.mark.parametrize("impl", ALL)
@@ -76,12 +112,15 @@ def test_matches_xsam(impl):
 
 @pytest.mark.parametrize("impl", ALL)
 def test_on_pixel_centres_and_far_outside(impl):
-    """Centres give the pixel itself; infinite or huge coordinates contribute nothing and break nothing."""
+    """Centres give the pixel itself; infinite or huge coordinates contribute nothing and break nothing, gradients included."""
     value = np.arange(1, 13, dtype=np.float32).reshape(1, 12, 1, 1)
-    points = [(0.5 / 4, 0.5 / 3), (3.5 / 4, 2.5 / 3), (0.0, 0.0), (1e30, 0.5), (-1e30, -1e30), (0.5, -2.0)]
+    points = [(0.5 / 4, 0.5 / 3), (3.5 / 4, 2.5 / 3), (0.0, 0.0), (np.inf, 0.5), (-1e30, -1e30), (0.5, -2.0)]
     locations = np.array(points, np.float32).reshape(1, 6, 1, 1, 1, 2)
-    out = msda(value, ((3, 4),), locations, np.ones((1, 6, 1, 1, 1), np.float32), impl=impl)
+    arrays = value, locations, np.ones((1, 6, 1, 1, 1), np.float32)
+    out, *gradients = results(arrays, np.ones((1, 6, 1), np.float32), ((3, 4),), impl=impl)
     np.testing.assert_allclose(np.asarray(out).ravel(), [1, 12, 0.25, 0, 0, 0], atol=1e-6)
+    assert all(np.isfinite(gradient).all() for gradient in gradients)
+    assert not np.asarray(gradients[1])[0, 3:].any()
 
 
 @pytest.mark.parametrize("impl", ALL)
@@ -94,14 +133,25 @@ def test_bfloat16_values_keep_float32_coordinates(impl):
     assert relative(out.astype(jnp.float32), exact) < 2**-6
 
 
-def test_large_inputs_are_chunked(monkeypatch):
+@pytest.mark.parametrize("impl", ALL)
+def test_bfloat16_gradients_are_sums_in_float32(impl):
+    """Many queries at one place: partial sums in bfloat16 would stop growing."""
+    value = jnp.ones((1, 4, 1, 2), jnp.bfloat16)
+    locations, weights = jnp.full((1, 600, 1, 1, 1, 2), 0.25), jnp.ones((1, 600, 1, 1, 1))
+    gradient = jax.jit(jax.grad(lambda v: module.msda(v, ((2, 2),), locations, weights, impl=impl, chunk=100).sum()))(value)
+    assert gradient.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(gradient[0, :, 0, 0], np.float32), [600, 0, 0, 0], rtol=2**-8)
+
+
+@pytest.mark.parametrize("impl", ["packed", "xla"])
+def test_large_inputs_are_chunked(impl, monkeypatch):
     """The samples of all queries never exist at once, neither forward nor backward."""
     value, locations, weights = (jnp.asarray(x) for x in inputs())
     locations, weights = (jnp.concatenate([x] * 40, 1) for x in (locations, weights))
     samples = weights.size * 4 * E * 4
 
     def temporary() -> int:
-        step = jax.jit(jax.grad(lambda v, p, a: module.msda(v, SHAPES, p, a, impl="gather").sum(), (0, 1, 2)))
+        step = jax.jit(jax.grad(lambda v, p, a: module.msda(v, SHAPES, p, a, impl=impl).sum(), (0, 1, 2)))
         return step.lower(value, locations, weights).compile().memory_analysis().temp_size_in_bytes
 
     assert temporary() > samples
@@ -109,18 +159,84 @@ def test_large_inputs_are_chunked(monkeypatch):
     assert temporary() < samples
 
 
-def test_auto_packs_on_accelerators_and_gathers_rows_on_cpu():
-    args = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in inputs()]
-    traced = jax.jit(lambda v, p, a: module.msda(v, SHAPES, p, a)).trace(*args)
+def test_the_forward_pass_on_cpu_stores_no_samples():
+    value, locations, weights = (jnp.asarray(x) for x in inputs())
+    locations, weights = (jnp.concatenate([x] * 40, 1) for x in (locations, weights))
+    memory = msda.lower(value, SHAPES, locations, weights, impl="xla").compile().memory_analysis()
+    assert memory.temp_size_in_bytes < weights.size * 4 * E * 4
 
-    def rows(platform: str) -> int:
+
+def test_auto_chooses_by_platform(monkeypatch):
+    args = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in inputs()]
+
+    def program(platform: str) -> str:
+        def step(v, p, a):
+            return jax.value_and_grad(lambda *x: module.msda(x[0], SHAPES, *x[1:]).sum(), (0, 1, 2))(v, p, a)
+
+        return jax.jit(step).trace(*args).lower(lowering_platforms=(platform,)).as_text()
+
+    def rows(text: str) -> int:
         """Width of the rows that the program gathers."""
-        text = traced.lower(lowering_platforms=(platform,)).as_text()
         sizes = [line.split("slice_sizes = array<i64:")[1].split(">")[0] for line in text.splitlines() if "slice_sizes" in line]
         assert sizes
         return max(int(size.split(",")[-1]) for size in sizes)
 
-    assert rows("cpu") == E and rows("tpu") == rows("cuda") == 4 * E
+    assert rows(program("cpu")) == E and rows(program("cuda")) == 4 * E
+    on_tpu = program("tpu")
+    assert on_tpu.count("tpu_custom_call") == 2 and "stablehlo.gather" not in on_tpu and "stablehlo.scatter" not in on_tpu
+    monkeypatch.setattr(kernel, "RESIDENT_BYTES", kernel.resident_bytes(SHAPES, E, 4) - 1)
+    without_room = program("tpu")
+    assert "tpu_custom_call" not in without_room and rows(without_room) == 4 * E
+
+
+def test_the_kernel_sums_over_blocks_of_queries():
+    """Two blocks of queries, several rows a strip, and rows longer than a strip."""
+    shapes = ((3, 5), (2, 130))
+    rng = np.random.default_rng(3)
+    queries = kernel.BLOCK + 4
+    value = rng.standard_normal((1, 3 * 5 + 2 * 130, 1, 2)).astype(np.float32)
+    arrays = (
+        value,
+        rng.uniform(-0.2, 1.2, (1, queries, 1, 2, 1, 2)).astype(np.float32),
+        rng.random((1, queries, 1, 2, 1)).astype(np.float32),
+    )
+    cotangent = draw_cotangent(1, queries, 2)
+    found = results(arrays, cotangent, shapes, impl="pallas")
+    for got, expected in zip(found, results(arrays, cotangent, shapes, impl="xla"), strict=True):
+        assert relative(got, expected) < 1e-5
+
+
+def test_the_kernel_visits_only_rows_that_are_touched():
+    """NaN times a weight of zero would show."""
+    value = np.full((1, 8, 128, 1, 2), np.nan, np.float32)
+    value[:, 3:5] = 1
+    locations = np.broadcast_to(np.float32([0.5, 0.5]), (1, 5, 1, 1, 1, 2))  # between rows 3 and 4
+    arrays = value.reshape(1, 1024, 1, 2), locations, np.ones((1, 5, 1, 1, 1), np.float32)
+    out, of_value, *_ = results(arrays, np.ones((1, 5, 2), np.float32), ((8, 128),), impl="pallas")
+    np.testing.assert_allclose(out, 1)
+    assert np.asarray(of_value).reshape(8, 128, 2).any((1, 2)).tolist() == [False] * 3 + [True] * 2 + [False] * 3
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu (extra `tpu`) is not installed")
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+def test_the_kernel_compiles_for_tpu(topology):
+    """Forward and backward, at the head width and dtype of training: nothing is sorted, gathered or scattered."""
+    script = f"""
+import re, jax, jax.numpy as jnp
+from flowseg_jax.ops.msda import msda
+from flowseg_jax.planning.topology import open_topology
+place = jax.sharding.SingleDeviceSharding(open_topology({topology!r}).devices[0])
+shapes = ((8, 8), (16, 16), (32, 32))
+n = sum(y * x for y, x in shapes)
+array = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+args = array(jnp.bfloat16, 1, n, 2, 32), array(jnp.float32, 1, n, 2, 3, 4, 2), array(jnp.float32, 1, n, 2, 3, 4)
+step = jax.value_and_grad(lambda v, p, a: msda(v, shapes, p, a).astype(jnp.float32).sum(), (0, 1, 2))
+text = jax.jit(step).lower(*args).compile().as_text()
+print([len(re.findall(rf" {{op}}\\(", text)) for op in ("sort", "gather", "scatter")], "tpu_custom_call" in text)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split("\n")[-2] == "[0, 0, 0] True"
 
 
 def test_shapes_that_do_not_fit_are_refused(monkeypatch):
@@ -130,5 +246,12 @@ def test_shapes_that_do_not_fit_are_refused(monkeypatch):
         msda(value[:, 1:], SHAPES, locations, weights)
     with pytest.raises(ValueError, match="do not fit"):
         msda(value, SHAPES, locations, weights[..., :1])
-    with pytest.raises(ValueError, match="known are"):
-        msda(value, SHAPES, locations, weights, impl="magic")
+
+
+def test_an_unknown_implementation_is_refused():
+    value, locations, weights = inputs()
+    with pytest.raises(UserError, match="'palas'.*pallas.*known are auto, xla"):
+        msda(value, SHAPES, locations, weights, impl="palas")
+    check_implementation("auto", "field")
+    with pytest.raises(UserError, match="pixel_decoder.msda is 'gather'"):
+        check_implementation("gather", "pixel_decoder.msda")

@@ -1,0 +1,270 @@
+"""Deformable attention as one Pallas kernel for TPU: no gather, no scatter, no sort, nothing but the results in memory.
+
+A TPU gathers slowly and multiplies fast. So sampling is a product here: the points of a query are a row of weights over the
+pixels, almost all of them zero, and that row times the values is the result. It is made where it is used, in vector memory,
+one strip of pixels for one block of queries at a time. What keeps this from costing queries times pixels is that queries which
+stand side by side look at nearby pixels: a block visits only the strips between the first and the last row that any of its
+points touches. Exact for every input, and fast for points that stay near their queries, as those of deformable attention do.
+
+Layouts put what is long into the lanes: the values of a head are [e, pixels], points and results [.., queries]. Rows of a map
+are padded with zeros to a divisor or a multiple of the 128 lanes, and as many rows as fill these form a strip. The values of
+one head, all levels of them, stay in vector memory while the blocks of queries go by.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array
+
+from flowseg_jax.ops.msda.chunks import Shapes
+from flowseg_jax.ops.msda.tent import tent
+
+LANES = 128
+BLOCK = 256  # queries at a time
+# Of the 64 MiB of vector memory that the smallest of the TPUs from v5e on has: what the kernels may take, and how much of that
+# the values and their gradient.
+VMEM_BYTES = 48 * 2**20
+RESIDENT_BYTES = 32 * 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Strips:
+    """How a level's pixels lie in the lanes.
+
+    Attributes:
+        height, width: of the map.
+        pitch: pixels from one row to the next, a power of two up to 128 or a multiple of 128.
+        start: lane of the level's first pixel.
+    """
+
+    height: int
+    width: int
+    pitch: int
+    start: int
+
+    @property
+    def rows(self) -> int:
+        """Rows a strip, a power of two."""
+        return max(1, LANES // self.pitch)
+
+    @property
+    def size(self) -> int:
+        """Pixels a strip."""
+        return self.rows * self.pitch
+
+    @property
+    def count(self) -> int:
+        return -(-self.height // self.rows)
+
+    @classmethod
+    def lay(cls, shapes: Shapes) -> tuple[Strips, ...]:
+        """The levels one behind the other."""
+        found, start = [], 0
+        for height, width in shapes:
+            pitch = -(-width // LANES) * LANES if width > LANES else 1 << (width - 1).bit_length()
+            found.append(cls(height, width, pitch, start))
+            start += found[-1].count * found[-1].size
+        return tuple(found)
+
+
+def resident_bytes(shapes: Shapes, e: int, itemsize: int) -> int:
+    """Vector memory that the values of a head and their gradient take in the backward pass, each twice: one is on its way."""
+    last = Strips.lay(shapes)[-1]
+    return 2 * (last.start + last.count * last.size) * e * (itemsize + 4)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """The kernels of both directions, in the form that the other formulations have.
+
+    Attributes:
+        interpret: run them as array code on any platform, to test them.
+    """
+
+    interpret: bool
+
+    def forward(self, shapes: Shapes, chunk: int, value: Array, points: Array, weights: Array) -> Array:
+        """[b, q, h, e] in the dtype of `value`; points in pixels."""
+        levels = Strips.lay(shapes)
+        blocks, values = _lanes_of_points(points, weights), _lanes_of_values(value, levels)
+        out = jax.ShapeDtypeStruct((*values.shape[:3], blocks[0].shape[3]), value.dtype)
+        return _queries_first(_call(_forward_kernel, levels, blocks, values, [out], [], self.interpret)[0], points.shape[1])
+
+    def backward(
+        self, shapes: Shapes, chunk: int, cotangent: Array, value: Array, points: Array, weights: Array
+    ) -> tuple[Array, Array, Array]:
+        """Gradients of value, points and weights."""
+        levels = Strips.lay(shapes)
+        values, transposed = jax.vjp(functools.partial(_lanes_of_values, levels=levels), value)
+        blocks = (*_lanes_of_points(points, weights), _queries_last(cotangent))
+        of_points = jax.ShapeDtypeStruct(blocks[0].shape, jnp.float32)
+        of_values = jax.ShapeDtypeStruct(values.shape, jnp.float32)
+        *found, dvalues = _call(_backward_kernel, levels, blocks, values, [of_points] * 3, [of_values], self.interpret)
+        dx, dy, dweights = (_queries_first(x, points.shape[1]).reshape(weights.shape) for x in found)
+        return *transposed(dvalues.astype(value.dtype)), jnp.stack([dx, dy], -1), dweights
+
+
+def _queries_last(x: Array, padding: float = 0.0) -> Array:
+    """[b, q, h, n] -> [b, h, n, q], queries padded to whole blocks."""
+    x = jnp.moveaxis(x, 1, 3)
+    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, -x.shape[3] % _block(x.shape[3]))), constant_values=padding)
+
+
+def _queries_first(x: Array, queries: int) -> Array:
+    return jnp.moveaxis(x, 3, 1)[:, :queries]
+
+
+def _block(queries: int) -> int:
+    return min(BLOCK, -(-queries // LANES) * LANES)
+
+
+def _lanes_of_points(points: Array, weights: Array) -> tuple[Array, Array, Array]:
+    """x, y and weights as [b, h, l * k, q]. A padded query lies outside, where it makes no block visit more rows."""
+    x, y, weights = (x.reshape(*x.shape[:3], -1).astype(jnp.float32) for x in (points[..., 0], points[..., 1], weights))
+    return _queries_last(x), _queries_last(y, padding=-2.0), _queries_last(weights)
+
+
+def _lanes_of_values(value: Array, levels: Sequence[Strips]) -> Array:
+    """[b, n, h, e] -> [b, h, e, lanes]."""
+    b, _, h, e = value.shape
+    out, start = [], 0
+    for level in levels:
+        maps = value[:, start : start + level.height * level.width].reshape(b, level.height, level.width, h, e)
+        start += level.height * level.width
+        bottom, right = level.count * level.rows - level.height, level.pitch - level.width
+        maps = jnp.pad(maps, ((0, 0), (0, bottom), (0, right), (0, 0), (0, 0)))
+        out.append(maps.transpose(0, 3, 4, 1, 2).reshape(b, h, e, -1))
+    return jnp.concatenate(out, -1)
+
+
+def _call(
+    kernel: Callable,
+    levels: Sequence[Strips],
+    blocks: Sequence[Array],
+    values: Array,
+    block_outputs: list[jax.ShapeDtypeStruct],
+    value_outputs: list[jax.ShapeDtypeStruct],
+    interpret: bool,
+) -> Sequence[Array]:
+    """Runs a kernel for every image, head and block of queries, the last of which see the same values one after the other."""
+    b, h, _, queries = blocks[0].shape
+    block = _block(queries)
+    of_block = lambda x: pl.BlockSpec((None, None, x.shape[2], block), lambda i, j, k: (i, j, 0, k))  # noqa: E731
+    of_head = lambda x: pl.BlockSpec((None, None, *x.shape[2:]), lambda i, j, k: (i, j, 0, 0))  # noqa: E731
+    return pl.pallas_call(
+        functools.partial(kernel, levels),
+        grid=(b, h, queries // block),
+        in_specs=[*map(of_block, blocks), of_head(values)],
+        out_specs=[*map(of_block, block_outputs), *map(of_head, value_outputs)],
+        out_shape=[*block_outputs, *value_outputs],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
+        ),
+        interpret=interpret,
+    )(*blocks, values)
+
+
+class _Level:
+    """One level of one block of queries.
+
+    Args:
+        strips: how the level lies.
+        x, y: its points [k, q].
+
+    Attributes:
+        columns: for every point the tent over the columns of a strip [pixels, q], and its derivative.
+        first, end: the strips that the points touch.
+    """
+
+    def __init__(self, strips: Strips, x: Array, y: Array):
+        self._strips, self._y = strips, y
+        self._pixel = jax.lax.broadcasted_iota(jnp.int32, (strips.size, 1), 0)
+        column = self._pixel & (strips.pitch - 1) if strips.rows > 1 else self._pixel
+        self.columns = [tent(x[k : k + 1] - column.astype(jnp.float32)) for k in range(len(x))]
+        inside = (x > -1) & (x < strips.width) & (y > -1) & (y < strips.height)
+        top = jnp.floor(y)
+        first = jnp.min(jnp.where(inside, top, strips.height)).astype(jnp.int32)
+        last = jnp.max(jnp.where(inside, top + 1, -1)).astype(jnp.int32)
+        shift = strips.rows.bit_length() - 1
+        self.first = jnp.maximum(first, 0) >> shift
+        self.end = (jnp.minimum(last, strips.height - 1) >> shift) + 1
+
+    def lanes(self, strip: Array) -> pl.Slice:
+        """Where the strip's pixels are."""
+        return pl.ds(pl.multiple_of(self._strips.start + strip * self._strips.size, LANES), self._strips.size)
+
+    def rows(self, strip: Array) -> list[tuple[Array, Array]]:
+        """As `columns`, the tents over the rows; [1, q] where a strip is one row."""
+        row = strip * self._strips.rows
+        if self._strips.rows > 1:
+            row = row + (self._pixel >> (self._strips.pitch.bit_length() - 1))
+        row = jnp.asarray(row, jnp.int32).astype(jnp.float32)
+        return [tent(self._y[k : k + 1] - row) for k in range(len(self._y))]
+
+
+def _points_of(level: int, levels: int, ref) -> slice:
+    """Where a level's points stand among those of all levels."""
+    each = ref.shape[0] // levels
+    return slice(level * each, (level + 1) * each)
+
+
+def _product(a: Array, b: Array, axes: tuple[int, int]) -> Array:
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    dimensions = (((axes[0],), (axes[1],)), ((), ()))
+    return jax.lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _forward_kernel(levels, x_ref, y_ref, weights_ref, values_ref, out_ref):
+    out = jnp.zeros(out_ref.shape, jnp.float32)
+    for index, strips in enumerate(levels):
+        points = _points_of(index, len(levels), x_ref)
+        level, weights = _Level(strips, x_ref[points], y_ref[points]), weights_ref[points]
+        columns = [weights[k : k + 1] * column for k, (column, _) in enumerate(level.columns)]
+
+        def visit(strip, out, level=level, columns=columns):
+            rows = level.rows(strip)
+            dense = sum(row * column for (row, _), column in zip(rows, columns, strict=True))
+            values = values_ref[:, level.lanes(strip)]
+            return out + _product(values, dense.astype(values.dtype), (1, 0))
+
+        out = jax.lax.fori_loop(level.first, level.end, visit, out)
+    out_ref[...] = out.astype(out_ref.dtype)
+
+
+def _backward_kernel(levels, x_ref, y_ref, weights_ref, out_ref, values_ref, dx_ref, dy_ref, dweights_ref, dvalues_ref):
+    """`out_ref` holds the cotangent of the block's results; the gradient of the values grows from block to block."""
+
+    @pl.when(pl.program_id(2) == 0)
+    def _():
+        dvalues_ref[...] = jnp.zeros_like(dvalues_ref)
+
+    out = out_ref[...]
+    for index, strips in enumerate(levels):
+        points = _points_of(index, len(levels), x_ref)
+        level, weights = _Level(strips, x_ref[points], y_ref[points]), weights_ref[points]
+        columns = [weights[k : k + 1] * column for k, (column, _) in enumerate(level.columns)]
+
+        def visit(strip, sums, level=level, columns=columns):
+            lanes = level.lanes(strip)
+            rows = level.rows(strip)
+            dense = sum(row * column for (row, _), column in zip(rows, columns, strict=True))
+            dvalues_ref[:, lanes] += _product(out, dense.astype(out.dtype), (1, 1))
+            pixels = _product(values_ref[:, lanes], out, (0, 0))  # [pixels, q]: each pixel's part in the loss
+            added = []
+            for (row, row_slope), (column, column_slope) in zip(rows, level.columns, strict=True):
+                across = pixels * column
+                added += [pixels * column_slope * row, across * row_slope, across * row]
+            return [old + new.sum(0, keepdims=True) for old, new in zip(sums, added, strict=True)]
+
+        zero = jnp.zeros((1, out.shape[1]), jnp.float32)
+        sums = jax.lax.fori_loop(level.first, level.end, visit, [zero] * (3 * len(weights)))
+        dx_ref[points] = weights * jnp.concatenate(sums[0::3])
+        dy_ref[points] = weights * jnp.concatenate(sums[1::3])
+        dweights_ref[points] = jnp.concatenate(sums[2::3])
