@@ -36,6 +36,7 @@ from flowseg_jax.model_directory import check_free, load_model, read_model_confi
 from flowseg_jax.models import flowseg
 from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.models.language import Cache
+from flowseg_jax.ops.portable import portable
 from flowseg_jax.storage import cast, provenance
 from flowseg_jax.writers import heartbeat, say
 
@@ -159,9 +160,11 @@ def lower(
         "vision_images": jax.ShapeDtypeStruct((room.batch, vision, vision, 3), jnp.uint8),
     }
     tokens = jax.ShapeDtypeStruct((room.batch, room.text), jnp.int32)
-    looks = jax_export.export(jax.jit(see), platforms=platforms)(weights, **views)
-    seen = jax.tree.unflatten(looks.out_tree, [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in looks.out_avals])
-    return {"see": looks, "ask": jax_export.export(jax.jit(ask), platforms=platforms)(weights, seen=seen, tokens=tokens)}
+    with portable():
+        looks = jax_export.export(jax.jit(see), platforms=platforms)(weights, **views)
+        seen = jax.tree.unflatten(looks.out_tree, [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in looks.out_avals])
+        asks = jax_export.export(jax.jit(ask), platforms=platforms)(weights, seen=seen, tokens=tokens)
+    return {"see": looks, "ask": asks}
 
 
 def export(

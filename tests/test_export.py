@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.export
 import numpy as np
 import pytest
 import small
@@ -19,6 +21,8 @@ from flowseg_jax.data.prompts import Prompts
 from flowseg_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from flowseg_jax.errors import UserError
 from flowseg_jax.model_directory import save_model
+from flowseg_jax.ops.attention import attention
+from flowseg_jax.ops.portable import portable
 
 SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "run_export.py"
 # A process of its own, in isolated mode, in which an import of the package or of what it needs besides fails.
@@ -150,3 +154,16 @@ def test_mistakes(model_directory, tokenizer_directory, tmp_path):
     cfg = small.lean(parts="language")
     language = save_model(tmp_path / "language", {"x": np.zeros(1)}, cfg.to_dict(), tokenizer_directory)
     fails("holds only the parts 'language'", checkpoint=language)
+
+
+def test_programs_have_no_kernels_but_models_do():
+    """At this size attention on a TPU is our kernel; a stored program is promised to load later only without one."""
+    query = jax.ShapeDtypeStruct((1, 256, 2, 64), "bfloat16")
+    text = lambda run: jax.export.export(jax.jit(run), platforms=["tpu"])(query, query, query).mlir_module()  # noqa: E731
+    assert "tpu_custom_call" in text(lambda q, k, v: attention(q, k, v))
+
+    def alone(q, k, v):
+        return attention(q, k, v)
+
+    with portable():
+        assert "custom_call" not in text(alone)

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float
 
 from flowseg_jax.ops.attention import cudnn, flash, xla
 from flowseg_jax.ops.attention.rule import Rule, Tokens, causal
+from flowseg_jax.ops.portable import kernels
 
 __all__ = ["Rule", "Tokens", "attention", "causal"]
 
@@ -56,7 +57,7 @@ def attention(
         scale: factor on the scores, default E ** -0.5.
         chunk: queries computed at a time by `xla`, so that no buffer holds all S x T scores. None: all at once, unless the
             float32 scores exceed `xla.WHOLE_BYTES`.
-        impl: "xla", "flash", "cudnn" or "auto" (by the platform that the program is compiled for).
+        impl: "xla", "flash", "cudnn" or "auto" (by the platform that the program is compiled for; xla inside `portable`).
 
     Returns:
         Array in the dtype of v; products accumulate in float32. A query that may attend to no key gets zeros.
@@ -78,6 +79,8 @@ def attention(
             raise ValueError('attention: impl="flash" takes a rule for a mask, not a matrix')
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"attention: impl={impl!r} is unknown (known: {', '.join(IMPLEMENTATIONS)})")
+    if impl == "auto" and not kernels():
+        impl = "xla"
     leaves, structure = jax.tree.flatten(mask)
     return _attention(_How(e**-0.5 if scale is None else scale, chunk, impl, structure), q, k, v, leaves)
 

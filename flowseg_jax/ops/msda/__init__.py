@@ -27,6 +27,7 @@ from jaxtyping import Array, Float
 from flowseg_jax.errors import UserError, suggest
 from flowseg_jax.ops.msda import kernel, rows, tent
 from flowseg_jax.ops.msda.chunks import Shapes
+from flowseg_jax.ops.portable import kernels
 
 CHUNK_BYTES = 32 * 2**20  # float32 samples an image above which queries are processed in chunks of that many
 FORMULATIONS = {
@@ -63,8 +64,8 @@ def msda(
         locations: sampling points (x, y), 0 and 1 the edges of the level's map; points outside contribute zeros. Computed in
             float32 whatever their dtype.
         weights: attention weights, normalised by the caller over levels and points.
-        impl: one of `IMPLEMENTATIONS`, or "auto": by the platform that the program is compiled for. "pallas" is for TPU;
-            on CPU it is interpreted, slowly.
+        impl: one of `IMPLEMENTATIONS`, or "auto": by the platform that the program is compiled for, "pallas" not inside
+            `portable`. "pallas" is for TPU; on CPU it is interpreted, slowly.
         chunk: queries at a time, for all but "pallas". None: all, unless their samples exceed `CHUNK_BYTES` an image.
 
     Returns:
@@ -97,7 +98,7 @@ def _select(impl: str, shapes: Shapes, value: Array) -> dict[str, str]:
         return {"cpu": "interpreted", "default": "pallas"}
     if impl != "auto":
         return {"default": impl}
-    fits = kernel.resident_bytes(shapes, value.shape[-1], value.dtype.itemsize) <= kernel.RESIDENT_BYTES
+    fits = kernels() and kernel.resident_bytes(shapes, value.shape[-1], value.dtype.itemsize) <= kernel.RESIDENT_BYTES
     return {"cpu": "xla", "tpu": "pallas" if fits else "packed", "default": "packed"}
 
 
