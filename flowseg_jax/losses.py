@@ -204,6 +204,50 @@ def masks_on_grid(packed: UInt8[Array, "b m s s8"], size: tuple[int, int]) -> Fl
     return bits.reshape(b, m, height, s // height, width, s // width).mean((3, 5)).reshape(b, m, -1)
 
 
+def level_costs(
+    class_logits: Float[Array, "b r q n"],
+    mask_embeds: Float[Array, "b r q d"],
+    features: Float[Array, "b h w d"],
+    packed: UInt8[Array, "b m s s8"],
+    targets: Targets,
+    points: Float[Array, "b _ k 2"] | None,
+    cfg: LossConfig,
+) -> Float[Array, "b r m q"]:
+    """Costs of giving queries to targets on one prediction level, from `Points.matcher` or, with None, every pixel of the grid.
+
+    Everything here is a decision, not a prediction: no gradient. Masks are compared as they are before boundary refinement.
+    """
+    b, r = mask_embeds.shape[:2]
+    class_logits, mask_embeds, features = map(jax.lax.stop_gradient, (class_logits, mask_embeds, features))
+    if points is None:
+        sampled = features.reshape(b, 1, -1, features.shape[-1])
+        of_masks = masks_on_grid(packed, features.shape[1:3])[:, None]
+    else:
+        sampled = jax.vmap(jax.vmap(sample_features, (None, 0)))(features, points)  # [B, R or 1, k, D]
+        of_masks = jax.vmap(
+            lambda masks, pts: jax.vmap(
+                lambda p: sample_packed(masks, jnp.broadcast_to(p, (masks.shape[0], *p.shape)), masks.shape[1])
+            )(pts)
+        )(packed, points)  # [B, R or 1, masks, k]
+    sampled = jnp.broadcast_to(sampled, (b, r, *sampled.shape[2:]))
+    at_points = jnp.einsum("brqd,brkd->brqk", mask_embeds, sampled, preferred_element_type=jnp.float32)
+    wanted = _of_targets(jnp.broadcast_to(of_masks, (b, r, *of_masks.shape[2:])), targets)
+    return jax.vmap(jax.vmap(match_cost, (0, 0, 0, 0, None)), (0, 0, 0, 0, None))(
+        class_logits.astype(jnp.float32), targets.labels, at_points, wanted, cfg
+    )
+
+
+def _of_targets(of_masks: Float[Array, "b r n k"], targets: Targets) -> Float[Array, "b r m k"]:
+    """From a row for every mask of the image to a row for every target."""
+    return jnp.take_along_axis(of_masks, jnp.maximum(targets.masks, 0)[..., None], axis=2)
+
+
+def assign(costs: Float[Array, "*j b r m q"], targets: Targets) -> Int[Array, "*j b r m"]:
+    """Each target's query, NONE for a target that does not exist. Any number of levels are one batch of the matcher's loops."""
+    with jax.named_scope("matcher"):
+        return match(costs, jnp.broadcast_to(targets.masks != NONE, costs.shape[:-1]))
+
+
 def level_losses(
     class_logits: Float[Array, "b r q n"],
     mask_embeds: Float[Array, "b r q d"],
@@ -213,36 +257,19 @@ def level_losses(
     points: Points | None,
     cfg: LossConfig,
     refine: Callable[[Array, Array], Array] | None = None,
+    assigned: Int[Array, "b r m"] | None = None,
 ) -> LevelLosses:
-    """Matches one prediction level with its targets; `refine` (BAR) is applied to the matched masks.
+    """Losses of one prediction level; `refine` (BAR) is applied to the matched masks.
 
-    Without `points`, costs and losses are taken on every pixel of the mask grid.
+    `assigned` is what `assign` has found; None: it is found here. Without `points`, costs and losses are taken on every pixel
+    of the mask grid.
     """
     b, r, q, d = mask_embeds.shape
     m = targets.masks.shape[-1]
     exists = targets.masks != NONE
-    index = jnp.maximum(targets.masks, 0)
-
-    # Matching: everything here is a decision, not a prediction.
-    fixed = jax.lax.stop_gradient
-    if points is None:
-        sampled = fixed(features).reshape(b, 1, -1, features.shape[-1])
-        of_masks = masks_on_grid(packed, features.shape[1:3])[:, None]
-    else:
-        sampled = jax.vmap(jax.vmap(sample_features, (None, 0)))(fixed(features), points.matcher)  # [B, R or 1, k, D]
-        of_masks = jax.vmap(
-            lambda masks, pts: jax.vmap(
-                lambda p: sample_packed(masks, jnp.broadcast_to(p, (masks.shape[0], *p.shape)), masks.shape[1])
-            )(pts)
-        )(packed, points.matcher)  # [B, R or 1, masks, k]
-    sampled = jnp.broadcast_to(sampled, (b, r, *sampled.shape[2:]))
-    at_points = jnp.einsum("brqd,brkd->brqk", fixed(mask_embeds), sampled, preferred_element_type=jnp.float32)
-    wanted = jnp.take_along_axis(jnp.broadcast_to(of_masks, (b, r, *of_masks.shape[2:])), index[..., None], axis=2)
-    cost = jax.vmap(jax.vmap(match_cost, (0, 0, 0, 0, None)), (0, 0, 0, 0, None))(
-        fixed(class_logits.astype(jnp.float32)), targets.labels, at_points, wanted, cfg
-    )
-    with jax.named_scope("matcher"):
-        assigned = match(cost, exists)
+    if assigned is None:
+        matcher_points = None if points is None else points.matcher
+        assigned = assign(level_costs(class_logits, mask_embeds, features, packed, targets, matcher_points, cfg), targets)
 
     flat = lambda x: x.reshape(b * r, *x.shape[2:])  # noqa: E731
     class_sum, class_weight = class_loss(
@@ -257,12 +284,15 @@ def level_losses(
         masks = refine(masks, features)
     flat_masks = masks.reshape(b * r * m, *masks.shape[2:])
     if points is None:
-        chosen, logits, truth = None, flat_masks.reshape(b * r * m, -1), wanted.reshape(b * r * m, -1)
+        grid = masks_on_grid(packed, features.shape[1:3])[:, None]
+        truth = _of_targets(jnp.broadcast_to(grid, (b, r, *grid.shape[2:])), targets).reshape(b * r * m, -1)
+        chosen, logits = None, flat_masks.reshape(b * r * m, -1)
     else:
         keep = cfg.points - points.extra.shape[2]
         candidates, extra = (x.reshape(b * r * m, -1, 2) for x in (points.candidates, points.extra))
-        chosen = uncertain_points(fixed(sample(flat_masks, candidates)), candidates, extra, keep)
-        truth = jnp.take_along_axis(packed, index.reshape(b, r * m)[..., None, None], axis=1)
+        chosen = uncertain_points(sample(jax.lax.stop_gradient(flat_masks), candidates), candidates, extra, keep)
+        index = jnp.maximum(targets.masks, 0).reshape(b, r * m)
+        truth = jnp.take_along_axis(packed, index[..., None, None], axis=1)
         truth = sample_packed(truth.reshape(b * r * m, *packed.shape[2:]), chosen, packed.shape[2])
         logits = sample(flat_masks, chosen)
     mask_sum, dice_sum = point_losses(logits, truth, exists.reshape(-1))
@@ -289,21 +319,31 @@ def segmentation_terms(
     given = isinstance(points, Points)
     by_level = points if given else jax.vmap(lambda key: jax.random.split(key, j), out_axes=1)(points)  # [J, B]
 
+    def points_of(level: Array | Points) -> Points | None:
+        return level if given else Points.draw(level, count, cfg) if cfg.points else None
+
+    def costs(level: tuple[Array, Array, Array | Points]) -> Array:
+        logits, embeds, drawn = level
+        points = points_of(drawn)
+        return level_costs(logits, embeds, features, packed, targets, None if points is None else points.matcher, cfg)
+
+    # All levels are matched at once: the matcher's loops are as long as the slowest level's, not as all of them together.
+    assigned = assign(jax.lax.map(costs, (class_logits, mask_embeds, by_level)), targets)
+
     def body(total, inputs):
-        logits, embeds, drawn, final = inputs
-        points = drawn if given else Points.draw(drawn, count, cfg) if cfg.points else None
+        logits, embeds, drawn, matched, final = inputs
         # BAR belongs to the final prediction. Running it on every level and choosing keeps one loop body to compile.
         bar = None if refine is None else lambda masks, maps: jnp.where(final, refine(masks, maps), masks)
-        level = level_losses(logits, embeds, features, packed, targets, points, cfg, bar)
-        return (jax.tree.map(jnp.add, total[0], level.sums), level.assigned), None
+        level = level_losses(logits, embeds, features, packed, targets, points_of(drawn), cfg, bar, matched)
+        return jax.tree.map(jnp.add, total, level.sums), None
 
     zero = jnp.zeros((), jnp.float32)
-    start = ({"class": zero, "class_weight": zero, "mask": zero, "dice": zero}, jnp.zeros(targets.masks.shape, jnp.int32))
-    levels = (class_logits, mask_embeds, by_level, jnp.arange(j) == j - 1)
-    (sums, assigned), _ = jax.lax.scan(jax.checkpoint(body), start, levels)
+    start = {"class": zero, "class_weight": zero, "mask": zero, "dice": zero}
+    levels = (class_logits, mask_embeds, by_level, assigned, jnp.arange(j) == j - 1)
+    sums, _ = jax.lax.scan(jax.checkpoint(body), start, levels)
     weights = {"class": cfg.class_gain * cfg.class_, "mask": cfg.mask, "dice": cfg.dice}
     counts = targets.denominators(name, class_logits.shape[-2], cfg.background)
-    return {f"{name}_{kind}": (w * sums[kind], counts[f"{name}_{kind}"]) for kind, w in weights.items()}, assigned
+    return {f"{name}_{kind}": (w * sums[kind], counts[f"{name}_{kind}"]) for kind, w in weights.items()}, assigned[-1]
 
 
 def referring_targets(phrase_mask: Int[Array, "b k"], group: int, first: int | Int[Array, ""] = 0) -> Targets:

@@ -73,12 +73,14 @@ class Answer:
         text: its words, `<p>`, `</p>` and `<SEG>` included.
         complete: it came to an end before it ran out of tokens.
         predictions: one for each `<SEG>` that stands for a phrase.
+        failure: why there is none where there should be one.
     """
 
     question: str
     text: str
     complete: bool
     predictions: Sequence[Prediction]
+    failure: str | None = None
 
 
 class Segmentor:
@@ -198,7 +200,8 @@ class Segmentor:
         A mask is conditioned on the phrase that the model wrote, or else on the text (`models.generate.pair_outputs`).
         """
         asked = [turn.question for conversation in batching.ask(self._prompts, texts) for turn in conversation.turns]
-        return self._generate(look, texts, asked, max_new_tokens, self._selection(selection))
+        answers = self._generate(look, texts, asked, max_new_tokens, self._selection(selection))
+        return [answer if answer.predictions else dataclasses.replace(answer, failure="no <SEG>") for answer in answers]
 
     def chat(
         self, look: Look, questions: Sequence[str], *, max_new_tokens: int = ANSWER_TOKENS, **selection: Any

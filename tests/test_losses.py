@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from flowseg_jax import losses
 from flowseg_jax.data.batch import NO_LABEL, NONE, NOTHING
 from flowseg_jax.losses import (
     LossConfig,
@@ -23,6 +24,7 @@ from flowseg_jax.losses import (
     referring_targets,
     segmentation_terms,
 )
+from flowseg_jax.ops.matcher import match
 from flowseg_jax.ops.vocabulary import Vocabulary
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -162,3 +164,29 @@ def test_a_phrase_that_refers_to_nothing_makes_all_its_queries_background(rng):
     log_p = jax.nn.log_softmax(logits)
     expected = -log_p[0, 2, 0] - background * log_p[0, jnp.array([0, 1, 3]), -1].sum() - background * log_p[1, :, -1].sum()
     assert float(total) == pytest.approx(float(expected), rel=1e-5) and float(weight) == pytest.approx(1.7)
+
+
+def test_levels_are_matched_together_as_one_by_one(level, monkeypatch):
+    """The matcher runs once for all levels, and gives and costs what it does for each."""
+    inputs, _ = level
+    rng = np.random.default_rng(7)
+    stacked = {
+        name: jnp.asarray(rng.normal(size=(3, *inputs[name].shape)), jnp.float32) for name in ("class_logits", "mask_embeds")
+    }
+    rest = {name: inputs[name] for name in ("features", "packed", "targets")}
+    cfg = LossConfig(points=0)
+
+    @jax.jit
+    def together(class_logits, mask_embeds):
+        keys = jax.random.split(jax.random.key(0), 1)
+        return segmentation_terms("x", class_logits, mask_embeds, **rest, points=keys, cfg=cfg, refine=None)
+
+    alone = [level_losses(**{k: v[i] for k, v in stacked.items()}, **rest, points=None, cfg=cfg) for i in range(3)]
+    solved = []
+    monkeypatch.setattr(losses, "match", lambda cost, valid: solved.append(cost.shape) or match(cost, valid))
+    terms, assigned = together(**stacked)
+    np.testing.assert_array_equal(assigned, alone[-1].assigned)
+    assert len({tuple(np.asarray(x.assigned).ravel()) for x in alone}) > 1  # else mixed-up levels would not show
+    for kind, weight in (("class", cfg.class_), ("mask", cfg.mask), ("dice", cfg.dice)):
+        assert float(terms[f"x_{kind}"][0]) == pytest.approx(weight * sum(float(x.sums[kind]) for x in alone), rel=1e-5)
+    assert solved == [(3, 1, 1, 2, 3)]

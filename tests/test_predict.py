@@ -490,6 +490,7 @@ def test_an_answer_that_it_writes_is_the_one_that_it_is_handed(taught):
     assert_alike(one.predictions[0], segmentor.ask(look, ["the red circle"], top_k=3)[0])
     assert squeezed(several.text) == squeezed(TWO) and [p.phrase for p in several.predictions] == ["the star", "it"]
     assert squeezed(none.text) == "thereisnone." and none.complete and not none.predictions
+    assert (none.failure, one.failure) == ("no <SEG>", None)
     cut = segmentor.generate(look, ["that"], max_new_tokens=2)[0]
     assert not cut.complete and squeezed("thereisnone.").startswith(squeezed(cut.text))
 
@@ -532,6 +533,11 @@ def test_the_command_tells_what_the_model_wrote(taught, monkeypatch, tmp_path, c
     none = files["x_that"]
     assert (none["failure"], none["found"], none["score"], none["area"]) == ("no <SEG>", False, None, 0)
     assert not decode(none).any() and "there" in capsys.readouterr().out
+    assert sorted(path.stem for path in (tmp_path / "out").glob("*.png")) == ["x_it", "x_it_2", "x_the-red-circle"]
+    cli.predict([f"--image={tmp_path / 'x.png'}", *(f"--chat={question}" for question in CHATS), f"--out={tmp_path / 'chat'}"])
+    files = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "chat").glob("*.json")}
+    assert squeezed(files["x_what-do-you-see"]["answer"]) == "apicture." and "failure" not in files["x_what-do-you-see"]
+    assert [path.stem for path in (tmp_path / "chat").glob("*.png")] == ["x_where-is-it"]
 
 
 def test_an_evaluation_counts_what_it_did_not_write_as_failed(taught):

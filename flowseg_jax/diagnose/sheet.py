@@ -86,7 +86,7 @@ def picture(
     """Writes the strip of one sample's masks to `folder`.
 
     Args:
-        folder, number: where to, and which picture of it.
+        folder, number: where to, and which picture of it; the first one clears those of an earlier run away.
         sample: what was asked.
         image: uint8 [H, W, 3].
         panels: (caption, bool [H, W], whether it is the truth).
@@ -99,6 +99,8 @@ def picture(
     colored = [(caption, mask, pictures.TRUTH if true else pictures.SELECTED) for caption, mask, true in panels]
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for stale in folder.glob("*.png") if number == 0 else ():
+            stale.unlink()
         pictures.strip(image, [("image", None, pictures.TRUTH), *colored]).save(file)
     except OSError as error:
         raise UserError(f"cannot write {file}: {error.strerror}; choose a folder you can write to") from error

@@ -17,6 +17,12 @@ def dot(x: Float[Array, "*b i"], w: Float[Array, "i o"]) -> Float[Array, "*b o"]
     return y.astype(x.dtype)
 
 
+def product(x: Array, y: Array, i: int, j: int, *, batch: int = 0) -> Array:
+    """The product over axis i of x and axis j of y in float32, for each element of their first `batch` axes."""
+    same = tuple(range(batch))
+    return jax.lax.dot_general(x, y, (((i,), (j,)), (same, same)), preferred_element_type=jnp.float32)
+
+
 def einsum(spec: str, *operands: Array) -> Array:
     """`jnp.einsum` accumulated in float32, in the dtype of the first operand."""
     return jnp.einsum(spec, *operands, preferred_element_type=jnp.float32).astype(operands[0].dtype)

@@ -43,11 +43,11 @@ def hungarian(cost: Float[Array, "m q"], valid: Bool[Array, " m"]) -> Int32[Arra
         raise ValueError(f"hungarian: {targets} targets need at least as many queries, got {queries}")
     cost = jnp.nan_to_num(jax.lax.stop_gradient(cost).astype(jnp.float32), nan=0.0, posinf=LIMIT, neginf=-LIMIT)
     cost = cost.clip(-LIMIT, LIMIT)
-    order = jnp.argsort(~valid, stable=True)  # valid targets first
+    up_to = jnp.cumsum(valid)  # how many valid targets stand up to each one
 
     def assign(k, state):
         target_dual, query_dual, query_of, target_of = state
-        root = order[k]
+        root = jnp.argmax(up_to > k).astype(jnp.int32)  # the valid target number k
 
         # Dijkstra from `root`: grow the set of reached queries by the nearest one until that one is free.
         def unfinished(search):

@@ -7,6 +7,8 @@ added, which XLA fuses into one loop; one gather summed over an axis of four is 
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
@@ -90,14 +92,53 @@ def uncertain_points(
         logits: mask logits sampled at the candidates.
         candidates: uniform random points, three times as many as points are wanted in the usual setting.
         extra: uniform random points kept whatever their logit.
-        keep: how many candidates stay, most uncertain first.
+        keep: how many candidates stay, in no particular order. Of equally uncertain ones the first stay.
 
     Returns:
         Points without a gradient.
     """
-    _, index = jax.lax.top_k(-jnp.abs(jax.lax.stop_gradient(logits)), keep)
-    chosen = jnp.take_along_axis(candidates, index[..., None], axis=1, mode="promise_in_bounds")
-    return jax.lax.stop_gradient(jnp.concatenate([chosen, extra], axis=1))
+    logits, candidates, extra = map(jax.lax.stop_gradient, (logits, candidates, extra))
+    # The same choice twice: the TPU compiler makes a full sort of `top_k`, slow to compile and far more than is asked for.
+    chosen = jax.lax.platform_dependent(
+        jnp.abs(logits),
+        candidates,
+        tpu=functools.partial(_smallest_by_threshold, keep=keep),
+        default=functools.partial(_smallest_by_rank, keep=keep),
+    )
+    return jnp.concatenate([chosen, extra], axis=1)
+
+
+def _smallest_by_rank(
+    magnitude: Float[Array, "n c"], candidates: Float[Array, "n c 2"], keep: int
+) -> Float[Array, "n {keep} 2"]:
+    """The candidates of the `keep` smallest magnitudes, smallest first."""
+    _, index = jax.lax.top_k(-magnitude, keep)
+    return jnp.take_along_axis(candidates, index[..., None], axis=1, mode="promise_in_bounds")
+
+
+def _smallest_by_threshold(
+    magnitude: Float[Array, "n c"], candidates: Float[Array, "n c 2"], keep: int
+) -> Float[Array, "n {keep} 2"]:
+    """The candidates of the `keep` smallest magnitudes, in the order in which they come: no sort.
+
+    Bit by bit from the highest the `keep`-th smallest magnitude is found, by counting; non-negative floats compare as their
+    bits do. What is smaller stays, and of what equals it as many as are wanting.
+    """
+    n, count = magnitude.shape
+    bits = jax.lax.bitcast_convert_type(magnitude.astype(jnp.float32), jnp.int32)
+
+    def refine(step: Array, threshold: Array) -> Array:
+        trial = threshold + (1 << (30 - step))
+        return jnp.where((bits < trial).sum(1, keepdims=True) < keep, trial, threshold)
+
+    threshold = jax.lax.fori_loop(0, 31, refine, jnp.zeros((n, 1), jnp.int32))
+    smaller, equal = bits < threshold, bits == threshold
+    wanting = keep - smaller.sum(1, keepdims=True)
+    stays = smaller | (equal & (jnp.cumsum(equal, 1) <= wanting))
+    # The others go to places of their own behind the end, where they are dropped: no two have the same.
+    place = jnp.where(stays, jnp.cumsum(stays, 1) - 1, keep + jnp.arange(count))
+    out = jnp.zeros((n, keep, 2), candidates.dtype)
+    return out.at[jnp.arange(n)[:, None], place].set(candidates, mode="drop", unique_indices=True)
 
 
 def _take(flat: Array, index: Int[Array, "n p"]) -> Array:

@@ -145,7 +145,7 @@ def select(
     return Prediction(name, text, image, best.score, mask, kept, answer, phrase)
 
 
-def nothing(name: str, text: str, image: UInt8[np.ndarray, "y x 3"], answer: str) -> Prediction:
+def nothing(name: str, text: str, image: UInt8[np.ndarray, "y x 3"], answer: str, failure: str | None) -> Prediction:
     """An answer that the model wrote without a `<SEG>` that stands for a phrase: no mask."""
     blank = np.zeros(image.shape[:2], bool)
-    return Prediction(name, text, image, None, blank, (), answer=answer, failure="no <SEG>")
+    return Prediction(name, text, image, None, blank, (), answer=answer, failure=failure)

@@ -87,6 +87,8 @@ class Writer:
         if "rle" in self._kinds and not self._table:
             text = json.dumps(described, indent=1, ensure_ascii=False) + "\n"
             files[self._out / f"{name}.json"] = lambda path: path.write_text(text, encoding="utf-8")
+        if prediction.score is None:  # an answer in words alone has no pictures
+            return files
         if "overlay" in self._kinds:
             drawn = drawing.overlay(prediction.image, prediction.mask, pictures.SELECTED)
             files[self._out / f"{name}.png"] = picture(drawn)

@@ -109,7 +109,9 @@ def _predictions(segmentor: Segmentor, job: Job, ready: Prepared | UserError, re
             continue
         cut = "" if response.complete else " ... (cut: --max-tokens)"
         say(f"{look.name}: {response.question}\n  {response.text}{cut}")
-        predictions += response.predictions or [nothing(look.name, response.question, look.image, response.text)]
+        predictions += response.predictions or [
+            nothing(look.name, response.question, look.image, response.text, response.failure)
+        ]
     return predictions
 
 

@@ -33,9 +33,9 @@ def test_flash_on_the_parts_of_each_device(monkeypatch, rng, manual, batch, grou
 
     mesh = jax.make_mesh((2, 2), ("fsdp", "tensor"), devices=jax.devices()[:4], axis_types=(AxisType.Auto,) * 2)
     spec = PartitionSpec("fsdp")
-    whole = run
-    if manual:
-        whole = jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec, axis_names=set(manual), check_vma=False)
+    whole = (
+        jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec, axis_names=set(manual), check_vma=False) if manual else run
+    )
     with jax.set_mesh(mesh):
         found = jax.jit(whole)(q, k, v, ids)
     assert seen[0] == (batch // 2 if batch == 2 else 3, 8, 4 // groups, 4)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from flowseg_jax.ops import points as module
 from flowseg_jax.ops.points import sample, sample_features, sample_packed, uncertain_points
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "units_ops.npz"
@@ -118,3 +119,26 @@ def test_uncertain_points_are_those_nearest_to_zero():
         np.testing.assert_array_equal(got[i], np.concatenate([candidates[i][order], extra[i]]))
     gradient = jax.grad(lambda x, c: uncertain_points(x, c, extra, 7).sum(), (0, 1))(logits, candidates)
     assert not any(np.asarray(g).any() for g in gradient)
+
+
+@pytest.mark.parametrize("keep", [1, 7, 29, 30])
+def test_a_threshold_chooses_what_ranks_do(keep):
+    """Ties, zeros of both signs and infinities included."""
+    rng = np.random.default_rng(5)
+    magnitude = np.abs(rng.integers(-3, 4, (N, 30)) * rng.choice([0.25, 1e-40, 1e30, np.inf], (N, 30)).astype(np.float32))
+    magnitude = np.nan_to_num(magnitude, nan=0.5, posinf=np.inf).astype(np.float32)
+    magnitude[0] = 1.0  # nothing but ties: the first ones
+    candidates = rng.random((N, 30, 2)).astype(np.float32)
+    by_rank, by_threshold = (
+        np.asarray(jax.jit(choose, static_argnames="keep")(magnitude, candidates, keep=keep))
+        for choose in (module._smallest_by_rank, module._smallest_by_threshold)
+    )
+    for ranked, found in zip(by_rank, by_threshold, strict=True):
+        np.testing.assert_array_equal(found[np.lexsort(found.T)], ranked[np.lexsort(ranked.T)])
+
+
+def test_points_are_chosen_without_a_sort_on_tpu():
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2, 30), (2, 30, 2), (2, 4, 2))]
+    traced = jax.jit(lambda *x: uncertain_points(*x, 7)).trace(*shapes)
+    on_tpu, on_cpu = (traced.lower(lowering_platforms=(platform,)).as_text() for platform in ("tpu", "cpu"))
+    assert "top_k" in on_cpu and "top_k" not in on_tpu and "sort" not in on_tpu

@@ -24,6 +24,7 @@ from jaxtyping import Array, Float
 from flowseg_jax.ops.attention.rule import Rule, sees
 from flowseg_jax.ops.attention.xla import BLOCKED, expected_slope
 from flowseg_jax.ops.collectives import TENSOR_AXIS
+from flowseg_jax.ops.dot import product
 
 LANES = 128
 BLOCKS = (512, 384, 256, 128)  # tokens a block: the first of those that pad least
@@ -158,13 +159,13 @@ class _Step:
 
     def scores(self, q: Array, k: Array) -> Array:
         """float32 [keys, queries]."""
-        scores = _dot(k, q, 1, 1) * self.scale
+        scores = product(k, q, 1, 1) * self.scale
         return scores if self.allowed is None else jnp.where(self.allowed(), scores, BLOCKED)
 
     def slopes(self, q: Array, k: Array, v: Array, cotangent: Array, logsum: Array, mean: Array) -> tuple[Array, Array]:
         """The weights, and the gradients of the products of queries and keys: [keys, queries], ready for the next product."""
         weights = jnp.exp(self.scores(q, k) - logsum)
-        slopes = weights * (_dot(v, cotangent, 1, 1) - mean) * self.scale
+        slopes = weights * (product(v, cotangent, 1, 1) - mean) * self.scale
         return weights.astype(q.dtype), slopes.astype(q.dtype)
 
 
@@ -231,7 +232,7 @@ def _attend(step: _Step, q_ref, k_ref, v_ref, out_ref, logsum_ref, peak_ref, tot
         weights, decay = jnp.exp(scores - peak), jnp.exp(peak_ref[...] - peak)
         peak_ref[...] = peak
         total_ref[...] = total_ref[...] * decay + weights.sum(0, keepdims=True)
-        sum_ref[...] = sum_ref[...] * decay + _dot(v, weights.astype(v.dtype), 0, 0)
+        sum_ref[...] = sum_ref[...] * decay + product(v, weights.astype(v.dtype), 0, 0)
 
     @pl.when(step.last)
     def _():
@@ -252,7 +253,7 @@ def _differentiate_queries(step: _Step, q_ref, k_ref, v_ref, ct_ref, logsum_ref,
     def _():
         k = k_ref[0]
         _, slopes = step.slopes(q_ref[0], k, v_ref[0], ct_ref[0], logsum_ref[0, 0], mean_ref[0, 0])
-        sum_ref[...] += _dot(slopes, k, 0, 0)
+        sum_ref[...] += product(slopes, k, 0, 0)
 
     @pl.when(step.last)
     def _():
@@ -273,8 +274,8 @@ def _differentiate_keys(
     def _():
         q, ct = q_ref[0], ct_ref[0]
         weights, slopes = step.slopes(q, k_ref[0], v_ref[0], ct, logsum_ref[0, 0], mean_ref[0, 0])
-        dk_sum_ref[...] += _dot(slopes, q, 1, 0)
-        dv_sum_ref[...] += _dot(weights, ct, 1, 0)
+        dk_sum_ref[...] += product(slopes, q, 1, 0)
+        dv_sum_ref[...] += product(weights, ct, 1, 0)
 
     @pl.when(step.last)
     def _():
@@ -305,19 +306,17 @@ def _call(
     batch = inputs[0][1].shape[0]
     steps = (batch, *loops.steps)
     s, t = blocks.rows * blocks.queries, blocks.columns * blocks.keys
-    index = {
-        "q": lambda b, h, g, i, j: (b, i, h),
-        "k": lambda b, h, g, i, j: (b, j, g),
-        "s": lambda b, h, g, i, j: (b, h, 0, i),
-    }
-    index |= {"rule_q": lambda b, h, g, i, j: (b, 0, i), "rule_k": lambda b, h, g, i, j: (b, j, 0)}
+    described = () if rule is None else _describe(rule, blocks)
 
-    def spec(kind: str, shape: tuple[int, ...]) -> pl.BlockSpec:
-        return pl.BlockSpec(shape, lambda *at: index[kind](*loops.place(*at)))
+    def spec(shape: tuple[int, ...], index: Callable) -> pl.BlockSpec:
+        return pl.BlockSpec(shape, lambda *at: index(*loops.place(*at)))
 
     def block(kind: str, width: int) -> pl.BlockSpec:
-        shapes = {"q": (1, blocks.queries, width), "k": (1, blocks.keys, width), "s": (1, 1, 1, blocks.queries)}
-        return spec(kind, shapes[kind])
+        if kind == "q":
+            return spec((1, blocks.queries, width), lambda b, h, g, i, j: (b, i, h))
+        if kind == "k":
+            return spec((1, blocks.keys, width), lambda b, h, g, i, j: (b, j, g))
+        return spec((1, 1, 1, blocks.queries), lambda b, h, g, i, j: (b, h, 0, i))
 
     def result(kind: str, width: int, dtype: jnp.dtype) -> jax.ShapeDtypeStruct:
         shapes = {
@@ -327,11 +326,11 @@ def _call(
         }
         return jax.ShapeDtypeStruct(shapes[kind], dtype)
 
-    active, tokens = (), ()
-    if rule is not None:
-        active, *tokens = _describe(rule, blocks)
-        active = (active,)
-    specs = [spec("rule_q", (1, 3, blocks.queries)), spec("rule_k", (1, blocks.keys, 3))] if tokens else []
+    specs = [block(kind, x.shape[3]) for kind, x in inputs]
+    if described:
+        rows = spec((1, 3, blocks.queries), lambda b, h, g, i, j: (b, 0, i))
+        columns = spec((1, blocks.keys, 3), lambda b, h, g, i, j: (b, j, 0))
+        specs = [rows, columns, *specs]
 
     def body(*refs) -> None:
         at = [pl.program_id(axis) for axis in range(4)]
@@ -344,23 +343,23 @@ def _call(
             keys = lambda: [keys_ref[0, :, n : n + 1] for n in range(3)]  # noqa: E731
             allowed = lambda: sees(queries(), keys(), rule.window)  # noqa: E731
         elif blocks.real < t:
-            place = lambda: jax.lax.broadcasted_iota(jnp.int32, (blocks.keys, blocks.queries), 0)  # noqa: E731
-            allowed = lambda: place() < blocks.real - j * blocks.keys  # noqa: E731
+            key = lambda: jax.lax.broadcasted_iota(jnp.int32, (blocks.keys, blocks.queries), 0)  # noqa: E731
+            allowed = lambda: key() < blocks.real - j * blocks.keys  # noqa: E731
         kernel(_Step(at[3] == 0, at[3] == steps[3] - 1, active, allowed, scale), *refs)
 
     found = pl.pallas_call(
         body,
         out_shape=[result(*output) for output in outputs],
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=len(active),
+            num_scalar_prefetch=len(described[:1]),  # the active blocks, which a step knows before its data is there
             grid=steps,
-            in_specs=[*specs, *(block(kind, x.shape[3]) for kind, x in inputs)],
+            in_specs=specs,
             out_specs=[block(kind, width) for kind, width, _ in outputs],
             scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
         ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 3 + ("arbitrary",)),
         name=kernel.__name__.strip("_"),
-    )(*active, *tokens, *(x if kind == "s" else x.reshape(*x.shape[:2], -1) for kind, x in inputs))
+    )(*described, *(x if kind == "s" else x.reshape(*x.shape[:2], -1) for kind, x in inputs))
     shapes = {"q": (batch, s, blocks.heads, -1), "k": (batch, t, blocks.groups, -1), "s": (batch, blocks.heads, 1, s)}
     return [x.reshape(shapes[kind]) for x, (kind, *_) in zip(found, outputs, strict=True)]
 
@@ -384,8 +383,3 @@ def _lay(x: Array, size: int) -> Array:
 
 def _pad(x: Array, axis: int, multiple: int, fill: int = 0) -> Array:
     return jnp.pad(x, [(0, -n % multiple if i == axis else 0) for i, n in enumerate(x.shape)], constant_values=fill)
-
-
-def _dot(x: Array, y: Array, i: int, j: int) -> Array:
-    """The product over axis i of x and j of y, accumulated and returned in float32."""
-    return jax.lax.dot_general(x, y, (((i,), (j,)), ((), ())), preferred_element_type=jnp.float32)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from flowseg_jax.ops.attention.rule import Rule
+from flowseg_jax.ops.dot import product
 
 # Above WHOLE_BYTES of float32 scores, queries are processed in chunks of CHUNK_BYTES of them a batch element (128 queries of
 # SAM's global attention): near a CPU's cache size, which is faster than larger chunks.
@@ -89,7 +90,7 @@ def _attend(q: Array, mask: Array | None, k: Array, v: Array, scale: float) -> t
     peak = scores.max(-1, keepdims=True)
     weights = jnp.exp(scores - peak)
     total = weights.sum(-1, keepdims=True)
-    out = _batched(weights.astype(v.dtype), v, 2, 1) / total
+    out = product(weights.astype(v.dtype), v, 2, 1, batch=1) / total
     logsum = peak + jnp.log(total)
     if mask is not None:
         out, logsum = jnp.where(peak > BLOCKED, out, 0.0), jnp.where(peak > BLOCKED, logsum, -BLOCKED)
@@ -106,22 +107,18 @@ def _differentiate(
     q = queries[0]
     weights = jnp.exp(_scores(q, mask, k, scale) - _flat(queries[2]))  # 0 where blocked, for a query without keys too
     flat, cotangent, mean = _flat(q), _flat(queries[1]), _flat(queries[3])
-    dv = _batched(weights.astype(v.dtype), cotangent, 1, 1)
-    slopes = (weights * (_batched(cotangent, v, 2, 2) - mean) * scale).astype(k.dtype)
-    return _batched(slopes, k, 2, 1).astype(q.dtype).reshape(q.shape), _batched(slopes, flat, 1, 1), dv
+    dv = product(weights.astype(v.dtype), cotangent, 1, 1, batch=1)
+    slopes = (weights * (product(cotangent, v, 2, 2, batch=1) - mean) * scale).astype(k.dtype)
+    dq = product(slopes, k, 2, 1, batch=1).astype(q.dtype).reshape(q.shape)
+    return dq, product(slopes, flat, 1, 1, batch=1), dv
 
 
 def _scores(q: Array, mask: Array | None, k: Array, scale: float) -> Array:
     """float32 [b*g, r*s, t]."""
-    scores = _batched(_flat(q), k, 2, 2) * scale
+    scores = product(_flat(q), k, 2, 2, batch=1) * scale
     if mask is None:
         return scores
     return jnp.where(jnp.broadcast_to(mask, (*q.shape[:4], k.shape[1])).reshape(scores.shape), scores, BLOCKED)
-
-
-def _batched(x: Array, y: Array, i: int, j: int) -> Array:
-    """Batched product over axis i of x and j of y, accumulated and returned in float32."""
-    return jax.lax.dot_general(x, y, (((i,), (j,)), ((0,), (0,))), preferred_element_type=jnp.float32)
 
 
 def _by_group(x: Array, groups: int) -> Array:
