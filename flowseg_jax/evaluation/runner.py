@@ -156,25 +156,25 @@ Round = tuple[Any, postprocess.Chosen, postprocess.Restored]
 def _dispatched(
     evaluator: Evaluator, params: Any, data: Data, reading: Callable[[], None] = lambda: None
 ) -> Iterator[tuple[Any, list[Round]]]:
-    """Batches with their rounds, one behind what is being computed. A batch that one process cannot read stops all of them."""
+    """Batches with their rounds, one behind what is being computed.
+
+    A batch that one process cannot read stops all of them, behind those before it.
+    """
     batches, last = iter(data), None
+    reason = lambda error: str(error) if isinstance(error, UserError) else None  # noqa: E731
     while True:
-        batch, fault = processes.attempt(lambda: next(batches, None), lambda error: str(error) if _reported(error) else None)
-        if fault:
-            raise UserError(fault)
-        if batch is None:
-            break
-        reading()
-        running = batch, list(evaluator(params, data.prefix, batch))
+        batch, fault = processes.attempt(lambda: next(batches, None), reason)
+        running = None
+        if batch is not None:
+            reading()
+            running = batch, list(evaluator(params, data.prefix, batch))
         if last is not None:
             yield last
+        if fault:
+            raise UserError(fault)
+        if running is None:
+            return
         last = running
-    if last is not None:
-        yield last
-
-
-def _reported(error: Exception) -> bool:
-    return isinstance(error, UserError)
 
 
 def _fill(
