@@ -249,11 +249,14 @@ def predict(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--save", default="overlay,rle", metavar="KINDS", help="of overlay,rle,png; default overlay,rle")
     parser.add_argument("--out", metavar="DIR", default="runs/predictions")
     arguments = parser.parse_args(argv)
-    jobs = prediction_jobs(arguments)
     from flowseg_jax import predict as prediction
+    from flowseg_jax.model_directory import read_model_config
     from flowseg_jax.prediction import outputs, run
     from flowseg_jax.writers import heartbeat, say
 
+    directory = model_directory(arguments)
+    read_model_config(directory)  # mistakes are told at once, not after loading
+    jobs = prediction_jobs(arguments)
     if arguments.top_k is not None and arguments.all_above is not None:
         raise UserError("--top-k and --all-above both say which candidates are kept: give one of them")
     options = {key: getattr(arguments, key) for key in ("top_k", "all_above", "no_target_below")}
@@ -267,7 +270,7 @@ def predict(argv: Sequence[str] | None = None) -> int:
     many = bool(arguments.input) or Path(arguments.image).is_dir()
     writer = outputs.Writer(arguments.out, outputs.kinds(arguments.save), table=many)
     with heartbeat("loading"):
-        segmentor = prediction.load(model_directory(arguments))
+        segmentor = prediction.load(directory)
     method = segmentor.chat if arguments.chat else segmentor.generate if writes else segmentor.ask
     respond = functools.partial(method, **options)
     with writer:

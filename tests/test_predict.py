@@ -380,6 +380,7 @@ def test_mistakes_in_a_jsonl(command, tmp_path, line, message):
     (tmp_path / "in.jsonl").write_text('{"image": "a.png", "text": "it"}\n' + line)
     with pytest.raises(UserError, match=message):
         command(tmp_path / "out", f"--input={tmp_path / 'in.jsonl'}")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -49,10 +49,6 @@ class Writer:
         self._lines: IO[str] | None = None
 
     def __enter__(self) -> Writer:
-        if self._table:
-            with self._clear_errors(self._out / TABLE):
-                self._out.mkdir(parents=True, exist_ok=True)
-                self._lines = open(self._out / TABLE, "w", encoding="utf-8")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -113,11 +109,14 @@ class Writer:
 
     def _line(self, described: dict[str, Any]) -> None:
         with self._clear_errors(self._out / TABLE):
+            if self._lines is None:
+                self._out.mkdir(parents=True, exist_ok=True)
+                self._lines = open(self._out / TABLE, "w", encoding="utf-8")
             self._lines.write(json.dumps(described, ensure_ascii=False) + "\n")
             self._lines.flush()
 
     @contextlib.contextmanager
-    def _clear_errors(self, path: Path):
+    def _clear_errors(self, path: Path) -> Iterator[None]:
         try:
             yield
         except OSError as error:
