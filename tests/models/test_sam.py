@@ -14,7 +14,7 @@ from transformers.models.sam.modeling_sam import SamVisionEncoder
 
 from flowseg_jax.errors import UserError
 from flowseg_jax.models.sam import Sam, SamConfig
-from flowseg_jax.ops import attention as attention_module
+from flowseg_jax.ops.attention import xla as attention_module
 
 # 58 pixels hold 9 patches of 6 with a remainder; windows of 4 leave 3 rows of padding.
 HF = dict(hidden_size=24, mlp_dim=52, num_attention_heads=3, image_size=58, patch_size=6, window_size=4)

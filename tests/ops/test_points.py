@@ -141,4 +141,4 @@ def test_points_are_chosen_without_a_sort_on_tpu():
     shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2, 30), (2, 30, 2), (2, 4, 2))]
     traced = jax.jit(lambda *x: uncertain_points(*x, 7)).trace(*shapes)
     on_tpu, on_cpu = (traced.lower(lowering_platforms=(platform,)).as_text() for platform in ("tpu", "cpu"))
-    assert "top_k" in on_cpu and "top_k" not in on_tpu and "sort" not in on_tpu
+    assert "top_k" in on_cpu and "top_k" not in on_tpu and "stablehlo.sort" not in on_tpu

@@ -25,6 +25,7 @@ from flowseg_jax.models.pixel_decoder import PixelDecoder, PixelDecoderConfig
 from flowseg_jax.models.sam import Sam
 from flowseg_jax.models.semantic_flow import Conditions
 from flowseg_jax.models.siglip import Siglip
+from flowseg_jax.ops.portable import portable
 from flowseg_jax.planning import flops
 from flowseg_jax.planning.flops import Work
 
@@ -78,10 +79,11 @@ def products(jaxpr) -> float:
 
 
 def traced(make, call, *shapes) -> float:
-    """FLOPs of the products in `call(module, *arrays)`, of which only the shapes exist."""
+    """FLOPs of the products in `call(module, *arrays)`, of which only the shapes exist; as plain JAX, whose products show."""
     graphdef, state = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
     arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
-    return products(jax.make_jaxpr(lambda state, *xs: call(nnx.merge(graphdef, state), *xs))(state, *arrays).jaxpr)
+    with portable():
+        return products(jax.make_jaxpr(lambda state, *xs: call(nnx.merge(graphdef, state), *xs))(state, *arrays).jaxpr)
 
 
 def test_the_encoders_multiply_what_is_counted():
