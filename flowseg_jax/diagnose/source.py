@@ -15,6 +15,7 @@ from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation import metrics, postprocess
 from flowseg_jax.evaluation.benchmark import Benchmark
 from flowseg_jax.models import flowseg
+from flowseg_jax.ops.portable import portable
 from flowseg_jax.writers import heartbeat
 
 # (model, seen, questions, truth on the grid [B, K, h, w], share of image [B, h, w])
@@ -89,8 +90,18 @@ def measure(graphdef: Any, params: Any, data: Any, function: Function, name: str
     """`Source.measure` for any model and any data with the interface of `EvalData`."""
     if not data.samples:
         raise UserError("the split holds no expression to measure; prepare it, or choose another split")
-    see = jax.jit(lambda params, views, prefix: flowseg.bind(graphdef, params).see(views, prefix))
-    run = jax.jit(lambda params, *inputs: function(flowseg.bind(graphdef, params), *inputs))
+
+    # Where there are several devices, the compiler divides these two, and it cannot divide a kernel.
+    @jax.jit
+    def see(params, views, prefix):
+        with portable():
+            return flowseg.bind(graphdef, params).see(views, prefix)
+
+    @jax.jit
+    def run(params, *inputs):
+        with portable():
+            return function(flowseg.bind(graphdef, params), *inputs)
+
     on_grid = jax.jit(lambda truth, where: (postprocess.truth_on_grid(truth, where), postprocess.image_on_grid(where)))
     restore = jax.jit(postprocess.restore)
     done = 0

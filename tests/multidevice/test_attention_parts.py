@@ -14,12 +14,11 @@ from jax.sharding import AxisType, PartitionSpec
 from flowseg_jax.ops.attention import attention, causal, flash
 
 
-@pytest.mark.parametrize("manual", [(), ("fsdp",)])
-@pytest.mark.parametrize(("batch", "groups"), [(2, 2), (2, 1), (3, 2)])
+@pytest.mark.parametrize(
+    ("batch", "groups", "manual"), [(2, 2, ()), (2, 1, ()), (3, 2, ()), (2, 2, ("fsdp",)), (2, 1, ("fsdp",))]
+)
 def test_flash_on_the_parts_of_each_device(monkeypatch, rng, manual, batch, groups):
     """Heads over `tensor`, images over `fsdp`, or whole where they do not divide: one key/value head, three images."""
-    if manual and batch % 2:
-        pytest.skip("what is divided by hand divides")
     monkeypatch.setattr(flash, "BLOCKS", (128,))
     seen = []
     monkeypatch.setattr(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=True))

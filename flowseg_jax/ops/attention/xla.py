@@ -56,7 +56,7 @@ def backward(
     cotangent: Float[Array, "b s h f"],
     chunk: int | None = None,
 ) -> tuple[Float[Array, "b s h e"], Float[Array, "b t g e"], Float[Array, "b t g f"]]:
-    """Gradients of q, k and v. The scores are computed again: cheaper than keeping them, also on a CPU."""
+    """Gradients of q, k and v. The scores are computed again instead of being kept."""
     b, s, h, _ = q.shape
     groups = k.shape[2]
     mean = expected_slope(out, cotangent)
