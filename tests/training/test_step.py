@@ -65,6 +65,7 @@ def steps(batch):
     return make
 
 
+@pytest.mark.slow  # the whole model; the lean one in two parts is in tests/multidevice
 def test_parts_give_the_update_of_the_whole(network, batch, steps):
     """Pairs have between 1 and 4 phrases: a mean over parts of each part's mean would be another update."""
     made = []
