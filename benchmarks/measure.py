@@ -9,7 +9,6 @@ import argparse
 import gc
 import json
 import math
-import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import components, ratio
-from flowseg_jax import errors
+from flowseg_jax import errors, host
 from flowseg_jax.cli import Parser
 from flowseg_jax.errors import UserError
 
@@ -104,7 +103,7 @@ def measure(component: components.Component, size: str, dtype: str, rounds: int,
     comparison = ratio.compare(candidates, component.peer, pair.tolerance, rounds=rounds)
     result = comparison.to_json()
     result["environment"]["versions"] |= {"torch": torch.__version__, "scipy": scipy.__version__}
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    peak = host.peak_memory() / host.GIB
     return {
         "component": component.name,
         "dtype": dtype,

@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -24,7 +23,7 @@ from typing import Any
 
 from benchmarks import load, ratio
 from benchmarks.table import ROOT
-from flowseg_jax import errors
+from flowseg_jax import errors, host
 from flowseg_jax.cli import Parser
 from flowseg_jax.errors import UserError
 from flowseg_jax.writers import heartbeat, say
@@ -81,7 +80,7 @@ def start(size: str, began: float, checkpoint: Path | None, restore: bool) -> di
     with stage("first step"):
         state, _ = step(state, program.place(batch))
         jax.block_until_ready(state)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    peak = host.peak_memory() / host.GIB
     if checkpoint and not restore:
         with Checkpoints(checkpoint) as checkpoints:
             checkpoints.save(1, numbered(state), {})

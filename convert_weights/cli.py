@@ -10,6 +10,7 @@ from convert_weights import job as jobs
 from convert_weights.convert import get_family
 from convert_weights.families import FAMILIES
 from convert_weights.plan import Plan, Target
+from flowseg_jax import host
 from flowseg_jax.cli import Parser
 from flowseg_jax.errors import UserError
 from flowseg_jax.writers import say
@@ -73,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     started = time.monotonic()
     with jobs.prepared(request) as job:
-        before = jobs.peak_memory()  # with libraries and tokenizer
+        before = host.peak_memory()  # with libraries and tokenizer
         targets = {target.name: target for target in job.plan.targets}
         progress = lambda name: say(_line(targets[name]))  # noqa: E731
         if a.check:
@@ -85,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     largest = max(math.prod(target.shape) * target.dtype.itemsize for target in targets.values())
     say(
         f"{'checked' if a.check else out}: {len(targets)} arrays, {values:,} values in {time.monotonic() - started:.0f} s; "
-        f"peak memory {jobs.peak_memory() >> 20} MiB ({before >> 20} before, largest array {largest >> 20})"
+        f"peak memory {host.peak_memory() >> 20} MiB ({before >> 20} before, largest array {largest >> 20})"
     )
     return 0
 
@@ -96,7 +97,7 @@ def _export(family, a) -> int:
     if len(a.paths) != 2 or a.check:
         raise UserError("--export takes one model directory and OUT")
     path = export_directory(family, *a.paths, layout=a.layout, dtype=a.dtype, overwrite=a.overwrite, progress=say)
-    say(f"{path}: peak memory {jobs.peak_memory() >> 20} MiB")
+    say(f"{path}: peak memory {host.peak_memory() >> 20} MiB")
     return 0
 
 

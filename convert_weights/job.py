@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import resource
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -158,12 +156,6 @@ def check(job: Job, request: Request, progress: Callable[[str], None] = lambda n
     for name, lazy in job.arrays(request.seed).items():
         lazy.make()
         progress(name)
-
-
-def peak_memory() -> int:
-    """The most memory that this process has had in use so far, bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _tower(family: Family, request: Request) -> tuple[TensorSource, Any, Path | None]:

@@ -26,11 +26,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from flowseg_jax import cli, storage
+from flowseg_jax import cli, host, storage
 from flowseg_jax import config as configs
 from flowseg_jax.errors import UserError, run
 from flowseg_jax.evaluation import metrics
@@ -250,7 +249,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--seeds takes integers, 0,1,2, got {arguments.seeds!r}") from None
     read = lambda variant: configs.read(f"configs/shapes_ablation.py:{variant}")  # noqa: E731
     cli.use_host_devices(read("baseline").batch_size)
-    jax.config.update("jax_compilation_cache_dir", str((arguments.runs / "cache").absolute()))
+    host.keep_programs()
     ablate(read, seeds, arguments.runs)
     return 0
 

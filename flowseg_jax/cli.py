@@ -17,7 +17,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from flowseg_jax import config as configs
-from flowseg_jax import storage
+from flowseg_jax import host, storage
 from flowseg_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ def train(argv: Sequence[str] | None = None) -> int:
         (a.partition("=")[2] or b for a, b in zip(argv, [*argv[1:], ""], strict=True) if a.split("=")[0] == "--config"), None
     )
     use_host_devices(config.batch_size // max(1, config.model.negatives_group * config.optimizer.accumulate))
+    host.keep_programs()
     join_processes(arguments)
     from flowseg_jax.training.loop import train as run
     from flowseg_jax.training.profiling import Profile
@@ -155,6 +156,7 @@ def evaluate(argv: Sequence[str] | None = None) -> int:
     add_process_flags(parser)
     arguments = parser.parse_args(argv)
     use_host_devices(arguments.batch_size)
+    host.keep_programs()
     join_processes(arguments)
     from flowseg_jax.data.prepared import Prepared
     from flowseg_jax.evaluation import benchmark, generic, protocols
@@ -249,6 +251,7 @@ def predict(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--save", default="overlay,rle", metavar="KINDS", help="of overlay,rle,png; default overlay,rle")
     parser.add_argument("--out", metavar="DIR", default="runs/predictions")
     arguments = parser.parse_args(argv)
+    host.keep_programs()
     from flowseg_jax import predict as prediction
     from flowseg_jax.model_directory import read_model_config
     from flowseg_jax.prediction import outputs, run

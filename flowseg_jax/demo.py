@@ -11,7 +11,7 @@ import dataclasses
 import time
 from pathlib import Path
 
-from flowseg_jax import cli
+from flowseg_jax import cli, host
 from flowseg_jax import config as configs
 from flowseg_jax.errors import run
 from flowseg_jax.evaluation import report
@@ -35,6 +35,7 @@ def main() -> int:
     config, _ = configs.load([f"--config.steps={STEPS}", "--config.checkpoint_every=100"])
     plan = loop.Plan.read(config)
     cli.use_host_devices(config.batch_size // config.model.negatives_group)
+    host.keep_programs()
     rows: list[report.Row] = []
     about = [
         f"Training from scratch: {STEPS} steps of {config.batch_size} images with up to {config.data.phrases} expressions each "

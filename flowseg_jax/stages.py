@@ -16,9 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-
-from flowseg_jax import cli
+from flowseg_jax import cli, host
 from flowseg_jax import config as configs
 from flowseg_jax.data import builders
 from flowseg_jax.data.prepared import Prepared
@@ -104,7 +102,7 @@ def main(data: Path = DATA, runs: Path = RUNS, size: Size = Size()) -> Outcome:
         return loop.train(cfg, runs / name)
 
     cli.use_host_devices(8)
-    jax.config.update("jax_compilation_cache_dir", str((runs / "cache").absolute()))  # both runs of stage 3 are one program
+    host.keep_programs()  # both runs of stage 3 are one program
     stage("miniature data sets in the layouts of RefCOCO, ReasonSeg, COCO panoptic and LLaVA")
     prepare(data, size)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 
-import jax
 import numpy as np
 import pytest
 import small
@@ -37,13 +36,11 @@ def ran(tmp_path_factory):
         return dataclasses.replace(lean, decoder=dataclasses.replace(lean.decoder, queries=12))
 
     size = stages.Size(shapes=40, reasonseg=10, panoptic=16, chat=16, steps=(40, 40, 2), evaluated=0)
-    cache = jax.config.jax_compilation_cache_dir
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FlowSegConfig, "tiny", classmethod(tiny))
         for module in ("flowseg_jax.stages", "flowseg_jax.training.loop", "flowseg_jax.training.initial"):
             patch.setattr(f"{module}.say", said.append)
         outcome = stages.main(root / "data", root / "runs", size)
-    jax.config.update("jax_compilation_cache_dir", cache)
     return outcome, root / "runs", said
 
 

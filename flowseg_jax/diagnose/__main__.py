@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from flowseg_jax import cli, errors
+from flowseg_jax import cli, errors, host
 from flowseg_jax.diagnose import negatives, oracle, rescue
 
 IMAGES = 100
@@ -84,6 +84,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         command.add_argument("--batch-size", type=int, default=8, help="images at a time")
     args = parser.parse_args(argv)
+    host.keep_programs()
     args.run(args)
     return 0
 

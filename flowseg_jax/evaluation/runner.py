@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from flowseg_jax import parallel, processes, storage
+from flowseg_jax import host, parallel, processes, storage
 from flowseg_jax.data.batch import NONE
 from flowseg_jax.data.masks import encode
 from flowseg_jax.errors import UserError
@@ -139,7 +139,7 @@ def _tell(name: str, result: Mapping[str, Any], samples: int, seconds: float, ev
     compiled = ", ".join(f"{count} {what}" for what, count in evaluator.compiles.items())
     say(
         f"evaluate {name}: {samples} samples in {duration(seconds)}, {samples / max(seconds, 1e-9):.1f}/s;"
-        f" {evaluator.compiles.total() - before} compilations (so far: {compiled})"
+        f" {evaluator.compiles.total() - before} compilations (so far: {compiled}); {host.memory_line()}"
     )
     say(
         f"evaluate {name}: {result['protocol']}, {metrics.in_words(result)},"

@@ -75,6 +75,10 @@ class Traffic:
             found[x.kind] = count + x.executions, size + x.executions * x.bytes
         return dict(sorted(found.items()))
 
+    def largest(self, kind: str) -> int:
+        """Bytes of the largest collective of a kind, 0 without one."""
+        return max((x.bytes for x in self.collectives if x.kind == kind), default=0)
+
     def largest_in_a_loop(self, kind: str) -> int:
         """Bytes of the largest collective of a kind that stands in a loop, 0 without one."""
         return max((x.bytes for x in self.collectives if x.kind == kind and x.loops), default=0)
@@ -82,7 +86,7 @@ class Traffic:
 
 def traffic(text: str) -> Traffic:
     """Reads optimised HLO text (`jax.stages.Compiled.as_text()`). Raises ValueError for text without an entry computation."""
-    return _Reader(text).read()
+    return _Traffic(Module(text)).read()
 
 
 def loops_with_collectives(text: str) -> list[Loop]:
@@ -91,7 +95,7 @@ def loops_with_collectives(text: str) -> list[Loop]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Instruction:
+class Instruction:
     """`name = type opcode(operands), attributes`."""
 
     name: str
@@ -101,7 +105,7 @@ class _Instruction:
     attributes: str
 
     @classmethod
-    def parse(cls, line: str, name: str, start: int) -> _Instruction:
+    def parse(cls, line: str, name: str, start: int) -> Instruction:
         """`line[start:]` follows the equals sign. A type is a tuple in parentheses or has no space in it."""
         end = _closing(line, start) if line[start] == "(" else line.index(" ", start)
         paren = line.index("(", end)
@@ -136,47 +140,80 @@ def _bytes(type_text: str) -> int:
     return total
 
 
-class _Reader:
-    """One pass over a program: from the entry into everything that it calls."""
+class Module:
+    """A program's computations, each parsed when it is first asked for.
+
+    Attributes:
+        entry: the name of the computation that is run.
+    """
+
+    entry: str
 
     def __init__(self, text: str):
+        """Raises ValueError for text without an entry computation."""
         self._lines: dict[str, list[str]] = {}
-        self._entry, current = None, None
+        entry, current = None, None
         for line in text.splitlines():
             if current is None and (header := _COMPUTATION.match(line)):
                 current = self._lines[header["name"]] = []
-                self._entry = header["name"] if header["entry"] else self._entry
+                entry = header["name"] if header["entry"] else entry
             elif line.startswith("}"):
                 current = None
             elif current is not None:
                 current.append(line)
-        if self._entry is None:
+        if entry is None:
             raise ValueError("no entry computation: this is no HLO text")
-        self._parsed: dict[str, dict[str, _Instruction]] = {}
-        self._loops: dict[str, int | None] = {}
+        self.entry = entry
+        self._parsed: dict[str, dict[str, Instruction]] = {}
 
-    def read(self) -> Traffic:
-        found = tuple(self._walk(self._entry, 1, ()))
-        inside = {name: tuple(sorted({x.kind for x in found if name in x.loops})) for name in self._loops}
-        return Traffic(found, tuple(Loop(name, trips, inside[name]) for name, trips in self._loops.items()))
-
-    def _instructions(self, computation: str) -> dict[str, _Instruction]:
-        """Those of one computation by name, in order; parsed when they are first asked for."""
+    def instructions(self, computation: str) -> dict[str, Instruction]:
+        """Those of one computation by name, in order."""
         if computation not in self._parsed:
             matches = ((line, _ASSIGNMENT.match(line)) for line in self._lines.get(computation, ()))
-            found = [_Instruction.parse(line, match["name"], match.end()) for line, match in matches if match]
+            found = [Instruction.parse(line, match["name"], match.end()) for line, match in matches if match]
             self._parsed[computation] = {x.name: x for x in found}
         return self._parsed[computation]
 
+    def trip_count(self, loop: Instruction) -> int | None:
+        """Given by the compiler, or the bound that the loop's counter is compared with: `lax.scan` counts from 0 in ones."""
+        if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
+            return int(known[1])
+        condition = self.instructions(loop.called("condition"))
+        test = next(reversed(condition.values()))  # the root is the last
+        if test.opcode != "compare" or "direction=LT" not in test.attributes:
+            return None
+        bound = condition.get(test.operands[1])
+        return int(bound.operands[0]) if bound is not None and bound.opcode == "constant" else None
+
+    @staticmethod
+    def branches(conditional: Instruction) -> list[str]:
+        """The computations of which a conditional runs one."""
+        if several := re.search(r"branch_computations=\{([^}]*)\}", conditional.attributes):
+            return _NAME.findall(several[1])
+        return [name for name in (conditional.called("true_computation"), conditional.called("false_computation")) if name]
+
+
+class _Traffic:
+    """One pass over a program: from the entry into everything that it calls."""
+
+    def __init__(self, module: Module):
+        self._module = module
+        self._loops: dict[str, int | None] = {}
+
+    def read(self) -> Traffic:
+        found = tuple(self._walk(self._module.entry, 1, ()))
+        inside = {name: tuple(sorted({x.kind for x in found if name in x.loops})) for name in self._loops}
+        return Traffic(found, tuple(Loop(name, trips, inside[name]) for name, trips in self._loops.items()))
+
     def _walk(self, computation: str, executions: int, loops: tuple[str, ...]) -> Iterator[Collective]:
         chains: set[str] = set()
-        for x in self._instructions(computation).values():
+        for x in self._module.instructions(computation).values():
             if x.opcode == "while":
-                self._loops[x.name] = trips = self._trip_count(x)
+                self._loops[x.name] = trips = self._module.trip_count(x)
                 for part in ("condition", "body"):
                     yield from self._walk(x.called(part), executions * (1 if trips is None else trips), (*loops, x.name))
             elif x.opcode == "conditional":
-                branches = [list(self._walk(name, executions, loops)) for name in _branches(x)]
+                branches = [list(self._walk(name, executions, loops)) for name in self._module.branches(x)]
                 yield from max(branches, key=lambda found: sum(c.executions * c.bytes for c in found), default=[])
             elif x.opcode == "call":
                 yield from self._walk(x.called("to_apply"), executions, loops)
@@ -187,7 +224,7 @@ class _Reader:
 
     def _fused(self, computation: str, executions: int, loops: tuple[str, ...], chains: set[str]) -> Iterator[Collective]:
         """The collectives of a fusion. The TPU compiler spreads one over several fusions that bear its chain's id."""
-        for x in self._instructions(computation).values():
+        for x in self._module.instructions(computation).values():
             collective = self._collective(x, computation)
             chain = re.search(r'chain_id="(\d+)"', x.attributes)
             if not collective or (chain and chain[1] in chains):
@@ -200,31 +237,14 @@ class _Reader:
                 "reduce-scatter" if computation.startswith("all-reduce-scatter") else kind, size, executions, loops
             )
 
-    def _collective(self, x: _Instruction, computation: str) -> tuple[str, int] | None:
+    def _collective(self, x: Instruction, computation: str) -> tuple[str, int] | None:
         """(kind, bytes) if the instruction is a collective; its end, if it has one of its own, is none."""
         kind = x.opcode.removesuffix("-start")
         if kind not in KINDS:
             return None
-        local = self._instructions(computation)
+        local = self._module.instructions(computation)
         taken = sum(_bytes(local[name].type) for name in x.operands if name in local)
         given = _bytes(x.type)
         if x.opcode.endswith("-start") and kind != "all-reduce":
             given -= taken  # the type of an asynchronous start has the operands in it
         return kind, max(taken, given)
-
-    def _trip_count(self, loop: _Instruction) -> int | None:
-        """Given by the compiler, or the bound that the loop's counter is compared with: `lax.scan` counts from 0 in ones."""
-        if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
-            return int(known[1])
-        condition = self._instructions(loop.called("condition"))
-        test = next(reversed(condition.values()))  # the root is the last
-        if test.opcode != "compare" or "direction=LT" not in test.attributes:
-            return None
-        bound = condition.get(test.operands[1])
-        return int(bound.operands[0]) if bound is not None and bound.opcode == "constant" else None
-
-
-def _branches(conditional: _Instruction) -> list[str]:
-    if several := re.search(r"branch_computations=\{([^}]*)\}", conditional.attributes):
-        return _NAME.findall(several[1])
-    return [name for name in (conditional.called("true_computation"), conditional.called("false_computation")) if name]

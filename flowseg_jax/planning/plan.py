@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from flowseg_jax.errors import UserError
 from flowseg_jax.manifest import flatten
 from flowseg_jax.planning import flops, hlo
+from flowseg_jax.planning.cycles import Cycles, cycles
 from flowseg_jax.planning.devices import GIB, peak_flops
 from flowseg_jax.planning.topology import Topology, open_topology
 from flowseg_jax.training.program import Program
@@ -27,6 +28,7 @@ from flowseg_jax.writers import heartbeat
 
 # How hard XLA optimises. The lower levels take a fraction of the time of "default", with memory within a few percent of it.
 EFFORTS = ("O0", "O1", "O2", "O3", "default")
+LARGEST = 20  # instructions that the JSON names
 MFU = 0.4  # the share of peak arithmetic that step times are given for
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -70,6 +72,7 @@ class PlanReport:
         flops: a step, by part of the model.
         step_seconds: a step at `MFU` of peak arithmetic; None without a peak.
         traffic: collectives; None if the compiler gave up.
+        cycles: the compiler's own estimates; None if it gave up, or makes none.
         lower_seconds, compile_seconds: wall time.
         refusal: the compiler's words if it gave up for want of memory.
     """
@@ -86,6 +89,7 @@ class PlanReport:
     flops: Mapping[str, float]
     step_seconds: float | None
     traffic: hlo.Traffic | None
+    cycles: Cycles | None
     lower_seconds: float
     compile_seconds: float
     refusal: str | None
@@ -115,6 +119,15 @@ class PlanReport:
             "step_seconds_at_mfu_0.4": self.step_seconds,
             "collectives": {kind: {"count": count, "bytes": size} for kind, (count, size) in collectives.items()},
             "largest_all_reduce_in_a_loop": self.traffic and self.traffic.largest_in_a_loop("all-reduce"),
+            "largest_all_gather": self.traffic and self.traffic.largest("all-gather"),
+            "cycles": self.cycles
+            and {
+                "total": self.cycles.total,
+                "by_kind": self.cycles.by("kind"),
+                "by_part": self.cycles.by("part"),
+                "executions_without_estimate": self.cycles.without_estimate(),
+                "largest": [dataclasses.asdict(cost) | {"total": cost.total} for cost in self.cycles.largest(LARGEST)],
+            },
             "data_dependent_loops_with_collectives": [x.name for x in loops if x.trip_count is None and x.collectives],
             "lower_seconds": round(self.lower_seconds, 1),
             "compile_seconds": round(self.compile_seconds, 1),
@@ -133,6 +146,7 @@ class PlanReport:
             *_memory_lines(self.memory),
             _arithmetic(self.flops, self.step_seconds),
             *([] if self.traffic is None else _traffic_lines(self.traffic)),
+            *([] if self.cycles is None else _cycle_lines(self.cycles)),
             f"lowered in {self.lower_seconds:.0f} s, compiled in {self.compile_seconds:.0f} s at effort {self.effort}",
             f"verdict: {self.verdict()}",
         ]
@@ -173,6 +187,7 @@ def report(program: Program, topology: Topology, effort: str) -> PlanReport:
         with heartbeat(f"compiling the train step for {topology.name} at effort {effort}"):
             compiled, refusal = _compile(lowered)
         compiled_at = time.perf_counter()
+    text = None if compiled is None else compiled.as_text()
     by_part = flops.step_flops(program.plan.model, shape, program.plan.losses, state.trainable, state.frozen)
     peak = peak_flops(topology.devices[0])
     return PlanReport(
@@ -187,7 +202,8 @@ def report(program: Program, topology: Topology, effort: str) -> PlanReport:
         memory=_memory(program, compiled, refusal, topology.usable),
         flops=by_part,
         step_seconds=peak and flops.total(by_part) / (MFU * peak * len(topology.devices)),
-        traffic=None if compiled is None else hlo.traffic(compiled.as_text()),
+        traffic=text and hlo.traffic(text),
+        cycles=text and cycles(text),
         lower_seconds=lowered_at - started,
         compile_seconds=compiled_at - lowered_at,
         refusal=refusal,
@@ -283,8 +299,20 @@ def _traffic_lines(traffic: hlo.Traffic) -> list[str]:
     exchanging = sum(bool(loop.collectives) for loop in waiting)
     return [
         f"collectives a step: {totals or 'none'}",
-        f"largest all-reduce in a loop {traffic.largest_in_a_loop('all-reduce') / 1e6:,.1f} MB; of {len(waiting)} loops whose "
-        f"length depends on data {exchanging} exchange anything",
+        f"largest all-reduce in a loop {traffic.largest_in_a_loop('all-reduce') / 1e6:,.1f} MB, largest all-gather "
+        f"{traffic.largest('all-gather') / 1e6:,.1f} MB; of {len(waiting)} loops whose length depends on data {exchanging} "
+        "exchange anything",
+    ]
+
+
+def _cycle_lines(found: Cycles) -> list[str]:
+    share = lambda sums: ", ".join(f"{name} {count / 1e6:,.0f}" for name, count in sums.items() if count >= 5e5)  # noqa: E731
+    missing = ", ".join(f"{what} {count:,}" for what, count in found.without_estimate().items())
+    return [
+        f"million cycles a step that the compiler estimates: {found.total / 1e6:,.0f}",
+        f"  by kind: {share(found.by('kind'))}",
+        f"  by part: {share(found.by('part'))}",
+        f"  executions without an estimate, in none of these: {missing or 'none'}",
     ]
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from flowseg_jax import host
 from flowseg_jax.checkpoint import Checkpoints, changed_keys
 from flowseg_jax.config import to_json
 from flowseg_jax.data.builders import ensure_shapes
@@ -255,5 +256,5 @@ def export(plan: Plan, state: TrainState, config: ConfigDict, data: TrainData, w
     extra = {"step": step, "seed": config.seed, "prompts": prompts, "data": data.digest}
     cfg, tokenizer = plan.model.to_dict(), data.tokenizer and data.tokenizer.name
     target = save_model(workdir / "model", state.params, cfg, tokenizer, extra, dtype=None, overwrite=True)
-    say(f"the model of step {step} is in {target}")
+    say(f"the model of step {step} is in {target}; {host.memory_line()}")
     return target
