@@ -61,10 +61,15 @@ def bars(component: Component, dtype: str) -> str:
     return "" if bar is None else f"{bar.bar:g}" + ("" if bar.aim is None else f" / {bar.aim:g}")
 
 
+def milliseconds(seconds: float) -> str:
+    """To four digits."""
+    return f"{1e3 * seconds:,.0f}" if seconds >= 1 else f"{1e3 * seconds:.4g}"
+
+
 def line(result: Result) -> str:
     """A result for the terminal."""
     name, dtype = result["component"], result["dtype"]
-    times = f"{1e3 * result['peer_seconds']:9.4g}  {1e3 * result['seconds']:9.4g}  {result['ratio']:6.3f}"
+    times = f"{milliseconds(result['peer_seconds']):>9}  {milliseconds(result['seconds']):>9}  {result['ratio']:6.3f}"
     judged = f"{bars(COMPONENTS[name], dtype):11}  {result['quality']}  {verdict(result) or '-'}"
     return f"{name:20} {dtype:8}  {times}  {judged}  ({result['peer']}, {result['mode']})"
 
@@ -123,7 +128,7 @@ def markdown(results: list[Result]) -> str:
     ]
     for result in results:
         component = COMPONENTS[result["component"]]
-        times = f"{1e3 * result['peer_seconds']:.4g} | {1e3 * result['seconds']:.4g} | **{result['ratio']:.2f}**"
+        times = f"{milliseconds(result['peer_seconds'])} | {milliseconds(result['seconds'])} | **{result['ratio']:.2f}**"
         peer = f"{result['peer']}, {result['mode']}" if component.peer == "torch" else result["peer"]
         rows.append(
             f"| `{component.name}`: {component.text} | {result['dtype']} | {peer} | {times} "

@@ -12,7 +12,7 @@ import dataclasses
 import re
 from collections.abc import Iterator
 
-from flowseg_jax.planning.hlo import KINDS, Instruction, Module
+from flowseg_jax.planning.hlo import KINDS, Instruction, Module, array_bytes
 
 # The first of these that a fusion contains is its kind.
 MARKS = {
@@ -35,6 +35,7 @@ PARTS = (
     *("sam", "siglip", "projectors", "connector", "pixel_decoder", "llm", "decoder", "boundary", "matcher", "losses"),
     *("sum_gradients", "optimizer"),
 )
+SCALAR = 8  # bytes of the largest result that counts as a loop's bookkeeping, where it has no estimate
 SANE = 10**13  # cycles of one instruction; at low effort the compiler writes some without meaning
 
 _ESTIMATE = re.compile(r'"estimated_cycles":"(\d+)"')
@@ -90,7 +91,8 @@ class Cycles:
         found: collections.Counter[str] = collections.Counter()
         for cost in self.costs:
             if cost.cycles is None:
-                found[cost.label if cost.kind in (MOVEMENT, ELEMENTWISE) else f"{cost.kind} ({cost.label})"] += cost.executions
+                plain = cost.kind in (MOVEMENT, ELEMENTWISE, "reductions")
+                found[cost.label if plain else f"{cost.kind} ({cost.label})"] += cost.executions
         return dict(found.most_common())
 
     def largest(self, count: int) -> list[Cost]:
@@ -120,8 +122,10 @@ def _walk(module: Module, computation: str, executions: int) -> Iterator[Cost]:
             yield from max(branches, key=lambda costs: sum(cost.total for cost in costs), default=[])
         elif x.opcode == "call":
             yield from _walk(module, x.called("to_apply"), executions)
-        elif x.opcode not in FREE and not x.opcode.endswith(("-done", "-update")):
-            yield _cost(module, x, executions)
+        elif not (x.opcode in FREE or x.opcode.endswith(("-done", "-update")) or "AllocateBuffer" in x.attributes):
+            cost = _cost(module, x, executions)
+            if cost.cycles is not None or cost.kind != ELEMENTWISE or array_bytes(x.type) > SCALAR:
+                yield cost
 
 
 def _cost(module: Module, x: Instruction, executions: int) -> Cost:

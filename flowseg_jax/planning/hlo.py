@@ -130,7 +130,7 @@ def _closing(line: str, start: int) -> int:
     raise ValueError(f"unbalanced parentheses in HLO: {line[:120]}")
 
 
-def _bytes(type_text: str) -> int:
+def array_bytes(type_text: str) -> int:
     """Bytes of all arrays of a type, without the padding of its layout."""
     total = 0
     for match in _ARRAY.finditer(type_text):
@@ -243,8 +243,8 @@ class _Traffic:
         if kind not in KINDS:
             return None
         local = self._module.instructions(computation)
-        taken = sum(_bytes(local[name].type) for name in x.operands if name in local)
-        given = _bytes(x.type)
+        taken = sum(array_bytes(local[name].type) for name in x.operands if name in local)
+        given = array_bytes(x.type)
         if x.opcode.endswith("-start") and kind != "all-reduce":
             given -= taken  # the type of an asynchronous start has the operands in it
         return kind, max(taken, given)
