@@ -95,21 +95,24 @@ def test_the_batch_alone_gives_the_denominators(batch):
     assert not found
 
 
-def test_a_language_weight_of_zero_leaves_the_vocabulary_out(network, batch):
+def test_a_language_weight_of_zero_leaves_the_vocabulary_out(batch):
     losses = dataclasses.replace(LOSSES, language=0.0)
 
     def terms(params):
-        model = flowseg.bind(network[0], params)
+        model = flowseg.bind(flowseg.describe(CFG)[0], params)
         return training_terms(model, batch, model(batch), jax.random.split(jax.random.key(0), 8), losses)[0]
 
-    found = jax.eval_shape(terms, network[1])
+    found = jax.eval_shape(terms, flowseg.at_rest(flowseg.describe(CFG)[1]))
     assert found.keys() == denominators(CFG, batch, losses).keys()
     assert "language" not in found and "refer_class" in found
 
 
-def test_an_update_that_is_not_finite_is_not_made(network, batch, steps):
-    program, step = steps(1)
-    params, batch = network[1], program.place(batch)
+def test_an_update_that_is_not_finite_is_not_made():
+    cfg = small.lean(negatives_group=1)
+    batch = small.batch(cfg, images=1)
+    program = module.Program.build(small.experiment(cfg, batch), jax.devices()[:1])
+    step = jax.jit(program.step.__wrapped__)  # not donating
+    params, batch = small.params(cfg), program.place(batch)
     state = small.start(program, params | {"background": jnp.full_like(params["background"], jnp.inf)})
     after, metrics = step(state, batch)
     assert jax.tree.all(jax.tree.map(np.array_equal, after.trainable, state.trainable))
