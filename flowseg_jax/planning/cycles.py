@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 import re
 from collections.abc import Iterator
 
@@ -53,7 +54,8 @@ class Cost:
         part: one of `PARTS` with " forward", " again" (rematerialised) or " backward"; "other" for what has no scope.
         label: the opcode, or what a custom call calls.
         cycles: of one execution; None where the compiler gives no estimate.
-        executions: in one run of the program; a loop of unknown length counts once.
+        executions: in one run of the program; a loop of unknown length counts once, and each of n branches 1 / n: the decoder's
+            levels take turns.
         op_name: JAX's path of the operation.
     """
 
@@ -61,12 +63,12 @@ class Cost:
     part: str
     label: str
     cycles: int | None
-    executions: int
+    executions: float
     op_name: str
 
     @property
     def total(self) -> int:
-        return (self.cycles or 0) * self.executions
+        return round((self.cycles or 0) * self.executions)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +95,7 @@ class Cycles:
             if cost.cycles is None:
                 plain = cost.kind in (MOVEMENT, ELEMENTWISE, "reductions")
                 found[cost.label if plain else f"{cost.kind} ({cost.label})"] += cost.executions
-        return dict(found.most_common())
+        return {what: math.ceil(count) for what, count in found.most_common()}
 
     def largest(self, count: int) -> list[Cost]:
         """The most expensive instructions, all executions together."""
@@ -111,15 +113,16 @@ def cycles(text: str) -> Cycles | None:
     return Cycles(found) if any(cost.cycles is not None for cost in found) else None
 
 
-def _walk(module: Module, computation: str, executions: int) -> Iterator[Cost]:
+def _walk(module: Module, computation: str, executions: float) -> Iterator[Cost]:
     for x in module.instructions(computation).values():
         if x.opcode == "while":
             times = executions * (module.trip_count(x) or 1)
             for part in ("condition", "body"):
                 yield from _walk(module, x.called(part), times)
         elif x.opcode == "conditional":
-            branches = [list(_walk(module, name, executions)) for name in module.branches(x)]
-            yield from max(branches, key=lambda costs: sum(cost.total for cost in costs), default=[])
+            names = module.branches(x)
+            for name in names:
+                yield from _walk(module, name, executions / len(names))
         elif x.opcode == "call":
             yield from _walk(module, x.called("to_apply"), executions)
         elif not (x.opcode in FREE or x.opcode.endswith(("-done", "-update")) or "AllocateBuffer" in x.attributes):
@@ -128,7 +131,7 @@ def _walk(module: Module, computation: str, executions: int) -> Iterator[Cost]:
                 yield cost
 
 
-def _cost(module: Module, x: Instruction, executions: int) -> Cost:
+def _cost(module: Module, x: Instruction, executions: float) -> Cost:
     estimate, name, target = (pattern.search(x.attributes) for pattern in (_ESTIMATE, _OP_NAME, _TARGET))
     found = int(estimate[1]) if estimate else 0
     op_name = name[1] if name else ""
