@@ -32,7 +32,7 @@ def _negatives(args: argparse.Namespace) -> None:
 def _model(args: argparse.Namespace) -> None:
     from flowseg_jax import config
     from flowseg_jax.data.prepared import Prepared
-    from flowseg_jax.diagnose import bar, layers, prompts
+    from flowseg_jax.diagnose import bar, carriers, layers, prompts
     from flowseg_jax.diagnose.source import Source
     from flowseg_jax.evaluation.benchmark import Benchmark, Subject
     from flowseg_jax.model_directory import read_model_config
@@ -43,7 +43,7 @@ def _model(args: argparse.Namespace) -> None:
     if data is None:
         read_model_config(directory)  # a mistyped name is told at once, not after the benchmark is made
         data = loop.open_data(config.load([])[0]).directory
-    command = {"layers": layers.run, "bar": bar.run, "prompts": prompts.run}[args.command]
+    command = {"layers": layers.run, "bar": bar.run, "carriers": carriers.run, "prompts": prompts.run}[args.command]
     benchmark = Benchmark(Subject.load(directory), Prepared.open(data), args.batch_size)
     command(Source(benchmark, args.split, args.images or None), out)
 
@@ -73,6 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     for name, text in (
         ("layers", "what each decoder layer does with the condition and with the choice"),
         ("bar", "masks before and after boundary refinement"),
+        ("carriers", "which of C and S carries the answer"),
         ("prompts", "the spread over all wordings of question and answer"),
     ):
         command = add(name, _model, text)
