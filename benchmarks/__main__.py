@@ -103,7 +103,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", type=Path, metavar="FILE", help="all results, written after each component")
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
-        "--check", action="store_true", help=f"fails where a ratio is {table.TOLERANCE:.0%} above the committed one"
+        "--check",
+        action="store_true",
+        help=f"fails where a ratio is {100 * table.TOLERANCE:.0f} percent above the committed one",
     )
     what.add_argument("--write-docs", action="store_true", help="replaces the committed ratios by these")
     parser.add_argument("--size", choices=("full", "tiny"), default="full", help="tiny tries the harness itself out")
