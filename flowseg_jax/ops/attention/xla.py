@@ -115,10 +115,12 @@ def _differentiate(
 
 def _scores(q: Array, mask: Array | None, k: Array, scale: float) -> Array:
     """float32 [b*g, r*s, t]."""
-    scores = product(_flat(q), k, 2, 2, batch=1) * scale
     if mask is None:
-        return scores
-    return jnp.where(jnp.broadcast_to(mask, (*q.shape[:4], k.shape[1])).reshape(scores.shape), scores, BLOCKED)
+        return product(_flat(q), k, 2, 2, batch=1) * scale
+    # Masked while batch and heads are two axes: over one axis of both the TPU compiler writes the mask to memory for every head.
+    b, g, r, s, e = q.shape
+    scores = product(q.reshape(b, g, r * s, e), k.reshape(b, g, -1, e), 3, 3, batch=2) * scale
+    return jnp.where(mask, scores.reshape(b, g, r, s, -1), BLOCKED).reshape(b * g, r * s, -1)
 
 
 def _by_group(x: Array, groups: int) -> Array:
