@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import functools
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -33,6 +34,24 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         raise UserError(f"{message}; see {self.prog} --help")
+
+
+def positive(text: str) -> int:
+    """An argparse type: a whole number from 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+    return int(text)
+
+
+def share(text: str) -> float:
+    """An argparse type: a number in [0, 1]."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number between 0 and 1")
+    return number
 
 
 def use_host_devices(batch: int) -> None:
@@ -144,15 +163,15 @@ def evaluate(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data-root", metavar="DIR", default="data", help="where the prepared data sets of --benchmark lie")
     parser.add_argument("--out", metavar="DIR", help="default: <workdir>/eval, or runs/eval/<name of the checkpoint>")
     parser.add_argument("--protocol", help="xsam (default), lisa, psalm, grefcoco, grefcoco-target-only: docs/protocols.md")
-    parser.add_argument("--images", type=int, help="only the first images of each split")
-    parser.add_argument("--batch-size", type=int, default=8, help="images at a time")
+    parser.add_argument("--images", type=positive, help="only the first images of each split")
+    parser.add_argument("--batch-size", type=positive, default=8, help="images at a time")
     parser.add_argument("--shuffle-text", action="store_true", help="control: every image is asked another image's sentences")
     parser.add_argument("--save-masks", action="store_true", help="add each selected mask to <split>.jsonl, as COCO RLE")
     parser.add_argument(
-        "--no-target-below", type=float, default=0.0, metavar="SCORE", help='a selected score below it means "no target"'
+        "--no-target-below", type=share, default=0.0, metavar="SCORE", help='a selected score below it means "no target"'
     )
     parser.add_argument("--generate", action="store_true", help="the model writes its answers itself; one without <SEG> fails")
-    parser.add_argument("--fsdp", type=int, default=1, metavar="N", help="N devices share one copy of the parameters")
+    parser.add_argument("--fsdp", type=positive, default=1, metavar="N", help="N devices share one copy of the parameters")
     add_process_flags(parser)
     arguments = parser.parse_args(argv)
     use_host_devices(arguments.batch_size)
@@ -166,7 +185,7 @@ def evaluate(argv: Sequence[str] | None = None) -> int:
     protocol = arguments.protocol or "xsam"
     protocols.get(protocol)
     directory = model_directory(arguments)
-    out = results_directory(arguments, directory.name)
+    out = results_directory(arguments, model_name(directory))
     read_model_config(directory)  # a mistyped name is told at once, not after the benchmark is made
     if arguments.benchmark:
         if arguments.data:
@@ -226,6 +245,11 @@ def results_directory(arguments: argparse.Namespace, name: str) -> Path:
     if arguments.workdir:
         return Path(arguments.workdir) / "eval"
     return Path("runs") / "eval" / name
+
+
+def model_name(directory: Path) -> str:
+    """What a model directory is called: that of a run, RUN/model, by its run."""
+    return directory.parent.name if directory.name == "model" else directory.name
 
 
 def predict(argv: Sequence[str] | None = None) -> int:

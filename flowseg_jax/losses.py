@@ -19,10 +19,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 
 from flowseg_jax.data.batch import NO_LABEL, NONE, NOTHING, Batch
+from flowseg_jax.errors import UserError
 from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.models.flowseg import FlowSeg, TrainingOutput
 from flowseg_jax.models.mask_decoder import mask_logits
 from flowseg_jax.ops.collectives import ALONE, Peers
+from flowseg_jax.ops.dot import einsum, product
 from flowseg_jax.ops.matcher import match
 from flowseg_jax.ops.points import sample, sample_features, sample_packed, uncertain_points
 from flowseg_jax.ops.vocabulary import Vocabulary, cross_entropy
@@ -60,6 +62,13 @@ class LossConfig:
     category: float = 1.0
     vocabulary_chunk: int = 512
 
+    def __post_init__(self):
+        if not 0 <= self.importance <= 1 or int(self.oversample * self.points) < int(self.importance * self.points):
+            raise UserError(
+                f"losses: importance={self.importance} of points={self.points} cannot be chosen from oversample="
+                f"{self.oversample} candidates each: importance lies in [0, 1], oversample is at least as large"
+            )
+
 
 def next_token_loss(
     hidden: Float[Array, "b t w"], vocabulary: Vocabulary, labels: Int[Array, "b t"], chunk: int, first: int = 1
@@ -85,9 +94,9 @@ def match_cost(
     probability = jax.nn.softmax(class_logits, -1)
     k = logits.shape[-1]
     # BCE summed over points is linear in the target once softplus(logit) is separated.
-    bce = (jax.nn.softplus(logits).sum(-1)[None] - targets @ logits.T) / k
+    bce = (jax.nn.softplus(logits).sum(-1)[None] - product(targets, logits, 1, 1)) / k
     p = jax.nn.sigmoid(logits)
-    dice = 1 - (2 * targets @ p.T + 1) / (targets.sum(-1)[:, None] + p.sum(-1)[None] + 1)
+    dice = 1 - (2 * product(targets, p, 1, 1) + 1) / (targets.sum(-1)[:, None] + p.sum(-1)[None] + 1)
     return cfg.mask * bce + cfg.dice * dice - cfg.class_ * probability.T[jnp.maximum(labels, 0)]
 
 
@@ -230,7 +239,7 @@ def level_costs(
             )(pts)
         )(packed, points)  # [B, R or 1, masks, k]
     sampled = jnp.broadcast_to(sampled, (b, r, *sampled.shape[2:]))
-    at_points = jnp.einsum("brqd,brkd->brqk", mask_embeds, sampled, preferred_element_type=jnp.float32)
+    at_points = einsum("brqd,brkd->brqk", mask_embeds, sampled)
     wanted = _of_targets(jnp.broadcast_to(of_masks, (b, r, *of_masks.shape[2:])), targets)
     return jax.vmap(jax.vmap(match_cost, (0, 0, 0, 0, None)), (0, 0, 0, 0, None))(
         class_logits.astype(jnp.float32), targets.labels, at_points, wanted, cfg
@@ -278,7 +287,7 @@ def level_losses(
 
     # Only the matched masks, gathered by a one-hot product.
     hit = (assigned[..., None] == jnp.arange(q)).astype(mask_embeds.dtype)
-    matched = jnp.einsum("brmq,brqd->brmd", hit, mask_embeds).reshape(b, r * m, d)
+    matched = einsum("brmq,brqd->brmd", hit, mask_embeds).astype(mask_embeds.dtype).reshape(b, r * m, d)
     masks = mask_logits(matched, features)
     if refine is not None:
         masks = refine(masks, features)

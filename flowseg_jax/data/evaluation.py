@@ -251,7 +251,7 @@ class EvalData:
     def _round(self, shape: RoundShape, samples: list[list[Sample]], objects: Sequence[Objects], names: Sequence[str]) -> Round:
         said = []
         for row in samples:
-            families = [s.family for s in row] if self._task == "reasoning" else None
+            families = [s.style for s in row] if self._task == "reasoning" else None
             said.append(batching.ask(self._prompts, [s.prompt for s in row], families))
         rows, start, pad = len(self._rows), len(self.prefix), self.tokenizer.pad
         if self._generate:
@@ -332,7 +332,7 @@ def _shuffle_text(entries: list[Entry], seed: int, where: object) -> list[Entry]
     order = np.random.default_rng(seed).permutation(len(entries))
     result = list(entries)
     for here, other in zip(order, np.roll(order, 1), strict=True):
-        texts = [s.sentence for s in entries[other].samples]
-        asked = tuple(dataclasses.replace(s, prompt=texts[i % len(texts)]) for i, s in enumerate(entries[here].samples))
+        said = [{"prompt": s.sentence, "style": s.family} for s in entries[other].samples]
+        asked = tuple(dataclasses.replace(s, **said[i % len(said)]) for i, s in enumerate(entries[here].samples))
         result[here] = dataclasses.replace(entries[here], samples=asked)
     return result

@@ -96,6 +96,7 @@ class Sample:
         count: how many sentences of the source were merged into this one (for protocols that count duplicates).
         prompt: the phrase that is asked. It differs from `sentence` only in the shuffled-text control.
         answer: what may be said beside the mask, or empty.
+        style: the family in whose wording it is asked: that of `prompt`.
     """
 
     image_id: int
@@ -109,6 +110,10 @@ class Sample:
     count: int
     prompt: str
     answer: str = ""
+    style: str = ""
+
+    def __post_init__(self):
+        object.__setattr__(self, "style", self.style or self.family)
 
 
 def samples(example: Example) -> tuple[Sample, ...]:

@@ -39,7 +39,7 @@ def _model(args: argparse.Namespace) -> None:
     from flowseg_jax.training import loop
 
     directory, data = cli.model_directory(args), args.data
-    out = Path(args.out) if args.out else Path("runs") / "diagnose" / directory.name
+    out = Path(args.out) if args.out else Path("runs") / "diagnose" / cli.model_name(directory)
     if data is None:
         read_model_config(directory)  # a mistyped name is told at once, not after the benchmark is made
         data = loop.open_data(config.load([])[0]).directory
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
         command.add_argument(
             "--images", type=int, default=IMAGES, help=f"the first images of the split, 0 for all; default {IMAGES}"
         )
-        command.add_argument("--batch-size", type=int, default=8, help="images at a time")
+        command.add_argument("--batch-size", type=cli.positive, default=8, help="images at a time")
     args = parser.parse_args(argv)
     host.keep_programs()
     args.run(args)

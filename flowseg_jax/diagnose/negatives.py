@@ -141,7 +141,8 @@ def run(file: Path, control: Path | None, out: Path, rate: float) -> Path:
         raise UserError(f"{file} is a shuffled-text control: name the results on real sentences first")
     if control is not None:
         others = sheet.read_records(control, ["score"])
-        if any(r["text"] == r["sentence"] for r in others):
+        others = [r for r in others if r["text"] != r["sentence"]]  # two images may share a sentence, "left" for instance
+        if not others:
             raise UserError(f"{control} is no shuffled-text control: make one with eval.py --shuffle-text")
         records += others
     result = summarise(records, rate)

@@ -36,14 +36,18 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
     """
     path, records = Path(path), []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # a sentence may hold other line ends
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error}); name the .jsonl that eval.py wrote") from None
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(lines if lines != [""] else [], 1):
         try:
             record = json.loads(line)
         except ValueError as error:
             raise UserError(f"{path}:{number}: not JSON ({error})") from None
+        if isinstance(record, dict) and {"matched", "confusion"} & record.keys():
+            raise UserError(
+                f"{path}: results on categories, without expressions: their tables are in {path.with_suffix('.json').name}"
+            )
         missing = [key for key in NEEDED if not isinstance(record, dict) or key not in record]
         if missing:
             raise UserError(f"{path}:{number}: no sample of this version: it lacks {', '.join(missing)}; evaluate again")

@@ -77,7 +77,8 @@ def counts(record: Record, protocol: Protocol = XSAM, of: Literal["", "oracle_"]
     if protocol.no_target == "gres" and predicts_nothing(record):
         if refers_to_nothing(record):
             return 0, 0
-        return (i, u) if of else (0, u)
+        refused = record["score"] < record["no_target_below"]
+        return (i, u) if of and not refused else (0, u)
     return i, u
 
 

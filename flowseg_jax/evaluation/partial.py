@@ -92,14 +92,14 @@ def _line(place: int, records: list[dict[str, Any]]) -> str:
 
 def _read(path: Path, head: str) -> Records:
     try:
-        first, *lines = path.read_text(encoding="utf-8").splitlines()
+        first, *lines = path.read_text(encoding="utf-8").split("\n")  # a sentence may hold other line ends
     except (OSError, UnicodeDecodeError, ValueError):  # no file, no text or no line in it
         return {}
     if first != head:
         say(f"{path}: of another model, protocol or data set; it is begun anew")
         return {}
     records: Records = {}
-    for line in lines:
+    for line in filter(None, lines):
         try:
             entry = json.loads(line)
             records[entry["place"]] = entry["records"]

@@ -33,6 +33,7 @@ from flowseg_jax.models.sam import Sam
 from flowseg_jax.models.semantic_flow import Conditions
 from flowseg_jax.models.siglip import Siglip
 from flowseg_jax.ops.collectives import ALONE, Peers
+from flowseg_jax.ops.dot import einsum
 from flowseg_jax.ops.vocabulary import Vocabulary
 
 SAM_MEAN, SAM_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -142,7 +143,7 @@ def normalise_vision_images(images: UInt8[Array, "b v v 3"]) -> Float[Array, "b 
 def pool_spans(x: Float[Array, "b t d"], ids: Int[Array, "b t"], count: int) -> Float[Array, "b {count} d"]:
     """Mean over the tokens of each id 0..count-1, zeros for an absent one; a product, so that it shards as everything else."""
     member = (ids[:, None, :] == jnp.arange(count)[:, None]).astype(x.dtype)
-    total = jnp.einsum("bnt,btd->bnd", member, x, preferred_element_type=jnp.float32)
+    total = einsum("bnt,btd->bnd", member, x)
     return (total / jnp.maximum(member.sum(-1, dtype=jnp.float32), 1)[..., None]).astype(x.dtype)
 
 

@@ -21,6 +21,7 @@ from flowseg_jax.models.layers import LayerNorm, Linear, MultiHeadAttention, nor
 from flowseg_jax.models.pixel_decoder import sine_positions
 from flowseg_jax.models.semantic_flow import ConditionRefinement, Conditions, SemanticFlowConfig, SemanticRefinement
 from flowseg_jax.models.stack import remat, stack
+from flowseg_jax.ops.dot import einsum
 from flowseg_jax.ops.resize import resize
 
 
@@ -81,7 +82,7 @@ class DecoderOutput:
 
 def mask_logits(mask_embeds: Float[Array, "b n d"], features: Float[Array, "b h w d"]) -> Float[Array, "b n h w"]:
     """Mask logits of N embeddings an image at the resolution of the mask features, in float32."""
-    return jnp.einsum("bnd,bhwd->bnhw", mask_embeds, features, preferred_element_type=jnp.float32)
+    return einsum("bnd,bhwd->bnhw", mask_embeds, features)
 
 
 def cosine_logits(
@@ -98,7 +99,7 @@ def cosine_logits(
         # max(norm, eps) with a gradient that is finite at zero
         return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-24))
 
-    logits = jnp.einsum("pqd,pnd->pqn", unit(queries), unit(conditions)) * jnp.exp(log_scale)
+    logits = einsum("pqd,pnd->pqn", unit(queries), unit(conditions)) * jnp.exp(log_scale)
     return jnp.where(valid[:, None, :], jnp.clip(logits, -clamp, clamp), -1e6)
 
 
@@ -221,7 +222,7 @@ class MaskDecoder(nnx.Module):
         """Where each query may look: inside its predicted mask, or everywhere if that is empty at this level's size."""
         b, s, e = memory.features.shape
         flat = jax.lax.stop_gradient(mask_embeds).reshape(b, -1, e)
-        allowed = jnp.einsum("bqe,bse->bqs", flat, memory.features, preferred_element_type=jnp.float32) >= 0
+        allowed = einsum("bqe,bse->bqs", flat, memory.features) >= 0
         allowed = allowed | ~allowed.any(-1, keepdims=True)  # a mask that blocks everything blocks nothing
         return allowed.reshape(*mask_embeds.shape[:2], s)
 

@@ -145,7 +145,7 @@ def relative_positions(table: Float[Array, "r e"], size: int) -> Float[Array, "q
     Taken by a product with a 0/1 tensor: the transpose of an indexed read would be a scatter in every layer's backward pass.
     """
     offset = np.arange(size)[:, None] - np.arange(size)[None, :] + size - 1
-    return einsum("qkr,re->qke", jax.nn.one_hot(offset, 2 * size - 1, dtype=table.dtype), table)
+    return einsum("qkr,re->qke", jax.nn.one_hot(offset, 2 * size - 1, dtype=table.dtype), table).astype(table.dtype)
 
 
 class SamLayer(nnx.Module):
@@ -176,7 +176,7 @@ class SamLayer(nnx.Module):
         q, k, v = (f(x).reshape(n, s, s, self.heads, -1) for f in (self.q, self.k, self.v))
         rows = einsum("nyxhe,yke->nyxhk", q, relative_positions(self.rel_pos_h[...].astype(x.dtype), s))
         columns = einsum("nyxhe,xke->nyxhk", q, relative_positions(self.rel_pos_w[...].astype(x.dtype), s))
-        q = jnp.concatenate([q * q.shape[-1] ** -0.5, rows, columns], -1)
+        q = jnp.concatenate([q * q.shape[-1] ** -0.5, rows.astype(x.dtype), columns.astype(x.dtype)], -1)
         eye = np.eye(s, dtype=np.float32)
         place = jnp.asarray(np.concatenate([eye.repeat(s, 0), np.tile(eye, (s, 1))], -1), x.dtype)
         place = jnp.broadcast_to(place.reshape(1, s, s, 1, 2 * s), (n, s, s, self.heads, 2 * s))

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from flowseg_jax.ops.collectives import SHARD_AXIS, columns_to_rows, gather, scatter_sum
+from flowseg_jax.ops.dot import einsum, product
 
 
 @jax.tree_util.register_dataclass
@@ -76,7 +77,7 @@ def _read_backward(saved: tuple[Array, Array], cotangent: Array) -> tuple[Array,
     def add(total: Array, inputs: tuple[Array, Array]) -> tuple[Array, None]:
         index, cotangent = inputs
         one_hot = (jnp.arange(rows.shape[0])[:, None] == index).astype(cotangent.dtype)
-        return total + jnp.dot(one_hot, cotangent, preferred_element_type=jnp.float32), None
+        return total + product(one_hot, cotangent, 1, 0), None
 
     total, _ = jax.lax.scan(add, jnp.zeros(rows.shape, jnp.float32), (index, cotangent))
     return total.astype(rows.dtype), None
@@ -97,7 +98,7 @@ def cross_entropy(
         chunk: tokens of one device whose logits exist at a time; they are computed again in the backward pass. A device with
             a part of the words takes the tokens of all devices, as many times more at once.
     """
-    rows = vocabulary.rows.astype(hidden.dtype)
+    rows = vocabulary.rows.astype(jnp.float32)  # the chunks' gradients are added up in their dtype
     if not vocabulary.divided:
         peak, total, picked = _scan_logits(hidden, rows, labels, chunk, rows.shape[0])
         return peak + jnp.log(total) - picked
@@ -123,7 +124,7 @@ def _scan_logits(hidden: Array, rows: Array, labels: Array, chunk: int, exists: 
     @jax.checkpoint
     def part(inputs):
         hidden, labels = inputs
-        logits = jnp.einsum("nw,vw->nv", hidden, rows, preferred_element_type=jnp.float32)
+        logits = einsum("nw,vw->nv", hidden, rows.astype(hidden.dtype))
         logits = jnp.where(word < exists, logits, -1e30)
         peak = jax.lax.stop_gradient(logits.max(-1))
         known = (labels >= 0) & (labels < exists)

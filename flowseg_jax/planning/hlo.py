@@ -89,11 +89,6 @@ def traffic(text: str) -> Traffic:
     return _Traffic(Module(text)).read()
 
 
-def loops_with_collectives(text: str) -> list[Loop]:
-    """The loops of a program that exchange something. In one of unknown length every turn waits for the slowest device."""
-    return [loop for loop in traffic(text).loops if loop.collectives]
-
-
 @dataclasses.dataclass(frozen=True)
 class Instruction:
     """`name = type opcode(operands), attributes`."""

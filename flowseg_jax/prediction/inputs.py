@@ -51,7 +51,7 @@ def lines(path: str | os.PathLike[str]) -> list[Job]:
     """
     path = Path(path)
     try:
-        written = path.read_text(encoding="utf-8").splitlines()
+        written = path.read_text(encoding="utf-8-sig").split("\n")  # a text may hold other line ends
     except OSError as error:
         raise UserError(f"{path}: cannot read the JSONL ({error.strerror})") from None
     except UnicodeDecodeError as error:

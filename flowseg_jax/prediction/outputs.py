@@ -31,7 +31,7 @@ def kinds(names: str) -> tuple[str, ...]:
 
 
 class Writer:
-    """Writes predictions to a folder as they come. A name that is taken gets a number: `photo_it`, `photo_it_2`.
+    """Writes predictions to a folder as they come. A name that this run has taken gets a number: `photo_it`, `photo_it_2`.
 
     `<image>_<text>.png` is the overlay and `<image>_<text>.mask.png` the mask (white on black). Its description is
     `<image>_<text>.json`, or with `table` a line of `predictions.jsonl`, which has one for every answer and every image that

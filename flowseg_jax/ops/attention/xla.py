@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from flowseg_jax.ops.attention.rule import Rule
-from flowseg_jax.ops.dot import product
+from flowseg_jax.ops.dot import einsum, product
 
 # Above WHOLE_BYTES of float32 scores, queries are processed in chunks of CHUNK_BYTES of them a batch element (128 queries of
 # SAM's global attention): near a CPU's cache size, which is faster than larger chunks.
@@ -81,7 +81,7 @@ def backward(
 
 def expected_slope(out: Float[Array, "b s h f"], cotangent: Float[Array, "b s h f"]) -> Float[Array, "b h s"]:
     """The mean, weighted by attention, of the gradients of a query's weights: what softmax subtracts from each of them."""
-    return jnp.einsum("bshf,bshf->bhs", out, cotangent, preferred_element_type=jnp.float32)
+    return einsum("bshf,bshf->bhs", out, cotangent)
 
 
 def _attend(q: Array, mask: Array | None, k: Array, v: Array, scale: float) -> tuple[Array, Array]:
@@ -117,7 +117,7 @@ def _scores(q: Array, mask: Array | None, k: Array, scale: float) -> Array:
     """float32 [b*g, r*s, t]."""
     if mask is None:
         return product(_flat(q), k, 2, 2, batch=1) * scale
-    # Masked while batch and heads are two axes: over one axis of both the TPU compiler writes the mask to memory for every head.
+    # Masked while batch and heads are two axes: over one of both the TPU compiler writes the mask to memory for every head.
     b, g, r, s, e = q.shape
     scores = product(q.reshape(b, g, r * s, e), k.reshape(b, g, -1, e), 3, 3, batch=2) * scale
     return jnp.where(mask, scores.reshape(b, g, r, s, -1), BLOCKED).reshape(b * g, r * s, -1)

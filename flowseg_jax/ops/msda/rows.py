@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from flowseg_jax.ops.dot import einsum
 from flowseg_jax.ops.msda.chunks import Shapes, chunked, join, split
 from flowseg_jax.ops.points import pixel_corners
 
@@ -53,7 +54,7 @@ class Rows:
             points, weights, cotangent = xs
             coefficients, of_taps, index = jax.vjp(functools.partial(self.taps, shapes), points, weights, has_aux=True)
             pixels = _take(table, index).reshape(*index.shape, -1, e)
-            dots = jnp.einsum("bqhtce,bqhe->bqhtc", pixels, cotangent, preferred_element_type=jnp.float32)
+            dots = einsum("bqhtce,bqhe->bqhtc", pixels, cotangent)
             added = coefficients[..., None] * cotangent[:, :, :, None, None].astype(jnp.float32)
             gradient = gradient.at[index].add(added.reshape(*index.shape, -1), mode="promise_in_bounds")
             return gradient, of_taps(dots)
@@ -131,7 +132,7 @@ def _contract(table: Array, coefficients: Array, index: Array) -> Array:
     """One product. Never `(gathered * coefficients).sum()`: XLA:CPU would fuse the gather into the sum, ten times slower."""
     gathered = _take(table, index).reshape(*coefficients.shape, -1)
     coefficients = coefficients.astype(table.dtype)
-    return jnp.einsum("bqhtc,bqhtce->bqhe", coefficients, gathered, preferred_element_type=jnp.float32)
+    return einsum("bqhtc,bqhtce->bqhe", coefficients, gathered)
 
 
 def _take(table: Array, index: Array) -> Array:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from flowseg_jax.ops.dot import einsum
 from flowseg_jax.ops.msda.chunks import Shapes, chunked
 
 
@@ -36,7 +37,7 @@ def forward(shapes: Shapes, chunk: int, value: Array, points: Array, weights: Ar
             rows = weigh(points[:, :, :, level, :, 1], height) * weights[:, :, :, level, :, None]
             columns = weigh(points[:, :, :, level, :, 0], width)
             dense = jnp.einsum("bqhky,bqhkx->bqhyx", rows, columns).astype(value.dtype)
-            out += jnp.einsum("bqhyx,byxhe->bqhe", dense, maps, preferred_element_type=jnp.float32)
+            out += einsum("bqhyx,byxhe->bqhe", dense, maps)
             start += height * width
         return out.astype(value.dtype)
 
