@@ -45,6 +45,10 @@ answer = jax.device_get(ask.call(weights, seen=seen, tokens=tokens))
 rows = bilinear(h, image.height) @ bilinear(answer["logits"].shape[2], side)[:h]
 cols = bilinear(w, image.width) @ bilinear(answer["logits"].shape[3], side)[:w]
 for i, text in enumerate(texts):
-    query, mask = int(answer["query"][0, i]), rows @ answer["logits"][0, i] @ cols.T > 0
+    query = int(answer["query"][0, i])
+    score = float(answer["scores"][0, i, query])
+    if not np.isfinite(score):
+        sys.exit(f"{text!r}: the score of the selected candidate is no number")
+    mask = (rows @ answer["logits"][0, i] @ cols.T > 0) & (score >= about["no_target_below"])
     Image.fromarray(mask).save(f"{out}_{i}.png")
-    print(json.dumps({"text": text, "query": query, "score": float(answer["scores"][0, i, query]), "area": int(mask.sum())}))
+    print(json.dumps({"text": text, "query": query, "score": score, "area": int(mask.sum())}))

@@ -216,6 +216,7 @@ def export(
         "image": cfg.sam.image_size,
         "vision": cfg.siglip.image_size,
         "wording": wording.to_json(),
+        "no_target_below": loaded.extra.get("no_target_below", 0.0),
         "reserved": [mark.lower() for mark in tokenizer.reserved if mark.strip()],
         "programs": {name: _describe(name, program) for name, program in programs.items()},
     }

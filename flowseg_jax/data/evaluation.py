@@ -327,12 +327,15 @@ class Objects:
 
 def _shuffle_text(entries: list[Entry], seed: int, where: object) -> list[Entry]:
     """Gives every image the sentences of another one: a random cycle through all images."""
-    if len(entries) < 2:
-        raise UserError(f"{where}: the shuffled-text control needs at least two images")
-    order = np.random.default_rng(seed).permutation(len(entries))
+    spoken = np.array([i for i, entry in enumerate(entries) if entry.samples])
+    if len(spoken) < 2:
+        raise UserError(f"{where}: the shuffled-text control needs at least two images with expressions")
+    order = np.random.default_rng(seed).permutation(spoken)
     result = list(entries)
     for here, other in zip(order, np.roll(order, 1), strict=True):
         said = [{"prompt": s.sentence, "style": s.family} for s in entries[other].samples]
         asked = tuple(dataclasses.replace(s, **said[i % len(said)]) for i, s in enumerate(entries[here].samples))
         result[here] = dataclasses.replace(entries[here], samples=asked)
+    if all(sample.prompt == sample.sentence for entry in result for sample in entry.samples):
+        raise UserError(f"{where}: all images have the same sentences, so shuffling them is no control")
     return result

@@ -69,8 +69,8 @@ def load(path: str | os.PathLike[str], *, exif: bool = False) -> Image.Image:
     """Reads and decodes an image file; see `decode`."""
     try:
         data = Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the image ({error.strerror})") from None
+    except (OSError, ValueError) as error:  # a path with a null byte in it is a ValueError
+        raise UserError(f"{path}: cannot read the image ({getattr(error, 'strerror', error)})") from None
     return decode(data, name=str(path), exif=exif)
 
 

@@ -51,10 +51,24 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
         missing = [key for key in NEEDED if not isinstance(record, dict) or key not in record]
         if missing:
             raise UserError(f"{path}:{number}: no sample of this version: it lacks {', '.join(missing)}; evaluate again")
+        if wrong := _impossible(record):
+            raise UserError(f"{path}:{number}: {wrong}; evaluate again")
         records.append(record)
     if not records:
         raise UserError(f"{path}: holds no sample")
     return records
+
+
+def _impossible(record: Mapping[str, Any]) -> str:
+    """What no evaluation writes, "" for a sample as it should be."""
+    pairs = [key.removesuffix("intersection") for key in NEEDED if key.endswith("intersection")]
+    for pair in pairs:
+        i, u = record[f"{pair}intersection"], record[f"{pair}union"]
+        if not (type(i) is type(u) is int and 0 <= i <= u):
+            return f"{pair}intersection {i!r} and {pair}union {u!r} are no areas"
+    if not record["failed"] and not isinstance(record["score"], int | float):
+        return f"score is {record['score']!r}"
+    return ""
 
 
 def tables(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -53,6 +53,11 @@ class Subject:
     prompts: Prompts
     answer_tokens: int = 0
 
+    @property
+    def setup(self) -> str:
+        """A hash of what numbers depend on beside the weights: the model's config and the wording."""
+        return _hash([self.cfg.to_dict(), dataclasses.asdict(self.prompts)])
+
     @classmethod
     def load(cls, directory: str | Path, *, fsdp: int = 1, answer_tokens: int = 0) -> Subject:
         """Opens a model directory on all devices.
@@ -134,6 +139,7 @@ class Benchmark:
             shuffle_text=shuffle_text,
             about={
                 "checkpoint": subject.checkpoint,
+                "setup": subject.setup,
                 "data": self.data.digest,
                 "images": images,
                 "answer": f"written, at most {subject.answer_tokens} tokens" if subject.answer_tokens else "given",
@@ -201,6 +207,10 @@ def named(benchmarks: str, root: Path) -> list[tuple[str, Prepared, str]]:
     return result
 
 
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def digest(model_config: dict[str, Any]) -> str:
     """SHA-256 over the checksums of all parameters: the same weights, the same digest."""
-    return hashlib.sha256(json.dumps(model_config["checksums"], sort_keys=True).encode()).hexdigest()[:16]
+    return _hash(model_config["checksums"])

@@ -189,7 +189,8 @@ def choose(
             bits = (logits > 0).astype(jnp.float32).reshape(logits.shape[0], -1)
             sides = jnp.stack([truth.ravel(), inside.ravel()], 1)
             both, area = jnp.matmul(bits, sides, precision=jax.lax.Precision.HIGHEST).T
-            overlap = both / jnp.maximum(area + truth.sum() - both, 1e-6)
+            union = area + truth.sum() - both
+            overlap = jnp.where(union > 0, both / jnp.maximum(union, 1e-6), 1.0)  # nothing found where nothing is
             return _take(scores, logits, jnp.stack([jnp.argmax(_ranked(scores)), jnp.argmax(overlap)]))
 
         return jax.lax.map(one, (scores, logits, truth))

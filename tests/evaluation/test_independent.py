@@ -180,6 +180,8 @@ def expected(cases, name):
             else:
                 value = 0.0 if silent or not either else both / either
                 both = 0 if silent else both
+                refused = c["finite"] and c["score"] < NO_TARGET_BELOW
+                best = (0, best[1]) if refused else best
         if not c["finite"]:
             both, value = 0, 0.0
         for _ in range(c["count"] if name in ("lisa", "grefcoco") else 1):
