@@ -35,6 +35,10 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path):
         (cli.evaluate, ["--checkpoint=a", "--workdir=b"], "give one of them"),
         (cli.evaluate, ["--workdir=nowhere"], "holds no trained model"),
         (cli.evaluate, ["--checkpoint=nowhere"], "no model directory .*nowhere"),
+        (cli.evaluate, ["--batch-size=0"], "--batch-size: '0' is not a whole number from 1"),
+        (cli.evaluate, ["--images=-2"], "--images: '-2' is not a whole number from 1"),
+        (cli.evaluate, ["--fsdp=0"], "--fsdp: '0' is not"),
+        (cli.evaluate, ["--no-target-below=nan"], "--no-target-below: 'nan' is not a number between 0 and 1"),
         (cli.predict, ["--text=x"], "--image"),
         (cli.predict, ["--image=x.png", "--text=x", "--checkpoint=nowhere"], "no model directory"),
     ],
@@ -52,3 +56,7 @@ def test_exit_codes():
         with pytest.raises(SystemExit) as stopped:
             run(main)
         assert stopped.value.code == code
+
+
+def test_results_of_two_runs_lie_apart():
+    assert cli.model_name(Path("runs/mine/model")) == "mine" and cli.model_name(cli.SHIPPED) == "shapes_tiny"

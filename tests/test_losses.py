@@ -11,6 +11,7 @@ import pytest
 
 from flowseg_jax import losses
 from flowseg_jax.data.batch import NO_LABEL, NONE, NOTHING
+from flowseg_jax.errors import UserError
 from flowseg_jax.losses import (
     LossConfig,
     Targets,
@@ -190,3 +191,9 @@ def test_levels_are_matched_together_as_one_by_one(level, monkeypatch):
     for kind, weight in (("class", cfg.class_), ("mask", cfg.mask), ("dice", cfg.dice)):
         assert float(terms[f"x_{kind}"][0]) == pytest.approx(weight * sum(float(x.sums[kind]) for x in alone), rel=1e-5)
     assert solved == [(3, 1, 1, 2, 3)]
+
+
+@pytest.mark.parametrize("wrong", [{"oversample": 0.5}, {"importance": 1.5}, {"importance": -0.1}])
+def test_points_that_cannot_be_chosen_are_refused(wrong):
+    with pytest.raises(UserError, match="losses: importance=.* points=16 cannot be chosen from oversample="):
+        LossConfig(points=16, **wrong)

@@ -11,7 +11,9 @@ from flowseg_jax.data import evaluation as module
 from flowseg_jax.data.batch import IMAGE_TOKEN, NONE
 from flowseg_jax.data.evaluation import EvalData, plan, round_shape, settle
 from flowseg_jax.data.pipeline import open_tokenizer
+from flowseg_jax.data.prepared import Entry
 from flowseg_jax.data.prompts import Prompts
+from flowseg_jax.data.records import Sample
 from flowseg_jax.errors import UserError
 
 VISUAL = 6
@@ -173,3 +175,18 @@ class TestPlan:
 def test_empty_rows_are_drawn_for_no_sample():
     mask = np.zeros((1, 4, 6), bool)
     assert module.Objects(mask, mask, mask, mask).stack(None, []).shape == (0, 4, 6)
+
+
+def entry(*sentences: str, family: str = "short") -> Entry:
+    said = (Sample(1, "1.png", 1, 1, i, text, family, (0,), 1, text) for i, text in enumerate(sentences))
+    return Entry(1, "1.png", 4, 4, "", (0,), tuple(said))
+
+
+def test_a_control_asks_in_the_wording_of_what_it_asks():
+    first, silent, second = module._shuffle_text([entry("a", "b"), entry(), entry("c", family="long")], 0, "here")
+    assert [(s.prompt, s.family, s.style) for s in first.samples] == [("c", "short", "long")] * 2
+    assert [(s.prompt, s.family, s.style) for s in second.samples] == [("a", "long", "short")]
+    assert silent.samples == ()
+    for entries in ([entry("a"), entry()], [entry("a"), entry("a")]):
+        with pytest.raises(UserError, match=r"here: .*(two images with expressions|same sentences)"):
+            module._shuffle_text(entries, 0, "here")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from answers import record
@@ -72,3 +74,16 @@ def test_what_cannot_be_calibrated_is_said():
     for rate in (0, 1, 10):
         with pytest.raises(UserError, match=f"--false-alarms is {rate}: give a share"):
             negatives.summarise([present(0.5), absent(0.5)], rate)
+
+
+def test_a_control_may_share_a_sentence_with_its_image(tmp_path):
+    """Two images may both be asked for "left": that sample is no absent one, and no second present one."""
+    real, control = tmp_path / "val.jsonl", tmp_path / "val_shuffled.jsonl"
+    real.write_text("".join(json.dumps(present(0.9, i=i)) + "\n" for i in range(3)))
+    rows = [shuffled(0.2, i=0), record(1, 2, iou=0, score=0.8), shuffled(0.1, i=2)]
+    control.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    negatives.run(real, control, tmp_path / "out", 0.1)
+    found = json.loads((tmp_path / "out" / "negatives_val.json").read_text())
+    assert (found["present"], found["absent"]) == (3, 2)
+    with pytest.raises(UserError, match="is no shuffled-text control"):
+        negatives.run(real, real, tmp_path / "out", 0.1)

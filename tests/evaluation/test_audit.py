@@ -129,6 +129,28 @@ def test_files_that_are_no_results(tmp_path, text, message):
         audit.read_records(tmp_path / "x.jsonl")
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"intersection": "1"}, "x.jsonl:2: intersection '1' and union 100 are no areas; evaluate again"),
+        ({"oracle_once_intersection": 101}, "x.jsonl:2: oracle_once_intersection 101 and oracle_once_union 100 are no areas"),
+        ({"score": None}, "x.jsonl:2: score is None"),
+        ({"matched": []}, r"x.jsonl: results on categories, without expressions: their tables are in x.json$"),
+    ],
+)
+def test_records_that_no_evaluation_writes(tmp_path, change, message):
+    rows = [record(1, 0, (50, 100)), record(2, 0, (50, 100)) | change]
+    with pytest.raises(UserError, match=message):
+        audit.read_records(write(tmp_path / "x.jsonl", rows))
+
+
+def test_a_sentence_may_hold_any_line_end(tmp_path):
+    rows = [record(1, 0, (50, 100)) | {"sentence": "left\u2028\x85of it"}]
+    path = tmp_path / "x.jsonl"
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    assert audit.read_records(path) == rows
+
+
 def test_only_the_same_samples_are_compared():
     with pytest.raises(
         UserError, match="not the same samples: 1 are in the first file only, 0 in the second only; compare two"

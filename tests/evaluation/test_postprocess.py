@@ -152,6 +152,13 @@ def test_choose_takes_the_highest_score_and_the_highest_iou():
     np.testing.assert_array_equal(restored.intersection[..., 1], restored.union[..., 1])
 
 
+def test_the_best_answer_to_nothing_is_nothing():
+    _, logits, _, truth, inside = chosen_case()
+    logits[0, 0, 3] = -1.0
+    scores = np.full((1, 2, 6), 0.5, np.float32)
+    assert jax.jit(post.choose)(scores, logits, 0 * truth, inside).query[0, 0].tolist() == [0, 3]
+
+
 def test_padding_of_the_input_does_not_count_in_the_choice():
     # Candidate 0 equals the truth on the image and spills far over the padding; candidate 1 misses half of the truth.
     where = post.geometry(np.array([[48, 96]], np.int32), [(48, 96)], grid=GRID, padded_size=96)
