@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -89,6 +90,16 @@ def test_the_script_answers_as_the_segmentor_does_without_the_package(model_dire
         np.testing.assert_allclose(answer["score"], best.score, rtol=0, atol=1e-5)
         np.testing.assert_array_equal(mask, best.mask)
         assert answer["area"] == best.mask.sum() and 0 < best.mask.mean() < 1
+
+
+def test_a_threshold_travels_with_the_export(exported, photo, tmp_path):
+    shutil.copytree(exported, tmp_path / "strict")
+    about = json.loads((exported / "export.json").read_text())
+    assert about["no_target_below"] == 0.0
+    (tmp_path / "strict" / "export.json").write_text(json.dumps(about | {"no_target_below": 1.0}))
+    done = alone(tmp_path / "strict", photo, tmp_path / "mask", TEXTS[0])
+    assert json.loads(done.stdout)["area"] == 0, done.stderr
+    assert not np.array(Image.open(tmp_path / "mask_0.png")).any()
 
 
 def test_what_the_script_refuses(exported, photo, tmp_path):
