@@ -134,7 +134,7 @@ def test_files_that_are_no_results(tmp_path, text, message):
     [
         ({"intersection": "1"}, "x.jsonl:2: intersection '1' and union 100 are no areas; evaluate again"),
         ({"oracle_once_intersection": 101}, "x.jsonl:2: oracle_once_intersection 101 and oracle_once_union 100 are no areas"),
-        ({"score": None}, "x.jsonl:2: score is None"),
+        ({"score": "high"}, "x.jsonl:2: score is 'high'"),
         ({"matched": []}, r"x.jsonl: results on categories, without expressions: their tables are in x.json$"),
     ],
 )
