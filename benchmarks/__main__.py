@@ -29,7 +29,7 @@ from typing import Any
 
 from benchmarks import components, ratio, table
 from flowseg_jax import errors
-from flowseg_jax.cli import Parser
+from flowseg_jax.cli import Parser, positive
 from flowseg_jax.errors import UserError, suggest
 from flowseg_jax.writers import heartbeat, say
 
@@ -99,7 +99,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--list", action="store_true", help="the components, their bars and aims")
     parser.add_argument("--peer", choices=("torch", "torch-eager"), default="torch", help="torch tries torch.compile too")
     parser.add_argument("--dtype", default="float32", metavar="D[,D]", help="float32, bfloat16 or both")
-    parser.add_argument("--rounds", type=ratio.positive, default=7, help="turns of each side; more while the machine is busy")
+    parser.add_argument("--rounds", type=positive, default=7, help="turns of each side; more while the machine is busy")
     parser.add_argument("--json", type=Path, metavar="FILE", help="all results, written after each component")
     what = parser.add_mutually_exclusive_group()
     what.add_argument(

@@ -28,7 +28,7 @@ from benchmarks import ratio
 from benchmarks.worker import Worker, serve
 from flowseg_jax import config as configs
 from flowseg_jax import errors
-from flowseg_jax.cli import Parser
+from flowseg_jax.cli import Parser, positive
 from flowseg_jax.data import builders, images, masks
 from flowseg_jax.data.batch import BatchShape
 from flowseg_jax.data.mixture import mix
@@ -162,7 +162,7 @@ def images_a_second() -> float:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m benchmarks.input", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--rounds", type=ratio.positive, default=7, help="turns of each side")
+    parser.add_argument("--rounds", type=positive, default=7, help="turns of each side")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also writes everything that was measured")
     parser.add_argument("--serve", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)

@@ -19,8 +19,9 @@ import numpy as np
 
 from benchmarks import components, ratio
 from flowseg_jax import errors, host
-from flowseg_jax.cli import Parser
+from flowseg_jax.cli import Parser, positive
 from flowseg_jax.errors import UserError
+from flowseg_jax.planning.devices import GIB
 
 OURS = "flowseg_jax"
 TRIES = 3  # calls that decide whether the compiled peer is the faster one
@@ -103,7 +104,7 @@ def measure(component: components.Component, size: str, dtype: str, rounds: int,
     comparison = ratio.compare(candidates, component.peer, pair.tolerance, rounds=rounds)
     result = comparison.to_json()
     result["environment"]["versions"] |= {"torch": torch.__version__, "scipy": scipy.__version__}
-    peak = host.peak_memory() / host.GIB
+    peak = host.peak_memory() / GIB
     return {
         "component": component.name,
         "dtype": dtype,
@@ -124,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("component")
     parser.add_argument("dtype", nargs="?", default="float32")
     parser.add_argument("--size", choices=("full", "tiny"), default="full")
-    parser.add_argument("--rounds", type=ratio.positive, default=7)
+    parser.add_argument("--rounds", type=positive, default=7)
     parser.add_argument("--eager", action="store_true", help="does not try torch.compile")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: stdout")
     arguments = parser.parse_args(argv)

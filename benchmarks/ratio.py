@@ -275,13 +275,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def positive(text: str) -> int:
-    """The type of a flag that counts something."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
-
-
 def report(comparison: Comparison, arguments: argparse.Namespace) -> int:
     """Prints what `add_flags` asked for. Returns the command's exit code."""
     say(comparison.table())

@@ -26,6 +26,7 @@ from benchmarks.table import ROOT
 from flowseg_jax import errors, host
 from flowseg_jax.cli import Parser
 from flowseg_jax.errors import UserError
+from flowseg_jax.planning.devices import GIB
 from flowseg_jax.writers import heartbeat, say
 
 EXPRESSIONS = 4
@@ -80,7 +81,7 @@ def start(size: str, began: float, checkpoint: Path | None, restore: bool) -> di
     with stage("first step"):
         state, _ = step(state, program.place(batch))
         jax.block_until_ready(state)
-    peak = host.peak_memory() / host.GIB
+    peak = host.peak_memory() / GIB
     if checkpoint and not restore:
         with Checkpoints(checkpoint) as checkpoints:
             checkpoints.save(1, numbered(state), {})

@@ -32,7 +32,7 @@ from benchmarks.worker import Worker
 from flowseg_jax import config as configs
 from flowseg_jax import errors
 from flowseg_jax.checkpoint import Checkpoints
-from flowseg_jax.cli import Parser
+from flowseg_jax.cli import Parser, positive
 from flowseg_jax.errors import UserError
 from flowseg_jax.writers import heartbeat
 
@@ -157,9 +157,9 @@ def make_parser() -> argparse.ArgumentParser:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--against", metavar="REVISION", help="beside the step of this commit")
     what.add_argument("--overhead", choices=("accumulate", "checkpoint"), help="what it costs")
-    parser.add_argument("--parts", type=ratio.positive, default=4, help="of --overhead=accumulate")
-    parser.add_argument("--steps", type=ratio.positive, default=20, help="of --overhead=checkpoint, in all")
-    parser.add_argument("--every", type=ratio.positive, default=10, help="of --overhead=checkpoint, steps a checkpoint")
+    parser.add_argument("--parts", type=positive, default=4, help="of --overhead=accumulate")
+    parser.add_argument("--steps", type=positive, default=20, help="of --overhead=checkpoint, in all")
+    parser.add_argument("--every", type=positive, default=10, help="of --overhead=checkpoint, steps a checkpoint")
     parser.add_argument("--tolerance", type=float, default=1e-3, help="of the first step's loss and gradient norm, relative")
     ratio.add_flags(parser)
     return parser

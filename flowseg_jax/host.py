@@ -12,7 +12,8 @@ from pathlib import Path
 import jax
 import jaxlib
 
-GIB = 2**30
+from flowseg_jax.planning.devices import GIB
+
 KEPT = 10 * GIB  # of compiled programs; those that were not used for longest go first
 
 

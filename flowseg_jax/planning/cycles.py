@@ -29,7 +29,7 @@ ELEMENTWISE, MOVEMENT, KERNELS = "elementwise", "data movement", "kernels"
 # Nothing is computed by these; a start has the cost, and its end none.
 FREE = frozenset(
     "parameter constant tuple get-tuple-element bitcast after-all opt-barrier iota partition-id replica-id domain "
-    "add-dependency optimization-barrier".split()
+    "add-dependency".split()
 )
 # `jax.named_scope`s of the train step; the innermost one counts.
 PARTS = (
@@ -116,7 +116,8 @@ def cycles(text: str) -> Cycles | None:
 def _walk(module: Module, computation: str, executions: float) -> Iterator[Cost]:
     for x in module.instructions(computation).values():
         if x.opcode == "while":
-            times = executions * (module.trip_count(x) or 1)
+            trips = module.trip_count(x)
+            times = executions * (1 if trips is None else trips)
             for part in ("condition", "body"):
                 yield from _walk(module, x.called(part), times)
         elif x.opcode == "conditional":

@@ -54,7 +54,7 @@ def test_one_two_or_none_are_exchanged(truth):
     assert values["other"].tolist() == [[2, 2, 0, 0, -1]]
 
 
-def test_means(tmp_path):
+def test_means():
     sample = Sample(1, "1.png", 1, 1, 1, "it", "", (0,), 1, "it")
     rows = [
         Measured(sample, {"other": 1}, np.array(iou), None, None, None, None) for iou in ([1, 0.5, 0.2, 0], [0.6, 0.5, 0, 0])
