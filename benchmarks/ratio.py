@@ -24,6 +24,7 @@ import jax
 import numpy as np
 
 from benchmarks import load
+from flowseg_jax.cli import positive
 from flowseg_jax.errors import UserError
 from flowseg_jax.storage import provenance
 from flowseg_jax.writers import say

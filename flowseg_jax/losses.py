@@ -85,7 +85,7 @@ def next_token_loss(
 
 def match_cost(
     class_logits: Float[Array, "q n"],
-    labels: Int[Array, "m"],
+    labels: Int[Array, " m"],
     logits: Float[Array, "q k"],
     targets: Float[Array, "m k"],
     cfg: LossConfig,
@@ -104,7 +104,7 @@ def class_loss(
     logits: Float[Array, "p q n"],
     labels: Int[Array, "p m"],
     assigned: Int[Array, "p m"],
-    counted: Bool[Array, "p"],
+    counted: Bool[Array, " p"],
     background: float,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Weighted cross-entropy over all queries (the last column is the background), and the sum of the weights.
@@ -122,7 +122,7 @@ def class_loss(
 
 
 def point_losses(
-    logits: Float[Array, "n k"], targets: Float[Array, "n k"], counted: Bool[Array, "n"]
+    logits: Float[Array, "n k"], targets: Float[Array, "n k"], counted: Bool[Array, " n"]
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Sums over masks of the mean BCE and of the dice loss on sampled points."""
     bce = (jax.nn.softplus(logits) - targets * logits).mean(-1)
@@ -366,7 +366,7 @@ def referring_targets(phrase_mask: Int[Array, "b k"], group: int, first: int | I
     return Targets(jnp.maximum(phrase_mask, NONE)[..., None], place[..., None], phrase_mask != NONE)
 
 
-def object_targets(labels: Int[Array, "b m"], asked: Bool[Array, "b"]) -> Targets:
+def object_targets(labels: Int[Array, "b m"], asked: Bool[Array, " b"]) -> Targets:
     """Every labelled mask of an image is a target of its one pass, which counts where anything was asked."""
     masks = jnp.where(labels != NONE, jnp.arange(labels.shape[1]), NONE)
     return Targets(masks[:, None], labels[:, None], asked[:, None])

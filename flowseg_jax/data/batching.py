@@ -161,7 +161,7 @@ def encode_question(conversation: Conversation, prompts: Prompts, tokenizer: Tok
 
 def pack(
     prefix: Sequence[int], conversations: Sequence[Encoded], length: int, pad: int, name: str, start: int | None = None
-) -> dict[str, Int[np.ndarray, "t"]]:
+) -> dict[str, Int[np.ndarray, " t"]]:
     """One image's token arrays: prefix, then the conversations, then padding.
 
     Args:

@@ -41,11 +41,11 @@ def is_absent(record: Mapping[str, Any]) -> bool:
     return record["ann_id"] == NONE or record["text"] != record["sentence"]
 
 
-def _scores(records: Sequence[Mapping[str, Any]]) -> Float[np.ndarray, "n"]:
+def _scores(records: Sequence[Mapping[str, Any]]) -> Float[np.ndarray, " n"]:
     return np.array([-np.inf if r["score"] is None else r["score"] for r in records])
 
 
-def threshold(absent: Float[np.ndarray, "n"], rate: float) -> float:
+def threshold(absent: Float[np.ndarray, " n"], rate: float) -> float:
     """The lowest t, to `DIGITS` digits, with which at most the share `rate` in [0, 1] of the absent scores is >= t."""
     falling = np.sort(absent)[::-1]
     allowed = math.floor(rate * len(falling) + 1e-9)
@@ -56,7 +56,7 @@ def threshold(absent: Float[np.ndarray, "n"], rate: float) -> float:
     return (math.floor(float(falling[allowed]) * scale + 0.5) + 1) / scale
 
 
-def curve(present: Float[np.ndarray, "n"], absent: Float[np.ndarray, "m"]) -> list[tuple[float, float, float]]:
+def curve(present: Float[np.ndarray, " n"], absent: Float[np.ndarray, " m"]) -> list[tuple[float, float, float]]:
     """(t, false alarms, kept) at every t at which one of them changes, from refusing everything; shares in [0, 1]."""
     steps = np.unique(np.concatenate([present, absent]))[::-1]
     above = lambda scores: (len(scores) - np.searchsorted(np.sort(scores), steps)) / len(scores)  # noqa: E731

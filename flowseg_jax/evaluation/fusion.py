@@ -96,7 +96,7 @@ class Found:
         labels: for the other two; None where they are not asked for.
     """
 
-    finite: Bool[Array, "b"]
+    finite: Bool[Array, " b"]
     objects: Objects
     labels: Labels | None
 
@@ -122,7 +122,7 @@ def restore(scores: Float[Array, "b n c"], logits: Float[Array, "b n h w"], wher
     def image(of: tuple[Array, ...]) -> tuple[Array, Array, Array, tuple[Array, ...]]:
         scores, logits, best, taken, rows, cols = of
 
-        def line(row: Float[Array, "h"]) -> tuple:  # one row of pixels; `map` computes `block` of them at a time
+        def line(row: Float[Array, " h"]) -> tuple:  # one row of pixels; `map` computes `block` of them at a time
             x = apply_matrices(logits, row[None], cols)[:, 0]
             inside, probability = x > 0, jax.nn.sigmoid(x)
             sums = inside.sum(-1, dtype=jnp.int32), jnp.where(inside, probability, 0).sum(-1)
@@ -149,12 +149,12 @@ def restore(scores: Float[Array, "b n c"], logits: Float[Array, "b n h w"], wher
 
 def _label(
     scores: Float[Array, "n c"],
-    best: Float[Array, "n"],
-    taken: Bool[Array, "n"],
+    best: Float[Array, " n"],
+    taken: Bool[Array, " n"],
     inside: Bool[Array, "n W"],
     probability: Float[Array, "n W"],
-    exists: Bool[Array, "W"],
-) -> tuple[Int[Array, "W"], Int[Array, "W"], Int[Array, "n"], Int[Array, "n"]]:
+    exists: Bool[Array, " W"],
+) -> tuple[Int[Array, " W"], Int[Array, " W"], Int[Array, " n"], Int[Array, " n"]]:
     """`winner` and `semantic` of one row of pixels, and its share of `won` and `kept` (see `Labels`)."""
     strongest = jnp.where(taken[:, None], best[:, None] * probability, -1).argmax(0)
     won = (strongest == jnp.arange(len(taken))[:, None]) & taken[:, None] & exists

@@ -160,7 +160,7 @@ def _ranked(scores: Float[Array, "*s"]) -> Float[Array, "*s"]:
     return jnp.where(jnp.isfinite(scores), scores, -jnp.inf)  # NaN would win every argmax
 
 
-def _take(scores: Float[Array, "q"], logits: Float[Array, "q h w"], query: Int[Array, "n"]) -> Chosen:
+def _take(scores: Float[Array, " q"], logits: Float[Array, "q h w"], query: Int[Array, " n"]) -> Chosen:
     score = scores[query]
     rank = (_ranked(scores)[None] > _ranked(score)[:, None]).sum(-1, dtype=jnp.int32)
     used = jnp.where(jnp.isfinite(score)[:, None, None], logits[query], jnp.nan)

@@ -342,7 +342,7 @@ class FlowSeg(nnx.Module):
         k = batch.phrase_mask.shape[1]
         return self.candidates(features.mask_features, features.levels, reading.phrases[:, :k], reading.segs[:, :k])
 
-    def see(self, views: Views, prefix: Int[Array, "p"]) -> Seen:
+    def see(self, views: Views, prefix: Int[Array, " p"]) -> Seen:
         """Looks at images once: both encoders, the pixel decoder, and the LLM over the prefix.
 
         Args:

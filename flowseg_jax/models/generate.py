@@ -33,7 +33,7 @@ class Generation:
     """
 
     tokens: Int[Array, "b n"]
-    lengths: Int[Array, "b"]
+    lengths: Int[Array, " b"]
     hidden: Float[Array, "b n w"]
     prompt_hidden: Float[Array, "b t w"]
 
@@ -41,7 +41,7 @@ class Generation:
 def generate(
     model: Language,
     embeds: Float[Array, "b t w"],
-    lengths: Int[Array, "b"],
+    lengths: Int[Array, " b"],
     *,
     max_new_tokens: int,
     eos: Sequence[int],
@@ -141,7 +141,7 @@ def pair_outputs(tokens: Int[Array, "r l"], question: int, marks: Marks, outputs
         question: T.
     """
 
-    def row(tokens: Int[Array, "l"]) -> tuple[Array, ...]:
+    def row(tokens: Int[Array, " l"]) -> tuple[Array, ...]:
         length = tokens.shape[0]
         index = jnp.arange(length, dtype=jnp.int32)
         latest = lambda where: jax.lax.cummax(jnp.where(where, index, -1))  # noqa: E731
@@ -193,7 +193,7 @@ def segment(
     projected = model.llm_projector(jnp.concatenate([written.prompt_hidden, written.hidden], 1))
     index = jnp.arange(projected.shape[1])
 
-    def pool(start: Int[Array, "r"], end: Int[Array, "r"]) -> Float[Array, "r d"]:
+    def pool(start: Int[Array, " r"], end: Int[Array, " r"]) -> Float[Array, "r d"]:
         return pool_spans(projected, jnp.where((index >= start[:, None]) & (index <= end[:, None]), 0, -1), 1)[:, 0]
 
     pool_all = jax.vmap(pool, in_axes=1, out_axes=1)

@@ -252,7 +252,7 @@ class Cache:
         return cls(zeros, zeros, jnp.zeros((rows, slots), jnp.int32), jnp.full((rows, slots), -1, jnp.int32))
 
     @property
-    def lengths(self) -> Int[Array, "b"]:
+    def lengths(self) -> Int[Array, " b"]:
         """Filled slots of each row."""
         return (self.segments != -1).sum(1, dtype=jnp.int32)
 

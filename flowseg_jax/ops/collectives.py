@@ -71,7 +71,7 @@ class Peers:
         """The place in the whole batch of the first of this device's images."""
         return jax.lax.axis_index(self.axes) * images if self.axes else 0
 
-    def group_of(self, x: Float[Array, "b *d"] | Int[Array, "b *d"], group: int) -> Array:
+    def group_of(self, x: Float[Array, " b *d"] | Int[Array, " b *d"], group: int) -> Array:
         """Rows of this device's images and of those that complete their groups, [max(B, group), ...]: in the batch's order."""
         b = x.shape[0]
         if b % group == 0:

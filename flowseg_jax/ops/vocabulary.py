@@ -87,8 +87,8 @@ _read.defvjp(_read_forward, _read_backward)
 
 
 def cross_entropy(
-    hidden: Float[Array, "n w"], vocabulary: Vocabulary, labels: Int[Array, "n"], chunk: int
-) -> Float[Array, "n"]:
+    hidden: Float[Array, "n w"], vocabulary: Vocabulary, labels: Int[Array, " n"], chunk: int
+) -> Float[Array, " n"]:
     """-log softmax(hidden @ rows.T)[label] of each token in float32; a label outside the vocabulary counts as logit 0.
 
     Args:

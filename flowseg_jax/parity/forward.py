@@ -171,7 +171,7 @@ def run_evaluation(graphdef: nnx.GraphDef, params: dict[str, Any], batch: Batch)
     return found.scores, postprocess.top(found.scores, found.mask_logits, 1)
 
 
-def existing_passes(batch: Batch) -> Int[np.ndarray, "p"]:
+def existing_passes(batch: Batch) -> Int[np.ndarray, " p"]:
     """Indices of the passes of real phrases among all B * K, in X-SAM's order."""
     return np.flatnonzero(np.asarray(batch.phrase_mask).reshape(-1) != NONE)
 

@@ -193,7 +193,7 @@ def compare_prompts(fixture: Fixture, report: Report) -> None:
         )
 
 
-def assemble(samples: list[Sample], cfg: FlowSegConfig, labels: list[Int[np.ndarray, "m"]] | None = None) -> Batch:
+def assemble(samples: list[Sample], cfg: FlowSegConfig, labels: list[Int[np.ndarray, " m"]] | None = None) -> Batch:
     """One batch of samples as X-SAM runs them.
 
     Args:
