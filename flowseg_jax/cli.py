@@ -210,7 +210,8 @@ def evaluate(argv: Sequence[str] | None = None) -> int:
 
     for place, prepared, split in chosen:
         if prepared.task == "generic":
-            asks_for_categories(prepared.directory).run(split, out / place, images=arguments.images)
+            asked = asks_for_categories(prepared.directory)
+            asked.run(split, out / place, images=arguments.images, save_masks=arguments.save_masks)
             continue
         asked = benchmark.Benchmark(subject(), prepared, arguments.batch_size, protocol, arguments.no_target_below)
         options = {"shuffle_text": arguments.shuffle_text, "images": arguments.images, "save_masks": arguments.save_masks}
@@ -223,7 +224,6 @@ def check_generic(directory: Path, arguments: argparse.Namespace) -> None:
     given = {
         "--protocol": arguments.protocol,
         "--shuffle-text": arguments.shuffle_text,
-        "--save-masks": arguments.save_masks,
         "--no-target-below": arguments.no_target_below,
         "--generate": arguments.generate,
         "--fsdp": arguments.fsdp != 1,

@@ -6,11 +6,18 @@ import argparse
 import json
 
 from flowseg_jax import errors
-from flowseg_jax.evaluation import audit, protocols
+from flowseg_jax.evaluation import audit, panoptic, protocols
 
 
 def _audit(args: argparse.Namespace) -> int:
-    records = audit.read_records(args.file)
+    records = audit.read_lines(args.file)
+    if audit.on_categories(records):
+        if args.no_target_below is not None:
+            raise errors.UserError(f"{args.file}: results on categories, without expressions: leave --no-target-below out")
+        found = audit.category_tables(args.file, records)
+        print(json.dumps(found, indent=1) if args.json else "\n".join(panoptic.in_words(found)))
+        return 0
+    records = audit.samples(args.file, records)
     if args.no_target_below is not None:
         records = [record | {"no_target_below": args.no_target_below} for record in records]
     found = audit.tables(records)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from flowseg_jax.errors import UserError
-from flowseg_jax.evaluation import metrics
+from flowseg_jax.evaluation import metrics, panoptic
 from flowseg_jax.evaluation.protocols import FIVE, PROTOCOLS, Protocol
 
 NEEDED = ("image_id", "ann_id", "sentence_id", "text", "text_form", "sentence", "family", "count", "failed", "failure")
@@ -28,11 +28,11 @@ _COLUMNS = {"ciou": "cIoU", "giou": "gIoU", "oracle_ciou": "oracle", "n_acc": "N
 _COLUMNS |= {f"{x:g}": f"P@{x:g}" for x in FIVE}
 
 
-def read_records(path: str | Path) -> list[dict[str, Any]]:
-    """The samples of a `<split>.jsonl`.
+def read_lines(path: str | Path) -> list[dict[str, Any]]:
+    """The objects of a `<split>.jsonl`, whatever they say.
 
     Raises:
-        UserError: no such file, a line that is no sample (with its number and field), or no line at all.
+        UserError: no such file, a line that is no JSON object (with its number), or no line at all.
     """
     path, records = Path(path), []
     try:
@@ -44,19 +44,67 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
             record = json.loads(line)
         except ValueError as error:
             raise UserError(f"{path}:{number}: not JSON ({error})") from None
-        if isinstance(record, dict) and {"matched", "confusion"} & record.keys():
-            raise UserError(
-                f"{path}: results on categories, without expressions: their tables are in {path.with_suffix('.json').name}"
-            )
-        missing = [key for key in NEEDED if not isinstance(record, dict) or key not in record]
-        if missing:
-            raise UserError(f"{path}:{number}: no sample of this version: it lacks {', '.join(missing)}; evaluate again")
-        if wrong := _impossible(record):
-            raise UserError(f"{path}:{number}: {wrong}; evaluate again")
+        if not isinstance(record, dict):
+            raise UserError(f"{path}:{number}: no sample but {type(record).__name__}; name the .jsonl that eval.py wrote")
         records.append(record)
     if not records:
         raise UserError(f"{path}: holds no sample")
     return records
+
+
+def read_records(path: str | Path) -> list[dict[str, Any]]:
+    """The samples of a `<split>.jsonl` with expressions.
+
+    Raises:
+        UserError: what `read_lines` raises, or a line that is no such sample (with its number and field).
+    """
+    return samples(path, read_lines(path))
+
+
+def samples(path: str | Path, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`records`, checked to be samples with expressions; raises as `read_records`."""
+    path = Path(path)
+    if on_categories(records):
+        raise UserError(
+            f"{path}: results on categories, without expressions: `audit` makes their tables, {path.with_suffix('.json').name} "
+            "has them too"
+        )
+    for number, record in enumerate(records, 1):
+        if missing := [key for key in NEEDED if key not in record]:
+            raise UserError(f"{path}:{number}: no sample of this version: it lacks {', '.join(missing)}; evaluate again")
+        if wrong := _impossible(record):
+            raise UserError(f"{path}:{number}: {wrong}; evaluate again")
+    return records
+
+
+def on_categories(records: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether these are lines of a generic evaluation."""
+    return all({"image_id", "failed"} <= record.keys() and "ann_id" not in record for record in records)
+
+
+def category_tables(path: str | Path, records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """{protocol: its table} of a generic evaluation, from the counts of its images.
+
+    Mask AP needs the objects, which `--save-masks` leaves in the lines. The categories are named in the `.json` beside.
+
+    Raises:
+        UserError: no such `.json`, or counts that cannot be (with the line's number).
+    """
+    path = Path(path)
+    beside = path.with_suffix(".json")
+    try:
+        result = json.loads(beside.read_text(encoding="utf-8"))
+        categories, things = result["categories"], result["things"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{beside}: cannot be read ({error!r}); it names the categories: keep the files of an evaluation together"
+        ) from None
+    for number, record in enumerate(records, 1):
+        try:
+            panoptic.tables([record], categories, things)
+        except (KeyError, IndexError, TypeError, ValueError, ZeroDivisionError, AttributeError) as error:
+            raise UserError(f"{path}:{number}: no counts of {len(categories)} categories ({error!r}); evaluate again") from None
+    return panoptic.tables(records, categories, things)
 
 
 def _impossible(record: Mapping[str, Any]) -> str:

@@ -53,11 +53,6 @@ class Subject:
     prompts: Prompts
     answer_tokens: int = 0
 
-    @property
-    def setup(self) -> str:
-        """A hash of what numbers depend on beside the weights: the model's config and the wording."""
-        return _hash([self.cfg.to_dict(), dataclasses.asdict(self.prompts)])
-
     @classmethod
     def load(cls, directory: str | Path, *, fsdp: int = 1, answer_tokens: int = 0) -> Subject:
         """Opens a model directory on all devices.
@@ -139,7 +134,7 @@ class Benchmark:
             shuffle_text=shuffle_text,
             about={
                 "checkpoint": subject.checkpoint,
-                "setup": subject.setup,
+                "setup": setup(subject.cfg, subject.prompts),
                 "data": self.data.digest,
                 "images": images,
                 "answer": f"written, at most {subject.answer_tokens} tokens" if subject.answer_tokens else "given",
@@ -209,6 +204,11 @@ def named(benchmarks: str, root: Path) -> list[tuple[str, Prepared, str]]:
 
 def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def setup(cfg: FlowSegConfig, prompts: Prompts) -> str:
+    """A hash of what numbers depend on beside the weights: the model's config and the wording."""
+    return _hash([cfg.to_dict(), dataclasses.asdict(prompts)])
 
 
 def digest(model_config: dict[str, Any]) -> str:

@@ -17,7 +17,7 @@ import functools
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from flowseg_jax import storage
+from flowseg_jax import host, storage
 from flowseg_jax.data import batching, images
 from flowseg_jax.data.batch import Batch, BatchShape
 from flowseg_jax.data.batching import LengthBound, Row
@@ -38,9 +38,10 @@ from flowseg_jax.data.records import Example
 from flowseg_jax.data.tokenizer import Tokenizer, load_tokenizer
 from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation import fusion, panoptic, postprocess
-from flowseg_jax.evaluation.benchmark import digest
+from flowseg_jax.evaluation.benchmark import digest, setup
 from flowseg_jax.evaluation.fusion import MASK2FORMER, Found, Thresholds
-from flowseg_jax.evaluation.panoptic import Detections, Segments
+from flowseg_jax.evaluation.panoptic import Segments
+from flowseg_jax.evaluation.partial import Partial
 from flowseg_jax.evaluation.runner import HEARTBEAT
 from flowseg_jax.model_directory import load_model, read_model_config
 from flowseg_jax.models import flowseg
@@ -116,11 +117,13 @@ class GenericBatch:
 
     Attributes:
         batch: without targets.
+        places: where each image stands in the split.
         examples: the images with their objects.
         sizes: (H, W) of each.
     """
 
     batch: Batch
+    places: list[int]
     examples: list[Example]
     sizes: list[tuple[int, int]]
 
@@ -137,6 +140,7 @@ class GenericData:
         cfg: of the model.
         prompts: wording; the fixed one is used.
         max_images: only the first images of the split; None for all.
+        skip: places in the split that are left out.
 
     Raises:
         UserError: an unknown split, or a category name that contains a mark of the tokenizer.
@@ -153,10 +157,12 @@ class GenericData:
         cfg: FlowSegConfig,
         prompts: Prompts,
         max_images: int | None = None,
+        skip: Collection[int] = (),
     ):
         prompts = dataclasses.replace(prompts, vary=False)
         self._source = prepared.source(split)
-        self.images = len(prepared.index(split)[:max_images])
+        self._places = [place for place in range(len(prepared.index(split)[:max_images])) if place not in skip]
+        self.images = len(self._places)
         self._tokenizer, self._prompts, self._visual = tokenizer, prompts, cfg.visual_tokens
         self._conversations, self._names, text = [], 0, 1
         if tokenizer is not None:
@@ -177,16 +183,17 @@ class GenericData:
         return math.ceil(self.images / self.shape.batch)
 
     def batch(self, number: int) -> GenericBatch:
-        """Batch `number` of the split."""
+        """Batch `number` of the images that are not left out."""
+        places = self._places[number * self.shape.batch : (number + 1) * self.shape.batch]
         rows, examples = [], []
-        for index in range(number * self.shape.batch, min((number + 1) * self.shape.batch, self.images)):
-            example = self._source[index]
+        for place in places:
+            example = self._source[place]
             image = images.decode(example.image, name=example.file_name)
             pixels = batching.prepare_pixels(image, (), self.shape)
             rows.append(Row(example.file_name, pixels, self._conversations, (), (), (), example.image_id, self._names))
             examples.append(dataclasses.replace(example, image=b""))
         batch = batching.assemble(rows, self.shape, self._prompts, self._tokenizer, self._visual)
-        return GenericBatch(batch, examples, [(e.height, e.width) for e in examples])
+        return GenericBatch(batch, places, examples, [(e.height, e.width) for e in examples])
 
     def __iter__(self) -> Iterator[GenericBatch]:
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
@@ -209,7 +216,9 @@ def evaluate(
     things: tuple[bool, ...] | None,
     restore: Callable[..., Found],
     thresholds: Thresholds = MASK2FORMER,
-    progress: Callable[[str], None] = lambda text: None,
+    partial: Partial | None = None,
+    save_masks: bool = False,
+    progress: Callable[[int], None] = lambda images: None,
 ) -> Evaluation:
     """Evaluates the candidates that a model proposes.
 
@@ -220,71 +229,79 @@ def evaluate(
         things: which of them are things; None: no panoptic and no semantic segmentation, mask AP alone.
         restore: `fusion.restore`, compiled.
         thresholds: of the panoptic segmentation.
-        progress: receives how far it is.
+        partial: where finished images are kept, those that `data` leaves out among them; None: nowhere.
+        save_masks: leave the objects with their masks in the records, from which mask AP can be made again.
+        progress: receives how many images are done.
 
     Returns:
         An `Evaluation` whose result has a table for each protocol: "panoptic" and "semantic" (if `things` are known) and
         "instance".
+
+    Raises:
+        UserError: there is no image, or one that cannot be read.
     """
-    detections, records = Detections(categories, things), []
+    partial = partial or Partial(None, {}, None)
 
     def collect(batch: GenericBatch, found: Found) -> None:
-        found = jax.device_get(found)
-        for b, example in enumerate(batch.examples):
+        found, done = jax.device_get(found), {}
+        for b, (place, example) in enumerate(zip(batch.places, batch.examples, strict=True)):
             mine = jax.tree.map(lambda value: value[b], found)  # noqa: B023 (called at once)
-            records.append(_record(example, mine, things, thresholds))
-            objects, size = mine.objects, batch.sizes[b]
-            pairs = zip(objects.category.tolist(), objects.score.tolist(), objects.candidate.tolist(), strict=True)
-            mask_of = lambda n, masks=objects.masks, size=size: postprocess.unpack_mask(masks[n], size)  # noqa: E731
-            detections.add(example, pairs, mask_of)
-        progress(f"{len(records)} images")
+            done[place] = [_record(example, mine, things, thresholds)]
+        partial.add(done)
+        progress(len(partial.records))
 
     last = None
-    for batch in data:
-        scores, logits = candidates(batch.batch)
-        where = postprocess.geometry(
-            batch.batch.scaled_size, batch.sizes, grid=logits.shape[-2:], padded_size=batch.batch.images.shape[1]
-        )
-        running = batch, restore(scores, logits, jax.device_put(where), None if things is None else thresholds.score)
+    try:
+        for batch in data:
+            scores, logits = candidates(batch.batch)
+            where = postprocess.geometry(
+                batch.batch.scaled_size, batch.sizes, grid=logits.shape[-2:], padded_size=batch.batch.images.shape[1]
+            )
+            running = batch, restore(scores, logits, jax.device_put(where), None if things is None else thresholds.score)
+            if last:
+                collect(*last)
+            last = running
+    finally:  # also if the next image cannot be read
         if last:
             collect(*last)
-        last = running
-    if last is None:
+    records = [record for place in sorted(partial.records) for record in partial.records[place]]
+    if not records:
         raise UserError("the split holds no image to evaluate; prepare it, or choose another split")
-    collect(*last)
-    return Evaluation(_result(records, detections, categories, things, thresholds), records)
+    result = _result(records, categories, things, thresholds)
+    if not save_masks:
+        records = [{key: value for key, value in record.items() if key not in panoptic.OBJECTS} for record in records]
+    return Evaluation(result, records)
 
 
 def _result(
-    records: list[dict[str, Any]],
-    detections: Detections,
-    categories: tuple[str, ...],
-    things: tuple[bool, ...] | None,
-    thresholds: Thresholds,
+    records: list[dict[str, Any]], categories: tuple[str, ...], things: tuple[bool, ...] | None, thresholds: Thresholds
 ) -> dict[str, Any]:
     """The content of the JSON: a table a protocol, with its name and n."""
-    n = {"n": len(records)}
-    result: dict[str, Any] = n | {"failed": sum(r["failed"] for r in records), "categories": list(categories)}
-    if things is not None:
-        result["things"] = list(things)
-        settings = {"protocol": "panoptic", "score_threshold": thresholds.score, "overlap_threshold": thresholds.overlap}
-        result["panoptic"] = settings | n | panoptic.panoptic_table(records, categories, things)
-        result["semantic"] = {"protocol": "semantic"} | n | panoptic.semantic_table(records, categories)
-    return result | {"instance": {"protocol": "instance", "predictions": fusion.TOP} | n | detections.table()}
+    result = {"n": len(records), "failed": sum(r["failed"] for r in records), "categories": list(categories)}
+    result["things"] = None if things is None else list(things)
+    settings = {
+        "panoptic": {"score_threshold": thresholds.score, "overlap_threshold": thresholds.overlap},
+        "instance": {"predictions": fusion.TOP},
+    }
+    found = panoptic.tables(records, categories, things)
+    return result | {name: {"protocol": name} | settings.get(name, {}) | table for name, table in found.items()}
 
 
 def _record(example: Example, found: Found, things: tuple[bool, ...] | None, thresholds: Thresholds) -> dict[str, Any]:
-    """One line of the JSONL."""
+    """What an image leaves."""
+    size, objects = (example.height, example.width), found.objects
+    pairs = zip(objects.category.tolist(), objects.score.tolist(), objects.candidate.tolist(), strict=True)
     record = {
         "image_id": example.image_id,
         "file_name": example.file_name,
         "height": example.height,
         "width": example.width,
         "failed": not bool(found.finite),
+        **panoptic.count_objects(example, pairs, lambda n: postprocess.unpack_mask(objects.masks[n], size)),
     }
     if things is None:
         return record
-    truth, size = Segments.of(example), (example.height, example.width)
+    truth = Segments.of(example)
     semantic = found.labels.semantic[: size[0], : size[1]] if found.finite else np.full(size, -1, np.int16)
     fused = fusion.fuse(found.labels, things, size, thresholds.overlap)
     return record | panoptic.count_segments(fused, truth) | panoptic.count_pixels(semantic, truth)
@@ -361,58 +378,71 @@ class Benchmark:
         checkpoint = {"digest": digest(stored), "step": loaded.extra.get("step")}
         return cls(cfg, graphdef, loaded.params, checkpoint, prepared, tokenizer, prompts, batch, names, thresholds)
 
-    def run(self, split: str, out: str | Path | None, *, images: int | None = None) -> Evaluation:
-        """Evaluates one split into `<out>/<split>.json` and `<split>.jsonl`, which are replaced only when complete."""
+    def run(self, split: str, out: str | Path | None, *, images: int | None = None, save_masks: bool = False) -> Evaluation:
+        """Evaluates one split into `<out>/<split>.json` and `<split>.jsonl`, which are replaced only when complete.
+
+        Args:
+            split: which split.
+            out: a folder; None writes nothing. What an interrupted start left there is continued.
+            images: only the first images of the split.
+            save_masks: add the objects, true and predicted, to each line of `<split>.jsonl` (`panoptic.count_objects`).
+
+        Raises:
+            UserError: an unknown split or one without images, a damaged image, or `out` cannot be written. What was finished is
+                kept.
+        """
         self.data.check_split(split)
-        data = GenericData(
-            self.data,
-            split,
-            self.tokenizer,
-            self._questions,
-            batch=self.batch,
-            cfg=self.cfg,
-            prompts=self.prompts,
-            max_images=images,
-        )
+        about = {"checkpoint": self.checkpoint, "setup": setup(self.cfg, self.prompts), "data": self.data.digest}
+        about |= {"images": images, "conversations": self._questions.count if self.cfg.speaks else 0}
+        settings = about | {"split": split, "thresholds": dataclasses.asdict(self.thresholds)}
         begin = time.monotonic()
-        with heartbeat(f"evaluate {split}: 0/{data.images} images, compiling", HEARTBEAT) as beat:
-
-            def progress(done: str) -> None:
-                beat.message = f"evaluate {split}: {done} of {data.images}"
-
-            evaluation = evaluate(
-                functools.partial(self._candidates, self.params),
-                data,
-                categories=self.data.categories,
-                things=self.data.things,
-                thresholds=self.thresholds,
-                restore=self._restore,
-                progress=progress,
+        with Partial.open(None if out is None else Path(out) / f"{split}.partial.jsonl", settings) as partial:
+            if kept := len(partial.records):
+                say(f"evaluate {split}: going on behind {kept} images of an earlier start")
+            data = GenericData(
+                self.data,
+                split,
+                self.tokenizer,
+                self._questions,
+                batch=self.batch,
+                cfg=self.cfg,
+                prompts=self.prompts,
+                max_images=images,
+                skip=partial.records.keys(),
             )
-        result = {"split": split, "checkpoint": self.checkpoint, "data": self.data.digest} | evaluation.result
-        result["conversations"] = self._questions.count if self.cfg.speaks else 0
-        evaluation = dataclasses.replace(evaluation, result=result)
-        compiled = ", ".join(f"{count} {what}" for what, count in self.compiles.items())
-        say(f"evaluate {split}: {result['n']} images in {duration(time.monotonic() - begin)} (compilations so far: {compiled})")
-        for line in summary(result):
-            say(f"evaluate {split}: {line}")
-        if out is not None:
-            lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in evaluation.records)
-            storage.replace_text(Path(out) / f"{split}.jsonl", lines)
-            storage.replace_text(Path(out) / f"{split}.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+            evaluation = self._evaluate(split, data, partial, save_masks)
+            result = {"split": split} | about | evaluation.result
+            evaluation = dataclasses.replace(evaluation, result=result)
+            compiled = ", ".join(f"{count} {what}" for what, count in self.compiles.items())
+            seconds = duration(time.monotonic() - begin)
+            say(f"evaluate {split}: {data.images} images in {seconds} (compilations so far: {compiled}); {host.memory_line()}")
+            for line in panoptic.in_words(result):
+                say(f"evaluate {split}: {line}, failed {result['failed']}")
+            if out is not None:
+                lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in evaluation.records)
+                storage.replace_text(Path(out) / f"{split}.jsonl", lines)
+                storage.replace_text(Path(out) / f"{split}.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+            partial.finish()
         return evaluation
 
+    def _evaluate(self, split: str, data: GenericData, partial: Partial, save_masks: bool) -> Evaluation:
+        total = data.images + len(partial.records)
+        with heartbeat(f"evaluate {split}: {len(partial.records)}/{total} images, compiling", HEARTBEAT) as beat:
 
-def summary(result: dict[str, Any]) -> list[str]:
-    """A line for each protocol of a result."""
-    number = lambda value: "-" if value is None else f"{value:.2f}"  # noqa: E731
-    lines = []
-    if table := result.get("panoptic"):
-        figures = ", ".join(f"{name.upper()} {number(table['all'][name])}" for name in ("pq", "sq", "rq"))
-        parts = ", ".join(f"PQ of {part} {number(table[part]['pq'])}" for part in ("things", "stuff"))
-        lines.append(f"panoptic, n {table['n']}, {figures}, {parts}, failed {result['failed']}")
-    if table := result.get("semantic"):
-        lines.append(f"semantic, n {table['n']}, mIoU {number(table['miou'])}")
-    table = result["instance"]
-    figures = ", ".join(f"{name.upper()} {number(table[name])}" for name in ("ap", "ap50", "ap75"))
-    return [*lines, f"instance, n {table['n']}, {figures}"]
+            def progress(done: int) -> None:
+                beat.message = f"evaluate {split}: {done}/{total} images"
+
+            try:
+                return evaluate(
+                    functools.partial(self._candidates, self.params),
+                    data,
+                    categories=self.data.categories,
+                    things=self.data.things,
+                    thresholds=self.thresholds,
+                    restore=self._restore,
+                    partial=partial,
+                    save_masks=save_masks,
+                    progress=progress,
+                )
+            except UserError as error:
+                raise UserError(f"{error}; {partial.kept()}") from None

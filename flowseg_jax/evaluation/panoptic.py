@@ -1,8 +1,8 @@
 """What a generic evaluation counts: panoptic quality, mIoU and mask AP, in integers, on the host.
 
-Each image leaves one record: its matched segments with their intersections and unions, its missed and its superfluous segments
-and its confusion of categories. The tables of both protocols are functions of the records alone. Mask AP ranks all predictions
-of a split and is left to pycocotools.
+Each image leaves one record: its matched segments with their intersections and unions, its missed and its superfluous segments,
+its confusion of categories, and its objects, true and predicted, as run-length codes. The tables of all protocols are functions
+of the records alone. Mask AP ranks all predictions of a split and is left to pycocotools.
 
 Panoptic quality (Kirillov et al. 2019; the rules are those of its reference code, panopticapi). Pixels without a true segment
 are void. A predicted and a true segment match if they are of one category and their IoU is above 1/2, which no segment can have
@@ -33,9 +33,10 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from flowseg_jax.data import masks
-from flowseg_jax.data.records import Annotation, Example
+from flowseg_jax.data.records import Example
 
 Record = Mapping[str, Any]
+OBJECTS = ("objects", "masks", "found")  # of a record: what mask AP is made from
 STATISTICS = {"ap": 0, "ap50": 1, "ap75": 2, "ap_small": 3, "ap_medium": 4, "ap_large": 5}  # places in COCOeval.stats
 
 
@@ -169,69 +170,108 @@ def semantic_table(records: Iterable[Record], categories: Sequence[str]) -> dict
     return {"miou": _mean(iou.values()), "categories": len(iou), "by_category": iou}
 
 
-class Detections:
-    """The true and the predicted objects of a split, for COCO's mask AP.
+def count_objects(
+    example: Example, found: Iterable[tuple[int, float, int]], mask_of: Callable[[int], Bool[np.ndarray, "y x"]]
+) -> dict[str, list]:
+    """What mask AP is made from.
 
     Args:
+        example: the image, with its true objects.
+        found: (category, score, candidate) of each prediction.
+        mask_of: candidate -> its mask.
+
+    Returns:
+        objects: [category, code, whether it counts for nothing] of each true object; masks: the codes of the candidates that
+        are not empty, several predictions share one; found: [category, score, place in `masks`] of each prediction with such a
+        mask. Codes are COCO's compressed run lengths.
+    """
+    objects = [[a.category, a.rle, bool(a.crowd or a.ignore)] for a in example.annotations]
+    places: dict[int, int | None] = {}  # candidate -> place in `codes`, None for an empty mask
+    codes, kept = [], []
+    for category, score, candidate in found:
+        if candidate not in places:
+            mask = mask_of(candidate)
+            places[candidate] = len(codes) if mask.any() else None
+            codes += [masks.encode(mask)] if mask.any() else []
+        if (place := places[candidate]) is not None:
+            kept.append([category, score, place])
+    return {"objects": objects, "masks": codes, "found": kept}
+
+
+def instance_table(
+    records: Iterable[Record], categories: Sequence[str], things: Sequence[bool] | None = None
+) -> dict[str, Any]:
+    """AP over IoU 0.5:0.95, at 0.5, at 0.75, of small, medium and large objects, and of each category, in percent.
+
+    At most 100 predictions an image count. None where there is no true object.
+
+    Args:
+        records: with `height`, `width` and the lists of `count_objects`.
         categories: their names.
         things: which of them count; None for all.
     """
+    counted = [c for c in range(len(categories)) if things is None or things[c]]
+    if not counted:
+        return dict.fromkeys(STATISTICS) | {"by_category": {}}
+    shown: list[dict[str, Any]] = []
+    truth: list[dict[str, Any]] = []
+    found: list[dict[str, Any]] = []
 
-    def __init__(self, categories: Sequence[str], things: Sequence[bool] | None = None):
-        self._categories = categories
-        self._counted = [c for c in range(len(categories)) if things is None or things[c]]
-        self._images: list[dict[str, Any]] = []
-        self._truth: list[dict[str, Any]] = []
-        self._found: list[dict[str, Any]] = []
+    def entry(code: dict[str, Any], number: int, category: int) -> dict[str, Any]:
+        area = int(coco_mask.area(code))
+        return {"image_id": len(shown), "id": number, "category_id": category, "segmentation": code, "area": area}
 
-    def add(
-        self,
-        example: Example,
-        found: Iterable[tuple[int, float, int]],
-        mask_of: Callable[[int], Bool[np.ndarray, "y x"]],
-    ) -> None:
-        """Adds an image: its true objects, and (category, score, candidate) of each prediction. Empty masks are left out."""
-        number, size = len(self._images) + 1, [example.height, example.width]
-        self._images.append({"id": number, "height": size[0], "width": size[1]})
-        for annotation in example.annotations:
-            self._truth.append(self._entry(annotation, number, size) | {"id": len(self._truth) + 1})  # 0 would mean "no match"
-        codes: dict[int, dict[str, Any]] = {}  # several predictions share a mask
-        for category, score, candidate in found:
-            if candidate not in codes:
-                codes[candidate] = {"size": size, "counts": masks.encode(mask_of(candidate)).encode()}
-            code = codes[candidate]
-            if area := int(coco_mask.area(code)):
-                entry = {"image_id": number, "category_id": category, "segmentation": code, "area": area, "score": score}
-                self._found.append(entry | {"id": len(self._found) + 1, "iscrowd": 0})
+    for record in records:
+        size = [record["height"], record["width"]]
+        code = lambda text, size=size: {"size": size, "counts": text.encode()}  # noqa: E731
+        shown.append({"id": len(shown) + 1, "height": size[0], "width": size[1]})
+        for category, text, ignored in record["objects"]:  # numbers from 1: COCOeval takes 0 for "no match"
+            truth.append(entry(code(text), len(truth) + 1, category) | {"iscrowd": int(ignored)})
+        codes = [*map(code, record["masks"])]
+        for category, score, place in record["found"]:
+            found.append(entry(codes[place], len(found) + 1, category) | {"iscrowd": 0, "score": score})
 
-    def _entry(self, annotation: Annotation, image: int, size: list[int]) -> dict[str, Any]:
-        code = {"size": size, "counts": annotation.rle.encode()}
-        crowd = int(annotation.crowd or annotation.ignore)
-        entry = {"image_id": image, "category_id": annotation.category, "segmentation": code, "iscrowd": crowd}
-        return entry | {"area": int(coco_mask.area(code))}
+    def indexed(annotations: list[dict[str, Any]]) -> COCO:
+        index = COCO()
+        named = [{"id": c, "name": name} for c, name in enumerate(categories)]
+        index.dataset = {"images": shown, "annotations": annotations, "categories": named}
+        index.createIndex()
+        return index
 
-    def table(self) -> dict[str, Any]:
-        """AP over IoU 0.5:0.95, at 0.5, at 0.75, of small, medium and large objects, and of each category, in percent.
+    with contextlib.redirect_stdout(io.StringIO()):  # they print
+        evaluation = COCOeval(indexed(truth), indexed(found), "segm")
+        evaluation.params.catIds = counted
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    known = lambda value: None if value < 0 else 100 * float(value)  # noqa: E731 (-1: no true object)
+    table = {name: known(evaluation.stats[at]) for name, at in STATISTICS.items()}
+    precision = evaluation.eval["precision"][:, :, :, 0, -1]  # of objects of all sizes
+    each = {categories[c]: precision[:, :, k] for k, c in enumerate(counted)}
+    return table | {"by_category": {name: known(p.mean()) for name, p in each.items() if (p >= 0).all()}}
 
-        At most 100 predictions an image count. None where there is no true object.
-        """
-        if not self._counted:
-            return dict.fromkeys(STATISTICS) | {"by_category": {}}
-        with contextlib.redirect_stdout(io.StringIO()):  # they print
-            evaluation = COCOeval(self._indexed(self._truth), self._indexed(self._found), "segm")
-            evaluation.params.catIds = self._counted
-            evaluation.evaluate()
-            evaluation.accumulate()
-            evaluation.summarize()
-        known = lambda value: None if value < 0 else 100 * float(value)  # noqa: E731 (-1: no true object)
-        table = {name: known(evaluation.stats[at]) for name, at in STATISTICS.items()}
-        precision = evaluation.eval["precision"][:, :, :, 0, -1]  # of objects of all sizes
-        each = {self._categories[c]: precision[:, :, k] for k, c in enumerate(self._counted)}
-        return table | {"by_category": {name: known(p.mean()) for name, p in each.items() if (p >= 0).all()}}
 
-    def _indexed(self, annotations: list[dict[str, Any]]) -> COCO:
-        indexed = COCO()
-        categories = [{"id": c, "name": name} for c, name in enumerate(self._categories)]
-        indexed.dataset = {"images": self._images, "annotations": annotations, "categories": categories}
-        indexed.createIndex()
-        return indexed
+def tables(records: Sequence[Record], categories: Sequence[str], things: Sequence[bool] | None) -> dict[str, dict[str, Any]]:
+    """{protocol: its table} of every protocol whose counts the records hold: "panoptic", "semantic", "instance"."""
+    n, found = {"n": len(records)}, {}
+    if things is not None:
+        found["panoptic"] = n | panoptic_table(records, categories, things)
+        found["semantic"] = n | semantic_table(records, categories)
+    if all("found" in record for record in records):
+        found["instance"] = n | instance_table(records, categories, things)
+    return found
+
+
+def in_words(found: Mapping[str, Any]) -> list[str]:
+    """A line for each protocol of `tables`."""
+    number = lambda value: "-" if value is None else f"{value:.2f}"  # noqa: E731
+    figures = lambda table, names: ", ".join(f"{name.upper()} {number(table[name])}" for name in names)  # noqa: E731
+    lines = []
+    if table := found.get("panoptic"):
+        parts = ", ".join(f"PQ of {part} {number(table[part]['pq'])}" for part in ("things", "stuff"))
+        lines.append(f"panoptic, n {table['n']}, {figures(table['all'], ('pq', 'sq', 'rq'))}, {parts}")
+    if table := found.get("semantic"):
+        lines.append(f"semantic, n {table['n']}, mIoU {number(table['miou'])}")
+    if table := found.get("instance"):
+        lines.append(f"instance, n {table['n']}, {figures(table, ('ap', 'ap50', 'ap75'))}")
+    return lines

@@ -119,7 +119,11 @@ def test_commands(tmp_path, capsys):
         ("", "x.jsonl: holds no sample"),
         ("{", r"x.jsonl:1: not JSON"),
         ('{"image_id": 1}', r"x.jsonl:1: no sample of this version: it lacks ann_id, sentence_id, .*evaluate again"),
-        ("[]", "x.jsonl:1: no sample"),
+        ("[]", "x.jsonl:1: no sample but list"),
+        (
+            '{"image_id": 1, "failed": false}',
+            r"x.jsonl: results on categories, without expressions: `audit` makes their tables",
+        ),
     ],
 )
 def test_files_that_are_no_results(tmp_path, text, message):
@@ -135,7 +139,6 @@ def test_files_that_are_no_results(tmp_path, text, message):
         ({"intersection": "1"}, "x.jsonl:2: intersection '1' and union 100 are no areas; evaluate again"),
         ({"oracle_once_intersection": 101}, "x.jsonl:2: oracle_once_intersection 101 and oracle_once_union 100 are no areas"),
         ({"score": "high"}, "x.jsonl:2: score is 'high'"),
-        ({"matched": []}, r"x.jsonl: results on categories, without expressions: their tables are in x.json$"),
     ],
 )
 def test_records_that_no_evaluation_writes(tmp_path, change, message):

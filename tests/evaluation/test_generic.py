@@ -14,7 +14,7 @@ import pytest
 import small
 import torch
 
-from flowseg_jax.data import builders, masks
+from flowseg_jax.data import builders, images, masks
 from flowseg_jax.data.prepared import Prepared
 from flowseg_jax.data.prompts import Prompts
 from flowseg_jax.data.records import Annotation, Example
@@ -23,7 +23,8 @@ from flowseg_jax.data.shapes.scene import REFERENCE_SIZE
 from flowseg_jax.data.tokenizer import load_tokenizer
 from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation import fusion, generic, panoptic, postprocess
-from flowseg_jax.evaluation.panoptic import Detections, Segments
+from flowseg_jax.evaluation.__main__ import main as evaluation_main
+from flowseg_jax.evaluation.panoptic import Segments
 from flowseg_jax.model_directory import save_model
 from flowseg_jax.models import flowseg
 from flowseg_jax.models.semantic_flow import SemanticFlowConfig
@@ -299,17 +300,24 @@ def test_mask_ap_by_hand():
     image = example(ids, [(0, False), (0, False), (0, True), (1, False)])
     boxes = [ids == 1, ids == 0, ids == 2, ids == 3]
     boxes[1][:, :3] = True  # overlaps the first object by 3 of 32
-    detections = Detections(["a", "b"], (True, False))
-    detections.add(image, [(0, 0.9, 0), (0, 0.8, 1), (0, 0.7, 2), (0, 0.95, 3), (1, 0.99, 0)], boxes.__getitem__)
-    table = detections.table()
+    found = [(0, 0.9, 0), (0, 0.8, 1), (0, 0.7, 2), (0, 0.95, 3), (1, 0.99, 0)]
+    size = {"height": ids.shape[0], "width": ids.shape[1]}
+    counted = lambda found: size | panoptic.count_objects(image, found, boxes.__getitem__)  # noqa: E731
+    table = panoptic.instance_table([counted(found)], ["a", "b"], (True, False))
     want = 100 * (51 * 1 + 50 * 2 / 3) / 101  # at recall 0, 0.01, ..., 1
     assert (table["ap"], table["ap50"], table["ap75"]) == pytest.approx((want,) * 3)
     assert table["by_category"] == {"a": pytest.approx(want)}
     assert table["ap_small"] == pytest.approx(want) and table["ap_large"] is None
-    nothing = Detections(["a"])
-    nothing.add(image, [], boxes.__getitem__)
-    assert nothing.table()["ap"] == 0.0
-    assert Detections(["a"], (False,)).table()["ap"] is None
+    assert panoptic.instance_table([counted([])], ["a", "b"])["ap"] == 0.0
+    assert panoptic.instance_table([], ["a"], (False,))["ap"] is None
+
+
+def test_predictions_of_one_candidate_share_its_mask_and_empty_ones_are_left_out():
+    ids = strip("1122")
+    found = [(0, 0.5, 7), (1, 0.4, 3), (1, 0.3, 7)]
+    counted = panoptic.count_objects(example(ids, [(0, False), (1, True)]), found, lambda n: ids == (1 if n == 7 else 9))
+    assert [o[0::2] for o in counted["objects"]] == [[0, False], [1, True]]
+    assert counted["masks"] == [counted["objects"][0][1]] and counted["found"] == [[0, 0.5, 0], [1, 0.3, 0]]
 
 
 # The whole, on miniature data.
@@ -432,7 +440,8 @@ def test_an_untrained_model_is_evaluated(prepared, tmp_path, capsys, changes):
     records = [json.loads(line) for line in (tmp_path / "val.jsonl").read_text().splitlines()]
     assert result == found.result and records == found.records
     assert (result["n"], result["failed"], result["conversations"]) == (6, 0, int(changes is not SEGMENTOR))
-    assert result["checkpoint"] == {"digest": "d"} and result["data"] == prepared.digest
+    assert result["checkpoint"] == {"digest": "d"} and result["data"] == prepared.digest and len(result["setup"]) == 16
+    assert {p.name for p in tmp_path.iterdir()} == {"val.json", "val.jsonl"}
     again = panoptic.panoptic_table(records, result["categories"], result["things"])
     assert again.items() <= result["panoptic"].items()
     assert panoptic.semantic_table(records, result["categories"]).items() <= result["semantic"].items()
@@ -441,6 +450,60 @@ def test_an_untrained_model_is_evaluated(prepared, tmp_path, capsys, changes):
     assert "panoptic, n 6, PQ " in printed and "semantic, n 6, mIoU " in printed and "instance, n 6, AP " in printed
     assert ours.run("val", None, images=2).records == found.records[:2]
     assert dict(ours.compiles) == {"model": 1, "restore": 1}
+
+
+def audited(path, capsys, *flags):
+    capsys.readouterr()
+    evaluation_main(["audit", str(path), *flags])
+    return capsys.readouterr().out
+
+
+def test_a_damaged_image_loses_nothing_and_the_next_start_goes_on(prepared, tmp_path, monkeypatch, capsys):
+    ours = benchmark(prepared, model(prepared, named_pass="flow"), thresholds=LOW)
+    decode = images.decode
+    ours.run("val", tmp_path / "whole", save_masks=True)
+    source, seen = prepared.source("val"), []
+
+    def damaged(data, *, name):
+        seen.append(name)
+        if name == source[5].file_name:
+            raise UserError(f"{name}: truncated or damaged image")
+        return decode(data, name=name)
+
+    monkeypatch.setattr(images, "decode", damaged)
+    with pytest.raises(UserError, match=r"damaged image; 4 images are done and kept in .*val.partial.jsonl, the same command"):
+        ours.run("val", tmp_path / "eval", save_masks=True)
+    assert {p.name for p in (tmp_path / "eval").iterdir()} == {"val.partial.jsonl"}
+    seen.clear()
+    monkeypatch.setattr(images, "decode", lambda data, *, name: seen.append(name) or decode(data, name=name))
+    ours.run("val", tmp_path / "eval", save_masks=True)
+    assert seen == [source[place].file_name for place in (4, 5)]
+    assert "going on behind 4 images" in capsys.readouterr().out
+    for name in ("val.json", "val.jsonl"):
+        assert (tmp_path / "eval" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert not (tmp_path / "eval" / "val.partial.jsonl").exists()
+
+
+def test_an_audit_makes_the_tables_again(prepared, tmp_path, capsys):
+    ours = benchmark(prepared, model(prepared, named_pass="flow"), thresholds=LOW)
+    result = ours.run("val", tmp_path, save_masks=True).result
+    tables = json.loads(audited(tmp_path / "val.jsonl", capsys, "--json"))
+    assert set(tables) == {"panoptic", "semantic", "instance"}
+    for name, table in tables.items():
+        assert table.items() <= result[name].items()
+    assert "instance, n 6, AP " in audited(tmp_path / "val.jsonl", capsys)
+    ours.run("val", tmp_path)  # without masks
+    assert set(json.loads(audited(tmp_path / "val.jsonl", capsys, "--json"))) == {"panoptic", "semantic"}
+    with pytest.raises(UserError, match="leave --no-target-below out"):
+        audited(tmp_path / "val.jsonl", capsys, "--no-target-below=0.5")
+    first, *rest = (tmp_path / "val.jsonl").read_text().splitlines(keepends=True)
+    wrong = json.dumps(json.loads(first) | {"missed": [99]}) + "\n"
+    (tmp_path / "val.jsonl").write_text("".join([first, wrong, *rest]))
+    with pytest.raises(UserError, match=r"val.jsonl:2: no counts of 9 categories \(IndexError"):
+        audited(tmp_path / "val.jsonl", capsys)
+    (tmp_path / "val.json").unlink()
+    with pytest.raises(UserError, match=r"val.json: cannot be read .* keep the files of an evaluation together"):
+        audited(tmp_path / "val.jsonl", capsys)
 
 
 def rows(prepared, cfg, questions):
