@@ -319,7 +319,8 @@ def folder(tmp_path):
     for name, size in (("a.png", (60, 90)), ("c.png", (40, 200)), ("d.jpg", (90, 60))):
         Image.fromarray(picture(*size)).save(folder / name)
     (folder / "b.jpg").write_bytes(b"no image")
-    (folder / "notes.txt").write_text("none")
+    for name in ("notes.txt", "paper.pdf", "weights.h5"):
+        (folder / name).write_text("none")
     return folder
 
 

@@ -7,6 +7,7 @@ one id; `load_tokenizer` refuses a tokenizer where they are not.
 from __future__ import annotations
 
 import functools
+import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -65,6 +66,13 @@ class Tokenizer:
         if self._backend is None:
             return tuple(self.hf.encode(text, add_special_tokens=False))
         return tuple(self._backend.encode(text, add_special_tokens=False).ids)
+
+    @property
+    def definition(self) -> str:
+        """What makes the ids: the same string, the same ids for every text."""
+        if self._backend is not None:
+            return self._backend.to_str()
+        return json.dumps([type(self.hf).__name__, sorted(self.hf.get_vocab().items())])
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Ids of one chunk of text, marks included, nothing added. Cached: prompts repeat."""

@@ -134,7 +134,7 @@ class Benchmark:
             shuffle_text=shuffle_text,
             about={
                 "checkpoint": subject.checkpoint,
-                "setup": setup(subject.cfg, subject.prompts),
+                "setup": setup(subject.cfg, subject.prompts, subject.tokenizer),
                 "data": self.data.digest,
                 "images": images,
                 "answer": f"written, at most {subject.answer_tokens} tokens" if subject.answer_tokens else "given",
@@ -206,9 +206,9 @@ def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def setup(cfg: FlowSegConfig, prompts: Prompts) -> str:
-    """A hash of what numbers depend on beside the weights: the model's config and the wording."""
-    return _hash([cfg.to_dict(), dataclasses.asdict(prompts)])
+def setup(cfg: FlowSegConfig, prompts: Prompts, tokenizer: Tokenizer | None) -> str:
+    """A hash of what numbers depend on beside the weights: the model's config, the wording and the tokenizer."""
+    return _hash([cfg.to_dict(), dataclasses.asdict(prompts), tokenizer and tokenizer.definition])
 
 
 def digest(model_config: dict[str, Any]) -> str:

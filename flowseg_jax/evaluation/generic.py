@@ -392,7 +392,11 @@ class Benchmark:
                 kept.
         """
         self.data.check_split(split)
-        about = {"checkpoint": self.checkpoint, "setup": setup(self.cfg, self.prompts), "data": self.data.digest}
+        about = {
+            "checkpoint": self.checkpoint,
+            "setup": setup(self.cfg, self.prompts, self.tokenizer),
+            "data": self.data.digest,
+        }
         about |= {"images": images, "conversations": self._questions.count if self.cfg.speaks else 0}
         settings = about | {"split": split, "thresholds": dataclasses.asdict(self.thresholds)}
         begin = time.monotonic()

@@ -146,6 +146,10 @@ def _tell(name: str, result: Mapping[str, Any], samples: int, seconds: float, ev
         f" oracle cIoU {result['oracle_ciou']:.2f}, selection gap {result['selection_gap']:.2f}, failed {result['failed']}"
         + "".join(f", {count} of them {reason}" for reason, count in result["failures"].items())
     )
+    if first := result.get("first_text"):  # ReasonSeg's two ways to count
+        for texts, table in (("all texts", result), ("first text", first)):
+            parts = "; ".join(f"{family}: {metrics.in_words(row)}" for family, row in table["families"].items())
+            say(f"evaluate {name}: {texts}: {metrics.in_words(table)}; {parts}")
     for other, figures in result["also"].items():
         say(f"evaluate {name}: {other}, {metrics.in_words(figures)}")
 

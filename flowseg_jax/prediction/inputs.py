@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageFile
 
 from flowseg_jax.errors import UserError, suggest
 
@@ -34,11 +34,17 @@ def images(path: str | os.PathLike[str], texts: Sequence[str], where: str) -> li
         raise UserError(f"{path}: no such image or folder")
     if not path.is_dir():
         return [Job(path, tuple(texts), where)]
-    known = Image.registered_extensions()
+    known = {suffix for suffix, name in Image.registered_extensions().items() if _readable(name)}
     found = sorted(file for file in path.iterdir() if file.suffix.lower() in known and file.is_file())
     if not found:
         raise UserError(f"{path}: the folder holds no image file")
     return [Job(file, tuple(texts), where) for file in found]
+
+
+def _readable(name: str) -> bool:
+    """Whether Pillow reads the format itself: some it only writes (PDF), of some it knows the name alone (HDF5)."""
+    opener = Image.OPEN.get(name, (None, None))[0]
+    return opener is not None and not (isinstance(opener, type) and issubclass(opener, ImageFile.StubImageFile))
 
 
 def lines(path: str | os.PathLike[str]) -> list[Job]:

@@ -64,6 +64,13 @@ def test_lengths_agree_with_encode(tokenizer):
     assert tokenizer.lengths([]) == []
 
 
+def test_the_definition_tells_tokenizers_of_the_same_size_apart(directory, tokenizer, tmp_path):
+    assert load_tokenizer(directory).definition == tokenizer.definition
+    train_tokenizer([*training_text(), *(text.replace("red", "mauve") for text in TEXTS * 5)], tmp_path, vocab=400)
+    other = load_tokenizer(tmp_path)
+    assert other.vocab == tokenizer.vocab and other.definition != tokenizer.definition
+
+
 def test_vocabulary_must_hold_the_bytes(tmp_path):
     with pytest.raises(UserError, match="vocabulary 200 is too small"):
         train_tokenizer(TEXTS, tmp_path, vocab=200)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import re
 import time
 
 import fake_segmentor as fake
@@ -266,6 +267,15 @@ def test_the_examples_of_a_run_have_their_own_masks(evaluator):
         assert e.image.shape[:2] == e.truth.shape == e.selected.shape == (e.record["height"], e.record["width"])
         assert (e.selected & e.truth).sum() == e.record["intersection"]
         assert (e.best | e.truth).sum() == e.record["best_union"]
+
+
+def test_reasoning_is_printed_by_texts_and_by_length(evaluator, capsys):
+    family = lambda j: ("short", "long")[j % 2]  # noqa: E731
+    scenes = [(x, [s._replace(family=family(j), sentence_id=j) for j, s in enumerate(row)], truth) for x, row, truth in SCENES]
+    run(evaluator, scenes=scenes)
+    printed = capsys.readouterr().out
+    assert re.search(r"all texts: n 13, cIoU .*; long: n 5, .*; short: n 8, cIoU", printed)
+    assert re.search(r"first text: n 5, cIoU .*; short: n 5, cIoU", printed)
 
 
 def test_saved_masks_are_those_that_were_counted(evaluator, tmp_path):
