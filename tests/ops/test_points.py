@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import tpu
 
-from flowseg_jax.ops.points import sample, sample_features, sample_packed, uncertain_points
+from flowseg_jax.ops.points import _running_count, _scatter, _spread, sample, sample_features, sample_packed, uncertain_points
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "units_ops.npz"
 N, HEIGHT, WIDTH, P = 3, 5, 9, 40
@@ -135,7 +136,38 @@ def test_of_ties_the_first_stay(keep):
         np.testing.assert_array_equal(got[i], candidates[i][stays])
 
 
+@pytest.mark.parametrize("count", [1, 63, 64, 65, 300])
+def test_running_counts_are_exact(count):
+    flags = np.random.default_rng(6).random((2, count)) < 0.7
+    np.testing.assert_array_equal(jax.jit(_running_count)(flags), np.cumsum(flags, 1))
+
+
 def test_points_are_chosen_without_a_sort():
     shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2, 30), (2, 30, 2), (2, 4, 2))]
     text = jax.jit(lambda *x: uncertain_points(*x, 7)).lower(*shapes).as_text()
     assert "top_k" not in text and "stablehlo.sort" not in text
+
+
+def test_the_gradient_without_a_scatter_is_the_gradient():
+    """What is compiled for TPUs, with points in, on the edge of and far outside the map."""
+    points = inputs()[1]
+    points[0, :6] = [[0, 0], [1, 1], [0.5 / WIDTH, 0.5 / HEIGHT], [1e30, 0.5], [0.5, -1e30], [1 - 0.5 / WIDTH, 0.5]]
+    cotangent = np.random.default_rng(1).standard_normal((N, P)).astype(np.float32)
+    want = _scatter(points, cotangent, HEIGHT, WIDTH)
+    got = jax.jit(_spread, static_argnums=(2, 3))(points, cotangent, HEIGHT, WIDTH)
+    assert relative(got, want) < 1e-6
+
+
+@tpu.needs_libtpu
+@pytest.mark.parametrize("n", [20, 160])
+def test_nothing_is_sorted_on_tpu(n):
+    """Choosing points, reading maps at them and the gradient, at the size of training with few and with many masks."""
+    program = f"""
+from flowseg_jax.ops.points import sample, uncertain_points
+def loss(maps, candidates, extra):
+    chosen = uncertain_points(sample(jax.lax.stop_gradient(maps), candidates), candidates, extra, 9408)
+    return (sample(maps, chosen) ** 2).sum()
+function = jax.grad(loss)
+arguments = [array(jnp.float32, {n}, *shape) for shape in ((256, 256), (37632, 2), (3136, 2))]
+"""
+    assert tpu.compiled("v5e:2x2", program, ("sort",)) == ([0], False)
