@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from flowseg_jax.data.batch import Asked
 from flowseg_jax.models.flowseg import FlowSeg, Seen, Segmentation, pool_spans
 from flowseg_jax.models.language import Cache, Language
-from flowseg_jax.ops.dot import einsum
+from flowseg_jax.ops.dot import product
 
 
 @jax.tree_util.register_dataclass
@@ -80,7 +80,7 @@ def generate(
 
     def advance(state: tuple) -> tuple:
         step, alive, last, cache, out = state
-        logits = einsum("bw,vw->bv", last[:, 0], matrix)
+        logits = product(last[:, 0], matrix, 1, 1)
         token = jnp.where(alive, logits.argmax(-1).astype(jnp.int32), -1)
         # A row that has ended goes on as padding: nothing it computes is remembered.
         place = (start + lengths + step)[:, None]

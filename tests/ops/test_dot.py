@@ -41,6 +41,24 @@ def test_half_precision_is_summed_in_float32_without_more_work():
     assert "HIGHEST" not in text and "-> tensor<3x3xf32>" in text
 
 
+@pytest.mark.parametrize("shape", [(4,), (1, 4), (1, 1, 4), (2, 4)])
+def test_a_single_row_is_multiplied_as_one_of_several(rng, shape):
+    """With its gradients; and it is not alone in the compiled product (`dot`)."""
+    x = jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
+    w = jnp.asarray(rng.normal(size=(4, 5)), jnp.bfloat16)
+    beside = jnp.concatenate([x.reshape(-1, 4), jnp.ones((3, 4), x.dtype)])
+    value, pull = jax.vjp(dot, x, w)
+    of_several, pull_several = jax.vjp(lambda x, w: dot(x, w)[:-3].reshape(*shape[:-1], 5), beside, w)
+    assert value.shape == (*shape[:-1], 5) and value.dtype == x.dtype
+    np.testing.assert_array_equal(value, of_several)
+    cotangent = jnp.ones_like(value)
+    (dx, dw), (dx_several, dw_several) = pull(cotangent), pull_several(cotangent)
+    np.testing.assert_array_equal(dx, dx_several[:-3].reshape(shape))
+    np.testing.assert_array_equal(dw, dw_several)
+    products = jax.jit(dot).lower(x, w).as_text().count("tensor<1x4xbf16>, tensor<4x5xbf16>")
+    assert products == 0
+
+
 def test_the_gradient_of_the_vocabulary_does_not_depend_on_the_chunk(rng):
     """In bfloat16 the gradients of many chunks, added up in it, would lose several times as much as one."""
     hidden, rows = (jnp.asarray(rng.normal(size=(n, 16)), jnp.float32) for n in (512, 50))
