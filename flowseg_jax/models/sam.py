@@ -2,7 +2,7 @@
 
 Same function as `transformers.models.sam.modeling_sam.SamVisionEncoder` without its neck. Most layers attend inside
 windows, a few over the whole grid; both add a decomposed relative position term to the attention logits. That term is computed
-as part of the query-key product (see `SamLayer`), so no bias as large as the attention matrix is ever stored.
+without a bias as large as the attention matrix (`grid_attention`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from flowseg_jax.errors import UserError
 from flowseg_jax.models.layers import Conv, LayerNorm, Linear, gelu, normal, param, weight, zeros
 from flowseg_jax.models.pixel_decoder import sine_positions
 from flowseg_jax.models.stack import scan, stack
-from flowseg_jax.ops.attention import attention
+from flowseg_jax.ops.attention import grid_attention
 from flowseg_jax.ops.dot import einsum
 
 
@@ -151,9 +151,7 @@ def relative_positions(table: Float[Array, "r e"], size: int) -> Float[Array, "q
 class SamLayer(nnx.Module):
     """One pre-norm layer with attention over squares of `size` x `size` patches and an erf-GELU feed-forward part.
 
-    SAM's logits are `scale q.k + q.Rh[y_q, y_k] + q.Rw[x_q, x_k]`, the last two with the unscaled query. With
-    `q' = [scale q, Rh q, Rw q]` and `k' = [k, onehot(y_k), onehot(x_k)]` they are the plain product `q'.k'` of width
-    E + 2 size, which any attention kernel computes.
+    SAM's logits are `scale q.k + q.Rh[y_q, y_k] + q.Rw[x_q, x_k]`, the last two with the unscaled query: `grid_attention`.
     """
 
     def __init__(self, cfg: SamConfig, size: int, *, rngs: nnx.Rngs):
@@ -176,13 +174,8 @@ class SamLayer(nnx.Module):
         q, k, v = (f(x).reshape(n, s, s, self.heads, -1) for f in (self.q, self.k, self.v))
         rows = einsum("nyxhe,yke->nyxhk", q, relative_positions(self.rel_pos_h[...].astype(x.dtype), s))
         columns = einsum("nyxhe,xke->nyxhk", q, relative_positions(self.rel_pos_w[...].astype(x.dtype), s))
-        q = jnp.concatenate([q * q.shape[-1] ** -0.5, rows.astype(x.dtype), columns.astype(x.dtype)], -1)
-        eye = np.eye(s, dtype=np.float32)
-        place = jnp.asarray(np.concatenate([eye.repeat(s, 0), np.tile(eye, (s, 1))], -1), x.dtype)
-        place = jnp.broadcast_to(place.reshape(1, s, s, 1, 2 * s), (n, s, s, self.heads, 2 * s))
-        k = jnp.concatenate([k, place], -1)
-        q, k, v = (a.reshape(n, s * s, self.heads, -1) for a in (q, k, v))
-        return self.o(attention(q, k, v, scale=1.0).reshape(n, s, s, w))
+        operands = q * q.shape[-1] ** -0.5, k, v, rows.astype(x.dtype), columns.astype(x.dtype)
+        return self.o(grid_attention(*(a.reshape(n, s * s, self.heads, -1) for a in operands)).reshape(n, s, s, w))
 
     def __call__(self, x: Float[Array, "b g g w"]) -> Float[Array, "b g g w"]:
         y = self.norm1(x)

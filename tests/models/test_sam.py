@@ -14,6 +14,7 @@ from transformers.models.sam.modeling_sam import SamVisionEncoder
 
 from flowseg_jax.errors import UserError
 from flowseg_jax.models.sam import Sam, SamConfig
+from flowseg_jax.ops.attention import grid
 from flowseg_jax.ops.attention import xla as attention_module
 
 # 58 pixels hold 9 patches of 6 with a remainder; windows of 4 leave 3 rows of padding.
@@ -139,6 +140,7 @@ def test_global_attention_never_holds_scores_or_bias_of_all_queries(monkeypatch)
     largest = cfg.heads * cfg.grid**4
     monkeypatch.setattr(attention_module, "WHOLE_BYTES", largest)
     monkeypatch.setattr(attention_module, "CHUNK_BYTES", largest)
+    monkeypatch.setattr(grid, "CHUNK_BYTES", largest)
     graphdef, state = nnx.split(nnx.eval_shape(lambda: Sam(cfg, rngs=nnx.Rngs(0))))
     loss = lambda p, x: nnx.merge(graphdef, p)(x, (1,))[0].sum()  # noqa: E731
     trace = jax.make_jaxpr(jax.grad(loss))(nnx.to_pure_dict(state), jax.ShapeDtypeStruct((1, 96, 96, 3), jnp.float32))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from jax.experimental import pallas as pl
 
-from flowseg_jax.ops.attention import Rule, Tokens, attention, causal, cudnn, flash, xla
+from flowseg_jax.ops.attention import Rule, Tokens, attention, causal, cudnn, flash, grid, grid_attention, xla
 
 B, S, T, H, E, F = 2, 7, 9, 4, 8, 6
 
@@ -202,6 +202,45 @@ def test_flash_in_bfloat16_accumulates_in_float32(interpreted):
     assert out.dtype == jnp.bfloat16
     exact = attention(*(x.astype(jnp.float32) for x in (8 * q, k, v)))
     assert relative(out.astype(jnp.float32), exact) < 2**-7
+
+
+@pytest.mark.parametrize("queries", [None, 1, 4, 7], ids=["folded", "one by one", "a ragged end", "whole"])
+def test_grid_attention_matches_torch(monkeypatch, queries):
+    """Folded into the product, and added to chunks of queries, the last of which is padded."""
+    if queries:
+        monkeypatch.setattr(xla, "WHOLE_BYTES", 0)
+        monkeypatch.setattr(grid, "CHUNK_BYTES", 4 * H * 15 * queries)
+    rng = np.random.default_rng(0)
+    shapes = (B, S, H, E), (B, 15, H, E), (B, 15, H, F), (B, S, H, 3), (B, S, H, 5)
+    operands = [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
+    cotangent = rng.standard_normal((B, S, H, F)).astype(np.float32)
+    got, pull = jax.vjp(jax.jit(lambda *x: grid_attention(*x)), *operands)
+    leaves = [torch.tensor(x, requires_grad=True) for x in operands]
+    q, k, v, rows, columns = (x.transpose(1, 2) for x in leaves)
+    bias = (rows[..., None] + columns[..., None, :]).flatten(-2)
+    want = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0).transpose(1, 2)
+    want.backward(torch.tensor(cotangent))
+    assert relative(got, want.detach()) < 1e-5
+    for mine, leaf in zip(pull(jnp.asarray(cotangent)), leaves, strict=True):
+        assert relative(mine, leaf.grad) < 1e-5
+
+
+def test_grid_attention_in_bfloat16_accumulates_in_float32(monkeypatch):
+    monkeypatch.setattr(xla, "WHOLE_BYTES", 0)
+    rng = np.random.default_rng(1)
+    operands = [jnp.asarray(rng.standard_normal((1, 64, 2, 8)), jnp.bfloat16) for _ in range(5)]
+    exact = jax.jit(lambda *x: grid_attention(*x))(*(x.astype(jnp.float32) for x in operands))
+    got = jax.jit(lambda *x: grid_attention(*x))(*operands)
+    assert got.dtype == jnp.bfloat16 and relative(got.astype(jnp.float32), exact) < 1e-2
+
+
+@pytest.mark.parametrize(("platform", "kernels"), [("tpu", 3), ("cpu", 0)])
+def test_grid_attention_is_a_kernel_on_tpu(monkeypatch, platform, kernels):
+    monkeypatch.setattr(xla, "WHOLE_BYTES", 0)
+    x, place = jnp.zeros((1, 256, 2, 64), jnp.bfloat16), jnp.zeros((1, 256, 2, 16), jnp.bfloat16)
+    step = jax.jit(jax.grad(lambda *x: grid_attention(*x).astype(jnp.float32).sum()))
+    text = step.trace(x, x, x, place, place).lower(lowering_platforms=(platform,)).as_text()
+    assert text.count("@tpu_custom_call") == kernels
 
 
 @pytest.mark.parametrize(

@@ -15,11 +15,11 @@ import functools
 import jax
 from jaxtyping import Array, Bool, Float
 
-from flowseg_jax.ops.attention import cudnn, flash, xla
+from flowseg_jax.ops.attention import cudnn, flash, grid, xla
 from flowseg_jax.ops.attention.rule import Rule, Tokens, causal
 from flowseg_jax.ops.portable import kernels
 
-__all__ = ["Rule", "Tokens", "attention", "causal"]
+__all__ = ["Rule", "Tokens", "attention", "causal", "grid_attention"]
 
 IMPLEMENTATIONS = ("auto", "xla", "flash", "cudnn")
 # With fewer queries or keys than this, scores are small, and a kernel's blocks are mostly padding.
@@ -79,10 +79,13 @@ def attention(
             raise ValueError('attention: impl="flash" takes a rule for a mask, not a matrix')
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"attention: impl={impl!r} is unknown (known: {', '.join(IMPLEMENTATIONS)})")
-    if impl == "auto" and not kernels():
-        impl = "xla"
     leaves, structure = jax.tree.flatten(mask)
-    return _attention(_How(e**-0.5 if scale is None else scale, chunk, impl, structure), q, k, v, leaves)
+    how = _How(e**-0.5 if scale is None else scale, chunk, _without_kernels(impl), structure)
+    return _attention(how, q, k, v, leaves)
+
+
+def _without_kernels(impl: str) -> str:
+    return "xla" if impl == "auto" and not kernels() else impl
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -122,3 +125,47 @@ def _run(name: str, how: _How, q: Array, k: Array, v: Array, leaves: list[Array]
     if not fits:
         return call(plain)(q, k, v, mask, *saved)
     return jax.lax.platform_dependent(q, k, v, mask, *saved, default=call(plain), **fits)
+
+
+@jax.custom_vjp
+def grid_attention(
+    q: Float[Array, "b s h e"],
+    k: Float[Array, "b t h e"],
+    v: Float[Array, "b t h f"],
+    rows: Float[Array, "b s h y"],
+    columns: Float[Array, "b s h x"],
+) -> Float[Array, "b s h f"]:
+    """softmax(q k^T + rows[y] + columns[x]) v for keys in row y and column x of a grid, numbered row by row; no scale.
+
+    No bias of all scores exists: it becomes part of the product (`grid.fold`), or, where a CPU attends in chunks, is added to
+    one chunk's scores. Returns an array in the dtype of v; products accumulate in float32.
+    """
+    return _grid_forward(q, k, v, rows, columns)[0]
+
+
+def _grid_forward(q: Array, k: Array, v: Array, rows: Array, columns: Array) -> tuple[Array, tuple]:
+    def folded(q: Array, k: Array, v: Array, rows: Array, columns: Array) -> tuple[Array, Array]:
+        return _run("forward", _grid_how(), *grid.fold(q, k, rows, columns), v, [])
+
+    b, s, h, _ = q.shape
+    operands = q, k, v, rows, columns
+    if 4 * b * h * s * k.shape[1] <= xla.WHOLE_BYTES:
+        out, logsum = folded(*operands)
+    else:
+        out, logsum = jax.lax.platform_dependent(*operands, cpu=grid.forward, default=folded)
+    return out, (*operands, out, logsum)
+
+
+def _grid_backward(saved: tuple, cotangent: Array) -> tuple:
+    q, k, v, rows, columns, out, logsum = saved
+    wide = *grid.fold(q, k, rows, columns), v
+    dq, dk, dv = _run("backward", _grid_how(), *wide, [], out, logsum, cotangent)
+    e, height = q.shape[-1], rows.shape[-1]
+    return dq[..., :e], dk[..., :e], dv, dq[..., e : e + height], dq[..., e + height :]
+
+
+grid_attention.defvjp(_grid_forward, _grid_backward)
+
+
+def _grid_how() -> _How:
+    return _How(1.0, None, _without_kernels("auto"), jax.tree.structure(None))

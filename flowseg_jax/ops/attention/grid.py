@@ -1,0 +1,67 @@
+"""Attention over a grid of keys with decomposed relative positions (SAM), in the form that suits a CPU: they are added.
+
+Written as more columns of queries and keys (`fold`), any kernel computes them, but the product of queries and keys takes three
+times the work at SAM's sizes. Added to scores that fit into a CPU's cache they cost next to nothing.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from flowseg_jax.ops.dot import product
+
+# Float32 scores of a chunk of queries: 32 queries of SAM's global attention. Twice as many take XLA:CPU half as long again.
+CHUNK_BYTES = 8 * 2**20
+
+
+def fold(
+    q: Float[Array, "b s h e"],
+    k: Float[Array, "b t h e"],
+    rows: Float[Array, "b s h y"],
+    columns: Float[Array, "b s h x"],
+) -> tuple[Float[Array, "b s h e+y+x"], Float[Array, "b t h e+y+x"]]:
+    """Queries [q, rows, columns] and keys [k, onehot(y), onehot(x)], whose plain product is q k^T + rows[y] + columns[x]."""
+    (b, t, h, _), height, width = k.shape, rows.shape[-1], columns.shape[-1]
+    place = np.concatenate([np.eye(height).repeat(width, 0), np.tile(np.eye(width), (height, 1))], -1)
+    place = jnp.broadcast_to(jnp.asarray(place, k.dtype)[None, :, None], (b, t, h, height + width))
+    return jnp.concatenate([q, rows, columns], -1), jnp.concatenate([k, place], -1)
+
+
+def forward(
+    q: Float[Array, "b s h e"],
+    k: Float[Array, "b t h e"],
+    v: Float[Array, "b t h f"],
+    rows: Float[Array, "b s h y"],
+    columns: Float[Array, "b s h x"],
+) -> tuple[Float[Array, "b s h f"], Float[Array, "b h s"]]:
+    """softmax(q k^T + rows[y] + columns[x]) v, and the logarithm of each query's softmax sum, as `xla.forward` has them."""
+    return jax.lax.map(lambda image: _image(*image), (q, k, v, rows, columns))
+
+
+def _image(q: Array, k: Array, v: Array, rows: Array, columns: Array) -> tuple[Array, Array]:
+    q, k, v, rows, columns = (x.swapaxes(0, 1) for x in (q, k, v, rows, columns))  # heads first
+    h, s, _ = q.shape
+    parts = -(-s // max(1, CHUNK_BYTES // (4 * h * k.shape[1])))
+    size = -(-s // parts)
+
+    def attend(chunk: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+        q, rows, columns = chunk
+        scores = product(q, k, 2, 2, batch=1).reshape(h, size, rows.shape[-1], columns.shape[-1])
+        scores = (scores + rows[..., None] + columns[..., None, :]).reshape(h, size, -1)
+        peak = scores.max(-1, keepdims=True)
+        weights = jnp.exp(scores - peak)
+        total = weights.sum(-1, keepdims=True)
+        out = product(weights.astype(v.dtype), v, 2, 1, batch=1) / total
+        return out.astype(v.dtype), peak + jnp.log(total)
+
+    def split(x: Array) -> Array:
+        return jnp.pad(x, ((0, 0), (0, parts * size - s), (0, 0))).reshape(h, parts, size, -1).swapaxes(0, 1)
+
+    def join(x: Array) -> Array:
+        return x.swapaxes(0, 1).reshape(h, parts * size, -1)[:, :s]
+
+    out, logsum = map(join, jax.lax.map(attend, (split(q), split(rows), split(columns))))
+    return out.swapaxes(0, 1), logsum[..., 0]
