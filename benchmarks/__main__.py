@@ -150,18 +150,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             verdicts.append(table.BUSY if result["quality"] == "C" else found)
             say(table.line(result) + (f": {found}" if arguments.check else ""))
         if arguments.json:
-            write_json(arguments.json, results, failures)
+            ratio.write_json(arguments.json, {"results": results, "failures": failures})
     if arguments.write_docs and results:
         table.write(result for result in results if result["quality"] != "C")
         say(f"written: {table.RATIOS} and {table.DOCS}")
     return exit_code(failures, verdicts)
-
-
-def write_json(path: Path, results: list[dict[str, Any]], failures: dict[str, str]) -> None:
-    try:
-        path.write_text(json.dumps({"results": results, "failures": failures}, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--json={path} cannot be written: {error.strerror}") from None
 
 
 if __name__ == "__main__":

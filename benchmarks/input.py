@@ -193,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{wanted / rate['ours']:.1f} cores of this kind over all hosts"
     )
     if arguments.json:
-        arguments.json.write_text(json.dumps(found.to_json() | {"examples_a_second": rate, "needed": wanted}, indent=1) + "\n")
+        ratio.write_json(arguments.json, found.to_json() | {"examples_a_second": rate, "needed": wanted})
     return 0 if found.quality != "C" else ratio.TOO_BUSY
 
 

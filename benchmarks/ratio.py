@@ -276,16 +276,21 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def write_json(path: str | Path, value: Any) -> None:
+    """What `--json=FILE` asks for. UserError where the file cannot be written."""
+    try:
+        Path(path).write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--json={path} cannot be written: {error.strerror}") from None
+
+
 def report(comparison: Comparison, arguments: argparse.Namespace) -> int:
     """Prints what `add_flags` asked for. Returns the command's exit code."""
     say(comparison.table())
     if arguments.json == "-":
         say(json.dumps(comparison.to_json()))
     elif arguments.json:
-        try:
-            Path(arguments.json).write_text(json.dumps(comparison.to_json(), indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"--json={arguments.json} cannot be written: {error.strerror}") from None
+        write_json(arguments.json, comparison.to_json())
     if arguments.gate and comparison.quality == "C":
         return TOO_BUSY
     return 0

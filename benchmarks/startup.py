@@ -140,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             found[size] = measure(size)
     say(markdown(found))
     if arguments.json:
-        arguments.json.write_text(json.dumps({"startup": found, "environment": ratio.environment()}, indent=1) + "\n")
+        ratio.write_json(arguments.json, {"startup": found, "environment": ratio.environment()})
     busy = any(run["foreign"] > ratio.CONTENDED for runs in found.values() for run in runs.values())
     return ratio.TOO_BUSY if busy else 0
 

@@ -10,6 +10,7 @@ import jaxtyping
 import numpy as np
 import pytest
 import torch
+import tpu
 from jax.experimental import pallas as pl
 
 from flowseg_jax.ops.attention import Rule, Tokens, attention, causal, cudnn, flash, grid, grid_attention, xla
@@ -263,6 +264,28 @@ def test_the_platform_compiled_for_chooses(platform, tokens, mask, kernels):
     )
     text = step.trace(x, x, x).lower(lowering_platforms=(platform,)).as_text()
     assert text.count("@tpu_custom_call") == kernels
+
+
+@tpu.needs_libtpu
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+@pytest.mark.parametrize("case", ["sam", "llm"])
+def test_flash_compiles_for_tpu(topology, case):
+    """Forward and backward at the sizes of training, two heads: SAM's folded global attention, and Qwen3's with the rule."""
+    program = {
+        "sam": """
+from flowseg_jax.ops.attention import grid_attention
+step = lambda q, k, v, rows, columns: grid_attention(q, k, v, rows, columns).astype(jnp.float32).sum()
+function, wide = jax.grad(step, range(5)), array(jnp.bfloat16, 1, 4096, 2, 64)
+arguments = [wide] * 5
+""",
+        "llm": """
+from flowseg_jax.ops.attention import attention, causal
+step = lambda q, k, v, ids: attention(q, k, v, mask=causal(ids, ids)).astype(jnp.float32).sum()
+function, narrow = jax.grad(step, range(3)), array(jnp.bfloat16, 1, 1920, 1, 128)
+arguments = array(jnp.bfloat16, 1, 1920, 2, 128), narrow, narrow, array(jnp.int32, 1, 1920)
+""",
+    }[case]
+    assert tpu.compiled(topology, program, ("sort", "scatter")) == ([0, 0], True)
 
 
 def as_cudnn(q, k, v, *, mask, scale, implementation):
