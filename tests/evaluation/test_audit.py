@@ -139,7 +139,6 @@ def test_files_that_are_no_results(tmp_path, text, message):
         ({"intersection": "1"}, "x.jsonl:2: intersection '1' and union 100 are no areas; evaluate again"),
         ({"oracle_once_intersection": 101}, "x.jsonl:2: oracle_once_intersection 101 and oracle_once_union 100 are no areas"),
         ({"score": "high"}, "x.jsonl:2: score is 'high'"),
-        ({"score": None}, "x.jsonl:2: score is None"),
     ],
 )
 def test_records_that_no_evaluation_writes(tmp_path, change, message):
