@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import os
 import subprocess
@@ -15,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 import small
+import tpu
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
@@ -235,7 +235,7 @@ def test_the_command_plans_the_real_step(tmp_path):
     assert found["memory"]["arguments"] == pytest.approx(given, abs=256)  # counters come on top, what is not used goes
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu (extra `tpu`) is not installed")
+@tpu.needs_libtpu
 @pytest.mark.parametrize("topology", ["v5e:2x4"])
 @pytest.mark.slow
 def test_the_command_plans_the_real_step_for_tpus(tmp_path, topology):

@@ -7,13 +7,13 @@ from types import SimpleNamespace
 
 import jax
 import pytest
+import tpu
 from jax._src.pallas.mosaic import tpu_info
 
 from flowseg_jax.errors import UserError
 from flowseg_jax.planning import devices, topology
 from flowseg_jax.planning.topology import open_topology
 
-needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu (extra `tpu`) is not installed")
 needs_cuda = pytest.mark.skipif(
     importlib.util.find_spec("jax_cuda12_plugin") is None, reason="JAX's CUDA plugin (extra `cuda12`) is not installed"
 )
@@ -63,7 +63,7 @@ def test_host_devices_that_jax_has_not_started_with():
         open_topology("cpu:999")
 
 
-@needs_libtpu
+@tpu.needs_libtpu
 @pytest.mark.parametrize(
     ("name", "count", "kind", "gib"),
     [
@@ -81,7 +81,7 @@ def test_tpus_without_a_tpu(name, count, kind, gib):
     assert "nothing was executed" in found.note
 
 
-@needs_libtpu
+@tpu.needs_libtpu
 def test_a_topology_that_libtpu_does_not_have():
     with pytest.raises(UserError, match="--topology=v5e:3x3: libtpu has no such topology .*v5e:4x4"):
         open_topology("v5e:3x3")
