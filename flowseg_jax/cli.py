@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import json
 import math
@@ -79,8 +80,8 @@ def train(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(rest)
     if arguments.plan:
         return plan(config, arguments)
-    if arguments.topology or arguments.effort or arguments.json:
-        raise UserError("--topology, --effort and --json belong to --plan: add it, or leave them out to train")
+    if arguments.topology or arguments.effort or arguments.json or arguments.parts:
+        raise UserError("--topology, --effort, --parts and --json belong to --plan: add it, or leave them out to train")
     chosen = next(
         (a.partition("=")[2] or b for a, b in zip(argv, [*argv[1:], ""], strict=True) if a.split("=")[0] == "--config"), None
     )
@@ -118,6 +119,7 @@ def add_plan_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plan", action="store_true", help="compile the step for a topology and report; nothing runs")
     parser.add_argument("--topology", metavar="NAME", help="with --plan: v5e:4x4, v5p:2x2x2, v6e:4x4, h100:8; default cpu:1")
     parser.add_argument("--effort", metavar="LEVEL", help="with --plan: how hard XLA optimises, O0 to O3, default; O0")
+    parser.add_argument("--parts", action="store_true", help="with --plan: compile each part by itself instead of the step")
     parser.add_argument("--json", action="store_true", help="with --plan: the last line is one JSON object")
 
 
@@ -126,7 +128,16 @@ def plan(config: ConfigDict, arguments: argparse.Namespace) -> int:
     from flowseg_jax.planning.plan import plan as make
     from flowseg_jax.writers import say
 
-    report = make(config, arguments.topology or "cpu:1", effort=arguments.effort or "O0")
+    topology, effort = arguments.topology or "cpu:1", arguments.effort or "O0"
+    if arguments.parts:
+        from flowseg_jax.planning import parts
+
+        reports = parts.parts(config, topology, effort=effort)
+        say(parts.table(reports))
+        if arguments.json:
+            say(json.dumps([dataclasses.asdict(report) for report in reports]))
+        return int(any(report.refusal is not None for report in reports))
+    report = make(config, topology, effort=effort)
     say(report.text())
     if arguments.json:
         say(json.dumps(report.to_json()))

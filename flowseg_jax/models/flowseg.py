@@ -242,25 +242,37 @@ class FlowSeg(nnx.Module):
 
     def look(self, batch: Batch | Views) -> ImageFeatures:
         """Runs both encoders, both projectors, the connector and the pixel decoder, as far as there are: once an image."""
-        cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
-        tokens, mask_features, levels = None, None, ()
+        *features, before_last = self.encode(batch)
+        tokens = self.visual_tokens(batch, before_last) if self.cfg.speaks else None
+        mask_features, levels = self.decode_pixels(tuple(features)) if self.cfg.segments else (None, ())
+        return ImageFeatures(tokens, mask_features, levels)
+
+    def encode(self, batch: Batch | Views) -> tuple[Float[Array, "b _ _ c"], ...]:
+        """SAM's hidden states: those that the connector reads, if there is one, then the last but one."""
+        cfg = self.cfg
         select = (*(cfg.connector_layers if cfg.segments else ()), cfg.sam.layers - 1)
         with jax.named_scope("sam"):
-            *features, before_last = self.sam(normalise_images(batch.images, batch.scaled_size).astype(dtype), select)
-        if cfg.speaks:
-            with jax.named_scope("siglip"):
-                vision = self.siglip(normalise_vision_images(batch.vision_images).astype(dtype), layers=cfg.siglip.layers - 1)
-            with jax.named_scope("projectors"):
-                b = before_last.shape[0]
-                shuffled = pixel_shuffle(pad_to_multiple(before_last), 0.5)
-                seen = [self.visual_projector(vision), self.seg_projector(shuffled.reshape(b, -1, shuffled.shape[-1]))]
-                tokens = jnp.concatenate(seen, 1)
-        if cfg.segments:
-            with jax.named_scope("connector"):
-                maps = self.connector(tuple(features))
-            with jax.named_scope("pixel_decoder"):
-                mask_features, levels = self.pixel_decoder(maps)
-        return ImageFeatures(tokens, mask_features, levels)
+            return self.sam(normalise_images(batch.images, batch.scaled_size).astype(cfg.dtype), select)
+
+    def visual_tokens(self, batch: Batch | Views, before_last: Float[Array, "b y x c"]) -> Float[Array, "b v e"]:
+        """SigLIP's tokens for the LLM, then SAM's, from its last hidden state but one."""
+        cfg = self.cfg
+        with jax.named_scope("siglip"):
+            vision = self.siglip(normalise_vision_images(batch.vision_images).astype(cfg.dtype), layers=cfg.siglip.layers - 1)
+        with jax.named_scope("projectors"):
+            b = before_last.shape[0]
+            shuffled = pixel_shuffle(pad_to_multiple(before_last), 0.5)
+            seen = [self.visual_projector(vision), self.seg_projector(shuffled.reshape(b, -1, shuffled.shape[-1]))]
+            return jnp.concatenate(seen, 1)
+
+    def decode_pixels(
+        self, features: tuple[Float[Array, "b y x c"], ...]
+    ) -> tuple[Float[Array, "b h w f"], tuple[Float[Array, "b _ _ d"], ...]]:
+        """SAM's hidden states, shallow to deep, to mask features and memory maps: the connector and the pixel decoder."""
+        with jax.named_scope("connector"):
+            maps = self.connector(features)
+        with jax.named_scope("pixel_decoder"):
+            return self.pixel_decoder(maps)
 
     def splice(self, tokens: Int[Array, "b t"], visual: Float[Array, "b v e"]) -> Float[Array, "b t e"]:
         """The LLM's input: embedded tokens, with an image's visual tokens in its slots, which are one run or none.
@@ -293,18 +305,22 @@ class FlowSeg(nnx.Module):
 
     def __call__(self, batch: Batch, peers: Peers = ALONE) -> TrainingOutput:
         """The teacher-forced forward of training; `peers` have the other parts of the batch."""
-        cfg = self.cfg
-        b, k = batch.phrase_mask.shape
         features = self.look(batch)
-        if not cfg.segments:
+        if not self.cfg.segments:
             hidden = self.listen(batch, features.tokens)
             return TrainingOutput(hidden, self.llm.unembedding(hidden.dtype), None, None, None, None)
-        if not cfg.speaks:
+        reading = self.read(batch, features.tokens) if self.cfg.speaks else None
+        return self.decide(batch, features, reading, peers)
+
+    def decide(self, batch: Batch, features: ImageFeatures, reading: Reading | None, peers: Peers = ALONE) -> TrainingOutput:
+        """All passes of the mask decoder that training supervises; without an LLM (no `reading`) the pass by category alone."""
+        cfg = self.cfg
+        b, k = batch.phrase_mask.shape
+        if reading is None:
             with jax.named_scope("decoder"):
                 out = self.decoder(features.mask_features, features.levels, 1)
             categories = self.category_head(out.queries).astype(jnp.float32)
             return TrainingOutput(None, None, features.mask_features, out, None, categories)
-        reading = self.read(batch, features.tokens)
         group = cfg.negatives_group
         phrases, phrase_mask = (peers.group_of(x, group) for x in (reading.phrases[:, :k], batch.phrase_mask))
         referring = referring_conditions(phrases, self.background[...], phrase_mask, group, cfg.exclude_same_target)

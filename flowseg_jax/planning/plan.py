@@ -168,12 +168,16 @@ def plan(config: ConfigDict, topology: str, *, effort: str = "O0") -> PlanReport
     Raises:
         UserError: an unknown topology or effort, a compiler that is not installed, a config that does not fit the devices.
     """
+    return report(*prepare(config, topology, effort), effort)
+
+
+def prepare(config: ConfigDict, topology: str, effort: str) -> tuple[Program, Topology]:
+    """The program to compile and the devices to compile it for; raises as `plan`."""
     if effort not in EFFORTS:
         raise UserError(f"--effort={effort}: choose {', '.join(EFFORTS)}")
     found = open_topology(topology)
     with heartbeat(f"building the train step for {topology}"):
-        program = Program.build(config, found.devices)
-    return report(program, found, effort)
+        return Program.build(config, found.devices), found
 
 
 def report(program: Program, topology: Topology, effort: str) -> PlanReport:
@@ -185,7 +189,7 @@ def report(program: Program, topology: Topology, effort: str) -> PlanReport:
             lowered = program.step.lower(state, program.batch)
         lowered_at = time.perf_counter()
         with heartbeat(f"compiling the train step for {topology.name} at effort {effort}"):
-            compiled, refusal = _compile(lowered)
+            compiled, refusal = try_to_compile(lowered)
         compiled_at = time.perf_counter()
     text = None if compiled is None else compiled.as_text()
     by_part = flops.step_flops(program.plan.model, shape, program.plan.losses, state.trainable, state.frozen)
@@ -210,6 +214,17 @@ def report(program: Program, topology: Topology, effort: str) -> PlanReport:
     )
 
 
+def try_to_compile(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled | None, str | None]:
+    """The executable, or the compiler's words if the device's memory does not hold the program."""
+    try:
+        return lowered.compile(), None
+    except jax.errors.JaxRuntimeError as error:
+        words = str(error).splitlines()[0]
+        if not words.startswith("RESOURCE_EXHAUSTED") or "hbm" not in words.lower():
+            raise
+        return None, words.removeprefix("RESOURCE_EXHAUSTED: ")
+
+
 @contextlib.contextmanager
 def compiler_effort(level: str) -> Iterator[None]:
     """Sets XLA's optimisation level, and keeps the compilation cache out of what is measured."""
@@ -222,17 +237,6 @@ def compiler_effort(level: str) -> Iterator[None]:
     finally:
         for name, value in before.items():
             jax.config.update(name, value)
-
-
-def _compile(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled | None, str | None]:
-    """The executable, or the compiler's words if the device's memory does not hold the program."""
-    try:
-        return lowered.compile(), None
-    except jax.errors.JaxRuntimeError as error:
-        words = str(error).splitlines()[0]
-        if not words.startswith("RESOURCE_EXHAUSTED") or "hbm" not in words.lower():
-            raise
-        return None, words.removeprefix("RESOURCE_EXHAUSTED: ")
 
 
 def _memory(program: Program, compiled: jax.stages.Compiled | None, refusal: str | None, usable: int | None) -> Memory:

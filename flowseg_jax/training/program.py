@@ -116,7 +116,8 @@ class Program:
         division = Division(plan.shape.batch, ways, plan.optimizer.accumulate)
         division.check(plan.model.negatives_group)
 
-        graphdef, described = flowseg.describe(plan.model)
+        whole, described = flowseg.describe(plan.model)
+        graphdef = parallel.divided(nnx.merge(whole, described), mesh)
         shardings = flatten(parallel.param_shardings(described, mesh))
         flat = flatten(flowseg.at_rest(described))
         rates = multipliers(list(flat), plan.optimizer.groups)
@@ -126,7 +127,7 @@ class Program:
         state = _abstract_state(optimizer, trainable, frozen, plan.optimizer.frozen_dtype, mesh)
 
         step = make_train_step(
-            parallel.divided(nnx.merge(graphdef, described), mesh),
+            graphdef,
             plan.model,
             plan.losses,
             optimizer,

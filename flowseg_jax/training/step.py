@@ -120,7 +120,7 @@ def make_train_step(
         specs: `PartitionSpec`s of the trainable and of the frozen parameters.
         division: of the batch, whose rows come in the order of `Division.rows`.
     """
-    specs = jax.tree.map(lambda spec: _manual(spec, mesh), specs)
+    specs = jax.tree.map(lambda spec: manual(spec, mesh), specs)
     several = [axis for axis in BATCH_AXES if mesh.shape[axis] > 1]  # a sum over one device would still be an all-reduce
     unsummed = jax.tree.map(lambda spec: tuple(axis for axis in several if axis not in _axes(spec)), specs[0])
     parts, each, peers = division.parts, division.each, Peers(BATCH_AXES)
@@ -161,7 +161,7 @@ def make_train_step(
         mesh=mesh,
         in_specs=(*specs, PartitionSpec(BATCH_AXES), PartitionSpec()),
         out_specs=(specs[0], PartitionSpec()),
-        axis_names=set(MESH_AXES if mesh.shape["tensor"] == 1 else BATCH_AXES),
+        axis_names=manual_axes(mesh),
         check_vma=False,
     )
 
@@ -184,12 +184,17 @@ def make_train_step(
     return train_step
 
 
+def manual_axes(mesh: Mesh) -> set[str]:
+    """The mesh axes that the step's `shard_map` takes for itself: all but a `tensor` axis that divides something."""
+    return set(MESH_AXES if mesh.shape["tensor"] == 1 else BATCH_AXES)
+
+
 def _axes(spec: PartitionSpec) -> set[str]:
     """The mesh axes that a partition uses."""
     return {axis for entry in spec if entry for axis in (entry if isinstance(entry, tuple) else (entry,))}
 
 
-def _manual(spec: PartitionSpec, mesh: Mesh) -> PartitionSpec:
+def manual(spec: PartitionSpec, mesh: Mesh) -> PartitionSpec:
     """What `shard_map` is told of a partition: nothing about an axis that is left to the compiler."""
     if mesh.shape["tensor"] == 1:
         return spec

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import small
+from counting import products
 from flax import nnx
 
 from flowseg_jax.data.batch import BatchShape
@@ -57,25 +57,6 @@ def test_known_sizes_in_gflop_an_image():
         "decoder": 104,
     }
     assert {part: value / 1e9 for part, value in found.items()} == pytest.approx(known, rel=0.02)
-
-
-def products(jaxpr) -> float:
-    """FLOPs of all matrix products and convolutions of a jaxpr; loops as often as they run, branches on average."""
-    total = 0.0
-    for eqn in jaxpr.eqns:
-        inner = [x.jaxpr if hasattr(x, "jaxpr") else x for x in jax.core.jaxprs_in_params(eqn.params)]
-        if eqn.primitive.name == "dot_general":
-            (over, _), _ = eqn.params["dimension_numbers"]
-            total += 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(eqn.invars[0].aval.shape[axis] for axis in over)
-        elif eqn.primitive.name == "conv_general_dilated":
-            total += 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(eqn.invars[1].aval.shape[:-1])
-        elif eqn.primitive.name == "scan":
-            total += eqn.params["length"] * products(inner[0])
-        elif eqn.primitive.name == "cond":
-            total += float(np.mean([products(branch) for branch in inner]))
-        elif eqn.primitive.name != "while":
-            total += sum(products(x) for x in inner)
-    return total
 
 
 def traced(make, call, *shapes) -> float:
