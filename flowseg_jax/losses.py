@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 
 from flowseg_jax.data.batch import NO_LABEL, NONE, NOTHING, Batch
@@ -28,6 +29,9 @@ from flowseg_jax.ops.dot import einsum, product
 from flowseg_jax.ops.matcher import match
 from flowseg_jax.ops.points import sample, sample_features, sample_packed, uncertain_points
 from flowseg_jax.ops.vocabulary import Vocabulary, cross_entropy
+
+# What a level keeps for its backward pass: choosing points and reading targets there costs more than predicting masks again.
+KEPT = "points"
 
 Terms = dict[str, tuple[Float[Array, ""], Float[Array, ""]]]  # name -> (weighted sum, denominator)
 
@@ -174,23 +178,38 @@ class Points:
     @classmethod
     def draw(cls, keys: PRNGKeyArray, masks: int, cfg: LossConfig) -> Points:
         """One key an image, so that an image's points do not depend on how the batch is split over devices."""
-        kept = int(cfg.importance * cfg.points)
+        candidates = int(cfg.oversample * cfg.points)
+        extra = cfg.points - int(cfg.importance * cfg.points)
 
-        def image(key: PRNGKeyArray) -> Points:
-            a, b, c = jax.random.split(key, 3)
-            return (
-                jax.random.uniform(a, (1, cfg.points, 2)),
-                jax.random.uniform(b, (masks, int(cfg.oversample * cfg.points), 2)),
-                jax.random.uniform(c, (masks, cfg.points - kept, 2)),
-            )
+        def image(key: PRNGKeyArray) -> tuple[Array, Array, Array]:
+            of_matcher, of_masks = jax.random.split(key)
+            drawn = jax.random.uniform(of_masks, (masks, candidates + extra, 2))  # at once: generators take long to compile
+            return jax.random.uniform(of_matcher, (1, cfg.points, 2)), drawn[:, :candidates], drawn[:, candidates:]
 
         return cls(*jax.vmap(image)(keys))
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Passes:
+    """What R passes of one kind predict an image on one prediction level, or on all, with a leading axis J.
+
+    Attributes:
+        class_logits: [B, R, Q, N].
+        mask_embeds: [B, R, Q, D].
+        points: where masks are compared; None: on every pixel of the grid. Of all levels, also random keys, one an image,
+            from which each level draws its own.
+    """
+
+    class_logits: Float[Array, "*j b r q n"]
+    mask_embeds: Float[Array, "*j b r q d"]
+    points: Points | PRNGKeyArray | None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class LevelLosses:
-    """What one prediction level gives, unweighted.
+    """What one kind of pass gives on one prediction level, unweighted.
 
     Attributes:
         sums: "class", "mask", "dice": sums of the losses; "class_weight": the denominator of the first.
@@ -214,24 +233,23 @@ def masks_on_grid(packed: UInt8[Array, "b m s s8"], size: tuple[int, int]) -> Fl
 
 
 def level_costs(
-    class_logits: Float[Array, "b r q n"],
-    mask_embeds: Float[Array, "b r q d"],
+    passes: Passes,
+    targets: Targets,
     features: Float[Array, "b h w d"],
     packed: UInt8[Array, "b m s s8"],
-    targets: Targets,
-    points: Float[Array, "b _ k 2"] | None,
     cfg: LossConfig,
 ) -> Float[Array, "b r m q"]:
-    """Costs of giving queries to targets on one prediction level, from `Points.matcher` or, with None, every pixel of the grid.
+    """Costs of giving queries to targets on one prediction level.
 
     Everything here is a decision, not a prediction: no gradient. Masks are compared as they are before boundary refinement.
     """
+    class_logits, mask_embeds, features = map(jax.lax.stop_gradient, (passes.class_logits, passes.mask_embeds, features))
     b, r = mask_embeds.shape[:2]
-    class_logits, mask_embeds, features = map(jax.lax.stop_gradient, (class_logits, mask_embeds, features))
-    if points is None:
+    if passes.points is None:
         sampled = features.reshape(b, 1, -1, features.shape[-1])
         of_masks = masks_on_grid(packed, features.shape[1:3])[:, None]
     else:
+        points = passes.points.matcher
         sampled = jax.vmap(jax.vmap(sample_features, (None, 0)))(features, points)  # [B, R or 1, k, D]
         of_masks = jax.vmap(
             lambda masks, pts: jax.vmap(
@@ -258,101 +276,123 @@ def assign(costs: Float[Array, "*j b r m q"], targets: Targets) -> Int[Array, "*
 
 
 def level_losses(
-    class_logits: Float[Array, "b r q n"],
-    mask_embeds: Float[Array, "b r q d"],
+    kinds: Mapping[str, Passes],
+    targets: Mapping[str, Targets],
     features: Float[Array, "b h w d"],
     packed: UInt8[Array, "b m s s8"],
-    targets: Targets,
-    points: Points | None,
     cfg: LossConfig,
     refine: Callable[[Array, Array], Array] | None = None,
-    assigned: Int[Array, "b r m"] | None = None,
-) -> LevelLosses:
-    """Losses of one prediction level; `refine` (BAR) is applied to the matched masks.
+    assigned: Mapping[str, Int[Array, "b r m"]] | None = None,
+) -> dict[str, LevelLosses]:
+    """Losses of one prediction level, by kind of pass; `refine` (BAR) is applied to the matched masks.
 
-    `assigned` is what `assign` has found; None: it is found here. Without `points`, costs and losses are taken on every pixel
-    of the mask grid.
+    The masks of all kinds are one batch: they differ in who asked for them, and in nothing that is computed here.
+
+    Args:
+        kinds: what each kind of pass predicts.
+        targets: of each kind.
+        features: mask features.
+        packed: the images' masks.
+        cfg: weights and sampling.
+        refine: (masks, features) -> masks.
+        assigned: what `assign` has found; None: it is found here.
     """
-    b, r, q, d = mask_embeds.shape
-    m = targets.masks.shape[-1]
-    exists = targets.masks != NONE
+    b = features.shape[0]
     if assigned is None:
-        matcher_points = None if points is None else points.matcher
-        assigned = assign(level_costs(class_logits, mask_embeds, features, packed, targets, matcher_points, cfg), targets)
+        costs = {name: level_costs(passes, targets[name], features, packed, cfg) for name, passes in kinds.items()}
+        assigned = {name: assign(cost, targets[name]) for name, cost in costs.items()}
+    sums, matched = {}, {}
+    for name, passes in kinds.items():
+        flat = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
+        of_classes = flat(passes.class_logits), flat(targets[name].labels), flat(assigned[name]), flat(targets[name].counted)
+        total, weight = class_loss(*of_classes, cfg.background)
+        sums[name] = {"class": total, "class_weight": weight}
+        # Only the matched masks, gathered by a one-hot product.
+        embeds = passes.mask_embeds
+        hit = (assigned[name][..., None] == jnp.arange(embeds.shape[2])).astype(embeds.dtype)
+        matched[name] = einsum("brmq,brqd->brmd", hit, embeds).astype(embeds.dtype).reshape(b, -1, embeds.shape[-1])
 
-    flat = lambda x: x.reshape(b * r, *x.shape[2:])  # noqa: E731
-    class_sum, class_weight = class_loss(
-        flat(class_logits), flat(targets.labels), flat(assigned), flat(targets.counted), cfg.background
-    )
-
-    # Only the matched masks, gathered by a one-hot product.
-    hit = (assigned[..., None] == jnp.arange(q)).astype(mask_embeds.dtype)
-    matched = einsum("brmq,brqd->brmd", hit, mask_embeds).astype(mask_embeds.dtype).reshape(b, r * m, d)
-    masks = mask_logits(matched, features)
+    together = lambda parts: jnp.concatenate(list(parts), 1)  # noqa: E731
+    masks = mask_logits(together(matched.values()), features)
     if refine is not None:
         masks = refine(masks, features)
-    flat_masks = masks.reshape(b * r * m, *masks.shape[2:])
-    if points is None:
-        grid = masks_on_grid(packed, features.shape[1:3])[:, None]
-        truth = _of_targets(jnp.broadcast_to(grid, (b, r, *grid.shape[2:])), targets).reshape(b * r * m, -1)
-        chosen, logits = None, flat_masks.reshape(b * r * m, -1)
+    n = masks.shape[1]
+    flat_masks = masks.reshape(b * n, *masks.shape[2:])
+    index = jnp.maximum(together(targets[name].masks.reshape(b, -1) for name in kinds), 0)
+    if any(passes.points is None for passes in kinds.values()):
+        truth = jnp.take_along_axis(masks_on_grid(packed, features.shape[1:3]), index[..., None], axis=1)
+        chosen, logits = None, masks.reshape(b, n, -1)
     else:
-        keep = cfg.points - points.extra.shape[2]
-        candidates, extra = (x.reshape(b * r * m, -1, 2) for x in (points.candidates, points.extra))
+        candidates, extra = (
+            together(getattr(passes.points, which) for passes in kinds.values()).reshape(b * n, -1, 2)
+            for which in ("candidates", "extra")
+        )
+        keep = cfg.points - extra.shape[1]
         chosen = uncertain_points(sample(jax.lax.stop_gradient(flat_masks), candidates), candidates, extra, keep)
-        index = jnp.maximum(targets.masks, 0).reshape(b, r * m)
-        truth = jnp.take_along_axis(packed, index[..., None, None], axis=1)
-        truth = sample_packed(truth.reshape(b * r * m, *packed.shape[2:]), chosen, packed.shape[2])
-        logits = sample(flat_masks, chosen)
-    mask_sum, dice_sum = point_losses(logits, truth, exists.reshape(-1))
-    return LevelLosses({"class": class_sum, "class_weight": class_weight, "mask": mask_sum, "dice": dice_sum}, assigned, chosen)
+        # Places along the last axis: a TPU fills an array whose last axis has two with 126 lanes of nothing.
+        chosen = jnp.moveaxis(checkpoint_name(jnp.moveaxis(chosen, -1, 0), KEPT), 0, -1)
+        truth = jnp.take_along_axis(packed, index[..., None, None], axis=1).reshape(b * n, *packed.shape[2:])
+        truth = checkpoint_name(sample_packed(truth, chosen, packed.shape[2]), KEPT).reshape(b, n, -1)
+        logits, chosen = sample(flat_masks, chosen).reshape(truth.shape), chosen.reshape(b, n, -1, 2)
+
+    found, done = {}, 0
+    for name, embeds in matched.items():
+        mine = slice(done, done := done + embeds.shape[1])
+        of_kind = lambda x, mine=mine: x[:, mine].reshape(-1, *x.shape[2:])  # noqa: E731
+        exists = (targets[name].masks != NONE).reshape(-1)
+        sums[name]["mask"], sums[name]["dice"] = point_losses(of_kind(logits), of_kind(truth), exists)
+        found[name] = LevelLosses(sums[name], assigned[name], None if chosen is None else of_kind(chosen))
+    return found
 
 
 def segmentation_terms(
-    name: str,
-    class_logits: Float[Array, "j b r q n"],
-    mask_embeds: Float[Array, "j b r q d"],
+    kinds: Mapping[str, Passes],
+    targets: Mapping[str, Targets],
     features: Float[Array, "b h w d"],
     packed: UInt8[Array, "b m s s8"],
-    targets: Targets,
-    points: PRNGKeyArray | Points,
     cfg: LossConfig,
     refine: Callable[[Array, Array], Array] | None,
-) -> tuple[Terms, Int[Array, "b r m"]]:
-    """Terms of one kind of pass, summed over all prediction levels, and the last level's assignment; BAR only on the last.
+) -> tuple[Terms, dict[str, Int[Array, "b r m"]]]:
+    """Terms of all kinds of passes, summed over all prediction levels, and the last level's assignments; BAR only on the last.
 
-    `points` are keys, one an image, from which each level draws its own, or the points of all levels.
+    `kinds` have a leading axis J, or the keys to draw points from in place of them.
     """
-    j = class_logits.shape[0]
-    count = targets.masks.shape[1] * targets.masks.shape[2]
-    given = isinstance(points, Points)
-    by_level = points if given else jax.vmap(lambda key: jax.random.split(key, j), out_axes=1)(points)  # [J, B]
+    j = next(iter(kinds.values())).class_logits.shape[0]
 
-    def points_of(level: Array | Points) -> Points | None:
-        return level if given else Points.draw(level, count, cfg) if cfg.points else None
+    def of_all_levels(points: Points | PRNGKeyArray | None) -> Points | PRNGKeyArray | None:
+        keys = points is not None and not isinstance(points, Points)
+        return jax.vmap(lambda key: jax.random.split(key, j), out_axes=1)(points) if keys else points  # [J, B]
 
-    def costs(level: tuple[Array, Array, Array | Points]) -> Array:
-        logits, embeds, drawn = level
-        points = points_of(drawn)
-        return level_costs(logits, embeds, features, packed, targets, None if points is None else points.matcher, cfg)
+    def drawn(name: str, passes: Passes) -> Passes:
+        if passes.points is None or isinstance(passes.points, Points):
+            return passes
+        slots = targets[name].masks.shape[1] * targets[name].masks.shape[2]
+        return dataclasses.replace(passes, points=Points.draw(passes.points, slots, cfg) if cfg.points else None)
+
+    kinds = {name: dataclasses.replace(passes, points=of_all_levels(passes.points)) for name, passes in kinds.items()}
 
     # All levels are matched at once: the matcher's loops are as long as the slowest level's, not as all of them together.
-    assigned = assign(jax.lax.map(costs, (class_logits, mask_embeds, by_level)), targets)
+    assigned = {}
+    for name, passes in kinds.items():
+        costs = lambda level, name=name: level_costs(drawn(name, level), targets[name], features, packed, cfg)  # noqa: E731
+        assigned[name] = assign(jax.lax.map(costs, passes), targets[name])
 
     def body(total, inputs):
-        logits, embeds, drawn, matched, final = inputs
-        # BAR belongs to the final prediction. Running it on every level and choosing keeps one loop body to compile.
-        bar = None if refine is None else lambda masks, maps: jnp.where(final, refine(masks, maps), masks)
-        level = level_losses(logits, embeds, features, packed, targets, points_of(drawn), cfg, bar, matched)
-        return jax.tree.map(jnp.add, total, level.sums), None
+        level, matched, final = inputs
+        level = {name: drawn(name, passes) for name, passes in level.items()}
+        # BAR belongs to the final prediction alone. A branch, not a call behind the loop: one loop body to compile.
+        bar = None if refine is None else lambda masks, maps: jax.lax.cond(final, refine, lambda masks, _: masks, masks, maps)
+        found = level_losses(level, targets, features, packed, cfg, bar, matched)
+        return jax.tree.map(jnp.add, total, {name: losses.sums for name, losses in found.items()}), None
 
-    zero = jnp.zeros((), jnp.float32)
-    start = {"class": zero, "class_weight": zero, "mask": zero, "dice": zero}
-    levels = (class_logits, mask_embeds, by_level, assigned, jnp.arange(j) == j - 1)
-    sums, _ = jax.lax.scan(jax.checkpoint(body), start, levels)
-    weights = {"class": cfg.class_gain * cfg.class_, "mask": cfg.mask, "dice": cfg.dice}
-    counts = targets.denominators(name, class_logits.shape[-2], cfg.background)
-    return {f"{name}_{kind}": (w * sums[kind], counts[f"{name}_{kind}"]) for kind, w in weights.items()}, assigned[-1]
+    start = {name: dict.fromkeys(("class", "class_weight", "mask", "dice"), jnp.zeros((), jnp.float32)) for name in kinds}
+    body = jax.checkpoint(body, policy=jax.checkpoint_policies.save_only_these_names(KEPT), prevent_cse=False)
+    sums, _ = jax.lax.scan(body, start, (kinds, assigned, jnp.arange(j) == j - 1))
+    weights, terms = {"class": cfg.class_gain * cfg.class_, "mask": cfg.mask, "dice": cfg.dice}, {}
+    for name, passes in kinds.items():
+        counts = targets[name].denominators(name, passes.class_logits.shape[-2], cfg.background)
+        terms |= {f"{name}_{kind}": (w * sums[name][kind], counts[f"{name}_{kind}"]) for kind, w in weights.items()}
+    return terms, {name: found[-1] for name, found in assigned.items()}
 
 
 def referring_targets(phrase_mask: Int[Array, "b k"], group: int, first: int | Int[Array, ""] = 0) -> Targets:
@@ -421,44 +461,33 @@ def training_terms(
         kinds = jax.vmap(lambda key: jax.random.split(key, 3), out_axes=1)(points)
         points = dict(zip(("refer", "named", "category"), kinds, strict=True))
 
-    at = 0
+    passes_of, targets = {}, {}
     if logits is not None:
-        targets = referring_targets(batch.phrase_mask, model.cfg.negatives_group, peers.first(b))
-        exists = targets.counted & (batch.phrase_mask != NOTHING)
-        found, assigned = segmentation_terms(
-            "refer", logits[:, :, :k], embeds[:, :, :k], out.mask_features, batch.masks, targets, points["refer"], cfg, refine
-        )
-        terms |= found
-        last = logits[-1, :, :k]
-        score = jnp.take_along_axis(last, targets.labels[..., None], axis=-1)[..., 0] - last[..., -1]
-        hits = ((score.argmax(-1) == assigned[..., 0]) & exists).sum(dtype=jnp.float32)
-        watched["selected"] = hits, exists.sum(dtype=jnp.float32)
-        at = k
-
-    def all_objects(
-        name: str, logits: Array, embeds: Array, targets: Targets, weight: float
-    ) -> tuple[Terms, tuple[Array, Array]]:
-        labels = targets.labels[:, 0]
-        found, assigned = segmentation_terms(
-            name, logits, embeds, out.mask_features, batch.masks, targets, points[name], cfg, refine
-        )
-        ranked_first = logits[-1, :, 0, :, :-1].argmax(-1)  # [B, Q], the background aside
-        hit = jnp.take_along_axis(ranked_first, jnp.maximum(assigned[:, 0], 0), -1) == labels
-        right = (hit & (labels != NONE)).sum(dtype=jnp.float32)
-        terms = {name: (weight * total, count) for name, (total, count) in found.items()}
-        return terms, (right, (labels != NONE).sum(dtype=jnp.float32))
-
-    if model.cfg.named_pass != "off":
-        found, watched["named"] = all_objects(
-            "named", logits[:, :, at : at + 1], embeds[:, :, at : at + 1], named_targets(batch), cfg.named
-        )
-        terms |= found
-        at += 1
+        targets["refer"] = referring_targets(batch.phrase_mask, model.cfg.negatives_group, peers.first(b))
+        passes_of["refer"] = Passes(logits[:, :, :k], embeds[:, :, :k], points["refer"])
+    if logits is not None and model.cfg.named_pass != "off":
+        targets["named"] = named_targets(batch)
+        passes_of["named"] = Passes(logits[:, :, k : k + 1], embeds[:, :, k : k + 1], points["named"])
     if out.category_logits is not None:
-        found, watched["categorised"] = all_objects(
-            "category", out.category_logits[:, :, None], embeds[:, :, at : at + 1], category_targets(batch), cfg.category
-        )
-        terms |= found
+        targets["category"] = category_targets(batch)
+        passes_of["category"] = Passes(out.category_logits[:, :, None], embeds[:, :, -1:], points["category"])
+    found, assigned = segmentation_terms(passes_of, targets, out.mask_features, batch.masks, cfg, refine)
+    weights = {"refer": 1.0, "named": cfg.named, "category": cfg.category}
+    terms |= {term: (weights[term.split("_")[0]] * total, count) for term, (total, count) in found.items()}
+
+    if "refer" in targets:
+        exists = targets["refer"].counted & (batch.phrase_mask != NOTHING)
+        last = logits[-1, :, :k]
+        score = jnp.take_along_axis(last, targets["refer"].labels[..., None], axis=-1)[..., 0] - last[..., -1]
+        hits = ((score.argmax(-1) == assigned["refer"][..., 0]) & exists).sum(dtype=jnp.float32)
+        watched["selected"] = hits, exists.sum(dtype=jnp.float32)
+    for name, what in (("named", "named"), ("category", "categorised")):
+        if name in targets:
+            labels = targets[name].labels[:, 0]
+            ranked_first = passes_of[name].class_logits[-1, :, 0, :, :-1].argmax(-1)  # [B, Q], the background aside
+            hit = jnp.take_along_axis(ranked_first, jnp.maximum(assigned[name][:, 0], 0), -1) == labels
+            right = (hit & (labels != NONE)).sum(dtype=jnp.float32)
+            watched[what] = right, (labels != NONE).sum(dtype=jnp.float32)
     return terms, watched
 
 

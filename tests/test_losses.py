@@ -14,6 +14,7 @@ from flowseg_jax.data.batch import NO_LABEL, NONE, NOTHING
 from flowseg_jax.errors import UserError
 from flowseg_jax.losses import (
     LossConfig,
+    Passes,
     Targets,
     class_loss,
     divide,
@@ -115,9 +116,19 @@ def level(rng):
     ), masks.reshape(1, 2, 4, 6, 6, 4).mean((3, 5))
 
 
+def of_one_kind(class_logits, mask_embeds, targets, cfg, **rest) -> losses.LevelLosses:
+    return level_losses({"x": Passes(class_logits, mask_embeds, None)}, {"x": targets}, **rest, cfg=cfg)["x"]
+
+
+def terms_of_one_kind(class_logits, mask_embeds, targets, cfg, **rest):
+    passes = Passes(class_logits, mask_embeds, jax.random.split(jax.random.key(0), 1))
+    terms, assigned = segmentation_terms({"x": passes}, {"x": targets}, **rest, cfg=cfg, refine=None)
+    return terms, assigned["x"]
+
+
 def test_without_points_every_pixel_of_the_grid_counts(level):
     inputs, truth = level
-    found = level_losses(**inputs, points=None, cfg=LossConfig())
+    found = of_one_kind(**inputs, cfg=LossConfig())
     assert len(set(np.asarray(found.assigned)[0, 0].tolist())) == 2
     logits = np.einsum("qd,yxd->qyx", inputs["mask_embeds"][0, 0], inputs["features"][0]).reshape(3, -1)
     pairs = logits[np.asarray(found.assigned)[0, 0]], truth[0, [1, 0]].reshape(2, -1)
@@ -139,11 +150,9 @@ def test_the_class_gain_changes_the_class_loss_and_nothing_else(level):
     inputs, _ = level
     stacked = {name: inputs[name][None] for name in ("class_logits", "mask_embeds")}
     rest = {name: inputs[name] for name in ("features", "packed", "targets")}
-    keys = jax.random.split(jax.random.key(0), 1)
 
     def terms(gain: float):
-        cfg = LossConfig(points=0, class_gain=gain)
-        return segmentation_terms("x", **stacked, **rest, points=keys, cfg=cfg, refine=None)
+        return terms_of_one_kind(**stacked, **rest, cfg=LossConfig(points=0, class_gain=gain))
 
     (plain, assigned), (more, same) = terms(1.0), terms(1e4)
     assert (np.asarray(assigned) == np.asarray(same)).all()
@@ -179,10 +188,9 @@ def test_levels_are_matched_together_as_one_by_one(level, monkeypatch):
 
     @jax.jit
     def together(class_logits, mask_embeds):
-        keys = jax.random.split(jax.random.key(0), 1)
-        return segmentation_terms("x", class_logits, mask_embeds, **rest, points=keys, cfg=cfg, refine=None)
+        return terms_of_one_kind(class_logits, mask_embeds, **rest, cfg=cfg)
 
-    alone = [level_losses(**{k: v[i] for k, v in stacked.items()}, **rest, points=None, cfg=cfg) for i in range(3)]
+    alone = [of_one_kind(**{k: v[i] for k, v in stacked.items()}, **rest, cfg=cfg) for i in range(3)]
     solved = []
     monkeypatch.setattr(losses, "match", lambda cost, valid: solved.append(cost.shape) or match(cost, valid))
     terms, assigned = together(**stacked)
@@ -197,3 +205,65 @@ def test_levels_are_matched_together_as_one_by_one(level, monkeypatch):
 def test_points_that_cannot_be_chosen_are_refused(wrong):
     with pytest.raises(UserError, match="losses: importance=.* points=16 cannot be chosen from oversample="):
         LossConfig(points=16, **wrong)
+
+
+@pytest.fixture
+def two_kinds(rng):
+    """Two images; three referring passes of one target, and a pass of two targets, on three levels."""
+    masks = jnp.asarray(np.packbits(rng.random((2, 4, 24, 24)) > 0.5, axis=-1))
+    embeds = lambda r: jnp.asarray(rng.normal(size=(3, 2, r, 5, 6)), jnp.float32)  # noqa: E731
+    logits = lambda r: jnp.asarray(rng.normal(size=(3, 2, r, 5, 4)), jnp.float32)  # noqa: E731
+    keys = jax.random.split(jax.random.key(1), 4).reshape(2, 2)
+    kinds = {"refer": Passes(logits(3), embeds(3), keys[0]), "named": Passes(logits(1), embeds(1), keys[1])}
+    targets = {
+        "refer": referring_targets(jnp.array([[0, 3, NONE], [2, NOTHING, 1]]), group=1),
+        "named": losses.object_targets(jnp.array([[0, 1, NONE, NONE], [NONE, 1, 2, 0]]), jnp.array([True, True])),
+    }
+    return kinds, targets, jnp.asarray(rng.normal(size=(2, 8, 8, 6)), jnp.float32), masks
+
+
+@pytest.mark.parametrize("points", [0, 40])
+def test_kinds_of_passes_lose_together_what_they_lose_apart(two_kinds, points):
+    kinds, targets, *rest = two_kinds
+
+    @jax.jit
+    def run(kinds):
+        return segmentation_terms(kinds, {name: targets[name] for name in kinds}, *rest, LossConfig(points=points), None)
+
+    terms, assigned = run(kinds)
+    assert set(terms) == {f"{name}_{term}" for name in kinds for term in ("class", "mask", "dice")}
+    for name in kinds:
+        alone, of_alone = run({name: kinds[name]})
+        np.testing.assert_array_equal(assigned[name], of_alone[name])
+        for term, expected in alone.items():
+            np.testing.assert_allclose(terms[term], expected, rtol=1e-6)
+
+
+def test_only_the_last_level_is_refined(two_kinds):
+    kinds, targets, features, packed = two_kinds
+    cfg = LossConfig(points=0)
+
+    def refine(masks, features):
+        return masks + features.sum((1, 2, 3))[:, None, None, None]
+
+    terms, _ = jax.jit(lambda kinds: segmentation_terms(kinds, targets, features, packed, cfg, refine))(kinds)
+    levels = []
+    for i in range(3):
+        level = {name: Passes(x.class_logits[i], x.mask_embeds[i], None) for name, x in kinds.items()}
+        levels.append(level_losses(level, targets, features, packed, cfg, refine if i == 2 else None))
+    for name in kinds:
+        expected = cfg.mask * sum(float(level[name].sums["mask"]) for level in levels)
+        assert float(terms[f"{name}_mask"][0]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_points_are_chosen_once(two_kinds):
+    """The backward pass predicts masks again, but reads where from what was kept."""
+    kinds, targets, *rest = two_kinds
+
+    def total(features):
+        terms, _ = segmentation_terms(kinds, targets, features, rest[1], LossConfig(points=40), None)
+        return sum(value for value, _ in terms.values())
+
+    text = jax.jit(jax.value_and_grad(total)).lower(rest[0]).compile().as_text()
+    choices = [line for line in text.splitlines() if '"known_trip_count":{"n":"31"}' in line and "pred[" in line]
+    assert len(choices) == 1  # loops over the bits of a float that decide about candidates

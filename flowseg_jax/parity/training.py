@@ -17,6 +17,7 @@ from flowseg_jax.data.batch import NONE, Batch
 from flowseg_jax.losses import (
     LevelLosses,
     LossConfig,
+    Passes,
     Points,
     Targets,
     category_targets,
@@ -167,8 +168,8 @@ def train(
         terms = divide(terms)
         logits, embeds, targets = supervised(out, batch, kind, model.cfg.negatives_group)
         levels = jax.lax.map(
-            lambda level: level_losses(*level[:2], out.mask_features, batch.masks, targets, level[2], cfg),
-            (logits, embeds, points[kind]),
+            lambda level: level_losses({kind: level}, {kind: targets}, out.mask_features, batch.masks, cfg)[kind],
+            Passes(logits, embeds, points[kind]),
         )
         j, b, r, q, _ = embeds.shape
         flat = embeds.swapaxes(0, 1).reshape(b, j * r * q, -1)
