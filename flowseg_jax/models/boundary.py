@@ -11,6 +11,7 @@ bit-identical to M_raw.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from flowseg_jax.models.layers import Conv, param, zeros
+from flowseg_jax.ops.dot import einsum
 from flowseg_jax.ops.morphology import band
 
 
@@ -44,6 +46,17 @@ class BoundaryConfig:
             raise ValueError(f"boundary.identity is {self.identity!r}: choose alpha or conv")
 
 
+def sum_of_taps(tap: Callable[[int, int], Float[Array, "*b h w"]]) -> Float[Array, "*b h w"]:
+    """A 3 x 3 convolution with a border of zeros, from the maps that its taps (y, x) give before they are moved."""
+
+    def moved(y: int, x: int) -> Array:
+        taps = tap(y, x)
+        h, w = taps.shape[-2:]
+        return jnp.pad(taps, [(0, 0)] * (taps.ndim - 2) + [(1, 1), (1, 1)])[..., y : y + h, x : x + w]
+
+    return sum(moved(y, x) for y in range(3) for x in range(3))
+
+
 class BoundaryRefinement(nnx.Module):
     """BAR on any number of masks an image."""
 
@@ -57,15 +70,13 @@ class BoundaryRefinement(nnx.Module):
 
     def __call__(self, masks: Float[Array, "b n h w"], features: Float[Array, "b h w d"]) -> Float[Array, "b n h w"]:
         """Refines mask logits [B, N, h, w] with the mask features [B, h, w, D] of their images; float32 in and out."""
-        b, n, h, w = masks.shape
         masks = masks.astype(jnp.float32)
         edge = jax.lax.stop_gradient(band(jax.nn.sigmoid(masks), self.kernel, self.eps))
-        # The convolution is linear in its channels: the features' share is computed once an image, not once a mask.
-        kernel = self.refine.kernel[...]
-        convolve = lambda x, k: jax.lax.conv_general_dilated(  # noqa: E731
-            x, k, (1, 1), [(1, 1), (1, 1)], dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
-        shared = convolve(self.compress(features).astype(jnp.float32), kernel[:, :, 1:])
-        own = convolve(masks.reshape(b * n, h, w, 1), kernel[:, :, :1]).reshape(b, n, h, w)
-        delta = jnp.tanh(own + shared[..., 0][:, None] + self.refine.bias[...]) * self.alpha[...]
+        # The convolution is linear in its channels: the features' share is computed once an image, not once a mask. And to one
+        # channel it is a product with its nine taps, each moved to its place: compilers need long for convolutions this thin.
+        kernel = self.refine.kernel[..., 0].astype(jnp.float32)
+        of_features = einsum("bhwc,yxc->yxbhw", self.compress(features).astype(jnp.float32), kernel[:, :, 1:])
+        shared = sum_of_taps(lambda y, x: of_features[y, x])
+        own = sum_of_taps(lambda y, x: masks * kernel[y, x, 0])
+        delta = jnp.tanh(own + shared[:, None] + self.refine.bias[...]) * self.alpha[...]
         return jnp.where(edge > 0, masks + delta, masks)
