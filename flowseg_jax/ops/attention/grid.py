@@ -24,10 +24,12 @@ def fold(
     columns: Float[Array, "b s h x"],
 ) -> tuple[Float[Array, "b s h e+y+x"], Float[Array, "b t h e+y+x"]]:
     """Queries [q, rows, columns] and keys [k, onehot(y), onehot(x)], whose plain product is q k^T + rows[y] + columns[x]."""
-    (b, t, h, _), height, width = k.shape, rows.shape[-1], columns.shape[-1]
+    height, width = rows.shape[-1], columns.shape[-1]
     place = np.concatenate([np.eye(height).repeat(width, 0), np.tile(np.eye(width), (height, 1))], -1)
-    place = jnp.broadcast_to(jnp.asarray(place, k.dtype)[None, :, None], (b, t, h, height + width))
-    return jnp.concatenate([q, rows, columns], -1), jnp.concatenate([k, place], -1)
+    place = jnp.asarray(np.pad(place, ((0, 0), (k.shape[-1], 0))), k.dtype)
+    # Added to zeros, which is exact: a concatenation would write the places to memory for every batch element and head.
+    wide = jnp.pad(k, ((0, 0), (0, 0), (0, 0), (0, height + width))) + place[:, None]
+    return jnp.concatenate([q, rows, columns], -1), wide
 
 
 def forward(
