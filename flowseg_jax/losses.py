@@ -25,7 +25,7 @@ from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.models.flowseg import FlowSeg, TrainingOutput
 from flowseg_jax.models.mask_decoder import mask_logits
 from flowseg_jax.ops.collectives import ALONE, Peers
-from flowseg_jax.ops.dot import einsum, product
+from flowseg_jax.ops.dot import TILE, einsum, product
 from flowseg_jax.ops.matcher import match
 from flowseg_jax.ops.points import sample, sample_features, sample_packed, uncertain_points
 from flowseg_jax.ops.vocabulary import Vocabulary, cross_entropy
@@ -79,8 +79,11 @@ def next_token_loss(
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Sum of cross-entropies of the next token over all labels, and their number; logits exist for `chunk` tokens at a time.
 
-    No label stands before `first`: the tokens before it, the visual ones in training, are not multiplied with the vocabulary.
+    No label stands before `first`: the tokens before it, the visual ones in training, are not multiplied with the vocabulary,
+    but for the last few, which fill a tile.
     """
+    length = labels.shape[1]
+    first = max(1, first - (first - length) % TILE)
     x, y = hidden[:, first - 1 : -1].reshape(-1, hidden.shape[-1]), labels[:, first:].reshape(-1)
     counted = y != NO_LABEL
     total = jnp.where(counted, cross_entropy(x, vocabulary, y, chunk), 0).sum()

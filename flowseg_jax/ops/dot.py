@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+TILE = 8  # rows that a TPU keeps together: arrays of whole tiles are joined, parted and reshaped without being moved
+
 
 def precision(*operands: Array) -> jax.lax.Precision | None:
     """What float32 operands ask for: all their digits. None, the platform's own way, for others."""

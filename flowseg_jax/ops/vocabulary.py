@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from flowseg_jax.ops.collectives import SHARD_AXIS, columns_to_rows, gather, scatter_sum
-from flowseg_jax.ops.dot import einsum, product
+from flowseg_jax.ops.dot import TILE, einsum, product
 
 
 @jax.tree_util.register_dataclass
@@ -52,10 +52,11 @@ def look_up(vocabulary: Vocabulary, tokens: Int[Array, "b t"]) -> Float[Array, "
     tokens = jnp.clip(tokens, 0, vocabulary.size - 1)
     if not vocabulary.divided:
         return jnp.take(vocabulary.rows, tokens, axis=0, mode="clip")
-    local = gather(tokens, 0) - vocabulary.first
+    t = tokens.shape[1]
+    local = gather(jnp.pad(tokens, ((0, 0), (0, -t % TILE))), 0) - vocabulary.first
     mine = (local >= 0) & (local < vocabulary.rows.shape[0])
     found = _read(vocabulary.rows, jnp.where(mine, local, vocabulary.rows.shape[0]))
-    return scatter_sum(found, 0)
+    return scatter_sum(found, 0)[:, :t]
 
 
 @jax.custom_vjp

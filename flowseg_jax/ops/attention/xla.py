@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from flowseg_jax.ops.attention.rule import Rule
-from flowseg_jax.ops.dot import einsum, product
+from flowseg_jax.ops.dot import TILE, einsum, product
 
 # Above WHOLE_BYTES of float32 scores, queries are processed in chunks of CHUNK_BYTES of them a batch element (128 queries of
 # SAM's global attention): near a CPU's cache size, which is faster than larger chunks.
@@ -159,7 +159,10 @@ def _parts(b: int, s: int, h: int, t: int, chunk: int | None) -> tuple[int, int]
     if chunk is None:
         chunk = s if b * whole <= WHOLE_BYTES else max(1, s * CHUNK_BYTES // whole)
     parts = -(-s // chunk)
-    return parts, -(-s // parts)
+    size = -(-s // parts)
+    if parts > 1 and size > TILE:
+        size = -(-size // TILE) * TILE
+    return -(-s // size), size
 
 
 def _split(x: Array, parts: int, size: int) -> Array:
