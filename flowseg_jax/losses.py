@@ -12,7 +12,7 @@ boundary refinement and the mask losses see.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -278,6 +278,32 @@ def assign(costs: Float[Array, "*j b r m q"], targets: Targets) -> Int[Array, "*
         return match(costs, jnp.broadcast_to(targets.masks != NONE, costs.shape[:-1]))
 
 
+def compared(
+    masks: Float[Array, "b n h w"],
+    index: Int[Array, "b n"],
+    packed: UInt8[Array, "b m s s8"],
+    points: Sequence[Points | None],
+    cfg: LossConfig,
+) -> tuple[Float[Array, "b n k"], Float[Array, "b n k"], Float[Array, "b n k 2"] | None]:
+    """Logits of masks, what they should be, and where: at points of which together there are enough for all; on the grid
+    without. `index` says which of its image's masks each should be."""
+    b, n = index.shape
+    if None in points:
+        grid = masks_on_grid(packed, masks.shape[2:])
+        return masks.reshape(b, n, -1), jnp.take_along_axis(grid, index[..., None], axis=1), None
+    flat = masks.reshape(b * n, *masks.shape[2:])
+    candidates, extra = (
+        jnp.concatenate([getattr(x, which) for x in points], 1).reshape(b * n, -1, 2) for which in ("candidates", "extra")
+    )
+    uncertain = sample(jax.lax.stop_gradient(flat), candidates)
+    chosen = uncertain_points(uncertain, candidates, extra, cfg.points - extra.shape[1])
+    # Places along the last axis: a TPU fills an array whose last axis has two with 126 lanes of nothing.
+    chosen = jnp.moveaxis(checkpoint_name(jnp.moveaxis(chosen, -1, 0), KEPT), 0, -1)
+    truth = jnp.take_along_axis(packed, index[..., None, None], axis=1).reshape(b * n, *packed.shape[2:])
+    truth = checkpoint_name(sample_packed(truth, chosen, packed.shape[2]), KEPT)
+    return sample(flat, chosen).reshape(b, n, -1), truth.reshape(b, n, -1), chosen.reshape(b, n, -1, 2)
+
+
 def level_losses(
     kinds: Mapping[str, Passes],
     targets: Mapping[str, Targets],
@@ -319,24 +345,8 @@ def level_losses(
     masks = mask_logits(together(matched.values()), features)
     if refine is not None:
         masks = refine(masks, features)
-    n = masks.shape[1]
-    flat_masks = masks.reshape(b * n, *masks.shape[2:])
     index = jnp.maximum(together(targets[name].masks.reshape(b, -1) for name in kinds), 0)
-    if any(passes.points is None for passes in kinds.values()):
-        truth = jnp.take_along_axis(masks_on_grid(packed, features.shape[1:3]), index[..., None], axis=1)
-        chosen, logits = None, masks.reshape(b, n, -1)
-    else:
-        candidates, extra = (
-            together(getattr(passes.points, which) for passes in kinds.values()).reshape(b * n, -1, 2)
-            for which in ("candidates", "extra")
-        )
-        keep = cfg.points - extra.shape[1]
-        chosen = uncertain_points(sample(jax.lax.stop_gradient(flat_masks), candidates), candidates, extra, keep)
-        # Places along the last axis: a TPU fills an array whose last axis has two with 126 lanes of nothing.
-        chosen = jnp.moveaxis(checkpoint_name(jnp.moveaxis(chosen, -1, 0), KEPT), 0, -1)
-        truth = jnp.take_along_axis(packed, index[..., None, None], axis=1).reshape(b * n, *packed.shape[2:])
-        truth = checkpoint_name(sample_packed(truth, chosen, packed.shape[2]), KEPT).reshape(b, n, -1)
-        logits, chosen = sample(flat_masks, chosen).reshape(truth.shape), chosen.reshape(b, n, -1, 2)
+    logits, truth, chosen = compared(masks, index, packed, [passes.points for passes in kinds.values()], cfg)
 
     found, done = {}, 0
     for name, embeds in matched.items():
@@ -358,7 +368,7 @@ def segmentation_terms(
 ) -> tuple[Terms, dict[str, Int[Array, "b r m"]]]:
     """Terms of all kinds of passes, summed over all prediction levels, and the last level's assignments; BAR only on the last.
 
-    `kinds` have a leading axis J, or the keys to draw points from in place of them.
+    `kinds` have a leading axis J, or, in place of points, keys to draw them from.
     """
     j = next(iter(kinds.values())).class_logits.shape[0]
 

@@ -52,6 +52,19 @@ def test_next_token_loss_is_the_mean_over_labels_in_any_chunk(rng):
         assert int(count) == kept.sum()
 
 
+@pytest.mark.parametrize("first", [1, 5, 12])
+def test_where_the_first_label_may_stand_changes_no_loss(rng, first):
+    """What stands before it is left out in whole tiles, so that a few tokens without a label are in."""
+    hidden = jnp.asarray(rng.normal(size=(2, 29, 5)), jnp.float32)
+    table = Vocabulary.whole(jnp.asarray(rng.normal(size=(11, 5)), jnp.float32))
+    labels = rng.integers(0, 11, (2, 29))
+    labels[:, :12] = NO_LABEL
+    expected = next_token_loss(hidden, table, jnp.asarray(labels), chunk=7)
+    found = next_token_loss(hidden, table, jnp.asarray(labels), chunk=7, first=first)
+    np.testing.assert_allclose(np.asarray(found), np.asarray(expected), rtol=1e-6)
+    assert int(found[1]) == 2 * 17
+
+
 def test_class_loss_weighs_the_background(rng):
     logits = rng.normal(size=(2, 4, 3)).astype(np.float32)
     labels, assigned = np.array([[1, 0], [0, 0]]), np.array([[2, -1], [3, 0]])

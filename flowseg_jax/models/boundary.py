@@ -74,8 +74,8 @@ class BoundaryRefinement(nnx.Module):
         edge = jax.lax.stop_gradient(band(jax.nn.sigmoid(masks), self.kernel, self.eps))
         # The convolution is linear in its channels: the features' share is computed once an image, not once a mask. And to one
         # channel it is a product with its nine taps, each moved to its place: compilers need long for convolutions this thin.
-        kernel = self.refine.kernel[..., 0].astype(jnp.float32)
-        of_features = einsum("bhwc,yxc->yxbhw", self.compress(features).astype(jnp.float32), kernel[:, :, 1:])
+        kernel, compressed = self.refine.kernel[..., 0], self.compress(features)
+        of_features = einsum("bhwc,yxc->yxbhw", compressed, kernel[:, :, 1:].astype(compressed.dtype))
         shared = sum_of_taps(lambda y, x: of_features[y, x])
         own = sum_of_taps(lambda y, x: masks * kernel[y, x, 0])
         delta = jnp.tanh(own + shared[:, None] + self.refine.bias[...]) * self.alpha[...]
