@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
@@ -132,9 +131,6 @@ class Projector(nnx.Module):
         return self.down(gelu(self.up(x)))
 
 
-TRUNK = ("conv1", "norm1", "conv2", "norm2")  # of a `ConnectorLevel`: what has the same sizes on levels of equally wide maps
-
-
 class ConnectorLevel(nnx.Module):
     """One map: 1x1, 3x3, 1x1 convolution, each followed by a channel LayerNorm, then pixel shuffle; no activation function."""
 
@@ -150,16 +146,11 @@ class ConnectorLevel(nnx.Module):
         self.scale, self.multiple = scale, multiple
 
     def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b y x o"]:
-        return self.head(self.trunk(x))
-
-    def trunk(self, x: Float[Array, "b h w i"]) -> Float[Array, "b y x c"]:
-        """Through the first two convolutions and their norms, `TRUNK`."""
-        x = self.norm1(self.conv1(pad_to_multiple(x, self.multiple)))
-        return self.norm2(self.conv2(x))
-
-    def head(self, x: Float[Array, "b h w c"]) -> Float[Array, "b y x o"]:
-        """Through the rest, to the level's own scale."""
-        return pixel_shuffle(self.norm3(self.conv3(x)), self.scale)
+        x = pad_to_multiple(x, self.multiple)
+        x = self.norm1(self.conv1(x))
+        x = self.norm2(self.conv2(x))
+        x = self.norm3(self.conv3(x))
+        return pixel_shuffle(x, self.scale)
 
 
 class SegConnector(nnx.Module):
@@ -185,19 +176,4 @@ class SegConnector(nnx.Module):
         """
         if len(maps) != len(self.levels):
             raise ValueError(f"SegConnector: {len(maps)} maps for {len(self.levels)} levels")
-        if len({x.shape for x in maps}) > 1:
-            return tuple(self.levels[i](maps[i]) for i in self.cfg.order)
-        trunks = self._trunks(maps)
-        return tuple(self.levels[i].head(trunks[i]) for i in self.cfg.order)
-
-    def _trunks(self, maps: tuple[Float[Array, "b h w i"], ...]) -> Float[Array, "l b y x c"]:
-        """One level after the other in a loop: compilers take long for convolutions, and so they see one level's."""
-        graphdef, _ = nnx.split(self.levels[0])
-        first, *others = [nnx.to_pure_dict(nnx.state(level)) for level in self.levels]
-        trunks = [{name: state[name] for name in TRUNK} for state in (first, *others)]
-
-        def step(_: None, inputs: tuple[dict, Array]) -> tuple[None, Array]:
-            trunk, x = inputs
-            return None, nnx.merge(graphdef, first | trunk).trunk(x)
-
-        return jax.lax.scan(step, None, (jax.tree.map(lambda *x: jnp.stack(x), *trunks), jnp.stack(maps)))[1]
+        return tuple(self.levels[i](maps[i]) for i in self.cfg.order)
