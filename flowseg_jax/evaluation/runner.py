@@ -286,8 +286,11 @@ def _record(
     no_target_below: float,
 ) -> dict[str, Any]:
     """One line of the JSONL. Every array is [2]: the selected mask and the best candidate."""
-    pairs = [(counted[f"{raster}intersection"], counted[f"{raster}union"]) for raster in ("", "once_")]
-    (selected, best), (once, best_once) = (((int(i[n]), int(u[n])) for n in (0, 1)) for i, u in pairs)
+    pairs = {
+        raster: [(int(counted[f"{raster}intersection"][n]), int(counted[f"{raster}union"][n])) for n in (0, 1)]
+        for raster in ("", "once_")
+    }
+    (selected, best), (once, best_once) = pairs[""], pairs["once_"]
     oracle, oracle_once = metrics.better(selected, best), metrics.better(once, best_once)
     record = {
         "image_id": int(sample.image_id),
@@ -324,8 +327,9 @@ def _record(
         "failure": "" if counted["finite"][0] else "no <SEG>" if query[0] == NONE else "non-finite",
     }
     record["iou"] = metrics.sample_iou(record, protocol)
-    record["best_iou"] = metrics.iou(*best, protocol.both_empty)
-    record["oracle_iou"] = metrics.iou(*oracle, protocol.both_empty)
+    summed = protocol.raster == "sum"
+    record["best_iou"] = metrics.iou(*(best_once if summed else best), protocol.both_empty)
+    record["oracle_iou"] = metrics.iou(*(oracle_once if summed else oracle), protocol.both_empty)
     return record
 
 
