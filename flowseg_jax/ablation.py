@@ -45,7 +45,7 @@ VARIANTS = {  # argument of the config -> what the tables call it; each adds one
     "sr_cr": "+SR+CR",
     "sr_cr_bar": "+SR+CR+BAR",
 }
-FIGURES = {"ciou": "cIoU", "giou": "gIoU", "oracle_ciou": "oracle cIoU", "selection_gap": "selection gap"}
+FIGURES = {"ciou": "cIoU", "giou": "gIoU", "oracle_ciou": "oracle cIoU", "ciou_to_oracle": "oracle cIoU - cIoU"}
 
 Records = Sequence[Mapping[str, Any]]  # the samples of one run
 
@@ -180,7 +180,7 @@ def _sums(runs: Sequence[Sequence[Records]]) -> np.ndarray:
 
 
 def _figures(sums: np.ndarray) -> np.ndarray:
-    """[..., (cIoU, gIoU, oracle cIoU, selection gap)] in percent from the sums [..., 6]."""
+    """[..., (cIoU, gIoU, oracle cIoU, oracle cIoU - cIoU)] in percent from the sums [..., 6]."""
     i, u, oracle_i, oracle_u, ious, n = np.moveaxis(sums, -1, 0)
     ciou, oracle = i / u, oracle_i / oracle_u
     return 100 * np.stack([ciou, ious / n, oracle, oracle - ciou], -1)

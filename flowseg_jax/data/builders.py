@@ -176,11 +176,13 @@ def _summary(layout: Layout, todo: Sequence[Shard], problems: Problems, root: Pa
     reports = [(shard.split, shard.report()) for shard in todo]
     counts = {split: Counter() for split, _ in reports}
     notes, found, digest = Counter(), list(problems.found), hashlib.sha256()
+    things = getattr(layout, "things", None)  # of panoptic layouts alone
+    digest.update(json.dumps([layout.task, layout.categories, things]).encode())
     for split, report in reports:
         counts[split].update(report["counts"])
         notes.update(report["notes"])
         found += report["problems"]
-        digest.update(report["digest"].encode())
+        digest.update(json.dumps([split, report["digest"]]).encode())
     for split, count in counts.items():
         said = f"{count['refs']} refs, {count['sentences']} sentences" if layout.task != "chat" else "chats"
         log(f"{split}: {count['images']} images, {said}")
@@ -194,7 +196,7 @@ def _summary(layout: Layout, todo: Sequence[Shard], problems: Problems, root: Pa
         "task": layout.task,
         "source": layout.source,
         "categories": list(layout.categories),
-        "things": getattr(layout, "things", None),  # of panoptic layouts alone
+        "things": things,
         "splits": {split: dict(count) for split, count in counts.items()},
         "notes": dict(sorted(notes.items())),
         "problems": len(found),

@@ -89,7 +89,8 @@ class Prepared:
         things: of each category, whether it is countable (a thing) or not (stuff); None where the source does not tell them
             apart. Where it does, no two objects of an image share a pixel.
         splits: split name -> {"images", "refs", "sentences", "samples"} counts.
-        digest: SHA-256 of everything that was read to make it.
+        digest: SHA-256 of everything that is stored of its examples, of their splits and of what its categories are. Equal
+            digests: equal numbers of the same model, by every protocol.
     """
 
     def __init__(self, directory: Path, metadata: Mapping[str, Any]):

@@ -37,7 +37,7 @@ _ERRORS = {
 
 def ious(record: Mapping[str, Any]) -> tuple[float, float]:
     """IoU in [0, 1] of the selected mask and of the oracle."""
-    return metrics.sample_iou(record), metrics.iou(*metrics.counts(record, of="oracle_"))
+    return metrics.sample_iou(record), metrics.oracle_iou(record)
 
 
 def kind(record: Mapping[str, Any]) -> str:
@@ -68,8 +68,7 @@ def _figures(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "selectable": 100 * sum(oracle - selected for selected, oracle in mine) / n,
         }
     return {
-        **{key: table[key] for key in ("n", "ciou", "oracle_ciou", "selection_gap", "giou")},
-        "oracle_giou": 100 * sum(oracle for _, _, oracle in values) / n,
+        **{key: table[key] for key in ("n", "ciou", "oracle_ciou", "giou", "oracle_giou", "selection_gap")},
         "errors": split,
     }
 
@@ -78,7 +77,7 @@ def summarise(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The diagnosis of a split.
 
     Returns:
-        n, ciou, oracle_ciou, selection_gap, giou and oracle_giou; `errors`: for each kind n, its share of the samples, the
+        n, ciou, oracle_ciou, giou, oracle_giou and selection_gap; `errors`: for each kind n, its share of the samples, the
         points of gIoU `lost` in it (they add up to 100 - gIoU) and how many of these were `selectable`, which the oracle has.
         The same for each family. `ranks`: {rank: n} of the best candidate among the scores, 0 for the highest, over the
         `found` samples whose oracle has an IoU of at least 0.5; `within`: {k: share of these in which it is among the k
@@ -112,9 +111,9 @@ def run(file: Path, out: Path) -> Path:
     body = [
         sheet.heading("Selected and best of all candidates", "oracle: if the best candidate were always selected."),
         sheet.table(
-            ["", "n", "cIoU", "oracle cIoU", "gap", "gIoU", "oracle gIoU"],
+            ["", "n", "cIoU", "oracle cIoU", "gIoU", "oracle gIoU", "gap"],
             [
-                [name, *(row[key] for key in ("n", "ciou", "oracle_ciou", "selection_gap", "giou", "oracle_giou"))]
+                [name, *(row[key] for key in ("n", "ciou", "oracle_ciou", "giou", "oracle_giou", "selection_gap"))]
                 for name, row in every.items()
             ],
         ),

@@ -24,7 +24,8 @@ NEEDED += tuple(
     f"{of}{raster}{what}" for of in ("", "oracle_") for raster in ("", "once_") for what in ("intersection", "union")
 )
 RESAMPLES, INTERVAL = 10_000, (2.5, 97.5)
-_COLUMNS = {"ciou": "cIoU", "giou": "gIoU", "oracle_ciou": "oracle", "n_acc": "N-acc", "t_acc": "T-acc"}
+_COLUMNS = {"ciou": "cIoU", "giou": "gIoU", "oracle_ciou": "o-cIoU", "oracle_giou": "o-gIoU"}  # o-: the oracle's
+_COLUMNS |= {"n_acc": "N-acc", "t_acc": "T-acc"}
 _COLUMNS |= {f"{x:g}": f"P@{x:g}" for x in FIVE}
 
 

@@ -1,4 +1,4 @@
-"""cIoU, gIoU, P@X, N-acc, T-acc, oracle cIoU and selection gap from integer intersections and unions.
+"""cIoU, gIoU, P@X, N-acc, T-acc, the oracle's cIoU and gIoU and the selection gap from integer intersections and unions.
 
 The unit of everything here is the record of one sample, a plain dict as it stands in a `<split>.jsonl`, so that every table can
 be recomputed from the file alone. Sums are taken in integers and divided once: a result depends neither on the order of the
@@ -8,8 +8,13 @@ Definitions (n samples, intersection I_i and union U_i in pixels at the original
 
     cIoU = sum I / sum U          gIoU = mIoU = mean I/U          P@X = share of samples with I/U >= X
 
-`oracle` is what selection could have reached: for each sample the better of the best candidate and of the selected one.
-`selection_gap` = oracle cIoU - cIoU.
+The oracle is what selection could have reached: it takes, for each sample, the candidate with the higher IoU of two, the
+selected one and the best one. `oracle_ciou` and `oracle_giou` are the cIoU and the gIoU of these choices.
+
+    selection_gap = oracle gIoU - gIoU, never negative
+
+The oracle's cIoU may lie below the model's: a higher IoU of a small object can cost more pixels of union than it brings of
+intersection. It is therefore not what a gap is measured with.
 
 The rule of generalised referring segmentation (ReLA), in which some samples refer to nothing. "No target" is predicted where
 the selected mask is empty or its score lies below the record's `no_target_below`:
@@ -20,7 +25,8 @@ the selected mask is empty or its score lies below the record's `no_target_below
     something          a mask        |truth and mask|      |truth or mask|       I/U   T-acc (share of the others)
     something          no target     0                     |truth or mask|       0
 
-A failed sample has I = 0 and IoU 0 by every protocol, and is right neither for N-acc nor for T-acc.
+A failed sample has I = 0 and IoU 0 by every protocol, and is right neither for N-acc nor for T-acc. The oracle may have another
+candidate for it; where nothing was to be found it counts 0 for the oracle too.
 """
 
 from __future__ import annotations
@@ -115,6 +121,14 @@ def sample_iou(record: Record, protocol: Protocol = XSAM) -> float:
     return iou(*counts(record, protocol), protocol.both_empty)
 
 
+def oracle_iou(record: Record, protocol: Protocol = XSAM) -> float:
+    """IoU in [0, 1] of the oracle's choice for the record; by every protocol at least `sample_iou`."""
+    i, u = counts(record, protocol, "oracle_")
+    if protocol.no_target == "gres" and refers_to_nothing(record):
+        return float(u == 0 and not record["failed"])
+    return iou(i, u, 0.0 if record["failed"] else protocol.both_empty)
+
+
 def answers(records: Sequence[Record], protocol: Protocol) -> bool:
     """Whether the records hold a table of the protocol: the model was shown its text, and it has something to add.
 
@@ -157,9 +171,22 @@ def _headline(records: Sequence[Record], protocol: Protocol) -> dict[str, Any]:
 
 def _figures(records: Sequence[Record], protocol: Protocol) -> dict[str, Any]:
     weighed = ((weight(r, protocol), counts(r, protocol, "oracle_")) for r in records)
-    oracle = _cumulative(((w * i, w * u) for w, (i, u) in weighed), protocol.both_empty)
     found = _headline(records, protocol)
-    return found | {"oracle_ciou": oracle, "selection_gap": oracle - found["ciou"]}
+    oracle = {
+        "oracle_ciou": _cumulative(((w * i, w * u) for w, (i, u) in weighed), protocol.both_empty),
+        "oracle_giou": 100.0 * math.fsum(weight(r, protocol) * oracle_iou(r, protocol) for r in records) / found["n"],
+    }
+    return found | oracle | {"selection_gap": oracle["oracle_giou"] - found["giou"]}
+
+
+def first_texts(records: Sequence[Record]) -> list[Record]:
+    """The first question of each image, one sample an image however often it is repeated: LISA's samples."""
+    first: dict[int, Record] = {}
+    for record in records:
+        known = first.get(record["image_id"])
+        if known is None or record["sentence_id"] < known["sentence_id"]:
+            first[record["image_id"]] = record
+    return [{**record, "count": 1} for record in first.values()]
 
 
 def other_protocols(records: Sequence[Record], protocol: Protocol) -> dict[str, dict[str, Any]]:
@@ -191,10 +218,12 @@ def summarise(records: Iterable[Record], protocol: Protocol = XSAM) -> dict[str,
         protocol: what is counted and how.
 
     Returns:
-        protocol, n, ciou, giou, oracle_ciou, selection_gap, p_at ("0.5".."0.9"; empty where no sample refers to something),
+        protocol, n, ciou, giou, oracle_ciou, oracle_giou, selection_gap, p_at ("0.5".."0.9"; empty where no sample refers to
+        something),
         failed (count), failures (reason -> count) and families: the same figures for each expression family; with "gres" also
-        n_acc and t_acc where such samples exist. Of reasoning questions also first_text: the same for the first question of
-        each image alone, as LISA scores them. Percent, full precision.
+        n_acc and t_acc where such samples exist. Of reasoning questions (which need `image_id` and `sentence_id`) also
+        first_text: the same for the first question of each image alone, one sample an image, as LISA scores them. Percent, full
+        precision.
 
     Raises:
         UserError: the protocol counts none of the records.
@@ -213,14 +242,12 @@ def summarise(records: Iterable[Record], protocol: Protocol = XSAM) -> dict[str,
         "families": {family: _figures(rows, protocol) for family, rows in sorted(families.items())},
     }
     if {r["family"] for r in records} <= REASONING:
-        first = [r for r in records if r["sentence_id"] == 0]
+        first = first_texts(records)
         rows = {family: [r for r in first if r["family"] == family] for family in sorted(families)}
-        if first:
-            table["first_text"] = _figures(first, protocol)
-            table["first_text"]["families"] = {family: _figures(kept, protocol) for family, kept in rows.items() if kept}
-        for whole in (table, table.get("first_text")):
-            if whole:
-                check_between(whole)
+        table["first_text"] = _figures(first, protocol)
+        table["first_text"]["families"] = {family: _figures(kept, protocol) for family, kept in rows.items() if kept}
+        check_between(table)
+        check_between(table["first_text"])
     return table
 
 

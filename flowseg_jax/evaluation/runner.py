@@ -143,7 +143,8 @@ def _tell(name: str, result: Mapping[str, Any], samples: int, seconds: float, ev
     )
     say(
         f"evaluate {name}: {result['protocol']}, {metrics.in_words(result)},"
-        f" oracle cIoU {result['oracle_ciou']:.2f}, selection gap {result['selection_gap']:.2f}, failed {result['failed']}"
+        f" oracle cIoU {result['oracle_ciou']:.2f}, oracle gIoU {result['oracle_giou']:.2f},"
+        f" selection gap {result['selection_gap']:.2f}, failed {result['failed']}"
         + "".join(f", {count} of them {reason}" for reason, count in result["failures"].items())
     )
     if first := result.get("first_text"):  # ReasonSeg's two ways to count
@@ -327,9 +328,9 @@ def _record(
         "failure": "" if counted["finite"][0] else "no <SEG>" if query[0] == NONE else "non-finite",
     }
     record["iou"] = metrics.sample_iou(record, protocol)
-    summed = protocol.raster == "sum"
-    record["best_iou"] = metrics.iou(*(best_once if summed else best), protocol.both_empty)
-    record["oracle_iou"] = metrics.iou(*(oracle_once if summed else oracle), protocol.both_empty)
+    both_empty = 0.0 if record["failed"] else protocol.both_empty
+    record["best_iou"] = metrics.iou(*(best_once if protocol.raster == "sum" else best), both_empty)
+    record["oracle_iou"] = metrics.oracle_iou(record, protocol)
     return record
 
 

@@ -67,7 +67,31 @@ def test_reasoning_has_two_tables_and_the_whole_lies_between_its_parts():
         values = [part["families"][family]["giou"] for family in ("short", "long")]
         assert min(values) <= part["giou"] <= max(values)
     assert "first text" in audit.render({"xsam": table})
+    assert table["selection_gap"] == table["first_text"]["selection_gap"] == 0
     assert "first_text" not in metrics.summarise([record(1, 0, (1, 2), family="attribute")])
+
+
+def test_the_first_text_is_one_sample_an_image():
+    """Questions that differ in case are one record of several sentences; LISA asks the first one of each image."""
+    rows = [record(1, 0, (3, 10), count=3, family="long"), record(1, 3, (9, 10), family="long")]
+    rows += [record(2, 0, (6, 10), family="short")]
+    rows += [record(3, 2, (1, 10), family="short"), record(3, 1, (6, 10), family="short")]
+    for protocol, n in ((XSAM, 5), (LISA, 7)):
+        table = metrics.summarise(rows, protocol)
+        assert table["n"] == n
+        first = table["first_text"]
+        assert first["n"] == 3 and first["giou"] == pytest.approx(50) and first["ciou"] == pytest.approx(50)
+        assert first["oracle_giou"] == pytest.approx(50) and first["p_at"]["0.6"] == pytest.approx(200 / 3)
+        assert {family: row["n"] for family, row in first["families"].items()} == {"long": 1, "short": 2}
+
+
+def test_a_model_does_not_differ_from_itself():
+    rows = [record(image, 0, (40 + image, 100)) for image in range(9)]
+    for name, difference in audit.compare(rows, rows, XSAM, resamples=50).items():
+        assert (difference.low, difference.high, difference.better) == (0, 0, 0), name
+        assert str(difference) == "44.00 -> 44.00: +0.00 [+0.00, +0.00], higher in 0.0% of the resamples (no difference shown)"
+    worse = audit.compare(rows, [record(image, 0, (30 + image, 100)) for image in range(9)], XSAM, resamples=50)
+    assert all(str(difference).endswith("(a difference)") for difference in worse.values())
 
 
 def test_a_difference_that_is_there_is_shown_and_one_by_chance_is_not():

@@ -162,7 +162,7 @@ def theirs(case, raster):
 def expected(cases, name):
     """The protocol's table, written down once more: lists a sample, repeated where the protocol counts sentences."""
     raster = {"lisa": "sum", "psalm": "fill_points"}.get(name, "union")
-    i, u, iou, nothing, abstains, failed, best_i, best_u = ([] for _ in range(8))
+    i, u, iou, nothing, abstains, failed, best_i, best_u, best_iou = ([] for _ in range(9))
     for c in cases:
         if name == "grefcoco-target-only" and not c["objects"]:
             continue
@@ -171,23 +171,26 @@ def expected(cases, name):
         other = np.logical_and(truth, candidate).sum(), np.logical_or(truth, candidate).sum()
         as_one = lambda pair: pair[0] / pair[1] if pair[1] else 1.0  # noqa: E731
         best = other if as_one(other) > as_one((both, either)) else (both, either)
-        value = as_one((both, either))
+        value, reachable = as_one((both, either)), as_one(best)
         silent = c["finite"] and (not selected.any() or c["score"] < NO_TARGET_BELOW)
         if name == "grefcoco":
             if not c["objects"]:
                 value = 1.0 if silent else 0.0
                 both, either, best = (0, 0, (0, 0)) if silent else (0, selected.sum(), best)
+                reachable = float(best[1] == 0)
             else:
                 value = 0.0 if silent or not either else both / either
                 both = 0 if silent else both
                 refused = c["finite"] and c["score"] < NO_TARGET_BELOW
                 best = (0, best[1]) if refused else best
+                reachable = best[0] / best[1] if best[1] else 0.0
         if not c["finite"]:
             both, value = 0, 0.0
+            reachable = reachable if best[1] else 0.0
         for _ in range(c["count"] if name in ("lisa", "grefcoco") else 1):
             for values, one in zip(
-                (i, u, iou, nothing, abstains, failed, best_i, best_u),
-                (both, either, value, not c["objects"], silent, not c["finite"], *best),
+                (i, u, iou, nothing, abstains, failed, best_i, best_u, best_iou),
+                (both, either, value, not c["objects"], silent, not c["finite"], *best, reachable),
                 strict=True,
             ):
                 values.append(one)
@@ -199,6 +202,8 @@ def expected(cases, name):
         "ciou": 100 * i.sum() / u.sum(),
         "giou": 100 * iou.mean(),
         "oracle_ciou": 100 * sum(best_i) / sum(best_u),
+        "oracle_giou": 100 * np.mean(best_iou),
+        "selection_gap": 100 * (np.array(best_iou) - iou).mean(),
         "p_at": {str(x): 100 * (iou[target] >= x).mean() for x in thresholds},
     }
     if name == "grefcoco":

@@ -37,7 +37,8 @@ def test_hand_computed_table():
     assert table["ciou"] == pytest.approx(100 * 59 / 510)
     assert table["giou"] == pytest.approx(100 * (0.5 + 0 + 0.9 + 1) / 4)
     assert table["oracle_ciou"] == pytest.approx(100 * 199 / 410)
-    assert table["selection_gap"] == pytest.approx(table["oracle_ciou"] - table["ciou"])
+    assert table["oracle_giou"] == pytest.approx(100 * (0.9 + 1 / 3 + 0.9 + 1) / 4)
+    assert table["selection_gap"] == pytest.approx(100 * (0.4 + 1 / 3) / 4)
     # IoU of exactly X counts: 0.5 at 0.5 and 0.9 at 0.9.
     assert table["p_at"] == {"0.5": 75.0, "0.6": 50.0, "0.7": 50.0, "0.8": 50.0, "0.9": 50.0}
     assert list(table["families"]) == ["attribute", "relation"]
@@ -46,7 +47,8 @@ def test_hand_computed_table():
         "ciou": pytest.approx(100 * 9 / 410),
         "giou": pytest.approx(45.0),
         "oracle_ciou": pytest.approx(100 * 109 / 310),
-        "selection_gap": pytest.approx(100 * 109 / 310 - 100 * 9 / 410),
+        "oracle_giou": pytest.approx(100 * (1 / 3 + 0.9) / 2),
+        "selection_gap": pytest.approx(100 / 6),
         "p_at": {"0.5": 50.0, "0.6": 50.0, "0.7": 50.0, "0.8": 50.0, "0.9": 50.0},
     }
 
@@ -56,6 +58,34 @@ def test_failed_sample_counts_zero_even_where_both_are_empty():
     assert table["failed"] == 1
     assert table["giou"] == 50.0
     assert table["p_at"]["0.5"] == 50.0
+
+
+def test_the_oracle_can_cost_ciou_but_never_giou():
+    """The second sample's better IoU has so large a union that all pixels together get worse: 70/200 against 65/295."""
+    table = metrics.summarise([record((69, 99), (69, 99)), record((1, 101), (100, 400))])
+    assert table["ciou"] == pytest.approx(100 * 70 / 200) and table["oracle_ciou"] == pytest.approx(100 * 169 / 499)
+    assert table["oracle_ciou"] < table["ciou"]
+    assert table["selection_gap"] == pytest.approx(100 * (100 / 400 - 1 / 101) / 2)
+
+
+@pytest.mark.parametrize("name", protocols.PROTOCOLS)
+def test_no_gap_is_negative(name):
+    """Of one sample, and so of all: with and without a target, failed, refused, empty."""
+    rng, gaps = np.random.default_rng(0), []
+    for _ in range(3000):
+        nothing = bool(rng.random() < 0.3)
+        truth = 0 if nothing else int(rng.integers(0, 4))
+        area = int(rng.integers(0, 4))
+        both, other_both, other_area = (int(rng.integers(0, n + 1)) for n in (min(truth, area), min(truth, 3), 3))
+        other = (other_both, truth + max(other_area, other_both) - other_both)
+        row = record((both, truth + area - both), other, failed=bool(rng.random() < 0.1))
+        row |= {"ann_id": -1 if nothing else 7, "area": area, "score": float(rng.random()), "no_target_below": 0.3, "count": 2}
+        row |= {f"{of}once_{what}": row[f"{of}{what}"] for of in ("", "oracle_") for what in ("intersection", "union")}
+        protocol = protocols.get(name)
+        gaps.append(metrics.oracle_iou(row, protocol) - metrics.sample_iou(row, protocol))
+        if metrics.weight(row, protocol):
+            assert metrics.summarise([row], protocol)["selection_gap"] == pytest.approx(100 * gaps[-1])
+    assert min(gaps) == 0 and max(gaps) == 1
 
 
 def test_only_empty_samples_take_the_protocols_value():

@@ -41,7 +41,7 @@ def example(kind_iou, text="the <b>red</b> circle", sentence=None, i=1):
 
 def figures(ciou):
     p_at = {f"0.{i}": 100.0 - i for i in range(5, 10)}
-    return {"n": 10, "ciou": ciou, "giou": 50.0, "oracle_ciou": 90.0, "selection_gap": 90.0 - ciou, "p_at": p_at}
+    return {"n": 10, "ciou": ciou, "giou": 50.0, "oracle_ciou": 90.0, "oracle_giou": 80.0, "selection_gap": 30.0, "p_at": p_at}
 
 
 def result(ciou, shuffled=False):
@@ -94,7 +94,7 @@ def test_page_and_pictures_from_files(tmp_path):
         assert words in text
     assert "<b>red</b>" not in text
     assert "rank 2" in text and "not a number" in text and "truth: “a “star””" in text
-    assert page.cells == 3 * 8 + 3 * 2
+    assert page.cells == 3 * 9 + 3 * 2
     assert text.index("Good") < text.index("Failed")
     plain = report.table(rows)
     assert [line.split()[0] for line in plain.splitlines()] == ["split", "val", "val", "val"]

@@ -58,7 +58,7 @@ class Statistics:
     def __str__(self) -> str:
         rows = [("split", "images", "refs", "sentences", *FAMILIES)]
         for split in SPLITS:
-            families = (self.sentences[split, f] for f in FAMILIES)
+            families = [self.sentences[split, f] for f in FAMILIES]
             rows.append((split, self.images[split], self.refs[split], self.sentences_of(split), *families))
         rows.append(("share", "", "", "", *(f"{100 * self.share(f):.1f}%" for f in FAMILIES)))
         rates = (f"{100 * self.noun_hits[f] / max(1, self.family(f)):.0f}%" for f in FAMILIES)
