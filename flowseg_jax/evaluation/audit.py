@@ -102,6 +102,7 @@ def category_tables(path: str | Path, records: Sequence[Mapping[str, Any]]) -> d
         ) from None
     for number, record in enumerate(records, 1):
         try:
+            panoptic.check(record, len(categories))
             panoptic.tables([record], categories, things)
         except (KeyError, IndexError, TypeError, ValueError, ZeroDivisionError, AttributeError) as error:
             raise UserError(f"{path}:{number}: no counts of {len(categories)} categories ({error!r}); evaluate again") from None

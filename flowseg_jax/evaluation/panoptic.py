@@ -4,6 +4,9 @@ Each image leaves one record: its matched segments with their intersections and 
 its confusion of categories, and its objects, true and predicted, as run-length codes. The tables of all protocols are functions
 of the records alone. Mask AP ranks all predictions of a split and is left to pycocotools.
 
+Categories are numbers, places in the data set's list of names. So are the keys of `by_category` (as text, which JSON asks for),
+each of whose rows says the name: two categories of one name stay two.
+
 Panoptic quality (Kirillov et al. 2019; the rules are those of its reference code, panopticapi). Pixels without a true segment
 are void. A predicted and a true segment match if they are of one category and their IoU is above 1/2, which no segment can have
 with two others; void pixels of the prediction do not count in the union. Of each category, over all images:
@@ -110,6 +113,17 @@ def count_pixels(found: Int[np.ndarray, "y x"], truth: Segments) -> dict[str, li
     return {"confusion": [[int(t), int(f), int(n)] for (t, f), n in zip(pairs.T, pixels, strict=True)]}
 
 
+def check(record: Record, categories: int) -> None:
+    """Raises a ValueError unless the record's counts are counts, of categories below `categories` (predicted pixels: or -1)."""
+    numbers = [(c, i, u - i) for c, i, u in record.get("matched", ())]
+    numbers += [(c,) for key in ("missed", "extra") for c in record.get(key, ())]
+    numbers += [(true, found + 1, pixels) for true, found, pixels in record.get("confusion", ())]
+    numbers += [(category,) for category, *_ in record.get("objects", ())]
+    numbers += [(category, place, len(record["masks"]) - 1 - place) for category, _, place in record.get("found", ())]
+    if any(type(n) is not int or n < 0 for row in numbers for n in row) or any(row[0] >= categories for row in numbers):
+        raise ValueError("a negative count or no such category")
+
+
 def _mean(values: Iterable[float]) -> float | None:
     """Exact, so the order does not matter; None of nothing."""
     values = list(values)
@@ -125,8 +139,8 @@ def panoptic_table(records: Iterable[Record], categories: Sequence[str], things:
         things: which of them are things.
 
     Returns:
-        {"all", "things", "stuff": {"pq", "sq", "rq", "categories" (how many are averaged)}, "by_category": {name: {"pq", "sq",
-        "rq", "tp", "fp", "fn"}}}; None where there is nothing to average.
+        {"all", "things", "stuff": {"pq", "sq", "rq", "categories" (how many are averaged)}, "by_category": {number: {"name",
+        "pq", "sq", "rq", "tp", "fp", "fn"}}}; None where there is nothing to average.
     """
     ious: list[list[float]] = [[] for _ in categories]
     missed, extra = [0] * len(categories), [0] * len(categories)
@@ -149,11 +163,11 @@ def panoptic_table(records: Iterable[Record], categories: Sequence[str], things:
     table: dict[str, Any] = {"all": mean([*rows.values()])}
     for name, wanted in (("things", True), ("stuff", False)):
         table[name] = mean([row for c, row in rows.items() if things[c] is wanted])
-    return table | {"by_category": {categories[c]: row for c, row in rows.items()}}
+    return table | {"by_category": {str(c): {"name": categories[c]} | row for c, row in rows.items()}}
 
 
 def semantic_table(records: Iterable[Record], categories: Sequence[str]) -> dict[str, Any]:
-    """mIoU, in percent, and the IoU of each category that occurs in the truth.
+    """mIoU, in percent, and "by_category": {number: {"name", "iou"}} of each category that occurs in the truth.
 
     Args:
         records: with `confusion` of `count_pixels`.
@@ -165,9 +179,10 @@ def semantic_table(records: Iterable[Record], categories: Sequence[str]) -> dict
             matrix[true, found] += pixels
     right, rows, columns = matrix.diagonal(), matrix.sum(1), matrix.sum(0)[:-1]
     iou = {
-        name: 100 * int(right[c]) / int(rows[c] + columns[c] - right[c]) for c, name in enumerate(categories) if rows[c]
+        c: 100 * int(right[c]) / int(rows[c] + columns[c] - right[c]) for c in range(len(categories)) if rows[c]
     }  # true division of integers: correctly rounded
-    return {"miou": _mean(iou.values()), "categories": len(iou), "by_category": iou}
+    by_category = {str(c): {"name": categories[c], "iou": value} for c, value in iou.items()}
+    return {"miou": _mean(iou.values()), "categories": len(iou), "by_category": by_category}
 
 
 def count_objects(
@@ -201,9 +216,9 @@ def count_objects(
 def instance_table(
     records: Iterable[Record], categories: Sequence[str], things: Sequence[bool] | None = None
 ) -> dict[str, Any]:
-    """AP over IoU 0.5:0.95, at 0.5, at 0.75, of small, medium and large objects, and of each category, in percent.
+    """AP over IoU 0.5:0.95, at 0.5, at 0.75, of small, medium and large objects, and "by_category": {number: {"name", "ap"}}.
 
-    At most 100 predictions an image count. None where there is no true object.
+    In percent. At most 100 predictions an image count. None where there is no true object.
 
     Args:
         records: with `height`, `width` and the lists of `count_objects`.
@@ -247,8 +262,10 @@ def instance_table(
     known = lambda value: None if value < 0 else 100 * float(value)  # noqa: E731 (-1: no true object)
     table = {name: known(evaluation.stats[at]) for name, at in STATISTICS.items()}
     precision = evaluation.eval["precision"][:, :, :, 0, -1]  # of objects of all sizes
-    each = {categories[c]: precision[:, :, k] for k, c in enumerate(counted)}
-    return table | {"by_category": {name: known(p.mean()) for name, p in each.items() if (p >= 0).all()}}
+    each = {c: precision[:, :, k] for k, c in enumerate(counted)}
+    return table | {
+        "by_category": {str(c): {"name": categories[c], "ap": known(p.mean())} for c, p in each.items() if (p >= 0).all()}
+    }
 
 
 def tables(records: Sequence[Record], categories: Sequence[str], things: Sequence[bool] | None) -> dict[str, dict[str, Any]]:

@@ -126,6 +126,29 @@ def test_missing_files_and_pickling(tmp_path, kind):
 
 
 @BOTH
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("person", r"category 18\.name: 'person' is the name of category 1 too, .*rename one of them"),
+        (" person\u00a0", r"category 18\.name: ' person\\xa0' is the name of category 1 too"),
+        ("", r"category 18\.name: '' is blank; give the category a name"),
+        (" \u200b\t", r"category 18\.name: .* is blank"),
+        (18, r"category 18\.name: expected str, got '18'"),
+    ],
+)
+def test_equal_and_blank_names_are_refused(tmp_path, kind, name, message):
+    """A model is asked by name: of two categories of one name it could answer neither."""
+    tables = {split: (mini.panoptic if kind == "panoptic" else mini.instances)(split) for split in mini.SPLITS}
+    for table in tables.values():
+        entry(table["categories"], 18)["name"] = name
+    mini.write(tmp_path, kind, **tables)
+    with pytest.raises(UserError, match=rf"{kind}_train2017\.json: {message}"):
+        open_layout(f"coco-{kind}", tmp_path)
+    with pytest.raises(UserError, match=message):  # what is wrong with the names is wrong with every record
+        open_layout(f"coco-{kind}", tmp_path, Problems(keep=True))
+
+
+@BOTH
 def test_categories_must_be_those_of_the_other_split(tmp_path, kind):
     table = getattr(mini, kind)("val")
     table["categories"][0]["name"] = "cat"

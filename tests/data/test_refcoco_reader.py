@@ -181,6 +181,11 @@ OPENING = {
         outline(KeyError),
         r"annotation 11: field 'segmentation' is missing",
     ),
+    "two categories of one name": (
+        set_field("categories", 90, "name", "dog"),
+        r"category 90\.name: 'dog' is the name of category 7 too, .*; rename one of them",
+    ),
+    "category without a name": (set_field("categories", 90, "name", " "), r"category 90\.name: ' ' is blank"),
     "id twice": (set_field("annotations", 11, "id", 12), r"annotations\[1\]\.id: 12 occurs twice"),
 }
 

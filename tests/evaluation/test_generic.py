@@ -254,7 +254,8 @@ def test_random_images_equal_brute_force(rng):
     table, want = panoptic.panoptic_table(records, names, things), brute_force(images, categories)
     assert len(want) == categories and all(row[3] and row[4] and row[5] for row in want.values())
     for c, (pq, sq, rq, tp, fp, fn) in want.items():
-        row = table["by_category"][names[c]]
+        row = table["by_category"][str(c)]
+        assert row["name"] == names[c]
         assert (row["tp"], row["fp"], row["fn"]) == (tp, fp, fn)
         assert (row["pq"], row["sq"], row["rq"]) == pytest.approx((100 * pq, 100 * sq, 100 * rq), rel=1e-12)
     for part, kept in (("all", range(4)), ("things", (0, 1)), ("stuff", (2, 3))):
@@ -268,7 +269,23 @@ def test_a_category_that_never_occurs_is_not_averaged():
     table = panoptic.panoptic_table([record], ["a", "b", "c", "d"], THINGS)
     assert table["all"] == {"pq": 37.5, "sq": 37.5, "rq": 50.0, "categories": 2}
     assert table["stuff"] == {"pq": None, "sq": None, "rq": None, "categories": 0}
-    assert list(table["by_category"]) == ["a", "b"]
+    assert [(key, row["name"]) for key, row in table["by_category"].items()] == [("0", "a"), ("1", "b")]
+
+
+def test_two_categories_of_one_name_stay_two():
+    names, whole = ["bar", "bar", "sky"], {"matched": [[0, 1, 1], [2, 3, 4]], "missed": [1], "extra": []}
+    confusion = {"confusion": [[0, 0, 100], [1, 2, 50], [2, 2, 70]]}
+    semantic = panoptic.semantic_table([confusion], names)
+    assert semantic["miou"] == pytest.approx((100 + 0 + 100 * 70 / 120) / 3) and semantic["categories"] == 3
+    assert [row["iou"] for row in semantic["by_category"].values()] == pytest.approx([100, 0, 100 * 70 / 120])
+    table = panoptic.panoptic_table([whole], names, (True, True, False))
+    assert table["all"]["categories"] == len(table["by_category"]) == 3 and table["all"]["pq"] == pytest.approx(175 / 3)
+    objects = [[c, masks.encode(np.eye(4, 5, k=c, dtype=np.uint8)), False] for c in range(3)]
+    found = [[c, 0.9, c] for c in (0, 2)]
+    image = {"height": 4, "width": 5, "objects": objects, "masks": [code for _, code, _ in objects], "found": found}
+    instance = panoptic.instance_table([image], names)
+    assert [row["ap"] for row in instance["by_category"].values()] == pytest.approx([100, 0, 100])
+    assert instance["ap"] == pytest.approx(200 / 3)
 
 
 def test_miou_equals_sets_of_pixels(rng):
@@ -286,9 +303,9 @@ def test_miou_equals_sets_of_pixels(rng):
             kind = np.array([-9, *(category for category, _ in s)])[t]
             both += ((kind == c) & (p == c)).sum()
             either += (((kind == c) | (p == c)) & (t > 0)).sum()
-        want["abc"[c]] = 100 * both / either
-    assert table["by_category"] == pytest.approx(want) and table["categories"] == 3
-    assert table["miou"] == pytest.approx(sum(want.values()) / 3)
+        want[c] = 100 * both / either
+    assert table["by_category"] == {str(c): {"name": "abc"[c], "iou": pytest.approx(iou)} for c, iou in want.items()}
+    assert table["miou"] == pytest.approx(sum(want.values()) / 3) and table["categories"] == 3
 
 
 def test_mask_ap_by_hand():
@@ -306,7 +323,7 @@ def test_mask_ap_by_hand():
     table = panoptic.instance_table([counted(found)], ["a", "b"], (True, False))
     want = 100 * (51 * 1 + 50 * 2 / 3) / 101  # at recall 0, 0.01, ..., 1
     assert (table["ap"], table["ap50"], table["ap75"]) == pytest.approx((want,) * 3)
-    assert table["by_category"] == {"a": pytest.approx(want)}
+    assert table["by_category"] == {"0": {"name": "a", "ap": pytest.approx(want)}}
     assert table["ap_small"] == pytest.approx(want) and table["ap_large"] is None
     assert panoptic.instance_table([counted([])], ["a", "b"])["ap"] == 0.0
     assert panoptic.instance_table([], ["a"], (False,))["ap"] is None
@@ -402,11 +419,12 @@ def test_the_truth_scores_a_hundred(prepared):
         assert (result["panoptic"][part]["pq"], result["panoptic"][part]["rq"]) == (100, 100)
     assert result["semantic"]["miou"] == 100 and result["instance"]["ap"] == pytest.approx(100)
     assert result["n"] == result["panoptic"]["n"] == 6 and result["failed"] == 0
-    assert set(result["instance"]["by_category"]) <= set(prepared.categories) - {"background"}
+    names = {row["name"] for row in result["instance"]["by_category"].values()}
+    assert names <= set(prepared.categories) - {"background"}
     # Without things and stuff, only mask AP.
     alone = generic.evaluate(perfect(prepared), data, things=None, **options).result
     assert alone["instance"]["ap"] == pytest.approx(100) and "panoptic" not in alone and "semantic" not in alone
-    assert "background" in alone["instance"]["by_category"]
+    assert "background" in {row["name"] for row in alone["instance"]["by_category"].values()}
 
 
 def test_numbers_that_are_none_fail_and_are_counted(prepared):
@@ -497,10 +515,18 @@ def test_an_audit_makes_the_tables_again(prepared, tmp_path, capsys):
     with pytest.raises(UserError, match="leave --no-target-below out"):
         audited(tmp_path / "val.jsonl", capsys, "--no-target-below=0.5")
     first, *rest = (tmp_path / "val.jsonl").read_text().splitlines(keepends=True)
-    wrong = json.dumps(json.loads(first) | {"missed": [99]}) + "\n"
-    (tmp_path / "val.jsonl").write_text("".join([first, wrong, *rest]))
-    with pytest.raises(UserError, match=r"val.jsonl:2: no counts of 9 categories \(IndexError"):
-        audited(tmp_path / "val.jsonl", capsys)
+    for change in (
+        {"missed": [99]},
+        {"extra": [-1]},
+        {"matched": [[0, 3, 2]]},
+        {"confusion": [[-1, 0, 5]]},
+        {"confusion": [[0, -2, 5]]},
+        {"objects": [], "masks": [], "found": [[0, 0.5, 0]]},
+    ):
+        wrong = json.dumps(json.loads(first) | change) + "\n"
+        (tmp_path / "val.jsonl").write_text("".join([first, wrong, *rest]))
+        with pytest.raises(UserError, match=r"val.jsonl:2: no counts of 9 categories \(ValueError.*; evaluate again"):
+            audited(tmp_path / "val.jsonl", capsys)
     (tmp_path / "val.json").unlink()
     with pytest.raises(UserError, match=r"val.json: cannot be read .* keep the files of an evaluation together"):
         audited(tmp_path / "val.jsonl", capsys)

@@ -15,7 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from flowseg_jax.data import masks
-from flowseg_jax.data.formats.reading import ImageFolders, by_id, crowd, field, image_of, path_of, read_json, root_folder
+from flowseg_jax.data.formats.reading import (
+    ImageFolders,
+    by_id,
+    category_names,
+    crowd,
+    field,
+    image_of,
+    path_of,
+    read_json,
+    root_folder,
+)
 from flowseg_jax.data.records import Annotation, Example, Problems
 from flowseg_jax.errors import UserError, suggest
 
@@ -96,7 +106,7 @@ class Coco(abc.ABC):
     def _read_categories(self, table: Any, path: Path, problems: Problems) -> None:
         found = by_id(table, "categories", path, problems)
         index = {key: i for i, key in enumerate(sorted(found))}
-        names = tuple(field(found[key], "name", str, f"{path}: category {key}") for key in index)
+        names = category_names(found, path)
         if not names:
             raise UserError(f"{path}: categories: holds no category")
         if self.categories and (index, names) != (self._category_index, self.categories):

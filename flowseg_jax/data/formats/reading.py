@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
@@ -90,6 +91,30 @@ def by_id(table: Any, entries: str, path: Path, problems: Problems) -> dict[int,
                 raise UserError(f"{path}: {entries}[{i}].id: {key} occurs twice")
             result[key] = entry
     return result
+
+
+def category_names(entries: dict[int, dict[str, Any]], path: Path) -> tuple[str, ...]:
+    """The names of categories by id, in the order of their ids.
+
+    A model is asked for categories by their names, so each must have one of its own. Spaces and characters without a shape
+    make no difference between two names.
+
+    Raises:
+        UserError: no name, a blank one, or one that another category has.
+    """
+    names = {key: field(entries[key], "name", str, f"{path}: category {key}") for key in sorted(entries)}
+    owner: dict[str, int] = {}
+    for key, name in names.items():
+        shape = "".join(c if c.isprintable() else " " for c in unicodedata.normalize("NFKC", name))
+        shape = " ".join(shape.split())
+        if not shape:
+            raise UserError(f"{path}: category {key}.name: {name[:40]!r} is blank; give the category a name")
+        if owner.setdefault(shape, key) != key:
+            raise UserError(
+                f"{path}: category {key}.name: {name[:40]!r} is the name of category {owner[shape]} too, "
+                "and categories are told apart by their names; rename one of them"
+            )
+    return tuple(names.values())
 
 
 def hashed_id(*parts: str) -> int:

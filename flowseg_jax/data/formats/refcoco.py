@@ -15,7 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from flowseg_jax.data import masks
-from flowseg_jax.data.formats.reading import ImageFolders, by_id, crowd, field, image_of, path_of, read_json, root_folder
+from flowseg_jax.data.formats.reading import (
+    ImageFolders,
+    by_id,
+    category_names,
+    crowd,
+    field,
+    image_of,
+    path_of,
+    read_json,
+    root_folder,
+)
 from flowseg_jax.data.records import Annotation, Example, Expression, Problems
 from flowseg_jax.errors import UserError, suggest
 
@@ -104,7 +114,7 @@ class Instances:
         self.images = by_id(table, "images", path, problems)
         categories = by_id(table, "categories", path, problems)
         self._category_index = {key: i for i, key in enumerate(sorted(categories))}
-        self.categories = tuple(field(categories[key], "name", str, f"{path}: category {key}") for key in sorted(categories))
+        self.categories = category_names(categories, path)
         self.annotations: dict[int, dict[str, Any]] = {}
         self._of_image: dict[int, list[dict[str, Any]]] = defaultdict(list)
         for key, annotation in by_id(table, "annotations", path, problems).items():
