@@ -3,17 +3,19 @@
 import pickle
 from collections import Counter
 
+import cv2
 import minireasonseg as mini
 import numpy as np
 import pytest
 
-from flowseg_jax.data import masks
+from flowseg_jax.data import images, masks
 from flowseg_jax.data.formats.reading import hashed_id
 from flowseg_jax.data.formats.reasonseg import IGNORE, TARGET, ReasonSeg, paint
 from flowseg_jax.data.records import Problems, examples
 from flowseg_jax.errors import UserError
 
 ROTATED_NOTE = "images with an EXIF rotation, read as they are stored"
+TURNED_NOTE = "images turned as their EXIF says"
 
 
 def read(layout, split, notes=None):
@@ -94,13 +96,49 @@ def test_image_without_a_target_is_left_out_and_counted(tmp_path):
     assert notes["images without a target region: left out"] == 2
 
 
-def test_an_image_is_read_as_it_is_stored(tmp_path):
-    notes = Counter()
-    example = read(ReasonSeg(mini.write(tmp_path)), "test", notes)["turned.jpg"]
-    assert (example.height, example.width, notes[ROTATED_NOTE]) == (40, 60, 1)
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_image_is_the_one_that_lisa_reads(tmp_path, orientation):
+    """cv2.imread turns and mirrors a picture as its EXIF says; the outlines lie on what it shows."""
+    mini.write(tmp_path)
+    path = tmp_path / "test" / "turned.jpg"
+    path.write_bytes(mini.jpeg(orientation))
+    shown, notes = cv2.imread(str(path))[..., ::-1], Counter()
+    example = read(ReasonSeg(tmp_path), "test", notes)["turned.jpg"]
+    turned = orientation > 1
+    assert (example.height, example.width) == shown.shape[:2] == ((60, 40) if orientation > 4 else (40, 60))
+    assert notes == ({TURNED_NOTE: 1} if turned else {})
+    assert (example.image == path.read_bytes()) is not turned  # one that need not be turned is not encoded again
+    stored = np.asarray(images.decode(example.image, name="stored"), np.int32)
+    assert np.abs(stored - shown).max() <= 4  # two JPEG decoders
+    assert np.abs(stored[::-1] - shown).mean() > 20 and np.abs(stored[:, ::-1] - shown).mean() > 20
+    code = example.annotations[0].rle
     np.testing.assert_array_equal(
-        masks.decode([example.annotations[0].rle], 40, 60)[0], filled((1, 0, 0, 29, 39), height=40, width=60)
+        masks.decode([code], *shown.shape[:2])[0], filled((1, 0, 0, 29, 39), height=shown.shape[0], width=shown.shape[1])
     )
+
+
+@pytest.mark.parametrize(
+    ("given", "size", "note"),
+    [
+        ((60, 40), (60, 40), TURNED_NOTE),
+        ((None, 40), (60, 40), TURNED_NOTE),
+        ((40, 60), (40, 60), ROTATED_NOTE),  # the annotators saw it as it is stored
+        ((40, None), (40, 60), ROTATED_NOTE),
+    ],
+)
+def test_the_size_says_which_picture_was_annotated(tmp_path, given, size, note):
+    entry = mini.entries()["test/turned"] | dict(zip(("imageHeight", "imageWidth"), given, strict=True))
+    notes = Counter()
+    example = read(ReasonSeg(mini.write(tmp_path, {"test/turned": entry})), "test", notes)["turned.jpg"]
+    assert (example.height, example.width) == size and notes == {note: 1}
+
+
+def test_a_size_that_is_neither_is_refused(tmp_path):
+    entry = mini.entries()["test/turned"] | {"imageHeight": 61, "imageWidth": 40}
+    with pytest.raises(
+        UserError, match=r"61x40 differs from the image file's 60x40 as it is turned by its EXIF; put the image"
+    ):
+        read(ReasonSeg(mini.write(tmp_path, {"test/turned": entry})), "test")
 
 
 def test_numbers_of_images_depend_on_nothing_but_their_names(tmp_path):

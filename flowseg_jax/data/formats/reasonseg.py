@@ -1,11 +1,14 @@
 """ReasonSeg as LISA publishes it: train/, val/ and test/ with NAME.jpg beside NAME.json, and explanatory/train.json.
 
 Oddities handled here: some JSON files are cp1252; an image has several questions about one target; outlines may be marked to
-be ignored, and which of two overlapping outlines counts depends on their areas; some images have no target at all.
+be ignored, and which of two overlapping outlines counts depends on their areas; some images have no target at all. Outlines lie
+on the picture as LISA's reader (cv2.imread) shows it, which turns and mirrors it as its EXIF says; so does this reader, unless
+the file says that they were drawn on the pixels as they are stored.
 """
 
 from __future__ import annotations
 
+import io
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ import cv2
 import numpy as np
 from jaxtyping import UInt8
 
-from flowseg_jax.data import masks
+from flowseg_jax.data import images, masks
 from flowseg_jax.data.batch import NONE
 from flowseg_jax.data.formats.reading import field, hashed_id, image_bytes, read_json, root_folder
 from flowseg_jax.data.records import Annotation, Example, Expression, Problems
@@ -116,13 +119,34 @@ def _texts(entry: Any, where: str) -> list[str]:
     return [text.strip() for text in texts]
 
 
-def _check_size(entry: dict[str, Any], height: int, width: int, where: str) -> None:
-    for key, size in (("imageHeight", height), ("imageWidth", width)):
-        if entry.get(key) is not None and field(entry, key, int, where) != size:
-            raise UserError(
-                f"{where}: imageHeight x imageWidth {entry.get('imageHeight')}x{entry.get('imageWidth')} differs from the "
-                f"image file's {height}x{width} as it is stored; put the image that was annotated there"
-            )
+def _same_size(entry: dict[str, Any], height: int, width: int, where: str) -> bool:
+    """Whether the size that the annotators saw, as far as the file gives it, is this one."""
+    return all(
+        field(entry, key, int, where) == size
+        for key, size in (("imageHeight", height), ("imageWidth", width))
+        if entry.get(key) is not None
+    )
+
+
+def _picture(path: Path, entry: dict[str, Any], where: str, notes: Counter[str]) -> tuple[bytes, int, int]:
+    """The image that the outlines lie on: encoded, height, width. One that its EXIF turns is turned and stored as PNG."""
+    found: Counter[str] = Counter()
+    data, height, width = image_bytes(path, found)
+    how = "stored"
+    if images.is_rotated(data):
+        turned = images.decode(data, name=str(path), exif=True)
+        if _same_size(entry, turned.height, turned.width, where) or not _same_size(entry, height, width, where):
+            buffer, how = io.BytesIO(), "turned by its EXIF"
+            turned.save(buffer, "PNG")
+            data, height, width = buffer.getvalue(), turned.height, turned.width
+            found = Counter({"images turned as their EXIF says": 1})
+    if not _same_size(entry, height, width, where):
+        raise UserError(
+            f"{where}: imageHeight x imageWidth {entry.get('imageHeight')}x{entry.get('imageWidth')} differs from the "
+            f"image file's {height}x{width} as it is {how}; put the image that was annotated there"
+        )
+    notes.update(found)
+    return data, height, width
 
 
 class ReasonSeg:
@@ -197,8 +221,7 @@ class ReasonSeg:
         texts = _texts(entry, str(path))
         family = "long" if field(entry, "is_sentence", bool, str(path)) else "short"
         shapes = field(entry, "shapes", list, str(path))
-        data, height, width = image_bytes(path.with_name(f"{name}.jpg"), notes)
-        _check_size(entry, height, width, str(path))
+        data, height, width = _picture(path.with_name(f"{name}.jpg"), entry, str(path), notes)
         mask = paint(shapes, height, width, f"{path}: shapes", notes)
         if not (mask == TARGET).any():
             notes["images without a target region: left out"] += 1
