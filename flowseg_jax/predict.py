@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -41,11 +42,13 @@ class Prepared:
     Attributes:
         name: what to call it. image: uint8 [H, W, 3], upright.
         views: it alone.
+        notes: what is special about its file, in words.
     """
 
     name: str
     image: UInt8[np.ndarray, "y x 3"]
     views: Views
+    notes: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,11 +164,14 @@ class Segmentor:
         Raises:
             UserError: a damaged file.
         """
-        if not isinstance(image, Image.Image):
-            name, image = os.fspath(image), images.load(image, exif=True)
-        image = image.convert("RGB")
+        notes: Counter[str] = Counter()
+        if isinstance(image, Image.Image):
+            image = images.to_rgb(image, name=name, notes=notes)
+        else:
+            name, image = os.fspath(image), images.load(image, exif=True, notes=notes)
         pixels = batching.prepare_pixels(image, (), self._shape)
-        return Prepared(name, np.array(image), batching.views([pixels], 1, (self._shape.image, self._shape.vision)))
+        views = batching.views([pixels], 1, (self._shape.image, self._shape.vision))
+        return Prepared(name, np.array(image), views, tuple(notes))
 
     def look(self, image: str | os.PathLike[str] | Image.Image | Prepared, *, name: str = "image") -> Look:
         """Looks at an image: a file, an upright image, or one that `prepare` has prepared; errors as there."""

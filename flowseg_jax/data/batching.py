@@ -12,7 +12,7 @@ Every conversation continues the positions of the prefix, so each is computed as
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from jaxtyping import Int, UInt8
@@ -97,12 +97,17 @@ def prepare_pixels(
         jitter: how to scale and cut the mask encoder's input; None: the whole image.
         square: pad the vision encoder's input to a square instead of stretching it.
     """
-    full = masks.decode([a.rle for a in annotations], image.height, image.width)
+    rles, most = [a.rle for a in annotations], max(images.MAX_PIXELS // (image.height * image.width), 1)  # masks at a time
+
+    def packed(pack: Callable[..., UInt8[np.ndarray, "n s s8"]]) -> UInt8[np.ndarray, "a s s8"]:
+        some = (masks.decode(rles[at : at + most], image.height, image.width) for at in range(0, len(rles) or 1, most))
+        return np.concatenate([pack(full, shape.image) for full in some])
+
     vision = (images.square if square else images.stretch)(image, shape.vision)
     if jitter is not None:
-        return Pixels(jitter.image(image, shape.image), jitter.cut, vision, jitter.pack_masks(full, shape.image))
+        return Pixels(jitter.image(image, shape.image), jitter.cut, vision, packed(jitter.pack_masks))
     fitted, scaled = images.fit(image, shape.image)
-    return Pixels(fitted, scaled, vision, images.pack_masks(full, shape.image))
+    return Pixels(fitted, scaled, vision, packed(images.pack_masks))
 
 
 def encode_prefix(prompts: Prompts, tokenizer: Tokenizer, visual_tokens: int) -> list[int]:

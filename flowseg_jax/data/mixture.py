@@ -1,7 +1,8 @@
 """Which image stands where in the endless stream of training images, when several data sets are mixed.
 
 The order is a pure function of (seed, position): an epoch is a permutation of all slots, and every data set has a fixed number
-of slots in an epoch. A set that has more slots than images goes on through its images, so that all are seen equally often.
+of slots in an epoch. Where these are not a multiple of its images, it goes on through a permutation of them from epoch to
+epoch, so that all are seen equally often, and the seed says in which order.
 """
 
 from __future__ import annotations
@@ -39,6 +40,11 @@ class Member:
     records: tuple[int, ...]
     slots: int
     held_out: int = 0
+
+    @property
+    def partial(self) -> bool:
+        """Whether an epoch shows some of its images more often than others."""
+        return self.slots % len(self.records) != 0
 
     def entries(self) -> list[Entry]:
         """What the index knows of its images."""
@@ -102,6 +108,13 @@ class Order:
         self._ends = np.cumsum([member.slots for member in members])
         self.epoch = int(self._ends[-1])
         self._permutation = functools.lru_cache(maxsize=4)(self._draw)
+        # In which order a set goes through its records. It matters only where an epoch is not a whole number of passes.
+        self._walks = [
+            np.random.default_rng((seed, 2, number)).permutation(len(member.records))
+            if member.partial
+            else range(len(member.records))
+            for number, member in enumerate(members)
+        ]
 
     def _draw(self, epoch: int) -> np.ndarray:
         # Not Grain's shuffle: it needs milliseconds an index for a handful of images (overfitting one batch).
@@ -114,7 +127,8 @@ class Order:
         number = int(np.searchsorted(self._ends, slot, side="right"))
         member = self._members[number]
         within = slot - (int(self._ends[number]) - member.slots)
-        return number, member.records[(epoch * member.slots + within) % len(member.records)]
+        turn = (epoch * member.slots + within) % len(member.records)
+        return number, member.records[self._walks[number][turn]]
 
 
 def held_out_keys(sources: Iterable[str | Path | Prepared]) -> dict[str, str]:

@@ -125,6 +125,8 @@ class TrainData:
         for member in self.members:
             found.update(f"{member.prepared.digest} {member.split} {member.slots} ".encode())
             found.update(np.asarray(member.records, np.int64).tobytes())
+            if member.partial:
+                found.update(b"permuted")  # a run that began in stored order does not continue in this one
         return found.hexdigest()
 
     def _open(self, cache_bytes: int) -> None:

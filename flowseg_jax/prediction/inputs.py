@@ -24,7 +24,8 @@ class Job:
 
 
 def images(path: str | os.PathLike[str], texts: Sequence[str], where: str) -> list[Job]:
-    """A job for an image, or one for each image in a folder, by name; folders inside of it are not entered.
+    """A job for an image, or one for each image in a folder, by name; folders inside of it are not entered,
+    hidden files are left out.
 
     Raises:
         UserError: there is no such file or folder, or no file in it has the suffix of an image format that Pillow reads.
@@ -35,7 +36,8 @@ def images(path: str | os.PathLike[str], texts: Sequence[str], where: str) -> li
     if not path.is_dir():
         return [Job(path, tuple(texts), where)]
     known = {suffix for suffix, name in Image.registered_extensions().items() if _readable(name)}
-    found = sorted(file for file in path.iterdir() if file.suffix.lower() in known and file.is_file())
+    shown = (file for file in path.iterdir() if not file.name.startswith("."))  # `._a.jpg` is what macOS leaves beside `a.jpg`
+    found = sorted(file for file in shown if file.suffix.lower() in known and file.is_file())
     if not found:
         raise UserError(f"{path}: the folder holds no image file")
     return [Job(file, tuple(texts), where) for file in found]

@@ -102,6 +102,8 @@ def _prepared(segmentor: Segmentor, jobs: Sequence[Job]) -> Iterator[tuple[Job, 
 def _predictions(segmentor: Segmentor, job: Job, ready: Prepared | UserError, respond: Respond) -> list[Prediction]:
     if isinstance(ready, UserError):
         raise ready
+    for note in ready.notes:
+        say(f"note: {ready.name}: {note}")
     look, predictions = segmentor.look(ready), []
     for response in respond(look, job.texts):
         if isinstance(response, Prediction):

@@ -1,5 +1,6 @@
 """Mixtures: how often each data set comes, in which order, and what nothing is trained on."""
 
+import hashlib
 import itertools
 import json
 import math
@@ -7,6 +8,7 @@ from collections import Counter
 
 import minicoco
 import minirefcoco
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -57,6 +59,39 @@ def test_an_epoch_has_every_slot_once_and_every_image_equally_often():
         assert sorted(record for number, record in here if number == 0) == [100, 101, 102, 103, 104]
         seen.update(record for number, record in here if number == 1)
     assert set(seen) == {100, 101, 102} and max(seen.values()) == min(seen.values()) == 14  # 6 * 7 slots over 3 images
+
+
+def test_a_set_with_fewer_slots_than_images_walks_a_permutation_that_the_seed_draws():
+    """Else epoch 0 would train on the first images in stored order, whatever the seed."""
+
+    def seen(seed, epoch):
+        order = Order(members((8, 8), (5, 40), (13, 10)), seed)
+        places = range(epoch * order.epoch, (epoch + 1) * order.epoch)
+        return [[record - 100 for number, record in map(order, places) if number == n] for n in range(3)]
+
+    first = {seed: [sorted(records) for records in seen(seed, 0)] for seed in range(4)}
+    assert all(len(set(records[1])) == 5 for records in first.values())
+    assert len({tuple(records[1]) for records in first.values()}) == 4
+    assert len({tuple(records[2]) for records in first.values()}) == 4  # which three come twice
+    assert all(records[0] == list(range(8)) for records in first.values())
+    walked = [record for epoch in range(8) for record in seen(3, epoch)[1]]
+    assert sorted(walked) == list(range(40))  # eight epochs of five are each image once
+    assert Counter(record for epoch in range(10) for record in seen(3, epoch)[2]) == dict.fromkeys(range(10), 13)
+
+
+def test_a_run_that_began_in_stored_order_is_told_apart():
+    """The digest of mixtures whose order the permutation changed is another one; that of all others is as it was."""
+
+    def digest(slots, size):
+        data = TrainData.__new__(TrainData)
+        prepared = type("Prepared", (), {"digest": "d"})
+        data.members = [Member(prepared, "train", tuple(range(size)), slots)]
+        return data.digest
+
+    def before(slots, size):
+        return hashlib.sha256(f"d train {slots} ".encode() + np.arange(size, dtype=np.int64).tobytes()).hexdigest()
+
+    assert digest(8, 8) == before(8, 8) and digest(16, 8) == before(16, 8) and digest(5, 8) != before(5, 8)
 
 
 def test_the_order_is_a_function_of_seed_and_position_alone():

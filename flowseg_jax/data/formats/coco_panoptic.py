@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import UInt32
-from PIL import Image
 
 from flowseg_jax.data import images as pixels
 from flowseg_jax.data import masks
@@ -23,10 +22,10 @@ from flowseg_jax.errors import UserError
 
 def segment_ids(path: Path) -> UInt32[np.ndarray, "h w"]:
     """The segment ids that a PNG stores. UserError if it is damaged, or not an RGB PNG."""
-    rgb = np.asarray(pixels.load(path), np.uint32)
-    with Image.open(path) as stored:  # `load` gives RGB whatever the file holds
-        if stored.format != "PNG" or stored.mode != "RGB":
-            raise UserError(f"{path}: expected an RGB PNG whose colours are segment ids, got {stored.format} {stored.mode}")
+    stored = pixels.load_stored(path)
+    if stored.format != "PNG" or stored.mode != "RGB":
+        raise UserError(f"{path}: expected an RGB PNG whose colours are segment ids, got {stored.format} {stored.mode}")
+    rgb = np.asarray(stored, np.uint32)
     return rgb[..., 0] + (rgb[..., 1] << 8) + (rgb[..., 2] << 16)
 
 

@@ -21,11 +21,10 @@ from typing import Any
 import numpy as np
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import ValidationError, best_match
-from PIL import Image
 
 from flowseg_jax.data import images as pixels
 from flowseg_jax.data import masks
-from flowseg_jax.data.formats.reading import ImageFolders, hashed_id, image_bytes
+from flowseg_jax.data.formats.reading import ImageFolders, hashed_id, image_bytes, visible
 from flowseg_jax.data.records import Annotation, Example, Expression, Problems
 from flowseg_jax.errors import UserError, suggest
 
@@ -74,7 +73,7 @@ def find_file(root: str | Path) -> Path:
         if not root.is_file():
             raise UserError(f"{root}: no such file or folder")
         return root
-    found = sorted(root.glob("*.jsonl"))
+    found = visible(root, "*.jsonl")
     if len(found) != 1:
         raise UserError(f"{root}: {', '.join(p.name for p in found) or 'no *.jsonl'} here; pass the .jsonl file itself")
     return found[0]
@@ -203,11 +202,10 @@ def _category(entry: dict[str, Any]) -> str:
 
 def _stored(path: Path) -> np.ndarray:
     """Where the pixels of a PNG are not zero as they are stored: palette indices, 16 bits; alpha does not count."""
-    pixels.load(path)  # refuses what is damaged or too large
-    with Image.open(path) as picture:
-        if picture.format != "PNG":
-            raise UserError(f"{path}: expected a PNG mask, got {picture.format}, which does not keep pixels exactly")
-        values = np.asarray(picture)
-        if picture.mode in ("LA", "RGBA"):
-            values = values[..., :-1]
+    picture = pixels.load_stored(path)
+    if picture.format != "PNG":
+        raise UserError(f"{path}: expected a PNG mask, got {picture.format}, which does not keep pixels exactly")
+    values = np.asarray(picture)
+    if picture.mode in ("LA", "RGBA"):
+        values = values[..., :-1]
     return values.astype(bool) if values.ndim == 2 else values.any(axis=-1)

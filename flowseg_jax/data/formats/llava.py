@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from flowseg_jax.data.formats.reading import ImageFolders, field, hashed_id, image_bytes, read_json, root_folder
+from flowseg_jax.data.formats.reading import ImageFolders, field, hashed_id, image_bytes, read_json, root_folder, visible
 from flowseg_jax.data.records import Example, Problems, Turn
 from flowseg_jax.data.tokenizer import IMAGE
 from flowseg_jax.errors import UserError, suggest
@@ -35,7 +35,7 @@ def chat_file(root: Path, file: str | Path | None) -> Path:
     """The JSON to read: the asked one, else the known one, else the only one."""
     if file is not None:
         return root / file
-    found = sorted(path for path in root.glob("*.json") if path.is_file())
+    found = [path for path in visible(root, "*.json") if path.is_file()]
     known = [path for path in found if path.name in KNOWN] or found
     if len(known) != 1:
         names = ", ".join(path.name for path in known) or "no *.json"

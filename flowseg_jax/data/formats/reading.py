@@ -24,6 +24,11 @@ def root_folder(root: str | Path) -> Path:
     return root
 
 
+def visible(folder: Path, pattern: str) -> list[Path]:
+    """The files of a folder that match, by name, without hidden ones: `._a.jpg` is what macOS leaves beside `a.jpg`."""
+    return sorted(path for path in folder.glob(pattern) if not path.name.startswith("."))
+
+
 def read_json(path: Path, needs: str = "", notes: Counter[str] | None = None) -> Any:
     """The content of a JSON file; `needs` says in the error of a missing file what the layout should hold.
 
@@ -149,18 +154,13 @@ class ImageFolders:
 
 
 def image_bytes(path: Path, notes: Counter[str]) -> tuple[bytes, int, int]:
-    """An image file's bytes, height and width, after decoding it once; an EXIF rotation is counted in `notes`.
+    """An image file's bytes, height and width, after decoding it once; what is special about it is counted in `notes`.
 
     Raises:
         UserError: it cannot be read or decoded.
     """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    image = images.decode(data, name=str(path))
-    if images.is_rotated(data):
-        notes["images with an EXIF rotation, read as they are stored"] += 1
+    data = images.read_bytes(path)
+    image = images.decode(data, name=str(path), notes=notes)
     return data, image.height, image.width
 
 

@@ -19,7 +19,7 @@ from jaxtyping import UInt8
 
 from flowseg_jax.data import images, masks
 from flowseg_jax.data.batch import NONE
-from flowseg_jax.data.formats.reading import field, hashed_id, image_bytes, read_json, root_folder
+from flowseg_jax.data.formats.reading import field, hashed_id, image_bytes, read_json, root_folder, visible
 from flowseg_jax.data.records import Annotation, Example, Expression, Problems
 from flowseg_jax.errors import UserError, suggest
 
@@ -37,7 +37,7 @@ def find_root(root: str | Path) -> Path:
 
 
 def _pairs(folder: Path, problems: Problems) -> list[str]:
-    images, jsons = ({path.stem for path in folder.glob(f"*.{ending}")} for ending in ("jpg", "json"))
+    images, jsons = ({path.stem for path in visible(folder, f"*.{ending}")} for ending in ("jpg", "json"))
     names = []
     for name in sorted(images | jsons):
         with problems.record():
