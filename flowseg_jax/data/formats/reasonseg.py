@@ -133,13 +133,14 @@ def _picture(path: Path, entry: dict[str, Any], where: str, notes: Counter[str])
     found: Counter[str] = Counter()
     data, height, width = image_bytes(path, found)
     how = "stored"
-    if images.is_rotated(data):
+    if images.ROTATED in found:
         turned = images.decode(data, name=str(path), exif=True)
         if _same_size(entry, turned.height, turned.width, where) or not _same_size(entry, height, width, where):
             buffer, how = io.BytesIO(), "turned by its EXIF"
             turned.save(buffer, "PNG")
             data, height, width = buffer.getvalue(), turned.height, turned.width
-            found = Counter({"images turned as their EXIF says": 1})
+            del found[images.ROTATED]
+            found["images turned as their EXIF says"] += 1
     if not _same_size(entry, height, width, where):
         raise UserError(
             f"{where}: imageHeight x imageWidth {entry.get('imageHeight')}x{entry.get('imageWidth')} differs from the "
