@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from flowseg_jax import errors
+from flowseg_jax.data import checks
 from flowseg_jax.data.formats import LAYOUTS
 from flowseg_jax.data.shapes import cli as shapes
 
@@ -28,7 +29,7 @@ def _prepare(args: argparse.Namespace) -> int:
 
 def _options(args: argparse.Namespace) -> dict[str, object]:
     """What only some layouts have; None where it is not given."""
-    return {"split_by": args.split_by, "images": args.images, "file": args.file}
+    return {"split_by": args.split_by, "images": args.images, "file": args.file, "max_characters": args.max_characters}
 
 
 def _tokenizer(args: argparse.Namespace) -> int:
@@ -74,7 +75,7 @@ def _preview(args: argparse.Namespace) -> int:
     layout = formats.open_layout(args.layout, args.source, problems, **_options(args))
     splits = layout.splits if args.split is None else (args.split,)
     path = preview.preview(layout, args.out, splits, problems, samples=args.samples, seed=args.seed)
-    print(f"{path}: {len(problems.found)} damaged" if problems.found else path)
+    print(f"{path}{records.damaged(problems.found)}")
     return 1 if problems.found else 0
 
 
@@ -135,6 +136,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split-by", help="which refs(<split_by>).p, e.g. unc, google, umd")
     parser.add_argument("--images", type=Path, help="folder of the images (default: the usual places)")
     parser.add_argument("--file", help="which JSON of chats, where a llava folder holds several")
+    longest = f"that an expression, a question or an explanation may have (default: {checks.MAX_CHARACTERS})"
+    parser.add_argument("--max-characters", type=int, help=longest)
 
 
 def main(argv: list[str] | None = None) -> int:

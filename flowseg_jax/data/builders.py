@@ -27,7 +27,7 @@ from flowseg_jax.data import shards, workers
 from flowseg_jax.data.formats import layout_name, open_layout
 from flowseg_jax.data.prepared import FORMAT, METADATA, Prepared
 from flowseg_jax.data.prompts import training_text
-from flowseg_jax.data.records import Layout, Problems
+from flowseg_jax.data.records import Layout, Problems, damaged
 from flowseg_jax.data.shards import Shard
 from flowseg_jax.data.tokenizer import train_tokenizer
 from flowseg_jax.errors import UserError
@@ -50,6 +50,7 @@ def prepare(
     split_by: str | None = None,
     images: str | Path | None = None,
     file: str | None = None,
+    max_characters: int | None = None,
     splits: Sequence[str] | None = None,
     tokenizer_vocab: int | None = None,
     on_error: str = "stop",
@@ -65,15 +66,16 @@ def prepare(
         split_by: which refs file, e.g. "unc"; None for the only one.
         images: folder of the images; None for the usual places.
         file: which JSON of chats, where there are several.
+        max_characters: that an expression, a question or an explanation may have; None for `checks.MAX_CHARACTERS`.
         splits: which splits; None for all.
         tokenizer_vocab: train a byte-level BPE of this many ids on the train split; None for no tokenizer.
-        on_error: "stop" at the first damaged record; "record": list them all in `problems.txt` and leave them out.
+        on_error: "stop" at the first damaged record; "record": list them all in `problems.txt` of `out` and leave them out.
         processes: that read and write; None for one a core, as far as memory goes. Does not change the result.
         log: receives progress.
 
     Raises:
-        UserError: anything wrong with the source, naming file and field. Nothing is left behind but finished shards, behind
-            which the same command continues.
+        UserError: anything wrong with the source, naming file and field, or a split of which no example is left. Nothing is
+            left behind but finished shards, behind which the same command continues.
     """
     source, out = Path(source), Path(out)
     layout = layout_name(layout)
@@ -82,23 +84,28 @@ def prepare(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: exists already; remove it to prepare again")
     log(f"reading {source}")
-    options = {"split_by": split_by, "images": images, "file": file}
+    options = {"split_by": split_by, "images": images, "file": file, "max_characters": max_characters}
     problems = Problems(keep=on_error == "record")
     opened = open_layout(layout, source, problems, **options)
     chosen = tuple(splits) if splits else opened.splits
     sizes = {split: opened.size(split) for split in chosen}  # an unknown split is an error before anything is written
-    request = {"layout": layout, "splits": list(chosen), "on_error": on_error}
+    request = {"layout": layout, "splits": list(chosen), "on_error": on_error, "max_characters": max_characters}
     same = request | {"files": _stamps(opened), "images": images and str(images), "format": FORMAT}
     with _continued(out, same, log) as root:
         todo = [shard for split in chosen for shard in shards.divide(root / "shards", split, sizes[split])]
         reopen = functools.partial(_open_in_worker, layout, source, options, on_error == "record")
         _write(opened, todo, reopen, problems.keep, processes, log)
-        metadata = _summary(opened, todo, problems, root, log) | {"request": request}
+        metadata, found = _summary(opened, todo, problems, log)
+        metadata["request"] = request
         metadata["tokenizer"] = "tokenizer" if tokenizer_vocab else None
         shards.finish(todo, root)
+        if found:
+            (root / PROBLEMS).write_text("".join(f"{problem}\n" for problem in found), encoding="utf-8")
         (root / METADATA).write_text(json.dumps(metadata, indent=1) + "\n")
         if tokenizer_vocab:
             learn_tokenizer(said(Prepared.open(root)), root / "tokenizer", tokenizer_vocab)
+    if found:  # said last, when the list is where it says
+        log(f"{out / PROBLEMS} lists the records that are left out{damaged(found)}")
     log(f"prepared {out}")
     return Prepared.open(out)
 
@@ -171,8 +178,8 @@ def _affordable(layout: Layout) -> int:
     return max(1, min(os.cpu_count() or 1, free // (10 * size + (1 << 29)) if free else 1))
 
 
-def _summary(layout: Layout, todo: Sequence[Shard], problems: Problems, root: Path, log: Log) -> dict[str, Any]:
-    """The metadata of complete shards; says what was special, and lists what was damaged."""
+def _summary(layout: Layout, todo: Sequence[Shard], problems: Problems, log: Log) -> tuple[dict[str, Any], list[str]]:
+    """The metadata of complete shards and the damaged records; says what was special. UserError if a split has no example."""
     reports = [(shard.split, shard.report()) for shard in todo]
     counts = {split: Counter() for split, _ in reports}
     notes, found, digest = Counter(), list(problems.found), hashlib.sha256()
@@ -188,10 +195,12 @@ def _summary(layout: Layout, todo: Sequence[Shard], problems: Problems, root: Pa
         log(f"{split}: {count['images']} images, {said}")
     for reason, number in sorted(notes.items()):
         log(f"note: {number} {reason}")
-    if found:
-        (root / PROBLEMS).write_text("".join(f"{problem}\n" for problem in found))
-        log(f"{len(found)} damaged records are left out, listed in {PROBLEMS}; the first: {found[0]}")
-    return {
+    for split, count in counts.items():
+        if not count["images"]:
+            others = " ".join(name for name, other in counts.items() if other["images"])
+            remedy = f"; --splits {others} prepares the others" if others else ""
+            raise UserError(f"split {split!r}: nothing is left of its examples{damaged(found)}{remedy}")
+    metadata = {
         "format": FORMAT,
         "task": layout.task,
         "source": layout.source,
@@ -203,6 +212,7 @@ def _summary(layout: Layout, todo: Sequence[Shard], problems: Problems, root: Pa
         "digest": digest.hexdigest(),
         "data": "data",
     }
+    return metadata, found
 
 
 def said(prepared: Prepared) -> list[str]:

@@ -1,27 +1,75 @@
 """Which picture an image is, whatever data set holds it, so that one shown in training is not met again at evaluation.
 
-RefCOCO's evaluation images are part of COCO train2014, whose copies in other data sets bear other names.
+RefCOCO's evaluation images are part of COCO train2014, whose copies in other data sets bear other names and perhaps other
+bytes: COCO's pictures are told by their number. All others are told by what is in their files, since names mean nothing: two
+cameras may both have written a 000000000001.jpg.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import PurePosixPath
 
-# COCO_train2014_000000581857, 000000581857, and COCO_train2014_000000581857_12 as refs name an object's image
-_COCO = re.compile(r"(?:COCO_[a-z]+20\d\d_)?(\d{12})(?:_\d+)?")
+COCO_LAYOUTS = ("refcoco", "refcoco+", "refcocog", "grefcoco", "coco-panoptic", "coco-instances", "llava")
+# COCO_train2014_000000581857, also with the suffix that refs give an object's image
+_COCO_NAME = re.compile(r"COCO_[a-z]+20\d\d_(\d{12})(?:_\d+)?", re.ASCII)
+_NUMBER = re.compile(r"(\d{12})(?:_\d+)?", re.ASCII)
+_COCO_FOLDER = re.compile(r"(?:train|val|test|unlabeled)20\d\d", re.ASCII)
 
 
-def image_key(file_name: str, source: str = "") -> str:
-    """The identity of an image: "coco:581857" under any of COCO's names, else "<source>:<path without suffix>".
+def coco_number(file_name: str, layout: str) -> int | None:
+    """COCO's number of an image; None for one that is not known to be COCO's.
+
+    A name that begins like COCO_train2014_ is COCO's anywhere. A name of twelve digits is in COCO's own layouts, and there only
+    without a folder or in one of COCO's, such as coco/train2017.
 
     Args:
         file_name: path or name of the image.
-        source: name of the layout; names that are not COCO's mean something within one layout only.
+        layout: name of the layout that it comes from.
     """
     path = PurePosixPath(file_name)
-    coco = _COCO.fullmatch(path.stem)
-    return f"coco:{int(coco.group(1))}" if coco else f"{source}:{path.with_suffix('') if path.name else path}"
+    match = _COCO_NAME.fullmatch(path.stem)
+    if not match and layout in COCO_LAYOUTS and (len(path.parts) == 1 or _COCO_FOLDER.fullmatch(path.parent.name)):
+        match = _NUMBER.fullmatch(path.stem)
+    return int(match[1]) if match else None
+
+
+def name_key(file_name: str) -> str:
+    """The key of an image that is known by its name alone: its path without the suffix."""
+    path = PurePosixPath(file_name)
+    return f"name:{path.with_suffix('') if path.name else path}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """What tells a picture from all others.
+
+    A picture of COCO is another one of COCO if the numbers agree. Any other two are the same if their content agrees: copies of
+    COCO's pictures in one's own data are found by it.
+
+    Attributes:
+        number: COCO's, None for another picture.
+        content: a digest of the file.
+    """
+
+    number: int | None
+    content: str
+
+    @property
+    def identity(self) -> str:
+        """Equal for the same picture of COCO, and for the same picture of other sources."""
+        return f"content:{self.content}" if self.number is None else f"coco:{self.number}"
+
+    @property
+    def holds_out(self) -> tuple[str, ...]:
+        """The keys that a picture of an evaluation split holds out of training."""
+        return (self.identity,) if self.number is None else (self.identity, f"copy:{self.content}")
+
+    @property
+    def held_out_by(self) -> tuple[str, ...]:
+        """The keys of which one is enough to hold this picture out of training."""
+        return f"content:{self.content}", f"copy:{self.content}" if self.number is None else self.identity
 
 
 def is_training(split: str) -> bool:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flowseg_jax.data.leakage import image_key, is_training
+from flowseg_jax.data.leakage import COCO_LAYOUTS, coco_number, is_training, name_key
 from flowseg_jax.data.prepared import Entry, Prepared
 from flowseg_jax.errors import UserError
 
@@ -78,7 +78,9 @@ def mix(
         if not index:
             raise UserError(f"{prepared.directory}: split {split!r} has no images")
         mine = tuple(
-            i for i, e in enumerate(index) if not held_out or held_out.keys().isdisjoint((e.key, image_key(e.file_name)))
+            i
+            for i, e in enumerate(index)
+            if not held_out or held_out.keys().isdisjoint((*e.identity.held_out_by, name_key(e.file_name)))
         )
         if not mine:
             raise UserError(f"{prepared.directory}: every image of split {split!r} is held out for evaluation (data.held_out)")
@@ -132,7 +134,9 @@ class Order:
 
 
 def held_out_keys(sources: Iterable[str | Path | Prepared]) -> dict[str, str]:
-    """{image: what holds it out} of everything that is evaluated on. An image is an `Entry.key`, or its name's `image_key`.
+    """{key of an image: what holds it out} of everything that is evaluated on.
+
+    The keys are those of `leakage.Picture.holds_out`, and of images that are known by name alone `leakage.name_key`.
 
     Args:
         sources: prepared data sets, or their directories: the images of all splits but "train"; text files with one image a
@@ -170,7 +174,12 @@ def held_out_keys(sources: Iterable[str | Path | Prepared]) -> dict[str, str]:
 
 def _evaluated(prepared: Prepared) -> dict[str, str]:
     splits = [split for split in prepared.splits if not is_training(split)]
-    return {entry.key: f"{prepared.directory} {split}" for split in splits for entry in prepared.index(split)}
+    return {
+        key: f"{prepared.directory} {split}"
+        for split in splits
+        for entry in prepared.index(split)
+        for key in entry.identity.holds_out
+    }
 
 
 def _listed(path: Path) -> dict[str, str]:
@@ -178,7 +187,11 @@ def _listed(path: Path) -> dict[str, str]:
         names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"data.held_out: {path} is no text file of image names ({error})") from None
-    return {image_key(f"{int(name):012d}.jpg" if name.isdecimal() else name): str(path) for name in names}
+    keys: dict[str, str] = {}
+    for name in names:
+        number = int(name) if name.isdecimal() else coco_number(name, COCO_LAYOUTS[0])
+        keys |= {key: str(path) for key in (name_key(name), *(() if number is None else (f"coco:{number}",)))}
+    return keys
 
 
 def _of_visual_genome(path: Path, held_out: Mapping[str, str]) -> dict[str, str]:
@@ -189,4 +202,4 @@ def _of_visual_genome(path: Path, held_out: Mapping[str, str]) -> dict[str, str]
         raise UserError(f"data.held_out: {path} is not Visual Genome's image_data.json ({error})") from None
     folders = ("vg/VG_100K", "vg/VG_100K_2", "gqa/images")
     numbers = [number for number, coco in pairs if coco is not None and f"coco:{coco}" in held_out]
-    return {image_key(f"{folder}/{number}.jpg"): str(path) for number in numbers for folder in folders}
+    return {name_key(f"{folder}/{number}.jpg"): str(path) for number in numbers for folder in folders}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from flowseg_jax.data.batch import NONE
-from flowseg_jax.data.leakage import image_key
+from flowseg_jax.data.leakage import Picture, coco_number
 from flowseg_jax.data.records import Example, Sample, from_record, ref_samples, samples
 from flowseg_jax.errors import UserError, suggest
 
@@ -29,6 +29,7 @@ class Entry:
         categories: category of each object, NONE (-1) for a crowd region and where nothing has a category.
         samples: what can be asked, sorted.
         refs: the same with all sentences of a ref in one (`records.ref_samples`).
+        number: COCO's number of the image, None for one that is not COCO's.
     """
 
     image_id: int
@@ -39,6 +40,7 @@ class Entry:
     categories: tuple[int, ...]
     samples: tuple[Sample, ...]
     refs: tuple[Sample, ...] = ()
+    number: int | None = None
 
     @property
     def by_ref(self) -> Entry:
@@ -46,10 +48,9 @@ class Entry:
         return dataclasses.replace(self, samples=self.refs)
 
     @property
-    def key(self) -> str:
-        """What the picture is in any data set: COCO's number, else a digest of the file."""
-        key = image_key(self.file_name)
-        return key if key.startswith("coco:") else f"picture:{self.picture}"
+    def identity(self) -> Picture:
+        """What the picture is in any data set."""
+        return Picture(self.number, self.picture)
 
 
 def index_entry(example: Example) -> dict[str, Any]:
@@ -69,14 +70,15 @@ def _line(s: Sample) -> list[Any]:
     return [s.ann_id, s.ref_id, s.sentence_id, s.sentence, s.family, s.annotations, s.count, s.answer]
 
 
-def _entry(line: str) -> Entry:
+def _entry(line: str, layout: str) -> Entry:
     raw = json.loads(line)
     name, image = raw["file_name"], raw["image_id"]
     asked, refs = (
         tuple(Sample(image, name, a, r, i, text, f, tuple(at), n, text, answer) for a, r, i, text, f, at, n, answer in raw[key])
         for key in ("samples", "refs")
     )
-    return Entry(image, name, *raw["size"], raw["picture"], tuple(raw["categories"]), asked, refs)
+    number = coco_number(name, layout)
+    return Entry(image, name, *raw["size"], raw["picture"], tuple(raw["categories"]), asked, refs, number)
 
 
 class Prepared:
@@ -149,7 +151,7 @@ class Prepared:
         self.check_split(split)
         if split not in self._index:
             lines = (self.directory / "index" / f"{split}.jsonl").read_text().splitlines()
-            self._index[split] = [_entry(line) for line in lines]
+            self._index[split] = [_entry(line, self.metadata["request"]["layout"]) for line in lines]
         return self._index[split]
 
     def families(self, split: str) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -165,7 +165,7 @@ class Problems:
 
     Attributes:
         keep: go on.
-        found: one message a record, naming file and field.
+        found: one line a record, naming file and field.
     """
 
     def __init__(self, keep: bool = False):
@@ -180,7 +180,22 @@ class Problems:
         except UserError as error:
             if not self.keep:
                 raise
-            self.found.append(str(error))
+            text = " ".join(str(error).split("\n")).encode("utf-8", "backslashreplace")  # it may quote half a character
+            self.found.append(text.decode())
+
+    def nothing_left(self, message: str) -> UserError:
+        """The error that no record is left, with the first reasons."""
+        return UserError(message + damaged(self.found))
+
+
+def damaged(problems: Sequence[str], shown: int = 3, length: int = 240) -> str:
+    """The end of a line that tells how many problems there are and the first of them, cut to `length` characters each.
+
+    Empty if there are none.
+    """
+    some = [p if len(p) <= length else f"{p[: length - 3]}..." for p in problems[:shown]]
+    more = [f"and {len(problems) - shown:,} more"] if len(problems) > shown else []
+    return f"; {len(problems):,} damaged: {'; '.join(some + more)}" if some else ""
 
 
 class Layout(Protocol):
@@ -210,8 +225,8 @@ class Layout(Protocol):
         """Number of examples of the split, those that will be left out included. UserError for an unknown split."""
         ...
 
-    def image_path(self, split: str, index: int) -> Path | None:
-        """The image file of an example, which is not read; None for one without an image. UserError if it is missing."""
+    def image_file(self, split: str, index: int) -> tuple[str, Path] | None:
+        """An example's image, which is not read: its `file_name` and its file; None without one. UserError if it is missing."""
         ...
 
     def example(self, split: str, index: int, notes: Counter[str]) -> Example | None:
@@ -223,11 +238,24 @@ class Layout(Protocol):
         ...
 
 
+def read(layout: Layout, split: str, index: int, notes: Counter[str], problems: Problems) -> Example | None:
+    """Example `index` of the split; None if it is left out, by rule or because it is damaged.
+
+    `notes` counts what was special, as `Layout.example` does, but nothing of a damaged example.
+    """
+    mine: Counter[str] = Counter()
+    with problems.record():
+        example = layout.example(split, index, mine)
+        notes.update(mine)
+        return example
+    return None
+
+
 def examples(layout: Layout, split: str, notes: Counter[str] | None = None) -> Iterator[Example]:
-    """All examples of a split in order, without those that are left out."""
+    """All examples of a split in order, without those that are left out. UserError at the first damaged one."""
     notes = Counter() if notes is None else notes
     for index in range(layout.size(split)):
-        example = layout.example(split, index, notes)
+        example = read(layout, split, index, notes, Problems())
         if example is not None:
             yield example
 

@@ -13,16 +13,14 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from flowseg_jax.data.prepared import index_entry
-from flowseg_jax.data.records import Example, Layout, Problems, to_record
-from flowseg_jax.data.tokenizer import SPECIAL_TOKENS
-from flowseg_jax.errors import UserError
+from flowseg_jax.data.records import Layout, Problems, read, to_record
 
 EXAMPLES = 256  # of a shard
 NAME = "flowseg"
@@ -95,7 +93,10 @@ class Shard:
         counts = dict.fromkeys(("images", "refs", "sentences", "samples"), 0)
         writer = ArrayRecordWriter(str(self.file("array_record")), "group_size:1")
         with self.file("jsonl").open("w") as index:
-            for example in self._examples(layout, notes, problems):
+            for number in range(self.start, self.stop):
+                example = read(layout, self.split, number, notes, problems)
+                if example is None:
+                    continue
                 line = index_entry(example)
                 index.write(json.dumps(line) + "\n")
                 writer.write(features().serialize_example(features().encode_example(to_record(example))))
@@ -111,16 +112,6 @@ class Shard:
         os.replace(temporary, self.file("json"))
         return report
 
-    def _examples(self, layout: Layout, notes: Counter[str], problems: Problems) -> Iterator[Example]:
-        for number in range(self.start, self.stop):
-            example = None
-            with problems.record():
-                example = layout.example(self.split, number, notes)
-                if example is not None:
-                    check_text(example, layout.source)
-            if example is not None:
-                yield example
-
 
 def content(example: Example) -> bytes:
     """Everything that is stored of an example, the image as its digest: two examples that differ in anything differ here."""
@@ -133,21 +124,11 @@ def divide(directory: Path, split: str, size: int) -> list[Shard]:
     return [Shard(directory, split, n, at, min(at + EXAMPLES, size)) for n, at in enumerate(range(0, size, EXAMPLES))]
 
 
-def check_text(example: Example, source: str) -> None:
-    """Raises a UserError if something that is said cannot be stored, or contains a mark, which would be taken for one."""
-    said = [(f"sentence {e.id} of ref {e.ref_id}", e.text) for e in example.expressions]
-    said += [(f"the answer to sentence {e.id} of ref {e.ref_id}", e.answer) for e in example.expressions]
-    said += [(f"turn {i}", f"{t.question} {t.answer}") for i, t in enumerate(example.turns)]
-    for what, text in said:
-        if any("\ud800" <= char <= "\udfff" for char in text):
-            raise UserError(f"{source}: {example.file_name}: {what} has half of a character pair: {text!r}")
-        for mark in SPECIAL_TOKENS:
-            if mark.lower() in text.lower():
-                raise UserError(f"{source}: {example.file_name}: {what} contains the mark {mark!r}")
-
-
 def finish(shards: Sequence[Shard], root: Path) -> None:
-    """Makes `root/data` (a TFDS data set) and `root/index` of complete shards; may be done again after an interruption."""
+    """Makes `root/data` (a TFDS data set) and `root/index` of complete shards, of which each split has an example.
+
+    May be done again after an interruption.
+    """
     import tensorflow_datasets as tfds
 
     data, index = root / "data", root / "index"
@@ -162,8 +143,6 @@ def finish(shards: Sequence[Shard], root: Path) -> None:
         with (index / f"{split}.jsonl").open("w") as lines:
             for shard, _ in filled:
                 lines.write(shard.file("jsonl").read_text())
-        if not filled:
-            raise UserError(f"split {split!r}: nothing is left of its examples, so there is nothing to prepare")
         names = template.replace(split=split)
         total = 0
         for number, (shard, _) in enumerate(filled):

@@ -14,9 +14,9 @@ from typing import Any
 from pycocotools import mask as coco
 
 from flowseg_jax.data import formats
-from flowseg_jax.data.leakage import image_key, is_training
+from flowseg_jax.data.leakage import Picture, coco_number, is_training
 from flowseg_jax.data.published import COUNTS, Check, split_by
-from flowseg_jax.data.records import Example, Layout, Problems, samples
+from flowseg_jax.data.records import Example, Layout, Problems, read, samples
 
 SHOWN = 20  # entries of a list that are printed; the JSON has all of them
 
@@ -103,7 +103,7 @@ class _Progress:
             self._log(f"{label}: {done:,} of {total:,}")
 
 
-_Pictures = dict[str, str]  # identity -> file name
+_Pictures = list[tuple[Picture, str]]  # with the file's name
 
 
 def open_set(name: str, root: str | Path, *, splits: Sequence[str] | None = None, **options: Any) -> Opened:
@@ -145,10 +145,10 @@ def validate(opened: Sequence[Opened], quick: bool = False, log: Callable[[str],
     return Report(quick, sets, _leaks(opened, pictures))
 
 
-def _identity(name: str, source: str, content: bytes) -> str:
-    """COCO's number; for other images a digest of the content, or if it was not read their path."""
-    key = image_key(name, source)
-    return key if key.startswith("coco:") or not content else hashlib.blake2b(content, digest_size=16).hexdigest()
+def _picture(name: str, layout: str, content: bytes) -> Picture:
+    """What an image is. One that was not read and is not COCO's is known by its path alone."""
+    digest = hashlib.blake2b(content, digest_size=16).hexdigest() if content else f"{layout}:{name}"
+    return Picture(coco_number(name, layout), digest)
 
 
 def _read(one: Opened, split: str, report: SetReport, notes: Counter[str], quick: bool, progress: _Progress) -> _Pictures:
@@ -157,27 +157,28 @@ def _read(one: Opened, split: str, report: SetReport, notes: Counter[str], quick
     result = report.splits[split] = SplitReport({"images": size})
     if not quick:
         result.counts |= {"refs": 0, "sentences": 0, "samples": 0}
-    found: _Pictures = {}
+    found: _Pictures = []
+    first: dict[str, str] = {}  # of each picture
     for index in range(size):
         progress(f"{one.label} {split}", index, size)
         with one.problems.record():
             if quick:
-                path = one.layout.image_path(split, index)
-                if path is None:
+                file = one.layout.image_file(split, index)
+                if file is None:
                     continue
-                name, content = str(path), b""
+                name, content = file[0], b""
             else:
-                example = one.layout.example(split, index, notes)
+                example = read(one.layout, split, index, notes, one.problems)
                 if example is None:
                     continue
                 _count(example, result.counts, notes)
                 name, content = example.file_name, example.image
-            identity = _identity(name, one.name, content)
-            if identity in found:
-                result.duplicates.append(
-                    name if name == found[identity] else f"{name} is the same picture as {found[identity]}"
-                )
-            found.setdefault(identity, name)
+            picture = _picture(name, one.name, content)
+            if picture.identity in first:
+                before = first[picture.identity]
+                result.duplicates.append(name if name == before else f"{name} is the same picture as {before}")
+            first.setdefault(picture.identity, name)
+            found.append((picture, name))
     return found
 
 
@@ -197,8 +198,8 @@ def _compare(one: Opened, report: SetReport, found: dict[str, _Pictures]) -> Non
     """Sets the counts against the published ones."""
     partition = split_by(one.layout)
     published = {s: COUNTS.get((one.name, partition, s), {}) for s in one.splits}
-    keys = [key for pictures in found.values() for key in pictures]
-    if any(published.values()) and one.name != "reasonseg" and keys and not any(key.startswith("coco:") for key in keys):
+    numbers = [picture.number for pictures in found.values() for picture, _ in pictures]
+    if any(published.values()) and one.name != "reasonseg" and numbers and not any(n is not None for n in numbers):
         # the layout is used for other data too, which is complete at any size
         report.warnings.append("not the published data set (none of its images is named as COCO's): counts not compared")
         return
@@ -210,12 +211,16 @@ def _compare(one: Opened, report: SetReport, found: dict[str, _Pictures]) -> Non
 def _leaks(opened: Sequence[Opened], pictures: Sequence[dict[str, _Pictures]]) -> list[Leak]:
     """Images that lie in a training split of one set and in an evaluation split of any set."""
     splits = [(one, split, found[split]) for one, found in zip(opened, pictures, strict=True) for split in found]
+    shown = [(one, split, [(p.held_out_by, name) for p, name in seen]) for one, split, seen in splits if is_training(split)]
+    asked = [
+        (one, split, {key for p, _ in seen for key in p.holds_out}) for one, split, seen in splits if not is_training(split)
+    ]
     leaks = []
-    for (one, train, seen), (other, split, asked) in itertools.product(splits, splits):
-        if is_training(train) and not is_training(split) and (shared := seen.keys() & asked.keys()):
+    for (one, train, trained), (other, split, keys) in itertools.product(shown, asked):
+        if names := sorted({name for held_out_by, name in trained if not keys.isdisjoint(held_out_by)}):
             google = one is other and split_by(one.layout) == "google"
             remark = "the google partition shares images between its splits by design" if google else ""
-            leaks.append(Leak(f"{one.label} {train}", f"{other.label} {split}", sorted(seen[i] for i in shared), remark))
+            leaks.append(Leak(f"{one.label} {train}", f"{other.label} {split}", names, remark))
     return leaks
 
 

@@ -138,7 +138,8 @@ def test_damaged_records_are_listed_where_that_is_wanted(tmp_path):
     assert prepared.metadata["problems"] == 2 and [e.image_id for e in prepared.index("train")] == [1, 2]
     listed = (tmp_path / "out" / "problems.txt").read_text().splitlines()
     assert len(listed) == 2 and "annotation 999" in listed[0] and "polygon coordinate nan" in listed[1]
-    assert any(line.startswith("2 damaged records are left out, listed in problems.txt") for line in lines)
+    said = f"{tmp_path / 'out' / 'problems.txt'} lists the records that are left out; 2 damaged: {listed[0]}; {listed[1]}"
+    assert said in lines
     with pytest.raises(UserError, match="on_error is 'ignore': choose stop or record"):
         builders.prepare(root, tmp_path / "x", on_error="ignore", log=quiet)
 
@@ -164,7 +165,7 @@ def test_what_fails_in_a_process_is_its_own_error(tmp_path, monkeypatch):
 
 def test_a_mark_in_a_sentence_is_an_error(tmp_path):
     instances, refs = mini.damaged(lambda i, r: r[0]["sentences"][0].update(sent="dog <seg> cat"))
-    with pytest.raises(UserError, match="sentence 10 of ref 1 contains the mark '<SEG>'"):
+    with pytest.raises(UserError, match="refs\(unc\)\.p: ref 1\.sentences\[0\]\.sent: contains the mark '<SEG>'"):
         builders.prepare(mini.write(tmp_path / "l", instances=instances, refs=refs), tmp_path / "out", log=quiet)
 
 

@@ -131,7 +131,7 @@ def test_missing_files_and_pickling(tmp_path, kind):
     [
         ("person", r"category 18\.name: 'person' is the name of category 1 too, .*rename one of them"),
         (" person\u00a0", r"category 18\.name: ' person\\xa0' is the name of category 1 too"),
-        ("", r"category 18\.name: '' is blank; give the category a name"),
+        ("", r"category 18\.name: '' is blank; write what it says"),
         (" \u200b\t", r"category 18\.name: .* is blank"),
         (18, r"category 18\.name: expected str, got '18'"),
     ],

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from flowseg_jax.data import builders
-from flowseg_jax.data.leakage import image_key
+from flowseg_jax.data.leakage import name_key
 from flowseg_jax.data.mixture import Member, Order, held_out_keys, mix, repeats
 from flowseg_jax.data.pipeline import TrainData
 from flowseg_jax.errors import UserError
@@ -158,8 +158,8 @@ def test_visual_genome_tells_which_of_its_pictures_are_held_out(refcoco, tmp_pat
         json.dumps([{"image_id": 77, "coco_id": 2}, {"image_id": 78, "coco_id": 1}, {"image_id": 79, "coco_id": None}])
     )
     keys = held_out_keys([genome, refcoco])  # in any order
-    assert keys.keys() >= {image_key("vg/VG_100K/77.jpg"), image_key("vg/VG_100K_2/77.jpg"), image_key("gqa/images/77.jpg")}
-    assert not any("78" in key or "79" in key for key in keys)
+    assert keys.keys() >= {name_key("vg/VG_100K/77.jpg"), name_key("vg/VG_100K_2/77.jpg"), name_key("gqa/images/77.jpg")}
+    assert not any("/78" in key or "/79" in key for key in keys)
     genome.write_text("[{}]")
     with pytest.raises(UserError, match=r"image_data.json is not Visual Genome's image_data.json \('image_id'\)"):
         held_out_keys([genome])
@@ -191,7 +191,7 @@ def test_held_out_errors(refcoco, panoptic, tmp_path):
     (tmp_path / "binary").write_bytes(b"\xff\xfe\xff")
     with pytest.raises(UserError, match="binary is no text file of image names"):
         held_out_keys([tmp_path / "binary"])
-    everything = {e.key: "x" for e in panoptic.index("train")}
+    everything = {e.identity.identity: "x" for e in panoptic.index("train")}
     with pytest.raises(UserError, match=r"every image of split 'train' is held out for evaluation \(data.held_out\)"):
         mix([(panoptic, 0.0)], held_out=everything)
 

@@ -9,7 +9,7 @@ import pytest
 
 from flowseg_jax.data import published, validate
 from flowseg_jax.data.__main__ import main
-from flowseg_jax.data.leakage import image_key
+from flowseg_jax.data.leakage import coco_number
 from flowseg_jax.data.records import Example, Problems
 from flowseg_jax.errors import UserError
 
@@ -64,14 +64,15 @@ def add_ref(refs, ref_id, split, like):
     refs.append(new)
 
 
-def test_image_keys():
+def test_coco_numbers():
     for name in ("COCO_train2014_000000581857.jpg", "000000581857.jpg", "COCO_train2014_000000581857_12.jpg"):
-        assert image_key(name, "refcoco") == image_key(f"coco/train2017/{name}", "llava") == "coco:581857"
-    assert image_key("COCO_val2014_000000000042.jpg") == "coco:42"
-    assert image_key("train/6023_1.jpg", "reasonseg") == "reasonseg:train/6023_1"
-    assert image_key("581857.jpg", "jsonl") == "jsonl:581857"  # a number is not enough
-    assert image_key("0000005818571.jpg", "jsonl") == "jsonl:0000005818571"
-    assert image_key("x000000581857.jpg", "jsonl") == "jsonl:x000000581857"
+        assert coco_number(name, "refcoco") == coco_number(f"coco/train2017/{name}", "llava") == 581857
+    for layout in ("jsonl", "reasonseg"):  # there a bare number is anybody's
+        assert coco_number("COCO_val2014_000000000042.jpg", layout) == 42
+        assert coco_number("000000000042.jpg", layout) is coco_number("train2017/000000000042.jpg", layout) is None
+    assert coco_number("cam1/000000000042.jpg", "coco-instances") is None
+    for name in ("581857.jpg", "0000005818571.jpg", "x000000581857.jpg", "\u0660" * 12 + ".jpg"):  # the last: Arabic digits
+        assert coco_number(name, "coco-instances") is None
 
 
 def test_a_clean_set(tmp_path):
@@ -206,6 +207,24 @@ def test_a_coco_image_is_one_picture_under_every_name_and_encoding():
     other = fake("coco-panoptic", val=[("000000000007.jpg", b"b"), ("000000000008.jpg", b"a")])
     (leak,) = validate.validate([one, other]).leaks
     assert leak.images == ["COCO_train2014_000000000007.jpg"]
+
+
+def test_names_of_twelve_digits_are_coco_s_in_its_own_layouts_alone():
+    mine = fake(
+        train=[("cam1/000000000007.jpg", b"a")], val=[("cam2/000000000007.jpg", b"b"), ("cam2/000000000008.jpg", b"a7")]
+    )
+    assert validate.validate([mine]).ok
+    coco = fake("coco-panoptic", train=[("000000000007.jpg", b"a7"), ("000000000009.jpg", b"a9")])
+    (leak,) = validate.validate([mine, coco]).leaks  # the content says that number 8 of one is number 7 of the other
+    assert (leak.training, leak.evaluation, leak.images) == ("coco-panoptic train", "jsonl val", ["000000000007.jpg"])
+    coco = fake("coco-panoptic", val=[("000000000001.jpg", b"a")])
+    (leak,) = validate.validate([mine, coco]).leaks
+    assert (leak.training, leak.evaluation, leak.images) == ("jsonl train", "coco-panoptic val", ["cam1/000000000007.jpg"])
+
+
+def test_two_numbers_are_two_pictures_of_coco():
+    """Its pictures are told by their numbers, so that the published splits are clean whatever files occur twice in them."""
+    assert validate.validate([fake("refcoco", train=[("000000000007.jpg", b"a")], val=[("000000000008.jpg", b"a")])]).ok
 
 
 def test_other_images_are_the_same_if_their_content_is():

@@ -97,7 +97,7 @@ class Coco(abc.ABC):
             objects = self._read_objects(table, path, entries, problems)
             order = [key for key in entries if objects.get(key, ()) is not None]
             if not order:
-                raise UserError(f"{path}: holds no usable image")
+                raise problems.nothing_left(f"{path}: holds no usable image")
             place = f"{split}{self.year}"
             given = [Path(images) / place, Path(images)] if images is not None else []
             folders = ImageFolders(given or [self.root / usual.format(place) for usual in IMAGE_DIRS])
@@ -108,7 +108,7 @@ class Coco(abc.ABC):
         index = {key: i for i, key in enumerate(sorted(found))}
         names = category_names(found, path)
         if not names:
-            raise UserError(f"{path}: categories: holds no category")
+            raise problems.nothing_left(f"{path}: categories: holds no usable category")
         if self.categories and (index, names) != (self._category_index, self.categories):
             raise UserError(f"{path}: categories: differ from those of {self.annotation_files[0]}; use files of one release")
         self._category_index, self.categories = index, names
@@ -142,11 +142,12 @@ class Coco(abc.ABC):
         """Number of images of the split, those without an object included."""
         return len(self._part(split).order)
 
-    def image_path(self, split: str, index: int) -> Path:
-        """The file of image `index` of the split. UserError if it is missing."""
+    def image_file(self, split: str, index: int) -> tuple[str, Path]:
+        """Name and file of image `index` of the split. UserError if it is missing."""
         part = self._part(split)
         image_id = part.order[index]
-        return path_of(part.images[image_id], part.folders, f"{part.path}: image {image_id}")
+        path = path_of(part.images[image_id], part.folders, f"{part.path}: image {image_id}")
+        return part.images[image_id]["file_name"], path
 
 
 class CocoInstances(Coco):

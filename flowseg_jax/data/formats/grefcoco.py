@@ -10,6 +10,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
+from flowseg_jax.data.checks import MAX_CHARACTERS
 from flowseg_jax.data.formats.reading import ImageFolders, field, read_json
 from flowseg_jax.data.formats.refcoco import IMAGE_DIRS, Grouped, Instances, find_root, read_pickle
 from flowseg_jax.data.records import Example, Problems
@@ -60,6 +61,7 @@ class GRefCoco(Grouped):
         root: folder with `instances.json` and the refs (see `refs_file`), or the one that holds this folder as `grefcoco`.
         split_by: which refs file; by default unc.
         images: folder of the images; by default the usual places inside and beside the root.
+        max_characters: that a sentence may have.
         problems: what is done about a damaged record.
 
     Attributes:
@@ -78,6 +80,7 @@ class GRefCoco(Grouped):
         *,
         split_by: str | None = None,
         images: str | Path | None = None,
+        max_characters: int = MAX_CHARACTERS,
         problems: Problems | None = None,
     ):
         problems = problems or Problems()
@@ -89,13 +92,13 @@ class GRefCoco(Grouped):
         self._special: dict[tuple[str, int], Counter[str]] = defaultdict(Counter)
         for i, ref in enumerate(_read_refs(path)):
             with problems.record():
-                self._take(ref, f"{path}: refs[{i}]", path)
-        self.finish()
+                self._take(ref, f"{path}: refs[{i}]", path, max_characters)
+        self.finish(problems)
 
-    def _take(self, ref: Any, place: str, path: Path) -> None:
+    def _take(self, ref: Any, place: str, path: Path, max_characters: int) -> None:
         ref_id = field(ref, "ref_id", int, place)
         where = f"{path}: ref {ref_id}"
-        image_id, split = self.instances.check_ref(ref, where)
+        image_id, split = self.instances.check_ref(ref, where, max_characters)
         ids = _object_ids(ref, where)
         for ann_id in ids:
             self.instances.check_object(ann_id, image_id, where)

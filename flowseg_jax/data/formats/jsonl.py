@@ -24,6 +24,7 @@ from jsonschema.exceptions import ValidationError, best_match
 
 from flowseg_jax.data import images as pixels
 from flowseg_jax.data import masks
+from flowseg_jax.data.checks import MAX_CHARACTERS, check_said
 from flowseg_jax.data.formats.reading import ImageFolders, hashed_id, image_bytes, visible
 from flowseg_jax.data.records import Annotation, Example, Expression, Problems
 from flowseg_jax.errors import UserError, suggest
@@ -85,16 +86,24 @@ class Jsonl:
     Args:
         root: the file, or a folder that holds exactly one.
         images: folder that the images' paths are relative to; by default the file's. Masks stay relative to the file.
+        max_characters: that an expression may have.
         problems: what is done about a damaged line.
 
     Raises:
-        UserError: a line is not as the schema says, an id occurs twice, or an image occurs in two splits. Images and masks
-            are checked by `example`.
+        UserError: a line is not as the schema says, a text in it cannot be used (`checks`), an id occurs twice, or an image
+            occurs in two splits. Images and masks are checked by `example`.
     """
 
     task = "referring"
 
-    def __init__(self, root: str | Path, *, images: str | Path | None = None, problems: Problems | None = None):
+    def __init__(
+        self,
+        root: str | Path,
+        *,
+        images: str | Path | None = None,
+        max_characters: int = MAX_CHARACTERS,
+        problems: Problems | None = None,
+    ):
         problems = problems or Problems()
         self.path = find_file(root)
         self.source = f"jsonl {self.path.name}"
@@ -110,6 +119,9 @@ class Jsonl:
             with problems.record():
                 where = f"{self.path}:{number}"
                 entry = parse(line, where)
+                for j, text in enumerate(entry["expressions"]):
+                    check_said(text, f"{where}: expressions[{j}]", max_characters)
+                check_said(_category(entry), f"{where}: category")
                 # Two ways to write a path must not hide that it is one image.
                 image, split = str(PurePosixPath(entry["image"])), entry.get("split", "train")
                 key = entry.get("id", number)
@@ -126,7 +138,7 @@ class Jsonl:
                 self._lines.setdefault(split, {}).setdefault(image, []).append((number, key, sentences, entry))
                 sentences += len(entry["expressions"])
         if not self._lines:
-            raise UserError(f"{self.path}: holds no usable line")
+            raise problems.nothing_left(f"{self.path}: holds no usable line")
         self._order = {split: list(by_image) for split, by_image in self._lines.items()}
         lines = [e for by_image in self._lines.values() for group in by_image.values() for *_, e in group]
         self.categories = tuple(sorted({_category(e) for e in lines if e["mask"] is not None}))
@@ -151,11 +163,11 @@ class Jsonl:
             raise UserError(f"{self.path}: unknown split {split!r}{suggest(split, self.splits)}")
         return len(self._order[split])
 
-    def image_path(self, split: str, index: int) -> Path:
-        """The file of image `index` of the split. UserError if it is missing."""
+    def image_file(self, split: str, index: int) -> tuple[str, Path]:
+        """Name and file of image `index` of the split. UserError if it is missing."""
         self.size(split)
         image = self._order[split][index]
-        return self._folders.find(image, f"{self.path}:{self._lines[split][image][0][0]}: image")
+        return image, self._folders.find(image, f"{self.path}:{self._lines[split][image][0][0]}: image")
 
     def example(self, split: str, index: int, notes: Counter[str]) -> Example:
         """Image `index` of the split, in the order of their first lines, with the objects of all of its lines.
@@ -166,7 +178,7 @@ class Jsonl:
         self.size(split)
         image = self._order[split][index]
         lines = self._lines[split][image]
-        data, height, width = image_bytes(self.image_path(split, index), notes)
+        data, height, width = image_bytes(self.image_file(split, index)[1], notes)
         annotations: list[Annotation] = []
         expressions: list[Expression] = []
         for number, key, first, entry in lines:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from flowseg_jax.data.checks import check_said
 from flowseg_jax.data.formats.reading import ImageFolders, field, hashed_id, image_bytes, read_json, root_folder, visible
 from flowseg_jax.data.records import Example, Problems, Turn
 from flowseg_jax.data.tokenizer import IMAGE
@@ -50,22 +51,25 @@ def without_mark(text: str) -> str:
     return between.join(part for part in (before.strip(), after.strip()) if part)
 
 
-def turns_of(conversations: Sequence[dict[str, str]]) -> tuple[Turn, ...]:
-    """The longest run of whole pairs: a question, then its answer, neither of them empty."""
-    best: list[Turn] = []
+def turns_of(conversations: Sequence[dict[str, str]]) -> tuple[int, tuple[Turn, ...]]:
+    """The longest run of whole pairs, a question, then its answer, neither of them empty: (where it begins, its turns)."""
+    best: tuple[int, list[Turn]] = 0, []
     run: list[Turn] = []
-    i = 0
+    i = start = 0
     while i + 1 < len(conversations):
         first, second = conversations[i : i + 2]
         question, answer = without_mark(first["value"]), second["value"].strip()
         if (first["from"], second["from"]) == ("human", "gpt") and question and answer:
-            run = [*run, Turn(question, answer)]
+            if not run:
+                start = i
+            run.append(Turn(question, answer))
             i += 2
         else:
             run = []
             i += 1
-        best = max(best, run, key=len)  # of several, the first
-    return tuple(best)
+        if len(run) > len(best[1]):  # of several equally long ones, the first
+            best = start, run
+    return best[0], tuple(best[1])
 
 
 class Llava:
@@ -108,7 +112,7 @@ class Llava:
                 _check(sample, f"{self.path}: [{i}]")
                 self._samples.append((i, sample))
         if not self._samples:
-            raise UserError(f"{self.path}: holds no usable sample")
+            raise problems.nothing_left(f"{self.path}: holds no usable sample")
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -120,35 +124,37 @@ class Llava:
             raise UserError(f"{self.path}: unknown split {split!r}{suggest(split, self.splits)}")
         return len(self._samples)
 
-    def image_path(self, split: str, index: int) -> Path | None:
-        """The image file of sample `index`; None if it has no image. UserError if it is missing."""
+    def image_file(self, split: str, index: int) -> tuple[str, Path] | None:
+        """Name and file of the image of sample `index`; None if it has no image. UserError if it is missing."""
         self.size(split)
         i, sample = self._samples[index]
         if sample.get("image") is None:
             return None
-        return self._find(sample["image"], self._where(i, sample), Counter())[1]
+        return self._find(sample["image"], f"{self._where(i, sample)}.image", Counter())
 
     def _where(self, i: int, sample: dict[str, Any]) -> str:
-        return f"{self.path}: [{i}] (id {sample['id']}).image"
+        return f"{self.path}: [{i}] (id {sample['id']})"
 
     def example(self, split: str, index: int, notes: Counter[str]) -> Example | None:
         """Sample `index`; None if it has no image or no whole pair of question and answer.
 
         Raises:
-            UserError: the image is missing or damaged.
+            UserError: the image is missing or damaged, or a text cannot be used (`checks`).
         """
         self.size(split)
         i, sample = self._samples[index]
         if sample.get("image") is None:
             notes["samples without an image: left out"] += 1
             return None
-        turns = turns_of(sample["conversations"])
+        start, turns = turns_of(sample["conversations"])
         if not turns:
             notes["chats without a whole question-answer pair: left out"] += 1
             return None
+        for j, text in enumerate((text for turn in turns for text in (turn.question, turn.answer)), start):
+            check_said(text, f"{self._where(i, sample)}.conversations[{j}].value", None)  # training cuts what is too long
         if 2 * len(turns) != len(sample["conversations"]):
             notes["chats cut to whole question-answer pairs"] += 1
-        name, path = self._find(sample["image"], self._where(i, sample), notes)
+        name, path = self._find(sample["image"], f"{self._where(i, sample)}.image", notes)
         data, height, width = image_bytes(path, notes)
         return Example(hashed_id(str(sample["id"]), sample["image"]), name, height, width, data, turns=turns)
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from flowseg_jax.data import images
+from flowseg_jax.data.checks import check_said, check_storable, seen_as
 from flowseg_jax.data.records import Problems
 from flowseg_jax.errors import UserError
 
@@ -105,18 +105,16 @@ def category_names(entries: dict[int, dict[str, Any]], path: Path) -> tuple[str,
     make no difference between two names.
 
     Raises:
-        UserError: no name, a blank one, or one that another category has.
+        UserError: no name, one that cannot be said (`checks.check_said`), or one that another category has.
     """
-    names = {key: field(entries[key], "name", str, f"{path}: category {key}") for key in sorted(entries)}
+    names: dict[int, str] = {}
     owner: dict[str, int] = {}
-    for key, name in names.items():
-        shape = "".join(c if c.isprintable() else " " for c in unicodedata.normalize("NFKC", name))
-        shape = " ".join(shape.split())
-        if not shape:
-            raise UserError(f"{path}: category {key}.name: {name[:40]!r} is blank; give the category a name")
-        if owner.setdefault(shape, key) != key:
+    for key in sorted(entries):
+        where = f"{path}: category {key}"
+        name = names[key] = check_said(field(entries[key], "name", str, where), f"{where}.name")
+        if owner.setdefault(seen_as(name), key) != key:
             raise UserError(
-                f"{path}: category {key}.name: {name[:40]!r} is the name of category {owner[shape]} too, "
+                f"{where}.name: {name[:40]!r} is the name of category {owner[seen_as(name)]} too, "
                 "and categories are told apart by their names; rename one of them"
             )
     return tuple(names.values())
@@ -140,7 +138,7 @@ class ImageFolders:
 
     def find(self, name: str, where: str) -> Path:
         """The file of image `name`. UserError if it is missing or leads out of the folders; `where` names the field."""
-        relative = PurePosixPath(name)
+        relative = PurePosixPath(check_storable(name, where))
         if not name or "\0" in name or relative.is_absolute() or ".." in relative.parts:
             raise UserError(f"{where}: {name!r} leads out of the image folder")
         for folder in self._folders:

@@ -19,6 +19,7 @@ from jaxtyping import UInt8
 
 from flowseg_jax.data import images, masks
 from flowseg_jax.data.batch import NONE
+from flowseg_jax.data.checks import MAX_CHARACTERS, check_said
 from flowseg_jax.data.formats.reading import field, hashed_id, image_bytes, read_json, root_folder, visible
 from flowseg_jax.data.records import Annotation, Example, Expression, Problems
 from flowseg_jax.errors import UserError, suggest
@@ -51,7 +52,7 @@ def _pairs(folder: Path, problems: Problems) -> list[str]:
                 )
             names.append(name)
     if not names:
-        raise UserError(f"{folder}: holds no NAME.jpg with its NAME.json; fill or remove the folder")
+        raise problems.nothing_left(f"{folder}: holds no NAME.jpg with its NAME.json; fill or remove the folder")
     return names
 
 
@@ -108,15 +109,15 @@ def paint(shapes: list[Any], height: int, width: int, where: str, notes: Counter
     return mask
 
 
-def _texts(entry: Any, where: str) -> list[str]:
+def _texts(entry: Any, where: str, max_characters: int) -> list[str]:
     texts = field(entry, "text", (list, str), where)
     texts = [texts] if isinstance(texts, str) else texts
     if not texts:
         raise UserError(f"{where}: text: no question about the image")
     for i, text in enumerate(texts):
-        if not isinstance(text, str) or not text.strip():
+        if not isinstance(text, str):
             raise UserError(f"{where}: text[{i}]: expected a question, got {str(text)[:40]!r}")
-    return [text.strip() for text in texts]
+    return [check_said(text, f"{where}: text[{i}]", max_characters) for i, text in enumerate(texts)]
 
 
 def _same_size(entry: dict[str, Any], height: int, width: int, where: str) -> bool:
@@ -159,6 +160,7 @@ class ReasonSeg:
 
     Args:
         root: folder with train/, val/ and test/ (those that exist are the splits), or the one that holds it as ReasonSeg.
+        max_characters: that a question or an explanation may have.
         problems: what is done about a damaged record.
 
     Attributes:
@@ -174,8 +176,9 @@ class ReasonSeg:
     categories: tuple[str, ...] = ()
     source = "reasonseg layout"
 
-    def __init__(self, root: str | Path, *, problems: Problems | None = None):
+    def __init__(self, root: str | Path, *, max_characters: int = MAX_CHARACTERS, problems: Problems | None = None):
         problems = problems or Problems()
+        self._max_characters = max_characters
         self._root = find_root(root)
         self._names = {s: _pairs(self._root / s, problems) for s in SPLITS if (self._root / s).is_dir()}
         self.splits = tuple(self._names)
@@ -198,9 +201,8 @@ class ReasonSeg:
                 name, query, outputs = (field(entry, key, str, where) for key in ("image", "query", "outputs"))
                 if name not in known:
                     raise UserError(f"{where}.image: {name[:80]!r} is not in train; add the image or remove the entry")
-                if not outputs.strip():
-                    raise UserError(f"{where}.outputs: an empty explanation")
-                self._explanations.setdefault(name, []).append((query.strip().lower(), outputs.strip()))
+                outputs = check_said(outputs, f"{where}.outputs", self._max_characters)
+                self._explanations.setdefault(name, []).append((query.strip().lower(), outputs))
 
     def size(self, split: str) -> int:
         """Number of images of the split, those without a target included."""
@@ -210,16 +212,17 @@ class ReasonSeg:
             )
         return len(self._names[split])
 
-    def image_path(self, split: str, index: int) -> Path:
-        """The file of image `index` of the split."""
-        return self._root / split / f"{self._names[split][index]}.jpg"
+    def image_file(self, split: str, index: int) -> tuple[str, Path]:
+        """Name and file of image `index` of the split."""
+        name = f"{self._names[split][index]}.jpg"
+        return name, self._root / split / name
 
     def example(self, split: str, index: int, notes: Counter[str]) -> Example | None:
         """Image `index` of the split in the order of the names; None if it has no target."""
         name = self._names[split][index]
         path = self._root / split / f"{name}.json"
         entry = read_json(path, notes=notes)
-        texts = _texts(entry, str(path))
+        texts = _texts(entry, str(path), self._max_characters)
         family = "long" if field(entry, "is_sentence", bool, str(path)) else "short"
         shapes = field(entry, "shapes", list, str(path))
         data, height, width = _picture(path.with_name(f"{name}.jpg"), entry, str(path), notes)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from flowseg_jax.data import masks
+from flowseg_jax.data.checks import MAX_CHARACTERS, check_said, check_storable
 from flowseg_jax.data.formats.reading import (
     ImageFolders,
     by_id,
@@ -130,7 +131,7 @@ class Instances:
                 self.annotations[key] = annotation
                 self._of_image[image_id].append(annotation)
 
-    def check_ref(self, ref: Any, where: str) -> tuple[int, str]:
+    def check_ref(self, ref: Any, where: str, max_characters: int) -> tuple[int, str]:
         """(image id, split) of a ref after checking that its image exists and its sentences are sentences."""
         image_id = field(ref, "image_id", int, where)
         if image_id not in self.images:
@@ -141,10 +142,9 @@ class Instances:
         for j, sentence in enumerate(sentences):
             spot = f"{where}.sentences[{j}]"
             field(sentence, "sent_id", int, spot)
-            if not field(sentence, "sent", str, spot).strip():
-                raise UserError(f"{spot}.sent: an empty expression")
-            if not isinstance(sentence.get("family", ""), str):
-                raise UserError(f"{spot}.family: expected text, got {sentence['family']!r}")
+            check_said(field(sentence, "sent", str, spot), f"{spot}.sent", max_characters)
+            if "family" in sentence:
+                check_storable(field(sentence, "family", str, spot), f"{spot}.family")
         return image_id, field(ref, "split", str, where)
 
     def check_object(self, ann_id: int, image_id: int, where: str) -> None:
@@ -156,9 +156,10 @@ class Instances:
                 f"{where}.ann_id: annotation {ann_id} lies in image {self.annotations[ann_id]['image_id']}, not {image_id}"
             )
 
-    def image_path(self, image_id: int) -> Path:
-        """The file of an image. UserError if it is missing."""
-        return path_of(self.images[image_id], self._folders, f"{self.path}: image {image_id}")
+    def image_file(self, image_id: int) -> tuple[str, Path]:
+        """Name and file of an image. UserError if it is missing."""
+        path = path_of(self.images[image_id], self._folders, f"{self.path}: image {image_id}")
+        return self.images[image_id]["file_name"], path
 
     def example(
         self, image_id: int, refs: Mapping[int, tuple[dict[str, Any], tuple[int, ...]]], notes: Counter[str]
@@ -216,10 +217,10 @@ class Grouped:
             raise UserError(f"{where}.ref_id: {ref_id} occurs twice")
         refs[ref_id] = ref, targets
 
-    def finish(self) -> None:
-        """Raises a UserError if there are no refs."""
+    def finish(self, problems: Problems) -> None:
+        """Raises a UserError if there are no refs, with the first of the problems that they had."""
         if not self._refs:
-            raise UserError(f"{self._refs_path}: holds no refs")
+            raise problems.nothing_left(f"{self._refs_path}: holds no usable ref")
         self._refs = {split: dict(by_image) for split, by_image in self._refs.items()}
         self._order = {split: list(by_image) for split, by_image in self._refs.items()}
 
@@ -236,9 +237,9 @@ class Grouped:
             )
         return len(self._order[split])
 
-    def image_path(self, split: str, index: int) -> Path:
-        """The file of image `index` of the split. UserError if it is missing."""
-        return self.instances.image_path(self._order[split][index])
+    def image_file(self, split: str, index: int) -> tuple[str, Path]:
+        """Name and file of image `index` of the split. UserError if it is missing."""
+        return self.instances.image_file(self._order[split][index])
 
     def example(self, split: str, index: int, notes: Counter[str]) -> Example:
         """Image `index` of the split, in the order of their first refs; see `Instances.example`."""
@@ -254,6 +255,7 @@ class RefCoco(Grouped):
         name: which data set, a key of `FOLDERS`, where `root` holds several.
         split_by: which refs file; by default the only one (of several, unc before umd).
         images: folder of the images; by default the usual places inside and beside the root.
+        max_characters: that a sentence may have.
         problems: what is done about a damaged record.
 
     Attributes:
@@ -273,6 +275,7 @@ class RefCoco(Grouped):
         name: str = "refcoco",
         split_by: str | None = None,
         images: str | Path | None = None,
+        max_characters: int = MAX_CHARACTERS,
         problems: Problems | None = None,
     ):
         problems = problems or Problems()
@@ -284,10 +287,10 @@ class RefCoco(Grouped):
             with problems.record():
                 ref_id = field(ref, "ref_id", int, f"{path}: refs[{i}]")
                 where = f"{path}: ref {ref_id}"
-                image_id, split = self.instances.check_ref(ref, where)
+                image_id, split = self.instances.check_ref(ref, where, max_characters)
                 if isinstance(ref.get("ann_id"), list):
                     raise UserError(f"{where}.ann_id: a list of objects; this is gRefCOCO, open it with the layout grefcoco")
                 ann_id = field(ref, "ann_id", int, where)
                 self.instances.check_object(ann_id, image_id, where)
                 self.add(ref, ref_id, image_id, split, (ann_id,), where)
-        self.finish()
+        self.finish(problems)

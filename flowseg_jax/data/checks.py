@@ -1,0 +1,66 @@
+"""What a text of a data set must be. Every reader of `formats/` asks here, so `validate`, `prepare` and `preview` agree.
+
+A text is checked where it is read: only there are its file, its line or id, and its field known.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+from flowseg_jax.data.prompts import CHATS
+from flowseg_jax.data.tokenizer import SPECIAL_TOKENS
+from flowseg_jax.errors import UserError
+
+MAX_CHARACTERS = 2_000  # of one text: about 500 tokens, what the full-size configs have room for behind the image
+MARKS = tuple(dict.fromkeys((*SPECIAL_TOKENS, *(mark for chat in CHATS.values() for mark in chat.marks))))
+_HALF = re.compile("[\ud800-\udfff]")  # half of a pair of UTF-16, which no file of UTF-8 can hold
+
+
+def seen_as(text: str) -> str:
+    """A text as a reader sees it: white space collapsed, without the characters that have no shape."""
+    text = "".join(c if c.isprintable() else " " for c in unicodedata.normalize("NFKC", text))
+    return " ".join(text.split())
+
+
+def check_storable(text: str, where: str) -> str:
+    """A text that is stored but never said, such as a file name; returned as it is.
+
+    Args:
+        text: from a file.
+        where: file, line or id, and field, for the message.
+
+    Raises:
+        UserError: it has half of a character pair.
+    """
+    if not text.isascii() and (found := _HALF.search(text)):
+        raise UserError(f"{where}: half of a character pair ({found[0]!a}) at character {found.start()}; write it anew")
+    return text
+
+
+def check_said(text: str, where: str, limit: int | None = MAX_CHARACTERS) -> str:
+    """A text that the model reads or writes; returned without the white space around it.
+
+    Args:
+        text: from a file.
+        where: file, line or id, and field, for the message.
+        limit: characters that it may have; None for any number (chats, which training cuts).
+
+    Raises:
+        UserError: it is blank, cannot be stored, has a mark in it, which would be taken for one, or is too long.
+    """
+    check_storable(text, where)
+    if not (seen_as(text) if len(text) < 1000 else text.strip()):
+        raise UserError(f"{where}: {text[:40]!r} is blank; write what it says or remove it")
+    text = text.strip()
+    if "<" in text:  # as all marks have it
+        low = text.lower()
+        for mark in MARKS:
+            if mark.lower() in low:
+                raise UserError(f"{where}: contains the mark {mark!r}, which a model would take for one; write it otherwise")
+    if limit is not None and len(text) > limit:
+        raise UserError(
+            f"{where}: {len(text):,} characters, more than {limit:,}: shorten it, or raise --max-characters here and data.text "
+            "in training"
+        )
+    return text
