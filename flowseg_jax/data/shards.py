@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from flowseg_jax.data.prepared import index_entry
-from flowseg_jax.data.records import Layout, Problems, read, to_record
+from flowseg_jax.data.records import Example, Layout, Problems, read, to_record
 
 EXAMPLES = 256  # of a shard
 NAME = "flowseg"
