@@ -50,7 +50,7 @@ def check_said(text: str, where: str, limit: int | None = MAX_CHARACTERS) -> str
         UserError: it is blank, cannot be stored, has a mark in it, which would be taken for one, or is too long.
     """
     check_storable(text, where)
-    if not (seen_as(text) if len(text) < 1000 else text.strip()):
+    if not any(c.isprintable() and not c.isspace() for c in text):
         raise UserError(f"{where}: {text[:40]!r} is blank; write what it says or remove it")
     text = text.strip()
     if "<" in text:  # as all marks have it
