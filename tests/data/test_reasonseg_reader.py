@@ -244,7 +244,7 @@ def test_layout_without_explanations(tmp_path):
         ),
         ({"image": "9_b.jpg", "outputs": "o"}, r"\[0\]: field 'query' is missing"),
         ({"image": "9_b.jpg", "query": "q", "outputs": ["o"]}, r"\[0\]\.outputs: expected str"),
-        ({"image": "9_b.jpg", "query": "q", "outputs": " "}, r"\[0\]\.outputs: an empty explanation"),
+        ({"image": "9_b.jpg", "query": "q", "outputs": " "}, r"\[0\]\.outputs: ' ' is blank"),
         ("9_b.jpg", r"\[0\]: expected an object with fields"),
     ],
 )
@@ -322,7 +322,7 @@ READING = {
     "no text": ({"is_sentence": True, "shapes": []}, r"10_a\.json: field 'text' is missing"),
     "text of wrong type": (target(text=5), r"10_a\.json\.text: expected list/str, got '5'"),
     "empty list": (target(text=[]), r"10_a\.json: text: no question about the image"),
-    "empty text": (target(text=["x", " "]), r"10_a\.json: text\[1\]: expected a question, got ' '"),
+    "empty text": (target(text=["x", " "]), r"10_a\.json: text\[1\]: ' ' is blank"),
     "number as text": (target(text=[3]), r"10_a\.json: text\[0\]: expected a question, got '3'"),
     "is_sentence as number": (target(is_sentence=1), r"10_a\.json\.is_sentence: expected bool, got '1'"),
     "is_sentence missing": ({"text": ["x"], "shapes": []}, r"field 'is_sentence' is missing"),

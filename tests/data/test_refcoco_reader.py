@@ -165,7 +165,7 @@ OPENING = {
     "no sentences": (set_field("refs", 2, "sentences", []), r"ref 2\.sentences: an object without an expression"),
     "empty sentence": (
         set_field("refs", 2, "sentences", [{"sent": "  ", "sent_id": 5}]),
-        r"ref 2\.sentences\[0\]\.sent: an empty expression",
+        r"ref 2\.sentences\[0\]\.sent: '  ' is blank",
     ),
     "sentence of wrong type": (
         set_field("refs", 2, "sentences", [{"sent": 5, "sent_id": 5}]),

@@ -108,7 +108,7 @@ class Coco(abc.ABC):
         index = {key: i for i, key in enumerate(sorted(found))}
         names = category_names(found, path)
         if not names:
-            raise problems.nothing_left(f"{path}: categories: holds no usable category")
+            raise problems.nothing_left(f"{path}: categories: holds no category")
         if self.categories and (index, names) != (self._category_index, self.categories):
             raise UserError(f"{path}: categories: differ from those of {self.annotation_files[0]}; use files of one release")
         self._category_index, self.categories = index, names

@@ -111,7 +111,8 @@ def category_names(entries: dict[int, dict[str, Any]], path: Path) -> tuple[str,
     owner: dict[str, int] = {}
     for key in sorted(entries):
         where = f"{path}: category {key}"
-        name = names[key] = check_said(field(entries[key], "name", str, where), f"{where}.name")
+        name = field(entries[key], "name", str, where)
+        names[key] = check_said(name, f"{where}.name")
         if owner.setdefault(seen_as(name), key) != key:
             raise UserError(
                 f"{where}.name: {name[:40]!r} is the name of category {owner[seen_as(name)]} too, "

@@ -220,7 +220,7 @@ class Grouped:
     def finish(self, problems: Problems) -> None:
         """Raises a UserError if there are no refs, with the first of the problems that they had."""
         if not self._refs:
-            raise problems.nothing_left(f"{self._refs_path}: holds no usable ref")
+            raise problems.nothing_left(f"{self._refs_path}: holds no refs")
         self._refs = {split: dict(by_image) for split, by_image in self._refs.items()}
         self._order = {split: list(by_image) for split, by_image in self._refs.items()}
 
