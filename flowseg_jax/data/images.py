@@ -145,6 +145,8 @@ def _open(data: bytes) -> tuple[Image.Image, bool]:
 def _open_once(data: bytes) -> tuple[Image.Image, bool]:
     image = Image.open(io.BytesIO(data))
     _check_size(image)
+    if image.format == "PNG" and not all(right for kind, _, right in _chunks(data) if kind in (b"IHDR", b"PLTE", b"IDAT")):
+        raise UserError("damaged image (a checksum of its pixels is wrong)")  # PIL does not look at the last one
     if image.format == "EPS":
         raise UserError("an EPS file is a program, which is not run; save it as PNG")
     if any(tile[0] == "fits_gzip" for tile in image.tile):
@@ -160,26 +162,28 @@ def _is_sixteen(image: Image.Image) -> bool:
     return not image.mode.startswith("I") and ";16" in str(getattr(image, "tile", ""))
 
 
+def _chunks(png: bytes) -> Iterator[tuple[bytes, bytes, bool]]:
+    """(kind, whole chunk, whether its checksum is right) of a PNG; one that is cut off is right: PIL misses what it needs."""
+    at = len(_PNG)
+    while at + 12 <= len(png):
+        end = at + 12 + int.from_bytes(png[at : at + 4], "big")
+        right = end > len(png) or zlib.crc32(memoryview(png)[at + 4 : end - 4]) == int.from_bytes(png[end - 4 : end], "big")
+        yield png[at + 4 : at + 8], png[at:end], right
+        at = end
+
+
 def _without_texts(data: bytes) -> bytes | None:
-    """A PNG without its colour profile, compressed texts and texts of more than a MiB; None where there are none of these."""
+    """A PNG without its colour profile, and without texts that are compressed, damaged or longer than a MiB; else None."""
     if not data.startswith(_PNG):
         return None
-    kept, at = [_PNG], len(_PNG)
-    while at + 12 <= len(data):
-        length, kind = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
-        end = at + 12 + length
-        if not (kind in (b"iCCP", b"zTXt") or (kind in (b"tEXt", b"iTXt") and (length > 1 << 20 or _damaged(data[at:end])))):
-            kept.append(data[at:end])
-        at = end
-    bare = b"".join(kept)
+
+    def counts(kind: bytes, chunk: bytes, right: bool) -> bool:
+        compressed = kind == b"zTXt" or (kind == b"iTXt" and chunk[8:].partition(b"\0")[2][:1] != b"\0")
+        text = kind in (b"tEXt", b"zTXt", b"iTXt")
+        return kind != b"iCCP" and not (text and (compressed or not right or len(chunk) > 1 << 20))
+
+    bare = _PNG + b"".join(chunk for kind, chunk, right in _chunks(data) if counts(kind, chunk, right))
     return bare if len(bare) < len(data) else None
-
-
-def _damaged(chunk: bytes) -> bool:
-    """Whether a chunk of a PNG is compressed text or does not have the checksum that it says."""
-    kind, body = chunk[4:8], chunk[8:-4]
-    compressed = kind == b"iTXt" and body.partition(b"\0")[2][:1] != b"\0"
-    return compressed or zlib.crc32(chunk[4:-4]) != int.from_bytes(chunk[-4:], "big")
 
 
 _PNG = b"\x89PNG\r\n\x1a\n"

@@ -225,6 +225,23 @@ def test_a_png_whose_pixels_are_damaged_stays_damaged():
         images.decode(data[:-400], name="x")
 
 
+def test_a_changed_pixel_of_a_png_is_told_by_its_checksum():
+    """PIL stops reading when it has all rows, before the checksum of the last piece: it would show another picture."""
+    data = encoded(Image.fromarray((RAMP * 65535).astype(np.uint16)), "PNG")
+    first, last = data.index(b"IDAT") + 4, data.index(b"IEND") - 8
+    silent = 0
+    for at in range(first, last, 3):
+        changed = data[:at] + bytes([data[at] ^ 8]) + data[at + 1 :]
+        try:
+            silent += not np.array_equal(Image.open(io.BytesIO(changed)), Image.open(io.BytesIO(data)))
+        except Exception:
+            pass
+        for decode in (images.decode, images.decode_stored):
+            with pytest.raises(UserError, match=r"^x: (damaged image \(a checksum of its pixels|truncated or damaged)"):
+                decode(changed, name="x")
+    assert silent > 5  # for PIL
+
+
 # --- errors
 
 
