@@ -1,7 +1,6 @@
 """Evaluates: python eval.py [--checkpoint=DIR | --workdir=DIR] [--split=val,testA,testB] [--out=DIR] [--shuffle-text]."""
 
-from flowseg_jax.cli import evaluate
 from flowseg_jax.errors import run
 
 if __name__ == "__main__":
-    run(evaluate)
+    run("flowseg_jax.cli:evaluate")

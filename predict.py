@@ -1,7 +1,6 @@
 """Segments what a sentence names: python predict.py --image=FILE --text="the red circle" [--checkpoint=DIR | --workdir=DIR]."""
 
-from flowseg_jax.cli import predict
 from flowseg_jax.errors import run
 
 if __name__ == "__main__":
-    run(predict)
+    run("flowseg_jax.cli:predict")

@@ -3,8 +3,7 @@
 The same command resumes: it continues from the last checkpoint in the workdir and says so.
 """
 
-from flowseg_jax.cli import train
 from flowseg_jax.errors import run
 
 if __name__ == "__main__":
-    run(train)
+    run("flowseg_jax.cli:train")

@@ -17,6 +17,11 @@ busy for a verdict.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, so that a Ctrl-C while they last is as clean as later
+    from flowseg_jax.errors import run
+
+    run("benchmarks.__main__:main")
+
 import argparse
 import json
 import os
@@ -28,7 +33,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import components, ratio, table
-from flowseg_jax import errors
 from flowseg_jax.cli import Parser, positive
 from flowseg_jax.errors import UserError, suggest
 from flowseg_jax.writers import heartbeat, say
@@ -155,7 +159,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         table.write(result for result in results if result["quality"] != "C")
         say(f"written: {table.RATIOS} and {table.DOCS}")
     return exit_code(failures, verdicts)
-
-
-if __name__ == "__main__":
-    errors.run(main)

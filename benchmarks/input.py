@@ -10,6 +10,11 @@ keep stage 3 fed if all of its examples were such.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, so that a Ctrl-C while they last is as clean as later
+    from flowseg_jax.errors import run
+
+    run("benchmarks.input:main")
+
 import argparse
 import contextlib
 import json
@@ -27,7 +32,6 @@ from PIL import Image
 from benchmarks import ratio
 from benchmarks.worker import Worker, serve
 from flowseg_jax import config as configs
-from flowseg_jax import errors
 from flowseg_jax.cli import Parser, positive
 from flowseg_jax.data import builders, images, masks
 from flowseg_jax.data.batch import BatchShape
@@ -195,7 +199,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.json:
         ratio.write_json(arguments.json, found.to_json() | {"examples_a_second": rate, "needed": wanted})
     return 0 if found.quality != "C" else ratio.TOO_BUSY
-
-
-if __name__ == "__main__":
-    errors.run(main)

@@ -5,11 +5,15 @@ python -m benchmarks.measure sam_window float32 --size=tiny --out=result.json   
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, so that a Ctrl-C while they last is as clean as later
+    from flowseg_jax.errors import run
+
+    run("benchmarks.measure:main")
+
 import argparse
 import gc
 import json
 import math
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import components, ratio
-from flowseg_jax import errors, host
+from flowseg_jax import host
 from flowseg_jax.cli import Parser, positive
 from flowseg_jax.errors import UserError
 from flowseg_jax.planning.devices import GIB
@@ -138,7 +142,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         arguments.out.write_text(result + "\n", encoding="utf-8")
     return 0
-
-
-if __name__ == "__main__":
-    errors.run(lambda: main(sys.argv[1:]))

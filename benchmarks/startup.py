@@ -9,6 +9,11 @@ one, where the state comes from a checkpoint. Seconds of a machine that does not
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, so that a Ctrl-C while they last is as clean as later
+    from flowseg_jax.errors import run
+
+    run("benchmarks.startup:main")
+
 import argparse
 import contextlib
 import json
@@ -23,7 +28,7 @@ from typing import Any
 
 from benchmarks import load, ratio
 from benchmarks.table import ROOT
-from flowseg_jax import errors, host
+from flowseg_jax import host
 from flowseg_jax.cli import Parser
 from flowseg_jax.errors import UserError
 from flowseg_jax.planning.devices import GIB
@@ -143,7 +148,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         ratio.write_json(arguments.json, {"startup": found, "environment": ratio.environment()})
     busy = any(run["foreign"] > ratio.CONTENDED for runs in found.values() for run in runs.values())
     return ratio.TOO_BUSY if busy else 0
-
-
-if __name__ == "__main__":
-    errors.run(lambda: main(sys.argv[1:]))

@@ -9,6 +9,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, so that a Ctrl-C while they last is as clean as later
+    from flowseg_jax.errors import run
+
+    run("benchmarks.train_step:main")
+
 import argparse
 import contextlib
 import itertools
@@ -30,7 +35,6 @@ from benchmarks import ratio
 from benchmarks.step import TrainStep
 from benchmarks.worker import Worker
 from flowseg_jax import config as configs
-from flowseg_jax import errors
 from flowseg_jax.checkpoint import Checkpoints
 from flowseg_jax.cli import Parser, positive
 from flowseg_jax.errors import UserError
@@ -182,7 +186,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             comparison = checkpoint(config, arguments.steps, arguments.every, arguments.tolerance, arguments.rounds)
     return ratio.report(comparison, arguments)
-
-
-if __name__ == "__main__":
-    errors.run(main)

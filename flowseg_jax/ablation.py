@@ -18,6 +18,11 @@ Everything lands in `runs/ablation`. Started again, finished runs are kept and a
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, so that a Ctrl-C while they last is as clean as later
+    from flowseg_jax.errors import run
+
+    run("flowseg_jax.ablation:main")
+
 import dataclasses
 import itertools
 import json
@@ -31,7 +36,7 @@ from ml_collections import ConfigDict
 
 from flowseg_jax import cli, host, storage
 from flowseg_jax import config as configs
-from flowseg_jax.errors import UserError, run
+from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation import metrics
 from flowseg_jax.evaluation.audit import INTERVAL, RESAMPLES, read_records
 from flowseg_jax.evaluation.benchmark import Benchmark, Subject
@@ -252,7 +257,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     host.keep_programs()
     ablate(read, seeds, arguments.runs)
     return 0
-
-
-if __name__ == "__main__":
-    run(main)

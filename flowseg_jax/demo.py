@@ -7,6 +7,11 @@ Everything lands in `runs/demo`; started again, it continues where it stopped.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, so that a Ctrl-C while they last is as clean as later
+    from flowseg_jax.errors import run
+
+    run("flowseg_jax.demo:main")
+
 import dataclasses
 import time
 from pathlib import Path
@@ -85,7 +90,3 @@ def main() -> int:
     say(f"open {WORKDIR / 'report.html'}")
     say(f'ask it something: python predict.py --image IMAGE --text "the red circle"   (or --workdir {WORKDIR})')
     return 0
-
-
-if __name__ == "__main__":
-    run(main)

@@ -1,15 +1,21 @@
-"""One error type for everything a user can put right.
+"""One error type for everything a user can put right, and how a command ends whatever happens.
 
-A `UserError` carries one clear line: what is wrong, where (file, field, parameter, shape) and the remedy. The command line
-entry points print that line and exit with code 2; a stack trace is reserved for our own mistakes.
+A `UserError` carries one clear line: what is wrong, where (file, field, parameter, shape) and the remedy. `run` prints that
+line and ends the process with exit code 2. Any other exception is a mistake of ours: it is one line too, with exit code 1, and
+its stack trace is kept in a file that the line names. `FLOWSEG_TRACEBACK=1` prints stack traces.
 """
 
 from __future__ import annotations
 
 import difflib
+import importlib
 import os
+import signal
 import sys
+import types
 from collections.abc import Callable, Iterable
+
+from flowseg_jax.traces import Traces, formatted, one_line, printable, shown
 
 
 class UserError(ValueError):
@@ -23,17 +29,74 @@ def suggest(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {near[0]!r}?)" if near else f" (known: {', '.join(known)})"
 
 
-def run(main: Callable[[], int | None]) -> None:
-    """Runs a command: a `UserError` becomes one line on stderr and exit code 2, Ctrl-C becomes 130."""
+def run(main: Callable[[], int | None] | str) -> None:
+    """Runs a command and ends the process with its exit code.
+
+    A `UserError` becomes one line on stderr and exit code 2, Ctrl-C becomes 130, any other exception one line and 1. No stack
+    trace is printed, whichever thread or library it comes from (`traces`).
+
+    Args:
+        main: the command, or the name of one, "package.module:function", which is imported here: so a Ctrl-C while libraries
+            are imported is as clean as later. A file that is started calls this before it imports anything else.
+    """
+    traces, handler = Traces(), signal.getsignal(signal.SIGINT)
     try:
-        code = main() or 0
+        if handler is signal.default_int_handler:
+            signal.signal(signal.SIGINT, _interrupt)
+        traces.install()
+        command = _find(main) if isinstance(main, str) else main
+        code = command() or 0
+        if traces.first:
+            print(f"note: {traces.first}; {traces.place()}", file=sys.stderr)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{formatted(error) if shown() else ''}error: {printable(str(error))}", file=sys.stderr)
+        traces.drop()
         code = 2
     except BrokenPipeError:  # `... | head` closed the pipe: nothing is wrong
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        code = 130
+        code = _interrupted(traces)
+    except Exception as error:
+        if _from_interrupt(error):
+            code = _interrupted(traces)
+        else:
+            traces.add(one_line(error), formatted(error))
+            print(f"error: unexpected {one_line(error)}; {traces.place()}", file=sys.stderr)
+            code = 1
+    finally:
+        signal.signal(signal.SIGINT, handler)
     sys.exit(code)
+
+
+def _find(name: str) -> Callable[[], int | None]:
+    module, _, function = name.partition(":")
+    return getattr(importlib.import_module(module), function)
+
+
+def _from_interrupt(error: BaseException | None) -> bool:
+    """Whether a Ctrl-C is behind an exception: libraries wrap what interrupts them, say while they are imported."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _interrupt(number: int, frame: types.FrameType | None) -> None:
+    """Ctrl-C. During an import it ends the process: extensions print traces or crash where their import is interrupted."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            os.write(2, b"interrupted\n")
+            os._exit(130)
+        frame = frame.f_back
+    raise KeyboardInterrupt
+
+
+def _interrupted(traces: Traces) -> int:
+    print("interrupted", file=sys.stderr)
+    traces.drop()
+    traces.ending = True
+    return 130

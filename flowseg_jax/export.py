@@ -7,6 +7,11 @@ spans, positions and segments are found by the marks inside the program. `docs/e
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, so that a Ctrl-C while they last is as clean as later
+    from flowseg_jax.errors import run
+
+    run("flowseg_jax.export:main")
+
 import contextlib
 import dataclasses
 import json
@@ -23,7 +28,7 @@ import safetensors.numpy
 from jax import export as jax_export
 from jaxtyping import Array, Int
 
-from flowseg_jax import cli, errors
+from flowseg_jax import cli
 from flowseg_jax.data import batching
 from flowseg_jax.data.batch import IMAGE_TOKEN, NONE, Questions, Views
 from flowseg_jax.data.prompts import Prompts
@@ -275,7 +280,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     room = Room(arguments.batch, arguments.phrases, arguments.text)
     say(str(export(cli.model_directory(arguments), arguments.out, room, arguments.platforms.split(","))))
     return 0
-
-
-if __name__ == "__main__":
-    errors.run(main)

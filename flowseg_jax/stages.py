@@ -8,6 +8,11 @@ read by its own reader. Everything lands in `data/stages` and `runs/stages`; sta
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, so that a Ctrl-C while they last is as clean as later
+    from flowseg_jax.errors import run
+
+    run("flowseg_jax.stages:command")
+
 import dataclasses
 import itertools
 import json
@@ -21,7 +26,6 @@ from flowseg_jax import config as configs
 from flowseg_jax.data import builders
 from flowseg_jax.data.prepared import Prepared
 from flowseg_jax.data.shapes import companions
-from flowseg_jax.errors import run
 from flowseg_jax.evaluation.benchmark import Benchmark, Subject
 from flowseg_jax.training import loop
 from flowseg_jax.writers import duration, say
@@ -134,6 +138,11 @@ def main(data: Path = DATA, runs: Path = RUNS, size: Size = Size()) -> Outcome:
     return outcome
 
 
+def command() -> int:
+    main()
+    return 0
+
+
 def relocate(config: Any, data: Path) -> None:
     """Points a stage's data at `data` instead of the default place."""
     move = lambda path: str(data / Path(path).relative_to(DATA)) if path else path  # noqa: E731
@@ -147,7 +156,3 @@ def ends(metrics: Path, name: str) -> tuple[float, float]:
     values = [row[name] for row in map(json.loads, metrics.read_text().splitlines()) if name in row]
     count = min(max(3, len(values) // 10), max(1, len(values) // 3))
     return sum(values[:count]) / count, sum(values[-count:]) / count
-
-
-if __name__ == "__main__":
-    run(lambda: main() and 0)

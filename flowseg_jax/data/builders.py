@@ -11,7 +11,6 @@ import fcntl
 import functools
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -152,9 +151,7 @@ def _write(
             shard.write(layout, keep)
             progress(shard)
         return
-    # Spawned, not forked: the caller may run JAX, whose threads do not survive a fork.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(count, context, initializer=reopen) as pool:
+    with ProcessPoolExecutor(count, workers.Spawn(), initializer=reopen) as pool:
         try:
             running = {pool.submit(_write_in_worker, shard, keep): shard for shard in missing}
             while running:

@@ -7,6 +7,7 @@ resuming needs one integer and neither the number of threads, of workers nor of 
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import multiprocessing.util
@@ -208,10 +209,13 @@ class Batches(Iterator[Batch]):
 
     def __init__(self, batches: grain.DatasetIterator):
         self._batches = batches
+        self._starting: contextlib.AbstractContextManager = workers.deaf()  # the first batch starts the workers
 
     def __next__(self) -> Batch:
         try:
-            return next(self._batches)
+            with self._starting:
+                self._starting = contextlib.nullcontext()
+                return next(self._batches)
         except RuntimeError as error:
             if died := re.match(r"Worker process was terminated unexpectedly with exit code (-?\d+)", str(error)):
                 raise UserError(

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, so that a Ctrl-C while they last is as clean as later
+    from flowseg_jax.errors import run
+
+    run("flowseg_jax.diagnose.__main__:main")
+
 import argparse
 from pathlib import Path
 
-from flowseg_jax import cli, errors, host
+from flowseg_jax import cli, host
 from flowseg_jax.diagnose import negatives, oracle, rescue
 
 IMAGES = 100
@@ -88,7 +93,3 @@ def main(argv: list[str] | None = None) -> int:
     host.keep_programs()
     args.run(args)
     return 0
-
-
-if __name__ == "__main__":
-    errors.run(main)

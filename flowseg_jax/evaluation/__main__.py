@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, so that a Ctrl-C while they last is as clean as later
+    from flowseg_jax.errors import run
+
+    run("flowseg_jax.evaluation.__main__:main")
+
 import argparse
 import json
 
@@ -50,7 +55,3 @@ def main(argv: list[str] | None = None) -> int:
     two.set_defaults(run=_compare)
     args = parser.parse_args(argv)
     return args.run(args)
-
-
-if __name__ == "__main__":
-    errors.run(main)

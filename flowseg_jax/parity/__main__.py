@@ -6,6 +6,11 @@ fixture's weights through the public converter, and runs in float32 on the CPU. 
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, so that a Ctrl-C while they last is as clean as later
+    from flowseg_jax.errors import run
+
+    run("flowseg_jax.parity.__main__:main")
+
 import argparse
 import json
 from collections.abc import Sequence
@@ -36,7 +41,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         except OSError as error:
             raise errors.UserError(f"{args.json}: cannot be written ({error.strerror})") from None
     return 0 if report.ok else 1
-
-
-if __name__ == "__main__":
-    errors.run(main)

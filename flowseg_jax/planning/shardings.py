@@ -7,13 +7,18 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, so that a Ctrl-C while they last is as clean as later
+    from flowseg_jax.errors import run
+
+    run("flowseg_jax.planning.shardings:main")
+
 import json
 import sys
 from collections.abc import Mapping, Sequence
 
 from flowseg_jax import config as configs
 from flowseg_jax import parallel
-from flowseg_jax.errors import UserError, run
+from flowseg_jax.errors import UserError
 from flowseg_jax.manifest import flatten
 from flowseg_jax.models import flowseg
 from flowseg_jax.models.config import FlowSegConfig
@@ -39,7 +44,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     lines = [f"{json.dumps(path)}: {json.dumps(place)}" for path, place in sorted(found.items())]
     print("{" + ",\n ".join(lines) + "}")
     return 0
-
-
-if __name__ == "__main__":
-    run(main)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import multiprocessing
 import os
 import random
 import shutil
@@ -22,6 +21,7 @@ from flowseg_jax.data.shapes.expressions import FAMILIES, Expression, Expression
 from flowseg_jax.data.shapes.render import render
 from flowseg_jax.data.shapes.scene import Scene, compose, draw_attributes, is_held_out, place
 from flowseg_jax.data.shapes.statistics import Statistics
+from flowseg_jax.data.workers import Spawn
 from flowseg_jax.data.workers import start as start_worker
 from flowseg_jax.errors import UserError, suggest
 
@@ -229,9 +229,7 @@ def _distinct(rng: random.Random, known: Expressions, families: list[str], targe
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:
-    # Spawned, not forked: the caller may run JAX, whose threads do not survive a fork.
-    context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(workers, context, initializer=start_worker, initargs=(signal.SIGINT,))
+    return ProcessPoolExecutor(workers, Spawn(), initializer=start_worker, initargs=(signal.SIGINT,))
 
 
 def _with_progress(made: Iterable, total: int, report: Callable[[str], None]) -> Iterable:
