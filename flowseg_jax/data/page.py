@@ -2,33 +2,59 @@
 
 from __future__ import annotations
 
-import html
-from collections.abc import Sequence
+import numbers
+from collections.abc import Iterable, Sequence
+from html import escape
 from pathlib import Path
+from typing import Any
 
 from flowseg_jax import storage
 
 
-def text(value: object) -> str:
-    """A value as text of a page or of an attribute, escaped."""
-    return html.escape(str(value), quote=True)
+class Html(str):
+    """A piece of a page or a picture: what came from outside is escaped in it. Only `html` and `join` make one."""
+
+    __slots__ = ()
 
 
-def write(path: Path, title: str, body: Sequence[str]) -> None:
+def html(template: str, *values: Any) -> Html:
+    """Fills the `{}` of a template, which is written in our code, with values, which may say anything.
+
+    Args:
+        template: HTML or SVG; attributes stand in double quotes.
+        values: a piece of HTML stays as it is, a number may have a format (`{:.1f}`), everything else becomes escaped text.
+    """
+    return Html(template.format(*map(_safe, values)))
+
+
+def join(pieces: Iterable[Any], between: str = "") -> Html:
+    """Pieces one behind the other; those that are no HTML are escaped."""
+    return Html(between.join(str(_safe(piece)) for piece in pieces))
+
+
+def _safe(value: Any) -> Any:
+    if isinstance(value, Html) or (isinstance(value, numbers.Real) and not isinstance(value, bool)):
+        return value
+    return Html(escape(str(value), quote=True))
+
+
+def write(path: Path, title: str, body: Sequence[Html]) -> None:
     """Writes a page at once.
 
     Args:
         path: the HTML file; its folder is made.
-        title: not escaped yet.
-        body: HTML.
+        title: of the document.
+        body: HTML; a piece that is none is shown as text.
 
     Raises:
         UserError: the place cannot be written to.
     """
-    page = f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{text(title)}</title>'
-    page += '<meta name="viewport" content="width=device-width, initial-scale=1">'
-    page += f"<style>{_STYLE}</style></head>\n<body><main>\n" + "\n".join(body) + "\n</main></body></html>\n"
-    storage.replace_text(path, page)
+    frame = (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{}</title>'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        "<style>{}</style></head>\n<body><main>\n{}\n</main></body></html>\n"
+    )
+    storage.replace_text(path, html(frame, title, Html(_STYLE), join(body, "\n")))
 
 
 _STYLE = """

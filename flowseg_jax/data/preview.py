@@ -12,7 +12,7 @@ from jaxtyping import Bool, UInt8
 from PIL import Image
 
 from flowseg_jax.data import drawing, images, masks, page
-from flowseg_jax.data.page import text
+from flowseg_jax.data.page import Html, html, join
 from flowseg_jax.data.records import Example, Layout, Problems, Sample
 from flowseg_jax.data.records import samples as samples_of
 from flowseg_jax.errors import UserError
@@ -116,14 +116,15 @@ def preview(
         if any(out.iterdir()):
             raise UserError(f"{out} is not empty; choose a new folder for the preview")
         title = f"Preview: {layout.source}"
-        body = [f"<h1>{text(title)}</h1>", f'<p class="about">{text(_about(layout, seed))}</p>']
-        body += [f'<p class="error">{text(problem)}</p>' for problem in problems.found]
+        body = [html('<h1>{}</h1><p class="about">{}</p>', title, _about(layout, seed))]
+        body += [html('<p class="error">{}</p>', problem) for problem in problems.found]
         for number, (split, size) in enumerate(sizes.items()):
             rng = np.random.default_rng([seed, number])
             chosen = sorted(rng.permutation(size)[:samples].tolist())
-            body.append(f'<h2>{text(split)}</h2><p class="about">{len(chosen)} of {size:,}</p><div class="gallery">')
-            body += [_card(layout, split, i, rng, out / f"{number}_{drawing.slug(split)}_{i}.jpg", problems) for i in chosen]
-            body.append("</div>")
+            body.append(html('<h2>{}</h2><p class="about">{} of {:,}</p>', split, len(chosen), size))
+            files = [out / f"{number}_{drawing.slug(split)}_{i}.jpg" for i in chosen]
+            cards = [_card(layout, split, i, rng, file, problems) for i, file in zip(chosen, files, strict=True)]
+            body.append(html('<div class="gallery">{}</div>', join(cards, "\n")))
     except OSError as error:
         raise UserError(f"cannot write the preview to {out}: {error.strerror}; choose a folder you can write to") from error
     page.write(out / "index.html", title, body)
@@ -135,46 +136,44 @@ def _about(layout: Layout, seed: int) -> str:
     return f"Task {layout.task}{categories}. Drawn at random (seed {seed}). Outlined: targets; grey stripes: ignored."
 
 
-def _card(layout: Layout, split: str, index: int, rng: np.random.Generator, path: Path, problems: Problems) -> str:
+def _card(layout: Layout, split: str, index: int, rng: np.random.Generator, path: Path, problems: Problems) -> Html:
     """A sample's figure, its picture written to `path`; its error if it is damaged."""
     before = len(problems.found)
     with problems.record():
         notes: Counter[str] = Counter()
         example = layout.example(split, index, notes)
         if example is None:
-            return (
-                f'<figure><figcaption class="note">example {index}: left out ({text(", ".join(notes))})</figcaption></figure>'
-            )
+            left_out = '<figure><figcaption class="note">example {}: left out ({})</figcaption></figure>'
+            return html(left_out, index, ", ".join(notes))
         picture = choose(example, rng)
         draw(picture).save(path, quality=88)
         return _figure(layout, picture, path.name, index, notes)
-    return f'<figure><figcaption class="error">example {index}: {text(problems.found[before])}</figcaption></figure>'
+    return html('<figure><figcaption class="error">example {}: {}</figcaption></figure>', index, problems.found[before])
 
 
-def _figure(layout: Layout, picture: Picture, source: str, index: int, notes: Iterable[str]) -> str:
+def _figure(layout: Layout, picture: Picture, source: str, index: int, notes: Iterable[str]) -> Html:
     example, sample = picture.example, picture.sample
-    said = ""
+    said: Html | str = ""
     if sample:
-        family = f'<span class="family">{text(sample.family)}</span>' if sample.family else ""
-        said = f'<figcaption class="said">“{text(sample.sentence)}”{family}</figcaption>'
+        family = html('<span class="family">{}</span>', sample.family) if sample.family else ""
+        said = html('<figcaption class="said">“{}”{}</figcaption>', sample.sentence, family)
     under = [_legend(layout, picture)] if picture.drawn else ["refers to nothing"] if sample else []
-    under += [f"answer: “{text(sample.answer)}”"] if sample and sample.answer else []
-    under += [f"<b>Q</b> {text(turn.question)}<br><b>A</b> {text(turn.answer)}" for turn in example.turns]
+    under += [f"answer: “{sample.answer}”"] if sample and sample.answer else []
+    under += [html("<b>Q</b> {}<br><b>A</b> {}", turn.question, turn.answer) for turn in example.turns]
     where = f"example {index}: {example.file_name}, {example.width}x{example.height}"
-    under += [f'<span class="note">{text("; ".join([where, *notes]))}</span>']
+    under += [html('<span class="note">{}</span>', "; ".join([where, *notes]))]
     alt = sample.sentence if sample else example.file_name
-    return (
-        f'<figure>{said}<img loading="lazy" src="{text(source)}" alt="{text(alt)}">'
-        f"<figcaption>{'<br>'.join(under)}</figcaption></figure>"
-    )
+    figure = '<figure>{}<img loading="lazy" src="{}" alt="{}"><figcaption>{}</figcaption></figure>'
+    return html(figure, said, source, alt, join(under, "<br>"))
 
 
-def _legend(layout: Layout, picture: Picture) -> str:
+def _legend(layout: Layout, picture: Picture) -> Html:
     """Colour and category of each drawn object."""
     entries = []
     for place, i in enumerate(picture.drawn):
         annotation = picture.example.annotations[i]
         name = layout.categories[annotation.category] if annotation.category >= 0 else f"target {place + 1}"
         crowd = " (crowd)" if annotation.crowd else ""
-        entries.append(f'<span class="swatch" style="background: rgb{color(place)}"></span>{text(name + crowd)}')
-    return "".join(entries)
+        swatch = '<span class="swatch" style="background: rgb({}, {}, {})"></span>{}'
+        entries.append(html(swatch, *color(place), f"{name}{crowd}"))
+    return join(entries)

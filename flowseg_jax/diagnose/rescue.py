@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from flowseg_jax.data.page import text
+from flowseg_jax.data.page import Html, html
 from flowseg_jax.diagnose import plots, sheet
 from flowseg_jax.evaluation import audit, metrics
 from flowseg_jax.evaluation.examples import FAILED
@@ -115,7 +115,7 @@ def run(first: Path, second: Path, out: Path) -> Path:
         _table(result["all"]),
         sheet.heading("Samples by IoU in A and in B", "On the diagonal both do equally well; A's failures are on the left."),
         plots.heat(grid.tolist(), names[::-1], names, x="IoU in A", y="IoU in B"),
-        *(part for group, table in result.items() if group != "all" for part in (f"<h3>{text(group)}</h3>", _table(table))),
+        *(part for group, table in result.items() if group != "all" for part in (html("<h3>{}</h3>", group), _table(table))),
     ]
     body += _examples(a, second, out)
     about = [
@@ -128,7 +128,7 @@ def run(first: Path, second: Path, out: Path) -> Path:
     return sheet.write(out, name, f"Rescue: {first.stem}", about, result, body)
 
 
-def _examples(first: Sequence[Mapping[str, Any]], second: Path, out: Path) -> list[str]:
+def _examples(first: Sequence[Mapping[str, Any]], second: Path, out: Path) -> list[Html]:
     """The pictures that B's evaluation kept of samples that changed sides."""
     before = {_key(r): metrics.sample_iou(r) for r in first}
     found: dict[str, list[sheet.Thumbnail]] = {"rescued": [], "broken": []}
@@ -154,7 +154,7 @@ def _with(value: float | None, interval: list[float] | None) -> str:
     return "–" if value is None or interval is None else f"{value:.1f} [{interval[0]:.1f}, {interval[1]:.1f}]"
 
 
-def _table(parts: Mapping[str, Mapping[str, Any]]) -> str:
+def _table(parts: Mapping[str, Mapping[str, Any]]) -> Html:
     rates = {"rescued": "rescue rate", "reverse": "reverse rate", "net": "net change of P@0.5"}
     rows = []
     for name, part in parts.items():

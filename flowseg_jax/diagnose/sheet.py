@@ -13,18 +13,18 @@ import numpy as np
 
 from flowseg_jax import storage
 from flowseg_jax.data import drawing, page
-from flowseg_jax.data.page import text
+from flowseg_jax.data.page import Html, html, join
 from flowseg_jax.data.records import Sample
 from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation import audit, pictures
 from flowseg_jax.writers import say
 
 
-def write(out: Path, name: str, title: str, about: Sequence[str], result: Mapping[str, Any], body: Sequence[str]) -> Path:
+def write(out: Path, name: str, title: str, about: Sequence[str], result: Mapping[str, Any], body: Sequence[Html]) -> Path:
     """Writes `<out>/<name>.json` and `<out>/<name>.html`; says where, and returns the page.
 
     Args:
-        title, about: heading and the sentences under it, not escaped yet.
+        title, about: heading and the sentences under it.
         result: JSON values without NaN.
         body: HTML.
 
@@ -32,21 +32,21 @@ def write(out: Path, name: str, title: str, about: Sequence[str], result: Mappin
         UserError: the place cannot be written to.
     """
     storage.replace_text(out / f"{name}.json", json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    head = [f"<h1>{text(title)}</h1>", *(f'<p class="about">{text(line)}</p>' for line in about)]
+    head = [html("<h1>{}</h1>", title), *(html('<p class="about">{}</p>', line) for line in about)]
     page.write(out / f"{name}.html", title, [*head, *body])
     say(f"{out / name}.html\n{out / name}.json")
     return out / f"{name}.html"
 
 
-def heading(title: str, about: str = "") -> str:
-    return f"<h2>{text(title)}</h2>" + (f'<p class="about">{text(about)}</p>' if about else "")
+def heading(title: str, about: str = "") -> Html:
+    return html("<h2>{}</h2>{}", title, html('<p class="about">{}</p>', about) if about else "")
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> Html:
     """A table whose first column names its rows; figures as `shown`."""
-    cells = "".join(f"<th>{text(name)}</th>" for name in head)
-    lines = [f"<tr><th>{text(row[0])}</th>{''.join(f'<td>{text(shown(v))}</td>' for v in row[1:])}</tr>" for row in rows]
-    return f"<table><thead><tr>{cells}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+    cells = join(html("<th>{}</th>", name) for name in head)
+    line = lambda first, *rest: html("<tr><th>{}</th>{}</tr>", first, join(html("<td>{}</td>", shown(v)) for v in rest))  # noqa: E731
+    return html("<table><thead><tr>{}</tr></thead><tbody>{}</tbody></table>", cells, join(line(*row) for row in rows))
 
 
 def shown(value: Any) -> str:
@@ -66,18 +66,23 @@ class Thumbnail:
     family: str = ""
 
 
-def gallery(thumbnails: Iterable[Thumbnail], base: Path) -> str:
+def gallery(thumbnails: Iterable[Thumbnail], base: Path) -> Html:
     """The thumbnails of a page in the folder `base`, linked relative to it."""
     figures = []
     for each in thumbnails:
-        family = f'<span class="family">{text(each.family)}</span>' if each.family else ""
-        source = text(Path(os.path.relpath(each.file, base)).as_posix())
+        family = html('<span class="family">{}</span>', each.family) if each.family else ""
         figures.append(
-            f'<figure><figcaption class="said">“{text(each.said)}”{family}</figcaption>'
-            f'<img loading="lazy" src="{source}" alt="{text(each.said)}">'
-            f'<figcaption class="note">{text(each.note)}</figcaption></figure>'
+            html(
+                '<figure><figcaption class="said">“{}”{}</figcaption><img loading="lazy" src="{}" alt="{}">'
+                '<figcaption class="note">{}</figcaption></figure>',
+                each.said,
+                family,
+                Path(os.path.relpath(each.file, base)).as_posix(),
+                each.said,
+                each.note,
+            )
         )
-    return f'<div class="gallery">{"".join(figures)}</div>'
+    return html('<div class="gallery">{}</div>', join(figures))
 
 
 def picture(

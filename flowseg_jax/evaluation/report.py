@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from flowseg_jax.data import drawing, page
-from flowseg_jax.data.page import text as _text
+from flowseg_jax.data.page import Html, html, join
 from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation import pictures
 from flowseg_jax.evaluation.examples import KINDS, Example
@@ -39,6 +39,7 @@ _COLUMNS = (
     ("0.7", "P@0.7", "share of samples with IoU of at least 0.7"),
     ("0.9", "P@0.9", "share of samples with IoU of at least 0.9"),
 )
+_TABLE = "<table><thead><tr><th>{}</th>{}</tr></thead><tbody>{}</tbody></table>"
 _GRES_COLUMNS = (
     ("n_acc", "N-acc", "share of the samples to nothing for which nothing is predicted"),
     ("t_acc", "T-acc", "share of the samples to something for which something is predicted"),
@@ -117,10 +118,11 @@ def write(path: Path | str, rows: Sequence[Row], *, title: str, about: Sequence[
     """
     path = Path(path)
     splits = list(dict.fromkeys(split for row in rows for split in row.results))
-    body = [f"<h1>{_text(title)}</h1>", *(f'<p class="about">{_text(line)}</p>' for line in about)]
-    body += ["<h2>Results</h2>", _definitions(rows), *(_table(rows, split) for split in splits)]
+    body = [html("<h1>{}</h1>", title), *(html('<p class="about">{}</p>', line) for line in about)]
+    body += [html("<h2>Results</h2>"), _definitions(rows), *(_table(rows, split) for split in splits)]
     if any(result["families"] for row in rows for result in row.results.values()):
-        body += ["<h2>By expression family</h2>", '<p class="about">cIoU, with the oracle\'s behind it; n in the heading.</p>']
+        body.append(html("<h2>By expression family</h2>"))
+        body.append(html('<p class="about">cIoU, with the oracle\'s behind it; n in the heading.</p>'))
         body += [_families(rows, split) for split in splits]
     for row in rows:
         for split, folder in row.pictures.items():
@@ -152,19 +154,23 @@ def _columns(results: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, str, str]
 def _cells(result: Mapping[str, Any], columns: Sequence[tuple[str, str, str]]) -> list[str]:
     """The figures of a result; empty where its protocol does not have one."""
     values = [result["p_at"].get(key, result.get(key, "")) for key, _, _ in columns]
-    return [f"{v:.1f}" if isinstance(v, float) else str(v) for v in values]
+    return [_figure_text(value) for value in values]
 
 
-def _definitions(rows: Sequence[Row]) -> str:
+def _figure_text(value: Any) -> str:
+    return f"{value:.1f}" if isinstance(value, float) else str(value)
+
+
+def _definitions(rows: Sequence[Row]) -> Html:
     protocols = ", ".join(sorted({result["protocol"] for row in rows for result in row.results.values()})) or "none"
     columns = _columns([result for row in rows for result in row.results.values()])
-    terms = "; ".join(f"<b>{_text(name)}</b> {_text(meaning)}" for _, name, meaning in columns)
-    return f'<p class="about">Protocol {_text(protocols)}. All figures in percent at the original image size: {terms}.</p>'
+    terms = join((html("<b>{}</b> {}", name, meaning) for _, name, meaning in columns), "; ")
+    return html('<p class="about">Protocol {}. All figures in percent at the original image size: {}.</p>', protocols, terms)
 
 
-def _table(rows: Sequence[Row], split: str) -> str:
+def _table(rows: Sequence[Row], split: str) -> Html:
     columns = _columns([row.results[split] for row in rows if split in row.results])
-    head = "".join(f'<th title="{_text(meaning)}">{_text(name)}</th>' for _, name, meaning in columns)
+    head = join(html('<th title="{}">{}</th>', meaning, name) for _, name, meaning in columns)
     lines = []
     for row in rows:
         if split not in row.results:
@@ -174,61 +180,64 @@ def _table(rows: Sequence[Row], split: str) -> str:
         detail = [row.note, f"step {step}" if step is not None else "", f"checkpoint {digest[:12]}" if digest else ""]
         detail += [f"prompt {prompt['question']}, answer {prompt['answer']}" if (prompt := result.get("prompt")) else ""]
         detail += [f"{result['failed']} failed" if result["failed"] else ""]
-        under = f'<div class="note">{_text(", ".join(d for d in detail if d))}</div>'
-        cells = "".join(f"<td>{c}</td>" for c in _cells(result, columns))
-        lines.append(f"<tr><th>{_text(row.label)}{under}</th>{cells}</tr>")
-    return f"<table><thead><tr><th>{_text(split)}</th>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+        cells = join(html("<td>{}</td>", cell) for cell in _cells(result, columns))
+        line = '<tr><th>{}<div class="note">{}</div></th>{}</tr>'
+        lines.append(html(line, row.label, ", ".join(d for d in detail if d), cells))
+    return html(_TABLE, split, head, join(lines))
 
 
-def _families(rows: Sequence[Row], split: str) -> str:
+def _families(rows: Sequence[Row], split: str) -> Html:
     with_families = [row for row in rows if row.results.get(split, {}).get("families")]
     counts: dict[str, int] = {}
     for row in with_families:
         for family, figures in row.results[split]["families"].items():
             counts.setdefault(family, figures["n"])
     if not counts:
-        return ""
-    head = "".join(f'<th>{_text(family)}<div class="note">n {n}</div></th>' for family, n in counts.items())
+        return html("")
+    head = join(html('<th>{}<div class="note">n {}</div></th>', family, n) for family, n in counts.items())
     lines = []
     for row in with_families:
-        cells = ""
+        cells = []
         for family in counts:
             figures = row.results[split]["families"].get(family)
-            cells += (
-                f'<td>{figures["ciou"]:.1f} <span class="of">{figures["oracle_ciou"]:.1f}</span></td>'
-                if figures
-                else "<td></td>"
-            )
-        lines.append(f"<tr><th>{_text(row.label)}</th>{cells}</tr>")
-    return f"<table><thead><tr><th>{_text(split)}</th>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+            shown = (_figure_text(figures["ciou"]), _figure_text(figures["oracle_ciou"])) if figures else None
+            cells.append(html('<td>{} <span class="of">{}</span></td>', *shown) if shown else html("<td></td>"))
+        lines.append(html("<tr><th>{}</th>{}</tr>", row.label, join(cells)))
+    return html(_TABLE, split, head, join(lines))
 
 
-def _gallery(label: str, split: str, folder: Path, base: Path) -> str:
+def _gallery(label: str, split: str, folder: Path, base: Path) -> Html:
     index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
-    parts = [f"<h2>Examples: {_text(label)}, {_text(split)}</h2>"]
+    parts = [html("<h2>Examples: {}, {}</h2>", label, split)]
     for kind in KINDS:
         rows = [entry for entry in index if entry["kind"] == kind]
         if not rows:
             continue
-        parts.append(f'<h3 class="{kind}">{_HEADINGS[kind]}</h3><p class="about">{_NOTES[kind]}</p><div class="gallery">')
-        parts += [_figure(entry, os.path.relpath(folder / entry["file"], base)) for entry in rows]
-        parts.append("</div>")
-    return "\n".join(parts)
+        parts.append(html('<h3 class="{}">{}</h3><p class="about">{}</p>', kind, _HEADINGS[kind], _NOTES[kind]))
+        figures = [_figure(entry, os.path.relpath(folder / entry["file"], base)) for entry in rows]
+        parts.append(html('<div class="gallery">{}</div>', join(figures, "\n")))
+    return join(parts, "\n")
 
 
-def _figure(entry: Mapping[str, Any], source: str) -> str:
+def _figure(entry: Mapping[str, Any], source: str) -> Html:
     record = entry["record"]
-    family = f'<span class="family">{_text(record["family"])}</span>' if record["family"] else ""
-    meant = f"<br>truth: “{_text(record['sentence'])}”" if record["text"] != record["sentence"] else ""
+    family = html('<span class="family">{}</span>', record["family"]) if record["family"] else ""
+    meant = html("<br>truth: “{}”", record["sentence"]) if record["text"] != record["sentence"] else ""
     scores = (
         f"score {_score(record['score'])} (query {record['query']}), best candidate {_score(record['best_score'])}"
         f" (query {record['best_query']}, rank {record['best_rank'] + 1})"
     )
     where = f"{record['file_name']}, sentence {record['sentence_id']}"
-    return (
-        f'<figure><figcaption class="said">“{_text(record["text"])}”{family}{meant}</figcaption>'
-        f'<img loading="lazy" src="{_text(Path(source).as_posix())}" alt="{_text(record["text"])}">'
-        f'<figcaption class="note">{_text(scores)}<br>{_text(where)}</figcaption></figure>'
+    return html(
+        '<figure><figcaption class="said">“{}”{}{}</figcaption><img loading="lazy" src="{}" alt="{}">'
+        '<figcaption class="note">{}<br>{}</figcaption></figure>',
+        record["text"],
+        family,
+        meant,
+        Path(source).as_posix(),
+        record["text"],
+        scores,
+        where,
     )
 
 
