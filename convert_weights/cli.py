@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--set", metavar="KEY=VALUE", action="append", default=[], help="a value of the config: decoder.heads=4"
     )
     parser.add_argument("--dtype", choices=DTYPES, help="what parameters are stored as, default: as they are")
-    parser.add_argument("--layout", metavar="NAME", help="of --export: hf; main or aaai for X-SAM's two namings")
+    parser.add_argument("--layout", metavar="NAME", help="of --export: hf; X-SAM: main or aaai; SAM: also meta")
     parser.add_argument("--seed", type=int, default=0, help="of parameters that the checkpoint does not have")
     parser.add_argument(
         "--mesh", metavar="AXES", help="store for a mesh such as fsdp=8,tensor=2: each device then reads its own part only"
@@ -74,6 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     started = time.monotonic()
     with jobs.prepared(request) as job:
+        for note in job.source.notes:
+            say(note)
         before = host.peak_memory()  # with libraries and tokenizer
         targets = {target.name: target for target in job.plan.targets}
         progress = lambda name: say(_line(targets[name]))  # noqa: E731

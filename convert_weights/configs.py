@@ -15,6 +15,7 @@ from typing import Any
 
 from convert_weights.families import Mask2FormerConfig, Stage1Config
 from convert_weights.ops import Shape
+from convert_weights.refusals import refuse_quantised
 from convert_weights.sources import Entry, local, read_json
 from flowseg_jax.errors import UserError, suggest
 from flowseg_jax.models.boundary import BoundaryConfig
@@ -63,7 +64,9 @@ def hf_config(path: Path | None, weights: Path) -> dict[str, Any]:
     file = place / "config.json" if place.is_dir() else place if path is not None else place.parent / "config.json"
     if not file.is_file():
         raise UserError(f"{file}: no such file; give the model's config by --config FILE")
-    return read_json(file)
+    values = read_json(file)
+    refuse_quantised(values, file)
+    return values
 
 
 def tower_config(family: str, values: dict[str, Any]) -> Any:
@@ -137,11 +140,16 @@ def preset(value: str, presets: Mapping[str, Any], read: Any, what: str) -> Any:
 
 
 def sam_from_shapes(shapes: Shapes, prefix: str = "segmentor.encoder.") -> SamConfig:
-    """All sizes of SAM's encoder. A layer whose position table fits the whole grid is a global one."""
+    """All sizes of SAM's encoder, in transformers' or segment-anything's naming.
+
+    A layer whose position table fits the whole grid is a global one.
+    """
+    meta = f"{prefix}patch_embed.proj.weight" in shapes
+    patches, blocks = ("patch_embed.proj", "blocks") if meta else ("patch_embed.projection", "layers")
     _, grid, _, width = shapes[f"{prefix}pos_embed"]
-    patch = shapes[f"{prefix}patch_embed.projection.weight"][-1]
-    layers = shapes.count(f"{prefix}layers.")
-    tables = [shapes[f"{prefix}layers.{i}.attn.rel_pos_h"] for i in range(layers)]
+    patch = shapes[f"{prefix}{patches}.weight"][-1]
+    layers = shapes.count(f"{prefix}{blocks}.")
+    tables = [shapes[f"{prefix}{blocks}.{i}.attn.rel_pos_h"] for i in range(layers)]
     is_global = [rows == 2 * grid - 1 for rows, _ in tables]
     windows = {(rows + 1) // 2 for (rows, _), whole in zip(tables, is_global, strict=True) if not whole}
     if len(windows) > 1:
@@ -152,7 +160,7 @@ def sam_from_shapes(shapes: Shapes, prefix: str = "segmentor.encoder.") -> SamCo
         width=width,
         layers=layers,
         heads=width // tables[0][1],
-        mlp=shapes[f"{prefix}layers.0.mlp.lin1.weight"][0],
+        mlp=shapes[f"{prefix}{blocks}.0.mlp.lin1.weight"][0],
         window=windows.pop() if windows else 1,
         global_layers=tuple(i for i, whole in enumerate(is_global) if whole),
     )

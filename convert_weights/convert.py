@@ -13,7 +13,7 @@ import numpy as np
 
 from convert_weights.families import FAMILIES, Family
 from convert_weights.plan import Plan, Target, check_twins, make_plan
-from convert_weights.sources import ArraySource, Entry, TensorSource
+from convert_weights.sources import ArraySource, Entry, RenamedSource, TensorSource
 from convert_weights.table import Piece, expand
 from flowseg_jax.errors import UserError, suggest
 from flowseg_jax.manifest import compare, flatten, nest
@@ -118,6 +118,8 @@ class Exported:
         UserError: parameters that are not those of `cfg`; an unknown layout.
     """
 
+    notes: tuple[str, ...] = ()
+
     def __init__(self, family: Family, cfg: Any, params: TensorSource, layout: str | None = None):
         layout = layout or next(iter(family.layouts))
         if layout not in family.layouts:
@@ -154,6 +156,26 @@ class Exported:
             parts.append(piece.op.to_source(ours if piece.layer is None else ours[piece.layer], piece.cfg))
         whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
         return np.ascontiguousarray(whole[start:stop])
+
+
+def in_layout(family: Family, cfg: Any, source: TensorSource, layout: str) -> TensorSource:
+    """A source under the names of another layout of its family, which must not differ in operations.
+
+    Raises:
+        UserError: what `make_plan` raises.
+    """
+    plan = make_plan(family, cfg, source)  # nothing that is unknown may be left out below
+    found = plan.layout
+    if found == layout:
+        return source
+    shapes = family.shapes(cfg)
+    theirs, wanted = (
+        {(p.target, p.layer, p.start): p for p in expand(family.layouts[name](cfg), cfg, shapes)} for name in (found, layout)
+    )
+    if any(wanted[place].op is not piece.op for place, piece in theirs.items()):
+        raise ValueError(f"{family.name}: the layouts {found} and {layout} differ in more than names")
+    pairs = {wanted[place].source: piece.source for place, piece in theirs.items()}
+    return RenamedSource(source, {new: old for new, old in pairs.items() if old in source.entries})
 
 
 def cast(x: np.ndarray, dtype: str | None) -> np.ndarray:

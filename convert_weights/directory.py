@@ -34,6 +34,8 @@ class ModelDirectory:
         UserError: no such directory, a damaged one, or one that does not hold this family.
     """
 
+    notes: tuple[str, ...] = ()
+
     def __init__(self, directory: str | os.PathLike[str], family: Family):
         from convert_weights.configs import rebuild
 

@@ -7,21 +7,21 @@ import json
 import math
 import os
 import shutil
-import struct
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
 
 from convert_weights.configs import to_hf
 from convert_weights.convert import Exported, cast
 from convert_weights.directory import ModelDirectory
 from convert_weights.families import Family
-from convert_weights.sources import DTYPES
 from flowseg_jax.errors import UserError
 from flowseg_jax.model_directory import check_free
 
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+MAX_SHARD = 1 << 30  # bytes of a file
 
 
 def export_directory(
@@ -34,10 +34,10 @@ def export_directory(
     overwrite: bool = False,
     progress: Callable[[str], None] = lambda name: None,
 ) -> Path:
-    """Exports a model directory: `model.safetensors`, `config.json` and, with a language model, the tokenizer.
+    """Exports a model directory: safetensors, `config.json` and, with a language model, the tokenizer.
 
     `config.json` is Hugging Face's for a tower; for a whole model it holds our config, from which xsam and flowseg are read
-    back. OUT appears complete or not at all; the parameters that one fused tensor is made of are in memory at a time.
+    back. OUT appears complete or not at all. In memory are one shard (`MAX_SHARD`) and the parameters that a tensor is made of.
 
     Args:
         layout: naming, a key of the family's `layouts`.
@@ -53,7 +53,7 @@ def export_directory(
     fresh = target.with_name(f".{target.name}.tmp-{os.getpid()}")
     try:
         fresh.mkdir(parents=True)
-        write_safetensors(fresh / "model.safetensors", exported, dtype, progress)
+        write_safetensors(fresh, exported, dtype, progress)
         config = to_hf(family.name, directory.cfg)
         if config is not None and directory.tokenizer is not None:
             config |= _special_ids(directory.tokenizer)
@@ -66,8 +66,8 @@ def export_directory(
         if target.exists():
             shutil.rmtree(target)
         fresh.rename(target)
-    except OSError as error:
-        raise UserError(f"{target} could not be written: {error.strerror or error}") from None
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{target} could not be written: {getattr(error, 'strerror', None) or error}") from None
     finally:
         with contextlib.suppress(OSError):
             shutil.rmtree(fresh)
@@ -82,21 +82,31 @@ def _special_ids(tokenizer: Path) -> dict[str, int | None]:
     return {f"{name}_token_id": getattr(hf, f"{name}_token_id") for name in ("bos", "eos", "pad")}
 
 
-def write_safetensors(file: Path, exported: Exported, dtype: str | None, progress: Callable[[str], None]) -> None:
-    """One safetensors file, tensor by tensor; the header needs no more than shapes and dtypes."""
-    order = list(exported.in_order())
-    kinds = {name: cast(np.empty(0, exported.entries[name].dtype), dtype).dtype for name in order}
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name in order:
-        shape = exported.entries[name].shape
-        end = offset + math.prod(shape) * kinds[name].itemsize
-        header[name] = {"dtype": NAMES[kinds[name]], "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # readers want aligned data
-    with open(file, "wb") as stream:
-        stream.write(struct.pack("<Q", len(text)) + text)
-        for name in order:
-            stream.write(np.ascontiguousarray(cast(exported.read(name), dtype)).reshape(-1).view(np.uint8).data)
+def write_safetensors(directory: Path, exported: Exported, dtype: str | None, progress: Callable[[str], None]) -> None:
+    """`model.safetensors`; above `MAX_SHARD` bytes shards with their index, as transformers writes and reads them.
+
+    The library writes a file from arrays that are all in memory: those of one shard are, and no more.
+    """
+    kinds = {name: cast(np.empty(0, entry.dtype), dtype).dtype for name, entry in exported.entries.items()}
+    shards: list[list[str]] = [[]]
+    total = size = 0
+    for name in exported.in_order():
+        bytes_ = math.prod(exported.entries[name].shape) * kinds[name].itemsize
+        if shards[-1] and size + bytes_ > MAX_SHARD:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size, total = size + bytes_, total + bytes_
+    places = {}
+    for number, names in enumerate(shards, 1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        arrays = {}
+        for name in names:
+            arrays[name] = cast(exported.read(name), dtype)
             progress(name)
+        save_file(arrays, directory / file, metadata={"format": "pt"})
+        (directory / file).chmod(0o644)  # the library writes it for its owner alone
+        places |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

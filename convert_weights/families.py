@@ -253,7 +253,12 @@ FAMILIES: dict[str, Family] = {
             "sam",
             SamConfig,
             Sam,
-            {"hf": _inside(towers.SAM, "vision_encoder."), "encoder": _only(towers.SAM)},
+            {
+                "hf": _inside(towers.SAM, "vision_encoder."),
+                "encoder": _only(towers.SAM),
+                "meta": _inside(towers.SAM_META, "image_encoder."),
+                "meta_encoder": _only(towers.SAM_META),
+            },
             SamConfig.tiny,
         ),
         Family(

@@ -40,6 +40,7 @@ class GgufSource:
         except ImportError:
             raise UserError(f"{file} is a GGUF file and the package gguf is not installed: pip install gguf") from None
         self.name, self._file = str(file), file
+        self.notes: list[str] = []
         try:
             self._reader = gguf.GGUFReader(os.fspath(file))
             self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}

@@ -13,10 +13,12 @@ import ml_dtypes
 import numpy as np
 
 from convert_weights import configs
-from convert_weights.convert import Exported, build, fresh_params, get_family
+from convert_weights.convert import Exported, build, fresh_params, get_family, in_layout
 from convert_weights.directory import ModelDirectory, is_model_directory
 from convert_weights.families import FAMILIES, Family
+from convert_weights.names import unwrapped
 from convert_weights.plan import Plan, check_twins, make_plan
+from convert_weights.refusals import refuse_pointer
 from convert_weights.sources import JoinedSource, TensorSource, local, open_source, read_json
 from flowseg_jax import parallel
 from flowseg_jax.data.prompts import Prompts
@@ -166,6 +168,8 @@ def _tower(family: Family, request: Request) -> tuple[TensorSource, Any, Path | 
         return source, own.cfg, own.tokenizer
     if family.name == "xsam_stage1":
         return source, configs.stage1_from_shapes(configs.Shapes(source.entries, source.name)), None
+    if family.name == "sam" and request.config is None and (prefix := _meta_prefix(source)) is not None:
+        return source, configs.sam_from_shapes(configs.Shapes(source.entries, source.name), prefix), None
     if hasattr(source, "config") and request.config is None:
         values = source.config()
     else:
@@ -210,6 +214,8 @@ def _towers_together(family: Family, request: Request) -> tuple[TensorSource, Fl
         name = {"siglip": "siglip2", "segmentor": "xsam_stage1"}.get(part, part)
         tower = FAMILIES[_llm_family(local(path)) if part == "llm" else name]
         source, cfgs[part], base = _tower(tower, dataclasses.replace(request, source=path, config=None))
+        if part == "sam" and _meta_prefix(source) is not None:
+            source = in_layout(tower, cfgs[part], source, "hf")
         opened.append((part, source))
         tokenizer = base if part == "llm" else tokenizer
     old_names = any("segmentor.class_predictor.weight" in source.entries for _, source in opened)
@@ -230,11 +236,18 @@ def _open(path: Path, family: Family) -> tuple[TensorSource, ModelDirectory | No
     if path.is_dir() and is_model_directory(path):
         own = ModelDirectory(path, family)
         return Exported(family, own.cfg, own), own
-    return open_source(path), None
+    return unwrapped(open_source(path), family), None
+
+
+def _meta_prefix(source: TensorSource) -> str | None:
+    """What segment-anything's names of the image encoder begin with; None if they are not these."""
+    return next((p for p in ("image_encoder.", "") if f"{p}patch_embed.proj.weight" in source.entries), None)
 
 
 def _llm_family(path: Path) -> str:
     """Which language model a directory holds."""
+    if not is_model_directory(path):
+        open_source(path)  # an adapter alone, or the shards of a training run, say so; they may have no config.json
     if path.suffix == ".gguf" or (path.is_dir() and list(path.glob("*.gguf")) and not (path / "config.json").is_file()):
         raise UserError(
             f"{path}: convert a GGUF by itself first (python -m convert_weights llama ...), then give its directory"
@@ -256,6 +269,9 @@ def _tokenizer(request: Request, base: Path | None, source: TensorSource, scratc
         source.save_tokenizer(base)
     elif base is None or not any((base / name).is_file() for name in TOKENIZER_FILES):
         return None, None
+    for file in sorted(base.iterdir()) if base.is_dir() else []:
+        if file.suffix in (".json", ".txt", ".model", ".jinja"):
+            refuse_pointer(file)
     return scratch / "tokenizer", extend_tokenizer(base, scratch / "tokenizer")
 
 

@@ -14,13 +14,15 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from convert_weights import refusals
 from convert_weights.families import FAMILIES, Family
 from convert_weights.ops import Shape
 from convert_weights.sources import Entry, TensorSource
 from convert_weights.table import Piece, Section, expand, unnumbered
-from flowseg_jax.errors import UserError
+from flowseg_jax.errors import UserError, plain
 
 COMPARED_ROWS = 4096  # rows of a tied head that are compared at a time
+SHOWN = 10  # lines of faults in an error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +135,11 @@ def recognise(entries: Iterable[str]) -> str | None:
     return best if scores[best] > 0.2 else None
 
 
+def same_family(looks: str, asked: str) -> bool:
+    """Whether names that look like one family may be another's: X-SAM's are a subset of FlowSeg's."""
+    return looks == asked or {looks, asked} <= {"xsam", "flowseg"}
+
+
 def _misfit(piece: Piece, found: Entry, resizes: bool) -> str | None:
     if not jnp.issubdtype(found.dtype, jnp.floating):
         return f"not a floating-point tensor but {found.dtype}:"
@@ -173,15 +180,21 @@ def check_twins(plan: Plan, source: TensorSource) -> None:
 
 def _report(family: Family, source: TensorSource, faults: list[tuple[str, str, Shape]]) -> str:
     looks = recognise(source.entries)
-    # X-SAM's names are a subset of FlowSeg's: neither is another family than the other.
-    same = {"xsam", "flowseg"}
-    if looks is not None and looks != family.name and not {looks, family.name} <= same:
+    if looks is not None and not same_family(looks, family.name):
         return (
             f"{source.name} looks like a checkpoint of the family {looks}, not {family.name}: "
             f"use python -m convert_weights {looks} ..."
         )
-    listed = [f"{kind} {name} {shape}" for kind, name, shape in compress(faults)]
-    return f"{source.name} does not fit {family.name}: {'; '.join(listed)}"
+    groups = compress(faults)
+    shown = "; ".join(f"{kind} {plain(name)} {plain(str(shape))}" for kind, name, shape in groups[:SHOWN])
+    if len(groups) > SHOWN:
+        shown += f"; and {len(groups) - SHOWN} more such lines, {len(faults)} tensors in all"
+    if refusals.placeholders(entry.shape for entry in source.entries.values()):
+        shown += (
+            "; most of its tensors are empty: DeepSpeed's ZeRO-3 saves such placeholders, python zero_to_fp32.py in the run's "
+            "directory gathers the weights"
+        )
+    return f"{source.name} does not fit {family.name}: {shown}"
 
 
 def compress(faults: Iterable[tuple[str, str, Shape]]) -> list[tuple[str, str, Shape]]:

@@ -1,39 +1,30 @@
 """Where tensors come from: files that are read one tensor, or some rows of one, at a time.
 
 Opening a source reads names, shapes and dtypes only, and finds what is wrong with the files: truncated, a shard missing, not
-a checkpoint at all. Reading goes through ordinary file reads into fresh arrays, never through a map of the whole file, so that
-the memory in use is that of the tensor in hand.
+a checkpoint at all. The memory in use is that of the tensor in hand.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
-import struct
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-import ml_dtypes
 import numpy as np
 
+from convert_weights import refusals
 from convert_weights.ops import Shape
-from flowseg_jax.errors import UserError
+from flowseg_jax.errors import UserError, listed, plain
 
-DTYPES = {
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F16": np.dtype(np.float16),
-    "F32": np.dtype(np.float32),
-    "F64": np.dtype(np.float64),
-    "I8": np.dtype(np.int8),
-    "I16": np.dtype(np.int16),
-    "I32": np.dtype(np.int32),
-    "I64": np.dtype(np.int64),
-    "U8": np.dtype(np.uint8),
-    "BOOL": np.dtype(np.bool_),
-}
-MAX_HEADER = 100 << 20  # bytes; safetensors' own limit
+# In transformers' order (`PreTrainedModel.from_pretrained`): the first that is there is the model.
+STANDARD = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".gguf")
+# What trainers leave beside a model.
+NO_MODEL = re.compile(r"(optimizer|scheduler|scaler|training_args|rng_state|random_states|trainer_state|adapter_)[\w-]*\.\w+")
+MAX_JSON = 64 << 20  # bytes of a config or an index
 
 
 class Entry(NamedTuple):
@@ -49,10 +40,12 @@ class TensorSource(Protocol):
     Attributes:
         name: what messages call it.
         entries: {tensor name: shape and dtype}.
+        notes: what the user should know of how it was read: files that were left aside, prefixes that were taken off.
     """
 
     name: str
     entries: Mapping[str, Entry]
+    notes: Sequence[str]
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows [start, stop) of a tensor, all by default. The array is the caller's to keep."""
@@ -61,6 +54,8 @@ class TensorSource(Protocol):
 
 class ArraySource:
     """Arrays that are in memory already."""
+
+    notes: tuple[str, ...] = ()
 
     def __init__(self, arrays: Mapping[str, np.ndarray], name: str = "the given arrays"):
         self.name, self._arrays = name, arrays
@@ -81,12 +76,13 @@ class JoinedSource:
 
     def __init__(self, parts: list[tuple[TensorSource, str, str]], name: str):
         self.name = name
+        self.notes = [note for source, _, _ in parts for note in source.notes]
         self.entries, self._origin = {}, {}
         for source, old, new in parts:
             for key, entry in source.entries.items():
                 ours = new + key.removeprefix(old)
                 if ours in self.entries:
-                    raise UserError(f"{source.name} and {self._origin[ours][0].name} both hold {key}: give one of them")
+                    raise UserError(f"{source.name} and {self._origin[ours][0].name} both hold {plain(key)}: give one of them")
                 self.entries[ours], self._origin[ours] = entry, (source, key)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
@@ -94,162 +90,131 @@ class JoinedSource:
         return source.read(key, start, stop)
 
 
-class SafetensorsSource:
-    """One safetensors file, or several that belong together.
+class RenamedSource:
+    """A source under other names.
 
-    Raises:
-        UserError: a file that is missing, truncated or no safetensors file; names that two files share.
+    Args:
+        names: {its new name: its name in `source`}; tensors that it leaves out are not there.
+        notes: what there is to say about it, behind what the source has to say.
     """
 
-    def __init__(self, files: list[Path], name: str):
-        self.name = name
-        self.entries: dict[str, Entry] = {}
-        self._places: dict[str, tuple[Path, int]] = {}
-        for file in files:
-            for key, (entry, offset) in _read_header(file).items():
-                if key in self.entries:
-                    raise UserError(f"{file} and {self._places[key][0]} both hold {key}: leave one of the two files out")
-                self.entries[key], self._places[key] = entry, (file, offset)
-
-    def file_of(self, name: str) -> Path:
-        return self._places[name][0]
+    def __init__(self, source: TensorSource, names: Mapping[str, str], notes: Sequence[str] = ()):
+        self.name, self._source, self._names = source.name, source, names
+        self.notes = [*source.notes, *notes]
+        self.entries = {new: source.entries[old] for new, old in names.items()}
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        (shape, dtype), (file, offset) = self.entries[name], self._places[name]
-        return read_rows(file, offset, shape, dtype, start, stop)
-
-
-def read_rows(file: Path, offset: int, shape: Shape, dtype: np.dtype, start: int, stop: int | None) -> np.ndarray:
-    """Rows of a C-ordered array at `offset` bytes of a file, read into a new array."""
-    if shape:
-        start, stop, _ = slice(start, stop).indices(shape[0])
-        row = math.prod(shape[1:])
-        offset, shape = offset + start * row * dtype.itemsize, (stop - start, *shape[1:])
-    out = np.empty(shape, dtype)
-    view = out.reshape(-1).view(np.uint8)
-    try:
-        with open(file, "rb", buffering=0) as stream:
-            stream.seek(offset)
-            done = 0
-            while done < view.size:
-                count = stream.readinto(memoryview(view)[done:])
-                if not count:
-                    raise UserError(f"{file} ends {view.size - done} bytes too early: download it again")
-                done += count
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}") from None
-    return out
-
-
-def _read_header(file: Path) -> dict[str, tuple[Entry, int]]:
-    """{tensor: its entry and its offset in the file}. Checks that the file is as long as its header says."""
-    try:
-        size = file.stat().st_size
-        with open(file, "rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8).ljust(8, b"\0"))
-            if size < 8 or length > min(MAX_HEADER, size - 8):
-                raise UserError(f"{file} is no complete safetensors file ({size} bytes): download it again")
-            header = json.loads(stream.read(length))
-        header.pop("__metadata__", None)
-        found = {}
-        for key, value in header.items():
-            (begin, end), shape, kind = value["data_offsets"], tuple(value["shape"]), value["dtype"]
-            if kind not in DTYPES:
-                raise UserError(f"{file}: {key} has the dtype {kind}, which is not supported (known: {', '.join(DTYPES)})")
-            dtype = DTYPES[kind]
-            if end - begin != math.prod(shape) * dtype.itemsize:
-                raise UserError(f"{file}: {key} {shape} {kind} takes {end - begin} bytes: the file is damaged")
-            if 8 + length + end > size:
-                raise UserError(
-                    f"{file} is truncated: {key} {shape} ends at byte {8 + length + end}, the file at {size}; download it again"
-                )
-            found[key] = Entry(shape, dtype), 8 + length + begin
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{file} is no safetensors file: its header cannot be read; download it again") from None
-    return found
-
-
-def _sharded(index: Path) -> list[Path]:
-    """The files that a `*.index.json` names."""
-    try:
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = sorted({index.parent / name for name in names.values()})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{index} is no index of shards: download it again") from None
-    missing = [file.name for file in files if not file.is_file()]
-    if missing:
-        raise UserError(
-            f"{index.parent} lacks {len(missing)} of {len(files)} shards: {', '.join(missing)}; download them again"
-        )
-    return files
-
-
-def _check_index(index: Path, source: TensorSource) -> None:
-    names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    absent = [name for name in names if name not in source.entries]
-    if absent:
-        raise UserError(f"{index} names {len(absent)} tensors that its shards do not hold, the first is {absent[0]}")
+        return self._source.read(self._names[name], start, stop)
 
 
 def open_source(path: str | os.PathLike[str]) -> TensorSource:
     """Opens a checkpoint: a file, or the directory that it lies in.
 
+    Of a directory with several sets of weights the one is taken that transformers takes: one safetensors file, safetensors
+    shards with their index, `pytorch_model.bin`, its shards. What is left aside is in the source's notes.
+
     Args:
-        path: `.safetensors`, `.bin`, `.pth`, `.pt` or `.gguf`; or a directory with `model.safetensors`, with shards and their
-            index, or with exactly one file of these kinds. Else the name of a hub repository, where the hub can be reached.
+        path: `.safetensors`, `.bin`, `.pth`, `.pt`, `.gguf` or an index of shards; or a directory with a model under
+            transformers' names, or with exactly one index or one file of these kinds. Else the name of a hub repository, where
+            the hub can be reached.
 
     Raises:
-        UserError: nothing there, several candidates, or files that are damaged or incomplete.
+        UserError: nothing there, several candidates, files that are damaged or incomplete; an adapter, quantised weights, the
+            shards of a training run, git-lfs pointers.
     """
     path = local(path)
     if path.is_file():
-        if path.name.endswith(".index.json"):
-            return _open_shards(path)
-        return _open_file(path)
-    for name in ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin"):
-        if (path / name).is_file():
-            return open_source(path / name)
-    indices = sorted(path.glob("*.index.json"))
-    if len(indices) == 1:
-        return _open_shards(indices[0])
-    found = [file for kind in ("safetensors", "bin", "pth", "pt", "gguf") for file in sorted(path.glob(f"*.{kind}"))]
-    if any("-of-0" in file.name for file in found):
-        raise UserError(f"{path} holds shards without their index (*.index.json): download the index as well")
-    if len(found) != 1:
-        listed = f": {', '.join(file.name for file in found)}; name one of them" if found else ""
-        raise UserError(f"{path} holds {len(found) or 'no'} checkpoint files{listed}")
-    return _open_file(found[0])
+        source = _open_file(path)
+        beside = [name for name in refusals.adapters(path.parent) if name != path.name]
+        notes = [f"not used: the adapter beside {path} ({listed(beside)})"] if beside else []
+        return _with_notes(source, notes)
+    try:
+        taken, others = _choose(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    source = _open_file(path / taken)
+    return _with_notes(source, [f"taken: {taken}; not used beside it: {listed(others)}"] if others else [])
+
+
+def _with_notes(source: TensorSource, notes: Sequence[str]) -> TensorSource:
+    source.notes = [*notes, *source.notes]
+    return source
+
+
+def _choose(directory: Path) -> tuple[str, list[str]]:
+    """The file or index of a directory that is the model, and what else it holds that could be taken for one."""
+    files = {file.name for file in directory.iterdir() if file.is_file()}
+    indices = sorted(name for name in files if name.endswith(".index.json"))
+    weights = sorted(
+        (name for name in files if name.endswith(SUFFIXES) and not NO_MODEL.fullmatch(name)),
+        key=lambda name: (SUFFIXES.index(Path(name).suffix), name),
+    )
+    whole = [name for name in weights if not re.search(r"-of-\d+\.", name)]
+    taken = next((name for name in STANDARD if name in files), None)
+    if taken is None and len(indices) == 1:
+        taken = indices[0]
+    if taken is None and not indices and len(whole) == 1 and len(weights) == 1:
+        taken = whole[0]
+    refusals.refuse_adapter(directory, taken)
+    if taken is None:
+        refusals.refuse_training_state(directory)
+        if not indices and len(weights) > len(whole):
+            raise UserError(f"{directory} holds shards without their index (*.index.json): download the index as well")
+        found = [*indices, *whole]
+        raise UserError(
+            f"{directory} holds {len(found) or 'no'} checkpoint files{f': {listed(found)}; name one of them' if found else ''}"
+        )
+    own = {taken, *(_shards(directory / taken).values() if taken in indices else ())}
+    others = [name for name in (*STANDARD, *indices, *weights, *refusals.training_state(directory)) if name not in own]
+    return taken, [name for name in dict.fromkeys(others) if (directory / name).exists()]
 
 
 def _open_file(file: Path) -> TensorSource:
-    kind = file.suffix
-    if kind == ".safetensors":
-        return SafetensorsSource([file], str(file))
-    if kind in (".bin", ".pth", ".pt"):
-        from convert_weights.torch_source import TorchSource
-
-        return TorchSource([file], str(file))
-    if kind == ".gguf":
+    if file.name.endswith(".index.json"):
+        return _open_shards(file)
+    refusals.refuse_training_file(file)
+    if file.suffix == ".gguf":
         from convert_weights.gguf_source import GgufSource
 
+        refusals.refuse_pointer(file)
         return GgufSource(file)
-    raise UserError(f"{file} is no checkpoint: expected .safetensors, .bin, .pth, .pt or .gguf")
+    if file.suffix not in SUFFIXES:
+        raise UserError(f"{file} is no checkpoint: expected {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
+    return _open_files([file], str(file))
+
+
+def _open_files(files: list[Path], name: str) -> TensorSource:
+    if all(file.suffix == ".safetensors" for file in files):
+        from convert_weights.safetensors_source import SafetensorsSource
+
+        return SafetensorsSource(files, name)
+    from convert_weights.torch_source import TorchSource
+
+    return TorchSource(files, name)
 
 
 def _open_shards(index: Path) -> TensorSource:
-    files = _sharded(index)
-    if all(file.suffix == ".safetensors" for file in files):
-        source: TensorSource = SafetensorsSource(files, str(index.parent))
-    else:
-        from convert_weights.torch_source import TorchSource
-
-        source = TorchSource(files, str(index.parent))
-    _check_index(index, source)
+    places = _shards(index)
+    files = sorted(set(places.values()))
+    missing = [file for file in files if not (index.parent / file).is_file()]
+    if missing:
+        raise UserError(f"{index.parent} lacks {len(missing)} of {len(files)} shards: {listed(missing)}; download them again")
+    source = _open_files([index.parent / file for file in files], str(index.parent))
+    absent = [name for name in places if name not in source.entries]
+    if absent:
+        raise UserError(f"{index} names {len(absent)} tensors that its shards do not hold: {listed(absent)}; download it again")
     return source
+
+
+def _shards(index: Path) -> dict[str, str]:
+    """{tensor: the shard that an index says it is in}, each a file beside the index."""
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places or not all(isinstance(file, str) for file in places.values()):
+        raise UserError(f"{index} is no index of shards (weight_map is missing or no table of names): download it again")
+    for file in set(places.values()):
+        if file in ("", ".", "..") or re.search(r"[/\\\0]", file) or not file.endswith(SUFFIXES):
+            raise UserError(f"{index} names the shard {plain(file)!r}: a shard is a file beside its index, no other path")
+    return places
 
 
 def local(path: str | os.PathLike[str]) -> Path:
@@ -280,10 +245,15 @@ def local(path: str | os.PathLike[str]) -> Path:
 
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises a UserError that names it."""
+    refusals.refuse_pointer(file)
     try:
+        if file.stat().st_size > MAX_JSON:
+            raise UserError(f"{file} is larger than {MAX_JSON >> 20} MiB: that is no config and no index")
         value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read: {error}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{file} cannot be read: {plain(str(error))}; download it again") from None
     if not isinstance(value, dict):
         raise UserError(f"{file} holds no JSON object")
     return value

@@ -16,10 +16,15 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from convert_weights import refusals
 from convert_weights.sources import Entry
-from flowseg_jax.errors import UserError
+from flowseg_jax.errors import UserError, listed, plain
 
 NESTED = ("state_dict", "model", "module")  # keys under which training frameworks put the weights
+DTYPES = {
+    name: np.dtype(name)
+    for name in "float16 float32 float64 int8 int16 int32 int64 uint8 uint16 uint32 uint64 bool".split()
+} | {"bfloat16": np.dtype(ml_dtypes.bfloat16)}  # fmt: skip
 
 
 class TorchSource:
@@ -31,24 +36,27 @@ class TorchSource:
 
     def __init__(self, files: list[Path], name: str):
         self.name = name
+        self.notes: list[str] = []
         self.entries: dict[str, Entry] = {}
         self._tensors: dict[str, Any] = {}
         self._mapped: set[str] = set()
         for file in files:
             mapped = zipfile.is_zipfile(file)  # the format before PyTorch 1.6 is no zip archive and cannot be mapped
-            state = _load(file, mapped)
+            state, beside = _load(file, mapped)
+            if beside:
+                self.notes.append(f"{file}: the weights were taken, not {listed(beside)} beside them")
             self._mapped |= set(state) if mapped else set()
             for key, tensor in state.items():
                 if key in self._tensors:
-                    raise UserError(f"{file} and another file of {name} both hold {key}: leave one of the two out")
+                    raise UserError(f"{file} and another file of {name} both hold {plain(key)}: leave one of the two out")
                 self._tensors[key] = tensor
-                self.entries[key] = Entry(tuple(tensor.shape), _dtype(file, key, tensor))
+                self.entries[key] = Entry(tuple(tensor.shape), DTYPES[_name(tensor)])
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         import torch
 
         tensor, dtype = self._tensors[name], self.entries[name].dtype
-        part = tensor[start:stop] if tensor.ndim else tensor
+        part = (tensor[start:stop] if tensor.ndim else tensor).resolve_neg()
         bits = part.contiguous().view(torch.uint16) if dtype == ml_dtypes.bfloat16 else part
         out = np.array(bits.numpy().view(dtype) if dtype == ml_dtypes.bfloat16 else bits.numpy(), copy=True)
         if name in self._mapped:
@@ -56,7 +64,9 @@ class TorchSource:
         return out
 
 
-def _load(file: Path, mapped: bool) -> Mapping[str, Any]:
+def _load(file: Path, mapped: bool) -> tuple[dict[str, Any], list[str]]:
+    """The tensors of a file, and the names of what its weights lay beside (an optimizer's state, say)."""
+    refusals.refuse_pointer(file)
     try:
         import torch
     except ImportError:
@@ -66,33 +76,38 @@ def _load(file: Path, mapped: bool) -> Mapping[str, Any]:
             state = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         wanted = re.search(r"(?:GLOBAL|function|class) ([\w.]+)", str(error))
-        what = f" (it asks for {wanted.group(1)})" if wanted else ""
+        what = f" (it asks for {plain(wanted.group(1))})" if wanted else ""
         raise UserError(
             f"{file} is refused: it is a pickle that asks for more than tensors{what} and could run any code; get the weights "
             "as safetensors, or save them again as a plain dict of tensors"
         ) from None
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-        raise UserError(f"{file} cannot be read, it is damaged or truncated: {reason}; download it again") from None
+    except Exception as error:  # whoever wrote the file decides what its reading raises
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{file} cannot be read, it is damaged or truncated: {plain(reason)}; download it again") from None
+    beside: list[str] = []
     for key in NESTED:
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+            beside += [name if isinstance(name, str) else f"a {type(name).__name__}" for name in state if name != key]
             state = state[key]
     if not isinstance(state, Mapping):
         raise UserError(f"{file} holds a {type(state).__name__}, not a dict of tensors")
-    other = [str(key) for key, value in state.items() if not isinstance(value, torch.Tensor)]
+    other = [key for key, value in state.items() if not isinstance(key, str) or not isinstance(value, torch.Tensor)]
     if other:
-        raise UserError(f"{file} holds other things than tensors: {', '.join(other[:10])}; save its weights alone")
-    return state
+        raise UserError(f"{file} holds {len(other)} other things than tensors: {listed(other)}; save its weights alone")
+    odd = {key: _name(tensor) for key, tensor in state.items() if _name(tensor) not in DTYPES}
+    if odd:
+        refusals.refuse_dtypes(file, odd)
+    # A Parameter is a tensor to its optimizer, and refuses to be an array.
+    return {key: tensor.detach() for key, tensor in state.items()}, beside
 
 
-def _dtype(file: Path, key: str, tensor: Any) -> np.dtype:
-    name = str(tensor.dtype).removeprefix("torch.")
-    if name == "bfloat16":
-        return np.dtype(ml_dtypes.bfloat16)
-    try:
-        return np.dtype(name)
-    except TypeError:
-        raise UserError(f"{file}: {key} has the dtype {name}, which is not supported") from None
+def _name(tensor: Any) -> str:
+    """A tensor's dtype, or what else keeps it from being an array."""
+    import torch
+
+    if tensor.layout != torch.strided:
+        return str(tensor.layout).removeprefix("torch.")
+    return "meta" if tensor.device.type != "cpu" else str(tensor.dtype).removeprefix("torch.")
 
 
 def _release(tensor: Any) -> None:
@@ -102,7 +117,9 @@ def _release(tensor: Any) -> None:
     """
     if not sys.platform.startswith("linux"):
         return
-    page, start = mmap.PAGESIZE, tensor.data_ptr()
-    first, last = -(-start // page) * page, (start + tensor.numel() * tensor.element_size()) // page * page
+    page, start, storage = mmap.PAGESIZE, tensor.data_ptr(), tensor.untyped_storage()
+    # A tensor can claim more values than its storage holds (strides of zero): what lies behind the file is not ours to give.
+    end = min(start + tensor.numel() * tensor.element_size(), storage.data_ptr() + storage.nbytes())
+    first, last = -(-start // page) * page, end // page * page
     if last > first:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)

@@ -106,21 +106,36 @@ def _sam_layers(cfg: SamConfig) -> dict:
     return {"layer": [{"layer": i, "stack": cfg.place(i)[0]} for i in range(cfg.layers)]}
 
 
-# SamVisionEncoder.
-SAM = Table(
-    (
-        *conv("patch_embed.projection", "patch"),
-        Row("pos_embed", "position", "unbatch"),
-        *norm("layers.{layer}.layer_norm1", "{stack}/norm1"),
-        *norm("layers.{layer}.layer_norm2", "{stack}/norm2"),
-        *linear("layers.{layer}.attn.qkv", "{stack}/q {stack}/k {stack}/v"),
-        *linear("layers.{layer}.attn.proj", "{stack}/o"),
-        Row("layers.{layer}.attn.rel_pos_h", "{stack}/rel_pos_h"),
-        Row("layers.{layer}.attn.rel_pos_w", "{stack}/rel_pos_w"),
-        *linear("layers.{layer}.mlp.lin1", "{stack}/up"),
-        *linear("layers.{layer}.mlp.lin2", "{stack}/down"),
-    ),
-    _sam_layers,
-    # A whole SAM has prompt encoder and mask decoder beside it.
-    ignore=(r"neck\..*", r"prompt_encoder\..*", r"mask_decoder\..*", r"shared_image_embedding\..*"),
+# Modules that only other parts of a whole SAM have, and the encoder's neck, which we do not read.
+_SAM_REST = (
+    r"neck\..*",
+    r"prompt_encoder\..*",
+    r"mask_decoder\..*",
+    r"shared_image_embedding\..*",
+    r"pixel_mean",
+    r"pixel_std",
 )
+
+
+def _sam(patch: str, layer: str, norm_name: str) -> Table:
+    """SAM's encoder under the names of one of its codes; they differ in three of them."""
+    return Table(
+        (
+            *conv(f"patch_embed.{patch}", "patch"),
+            Row("pos_embed", "position", "unbatch"),
+            *norm(f"{layer}.{{layer}}.{norm_name}1", "{stack}/norm1"),
+            *norm(f"{layer}.{{layer}}.{norm_name}2", "{stack}/norm2"),
+            *linear(f"{layer}.{{layer}}.attn.qkv", "{stack}/q {stack}/k {stack}/v"),
+            *linear(f"{layer}.{{layer}}.attn.proj", "{stack}/o"),
+            Row(f"{layer}.{{layer}}.attn.rel_pos_h", "{stack}/rel_pos_h"),
+            Row(f"{layer}.{{layer}}.attn.rel_pos_w", "{stack}/rel_pos_w"),
+            *linear(f"{layer}.{{layer}}.mlp.lin1", "{stack}/up"),
+            *linear(f"{layer}.{{layer}}.mlp.lin2", "{stack}/down"),
+        ),
+        _sam_layers,
+        ignore=_SAM_REST,
+    )
+
+
+SAM = _sam("projection", "layers", "layer_norm")  # transformers' SamVisionEncoder
+SAM_META = _sam("proj", "blocks", "norm")  # segment-anything's ImageEncoderViT

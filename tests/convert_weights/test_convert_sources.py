@@ -85,7 +85,7 @@ def test_an_index_that_promises_too_much(tmp_path, rng):
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     index["weight_map"]["more"] = "model-00001-of-00001.safetensors"
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match="names 1 tensors that its shards do not hold, the first is more"):
+    with pytest.raises(UserError, match="names 1 tensors that its shards do not hold: more; download"):
         open_source(tmp_path)
 
 
@@ -132,7 +132,7 @@ def test_a_pickle_that_executes_is_refused_and_does_not(tmp_path, monkeypatch, h
 
 def test_pytorch_files_that_are_no_checkpoints(tmp_path):
     torch.save({"a": torch.zeros(3), "step": 7}, tmp_path / "a.pth")
-    with pytest.raises(UserError, match="holds other things than tensors: step"):
+    with pytest.raises(UserError, match="holds 1 other things than tensors: step"):
         open_source(tmp_path / "a.pth")
     torch.save([torch.zeros(3)], tmp_path / "b.pth")
     with pytest.raises(UserError, match="holds a list, not a dict of tensors"):
@@ -146,13 +146,14 @@ def test_pytorch_files_that_are_no_checkpoints(tmp_path):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda b: b[:-9], r"x.safetensors is truncated: .* ends at byte \d+, the file at \d+; download it again"),
-        (lambda b: b[:100], "x.safetensors is no complete safetensors file"),
-        (lambda b: b[:3], "x.safetensors is no complete safetensors file"),
-        (lambda b: b"", "x.safetensors is no complete safetensors file"),
-        (lambda b: b[:8] + b"?" * (len(b) - 8), "x.safetensors is no safetensors file"),
-        (lambda b: b.replace(b"[7,3]", b"[7,4]"), r"a.weight \(7, 4\) F32 takes 84 bytes: the file is damaged"),
-        (lambda b: b.replace(b'"F16"', b'"F8X"'), "c.scale has the dtype F8X, which is not supported"),
+        (lambda b: b[:-9], r"no complete safetensors file \(\d+ bytes; incomplete metadata.*\): download it again"),
+        (lambda b: b[:100], "no complete safetensors file"),
+        (lambda b: b[:3], "no complete safetensors file"),
+        (lambda b: b"", "no complete safetensors file"),
+        (lambda b: b[:8] + b"?" * (len(b) - 8), r"\(500 bytes; invalid JSON in header"),
+        (lambda b: b.replace(b"[7,3]", b"[7,4]"), r"\(500 bytes; invalid shape, data type, or offset for tensor\)"),
+        (lambda b: b.replace(b'"F16"', b'"F8X"'), "unknown variant `F8X`"),
+        (lambda b: b + b"more", "incomplete metadata, file not fully covered"),
     ],
 )
 def test_damaged_safetensors(tmp_path, rng, spoil, message):
@@ -169,7 +170,7 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path, rng):
     safetensors.numpy.save_file(tensors(rng), file)
     source = open_source(file)
     os.truncate(file, file.stat().st_size - 200)
-    with pytest.raises(UserError, match=r"ends \d+ bytes too early"):
+    with pytest.raises(UserError, match=r"x.safetensors cannot be read any more \(.*\): download it again"):
         for name in source.entries:
             source.read(name)
 
