@@ -33,14 +33,14 @@ def suggest(name: str, known: Iterable[str]) -> str:
 def plain(text: object, limit: int = 200) -> str:
     """A name or message of someone else on one line: control characters escaped, no more than `limit` characters."""
     text = text if isinstance(text, str) else f"a {type(text).__name__}"  # str() of a hostile value may never end
-    kept = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: limit + 1])
+    kept = printable(text[: limit + 1])
     return kept if len(text) <= limit else f"{kept[: limit - 1]}…"
 
 
 def listed(items: Collection[object], limit: int = 10) -> str:
     """`a, b, c`, or the first `limit` of them `and 12 more`."""
-    shown = ", ".join(plain(item) for item in itertools.islice(items, limit))
-    return shown if len(items) <= limit else f"{shown} and {len(items) - limit} more"
+    first = ", ".join(plain(item) for item in itertools.islice(items, limit))
+    return first if len(items) <= limit else f"{first} and {len(items) - limit} more"
 
 
 def run(main: Callable[[], int | None] | str) -> None:
