@@ -424,7 +424,7 @@ def at_rest(tree: Any) -> dict[str, Any]:
     return keyed(nnx.to_pure_dict(tree))
 
 
-def bind(graphdef: nnx.GraphDef, params: dict[str, Any]) -> Any:
+def bind(graphdef: nnx.GraphDef, params: dict[str, Any]) -> FlowSeg:
     """The network with these parameters, for use inside a traced function."""
     return nnx.merge(graphdef, nnx.restore_int_paths(params))
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from flax import nnx
 
+Layer = TypeVar("Layer", bound=nnx.Module)
 REMAT_POLICIES: dict[str, Any] = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -24,7 +25,7 @@ def remat(body: Callable, policy: str) -> Callable:
     return jax.checkpoint(body, policy=REMAT_POLICIES[policy], prevent_cse=False)
 
 
-def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module:
+def stack(make: Callable[[nnx.Rngs], Layer], count: int, rngs: nnx.Rngs) -> Layer:
     """`count` layers as one module whose every parameter has a leading axis named "layers"."""
     if count < 1:
         raise ValueError(f"a stack needs at least one layer, got {count}")
@@ -39,8 +40,8 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) ->
 
 
 def scan(
-    layers: nnx.Module,
-    body: Callable[[nnx.Module, Any, Any], tuple[Any, Any]],
+    layers: Layer,
+    body: Callable[[Layer, Any, Any], tuple[Any, Any]],
     carry: Any,
     xs: Any = None,
     *,
