@@ -100,10 +100,22 @@ def covered_once(segmentation: Any, height: int, width: int, where: str) -> str:
 
     Arguments and errors are those of `rasterise`.
     """
-    codes = _codes(segmentation, height, width, where)
-    if len(codes) == 1 or coco.area(coco.merge(codes)) == sum(map(int, coco.area(codes))):
+    layers: list[tuple[dict, dict | None]] = [(code, None) for code in _codes(segmentation, height, width, where)]
+    while len(layers) > 1:  # two by two, never all at once: there may be thousands, as large as the image
+        layers = [_overlaid(*layers[i : i + 2]) for i in range(0, len(layers), 2)]
+    union, again = layers[0]
+    if again is None or not coco.area(again):
         return ""
-    return encode(coco.decode(codes).sum(-1) == 1)
+    return encode(coco.decode(union) - coco.decode(again))
+
+
+def _overlaid(one: tuple[dict, dict | None], other: tuple[dict, dict | None] | None = None) -> tuple[dict, dict | None]:
+    """(what is covered, what is covered more than once) by both of two groups of parts."""
+    if other is None:
+        return one
+    both = coco.merge([one[0], other[0]], intersect=True)
+    again = coco.merge([both, *(code for code in (one[1], other[1]) if code is not None)])
+    return coco.merge([one[0], other[0]]), again
 
 
 def filled(segmentation: Any, height: int, width: int, where: str) -> str:

@@ -246,7 +246,7 @@ def read(layout: Layout, split: str, index: int, notes: Counter[str], problems: 
     mine: Counter[str] = Counter()
     with problems.record():
         example = layout.example(split, index, mine)
-        notes.update(mine)
+        notes.update(+mine)
         return example
     return None
 

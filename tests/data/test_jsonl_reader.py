@@ -109,6 +109,63 @@ def test_png_masks_are_the_stored_pixels_that_are_not_zero(tmp_path, case):
     np.testing.assert_array_equal(decoded(only(tmp_path, mask="masks/1.PNG")), [BOX])
 
 
+def drawn(**values):
+    """A grey of several values: the object's inside, its edge, and what lies around it."""
+    grey = np.full((40, 60), values.get("around", 0), np.uint8)
+    grey[5:25, 5:25] = values.get("edge", 0)
+    grey[6:24, 6:24] = values.get("inside", 255)
+    return grey
+
+
+INSIDE = box_mask(40, 60, 6, 6, 24, 24)
+SOFT = "PNG masks of several values: 128 and more is the object"
+NUMBERS = "PNG masks of several numbers: all that are not 0 are the object"
+ALPHA = "PNG masks whose alpha channel differs from pixel to pixel: it is not read"
+LOW, HIGH = "pixels of 1 to 127 in them, which are not the object", "pixels of 128 to 254 in them, which are the object"
+NOT_PLAIN = {  # picture -> object and notes
+    "bright edge": (Image.fromarray(drawn(edge=128)), BOX, {SOFT: 1, HIGH: 76}),
+    "dark edge": (Image.fromarray(drawn(edge=127)), INSIDE, {SOFT: 1, LOW: 76}),
+    "noise around": (Image.fromarray(drawn(edge=254, around=3)), BOX, {SOFT: 1, LOW: 2000, HIGH: 76}),
+    "never white": (Image.fromarray(drawn(inside=200, edge=1)), INSIDE, {SOFT: 1, LOW: 76, HIGH: 324}),
+    "soft colours": (Image.fromarray(np.stack([drawn(edge=9), drawn(edge=1)] * 2, -1)[..., :3]), INSIDE, {SOFT: 1, LOW: 76}),
+    "numbers": (Image.fromarray(drawn(inside=1, edge=127)), BOX, {NUMBERS: 1}),
+    "palette": (Image.fromarray(drawn(inside=200, edge=1), "P"), BOX, {NUMBERS: 1}),
+    "16 bits": (Image.fromarray(drawn(inside=200, edge=1).astype(np.uint16) * 257), BOX, {NUMBERS: 1}),
+    "one number": (
+        Image.fromarray(BOX * 38),
+        BOX,
+        {"PNG masks of one value that is neither 1 nor the largest: it is the object": 1},
+    ),
+    "alpha": (Image.fromarray(np.stack([BOX, OTHER], -1), "LA"), BOX, {ALPHA: 1}),
+}
+
+
+@pytest.mark.parametrize("case", NOT_PLAIN)
+def test_png_masks_that_are_not_plain(tmp_path, case):
+    picture, want, notes = NOT_PLAIN[case]
+    if picture.mode == "P":
+        picture.putpalette([0, 0, 0] * 256)
+    (tmp_path / "mask.png").write_bytes(png(picture))
+    found = Counter()
+    example = Jsonl(write(tmp_path, [GOOD | {"mask": "mask.png"}])).example("train", 0, found)
+    np.testing.assert_array_equal(decoded(example), [want])
+    assert +found == notes
+
+
+def test_plain_png_masks_have_no_notes(tmp_path):
+    for case, picture in PNGS.items():
+        (tmp_path / "mask.png").write_bytes(png(picture))
+        found = Counter()
+        Jsonl(write(tmp_path, [GOOD | {"mask": "mask.png"}])).example("train", 0, found)
+        assert not +found, case
+
+
+def test_an_object_in_the_alpha_channel_alone_is_no_mask(tmp_path):
+    (tmp_path / "mask.png").write_bytes(png(Image.fromarray(np.stack([BOX * 0, BOX * 255], -1), "LA")))
+    with pytest.raises(UserError, match="mask: empty, yet expressions refer to it"):
+        only(tmp_path, mask="mask.png")
+
+
 READING = {
     "no pixel": (box(9.1, 9.1, 9.2, 9.2), r"mine\.jsonl:1: mask: empty, yet expressions refer to it; null says"),
     "odd polygon": ([1, 2, 3, 4, 5, 6, 7], r"mine\.jsonl:1: mask\[0\]: a polygon needs at least 3 points .* got 7 numbers"),

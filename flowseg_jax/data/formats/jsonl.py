@@ -19,8 +19,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import ValidationError, best_match
+from PIL import Image
 
 from flowseg_jax.data import images as pixels
 from flowseg_jax.data import masks
@@ -30,6 +32,7 @@ from flowseg_jax.data.records import Annotation, Example, Expression, Problems
 from flowseg_jax.errors import UserError, suggest
 
 SCHEMA = "jsonl.schema.json"
+SOFT = 128  # of a PNG mask in greys or colours: from this value on a pixel is the object's
 _LONGEST = 160  # characters of a message of the schema, which quotes the value
 
 
@@ -184,17 +187,17 @@ class Jsonl:
         for number, key, first, entry in lines:
             targets: tuple[int, ...] = ()
             if entry["mask"] is not None:
-                rle = self._mask(entry["mask"], height, width, f"{self.path}:{number}: mask")
+                rle = self._mask(entry["mask"], height, width, f"{self.path}:{number}: mask", notes)
                 targets = (len(annotations),)
                 annotations.append(Annotation(key, self.categories.index(_category(entry)), rle))
             expressions += [Expression(t.strip(), i, key, targets) for i, t in enumerate(entry["expressions"], first)]
         return Example(hashed_id(image), image, height, width, data, tuple(annotations), tuple(expressions))
 
-    def _mask(self, mask: Any, height: int, width: int, where: str) -> str:
+    def _mask(self, mask: Any, height: int, width: int, where: str, notes: Counter[str]) -> str:
         """The run-length counts of a line's mask."""
         if isinstance(mask, str):
             path = self._masks.find(mask, where)
-            inside = _stored(path)
+            inside = _stored(path, notes)
             if inside.shape != (height, width):
                 raise UserError(
                     f"{where}: {path} is {inside.shape[0]}x{inside.shape[1]} (height x width), its image {height}x{width}"
@@ -212,12 +215,32 @@ def _category(entry: dict[str, Any]) -> str:
     return entry.get("category", "object").strip()
 
 
-def _stored(path: Path) -> np.ndarray:
-    """Where the pixels of a PNG are not zero as they are stored: palette indices, 16 bits; alpha does not count."""
+def _stored(path: Path, notes: Counter[str]) -> Bool[np.ndarray, "h w"]:
+    """The object of a PNG mask, by the pixels as they are stored: palette indices, 16 bits. Alpha does not count.
+
+    A mask of one value is that value. Of several, grey or coloured ones that reach `SOFT` are drawn, as smooth edges or a
+    passage through JPEG make them: what reaches `SOFT` is the object. In all others the values are numbers, and the object is
+    all that is not 0. `notes` counts what is not plainly a mask.
+    """
     picture = pixels.load_stored(path)
     if picture.format != "PNG":
         raise UserError(f"{path}: expected a PNG mask, got {picture.format}, which does not keep pixels exactly")
     values = np.asarray(picture)
     if picture.mode in ("LA", "RGBA"):
-        values = values[..., :-1]
-    return values.astype(bool) if values.ndim == 2 else values.any(axis=-1)
+        alpha, values = values[..., -1], values[..., :-1]
+        if alpha.min() != alpha.max():
+            notes["PNG masks whose alpha channel differs from pixel to pixel: it is not read"] += 1
+    if values.ndim == 3:
+        values = values.max(axis=-1)
+    countable = values.astype(np.int32) if values.dtype.itemsize == 2 else values  # PIL counts 8 and 32 bits
+    counts = {value: n for n, value in Image.fromarray(countable).getcolors(1 << 16) if value}
+    if len(counts) > 1 and values.dtype == np.uint8 and picture.mode != "P" and max(counts) >= SOFT:
+        notes[f"PNG masks of several values: {SOFT} and more is the object"] += 1
+        notes[f"pixels of 1 to {SOFT - 1} in them, which are not the object"] += sum(n for v, n in counts.items() if v < SOFT)
+        notes[f"pixels of {SOFT} to 254 in them, which are the object"] += sum(n for v, n in counts.items() if SOFT <= v < 255)
+        return values >= SOFT
+    if len(counts) > 1:
+        notes["PNG masks of several numbers: all that are not 0 are the object"] += 1
+    elif not counts.keys() <= {1, 255, 65535}:
+        notes["PNG masks of one value that is neither 1 nor the largest: it is the object"] += 1
+    return values > 0
