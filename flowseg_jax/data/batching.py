@@ -192,7 +192,7 @@ def pack(
     if used > length:
         raise UserError(
             f"{name}: needs {used} tokens ({len(prefix)} of them before the text), more than the text length {length}; "
-            "raise the text length or ask fewer phrases per image"
+            "raise data.text or ask fewer phrases per image"
         )
     out = {key: np.full(length, NONE, np.int32) for key in ("segments", "phrase_ids", "seg_ids")}
     out |= {"tokens": np.full(length, pad, np.int32), "labels": np.full(length, NO_LABEL, np.int32)}
@@ -331,6 +331,9 @@ class LengthBound:
     """How many tokens an image can need at most, whatever wording is drawn.
 
     A mark splits the text, so a conversation is exactly as long as its wording plus its phrases.
+
+    Attributes:
+        prefix: tokens before the first conversation, those of the image included.
     """
 
     def __init__(self, prompts: Prompts, tokenizer: Tokenizer, visual_tokens: int):
@@ -341,7 +344,7 @@ class LengthBound:
             texts = [(t.question.format("<p></p>") + chat.tail, t.answer.replace("{}", "") + chat.suffix) for t in turns]
             return max(len(tokenizer.encode(q)) + len(tokenizer.encode(a)) for q, a in texts) - 2
 
-        self._prefix = len(encode_prefix(prompts, tokenizer, visual_tokens))
+        self.prefix = len(encode_prefix(prompts, tokenizer, visual_tokens))
         self._longest = {kind: longest(turns) for kind, turns in prompts.all_wordings().items()}
         self._comma = len(tokenizer.encode("<p></p>, <p></p>")) - 4
 
@@ -359,12 +362,12 @@ class LengthBound:
 
     def needed(self, phrases: Sequence[int], names: Sequence[int] = (), task: str = "referring") -> int:
         """Tokens for one conversation a phrase and, if there are names, a generic one; lengths from `phrase_lengths`."""
-        total = self._prefix + sum(phrases) + len(phrases) * self._longest[task]
-        return total + (self.generic(names) - self._prefix if names else 0)
+        total = self.prefix + sum(phrases) + len(phrases) * self._longest[task]
+        return total + (self.generic(names) - self.prefix if names else 0)
 
     def generic(self, names: Sequence[int]) -> int:
         """Tokens for a generic conversation alone; the names' lengths from `phrase_lengths`."""
-        return self._prefix + self._longest["generic"] + sum(names) + (len(names) - 1) * self._comma
+        return self.prefix + self._longest["generic"] + sum(names) + (len(names) - 1) * self._comma
 
 
 def check_fit(
@@ -400,7 +403,7 @@ def check_fit(
         if all_objects and masks_needed > shape.masks:
             raise UserError(
                 f"{entry.file_name}: has {masks_needed} objects, but the batch has room for {shape.masks} masks; "
-                "raise the number of masks or set data.objects='referred'"
+                "raise data.masks or set data.objects='referred'"
             )
         each = (length[s.prompt] + bound.answer_length(s.answer) for s in entry.samples)
         longest = sorted(each, reverse=True)[:phrases_at_most]
@@ -416,5 +419,5 @@ def check_fit(
     if worst > shape.text:
         raise UserError(
             f"{worst_entry.file_name}: may need {worst} tokens, more than the text length {shape.text}; "
-            "raise the text length or ask fewer phrases per image"
+            "raise data.text or ask fewer phrases per image"
         )

@@ -89,6 +89,7 @@ class TrainData:
     Attributes:
         members: as given.
         epoch: images of one pass through the mixture.
+        remarks: what whoever trains should know of the data sets, a line each.
 
     Raises:
         UserError: an image may need more text or masks than the shape has; an unknown family; sets that do not fit together.
@@ -114,6 +115,7 @@ class TrainData:
         self._global_batch, self._numbers = shape.batch, _check_rows(rows, shape.batch)
         self.shape = dataclasses.replace(shape, batch=len(self._numbers))
         self._rows = [Rows(member, self.shape, prompts, tokenizer, visual_tokens, options) for member in self.members]
+        self.remarks = [rows.remark for rows in self._rows if rows.remark]
         options.check_families({family for rows in self._rows for family in rows.families})
         self._order = Order(self.members, seed)
         self.epoch = self._order.epoch

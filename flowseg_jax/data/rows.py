@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
@@ -12,6 +13,7 @@ from flowseg_jax.data import batching, images
 from flowseg_jax.data.batch import NONE, NOTHING, BatchShape
 from flowseg_jax.data.batching import LengthBound, Pixels, Row
 from flowseg_jax.data.mixture import Member
+from flowseg_jax.data.prepared import Entry
 from flowseg_jax.data.prompts import Conversation, Prompts, check_phrase
 from flowseg_jax.data.records import Annotation, Example, Sample, Turn, samples
 from flowseg_jax.data.tokenizer import Tokenizer
@@ -107,8 +109,12 @@ class Decoded:
 class Rows:
     """Builds the rows of one data set of a mixture.
 
+    Attributes:
+        remark: what whoever trains should know of the data set, or empty.
+
     Raises:
-        UserError: an image may need more text or masks than the shape has, or an unknown family.
+        UserError: an image may need more text or masks than the shape has, no image has anything that fits, an expression or a
+            name has a mark of the tokenizer, or an unknown family.
     """
 
     def __init__(
@@ -128,6 +134,7 @@ class Rows:
         if tokenizer is not None:
             self._bound = LengthBound(prompts, tokenizer, visual)
             self._name_lengths = self._bound.phrase_lengths(self._categories) if shape.names else []
+        self.remark = ""
         self._check(member)
 
     @property
@@ -147,21 +154,53 @@ class Rows:
                     f"{where}: {worst.file_name} has {len(worst.categories)} objects, the batch has room for {shape.masks}: "
                     "raise data.masks"
                 )
+        if self.task == "generic":
+            self._check_targets(entries, where)
         if self._tokenizer is None:
             if self.task != "generic":
                 raise UserError(f"{where}: {self.task} data needs a language model, and this model has none (model.parts)")
             return
+        for name in self._categories if shape.names and (self.task == "generic" or options.include_generic) else ():
+            check_phrase(name, self._tokenizer, f"{where}: category {name!r}")
+        for sentence, file_name in {s.sentence: e.file_name for e in entries for s in e.samples}.items():
+            check_phrase(sentence, self._tokenizer, f"{where}: {file_name}")
         if self.task == "generic" and shape.names:
             worst = max(range(len(self._categories)), key=self._name_lengths.__getitem__)
             needed = self._bound.generic([self._name_lengths[worst]])
             if needed > shape.text:
                 raise UserError(
-                    f"{where}: to name {self._categories[worst]!r} takes {needed} tokens, data.text is {shape.text}"
+                    f"{where}: to name {self._categories[worst]!r} takes {needed} tokens, data.text is {shape.text}: raise it"
                 )
+        if self.task == "chat" and self._bound.prefix >= shape.text:
+            raise UserError(
+                f"{where}: the image takes {self._bound.prefix} tokens, which leaves no room for a chat in data.text, "
+                f"{shape.text}: raise it"
+            )
         if self.task in ("referring", "reasoning"):
             named = self._categories if options.include_generic and self.task == "referring" else ()
             everything = options.objects == "all" and self.task == "referring"
             batching.check_fit(entries, self._phrases, shape, self._bound, named, everything, self.task)
+
+    def _check_targets(self, entries: Sequence[Entry], where: str) -> None:
+        """Refuses generic data of which nothing would be trained on; remarks how many images are without a target.
+
+        All objects of a kind are targets together, or none of them is.
+        """
+        kinds = [Counter(c for c in entry.categories if c != NONE) for entry in entries]
+        if not any(kinds):
+            raise UserError(f"{where}: no image has an object that is neither a crowd nor to be ignored, so there is no target")
+        needed = [min(each.values()) for each in kinds if each]
+        room = self._shape.masks
+        if min(needed) > room:
+            raise UserError(
+                f"{where}: in every image each kind has more objects than the batch has room for, {room}, so nothing would be "
+                f"trained on: raise data.masks to {min(needed)} or more"
+            )
+        if without := len(entries) - sum(n <= room for n in needed):
+            self.remark = (
+                f"{where}: {without:,} of {len(entries):,} images are without a target: they have nothing but crowds, or of "
+                f"each kind more objects than data.masks, {room}"
+            )
 
     def decode(self, example: Example, rng: np.random.Generator) -> Decoded:
         """Decodes and resizes; `rng` draws the jitter."""
@@ -199,7 +238,6 @@ class Rows:
         options, annotations = self._options, decoded.annotations
         conversations = []
         for number, sample in enumerate(chosen):
-            check_phrase(sample.sentence, self._tokenizer, decoded.file_name)
             if self.task == "reasoning":
                 explained = sample.answer and rng.random() < options.explain
                 answer = sample.answer if explained else ""

@@ -95,7 +95,7 @@ def open_train_data(config: ConfigDict, program: Program) -> TrainData:
         for categories, directory in known.items():
             if len(categories) > model.classes:
                 raise UserError(f"model.classes is {model.classes}, {directory} has {len(categories)} categories")
-    return TrainData(
+    data = TrainData(
         members,
         plan.shape,
         plan.prompts,
@@ -105,6 +105,9 @@ def open_train_data(config: ConfigDict, program: Program) -> TrainData:
         options=plan.options,
         rows=program.rows(),
     )
+    for remark in data.remarks:
+        say(f"WARNING: {remark}")
+    return data
 
 
 def train(config: ConfigDict, workdir: str | os.PathLike, profile: Profile | None = None) -> Path:

@@ -250,9 +250,11 @@ def test_a_worker_is_sent_neither_images_nor_the_index(train):
 
 
 def test_too_small_shapes_are_refused_before_training(train):
-    with pytest.raises(UserError, match=r"000000000005\.jpg: may need \d+ tokens, more than the text length 60; raise"):
+    with pytest.raises(
+        UserError, match=r"000000000005\.jpg: may need \d+ tokens, more than the text length 60; raise data.text"
+    ):
         train(shape=dataclasses.replace(SHAPE, text=60))
-    with pytest.raises(UserError, match="has 2 objects, but the batch has room for 1 masks; raise the number of masks or set"):
+    with pytest.raises(UserError, match="has 2 objects, but the batch has room for 1 masks; raise data.masks or set"):
         train(shape=dataclasses.replace(SHAPE, masks=1))
     with pytest.raises(UserError, match="has objects of 2 kinds, but the batch has room for 1 names; raise data.names"):
         train(shape=dataclasses.replace(SHAPE, names=1), include_generic=True)

@@ -9,6 +9,7 @@ import minireasonseg
 import minirefcoco
 import numpy as np
 import pytest
+from PIL import Image
 
 from flowseg_jax.data import builders, images, masks
 from flowseg_jax.data.batch import NO_LABEL, NONE, NOTHING, BatchShape
@@ -156,6 +157,77 @@ def test_generic_names_as_many_kinds_as_fit(train, sets):
         train("coco-panoptic", shape=dataclasses.replace(SHAPE, text=30))
     with pytest.raises(UserError, match=r"has \d objects, the batch has room for 1: raise data.masks"):
         train("coco-panoptic", shape=dataclasses.replace(SHAPE, masks=1, names=0))
+
+
+def coco_with(tmp_path, *images):
+    """A panoptic training set: an image each, of so many objects of each kind; a negative number of crowds."""
+    table, segments = minicoco.panoptic("train") | {"annotations": []}, {}
+    for number, kinds in zip((1, 2, 3), images, strict=False):
+        found = []
+        for category, count in zip((1, 18), kinds, strict=True):
+            for _ in range(abs(count)):
+                x = 2 * len(found)
+                found.append((100 * number + len(found) + 1, category, int(count < 0), (x, 0, x + 2, 9)))
+        table["annotations"].append(
+            {
+                "image_id": number,
+                "file_name": f"{number:012d}.png",
+                "segments_info": [{"id": key, "category_id": c, "iscrowd": w} for key, c, w, _ in found],
+            }
+        )
+        segments[number] = found
+    root = minicoco.write(tmp_path / "coco", "panoptic", train=table)
+    for number, found in segments.items():
+        picture = Image.fromarray(minicoco.colours(number, found))
+        (root / "annotations" / "panoptic_train2017" / f"{number:012d}.png").write_bytes(minicoco.png(picture))
+    return builders.prepare(root, tmp_path / "prepared", layout="coco-panoptic", splits=["train"], log=lambda _: None)
+
+
+def test_a_set_of_which_nothing_fits_is_refused(train, sets, tmp_path, monkeypatch):
+    prepared = coco_with(tmp_path, (4, 3), (5, 6), (-2, -1))
+    monkeypatch.setitem(sets, "full", prepared)
+    with pytest.raises(
+        UserError, match=r"prepared: in every image each kind has more objects than .* 2, .* data.masks to 3 or"
+    ):
+        train("full", "llava", shape=dataclasses.replace(SHAPE, masks=2))  # one of several is no better
+    data = train("full", shape=dataclasses.replace(SHAPE, masks=3))
+    said = "2 of 3 images are without a target: they have nothing but crowds, or of each kind more objects than data.masks, 3"
+    assert data.remarks == [f"{prepared.directory}: {said}"]
+    seen = {int(b.example_id[i]): int(b.mask_valid[i].sum()) for b, i in rows(data, 6)}
+    assert seen == {1: 3, 2: 0, 3: 0}  # the remark counts what the batches hold
+    assert (
+        train("full", "llava", shape=dataclasses.replace(SHAPE, masks=9)).remarks[0].startswith(f"{prepared.directory}: 1 of 3")
+    )
+    assert train("coco-panoptic").remarks == []
+
+
+def test_a_set_of_nothing_but_crowds_is_refused(train, sets, tmp_path, monkeypatch):
+    monkeypatch.setitem(sets, "crowds", coco_with(tmp_path, (-2, -1), (0, -1)))
+    for names in (4, 0):
+        with pytest.raises(UserError, match="no image has an object that is neither a crowd nor to be ignored"):
+            train("crowds", shape=dataclasses.replace(SHAPE, names=names))
+
+
+def test_chats_need_room_behind_the_image(train):
+    prefix = train("llava")._rows[0]._bound.prefix
+    assert (train("llava", shape=dataclasses.replace(SHAPE, text=prefix + 1)).batch(0).segments[0] != NONE).all()
+    with pytest.raises(
+        UserError, match=rf"the image takes {prefix} tokens, .* no room for a chat in data.text, {prefix}: raise"
+    ):
+        train("llava", shape=dataclasses.replace(SHAPE, text=prefix))
+
+
+def test_marks_of_the_tokenizer_are_found_before_training(train, sets, monkeypatch):
+    """A language model's tokenizer has marks of its own, which preparing does not know."""
+    monkeypatch.setattr(sets["tokenizer"], "reserved", ("cat",))
+    with pytest.raises(UserError, match=r"refcoco-prepared: .*\.jpg: the expression '.*cat.*' contains 'cat'"):
+        train("refcoco")
+    monkeypatch.setattr(sets["tokenizer"], "reserved", ("person",))
+    with pytest.raises(
+        UserError, match=r"coco-panoptic-prepared: category 'person': the expression 'person' contains 'person'"
+    ):
+        train("coco-panoptic")
+    train("coco-panoptic", shape=dataclasses.replace(SHAPE, names=0))  # where no name is said, none is in the way
 
 
 def test_chat_teaches_its_answers_and_is_cut_where_the_text_ends(train, sets):

@@ -13,7 +13,7 @@ import small
 from ml_collections import ConfigDict
 
 from flowseg_jax import config as configs
-from flowseg_jax.data import builders
+from flowseg_jax.data import builders, rows
 from flowseg_jax.data.shapes.writer import CATEGORIES
 from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation.benchmark import Benchmark, Subject
@@ -143,6 +143,12 @@ def test_values_that_do_not_fit_are_refused(config, tmp_path, key, value, messag
     with pytest.raises(UserError, match=message):
         loop.train(changed, tmp_path)
     assert not (tmp_path / "checkpoints").exists() or not any((tmp_path / "checkpoints").iterdir())
+
+
+def test_what_is_remarked_of_the_data_is_said(config, monkeypatch, capsys):
+    monkeypatch.setattr(rows.Rows, "_check", lambda self, member: setattr(self, "remark", "3 of 4 images are without a target"))
+    loop.open_train_data(config, program.Program.build(config))
+    assert "WARNING: 3 of 4 images are without a target\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["shapes_tiny", "shapes_shipped", "shapes_smollm2", "shapes_smollm2.py:full"])
