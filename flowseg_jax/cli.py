@@ -177,7 +177,9 @@ def evaluate(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--images", type=positive, help="only the first images of each split")
     parser.add_argument("--batch-size", type=positive, default=8, help="images at a time")
     parser.add_argument("--shuffle-text", action="store_true", help="control: every image is asked another image's sentences")
-    parser.add_argument("--save-masks", action="store_true", help="add each selected mask to <split>.jsonl, as COCO RLE")
+    parser.add_argument(
+        "--save-masks", action="store_true", help="add the selected and the best mask to <split>.jsonl, as COCO RLE"
+    )
     parser.add_argument(
         "--no-target-below", type=share, default=0.0, metavar="SCORE", help='a selected score below it means "no target"'
     )

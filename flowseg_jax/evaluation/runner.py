@@ -95,7 +95,8 @@ def evaluate(
             not continued.
         no_target_below: a selected score below it means "no target" (protocol "grefcoco"); scores lie in [0, 1], so 0 is never.
         gallery: how many examples of each kind to return.
-        save_masks: add the selected mask to each line of `<split>.jsonl`, as COCO's compressed run-length code `rle`.
+        save_masks: add the selected mask and the best candidate's to each line of `<split>.jsonl`, as COCO's compressed
+            run-length codes `rle` and `best_rle`.
 
     Raises:
         UserError: the split holds no expression, an image is damaged, or `out` cannot be written. What was finished is kept.
@@ -233,8 +234,9 @@ def _collect(
             }
             record = record_of(sample, batch.sizes[b], query[b, k], score[b, k], rank[b, k], numbers)
             if save_masks:
-                mask = postprocess.unpack_mask(counted.masks[b, k, 0], batch.sizes[b])
-                record["rle"] = {"size": list(batch.sizes[b]), "counts": encode(mask.astype(np.uint8))}
+                for name, packed in zip(("rle", "best_rle"), counted.masks[b, k], strict=True):
+                    mask = postprocess.unpack_mask(packed, batch.sizes[b])
+                    record[name] = {"size": list(batch.sizes[b]), "counts": encode(mask.astype(np.uint8))}
             found[batch.places[b]].append(record)
 
 
