@@ -18,6 +18,7 @@ from convert_weights.configs import to_hf
 from convert_weights.convert import Exported, cast
 from convert_weights.directory import ModelDirectory
 from convert_weights.families import Family
+from flowseg_jax import locks
 from flowseg_jax.errors import UserError
 from flowseg_jax.model_directory import check_free
 
@@ -47,6 +48,19 @@ def export_directory(
         UserError: an unsuitable or damaged source, an OUT that exists or cannot be written.
     """
     target = Path(out).absolute()
+    with locks.held(target, beside=True):
+        return _export(family, source, target, layout, dtype, overwrite, progress)
+
+
+def _export(
+    family: Family,
+    source: str | os.PathLike[str],
+    target: Path,
+    layout: str | None,
+    dtype: str | None,
+    overwrite: bool,
+    progress: Callable[[str], None],
+) -> Path:
     check_free(target, overwrite)
     directory = ModelDirectory(source, family)
     exported = Exported(family, directory.cfg, directory, layout)

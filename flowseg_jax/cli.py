@@ -190,6 +190,7 @@ def evaluate(argv: Sequence[str] | None = None) -> int:
     use_host_devices(arguments.batch_size)
     host.keep_programs()
     join_processes(arguments)
+    from flowseg_jax import processes
     from flowseg_jax.data.prepared import Prepared
     from flowseg_jax.evaluation import benchmark, generic, protocols
     from flowseg_jax.model_directory import read_model_config
@@ -221,14 +222,15 @@ def evaluate(argv: Sequence[str] | None = None) -> int:
     def asks_for_categories(data: Path) -> generic.Benchmark:
         return generic.Benchmark.of_model(directory, data, batch=arguments.batch_size)
 
-    for place, prepared, split in chosen:
-        if prepared.task == "generic":
-            asked = asks_for_categories(prepared.directory)
-            asked.run(split, out / place, images=arguments.images, save_masks=arguments.save_masks)
-            continue
-        asked = benchmark.Benchmark(subject(), prepared, arguments.batch_size, protocol, arguments.no_target_below)
-        options = {"shuffle_text": arguments.shuffle_text, "images": arguments.images, "save_masks": arguments.save_masks}
-        asked.run(split, out / place, **options)
+    with processes.locked(out):
+        for place, prepared, split in chosen:
+            if prepared.task == "generic":
+                asked = asks_for_categories(prepared.directory)
+                asked.run(split, out / place, images=arguments.images, save_masks=arguments.save_masks)
+                continue
+            asked = benchmark.Benchmark(subject(), prepared, arguments.batch_size, protocol, arguments.no_target_below)
+            options = {"shuffle_text": arguments.shuffle_text, "images": arguments.images, "save_masks": arguments.save_masks}
+            asked.run(split, out / place, **options)
     return 0
 
 
@@ -309,11 +311,11 @@ def predict(argv: Sequence[str] | None = None) -> int:
         options["max_new_tokens"] = arguments.max_tokens
     many = bool(arguments.input) or Path(arguments.image).is_dir()
     writer = outputs.Writer(arguments.out, outputs.kinds(arguments.save), table=many)
-    with heartbeat("loading"):
-        segmentor = prediction.load(directory)
-    method = segmentor.chat if arguments.chat else segmentor.generate if writes else segmentor.ask
-    respond = functools.partial(method, **options)
     with writer:
+        with heartbeat("loading"):
+            segmentor = prediction.load(directory)
+        method = segmentor.chat if arguments.chat else segmentor.generate if writes else segmentor.ask
+        respond = functools.partial(method, **options)
         done = run.run(segmentor, jobs, respond, writer, strict=not many)
     say("\n".join(map(str, done.paths)) if not many else f"{Path(arguments.out) / outputs.TABLE}")
     if done.last and not writes:

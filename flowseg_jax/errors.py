@@ -7,6 +7,7 @@ its stack trace is kept in a file that the line names. `FLOWSEG_TRACEBACK=1` pri
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import itertools
@@ -15,8 +16,11 @@ import signal
 import sys
 import types
 from collections.abc import Callable, Collection, Iterable
+from typing import IO
 
 from flowseg_jax.traces import Traces, formatted, one_line, printable, shown
+
+CLOSED_PIPE = 141  # the exit code of a command that SIGPIPE ends, as shells count it
 
 
 class UserError(ValueError):
@@ -54,6 +58,9 @@ def run(main: Callable[[], int | None] | str) -> None:
             are imported is as clean as later. A file that is started calls this before it imports anything else.
     """
     traces, handler = Traces(), signal.getsignal(signal.SIGINT)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # names and texts that the terminal's encoding lacks
     try:
         if handler is signal.default_int_handler:
             signal.signal(signal.SIGINT, _interrupt)
@@ -61,14 +68,13 @@ def run(main: Callable[[], int | None] | str) -> None:
         command = _find(main) if isinstance(main, str) else main
         code = command() or 0
         if traces.first:
-            print(f"note: {traces.first}; {traces.place()}", file=sys.stderr)
+            tell(f"note: {traces.first}; {traces.place()}")
     except UserError as error:
-        print(f"{formatted(error) if shown() else ''}error: {printable(str(error))}", file=sys.stderr)
+        tell(f"{formatted(error) if shown() else ''}error: {printable(str(error))}")
         traces.drop()
         code = 2
-    except BrokenPipeError:  # `... | head` closed the pipe: nothing is wrong
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
+    except BrokenPipeError:  # `... | head` closed the pipe of a command whose work is what it prints
+        code = CLOSED_PIPE
     except KeyboardInterrupt:
         code = _interrupted(traces)
     except Exception as error:
@@ -76,10 +82,15 @@ def run(main: Callable[[], int | None] | str) -> None:
             code = _interrupted(traces)
         else:
             traces.add(one_line(error), formatted(error))
-            print(f"error: unexpected {one_line(error)}; {traces.place()}", file=sys.stderr)
+            tell(f"error: unexpected {one_line(error)}; {traces.place()}")
             code = 1
     finally:
         signal.signal(signal.SIGINT, handler)
+    try:
+        sys.stdout.flush()
+    except OSError:
+        mute(sys.stdout)
+        code = code or CLOSED_PIPE
     sys.exit(code)
 
 
@@ -110,7 +121,27 @@ def _interrupt(number: int, frame: types.FrameType | None) -> None:
 
 
 def _interrupted(traces: Traces) -> int:
-    print("interrupted", file=sys.stderr)
+    tell("interrupted")
     traces.drop()
     traces.ending = True
     return 130
+
+
+def tell(line: str) -> None:
+    """Writes a line to stderr, if anybody reads that."""
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except OSError:
+        mute(sys.stderr)
+
+
+def mute(stream: IO[str]) -> None:
+    """Lets everything that is written to stdout or stderr vanish, for a pipe that nobody reads any more."""
+    with contextlib.suppress(OSError, ValueError):  # a stream without a file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def leave(line: str, code: int) -> None:
+    """Ends the process at once, from any thread, with a line on stderr: for when going on does harm or is not possible."""
+    tell(line)
+    os._exit(code)

@@ -28,7 +28,7 @@ import safetensors.numpy
 from jax import export as jax_export
 from jaxtyping import Array, Int
 
-from flowseg_jax import cli
+from flowseg_jax import cli, locks
 from flowseg_jax.data import batching
 from flowseg_jax.data.batch import IMAGE_TOKEN, NONE, Questions, Views
 from flowseg_jax.data.prompts import Prompts
@@ -191,6 +191,11 @@ def export(
             cannot answer expressions, a tokenizer without a `tokenizer.json`, a room in which no expression fits.
     """
     room, target, platforms = room or Room(), Path(out).absolute(), _known(platforms)
+    with locks.held(target, beside=True):
+        return _export(directory, target, room, platforms)
+
+
+def _export(directory: str | os.PathLike[str], target: Path, room: Room, platforms: Sequence[str]) -> Path:
     check_free(target)
     stored = read_model_config(directory)
     cfg = FlowSegConfig.from_dict(stored["model"])

@@ -22,7 +22,7 @@ from etils import epath
 
 from flowseg_jax.errors import UserError
 from flowseg_jax.manifest import Tree, checksums, compare, flatten, manifest, nest, verify
-from flowseg_jax.processes import attempt, is_primary
+from flowseg_jax.processes import attempt, is_primary, locked
 from flowseg_jax.storage import absolute, as_stored, cast, copy_tree, damage, local_directory, provenance, reason
 from flowseg_jax.streaming import LazyArray, write_arrays
 
@@ -69,7 +69,7 @@ def save_model(
         overwrite: replace a directory that exists.
 
     Raises:
-        UserError: the directory exists, or cannot be written.
+        UserError: the directory exists, is being written by another process, or cannot be written.
     """
     params = _cast_floats(_string_keys(params), dtype)
 
@@ -78,7 +78,8 @@ def save_model(
             checkpointer.save(path, args=ocp.args.PyTreeSave(params))
         return checksums(params)
 
-    return _write_model(directory, write, manifest(params), {"model": dict(model_config)}, tokenizer_dir, extra, overwrite)
+    with locked(directory, beside=True):
+        return _write_model(directory, write, manifest(params), {"model": dict(model_config)}, tokenizer_dir, extra, overwrite)
 
 
 def stream_model(
@@ -106,9 +107,10 @@ def stream_model(
     """
     kind = {"model": dict(model_config)} if tower is None else {"model": {}, "tower": dict(tower)}
     kinds = {name: [list(lazy.shape), str(lazy.dtype)] for name, lazy in arrays.items()}
-    return _write_model(
-        directory, lambda path: write_arrays(path, arrays, progress), kinds, kind, tokenizer_dir, extra, overwrite
-    )
+    with locked(directory, beside=True):
+        return _write_model(
+            directory, lambda path: write_arrays(path, arrays, progress), kinds, kind, tokenizer_dir, extra, overwrite
+        )
 
 
 def _write_model(

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import os
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from flowseg_jax import locks
 from flowseg_jax.errors import UserError
 
 T = TypeVar("T")
-FAULT_BYTES = 256  # of a fault's text, which is exchanged as an array
+FAULT_BYTES = 1024  # of a fault's text, which is exchanged as an array
 
 
 def is_primary() -> bool:
@@ -64,6 +67,17 @@ def exchange(mine: bytes) -> list[bytes]:
     padded[: len(mine)] = np.frombuffer(mine, np.uint8)
     everyone = multihost_utils.process_allgather(padded)
     return [row[:length].tobytes() for row, length in zip(everyone, lengths, strict=True)]
+
+
+@contextlib.contextmanager
+def locked(directory: str | os.PathLike, *, beside: bool = False) -> Iterator[None]:
+    """`locks.held` for a whole job: the first process holds the lock, a refusal is told to all. Every process must enter."""
+    with contextlib.ExitStack() as stack:
+        hold = lambda: stack.enter_context(locks.held(directory, beside=beside)) if is_primary() else None  # noqa: E731
+        _, fault = attempt(hold, lambda error: str(error) if isinstance(error, UserError) else None)
+        if fault:
+            raise UserError(fault)
+        yield
 
 
 def join(coordinator: str | None = None, count: int | None = None, index: int | None = None) -> None:

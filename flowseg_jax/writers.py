@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from flowseg_jax.errors import UserError
+from flowseg_jax.errors import UserError, mute, tell
 from flowseg_jax.storage import absolute, is_remote, reason
 
 HEARTBEAT_SECONDS = 10.0
@@ -307,9 +307,15 @@ def create_writer(
 def say(text: str) -> None:
     """Prints a line at once. Everything that a command reports while it runs goes through here, so that `heartbeat` knows."""
     global _last_print
+    text = text.encode("utf-8", "backslashreplace").decode()  # the name of a file may be no text
     with _print_lock:
         if not _silent:
-            print(text, flush=True)
+            try:
+                print(text, flush=True)
+            except BrokenPipeError:  # `train.py | head`: the work is what is written to disk, and goes on
+                silence()
+                mute(sys.stdout)
+                tell("nobody reads what is printed any more: going on in silence")
         _last_print = time.monotonic()
 
 

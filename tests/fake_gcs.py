@@ -1,7 +1,7 @@
 """A Google Cloud Storage that is a dict in this process, for everything that a `gs://` path goes through.
 
 Etils reaches it by fsspec (in place of gcsfs), TensorStore by the JSON API over HTTP on localhost (its own client, unchanged),
-Orbax's question about the kind of bucket is answered by a stub of google-cloud-storage.
+what is asked of google-cloud-storage (Orbax's question about the kind of bucket, the locks) by a stub of it.
 """
 
 from __future__ import annotations
@@ -95,11 +95,64 @@ class Api(BaseHTTPRequestHandler):
         self.answer(204 if Objects.store.pop(key, None) else 404)
 
 
-class Client:
-    """Of the stub of google-cloud-storage: buckets without hierarchical namespaces."""
+class Refused(Exception):
+    """Of google.api_core: what a request that is refused raises, with the status."""
 
-    def get_bucket(self, name: str) -> types.SimpleNamespace:
-        return types.SimpleNamespace(name=name)
+    def __init__(self, code: int):
+        super().__init__(f"status {code}")
+        self.code = code
+
+
+class Blob:
+    """Of the stub of google-cloud-storage: an object, with the preconditions on its generation."""
+
+    def __init__(self, key: str):
+        self._key, self.generation = key, None
+
+    def _check(self, if_generation_match: int | None) -> int:
+        present = Api.generations.get(self._key, 1) if self._key in Objects.store else 0
+        if if_generation_match is not None and if_generation_match != present:
+            raise Refused(412)
+        return present
+
+    def upload_from_string(self, data: str, if_generation_match: int | None = None) -> None:
+        self._check(if_generation_match)
+        Objects.store[self._key] = MemoryFile(Objects(), self._key, data.encode())
+        self.generation = Api.generations[self._key] = max(Api.generations.values(), default=0) + 1
+
+    def download_as_bytes(self, end: int, if_generation_match: int | None = None) -> bytes:
+        if not self._check(if_generation_match):
+            raise Refused(404)
+        return Objects.store[self._key].getvalue()[: end + 1]
+
+    def delete(self, if_generation_match: int | None = None) -> None:
+        if not self._check(if_generation_match):
+            raise Refused(404)
+        del Objects.store[self._key]
+
+
+class Bucket:
+    """Of the stub of google-cloud-storage, without hierarchical namespaces."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def blob(self, name: str) -> Blob:
+        return Blob(f"/{self.name}/{name}")
+
+    def get_blob(self, name: str) -> Blob | None:
+        blob = self.blob(name)
+        blob.generation = blob._check(None)
+        return blob if blob.generation else None
+
+
+class Client:
+    """Of the stub of google-cloud-storage."""
+
+    def get_bucket(self, name: str) -> Bucket:
+        return Bucket(name)
+
+    bucket = get_bucket
 
 
 @contextmanager

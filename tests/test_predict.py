@@ -186,7 +186,7 @@ def test_outputs_that_are_no_numbers(tokenizer_directory, tmp_path):
 def test_an_unwritable_folder(model, tmp_path):
     Image.fromarray(picture()).save(tmp_path / "x.png")
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write"):
+    with pytest.raises(UserError, match="cannot be written"):
         predict_file(model, tmp_path / "x.png", "it", tmp_path / "file" / "out")
 
 

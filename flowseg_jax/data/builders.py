@@ -22,6 +22,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
+from flowseg_jax import locks
 from flowseg_jax.data import shards, workers
 from flowseg_jax.data.formats import layout_name, open_layout
 from flowseg_jax.data.prepared import FORMAT, METADATA, Prepared
@@ -38,7 +39,9 @@ Log = Callable[[str], None]
 
 
 def _say(text: str) -> None:
-    print(text, flush=True)
+    from flowseg_jax.writers import say  # not in the workers, which say nothing
+
+    say(text)
 
 
 def prepare(
@@ -242,15 +245,14 @@ def _continued(out: Path, request: Mapping[str, Any], log: Log) -> Iterator[Path
     """
     root = out.parent / f".{out.name}.partial"
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        with _locked(root / "lock", log):
+        with locks.held(out, beside=True):
             if out.is_dir() and any(out.iterdir()):
                 raise UserError(f"{out}: another process has prepared it meanwhile")
+            root.mkdir(exist_ok=True)
             stamp = root / REQUEST
             if not stamp.exists() or stamp.read_text() != json.dumps(request):
                 for left in root.iterdir():
-                    if left.name != "lock":
-                        shutil.rmtree(left) if left.is_dir() else left.unlink()
+                    shutil.rmtree(left) if left.is_dir() else left.unlink()
                 stamp.write_text(json.dumps(request))
             try:
                 yield root
@@ -258,8 +260,7 @@ def _continued(out: Path, request: Mapping[str, Any], log: Log) -> Iterator[Path
                 if not any((root / "shards").glob("*.json")):
                     shutil.rmtree(root, ignore_errors=True)
                 raise
-            for left in (root / "lock", stamp):
-                left.unlink()
+            stamp.unlink()
             shutil.rmtree(root / "shards")
             try:
                 os.rename(root, out)

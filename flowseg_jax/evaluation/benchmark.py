@@ -121,7 +121,17 @@ class Benchmark:
         pictures: bool = True,
         save_masks: bool = False,
     ) -> Evaluation:
-        """Evaluates one split into `out`, with pictures of good, random and failed samples."""
+        """Evaluates one split into `out`, with pictures of good, random and failed samples.
+
+        Raises:
+            UserError: as `runner.evaluate`; or another process evaluates into `out`.
+        """
+        with processes.locked(out):
+            return self._run(split, out, shuffle_text, images, pictures, save_masks)
+
+    def _run(
+        self, split: str, out: str | Path, shuffle_text: bool, images: int | None, pictures: bool, save_masks: bool
+    ) -> Evaluation:
         subject, protocol = self.subject, protocols.get(self.protocol)
         open_data = functools.partial(self.open, split, images=images, control_seed=CONTROL_SEED if shuffle_text else None)
         evaluation = evaluate(

@@ -12,6 +12,7 @@ B images, N candidates an image, C categories, h x w the mask logits.
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import json
@@ -28,7 +29,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from flowseg_jax import host, storage
+from flowseg_jax import host, processes, storage
 from flowseg_jax.data import batching, images
 from flowseg_jax.data.batch import Batch, BatchShape
 from flowseg_jax.data.batching import LengthBound, Row
@@ -388,8 +389,8 @@ class Benchmark:
             save_masks: add the objects, true and predicted, to each line of `<split>.jsonl` (`panoptic.count_objects`).
 
         Raises:
-            UserError: an unknown split or one without images, a damaged image, or `out` cannot be written. What was finished is
-                kept.
+            UserError: an unknown split or one without images, a damaged image, or `out` cannot be written or is in use. What
+                was finished is kept.
         """
         self.data.check_split(split)
         about = {
@@ -400,7 +401,8 @@ class Benchmark:
         about |= {"images": images, "conversations": self._questions.count if self.cfg.speaks else 0}
         settings = about | {"split": split, "thresholds": dataclasses.asdict(self.thresholds)}
         begin = time.monotonic()
-        with Partial.open(None if out is None else Path(out) / f"{split}.partial.jsonl", settings) as partial:
+        alone = contextlib.nullcontext() if out is None else processes.locked(out)
+        with alone, Partial.open(None if out is None else Path(out) / f"{split}.partial.jsonl", settings) as partial:
             if kept := len(partial.records):
                 say(f"evaluate {split}: going on behind {kept} images of an earlier start")
             data = GenericData(

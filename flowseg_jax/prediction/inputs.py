@@ -36,8 +36,11 @@ def images(path: str | os.PathLike[str], texts: Sequence[str], where: str) -> li
     if not path.is_dir():
         return [Job(path, tuple(texts), where)]
     known = {suffix for suffix, name in Image.registered_extensions().items() if _readable(name)}
-    shown = (file for file in path.iterdir() if not file.name.startswith("."))  # `._a.jpg` is what macOS leaves beside `a.jpg`
-    found = sorted(file for file in shown if file.suffix.lower() in known and file.is_file())
+    try:
+        shown = [file for file in path.iterdir() if not file.name.startswith(".")]  # macOS leaves `._a.jpg` beside `a.jpg`
+        found = sorted(file for file in shown if file.suffix.lower() in known and file.is_file())
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the folder ({error.strerror})") from None
     if not found:
         raise UserError(f"{path}: the folder holds no image file")
     return [Job(file, tuple(texts), where) for file in found]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +13,7 @@ from typing import IO, Any
 import numpy as np
 from PIL import Image
 
+from flowseg_jax import locks
 from flowseg_jax.data import drawing
 from flowseg_jax.errors import UserError, suggest
 from flowseg_jax.evaluation import pictures
@@ -19,6 +21,13 @@ from flowseg_jax.prediction.answers import Prediction
 
 KINDS = ("overlay", "rle", "png")
 TABLE = "predictions.jsonl"
+NAME_BYTES = 160  # of an image's name in the names of its files, which the file system allows 255
+# What keeps every file from being written, and not only that of one image.
+NOWHERE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EIO)
+
+
+class Unwritable(UserError):
+    """Nothing can be written to the folder any more."""
 
 
 def kinds(names: str) -> tuple[str, ...]:
@@ -37,8 +46,10 @@ class Writer:
     `<image>_<text>.json`, or with `table` a line of `predictions.jsonl`, which has one for every answer and every image that
     failed. The masks are in there as run-length codes if "rle" is among the kinds; without it there are no `.json` files.
 
+    Between `with` and its end the folder is this process's: another one that wants it is refused. An empty one is removed.
+
     Args:
-        out: the folder, made when something is written.
+        out: the folder.
         kinds: of files.
         table: whether there are many images.
     """
@@ -46,18 +57,28 @@ class Writer:
     def __init__(self, out: str | os.PathLike[str], kinds: Sequence[str], *, table: bool):
         self._out, self._kinds, self._table = Path(out), kinds, table
         self._names: set[str] = set()
-        self._lines: IO[str] | None = None
+        self._lines: IO[bytes] | None = None
+        self._lock = contextlib.ExitStack()
 
     def __enter__(self) -> Writer:
+        self._lock.enter_context(locks.held(self._out))
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._lines is not None:
             self._lines.close()
+        self._lock.close()
+        with contextlib.suppress(OSError):
+            self._out.rmdir()
 
     def write(self, prediction: Prediction) -> list[Path]:
-        """Writes all files of one prediction or none, and returns them. Raises a UserError where it cannot."""
-        base = f"{Path(prediction.name).stem}_{drawing.slug(prediction.text)}"
+        """Writes all files of one prediction or none, and returns them.
+
+        Raises:
+            Unwritable: there is no room, or the folder is not one to write to.
+            UserError: these files cannot be written.
+        """
+        base = f"{_shortened(Path(prediction.name).stem)}_{drawing.slug(prediction.text)}"
         name, number = base, 1
         while name in self._names:
             name, number = f"{base}_{(number := number + 1)}", number
@@ -81,8 +102,7 @@ class Writer:
 
         files = {}
         if "rle" in self._kinds and not self._table:
-            text = json.dumps(described, indent=1, ensure_ascii=False) + "\n"
-            files[self._out / f"{name}.json"] = lambda path: path.write_text(text, encoding="utf-8")
+            files[self._out / f"{name}.json"] = lambda path: path.write_bytes(_json(described, indent=1))
         if prediction.score is None:  # an answer in words alone has no pictures
             return files
         if "overlay" in self._kinds:
@@ -108,16 +128,39 @@ class Writer:
         return list(files)
 
     def _line(self, described: dict[str, Any]) -> None:
-        with self._clear_errors(self._out / TABLE):
+        line = _json(described)
+        try:
             if self._lines is None:
-                self._out.mkdir(parents=True, exist_ok=True)
-                self._lines = open(self._out / TABLE, "w", encoding="utf-8")
-            self._lines.write(json.dumps(described, ensure_ascii=False) + "\n")
-            self._lines.flush()
+                self._lines = open(self._out / TABLE, "wb", buffering=0)
+            before = self._lines.tell()
+            try:
+                if self._lines.write(line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                self._lines.truncate(before)  # no half a line
+                raise
+        except OSError as error:
+            raise Unwritable(_refusal(self._out / TABLE, error)) from error
 
     @contextlib.contextmanager
     def _clear_errors(self, path: Path) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror}; choose a folder you can write to") from error
+            kind = Unwritable if error.errno in NOWHERE else UserError
+            raise kind(_refusal(path, error)) from error
+
+
+def _refusal(path: Path, error: OSError) -> str:
+    return f"cannot write {path}: {error.strerror or error}; make room, or choose a folder you can write to"
+
+
+def _json(value: Any, indent: int | None = None) -> bytes:
+    """A name that is no UTF-8 has lone surrogates, which stand there as JSON's escapes: so it reads back as it was."""
+    return (json.dumps(value, indent=indent, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+
+
+def _shortened(name: str) -> str:
+    while len(os.fsencode(name)) > NAME_BYTES:
+        name = name[:-1]
+    return name

@@ -16,7 +16,8 @@ from flowseg_jax.errors import UserError
 from flowseg_jax.predict import Answer, Look, Prediction, Prepared, Segmentor
 from flowseg_jax.prediction.answers import nothing
 from flowseg_jax.prediction.inputs import Job
-from flowseg_jax.prediction.outputs import Writer
+from flowseg_jax.prediction.outputs import Unwritable, Writer
+from flowseg_jax.storage import reason
 from flowseg_jax.writers import duration, heartbeat, say
 
 RUNS, ENOUGH = 5, 2.0  # a latency is the median of so many runs, or of as many as so many seconds hold
@@ -48,9 +49,12 @@ def run(segmentor: Segmentor, jobs: Sequence[Job], respond: Respond, writer: Wri
         writer: where predictions go.
         strict: an image that fails is an error.
 
+    Whatever an image raises while it is decoded, answered, drawn or written is its own failure, unless nothing at all can be
+    written.
+
     Raises:
-        UserError: a text that cannot be asked, before anything is computed; a folder that cannot be written; with `strict`, an
-            image that fails.
+        UserError: a text that cannot be asked, before anything is computed; a folder that cannot be written.
+        Exception: with `strict`, what an image raises.
     """
     for job in jobs:
         segmentor.check(job.texts, job.where)
@@ -59,15 +63,17 @@ def run(segmentor: Segmentor, jobs: Sequence[Job], respond: Respond, writer: Wri
         for number, (job, ready) in enumerate(_prepared(segmentor, jobs), 1):
             try:
                 predictions = _predictions(segmentor, job, ready, respond)
-            except UserError as error:
-                if strict:
-                    raise
-                failed += 1
-                say(f"failed: {error}")
-                writer.fail(os.fspath(job.image), str(error))
-            else:
                 paths += [path for prediction in predictions for path in writer.write(prediction)]
                 last = ready, job.texts
+            except Unwritable:
+                raise
+            except Exception as error:
+                if strict:
+                    raise
+                why = str(error) if isinstance(error, UserError) else f"{job.image}: {type(error).__name__}: {reason(error)}"
+                failed += 1
+                say(f"failed: {why}")
+                writer.fail(os.fspath(job.image), why)
             rate = number / max(time.monotonic() - started, 1e-9)
             beat.message = f"predict: {number}/{len(jobs)} images, {rate:.1f}/s"
         beat.message = "predict"
@@ -81,13 +87,13 @@ def run(segmentor: Segmentor, jobs: Sequence[Job], respond: Respond, writer: Wri
     return Done(answered, failed, paths, last)
 
 
-def _prepared(segmentor: Segmentor, jobs: Sequence[Job]) -> Iterator[tuple[Job, Prepared | UserError]]:
+def _prepared(segmentor: Segmentor, jobs: Sequence[Job]) -> Iterator[tuple[Job, Prepared | Exception]]:
     """Each job with its image, or with what is wrong with it; a thread is one image ahead."""
 
-    def prepare(job: Job) -> Prepared | UserError:
+    def prepare(job: Job) -> Prepared | Exception:
         try:
             return segmentor.prepare(job.image)
-        except UserError as error:
+        except Exception as error:
             return error
 
     with ThreadPoolExecutor(1) as thread:
@@ -99,8 +105,8 @@ def _prepared(segmentor: Segmentor, jobs: Sequence[Job]) -> Iterator[tuple[Job, 
             yield job, ready
 
 
-def _predictions(segmentor: Segmentor, job: Job, ready: Prepared | UserError, respond: Respond) -> list[Prediction]:
-    if isinstance(ready, UserError):
+def _predictions(segmentor: Segmentor, job: Job, ready: Prepared | Exception, respond: Respond) -> list[Prediction]:
+    if isinstance(ready, Exception):
         raise ready
     for note in ready.notes:
         say(f"note: {ready.name}: {note}")

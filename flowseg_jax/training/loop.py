@@ -24,7 +24,7 @@ from flowseg_jax.data.prepared import Prepared
 from flowseg_jax.errors import UserError
 from flowseg_jax.model_directory import save_model
 from flowseg_jax.planning import devices, flops
-from flowseg_jax.processes import is_primary
+from flowseg_jax.processes import is_primary, locked
 from flowseg_jax.storage import prepare_workdir
 from flowseg_jax.training.profiling import Profile, Profiler
 from flowseg_jax.training.program import Plan, Program
@@ -120,8 +120,14 @@ def train(config: ConfigDict, workdir: str | os.PathLike, profile: Profile | Non
         KeyboardInterrupt: after Ctrl-C, once the state is saved.
         SystemExit: 0 after SIGTERM, once the state is saved.
     """
-    program = Program.build(config)
-    workdir, resolved = prepare_workdir(workdir), json.loads(to_json(config))
+    program, workdir = Program.build(config), prepare_workdir(workdir)
+    with locked(workdir):
+        return run(config, program, workdir, profile)
+
+
+def run(config: ConfigDict, program: Program, workdir: Path, profile: Profile | None) -> Path:
+    """`train` in a work directory that is ours."""
+    resolved = json.loads(to_json(config))
     data = open_train_data(config, program)
     describe(program)
 
