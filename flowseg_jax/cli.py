@@ -10,7 +10,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -87,12 +87,12 @@ def train(argv: Sequence[str] | None = None) -> int:
     )
     use_host_devices(config.batch_size // max(1, config.model.negatives_group * config.optimizer.accumulate))
     host.keep_programs()
-    join_processes(arguments)
-    from flowseg_jax.training.loop import train as run
-    from flowseg_jax.training.profiling import Profile
+    with joined_processes(arguments):
+        from flowseg_jax.training.loop import train as run
+        from flowseg_jax.training.profiling import Profile
 
-    profile = None if arguments.profile is None else Profile.parse(arguments.profile)
-    run(config, arguments.workdir or Path("runs") / Path((chosen or "configs/shapes_tiny.py").split(":")[0]).stem, profile)
+        profile = None if arguments.profile is None else Profile.parse(arguments.profile)
+        run(config, arguments.workdir or Path("runs") / Path((chosen or "configs/shapes_tiny.py").split(":")[0]).stem, profile)
     return 0
 
 
@@ -103,16 +103,19 @@ def add_process_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--process", metavar="I", type=int, help="which this one is, from 0")
 
 
-def join_processes(arguments: argparse.Namespace) -> None:
+@contextlib.contextmanager
+def joined_processes(arguments: argparse.Namespace) -> Iterator[None]:
     """Joins the processes that the flags name; all but the first fall silent."""
     explicit = (arguments.coordinator, arguments.processes, arguments.process)
     if not arguments.distributed and explicit == (None, None, None):
+        yield
         return
     from flowseg_jax import processes, writers
 
-    processes.join(*explicit)
-    if not processes.is_primary():
-        writers.silence()
+    with processes.joined(*explicit):
+        if not processes.is_primary():
+            writers.silence()
+        yield
 
 
 def add_plan_flags(parser: argparse.ArgumentParser) -> None:
@@ -189,7 +192,12 @@ def evaluate(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     use_host_devices(arguments.batch_size)
     host.keep_programs()
-    join_processes(arguments)
+    with joined_processes(arguments):
+        return evaluate_splits(arguments)
+
+
+def evaluate_splits(arguments: argparse.Namespace) -> int:
+    """`evaluate` behind its flags."""
     from flowseg_jax import processes
     from flowseg_jax.data.prepared import Prepared
     from flowseg_jax.evaluation import benchmark, generic, protocols

@@ -9,9 +9,10 @@ from typing import TypeVar
 
 import jax
 import numpy as np
+from jax._src import distributed
 from jax.experimental import multihost_utils
 
-from flowseg_jax import locks
+from flowseg_jax import locks, watch
 from flowseg_jax.errors import UserError
 
 T = TypeVar("T")
@@ -80,8 +81,11 @@ def locked(directory: str | os.PathLike, *, beside: bool = False) -> Iterator[No
         yield
 
 
-def join(coordinator: str | None = None, count: int | None = None, index: int | None = None) -> None:
-    """Makes this process one of several; to be called before anything asks JAX for devices.
+@contextlib.contextmanager
+def joined(coordinator: str | None = None, count: int | None = None, index: int | None = None) -> Iterator[None]:
+    """Makes this process one of several; to be entered before anything asks JAX for devices.
+
+    Inside, the death or the failure of one process ends all others (`watch`).
 
     Args:
         coordinator: HOST:PORT that process 0 listens on. None: it, `count` and `index` are found out from the environment (TPU
@@ -91,6 +95,20 @@ def join(coordinator: str | None = None, count: int | None = None, index: int | 
     Raises:
         UserError: some but not all of them, values that make no sense, or no environment to find them out from.
     """
+    watching = _join(coordinator, count, index)
+    try:
+        yield
+    except BaseException as error:
+        code = {UserError: 2, KeyboardInterrupt: 130, SystemExit: getattr(error, "code", None) or 0}.get(type(error), 1)
+        if code:
+            watching.fail(code, error)
+        else:
+            watching.end()
+        raise
+    watching.end()
+
+
+def _join(coordinator: str | None, count: int | None, index: int | None) -> watch.Watch:
     given = {"--coordinator": coordinator, "--processes": count, "--process": index}
     missing = [flag for flag, value in given.items() if value is None]
     if 0 < len(missing) < len(given):
@@ -98,7 +116,11 @@ def join(coordinator: str | None = None, count: int | None = None, index: int | 
     if not missing and (":" not in coordinator or not 0 <= index < count):
         raise UserError(f"--coordinator={coordinator} --processes={count} --process={index}: HOST:PORT, and a process below N")
     try:
-        jax.distributed.initialize(coordinator, count, index)
+        with watch.service_beside():
+            jax.distributed.initialize(coordinator, count, index)
     except (RuntimeError, ValueError) as error:
         hint = "" if coordinator else "; name --coordinator, --processes and --process"
         raise UserError(f"the processes could not be joined: {str(error).splitlines()[0]}{hint}") from None
+    job = distributed.global_state
+    host = job.coordinator_address.rpartition(":")[0].strip("[]")
+    return watch.Watch(job.process_id, job.num_processes, host, job.client)

@@ -1,0 +1,165 @@
+"""One of several processes dies: the others say which, end soon, and the same command continues."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_two_processes import ROOT, config, finish, launch, pair  # noqa: F401
+
+from flowseg_jax import config as configs
+from flowseg_jax import watch
+from flowseg_jax.data import builders
+
+WITHIN = 30.0  # seconds until the others have ended; `watch.OWN_END` and a busy machine's time to start and stop
+pytestmark = [pytest.mark.timeout(900)]
+
+JOB = """
+import sys, time
+from flowseg_jax import errors, processes
+from flowseg_jax.errors import UserError
+
+def main():
+    index, address, what = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+    with processes.joined(address, 3, index):
+        print("joined", flush=True)
+        if what == "fail" and index == 1:
+            raise UserError("a mistake of this process alone")
+        if what != "end":
+            time.sleep(600)
+
+errors.run(main)
+"""
+
+
+def start(what: str) -> list[subprocess.Popen]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", JOB]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return [subprocess.Popen([*command, str(i), address, what], env=environment, **pipes) for i in range(3)]
+
+
+def ended(processes: list[subprocess.Popen], timeout: float = 200) -> list[tuple[int, list[str]]]:
+    """Exit code and lines of each."""
+    said = [process.communicate(timeout=timeout)[0].splitlines() for process in processes]
+    return [(process.returncode, lines) for process, lines in zip(processes, said, strict=True)]
+
+
+def clean(processes: list[subprocess.Popen]) -> None:
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def remaining(index: int, who: str) -> str:
+    return f"error: {who} is gone, so process {index} ends; the same command continues"
+
+
+@pytest.mark.parametrize("victim", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_the_others_say_which_one_is_gone(victim):
+    jobs = start("wait")
+    try:
+        for job in jobs:
+            assert "joined" in job.stdout.readline()
+        host, pid = socket.gethostname(), jobs[victim].pid
+        jobs[victim].kill()
+        killed = time.monotonic()
+        who = "process 0 (on host 127.0.0.1)" if victim == 0 else f"process {victim} ({pid} on host {host})"
+        rest = [index for index in range(3) if index != victim]
+        found = ended([jobs[index] for index in rest])
+        assert time.monotonic() - killed < WITHIN
+        assert found == [(watch.GONE, [remaining(index, who)]) for index in rest]
+    finally:
+        clean(jobs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["fail", "end"])
+def test_an_end_of_its_own(what):
+    """A process that fails takes the others along and its own line with it; where all end alike, nobody is missed."""
+    jobs = start(what)
+    try:
+        found = ended(jobs)
+        if what == "end":
+            assert found == [(0, ["joined"])] * 3
+            return
+        assert found[1] == (2, ["joined", "error: a mistake of this process alone"])
+        who = f"process 1 ({jobs[1].pid} on host {socket.gethostname()})"
+        assert [found[index] for index in (0, 2)] == [(watch.GONE, ["joined", remaining(index, who)]) for index in (0, 2)]
+    finally:
+        clean(jobs)
+
+
+def wait_for(there, jobs: list[subprocess.Popen]) -> None:
+    deadline = time.monotonic() + 300
+    while not there():
+        assert time.monotonic() < deadline and all(job.poll() is None for job in jobs)
+        time.sleep(0.05)
+
+
+def lines_of(file: Path) -> int:
+    return len(file.read_text().splitlines()) if file.exists() else 0
+
+
+def kill_one(jobs: list[subprocess.Popen], victim: int) -> str:
+    """Kills one of two; what the other says, without its reports."""
+    os.kill(jobs[victim].pid, signal.SIGKILL)
+    killed = time.monotonic()
+    (code, said) = ended([jobs[1 - victim]])[0]
+    assert time.monotonic() - killed < WITHIN and code == watch.GONE, "\n".join(said)
+    assert "Traceback" not in "\n".join(said) and "stack trace" not in "\n".join(said)
+    errors = [line for line in said if line.startswith("error")]
+    assert len(errors) == 1 and said[-1] == errors[0]
+    return errors[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_training(config, tmp_path, victim):  # noqa: F811
+    long = configs.from_json(configs.to_json(config))
+    long.update(steps=100_000, checkpoint_every=2)
+    long.mesh.data = 1
+    workdir = tmp_path / "two"
+    jobs = [launch(long, workdir, 1, *flags) for flags in pair()]
+    try:
+        wait_for(lambda: lines_of(workdir / "metrics.jsonl") > 4, jobs)
+        assert f"process {victim} (" in kill_one(jobs, victim)
+    finally:
+        clean(jobs)
+    done = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+    long.steps = done + 4
+    said = finish(*[launch(long, workdir, 1, *flags) for flags in pair()])
+    assert "continuing from the checkpoint of step" in said and "is in use" not in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_evaluation(tmp_path, victim):
+    data, out = builders.ensure_shapes(tmp_path / "shapes", 300, 0, log=lambda _: None).directory, tmp_path / "eval"
+
+    def launch_both() -> list[subprocess.Popen]:
+        environment = os.environ | {
+            "PYTHONPATH": str(ROOT), "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"
+        }  # fmt: skip
+        command = [sys.executable, str(ROOT / "eval.py"), f"--out={out}", f"--data={data}", "--batch-size=2"]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": tmp_path}
+        return [subprocess.Popen([*command, *flags], env=environment, **pipes) for flags in pair()]
+
+    jobs = launch_both()
+    try:
+        wait_for(lambda: lines_of(out / "val.partial.jsonl") > 4, jobs)
+        assert f"process {victim} (" in kill_one(jobs, victim)
+    finally:
+        clean(jobs)
+    said = finish(*launch_both())
+    assert "going on behind" in said and (out / "val.json").exists() and not (out / "val.partial.jsonl").exists()
