@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from convert_weights.ops import Shape
 from convert_weights.refusals import refuse_quantised
 from convert_weights.sources import Entry, local, read_json
 from flowseg_jax.errors import UserError, suggest
+from flowseg_jax.models import hf_keys
 from flowseg_jax.models.boundary import BoundaryConfig
 from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.models.connectors import ConnectorConfig
@@ -27,6 +29,7 @@ from flowseg_jax.models.pixel_decoder import PixelDecoderConfig
 from flowseg_jax.models.sam import SamConfig
 from flowseg_jax.models.semantic_flow import SemanticFlowConfig
 from flowseg_jax.models.siglip import SiglipConfig
+from flowseg_jax.writers import say
 
 LLMS = {
     "qwen3_4b": LanguageConfig.qwen3_4b,
@@ -69,64 +72,92 @@ def hf_config(path: Path | None, weights: Path) -> dict[str, Any]:
     return values
 
 
-def tower_config(family: str, values: dict[str, Any]) -> Any:
-    """A tower's config from Hugging Face's.
+MODEL_TYPES = {  # what config.json may call a family, where that is not the family's own name
+    "siglip2": ("siglip", "siglip2", "siglip_vision_model", "siglip2_vision_model"),
+    "sam": ("sam", "sam_vision_model"),
+}
+
+
+def tower_config(family: str, values: Mapping[str, Any]) -> Any:
+    """A tower's config from Hugging Face's; says what it does not read.
 
     Raises:
         UserError: it belongs to another family, or names a feature that is not supported.
     """
-    kind = str(values.get("model_type", ""))
-    kinds = {
-        "siglip2": ("siglip", "siglip2", "siglip_vision_model", "siglip2_vision_model"),
-        "sam": ("sam", "sam_vision_model"),
-    }
-    kinds |= {"mask2former": ("mask2former",)}
-    if kind and kind not in kinds.get(family, (family,)):
-        raise UserError(f"config.json says model_type={kind!r}: that is no checkpoint of the family {family}")
-    if family == "siglip2":
-        return SiglipConfig.from_hf(values)
-    if family == "sam":
-        return SamConfig.from_hf(values)
-    if family == "mask2former":
-        return mask2former_config(values)
-    return LanguageConfig.from_hf(values)
+    values = _language_part(family, values)
+    kind = values.get("model_type", "")
+    if kind and kind not in MODEL_TYPES.get(family, (family,)):
+        raise UserError(f"config.json says model_type={reprlib.repr(kind)}: that is no checkpoint of the family {family}")
+    read = {"siglip2": SiglipConfig.from_hf, "sam": SamConfig.from_hf, "mask2former": mask2former_config}
+    cfg = read.get(family, LanguageConfig.from_hf)(values)
+    for note in hf_keys.notes(family, values):
+        say(f"note: {note}")
+    return cfg
 
 
-def mask2former_config(values: Mapping[str, Any]) -> Mask2FormerConfig:
-    """Reads a `Mask2FormerConfig` JSON (Hugging Face's defaults for keys that it leaves out); its backbone must be a Swin."""
-    backbone = values.get("backbone_config") or {}
-    embed, depths = backbone.get("embed_dim", 96), backbone.get("depths", (2, 2, 6, 2))
-    channels = tuple(embed * 2**i for i in reversed(range(len(depths))))
-    strides = tuple(sorted(values.get("feature_strides", (4, 8, 16, 32)), reverse=True))
-    levels = values.get("num_feature_levels", 3)
-    width, heads = values.get("hidden_dim", 256), values.get("num_attention_heads", 8)
-    if values.get("pre_norm") or values.get("enforce_input_projection") or values.get("feature_size", 256) != width:
-        raise UserError(
-            "config.json (mask2former): pre_norm, input projections and feature_size != hidden_dim are not supported"
-        )
-    mask_width = values.get("mask_feature_size", 256)
+def _language_part(family: str, values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config of the language model inside that of a model with pictures; any other config as it is."""
+    inner = values.get("text_config")
+    if family not in hf_keys.LANGUAGE or not isinstance(inner, Mapping) or inner.get("model_type") != family:
+        return values
+    # The whole model's word on tied heads counts, where it has one.
+    tied = {key: values[key] for key in ("tie_word_embeddings",) if key in values}
+    fixed = {key: values[key] for key in ("quantization_config", "compression_config") if key in values}
+    return {**inner, **tied, **fixed}
+
+
+def mask2former_config(config: Mapping[str, Any]) -> Mask2FormerConfig:
+    """Reads a `Mask2FormerConfig` JSON (Hugging Face's defaults for keys that it leaves out); its backbone must be a Swin.
+
+    Raises:
+        UserError: a value of the wrong kind, or one that our decoders do not compute.
+    """
+    name = hf_keys.MASK2FORMER.name
+    values = hf_keys.MASK2FORMER.values(config)
+    backbone = hf_keys.SWIN.values(values["backbone_config"])
+    stages = len(backbone["depths"])
+    strides = tuple(backbone["patch_size"] * 2**i for i in range(stages))
+    width, heads, mask_width = values["hidden_dim"], values["num_attention_heads"], values["mask_feature_size"]
+    stages_read = backbone["out_features"] in (None, ["stage1", "stage2", "stage3", "stage4"])
+    stages_read = stages_read and backbone["out_indices"] in (None, [1, 2, 3, 4])
+    faults = (
+        (values["feature_size"] != width, f"feature_size={values['feature_size']} differs from hidden_dim={width}"),
+        (values["hidden_size"] not in (None, width), f"hidden_size={values['hidden_size']} differs from hidden_dim={width}"),
+        (
+            values["num_hidden_layers"] not in (None, values["decoder_layers"]),
+            f"num_hidden_layers={values['num_hidden_layers']} differs from decoder_layers={values['decoder_layers']}",
+        ),
+        (width % heads, f"num_attention_heads={heads} does not divide hidden_dim={width}"),
+        (stages != 4, f"a backbone of {stages} stages is not supported, only one of 4 is"),
+        (tuple(values["feature_strides"]) != strides, f"feature_strides are not those of the backbone, {list(strides)}"),
+        (values["common_stride"] not in strides, f"common_stride={values['common_stride']} is none of {list(strides)}"),
+        (not stages_read, "the backbone's out_features must be all of its stages, in order"),
+    )
+    for wrong, fault in faults:
+        if wrong:
+            raise UserError(f"{name}: {fault}")
     pixel = PixelDecoderConfig(
-        channels,
-        strides,
+        tuple(backbone["embed_dim"] * 2**i for i in reversed(range(stages))),
+        strides[::-1],
         width=width,
         mask_width=mask_width,
-        layers=values.get("encoder_layers", 6),
+        layers=values["encoder_layers"],
         heads=heads,
-        ffn=values.get("encoder_feedforward_dim", 1024),
-        levels=levels,
-        common_stride=values.get("common_stride", 4),
+        ffn=values["encoder_feedforward_dim"],
+        levels=3,
+        common_stride=values["common_stride"],
     )
     decoder = DecoderConfig(
         width=width,
-        queries=values.get("num_queries", 100),
-        layers=values.get("decoder_layers", 10) - 1,
+        queries=values["num_queries"],
+        layers=values["decoder_layers"] - 1,
         heads=heads,
-        ffn=values.get("dim_feedforward", 2048),
-        levels=levels,
+        ffn=values["dim_feedforward"],
+        levels=3,
         mask_width=None if mask_width == width else mask_width,
     )
-    labels = values.get("id2label")
-    return Mask2FormerConfig(pixel, decoder, len(labels) if labels else values.get("num_labels", 2))
+    labels = values["id2label"]
+    return Mask2FormerConfig(pixel, decoder, len(labels) if labels else values["num_labels"])
 
 
 def preset(value: str, presets: Mapping[str, Any], read: Any, what: str) -> Any:

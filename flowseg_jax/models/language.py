@@ -8,6 +8,7 @@ can be kept in a `Cache` and read on from: token by token, in chunks, or with ma
 from __future__ import annotations
 
 import dataclasses
+import reprlib
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from flowseg_jax.errors import UserError
+from flowseg_jax.models import hf_keys
 from flowseg_jax.models.layers import Linear, RMSNorm, normal, param
 from flowseg_jax.models.stack import scan, stack
 from flowseg_jax.ops.attention import Rule, Tokens, attention, causal
@@ -157,59 +159,38 @@ class LanguageConfig:
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> LanguageConfig:
-        """Reads a Qwen3, Phi-3 or Llama `config.json`.
+        """Reads a Qwen3, Phi-3 or Llama `config.json`; `hf_keys` lists what becomes of each key.
 
         Raises:
-            UserError: another model type, a missing size, or a feature that would change the numbers (scaled or partial
-                rotary embedding, biases, another activation, windows in some layers only).
+            UserError: another model type, a missing size, a value of the wrong kind, or a feature that would change the numbers
+                (scaled or partial rotary embedding, biases, another activation, windows in some layers only).
         """
         family = config.get("model_type")
-        if family not in FAMILIES:
-            raise UserError(f"config.json: model_type={family!r} is not supported (known: {', '.join(FAMILIES)})")
-        required = (
-            "vocab_size",
-            "hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "intermediate_size",
-            "rms_norm_eps",
-        )
-        for key in required:
-            if config.get(key) is None:
-                raise UserError(f"config.json ({family}): {key} is missing")
-        # transformers 5 keeps the rotary settings in one dictionary, earlier versions beside the sizes.
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        theta = rope.get("rope_theta", config.get("rope_theta"))
-        if theta is None:
-            raise UserError(f"config.json ({family}): rope_theta is missing")
-        refused = {
-            "hidden_act": config.get("hidden_act", "silu") != "silu",
-            "attention_bias": config.get("attention_bias"),
-            "mlp_bias": config.get("mlp_bias"),
-            "rope_scaling": kind != "default",
-            "partial_rotary_factor": rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0,
-            "use_sliding_window": family == "qwen3" and config.get("use_sliding_window"),
-        }
-        for key, bad in refused.items():
-            if bad:
-                value = kind if key == "rope_scaling" else config.get(key, rope.get(key))
-                raise UserError(f"config.json ({family}): {key}={value!r} is not supported")
-        heads, width = config["num_attention_heads"], config["hidden_size"]
+        if not isinstance(family, str) or family not in hf_keys.LANGUAGE:
+            known = ", ".join(hf_keys.LANGUAGE)
+            raise UserError(f"config.json: model_type={reprlib.repr(family)} is not supported (known: {known})")
+        keys = hf_keys.LANGUAGE[family]
+        values = keys.values(config)
+        types = config.get("layer_types") or ()
+        heads, width, layers = values["num_attention_heads"], values["hidden_size"], values["num_hidden_layers"]
+        if types and len(types) != layers:
+            raise UserError(f"{keys.name}: layer_types names {len(types)} layers, num_hidden_layers is {layers}")
+        if values["head_dim"] is None and width % heads:
+            raise UserError(f"{keys.name}: num_attention_heads={heads} does not divide hidden_size={width}")
         return cls(
             family=family,
-            vocab=config["vocab_size"],
+            vocab=values["vocab_size"],
             width=width,
-            layers=config["num_hidden_layers"],
+            layers=layers,
             heads=heads,
-            kv_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or width // heads,
-            mlp=config["intermediate_size"],
-            rope_theta=float(theta),
-            eps=config["rms_norm_eps"],
+            kv_heads=values["num_key_value_heads"] or heads,
+            head_dim=values["head_dim"] or width // heads,
+            mlp=values["intermediate_size"],
+            rope_theta=hf_keys.rope_theta(values, keys.name),
+            eps=values["rms_norm_eps"],
             qk_norm=family == "qwen3",
-            tie_embeddings=bool(config.get("tie_word_embeddings", False)),
-            sliding_window=config.get("sliding_window") if family == "phi3" else None,
+            tie_embeddings=values["tie_word_embeddings"],
+            sliding_window=values.get("sliding_window"),
         )
 
 

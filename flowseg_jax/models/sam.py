@@ -17,6 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from flowseg_jax.errors import UserError
+from flowseg_jax.models import hf_keys
 from flowseg_jax.models.layers import Conv, LayerNorm, Linear, gelu, normal, param, weight, zeros
 from flowseg_jax.models.pixel_decoder import sine_positions
 from flowseg_jax.models.stack import scan, stack
@@ -113,29 +114,24 @@ class SamConfig:
     def from_hf(cls, config: dict[str, Any]) -> SamConfig:
         """Reads a `SamVisionConfig` JSON (or a whole `SamConfig` with a `vision_config`).
 
-        A key that the file leaves out has the Hugging Face class's default.
+        A key that the file leaves out has the Hugging Face class's default; `hf_keys` lists what becomes of each.
+
+        Raises:
+            UserError: a value of the wrong kind, or one that this encoder does not compute.
         """
-        config = config.get("vision_config", config)
-        for key, expected in (("hidden_act", "gelu"), ("qkv_bias", True), ("use_abs_pos", True), ("use_rel_pos", True)):
-            if config.get(key, expected) != expected:
-                raise UserError(f"SAM config: {key}={config[key]!r} is not supported, expected {expected!r}")
-        layers, width, window = (
-            config.get("num_hidden_layers", 12),
-            config.get("hidden_size", 768),
-            config.get("window_size", 14),
-        )
-        mlp = config.get("mlp_dim")
+        values = hf_keys.SAM.values(config.get("vision_config", config))
+        layers, width, window, mlp = (values[key] for key in ("num_hidden_layers", "hidden_size", "window_size", "mlp_dim"))
         return cls(
-            image_size=config.get("image_size", 1024),
-            patch_size=config.get("patch_size", 16),
+            image_size=values["image_size"],
+            patch_size=values["patch_size"],
             width=width,
             layers=layers,
-            heads=config.get("num_attention_heads", 12),
-            mlp=int(width * config.get("mlp_ratio", 4.0)) if mlp is None else mlp,
+            heads=values["num_attention_heads"],
+            mlp=int(width * values["mlp_ratio"]) if mlp is None else mlp,
             # In SAM's config a window of 0 means that every layer is global.
             window=window or 1,
-            global_layers=tuple(config.get("global_attn_indexes", (2, 5, 8, 11))) if window else tuple(range(layers)),
-            eps=config.get("layer_norm_eps", 1e-6),
+            global_layers=tuple(values["global_attn_indexes"]) if window else tuple(range(layers)),
+            eps=values["layer_norm_eps"],
         )
 
 

@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from flowseg_jax.errors import UserError
+from flowseg_jax.models import hf_keys
 from flowseg_jax.models.layers import Conv, LayerNorm, Linear, gelu_tanh, normal, param, weight
 from flowseg_jax.models.stack import scan, stack
 from flowseg_jax.ops.attention import attention
@@ -66,20 +67,20 @@ class SiglipConfig:
     def from_hf(cls, config: dict[str, Any]) -> SiglipConfig:
         """Reads a `SiglipVisionConfig` JSON (or a whole model's config with a `vision_config`).
 
-        A key that the file leaves out has the Hugging Face class's default.
+        A key that the file leaves out has the Hugging Face class's default; `hf_keys` lists what becomes of each.
+
+        Raises:
+            UserError: a value of the wrong kind, or one that this encoder does not compute.
         """
-        config = config.get("vision_config", config)
-        act = config.get("hidden_act", "gelu_pytorch_tanh")
-        if act != "gelu_pytorch_tanh":
-            raise UserError(f"SigLIP config: hidden_act={act!r} is not supported, expected 'gelu_pytorch_tanh'")
+        values = hf_keys.SIGLIP.values(config.get("vision_config", config))
         return cls(
-            image_size=config.get("image_size", 224),
-            patch_size=config.get("patch_size", 16),
-            width=config.get("hidden_size", 768),
-            layers=config.get("num_hidden_layers", 12),
-            heads=config.get("num_attention_heads", 12),
-            mlp=config.get("intermediate_size", 3072),
-            eps=config.get("layer_norm_eps", 1e-6),
+            image_size=values["image_size"],
+            patch_size=values["patch_size"],
+            width=values["hidden_size"],
+            layers=values["num_hidden_layers"],
+            heads=values["num_attention_heads"],
+            mlp=values["intermediate_size"],
+            eps=values["layer_norm_eps"],
         )
 
 
