@@ -116,7 +116,7 @@ def mask2former_config(config: Mapping[str, Any]) -> Mask2FormerConfig:
     values = hf_keys.MASK2FORMER.values(config)
     backbone = hf_keys.SWIN.values(values["backbone_config"])
     stages = len(backbone["depths"])
-    strides = tuple(backbone["patch_size"] * 2**i for i in range(stages))
+    strides = tuple(values["feature_strides"])  # they say no more than how many FPN stages follow the encoder
     width, heads, mask_width = values["hidden_dim"], values["num_attention_heads"], values["mask_feature_size"]
     stages_read = backbone["out_features"] in (None, ["stage1", "stage2", "stage3", "stage4"])
     stages_read = stages_read and backbone["out_indices"] in (None, [1, 2, 3, 4])
@@ -129,8 +129,11 @@ def mask2former_config(config: Mapping[str, Any]) -> Mask2FormerConfig:
         ),
         (width % heads, f"num_attention_heads={heads} does not divide hidden_dim={width}"),
         (stages != 4, f"a backbone of {stages} stages is not supported, only one of 4 is"),
-        (tuple(values["feature_strides"]) != strides, f"feature_strides are not those of the backbone, {list(strides)}"),
-        (values["common_stride"] not in strides, f"common_stride={values['common_stride']} is none of {list(strides)}"),
+        (len(strides) != 4 or sorted(set(strides)) != list(strides), f"feature_strides={list(strides)} are no 4 growing ones"),
+        (
+            values["common_stride"] > min(strides[-3:], default=0),
+            f"common_stride={values['common_stride']} is behind the encoder's maps",
+        ),
         (not stages_read, "the backbone's out_features must be all of its stages, in order"),
     )
     for wrong, fault in faults:

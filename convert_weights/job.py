@@ -21,8 +21,8 @@ from convert_weights.plan import Plan, check_twins, make_plan
 from convert_weights.refusals import refuse_pointer
 from convert_weights.sources import JoinedSource, TensorSource, local, open_source, read_json
 from flowseg_jax import parallel
-from flowseg_jax.data.prompts import Prompts
-from flowseg_jax.data.tokenizer import extend_tokenizer, load_tokenizer
+from flowseg_jax.data.prompts import Prompts, as_jinja
+from flowseg_jax.data.tokenizer import Extended, add_marks, load_tokenizer
 from flowseg_jax.errors import UserError
 from flowseg_jax.model_directory import check_free, stream_model
 from flowseg_jax.models.config import FlowSegConfig
@@ -111,26 +111,32 @@ def prepared(request: Request) -> Iterator[Job]:
     with tempfile.TemporaryDirectory(prefix="convert_weights-") as scratch:
         make = _towers_together if family.name == "flowseg" else _xsam if family.name == "xsam" else _tower
         source, cfg, base = make(family, request)
-        tokenizer, count = _tokenizer(request, base, source, Path(scratch))
+        chat = Prompts(request.chat or _chat(cfg.llm)) if isinstance(cfg, FlowSegConfig) else None
+        # X-SAM writes whatever bos there is, whether or not the language model's own template does.
+        template = as_jinja(chat.template, bos=True) if family.name == "xsam" else None
+        tokenizer, extended = _tokenizer(request, base, source, Path(scratch), template)
+        count = None if extended is None else extended.rows
         if count is not None and isinstance(cfg, LanguageConfig):
             cfg = dataclasses.replace(cfg, vocab=count)
         elif count is not None and family.resizes:
             cfg = dataclasses.replace(cfg, llm=dataclasses.replace(cfg.llm, vocab=count))
         cfg = configs.override(cfg, request.settings)
+        if count is not None and isinstance(cfg, LanguageConfig) and cfg.vocab < count:
+            raise UserError(f"vocab={cfg.vocab} has no row for each of the tokenizer's {count} ids: leave --set vocab out")
         if request.out is not None and not family.tower and tokenizer is None:
             raise UserError(f"{family.name} needs its language model's tokenizer: give --tokenizer DIR")
         extra: dict[str, Any] = {"converted": {"family": family.name, "seed": request.seed}}
         if isinstance(cfg, FlowSegConfig):
-            extra["prompts"] = {"chat": request.chat or _chat(cfg.llm)}
+            extra["prompts"] = {"chat": chat.chat}
             if tokenizer is not None:
-                load_tokenizer(tokenizer, needed=Prompts(**extra["prompts"]).needed)
+                load_tokenizer(tokenizer, needed=chat.needed)
                 if count != cfg.llm.vocab:
                     raise UserError(
                         f"the tokenizer has {count} ids with its segmentation tokens, the checkpoint's table {cfg.llm.vocab} "
                         "rows: give the tokenizer of its language model"
                     )
         plan = make_plan(family, cfg, source, request.dtype)
-        check_twins(plan, source)
+        check_twins(plan, source, None if extended is None else extended.words)
         extra["converted"] |= {"layout": plan.layout, "fresh": list(plan.fresh)}
         shards = family.shards(cfg, parallel.abstract_mesh(request.mesh)) if request.mesh else {}
         yield Job(plan, source, tokenizer, extra, shards)
@@ -260,7 +266,9 @@ def _llm_family(path: Path) -> str:
     return found
 
 
-def _tokenizer(request: Request, base: Path | None, source: TensorSource, scratch: Path) -> tuple[Path | None, int | None]:
+def _tokenizer(
+    request: Request, base: Path | None, source: TensorSource, scratch: Path, template: str | None
+) -> tuple[Path | None, Extended | None]:
     """A copy of the tokenizer with the segmentation tokens added, and its number of ids; (None, None) where there is none."""
     if request.tokenizer is not None:
         base = local(request.tokenizer)
@@ -272,7 +280,7 @@ def _tokenizer(request: Request, base: Path | None, source: TensorSource, scratc
     for file in sorted(base.iterdir()) if base.is_dir() else []:
         if file.suffix in (".json", ".txt", ".model", ".jinja"):
             refuse_pointer(file)
-    return scratch / "tokenizer", extend_tokenizer(base, scratch / "tokenizer")
+    return scratch / "tokenizer", add_marks(base, scratch / "tokenizer", template)
 
 
 def _chat(cfg: LanguageConfig) -> str:

@@ -73,7 +73,8 @@ def make_plan(family: Family, cfg: Any, source: TensorSource, dtype: str | None 
     shapes = family.shapes(cfg)
     layout = choose_layout(family, source.entries)
     sections = family.layouts[layout](cfg)
-    pieces = list(expand(sections, cfg, shapes))
+    twins = _twins(sections)
+    pieces = _under_the_name_there_is(expand(sections, cfg, shapes), twins, source)
     by_target: dict[str, list[Piece]] = {name: [] for name in shapes}
     for piece in pieces:
         by_target[piece.target].append(piece)
@@ -104,13 +105,12 @@ def make_plan(family: Family, cfg: Any, source: TensorSource, dtype: str | None 
             faults.append(("the tables do not cover", name, shape))
         targets.append(Target(name, shape, np.dtype(dtype) if dtype else _common(kinds), tuple(parts)))
 
-    twins = _twins(sections)
     ignore = [re.compile(re.escape(s.source) + f"(?:{text})") for s in sections for text in s.table.ignore]
     spare = [name for name in source.entries if name not in used]
     ignored = [name for name in spare if name in twins or any(p.fullmatch(name) for p in ignore)]
     faults += [("unexpected", name, source.entries[name].shape) for name in spare if name not in set(ignored)]
     if faults:
-        raise UserError(_report(family, source, faults))
+        raise UserError(_report(family, source, faults) + _untied(faults, twins, source))
     pairs = {name: twins[name] for name in ignored if name in twins}
     return Plan(family, cfg, layout, tuple(targets), resized, tuple(ignored), pairs)
 
@@ -163,19 +163,55 @@ def _twins(sections: Iterable[Section]) -> dict[str, str]:
     return {s.source + name: s.source + other for s in sections for name, other in s.table.twins.items()}
 
 
-def check_twins(plan: Plan, source: TensorSource) -> None:
-    """Raises a UserError where a tied head that the file lists as well is another matrix than the embedding table."""
+def _under_the_name_there_is(pieces: Iterable[Piece], twins: dict[str, str], source: TensorSource) -> list[Piece]:
+    """The pieces, those of a tied embedding table under the head's name where the file has only that."""
+    pieces = list(pieces)
+    wanted = {piece.source for piece in pieces}
+    alone = {b: a for a, b in twins.items() if a in source.entries and b not in source.entries and a not in wanted}
+    return [dataclasses.replace(piece, source=alone.get(piece.source, piece.source)) for piece in pieces]
+
+
+def check_twins(plan: Plan, source: TensorSource, words: int | None = None) -> None:
+    """Compares a tied head that the file lists as well with the embedding table.
+
+    They are the same up to padding rows, and up to rounding where one is stored in a smaller dtype.
+
+    Args:
+        words: rows that are in use; None: all that both have.
+
+    Raises:
+        UserError: another matrix.
+    """
     for name, other in plan.twins.items():
         a, b = source.entries[name], source.entries[other]
-        same = a.shape == b.shape
-        for start in range(0, a.shape[0] if same else 0, COMPARED_ROWS):
-            rows = start, start + COMPARED_ROWS
-            same = same and np.array_equal(source.read(name, *rows), source.read(other, *rows))
-        if not same:
+        rows = min(a.shape[0], b.shape[0], *(() if words is None else (words,)))
+        different = rows if a.shape[1:] != b.shape[1:] else _different_rows(source, name, other, rows)
+        if different:
             raise UserError(
-                f"{source.name}: {name} {a.shape} differs from {other} {b.shape}, which it is tied to by the model's config; "
+                f"{source.name}: {name} {a.shape} differs from {other} {b.shape} in {different:,} of {rows:,} rows, and the "
+                f"config ties them. If {name} is an outdated copy, leave it out of the file; only if it was trained by itself, "
                 "set tie_word_embeddings to false in config.json"
             )
+
+
+def _different_rows(source: TensorSource, name: str, other: str, rows: int) -> int:
+    """How many of the first `rows` rows differ by more than rounding."""
+    kinds = [source.entries[n].dtype for n in (name, other)]
+    small = max((jnp.finfo(kind) for kind in kinds), key=lambda info: info.eps)
+    count = 0
+    for start in range(0, rows, COMPARED_ROWS):
+        a, b = (source.read(n, start, min(start + COMPARED_ROWS, rows)).astype(np.float64) for n in (name, other))
+        allowed = 0.0
+        if kinds[0] != kinds[1]:
+            allowed = float(small.eps) * np.maximum(abs(a), abs(b)) + float(small.smallest_subnormal)
+        count += int((~(abs(a - b) <= allowed)).any(tuple(range(1, a.ndim))).sum())
+    return count
+
+
+def _untied(faults: list[tuple[str, str, Shape]], twins: dict[str, str], source: TensorSource) -> str:
+    """A hint where a head is missing that may be tied."""
+    heads = [name for kind, name, _ in faults if kind == "missing" and twins.get(name) in source.entries]
+    return f"; if {heads[0]} is tied to {twins[heads[0]]}, set tie_word_embeddings to true in config.json" if heads else ""
 
 
 def _report(family: Family, source: TensorSource, faults: list[tuple[str, str, Shape]]) -> str:

@@ -111,9 +111,13 @@ def prepare_pixels(
 
 
 def encode_prefix(prompts: Prompts, tokenizer: Tokenizer, visual_tokens: int) -> list[int]:
-    """Ids of what every conversation of an image sees first: bos (if any), the chat's head, the visual slots."""
-    bos = [] if tokenizer.bos is None else [tokenizer.bos]
-    return [*bos, *tokenizer.encode(prompts.template.head), *([IMAGE_TOKEN] * visual_tokens)]
+    """Ids of what every conversation of an image sees first: bos (if any), the chat's head, the visual slots.
+
+    A bos that is the head's first mark (SmolLM2's is `<|im_start|>`) stands once.
+    """
+    head = tokenizer.encode(prompts.template.head)
+    bos = () if tokenizer.bos in (None, *head[:1]) else (tokenizer.bos,)
+    return [*bos, *head, *([IMAGE_TOKEN] * visual_tokens)]
 
 
 def encode_conversation(conversation: Conversation, prompts: Prompts, tokenizer: Tokenizer, name: str) -> Encoded:
@@ -133,7 +137,9 @@ def encode_conversation(conversation: Conversation, prompts: Prompts, tokenizer:
         head = chat.head if number else ""
         question = tokenizer.encode(head + turn.question + chat.tail)
         if number:
-            question = (*tokenizer.encode(chat.separator), *question)
+            # Behind the suffix, a mark: some tokenizers (Phi-3's) swallow the space that follows one.
+            ended = tokenizer.encode(chat.suffix)
+            question = (*tokenizer.encode(chat.suffix + chat.separator)[len(ended) :], *question)
         answer = tokenizer.encode(turn.answer + chat.suffix)
         tokens += (*question, *answer)
         labels += (*([NO_LABEL] * len(question)), *answer)

@@ -7,6 +7,7 @@ wrapped `<p>...</p>` without spaces; the answer carries one `<SEG>`.
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Sequence
 
@@ -40,6 +41,19 @@ CHATS = {
     ),
     "phi3_chat": Chat("<|user|>\n", "<|end|>\n<|assistant|>\n", "<|end|>", "\n", ("<|user|>", "<|end|>", "<|assistant|>")),
 }
+
+
+def as_jinja(chat: Chat, *, bos: bool) -> str:
+    """The template in the language of transformers' `apply_chat_template`, with the tokenizer's bos first or without."""
+    user, assistant = (json.dumps([before, behind]) for before, behind in ((chat.head, chat.tail), ("", chat.suffix)))
+    return (
+        ("{{ bos_token }}" if bos else "")
+        + "{% for message in messages %}{% set around = "
+        + f"{user} if message['role'] == 'user' else {assistant} %}}"
+        + f"{{{{ {json.dumps(chat.separator)} if message['role'] == 'user' and not loop.first }}}}"
+        + "{{ around[0] + message['content'] + around[1] }}{% endfor %}"
+    )
+
 
 REFERRING_QUESTIONS = (
     "Segment {}.",

@@ -9,9 +9,9 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from flowseg_jax.errors import UserError
 
@@ -20,6 +20,7 @@ PHRASE_START = "<p>"
 PHRASE_END = "</p>"
 IMAGE = "<image>"
 MARKS = (SEG, PHRASE_START, PHRASE_END)
+MAX_ROWS = 1 << 24  # of an embedding table; the largest vocabularies have a quarter of a million ids
 SPECIAL_TOKENS = (*MARKS, IMAGE, "<|im_start|>", "<|im_end|>", "<|endoftext|>")
 
 
@@ -28,16 +29,19 @@ class Tokenizer:
 
     Attributes:
         hf: the Hugging Face tokenizer.
-        vocab: number of ids (the size of the embedding table).
+        vocab: the largest id and one (the rows that an embedding table must have): ids may have holes.
         seg, phrase_start, phrase_end: ids of the marks.
-        bos: id put before the first turn, or None.
+        bos: id that the tokenizer writes before the first turn, or None (`writes_bos`).
         pad: id behind the end of a sequence (any id would do: it is masked).
         reserved: strings that a phrase must not contain, because they are marks.
     """
 
-    def __init__(self, hf: Any, name: str, needed: Iterable[str] = ()):
+    def __init__(self, hf: Any, name: str, needed: Iterable[str] = (), *, bos: bool | None = None):
+        """Checks a Hugging Face tokenizer; `bos`: whether its bos is written, None where it decides by itself."""
         self.hf = hf
         self.name = name
+        vocabulary = hf.get_vocab()
+        self.vocab = rows_needed(vocabulary, name)
         for token in (*MARKS, *needed):
             ids = hf.encode(token, add_special_tokens=False)
             if len(ids) != 1 or hf.convert_ids_to_tokens(ids[0]) == hf.unk_token:
@@ -45,9 +49,12 @@ class Tokenizer:
                     f"{name}: the tokenizer has no single id for {token!r} (got {ids}); "
                     f"add it with `python -m flowseg_jax.data tokenizer --source {name} --out DIR`"
                 )
-        self.vocab = len(hf)
+            if other := _also_has(vocabulary, ids[0], token):
+                raise UserError(
+                    f"{name}: {token!r} has the id {ids[0]} of {other!r}; give a tokenizer in which each has its own"
+                )
         self.seg, self.phrase_start, self.phrase_end = (hf.convert_tokens_to_ids(token) for token in MARKS)
-        self.bos = hf.bos_token_id
+        self.bos = hf.bos_token_id if (writes_bos(hf) if bos is None else bos) else None
         self.pad = next((i for i in (hf.pad_token_id, hf.eos_token_id) if i is not None), 0)
         self.reserved = tuple(sorted({*MARKS, IMAGE, *needed, *hf.get_added_vocab()}))
         self._backend = getattr(hf, "backend_tokenizer", None)  # the same ids without the wrapper's bookkeeping
@@ -83,6 +90,39 @@ class Tokenizer:
         if self._backend is None:
             return [len(self.encode(text)) for text in texts]
         return [len(e.ids) for e in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+
+def rows_needed(vocabulary: Mapping[str, int], name: str) -> int:
+    """The largest id of a tokenizer and one: with fewer rows, an embedding table could be read out of range.
+
+    Raises:
+        UserError: no ids, or one so large that no table is made for it.
+    """
+    rows = max(vocabulary.values(), default=-1) + 1
+    if not 0 < rows <= MAX_ROWS:
+        raise UserError(f"{name}: the tokenizer's largest id is {rows - 1}, expected one from 0 to {MAX_ROWS - 1:,}")
+    return rows
+
+
+def _also_has(vocabulary: Mapping[str, int], number: int, token: str) -> str | None:
+    """Another token with the same id, if there is one."""
+    return next((other for other, i in vocabulary.items() if i == number and other != token), None)
+
+
+def writes_bos(hf: Any) -> bool:
+    """Whether a conversation begins with the tokenizer's bos.
+
+    Its chat template decides, as `apply_chat_template` adds nothing by itself. The template is read, not run: it is a program
+    of whoever wrote it. Without a template it counts whether the tokenizer puts the bos before a text by itself.
+    """
+    if hf.bos_token_id is None:
+        return False
+    template = hf.chat_template
+    if isinstance(template, dict):  # several, by name
+        template = template.get("default")
+    if template:
+        return "bos_token" in template or hf.bos_token in template
+    return hf.encode("x")[:1] == [hf.bos_token_id]
 
 
 def load_tokenizer(directory: str | os.PathLike[str], *, needed: Iterable[str] = ()) -> Tokenizer:
@@ -152,11 +192,34 @@ def train_tokenizer(texts: Iterable[str], directory: str | os.PathLike[str], *, 
     hf.save_pretrained(str(directory))
 
 
+class Extended(NamedTuple):
+    """What `add_marks` made.
+
+    Attributes:
+        rows: that an embedding table needs, the marks' included.
+        words: that it needed before.
+    """
+
+    rows: int
+    words: int
+
+
 def extend_tokenizer(source: str | os.PathLike[str], directory: str | os.PathLike[str]) -> int:
-    """Saves a copy of a language model's tokenizer with `<SEG>`, `<p>`, `</p>` added in this order; returns its number of ids.
+    """Saves a copy of a language model's tokenizer with `<SEG>`, `<p>`, `</p>` added in this order.
 
     The order is X-SAM's, so that ids agree with its checkpoints.
+
+    Returns:
+        The rows that its embedding table needs: the largest id and one.
+
+    Raises:
+        UserError: no readable tokenizer in `source`.
     """
+    return add_marks(source, directory).rows
+
+
+def add_marks(source: str | os.PathLike[str], directory: str | os.PathLike[str], chat_template: str | None = None) -> Extended:
+    """As `extend_tokenizer`; a tokenizer with a bos is given `chat_template`, if there is one."""
     from transformers import AutoTokenizer
 
     if not Path(source).is_dir():
@@ -166,6 +229,27 @@ def extend_tokenizer(source: str | os.PathLike[str], directory: str | os.PathLik
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{source}: not a readable tokenizer directory ({reason})") from None
+    words = rows_needed(hf.get_vocab(), str(source))
+    plain = hf.backend_tokenizer.to_str() if getattr(hf, "backend_tokenizer", None) is not None else None
     hf.add_tokens(list(MARKS), special_tokens=True)
+    vocabulary = hf.get_vocab()
+    if plain is not None and any(_also_has(vocabulary, vocabulary[mark], mark) for mark in MARKS):
+        # New ids are counted on from the number of tokens. Where ids have holes, that can be the id of another token.
+        _add_behind(hf, plain, words)
+    if chat_template is not None and hf.bos_token is not None:
+        hf.chat_template = chat_template
     hf.save_pretrained(str(directory))
-    return len(hf)
+    return Extended(rows_needed(hf.get_vocab(), str(source)), words)
+
+
+def _add_behind(hf: Any, plain: str, first: int) -> None:
+    """Gives the marks the ids from `first` on; `plain` is the tokenizer without them."""
+    import tokenizers
+
+    definition = json.loads(plain)
+    vocab = definition["model"].get("vocab")
+    if isinstance(vocab, dict):  # else `load_tokenizer` refuses what shares an id
+        new = [mark for mark in MARKS if mark not in vocab]
+        vocab.update({mark: first + i for i, mark in enumerate(new)})
+        hf._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(definition))
+        hf.add_tokens(list(MARKS), special_tokens=True)

@@ -298,7 +298,7 @@ MASK2FORMER = _keys(
         "dim_feedforward": Key(whole(1, 1 << 20), 2048),
         "num_queries": Key(whole(1, 1 << 16), 100),
         "common_stride": Key(whole(1, 1 << 10), 4),
-        "feature_strides": Key(list_of(whole(1, 1 << 10), 4), (4, 8, 16, 32)),
+        "feature_strides": Key(list_of(whole(1, 1 << 10), most=10), (4, 8, 16, 32)),
         "id2label": Key(GROUP, None, null=True),
         "num_labels": Key(whole(1, 1 << 20), 2),
         # transformers takes these for hidden_dim and decoder_layers
@@ -326,13 +326,12 @@ SWIN = _keys(
         "model_type": Key(one_of("swin"), "swin"),
         "embed_dim": Key(WIDTH, 96),
         "depths": Key(list_of(LAYERS, 10), (2, 2, 6, 2)),
-        "patch_size": Key(SIDE, 4),
         "out_features": Key(list_of(Kind("a name", lambda v: isinstance(v, str)), 10), None, null=True),
         "out_indices": Key(list_of(whole(0, 10), 10), None, null=True),
     },
     training="hidden_dropout_prob attention_probs_dropout_prob",
-    unused="""image_size num_channels num_heads num_attention_heads num_hidden_layers num_layers window_size mlp_ratio qkv_bias
-    drop_path_rate hidden_act use_absolute_embeddings initializer_range layer_norm_eps encoder_stride hidden_size stage_names
+    unused="""image_size patch_size num_channels num_heads num_attention_heads num_hidden_layers num_layers window_size
+    mlp_ratio qkv_bias drop_path_rate hidden_act use_absolute_embeddings initializer_range layer_norm_eps encoder_stride hidden_size stage_names
     path_norm _out_features _out_indices""",
 )
 

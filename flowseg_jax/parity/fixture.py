@@ -222,7 +222,7 @@ class Fixture:
         for token, number in special.items():
             if hf.convert_tokens_to_ids(token) != number:
                 raise UserError(f"{path}: {token} has id {hf.convert_tokens_to_ids(token)}, config.json says {number}")
-        return Tokenizer(hf, str(path))
+        return Tokenizer(hf, str(path), bos=True)  # X-SAM writes whatever bos there is
 
     def losses(self) -> LossConfig:
         """Weights and sampling of the recorded training runs."""
