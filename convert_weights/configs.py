@@ -90,9 +90,20 @@ def tower_config(family: str, values: Mapping[str, Any]) -> Any:
         raise UserError(f"config.json says model_type={reprlib.repr(kind)}: that is no checkpoint of the family {family}")
     read = {"siglip2": SiglipConfig.from_hf, "sam": SamConfig.from_hf, "mask2former": mask2former_config}
     cfg = read.get(family, LanguageConfig.from_hf)(values)
+    _say_notes(family, values)
+    return cfg
+
+
+def language_config(values: Mapping[str, Any]) -> LanguageConfig:
+    """The config of whichever language model this is; says what it does not read. Raises a UserError for another model."""
+    cfg = LanguageConfig.from_hf(values)
+    _say_notes(cfg.family, values)
+    return cfg
+
+
+def _say_notes(family: str, values: Mapping[str, Any]) -> None:
     for note in hf_keys.notes(family, values):
         say(f"note: {note}")
-    return cfg
 
 
 def _language_part(family: str, values: Mapping[str, Any]) -> Mapping[str, Any]:

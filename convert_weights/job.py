@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import reprlib
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from flowseg_jax.data.prompts import Prompts, as_jinja
 from flowseg_jax.data.tokenizer import Extended, add_marks, load_tokenizer
 from flowseg_jax.errors import UserError
 from flowseg_jax.model_directory import check_free, stream_model
+from flowseg_jax.models import hf_keys
 from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.models.language import LanguageConfig
 from flowseg_jax.streaming import LazyArray
@@ -195,7 +197,7 @@ def _xsam(family: Family, request: Request) -> tuple[TensorSource, FlowSegConfig
         return source, configs.rebuild(FlowSegConfig, values["flowseg"]), beside.parent
     if request.config:
         raise UserError(f"{file} holds no config of ours (key flowseg); set single values by --set KEY=VALUE")
-    llm = configs.preset(request.llm, configs.LLMS, LanguageConfig.from_hf, "--llm") if request.llm else None
+    llm = configs.preset(request.llm, configs.LLMS, configs.language_config, "--llm") if request.llm else None
     siglip = None
     if request.siglip:
         siglip = configs.preset(request.siglip, configs.SIGLIPS, lambda v: configs.tower_config("siglip2", v), "--siglip")
@@ -259,11 +261,21 @@ def _llm_family(path: Path) -> str:
             f"{path}: convert a GGUF by itself first (python -m convert_weights llama ...), then give its directory"
         )
     values = configs.hf_config(None, path)
-    found = values.get("tower", {}).get("family") or values.get("model", {}).get("llm", {}).get("family")
-    found = found or values.get("model_type")
-    if found not in ("qwen3", "phi3", "llama"):
-        raise UserError(f"llm={path}: no language model that is supported (config.json says {found!r}; qwen3, phi3 or llama)")
+    # A tower of ours, a whole model of ours, Hugging Face's language model, and one of its models with pictures.
+    places = (("tower", "family"), ("model", "llm", "family"), ("model_type",), ("text_config", "model_type"))
+    named = [_at(values, place) for place in places]
+    found = next((name for name in named if name in hf_keys.LANGUAGE), None)
+    if found is None:
+        said = reprlib.repr(next((name for name in named if name), None))
+        raise UserError(f"llm={path}: no language model that is supported (config.json says {said}; qwen3, phi3 or llama)")
     return found
+
+
+def _at(values: Any, keys: Sequence[str]) -> str | None:
+    """The text at nested keys of a JSON file, whatever it holds there."""
+    for key in keys:
+        values = values.get(key) if isinstance(values, Mapping) else None
+    return values if isinstance(values, str) else None
 
 
 def _tokenizer(

@@ -331,8 +331,8 @@ SWIN = _keys(
     },
     training="hidden_dropout_prob attention_probs_dropout_prob",
     unused="""image_size patch_size num_channels num_heads num_attention_heads num_hidden_layers num_layers window_size
-    mlp_ratio qkv_bias drop_path_rate hidden_act use_absolute_embeddings initializer_range layer_norm_eps encoder_stride hidden_size stage_names
-    path_norm _out_features _out_indices""",
+    mlp_ratio qkv_bias drop_path_rate hidden_act use_absolute_embeddings initializer_range layer_norm_eps encoder_stride
+    hidden_size stage_names path_norm _out_features _out_indices""",
 )
 
 
