@@ -342,6 +342,20 @@ def test_square_keeps_the_aspect():
     assert (images.stretch(wide, 30) == 200).all()
 
 
+@pytest.mark.parametrize("square", [False, True])
+def test_a_batch_holds_the_picture_padded_to_a_square_only_where_that_is_asked(train, square):
+    """The whole way from `TrainOptions.square` to the vision encoder's input, on a picture that is not square."""
+    data = train("llava", square=square)
+    picture = np.full((20, 30, 3), 90, np.uint8)  # as all of them are
+    h, w = (11, 16) if square else (16, 16)
+    for batch, b in rows(data, 4):
+        vision = batch.vision_images[b].astype(int)
+        assert abs(vision[8] - picture[0, 0]).max() < 12
+        assert (vision[0] == 127).all() == square and (vision[-1] == 127).all() == square
+        assert abs((abs(vision - 127).max(-1) > 15).sum() - h * w) <= 16
+    assert TrainOptions().square is False
+
+
 def test_evaluation_ignores_what_reasonseg_ignores_and_unites_what_grefcoco_names(sets):
     source = sets["reasonseg"].source("train")
     examples = [source[i] for i in range(len(source))]

@@ -225,3 +225,16 @@ def test_config_survives_json_and_refuses_typos():
     del values["sam"]
     with pytest.raises(UserError, match="missing sam"):
         FlowSegConfig.from_dict(values)
+
+
+@pytest.mark.parametrize("size", [(5, 8), (8, 3), (1, 8)])
+def test_padding_is_the_mean_colour_at_the_bottom_and_the_right_of_a_picture_that_is_not_square(size):
+    """Height and width are not exchanged: two pictures of one batch, one the other turned."""
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (2, 8, 8, 3), np.uint8)
+    sizes = np.array([size, size[::-1]], np.int32)
+    got = np.asarray(flowseg.normalise_images(pixels, sizes))
+    mean, deviation = np.array([123.675, 116.28, 103.53]), np.array([58.395, 57.12, 57.375])
+    for picture, (h, w), found in zip(pixels, sizes, got, strict=True):
+        np.testing.assert_allclose(found[:h, :w], (picture[:h, :w] - mean) / deviation, atol=2e-5)
+        assert not found[h:].any() and not found[:, w:].any() and found[:h, :w].any(axis=-1).mean() > 0.9
