@@ -12,15 +12,18 @@ import difflib
 import importlib
 import itertools
 import os
+import reprlib
 import signal
 import sys
 import types
 from collections.abc import Callable, Collection, Iterable
-from typing import IO
+from typing import IO, Any
 
 from flowseg_jax.traces import Traces, formatted, one_line, printable, shown
 
 CLOSED_PIPE = 141  # the exit code of a command that SIGPIPE ends, as shells count it
+SHOWN = 60  # characters of a value in a message
+MANY = 1000  # names that are looked through for one that is meant
 
 
 class UserError(ValueError):
@@ -30,8 +33,50 @@ class UserError(ValueError):
 def suggest(name: str, known: Iterable[str]) -> str:
     """Returns ` (did you mean 'x'?)` for the nearest known name, else the list of known names."""
     known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=1)
-    return f" (did you mean {near[0]!r}?)" if near else f" (known: {', '.join(known)})"
+    near = difflib.get_close_matches(name[:SHOWN], [one for one in known[:MANY] if len(one) <= SHOWN], n=1)
+    return f" (did you mean {near[0]!r}?)" if near else f" (known: {listed(known, 30)})"
+
+
+class _Short(reprlib.Repr):
+    """`repr` that looks at a few items and characters of a value alone, so that it costs the same for any value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxstring = 3, SHOWN
+
+    def repr_int(self, x: int, level: int) -> str:
+        bits = x.bit_length()  # writing a number out takes time that grows with the square of its length
+        return repr(x) if bits < 128 else f"<a number of {bits} bits>"
+
+    def repr_dict(self, x: dict, level: int) -> str:
+        if level <= 0:
+            return "{...}"
+        first = itertools.islice(x.items(), self.maxdict)
+        items = [f"{self.repr1(key, level - 1)}: {self.repr1(value, level - 1)}" for key, value in first]
+        return "{" + ", ".join(items + ["..."] * (len(x) > self.maxdict)) + "}"
+
+    def repr_bytes(self, x: bytes, level: int) -> str:
+        return repr(x[: self.maxstring]) + "..." * (len(x) > self.maxstring)
+
+
+_short = _Short()
+
+
+def quoted(value: Any, limit: int = SHOWN) -> str:
+    """A value from a file for a message: its `repr`, of `limit` characters of it, cut before anything longer is made.
+
+    Whoever wrote the file may be hostile: `str(value)[:40]` writes the whole value out first, and a few bytes of a pickle can
+    hold a list whose text fills any memory.
+    """
+    if isinstance(value, (str, bytes)):
+        return repr(value[:limit]) + "..." * (len(value) > limit)
+    text = _short.repr(value)
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def brief(error: BaseException) -> str:
+    """What an error of another library says, on one line of at most 200 characters; its type if it says nothing."""
+    return " ".join(str(error)[:200].split()) or type(error).__name__
 
 
 def plain(text: object, limit: int = 200) -> str:

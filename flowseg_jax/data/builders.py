@@ -23,14 +23,14 @@ from pathlib import Path
 from typing import Any
 
 from flowseg_jax import locks
-from flowseg_jax.data import shards, workers
+from flowseg_jax.data import checksums, shards, workers
 from flowseg_jax.data.formats import layout_name, open_layout
-from flowseg_jax.data.prepared import FORMAT, METADATA, Prepared
+from flowseg_jax.data.prepared import FORMAT, METADATA, TOKENIZER, Prepared
 from flowseg_jax.data.prompts import training_text
 from flowseg_jax.data.records import Layout, Problems, damaged
 from flowseg_jax.data.shards import Shard
 from flowseg_jax.data.tokenizer import train_tokenizer
-from flowseg_jax.errors import UserError
+from flowseg_jax.errors import UserError, quoted
 
 PROGRESS_SECONDS = 5.0
 WORTH_A_PROCESS = 512  # images: reading and writing fewer takes less than the start of a process
@@ -99,17 +99,26 @@ def prepare(
         _write(opened, todo, reopen, problems.keep, processes, log)
         metadata, found = _summary(opened, todo, problems, log)
         metadata["request"] = request
-        metadata["tokenizer"] = "tokenizer" if tokenizer_vocab else None
-        shards.finish(todo, root)
+        metadata["tokenizer"] = TOKENIZER if tokenizer_vocab else None
+        sums = shards.finish(todo, root)
         if found:
             (root / PROBLEMS).write_text("".join(f"{problem}\n" for problem in found), encoding="utf-8")
         (root / METADATA).write_text(json.dumps(metadata, indent=1) + "\n")
+        checksums.write(root, _files(root), sums)
         if tokenizer_vocab:
-            learn_tokenizer(said(Prepared.open(root)), root / "tokenizer", tokenizer_vocab)
+            learn_tokenizer(said(Prepared.open(root)), root / TOKENIZER, tokenizer_vocab)
+            checksums.write(root, _files(root), checksums.read(root))
     if found:  # said last, when the list is where it says
         log(f"{out / PROBLEMS} lists the records that are left out{damaged(found)}")
     log(f"prepared {out}")
     return Prepared.open(out)
+
+
+def _files(root: Path) -> list[str]:
+    """The names of all files of a prepared set, but for its checksums."""
+    places = (root / METADATA, root / PROBLEMS, *(root / folder for folder in ("data", "index", TOKENIZER)))
+    found = [path for place in places for path in ([place] if place.is_file() else place.rglob("*")) if path.is_file()]
+    return [path.relative_to(root).as_posix() for path in found]
 
 
 def _stamps(layout: Layout) -> list[list[Any]]:
@@ -134,7 +143,7 @@ def _write(
     layout: Layout, todo: Sequence[Shard], reopen: Callable[[], None], keep: bool, processes: int | None, log: Log
 ) -> None:
     """Writes the shards that are missing, in processes of their own where that is worth their start."""
-    missing = [shard for shard in todo if shard.report() is None]
+    missing = [shard for shard in todo if not shard.is_whole()]
     if len(missing) < len(todo):
         log(f"continuing: {len(todo) - len(missing)} of {len(todo)} shards are written already")
     for split in dict.fromkeys(shard.split for shard in todo):
@@ -209,8 +218,10 @@ def _summary(layout: Layout, todo: Sequence[Shard], problems: Problems, log: Log
         "splits": {split: dict(count) for split, count in counts.items()},
         "notes": dict(sorted(notes.items())),
         "problems": len(found),
+        "shards": {
+            split: [r["counts"]["images"] for s, r in reports if s == split and r["counts"]["images"]] for split in counts
+        },
         "digest": digest.hexdigest(),
-        "data": "data",
     }
     return metadata, found
 
@@ -345,7 +356,7 @@ def ensure_shapes(
     from flowseg_jax.data.shapes.generator import generate
 
     directory = Path(directory)
-    request = {"images": images, "seed": seed, "tokenizer_vocab": tokenizer_vocab, **options}
+    request = {"format": FORMAT, "images": images, "seed": seed, "tokenizer_vocab": tokenizer_vocab, **options}
     request = json.loads(json.dumps(request))  # as it reads back: tuples become lists
     stamp = directory / "request.json"
     with _locked(directory.parent / f".{directory.name}.lock", log):
@@ -360,10 +371,12 @@ def ensure_shapes(
                 (temporary / stamp.name).write_text(json.dumps(request) + "\n")
     try:
         made_with = json.loads(stamp.read_text())
-    except (OSError, ValueError):
-        raise UserError(f"{directory}: exists but is not a shapes set made by this command; name another directory") from None
+    except (OSError, ValueError, RecursionError):
+        made_with = None
+    if not isinstance(made_with, dict):
+        raise UserError(f"{directory}: exists but is not a shapes set made by this command; name another directory")
     if made_with != request:
         changed = sorted(k for k in {*made_with, *request} if made_with.get(k) != request.get(k))
-        detail = ", ".join(f"{k} {made_with.get(k)} -> {request.get(k)}" for k in changed)
+        detail = ", ".join(f"{k[:40]} {quoted(made_with.get(k))} -> {request.get(k)}" for k in changed[:8])
         raise UserError(f"{directory}: holds a shapes set made otherwise ({detail}); remove it or name another directory")
     return Prepared.open(directory / "prepared")

@@ -11,10 +11,13 @@ from typing import Any
 
 import cv2
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Int64, UInt8
 from pycocotools import mask as coco
 
-from flowseg_jax.errors import UserError
+from flowseg_jax.errors import UserError, quoted
+
+_DIGITS = 7  # of a run in compressed counts, 5 bits each: 2^34 pixels
+_LONGEST_OUTLINE = 4_000_000  # pixels that an object's outlines run along: pycocotools' memory and time grow with them
 
 
 def _polygon(points: Any, height: int, width: int, where: str) -> list[float]:
@@ -26,52 +29,62 @@ def _polygon(points: Any, height: int, width: int, where: str) -> list[float]:
     reach = 2 * max(height, width)
     for p in points:
         if not abs(p) <= reach:  # neither is NaN; a whole number may be too large to become a float
-            raise UserError(f"{where}: polygon coordinate {p} is not a position in a {width}x{height} image")
+            raise UserError(f"{where}: polygon coordinate {quoted(p)} is not a position in a {width}x{height} image")
     return [float(p) for p in points]
 
 
-def _code_lengths(counts: str) -> list[int]:
-    """Decodes COCO's compressed counts (5 bits a character, differences to the last but one run) into run lengths."""
-    runs: list[int] = []
-    value = shift = 0
-    for char in counts:
-        code = ord(char) - 48
-        if not 0 <= code < 64:
-            raise ValueError(f"character {char!r}")
-        value |= (code & 31) << shift
-        shift += 5
-        if not code & 32:
-            if code & 16:
-                value -= 1 << shift
-            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-            value = shift = 0
-    if shift:
+def _length(polygon: list[float]) -> float:
+    """How many pixels a closed outline runs along."""
+    points = np.array(polygon).reshape(-1, 2)
+    return float(np.abs(points - np.roll(points, 1, axis=0)).max(axis=1).sum())
+
+
+def run_lengths(counts: str, height: int, width: int) -> Int64[np.ndarray, " runs"]:
+    """The run lengths of COCO's compressed counts: 5 bits a character, differences to the last but one run.
+
+    Raises:
+        ValueError: they are damaged, or do not add up to height x width.
+    """
+    pixels = height * width
+    codes = np.frombuffer(counts.encode("latin-1", "replace"), np.uint8).astype(np.int64) - 48
+    if codes.size == 0 or codes.min() < 0 or codes.max() > 63:
+        raise ValueError("a character that is none of a code")
+    last = codes & 32 == 0  # of a number
+    if not last[-1]:
         raise ValueError("ends inside a number")
+    ends = np.flatnonzero(last)
+    digits = np.diff(ends, prepend=-1)
+    if digits.max() > _DIGITS:
+        raise ValueError("a number of too many digits")
+    shifts = 5 * (np.arange(codes.size) - np.repeat(ends - digits + 1, digits))
+    values = np.add.reduceat((codes & 31) << shifts, ends - digits + 1)
+    values -= (codes[ends] >> 4 & 1) << 5 * digits  # the highest bit is the sign
+    if abs(values).max() > pixels:
+        raise ValueError(f"a run longer than the {pixels} pixels of the image")
+    runs = values
+    runs[1::2], runs[2::2] = np.cumsum(values[1::2]), np.cumsum(values[2::2])  # the first two have no run before them
+    if runs.min() < 0 or runs.max() > pixels or runs.sum() != pixels:
+        raise ValueError(f"run lengths add up to {runs.sum()}, not to height x width = {pixels}")
     return runs
 
 
 def _run_length(code: dict[str, Any], height: int, width: int, where: str) -> dict[str, Any]:
-    counts = code.get("counts")
-    if list(code.get("size", ())) != [height, width]:
-        raise UserError(
-            f"{where}: run-length size {code.get('size')} differs from the image's [height, width] [{height}, {width}]"
-        )
+    counts, size = code.get("counts"), code.get("size")
+    if not isinstance(size, (list, tuple)) or list(size) != [height, width]:
+        raise UserError(f"{where}: run-length size {quoted(size)} differs from the image's [height, width] [{height}, {width}]")
     if isinstance(counts, bytes):
-        counts = counts.decode("ascii", errors="replace")
+        counts = counts.decode("latin-1")
     if isinstance(counts, str):
         try:
-            runs = _code_lengths(counts)
+            run_lengths(counts, height, width)
         except ValueError as error:
             raise UserError(f"{where}: damaged compressed run-length counts ({error})") from None
-    elif isinstance(counts, list) and all(isinstance(c, int) and not isinstance(c, bool) for c in counts):
-        runs = counts
-    else:
+        return {"size": [height, width], "counts": counts.encode("ascii")}
+    if not isinstance(counts, list) or not all(isinstance(c, int) and not isinstance(c, bool) for c in counts):
         raise UserError(f"{where}: run-length counts must be a string or a list of whole numbers")
-    if any(r < 0 for r in runs) or sum(runs) != height * width:
-        raise UserError(f"{where}: run lengths add up to {sum(runs)}, not to height x width = {height * width}")
-    if isinstance(counts, str):
-        return {"size": [height, width], "counts": counts.encode()}
-    return coco.frPyObjects({"size": [height, width], "counts": runs}, height, width)
+    if any(r < 0 for r in counts) or sum(counts) != height * width:
+        raise UserError(f"{where}: run lengths add up to {quoted(sum(counts))}, not to height x width = {height * width}")
+    return coco.frPyObjects({"size": [height, width], "counts": counts}, height, width)
 
 
 def rasterise(segmentation: Any, height: int, width: int, where: str) -> str | None:
@@ -141,8 +154,10 @@ def _codes(segmentation: Any, height: int, width: int, where: str) -> list[dict[
         return [_run_length(s, height, width, f"{where}[{i}]") for i, s in enumerate(segmentation)]
     if isinstance(segmentation, list) and segmentation:
         polygons = [_polygon(p, height, width, f"{where}[{i}]") for i, p in enumerate(segmentation)]
+        if (length := sum(map(_length, polygons))) > _LONGEST_OUTLINE:
+            raise UserError(f"{where}: its outlines run along {length:.0f} pixels, more than {_LONGEST_OUTLINE}")
         return coco.frPyObjects(polygons, height, width)
-    raise UserError(f"{where}: expected polygons or a run-length code, got {str(segmentation)[:40]!r}")
+    raise UserError(f"{where}: expected polygons or a run-length code, got {quoted(segmentation)}")
 
 
 def encode(mask: UInt8[np.ndarray, "h w"]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -258,61 +258,3 @@ def examples(layout: Layout, split: str, notes: Counter[str] | None = None) -> I
         example = read(layout, split, index, notes, Problems())
         if example is not None:
             yield example
-
-
-def to_record(example: Example) -> dict[str, Any]:
-    """Flattens an example into the stored features: scalars and rank-1 sequences only."""
-    return {
-        "image": example.image,
-        "image_id": example.image_id,
-        "height": example.height,
-        "width": example.width,
-        "file_name": example.file_name,
-        "ann_id": [a.id for a in example.annotations],
-        "ann_category": [a.category for a in example.annotations],
-        "ann_rle": [a.rle for a in example.annotations],
-        "ann_iscrowd": [a.crowd for a in example.annotations],
-        "ann_ignore": [a.ignore for a in example.annotations],
-        "ann_once": [a.once for a in example.annotations],
-        "ann_filled": [a.filled for a in example.annotations],
-        "sentence_text": [e.text for e in example.expressions],
-        "sentence_id": [e.id for e in example.expressions],
-        "sentence_ref": [e.ref_id for e in example.expressions],
-        "sentence_anns": [len(e.annotations) for e in example.expressions],
-        "sentence_ann": [a for e in example.expressions for a in e.annotations],  # of all sentences, one after the other
-        "sentence_family": [e.family for e in example.expressions],
-        "sentence_answer": [e.answer for e in example.expressions],
-        "turn_question": [t.question for t in example.turns],
-        "turn_answer": [t.answer for t in example.turns],
-    }
-
-
-def from_record(record: Mapping[str, Any]) -> Example:
-    """The inverse of `to_record` on what a data source yields (text as bytes, sequences as arrays)."""
-
-    def columns(*names: str) -> Iterator[tuple[Any, ...]]:
-        return zip(*(record[name] for name in names), strict=True)
-
-    annotations = tuple(
-        Annotation(int(i), int(c), r.decode(), bool(w), bool(n), o.decode(), f.decode())
-        for i, c, r, w, n, o, f in columns(
-            "ann_id", "ann_category", "ann_rle", "ann_iscrowd", "ann_ignore", "ann_once", "ann_filled"
-        )
-    )
-    targets = iter(record["sentence_ann"])
-    expressions = tuple(
-        Expression(t.decode(), int(i), int(r), tuple(int(next(targets)) for _ in range(n)), f.decode(), a.decode())
-        for t, i, r, n, f, a in columns(
-            "sentence_text", "sentence_id", "sentence_ref", "sentence_anns", "sentence_family", "sentence_answer"
-        )
-    )
-    return Example(
-        int(record["image_id"]),
-        record["file_name"].decode(),
-        int(record["height"]),
-        int(record["width"]),
-        record["image"],
-        annotations,
-        expressions,
-        tuple(Turn(q.decode(), a.decode()) for q, a in columns("turn_question", "turn_answer")),
-    )

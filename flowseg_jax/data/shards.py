@@ -7,7 +7,6 @@ A shard is an ArrayRecord file, its index lines, and a report that is written la
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
 import os
@@ -17,46 +16,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from flowseg_jax.data.prepared import index_entry
-from flowseg_jax.data.records import Example, Layout, Problems, read, to_record
+from flowseg_jax import paths
+from flowseg_jax.data import checksums
+from flowseg_jax.data.prepared import index_entry, index_file, shard_files
+from flowseg_jax.data.records import Example, Layout, Problems, read
+from flowseg_jax.data.serialization import features, serialize, to_record
 
 EXAMPLES = 256  # of a shard
 NAME = "flowseg"
-
-
-@functools.cache
-def features() -> Any:
-    """The TFDS features of a record. No sequence is nested: TFDS can write ragged features only with TensorFlow."""
-    import tensorflow_datasets as tfds
-
-    text, sequence = tfds.features.Text(), tfds.features.Sequence
-    return tfds.features.FeaturesDict(
-        {
-            "image": tfds.features.Image(shape=(None, None, 3)),
-            "image_id": np.int64,
-            "height": np.int32,
-            "width": np.int32,
-            "file_name": text,
-            "ann_id": sequence(np.int64),
-            "ann_category": sequence(np.int32),
-            "ann_rle": sequence(text),
-            "ann_iscrowd": sequence(np.bool_),
-            "ann_ignore": sequence(np.bool_),
-            "ann_once": sequence(text),
-            "ann_filled": sequence(text),
-            "sentence_text": sequence(text),
-            "sentence_id": sequence(np.int64),
-            "sentence_ref": sequence(np.int64),
-            "sentence_anns": sequence(np.int32),
-            "sentence_ann": sequence(np.int32),
-            "sentence_family": sequence(text),
-            "sentence_answer": sequence(text),
-            "turn_question": sequence(text),
-            "turn_answer": sequence(text),
-        }
-    )
+_KINDS = ("array_record", "jsonl")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,14 +39,23 @@ class Shard:
 
     def file(self, kind: str) -> Path:
         """Its file of a kind: "array_record", "jsonl" (index) or "json" (report)."""
-        return self.directory / f"{self.split}-{self.number:05d}.{kind}"
+        paths.check_name(self.split, "split")
+        return paths.inside(self.directory, f"{self.split}-{self.number:05d}.{kind}", "split")
 
     def report(self) -> dict[str, Any] | None:
         """What was written, or None if it is not complete."""
         try:
             return json.loads(self.file("json").read_text())
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError):
             return None
+
+    def is_whole(self) -> bool:
+        """Whether it is complete and its files are as they were written."""
+        report = self.report()
+        try:
+            return report is not None and all(checksums.of_file(self.file(kind)) == report["sha256"][kind] for kind in _KINDS)
+        except (OSError, KeyError, TypeError):
+            return False
 
     def write(self, layout: Layout, keep: bool) -> dict[str, Any]:
         """Reads the examples and writes the shard; returns its report.
@@ -99,7 +76,7 @@ class Shard:
                     continue
                 line = index_entry(example)
                 index.write(json.dumps(line) + "\n")
-                writer.write(features().serialize_example(features().encode_example(to_record(example))))
+                writer.write(serialize(example))
                 digest.update(content(example))
                 counts["images"] += 1
                 counts["refs"] += len({e.ref_id for e in example.expressions})
@@ -107,6 +84,7 @@ class Shard:
                 counts["samples"] += len(line["samples"])
         writer.close()
         report = {"counts": counts, "notes": notes, "problems": problems.found, "digest": digest.hexdigest()}
+        report["sha256"] = {kind: checksums.of_file(self.file(kind)) for kind in _KINDS}
         temporary = self.file("json.partial")
         temporary.write_text(json.dumps(report))
         os.replace(temporary, self.file("json"))
@@ -124,10 +102,10 @@ def divide(directory: Path, split: str, size: int) -> list[Shard]:
     return [Shard(directory, split, n, at, min(at + EXAMPLES, size)) for n, at in enumerate(range(0, size, EXAMPLES))]
 
 
-def finish(shards: Sequence[Shard], root: Path) -> None:
+def finish(shards: Sequence[Shard], root: Path) -> dict[str, str]:
     """Makes `root/data` (a TFDS data set) and `root/index` of complete shards, of which each split has an example.
 
-    May be done again after an interruption.
+    May be done again after an interruption. Returns the checksums of the shards by their names in `root`.
     """
     import tensorflow_datasets as tfds
 
@@ -136,20 +114,19 @@ def finish(shards: Sequence[Shard], root: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
     template = tfds.core.ShardedFileTemplate(data_dir=data, dataset_name=NAME, filetype_suffix="array_record")
-    infos = []
+    infos, sums = [], {}
     for split in dict.fromkeys(shard.split for shard in shards):
         filled = [(s, s.report()["counts"]["images"]) for s in shards if s.split == split]
         filled = [(shard, count) for shard, count in filled if count]
-        with (index / f"{split}.jsonl").open("w") as lines:
+        with (root / index_file(split)).open("w") as lines:
             for shard, _ in filled:
                 lines.write(shard.file("jsonl").read_text())
-        names = template.replace(split=split)
         total = 0
-        for number, (shard, _) in enumerate(filled):
-            path = Path(names.sharded_filepath(shard_index=number, num_shards=len(filled)))
-            _link(shard.file("array_record"), path)
-            total += path.stat().st_size
-        infos.append(tfds.core.SplitInfo(split, [count for _, count in filled], total, names))
+        for name, (shard, _) in zip(shard_files(split, len(filled)), filled, strict=True):
+            _link(shard.file("array_record"), root / name)
+            sums[name] = shard.report()["sha256"]["array_record"]
+            total += (root / name).stat().st_size
+        infos.append(tfds.core.SplitInfo(split, [count for _, count in filled], total, template.replace(split=split)))
     tfds.folder_dataset.write_metadata(
         data_dir=data,
         features=features(),
@@ -159,6 +136,7 @@ def finish(shards: Sequence[Shard], root: Path) -> None:
         description="Images, their objects, and what is said about them.",
         disable_shuffling=True,  # stored order = reader's order = the index's order; training shuffles anyway
     )
+    return sums
 
 
 def _link(source: Path, target: Path) -> None:

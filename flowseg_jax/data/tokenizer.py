@@ -141,7 +141,7 @@ def load_tokenizer(directory: str | os.PathLike[str], *, needed: Iterable[str] =
     if not directory.is_dir():
         raise UserError(f"{directory}: no such tokenizer directory")
     try:
-        hf = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+        hf = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises many types here, all of them about the files
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{directory}: not a readable tokenizer directory ({reason})") from None

@@ -116,7 +116,7 @@ OPENING = {
     "unknown object": (set_field(1, "ann_id", [11, 999]), r"ref 1\.ann_id: expression without an object: .* no annotation 999"),
     "object of another image": (set_field(1, "ann_id", [11, 21]), r"ref 1\.ann_id: annotation 21 lies in image 2, not 1"),
     "no target beside an object": (set_field(1, "ann_id", [11, -1]), r"ref 1\.ann_id: .* no annotation -1"),
-    "text as id": (set_field(1, "ann_id", ["11"]), r"ref 1\.ann_id: expected a list of whole numbers, got \"\['11'\]\""),
+    "text as id": (set_field(1, "ann_id", ["11"]), r"ref 1\.ann_id: expected a list of whole numbers, got \['11'\]"),
     "bool as id": (set_field(1, "ann_id", [True]), r"ref 1\.ann_id: expected a list of whole numbers"),
     "text as ids": (set_field(1, "ann_id", "11"), r"ref 1\.ann_id: expected list/int, got '11'"),
     "no ids": (set_field(1, "ann_id", KeyError), r"ref 1: field 'ann_id' is missing"),

@@ -169,7 +169,7 @@ OPENING = {
     ),
     "sentence of wrong type": (
         set_field("refs", 2, "sentences", [{"sent": 5, "sent_id": 5}]),
-        r"sentences\[0\]\.sent: expected str, got '5'",
+        r"sentences\[0\]\.sent: expected str, got 5",
     ),
     "field missing": (set_field("refs", 2, "split", KeyError), r"ref 2: field 'split' is missing"),
     "annotation of no image": (set_field("annotations", 11, "image_id", 78), r"annotation 11\.image_id: there is no image 78"),

@@ -17,7 +17,7 @@ import minirefcoco as mini
 import numpy as np
 import pytest
 
-from flowseg_jax.data import builders, shards
+from flowseg_jax.data import builders, serialization
 from flowseg_jax.data.batch import BatchShape
 from flowseg_jax.data.mixture import mix
 from flowseg_jax.data.pipeline import TrainData, open_tokenizer
@@ -120,8 +120,8 @@ def test_workers_build_the_same_batches_and_end_when_closed(train):
 
 
 def test_what_fails_in_a_worker_is_raised_as_without_one(train, tmp_path, monkeypatch):
-    record = shards.to_record
-    monkeypatch.setattr(shards, "to_record", lambda example: record(example) | {"image": example.image[:-200]})
+    record = serialization.to_record
+    monkeypatch.setattr(serialization, "to_record", lambda example: record(example) | {"image": example.image[:-200]})
     broken = builders.prepare(mini.write(tmp_path / "l"), tmp_path / "p", tokenizer_vocab=300, log=lambda _: None)
     said = []
     for workers in (0, 1):

@@ -184,7 +184,10 @@ class CocoInstances(Coco):
                 found[image_id] = None  # until this object is checked
                 category, is_crowd = self._category(entry, where), crowd(entry, where)
                 # As text, because lists of numbers take four times the memory.
-                outline = json.dumps(field(entry, "segmentation", (list, dict), where))
+                try:
+                    outline = json.dumps(field(entry, "segmentation", (list, dict), where))
+                except RecursionError:
+                    raise UserError(f"{where}.segmentation: nested too deeply") from None
                 if objects is not None:
                     objects.append((key, category, is_crowd, outline))
                     found[image_id] = objects

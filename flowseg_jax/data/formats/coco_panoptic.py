@@ -15,7 +15,7 @@ from jaxtyping import UInt32
 from flowseg_jax.data import images as pixels
 from flowseg_jax.data import masks
 from flowseg_jax.data.formats.coco_instances import Coco
-from flowseg_jax.data.formats.reading import ImageFolders, by_id, crowd, field, flag, image_of
+from flowseg_jax.data.formats.reading import ImageFolders, by_id, check_work, crowd, field, flag, image_of
 from flowseg_jax.data.records import Annotation, Example, Problems
 from flowseg_jax.errors import UserError
 
@@ -105,6 +105,7 @@ class CocoPanoptic(Coco):
             raise UserError(f"{where}.segments_info: {_some(sorted(listed - painted))} without a pixel in {path}")
         if painted - listed:
             raise UserError(f"{path}: pixels of {_some(sorted(painted - listed))}, missing in {where}.segments_info")
+        check_work(len(segments), height, width, f"{where}.segments_info")
         if not len(segments):
             notes["images without a segment: left out"] += 1
             return None

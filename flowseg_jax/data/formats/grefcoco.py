@@ -14,7 +14,7 @@ from flowseg_jax.data.checks import MAX_CHARACTERS
 from flowseg_jax.data.formats.reading import ImageFolders, field, read_json
 from flowseg_jax.data.formats.refcoco import IMAGE_DIRS, Grouped, Instances, find_root, read_pickle
 from flowseg_jax.data.records import Example, Problems
-from flowseg_jax.errors import UserError
+from flowseg_jax.errors import UserError, quoted
 
 _NEEDS = "a gRefCOCO layout needs instances.json and grefs(<split_by>).json side by side"
 NO_TARGET = -1
@@ -44,11 +44,11 @@ def _object_ids(ref: dict[str, Any], where: str) -> list[int]:
     ids = ids if isinstance(ids, list) else [ids]
     for i in ids:
         if not isinstance(i, int) or isinstance(i, bool):
-            raise UserError(f"{where}.ann_id: expected a list of whole numbers, got {str(ids)[:40]!r}")
+            raise UserError(f"{where}.ann_id: expected a list of whole numbers, got {quoted(ids)}")
     nothing = ids in ([], [NO_TARGET])
     if "no_target" in ref:
         if field(ref, "no_target", bool, where) != nothing:
-            raise UserError(f"{where}: ann_id {str(ids)[:40]} contradicts no_target {ref['no_target']}")
+            raise UserError(f"{where}: ann_id {quoted(ids)} contradicts no_target {ref['no_target']}")
     elif not ids:
         raise UserError(f"{where}.ann_id: an empty list; a ref without a target has [{NO_TARGET}] or no_target true")
     return [] if nothing else ids
@@ -105,7 +105,7 @@ class GRefCoco(Grouped):
         unique = list(dict.fromkeys(ids))
         targets = tuple(i for i in unique if not self.instances.annotations[i].get("iscrowd"))
         if unique and not targets:
-            raise UserError(f"{where}.ann_id: nothing but crowd regions {str(unique)[:40]}; name an object or [{NO_TARGET}]")
+            raise UserError(f"{where}.ann_id: nothing but crowd regions {quoted(unique)}; name an object or [{NO_TARGET}]")
         self.add(ref, ref_id, image_id, split, targets, where)
         special = self._special[split, image_id]
         special["crowd regions among the objects of a ref: not part of its target"] += len(unique) - len(targets)

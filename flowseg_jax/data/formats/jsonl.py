@@ -24,16 +24,18 @@ from jsonschema import Draft202012Validator
 from jsonschema.exceptions import ValidationError, best_match
 from PIL import Image
 
+from flowseg_jax import paths
 from flowseg_jax.data import images as pixels
 from flowseg_jax.data import masks
 from flowseg_jax.data.checks import MAX_CHARACTERS, check_said
 from flowseg_jax.data.formats.reading import ImageFolders, hashed_id, image_bytes, visible
 from flowseg_jax.data.records import Annotation, Example, Expression, Problems
-from flowseg_jax.errors import UserError, suggest
+from flowseg_jax.errors import UserError, brief, listed, quoted, suggest
 
 SCHEMA = "jsonl.schema.json"
 SOFT = 128  # of a PNG mask in greys or colours: from this value on a pixel is the object's
 _LONGEST = 160  # characters of a message of the schema, which quotes the value
+_MOST_BYTES = 1 << 24  # of a line
 
 
 @functools.cache
@@ -47,7 +49,7 @@ def validator() -> Draft202012Validator:
 def _said(error: ValidationError) -> str:
     message = error.message
     if error.validator == "pattern":  # a regular expression says little to most readers
-        message = f"expected {error.schema['title']}, got {error.instance!r}"
+        message = f"expected {error.schema['title']}, got {quoted(error.instance)}"
     if len(message) > _LONGEST:
         message = f"{message[: _LONGEST // 2]} ... {message[-_LONGEST // 2 :]}"
     place = error.json_path.removeprefix("$").removeprefix(".")
@@ -56,15 +58,19 @@ def _said(error: ValidationError) -> str:
 
 def parse(line: bytes, where: str) -> dict[str, Any]:
     """One line as an object that the schema allows. UserError, with `where` before it, if it is none."""
+    if len(line) > _MOST_BYTES:
+        raise UserError(f"{where}: a line of {len(line)} bytes; the most is {_MOST_BYTES}")
     try:
         entry = json.loads(line.decode("utf-8-sig"))
+        error = best_match(validator().iter_errors(entry))
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: not UTF-8 ({error.reason} at byte {error.start}); save the file as UTF-8") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: not valid JSON ({error.msg} at column {error.colno}); a line is one whole object") from None
-    except (RecursionError, ValueError) as error:
-        raise UserError(f"{where}: not valid JSON ({error})") from None
-    error = best_match(validator().iter_errors(entry))
+    except RecursionError:
+        raise UserError(f"{where}: not valid JSON (nested too deeply)") from None
+    except ValueError as error:
+        raise UserError(f"{where}: not valid JSON ({brief(error)})") from None
     if error is not None:
         raise UserError(f"{where}: {_said(error)}")
     return entry
@@ -79,7 +85,7 @@ def find_file(root: str | Path) -> Path:
         return root
     found = visible(root, "*.jsonl")
     if len(found) != 1:
-        raise UserError(f"{root}: {', '.join(p.name for p in found) or 'no *.jsonl'} here; pass the .jsonl file itself")
+        raise UserError(f"{root}: {listed([p.name for p in found]) or 'no *.jsonl'} here; pass the .jsonl file itself")
     return found[0]
 
 
@@ -127,15 +133,16 @@ class Jsonl:
                 check_said(_category(entry), f"{where}: category")
                 # Two ways to write a path must not hide that it is one image.
                 image, split = str(PurePosixPath(entry["image"])), entry.get("split", "train")
+                paths.check_name(split, f"{where}: split")
                 key = entry.get("id", number)
                 key = hashed_id(key) if isinstance(key, str) else int(key)
                 if seen.setdefault(key, number) != number:
-                    said = repr(entry["id"]) if "id" in entry else f"{number} (the line's number)"
+                    said = quoted(entry["id"]) if "id" in entry else f"{number} (the line's number)"
                     raise UserError(f"{where}: id: {said} is the id of line {seen[key]} too; give each line its own")
                 home, first = homes.setdefault(image, (split, number))
                 if home != split:
                     raise UserError(
-                        f"{where}: split: {image!r} is in {split!r} here and in {home!r} in line {first}; "
+                        f"{where}: split: {quoted(image)} is in {quoted(split)} here and in {quoted(home)} in line {first}; "
                         "an image belongs to one split, or the evaluation would see what was trained on"
                     )
                 self._lines.setdefault(split, {}).setdefault(image, []).append((number, key, sentences, entry))
@@ -145,6 +152,7 @@ class Jsonl:
         self._order = {split: list(by_image) for split, by_image in self._lines.items()}
         lines = [e for by_image in self._lines.values() for group in by_image.values() for *_, e in group]
         self.categories = tuple(sorted({_category(e) for e in lines if e["mask"] is not None}))
+        self._category_index = {name: i for i, name in enumerate(self.categories)}
 
     def _read(self) -> Iterator[tuple[int, bytes]]:
         """(number, line) of the lines that are not blank."""
@@ -189,7 +197,7 @@ class Jsonl:
             if entry["mask"] is not None:
                 rle = self._mask(entry["mask"], height, width, f"{self.path}:{number}: mask", notes)
                 targets = (len(annotations),)
-                annotations.append(Annotation(key, self.categories.index(_category(entry)), rle))
+                annotations.append(Annotation(key, self._category_index[_category(entry)], rle))
             expressions += [Expression(t.strip(), i, key, targets) for i, t in enumerate(entry["expressions"], first)]
         return Example(hashed_id(image), image, height, width, data, tuple(annotations), tuple(expressions))
 

@@ -15,7 +15,7 @@ from flowseg_jax.data.checks import check_said
 from flowseg_jax.data.formats.reading import ImageFolders, field, hashed_id, image_bytes, read_json, root_folder, visible
 from flowseg_jax.data.records import Example, Problems, Turn
 from flowseg_jax.data.tokenizer import IMAGE
-from flowseg_jax.errors import UserError, suggest
+from flowseg_jax.errors import UserError, listed, quoted, suggest
 
 KNOWN = ("blip_laion_cc_sbu_558k.json", "llava_v1_5_mix665k.json")
 IMAGE_DIRS = (
@@ -133,7 +133,7 @@ class Llava:
         return self._find(sample["image"], f"{self._where(i, sample)}.image", Counter())
 
     def _where(self, i: int, sample: dict[str, Any]) -> str:
-        return f"{self.path}: [{i}] (id {sample['id']})"
+        return f"{self.path}: [{i}] (id {_named(sample['id'])})"
 
     def example(self, split: str, index: int, notes: Counter[str]) -> Example | None:
         """Sample `index`; None if it has no image or no whole pair of question and answer.
@@ -174,16 +174,21 @@ class Llava:
             raise missing
 
 
+def _named(key: int | str) -> str:
+    """A sample's id for a message."""
+    return str(key) if isinstance(key, int) else listed([key])
+
+
 def _check(sample: Any, where: str) -> None:
     """Raises a UserError unless the sample has an id, turns of human and gpt, and at most one image."""
-    where = f"{where} (id {field(sample, 'id', (int, str), where)})"
+    where = f"{where} (id {_named(field(sample, 'id', (int, str), where))})"
     if sample.get("image") is not None:
         field(sample, "image", str, where)
     turns = field(sample, "conversations", list, where)
     for j, turn in enumerate(turns):
         spot = f"{where}.conversations[{j}]"
         if field(turn, "from", str, spot) not in ("human", "gpt"):
-            raise UserError(f"{spot}.from: expected 'human' or 'gpt', got {turn['from'][:40]!r}")
+            raise UserError(f"{spot}.from: expected 'human' or 'gpt', got {quoted(turn['from'])}")
         field(turn, "value", str, spot)
     marks = sum(turn["value"].count(IMAGE) for turn in turns if turn["from"] == "human")
     if marks > 1 and sample.get("image") is not None:

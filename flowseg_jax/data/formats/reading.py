@@ -7,13 +7,16 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
+from flowseg_jax import paths
 from flowseg_jax.data import images
 from flowseg_jax.data.checks import check_said, check_storable, seen_as
 from flowseg_jax.data.records import Problems
-from flowseg_jax.errors import UserError
+from flowseg_jax.errors import UserError, brief, quoted
+
+MOST_DRAWN = 20_000_000_000  # pixels of all objects of an image, each as large as the image
 
 
 def root_folder(root: str | Path) -> Path:
@@ -52,24 +55,24 @@ def read_json(path: Path, needs: str = "", notes: Counter[str] | None = None) ->
     except RecursionError:
         raise UserError(f"{path}: not valid JSON (nested too deeply)") from None
     except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
+        raise UserError(f"{path}: not valid JSON ({brief(error)})") from None
 
 
 def field(entry: Any, key: str, kind: type | tuple[type, ...], where: str) -> Any:
     """`entry[key]` after checking that it is there and of the right type; a number must be finite."""
     if not isinstance(entry, dict):
-        raise UserError(f"{where}: expected an object with fields, got {str(entry)[:40]!r}")
+        raise UserError(f"{where}: expected an object with fields, got {quoted(entry)}")
     if key not in entry:
         raise UserError(f"{where}: field {key!r} is missing")
     value = entry[key]
     kinds = kind if isinstance(kind, tuple) else (kind,)
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         names = "/".join(k.__name__ for k in kinds)
-        raise UserError(f"{where}.{key}: expected {names}, got {str(value)[:40]!r}")
+        raise UserError(f"{where}.{key}: expected {names}, got {quoted(value)}")
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{where}.{key}: {value} is no number")
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 1 << 62:
-        raise UserError(f"{where}.{key}: {str(value)[:24]} is out of range")
+        raise UserError(f"{where}.{key}: {quoted(value)} is out of range")
     return value
 
 
@@ -84,6 +87,12 @@ def flag(entry: dict[str, Any], key: str, where: str) -> bool:
     if value not in (0, 1):
         raise UserError(f"{where}.{key}: expected 0 or 1, got {value}")
     return bool(value)
+
+
+def check_work(objects: int, height: int, width: int, where: str) -> None:
+    """Raises a UserError where so many objects, each of which is drawn as large as the image, would take minutes."""
+    if objects * height * width > MOST_DRAWN:
+        raise UserError(f"{where}: {objects} objects in an image of {height}x{width} (height x width) are too many to draw")
 
 
 def by_id(table: Any, entries: str, path: Path, problems: Problems) -> dict[int, dict[str, Any]]:
@@ -139,17 +148,15 @@ class ImageFolders:
 
     def find(self, name: str, where: str) -> Path:
         """The file of image `name`. UserError if it is missing or leads out of the folders; `where` names the field."""
-        relative = PurePosixPath(check_storable(name, where))
-        if not name or "\0" in name or relative.is_absolute() or ".." in relative.parts:
-            raise UserError(f"{where}: {name!r} leads out of the image folder")
+        check_storable(name, where)
         for folder in self._folders:
-            path = folder / relative
+            path = paths.inside(folder, name, where)
             try:
                 if path.is_file():
                     return path
             except OSError as error:
-                raise UserError(f"{where}: {name[:80]!r} is no file name ({error.strerror})") from None
-        raise UserError(f"{where}: image {name!r} is missing (looked in {', '.join(map(str, self._folders))})")
+                raise UserError(f"{where}: {quoted(name)} is no file name ({error.strerror})") from None
+        raise UserError(f"{where}: image {quoted(name, 300)} is missing (looked in {', '.join(map(str, self._folders))})")
 
 
 def image_bytes(path: Path, notes: Counter[str]) -> tuple[bytes, int, int]:

@@ -20,9 +20,9 @@ from jaxtyping import UInt8
 from flowseg_jax.data import images, masks
 from flowseg_jax.data.batch import NONE
 from flowseg_jax.data.checks import MAX_CHARACTERS, check_said
-from flowseg_jax.data.formats.reading import field, hashed_id, image_bytes, read_json, root_folder, visible
+from flowseg_jax.data.formats.reading import check_work, field, hashed_id, image_bytes, read_json, root_folder, visible
 from flowseg_jax.data.records import Annotation, Example, Expression, Problems
-from flowseg_jax.errors import UserError, suggest
+from flowseg_jax.errors import UserError, listed, quoted, suggest
 
 SPLITS = ("train", "val", "test")
 TARGET, IGNORE = 1, 255
@@ -43,7 +43,7 @@ def _pairs(folder: Path, problems: Problems) -> list[str]:
     for name in sorted(images | jsons):
         with problems.record():
             if name != name.encode(errors="ignore").decode():
-                raise UserError(f"{folder}: the file name {name!r} is not UTF-8; rename it")
+                raise UserError(f"{folder}: the file name {quoted(name)} is not UTF-8; rename it")
             if name not in jsons:
                 raise UserError(f"{folder / name}.json: missing, yet there is {name}.jpg; every image needs its questions")
             if name not in images:
@@ -63,9 +63,9 @@ def _points(shape: dict[str, Any], height: int, width: int, where: str) -> np.nd
     reach = 2 * max(height, width)  # annotators overshoot the border; what is images away is damage
     for i, point in enumerate(points):
         if not isinstance(point, list) or len(point) != 2 or any(type(v) not in (int, float) for v in point):
-            raise UserError(f"{where}.points[{i}]: expected [x, y], got {str(point)[:40]!r}")
+            raise UserError(f"{where}.points[{i}]: expected [x, y], got {quoted(point)}")
         if not all(-reach <= v <= side + reach for v, side in zip(point, (width, height), strict=True)):  # so is NaN
-            raise UserError(f"{where}.points[{i}]: {str(point)[:40]} is not a position in a {width}x{height} image")
+            raise UserError(f"{where}.points[{i}]: {quoted(point)} is not a position in a {width}x{height} image")
     return np.array(points, dtype=np.int32)
 
 
@@ -98,6 +98,7 @@ def paint(shapes: list[Any], height: int, width: int, where: str, notes: Counter
         if len(points) < 3:
             notes["outlines of one or two points: painted as a dot or a line"] += 1
         outlines.append((points, IGNORE if "ignore" in label else TARGET))
+    check_work(len(outlines), height, width, where)
     areas = []
     for points, _ in outlines:
         alone = np.zeros((height, width), np.uint8)
@@ -116,7 +117,7 @@ def _texts(entry: Any, where: str, max_characters: int) -> list[str]:
         raise UserError(f"{where}: text: no question about the image")
     for i, text in enumerate(texts):
         if not isinstance(text, str):
-            raise UserError(f"{where}: text[{i}]: expected a question, got {str(text)[:40]!r}")
+            raise UserError(f"{where}: text[{i}]: expected a question, got {quoted(text)}")
     return [check_said(text, f"{where}: text[{i}]", max_characters) for i, text in enumerate(texts)]
 
 
@@ -200,16 +201,14 @@ class ReasonSeg:
                 where = f"{path}: [{i}]"
                 name, query, outputs = (field(entry, key, str, where) for key in ("image", "query", "outputs"))
                 if name not in known:
-                    raise UserError(f"{where}.image: {name[:80]!r} is not in train; add the image or remove the entry")
+                    raise UserError(f"{where}.image: {quoted(name)} is not in train; add the image or remove the entry")
                 outputs = check_said(outputs, f"{where}.outputs", self._max_characters)
                 self._explanations.setdefault(name, []).append((query.strip().lower(), outputs))
 
     def size(self, split: str) -> int:
         """Number of images of the split, those without a target included."""
         if split not in self._names:
-            raise UserError(
-                f"{self._root}: unknown split {split!r}{suggest(split, self.splits)}; it has {', '.join(self.splits)}"
-            )
+            raise UserError(f"{self._root}: unknown split {split!r}{suggest(split, self.splits)}; it has {listed(self.splits)}")
         return len(self._names[split])
 
     def image_file(self, split: str, index: int) -> tuple[str, Path]:

@@ -2,20 +2,21 @@
 
 Oddities handled here: the pickles come from Python 2 (latin-1); a ref's own `file_name` carries an annotation suffix, so the
 image name is taken from `instances.json`; `sent` is the cleaned sentence; an object's mask is the union of its polygons.
-Pickles are read with an unpickler that constructs nothing but plain containers, so a hostile file cannot run code.
+Pickles are read by `plain_pickle`, so a hostile file can neither run code nor fill the memory.
 """
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from flowseg_jax import paths
 from flowseg_jax.data import masks
 from flowseg_jax.data.checks import MAX_CHARACTERS, check_said, check_storable
+from flowseg_jax.data.formats import plain_pickle
 from flowseg_jax.data.formats.reading import (
     ImageFolders,
     by_id,
@@ -28,7 +29,7 @@ from flowseg_jax.data.formats.reading import (
     root_folder,
 )
 from flowseg_jax.data.records import Annotation, Example, Expression, Problems
-from flowseg_jax.errors import UserError, suggest
+from flowseg_jax.errors import UserError, brief, listed, suggest
 
 # How LISA, X-SAM and Sa2VA call the folder of each data set, and where each of them keeps the images.
 FOLDERS = {
@@ -52,11 +53,6 @@ _SPLIT_ORDER = ("train", "val", "testA", "testB", "test")
 _NEEDS = "a RefCOCO layout needs instances.json and refs(<split_by>).p side by side"
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"it wants to import {module}.{name}; a refs file holds plain lists and dicts only")
-
-
 def read_pickle(path: Path) -> list[Any]:
     """The refs of a pickle file, which may construct nothing but plain containers.
 
@@ -64,12 +60,11 @@ def read_pickle(path: Path) -> list[Any]:
         UserError: it cannot be read, is damaged, wants to construct something, or is not a list.
     """
     try:
-        with path.open("rb") as file:
-            refs = _PlainUnpickler(file, encoding="latin1").load()
+        refs = plain_pickle.loads(path.read_bytes())
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except Exception as error:  # a damaged pickle can raise nearly anything
-        raise UserError(f"{path}: not a readable refs pickle ({error or type(error).__name__})") from None
+        raise UserError(f"{path}: not a readable refs pickle ({brief(error)})") from None
     if not isinstance(refs, list):
         raise UserError(f"{path}: expected a list of refs, got {type(refs).__name__}")
     return refs
@@ -145,7 +140,7 @@ class Instances:
             check_said(field(sentence, "sent", str, spot), f"{spot}.sent", max_characters)
             if "family" in sentence:
                 check_storable(field(sentence, "family", str, spot), f"{spot}.family")
-        return image_id, field(ref, "split", str, where)
+        return image_id, paths.check_name(field(ref, "split", str, where), f"{where}.split")
 
     def check_object(self, ann_id: int, image_id: int, where: str) -> None:
         """Raises a UserError unless annotation `ann_id` exists and lies in the image."""
@@ -233,7 +228,7 @@ class Grouped:
         """Number of images that the split's refs use."""
         if split not in self._order:
             raise UserError(
-                f"{self._refs_path}: unknown split {split!r}{suggest(split, self.splits)}; it has {', '.join(self.splits)}"
+                f"{self._refs_path}: unknown split {split!r}{suggest(split, self.splits)}; it has {listed(self.splits)}"
             )
         return len(self._order[split])
 

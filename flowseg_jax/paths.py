@@ -1,0 +1,54 @@
+"""Names that files give us, before they become paths: the one place where that is decided.
+
+Whoever wrote an annotation file or the metadata of a prepared set may be hostile. A name that is absolute, goes up with `..`
+or holds a NUL must not lead to a file elsewhere, and one that no file system takes must be said in words.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path, PurePosixPath
+
+from flowseg_jax.errors import UserError, quoted
+
+_LONGEST = 255  # bytes of a part of a path, on all usual file systems
+_LONGEST_PATH = 4095  # bytes of a whole path
+_NAME = re.compile(r"[\w-]{1,64}", re.ASCII)
+
+
+def check_name(name: str, where: str) -> str:
+    """A name that files are named after, a split's above all. Returns it.
+
+    Args:
+        name: from a file or the command line.
+        where: file and field, for the message.
+
+    Raises:
+        UserError: it is empty, longer than 64 characters, or holds anything but letters, digits, `_` and `-`.
+    """
+    if not _NAME.fullmatch(name):
+        raise UserError(f"{where}: {quoted(name)} cannot name a file; use at most 64 letters, digits, _ and -")
+    return name
+
+
+def inside(folder: Path, name: str, where: str) -> Path:
+    """The path of `name` in `folder`, perhaps in folders below it.
+
+    Args:
+        folder: which `name` must not leave. Symbolic links are the owner's and are followed.
+        name: a relative path with `/`, from a file.
+        where: file and field, for the message.
+
+    Raises:
+        UserError: `name` is empty, absolute or no file name, or it leads out of the folder.
+    """
+    relative = PurePosixPath(name)
+    if "\0" in name or not relative.parts or relative.is_absolute() or ".." in relative.parts:
+        raise UserError(f"{where}: {quoted(name)} leads out of the folder {folder}")
+    try:
+        parts = [len(part.encode()) for part in relative.parts]
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: {quoted(name)} is no file name (not UTF-8)") from None
+    if max(parts) > _LONGEST or sum(parts) + len(parts) > _LONGEST_PATH:
+        raise UserError(f"{where}: {quoted(name)} is no file name (too long)")
+    return folder / relative
