@@ -18,6 +18,7 @@ import numpy as np
 
 from convert_weights import refusals
 from convert_weights.sources import Entry
+from convert_weights.torch_archive import check_archive, check_old_file
 from flowseg_jax.errors import UserError, listed, plain
 
 NESTED = ("state_dict", "model", "module")  # keys under which training frameworks put the weights
@@ -72,6 +73,7 @@ def _load(file: Path, mapped: bool) -> tuple[dict[str, Any], list[str]]:
     except ImportError:
         raise UserError(f"{file} is a PyTorch file and torch is not installed: pip install torch, or use safetensors") from None
     try:
+        check_archive(file) if mapped else check_old_file(file)
         with warnings.catch_warnings(action="ignore"):  # about pickles that are refused below
             state = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
@@ -81,6 +83,8 @@ def _load(file: Path, mapped: bool) -> tuple[dict[str, Any], list[str]]:
             f"{file} is refused: it is a pickle that asks for more than tensors{what} and could run any code; get the weights "
             "as safetensors, or save them again as a plain dict of tensors"
         ) from None
+    except UserError:
+        raise
     except Exception as error:  # whoever wrote the file decides what its reading raises
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{file} cannot be read, it is damaged or truncated: {plain(reason)}; download it again") from None
