@@ -16,6 +16,12 @@ MAX_OBJECTS = 10_000_000  # of a pickle, each counted as often as it is referred
 OLD_PICKLES = 4  # of a file before PyTorch 1.6 the first are magic number, version, system and the tensors
 
 
+def is_archive(file: Path) -> bool:
+    """Whether torch takes a file for a zip archive: by its first bytes. (`zipfile` looks at its end, and raises on some.)"""
+    with open(file, "rb") as stream:
+        return stream.read(4) == b"PK\x03\x04"
+
+
 def check_archive(file: Path) -> None:
     """Raises a UserError unless the records of a zip archive have the checksums that they were saved with.
 

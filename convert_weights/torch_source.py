@@ -8,7 +8,6 @@ import pickle
 import re
 import sys
 import warnings
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import numpy as np
 
 from convert_weights import refusals
 from convert_weights.sources import Entry
-from convert_weights.torch_archive import check_archive, check_old_file
+from convert_weights.torch_archive import check_archive, check_old_file, is_archive
 from flowseg_jax.errors import UserError, listed, plain
 
 NESTED = ("state_dict", "model", "module")  # keys under which training frameworks put the weights
@@ -42,8 +41,7 @@ class TorchSource:
         self._tensors: dict[str, Any] = {}
         self._mapped: set[str] = set()
         for file in files:
-            mapped = zipfile.is_zipfile(file)  # the format before PyTorch 1.6 is no zip archive and cannot be mapped
-            state, beside = _load(file, mapped)
+            state, beside, mapped = _load(file)
             if beside:
                 self.notes.append(f"{file}: the weights were taken, not {listed(beside)} beside them")
             self._mapped |= set(state) if mapped else set()
@@ -65,14 +63,15 @@ class TorchSource:
         return out
 
 
-def _load(file: Path, mapped: bool) -> tuple[dict[str, Any], list[str]]:
-    """The tensors of a file, and the names of what its weights lay beside (an optimizer's state, say)."""
+def _load(file: Path) -> tuple[dict[str, Any], list[str], bool]:
+    """The tensors of a file, the names of what they lay beside (an optimizer's state, say), and whether they are mapped."""
     refusals.refuse_pointer(file)
     try:
         import torch
     except ImportError:
         raise UserError(f"{file} is a PyTorch file and torch is not installed: pip install torch, or use safetensors") from None
     try:
+        mapped = is_archive(file)  # the format before PyTorch 1.6 is none, and cannot be mapped
         check_archive(file) if mapped else check_old_file(file)
         with warnings.catch_warnings(action="ignore"):  # about pickles that are refused below
             state = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
@@ -102,7 +101,7 @@ def _load(file: Path, mapped: bool) -> tuple[dict[str, Any], list[str]]:
     if odd:
         refusals.refuse_dtypes(file, odd)
     # A Parameter is a tensor to its optimizer, and refuses to be an array.
-    return {key: tensor.detach() for key, tensor in state.items()}, beside
+    return {key: tensor.detach() for key, tensor in state.items()}, beside, mapped
 
 
 def _name(tensor: Any) -> str:

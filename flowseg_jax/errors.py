@@ -86,9 +86,9 @@ def plain(text: object, limit: int = 200) -> str:
     return kept if len(text) <= limit else f"{kept[: limit - 1]}…"
 
 
-def listed(items: Collection[object], limit: int = 10) -> str:
+def listed(items: Collection[object], limit: int = 10, between: str = ", ") -> str:
     """`a, b, c`, or the first `limit` of them `and 12 more`."""
-    first = ", ".join(plain(item) for item in itertools.islice(items, limit))
+    first = between.join(plain(item) for item in itertools.islice(items, limit))
     return first if len(items) <= limit else f"{first} and {len(items) - limit} more"
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from flowseg_jax.errors import UserError
+from flowseg_jax.errors import UserError, listed
 
 Tree = Any
 CHUNK = 1 << 22  # elements that the host's checksum takes at a time
@@ -40,7 +40,7 @@ def manifest(tree: Tree) -> dict[str, list]:
 
 
 def compare(want: Mapping[str, list], have: Mapping[str, list], source: str) -> None:
-    """Raises one UserError that lists every name of manifest `have` that is missing, unexpected or of another shape.
+    """Raises one UserError for the names of manifest `have` that are missing, unexpected or misshapen: ten and the count.
 
     Dtypes may differ: what is read is cast to what the model wants.
     """
@@ -50,11 +50,11 @@ def compare(want: Mapping[str, list], have: Mapping[str, list], source: str) -> 
         if name in have and list(have[name][0]) != list(want[name][0]):
             faults.append(f"{name} is {tuple(have[name][0])}, the model's is {tuple(want[name][0])}")
     if faults:
-        raise UserError(f"{source} does not fit the model: {'; '.join(faults)}")
+        raise UserError(f"{source} does not fit the model: {listed(faults, between='; ')}")
 
 
 def check_params(abstract: Tree, params: Tree, source: str = "the checkpoint") -> None:
-    """Raises one UserError that lists every missing, unexpected and wrongly shaped parameter of `params`."""
+    """Raises one UserError for the missing, unexpected and wrongly shaped parameters of `params`: ten and the count."""
     compare(manifest(abstract), manifest(params), source)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from flowseg_jax import traces
-from flowseg_jax.errors import UserError
+from flowseg_jax.errors import UserError, listed, plain
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = ("train.py", "eval.py", "predict.py", "convert_weights/__main__.py")
@@ -201,3 +201,18 @@ def test_one_line_of_an_exception():
     assert traces.one_line(ValueError("  a\nb")) == "ValueError: a"
     assert traces.one_line(UserError()) == "UserError"
     assert len(traces.one_line(ValueError("x" * 9999))) == 300
+
+
+def test_names_of_others_are_short_and_on_one_line():
+    assert listed(["a", "b"]) == "a, b"
+    assert listed({str(i): 0 for i in range(13)}) == "0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 3 more"
+    assert listed(["a", "b", "c"], 1, "; ") == "a and 2 more"
+    assert plain("a\nb\x1b[2J\ud800") == r"a\nb\x1b[2J\ud800"
+    assert plain("x" * 200) == "x" * 200
+    assert plain("x" * 201) == "x" * 199 + "…"
+
+    class Endless:
+        def __str__(self):
+            raise AssertionError("its text is not asked for")
+
+    assert plain(Endless()) == "a Endless"

@@ -106,3 +106,6 @@ def test_loading_is_strict_both_ways(tmp_path, tokenizer):
     with pytest.raises(UserError, match=r"this does not fit the model: missing a/c \(1,\)"):
         check_params({"a": {"c": jnp.zeros(1)}}, {}, "this")
     check_params(abstract_of(make_params()), make_params())
+    with pytest.raises(UserError, match=r"missing a/n10 \(1,\).* and 15 more$") as error:  # ten of them and the count
+        check_params({"a": {f"n{i}": jnp.zeros(1) for i in range(10, 35)}}, {}, "this")
+    assert str(error.value).count("missing") == 10

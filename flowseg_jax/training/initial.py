@@ -17,7 +17,7 @@ import jax
 from jax.sharding import Mesh
 
 from flowseg_jax import parallel
-from flowseg_jax.errors import UserError, suggest
+from flowseg_jax.errors import UserError, listed, suggest
 from flowseg_jax.manifest import flatten, nest
 from flowseg_jax.model_directory import load_model, read_model_config
 from flowseg_jax.models import flowseg
@@ -53,7 +53,7 @@ class Source:
         """Matches an entry with the model's parameters, `shapes`; nothing large is read.
 
         Raises:
-            UserError: no such directory or tower, or arrays that the model has no place for, all of them listed.
+            UserError: no such directory or tower, or arrays that the model has no place for: ten of them and the count.
         """
         tower, equals, path = text.partition("=")
         if not equals or not tower.isidentifier():
@@ -80,7 +80,7 @@ class Source:
             if tuple(stored[name][0]) != shapes[ours]
         ]
         if faults:
-            raise UserError(f"init_from {text!r} does not fit the model: {'; '.join(faults)}")
+            raise UserError(f"init_from {text!r} does not fit the model: {listed(faults, between='; ')}")
         return cls(text, Path(path), stored, places, unused)
 
     def load(self, abstract: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh) -> dict[str, jax.Array]:

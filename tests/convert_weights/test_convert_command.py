@@ -14,8 +14,9 @@ import safetensors.numpy
 import tensorstore as ts
 import tiny_checkpoints as tiny
 import torch
+from safetensors.numpy import save_file
 
-from convert_weights import cli
+from convert_weights import cli, export
 from convert_weights.convert import get_family, import_params
 from flowseg_jax import model_directory, parallel, streaming
 from flowseg_jax.data.tokenizer import load_tokenizer
@@ -126,6 +127,51 @@ def test_export_and_back(tmp_path, hf):
     theirs = transformers.Phi3ForCausalLM.from_pretrained(tmp_path / "out2")
     assert theirs.config.vocab_size == 262
     assert np.array_equal(theirs.lm_head.weight.detach().float().numpy(), exported["lm_head.weight"].astype(np.float32))
+
+
+def test_an_export_of_several_shards(tmp_path, hf, monkeypatch):
+    source = hf("qwen3")
+    run("qwen3", source, tmp_path / "out1")
+    monkeypatch.setattr(export, "MAX_SHARD", 20_000)
+    in_memory = []
+    monkeypatch.setattr(
+        export, "save_file", lambda arrays, *a, **k: [in_memory.append(arrays.keys()), save_file(arrays, *a, **k)]
+    )
+    run("qwen3", tmp_path / "out1", tmp_path / "out2", "--export")
+    index = json.loads((tmp_path / "out2" / "model.safetensors.index.json").read_text())
+    files = sorted(path.name for path in (tmp_path / "out2").glob("*.safetensors"))
+    assert files == [f"model-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(in_memory))]
+    assert len(files) == 2
+    original = safetensors.numpy.load_file(source / "model.safetensors")
+    total = 0
+    for file, names in zip(files, in_memory, strict=True):
+        found = safetensors.numpy.load_file(tmp_path / "out2" / file)
+        assert found.keys() == names == {name for name, place in index["weight_map"].items() if place == file}
+        assert all(np.array_equal(x, original[name][: len(x)]) for name, x in found.items())
+        size = sum(x.nbytes for x in found.values())
+        assert size <= 20_000
+        assert (tmp_path / "out2" / file).stat().st_mode & 0o777 == 0o644
+        total += size
+    assert index["metadata"]["total_size"] == total
+    assert index["weight_map"].keys() == original.keys()
+    run("qwen3", tmp_path / "out2", tmp_path / "out3")
+    assert equal(*(model_directory.load_model(tmp_path / f"out{i}", dtype=None, towers=True).params for i in (1, 3)))
+    import transformers
+
+    theirs = transformers.Qwen3ForCausalLM.from_pretrained(tmp_path / "out2").state_dict()
+    assert all(np.array_equal(theirs[n].float().numpy(), x[: len(theirs[n])].astype(np.float32)) for n, x in original.items())
+
+
+def test_an_export_to_a_full_disk_leaves_nothing(tmp_path, hf, monkeypatch):
+    run("sam", hf("sam"), tmp_path / "out1")
+
+    def full(*args, **kwargs):
+        raise safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(export, "save_file", full)
+    with pytest.raises(UserError, match=r"out2 could not be written: .*No space left on device"):
+        run("sam", tmp_path / "out1", tmp_path / "out2", "--export")
+    assert leftovers(tmp_path) == ["out1"]
 
 
 def test_xsam_becomes_a_model_that_runs(tmp_path, xsam, capsys):
