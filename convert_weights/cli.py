@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     started = time.monotonic()
     with jobs.prepared(request) as job:
         for note in job.source.notes:
-            say(note)
+            say(f"note: {note}")
         before = host.peak_memory()  # with libraries and tokenizer
         targets = {target.name: target for target in job.plan.targets}
         progress = lambda name: say(_line(targets[name]))  # noqa: E731

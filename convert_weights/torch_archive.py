@@ -48,7 +48,7 @@ def check_archive(file: Path) -> None:
     except Exception as error:  # zipfile raises half a dozen types, and says so nowhere
         wrong = plain(str(error) or type(error).__name__)
     if wrong:
-        raise UserError(f"{file} is damaged or truncated: {wrong}; download it again")
+        raise UserError(f"{file} cannot be read, it is damaged or truncated: {wrong}; download it again")
 
 
 def check_old_file(file: Path) -> None:

@@ -177,6 +177,12 @@ def test_a_tied_head_may_be_listed_if_it_is_the_same():
         import_params("qwen3", tensors | {"lm_head.weight": other}, cfg)
 
 
+def test_a_tied_head_in_integers_is_another_matrix():
+    tensors, cfg = arrays("qwen3")
+    with pytest.raises(UserError, match=r"lm_head.weight \(280, 24\) differs from model.embed_tokens.weight"):
+        import_params("qwen3", tensors | {"lm_head.weight": np.zeros((280, 24), np.int8)}, cfg)
+
+
 def test_the_vocabulary_is_cut_or_grown_as_xsam_does():
     tensors, cfg = arrays("phi3")
     table, head = tensors["model.embed_tokens.weight"], tensors["lm_head.weight"]

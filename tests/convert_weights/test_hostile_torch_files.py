@@ -37,7 +37,9 @@ def test_every_byte_of_an_archive_has_its_checksum(tmp_path):
     for part in (np.arange(6, dtype=np.float32).tobytes(), b"_rebuild_tensor_v2"):  # a value, and the pickle
         at = whole.index(part)
         file.write_bytes(whole[: at + 3] + bytes([whole[at + 3] ^ 1]) + whole[at + 4 :])
-        with pytest.raises(UserError, match=r"x.bin is damaged or truncated: the checksum of .*(data/0|data.pkl) is wrong"):
+        with pytest.raises(
+            UserError, match=r"x.bin cannot be read, it is damaged or truncated: the checksum of .*(data/0|data.pkl) is wrong"
+        ):
             open_source(file)
 
 

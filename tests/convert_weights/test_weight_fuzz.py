@@ -220,4 +220,8 @@ def test_damage_is_a_clear_error_or_nothing(tmp_path, name):
 @pytest.mark.parametrize("name", FUZZERS)
 def test_much_damage_is_clear_errors_or_nothing(tmp_path, name):
     counts = fuzz(name, range(100, 1500), tmp_path)
-    print(f"\n| {name} | {counts.total()} | " + " | ".join(str(counts[kind]) for kind in (CLEAR, NONE, TRACE, HANG, SILENT)))
+    print(
+        f"\n| {name} | W | {counts.total()} | "
+        + " | ".join(str(counts[kind]) for kind in (CLEAR, NONE, TRACE, HANG, SILENT))
+        + " |"
+    )

@@ -233,5 +233,5 @@ def test_what_is_said_on_the_way(tmp_path, capsys):
     (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {}}))
     cli.main(["qwen3", str(tmp_path), "--check"])
     printed = capsys.readouterr().out
-    assert "taken: pytorch_model.bin; not used beside it: pytorch_model.bin.index.json" in printed
+    assert "note: taken: pytorch_model.bin; not used beside it: pytorch_model.bin.index.json" in printed
     assert "_orig_mod. taken out of the names" in printed
