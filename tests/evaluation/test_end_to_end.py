@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -25,6 +27,8 @@ from flowseg_jax.models import flowseg
 from flowseg_jax.models.language import Cache
 
 SIDE, CELL, QUERIES, BELOW = 64, 2, 6, 0.3
+ROOT = Path(__file__).resolve().parents[2]
+OF_THE_MODEL = {"image_id", "query", "score", "best_query", "best_score", "best_rank", "rle", "best_rle"}  # of a record
 LAYOUTS = {
     "refcoco": lambda root: wild.refs(root, general=False),
     "grefcoco": lambda root: wild.refs(root, general=True),
@@ -125,7 +129,27 @@ def same(found, wanted, where=""):
             assert found[key] == pytest.approx(value, abs=1e-9), f"{where}/{key}"
 
 
-@pytest.mark.parametrize(
+def judged(root, layout, protocol, below, answered, result, records, failed=lambda record: False):
+    """{protocol: its table} by the judge, after every record and every figure of the result was held against it."""
+    asked = asked_in(root, layout, protocol)
+    assert {(r["file_name"], r["text"]) for r in records} == asked.keys() and len(records) == len(asked)
+    rows = []
+    for r in records:
+        one = asked[r["file_name"], r["text"]]
+        assert layout == "reasonseg" or r["image_id"] == one.image_id
+        rows.append(judge.Row.of(one, r, failed(r)))
+        wanted = judge.record(rows[-1], protocol, below)
+        same({key: r[key] for key in wanted}, wanted, r["file_name"])
+        assert r.keys() == wanted.keys() | OF_THE_MODEL
+    tables = {name: judge.table(rows, name, below) for name in answered}
+    same({key: result[key] for key in tables[protocol]}, tables[protocol], protocol)
+    headline = ("n", "ciou", "giou", "p_at", "n_acc", "t_acc")
+    also = {name: {key: t[key] for key in headline if key in t} for name, t in tables.items() if name != protocol}
+    same(result["also"], also, "also")
+    return tables
+
+
+RUNS = pytest.mark.parametrize(
     ("layout", "protocol", "below", "answered"),
     [
         ("refcoco", "xsam", 0.0, {"xsam", "lisa"}),
@@ -135,32 +159,31 @@ def same(found, wanted, where=""):
         ("reasonseg", "xsam", 0.0, {"xsam", "lisa"}),
     ],
 )
+
+
+@RUNS
 def test_every_number_is_that_of_the_judge(evaluated, capsys, layout, protocol, below, answered):
     root, out, result, records = evaluated(layout, protocol, below)
-    asked = asked_in(root, layout, protocol)
-    assert {(r["file_name"], r["text"]) for r in records} == asked.keys() and len(records) == len(asked)
-    rows = []
-    for r in records:
-        one = asked[r["file_name"], r["text"]]
-        assert layout == "reasonseg" or r["image_id"] == one.image_id
-        broken = int(r["file_name"].lstrip("i").split(".")[0]) in wild.BROKEN
-        rows.append(judge.Row.of(one, r, failed=broken and r["query"] % 2 == 0))
-        wanted = judge.record(rows[-1], protocol, below)
-        same({key: r[key] for key in wanted}, wanted, r["file_name"])
-        of_model = {"image_id", "query", "score", "best_query", "best_score", "best_rank", "rle", "best_rle"}
-        assert r.keys() == wanted.keys() | of_model
-    tables = {name: judge.table(rows, name, below) for name in answered}
-    same({key: result[key] for key in tables[protocol]}, tables[protocol], protocol)
-    headline = ("n", "ciou", "giou", "p_at", "n_acc", "t_acc")
-    also = {name: {key: t[key] for key in headline if key in t} for name, t in tables.items() if name != protocol}
-    same(result["also"], also, "also")
+    broken = lambda r: int(r["file_name"].lstrip("i").split(".")[0]) in wild.BROKEN  # noqa: E731
+    tables = judged(root, layout, protocol, below, answered, result, records, lambda r: broken(r) and r["query"] % 2 == 0)
     capsys.readouterr()
     assert evaluation_main(["audit", str(out / "val.jsonl"), "--json"]) == 0
     same(json.loads(capsys.readouterr().out), tables, "audit")
-    again = audit.compare(records, records, protocols.get(protocol), resamples=20)
-    assert {name: (d.first, d.low, d.high) for name, d in again.items()} == {
-        name: (pytest.approx(tables[protocol][name]), 0, 0) for name in ("ciou", "giou")
-    }
+    for name, difference in audit.compare(records, records, protocols.get(protocol), resamples=20).items():
+        assert (difference.first, difference.low, difference.high) == (pytest.approx(tables[protocol][name]), 0, 0)
+
+
+@pytest.mark.slow
+@RUNS
+def test_the_commands_say_what_the_judge_says(prepared, tmp_path, layout, protocol, below, answered):
+    """The same with the shipped checkpoint, by eval.py in a process of its own."""
+    root, data = prepared(layout)
+    flags = [f"--data={data.directory}", "--split=val", "--save-masks", f"--protocol={protocol}", f"--out={tmp_path}"]
+    command = [sys.executable, "eval.py", *flags, f"--no-target-below={below}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in (tmp_path / "val.jsonl").read_text().splitlines()]
+    judged(root, layout, protocol, below, answered, json.loads((tmp_path / "val.json").read_text()), records)
 
 
 def test_the_files_hold_what_they_should(evaluated):

@@ -1,4 +1,5 @@
-"""Data sets on disk whose objects are drawn differently by every raster, for tests: RefCOCO, gRefCOCO and ReasonSeg layouts.
+"""Data sets on disk whose objects are drawn differently by every raster, for tests: RefCOCO, gRefCOCO and ReasonSeg layouts,
+and a COCO panoptic one.
 
 Images of 1 to 700 pixels; objects of several overlapping outlines on broken coordinates, of run-length codes with holes, crowd
 regions; sentences that refer to several objects or to nothing, that are repeated, in other case, too; regions to be ignored.
@@ -149,4 +150,37 @@ def reasoning(root: Path, seed: int = 0) -> Path:
         texts = [s["sent"] for s in sentences(rng, number, 0)]
         entry = {"text": texts, "is_sentence": bool(number % 2), "shapes": shapes}
         (root / "val" / f"i{number:03d}.json").write_text(json.dumps(entry))
+    return root
+
+
+COLOURS = [(230, 30, 30), (30, 230, 30), (30, 30, 230), (230, 230, 30)]
+KINDS = [{"id": 7, "name": "dog", "isthing": 1}, {"id": 3, "name": "cat", "isthing": 1}]
+KINDS += [{"id": 150, "name": "sky", "isthing": 0}, {"id": 90, "name": "road", "isthing": 0}]
+
+
+def panoptic(root: Path, seed: int = 0) -> Path:
+    """A COCO panoptic layout: segments with holes over each other, crowd regions, void. A pixel's colour is near its kind's."""
+    rng = np.random.default_rng(seed)
+    (root / "annotations" / "panoptic_val2017").mkdir(parents=True)
+    (root / "val2017").mkdir()
+    images, annotations = [], []
+    for number, (h, w) in enumerate(SIZES):
+        ids, shown = np.zeros((h, w), np.uint32), np.full((h, w, 3), 120.0)
+        segments = []
+        for _ in range(int(rng.integers(1, 7))):
+            kind, key = int(rng.integers(4)), int(rng.integers(1, 1 << 24))
+            mask = blob(rng, h, w).astype(bool)
+            ids[mask] = key
+            shown[mask] = COLOURS[kind if rng.random() < 0.8 else (kind + 1) % 4]  # what is shown is not always what it is
+            crowd = int(KINDS[kind]["isthing"] and rng.random() < 0.2)
+            segments.append({"id": key, "category_id": KINDS[kind]["id"], "iscrowd": crowd})
+        segments = [one for one in segments if (ids == one["id"]).any()]
+        name = f"{number:012d}"
+        colour = np.stack([ids % 256, ids // 256 % 256, ids // 65536], -1).astype(np.uint8)
+        Image.fromarray(colour).save(root / "annotations" / "panoptic_val2017" / f"{name}.png")
+        Image.fromarray(shown.astype(np.uint8)).save(root / "val2017" / f"{name}.png")
+        images.append({"id": number, "file_name": f"{name}.png", "height": h, "width": w})
+        annotations.append({"image_id": number, "file_name": f"{name}.png", "segments_info": segments})
+    table = {"images": images, "annotations": annotations, "categories": KINDS}
+    (root / "annotations" / "panoptic_val2017.json").write_text(json.dumps(table))
     return root
