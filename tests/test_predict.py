@@ -34,7 +34,7 @@ from flowseg_jax.prediction.answers import Candidate, Selection, distinct, selec
 SIDE, GRID, QUERIES = 48, 12, 4
 
 
-class Thresholds(nnx.Module):
+class Thresholds(flowseg.FlowSeg):
     """Candidate q: where the image is brighter than (q + 1) / 5. Longer texts prefer darker thresholds."""
 
     def __init__(self):

@@ -20,7 +20,7 @@ SIDE, CELL, PHRASES, TEXT, QUERIES = 48, 4, 3, 24, 5
 PREFIX = (3, 1, 4)
 
 
-class FakeSegmentor(nnx.Module):
+class FakeSegmentor(flowseg.FlowSeg):
     """Candidate q of any phrase: where the image is brighter than a threshold of q. The score follows the phrase's tokens."""
 
     def __init__(self, *, rngs: nnx.Rngs):

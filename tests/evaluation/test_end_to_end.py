@@ -36,7 +36,7 @@ LAYOUTS = {
 }
 
 
-class Painter(nnx.Module):
+class Painter(flowseg.FlowSeg):
     """Candidate q: where the image is brighter than a threshold of q; the last one is empty. Scores follow the question.
 
     In a blue image the logits of every second candidate are no numbers.
