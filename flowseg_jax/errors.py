@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import importlib
 import itertools
 import os
@@ -21,6 +22,8 @@ from typing import IO, Any
 
 from flowseg_jax.traces import Traces, formatted, one_line, printable, shown
 
+# What the system says where nothing can be written. A file that is not there, or that is a folder, is another matter.
+NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EIO)
 CLOSED_PIPE = 141  # the exit code of a command that SIGPIPE ends, as shells count it
 SHOWN = 60  # characters of a value in a message
 MANY = 1000  # names that are looked through for one that is meant
@@ -28,6 +31,18 @@ MANY = 1000  # names that are looked through for one that is meant
 
 class UserError(ValueError):
     """A mistake in what the user gave us: a file, a flag, a config key, a checkpoint."""
+
+
+def not_writable(error: BaseException) -> str | None:
+    """Why a file could not be written (no room, no right, a file system that is only read), or None for another error.
+
+    Libraries in other languages have types of their own for it, with the system's words in their texts.
+    """
+    if isinstance(error, OSError) and error.errno in NOT_WRITABLE:
+        return f"{error.strerror}: {plain(os.fsdecode(error.filename))}" if error.filename else error.strerror
+    if isinstance(error, UserError):
+        return None
+    return next((os.strerror(code) for code in NOT_WRITABLE if os.strerror(code) in str(error)), None)
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
@@ -125,6 +140,10 @@ def run(main: Callable[[], int | None] | str) -> None:
     except Exception as error:
         if _from_interrupt(error):
             code = _interrupted(traces)
+        elif why := not_writable(error):
+            tell(f"{formatted(error) if shown() else ''}error: cannot write: {why}; make room, or choose another place")
+            traces.drop()
+            code = 2
         else:
             traces.add(one_line(error), formatted(error))
             tell(f"error: unexpected {one_line(error)}; {traces.place()}")

@@ -27,13 +27,14 @@ import numpy as np
 import safetensors.numpy
 from jax import export as jax_export
 from jaxtyping import Array, Int
+from safetensors import SafetensorError
 
 from flowseg_jax import cli, locks
 from flowseg_jax.data import batching
 from flowseg_jax.data.batch import IMAGE_TOKEN, NONE, Questions, Views
 from flowseg_jax.data.prompts import Prompts
 from flowseg_jax.data.tokenizer import Tokenizer, load_tokenizer
-from flowseg_jax.errors import UserError, suggest
+from flowseg_jax.errors import UserError, not_writable, suggest
 from flowseg_jax.evaluation import postprocess
 from flowseg_jax.evaluation.benchmark import digest
 from flowseg_jax.manifest import compare, flatten, manifest, nest
@@ -240,8 +241,8 @@ def _export(directory: str | os.PathLike[str], target: Path, room: Room, platfor
         (fresh / "tokenizer.json").write_text(backend.to_str(pretty=True), encoding="utf-8")
         (fresh / "export.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
         fresh.replace(target)
-    except OSError as error:
-        raise UserError(f"{target} could not be written: {error.strerror or error}") from None
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{target} could not be written: {not_writable(error) or error}") from None
     finally:
         with contextlib.suppress(OSError):
             shutil.rmtree(fresh)

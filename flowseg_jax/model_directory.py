@@ -20,7 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from flowseg_jax.errors import UserError
+from flowseg_jax.errors import UserError, not_writable
 from flowseg_jax.manifest import Tree, checksums, compare, flatten, manifest, nest, verify
 from flowseg_jax.processes import attempt, is_primary, locked
 from flowseg_jax.storage import absolute, as_stored, cast, copy_tree, damage, local_directory, provenance, reason
@@ -175,7 +175,9 @@ def _recover(target: epath.Path, old: epath.Path) -> None:
 
 
 def _not_written(error: Exception) -> str | None:
-    return reason(error) if isinstance(error, OSError | ValueError) and not isinstance(error, UserError) else None
+    if isinstance(error, UserError):
+        return None
+    return not_writable(error) or (reason(error) if isinstance(error, OSError | ValueError) else None)
 
 
 def check_free(directory: str | os.PathLike, overwrite: bool = False) -> None:

@@ -82,15 +82,22 @@ def copy_tree(source: epath.Path, target: epath.Path) -> None:
             (target / entry.name).write_bytes(entry.read_bytes())
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Writes a whole local file or none of it; its folder is made. UserError where that is not possible."""
+def replace_text(path: Path | epath.Path, text: str) -> None:
+    """Writes a whole file or none of it; its folder is made. UserError where that is not possible."""
+    part = path if is_remote(path) else path.with_name(path.name + ".part")  # an object is written whole
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
         part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; choose a folder you can write to") from error
+        if part is not path:
+            os.replace(part, path)
+    except Exception as error:
+        if not isinstance(error, OSError) and not is_remote(path):  # clients of object stores have their own
+            raise
+        with contextlib.suppress(Exception):
+            if part is not path:
+                part.unlink()
+        why = getattr(error, "strerror", None) or reason(error)
+        raise UserError(f"cannot write {path}: {why}; make room, or choose a folder you can write to") from error
 
 
 @functools.cache

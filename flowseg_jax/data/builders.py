@@ -30,7 +30,7 @@ from flowseg_jax.data.prompts import training_text
 from flowseg_jax.data.records import Layout, Problems, damaged
 from flowseg_jax.data.shards import Shard
 from flowseg_jax.data.tokenizer import train_tokenizer
-from flowseg_jax.errors import UserError, quoted
+from flowseg_jax.errors import UserError, not_writable, quoted
 
 PROGRESS_SECONDS = 5.0
 WORTH_A_PROCESS = 512  # images: reading and writing fewer takes less than the start of a process
@@ -279,8 +279,10 @@ def _continued(out: Path, request: Mapping[str, Any], log: Log) -> Iterator[Path
                 raise UserError(
                     f"{out}: cannot be put in place ({error.strerror}); did another process write it meanwhile?"
                 ) from None
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error})") from None
+    except Exception as error:
+        if (why := not_writable(error)) is None and not isinstance(error, OSError):
+            raise
+        raise UserError(f"{out}: cannot be written ({why or error}); the same command continues") from None
 
 
 @contextlib.contextmanager

@@ -60,19 +60,22 @@ class Partial:
             yield partial
         finally:
             if file is not None:
-                file.close()
+                with contextlib.suppress(OSError):  # what it still holds of a line that did not fit
+                    file.close()
                 if not partial.records:
                     path.unlink(missing_ok=True)
 
     def add(self, found: Records) -> None:
-        """Adds what all processes have found for a batch."""
+        """Adds what all processes have found for a batch. Raises a UserError where it cannot be kept."""
         for part in processes.exchange(json.dumps(list(found.items())).encode()):
             new: Records = dict(json.loads(part))
-            self.records |= new
             if self._file is not None:
-                self._file.writelines(f"{_line(place, records)}\n" for place, records in new.items())
-        if self._file is not None:
-            self._file.flush()
+                try:
+                    self._file.writelines(f"{_line(place, records)}\n" for place, records in new.items())
+                    self._file.flush()
+                except OSError as error:
+                    raise UserError(f"cannot write {self._path}: {error.strerror}; make room") from error
+            self.records |= new
 
     def kept(self) -> str:
         """What an interrupted user needs to know."""

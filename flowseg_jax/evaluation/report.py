@@ -104,6 +104,7 @@ def save_pictures(folder: Path | str, name: str, examples: Mapping[str, Sequence
         shutil.rmtree(target, ignore_errors=True)
         os.replace(part, target)
     except OSError as error:
+        shutil.rmtree(part, ignore_errors=True)
         raise UserError(f"cannot write pictures to {target}: {error.strerror}; choose a folder you can write to") from error
     return target
 

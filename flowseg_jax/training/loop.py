@@ -25,7 +25,7 @@ from flowseg_jax.errors import UserError
 from flowseg_jax.model_directory import save_model
 from flowseg_jax.planning import devices, flops
 from flowseg_jax.processes import is_primary, locked
-from flowseg_jax.storage import prepare_workdir
+from flowseg_jax.storage import prepare_workdir, replace_text
 from flowseg_jax.training.profiling import Profile, Profiler
 from flowseg_jax.training.program import Plan, Program
 from flowseg_jax.training.step import TrainState
@@ -152,7 +152,7 @@ def run(config: ConfigDict, program: Program, workdir: Path, profile: Profile | 
             with heartbeat("initialising parameters"):
                 start, state = 0, program.initial_state(config)
         if is_primary():  # not before: a config that is refused leaves the run's own where it is
-            (workdir / "config.json").write_text(to_json(config) + "\n")
+            replace_text(workdir / "config.json", to_json(config) + "\n")
         stop = stack.enter_context(Stop())
         batches = stack.enter_context(contextlib.closing(data.iterate(start)))
         writer = create_writer(workdir, steps=config.steps, start_step=start, primary=is_primary())
