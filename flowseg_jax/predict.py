@@ -186,6 +186,8 @@ class Segmentor:
         if not texts or not all(text.strip() for text in texts):
             raise UserError(f"{where}: a text is empty: say what to segment")
         for text in texts:
+            if any("\ud800" <= char <= "\udfff" for char in text):
+                raise UserError(f"{where}: the text {text!r} has half of a character pair: it is no Unicode")
             check_phrase(text, self._tokenizer, where)
 
     def ask(self, look: Look, texts: Sequence[str], **selection: Any) -> list[Prediction]:
