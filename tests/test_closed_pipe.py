@@ -50,7 +50,7 @@ def piped(program: str, *arguments: object, merge: bool = False) -> tuple[int, s
     return done.returncode, done.stderr or ""
 
 
-@pytest.mark.parametrize("merge, code", [(False, 0), (True, 3)])
+@pytest.mark.parametrize("merge, code", [(False, 0), pytest.param(True, 3, marks=pytest.mark.slow)])
 def test_work_goes_on_to_its_end(tmp_path, merge, code):
     found, said = piped(WORKS, tmp_path / "end", code, merge=merge)
     assert found == code

@@ -30,7 +30,7 @@ def test_names_that_are_long_or_no_text(command, tmp_path, capsys):  # noqa: F81
     assert code == 0 and len(lines) == 4
     assert {os.fsencode(os.path.basename(line["image"])) for line in lines} == set(os.listdir(os.fsencode(tmp_path / "in")))
     written = [name for line in lines for name in line["files"]]
-    assert sorted(written) + ["predictions.jsonl"] == sorted([*os.listdir(tmp_path / "out")])
+    assert sorted([*written, "predictions.jsonl"]) == sorted(os.listdir(tmp_path / "out"))
     assert len(set(written)) == 8
     for line in lines:
         assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / line["files"][0])).shape[:2], (60, 90))
@@ -54,8 +54,16 @@ def failing(original, error):
     return call
 
 
-@pytest.mark.parametrize("error", [struct.error("short"), RuntimeError(), MemoryError(), RecursionError("deep"), KeyError("x")])
-@pytest.mark.parametrize("where", ["decoding", "asking", "drawing", "writing", "describing"])
+@pytest.mark.parametrize(
+    "where, error",
+    [
+        ("decoding", struct.error("short")),
+        ("asking", RuntimeError()),
+        ("drawing", MemoryError()),
+        ("writing", KeyError("x")),
+        ("describing", RecursionError("deep")),
+    ],
+)
 def test_whatever_a_picture_raises(command, model, tmp_path, monkeypatch, capsys, where, error):  # noqa: F811
     pictures(tmp_path / "in", b"a.png", b"b.png", b"c.png")
     owner, name = {
