@@ -1,0 +1,282 @@
+"""Damaged prepared sets: bits turned over in every file. Each is a clear error or changes nothing.
+
+Four thousand of them: `python -m pytest tests/data/test_prepared_fuzz.py -m slow`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import shutil
+import signal
+from collections import Counter
+from pathlib import Path
+
+import minigrefcoco
+import minillava
+import minirefcoco as mini
+import pytest
+
+from flowseg_jax.data import builders, checksums, masks
+from flowseg_jax.data.formats.refcoco import RefCoco
+from flowseg_jax.data.prepared import METADATA, Prepared
+from flowseg_jax.errors import UserError
+
+LONGEST = 60  # seconds that a case may take before it counts as a hang
+
+
+def quiet(_):
+    pass
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory):
+    root = tmp_path_factory.mktemp("originals")
+    chats = [sample for sample in minillava.samples() if isinstance(sample.get("image"), str)][:4]
+    layouts = {
+        "refcoco": mini.write(root / "refcoco"),
+        "grefcoco": minigrefcoco.write(root / "grefcoco"),
+        "llava": minillava.write(root / "llava", table=chats),
+    }
+    sets = {name: root / f"{name}-set" for name in layouts}
+    for name, layout in layouts.items():
+        builders.prepare(layout, sets[name], layout=name, tokenizer_vocab=300 if name == "refcoco" else None, log=quiet)
+    return sets
+
+
+@pytest.fixture
+def prepared(originals, tmp_path):
+    """A copy to be changed."""
+    return shutil.copytree(originals["refcoco"], tmp_path / "set")
+
+
+def files(root: Path) -> list[Path]:
+    return sorted(path for path in root.rglob("*") if path.is_file())
+
+
+def seal(root: Path) -> None:
+    """Writes the checksums anew, as whoever changed a file could."""
+    checksums.write(root, [path.relative_to(root).as_posix() for path in files(root) if path.name != checksums.FILE], {})
+
+
+def everything(root: Path) -> list:
+    """All that a prepared set gives, read as a new process would."""
+    checksums._checked.clear()
+    opened = Prepared.open(root)
+    about = (opened.task, opened.categories, opened.things, opened.splits, opened.digest, opened.tokenizer_directory is None)
+    parts = [about]
+    for split in opened.splits:
+        examples = [*opened.source(split)]
+        for example in examples:
+            masks.decode([a.rle for a in example.annotations], example.height, example.width)
+        parts += [split, examples, list(opened.index(split))]
+    return parts
+
+
+def flip(data: bytes, rng: random.Random) -> bytes:
+    at = rng.randrange(len(data))
+    return data[:at] + bytes([data[at] ^ 1 << rng.randrange(8)]) + data[at + 1 :]
+
+
+def verdict(root: Path, before: list) -> str:
+    """What became of a changed set."""
+
+    def hang(*_):
+        raise TimeoutError
+
+    signal.signal(signal.SIGALRM, hang)
+    signal.alarm(LONGEST)
+    try:
+        return "no effect" if everything(root) == before else "silent changes"
+    except UserError as error:
+        text = str(error)
+        return "clear errors" if str(root) in text and "\n" not in text and len(text) < 1000 else "traces"
+    except TimeoutError:
+        return "hangs"
+    except Exception:
+        return "traces"
+    finally:
+        signal.alarm(0)
+
+
+def fuzz(root: Path, work: Path, cases: int, seed: str, sealed: bool = False) -> dict[str, Counter]:
+    """File -> what became of so many turned bits of it. `sealed`: its checksum follows."""
+    shutil.copytree(root, work)
+    before, found = everything(work), {}
+    for path in files(work):
+        name, data = path.relative_to(work).as_posix(), path.read_bytes()
+        if sealed and (name == checksums.FILE or not data):
+            continue
+        sums, outcomes = (work / checksums.FILE).read_bytes(), found.setdefault(name, Counter())
+        for case in range(cases):
+            path.write_bytes(flip(data, random.Random(f"{seed} {name} {case}")))
+            if sealed:
+                seal(work)
+            outcomes[verdict(work, before)] += 1
+        path.write_bytes(data)
+        (work / checksums.FILE).write_bytes(sums)
+    return found
+
+
+def total(found: dict[str, Counter]) -> Counter:
+    return sum(found.values(), Counter())
+
+
+def test_every_turned_bit_is_refused(originals, tmp_path):
+    found = fuzz(originals["refcoco"], tmp_path / "set", 8, "0")
+    assert {name: dict(outcomes) for name, outcomes in found.items()} == {name: {"clear errors": 8} for name in found}
+    places = {"metadata.json", "SHA256SUMS", "index/train.jsonl", "data/features.json", "data/dataset_info.json"}
+    assert places | {"tokenizer/tokenizer.json", "data/flowseg-train.array_record-00000-of-00001"} <= found.keys()
+
+
+def test_turned_bits_whose_checksum_follows(originals, tmp_path):
+    """Whoever changes a set with its checksums makes another set: it may differ, and leaves no trace and never hangs."""
+    for name in ("refcoco", "llava"):
+        outcomes = total(fuzz(originals[name], tmp_path / name, 8, "0", sealed=True))
+        assert outcomes["clear errors"] > 10 and not outcomes["traces"] and not outcomes["hangs"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_four_thousand(originals, tmp_path, capsys):
+    plain, sealed = Counter(), Counter()
+    for name, root in originals.items():
+        plain += total(fuzz(root, tmp_path / name, 80, "1"))
+        sealed += total(fuzz(root, tmp_path / f"{name}-sealed", 60, "1", sealed=True))
+    with capsys.disabled():
+        for what, outcomes in (("checksums as written", plain), ("checksums that follow", sealed)):
+            print(f"\n{what}: {outcomes.total()} inputs, " + ", ".join(f"{n} {kind}" for kind, n in outcomes.most_common()))
+    assert plain["clear errors"] == plain.total()
+    assert not sealed["traces"] and not sealed["hangs"]
+
+
+# --- what the checksums cover, and when they are looked at
+
+
+def test_sha256sum_reads_the_list(prepared):
+    import hashlib
+
+    for line in (prepared / checksums.FILE).read_text().splitlines():
+        digest, name = line.split("  ")
+        assert hashlib.sha256((prepared / name).read_bytes()).hexdigest() == digest
+    names = {line.split("  ")[1] for line in (prepared / checksums.FILE).read_text().splitlines()}
+    assert names == {path.relative_to(prepared).as_posix() for path in files(prepared)} - {checksums.FILE}
+
+
+def test_a_shard_is_checked_before_its_first_record_and_once(prepared, monkeypatch):
+    checksums._checked.clear()
+    read, of_file = [], checksums.of_file
+    monkeypatch.setattr(checksums, "of_file", lambda path: read.append(path.name) or of_file(path))
+    opened = Prepared.open(prepared)
+    assert "metadata.json" in read and "train.jsonl" in read and not any("array_record" in name for name in read)
+    read.clear()
+    for source in (opened.source("train"), opened.source("train"), Prepared.open(prepared).source("train")):
+        assert [source[i].image_id for i in (2, 0, 1, 0)] == [5, 1, 2, 1]
+    assert read == ["flowseg-train.array_record-00000-of-00001"]
+
+
+def test_files_that_are_gone_or_not_listed(prepared):
+    shard, index = prepared / "data" / "flowseg-val.array_record-00000-of-00001", prepared / "index" / "val.jsonl"
+    for path in (shard, index, prepared / "tokenizer" / "tokenizer.json"):
+        data = path.read_bytes()
+        path.unlink()
+        with pytest.raises(UserError, match=f"{path.name}: (missing|cannot be read .*); remove it and prepare it again"):
+            Prepared.open(prepared)
+        path.write_bytes(data)
+    (prepared / ".DS_Store").touch()
+    (prepared / "tokenizer" / ".DS_Store").touch()
+    (prepared / "notes.txt").write_text("mine")
+    Prepared.open(prepared)
+    (prepared / "tokenizer" / "added_tokens.json").write_text("{}")
+    with pytest.raises(UserError, match=r"SHA256SUMS: has no checksum of 'tokenizer/added_tokens\.json'"):
+        Prepared.open(prepared)
+    (prepared / "tokenizer" / "added_tokens.json").unlink()
+    lines = (prepared / checksums.FILE).read_text().splitlines(keepends=True)
+    for kind in (METADATA, "index/val", "data/flowseg-val"):
+        (prepared / checksums.FILE).write_text("".join(line for line in lines if kind not in line))
+        with pytest.raises(UserError, match=f"has no checksum of '{kind}"):
+            Prepared.open(prepared)
+    (prepared / checksums.FILE).write_text("".join(lines) + f"{'0' * 64}  ../x\n")
+    with pytest.raises(UserError, match=r"SHA256SUMS:\d+: '\.\./x' leads out of the folder"):
+        Prepared.open(prepared)
+    (prepared / checksums.FILE).unlink()
+    with pytest.raises(UserError, match=r"SHA256SUMS: the checksums cannot be read .*; remove it and prepare it again"):
+        Prepared.open(prepared)
+
+
+WRONG = {
+    "task": ["walking", 5],
+    "categories": [5, [5], None],
+    "things": [[True], [1, 0, 1], "x"],
+    "tokenizer": ["../../tokenizer", "/etc", 5],
+    "splits": [{}, {"../x": {}}, {"val": 5}, 7],
+    "shards": [{}, {"train": [-1]}, {"train": [10**400]}, {"train": "x"}],
+    "digest": [None],
+    "request": [None, {}, {"layout": "../x"}],
+    "format": [4, 10**4000, "x" * 10**6, None],
+}
+
+
+@pytest.mark.parametrize("key", WRONG)
+def test_metadata_of_another_kind(key, prepared):
+    path = prepared / METADATA
+    metadata = json.loads(path.read_text())
+    for value in WRONG[key]:
+        path.write_text(json.dumps(metadata | {key: value}))
+        seal(prepared)
+        with pytest.raises(UserError, match=r"prepared in format|metadata\.json") as caught:
+            everything(prepared)
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+LINES = {
+    "no object": lambda line: 5,
+    "an id that is no number": lambda line: line | {"image_id": "1"},
+    "a huge id": lambda line: line | {"image_id": 10**300},
+    "a category that is not there": lambda line: line | {"categories": [3, 0]},
+    "three sizes": lambda line: line | {"size": [1, 2, 3]},
+    "an object that is not there": lambda line: line | {"samples": [[*line["samples"][0][:5], [7], *line["samples"][0][6:]]]},
+    "a sentence that is a list": lambda line: line | {"samples": [[*line["samples"][0][:3], ["x"], *line["samples"][0][4:]]]},
+    "a short sample": lambda line: line | {"refs": [[1, 2]]},
+    "no refs": lambda line: {key: value for key, value in line.items() if key != "refs"},
+}
+
+
+@pytest.mark.parametrize("case", LINES)
+def test_index_lines_of_another_kind(case, prepared):
+    path = prepared / "index" / "train.jsonl"
+    first, *rest = path.read_text().splitlines()
+    path.write_text("\n".join([json.dumps(LINES[case](json.loads(first))), *rest]) + "\n")
+    seal(prepared)
+    with pytest.raises(UserError, match=r"train\.jsonl:1: damaged \(.*\); remove it and prepare it again"):
+        Prepared.open(prepared).index("train")
+
+
+def test_lines_without_images(prepared):
+    path = prepared / "index" / "train.jsonl"
+    path.write_text(path.read_text() + path.read_text().splitlines()[0] + "\n")
+    seal(prepared)
+    with pytest.raises(UserError, match=r"train\.jsonl: 4 lines, but 3 images"):
+        Prepared.open(prepared).index("train")
+
+
+# --- an interrupted preparation goes on behind whole shards alone
+
+
+@pytest.mark.parametrize("kind", ["array_record", "jsonl", "json"])
+def test_a_damaged_shard_is_written_again(kind, tmp_path, monkeypatch):
+    root = mini.write(tmp_path / "layout")
+    lost = root / "images" / "COCO_train2014_000000000004.jpg"
+    lost.rename(tmp_path / "lost.jpg")
+    with contextlib.suppress(UserError):
+        builders.prepare(root, tmp_path / "out", log=quiet)
+    (tmp_path / "lost.jpg").rename(lost)
+    path = tmp_path / ".out.partial" / "shards" / f"train-00000.{kind}"
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] if kind == "json" else data[:60] + bytes([data[60] ^ 1]) + data[61:])
+    read, example = [], RefCoco.example
+    monkeypatch.setattr(RefCoco, "example", lambda self, split, *rest: read.append(split) or example(self, split, *rest))
+    prepared = builders.prepare(root, tmp_path / "out", log=quiet)
+    assert set(read) == {"train", "testA"}  # not val, whose shard is whole
+    assert everything(prepared.directory) == everything(builders.prepare(root, tmp_path / "again", log=quiet).directory)
