@@ -1,10 +1,11 @@
 """Damaged data sets: annotation files and images changed at random. Each is a clear error, is counted, or changes nothing.
 
-Two thousand of them: `python -m pytest tests/data/test_fuzz.py -m slow`.
+Thousands of them: `python -m pytest tests/data/test_fuzz.py -m slow`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import io
@@ -12,9 +13,11 @@ import json
 import pickle
 import random
 import shutil
+import signal
 import struct
 import zlib
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +49,28 @@ WRONG: tuple[Any, ...] = (
     {},
     [[]],
     [None],
+    "x" * 100_000,
+    [0] * 100_000,
+    json.loads("[" * 300 + "]" * 300),
+    json.loads('{"a":' * 300 + "[]" + "}" * 300),
 )
+LONGEST = 60  # seconds that a case may take before it counts as a hang
+KINDS = {"listed": "clear errors", "refused as a whole": "clear errors", "without effect": "no effect", "noted": "no effect"}
+
+
+@contextlib.contextmanager
+def in_time() -> Iterator[None]:
+    """Raises a TimeoutError in what takes longer than `LONGEST`."""
+
+    def hang(*_: Any) -> None:
+        raise TimeoutError
+
+    signal.signal(signal.SIGALRM, hang)
+    signal.alarm(LONGEST)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
 
 
 def own_data(root: Path) -> Path:
@@ -232,7 +256,8 @@ def fuzz(originals, tmp_path, count: int, seed: int) -> Counter:
         shutil.copytree(originals[layout], root)
         kind, key, path = mutate(root, rng)
         try:
-            found[verdict(layout, root, before[layout], kind, key)] += 1
+            with in_time():
+                found[verdict(layout, root, before[layout], kind, key)] += 1
         except Exception as error:
             raise AssertionError(f"case {number}: {layout}, {kind} of {key!r} in {path.name}") from error
     return found
@@ -248,5 +273,56 @@ def test_a_sample(originals, tmp_path):
 def test_two_thousand(originals, tmp_path, capsys):
     found = fuzz(originals, tmp_path, 2000, seed=1)
     with capsys.disabled():
-        print("\n" + ", ".join(f"{count} {what}" for what, count in found.most_common()))
+        print("\n" + table(found))
     assert sum(found.values()) == 2000
+
+
+def table(found: Counter) -> str:
+    """Counts in the words of docs/reliability.md; a trace, a hang and a silent change end the test before."""
+    kinds = Counter()
+    for what, count in found.items():
+        kinds[KINDS.get(what, what)] += count
+    return f"{found.total()} inputs, " + ", ".join(f"{count} {what}" for what, count in kinds.most_common())
+
+
+# --- refs pickles whose bytes change
+
+
+def fuzz_pickles(root: Path, count: int, seed: int) -> Counter:
+    """Refs pickles of every protocol with one bit turned or a run of bytes lost, doubled or replaced."""
+    before, found = read("refcoco", root), Counter()
+    path = root / "refs(unc).p"
+    refs = pickle.loads(path.read_bytes(), encoding="latin1")
+    originals = [minirefcoco.py2_pickle(refs), *(pickle.dumps(refs, protocol) for protocol in range(6))]
+    for number in range(count):
+        rng = random.Random(f"{seed} {number}")
+        data = originals[number % len(originals)]
+        at = rng.randrange(len(data))
+        end = at + rng.choice((1, 1, 4, 30))
+        part = rng.choice((b"", 2 * data[at:end], rng.randbytes(end - at), bytes([data[at] ^ 1 << rng.randrange(8)])))
+        path.write_bytes(data[:at] + part + data[at + 1 if len(part) == 1 else end :])
+        try:
+            with in_time():
+                after = read("refcoco", root)
+        except UserError as error:
+            assert str(root) in str(error) and "\n" not in str(error) and len(str(error)) < 1000, str(error)
+            found["clear errors"] += 1
+        except Exception as error:
+            raise AssertionError(f"case {number}: {type(error).__name__}") from error
+        else:
+            found["no effect" if after[0] == before[0] else "another data set"] += 1
+    return found
+
+
+def test_a_sample_of_pickles(originals, tmp_path):
+    found = fuzz_pickles(shutil.copytree(originals["refcoco"], tmp_path / "set"), 200, seed=0)
+    assert found["clear errors"] > 100
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_three_thousand_pickles(originals, tmp_path, capsys):
+    found = fuzz_pickles(shutil.copytree(originals["refcoco"], tmp_path / "set"), 3000, seed=1)
+    with capsys.disabled():
+        print("\n" + table(found))
+    assert sum(found.values()) == 3000
