@@ -18,7 +18,7 @@ import numpy as np
 
 from flowseg_jax.data.leakage import COCO_LAYOUTS, coco_number, is_training, name_key
 from flowseg_jax.data.prepared import Entry, Prepared
-from flowseg_jax.errors import UserError
+from flowseg_jax.errors import UserError, brief
 
 REPEAT_THRESHOLD = 0.1  # t of the scaffold's repeat-factor rule
 
@@ -198,8 +198,8 @@ def _of_visual_genome(path: Path, held_out: Mapping[str, str]) -> dict[str, str]
     """Visual Genome's images that are held out under their COCO numbers, by the names that LLaVA's chats give them."""
     try:
         pairs = [(int(e["image_id"]), e["coco_id"]) for e in json.loads(path.read_bytes())]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"data.held_out: {path} is not Visual Genome's image_data.json ({error})") from None
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise UserError(f"data.held_out: {path} is not Visual Genome's image_data.json ({brief(error)})") from None
     folders = ("vg/VG_100K", "vg/VG_100K_2", "gqa/images")
     numbers = [number for number, coco in pairs if coco is not None and f"coco:{coco}" in held_out]
     return {name_key(f"{folder}/{number}.jpg"): str(path) for number in numbers for folder in folders}

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from flowseg_jax import storage
+from flowseg_jax import paths, storage
 from flowseg_jax.data import drawing, page
 from flowseg_jax.data.page import Html, html, join
 from flowseg_jax.data.records import Sample
-from flowseg_jax.errors import UserError
+from flowseg_jax.errors import UserError, brief
 from flowseg_jax.evaluation import audit, pictures
 from flowseg_jax.writers import say
 
@@ -130,11 +130,15 @@ def kept_pictures(path: Path) -> list[tuple[Path, dict[str, Any]]]:
     folder = path.parent / "pictures" / path.stem
     try:
         index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-        return [(folder / entry["file"], entry["record"]) for entry in index]
+        return [(paths.inside(folder, entry["file"], f"{folder / 'index.json'}: file"), entry["record"]) for entry in index]
     except FileNotFoundError:
         return []
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / 'index.json'} cannot be read ({error}); evaluate again, or remove {folder}") from None
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"{folder / 'index.json'} cannot be read ({brief(error)}); evaluate again, or remove {folder}"
+        ) from None
 
 
 def groups(records: Sequence[Any], family=lambda record: record["family"]) -> dict[str, list[Any]]:

@@ -43,7 +43,7 @@ def read_lines(path: str | Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines if lines != [""] else [], 1):
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}:{number}: not JSON ({error})") from None
         if not isinstance(record, dict):
             raise UserError(f"{path}:{number}: no sample but {type(record).__name__}; name the .jsonl that eval.py wrote")
@@ -96,7 +96,7 @@ def category_tables(path: str | Path, records: Sequence[Mapping[str, Any]]) -> d
     try:
         result = json.loads(beside.read_text(encoding="utf-8"))
         categories, things = result["categories"], result["things"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"{beside}: cannot be read ({error!r}); it names the categories: keep the files of an evaluation together"
         ) from None

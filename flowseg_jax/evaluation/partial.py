@@ -106,6 +106,6 @@ def _read(path: Path, head: str) -> Records:
         try:
             entry = json.loads(line)
             records[entry["place"]] = entry["records"]
-        except (ValueError, KeyError, TypeError):  # the line at which a kill came
+        except (ValueError, KeyError, TypeError, RecursionError):  # the line at which a kill came
             continue
     return records

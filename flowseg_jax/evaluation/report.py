@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from flowseg_jax import paths
 from flowseg_jax.data import drawing, page
 from flowseg_jax.data.page import Html, html, join
 from flowseg_jax.errors import UserError
@@ -73,7 +74,7 @@ def read_row(label: str, folder: Path | str, *, shuffled: bool = False, note: st
             if result["shuffled_text"] != shuffled:
                 continue
             results[path.stem.removesuffix("_shuffled")] = result
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{path} is not a result of eval.py ({error}); remove it or evaluate again") from error
         if (folder / "pictures" / path.stem / _INDEX).is_file():
             images[path.stem.removesuffix("_shuffled")] = folder / "pictures" / path.stem
@@ -215,7 +216,8 @@ def _gallery(label: str, split: str, folder: Path, base: Path) -> Html:
         if not rows:
             continue
         parts.append(html('<h3 class="{}">{}</h3><p class="about">{}</p>', kind, _HEADINGS[kind], _NOTES[kind]))
-        figures = [_figure(entry, os.path.relpath(folder / entry["file"], base)) for entry in rows]
+        files = [paths.inside(folder, entry["file"], f"{folder / _INDEX}: file") for entry in rows]
+        figures = [_figure(entry, os.path.relpath(file, base)) for entry, file in zip(rows, files, strict=True)]
         parts.append(html('<div class="gallery">{}</div>', join(figures, "\n")))
     return join(parts, "\n")
 

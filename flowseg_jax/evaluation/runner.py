@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from flowseg_jax import host, parallel, processes, storage
+from flowseg_jax import host, parallel, paths, processes, storage
 from flowseg_jax.data.batch import NONE
 from flowseg_jax.data.masks import encode
 from flowseg_jax.errors import UserError
@@ -102,7 +102,7 @@ def evaluate(
         UserError: the split holds no expression, an image is damaged, or `out` cannot be written. What was finished is kept.
         ValueError: `shuffle_text` says something else than the data.
     """
-    name = f"{split}_shuffled" if shuffle_text else split
+    name = f"{paths.check_name(split, 'split')}_shuffled" if shuffle_text else paths.check_name(split, "split")
     about = {"shuffled_text": shuffle_text, "no_target_below": no_target_below, **(about or {})}
     record_of = functools.partial(_record, protocol=protocol, no_target_below=no_target_below)
     params = evaluator.place(params)

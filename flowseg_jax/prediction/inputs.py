@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image, ImageFile
 
-from flowseg_jax.errors import UserError, suggest
+from flowseg_jax.errors import UserError, brief, quoted, suggest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,16 +76,16 @@ def lines(path: str | os.PathLike[str]) -> list[Job]:
 def _job(path: Path, where: str, line: str) -> Job:
     try:
         entry = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{where}: not JSON ({error})") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not JSON ({brief(error)})") from None
     if not isinstance(entry, dict):
-        raise UserError(f'{where}: expected an object {{"image": ..., "text": ...}}, got {line[:40]!r}')
+        raise UserError(f'{where}: expected an object {{"image": ..., "text": ...}}, got {quoted(line)}')
     image, texts = (_field(entry, name, where) for name in ("image", "text"))
     texts = [texts] if isinstance(texts, str) else texts
     if not isinstance(image, str):
-        raise UserError(f"{where}: image must be a path, got {image!r}")
+        raise UserError(f"{where}: image must be a path, got {quoted(image)}")
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise UserError(f"{where}: text must be a string or a list of strings, got {texts!r}")
+        raise UserError(f"{where}: text must be a string or a list of strings, got {quoted(texts)}")
     return Job(path.parent / image, tuple(texts), where)
 
 
