@@ -25,7 +25,7 @@ from flowseg_jax.data.formats.reading import field, read_json
 from flowseg_jax.data.leakage import Picture, coco_number
 from flowseg_jax.data.records import TASKS, Example, Sample, ref_samples, samples
 from flowseg_jax.data.serialization import AGAIN, deserialize
-from flowseg_jax.errors import UserError, quoted, suggest
+from flowseg_jax.errors import UserError, brief, quoted, suggest
 
 FORMAT = 5  # of the files below; raised when they change
 METADATA = "metadata.json"
@@ -242,7 +242,7 @@ class Prepared:
                     try:
                         entries.append(_entry(line, len(self.categories), self.metadata["request"]["layout"]))
                     except (ValueError, KeyError, TypeError, RecursionError) as error:
-                        raise UserError(f"{path}:{number}: damaged ({quoted(str(error))}); {AGAIN}") from None
+                        raise UserError(f"{path}:{number}: damaged ({brief(error)}); {AGAIN}") from None
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror}); {AGAIN}") from None
         checksums.compare(path, digest.hexdigest(), want)
@@ -311,5 +311,5 @@ class Records:
         try:
             record = self._records[index]
         except Exception as error:  # the reader of ArrayRecord raises several kinds
-            raise UserError(f"{where}: cannot be read ({quoted(str(error))}); {AGAIN}") from None
+            raise UserError(f"{where}: cannot be read ({brief(error)}); {AGAIN}") from None
         return deserialize(record, self._categories, where)

@@ -16,7 +16,7 @@ import numpy as np
 from flowseg_jax.data import images, masks
 from flowseg_jax.data.batch import NONE
 from flowseg_jax.data.records import Annotation, Example, Expression, Turn
-from flowseg_jax.errors import UserError, quoted
+from flowseg_jax.errors import UserError, brief
 
 AGAIN = "remove it and prepare it again"
 
@@ -134,7 +134,7 @@ def deserialize(data: bytes, categories: int, where: str) -> Example:
         example = from_record(features().deserialize_example_np(data, decoders={"image": tfds.decode.SkipDecoding()}))
         _check(example, categories)
     except Exception as error:  # damaged bytes make the parser raise nearly anything
-        raise UserError(f"{where}: a damaged record ({quoted(str(error) or type(error).__name__)}); {AGAIN}") from None
+        raise UserError(f"{where}: a damaged record ({brief(error)}); {AGAIN}") from None
     return example
 
 
