@@ -341,6 +341,21 @@ def test_a_folder_is_answered_around_a_broken_file(command, folder, tmp_path, ca
     assert re.search(r"3 of 4 images answered .*images/s\); 1 failed", said)
 
 
+def test_of_an_animation_the_first_frame_is_answered_and_hidden_files_are_none(command, tmp_path, capsys):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    first = Image.fromarray(picture())
+    first.save(folder / "a.gif", save_all=True, append_images=[Image.new("RGB", first.size)])
+    for name in ("._a.gif", ".DS_Store", "Thumbs.db"):
+        (folder / name).write_bytes(b"\0\5\x16\7")
+    Image.fromarray((np.arange(5400).reshape(60, 90) % 4096).astype(np.uint16)).save(folder / "deep.png")
+    code, lines = command(tmp_path / "out", f"--image={folder}", "--text=it", "--save=rle")
+    assert code == 0 and [line["image"].rpartition("/")[2] for line in lines] == ["a.gif", "deep.png"]
+    said = capsys.readouterr().out
+    assert f"note: {folder / 'a.gif'}: images of several frames or pages: the first one is read" in said
+    assert f"note: {folder / 'deep.png'}: grey images of more than 8 bits, values up to 4095: divided by 16" in said
+
+
 def test_one_image_alone_and_in_a_folder(folder, model_directory, monkeypatch, tmp_path):
     """With the network itself, byte for byte."""
     segmentor = predict.load(model_directory)
