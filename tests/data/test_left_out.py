@@ -6,6 +6,7 @@ line, and what is stored must be what the undamaged set holds without the damage
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
 import random
@@ -22,6 +23,7 @@ import pytest
 from test_fuzz import LAYOUTS, mutate, own_data
 
 from flowseg_jax.data import builders, masks, validate
+from flowseg_jax.data.__main__ import main
 from flowseg_jax.data.batch import BatchShape
 from flowseg_jax.data.evaluation import EvalData
 from flowseg_jax.data.formats import open_layout
@@ -228,6 +230,80 @@ def test_a_category_name_that_cannot_be_used(originals, tmp_path, layout, case):
     prepared, (problem,) = prepare_and_compare(layout, root, tmp_path / "out")
     assert problem.startswith(where) and words in problem
     assert (prepared is not None) == (layout == "jsonl")
+
+
+def spoil(layout: str, root: Path) -> str:
+    """Damages every record; words of the first reason."""
+    if layout == "jsonl":
+        lines = map(json.loads, (root / "own.jsonl").read_text().splitlines())
+        (root / "own.jsonl").write_text("".join(json.dumps(line | {"expressions": 3}) + "\n" for line in lines))
+        return "own.jsonl:1: expressions: 3 is not of type 'array'"
+    if layout == "llava":
+        (path,) = root.glob("*.json")
+        path.write_text(json.dumps([{k: v for k, v in s.items() if k != "id"} for s in json.loads(path.read_text())]))
+        return "[0]: field 'id' is missing"
+    if layout == "reasonseg":
+        for path in (root / "val").glob("*.json"):
+            path.unlink()
+        return "10_a.json: missing, yet there is 10_a.jpg"
+    path = root / "instances.json" if "ref" in layout else next((root / "annotations").glob("*_train2017.json"))
+    table = json.loads(path.read_text())
+    table["images"] = [image | {"id": str(image["id"])} for image in table["images"]]
+    path.write_text(json.dumps(table))
+    return "images[0].id: expected int, got '1'"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_first_reasons_are_told_where_nothing_is_left(originals, tmp_path, capsys, layout):
+    root = tmp_path / "source"
+    shutil.copytree(originals[layout], root)
+    reason = spoil(layout, root)
+    for command in (
+        ["validate", layout, str(root)],
+        ["preview", layout, str(root), "--out", str(tmp_path / "page")],
+        ["prepare", "--layout", layout, "--source", str(root), "--out", str(tmp_path / "out"), "--on-error", "record"],
+    ):
+        with pytest.raises(UserError) as caught:
+            main(command)
+        message = str(caught.value)
+        assert "holds no" in message and f" damaged: {root}" in message and reason in message and "\n" not in message
+        assert len(message) < 1500 and "problems.txt" not in capsys.readouterr().out
+    assert [p.name for p in tmp_path.iterdir()] == ["source"]
+
+
+def test_preview_tells_the_first_problems(originals, tmp_path, capsys):
+    root = tmp_path / "source"
+    shutil.copytree(originals["jsonl"], root)
+    _, field = poison("jsonl", root, random.Random(0), POISON["mark"][0])
+    assert main(["preview", "jsonl", str(root), "--out", str(tmp_path / "page")]) == 1
+    assert f"; 1 damaged: {field}contains the mark" in capsys.readouterr().out
+
+
+def test_longer_texts_where_they_are_wanted(tmp_path, tokenizer):
+    """`--max-characters` lets them in, and training says which key must make room for them."""
+    root = own_data(tmp_path / "own")
+    lines = list(map(json.loads, (root / "own.jsonl").read_text().splitlines()))
+    lines[0]["expressions"][0] = "one " * 600  # 2,399 characters without the space at the end
+    (root / "own.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = ["prepare", "--layout", "jsonl", "--source", str(root), "--out", str(tmp_path / "out")]
+    with pytest.raises(UserError, match=r"own\.jsonl:1: expressions\[0\]: 2,399 characters, more than 2,000: .* data.text"):
+        main(command)
+    with pytest.raises(UserError, match="2,399 characters, more than 2,398"):
+        main([*command, "--max-characters", "2398"])
+    with pytest.raises(UserError, match="layout llava has no option 'max_characters'"):
+        main(["validate", "llava", str(root), "--max-characters", "9"])
+    assert main([*command, "--max-characters", "2399"]) == 0
+    prepared = Prepared.open(tmp_path / "out")
+    with pytest.raises(UserError, match=r"a\.jpg: may need \d+ tokens, more than the text length 600; raise data.text"):
+        TrainData(
+            mix([(prepared, 0.0)]),
+            dataclasses.replace(SHAPE, text=600),
+            Prompts(),
+            0,
+            visual_tokens=6,
+            tokenizer=tokenizer,
+            options=TrainOptions(objects="referred"),
+        )
 
 
 def some_damage(originals, tokenizer, tmp_path, count: int, seed: int) -> Counter[str]:

@@ -152,6 +152,39 @@ def test_other_pictures_are_told_apart_by_what_is_in_them(tmp_path):
     assert [e.file_name for e in member.entries()] == ["1.png", "2.png"]
 
 
+def test_numbered_pictures_of_one_s_own_are_not_coco_s(refcoco, tmp_path):
+    """Two cameras number their pictures alike; a copy of a picture of COCO is found by its content."""
+    root = tmp_path / "a"
+    for camera in ("cam1", "cam2"):
+        (root / camera).mkdir(parents=True)
+    copy = refcoco.source("val")[0]  # COCO's number 2
+    lines = []
+    for k, (camera, split) in enumerate((c, s) for c, s in (("cam1", "train"), ("cam2", "val")) for _ in range(3)):
+        name = f"{camera}/{k % 3 + 1:012d}.png"
+        Image.new("RGB", (20, 10), (40 * k, 0, 0)).save(root / name)
+        lines.append({"image": name, "expressions": ["x"], "mask": [1, 1, 9, 1, 9, 9], "split": split})
+    (root / "cam1" / "copy.jpg").write_bytes(copy.image)
+    lines.append({"image": "cam1/copy.jpg", "expressions": ["x"], "mask": [1, 1, 9, 1, 9, 9]})
+    (root / "own.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    mine = builders.prepare(root, tmp_path / "prepared", layout="jsonl", log=quiet)
+    (alone,) = mix([(mine, 0.0)], held_out=held_out_keys([mine]))
+    assert len(alone.records) == 4 and alone.held_out == 0
+    (beside,) = mix([(mine, 0.0)], held_out=held_out_keys([mine, refcoco]))  # whose val has COCO's 2 and 3
+    assert copy.image_id == 2 and beside.held_out == 1
+    assert [e.file_name for e in beside.entries()] == [f"cam1/{k:012d}.png" for k in (1, 2, 3)]
+
+
+def test_a_copy_in_one_s_own_evaluation_set_is_not_trained_on(refcoco, tmp_path):
+    root = tmp_path / "a"
+    root.mkdir()
+    (root / "copy.jpg").write_bytes(refcoco.source("train")[0].image)
+    line = {"image": "copy.jpg", "expressions": ["x"], "mask": [1, 1, 9, 1, 9, 9], "split": "val"}
+    (root / "own.jsonl").write_text(json.dumps(line))
+    mine = builders.prepare(root, tmp_path / "prepared", layout="jsonl", log=quiet)
+    (member,) = mix([(refcoco, 0.0)], held_out=held_out_keys([mine]))
+    assert member.held_out == 1 and member.records == (1,)
+
+
 def test_visual_genome_tells_which_of_its_pictures_are_held_out(refcoco, tmp_path):
     genome = tmp_path / "image_data.json"
     genome.write_text(
