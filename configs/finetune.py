@@ -27,7 +27,9 @@ def get_config(checkpoint: str = "") -> ConfigDict:
     checkpoint = checkpoint or str(ROOT / "checkpoints" / "shapes_tiny")
     stored = read_model_config(checkpoint)
     # Categories and names are those of the checkpoint's own training data: here, expressions alone are learned.
-    model = dataclasses.replace(FlowSegConfig.from_dict(stored["model"]), classes=0, named_pass="off")
+    model = dataclasses.replace(
+        FlowSegConfig.from_dict(stored["model"], f"{checkpoint}/config.json: model"), classes=0, named_pass="off"
+    )
     model.check_complete(checkpoint)
     config = shapes_tiny()
     config.init_from = (checkpoint,)

@@ -18,6 +18,7 @@ from convert_weights.families import Mask2FormerConfig, Stage1Config
 from convert_weights.ops import Shape
 from convert_weights.refusals import refuse_quantised
 from convert_weights.sources import Entry, local, read_json
+from flowseg_jax import fields
 from flowseg_jax.errors import UserError, suggest
 from flowseg_jax.models import hf_keys
 from flowseg_jax.models.boundary import BoundaryConfig
@@ -379,19 +380,7 @@ def rebuild(kind: type, values: Mapping[str, Any]) -> Any:
     """A config dataclass from nested plain values, lists for tuples; strict. Raises UserError."""
     if kind is FlowSegConfig:
         return FlowSegConfig.from_dict(values)
-    fields = {field.name: field.type for field in dataclasses.fields(kind)}
-    if set(values) - set(fields):
-        raise UserError(f"{kind.__name__} has no {', '.join(sorted(set(values) - set(fields)))}")
-    nested = {c.__name__: c for c in (SamConfig, ConnectorConfig, PixelDecoderConfig, DecoderConfig)}
-    read = {}
-    for key, value in values.items():
-        if fields[key] in nested:
-            value = rebuild(nested[fields[key]], value)
-        read[key] = tuple(value) if isinstance(value, list) else value
-    try:
-        return kind(**read)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{kind.__name__}: {error}") from None
+    return fields.read(kind, values, kind.__name__)
 
 
 def to_hf(family: str, cfg: Any) -> dict[str, Any] | None:

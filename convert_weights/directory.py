@@ -10,6 +10,7 @@ import tensorstore as ts
 
 from convert_weights.families import FAMILIES, Family
 from convert_weights.sources import Entry
+from flowseg_jax import fields
 from flowseg_jax.errors import UserError
 from flowseg_jax.manifest import verify
 from flowseg_jax.model_directory import read_model_config
@@ -37,17 +38,15 @@ class ModelDirectory:
     notes: tuple[str, ...] = ()
 
     def __init__(self, directory: str | os.PathLike[str], family: Family):
-        from convert_weights.configs import rebuild
-
         self.name, self._path = str(directory), Path(directory).absolute()
         config = read_model_config(self._path, towers=True)
         tower, prefix = config.get("tower"), ""
         if tower is not None:
             if tower["family"] != family.name:
                 raise UserError(f"{directory} holds a tower of the family {tower['family']}, not {family.name}")
-            self.cfg = rebuild(family.config, tower["config"])
+            self.cfg = fields.read(family.config, tower["config"], f"{directory}/config.json: tower.config")
         else:
-            model = rebuild(FAMILIES["flowseg"].config, config["model"])
+            model = fields.read(FAMILIES["flowseg"].config, config["model"], f"{directory}/config.json: model")
             prefix = "" if not family.tower else WITHIN.get(family.name, "?")
             if prefix == "?" or (prefix == "llm/" and model.llm.family != family.name):
                 held = f", its language model is {model.llm.family}" if prefix == "llm/" else ""
@@ -68,6 +67,8 @@ class ModelDirectory:
         }
         try:
             store = ts.open({"driver": "zarr", "kvstore": place}, open=True, context=self._context).result()
+            if store.shape != self.entries[name].shape:
+                raise ValueError(f"its shape is {store.shape}, config.json says {self.entries[name].shape}")
             array = np.empty(store.shape, store.dtype.numpy_dtype)
             for box in boxes(store):  # all at once, TensorStore would hold the whole array in its compressed form as well
                 array[box] = store[box].read().result()

@@ -1,8 +1,8 @@
 """Training checkpoints: Orbax behind the few calls that a run needs.
 
 A checkpoint is one step's directory: the state, and a JSON with everything else that it takes to continue (config, position in
-the data, versions, git revision, parameter manifest) and a checksum of every array, because Orbax notices a truncated file but
-not a changed byte. `docs/checkpoints.md` says what that guarantees.
+the data, versions, git revision, parameter manifest). Every array and the JSON itself have checksums, because Orbax notices a
+truncated file but not a changed byte. `docs/checkpoints.md` says what that guarantees.
 """
 
 from __future__ import annotations
@@ -10,10 +10,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import logging
 import math
 import os
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -22,8 +20,9 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
+from flowseg_jax import json_files
 from flowseg_jax.errors import UserError, suggest
-from flowseg_jax.manifest import Tree, checksums, compare, manifest, verify
+from flowseg_jax.manifest import Tree, check_arrays, checksums, compare, manifest, verify
 from flowseg_jax.processes import attempt, is_primary
 from flowseg_jax.storage import absolute, as_stored, cast, damage, provenance, reason
 from flowseg_jax.writers import say
@@ -97,9 +96,6 @@ class Checkpoints:
         self.directory = absolute(workdir) / "checkpoints"
         self._best = tuple(best or ())
         self._step: int | None = None  # whose checkpoint is being written
-        for name in ("absl", "asyncio"):
-            logging.getLogger(name).addFilter(_logged_and_raised)
-        _leave_closed_loops_unsaid()
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_preservation(keep, keep_every, self._best),
             best_fn=_quality(*self._best) if self._best else None,  # without it Orbax does not store the metrics
@@ -144,6 +140,7 @@ class Checkpoints:
             if self._best and self._best[0] not in metrics:
                 raise UserError(f"checkpoint.best: no metric {self._best[0]!r}{suggest(self._best[0], metrics)}")
         meta = {**meta, "step": step, **provenance(), "manifest": manifest(state), "checksums": checksums(state)}
+        meta[json_files.ITSELF] = json_files.checksum(meta)
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
         self._step = step
         with self._written():
@@ -161,13 +158,15 @@ class Checkpoints:
             None where there is none.
 
         Raises:
-            UserError: from `check`, or when the state has other arrays than this run's.
+            UserError: from `check`; the state has other arrays than this run's; or a step's directory was renamed, or written
+                before its JSON had a checksum.
         """
         self.wait()
         for step in sorted(self._manager.all_steps(), reverse=True):
             path = self.directory / str(step)
             meta, fault = attempt(partial(_read_meta, path), damage)
             if not fault:
+                _check_whose(path, step, meta)
                 if check is not None:
                     check(meta)
                 compare(manifest(abstract), meta["manifest"], f"checkpoint {path}")
@@ -226,28 +225,21 @@ class Checkpoints:
         """Orbax reads the metrics of all steps when it opens the directory, and gives up where one is no JSON."""
         for path in sorted(self.directory.glob("*/metrics/metrics")):
             step = path.parent.parent.name
-            _, fault = attempt(partial(_read_json, path), damage)
+            _, fault = attempt(partial(_read_metrics, path), damage)
             if fault and step.isdigit():
                 self._set_aside(step, fault)
 
 
-def _leave_closed_loops_unsaid() -> None:
-    """Keeps one message from stderr: where writing one array fails, Orbax closes the event loop that the other arrays' threads
-    then tell of their end, and each of them prints a stack trace around our error."""
-    if sys.unraisablehook is not sys.__unraisablehook__:
-        return  # set by somebody else, who decides what is said
-
-    def report(unraisable: Any) -> None:
-        if not (unraisable.exc_type is RuntimeError and str(unraisable.exc_value) == "Event loop is closed"):
-            sys.__unraisablehook__(unraisable)
-
-    sys.unraisablehook = report
-
-
-def _logged_and_raised(record: logging.LogRecord) -> bool:
-    """Filters out the stack traces of errors that Orbax raises later, when they are waited for: those that its threads log, and
-    those of the other arrays of a checkpoint that failed, of which it raises the first."""
-    return not (record.exc_info and ("orbax" in record.pathname or "was never retrieved" in record.getMessage()))
+def _check_whose(path: epath.Path, step: int, meta: Mapping[str, Any]) -> None:
+    """Raises a UserError unless a checkpoint's JSON says that it is that of `step`, and has a checksum of its own."""
+    if json_files.ITSELF not in meta:
+        raise UserError(
+            f"checkpoint {path} has no checksum of its JSON, an older flowseg_jax wrote it: continue with that one, or start "
+            "anew in another --workdir"
+        )
+    if meta.get("step") != step:
+        found = json_files.short(meta.get("step"))
+        raise UserError(f"checkpoint {path} is that of step {found}: give the directory its name back, or remove it")
 
 
 def _preservation(keep: int, keep_every: int | None, best: tuple[str, ...]) -> policies.PreservationPolicy:
@@ -280,14 +272,20 @@ def _quality(name: str, direction: str) -> Callable[[Mapping[str, float]], float
 
 
 def _read_meta(path: epath.Path) -> dict[str, Any]:
-    meta = _read_json(path / "meta" / "metadata")
-    for key in ("manifest", "checksums"):
-        meta[key]  # a damaged file may still be JSON
+    """A checkpoint's JSON. Raises ValueError for one that is damaged; one without a checksum is not looked at closely."""
+    meta = json_files.read(path / "meta" / "metadata")
+    if not isinstance(meta, dict):
+        raise ValueError("its JSON is no group of keys")
+    if meta.get(json_files.ITSELF, found := json_files.checksum(meta)) != found:
+        raise ValueError("its JSON has changed since it was written")
+    check_arrays(meta.get("manifest"), meta.get("checksums"), "its JSON")
     return meta
 
 
-def _read_json(path: epath.Path) -> Any:
-    return json.loads(path.read_text())
+def _read_metrics(path: epath.Path) -> None:
+    metrics = json_files.read(path)
+    if not isinstance(metrics, dict) or not all(isinstance(value, int | float) for value in metrics.values()):
+        raise ValueError("its metrics are no numbers")
 
 
 def _read_state(path: epath.Path, abstract: Tree) -> Tree:

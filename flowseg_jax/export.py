@@ -37,6 +37,7 @@ from flowseg_jax.data.tokenizer import Tokenizer, load_tokenizer
 from flowseg_jax.errors import UserError, not_writable, suggest
 from flowseg_jax.evaluation import postprocess
 from flowseg_jax.evaluation.benchmark import digest
+from flowseg_jax.json_files import expect, number
 from flowseg_jax.manifest import compare, flatten, manifest, nest
 from flowseg_jax.model_directory import check_free, load_model, read_model_config
 from flowseg_jax.models import flowseg
@@ -199,17 +200,19 @@ def export(
 def _export(directory: str | os.PathLike[str], target: Path, room: Room, platforms: Sequence[str]) -> Path:
     check_free(target)
     stored = read_model_config(directory)
-    cfg = FlowSegConfig.from_dict(stored["model"])
+    cfg = FlowSegConfig.from_dict(stored["model"], f"{directory}/config.json: model")
     cfg.check_complete(str(directory))
     compare(manifest(flowseg.at_rest(flowseg.describe(cfg)[1])), stored["manifest"], f"model directory {directory}")
     loaded = load_model(directory, dtype=None)
-    prompts = Prompts(**loaded.extra.get("prompts", {}))
+    prompts = Prompts.of_model(loaded.extra, directory)
     tokenizer = load_tokenizer(loaded.tokenizer_dir, needed=prompts.needed)
     backend = getattr(tokenizer.hf, "backend_tokenizer", None)
     if backend is None:
         raise UserError(f"{directory}: its tokenizer is not a fast one, which alone can be written as tokenizer.json")
     if tokenizer.vocab > cfg.llm.vocab:
         raise UserError(f"{directory}: the tokenizer has {tokenizer.vocab} ids, the model's embedding table {cfg.llm.vocab}")
+    below = loaded.extra.get("no_target_below", 0.0)
+    expect(number(below, least=0, most=1), below, f"{directory}/config.json: extra.no_target_below", "a number from 0 to 1")
     wording = Wording.of(prompts, tokenizer, cfg.visual_tokens)
     if room.text < (least := len(wording.before) + len(wording.after) + 3):
         raise UserError(f"text is {room.text}: even the shortest expression takes {least} tokens")
@@ -227,7 +230,7 @@ def _export(directory: str | os.PathLike[str], target: Path, room: Room, platfor
         "image": cfg.sam.image_size,
         "vision": cfg.siglip.image_size,
         "wording": wording.to_json(),
-        "no_target_below": loaded.extra.get("no_target_below", 0.0),
+        "no_target_below": below,
         "reserved": [mark.lower() for mark in tokenizer.reserved if mark.strip()],
         "programs": {name: _describe(name, program) for name, program in programs.items()},
     }

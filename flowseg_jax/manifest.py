@@ -12,8 +12,11 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from flowseg_jax.errors import UserError, listed
+from flowseg_jax.json_files import expect, number
 
 Tree = Any
+DTYPES = ("float64", "float32", "bfloat16", "float16", "int64", "int32", "int16", "int8")
+DTYPES += ("uint64", "uint32", "uint16", "uint8", "bool")
 CHUNK = 1 << 22  # elements that the host's checksum takes at a time
 
 
@@ -56,6 +59,19 @@ def compare(want: Mapping[str, list], have: Mapping[str, list], source: str) -> 
 def check_params(abstract: Tree, params: Tree, source: str = "the checkpoint") -> None:
     """Raises one UserError for the missing, unexpected and wrongly shaped parameters of `params`: ten and the count."""
     compare(manifest(abstract), manifest(params), source)
+
+
+def check_arrays(kinds: Any, sums: Any, where: str) -> None:
+    """Raises a UserError unless a manifest and its checksums, which were read, can be those of arrays."""
+    for key, group in (("manifest", kinds), ("checksums", sums)):
+        expect(isinstance(group, dict), group, f"{where}: {key}", "a group of keys")
+    for name, kind in kinds.items():
+        ok = isinstance(kind, list) and len(kind) == 2 and isinstance(kind[0], list) and len(kind[0]) <= 16
+        ok = ok and all(number(n, whole=True, least=0, most=1 << 40) for n in kind[0])
+        ok = ok and isinstance(kind[1], str) and (kind[1] in DTYPES or kind[1].startswith("key<"))
+        expect(ok, kind, f"{where}: manifest.{name[:80]}", "a shape and a dtype")
+        ok = number(sums.get(name), whole=True, least=0, most=(1 << 32) - 1)
+        expect(ok, sums.get(name), f"{where}: checksums.{name[:80]}", "a number of 32 bits")
 
 
 def checksums(tree: Tree) -> dict[str, int]:

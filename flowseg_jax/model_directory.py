@@ -1,18 +1,28 @@
 """Model directories: what can be run. A model's config, its tokenizer and its parameters, or one converted tower's.
 
-Every array has a checksum: Orbax notices a truncated file, not a changed byte. A directory is made under a temporary name
-beside its place and appears complete or not at all.
+Everything has a checksum: every array, because Orbax notices a truncated file and not a changed byte, every file of the
+tokenizer, and the config itself. A directory is made under a temporary name beside its place and appears complete or not at
+all.
+
+    python -m flowseg_jax.model_directory DIR     # accepts config.json and tokenizer as they are now: renews their checksums
 """
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, so that a Ctrl-C while they last is as clean as later
+    from flowseg_jax.errors import run
+
+    run("flowseg_jax.model_directory:main")
+
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +30,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from flowseg_jax import json_files
 from flowseg_jax.errors import UserError, not_writable
-from flowseg_jax.manifest import Tree, checksums, compare, flatten, manifest, nest, verify
+from flowseg_jax.json_files import ITSELF, expect
+from flowseg_jax.manifest import Tree, check_arrays, checksums, compare, flatten, manifest, nest, verify
 from flowseg_jax.processes import attempt, is_primary, locked
 from flowseg_jax.storage import absolute, as_stored, cast, copy_tree, damage, local_directory, provenance, reason
 from flowseg_jax.streaming import LazyArray, write_arrays
@@ -29,7 +41,8 @@ from flowseg_jax.streaming import LazyArray, write_arrays
 __all__ = ["LoadedModel", "check_free", "load_model", "read_model_config", "save_model", "stream_model"]
 
 FORMAT = "flowseg_jax model"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1: without checksums of config and tokenizer
+TOKENIZER = "tokenizer_checksums"  # the key of config.json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,8 +156,7 @@ def _write_model(
         (fresh / "params" / "commit_success.txt").write_text("complete\n")
         if tokenizer is not None:
             copy_tree(tokenizer, fresh / "tokenizer")
-        text = json.dumps({**config, "manifest": kinds, "checksums": sums}, indent=1)
-        (fresh / "config.json").write_text(text + "\n")
+        (fresh / "config.json").write_text(_sealed(fresh, {**config, "manifest": kinds, "checksums": sums}))
         if target.exists():
             target.rename(old)
         fresh.rename(target)
@@ -196,29 +208,126 @@ def read_model_config(directory: str | os.PathLike, *, towers: bool = False) -> 
     path = absolute(directory)
     if not path.is_dir():
         raise UserError(f"no model directory {path}")
-    try:
-        config = json.loads((path / "config.json").read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path} is not a model directory: it has no config.json") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path / 'config.json'} cannot be read: {reason(error)}") from None
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
-        raise UserError(f"{path / 'config.json'} was not written by flowseg_jax; convert such weights by convert_weights")
-    if config.get("format_version") != FORMAT_VERSION:
-        found = config.get("format_version")
+    config = _read_json(path)
+    accept = f"accept it by `python -m flowseg_jax.model_directory {path}`"
+    if (version := config.get("format_version")) != FORMAT_VERSION:
+        if version == 1 and not isinstance(version, bool):
+            raise UserError(f"{path} has format version 1, without checksums of its config and tokenizer: {accept}")
+        found = json_files.short(version)
         raise UserError(f"{path} has format version {found}, this flowseg_jax reads {FORMAT_VERSION}: convert it again")
+    if config.get(ITSELF) != json_files.checksum(config):
+        raise UserError(
+            f"{path / 'config.json'} has changed since it was saved (its checksum differs): restore it, or, if the change is "
+            f"meant, {accept}"
+        )
     tower = config.get("tower")
     lacking = [key for key in ("model", "extra", "manifest", "checksums") if not isinstance(config.get(key), dict)]
     needed = ("params", "tokenizer") if _has_tokenizer(config) else ("params",)
     lacking += [name for name in needed if not (path / name).is_dir()]
     if lacking:
         raise UserError(f"model directory {path} is incomplete: it lacks {', '.join(lacking)}")
+    check_arrays(config["manifest"], config["checksums"], str(path / "config.json"))
+    if tower is not None:
+        ok = isinstance(tower, dict) and isinstance(tower.get("family"), str) and isinstance(tower.get("config"), dict)
+        expect(ok, tower, f"{path / 'config.json'}: tower", "its family and config")
+    kept, there = config.get(TOKENIZER), _tokenizer_checksums(path)
+    if kept != there:
+        names = sorted(name for name in {*there, *(kept or {})} if there.get(name) != (kept or {}).get(name))
+        raise UserError(
+            f"{path / 'tokenizer'} has changed since it was saved ({json_files.short(names[0])} is not the file of then): "
+            f"restore it, or, if the change is meant, {accept}"
+        )
     if tower is not None and not towers:
         raise UserError(
-            f"{path} holds a tower ({tower.get('family')}), not a whole model: build one around it by "
+            f"{path} holds a tower ({tower['family'][:40]}), not a whole model: build one around it by "
             "python -m convert_weights flowseg llm=DIR siglip=DIR sam=DIR OUT"
         )
     return config
+
+
+def _read_json(path: epath.Path) -> dict[str, Any]:
+    """The content of a directory's config.json, if it is one of ours."""
+    try:
+        config = json_files.read(path / "config.json")
+    except FileNotFoundError:
+        _refuse_run(path)
+        raise UserError(f"{path} is not a model directory: it has no config.json") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path / 'config.json'} cannot be read: {reason(error)}") from None
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        _refuse_run(path)
+        raise UserError(f"{path / 'config.json'} was not written by flowseg_jax; convert such weights by convert_weights")
+    return config
+
+
+def _refuse_run(path: epath.Path) -> None:
+    """Raises a UserError for a run, its checkpoints or one of them."""
+    run = next((p for p in (path, path.parent, path.parent.parent) if (p / "checkpoints").is_dir()), None)
+    if run is not None and (path == run or (run / "checkpoints") in (path, path.parent)):
+        what = "is a run" if path == run else "holds what a run continues from"
+        raise UserError(f"{path} {what}, not a model: name the run by --workdir={run}")
+
+
+def _tokenizer_checksums(path: epath.Path) -> dict[str, str]:
+    """{file of the tokenizer: its SHA-256}; hidden files, which systems leave behind, are no part of it."""
+    found: dict[str, str] = {}
+
+    def walk(folder: epath.Path, prefix: str) -> None:
+        for entry in folder.iterdir():
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                walk(entry, f"{prefix}{entry.name}/")
+            else:
+                with entry.open("rb") as stream:
+                    found[prefix + entry.name] = _sha256(stream)
+
+    if (path / "tokenizer").is_dir():
+        walk(path / "tokenizer", "")
+    return dict(sorted(found.items()))
+
+
+def _sha256(stream: IO[bytes]) -> str:
+    total = hashlib.sha256()
+    while part := stream.read(1 << 20):
+        total.update(part)
+    return total.hexdigest()
+
+
+def _sealed(path: epath.Path, config: Mapping[str, Any]) -> str:
+    """The text of a config.json: `config` with the checksums of the tokenizer that lies in `path`, and its own."""
+    whole = {**config, "format_version": FORMAT_VERSION, TOKENIZER: _tokenizer_checksums(path)}
+    return json.dumps({**whole, ITSELF: json_files.checksum(whole)}, indent=1) + "\n"
+
+
+def seal(directory: str | os.PathLike) -> epath.Path:
+    """Accepts `config.json` and the tokenizer as they are now: renews their checksums. The arrays keep theirs.
+
+    Raises:
+        UserError: no model directory, one of a newer format, or one that cannot be written.
+    """
+    path = absolute(directory)
+    if not path.is_dir():
+        raise UserError(f"no model directory {path}")
+    config = _read_json(path)
+    if config.get("format_version") not in (1, FORMAT_VERSION):
+        raise UserError(f"{path} has format version {json_files.short(config.get('format_version'))}: convert it again")
+    try:
+        part = path / "config.json.part"
+        part.write_text(_sealed(path, config))
+        part.replace(path / "config.json")
+    except OSError as error:
+        raise UserError(f"{path / 'config.json'} cannot be written: {reason(error)}") from None
+    read_model_config(path, towers=True)
+    return path
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    directories = list(sys.argv[1:] if argv is None else argv)
+    if len(directories) != 1 or directories[0].startswith("-"):
+        raise UserError("expected one model directory: python -m flowseg_jax.model_directory DIR")
+    print(f"{seal(directories[0])}: config.json and tokenizer are accepted as they are")
+    return 0
 
 
 def load_model(

@@ -26,6 +26,7 @@ from flowseg_jax.data.prompts import Prompts, check_phrase
 from flowseg_jax.data.tokenizer import Tokenizer, load_tokenizer
 from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation import postprocess
+from flowseg_jax.json_files import expect, number
 from flowseg_jax.models import flowseg, generate
 from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.prediction.answers import Candidate, Prediction, Selection, select
@@ -309,17 +310,16 @@ def load(directory: str | os.PathLike[str]) -> Segmentor:
     Raises:
         UserError: not a model directory, a damaged one, or one whose tokenizer does not fit the model.
     """
-    cfg = FlowSegConfig.from_dict(model_directory.read_model_config(directory)["model"])
+    cfg = FlowSegConfig.from_dict(model_directory.read_model_config(directory)["model"], f"{directory}/config.json: model")
     cfg.check_complete(str(directory))
     graphdef, abstract = flowseg.describe(cfg)
     loaded = model_directory.load_model(directory, flowseg.at_rest(abstract))
-    prompts = Prompts(**loaded.extra.get("prompts", {}))
+    prompts = Prompts.of_model(loaded.extra, directory)
     tokenizer = load_tokenizer(loaded.tokenizer_dir, needed=prompts.needed)
     if tokenizer.vocab > cfg.llm.vocab:
         raise UserError(f"{directory}: the tokenizer has {tokenizer.vocab} ids, the model's embedding table {cfg.llm.vocab}")
     below = loaded.extra.get("no_target_below", 0.0)
-    if isinstance(below, bool) or not isinstance(below, (int, float)) or not 0 <= below <= 1:
-        raise UserError(f"{directory}: extra.no_target_below in its config.json is {below!r}, not a number from 0 to 1")
+    expect(number(below, least=0, most=1), below, f"{directory}/config.json: extra.no_target_below", "a number from 0 to 1")
     return Segmentor(
         graphdef,
         loaded.params,

@@ -86,7 +86,7 @@ def test_a_model_of_another_format_version(tmp_path, tokenizer):
     path = model_directory.save_model(tmp_path / "model", make_params(), {}, tokenizer)
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(config | {"format_version": 99}))
-    with pytest.raises(UserError, match="has format version 99, this flowseg_jax reads 1"):
+    with pytest.raises(UserError, match="has format version 99, this flowseg_jax reads 2"):
         model_directory.load_model(path)
 
 

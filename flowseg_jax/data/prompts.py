@@ -9,10 +9,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
+from flowseg_jax import fields
 from flowseg_jax.data.records import Turn
 from flowseg_jax.data.tokenizer import PHRASE_END, PHRASE_START, SEG, Tokenizer
 from flowseg_jax.errors import UserError, suggest
@@ -123,6 +125,11 @@ class Prompts:
         for name, lists in (("question", REFERRING_QUESTIONS), ("answer", REFERRING_ANSWERS)):
             if not 0 <= getattr(self, name) < len(lists):
                 raise UserError(f"prompts.{name}: {getattr(self, name)} is not one of the wordings 0..{len(lists) - 1}")
+
+    @classmethod
+    def of_model(cls, extra: Mapping[str, Any], directory: object) -> Prompts:
+        """The wording that a model directory names in its `extra`. Raises UserError for another value than a wording."""
+        return fields.read(cls, extra.get("prompts", {}), f"{directory}/config.json: extra.prompts")
 
     @property
     def template(self) -> Chat:

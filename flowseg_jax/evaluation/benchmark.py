@@ -66,7 +66,7 @@ class Subject:
             UserError: it is missing, damaged or no whole model, or `fsdp` does not divide the devices.
         """
         stored = read_model_config(directory)
-        cfg = FlowSegConfig.from_dict(stored["model"])
+        cfg = FlowSegConfig.from_dict(stored["model"], f"{directory}/config.json: model")
         cfg.check_complete(str(directory))
         mesh = parallel.make_mesh({"data": -1, "fsdp": fsdp})
         graphdef, abstract = flowseg.describe(cfg)
@@ -77,7 +77,7 @@ class Subject:
         }
         with heartbeat(f"loading {directory}"):
             loaded = load_model(directory, nest(shapes))
-        prompts = Prompts(**loaded.extra.get("prompts", {}))
+        prompts = Prompts.of_model(loaded.extra, directory)
         tokenizer = load_tokenizer(loaded.tokenizer_dir, needed=prompts.needed)
         if tokenizer.vocab > cfg.llm.vocab:
             raise UserError(

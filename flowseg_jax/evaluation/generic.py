@@ -370,11 +370,11 @@ class Benchmark:
         """Opens a model directory and a prepared data set. Raises UserError where either is missing or damaged."""
         prepared = Prepared.open(data)
         stored = read_model_config(directory)
-        cfg = FlowSegConfig.from_dict(stored["model"])
+        cfg = FlowSegConfig.from_dict(stored["model"], f"{directory}/config.json: model")
         with heartbeat(f"loading {directory}"):
             graphdef, abstract = flowseg.describe(cfg)
             loaded = load_model(directory, flowseg.at_rest(abstract))
-        prompts = Prompts(**loaded.extra.get("prompts", {}))
+        prompts = Prompts.of_model(loaded.extra, directory)
         tokenizer = load_tokenizer(loaded.tokenizer_dir, needed=prompts.needed) if cfg.speaks else None
         checkpoint = {"digest": digest(stored), "step": loaded.extra.get("step")}
         return cls(cfg, graphdef, loaded.params, checkpoint, prepared, tokenizer, prompts, batch, names, thresholds)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import typing
 from collections.abc import Mapping
 from typing import Any
 
-from flowseg_jax.errors import UserError, suggest
+from flowseg_jax import fields
+from flowseg_jax.errors import UserError
 from flowseg_jax.models.boundary import BoundaryConfig
 from flowseg_jax.models.connectors import ConnectorConfig
 from flowseg_jax.models.language import LanguageConfig
@@ -145,30 +145,6 @@ class FlowSegConfig:
         return plain(dataclasses.asdict(self))
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> FlowSegConfig:
-        """Reads `to_dict`'s form. Raises UserError for an unknown or missing key, or a value that does not fit."""
-        return _read(cls, values, "model")
-
-
-def _read(cls: type, values: Mapping[str, Any], where: str) -> Any:
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    hints = typing.get_type_hints(cls)
-    for key in values:
-        if key not in fields:
-            raise UserError(f"{where}.{key}: unknown key{suggest(key, fields)}")
-    required = {n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING}
-    if missing := sorted(required - set(values)):
-        raise UserError(f"{where}: missing {', '.join(missing)}")
-    read = {}
-    for key, value in values.items():
-        if dataclasses.is_dataclass(hints[key]):
-            if not isinstance(value, Mapping):
-                raise UserError(f"{where}.{key}: expected a group of keys, got {value!r}")
-            value = _read(hints[key], value, f"{where}.{key}")
-        elif isinstance(value, list | tuple):
-            value = tuple(tuple(v) if isinstance(v, list | tuple) else v for v in value)
-        read[key] = value
-    try:
-        return cls(**read)
-    except ValueError as error:
-        raise UserError(f"{where}: {error}") from error
+    def from_dict(cls, values: Mapping[str, Any], where: str = "model") -> FlowSegConfig:
+        """Reads `to_dict`'s form; errors as `fields.read`, which says what `where` is."""
+        return fields.read(cls, values, where)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from flowseg_jax.errors import UserError
 from flowseg_jax.models.layers import LayerNorm, Linear, MultiHeadAttention, normal, param
 from flowseg_jax.models.pixel_decoder import sine_positions
 from flowseg_jax.models.semantic_flow import ConditionRefinement, Conditions, SemanticFlowConfig, SemanticRefinement
@@ -58,6 +59,10 @@ class DecoderConfig:
     logit_scale: float = 2.6593
     logit_clamp: float = 50.0
     remat: str = "full"
+
+    def __post_init__(self):
+        if self.width % self.heads or self.width % 4:
+            raise UserError(f"decoder.width {self.width} must be a multiple of 4 and of heads ({self.heads})")
 
     @classmethod
     def tiny(cls) -> DecoderConfig:

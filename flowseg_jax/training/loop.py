@@ -22,10 +22,12 @@ from flowseg_jax.data.mixture import Member, held_out_keys, mix
 from flowseg_jax.data.pipeline import TrainData, open_tokenizer
 from flowseg_jax.data.prepared import Prepared
 from flowseg_jax.errors import UserError
+from flowseg_jax.json_files import expect, number
 from flowseg_jax.model_directory import save_model
 from flowseg_jax.planning import devices, flops
 from flowseg_jax.processes import is_primary, locked
 from flowseg_jax.storage import prepare_workdir, replace_text
+from flowseg_jax.training.optimizer import OptimizerConfig, schedule
 from flowseg_jax.training.profiling import Profile, Profiler
 from flowseg_jax.training.program import Plan, Program
 from flowseg_jax.training.step import TrainState
@@ -132,6 +134,7 @@ def run(config: ConfigDict, program: Program, workdir: Path, profile: Profile | 
     describe(program)
 
     def same_run(meta: dict[str, Any]) -> None:
+        expect(isinstance(meta.get("config"), dict), meta.get("config"), f"{workdir}: the config of its checkpoint", "a config")
         if changed := changed_keys(meta["config"], resolved, MAY_CHANGE):
             raise UserError(
                 f"{workdir} holds a run with other values of {', '.join(changed)}; use another --workdir or its config"
@@ -148,6 +151,8 @@ def run(config: ConfigDict, program: Program, workdir: Path, profile: Profile | 
         if restored:
             start, state = restored.step, from_tree(program.state, restored.state)
             say(f"continuing from the checkpoint of step {start} in {workdir}")
+            if line := moved_rate(program.plan.optimizer, restored.meta["config"].get("steps"), config.steps, start):
+                say(line)
         else:
             with heartbeat("initialising parameters"):
                 start, state = 0, program.initial_state(config)
@@ -187,6 +192,17 @@ def run(config: ConfigDict, program: Program, workdir: Path, profile: Profile | 
                 say(f"stopped: the state of step {step} is saved in {workdir}; the same command continues")
                 raise KeyboardInterrupt if stop.interrupted else SystemExit(0)
     return export(program.plan, state, config, data, workdir)
+
+
+def moved_rate(optimizer: OptimizerConfig, before: Any, steps: int, start: int) -> str:
+    """What another number of steps does to the learning rate behind step `start`; "" where it is the same number."""
+    if not number(before, whole=True, least=0) or before == steps or start >= steps:
+        return ""
+    old, new = (float(schedule(optimizer, n)(start)) for n in (before, steps))
+    return (
+        f"steps is {steps} and was {before}: the schedule is that of {steps} steps from here on; the learning rate of step "
+        f"{start + 1} is {new:.2e}, it would have been {old:.2e}"
+    )
 
 
 def describe(program: Program) -> None:

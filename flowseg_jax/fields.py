@@ -1,0 +1,96 @@
+"""Config dataclasses from plain values of any origin: every field's type and range is checked before anything is built."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from flowseg_jax.errors import UserError, suggest
+from flowseg_jax.json_files import expect, number
+
+# Whole numbers lie between 1 and a million, except: (least, most).
+WHOLE = {
+    "image_size": (1, 16_384),
+    "patch_size": (1, 1_024),
+    "layers": (1, 1_000),
+    "global_layers": (0, 1_000),
+    "connector_layers": (0, 1_000),
+    "heads": (1, 4_096),
+    "kv_heads": (1, 4_096),
+    "vocab": (1, 1 << 24),
+    "queries": (1, 65_536),
+    "points": (1, 64),
+    "levels": (1, 16),
+    "kernel": (3, 255),
+    "classes": (0, 1_000_000),
+    "question": (0, 1_000),
+    "answer": (0, 1_000),
+}
+# Other numbers lie between -1e6 and 1e6, except.
+REAL = {
+    "eps": (0.0, 1.0),
+    "rope_theta": (1.0, 1e12),
+    "scales": (1 / 64, 64.0),
+    "init_std": (0.0, 100.0),
+    "embedding_std": (0.0, 100.0),
+    "query_std": (0.0, 100.0),
+    "mask_std": (0.0, 100.0),
+    "logit_clamp": (1e-6, 1e6),
+}
+CHOICES = {"dtype": ("float32", "bfloat16"), "remat": ("none", "full", "dots")}
+MOST_ITEMS = 1_000  # of a list
+
+
+def read(cls: type, values: Any, where: str) -> Any:
+    """A config dataclass, and those in it, from nested plain values; lists become tuples.
+
+    Args:
+        where: what the values are, for messages: "model", or "RUN/model/config.json: model".
+
+    Raises:
+        UserError: an unknown or missing key, a value of another type or out of range, or values that do not fit together. It
+            names the field.
+    """
+    expect(isinstance(values, Mapping), values, where, "a group of keys")
+    fields, hints = {f.name: f for f in dataclasses.fields(cls)}, typing.get_type_hints(cls)
+    for key in values:
+        if key not in fields:
+            key = str(key)[:80]
+            raise UserError(f"{where}.{key}: unknown key{suggest(key, fields)}")
+    required = {n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING}
+    if missing := sorted(required - set(values)):
+        raise UserError(f"{where}: missing {', '.join(missing)}")
+    found = {key: _value(hints[key], key, value, f"{where}.{key}") for key, value in values.items()}
+    try:
+        return cls(**found)
+    except (ValueError, ArithmeticError) as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def _value(hint: Any, key: str, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return read(hint, value, where)
+    if isinstance(hint, types.UnionType):  # with None
+        if value is None:
+            return None
+        (hint,) = (each for each in typing.get_args(hint) if each is not types.NoneType)
+    if typing.get_origin(hint) is tuple:
+        expect(isinstance(value, list | tuple) and len(value) <= MOST_ITEMS, value, where, f"a list of at most {MOST_ITEMS}")
+        return tuple(_value(typing.get_args(hint)[0], key, item, f"{where}[{i}]") for i, item in enumerate(value))
+    if hint is bool:
+        expect(isinstance(value, bool), value, where, "true or false")
+    elif hint is int:
+        least, most = WHOLE.get(key, (1, 1_000_000))
+        ok = number(value, whole=True, least=least, most=most)
+        expect(ok, value, where, f"a whole number from {least} to {most}")
+    elif hint is float:
+        least, most = REAL.get(key, (-1e6, 1e6))
+        expect(number(value, least=least, most=most), value, where, f"a number from {least:g} to {most:g}")
+    else:
+        known = CHOICES.get(key)
+        ok = isinstance(value, str) and (known is None or value in known)
+        expect(ok, value, where, f"one of {', '.join(known)}" if known else "a text")
+    return value
