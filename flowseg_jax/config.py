@@ -20,6 +20,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from flowseg_jax import json_files
 from flowseg_jax.errors import UserError
 
 TOP_LEVEL = (
@@ -157,7 +158,7 @@ def to_json(config: ConfigDict, indent: int | None = 2) -> str:
 
 def from_json(text: str) -> ConfigDict:
     """The inverse of `to_json`: every list becomes a tuple. Raises ValueError for text that is not a JSON object."""
-    value = json.loads(text)
+    value = json_files.loads(text)
     if not isinstance(value, dict):
         raise ValueError("a config is a JSON object")
     return ConfigDict(_plain(value))

@@ -20,7 +20,9 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from flowseg_jax import json_files
 from flowseg_jax.errors import UserError, mute, tell
+from flowseg_jax.json_files import number
 from flowseg_jax.storage import absolute, is_remote, reason
 
 HEARTBEAT_SECONDS = 10.0
@@ -165,8 +167,10 @@ class JsonlWriter(ScalarWriter):
         kept = []
         for line in lines:
             try:
-                step = json.loads(line)["step"]
+                step = json_files.loads(line)["step"]
             except (ValueError, KeyError, TypeError):
+                continue
+            if not number(step, whole=True):
                 continue
             if line.endswith("\n") and self._step < step <= start_step:
                 kept.append(line)

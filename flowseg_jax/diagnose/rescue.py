@@ -18,6 +18,7 @@ from jaxtyping import Float
 
 from flowseg_jax.data.page import Html, html
 from flowseg_jax.diagnose import plots, sheet
+from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation import audit, metrics
 from flowseg_jax.evaluation.examples import FAILED
 
@@ -133,6 +134,8 @@ def _examples(first: Sequence[Mapping[str, Any]], second: Path, out: Path) -> li
     before = {_key(r): metrics.sample_iou(r) for r in first}
     found: dict[str, list[sheet.Thumbnail]] = {"rescued": [], "broken": []}
     for picture, record in sheet.kept_pictures(second):
+        if _key(record) not in before:
+            raise UserError(f"{picture}: a picture of a sample that {second} does not hold; evaluate again")
         was, now = before[_key(record)], metrics.sample_iou(record)
         note = f"IoU {100 * was:.1f} in A, {100 * now:.1f} in B; the masks are B's"
         if (was < FAILED) != (now < FAILED):

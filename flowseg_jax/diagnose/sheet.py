@@ -15,8 +15,8 @@ from flowseg_jax import paths, storage
 from flowseg_jax.data import drawing, page
 from flowseg_jax.data.page import Html, html, join
 from flowseg_jax.data.records import Sample
-from flowseg_jax.errors import UserError, brief
-from flowseg_jax.evaluation import audit, pictures
+from flowseg_jax.errors import UserError, not_writable
+from flowseg_jax.evaluation import audit, pictures, results
 from flowseg_jax.writers import say
 
 
@@ -128,17 +128,9 @@ def read_records(path: Path, needed: Sequence[str]) -> list[dict[str, Any]]:
 def kept_pictures(path: Path) -> list[tuple[Path, dict[str, Any]]]:
     """(picture, record) of the samples that the evaluation behind a `<split>.jsonl` kept pictures of; none if it kept none."""
     folder = path.parent / "pictures" / path.stem
-    try:
-        index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-        return [(paths.inside(folder, entry["file"], f"{folder / 'index.json'}: file"), entry["record"]) for entry in index]
-    except FileNotFoundError:
-        return []
-    except UserError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(
-            f"{folder / 'index.json'} cannot be read ({brief(error)}); evaluate again, or remove {folder}"
-        ) from None
+    found = results.read_pictures(folder, ("file_name", "best_rank"))
+    audit.samples(folder / results.PICTURES, [record for _, _, record in found])
+    return [(file, record) for _, file, record in found]
 
 
 def groups(records: Sequence[Any], family=lambda record: record["family"]) -> dict[str, list[Any]]:

@@ -7,15 +7,15 @@ python -m flowseg_jax.evaluation compare A.jsonl B.jsonl
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from flowseg_jax import json_files
 from flowseg_jax.errors import UserError
-from flowseg_jax.evaluation import metrics, panoptic
+from flowseg_jax.evaluation import metrics, panoptic, results
 from flowseg_jax.evaluation.protocols import FIVE, PROTOCOLS, Protocol
 
 NEEDED = ("image_id", "ann_id", "sentence_id", "text", "text_form", "sentence", "family", "count", "failed", "failure")
@@ -42,8 +42,8 @@ def read_lines(path: str | Path) -> list[dict[str, Any]]:
         raise UserError(f"{path}: cannot be read ({error}); name the .jsonl that eval.py wrote") from None
     for number, line in enumerate(lines if lines != [""] else [], 1):
         try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            record = json_files.loads(line)
+        except ValueError as error:
             raise UserError(f"{path}:{number}: not JSON ({error})") from None
         if not isinstance(record, dict):
             raise UserError(f"{path}:{number}: no sample but {type(record).__name__}; name the .jsonl that eval.py wrote")
@@ -94,7 +94,7 @@ def category_tables(path: str | Path, records: Sequence[Mapping[str, Any]]) -> d
     path = Path(path)
     beside = path.with_suffix(".json")
     try:
-        result = json.loads(beside.read_text(encoding="utf-8"))
+        result = json_files.read(beside)
         categories, things = result["categories"], result["things"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
@@ -116,9 +116,7 @@ def _impossible(record: Mapping[str, Any]) -> str:
         i, u = record[f"{pair}intersection"], record[f"{pair}union"]
         if not (type(i) is type(u) is int and 0 <= i <= u):
             return f"{pair}intersection {i!r} and {pair}union {u!r} are no areas"
-    if not isinstance(record["score"], int | float | None):
-        return f"score is {record['score']!r}"
-    return ""
+    return results.impossible(record)
 
 
 def tables(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

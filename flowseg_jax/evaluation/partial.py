@@ -8,8 +8,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from flowseg_jax import processes, storage
+from flowseg_jax import json_files, processes, storage
 from flowseg_jax.errors import UserError
+from flowseg_jax.json_files import number
 from flowseg_jax.writers import say
 
 Records = dict[int, list[dict[str, Any]]]
@@ -104,8 +105,10 @@ def _read(path: Path, head: str) -> Records:
     records: Records = {}
     for line in filter(None, lines):
         try:
-            entry = json.loads(line)
-            records[entry["place"]] = entry["records"]
-        except (ValueError, KeyError, TypeError, RecursionError):  # the line at which a kill came
+            entry = json_files.loads(line)
+            place, kept = entry["place"], entry["records"]
+        except (ValueError, KeyError, TypeError):  # the line at which a kill came
             continue
+        if number(place, whole=True, least=0) and isinstance(kept, list) and all(isinstance(each, dict) for each in kept):
+            records[place] = kept
     return records

@@ -21,8 +21,8 @@ from flowseg_jax.data.page import Html, html, join
 from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation import pictures
 from flowseg_jax.evaluation.examples import KINDS, Example
+from flowseg_jax.evaluation.results import PICTURES, read_pictures, read_table
 
-_INDEX = "index.json"
 _HEADINGS = {"good": "Good", "random": "Random", "failed": "Failed"}
 _NOTES = {
     "good": "IoU of at least 80, drawn at random.",
@@ -69,14 +69,11 @@ def read_row(label: str, folder: Path | str, *, shuffled: bool = False, note: st
     folder = Path(folder)
     results, images = {}, {}
     for path in sorted(folder.glob("*.json")):
-        try:
-            result = json.loads(path.read_text(encoding="utf-8"))
-            if result["shuffled_text"] != shuffled:
-                continue
-            results[path.stem.removesuffix("_shuffled")] = result
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise UserError(f"{path} is not a result of eval.py ({error}); remove it or evaluate again") from error
-        if (folder / "pictures" / path.stem / _INDEX).is_file():
+        table = read_table(path)
+        if table["shuffled_text"] != shuffled:
+            continue
+        results[path.stem.removesuffix("_shuffled")] = table
+        if (folder / "pictures" / path.stem / PICTURES).is_file():
             images[path.stem.removesuffix("_shuffled")] = folder / "pictures" / path.stem
     return Row(label, results, images, note)
 
@@ -101,7 +98,7 @@ def save_pictures(folder: Path | str, name: str, examples: Mapping[str, Sequence
                 )
                 pictures.strip(example.image, panels).save(part / file)
                 index.append({"kind": kind, "file": file, "record": dict(record)})
-        (part / _INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+        (part / PICTURES).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
         shutil.rmtree(target, ignore_errors=True)
         os.replace(part, target)
     except OSError as error:
@@ -209,21 +206,19 @@ def _families(rows: Sequence[Row], split: str) -> Html:
 
 
 def _gallery(label: str, split: str, folder: Path, base: Path) -> Html:
-    index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
+    index = read_pictures(folder)
     parts = [html("<h2>Examples: {}, {}</h2>", label, split)]
     for kind in KINDS:
-        rows = [entry for entry in index if entry["kind"] == kind]
+        rows = [(file, record) for of, file, record in index if of == kind]
         if not rows:
             continue
         parts.append(html('<h3 class="{}">{}</h3><p class="about">{}</p>', kind, _HEADINGS[kind], _NOTES[kind]))
-        files = [paths.inside(folder, entry["file"], f"{folder / _INDEX}: file") for entry in rows]
-        figures = [_figure(entry, os.path.relpath(file, base)) for entry, file in zip(rows, files, strict=True)]
+        figures = [_figure(record, os.path.relpath(file, base)) for file, record in rows]
         parts.append(html('<div class="gallery">{}</div>', join(figures, "\n")))
     return join(parts, "\n")
 
 
-def _figure(entry: Mapping[str, Any], source: str) -> Html:
-    record = entry["record"]
+def _figure(record: Mapping[str, Any], source: str) -> Html:
     family = html('<span class="family">{}</span>', record["family"]) if record["family"] else ""
     meant = html("<br>truth: “{}”", record["sentence"]) if record["text"] != record["sentence"] else ""
     scores = (
