@@ -73,7 +73,7 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, str | int | float)
 
 
-def number(value: Any, *, whole: bool = False, least: float = -math.inf, most: float = math.inf) -> bool:
+def number(value: Any, *, whole: bool = False, least: float = -1e300, most: float = 1e300) -> bool:
     """Whether a value is a finite number within bounds; true and false are none."""
     if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
         return False

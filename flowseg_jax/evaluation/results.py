@@ -40,7 +40,7 @@ def read_table(path: Path) -> dict[str, Any]:
     expect(isinstance(table.get("protocol"), str), table.get("protocol"), f"{path}: protocol", "a text")
     _figures(table, str(path), (*_FIGURES, "n"))
     failed = table.get("failed")
-    expect(number(failed, whole=True, least=0), failed, f"{path}: failed", "a count")
+    expect(number(failed, whole=True, least=0, most=1 << 53), failed, f"{path}: failed", "a count")
     for key in ("n_acc", "t_acc"):
         expect(key not in table or number(table[key]), table.get(key), f"{path}: {key}", "a number")
     expect(isinstance(table["families"], dict), table["families"], f"{path}: families", "a group of keys")
@@ -48,9 +48,8 @@ def read_table(path: Path) -> dict[str, Any]:
         _figures(figures, f"{path}: families.{family[:40]}", ("ciou", "oracle_ciou", "n"))
     for key in ("checkpoint", "prompt"):
         found = table.get(key, {})
-        ok = isinstance(found, dict) and all(
-            isinstance(x, str | int | None) and not isinstance(x, bool) for x in found.values()
-        )
+        plain = isinstance(found, dict) and found.values()
+        ok = plain is not False and all(x is None or isinstance(x, str) or number(x, whole=True) for x in plain)
         expect(ok, found, f"{path}: {key}", "a group of texts and numbers")
     digest = table["checkpoint"].get("digest")
     expect(isinstance(digest, str | None), digest, f"{path}: checkpoint.digest", "a text")
@@ -114,7 +113,7 @@ def _figures(table: Any, where: str, names: Sequence[str]) -> None:
     for key in names:
         value = table.get(key)
         if key == "n":
-            expect(number(value, whole=True, least=0), value, f"{where}: n", "a count")
+            expect(number(value, whole=True, least=0, most=1 << 53), value, f"{where}: n", "a count")
         else:
             expect(number(value, least=-1e9, most=1e9), value, f"{where}: {key}", "a number")
     thresholds = table.get("p_at", {})
