@@ -42,7 +42,7 @@ def read_table(path: Path) -> dict[str, Any]:
     failed = table.get("failed")
     expect(number(failed, whole=True, least=0, most=1 << 53), failed, f"{path}: failed", "a count")
     for key in ("n_acc", "t_acc"):
-        expect(key not in table or number(table[key]), table.get(key), f"{path}: {key}", "a number")
+        expect(key not in table or number(table[key], least=0, most=100), table.get(key), f"{path}: {key}", "a number")
     expect(isinstance(table["families"], dict), table["families"], f"{path}: families", "a group of keys")
     for family, figures in table["families"].items():
         _figures(figures, f"{path}: families.{family[:40]}", ("ciou", "oracle_ciou", "n"))
@@ -117,7 +117,7 @@ def _figures(table: Any, where: str, names: Sequence[str]) -> None:
         else:
             expect(number(value, least=-1e9, most=1e9), value, f"{where}: {key}", "a number")
     thresholds = table.get("p_at", {})
-    ok = isinstance(thresholds, dict) and all(number(value) for value in thresholds.values())
+    ok = isinstance(thresholds, dict) and all(number(value, least=0, most=100) for value in thresholds.values())
     expect(ok, thresholds, f"{where}: p_at", "a group of numbers")
 
 
