@@ -45,7 +45,7 @@ def read_table(path: Path) -> dict[str, Any]:
         expect(key not in table or number(table[key], least=0, most=100), table.get(key), f"{path}: {key}", "a number")
     expect(isinstance(table["families"], dict), table["families"], f"{path}: families", "a group of keys")
     for family, figures in table["families"].items():
-        _figures(figures, f"{path}: families.{family[:40]}", ("ciou", "oracle_ciou", "n"))
+        _figures(figures, f"{path}: families.{family[:40]}", (*_FIGURES, "n"))
     for key in ("checkpoint", "prompt"):
         found = table.get(key, {})
         plain = isinstance(found, dict) and found.values()
