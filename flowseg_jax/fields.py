@@ -8,7 +8,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from flowseg_jax.errors import UserError, suggest
+from flowseg_jax.errors import UserError, plain, suggest
 from flowseg_jax.json_files import expect, number
 
 # Whole numbers lie between 1 and a million, except: (least, most).
@@ -41,7 +41,7 @@ REAL = {
     "logit_clamp": (1e-6, 1e6),
 }
 CHOICES = {"dtype": ("float32", "bfloat16"), "remat": ("none", "full", "dots")}
-MOST_ITEMS = 1_000  # of a list
+MOST_ITEMS, LONGEST_TEXT = 1_000, 100  # of a list; characters
 
 
 def read(cls: type, values: Any, where: str) -> Any:
@@ -67,7 +67,7 @@ def read(cls: type, values: Any, where: str) -> Any:
     try:
         return cls(**found)
     except (ValueError, ArithmeticError) as error:
-        raise UserError(f"{where}: {error}") from error
+        raise UserError(f"{where}: {plain(str(error), 300)}") from error
 
 
 def _value(hint: Any, key: str, value: Any, where: str) -> Any:
@@ -91,6 +91,6 @@ def _value(hint: Any, key: str, value: Any, where: str) -> Any:
         expect(number(value, least=least, most=most), value, where, f"a number from {least:g} to {most:g}")
     else:
         known = CHOICES.get(key)
-        ok = isinstance(value, str) and (known is None or value in known)
-        expect(ok, value, where, f"one of {', '.join(known)}" if known else "a text")
+        ok = isinstance(value, str) and (value in known if known else len(value) <= LONGEST_TEXT)
+        expect(ok, value, where, f"one of {', '.join(known)}" if known else f"a text of at most {LONGEST_TEXT} characters")
     return value

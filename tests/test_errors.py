@@ -17,7 +17,9 @@ from flowseg_jax.errors import UserError, listed, plain
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = ("train.py", "eval.py", "predict.py", "convert_weights/__main__.py")
-COMMANDS += tuple(f"flowseg_jax/{name}.py" for name in ("demo", "stages", "ablation", "export", "planning/shardings"))
+COMMANDS += tuple(
+    f"flowseg_jax/{name}.py" for name in ("demo", "stages", "ablation", "export", "model_directory", "planning/shardings")
+)
 COMMANDS += tuple(f"flowseg_jax/{name}/__main__.py" for name in ("data", "diagnose", "evaluation", "parity"))
 COMMANDS += tuple(f"benchmarks/{name}.py" for name in ("__main__", "input", "measure", "startup", "train_step"))
 

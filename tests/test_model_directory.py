@@ -109,3 +109,64 @@ def test_loading_is_strict_both_ways(tmp_path, tokenizer):
     with pytest.raises(UserError, match=r"missing a/n10 \(1,\).* and 15 more$") as error:  # ten of them and the count
         check_params({"a": {f"n{i}": jnp.zeros(1) for i in range(10, 35)}}, {}, "this")
     assert str(error.value).count("missing") == 10
+
+
+def edited(path, **changes):
+    """Writes another config.json, without a new checksum."""
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | changes))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda d: edited(d, model={"rope_theta": 5.0}), r"config\.json has changed since it was saved"),
+        (lambda d: edited(d, new=1), r"config\.json has changed since it was saved"),
+        (lambda d: (d / "tokenizer/tokenizer.json").write_text("{ }"), r"'tokenizer.json' is not the file of then"),
+        (lambda d: (d / "tokenizer/tokenizer.json").unlink(), r"'tokenizer.json' is not the file of then"),
+        (lambda d: (d / "tokenizer/vocab.json").write_text("{}"), r"'vocab.json' is not the file of then"),
+        (lambda d: edited(d, format_version=1), r"format version 1, without checksums of its config and tokenizer"),
+    ],
+)
+def test_config_and_tokenizer_are_as_they_were_saved_or_are_accepted(tmp_path, tokenizer, spoil, message, capsys):
+    path = model_directory.save_model(tmp_path / "model", make_params(), {"rope_theta": 1e6}, tokenizer)
+    spoil(path)
+    with pytest.raises(UserError, match=message + r".*accept it by `python -m flowseg_jax\.model_directory .*/model`") as error:
+        model_directory.load_model(path)
+    assert "\n" not in str(error.value)
+    assert model_directory.main([str(path)]) == 0
+    assert capsys.readouterr().out == f"{path}: config.json and tokenizer are accepted as they are\n"
+    model_directory.load_model(path)
+
+
+def test_spaces_order_and_hidden_files_are_no_change(tmp_path, tokenizer):
+    path = model_directory.save_model(tmp_path / "model", make_params(), {"a": 1, "b": 2.0}, tokenizer)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(dict(reversed(config.items()))))
+    (path / "tokenizer/.DS_Store").write_text("")
+    assert model_directory.load_model(path).model_config == {"a": 1, "b": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"manifest": {"a/w": [[60, -1], "float32"]}}, r"config\.json: manifest\.a/w is \[.*\], expected a shape and a dtype"),
+        ({"manifest": {"a/w": [[60, 100], "float33"]}}, r"config\.json: manifest\.a/w is .*, expected a shape and a dtype"),
+        ({"manifest": {"a/w": [[1 << 60], "float32"]}}, r"config\.json: manifest\.a/w is .*, expected a shape and a dtype"),
+        ({"checksums": {}}, r"config\.json: checksums\.\S+ is None, expected a number of 32 bits"),
+        ({"tower": 3}, r"config\.json: tower is 3, expected its family and config"),
+    ],
+)
+def test_what_no_array_can_be_is_one_line_even_if_its_checksum_is_right(tmp_path, tokenizer, changes, message):
+    path = model_directory.save_model(tmp_path / "model", make_params(), {}, tokenizer)
+    edited(path, **changes)
+    with pytest.raises(UserError, match=message):
+        model_directory.seal(path)
+
+
+def test_a_run_is_no_model(tmp_path):
+    (tmp_path / "run/checkpoints/40").mkdir(parents=True)
+    (tmp_path / "run/config.json").write_text('{"seed": 0}')
+    for place in ("run", "run/checkpoints", "run/checkpoints/40"):
+        with pytest.raises(UserError, match=r"not a model: name the run by --workdir=.*/run$"):
+            model_directory.read_model_config(tmp_path / place)

@@ -1,0 +1,93 @@
+"""Model configs from hostile JSON: one line that names the field, before anything is built."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+
+from flowseg_jax import json_files
+from flowseg_jax.errors import UserError
+from flowseg_jax.models.config import FlowSegConfig
+
+TINY = FlowSegConfig.tiny().to_dict()
+HOSTILE = (0, -1, float("nan"), float("inf"), 1e308, 10**30, "abc", "x" * 10**6, "", True, [], [[]], {}, {"a": 1}, [1] * 10**5)
+
+
+def fields(values, place=()):
+    for key, value in values.items():
+        yield (*place, key)
+        if isinstance(value, dict):
+            yield from fields(value, (*place, key))
+
+
+def put(place, value):
+    changed = copy.deepcopy(TINY)
+    node = changed
+    for key in place[:-1]:
+        node = node[key]
+    node[place[-1]] = value
+    return changed
+
+
+def test_every_value_of_every_field():
+    """A value is refused in one line that names its field (or the part whose fields do not fit), or it is a possible one."""
+    refused = 0
+    for place in fields(TINY):
+        for value in HOSTILE:
+            try:
+                FlowSegConfig.from_dict(put(place, value), "m/config.json: model")
+            except UserError as error:
+                refused += 1
+                assert str(error).startswith("m/config.json: model"), error
+                assert "\n" not in str(error) and len(str(error)) < 400
+    assert refused > 900
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        ("sam.width", 0, "model.sam.width is 0, expected a whole number from 1 to 1000000"),
+        ("sam.heads", 0, "model.sam.heads is 0, expected a whole number from 1 to 4096"),
+        ("sam.image_size", 10**9, "model.sam.image_size is 1000000000, expected a whole number from 1 to 16384"),
+        ("llm.rope_theta", float("nan"), "model.llm.rope_theta is nan, expected a number from 1 to 1e.12"),
+        ("llm.width", "abc", "model.llm.width is 'abc', expected a whole number"),
+        ("llm.layers", 2.0, "model.llm.layers is 2.0, expected a whole number"),
+        ("llm.qk_norm", 1, "model.llm.qk_norm is 1, expected true or false"),
+        ("llm.remat", "some", "model.llm.remat is 'some', expected one of none, full, dots"),
+        ("dtype", "float8", "model.dtype is 'float8', expected one of float32, bfloat16"),
+        ("decoder", 3, "model.decoder is 3, expected a group of keys"),
+        ("decoder.heads", 3, r"decoder.width 64 must be a multiple of 4 and of heads \(3\)"),
+        ("connector.channels", [96, "a", 96], r"model.connector.channels\[1\] is 'a'"),
+        ("sam.global_layers", [10**6], r"model.sam.global_layers\[0\] is 1000000"),
+    ],
+)
+def test_what_each_says(place, value, message):
+    with pytest.raises(UserError, match=message):
+        FlowSegConfig.from_dict(put(tuple(place.split(".")), value))
+
+
+def test_keys():
+    with pytest.raises(UserError, match=r"model.sam: missing width$"):
+        FlowSegConfig.from_dict(TINY | {"sam": {k: v for k, v in TINY["sam"].items() if k != "width"}})
+    with pytest.raises(UserError, match=r"model.sam.widht: unknown key \(did you mean 'width'\?\)"):
+        FlowSegConfig.from_dict(put(("sam", "widht"), 3))
+    assert FlowSegConfig.from_dict(json.loads(json.dumps(TINY))) == FlowSegConfig.tiny()
+
+
+def test_json_that_blows_up(tmp_path):
+    for text, message in (
+        ("[" * 10**5, "nested too deeply"),
+        ("[" * 200 + "]" * 200, "more than 100 deep"),
+        ("9" * 10**4, "digits"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            json_files.loads(text)
+    with open(tmp_path / "large.json", "wb") as file:
+        file.truncate(json_files.MAX_BYTES + 1)
+    with pytest.raises(ValueError, match="bytes, at most"):
+        json_files.read(tmp_path / "large.json")
+    assert json_files.short("x" * 10**6) == repr("x" * 40 + "…")
+    assert json_files.short(10**6000) == "a number of 19932 bits"
+    assert len(json_files.short([["x" * 10**6] * 10**5] * 3)) < 80
