@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from flowseg_jax import paths, storage
+from flowseg_jax import storage
 from flowseg_jax.data import drawing, page
 from flowseg_jax.data.page import Html, html, join
 from flowseg_jax.data.records import Sample
-from flowseg_jax.errors import UserError, not_writable
+from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation import audit, pictures, results
 from flowseg_jax.writers import say
 

@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flowseg_jax import paths
 from flowseg_jax.data import drawing, page
 from flowseg_jax.data.page import Html, html, join
 from flowseg_jax.errors import UserError

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flowseg_jax import json_files
+from flowseg_jax import json_files, paths
 from flowseg_jax.errors import UserError
 from flowseg_jax.json_files import expect, number
 
@@ -85,7 +85,7 @@ def _picture(folder: Path, where: str, entry: Any, needed: Sequence[str]) -> tup
         raise UserError(f"{where} lacks {', '.join(lacking)}")
     if wrong := impossible(record):
         raise UserError(f"{where}: {wrong}")
-    return kind, folder / file, record
+    return kind, paths.inside(folder, file, f"{where}: file"), record
 
 
 def impossible(record: Mapping[str, Any]) -> str:
