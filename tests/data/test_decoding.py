@@ -350,6 +350,7 @@ def test_masks_are_decoded_a_picture_full_of_pixels_at_a_time(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_the_longest_shapes_take_no_more_memory_than_a_large_picture(tmp_path):
     """The address space of a process of its own is the judge: 1.5 GiB above what it had."""
     for name, size in {"tall.png": (1365, 65_535), "wide.png": (65_535, 1365), "thin.png": (1, 65_535)}.items():
@@ -370,8 +371,8 @@ for name in ("tall.png", "wide.png", "thin.png"):
     rle = coco.frPyObjects(dict(size=size, counts=[0, size[0] * size[1]]), *size)["counts"].decode()
     for square in (False, True):
         shape = BatchShape(1, 8, 1, 1, 256, 384)
-        pixels = batching.prepare_pixels(image, [Annotation(1, 0, rle)] * 12, shape, square=square)
-        assert pixels.vision.shape == (384, 384, 3) and pixels.masks.shape == (12, 256, 32)
+        pixels = batching.prepare_pixels(image, [Annotation(1, 0, rle)] * 3, shape, square=square)
+        assert pixels.vision.shape == (384, 384, 3) and pixels.masks.shape == (3, 256, 32)
         assert pixels.masks.any(axis=(1, 2)).all()
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
