@@ -82,7 +82,8 @@ class Checkpoint:
         (self.directory / "config.json").write_text(text)
         request = jobs.Request(self.family, str(self.directory))
         with contextlib.redirect_stdout(io.StringIO()) as said, jobs.prepared(request) as job:
-            jobs.check(job, request)
+            if not job.plan.fresh:  # a parameter that the file lacks would be compiled for every input
+                jobs.check(job, request)
         assert "Traceback" not in said.getvalue()
         return job.plan.cfg
 
@@ -177,7 +178,7 @@ def run(checkpoint: Checkpoint, inputs: list[str]) -> collections.Counter:
 def test_a_sample_of_wrong_values(checkpoint, family):
     one, rng = checkpoint(family), random.Random(family)
     every = [(path, value) for path in one.keys() for value in VALUES]
-    count = 8 if family == "mask2former" else 40  # a fresh parameter of it is compiled each time
+    count = 40
     counts = run(one, [one.changed(*pair) for pair in rng.sample(every, count)] + rng.sample(DOCUMENTS, 2))
     assert counts[ERROR] and counts[NO_EFFECT]
 
