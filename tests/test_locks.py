@@ -15,7 +15,9 @@ from pathlib import Path
 
 import fake_gcs
 import minirefcoco as mini
+import numpy as np
 import pytest
+from PIL import Image
 
 from flowseg_jax import locks, processes
 from flowseg_jax.data import builders
@@ -108,6 +110,39 @@ def test_a_preparation_is_refused_while_another_one_runs(tmp_path):
         builders.prepare(layout, prepared, log=second)
     builders.prepare(layout, prepared, log=lambda _: None)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["layout", "prepared"]
+
+
+def test_every_command_that_writes_is_refused(tmp_path, monkeypatch):
+    """Before it reads or computes anything: what they are given does not exist."""
+    from convert_weights.export import export_directory
+    from flowseg_jax import cli, export
+    from flowseg_jax.model_directory import save_model, stream_model
+    from flowseg_jax.training import loop
+
+    Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(tmp_path / "x.png")
+    prepared = builders.prepare(mini.write(tmp_path / "layout"), tmp_path / "prepared", log=lambda _: None).directory
+    monkeypatch.setattr(loop.Program, "build", lambda config: None)
+    out = tmp_path / "out"
+    inside = {
+        "train": lambda: loop.train(None, out),
+        "eval": lambda: cli.evaluate([f"--data={prepared}", f"--out={out}"]),
+        "predict": lambda: cli.predict([f"--image={tmp_path / 'x.png'}", "--text=it", f"--out={out}"]),
+    }
+    beside = {
+        "export": lambda: export.export("nowhere", out),
+        "convert": lambda: stream_model(out, {}, {}, "nowhere"),
+        "convert back": lambda: export_directory(None, "nowhere", out),
+        "the model of a run": lambda: save_model(out, {}, {}, "nowhere"),
+    }
+    for commands, options in ((inside, {}), (beside, {"beside": True})):
+        with locks.held(out, **options):
+            names = dict(locks._held)
+            for name, command in commands.items():
+                locks._held.clear()  # as a process of its own sees it
+                with pytest.raises(UserError) as refused:
+                    command()
+                assert f"{out} is in use by process {os.getpid()} on host" in str(refused.value), name
+            locks._held.update(names)
 
 
 def test_it_is_held_once_however_often_it_is_entered_and_then_gone(directory):

@@ -58,11 +58,11 @@ def test_stopped_continued_and_extended(config, tmp_path, monkeypatch, capsys, h
     assert {n: signal.getsignal(n) for n in NUMBERS} == handlers
 
     models = {}
-    for steps in (3, 4):
+    for start, steps in ((2, 4), (4, 5)):
         config.steps = steps
         loop.train(config, tmp_path)
-        assert f"continuing from the checkpoint of step {steps - 1}" in capsys.readouterr().out
+        assert f"continuing from the checkpoint of step {start}" in capsys.readouterr().out
         models[steps] = json.loads((tmp_path / "model" / "config.json").read_text())
         assert models[steps]["extra"]["step"] == steps
-    assert models[3]["checksums"] != models[4]["checksums"]
+    assert models[4]["checksums"] != models[5]["checksums"]
     assert not (tmp_path / ".lock").exists() and not (tmp_path / ".model.lock").exists()
