@@ -25,6 +25,7 @@ from flowseg_jax.errors import UserError, suggest
 from flowseg_jax.manifest import Tree, check_arrays, checksums, compare, manifest, verify
 from flowseg_jax.processes import attempt, is_primary
 from flowseg_jax.storage import absolute, as_stored, cast, damage, provenance, reason
+from flowseg_jax.traces import unsaid
 from flowseg_jax.writers import say
 
 __all__ = ["Checkpoints", "Restored", "changed_keys"]
@@ -170,11 +171,15 @@ class Checkpoints:
                 if check is not None:
                     check(meta)
                 compare(manifest(abstract), meta["manifest"], f"checkpoint {path}")
-                state, fault = attempt(partial(_read_state, path, as_stored(abstract, meta["manifest"])), damage)
+                with unsaid() as settle:
+                    state, fault = attempt(partial(_read_state, path, as_stored(abstract, meta["manifest"])), damage)
+                    settle(fault)
             if not fault:
                 _, fault = attempt(partial(verify, state, meta["checksums"]), damage)
             if not fault:
-                return Restored(step, cast(state, abstract), meta)
+                state, fault = attempt(partial(cast, state, abstract), damage)
+            if not fault:
+                return Restored(step, state, meta)
             self._set_aside(step, fault)
             self._manager.reload()
             if self.latest_step is None and is_primary():

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from flowseg_jax.errors import UserError, listed
+from flowseg_jax.errors import UserError, listed, plain
 from flowseg_jax.json_files import expect, number
 
 Tree = Any
@@ -72,6 +72,8 @@ def check_arrays(kinds: Any, sums: Any, where: str) -> None:
         expect(ok, kind, f"{where}: manifest.{name[:80]}", "a shape and a dtype")
         ok = number(sums.get(name), whole=True, least=0, most=(1 << 32) - 1)
         expect(ok, sums.get(name), f"{where}: checksums.{name[:80]}", "a number of 32 bits")
+    if lost := sorted(set(sums) - set(kinds)):
+        raise UserError(f"{where}: checksums.{plain(lost[0])} is of an array that the manifest lacks")
 
 
 def checksums(tree: Tree) -> dict[str, int]:

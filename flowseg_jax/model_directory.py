@@ -37,6 +37,7 @@ from flowseg_jax.manifest import Tree, check_arrays, checksums, compare, flatten
 from flowseg_jax.processes import attempt, is_primary, locked
 from flowseg_jax.storage import absolute, as_stored, cast, copy_tree, damage, local_directory, provenance, reason
 from flowseg_jax.streaming import LazyArray, write_arrays
+from flowseg_jax.traces import unsaid
 
 __all__ = ["LoadedModel", "check_free", "load_model", "read_model_config", "save_model", "stream_model"]
 
@@ -363,7 +364,9 @@ def load_model(
         with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
             return handler.restore(path / "params", args=ocp.args.PyTreeRestore(item=item, restore_args=restore))
 
-    params, fault = attempt(read, damage)
+    with unsaid() as settle:
+        params, fault = attempt(read, damage)
+        settle(fault)
     if not fault:
         _, fault = attempt(lambda: verify(params, config["checksums"]), damage)
     if fault:

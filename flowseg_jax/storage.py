@@ -146,6 +146,8 @@ def cast(tree: Tree, abstract: Tree) -> Tree:
 
 def damage(error: Exception) -> str | None:
     """A line about an error that reading raised for what is on disk; None for another, say for want of memory."""
+    if isinstance(error, UserError):
+        return str(error)
     # An unreadable chunk is a bare Exception.
     return reason(error) if isinstance(error, DAMAGE) or type(error) is Exception else None
 

@@ -8,12 +8,15 @@ call it (`errors.run`, and the workers that they start); importing this package 
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import signal
 import sys
 import threading
 import traceback
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 LOGGERS = ("absl", "asyncio", "concurrent.futures", "grain", "jax", "orbax")  # libraries that log what their threads raise
@@ -86,6 +89,30 @@ class Traces:
         trace = formatted(error) if error is not None else ""
         self.add(f"{record.name}: {one_line(error) if error is not None else record.getMessage()}", trace)
         return False
+
+
+@contextlib.contextmanager
+def unsaid() -> Iterator[Callable[[object], None]]:
+    """Around a read that may fail: drops what libraries say, often a hundred times, of the one error that it is reported by.
+
+    To be called, before the end, with whether it failed: what tasks left behind is said when they are collected.
+    """
+
+    def settle(failed: object) -> None:
+        if failed:
+            gc.collect()
+
+    untraced = lambda record: not record.exc_info  # noqa: E731
+    loggers = [logging.getLogger(name) for name in LOGGERS]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="coroutine .* was never awaited", category=RuntimeWarning)
+        for logger in loggers:
+            logger.addFilter(untraced)
+        try:
+            yield settle
+        finally:
+            for logger in loggers:
+                logger.removeFilter(untraced)
 
 
 def shown() -> bool:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
@@ -16,7 +17,7 @@ import pytest
 from ml_collections import ConfigDict
 from trees import abstract_of, flip, largest, make_state, same
 
-from flowseg_jax import checkpoint
+from flowseg_jax import checkpoint, json_files
 from flowseg_jax.errors import UserError
 from flowseg_jax.manifest import checksums, device_checksums, flatten, nest
 from flowseg_jax.storage import prepare_workdir
@@ -259,3 +260,63 @@ def test_names_go_there_and_back():
     tree = {"a": {"b": 1, "layers": {"0": {"x": 2}, "11": {"x": 3}}}}
     assert flatten(tree) == {"a/b": 1, "a/layers/0/x": 2, "a/layers/11/x": 3}
     assert nest(flatten(tree)) == tree
+
+
+def test_a_renamed_step_is_not_that_step(tmp_path):
+    state = make_state()
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        for step in (10, 20):
+            checkpoints.save(step, state, {})
+    (tmp_path / "checkpoints/20").rename(tmp_path / "checkpoints/30")
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        message = r"checkpoint .*/30 is that of step 20: give the directory its name back, or remove it"
+        with pytest.raises(UserError, match=message):
+            checkpoints.restore_latest(abstract_of(state))
+        assert sorted(p.name for p in checkpoints.directory.iterdir()) == ["10", "30"]  # nothing is set aside
+
+
+def rewritten(directory: Path, change) -> None:
+    """A checkpoint's JSON after `change`, which may leave its checksum as it is."""
+    path = directory / "meta" / "metadata"
+    meta = json.loads(path.read_text())
+    change(meta)
+    path.write_text(json.dumps(meta))
+
+
+def sealed(**changes):
+    def change(meta):
+        meta.update(changes)
+        meta[json_files.ITSELF] = json_files.checksum(meta)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (lambda meta: meta["config"].update(width=5), "its JSON has changed since it was written"),
+        (lambda meta: meta.update(data="another"), "its JSON has changed since it was written"),
+        (lambda meta: meta["checksums"].update({"step": 1}), "its JSON has changed since it was written"),
+        (sealed(manifest={"step": [[-1], "int32"]}), "its JSON: manifest.step is "),
+        (sealed(checksums=3), "its JSON: checksums is 3, expected a group of keys"),
+    ],
+)
+def test_a_changed_json_is_damage(tmp_path, capsys, change, fault):
+    state = make_state()
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, state, {"config": {"width": 4}, "data": "a"})
+    rewritten(tmp_path / "checkpoints/2", change)
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.restore_latest(abstract_of(state)).step == 1
+    assert f"2 is damaged ({fault}" in capsys.readouterr().out
+
+
+def test_a_json_without_a_checksum_is_refused(tmp_path):
+    state = make_state()
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state, {})
+    rewritten(tmp_path / "checkpoints/1", lambda meta: meta.pop(json_files.ITSELF))
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        with pytest.raises(UserError, match="1 has no checksum of its JSON, an older flowseg_jax wrote it"):
+            checkpoints.restore_latest(abstract_of(state))

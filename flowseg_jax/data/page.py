@@ -54,7 +54,8 @@ def write(path: Path, title: str, body: Sequence[Html]) -> None:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         "<style>{}</style></head>\n<body><main>\n{}\n</main></body></html>\n"
     )
-    storage.replace_text(path, html(frame, title, Html(_STYLE), join(body, "\n")))
+    text = html(frame, title, Html(_STYLE), join(body, "\n"))
+    storage.replace_text(path, text.encode("utf-8", "backslashreplace").decode())  # half a character may stand in a text
 
 
 _STYLE = """

@@ -115,7 +115,7 @@ def _impossible(record: Mapping[str, Any]) -> str:
     for pair in pairs:
         i, u = record[f"{pair}intersection"], record[f"{pair}union"]
         if not (type(i) is type(u) is int and 0 <= i <= u):
-            return f"{pair}intersection {i!r} and {pair}union {u!r} are no areas"
+            return f"{pair}intersection {json_files.short(i)} and {pair}union {json_files.short(u)} are no areas"
     return results.impossible(record)
 
 
