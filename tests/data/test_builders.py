@@ -1,6 +1,7 @@
 """Preparation: what is stored comes back, atomically, without TensorFlow."""
 
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -14,6 +15,17 @@ from flowseg_jax.data.formats.refcoco import RefCoco
 from flowseg_jax.data.prepared import FORMAT, Prepared
 from flowseg_jax.data.records import examples, ref_samples, samples
 from flowseg_jax.errors import UserError
+
+LISTING = [
+    "SHA256SUMS",
+    "data/dataset_info.json",
+    "data/features.json",
+    "data/flowseg-train.array_record-00000-of-00001",
+    "index/train.jsonl",
+    "metadata.json",
+    "tokenizer/tokenizer.json",
+    "tokenizer/tokenizer_config.json",
+]
 
 
 def quiet(_):
@@ -283,3 +295,26 @@ class TestEnsureShapes:
         assert set(prepared.splits) == {"train", "val", "testA", "testB"} and prepared.families("train")
         source, index = prepared.source("train"), prepared.index("train")
         assert [source[i].image_id for i in range(len(source))] == [entry.image_id for entry in index]  # stored in order
+
+
+def test_images_elsewhere_named_by_a_path(layout, tmp_path):
+    """Also where it is interrupted: what images were named is part of the request that the same command continues."""
+    moved = tmp_path / "moved"
+    shutil.copytree(layout, moved)
+    (folder,) = {path.parent for path in moved.rglob("*.jpg")}
+    shutil.move(folder, tmp_path / "elsewhere")
+    with pytest.raises(UserError):
+        builders.prepare(moved, tmp_path / "out", log=quiet)
+    result = builders.prepare(moved, tmp_path / "out", images=tmp_path / "elsewhere", log=quiet)
+    usual = builders.prepare(layout, tmp_path / "usual", log=quiet)
+    assert result.digest == usual.digest and [result.source("train")[i].image for i in range(3)] == [
+        usual.source("train")[i].image for i in range(3)
+    ]
+
+
+def test_a_finished_directory_holds_these_files_and_no_others(layout, tmp_path):
+    out = tmp_path / "out"
+    builders.prepare(layout, out, splits=["train"], tokenizer_vocab=300, log=quiet)
+    found = sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
+    assert found == LISTING
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
