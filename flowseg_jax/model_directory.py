@@ -39,7 +39,7 @@ from flowseg_jax.storage import absolute, as_stored, cast, copy_tree, damage, lo
 from flowseg_jax.streaming import LazyArray, write_arrays
 from flowseg_jax.traces import unsaid
 
-__all__ = ["LoadedModel", "check_free", "load_model", "read_model_config", "save_model", "stream_model"]
+__all__ = ["LoadedModel", "check_free", "load_model", "read_model_config", "save_model", "seal", "stream_model"]
 
 FORMAT = "flowseg_jax model"
 FORMAT_VERSION = 2  # 1: without checksums of config and tokenizer
@@ -232,8 +232,9 @@ def read_model_config(directory: str | os.PathLike, *, towers: bool = False) -> 
         ok = isinstance(tower, dict) and isinstance(tower.get("family"), str) and isinstance(tower.get("config"), dict)
         expect(ok, tower, f"{path / 'config.json'}: tower", "its family and config")
     kept, there = config.get(TOKENIZER), _tokenizer_checksums(path)
+    expect(isinstance(kept, dict), kept, f"{path / 'config.json'}: {TOKENIZER}", "a group of keys")
     if kept != there:
-        names = sorted(name for name in {*there, *(kept or {})} if there.get(name) != (kept or {}).get(name))
+        names = sorted(name for name in {*there, *kept} if there.get(name) != kept.get(name))
         raise UserError(
             f"{path / 'tokenizer'} has changed since it was saved ({json_files.short(names[0])} is not the file of then): "
             f"restore it, or, if the change is meant, {accept}"

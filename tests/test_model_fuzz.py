@@ -22,6 +22,7 @@ import small
 from trees import abstract_of, make_params, make_state
 
 from flowseg_jax import checkpoint, json_files, model_directory
+from flowseg_jax.data.prompts import Prompts
 from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation import audit, report, results
 from flowseg_jax.manifest import checksums
@@ -140,6 +141,7 @@ def model(tmp_path_factory):
 def read_model(path):
     loaded = model_directory.load_model(path, dtype=None)
     config = FlowSegConfig.from_dict(loaded.model_config, f"{path}/config.json: model")
+    Prompts.of_model(loaded.extra, path)
     return checksums(loaded.params), config, loaded.extra, (loaded.tokenizer_dir / "tokenizer.json").read_bytes()
 
 
@@ -176,7 +178,11 @@ def fuzz_model_values(model, root, inputs):
 
             def same(found):
                 sums, read, extra, _ = found
-                return sums == changed["checksums"] and within(changed["model"], read.to_dict()) and extra == changed["extra"]
+                return (
+                    sums == changed["checksums"]
+                    and within(changed["model"], read.to_dict())
+                    and json.dumps(extra) == json.dumps(changed["extra"])
+                )
 
             return "values", outcome(lambda: read_model(path), same)
 

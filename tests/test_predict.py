@@ -24,7 +24,7 @@ from flowseg_jax.data.records import Turn
 from flowseg_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation import pictures, postprocess
-from flowseg_jax.model_directory import save_model
+from flowseg_jax.model_directory import save_model, seal
 from flowseg_jax.models import flowseg, generate
 from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.models.language import Cache, LanguageConfig
@@ -236,6 +236,7 @@ def test_a_tokenizer_larger_than_the_model_is_refused(model_directory, tmp_path)
     train_tokenizer(
         ["the quick brown fox jumps over a lazy dog while many more words follow"] * 3, directory / "tokenizer", vocab=320
     )
+    seal(directory)
     with pytest.raises(UserError, match=r"has \d+ ids, the model's embedding table \d+"):
         predict.load(directory)
 
@@ -247,6 +248,7 @@ def test_a_threshold_of_the_model_directory(model_directory, tmp_path):
     for below, problem in ((1.0, None), ("high", "no_target_below .* 'high'"), (2, "no_target_below .* 2")):
         config["extra"]["no_target_below"] = below
         (directory / "config.json").write_text(json.dumps(config))
+        seal(directory)
         if problem:
             with pytest.raises(UserError, match=problem):
                 predict.load(directory)
