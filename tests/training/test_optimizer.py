@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import re
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import small
 
@@ -14,7 +16,7 @@ from flowseg_jax.errors import UserError
 from flowseg_jax.manifest import flatten, nest
 from flowseg_jax.models import flowseg
 from flowseg_jax.training.loop import moved_rate
-from flowseg_jax.training.optimizer import OptimizerConfig, multipliers, rest, schedule, split
+from flowseg_jax.training.optimizer import OptimizerConfig, make_optimizer, merge, multipliers, rest, schedule, split
 
 
 def test_optimizer_table_is_ordered_and_complete():
@@ -60,3 +62,65 @@ def test_frozen_towers_rest_in_bfloat16_without_a_change_where_they_compute_in_i
     tokens = jnp.arange(6)[None]
     read = lambda model: model.llm(model.llm.embed(tokens, jnp.dtype("bfloat16")), tokens, jnp.zeros_like(tokens))  # noqa: E731
     assert np.array_equal(read(whole), read(resting))
+
+
+def test_the_smallest_values_that_there_may_be():
+    assert (OptimizerConfig(accumulate=1).accumulate, OptimizerConfig(skip_limit=0).skip_limit) == (1, 0)
+    for wrong in ({"accumulate": 0}, {"skip_limit": -1}):
+        with pytest.raises(UserError, match="must be at least 1, skip_limit=-?[0-9]+ at least 0"):
+            OptimizerConfig(**wrong)
+    with pytest.raises(UserError, match="frozen_dtype is 'float16': choose float32 or bfloat16"):
+        OptimizerConfig(frozen_dtype="float16")
+    assert OptimizerConfig(frozen_dtype="bfloat16") != OptimizerConfig()
+
+
+def test_the_defaults_are_the_scaffold_s():
+    assert OptimizerConfig() == OptimizerConfig(
+        4e-5, 0.03, 0.05, 1.0, 0.9, 0.999, 1e-8, ((".*", 1.0),), accumulate=1, skip_limit=10, frozen_dtype="float32"
+    )
+
+
+def test_the_first_expression_that_matches_the_whole_path_counts():
+    rates = multipliers(["llm/a", "llm/ab", "x/llm/a"], (("llm/a", None), ("llm/.*", 0.0), (".*", 2.0)))
+    assert rates == {"llm/a": None, "llm/ab": 0.0, "x/llm/a": 2.0}
+    with pytest.raises(UserError, match=r"covers no group for b/x, c; end the table"):
+        multipliers(["a", "b/x", "c"], (("a|b", 1.0),))
+    trainable, frozen = split({"a": 1, "b": 2}, {"a": 0.0, "b": None})  # a rate of 0 still has moments
+    assert (trainable, frozen) == ({"a": 1}, {"b": 2})
+    assert merge({"a": 1, "c": {"x": 3}}, {"c": {"y": 4}}) == {"a": 1, "c": {"x": 3, "y": 4}}
+
+
+@pytest.mark.parametrize(("steps", "share", "peak"), [(3, 0.0, 1), (10, 0.04, 1), (100, 0.256, 26), (1, 1.0, 1), (4, 1.0, 4)])
+def test_where_the_learning_rate_peaks(steps, share, peak):
+    rate = schedule(OptimizerConfig(learning_rate=2.0, warmup=share), steps)
+    assert float(rate(0)) == pytest.approx(2e-5, rel=1e-2)
+    assert float(rate(peak)) == pytest.approx(2.0)
+    assert float(rate(peak + 1)) < 1.9999
+    assert float(rate(max(steps, peak + 1))) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_three_updates_are_those_of_adamw_by_hand():
+    """Clipping, moments, decay that Adam does not see, multipliers on both, the schedule; every number its own."""
+    cfg = OptimizerConfig(
+        learning_rate=0.3, warmup=0.4, weight_decay=0.07, clip=2.0, b1=0.8, b2=0.6, eps=0.05
+    )  # fmt: skip
+    rates = {"a": 0.5, "b/x": 2.0, "b/frozen": None}
+    optimizer, rate = make_optimizer(cfg, 5, rates), schedule(cfg, 5)
+    rng = np.random.default_rng(0)
+    params = {"a": rng.normal(size=3), "b": {"x": rng.normal(size=(2, 2))}}
+    state = optimizer.init(jax.tree.map(jnp.asarray, params))
+    own = {name: [np.array(x), 0.0, 0.0] for name, x in flatten(params).items()}
+    theirs = jax.tree.map(jnp.asarray, params)
+    for step, size in enumerate((0.1, 3.0, 5.0)):  # below the largest norm, and above it
+        gradients = jax.tree.map(lambda x, size=size: (size * rng.normal(size=x.shape)).astype(np.float32), params)
+        updates, state = optimizer.update(gradients, state, theirs)
+        theirs = optax.apply_updates(theirs, updates)
+        norm = np.sqrt(sum(np.square(g).sum() for g in flatten(gradients).values()))
+        for name, gradient in flatten(gradients).items():
+            x, first, second = own[name]
+            gradient = gradient * min(1.0, 2.0 / norm)
+            first, second = 0.8 * first + 0.2 * gradient, 0.6 * second + 0.4 * gradient**2
+            adam = first / (1 - 0.8 ** (step + 1)) / (np.sqrt(second / (1 - 0.6 ** (step + 1))) + 0.05)
+            own[name] = [x - float(rate(step)) * rates[name] * (adam + 0.07 * x), first, second]
+    for name, x in flatten(theirs).items():
+        np.testing.assert_allclose(x, own[name][0], rtol=1e-4, atol=1e-6, err_msg=name)

@@ -1,0 +1,193 @@
+"""Every value of a config arrives where it counts: values that all differ, read and passed on; nothing is compiled."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small
+from ml_collections import ConfigDict
+
+from flowseg_jax import config as configs
+from flowseg_jax.data.batch import BatchShape
+from flowseg_jax.data.prompts import Prompts
+from flowseg_jax.data.rows import TrainOptions
+from flowseg_jax.errors import UserError
+from flowseg_jax.losses import LossConfig
+from flowseg_jax.manifest import flatten
+from flowseg_jax.models.semantic_flow import SemanticFlowConfig
+from flowseg_jax.training import program as module
+from flowseg_jax.training.optimizer import OptimizerConfig
+from flowseg_jax.training.program import Plan, Program
+
+CFG = small.lean()
+SEGMENTOR = dataclasses.replace(
+    small.config(), parts="segmentor", named_pass="off", semantic_flow=SemanticFlowConfig(mode="off")
+)
+
+
+def experiment(cfg=CFG, **data) -> ConfigDict:
+    config = configs.read("configs/shapes_tiny.py")
+    config.model = ConfigDict(cfg.to_dict())
+    config.update(batch_size=6, steps=50, seed=11)
+    config.data.update(text=120, phrases=2, masks=4, names=3)
+    config.data.update(data)
+    config.mesh.data = 1
+    return config
+
+
+@pytest.mark.parametrize(
+    ("classes", "named", "asked", "objects", "generic"),
+    [
+        (0, "off", "all", "referred", False),
+        (3, "off", "all", "all", False),
+        (0, "flow", "all", "all", True),
+        (3, "plain", "all", "all", True),
+        (3, "off", "referred", "referred", False),
+        (0, "flow", "referred", "referred", False),
+        (3, "flow", "referred", "referred", False),
+    ],
+)
+def test_all_objects_are_targets_where_a_pass_needs_them(classes, named, asked, objects, generic):
+    options = Plan.read(experiment(dataclasses.replace(CFG, classes=classes, named_pass=named), objects=asked)).options
+    assert (options.objects, options.include_generic) == (objects, generic)
+
+
+@pytest.mark.parametrize(("named", "asked", "names"), [("off", 3, 0), ("flow", 3, 3), ("flow", 0, 4), ("plain", 3, 3)])
+def test_room_for_names_and_the_other_sizes_of_a_batch(named, asked, names):
+    plan = Plan.read(experiment(dataclasses.replace(CFG, classes=2, named_pass=named), names=asked))
+    assert plan.shape == BatchShape(batch=6, text=120, phrases=2, masks=4, image=32, vision=16, names=names)
+    assert plan.options.negatives == (asked > 0)
+
+
+def test_options_losses_optimizer_and_prompts_are_those_of_the_config():
+    config = experiment(curriculum=((5, {"color": 1.0}),), explain=0.25, jitter=(0.5, 1.5), threads=3, workers=2)
+    config.data.update(chat="phi3_chat", vary_prompts=True)
+    config.optimizer = ConfigDict(
+        {
+            "learning_rate": 0.1, "warmup": 0.2, "weight_decay": 0.3, "clip": 0.4, "b1": 0.5, "b2": 0.6, "eps": 0.7,
+            "groups": (("sam/.*", None), (".*", 0.8)), "accumulate": 3, "skip_limit": 4, "frozen_dtype": "bfloat16",
+            "losses": {field.name: 10.0 + n for n, field in enumerate(dataclasses.fields(LossConfig))},
+        }
+    )  # fmt: skip
+    config.optimizer.losses.update(points=8, vocabulary_chunk=32)
+    config.optimizer.losses.importance = 0.5
+    plan = Plan.read(config)
+    assert plan.options == TrainOptions(
+        objects="referred", include_generic=False, negatives=True, curriculum=((5, {"color": 1.0}),), explain=0.25,
+        jitter=(0.5, 1.5), square=False, threads=3, workers=2,
+    )  # fmt: skip
+    wanted = {f.name: 10.0 + n for n, f in enumerate(dataclasses.fields(LossConfig))}
+    assert plan.losses == LossConfig(**wanted | {"points": 8, "vocabulary_chunk": 32, "importance": 0.5})
+    assert plan.optimizer == OptimizerConfig(
+        0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, (("sam/.*", None), (".*", 0.8)), 3, 4, "bfloat16"
+    )
+    assert plan.prompts == Prompts(chat="phi3_chat", vary=True)
+    assert plan.model == CFG
+    assert "losses" in config.optimizer  # the config itself, which is stored with the run, stays whole
+
+
+def test_square_is_for_models_without_a_mask_decoder():
+    with pytest.raises(UserError, match=r"data\.square is for models without a mask decoder"):
+        Plan.read(experiment(square=True))
+    stage2 = dataclasses.replace(CFG, parts="language", semantic_flow=SemanticFlowConfig(mode="off"), classes=0)
+    assert Plan.read(experiment(stage2, square=True)).options.square is True
+    assert Plan.read(experiment(stage2, masks=CFG.decoder.queries + 1)).shape.masks == 6  # it has no queries to run out of
+
+
+def test_the_smallest_and_largest_values_that_fit():
+    queries, visual = CFG.decoder.queries, CFG.visual_tokens
+    assert Plan.read(experiment(masks=queries, text=visual + 1)).shape.masks == queries
+    with pytest.raises(UserError, match=rf"data\.masks is {queries + 1}, .*model\.decoder\.queries={queries}: lower the one"):
+        Plan.read(experiment(masks=queries + 1))
+    with pytest.raises(UserError, match=rf"data\.text is {visual}, and an image alone takes {visual} tokens: raise it"):
+        Plan.read(experiment(text=visual))
+    assert Plan.read(experiment(SEGMENTOR, text=1)).shape.text == 1  # it reads no text
+
+
+@pytest.fixture(scope="module")
+def built():
+    """A run whose values all differ: its config, its program, and what the step and the optimizer were made from."""
+    seen = {}
+    real, optimizer = module.make_train_step, module.make_optimizer
+
+    def make_train_step(*args):
+        seen["step"] = inspect.signature(real).bind(*args).arguments
+        return lambda state, batch: (state, {})
+
+    def make_optimizer(*args):
+        seen["optimizer"] = args
+        return optimizer(*args)
+
+    config = experiment()
+    config.optimizer.update(accumulate=3, frozen_dtype="bfloat16", learning_rate=0.5, warmup=0.1)
+    config.optimizer.groups = (("sam/.*|llm/.*", None), ("decoder/.*", 0.5), (".*", 1.0))
+    config.init_from = ("sam=somewhere",)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "make_train_step", make_train_step)
+        patch.setattr(module, "make_optimizer", make_optimizer)
+        return config, Program.build(config, jax.devices()[:1]), seen
+
+
+def test_the_step_is_made_from_what_the_config_says(built):
+    _, program, seen = built
+    plan, step = program.plan, seen["step"]
+    assert seen["optimizer"] == (plan.optimizer, 50, program.rates)
+    assert (step["cfg"], step["losses"], step["seed"]) == (plan.model, plan.losses, 11)
+    assert step["optimizer"] is program.optimizer and step["mesh"] is program.mesh and step["graphdef"] is program.graphdef
+    assert step["division"] is program.division
+    assert (program.division.images, program.division.devices, program.division.parts) == (6, 1, 3)
+    assert float(step["schedule"](5)) == pytest.approx(0.5) and float(step["schedule"](50)) == pytest.approx(0, abs=1e-6)
+    trainable, frozen = step["specs"]
+    assert flatten(trainable).keys() == flatten(program.state.trainable).keys()
+    assert flatten(frozen).keys() == flatten(program.state.frozen).keys()
+
+
+def test_state_and_batch_are_described_as_they_will_be(built):
+    _, program, _ = built
+    frozen, trainable = flatten(program.state.frozen), flatten(program.state.trainable)
+    assert {name.split("/")[0] for name in frozen} == {"sam", "llm"}
+    assert program.rates["decoder/norm/scale"] == 0.5 and program.rates["background"] == 1.0
+    assert {str(x.dtype) for name, x in frozen.items() if name.endswith("kernel")} == {"bfloat16"}
+    assert {str(x.dtype) for x in trainable.values()} == {"float32"}
+    assert (program.state.skipped.shape, program.state.step.shape) == ((2,), ())
+    assert program.batch.example_id.dtype == np.int32 and program.batch.tokens.shape == (6, 120)
+    assert program.batch.images.shape == (6, 32, 32, 3) and program.batch.vision_images.shape == (6, 16, 16, 3)
+    assert program.rows() == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_new_run_starts_from_its_seed_and_init_from(built, monkeypatch):
+    config, program, _ = built
+    asked = {}
+
+    def initial_params(cfg, seed, init_from, mesh):
+        asked.update(cfg=cfg, seed=seed, init_from=tuple(init_from), mesh=mesh)
+        return jax.device_put(small.params(cfg), jax.devices()[0])
+
+    monkeypatch.setattr(module, "initial_params", initial_params)
+    state = program.initial_state(config)
+    assert asked == {"cfg": CFG, "seed": 11, "init_from": ("sam=somewhere",), "mesh": program.mesh}
+    whole = flatten(small.params(CFG))
+    for name, x in flatten(state.trainable).items():
+        assert np.array_equal(x, whole[name]), name
+    for name, x in flatten(state.frozen).items():
+        assert np.array_equal(x, jnp.asarray(whole[name]).astype(x.dtype)), name
+    alike = lambda x, like: (x.shape, x.dtype) == (like.shape, like.dtype)  # noqa: E731
+    assert jax.tree.all(jax.tree.map(alike, state, program.state))
+    made = [(x.frozen, x.opt_state, x.step, x.skipped) for x in (state, program.state)]
+    assert jax.tree.all(jax.tree.map(lambda x, like: x.sharding == like.sharding, *made))
+    assert int(state.step) == 0 and state.skipped.tolist() == [0, 0]
+
+
+def test_a_batch_is_placed_as_it_is_but_for_its_long_ids(built):
+    _, program, _ = built
+    rng = np.random.default_rng(0)
+    draw = lambda x: rng.integers(0, 2, x.shape).astype(x.dtype)  # noqa: E731
+    batch = jax.tree.map(draw, program.batch)
+    placed = program.place(dataclasses.replace(batch, example_id=batch.example_id.astype(np.int64)))
+    assert jax.tree.all(jax.tree.map(np.array_equal, placed, batch))
+    assert jax.tree.all(jax.tree.map(lambda x, like: x.dtype == like.dtype, placed, program.batch))
