@@ -191,3 +191,16 @@ def test_a_batch_is_placed_as_it_is_but_for_its_long_ids(built):
     placed = program.place(dataclasses.replace(batch, example_id=batch.example_id.astype(np.int64)))
     assert jax.tree.all(jax.tree.map(np.array_equal, placed, batch))
     assert jax.tree.all(jax.tree.map(lambda x, like: x.dtype == like.dtype, placed, program.batch))
+
+
+def test_parts_that_share_no_group_of_negatives_are_refused():
+    config = experiment()
+    config.optimizer.accumulate = 6
+    with pytest.raises(UserError, match=r"1 images at a time, .* groups of model\.negatives_group=2"):
+        Program.build(config, jax.devices()[:1])
+
+
+def test_the_step_takes_the_state_for_itself_and_leaves_the_batch(built):
+    _, program, _ = built
+    (state, batch), _ = program.step.lower(program.state, program.batch).args_info
+    assert {x.donated for x in jax.tree.leaves(state)} == {True} and {x.donated for x in jax.tree.leaves(batch)} == {False}

@@ -1,0 +1,507 @@
+"""The loop between its parts: what is called in which order with what, by parts that only write it down."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from flowseg_jax import config as configs
+from flowseg_jax.checkpoint import Restored
+from flowseg_jax.data.mixture import Member
+from flowseg_jax.errors import UserError
+from flowseg_jax.training import loop
+from flowseg_jax.training.optimizer import OptimizerConfig
+from flowseg_jax.training.profiling import Profile
+from flowseg_jax.training.step import TrainState
+
+DIGEST = "digest of the data"
+OPTIMIZER = OptimizerConfig(learning_rate=1.0, warmup=0.1, skip_limit=4)
+
+
+def state_of(step: int) -> TrainState:
+    """A state whose fields are all different."""
+    moments = optax.ScaleByAdamState(np.int32(100 + step), {"a": np.float32(1)}, {"a": np.float32(2)})
+    return TrainState(np.int32(step), {"a": np.float32(step)}, {"b": np.float32(5)}, moments, np.array([7, 8]))
+
+
+def config_of(**changes):
+    config = configs.read("configs/shapes_tiny.py")
+    config.update(steps=5, log_every=2, checkpoint_every=3, seed=9)
+    config.checkpoint.update(keep=3, keep_every=7, best=("loss", "min"))
+    config.update(changes)
+    return config
+
+
+class Run:
+    """A run's parts; `events` is what they were asked, in order.
+
+    Args:
+        restored: what the checkpoints hold.
+        stop: behind which step the run is asked to stop.
+        interrupted: by Ctrl-C.
+    """
+
+    def __init__(self, monkeypatch, restored: Restored | None = None, stop: int = 0, interrupted: bool = False):
+        self.events: list = []
+        self.restored = restored
+        write = self.events.append
+        batch = SimpleNamespace()
+        self.program = SimpleNamespace(
+            plan=SimpleNamespace(optimizer=OPTIMIZER),
+            state=state_of(-1),
+            batch=batch,
+            place=lambda batch: f"placed {batch}",
+            initial_state=lambda config: write(("initial", config.seed)) or state_of(0),
+            step=SimpleNamespace(lower=self.lower),
+        )
+        self.data = SimpleNamespace(digest=DIGEST, iterate=self.iterate)
+        run = self
+
+        class Checkpoints(contextlib.AbstractContextManager):
+            def __init__(self, workdir, **policy):
+                write(("checkpoints", Path(workdir).name, policy))
+
+            def restore_latest(self, abstract, check):
+                assert abstract == loop.as_tree(run.program.state)
+                if run.restored:
+                    check(run.restored.meta)
+                return run.restored
+
+            def save(self, step, tree, meta, metrics):
+                assert meta["config"] == json.loads(configs.to_json(run.config))
+                assert (tree["step"], tree["moments"]) == (step, [100 + step, 1, 2])
+                write(("save", step, {k: v for k, v in meta.items() if k != "config"}, metrics))
+
+            def wait(self):
+                write("wait")
+
+            def __exit__(self, *_):
+                write("checkpoints closed")
+
+        class Stop(contextlib.AbstractContextManager):
+            def behind(self, step):
+                write(("stop?", step))
+                return step == stop
+
+            def __exit__(self, *_):
+                write("handlers back")
+
+        Stop.interrupted = interrupted
+
+        class Report:
+            def __init__(self, program, data, writer, start):
+                assert (program, data) == (run.program, run.data)
+                write(("report", start))
+
+            def log(self, step, metrics):
+                write(("log", step, metrics))
+
+            def read(self):
+                write("read")
+
+        class Profiler:
+            def __init__(self, profile, directory):
+                write(("profiler", profile, Path(directory).name))
+
+            def before(self, step):
+                write(("before", step))
+
+            def after(self, step, metrics):
+                write(("after", step, metrics))
+
+            def close(self):
+                write("profiler closed")
+
+        writer = SimpleNamespace(flush=lambda: write("flush"), close=lambda: write("writer closed"))
+        for name, part in {
+            "Checkpoints": Checkpoints,
+            "Stop": Stop,
+            "Report": Report,
+            "Profiler": Profiler,
+            "open_train_data": lambda config, program: self.data,
+            "describe": lambda program: write("describe"),
+            "create_writer": lambda workdir, **options: write(("writer", Path(workdir).name, options)) or writer,
+            "export": lambda plan, state, config, data, workdir: write(("export", int(state.step))) or "the model",
+        }.items():
+            monkeypatch.setattr(loop, name, part)
+
+    def lower(self, state, batch):
+        assert (state, batch) == (self.program.state, self.program.batch)
+        self.events.append("compile")
+        return SimpleNamespace(compile=lambda: self.step)
+
+    def step(self, state, batch):
+        step = int(state.step) + 1
+        self.events.append(("step", step, batch))
+        return state_of(step), f"metrics {step}"
+
+    def iterate(self, start):
+        try:
+            for step in range(start, 100):
+                yield f"batch {step}"
+        finally:
+            self.events.append("batches closed")
+
+    def __call__(self, config, workdir, profile=None):
+        self.config = config
+        return loop.run(config, self.program, workdir, profile)
+
+    def of(self, *kinds: str) -> list:
+        return [event for event in self.events if (event if isinstance(event, str) else event[0]) in kinds]
+
+
+def test_a_whole_run_in_order(monkeypatch, tmp_path):
+    run, profile = Run(monkeypatch), Profile(1, 2)
+    config = config_of()
+    assert run(config, tmp_path / "run", profile) == "the model"
+    position = lambda step: {"data_position": step, "data": DIGEST}  # noqa: E731
+
+    def step(n, *between, last=False):
+        log = [("log", n, f"metrics {n}")] if n % 2 == 0 or last else []
+        begin = [("before", n), ("step", n, f"placed batch {n - 1}"), "read"]
+        return [*begin, *log, ("after", n, f"metrics {n}"), ("stop?", n), *between]
+
+    save = lambda n: ["read", "flush", ("save", n, position(n), f"metrics {n}")]  # noqa: E731
+    assert run.events == [
+        "describe",
+        ("checkpoints", "run", {"keep": 3, "keep_every": 7, "best": ("loss", "min")}),
+        ("initial", 9),
+        ("writer", "run", {"steps": 5, "start_step": 0, "primary": True}),
+        ("profiler", profile, "profile"),
+        "compile",
+        ("report", 0),
+        *step(1),
+        *step(2),
+        *step(3, *save(3)),
+        *step(4),
+        *step(5, *save(5), last=True),
+        "profiler closed",
+        "writer closed",
+        "batches closed",
+        "handlers back",
+        "checkpoints closed",
+        ("export", 5),
+    ]
+    assert (tmp_path / "run/config.json").read_text() == configs.to_json(config) + "\n"
+
+
+def restored(step: int, **meta) -> Restored:
+    """A checkpoint of the run of `config_of()`; `meta` is what differs, None for what it lacks."""
+    written = {"config": json.loads(configs.to_json(config_of())), "data": DIGEST} | meta
+    return Restored(step, loop.as_tree(state_of(step)), {k: v for k, v in written.items() if v is not None})
+
+
+def test_a_run_goes_on_where_it_was(monkeypatch, tmp_path, capsys):
+    run = Run(monkeypatch, restored(3))
+    run(config_of(), tmp_path)
+    assert run.of("step") == [("step", 4, "placed batch 3"), ("step", 5, "placed batch 4")]
+    assert run.of("initial") == [] and run.of("report", "save")[0] == ("report", 3)
+    assert run.of("writer") == [("writer", tmp_path.name, {"steps": 5, "start_step": 3, "primary": True})]
+    assert capsys.readouterr().out == f"continuing from the checkpoint of step 3 in {tmp_path}\n"
+
+
+def test_a_finished_run_compiles_nothing_and_writes_its_model(monkeypatch, tmp_path):
+    run = Run(monkeypatch, restored(5))
+    assert run(config_of(), tmp_path) == "the model"
+    assert not run.of("compile", "step", "save") and run.of("export") == [("export", 5)]
+
+
+def test_more_steps_are_said_with_the_learning_rates(monkeypatch, tmp_path, capsys):
+    Run(monkeypatch, restored(3))(config_of(steps=10), tmp_path)
+    line = capsys.readouterr().out.splitlines()[1]
+    assert line.startswith(
+        "steps is 10 and was 5: the schedule is that of 10 steps from here on; the learning rate of step 4 is "
+    )
+
+
+def test_what_another_number_of_steps_does_to_the_learning_rate():
+    rate = lambda steps, at: f"{0.5 * (1 + math.cos(math.pi * (at - 1) / (steps - 1))):.2e}"  # noqa: E731
+    cfg = OptimizerConfig(learning_rate=1.0, warmup=0.01)
+    assert loop.moved_rate(cfg, 10, 20, 5) == (
+        "steps is 20 and was 10: the schedule is that of 20 steps from here on; the learning rate of step 6 is "
+        f"{rate(20, 5)}, it would have been {rate(10, 5)}"
+    )
+    assert loop.moved_rate(cfg, 20, 10, 9).startswith("steps is 10 and was 20: ")
+    for before, steps, start in (
+        (10, 10, 5),
+        (20, 10, 10),
+        (20, 10, 11),
+        (None, 10, 5),
+        ("9", 10, 5),
+        (-1, 10, 5),
+        (9.5, 10, 5),
+    ):
+        assert loop.moved_rate(cfg, before, steps, start) == ""
+    assert loop.moved_rate(cfg, 0, 10, 5)
+
+
+@pytest.mark.parametrize(
+    ("interrupted", "raised", "code"), [(False, SystemExit, (0,)), (True, KeyboardInterrupt, ())], ids=["SIGTERM", "Ctrl-C"]
+)
+def test_a_stop_saves_waits_and_ends(monkeypatch, tmp_path, capsys, interrupted, raised, code):
+    run = Run(monkeypatch, stop=2, interrupted=interrupted)
+    with pytest.raises(raised) as stopped:
+        run(config_of(), tmp_path)
+    assert stopped.value.args == code
+    tail = run.events[run.events.index(("stop?", 2)) :]
+    saved = ("save", 2, {"data_position": 2, "data": DIGEST}, "metrics 2")
+    assert tail[:5] == [("stop?", 2), "read", "flush", saved, "wait"]
+    assert set(tail[5:]) == {"profiler closed", "writer closed", "batches closed", "handlers back", "checkpoints closed"}
+    said = capsys.readouterr().out
+    assert said == f"stopped: the state of step 2 is saved in {tmp_path}; the same command continues\n"
+
+
+def test_a_stop_behind_the_last_step_is_the_end_as_usual(monkeypatch, tmp_path):
+    run = Run(monkeypatch, stop=5)
+    assert run(config_of(), tmp_path) == "the model" and not run.of("wait")
+
+
+def test_only_the_first_process_writes_the_config(monkeypatch, tmp_path):
+    monkeypatch.setattr(loop, "is_primary", lambda: False)
+    run = Run(monkeypatch)
+    run(config_of(), tmp_path)
+    assert not (tmp_path / "config.json").exists() and run.of("writer")[0][2]["primary"] is False
+
+
+@pytest.mark.parametrize(
+    ("changes", "meta", "message"),
+    [
+        ({"seed": 1}, {}, "holds a run with other values of seed; use another --workdir or its config"),
+        ({}, {"data": "another"}, "holds a run on other training data: a data set, or what is held out of it, has changed"),
+        ({}, {"config": 3}, "the config of its checkpoint is 3, expected a config"),
+    ],
+)
+def test_another_run_is_refused_and_its_config_stays(monkeypatch, tmp_path, changes, meta, message):
+    (tmp_path / "config.json").write_text("as it was")
+    run = Run(monkeypatch, restored(3, **meta))
+    with pytest.raises(UserError, match=message):
+        run(config_of(**changes), tmp_path)
+    assert (tmp_path / "config.json").read_text() == "as it was" and not run.of("writer", "step", "export")
+
+
+def test_what_may_change_does_and_an_older_checkpoint_without_a_digest_goes_on(monkeypatch, tmp_path):
+    config = config_of(steps=6, log_every=1, checkpoint_every=1, init_from=("x",))
+    config.checkpoint.keep = 1
+    config.data.update(dir="elsewhere", threads=3, workers=1, held_out=("a",), sets=(("b", 1.0),))
+    config.mesh.update(data=1, fsdp=-1)
+    config.optimizer.update(accumulate=2, skip_limit=3)
+    run = Run(monkeypatch, restored(5, data=None))
+    assert run(config, tmp_path) == "the model" and len(run.of("step")) == 1
+    assert json.loads((tmp_path / "config.json").read_text())["steps"] == 6
+
+
+def test_a_state_goes_into_a_tree_and_back():
+    state = state_of(3)
+    tree = loop.as_tree(state)
+    assert {name: str(value) for name, value in tree.items()} == {
+        "step": "3", "trainable": "{'a': np.float32(3.0)}", "frozen": "{'b': np.float32(5.0)}",
+        "moments": "[np.int32(103), np.float32(1.0), np.float32(2.0)]", "skipped": "[7 8]",
+    }  # fmt: skip
+    again = loop.from_tree(state_of(1), tree)
+    assert jax.tree.structure(again) == jax.tree.structure(state)
+    assert jax.tree.all(jax.tree.map(np.array_equal, again, state))
+
+
+@pytest.fixture
+def reporting(monkeypatch):
+    """(Report, what it wrote) of a run whose devices know their peak."""
+    written = []
+    program = SimpleNamespace(
+        plan=SimpleNamespace(model="m", losses="l", optimizer=OPTIMIZER, shape=SimpleNamespace(batch=8)),
+        mesh=SimpleNamespace(devices=np.array([["d0", "d1"]])),
+        state=SimpleNamespace(trainable="t", frozen="f"),
+    )
+    asked = []
+    monkeypatch.setattr(loop.flops, "step_flops", lambda *args: asked.append(args) or {"x": 30.0, "y": 70.0})
+    monkeypatch.setattr(loop.devices, "mfu", lambda *args: asked.append(args) or 0.25)
+    monkeypatch.setattr(loop.devices, "memory_in_use", lambda ds: {"in_use": 1, "peak": 3 * 2**30, "limit": 7})
+    monkeypatch.setattr(loop, "Throughput", lambda start, batch: lambda step: {"steps_per_second": 4.0, "seen": start + batch})
+    writer = SimpleNamespace(write_scalars=lambda *args: written.append(args))
+    data = SimpleNamespace(batch=lambda i: SimpleNamespace(example_id=np.array([i])))
+    return loop.Report(program, data, writer, 20), written, asked
+
+
+def test_metrics_are_written_once_with_speed_and_devices(reporting):
+    report, written, asked = reporting
+    report.read()
+    assert not written
+    report.log(21, {"loss": np.float32(1.5), "skipped_in_a_row": np.int32(4)})
+    assert not written  # a step later
+    report.read()
+    report.read()
+    known = {"loss": 1.5, "skipped_in_a_row": 4.0, "steps_per_second": 4.0, "seen": 28, "mfu": 0.25, "memory_gib": 3.0}
+    assert written == [(21, known)]
+    assert asked == [("m", SimpleNamespace(batch=8), "l", "t", "f"), (100.0, 0.25, ["d0", "d1"])]
+    report.log(22, {"skipped_in_a_row": 5})
+    with pytest.raises(UserError, match=r"the last 5 updates up to step 22 .*skip_limit is 4; .*batches: 19; 20; 21$"):
+        report.read()
+    assert written[1][0] == 22  # what is wrong stands in the metrics
+
+
+def test_what_devices_do_not_tell_is_left_out(reporting, monkeypatch):
+    report, written, _ = reporting
+    monkeypatch.setattr(loop.devices, "mfu", lambda *_: None)
+    monkeypatch.setattr(loop.devices, "memory_in_use", lambda _: {"peak": None})
+    report.log(1, {"skipped_in_a_row": 0})
+    report.read()
+    assert written[0][1].keys() == {"skipped_in_a_row", "steps_per_second", "seen"}
+
+
+def test_two_skipped_updates_in_a_row_name_two_batches():
+    data = SimpleNamespace(batch=lambda i: SimpleNamespace(example_id=np.array([i, -1])))
+    with pytest.raises(UserError, match=r"the last 2 updates .*: 5, -1; 6, -1$"):
+        loop.check_skipped({"skipped_in_a_row": 2.0}, 7, data, limit=1)
+    with pytest.raises(UserError, match="the last 1 updates"):
+        loop.check_skipped({"skipped_in_a_row": 1.0}, 7, data, limit=0)
+
+
+@pytest.mark.parametrize(("peak", "line"), [(None, "MFU and device memory: n/a on abacus\n"), (1e12, "")])
+def test_what_is_trained_is_said(monkeypatch, capsys, peak, line):
+    devices = np.array([[SimpleNamespace(device_kind="abacus")]])
+    monkeypatch.setattr(loop.devices, "peak_flops", lambda device: {"abacus": peak}[device.device_kind])
+    state = SimpleNamespace(trainable={"a": np.zeros(1200)}, frozen={"b": np.zeros((2, 20))})
+    mesh = SimpleNamespace(shape={"data": 2, "fsdp": 3}, devices=devices)
+    loop.describe(SimpleNamespace(state=state, mesh=mesh))
+    assert capsys.readouterr().out == f"1,240 parameters, 1,200 of them trained; mesh: data 2, fsdp 3\n{line}"
+
+
+def test_the_model_is_written_with_what_it_was_made_from(monkeypatch, tmp_path, capsys):
+    saved = {}
+    monkeypatch.setattr(loop, "save_model", lambda *args, **options: saved.update(args=args, options=options) or args[0])
+    state = state_of(4)
+    plan = SimpleNamespace(model=SimpleNamespace(to_dict=lambda: {"the": "model"}), prompts=Profile(1, 2))
+    data = SimpleNamespace(digest=DIGEST, tokenizer=SimpleNamespace(name="its directory"))
+    assert loop.export(plan, state, config_of(), data, tmp_path) == tmp_path / "model"
+    extra = {"step": 4, "seed": 9, "prompts": {"start": 1, "steps": 2}, "data": DIGEST}
+    assert saved["args"] == (tmp_path / "model", {"a": 4, "b": 5}, {"the": "model"}, "its directory", extra)
+    assert saved["options"] == {"dtype": None, "overwrite": True}
+    assert f"the model of step 4 is in {tmp_path}/model; " in capsys.readouterr().out
+    data.tokenizer = None
+    loop.export(plan, state, config_of(), data, tmp_path)
+    assert saved["args"][3] is None
+
+
+def test_the_run_is_locked_while_it_lasts(monkeypatch, tmp_path):
+    seen = []
+
+    @contextlib.contextmanager
+    def locked(workdir):
+        seen.append(("in", str(workdir)))
+        yield
+        seen.append("out")
+
+    monkeypatch.setattr(loop, "locked", locked)
+    monkeypatch.setattr(loop.Program, "build", lambda config: f"program of {config}")
+    monkeypatch.setattr(loop, "run", lambda *args: seen.append(tuple(map(str, args))) or "the model")
+    assert loop.train("config", tmp_path / "a", "profile") == "the model"
+    run = ("config", "program of config", f"{tmp_path}/a", "profile")
+    assert seen == [("in", f"{tmp_path}/a"), run, "out"] and (tmp_path / "a").is_dir()
+
+
+def a_set(name, images, *, task="referring", splits=("train", "val"), categories=("x",)):
+    directory = Path(name)
+    return SimpleNamespace(directory=directory, task=task, splits=dict.fromkeys(splits), images=images, categories=categories)
+
+
+def test_data_sets_of_a_config_are_opened_mixed_and_said(monkeypatch, capsys):
+    sets = {"a": a_set("a", 3000), "b": a_set("b", 5, splits=("train",)), "c": a_set("c", 7, task="chat", splits=("train",))}
+    asked = {}
+
+    def mix(pairs, held_out):
+        asked.update(pairs=[(str(p.directory), w) for p, w in pairs], held_out=held_out)
+        return tuple(Member(p, "train", tuple(range(p.images)), 10 * (n + 1), 2 * n) for n, (p, _) in enumerate(pairs))
+
+    monkeypatch.setattr(loop.Prepared, "open", lambda directory: sets[directory])
+    monkeypatch.setattr(loop, "mix", mix)
+    monkeypatch.setattr(loop, "held_out_keys", lambda sources: [str(getattr(s, "directory", s)) for s in sources])
+    config = config_of()
+    config.data.update(sets=(("a", 0.5), ("b", 1.5), ("c", 2.0)), held_out=("list.txt",))
+    assert [str(m.prepared.directory) for m in loop.open_members(config)] == ["a", "b", "c"]
+    assert asked == {"pairs": [("a", 0.5), ("b", 1.5), ("c", 2.0)], "held_out": ["list.txt", "a", "b", "c"]}
+    assert capsys.readouterr().out.splitlines() == [
+        "a: 3,000 images, 16.7% of an epoch",
+        "b: 5 images, 33.3% of an epoch, 2 held out for evaluation; it has no evaluation split, so no image is held out for it",
+        "c: 7 images, 50.0% of an epoch, 4 held out for evaluation",
+    ]
+    config.data.update(sets=(), dir="b", images=0)
+    loop.open_members(config)
+    assert asked == {"pairs": [("b", 0.0)], "held_out": ["list.txt", "b"]}
+    assert capsys.readouterr().out == ""  # one set, of which all is trained on
+
+
+def test_the_embedded_set_is_made_as_the_config_says(monkeypatch):
+    monkeypatch.setattr(loop, "ensure_shapes", lambda *args, **options: (args, options))
+    config = config_of()
+    config.data.update(dir="d", images=60, seed=4, mix=(("color", 0.75),), tokenizer="")
+    options = {"log": loop.say, "mix": {"color": 0.75}, "tokenizer_vocab": config.model.llm.vocab}
+    assert loop.open_data(config) == (("d", 60, 4), options)
+    config.data.update(mix=(), tokenizer="its own")
+    assert loop.open_data(config) == (("d", 60, 4), {"log": loop.say})
+
+
+@pytest.fixture
+def opening(monkeypatch):
+    """`open_train_data` of (members, model, tokenizer): the arguments of the data, and which set gave the tokenizer."""
+
+    def opened(members, classes=0, speaks=True, vocab=300, own=300):
+        asked = {}
+        tokenizer = SimpleNamespace(vocab=own, name="tok")
+
+        def open_tokenizer(prepared, prompts, directory):
+            asked["tokenizer"] = (str(prepared.directory), prompts, directory)
+            return tokenizer
+
+        def train_data(*args, **options):
+            asked.update(args=args, options=options)
+            return SimpleNamespace(remarks=["one", "two"])
+
+        monkeypatch.setattr(loop, "open_members", lambda config: members)
+        monkeypatch.setattr(loop, "open_tokenizer", open_tokenizer)
+        monkeypatch.setattr(loop, "TrainData", train_data)
+        model = SimpleNamespace(speaks=speaks, classes=classes, llm=SimpleNamespace(vocab=vocab), visual_tokens=17)
+        plan = SimpleNamespace(model=model, prompts="prompts", shape="shape", options="options")
+        config = config_of()
+        config.data.tokenizer = "elsewhere"
+        loop.open_train_data(config, SimpleNamespace(plan=plan, rows=lambda: [1, 3]))
+        asked["same"] = asked["options"].pop("tokenizer") is (tokenizer if speaks else None)
+        return asked
+
+    return opened
+
+
+def member(name, tokenizer="", **options):
+    prepared = a_set(name, 3, **options)
+    prepared.tokenizer_directory = tokenizer
+    return SimpleNamespace(prepared=prepared)
+
+
+def test_the_data_are_opened_with_what_the_plan_says(opening, capsys):
+    members = (member("a"), member("b", "b/tokenizer"), member("c", "c/tokenizer"))
+    asked = opening(members)
+    assert asked["tokenizer"] == ("b", "prompts", "elsewhere")  # the first that has one
+    assert asked["args"] == (members, "shape", "prompts", 9) and asked["same"]
+    assert asked["options"] == {"visual_tokens": 17, "options": "options", "rows": [1, 3]}
+    assert capsys.readouterr().out == "WARNING: one\nWARNING: two\n"
+    assert opening(members[:1])["tokenizer"][0] == "a"
+    asked = opening(members, speaks=False, own=999)
+    assert "tokenizer" not in asked and asked["same"]
+
+
+def test_ids_and_categories_that_the_model_has_no_room_for(opening):
+    with pytest.raises(UserError, match=r"model\.llm\.vocab is 300, the tokenizer tok has 301 ids"):
+        opening((member("a"),), own=301)
+    two = ("x", "y")
+    opening((member("a", categories=two), member("b", categories=two), member("c", task="chat", categories=())), classes=2)
+    opening((member("a", categories=two), member("b", task="generic", categories=("z",))), classes=0)
+    with pytest.raises(UserError, match=r"model\.classes is 1, a has 2 categories"):
+        opening((member("a", categories=two),), classes=1)
+    with pytest.raises(UserError, match="a and b have other categories, and the linear head"):
+        opening((member("a", categories=two), member("b", task="generic", categories=("x", "z"))), classes=9)
