@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +12,6 @@ import small
 from flowseg_jax.errors import UserError
 from flowseg_jax.manifest import flatten, nest
 from flowseg_jax.models import flowseg
-from flowseg_jax.training.loop import moved_rate
 from flowseg_jax.training.optimizer import OptimizerConfig, make_optimizer, merge, multipliers, rest, schedule, split
 
 
@@ -33,18 +29,6 @@ def test_learning_rate_warms_up_and_ends_at_zero():
     assert float(rate(0)) == pytest.approx(1e-5, rel=1e-2)
     assert float(rate(10)) == pytest.approx(1.0)
     assert float(rate(100)) == pytest.approx(0.0, abs=1e-7)
-
-
-def test_another_number_of_steps_says_what_it_does_to_the_learning_rate():
-    """Held against the cosine's own formula: a run of 100 steps without much of a warm-up, extended to 200 behind its end."""
-    optimizer = OptimizerConfig(learning_rate=1.0, warmup=0.0)
-    line = moved_rate(optimizer, 100, 200, 100)
-    new, old = map(float, re.search(r"learning rate of step 101 is (\S+), it would have been (\S+)$", line).groups())
-    assert line.startswith("steps is 200 and was 100: the schedule is that of 200 steps from here on")
-    assert (new, old) == (pytest.approx(0.5 * (1 + math.cos(math.pi * 99 / 199)), rel=1e-2), pytest.approx(0, abs=1e-6))
-    assert moved_rate(optimizer, 100, 100, 50) == ""  # the same number
-    assert moved_rate(optimizer, 200, 100, 100) == ""  # nothing is left to train
-    assert moved_rate(optimizer, "x", 100, 50) == ""
 
 
 def test_frozen_towers_rest_in_bfloat16_without_a_change_where_they_compute_in_it():

@@ -224,7 +224,7 @@ def test_more_steps_are_said_with_the_learning_rates(monkeypatch, tmp_path, caps
 
 def test_what_another_number_of_steps_does_to_the_learning_rate():
     rate = lambda steps, at: f"{0.5 * (1 + math.cos(math.pi * (at - 1) / (steps - 1))):.2e}"  # noqa: E731
-    cfg = OptimizerConfig(learning_rate=1.0, warmup=0.01)
+    cfg = OptimizerConfig(learning_rate=1.0, warmup=0.0)
     assert loop.moved_rate(cfg, 10, 20, 5) == (
         "steps is 20 and was 10: the schedule is that of 20 steps from here on; the learning rate of step 6 is "
         f"{rate(20, 5)}, it would have been {rate(10, 5)}"
@@ -241,6 +241,7 @@ def test_what_another_number_of_steps_does_to_the_learning_rate():
     ):
         assert loop.moved_rate(cfg, before, steps, start) == ""
     assert loop.moved_rate(cfg, 0, 10, 5)
+    assert f"step 101 is {rate(200, 100)}, it would have been " in loop.moved_rate(cfg, 100, 200, 100)  # a finished run
 
 
 @pytest.mark.parametrize(
