@@ -5,12 +5,14 @@ from __future__ import annotations
 import ast
 import os
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from flowseg_jax import traces
 from flowseg_jax.errors import UserError, listed, plain
@@ -218,3 +220,17 @@ def test_names_of_others_are_short_and_on_one_line():
             raise AssertionError("its text is not asked for")
 
     assert plain(Endless()) == "a Endless"
+
+
+@pytest.mark.slow
+def test_a_truncated_array_is_one_line(tmp_path):
+    """Orbax reads the arrays at the same time, and each of those that fail prints a stack trace of its own."""
+    shutil.copytree(ROOT / "checkpoints/shapes_tiny", tmp_path / "model")
+    largest = max((tmp_path / "model/params").rglob("d/*"), key=lambda path: path.stat().st_size)
+    os.truncate(largest, 300_000)
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    arguments = ["--checkpoint", str(tmp_path / "model"), "--image", str(tmp_path / "a.png"), "--text", "a"]
+    done = subprocess.run([sys.executable, "predict.py", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: model directory {tmp_path / 'model'} is damaged: ")
