@@ -24,7 +24,8 @@ from etils import epath
 from flowseg_jax.errors import UserError
 from flowseg_jax.manifest import Tree
 
-DAMAGE = (ValueError, OSError, KeyError, TypeError)  # what reading a damaged directory raises, see `is_damage`
+# What reading a damaged directory raises. Orbax goes on with JSON that is not what it wrote until an attribute is missing.
+DAMAGE = (ValueError, OSError, LookupError, TypeError, AttributeError, AssertionError, RecursionError)
 
 
 def absolute(path: str | os.PathLike) -> epath.Path:

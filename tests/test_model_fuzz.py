@@ -28,7 +28,7 @@ from flowseg_jax.evaluation import audit, report, results
 from flowseg_jax.manifest import checksums
 from flowseg_jax.models.config import FlowSegConfig
 
-SHORT, LONG = 40, 1500  # inputs of each fuzzer
+SHORT, LONG = 40, 600  # inputs of each fuzzer
 SECONDS = 60.0  # of processor time: what takes longer hangs
 VALUES = (
     0,
@@ -275,5 +275,5 @@ def test_long(model, tmp_path):
     inputs = int(os.environ.get("FLOWSEG_FUZZ", LONG))
     fuzz_model_bytes(model, tmp_path, inputs)
     fuzz_model_values(model, tmp_path, inputs)
-    fuzz_checkpoints(tmp_path, inputs // 3)
-    fuzz_results(tmp_path, 4 * inputs)
+    fuzz_checkpoints(tmp_path, 5 * inputs // 6)
+    fuzz_results(tmp_path, 10 * inputs)
