@@ -138,6 +138,13 @@ def prepared(request: Request) -> Iterator[Job]:
                         "rows: give the tokenizer of its language model"
                     )
         plan = make_plan(family, cfg, source, request.dtype)
+        asked = any(setting.startswith(("vocab=", "llm.vocab=")) for setting in request.settings)
+        if extended is None and plan.resized and not asked:  # only a tokenizer, or the user, says that rows are padding
+            name, (found, rows) = next(iter(plan.resized.items()))
+            raise UserError(
+                f"{source.name}: the file has {found} rows for {name}, vocab_size in its config is {rows}, and no tokenizer is "
+                "there to say which are in use: give --tokenizer DIR, or correct vocab_size"
+            )
         check_twins(plan, source, None if extended is None else extended.words)
         extra["converted"] |= {"layout": plan.layout, "fresh": list(plan.fresh)}
         shards = family.shards(cfg, parallel.abstract_mesh(request.mesh)) if request.mesh else {}

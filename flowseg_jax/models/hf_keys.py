@@ -52,7 +52,7 @@ def empty(*names: Any) -> Kind:
 FLAG = Kind("true or false", lambda v: isinstance(v, bool))
 GROUP = Kind("a group of keys", lambda v: isinstance(v, Mapping))
 WIDTH, LAYERS, HEADS, SIDE = whole(1, 1 << 17), whole(1, 1000), whole(1, 4096), whole(1, 1 << 14)
-EPS = number(0, 1)
+EPS = number(1e-20, 1)  # 0 makes NaN of a row of zeros
 THETA = number(1e-3, 1e15)
 REQUIRED = object()
 
