@@ -14,6 +14,7 @@ import safetensors.numpy
 import tensorstore as ts
 import tiny_checkpoints as tiny
 import torch
+import transformers
 from safetensors.numpy import save_file
 
 from convert_weights import cli, export
@@ -206,6 +207,24 @@ def test_xsam_becomes_a_model_that_runs(tmp_path, xsam, capsys):
     run("qwen3", tmp_path / "out4", tmp_path / "out5", "--export")  # a tower out of a whole model
     table = safetensors.numpy.load_file(tmp_path / "out5" / "model.safetensors")["model.embed_tokens.weight"]
     assert np.array_equal(table, tensors["llm.model.embed_tokens.weight"])
+
+
+def test_xsam_writes_whatever_bos_there_is(tmp_path, xsam, hf):
+    """A tokenizer that names a bos and never writes it: X-SAM does, a language model by itself does not."""
+    source, _, flags = xsam
+    tiny.save_tokenizer(tmp_path / "tokens", more=2)
+    named = transformers.AutoTokenizer.from_pretrained(str(tmp_path / "tokens"))
+    named.bos_token = "<|endoftext|>"
+    named.save_pretrained(str(tmp_path / "tokens"))
+    run("xsam", source, tmp_path / "out1", "--tokenizer", tmp_path / "tokens", *flags)
+    run("qwen3", hf("qwen3"), tmp_path / "out2", "--tokenizer", tmp_path / "tokens")
+    ours = [load_tokenizer(tmp_path / out / "tokenizer") for out in ("out1", "out2")]
+    bos = named.convert_tokens_to_ids("<|endoftext|>")
+    assert [tokenizer.bos for tokenizer in ours] == [bos, None]
+    assert ours[0].hf.apply_chat_template([{"role": "user", "content": "a"}], return_dict=False)[:2] == [
+        bos,
+        named.convert_tokens_to_ids("<|im_start|>"),
+    ]
 
 
 def test_xsam_needs_the_right_tokenizer_and_the_right_presets(tmp_path, xsam):
