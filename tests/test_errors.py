@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import functools
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
@@ -33,8 +35,15 @@ def command(tmp_path, code: str, **environment: str) -> subprocess.CompletedProc
     start = "from flowseg_jax.errors import run; run('the_command:main')"
     paths = os.pathsep.join((str(tmp_path), str(ROOT)))
     environment = os.environ | {"PYTHONPATH": paths, "TMPDIR": str(tmp_path / "traces")} | environment
+    listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a suite in the background ignores Ctrl-C
     return subprocess.run(
-        [sys.executable, "-c", start], env=environment, capture_output=True, text=True, timeout=150, check=False
+        [sys.executable, "-c", start],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
+        preexec_fn=listen,
     )
 
 

@@ -150,9 +150,9 @@ def test_the_text_that_was_shown_decides_what_is_audited():
 def test_the_rendered_table_has_the_columns_that_there_are():
     said = audit.render(audit.tables(rows()))
     head, *lines = said.splitlines()
-    assert head.split() == "protocol n cIoU gIoU oracle N-acc T-acc P@0.5 P@0.6 P@0.7 P@0.8 P@0.9".split()
+    assert head.split() == "protocol n cIoU gIoU o-cIoU o-gIoU N-acc T-acc P@0.5 P@0.6 P@0.7 P@0.8 P@0.9".split()
     row = next(line for line in lines if line.startswith("grefcoco "))
-    assert row.split() == ["grefcoco", "all", "10", "46.08", "38.50", "46.08", "20.00", "80.00", "60.00", "40.00", "0.00"]
+    assert row.split() == "grefcoco all 10 46.08 38.50 46.08 38.50 20.00 80.00 60.00 40.00 0.00".split()
     assert head.index("P@0.7") + len("P@0.7") == row.index("60.00") + len("60.00")
     assert "N-acc" not in audit.render(audit.tables([record((1, 2))]))
 
@@ -179,7 +179,8 @@ def test_a_published_table_whose_whole_lies_outside_its_parts_is_refused():
 def test_every_table_of_reasoning_questions_is_checked(monkeypatch):
     checked = []
     monkeypatch.setattr(metrics, "check_between", lambda table: checked.append(table["n"]))
-    asked = [record((9, 10), family="short"), record((2, 10), family="long"), record((4, 10), family="long", sentence_id=1)]
+    asked = [record((9, 10), family="short", image_id=1), record((2, 10), family="long", image_id=2)]
+    asked.append(record((4, 10), family="long", image_id=2, sentence_id=1))
     metrics.summarise(asked)
     assert checked == [3, 2]  # all questions; the first of each image
     metrics.summarise([record((9, 10), family="attribute")])
