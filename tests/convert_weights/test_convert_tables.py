@@ -24,19 +24,9 @@ from flowseg_jax.models.semantic_flow import SemanticFlowConfig
 BF16 = np.dtype(ml_dtypes.bfloat16)
 
 
-def equal(a, b) -> bool:
-    a, b = flatten(a), flatten(b)
-    return a.keys() == b.keys() and all(a[n].dtype == b[n].dtype and np.array_equal(a[n], b[n]) for n in a)
-
-
-def arrays(family: str, **changes):
-    model = tiny.huggingface(family, **changes)
-    return tiny.state(model), configs.tower_config(family, model.config.to_dict())
-
-
 @pytest.mark.parametrize("family", ["qwen3", "phi3", "llama", "siglip2", "sam"])
 def test_a_tower_is_what_the_hand_written_map_makes_of_it(family):
-    tensors, cfg = arrays(family)
+    tensors, cfg = tiny.arrays(family)
     ours = import_params(family, tensors, cfg)
     if family == "sam":
         names = {name.removeprefix("vision_encoder."): x for name, x in tensors.items()}
@@ -45,24 +35,24 @@ def test_a_tower_is_what_the_hand_written_map_makes_of_it(family):
         expected = hf_convert.siglip(tensors, cfg.layers)
     else:
         expected = hf_convert.language(tensors, cfg.layers, cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim)
-    assert equal(ours, expected)
+    assert tiny.equal(ours, expected)
 
 
 @pytest.mark.parametrize("family", ["qwen3", "phi3", "llama", "siglip2", "sam", "mask2former"])
 def test_there_and_back(family):
-    tensors, cfg = arrays(family)
+    tensors, cfg = tiny.arrays(family)
     ours = import_params(family, tensors, cfg)
     back = export_params(family, ours, cfg, layout=choose_layout(FAMILIES[family], tensors))
     assert back.keys() <= tensors.keys()
-    assert equal(back, {name: tensors[name] for name in back})
+    assert tiny.equal(back, {name: tensors[name] for name in back})
     unused = tensors.keys() - back.keys()
     assert all(any(part in name for part in ("neck.", "head.", "post_layernorm", "criterion", ".encoder.")) for name in unused)
     again = import_params(family, back, cfg)
-    assert equal(again, ours)
+    assert tiny.equal(again, ours)
 
 
 def test_mask2former_names_a_stage_of_every_finer_map():
-    tensors, cfg = arrays("mask2former", common_stride=2)
+    tensors, cfg = tiny.arrays("mask2former", common_stride=2)
     assert cfg.pixel_decoder.fpn_stages == 2
     ours = import_params("mask2former", tensors, cfg)
     finest = tensors["model.pixel_level_module.decoder.adapter_1.0.weight"]  # 8 channels, stride 4
@@ -77,10 +67,10 @@ def test_mask2former_names_a_stage_of_every_finer_map():
 def test_xsam_and_its_older_names():
     tensors = tiny.xsam_tensors()
     ours = import_params("xsam", tensors, tiny.XSAM)
-    assert equal(export_params("xsam", ours, tiny.XSAM), tensors)
+    assert tiny.equal(export_params("xsam", ours, tiny.XSAM), tensors)
     old = tiny.aaai_names(tensors)
-    assert equal(import_params("xsam", old, tiny.XSAM), ours)
-    assert equal(export_params("xsam", ours, tiny.XSAM, layout="aaai"), old)
+    assert tiny.equal(import_params("xsam", old, tiny.XSAM), ours)
+    assert tiny.equal(export_params("xsam", ours, tiny.XSAM, layout="aaai"), old)
     qkv = tensors["segmentor.encoder.layers.3.attn.qkv.weight"]
     assert np.array_equal(ours["sam"]["global_layers"]["k"]["kernel"][1], qkv[48:96].T)
     assert np.array_equal(ours["sam"]["window_layers"]["rel_pos_h"][1], tensors["segmentor.encoder.layers.2.attn.rel_pos_h"])
@@ -98,7 +88,7 @@ def test_xsam_with_phi3_and_a_fused_matrix():
     tensors = export_params("xsam", ours, cfg)
     assert tensors["llm.model.layers.1.self_attn.qkv_proj.weight"].shape == (64 + 2 * 32, 64)
     assert tensors["llm.model.layers.1.mlp.gate_up_proj.weight"].shape == (2 * 112, 64)
-    assert equal(import_params("xsam", tensors, cfg), ours)
+    assert tiny.equal(import_params("xsam", tensors, cfg), ours)
 
 
 @pytest.mark.parametrize("norm", ["post", "residual"])
@@ -115,7 +105,7 @@ def test_what_flowseg_adds_is_fresh_and_then_travels_too(norm):
         "boundary",
     }
     everything = export_params("flowseg", ours, cfg)
-    assert equal(import_params("flowseg", everything, cfg, seed=4), ours)
+    assert tiny.equal(import_params("flowseg", everything, cfg, seed=4), ours)
     del everything["segmentor.decoder.decoder.layers.1.text_gate.bias"]  # a group is there as a whole or not at all
     with pytest.raises(UserError, match=r"missing segmentor.decoder.decoder.layers.1.text_gate.bias \(64,\)$"):
         import_params("xsam", everything, cfg)
@@ -132,7 +122,7 @@ def test_stage_one_has_a_linear_head_and_no_language():
     ours = import_params("xsam_stage1", tensors, cfg)
     old = tiny.aaai_names(tensors)
     assert "segmentor.class_predictor.weight" in old
-    assert equal(import_params("xsam_stage1", old, cfg), ours)
+    assert tiny.equal(import_params("xsam_stage1", old, cfg), ours)
     assert ours["category_head"]["kernel"].shape == (64, 8)
 
 
@@ -156,10 +146,10 @@ def test_every_fault_is_in_one_error():
 
 
 def test_another_family_is_named():
-    tensors, cfg = arrays("sam")
+    tensors, cfg = tiny.arrays("sam")
     with pytest.raises(UserError, match="looks like a checkpoint of the family sam, not siglip2"):
         import_params("siglip2", tensors, FAMILIES["siglip2"].example())
-    llama, _ = arrays("llama")
+    llama, _ = tiny.arrays("llama")
     with pytest.raises(UserError, match="looks like a checkpoint of the family llama, not qwen3"):
         import_params("qwen3", llama, FAMILIES["qwen3"].example())
     with pytest.raises(UserError, match="unknown family 'qwen'.*did you mean 'qwen3'"):
@@ -167,7 +157,7 @@ def test_another_family_is_named():
 
 
 def test_a_tied_head_may_be_listed_if_it_is_the_same():
-    tensors, cfg = arrays("qwen3")
+    tensors, cfg = tiny.arrays("qwen3")
     table = tensors["model.embed_tokens.weight"]
     ours = import_params("qwen3", tensors | {"lm_head.weight": table.copy()}, cfg)
     assert "head" not in ours
@@ -178,13 +168,13 @@ def test_a_tied_head_may_be_listed_if_it_is_the_same():
 
 
 def test_a_tied_head_in_integers_is_another_matrix():
-    tensors, cfg = arrays("qwen3")
+    tensors, cfg = tiny.arrays("qwen3")
     with pytest.raises(UserError, match=r"lm_head.weight \(280, 24\) differs from model.embed_tokens.weight"):
         import_params("qwen3", tensors | {"lm_head.weight": np.zeros((280, 24), np.int8)}, cfg)
 
 
 def test_the_vocabulary_is_cut_or_grown_as_xsam_does():
-    tensors, cfg = arrays("phi3")
+    tensors, cfg = tiny.arrays("phi3")
     table, head = tensors["model.embed_tokens.weight"], tensors["lm_head.weight"]
     cut = import_params("phi3", tensors, dataclasses.replace(cfg, vocab=262))
     assert np.array_equal(cut["table"], table[:262])
@@ -198,12 +188,12 @@ def test_the_vocabulary_is_cut_or_grown_as_xsam_does():
 
 
 def test_dtypes_stay_unless_asked_otherwise():
-    tensors, cfg = arrays("siglip2")
+    tensors, cfg = tiny.arrays("siglip2")
     half = {name: x.astype(BF16) for name, x in tensors.items()}
     ours = import_params("siglip2", half, cfg)
     assert {x.dtype for x in jax.tree.leaves(ours)} == {BF16}
     back = export_params("siglip2", ours, cfg, layout=choose_layout(FAMILIES["siglip2"], half))
-    assert equal(back, {name: half[name] for name in back})
+    assert tiny.equal(back, {name: half[name] for name in back})
     mixed = half | {n: x for n, x in tensors.items() if ".layers.1." in n}
     assert import_params("siglip2", mixed, cfg)["layers"]["q"]["kernel"].dtype == np.float32
     assert import_params("siglip2", mixed, cfg)["patch"]["kernel"].dtype == BF16
@@ -212,11 +202,11 @@ def test_dtypes_stay_unless_asked_otherwise():
 
 def test_the_rotary_order_of_llama_cpp():
     """Against llama.cpp's own formula: rows of a head [2, E/2] become [E/2, 2]."""
-    tensors, cfg = arrays("llama")
+    tensors, cfg = tiny.arrays("llama")
     ours = import_params("llama", tensors, cfg)
     gguf = export_params("llama", ours, cfg, layout="gguf")
     q = tensors["model.layers.2.self_attn.q_proj.weight"]
     theirs = q.reshape(cfg.heads, 2, cfg.head_dim // 2, -1).swapaxes(1, 2).reshape(q.shape)
     assert np.array_equal(gguf["blk.2.attn_q.weight"], theirs)
     assert np.array_equal(gguf["blk.2.attn_v.weight"], tensors["model.layers.2.self_attn.v_proj.weight"])
-    assert equal(import_params("llama", gguf, cfg), ours)
+    assert tiny.equal(import_params("llama", gguf, cfg), ours)

@@ -12,24 +12,13 @@ import safetensors.numpy
 import tiny_checkpoints as tiny
 import torch
 
-from convert_weights import cli, configs
+from convert_weights import cli
 from convert_weights import job as jobs
 from convert_weights.convert import export_params, get_family, import_params, in_layout
 from convert_weights.names import unwrapped
 from convert_weights.sources import ArraySource
 from flowseg_jax import model_directory
 from flowseg_jax.errors import UserError
-from flowseg_jax.manifest import flatten
-
-
-def equal(a, b) -> bool:
-    a, b = flatten(a), flatten(b)
-    return a.keys() == b.keys() and all(a[n].dtype == b[n].dtype and np.array_equal(a[n], b[n]) for n in a)
-
-
-def arrays(family: str, **changes):
-    model = tiny.huggingface(family, **changes)
-    return tiny.state(model), configs.tower_config(family, model.config.to_dict())
 
 
 def renamed(tensors, prefix, old=""):
@@ -47,7 +36,7 @@ def test_a_prefix_before_all_names(family, prefix):
         if family == "xsam_stage1":
             tensors = {n: x for n, x in tensors.items() if n.startswith(("segmentor.", "seg_connector.")) and "logit" not in n}
     else:
-        tensors, _ = arrays(family)
+        tensors, _ = tiny.arrays(family)
     source = unwrapped(ArraySource(renamed(tensors, prefix)), get_family(family))
     assert source.entries.keys() == tensors.keys()
     assert all(np.array_equal(source.read(name), x) for name, x in tensors.items())
@@ -56,12 +45,12 @@ def test_a_prefix_before_all_names(family, prefix):
 
 @pytest.mark.parametrize("family", ["qwen3", "phi3", "llama", "siglip2", "sam", "mask2former", "xsam"])
 def test_names_that_need_nothing_stay(family):
-    source = ArraySource(tiny.xsam_tensors() if family == "xsam" else arrays(family)[0])
+    source = ArraySource(tiny.xsam_tensors() if family == "xsam" else tiny.arrays(family)[0])
     assert unwrapped(source, get_family(family)) is source
 
 
 def test_wrappers_in_the_middle_of_names():
-    tensors, cfg = arrays("qwen3")
+    tensors, cfg = tiny.arrays("qwen3")
     odd = {}
     for name, x in tensors.items():
         name = name.replace("layers.1.", "layers.1._checkpoint_wrapped_module.").replace("mlp.", "_orig_mod.mlp.")
@@ -69,7 +58,7 @@ def test_wrappers_in_the_middle_of_names():
     source = unwrapped(ArraySource(odd), get_family("qwen3"))
     (note,) = source.notes
     assert note.endswith("_checkpoint_wrapped_module., _fsdp_wrapped_module., _orig_mod. taken out of the names")
-    assert equal(import_params("qwen3", source, cfg), import_params("qwen3", tensors, cfg))
+    assert tiny.equal(import_params("qwen3", source, cfg), import_params("qwen3", tensors, cfg))
 
 
 LANGUAGE = {  # of a language model: (what stands before its layers, before its head)
@@ -84,7 +73,7 @@ LANGUAGE = {  # of a language model: (what stands before its layers, before its 
 @pytest.mark.parametrize("form", LANGUAGE)
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_language_model_inside_another(form, tied):
-    tensors, cfg = arrays("qwen3", tie_word_embeddings=tied)
+    tensors, cfg = tiny.arrays("qwen3", tie_word_embeddings=tied)
     body, head = LANGUAGE[form]
     odd = renamed(renamed(tensors, head, "lm_head."), body, "model.")
     # An image encoder of the same depth, whose names are partly the same.
@@ -94,7 +83,7 @@ def test_a_language_model_inside_another(form, tied):
         else {"model.visual.layers.0.mlp.up_proj.weight": np.ones(3), "model.visual.norm.weight": np.ones(3)}
     )
     source = unwrapped(ArraySource(odd | other), get_family("qwen3"))
-    assert equal(import_params("qwen3", source, cfg), import_params("qwen3", tensors, cfg))
+    assert tiny.equal(import_params("qwen3", source, cfg), import_params("qwen3", tensors, cfg))
     if form == "bare":
         assert source.notes == ["the given arrays: names as they are, with model. before them"]
     else:
@@ -104,22 +93,22 @@ def test_a_language_model_inside_another(form, tied):
 
 def test_an_encoder_inside_a_multimodal_model():
     for family, prefix in (("siglip2", "model.vision_tower."), ("sam", "model.visual_model.")):
-        tensors, cfg = arrays(family)
-        text = {f"model.language_model.{name}": x for name, x in arrays("qwen3")[0].items()}
+        tensors, cfg = tiny.arrays(family)
+        text = {f"model.language_model.{name}": x for name, x in tiny.arrays("qwen3")[0].items()}
         source = unwrapped(ArraySource(renamed(tensors, prefix) | text), get_family(family))
-        assert equal(import_params(family, source, cfg), import_params(family, tensors, cfg))
+        assert tiny.equal(import_params(family, source, cfg), import_params(family, tensors, cfg))
         assert "not used: 35 tensors of its other parts (model.language_model)" in " ".join(source.notes)
 
 
 def test_what_a_wrapper_does_not_explain_stays_unexpected():
-    tensors, cfg = arrays("qwen3")
+    tensors, cfg = tiny.arrays("qwen3")
     odd = renamed(tensors, "module.") | {"stray.weight": np.zeros(3)}
     with pytest.raises(UserError, match=r"unexpected stray.weight \(3,\)$"):
         import_params("qwen3", unwrapped(ArraySource(odd), get_family("qwen3")), cfg)
 
 
 def test_two_models_and_two_names_for_one():
-    tensors, _ = arrays("qwen3")
+    tensors, _ = tiny.arrays("qwen3")
     two = renamed(tensors, "student.") | renamed(tensors, "teacher.")
     with pytest.raises(UserError, match=r"holds 2 models, under student\., teacher\.: save the one that is meant by itself"):
         unwrapped(ArraySource(two), get_family("qwen3"))
@@ -130,7 +119,7 @@ def test_two_models_and_two_names_for_one():
 
 
 def test_another_family_keeps_its_names_and_its_error():
-    llama, _ = arrays("llama")
+    llama, _ = tiny.arrays("llama")
     with pytest.raises(UserError, match="looks like a checkpoint of the family llama, not siglip2"):
         import_params("siglip2", unwrapped(ArraySource(llama), get_family("siglip2")), get_family("siglip2").example())
 
@@ -149,7 +138,7 @@ def to_huggingface(name: str) -> str:
 
 def segment_anything():
     """A tiny SAM under the names of segment-anything's ImageEncoderViT, written out by hand, and under transformers' names."""
-    tensors, cfg = arrays("sam")
+    tensors, cfg = tiny.arrays("sam")
     theirs = {name.removeprefix("vision_encoder."): x for name, x in tensors.items()}
     meta = {
         "image_encoder.pos_embed": theirs["pos_embed"],
@@ -181,14 +170,14 @@ def test_metas_own_sam_is_transformers_sam():
     assert {to_huggingface(name).removeprefix("vision_encoder.") for name in meta if "image_encoder" in name} == theirs.keys()
     expected = hf_convert.sam(theirs, cfg)
     ours = import_params("sam", meta, cfg)
-    assert equal(ours, expected)
+    assert tiny.equal(ours, expected)
     # Exported under Meta's names and renamed by transformers' rules, it is what transformers has.
     back = export_params("sam", ours, cfg, layout="meta")
     assert back.keys() < meta.keys()
     for name, x in back.items():
         assert np.array_equal(x, theirs[to_huggingface(name).removeprefix("vision_encoder.")])
     names = {name.removeprefix("image_encoder."): x for name, x in meta.items() if name.startswith("image_encoder.")}
-    assert equal(import_params("sam", names, cfg), expected)  # the encoder saved by itself
+    assert tiny.equal(import_params("sam", names, cfg), expected)  # the encoder saved by itself
     source = in_layout(get_family("sam"), cfg, ArraySource(meta), "hf")
     assert {name for name, _ in source.entries.items()} == {f"vision_encoder.{n}" for n in theirs if "neck" not in n}
     assert all(np.array_equal(source.read(n), theirs[n.removeprefix("vision_encoder.")]) for n in source.entries)
@@ -204,7 +193,7 @@ def test_metas_own_sam_from_its_file(tmp_path, prefix):
     assert cli.main(["sam", str(tmp_path / "sam_vit_t.pth"), str(tmp_path / "out")]) == 0
     loaded = model_directory.load_model(tmp_path / "out", dtype=None, towers=True)
     assert loaded.tower["config"] == json.loads(json.dumps(dataclasses.asdict(cfg)))
-    assert equal(loaded.params, hf_convert.sam(theirs, cfg))
+    assert tiny.equal(loaded.params, hf_convert.sam(theirs, cfg))
     if not prefix:
         cli.main(["sam", str(tmp_path / "out"), str(tmp_path / "back"), "--export", "--layout", "meta"])
         back = safetensors.numpy.load_file(tmp_path / "back" / "model.safetensors")

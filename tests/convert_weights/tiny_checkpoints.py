@@ -11,6 +11,8 @@ import numpy as np
 import torch
 import transformers
 
+from convert_weights import configs
+from flowseg_jax.manifest import flatten
 from flowseg_jax.models.boundary import BoundaryConfig
 from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.models.connectors import ConnectorConfig
@@ -116,3 +118,15 @@ def save_tokenizer(directory: Path, more: int = 0) -> int:
     hf = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     hf.save_pretrained(str(directory))
     return len(hf)
+
+
+def equal(a: Mapping, b: Mapping) -> bool:
+    """Whether two trees have the same names, dtypes and values."""
+    a, b = flatten(a), flatten(b)
+    return a.keys() == b.keys() and all(a[n].dtype == b[n].dtype and np.array_equal(a[n], b[n]) for n in a)
+
+
+def arrays(family: str, **changes) -> tuple[dict[str, np.ndarray], object]:
+    """The tensors of a random Hugging Face model of a family, and our config of it."""
+    model = huggingface(family, **changes)
+    return state(model), configs.tower_config(family, model.config.to_dict())
