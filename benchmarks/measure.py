@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks import components, ratio
-from flowseg_jax import host
 from flowseg_jax.cli import Parser, positive
 from flowseg_jax.errors import UserError
-from flowseg_jax.planning.devices import GIB
+from flowseg_jax.system import host
+from flowseg_jax.system.hardware import GIB
 
 OURS = "flowseg_jax"
 TRIES = 3  # calls that decide whether the compiled peer is the faster one

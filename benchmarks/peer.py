@@ -20,7 +20,6 @@ from transformers.models.qwen3 import modeling_qwen3 as qwen3
 from transformers.models.sam import modeling_sam as sam
 from transformers.models.siglip import modeling_siglip as siglip
 
-from flowseg_jax.data.batch import IMAGE_TOKEN, NONE, Batch
 from flowseg_jax.models.boundary import BoundaryConfig
 from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.models.connectors import ConnectorConfig
@@ -30,6 +29,7 @@ from flowseg_jax.models.mask_decoder import DecoderConfig
 from flowseg_jax.models.pixel_decoder import PixelDecoderConfig
 from flowseg_jax.models.sam import SamConfig
 from flowseg_jax.models.siglip import SiglipConfig
+from flowseg_jax.types import IMAGE_TOKEN, NONE, Batch
 
 Tensors = dict[str, torch.Tensor]
 

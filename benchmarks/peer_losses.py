@@ -17,8 +17,8 @@ from transformers.models.mask2former.modeling_mask2former import (
 )
 
 from benchmarks.peer import FlowSegTorch, Predictions
-from flowseg_jax.data.batch import NO_LABEL
 from flowseg_jax.losses import LossConfig
+from flowseg_jax.types import NO_LABEL
 
 Points = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # of one level: matcher [1, k, 2], candidates and extra [K, n, 2]
 

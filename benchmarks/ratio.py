@@ -24,9 +24,9 @@ import jax
 import numpy as np
 
 from benchmarks import load
+from flowseg_jax.checkpoints.storage import provenance
 from flowseg_jax.cli import positive
 from flowseg_jax.errors import UserError
-from flowseg_jax.storage import provenance
 from flowseg_jax.writers import say
 
 CONTENDED = 0.2  # cores of foreign load, above which a sample is not clean

@@ -28,10 +28,10 @@ from typing import Any
 
 from benchmarks import load, ratio
 from benchmarks.table import ROOT
-from flowseg_jax import host
 from flowseg_jax.cli import Parser
 from flowseg_jax.errors import UserError
-from flowseg_jax.planning.devices import GIB
+from flowseg_jax.system import host
+from flowseg_jax.system.hardware import GIB
 from flowseg_jax.writers import heartbeat, say
 
 EXPRESSIONS = 4
@@ -54,7 +54,7 @@ def start(size: str, began: float, checkpoint: Path | None, restore: bool) -> di
     import jax
 
     from benchmarks.components.sizes import SIZES, asked, experiment
-    from flowseg_jax.checkpoint import Checkpoints
+    from flowseg_jax.checkpoints.manager import Checkpoints
     from flowseg_jax.training.program import Program
 
     seconds = {"import": time.time() - began}

@@ -21,11 +21,11 @@ from ml_collections import ConfigDict
 
 import flowseg_jax
 from benchmarks import worker
-from flowseg_jax import config as configs
-from flowseg_jax.data.batch import IMAGE_TOKEN, Batch, BatchShape
-from flowseg_jax.data.batching import empty
+from flowseg_jax import experiment as configs
+from flowseg_jax.data.collate import empty
 from flowseg_jax.errors import UserError
 from flowseg_jax.models.config import FlowSegConfig
+from flowseg_jax.types import IMAGE_TOKEN, Batch, BatchShape
 
 COMPARED = ("loss", "gradient_norm")  # metrics of the first step; they must be the same for times to be comparable
 
@@ -80,20 +80,20 @@ def build(config: ConfigDict) -> Built:
 
 def _before_program(config: ConfigDict, devices: list[jax.Device]) -> Built:
     """`build` for revisions in which `training.loop.train` itself put the parts together."""
-    from flowseg_jax import parallel
-    from flowseg_jax.manifest import flatten
+    from flowseg_jax import sharding
+    from flowseg_jax.checkpoints.manifest import flatten
     from flowseg_jax.models import flowseg
     from flowseg_jax.training import loop
     from flowseg_jax.training.optimizer import make_optimizer, multipliers, schedule
     from flowseg_jax.training.step import make_train_step
 
     plan = loop.Plan.read(config)
-    mesh = parallel.make_mesh(config.mesh.to_dict(), devices)
+    mesh = sharding.make_mesh(config.mesh.to_dict(), devices)
     graphdef, abstract = flowseg.describe(plan.model)
     rates = multipliers(list(flatten(flowseg.at_rest(abstract))), plan.optimizer.groups)
     optimizer = make_optimizer(plan.optimizer, config.steps, rates)
     rate = schedule(plan.optimizer, config.steps)
-    state = jax.device_put(loop.initial_state(plan, config, optimizer, rates, mesh), parallel.replicated(mesh))
+    state = jax.device_put(loop.initial_state(plan, config, optimizer, rates, mesh), sharding.replicated(mesh))
     step = make_train_step(
         graphdef, plan.model, plan.losses, optimizer, rate, config.seed, mesh, accumulate=plan.optimizer.accumulate
     )

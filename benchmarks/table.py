@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.components import COMPONENTS, Component
+from flowseg_jax.checkpoints.storage import replace_text
 from flowseg_jax.errors import UserError
-from flowseg_jax.storage import replace_text
 
 ROOT = Path(__file__).resolve().parent.parent
 RATIOS = ROOT / "benchmarks" / "ratios.json"

@@ -34,8 +34,8 @@ from ml_collections import ConfigDict
 from benchmarks import ratio
 from benchmarks.step import TrainStep
 from benchmarks.worker import Worker
-from flowseg_jax import config as configs
-from flowseg_jax.checkpoint import Checkpoints
+from flowseg_jax import experiment as configs
+from flowseg_jax.checkpoints.manager import Checkpoints
 from flowseg_jax.cli import Parser, positive
 from flowseg_jax.errors import UserError
 from flowseg_jax.writers import heartbeat

@@ -15,8 +15,8 @@ import dataclasses
 from ml_collections import ConfigDict
 
 from configs.shapes_tiny import get_config as shapes_tiny
-from flowseg_jax.config import ROOT
-from flowseg_jax.model_directory import read_model_config
+from flowseg_jax.checkpoints.pretrained import read_model_config
+from flowseg_jax.experiment import ROOT
 from flowseg_jax.models.config import FlowSegConfig
 
 PHRASES, TOKENS = 4, 56  # asked of one image; for the text of each

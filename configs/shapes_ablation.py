@@ -2,7 +2,7 @@
 
     python train.py --config=configs/shapes_ablation.py:sr_cr --workdir=runs/ablation_sr_cr
 
-`python -m flowseg_jax.ablation` runs all of them over several seeds and compares; its docstring says what is held equal.
+`python -m experiments.ablation` runs all of them over several seeds and compares; its docstring says what is held equal.
 """
 
 import dataclasses

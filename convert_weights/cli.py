@@ -10,9 +10,9 @@ from convert_weights import job as jobs
 from convert_weights.convert import get_family
 from convert_weights.families import FAMILIES
 from convert_weights.plan import Plan, Target
-from flowseg_jax import host
 from flowseg_jax.cli import Parser
 from flowseg_jax.errors import UserError
+from flowseg_jax.system import host
 from flowseg_jax.writers import say
 
 USAGE = """%(prog)s FAMILY SOURCE OUT [options]

@@ -15,8 +15,8 @@ from convert_weights.families import FAMILIES, Family
 from convert_weights.plan import Plan, Target, check_twins, make_plan
 from convert_weights.sources import ArraySource, Entry, RenamedSource, TensorSource
 from convert_weights.table import Piece, expand
+from flowseg_jax.checkpoints.manifest import compare, flatten, nest
 from flowseg_jax.errors import UserError, suggest
-from flowseg_jax.manifest import compare, flatten, nest
 
 CHUNK = 1 << 22  # values of a vocabulary that are read, or averaged, at a time
 

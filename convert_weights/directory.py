@@ -11,10 +11,10 @@ import tensorstore as ts
 from convert_weights.families import FAMILIES, Family
 from convert_weights.sources import Entry
 from flowseg_jax import fields
+from flowseg_jax.checkpoints.manifest import verify
+from flowseg_jax.checkpoints.pretrained import read_model_config
+from flowseg_jax.checkpoints.streaming import boxes
 from flowseg_jax.errors import UserError
-from flowseg_jax.manifest import verify
-from flowseg_jax.model_directory import read_model_config
-from flowseg_jax.streaming import boxes
 
 # Where a tower lies in a whole model.
 WITHIN = {"qwen3": "llm/", "phi3": "llm/", "llama": "llm/", "siglip2": "siglip/", "sam": "sam/"}

@@ -18,9 +18,9 @@ from convert_weights.configs import to_hf
 from convert_weights.convert import Exported, cast
 from convert_weights.directory import ModelDirectory
 from convert_weights.families import Family
-from flowseg_jax import locks
+from flowseg_jax.checkpoints.pretrained import check_free
 from flowseg_jax.errors import UserError
-from flowseg_jax.model_directory import check_free
+from flowseg_jax.system import locks
 
 MAX_SHARD = 1 << 30  # bytes of a file
 

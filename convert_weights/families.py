@@ -15,8 +15,8 @@ from jax.sharding import AbstractMesh
 from convert_weights import segmentor, towers
 from convert_weights.ops import Shape
 from convert_weights.table import Row, Section, Table, linear, unnumbered
-from flowseg_jax import parallel
-from flowseg_jax.manifest import flatten
+from flowseg_jax import sharding
+from flowseg_jax.checkpoints.manifest import flatten
 from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.models.connectors import ConnectorConfig, SegConnector
 from flowseg_jax.models.flowseg import FlowSeg, at_rest
@@ -97,7 +97,7 @@ class Family:
 
     def shards(self, cfg: Any, mesh: AbstractMesh) -> dict[str, Shape]:
         """{our path: the shape of what one device of `mesh` holds}, by the rules of `parallel`."""
-        shardings = flatten(parallel.param_shardings(_abstract(self.module, cfg), mesh))
+        shardings = flatten(sharding.param_shardings(_abstract(self.module, cfg), mesh))
         return {name: shardings[name].shard_shape(shape) for name, shape in self.shapes(cfg).items()}
 
     def initial(self, cfg: Any, names: Iterable[str], seed: int) -> dict[str, jax.Array]:

@@ -21,15 +21,15 @@ from convert_weights.names import unwrapped
 from convert_weights.plan import Plan, check_twins, make_plan
 from convert_weights.refusals import refuse_pointer
 from convert_weights.sources import JoinedSource, TensorSource, local, open_source, read_json
-from flowseg_jax import parallel
+from flowseg_jax import sharding
+from flowseg_jax.checkpoints.pretrained import check_free, stream_model
+from flowseg_jax.checkpoints.streaming import LazyArray
 from flowseg_jax.data.prompts import Prompts, as_jinja
 from flowseg_jax.data.tokenizer import Extended, add_marks, load_tokenizer
 from flowseg_jax.errors import UserError
-from flowseg_jax.model_directory import check_free, stream_model
 from flowseg_jax.models import hf_keys
 from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.models.language import LanguageConfig
-from flowseg_jax.streaming import LazyArray
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
 # Where a tower's names stand in a whole model: (what they begin with alone, what they begin with there).
@@ -147,7 +147,7 @@ def prepared(request: Request) -> Iterator[Job]:
             )
         check_twins(plan, source, None if extended is None else extended.words)
         extra["converted"] |= {"layout": plan.layout, "fresh": list(plan.fresh)}
-        shards = family.shards(cfg, parallel.abstract_mesh(request.mesh)) if request.mesh else {}
+        shards = family.shards(cfg, sharding.abstract_mesh(request.mesh)) if request.mesh else {}
         yield Job(plan, source, tokenizer, extra, shards)
 
 

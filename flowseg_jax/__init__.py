@@ -9,7 +9,7 @@ import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from flowseg_jax.predict import Segmentor
+    from flowseg_jax.inference.segmentor import Segmentor
 
 
 def load(directory: str | os.PathLike[str]) -> Segmentor:
@@ -18,6 +18,6 @@ def load(directory: str | os.PathLike[str]) -> Segmentor:
     Raises:
         UserError: not a model directory, a damaged one, or one whose tokenizer does not fit the model.
     """
-    from flowseg_jax import predict  # here, so that importing the package stays cheap
+    from flowseg_jax.inference import segmentor  # here, so that importing the package stays cheap
 
-    return predict.load(directory)
+    return segmentor.load(directory)

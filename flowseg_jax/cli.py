@@ -18,12 +18,13 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from flowseg_jax import config as configs
-from flowseg_jax import host, storage
+from flowseg_jax import experiment as configs
+from flowseg_jax.checkpoints import storage
 from flowseg_jax.errors import UserError
+from flowseg_jax.system import host
 
 if TYPE_CHECKING:
-    from flowseg_jax.prediction.inputs import Job
+    from flowseg_jax.inference.inputs import Job
 
 ROOT = Path(__file__).resolve().parent.parent
 ANSWER_TOKENS = 64  # of an answer that a model writes in an evaluation
@@ -110,10 +111,11 @@ def joined_processes(arguments: argparse.Namespace) -> Iterator[None]:
     if not arguments.distributed and explicit == (None, None, None):
         yield
         return
-    from flowseg_jax import processes, writers
+    from flowseg_jax import writers
+    from flowseg_jax.system import distributed
 
-    with processes.joined(*explicit):
-        if not processes.is_primary():
+    with distributed.joined(*explicit):
+        if not distributed.is_primary():
             writers.silence()
         yield
 
@@ -128,15 +130,15 @@ def add_plan_flags(parser: argparse.ArgumentParser) -> None:
 
 def plan(config: ConfigDict, arguments: argparse.Namespace) -> int:
     """Prints what a run would need; 1 if it does not fit."""
-    from flowseg_jax.planning.plan import plan as make
+    from flowseg_jax.aot.plan import plan as make
     from flowseg_jax.writers import say
 
     topology, effort = arguments.topology or "cpu:1", arguments.effort or "O0"
     if arguments.parts:
-        from flowseg_jax.planning import parts
+        from flowseg_jax.aot import components
 
-        reports = parts.parts(config, topology, effort=effort)
-        say(parts.table(reports))
+        reports = components.parts(config, topology, effort=effort)
+        say(components.table(reports))
         if arguments.json:
             say(json.dumps([dataclasses.asdict(report) for report in reports]))
         return int(any(report.refusal is not None for report in reports))
@@ -198,10 +200,10 @@ def evaluate(argv: Sequence[str] | None = None) -> int:
 
 def evaluate_splits(arguments: argparse.Namespace) -> int:
     """`evaluate` behind its flags."""
-    from flowseg_jax import processes
-    from flowseg_jax.data.prepared import Prepared
+    from flowseg_jax.checkpoints.pretrained import read_model_config
+    from flowseg_jax.data.dataset import Prepared
     from flowseg_jax.evaluation import benchmark, generic, protocols
-    from flowseg_jax.model_directory import read_model_config
+    from flowseg_jax.system import distributed
     from flowseg_jax.training import loop
 
     protocol = arguments.protocol or "xsam"
@@ -230,7 +232,7 @@ def evaluate_splits(arguments: argparse.Namespace) -> int:
     def asks_for_categories(data: Path) -> generic.Benchmark:
         return generic.Benchmark.of_model(directory, data, batch=arguments.batch_size)
 
-    with processes.locked(out):
+    with distributed.locked(out):
         for place, prepared, split in chosen:
             if prepared.task == "generic":
                 asked = asks_for_categories(prepared.directory)
@@ -299,9 +301,10 @@ def predict(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", metavar="DIR", default="runs/predictions")
     arguments = parser.parse_args(argv)
     host.keep_programs()
-    from flowseg_jax import predict as prediction
-    from flowseg_jax.model_directory import read_model_config
-    from flowseg_jax.prediction import outputs, run
+    from flowseg_jax.checkpoints.pretrained import read_model_config
+    from flowseg_jax.inference import batch as run
+    from flowseg_jax.inference import outputs
+    from flowseg_jax.inference import segmentor as prediction
     from flowseg_jax.writers import heartbeat, say
 
     directory = model_directory(arguments)
@@ -333,7 +336,7 @@ def predict(argv: Sequence[str] | None = None) -> int:
 
 def prediction_jobs(arguments: argparse.Namespace) -> list[Job]:
     """What `--image` or `--input` and `--text` or `--chat` ask for."""
-    from flowseg_jax.prediction import inputs
+    from flowseg_jax.inference import inputs
 
     texts = arguments.chat or arguments.text
     if bool(arguments.image) == bool(arguments.input):

@@ -20,7 +20,7 @@ import types
 from collections.abc import Callable, Collection, Iterable
 from typing import IO, Any
 
-from flowseg_jax.traces import Traces, formatted, one_line, printable, shown
+from flowseg_jax.system.traces import Traces, formatted, one_line, printable, shown
 
 # What the system says where nothing can be written. A file that is not there, or that is a folder, is another matter.
 NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EIO)

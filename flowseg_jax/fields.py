@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from flowseg_jax.errors import UserError, plain, suggest
-from flowseg_jax.json_files import expect, number
+from flowseg_jax.system.json_files import expect, number
 
 # Whole numbers lie between 1 and a million, except: (least, most).
 WHOLE = {

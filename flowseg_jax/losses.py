@@ -19,7 +19,6 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 
-from flowseg_jax.data.batch import NO_LABEL, NONE, NOTHING, Batch
 from flowseg_jax.errors import UserError
 from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.models.flowseg import FlowSeg, TrainingOutput
@@ -29,6 +28,7 @@ from flowseg_jax.ops.dot import TILE, einsum, product
 from flowseg_jax.ops.matcher import match
 from flowseg_jax.ops.points import sample, sample_features, sample_packed, uncertain_points
 from flowseg_jax.ops.vocabulary import Vocabulary, cross_entropy
+from flowseg_jax.types import NO_LABEL, NONE, NOTHING, Batch
 
 # What a level keeps for its backward pass: choosing points and reading targets there costs more than predicting masks again.
 KEPT = "points"

@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from flowseg_jax import json_files
+from flowseg_jax.checkpoints.storage import absolute, is_remote, reason
 from flowseg_jax.errors import UserError, mute, tell
-from flowseg_jax.json_files import number
-from flowseg_jax.storage import absolute, is_remote, reason
+from flowseg_jax.system import json_files
+from flowseg_jax.system.json_files import number
 
 HEARTBEAT_SECONDS = 10.0
 UPLOAD_SECONDS = 30.0  # between two uploads of a metrics.jsonl that is an object in a store

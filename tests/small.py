@@ -9,9 +9,8 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from flowseg_jax import config as configs
-from flowseg_jax.data.batch import IMAGE_TOKEN, NO_LABEL, NONE, Batch
-from flowseg_jax.manifest import flatten, nest
+from flowseg_jax import experiment as configs
+from flowseg_jax.checkpoints.manifest import flatten, nest
 from flowseg_jax.models import flowseg
 from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.models.connectors import ConnectorConfig
@@ -23,6 +22,7 @@ from flowseg_jax.models.siglip import SiglipConfig
 from flowseg_jax.training.optimizer import split
 from flowseg_jax.training.program import Program
 from flowseg_jax.training.step import TrainState
+from flowseg_jax.types import IMAGE_TOKEN, NO_LABEL, NONE, Batch
 
 VOCAB = 40
 

@@ -7,15 +7,15 @@ import json
 import numpy as np
 import pytest
 
-from flowseg_jax import ablation
-from flowseg_jax import config as configs
-from flowseg_jax.ablation import Comparison, Estimate
+from experiments import ablation
+from experiments.ablation import Comparison, Estimate
+from flowseg_jax import experiment as configs
+from flowseg_jax.checkpoints.manifest import flatten
 from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation import audit, metrics, protocols
-from flowseg_jax.manifest import flatten
 from flowseg_jax.models import flowseg
 from flowseg_jax.training import loop
-from flowseg_jax.training.initial import Source
+from flowseg_jax.training.initialization import Source
 from flowseg_jax.training.optimizer import multipliers
 from flowseg_jax.training.program import Plan
 

@@ -17,8 +17,8 @@ from benchmarks import __main__ as command
 from benchmarks import components, load, measure, ratio, startup, table
 from benchmarks.components import COMPONENTS, Bar, Pair
 from benchmarks.components.sizes import SIZES, asked, one_of, prefix
-from flowseg_jax.data.batch import IMAGE_TOKEN
 from flowseg_jax.errors import UserError
+from flowseg_jax.types import IMAGE_TOKEN
 
 
 def result(component="msda", dtype="float32", ratio=0.45, quality="A", cpu="a", **changes):

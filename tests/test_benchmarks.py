@@ -17,9 +17,9 @@ from benchmarks import load, ratio, step, train_step
 from benchmarks.ratio import Sample, Timing
 from benchmarks.step import random_batch
 from benchmarks.worker import Worker
-from flowseg_jax import config as configs
-from flowseg_jax.data.batch import IMAGE_TOKEN, BatchShape
+from flowseg_jax import experiment as configs
 from flowseg_jax.errors import UserError
+from flowseg_jax.types import IMAGE_TOKEN, BatchShape
 
 
 class Pending:

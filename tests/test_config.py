@@ -6,7 +6,7 @@ import textwrap
 
 import pytest
 
-from flowseg_jax import config as config_lib
+from flowseg_jax import experiment as config_lib
 from flowseg_jax.errors import UserError
 
 CONFIG = """

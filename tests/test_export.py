@@ -16,12 +16,12 @@ import pytest
 import small
 from PIL import Image
 
-from flowseg_jax import export, predict
-from flowseg_jax.data import batching
+from flowseg_jax.checkpoints.pretrained import save_model
+from flowseg_jax.data import collate
 from flowseg_jax.data.prompts import Prompts
 from flowseg_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from flowseg_jax.errors import UserError
-from flowseg_jax.model_directory import save_model
+from flowseg_jax.inference import export, segmentor
 from flowseg_jax.ops.attention import attention
 from flowseg_jax.ops.portable import portable
 
@@ -83,7 +83,7 @@ def test_the_script_answers_as_the_segmentor_does_without_the_package(model_dire
     assert done.returncode == 0, done.stderr
     answers = [json.loads(line) for line in done.stdout.splitlines()]
     assert [answer["text"] for answer in answers] == TEXTS
-    for k, (answer, prediction) in enumerate(zip(answers, predict.load(model_directory).segment(photo, TEXTS), strict=True)):
+    for k, (answer, prediction) in enumerate(zip(answers, segmentor.load(model_directory).segment(photo, TEXTS), strict=True)):
         best = prediction.candidates[0]
         mask = np.array(Image.open(tmp_path / f"mask_{k}.png"))
         assert answer["query"] == best.query
@@ -131,7 +131,7 @@ def test_questions_are_found_in_token_ids(tokenizer_directory):
     """As the batching makes them on the host, but for the slots of the ends."""
     tokenizer, prompts = load_tokenizer(tokenizer_directory), Prompts(vary=False)
     wording = export.Wording.of(prompts, tokenizer, 4)
-    said = [batching.encode_conversation(c, prompts, tokenizer, "") for c in batching.ask(prompts, TEXTS)]
+    said = [collate.encode_conversation(c, prompts, tokenizer, "") for c in collate.ask(prompts, TEXTS)]
     phrases = [tokenizer.encode(f"<p>{' '.join(text.lower().split())}</p>") for text in TEXTS]
     ids = [[*wording.before, *phrase, *wording.after] for phrase in phrases]
     assert ids == [one.tokens for one in said]
@@ -140,7 +140,7 @@ def test_questions_are_found_in_token_ids(tokenizer_directory):
     tokens[0, : len(row)] = row
     found = export.questions(tokens, 4, wording)
     shape = (2, 4, len(row) - len(ids))
-    want = batching.questions([said], shape, len(wording.prefix), tokenizer.pad, [""])
+    want = collate.questions([said], shape, len(wording.prefix), tokenizer.pad, [""])
     for name in ("tokens", "positions", "segments", "phrase_ids", "seg_ids"):
         np.testing.assert_array_equal(np.array(getattr(found, name))[0][tokens[0] != export.END], getattr(want, name)[0], name)
     for name in ("segments", "phrase_ids", "seg_ids"):

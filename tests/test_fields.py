@@ -7,9 +7,9 @@ import json
 
 import pytest
 
-from flowseg_jax import json_files
 from flowseg_jax.errors import UserError
 from flowseg_jax.models.config import FlowSegConfig
+from flowseg_jax.system import json_files
 
 TINY = FlowSegConfig.tiny().to_dict()
 HOSTILE = (0, -1, float("nan"), float("inf"), 1e308, 10**30, "abc", "x" * 10**6, "", True, [], [[]], {}, {"a": 1}, [1] * 10**5)

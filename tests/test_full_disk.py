@@ -18,12 +18,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flowseg_jax import cli, errors, export, storage
-from flowseg_jax.data import builders
+from flowseg_jax import cli, errors
+from flowseg_jax.checkpoints import storage
+from flowseg_jax.checkpoints.pretrained import load_model, save_model
+from flowseg_jax.data import prepare
 from flowseg_jax.data.tokenizer import train_tokenizer
 from flowseg_jax.errors import UserError
-from flowseg_jax.evaluation import partial
-from flowseg_jax.model_directory import load_model, save_model
+from flowseg_jax.evaluation import resumable
+from flowseg_jax.inference import export
 
 
 class Disk:
@@ -65,23 +67,23 @@ def quiet(_: str) -> None:
 
 def test_prepare(disk, tmp_path):
     layout = mini.write(tmp_path / "layout")
-    expected = builders.prepare(layout, tmp_path / "expected", tokenizer_vocab=300, log=quiet)
+    expected = prepare.prepare(layout, tmp_path / "expected", tokenizer_vocab=300, log=quiet)
     out = disk.path / "out"
     disk.mount("size=4k")
     for size in (4, 12, 24, 48, 96):
         disk.remount(f"size={size}k")
         try:
-            builders.prepare(layout, out, tokenizer_vocab=300, log=quiet)
+            prepare.prepare(layout, out, tokenizer_vocab=300, log=quiet)
         except UserError as error:
             assert "No space left on device" in str(error) and "\n" not in str(error), size
         assert not out.exists(), size
     disk.remount("size=4m")
-    prepared = builders.prepare(layout, out, tokenizer_vocab=300, log=quiet)
+    prepared = prepare.prepare(layout, out, tokenizer_vocab=300, log=quiet)
     assert prepared.digest == expected.digest
     assert disk.files() == ["out", *(f"out/{path.relative_to(tmp_path / 'expected')}" for path in tree(tmp_path / "expected"))]
     disk.remount("ro")
     with pytest.raises(UserError, match="again cannot be written: Read-only file system"):
-        builders.prepare(layout, disk.path / "again", log=quiet)
+        prepare.prepare(layout, disk.path / "again", log=quiet)
 
 
 def tree(root: Path) -> list[Path]:
@@ -121,25 +123,25 @@ def test_a_partial_evaluation(disk):
     path, settings = disk.path / "val.partial.jsonl", {"split": "val"}
     with (
         pytest.raises(UserError, match=rf"cannot write {path}: No space left on device"),
-        partial.Partial.open(path, settings) as p,
+        resumable.Partial.open(path, settings) as p,
     ):
         for place in range(1000):
             p.add({place: [{"sentence": "x" * 200}]})
     done = len(p.records)
     assert 10 < done < 1000 and f"{done} images are done" in p.kept()
     disk.remount("size=1m")
-    with partial.Partial.open(path, settings) as again:
+    with resumable.Partial.open(path, settings) as again:
         assert again.records.keys() == p.records.keys()
 
 
 def test_an_evaluation_that_cannot_keep_its_records(tmp_path, monkeypatch):
     """As above, on any system."""
     path = tmp_path / "val.partial.jsonl"
-    with pytest.raises(UserError, match=f"cannot write {path}: No space left"), partial.Partial.open(path, {}) as p:
+    with pytest.raises(UserError, match=f"cannot write {path}: No space left"), resumable.Partial.open(path, {}) as p:
         p.add({0: [{"a": 1}]})
         p._file = FullFile(p._file)
         p.add({1: [{"a": 1}]})
-    with partial.Partial.open(path, {}) as again:
+    with resumable.Partial.open(path, {}) as again:
         assert list(again.records) == [0] == list(p.records)
 
 
@@ -201,7 +203,7 @@ def test_predict_train_and_eval_say_it_before_they_load_anything(disk, tmp_path)
     disk.mount("ro")
     image = tmp_path / "x.png"
     Image.fromarray(np.zeros((40, 60, 3), np.uint8)).save(image)
-    prepared = builders.prepare(mini.write(tmp_path / "layout"), tmp_path / "prepared", log=quiet)
+    prepared = prepare.prepare(mini.write(tmp_path / "layout"), tmp_path / "prepared", log=quiet)
     with pytest.raises(UserError, match="out cannot be written: Read-only file system"):
         cli.predict([f"--image={image}", "--text=it", f"--out={disk.path / 'out'}"])
     with pytest.raises(UserError, match="run cannot be written: Read-only file system; choose another with --workdir"):
@@ -211,7 +213,7 @@ def test_predict_train_and_eval_say_it_before_they_load_anything(disk, tmp_path)
 
 
 def test_the_tables_of_a_prediction_have_no_half_a_line(disk, tmp_path):
-    from flowseg_jax.prediction.outputs import TABLE, Unwritable, Writer
+    from flowseg_jax.inference.outputs import TABLE, Unwritable, Writer
 
     disk.mount("size=16k")
     full = pytest.raises(Unwritable, match="No space left on device; make room")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from flowseg_jax import host
+from flowseg_jax.system import host
 
 PROGRAM = """
 import jax

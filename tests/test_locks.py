@@ -19,10 +19,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flowseg_jax import locks, processes
-from flowseg_jax.data import builders
+from flowseg_jax.data import prepare
 from flowseg_jax.errors import UserError
-from flowseg_jax.prediction.outputs import Writer
+from flowseg_jax.inference.outputs import Writer
+from flowseg_jax.system import distributed, locks
 
 
 @pytest.fixture(params=["local", "bucket"])
@@ -83,7 +83,7 @@ def test_the_second_process_is_refused_and_told_of_the_first(tmp_path):
         message = rf"{run} is in use by process {process.pid} on host {socket.gethostname()} \(.*, since 20"
         with pytest.raises(UserError, match=message), locks.held(run):
             pass
-        with pytest.raises(UserError, match=message), processes.locked(run):  # a job of several
+        with pytest.raises(UserError, match=message), distributed.locked(run):  # a job of several
             pass
         with pytest.raises(UserError, match=message), Writer(run, ("rle",), table=True):
             pass
@@ -105,22 +105,23 @@ def test_a_preparation_is_refused_while_another_one_runs(tmp_path):
             lines.append(line)
             if len(lines) == 2:
                 locks._held.clear()  # as a process of its own sees it
-                builders.prepare(layout, prepared, log=lambda _: None)
+                prepare.prepare(layout, prepared, log=lambda _: None)
 
-        builders.prepare(layout, prepared, log=second)
-    builders.prepare(layout, prepared, log=lambda _: None)
+        prepare.prepare(layout, prepared, log=second)
+    prepare.prepare(layout, prepared, log=lambda _: None)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["layout", "prepared"]
 
 
 def test_every_command_that_writes_is_refused(tmp_path, monkeypatch):
     """Before it reads or computes anything: what they are given does not exist."""
     from convert_weights.export import export_directory
-    from flowseg_jax import cli, export
-    from flowseg_jax.model_directory import save_model, stream_model
+    from flowseg_jax import cli
+    from flowseg_jax.checkpoints.pretrained import save_model, stream_model
+    from flowseg_jax.inference import export
     from flowseg_jax.training import loop
 
     Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(tmp_path / "x.png")
-    prepared = builders.prepare(mini.write(tmp_path / "layout"), tmp_path / "prepared", log=lambda _: None).directory
+    prepared = prepare.prepare(mini.write(tmp_path / "layout"), tmp_path / "prepared", log=lambda _: None).directory
     monkeypatch.setattr(loop.Program, "build", lambda config: None)
     out = tmp_path / "out"
     inside = {

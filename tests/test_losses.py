@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from flowseg_jax import losses
-from flowseg_jax.data.batch import NO_LABEL, NONE, NOTHING
 from flowseg_jax.errors import UserError
 from flowseg_jax.losses import (
     LossConfig,
@@ -28,6 +27,7 @@ from flowseg_jax.losses import (
 )
 from flowseg_jax.ops.matcher import match
 from flowseg_jax.ops.vocabulary import Vocabulary
+from flowseg_jax.types import NO_LABEL, NONE, NOTHING
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -11,18 +11,18 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from flowseg_jax import config as configs
-from flowseg_jax import parallel
+from flowseg_jax import experiment as configs
+from flowseg_jax import sharding
+from flowseg_jax.aot.shardings import main, shardings
 from flowseg_jax.errors import UserError
 from flowseg_jax.models.config import FlowSegConfig
-from flowseg_jax.planning.shardings import main, shardings
 
 GOLDEN = Path(__file__).parent / "golden" / "shardings"
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in GOLDEN.glob("*.json")))
 def test_the_committed_manifest(name):
-    """`python -m flowseg_jax.planning.shardings` writes it anew; look at what moved before committing it."""
+    """`python -m flowseg_jax.aot.shardings` writes it anew; look at what moved before committing it."""
     experiment, _, mesh = name.partition("-")
     sizes = {axis: int(size) for axis, size in (part.split("_") for part in mesh.split("-"))}
     cfg = FlowSegConfig.from_dict(configs.read(f"configs/{experiment}.py").model.to_dict())
@@ -37,15 +37,15 @@ def test_the_command_prints_the_manifest(capsys):
 
 
 def test_each_mesh_axis_is_used_once_and_tensor_chooses_first():
-    mesh = parallel.abstract_mesh({"data": 2, "fsdp": 4, "tensor": 2})
-    spec = lambda names, *shape: parallel.spec(names, shape, mesh)  # noqa: E731
+    mesh = sharding.abstract_mesh({"data": 2, "fsdp": 4, "tensor": 2})
+    spec = lambda names, *shape: sharding.spec(names, shape, mesh)  # noqa: E731
     assert spec(("embed", "heads"), 64, 32) == PartitionSpec("fsdp", "tensor")
     assert spec(("heads", "embed"), 32, 64) == PartitionSpec("tensor", "fsdp")
     assert spec(("heads", "mlp"), 33, 32) == PartitionSpec(None, "tensor")  # 33 rows divide by nothing
     assert spec(("layers", "vocab", None), 8, 64, 64) == PartitionSpec(None, None, None)
     assert spec(("batch", None), 16, 3) == PartitionSpec(("data", "fsdp"), None)
-    one = parallel.abstract_mesh({"fsdp": 4})
-    assert parallel.spec(("heads", "embed"), (32, 64), one) == PartitionSpec("fsdp", None)  # the first axis, for the scatter
+    one = sharding.abstract_mesh({"fsdp": 4})
+    assert sharding.spec(("heads", "embed"), (32, 64), one) == PartitionSpec("fsdp", None)  # the first axis, for the scatter
     with pytest.raises(ValueError, match="no sharding rule for logical axis 'width'"):
         spec(("width",), 8)
 
@@ -56,20 +56,20 @@ def test_a_module_without_axis_names_falls_back_on_its_path():
             self.own = nnx.Linear(1024, 2048, rngs=rngs)
 
     state = nnx.state(nnx.eval_shape(lambda: Mixed(nnx.Rngs(0))))
-    places = parallel.param_shardings(state, parallel.abstract_mesh({"fsdp": 2, "tensor": 2}))
+    places = sharding.param_shardings(state, sharding.abstract_mesh({"fsdp": 2, "tensor": 2}))
     assert places["own"]["kernel"].spec == PartitionSpec("fsdp", "tensor")
     assert places["own"]["bias"].spec == PartitionSpec(None)
 
 
 def test_an_activation_is_not_left_unplaced_by_accident():
     x = jnp.ones((2, 4))
-    assert parallel.shard(x, "batch", None) is x  # no mesh, nothing to say
-    mesh = parallel.make_mesh({"data": 1}, jax.devices()[:1])
+    assert sharding.shard(x, "batch", None) is x  # no mesh, nothing to say
+    mesh = sharding.make_mesh({"data": 1}, jax.devices()[:1])
     with jax.set_mesh(mesh), pytest.raises(RuntimeError, match="a mesh is set without sharding rules"):
-        parallel.shard(x, "batch", None)
-    with parallel.use(mesh):
-        placed = jax.jit(lambda x: parallel.shard(x, "batch", None))(x)
-    assert placed.sharding.mesh.axis_names == parallel.MESH_AXES
+        sharding.shard(x, "batch", None)
+    with sharding.use(mesh):
+        placed = jax.jit(lambda x: sharding.shard(x, "batch", None))(x)
+    assert placed.sharding.mesh.axis_names == sharding.MESH_AXES
 
 
 @pytest.mark.parametrize(
@@ -78,4 +78,4 @@ def test_an_activation_is_not_left_unplaced_by_accident():
 )
 def test_a_mesh_that_cannot_be_is_refused(sizes, message):
     with pytest.raises(UserError, match=message):
-        parallel.make_mesh(sizes, jax.devices()[:1])
+        sharding.make_mesh(sizes, jax.devices()[:1])

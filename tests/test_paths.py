@@ -3,7 +3,7 @@
 import pytest
 
 from flowseg_jax.errors import UserError
-from flowseg_jax.paths import check_name, inside
+from flowseg_jax.system.paths import check_name, inside
 
 LEADS_OUT = ("", ".", "./", "/", "/etc/passwd", "..", "../a", "a/../../b", "a/..", "a\0b", "\0")
 NO_FILE_NAMES = ("a" * 256, "é" * 128, "/".join(["a"] * 3000), "\ud800", "x" * 10**7)

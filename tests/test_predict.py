@@ -16,20 +16,22 @@ from flax import nnx
 from PIL import Image
 from pycocotools import mask as coco
 
-from flowseg_jax import cli, predict
-from flowseg_jax.data import batching, drawing
-from flowseg_jax.data.batch import Asked
+from flowseg_jax import cli
+from flowseg_jax.checkpoints.pretrained import save_model, seal
+from flowseg_jax.data import collate
 from flowseg_jax.data.prompts import Conversation, Prompts
 from flowseg_jax.data.records import Turn
 from flowseg_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from flowseg_jax.errors import UserError
-from flowseg_jax.evaluation import pictures, postprocess
-from flowseg_jax.model_directory import save_model, seal
+from flowseg_jax.evaluation import postprocess
+from flowseg_jax.inference import batch, inputs, outputs
+from flowseg_jax.inference import segmentor as predict
+from flowseg_jax.inference.selection import Candidate, Selection, distinct, select
 from flowseg_jax.models import flowseg, generate
 from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.models.language import Cache, LanguageConfig
-from flowseg_jax.prediction import inputs, outputs, run
-from flowseg_jax.prediction.answers import Candidate, Selection, distinct, select
+from flowseg_jax.reports import overlay, pictures
+from flowseg_jax.types import Asked
 
 SIDE, GRID, QUERIES = 48, 12, 4
 
@@ -94,7 +96,7 @@ def predict_file(model, image, text, out, **selection):
     """What the command does with one image and one text; the JSON's path."""
     with outputs.Writer(out, ("overlay", "rle"), table=False) as writer:
         jobs = inputs.images(image, [text], "--text")
-        done = run.run(model, jobs, functools.partial(model.ask, **selection), writer, strict=True)
+        done = batch.run(model, jobs, functools.partial(model.ask, **selection), writer, strict=True)
     return done.paths[0]
 
 
@@ -117,7 +119,7 @@ def test_a_file_becomes_an_overlay_and_a_json(model, tmp_path):
     areas = {c["query"]: c["area"] for c in answer["candidates"]}
     assert [areas[q] for q in sorted(areas)] == sorted(areas.values(), reverse=True)
     np.testing.assert_array_equal(
-        np.asarray(Image.open(path.with_suffix(".png"))), drawing.overlay(picture(), mask, pictures.SELECTED)
+        np.asarray(Image.open(path.with_suffix(".png"))), overlay.overlay(picture(), mask, pictures.SELECTED)
     )
 
 
@@ -433,7 +435,7 @@ def test_the_latency_line_compiles_nothing(model, folder, capsys):
     ready, texts = model.prepare(folder / "a.png"), ["it", "the red circle"]
     model.ask(model.look(ready), texts)
     before = model._ask._cache_size(), model._see._cache_size()
-    line = run.latency(model, ready, texts, model.ask)
+    line = batch.latency(model, ready, texts, model.ask)
     number = r"(\d+\.\d)"
     found = re.match(f"warm latency: first expression {number} ms, each further one {number} ms; looking .* {number} ms", line)
     first, further, look = map(float, found.groups())
@@ -481,8 +483,8 @@ def taught(tokenizer_directory):
     for question, answer in questions.items():
         asked, said = (tokenizer.encode(x) for x in (question + prompts.template.tail, answer + prompts.template.suffix))
         none = [-1] * len(asked + said)
-        encoded = batching.Encoded([*asked, *said], none, none, none)
-        packed = batching.questions([[encoded]], (1, 1, 64), len(np.asarray(seen.cache.positions)[0]), 0, ["x"])
+        encoded = collate.Encoded([*asked, *said], none, none, none)
+        packed = collate.questions([[encoded]], (1, 1, 64), len(np.asarray(seen.cache.positions)[0]), 0, ["x"])
         hidden.append(np.asarray(read(seen, packed))[0, len(asked) - 1 : len(asked + said) - 1])
         follows += said
     wanted = 20.0 * np.eye(tokenizer.vocab)[follows]
@@ -520,9 +522,9 @@ def test_each_seg_has_the_phrase_that_the_answer_gives_it(taught):
     look = segmentor.look(Image.fromarray(picture()))
     prompts = Prompts(vary=False)
     turn = Turn(prompts.referring("it", 0).turns[0].question, TWO)
-    encoded = batching.encode_conversation(Conversation((turn,), (2, 0, 1), (0, 1)), prompts, tokenizer, "x")
+    encoded = collate.encode_conversation(Conversation((turn,), (2, 0, 1), (0, 1)), prompts, tokenizer, "x")
     prefix = look.seen.cache.positions.shape[1]
-    questions = batching.questions([[encoded]], (1, 4, 64), prefix, 0, ["x"])
+    questions = collate.questions([[encoded]], (1, 4, 64), prefix, 0, ["x"])
     found = jax.jit(lambda params: flowseg.bind(graphdef, params).ask(look.seen, questions))(params)
     best = postprocess.top(found.scores, found.mask_logits, 3)
     for k, prediction in enumerate(segmentor.generate(look, ["it"], top_k=3)[0].predictions):

@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 from test_predict import command, model, picture, tokenizer_directory  # noqa: F401
 
-from flowseg_jax.data import drawing
 from flowseg_jax.errors import UserError
-from flowseg_jax.prediction import outputs
+from flowseg_jax.inference import outputs
+from flowseg_jax.reports import overlay
 
 
 def pictures(folder, *names: bytes) -> None:
@@ -69,7 +69,7 @@ def test_whatever_a_picture_raises(command, model, tmp_path, monkeypatch, capsys
     owner, name = {
         "decoding": (model, "prepare"),
         "asking": (model, "_candidates_of"),
-        "drawing": (drawing, "overlay"),
+        "drawing": (overlay, "overlay"),
         "writing": (Image.Image, "save"),
         "describing": (outputs.Prediction, "to_json"),
     }[where]

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import pytest
 from trees import abstract_of
 
-from flowseg_jax.checkpoint import Checkpoints
-from flowseg_jax.manifest import checksums
-from flowseg_jax.model_directory import load_model
+from flowseg_jax.checkpoints.manager import Checkpoints
+from flowseg_jax.checkpoints.manifest import checksums
+from flowseg_jax.checkpoints.pretrained import load_model
 
 PROGRAM = """
 import json, sys
@@ -27,10 +27,10 @@ jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=proc
 import jax.numpy as jnp
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from flowseg_jax.checkpoint import Checkpoints
+from flowseg_jax.checkpoints.manager import Checkpoints
 from flowseg_jax.errors import UserError
-from flowseg_jax.manifest import checksums
-from flowseg_jax.model_directory import load_model, save_model
+from flowseg_jax.checkpoints.manifest import checksums
+from flowseg_jax.checkpoints.pretrained import load_model, save_model
 from trees import abstract_of, largest
 
 mesh = jax.make_mesh((4,), ("fsdp",), axis_types=(AxisType.Auto,))

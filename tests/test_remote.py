@@ -10,10 +10,10 @@ import pytest
 from trees import abstract_of, make_params, make_state, same
 
 from flowseg_jax import cli
-from flowseg_jax.checkpoint import Checkpoints
+from flowseg_jax.checkpoints.manager import Checkpoints
+from flowseg_jax.checkpoints.pretrained import load_model, save_model
+from flowseg_jax.checkpoints.storage import absolute, prepare_workdir
 from flowseg_jax.errors import UserError
-from flowseg_jax.model_directory import load_model, save_model
-from flowseg_jax.storage import absolute, prepare_workdir
 from flowseg_jax.writers import JsonlWriter, create_writer
 
 

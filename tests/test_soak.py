@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flowseg_jax import predict
+from flowseg_jax.inference import segmentor as predict
 
 CALLS = 300
 WORDS = ("red", "blue", "circle", "square", "the", "left", "of", "large", "small", "a", "two", "below", "star", "ring")

@@ -10,17 +10,17 @@ import pytest
 import small
 
 from configs.stage3_mixed import SETS
-from flowseg_jax import config as configs
-from flowseg_jax import stages
+from experiments import stages
+from flowseg_jax import experiment as configs
+from flowseg_jax.checkpoints.manifest import flatten
+from flowseg_jax.checkpoints.pretrained import load_model
 from flowseg_jax.data import masks
 from flowseg_jax.data.formats import open_layout
 from flowseg_jax.data.records import examples
-from flowseg_jax.data.shapes import lesson
 from flowseg_jax.errors import UserError
-from flowseg_jax.manifest import flatten
-from flowseg_jax.model_directory import load_model
 from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.models.language import LanguageConfig
+from flowseg_jax.synthetic import toy_dataset
 from flowseg_jax.training.optimizer import multipliers
 from flowseg_jax.training.program import Plan
 
@@ -38,7 +38,7 @@ def ran(tmp_path_factory):
     size = stages.Size(shapes=40, reasonseg=10, panoptic=16, chat=16, steps=(40, 40, 2), evaluated=0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FlowSegConfig, "tiny", classmethod(tiny))
-        for module in ("flowseg_jax.stages", "flowseg_jax.training.loop", "flowseg_jax.training.initial"):
+        for module in ("experiments.stages", "flowseg_jax.training.loop", "flowseg_jax.training.initialization"):
             patch.setattr(f"{module}.say", said.append)
         outcome = stages.main(root / "data", root / "runs", size)
     return outcome, root / "runs", said
@@ -103,7 +103,7 @@ def test_an_unknown_language_model_is_named():
 
 def test_a_lesson_is_a_data_set_of_ones_own(tmp_path):
     """All three kinds of masks, each the picture's one star; and the fine-tuning config fits what they need."""
-    lesson.write(tmp_path / "mine", images=6)
+    toy_dataset.write(tmp_path / "mine", images=6)
     layout = open_layout("jsonl", tmp_path / "mine")
     assert layout.splits == ("train", "val") and layout.size("train") == 2
     kinds = {type(json.loads(line)["mask"]) for line in (tmp_path / "mine" / "lesson.jsonl").read_text().splitlines()}
@@ -114,6 +114,6 @@ def test_a_lesson_is_a_data_set_of_ones_own(tmp_path):
             area = masks.decode([annotation.rle], example.height, example.width).mean()
             assert 0.005 < area < 0.2 and {e.text for e in example.expressions} == {"the zib", "find the zib", "a zib"}
     with pytest.raises(UserError, match="mine: cannot be made"):
-        lesson.write(tmp_path / "mine")
+        toy_dataset.write(tmp_path / "mine")
     plan = Plan.read(configs.read("configs/finetune.py"))
     assert plan.model.classes == 0 and plan.model.named_pass == "off" and plan.options.objects == "referred"

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flowseg_jax import parallel, storage, streaming
+from flowseg_jax import sharding
+from flowseg_jax.checkpoints import storage, streaming
+from flowseg_jax.checkpoints.manifest import check_arrays, compare, verify
 from flowseg_jax.errors import UserError
-from flowseg_jax.manifest import check_arrays, compare, verify
 
 
 @pytest.mark.parametrize(
@@ -87,13 +88,13 @@ def test_the_smallest_and_largest_of_a_manifest(shape, total, fits):
 
 
 def test_meshes_that_there_are_not():
-    for make in (parallel.make_mesh, parallel.abstract_mesh):
+    for make in (sharding.make_mesh, sharding.abstract_mesh):
         with pytest.raises(UserError, match=r"mesh\.model: unknown axis \(known: data, fsdp, tensor\)"):
             make({"model": 2})
     with pytest.raises(UserError, match=r"mesh\.fsdp must be at least 1, got 0"):
-        parallel.abstract_mesh({"fsdp": 0})
-    assert dict(parallel.abstract_mesh({"fsdp": 1}).shape) == {"data": 1, "fsdp": 1, "tensor": 1}
+        sharding.abstract_mesh({"fsdp": 0})
+    assert dict(sharding.abstract_mesh({"fsdp": 1}).shape) == {"data": 1, "fsdp": 1, "tensor": 1}
     for sizes in ({"data": -1, "fsdp": -1}, {"data": -1, "tensor": 2}, {"data": 0}):
         with pytest.raises(UserError, match="does not fit 1 device"):
-            parallel.make_mesh(sizes, jax.devices()[:1])
-    assert dict(parallel.make_mesh({"tensor": -1}, jax.devices()[:1]).shape) == {"data": 1, "fsdp": 1, "tensor": 1}
+            sharding.make_mesh(sizes, jax.devices()[:1])
+    assert dict(sharding.make_mesh({"tensor": -1}, jax.devices()[:1]).shape) == {"data": 1, "fsdp": 1, "tensor": 1}

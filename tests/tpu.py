@@ -12,7 +12,7 @@ needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, re
 
 _SCRIPT = """
 import re, jax, jax.numpy as jnp
-from flowseg_jax.planning.topology import open_topology
+from flowseg_jax.aot.topology import open_topology
 place = jax.sharding.SingleDeviceSharding(open_topology({topology!r}).devices[0])
 array = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 {program}

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flowseg_jax.manifest import checksums
+from flowseg_jax.checkpoints.manifest import checksums
 
 
 def make_params():

@@ -18,7 +18,7 @@ from flax import nnx
 from benchmarks.components import Call
 from convert_weights.convert import export_params
 from convert_weights.families import FAMILIES
-from flowseg_jax.manifest import nest
+from flowseg_jax.checkpoints.manifest import nest
 from flowseg_jax.models import flowseg
 
 

@@ -7,11 +7,11 @@ import dataclasses
 import numpy as np
 from ml_collections import ConfigDict
 
-from flowseg_jax import config as configs
-from flowseg_jax.data.batch import IMAGE_TOKEN, Batch, BatchShape
-from flowseg_jax.data.batching import empty
+from flowseg_jax import experiment as configs
+from flowseg_jax.data.collate import empty
 from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.models.language import LanguageConfig
+from flowseg_jax.types import IMAGE_TOKEN, Batch, BatchShape
 
 VOCABULARY = 8192  # of the whole models: with Qwen's, a train step in two frameworks would not fit in 24 GiB
 

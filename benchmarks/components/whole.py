@@ -16,14 +16,14 @@ from benchmarks.components import Call, Pair, Wrap
 from benchmarks.components.inputs import bind, exported, inference, module, parameters, placed, to_torch
 from benchmarks.components.sizes import Sizes, asked, experiment, one_of, prefix
 from benchmarks.peer import FlowSegTorch, torch_batch
-from flowseg_jax.data.batch import NONE, Batch, BatchShape, Questions, Views
 from flowseg_jax.losses import LossConfig, Points
 from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.models.flowseg import Seen
-from flowseg_jax.planning import flops
+from flowseg_jax.training import flops
 from flowseg_jax.training.optimizer import split
 from flowseg_jax.training.program import Program
 from flowseg_jax.training.step import TrainState
+from flowseg_jax.types import NONE, Batch, BatchShape, Questions, Views
 
 # A pixel whose mask logit is zero up to rounding may be attended to on one side and not on the other.
 TOLERANCE = 1e-3

@@ -13,11 +13,11 @@ from pathlib import Path
 from flowseg_jax import errors
 from flowseg_jax.data import checks
 from flowseg_jax.data.formats import LAYOUTS
-from flowseg_jax.data.shapes import cli as shapes
+from flowseg_jax.synthetic import cli as shapes
 
 
 def _prepare(args: argparse.Namespace) -> int:
-    from flowseg_jax.data import builders
+    from flowseg_jax.data import prepare as builders
 
     builders.prepare(
         args.source,

@@ -12,9 +12,9 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from flowseg_jax import paths
 from flowseg_jax.data.serialization import AGAIN
 from flowseg_jax.errors import UserError, brief, quoted
+from flowseg_jax.system import paths
 
 FILE = "SHA256SUMS"
 _LINE = re.compile(r"([0-9a-f]{64})  (\S.*)")

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
+from flowseg_jax.data.dataset import Entry, Prepared
 from flowseg_jax.data.leakage import COCO_LAYOUTS, coco_number, is_training, name_key
-from flowseg_jax.data.prepared import Entry, Prepared
 from flowseg_jax.errors import UserError, brief
 
 REPEAT_THRESHOLD = 0.1  # t of the scaffold's repeat-factor rule

@@ -11,11 +11,13 @@ import numpy as np
 from jaxtyping import Bool, UInt8
 from PIL import Image
 
-from flowseg_jax.data import drawing, images, masks, page
-from flowseg_jax.data.page import Html, html, join
+from flowseg_jax.data import images, masks
 from flowseg_jax.data.records import Example, Layout, Problems, Sample
 from flowseg_jax.data.records import samples as samples_of
 from flowseg_jax.errors import UserError
+from flowseg_jax.reports import html as page
+from flowseg_jax.reports import overlay
+from flowseg_jax.reports.html import Html, html, join
 
 COLORS = (
     (214, 64, 159),
@@ -68,9 +70,9 @@ def draw(picture: Picture) -> Image.Image:
     out = np.array(image)
     targets = [_small(example, i, image.size) for i in picture.drawn]
     if targets:
-        out = drawing.overlay(out, np.any(targets, axis=0), color(0))
+        out = overlay.overlay(out, np.any(targets, axis=0), color(0))
         for place, mask in enumerate(targets):
-            out[drawing.border(mask)] = color(place)
+            out[overlay.border(mask)] = color(place)
     rows, columns = np.indices(out.shape[:2])
     stripes = (rows + columns) // _STRIPE % 2 == 0
     for i, annotation in enumerate(example.annotations):
@@ -122,7 +124,7 @@ def preview(
             rng = np.random.default_rng([seed, number])
             chosen = sorted(rng.permutation(size)[:samples].tolist())
             body.append(html('<h2>{}</h2><p class="about">{} of {:,}</p>', split, len(chosen), size))
-            files = [out / f"{number}_{drawing.slug(split)}_{i}.jpg" for i in chosen]
+            files = [out / f"{number}_{overlay.slug(split)}_{i}.jpg" for i in chosen]
             cards = [_card(layout, split, i, rng, file, problems) for i, file in zip(chosen, files, strict=True)]
             body.append(html('<div class="gallery">{}</div>', join(cards, "\n")))
     except OSError as error:

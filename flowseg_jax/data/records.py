@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from flowseg_jax.data.batch import NONE
 from flowseg_jax.errors import UserError
+from flowseg_jax.types import NONE
 
 TASKS = ("referring", "reasoning", "generic", "chat")
 

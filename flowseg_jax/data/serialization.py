@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from flowseg_jax.data import images, masks
-from flowseg_jax.data.batch import NONE
 from flowseg_jax.data.records import Annotation, Example, Expression, Turn
 from flowseg_jax.errors import UserError, brief
+from flowseg_jax.types import NONE
 
 AGAIN = "remove it and prepare it again"
 

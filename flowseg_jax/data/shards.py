@@ -16,11 +16,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flowseg_jax import paths
 from flowseg_jax.data import checksums
-from flowseg_jax.data.prepared import index_entry, index_file, shard_files
+from flowseg_jax.data.dataset import index_entry, index_file, shard_files
 from flowseg_jax.data.records import Example, Layout, Problems, read
 from flowseg_jax.data.serialization import features, serialize, to_record
+from flowseg_jax.system import paths
 
 EXAMPLES = 256  # of a shard
 NAME = "flowseg"

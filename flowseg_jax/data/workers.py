@@ -10,7 +10,7 @@ import signal
 import threading
 from collections.abc import Iterator
 
-from flowseg_jax.traces import Traces
+from flowseg_jax.system.traces import Traces
 
 
 def start(*signals: signal.Signals) -> None:

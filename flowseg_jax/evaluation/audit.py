@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from flowseg_jax import json_files
 from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation import metrics, panoptic, results
 from flowseg_jax.evaluation.protocols import FIVE, PROTOCOLS, Protocol
+from flowseg_jax.system import json_files
 
 NEEDED = ("image_id", "ann_id", "sentence_id", "text", "text_form", "sentence", "family", "count", "failed", "failure")
 NEEDED += ("area", "score", "no_target_below")

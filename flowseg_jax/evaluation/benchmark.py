@@ -12,20 +12,22 @@ from typing import Any
 import jax
 from flax import nnx
 
-from flowseg_jax import parallel, processes
-from flowseg_jax.data.evaluation import EvalData
+from flowseg_jax import sharding as parallel
+from flowseg_jax.checkpoints.manifest import flatten, nest
+from flowseg_jax.checkpoints.pretrained import load_model, read_model_config
+from flowseg_jax.data.dataset import METADATA, Prepared
+from flowseg_jax.data.eval_dataset import EvalData
 from flowseg_jax.data.formats import LAYOUTS
-from flowseg_jax.data.prepared import METADATA, Prepared
 from flowseg_jax.data.prompts import Prompts
 from flowseg_jax.data.tokenizer import Tokenizer, load_tokenizer
 from flowseg_jax.errors import UserError, suggest
-from flowseg_jax.evaluation import protocols, report
+from flowseg_jax.evaluation import protocols
 from flowseg_jax.evaluation.evaluator import Evaluator
 from flowseg_jax.evaluation.runner import Evaluation, evaluate
-from flowseg_jax.manifest import flatten, nest
-from flowseg_jax.model_directory import load_model, read_model_config
 from flowseg_jax.models import flowseg, generate
 from flowseg_jax.models.config import FlowSegConfig
+from flowseg_jax.reports import evaluation as report
+from flowseg_jax.system import distributed
 from flowseg_jax.writers import heartbeat
 
 CONTROL_SEED = 0
@@ -126,7 +128,7 @@ class Benchmark:
         Raises:
             UserError: as `runner.evaluate`; or another process evaluates into `out`.
         """
-        with processes.locked(out):
+        with distributed.locked(out):
             return self._run(split, out, shuffle_text, images, pictures, save_masks)
 
     def _run(
@@ -154,7 +156,7 @@ class Benchmark:
             gallery=GALLERY if pictures else 0,
             save_masks=save_masks,
         )
-        if pictures and processes.is_primary():
+        if pictures and distributed.is_primary():
             report.save_pictures(out, f"{split}_shuffled" if shuffle_text else split, evaluation.examples)
         return evaluation
 

@@ -19,15 +19,15 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from flowseg_jax import parallel
-from flowseg_jax.data.batch import NONE, Asked
-from flowseg_jax.data.evaluation import EvalBatch, Round
+from flowseg_jax import sharding
+from flowseg_jax.data.eval_dataset import EvalBatch, Round
 from flowseg_jax.evaluation import postprocess
 from flowseg_jax.models import flowseg
 from flowseg_jax.models.language import Cache
+from flowseg_jax.types import NONE, Asked
 
-ROWS, WHOLE = PartitionSpec(parallel.BATCH_AXES), PartitionSpec()
-SEEN = ROWS, PartitionSpec(None, parallel.BATCH_AXES)  # of the two parts below
+ROWS, WHOLE = PartitionSpec(sharding.BATCH_AXES), PartitionSpec()
+SEEN = ROWS, PartitionSpec(None, sharding.BATCH_AXES)  # of the two parts below
 
 
 def _split(seen: flowseg.Seen) -> tuple[Any, Any]:
@@ -59,7 +59,7 @@ class Evaluator:
     """
 
     def __init__(self, graphdef: nnx.GraphDef, mesh: Mesh | None = None, partition: Any = WHOLE, answer: Answer | None = None):
-        self.mesh = parallel.make_mesh({"data": -1}) if mesh is None else mesh
+        self.mesh = sharding.make_mesh({"data": -1}) if mesh is None else mesh
         self.compiles: collections.Counter[str] = collections.Counter()
         self._partition = partition
 
@@ -117,9 +117,9 @@ class Evaluator:
             prefix: int32 [P], token ids that every conversation begins with.
             batch: this process's rows.
         """
-        put = lambda tree: parallel.place_rows(tree, self.mesh)  # noqa: E731
+        put = lambda tree: sharding.place_rows(tree, self.mesh)  # noqa: E731
         rows, side = batch.views.images.shape[:2]
-        seen = self._see(params, put(batch.views), jax.device_put(prefix, parallel.replicated(self.mesh)))
+        seen = self._see(params, put(batch.views), jax.device_put(prefix, sharding.replicated(self.mesh)))
         where = postprocess.geometry(
             batch.views.scaled_size, batch.sizes, grid=seen[0][0].shape[1:3], padded_size=side, bucket=batch.bucket
         )

@@ -29,11 +29,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from flowseg_jax import host, processes, storage
-from flowseg_jax.data import batching, images
-from flowseg_jax.data.batch import Batch, BatchShape
-from flowseg_jax.data.batching import LengthBound, Row
-from flowseg_jax.data.prepared import Prepared
+from flowseg_jax.checkpoints import storage
+from flowseg_jax.checkpoints.pretrained import load_model, read_model_config
+from flowseg_jax.data import collate, images
+from flowseg_jax.data.collate import LengthBound, Row
+from flowseg_jax.data.dataset import Prepared
 from flowseg_jax.data.prompts import Prompts, check_phrase
 from flowseg_jax.data.records import Example
 from flowseg_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -42,13 +42,14 @@ from flowseg_jax.evaluation import fusion, panoptic, postprocess
 from flowseg_jax.evaluation.benchmark import digest, setup
 from flowseg_jax.evaluation.fusion import MASK2FORMER, Found, Thresholds
 from flowseg_jax.evaluation.panoptic import Segments
-from flowseg_jax.evaluation.partial import Partial
+from flowseg_jax.evaluation.resumable import Partial
 from flowseg_jax.evaluation.runner import HEARTBEAT
-from flowseg_jax.model_directory import load_model, read_model_config
 from flowseg_jax.models import flowseg
 from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.models.flowseg import FlowSeg
 from flowseg_jax.models.mask_decoder import mask_logits
+from flowseg_jax.system import distributed, host
+from flowseg_jax.types import Batch, BatchShape
 from flowseg_jax.writers import duration, heartbeat, say
 
 TEXT_STEP = 16  # text lengths are multiples of it, so that similar data sets share compilations
@@ -190,10 +191,10 @@ class GenericData:
         for place in places:
             example = self._source[place]
             image = images.decode(example.image, name=example.file_name)
-            pixels = batching.prepare_pixels(image, (), self.shape)
+            pixels = collate.prepare_pixels(image, (), self.shape)
             rows.append(Row(example.file_name, pixels, self._conversations, (), (), (), example.image_id, self._names))
             examples.append(dataclasses.replace(example, image=b""))
-        batch = batching.assemble(rows, self.shape, self._prompts, self._tokenizer, self._visual)
+        batch = collate.assemble(rows, self.shape, self._prompts, self._tokenizer, self._visual)
         return GenericBatch(batch, places, examples, [(e.height, e.width) for e in examples])
 
     def __iter__(self) -> Iterator[GenericBatch]:
@@ -401,7 +402,7 @@ class Benchmark:
         about |= {"images": images, "conversations": self._questions.count if self.cfg.speaks else 0}
         settings = about | {"split": split, "thresholds": dataclasses.asdict(self.thresholds)}
         begin = time.monotonic()
-        alone = contextlib.nullcontext() if out is None else processes.locked(out)
+        alone = contextlib.nullcontext() if out is None else distributed.locked(out)
         with alone, Partial.open(None if out is None else Path(out) / f"{split}.partial.jsonl", settings) as partial:
             if kept := len(partial.records):
                 say(f"evaluate {split}: going on behind {kept} images of an earlier start")

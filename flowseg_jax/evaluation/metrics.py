@@ -36,9 +36,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-from flowseg_jax.data.batch import NONE
 from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation.protocols import PROTOCOLS, XSAM, Protocol
+from flowseg_jax.types import NONE
 
 Record = Mapping[str, Any]
 Failure = Literal["", "non-finite", "no <SEG>"]  # why a sample failed: a logit is no number, the answer asks for no mask

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flowseg_jax import json_files, paths
 from flowseg_jax.errors import UserError
-from flowseg_jax.json_files import expect, number
+from flowseg_jax.system import json_files, paths
+from flowseg_jax.system.json_files import expect, number
 
 PICTURES = "index.json"  # of a folder of pictures
 KEPT = ("image_id", "sentence_id", "file_name", "text", "sentence", "family", "score", "best_score")

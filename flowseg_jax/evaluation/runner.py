@@ -18,21 +18,23 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from flowseg_jax import host, parallel, paths, processes, storage
-from flowseg_jax.data.batch import NONE
+from flowseg_jax import sharding
+from flowseg_jax.checkpoints import storage
 from flowseg_jax.data.masks import encode
 from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation import examples, metrics, postprocess, protocols
 from flowseg_jax.evaluation.evaluator import Evaluator
 from flowseg_jax.evaluation.examples import Example
-from flowseg_jax.evaluation.partial import Partial
+from flowseg_jax.evaluation.resumable import Partial
+from flowseg_jax.system import distributed, host, paths
+from flowseg_jax.types import NONE
 from flowseg_jax.writers import duration, heartbeat, say
 
 HEARTBEAT = 8.0  # seconds of silence until a line of progress
 
 
 class Data(Protocol):
-    """What is evaluated: `data.evaluation.EvalData`, an iterable of this process's part of each batch.
+    """What is evaluated: `data.eval_dataset.EvalData`, an iterable of this process's part of each batch.
 
     Attributes:
         samples: how many there are, all processes together.
@@ -127,7 +129,7 @@ def evaluate(
         _tell(name, result, len(records) - kept, time.monotonic() - begin, evaluator, before)
         chosen = examples.choose(records, gallery)
         shown = _illustrate(evaluator, params, data, partial.records, chosen) if gallery else {}
-        if out is not None and processes.is_primary():
+        if out is not None and distributed.is_primary():
             lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
             storage.replace_text(Path(out) / f"{name}.jsonl", lines)
             storage.replace_text(Path(out) / f"{name}.json", json.dumps(result, indent=1) + "\n")
@@ -169,7 +171,7 @@ def _dispatched(
     batches, last = iter(data), None
     reason = lambda error: str(error) if isinstance(error, UserError) else None  # noqa: E731
     while True:
-        batch, fault = processes.attempt(lambda: next(batches, None), reason)
+        batch, fault = distributed.attempt(lambda: next(batches, None), reason)
         running = None
         if batch is not None:
             reading()
@@ -225,8 +227,8 @@ def _collect(
     save_masks: bool,
 ) -> None:
     """The records of one round of this process's rows."""
-    query, score, rank = parallel.local_rows((chosen.query, chosen.score, chosen.rank))
-    counted = parallel.local_rows(dataclasses.replace(restored, masks=restored.masks if save_masks else None))
+    query, score, rank = sharding.local_rows((chosen.query, chosen.score, chosen.rank))
+    counted = sharding.local_rows(dataclasses.replace(restored, masks=restored.masks if save_masks else None))
     for b, samples in enumerate(asked.samples):
         for k, sample in enumerate(samples):
             numbers = {
@@ -265,14 +267,14 @@ def _illustrate(
                 for k in range(len(samples)):
                     if (place, before[b] + k) not in wanted:
                         continue
-                    masks = parallel.local_rows(restored.masks) if masks is None else masks
+                    masks = sharding.local_rows(restored.masks) if masks is None else masks
                     selected, best = (postprocess.unpack_mask(masks[b, k, n], batch.sizes[b]) for n in (0, 1))
                     record = records[place][before[b] + k]
                     truth = np.array(asked.truth[b][k])
                     mine[place, before[b] + k] = Example(record, np.array(batch.images[b]), truth, selected, best)
                 before[b] += len(samples)
     everyone = {}
-    for part in processes.exchange(pickle.dumps(mine)):
+    for part in distributed.exchange(pickle.dumps(mine)):
         everyone |= pickle.loads(part)
     return {kind: [everyone[order[index]] for index in indices] for kind, indices in chosen.items()}
 

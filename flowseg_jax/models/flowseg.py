@@ -21,7 +21,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from flowseg_jax.data.batch import IMAGE_TOKEN, NONE, Batch, Questions, Views
 from flowseg_jax.models.boundary import BoundaryRefinement
 from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.models.connectors import Projector, SegConnector, pad_to_multiple, pixel_shuffle
@@ -35,6 +34,7 @@ from flowseg_jax.models.siglip import Siglip
 from flowseg_jax.ops.collectives import ALONE, Peers
 from flowseg_jax.ops.dot import einsum
 from flowseg_jax.ops.vocabulary import Vocabulary
+from flowseg_jax.types import IMAGE_TOKEN, NONE, Batch, Questions, Views
 
 SAM_MEAN, SAM_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from flowseg_jax.data.batch import Asked
 from flowseg_jax.models.flowseg import FlowSeg, Seen, Segmentation, pool_spans
 from flowseg_jax.models.language import Cache, Language
 from flowseg_jax.ops.dot import product
+from flowseg_jax.types import Asked
 
 
 @jax.tree_util.register_dataclass

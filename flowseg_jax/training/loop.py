@@ -13,25 +13,25 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from flowseg_jax import host
-from flowseg_jax.checkpoint import Checkpoints, changed_keys
-from flowseg_jax.config import to_json
-from flowseg_jax.data.builders import ensure_shapes
+from flowseg_jax.checkpoints.manager import Checkpoints, changed_keys
+from flowseg_jax.checkpoints.pretrained import save_model
+from flowseg_jax.checkpoints.storage import prepare_workdir, replace_text
+from flowseg_jax.data.dataset import Prepared
 from flowseg_jax.data.leakage import is_training
 from flowseg_jax.data.mixture import Member, held_out_keys, mix
-from flowseg_jax.data.pipeline import TrainData, open_tokenizer
-from flowseg_jax.data.prepared import Prepared
+from flowseg_jax.data.prepare import ensure_shapes
+from flowseg_jax.data.train_dataset import TrainData, open_tokenizer
 from flowseg_jax.errors import UserError
-from flowseg_jax.json_files import expect, number
-from flowseg_jax.model_directory import save_model
-from flowseg_jax.planning import devices, flops
-from flowseg_jax.processes import is_primary, locked
-from flowseg_jax.storage import prepare_workdir, replace_text
+from flowseg_jax.experiment import to_json
+from flowseg_jax.system import hardware, host
+from flowseg_jax.system.distributed import is_primary, locked
+from flowseg_jax.system.json_files import expect, number
+from flowseg_jax.training import flops
 from flowseg_jax.training.optimizer import OptimizerConfig, schedule
+from flowseg_jax.training.preemption import Stop
 from flowseg_jax.training.profiling import Profile, Profiler
 from flowseg_jax.training.program import Plan, Program
 from flowseg_jax.training.step import TrainState
-from flowseg_jax.training.stopping import Stop
 from flowseg_jax.writers import Throughput, create_writer, heartbeat, say
 
 # What the same run may change between two starts; anything else would be another run.
@@ -212,7 +212,7 @@ def describe(program: Program) -> None:
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     say(f"{trained + frozen:,} parameters, {trained:,} of them trained; mesh: {axes}")
     device = mesh.devices.flat[0]
-    if devices.peak_flops(device) is None:
+    if hardware.peak_flops(device) is None:
         say(f"MFU and device memory: n/a on {device.device_kind}")
 
 
@@ -237,9 +237,9 @@ class Report:
         (step, metrics), self._pending = self._pending, None
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         speed = self._throughput(step)
-        use = devices.mfu(self._flops, 1 / speed["steps_per_second"], self._devices)
-        memory = devices.memory_in_use(self._devices)["peak"]
-        known = {"mfu": use, "memory_gib": None if memory is None else memory / devices.GIB}
+        use = hardware.mfu(self._flops, 1 / speed["steps_per_second"], self._devices)
+        memory = hardware.memory_in_use(self._devices)["peak"]
+        known = {"mfu": use, "memory_gib": None if memory is None else memory / hardware.GIB}
         self._writer.write_scalars(step, values | speed | {name: x for name, x in known.items() if x is not None})
         check_skipped(values, step, self._data, self._program.plan.optimizer.skip_limit)
 

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from flowseg_jax.checkpoints.manifest import flatten, nest
 from flowseg_jax.errors import UserError
-from flowseg_jax.manifest import flatten, nest
 
 Params = dict[str, Any]
 

@@ -19,19 +19,19 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from flowseg_jax import parallel
-from flowseg_jax.data import batching
-from flowseg_jax.data.batch import Batch, BatchShape
+from flowseg_jax import sharding as parallel
+from flowseg_jax.checkpoints.manifest import flatten, nest
+from flowseg_jax.data import collate
 from flowseg_jax.data.prompts import Prompts
-from flowseg_jax.data.rows import TrainOptions
+from flowseg_jax.data.train_examples import TrainOptions
 from flowseg_jax.errors import UserError
 from flowseg_jax.losses import LossConfig
-from flowseg_jax.manifest import flatten, nest
 from flowseg_jax.models import flowseg
 from flowseg_jax.models.config import FlowSegConfig
-from flowseg_jax.training.initial import initial_params
+from flowseg_jax.training.initialization import initial_params
 from flowseg_jax.training.optimizer import OptimizerConfig, make_optimizer, multipliers, rest, schedule, split
 from flowseg_jax.training.step import Division, Metrics, TrainState, make_train_step
+from flowseg_jax.types import Batch, BatchShape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,7 +193,7 @@ def _abstract_state(
 
 
 def _abstract_batch(shape: BatchShape, sharding: NamedSharding) -> Batch:
-    one = batching.empty(dataclasses.replace(shape, batch=1), pad=0)
+    one = collate.empty(dataclasses.replace(shape, batch=1), pad=0)
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(
             (shape.batch, *x.shape[1:]), np.int32 if x.dtype == np.int64 else x.dtype, sharding=sharding

@@ -14,14 +14,14 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
-from flowseg_jax.data.batch import Batch
 from flowseg_jax.errors import UserError
 from flowseg_jax.losses import LossConfig, Terms, denominators, divide, training_terms
 from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.models.flowseg import bind
 from flowseg_jax.ops.collectives import Peers
-from flowseg_jax.parallel import BATCH_AXES, MESH_AXES
+from flowseg_jax.sharding import BATCH_AXES, MESH_AXES
 from flowseg_jax.training.optimizer import Params, merge
+from flowseg_jax.types import Batch
 
 Metrics = dict[str, jax.Array]
 

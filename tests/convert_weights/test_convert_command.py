@@ -19,10 +19,11 @@ from safetensors.numpy import save_file
 
 from convert_weights import cli, export
 from convert_weights.convert import get_family, import_params
-from flowseg_jax import model_directory, parallel, streaming
+from flowseg_jax import sharding
+from flowseg_jax.checkpoints import pretrained, streaming
+from flowseg_jax.checkpoints.manifest import checksums, flatten, manifest
 from flowseg_jax.data.tokenizer import load_tokenizer
 from flowseg_jax.errors import UserError
-from flowseg_jax.manifest import checksums, flatten, manifest
 from flowseg_jax.models import flowseg
 from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.models.language import LanguageConfig
@@ -80,7 +81,7 @@ def leftovers(tmp_path):
 def test_a_language_model_with_our_marks(tmp_path, hf, capsys):
     source = hf("qwen3")
     run("qwen3", source, tmp_path / "out")
-    loaded = model_directory.load_model(tmp_path / "out", dtype=None, towers=True)
+    loaded = pretrained.load_model(tmp_path / "out", dtype=None, towers=True)
     cfg = LanguageConfig.from_hf(json.loads((source / "config.json").read_text()))
     cfg = dataclasses.replace(cfg, vocab=262)  # 259 ids and the three marks, though the table has 280 rows
     assert loaded.tower == {"family": "qwen3", "config": dataclasses.asdict(cfg)}
@@ -96,11 +97,11 @@ def test_a_language_model_with_our_marks(tmp_path, hf, capsys):
     assert "layers/q/kernel (3, 24, 32) bfloat16 <- model.layers.{0-2}.self_attn.q_proj.weight" in printed
     assert "resized table: 280 rows in the checkpoint, 262 here" in printed
     assert "peak memory" in printed
-    stored = model_directory.read_model_config(tmp_path / "out", towers=True)
+    stored = pretrained.read_model_config(tmp_path / "out", towers=True)
     assert stored["checksums"] == checksums(loaded.params)
     assert stored["manifest"] == manifest(loaded.params)
     with pytest.raises(UserError, match=r"out holds a tower \(qwen3\), not a whole model: build one"):
-        model_directory.load_model(tmp_path / "out")
+        pretrained.load_model(tmp_path / "out")
     assert leftovers(tmp_path) == ["out"]
 
 
@@ -122,7 +123,7 @@ def test_export_and_back(tmp_path, hf):
     for name, x in exported.items():  # the marks have cut both tables to the tokenizer
         assert np.array_equal(x, original[name][: len(x)])
     run("phi3", tmp_path / "out2", tmp_path / "out3")
-    assert equal(*(model_directory.load_model(tmp_path / f"out{i}", dtype=None, towers=True).params for i in (1, 3)))
+    assert equal(*(pretrained.load_model(tmp_path / f"out{i}", dtype=None, towers=True).params for i in (1, 3)))
     import transformers
 
     theirs = transformers.Phi3ForCausalLM.from_pretrained(tmp_path / "out2")
@@ -156,7 +157,7 @@ def test_an_export_of_several_shards(tmp_path, hf, monkeypatch):
     assert index["metadata"]["total_size"] == total
     assert index["weight_map"].keys() == original.keys()
     run("qwen3", tmp_path / "out2", tmp_path / "out3")
-    assert equal(*(model_directory.load_model(tmp_path / f"out{i}", dtype=None, towers=True).params for i in (1, 3)))
+    assert equal(*(pretrained.load_model(tmp_path / f"out{i}", dtype=None, towers=True).params for i in (1, 3)))
     import transformers
 
     theirs = transformers.Qwen3ForCausalLM.from_pretrained(tmp_path / "out2").state_dict()
@@ -180,26 +181,26 @@ def test_xsam_becomes_a_model_that_runs(tmp_path, xsam, capsys):
     tokenizer = tiny.save_tokenizer(tmp_path / "tokens", more=2)  # 261 ids: with the marks the 264 rows of the table
     assert tokenizer == 261
     run("xsam", source, tmp_path / "out1", "--tokenizer", tmp_path / "tokens", *flags)
-    loaded = model_directory.load_model(tmp_path / "out1", dtype=None)
+    loaded = pretrained.load_model(tmp_path / "out1", dtype=None)
     cfg = FlowSegConfig.from_dict(loaded.model_config)
     remat = lambda part: dataclasses.replace(part, remat="full")  # noqa: E731
     assert cfg == dataclasses.replace(tiny.XSAM, dtype="bfloat16", llm=remat(tiny.XSAM.llm))
     assert equal(loaded.params, import_params("xsam", tensors, cfg))
     assert loaded.extra["prompts"] == {"chat": "qwen3_instruct"}
     abstract = flowseg.at_rest(flowseg.describe(cfg)[1])
-    restored = model_directory.load_model(tmp_path / "out1", abstract).params  # as eval.py and predict.py read it
+    restored = pretrained.load_model(tmp_path / "out1", abstract).params  # as eval.py and predict.py read it
     assert equal(jax.tree.map(np.asarray, restored), jax.tree.map(lambda x: x.astype(np.float32), loaded.params))
 
     run("xsam", tmp_path / "out1", tmp_path / "out2", "--export")
     assert equal(safetensors.numpy.load_file(tmp_path / "out2" / "model.safetensors"), tensors)
     run("xsam", tmp_path / "out2", tmp_path / "out3")  # its own config.json says everything
-    again = model_directory.load_model(tmp_path / "out3", dtype=None)
+    again = pretrained.load_model(tmp_path / "out3", dtype=None)
     assert again.model_config == loaded.model_config
     assert equal(again.params, loaded.params)
 
     capsys.readouterr()
     run("xsam", source, tmp_path / "out4", "--tokenizer", tmp_path / "tokens", *flags, "--mode", "sr_cr")
-    upgraded = model_directory.load_model(tmp_path / "out4", dtype=None)
+    upgraded = pretrained.load_model(tmp_path / "out4", dtype=None)
     fresh = [line.split(" ")[0] for line in capsys.readouterr().out.splitlines() if line.endswith(" <- fresh")]
     added = flatten(upgraded.params).keys() - flatten(loaded.params).keys()
     assert set(fresh) == added == set(upgraded.extra["converted"]["fresh"])
@@ -261,11 +262,11 @@ def test_a_whole_model_from_its_towers(tmp_path, hf):
     small += ["--set", "pixel_decoder.layers=1"]
     # one tower as its authors publish it, two of our own directories
     run("flowseg", f"llm={tmp_path / 'llm'}", f"siglip={tmp_path / 'siglip'}", f"sam={hf('sam')}", out, *small)
-    loaded = model_directory.load_model(out, dtype=None)
+    loaded = pretrained.load_model(out, dtype=None)
     cfg = FlowSegConfig.from_dict(loaded.model_config)
     assert (cfg.connector_layers, cfg.llm.vocab, cfg.semantic_flow.mode) == ((2, 4, 5), 262, "sr_cr")
     for part in ("siglip", "llm"):
-        alone = model_directory.load_model(tmp_path / part, dtype=None, towers=True).params
+        alone = pretrained.load_model(tmp_path / part, dtype=None, towers=True).params
         assert equal(loaded.params[part], alone)
     fresh = set(loaded.extra["converted"]["fresh"])
     assert {name.split("/")[0] for name in fresh} == set(loaded.params) - {"siglip", "llm", "sam"}
@@ -308,12 +309,12 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path, hf):
 
 
 def test_for_a_mesh_no_chunk_lies_in_two_devices_parts(tmp_path, hf, monkeypatch):
-    monkeypatch.setattr(parallel, "MIN_SHARDED_ELEMENTS", 512)
+    monkeypatch.setattr(sharding, "MIN_SHARDED_ELEMENTS", 512)
     monkeypatch.setattr(streaming, "CHUNK", 1 << 12)
     source, mesh = hf("qwen3"), {"fsdp": 2, "tensor": 2}
     run("qwen3", source, tmp_path / "out1", "--mesh", "fsdp=2,tensor=2")
     run("qwen3", source, tmp_path / "out2")
-    shards = get_family("qwen3").shards(LanguageConfig(**checkpoint_tower(tmp_path / "out1")), parallel.abstract_mesh(mesh))
+    shards = get_family("qwen3").shards(LanguageConfig(**checkpoint_tower(tmp_path / "out1")), sharding.abstract_mesh(mesh))
 
     def across(directory) -> list[str]:
         return [n for n, c in chunks(directory).items() if any(s % k for s, k in zip(shards[n], c, strict=True))]
@@ -321,7 +322,7 @@ def test_for_a_mesh_no_chunk_lies_in_two_devices_parts(tmp_path, hf, monkeypatch
     assert shards["layers/q/kernel"] == (3, 12, 16)  # [L, embed, heads]
     assert across(tmp_path / "out1") == []
     assert across(tmp_path / "out2")
-    assert equal(*(model_directory.load_model(tmp_path / f"out{i}", dtype=None, towers=True).params for i in (1, 2)))
+    assert equal(*(pretrained.load_model(tmp_path / f"out{i}", dtype=None, towers=True).params for i in (1, 2)))
     for text, message in (("fsdp=two", "got 'fsdp=two'"), ("model=2", "mesh.model: unknown axis"), ("fsdp=0", "at least 1")):
         with pytest.raises(UserError, match=message):
             run("qwen3", source, tmp_path / "out3", "--mesh", text)
@@ -329,13 +330,13 @@ def test_for_a_mesh_no_chunk_lies_in_two_devices_parts(tmp_path, hf, monkeypatch
 
 
 def checkpoint_tower(directory) -> dict:
-    return model_directory.read_model_config(directory, towers=True)["tower"]["config"]
+    return pretrained.read_model_config(directory, towers=True)["tower"]["config"]
 
 
 def chunks(directory) -> dict[str, tuple[int, ...]]:
     """The shape of the stored pieces of each array, as TensorStore reads it."""
     found = {}
-    for name in model_directory.read_model_config(directory, towers=True)["manifest"]:
+    for name in pretrained.read_model_config(directory, towers=True)["manifest"]:
         place = {"driver": "ocdbt", "base": (directory / "params").as_uri() + "/", "path": name.replace("/", ".") + "/"}
         store = ts.open({"driver": "zarr", "kvstore": place}, open=True).result()
         found[name] = store.chunk_layout.read_chunk.shape or ()

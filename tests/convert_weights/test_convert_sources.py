@@ -17,8 +17,8 @@ import torch
 from convert_weights import configs
 from convert_weights.convert import export_params, import_params
 from convert_weights.sources import open_source
+from flowseg_jax.checkpoints.manifest import flatten
 from flowseg_jax.errors import UserError
-from flowseg_jax.manifest import flatten
 from flowseg_jax.models.language import LanguageConfig
 
 BF16 = np.dtype(ml_dtypes.bfloat16)

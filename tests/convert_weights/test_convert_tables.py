@@ -15,8 +15,8 @@ from convert_weights import configs
 from convert_weights.convert import export_params, import_params
 from convert_weights.families import FAMILIES
 from convert_weights.plan import choose_layout
+from flowseg_jax.checkpoints.manifest import flatten
 from flowseg_jax.errors import UserError
-from flowseg_jax.manifest import flatten
 from flowseg_jax.models import flowseg
 from flowseg_jax.models.boundary import BoundaryConfig
 from flowseg_jax.models.semantic_flow import SemanticFlowConfig

@@ -17,7 +17,7 @@ import torch
 from flax import nnx
 
 from convert_weights import cli
-from flowseg_jax import model_directory
+from flowseg_jax.checkpoints import pretrained
 from flowseg_jax.data.tokenizer import load_tokenizer
 from flowseg_jax.models.generate import generate
 from flowseg_jax.models.language import Language, LanguageConfig
@@ -45,7 +45,7 @@ def theirs(file):
 def converted(file, tmp_path_factory):
     out = tmp_path_factory.mktemp("smollm2") / "out"
     assert cli.main(["llama", str(file), str(out)]) == 0
-    return model_directory.load_model(out, towers=True)
+    return pretrained.load_model(out, towers=True)
 
 
 @pytest.fixture(scope="module")

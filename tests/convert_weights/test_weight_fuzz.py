@@ -28,8 +28,8 @@ from convert_weights import configs
 from convert_weights.convert import get_family, import_params
 from convert_weights.names import unwrapped
 from convert_weights.sources import open_source
+from flowseg_jax.checkpoints.manifest import flatten
 from flowseg_jax.errors import UserError
-from flowseg_jax.manifest import flatten
 
 SECONDS = 20  # more than this is a hang
 CLEAR, NONE, TRACE, HANG, SILENT = "clear errors", "no effect", "traces", "hangs", "silent changes"

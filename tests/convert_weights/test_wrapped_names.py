@@ -17,7 +17,7 @@ from convert_weights import job as jobs
 from convert_weights.convert import export_params, get_family, import_params, in_layout
 from convert_weights.names import unwrapped
 from convert_weights.sources import ArraySource
-from flowseg_jax import model_directory
+from flowseg_jax.checkpoints import pretrained
 from flowseg_jax.errors import UserError
 
 
@@ -191,7 +191,7 @@ def test_metas_own_sam_from_its_file(tmp_path, prefix):
     meta, theirs, cfg = segment_anything()
     torch.save({prefix + name: torch.from_numpy(x) for name, x in meta.items()}, tmp_path / "sam_vit_t.pth")
     assert cli.main(["sam", str(tmp_path / "sam_vit_t.pth"), str(tmp_path / "out")]) == 0
-    loaded = model_directory.load_model(tmp_path / "out", dtype=None, towers=True)
+    loaded = pretrained.load_model(tmp_path / "out", dtype=None, towers=True)
     assert loaded.tower["config"] == json.loads(json.dumps(dataclasses.asdict(cfg)))
     assert tiny.equal(loaded.params, hf_convert.sam(theirs, cfg))
     if not prefix:

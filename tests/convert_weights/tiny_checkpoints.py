@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from convert_weights import configs
-from flowseg_jax.manifest import flatten
+from flowseg_jax.checkpoints.manifest import flatten
 from flowseg_jax.models.boundary import BoundaryConfig
 from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.models.connectors import ConnectorConfig

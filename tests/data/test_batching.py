@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flowseg_jax.data import batching, images, masks
-from flowseg_jax.data.batch import IMAGE_TOKEN, NO_LABEL, NONE, BatchShape
+from flowseg_jax.data import collate, images, masks
 from flowseg_jax.data.prompts import CHATS, Conversation, Prompts, Turn, check_phrase, training_text
 from flowseg_jax.data.records import Annotation
 from flowseg_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from flowseg_jax.errors import UserError
+from flowseg_jax.types import IMAGE_TOKEN, NO_LABEL, NONE, BatchShape
 
 VISUAL = 10
 SHAPE = BatchShape(batch=2, text=160, phrases=3, masks=4, image=32, vision=16)
@@ -38,13 +38,13 @@ def annotations(h=24, w=40, n=3):
 
 
 def row(phrases=PHRASES, names=("cat", "dog"), seed=0, first=SHAPE.phrases):
-    pixels = batching.prepare_pixels(picture(seed=seed), annotations(), SHAPE)
+    pixels = collate.prepare_pixels(picture(seed=seed), annotations(), SHAPE)
     conversations = [PROMPTS.referring(p, k) for k, p in enumerate(phrases)]
     bears = [NONE] * 3
     if names:
         conversations.append(PROMPTS.generic(names, first))
         bears = [0, 1, 0]
-    return batching.Row(f"image {seed}", pixels, conversations, [2, 0, 1][: len(phrases)], [0, 1, 0], bears, 7 + seed)
+    return collate.Row(f"image {seed}", pixels, conversations, [2, 0, 1][: len(phrases)], [0, 1, 0], bears, 7 + seed)
 
 
 def fields(batch):
@@ -52,7 +52,7 @@ def fields(batch):
 
 
 def test_spans_outputs_and_labels(tokenizer):
-    batch = batching.assemble([row()], SHAPE, PROMPTS, tokenizer, VISUAL)
+    batch = collate.assemble([row()], SHAPE, PROMPTS, tokenizer, VISUAL)
     tokens, phrase_ids, seg_ids = batch.tokens[0], batch.phrase_ids[0], batch.seg_ids[0]
     for k, phrase in enumerate([*PHRASES, "cat", "dog"]):
         span = tokens[phrase_ids == k]
@@ -74,7 +74,7 @@ def test_spans_outputs_and_labels(tokenizer):
 
 
 def test_prefix_positions_and_padding(tokenizer):
-    batch = batching.assemble([row()], SHAPE, PROMPTS, tokenizer, VISUAL)
+    batch = collate.assemble([row()], SHAPE, PROMPTS, tokenizer, VISUAL)
     head = tokenizer.encode("<|im_start|>user\n")
     length = len(head) + VISUAL
     assert tuple(batch.tokens[0, :length]) == (*head, *[IMAGE_TOKEN] * VISUAL)
@@ -89,10 +89,10 @@ def test_prefix_positions_and_padding(tokenizer):
 
 
 def test_packed_conversations_are_what_each_is_alone(tokenizer):
-    packed = batching.assemble([row()], SHAPE, PROMPTS, tokenizer, VISUAL)
+    packed = collate.assemble([row()], SHAPE, PROMPTS, tokenizer, VISUAL)
     for k, phrase in enumerate(PHRASES):
         alone = dataclasses.replace(row(names=()), conversations=[PROMPTS.referring(phrase, k)])
-        single = batching.assemble([alone], SHAPE, PROMPTS, tokenizer, VISUAL)
+        single = collate.assemble([alone], SHAPE, PROMPTS, tokenizer, VISUAL)
         for key in ("tokens", "positions", "labels", "phrase_ids", "seg_ids"):
             mine = getattr(packed, key)[0][np.isin(packed.segments[0], (0, k + 1))]
             np.testing.assert_array_equal(mine, getattr(single, key)[0][single.segments[0] != NONE], err_msg=key)
@@ -100,9 +100,9 @@ def test_packed_conversations_are_what_each_is_alone(tokenizer):
 
 def test_more_padding_changes_nothing_real(tokenizer):
     rows = [row(), row(PHRASES[:1], names=(), seed=1)]
-    small = fields(batching.assemble(rows, SHAPE, PROMPTS, tokenizer, VISUAL))
+    small = fields(collate.assemble(rows, SHAPE, PROMPTS, tokenizer, VISUAL))
     wide = dataclasses.replace(SHAPE, batch=3, text=200, masks=6)
-    large = fields(batching.assemble(rows, wide, PROMPTS, tokenizer, VISUAL))
+    large = fields(collate.assemble(rows, wide, PROMPTS, tokenizer, VISUAL))
     fill = {"segments": NONE, "phrase_ids": NONE, "seg_ids": NONE, "labels": NO_LABEL, "tokens": tokenizer.pad}
     fill |= {"phrase_mask": NONE, "object_class": NONE, "object_name": NONE, "example_id": NONE, "scaled_size": 32}
     for key, value in small.items():
@@ -112,14 +112,14 @@ def test_more_padding_changes_nothing_real(tokenizer):
         rest[inside] = False
         assert (large[key][rest] == fill.get(key, 0)).all(), key
     # More room for phrases moves only the numbers of the generic names, which count from K.
-    more = fields(batching.assemble([row(first=5)], dataclasses.replace(SHAPE, phrases=5), PROMPTS, tokenizer, VISUAL))
+    more = fields(collate.assemble([row(first=5)], dataclasses.replace(SHAPE, phrases=5), PROMPTS, tokenizer, VISUAL))
     for key in ("phrase_ids", "seg_ids"):
         np.testing.assert_array_equal(np.where(more[key] >= 5, more[key] - 2, more[key])[0], small[key][0])
     np.testing.assert_array_equal(more["tokens"][0], small["tokens"][0])
 
 
 def test_pixels_and_targets(tokenizer):
-    batch = batching.assemble([row()], SHAPE, PROMPTS, tokenizer, VISUAL)
+    batch = collate.assemble([row()], SHAPE, PROMPTS, tokenizer, VISUAL)
     fitted, scaled = images.fit(picture(), 32)
     np.testing.assert_array_equal(batch.images[0], fitted)
     assert tuple(batch.scaled_size[0]) == scaled == (19, 32)
@@ -143,7 +143,7 @@ def test_pixels_and_targets(tokenizer):
 def test_several_turns(tokenizer):
     """A conversation of two turns: separator and head between them, spans and outputs numbered across turns."""
     turns = (Turn("Segment <p>cat</p>.", "<SEG>."), Turn("And <p>dog</p>?", "Here: <SEG>."))
-    encoded = batching.encode_conversation(Conversation(turns, (4, 2), (4, 2)), PROMPTS, tokenizer, "x")
+    encoded = collate.encode_conversation(Conversation(turns, (4, 2), (4, 2)), PROMPTS, tokenizer, "x")
     chat = CHATS["qwen3_instruct"]
     parts = [
         (turns[0].question + chat.tail, False),
@@ -163,7 +163,7 @@ def test_bos_stands_once_in_the_prefix(tokenizer):
         def __getattr__(self, name):
             return 99 if name == "bos" else getattr(tokenizer, name)
 
-    assert batching.encode_prefix(PROMPTS, WithBos(), 2) == [
+    assert collate.encode_prefix(PROMPTS, WithBos(), 2) == [
         99,
         *tokenizer.encode("<|im_start|>user\n"),
         IMAGE_TOKEN,
@@ -175,30 +175,30 @@ def test_overflow_is_an_error_that_names_the_example(tokenizer):
     with pytest.raises(
         UserError, match=r"image 0: needs \d+ tokens \(13 of them before the text\), more than the text length 60"
     ):
-        batching.assemble([row()], dataclasses.replace(SHAPE, text=60), PROMPTS, tokenizer, VISUAL)
+        collate.assemble([row()], dataclasses.replace(SHAPE, text=60), PROMPTS, tokenizer, VISUAL)
     with pytest.raises(UserError, match="image 0: 3 phrases, 3 masks and 0 names, but the batch has room for 3, 2 and 0"):
-        batching.assemble([row()], dataclasses.replace(SHAPE, masks=2), PROMPTS, tokenizer, VISUAL)
+        collate.assemble([row()], dataclasses.replace(SHAPE, masks=2), PROMPTS, tokenizer, VISUAL)
     with pytest.raises(ValueError, match="2 rows do not fit a batch of 1"):
-        batching.assemble([row(), row()], dataclasses.replace(SHAPE, batch=1), PROMPTS, tokenizer, VISUAL)
+        collate.assemble([row(), row()], dataclasses.replace(SHAPE, batch=1), PROMPTS, tokenizer, VISUAL)
 
 
 def test_the_exact_length_fits(tokenizer):
-    used = int((batching.assemble([row()], SHAPE, PROMPTS, tokenizer, VISUAL).segments[0] != NONE).sum())
-    batching.assemble([row()], dataclasses.replace(SHAPE, text=used), PROMPTS, tokenizer, VISUAL)
+    used = int((collate.assemble([row()], SHAPE, PROMPTS, tokenizer, VISUAL).segments[0] != NONE).sum())
+    collate.assemble([row()], dataclasses.replace(SHAPE, text=used), PROMPTS, tokenizer, VISUAL)
     with pytest.raises(UserError, match="image 0"):
-        batching.assemble([row()], dataclasses.replace(SHAPE, text=used - 1), PROMPTS, tokenizer, VISUAL)
+        collate.assemble([row()], dataclasses.replace(SHAPE, text=used - 1), PROMPTS, tokenizer, VISUAL)
 
 
 @pytest.mark.parametrize("prompts", [Prompts(vary=False), Prompts(vary=False, question=4, answer=3), Prompts()])
 def test_length_bound_is_exact_for_a_fixed_wording_and_never_too_small(tokenizer, prompts):
-    bound = batching.LengthBound(prompts, tokenizer, VISUAL)
+    bound = collate.LengthBound(prompts, tokenizer, VISUAL)
     rng = np.random.default_rng(0)
     for names in ((), ("cat",), ("café", "red star", "dog")):
         for _ in range(40):
             conversations = [prompts.referring(p, k, rng) for k, p in enumerate(PHRASES)]
             conversations += [prompts.generic(names, 3, rng)] if names else []
-            encoded = [batching.encode_conversation(c, prompts, tokenizer, "x") for c in conversations]
-            used = len(batching.encode_prefix(prompts, tokenizer, VISUAL)) + sum(len(e.tokens) for e in encoded)
+            encoded = [collate.encode_conversation(c, prompts, tokenizer, "x") for c in conversations]
+            used = len(collate.encode_prefix(prompts, tokenizer, VISUAL)) + sum(len(e.tokens) for e in encoded)
             limit = bound.needed(bound.phrase_lengths(PHRASES), bound.phrase_lengths(names))
             assert used <= limit
             if not prompts.vary:
@@ -212,27 +212,27 @@ def test_marks_inside_an_expression_are_refused(tokenizer, mark):
     if mark in ("<p>", "<SEG>"):
         with pytest.raises(UserError, match=r"a.jpg: \d phrases became|a.jpg: \d outputs became"):
             turn = Turn(f"Segment <p>dog {mark} cat</p>.", "<SEG>.")
-            batching.encode_conversation(Conversation((turn,), (0,), (0,)), PROMPTS, tokenizer, "a.jpg")
+            collate.encode_conversation(Conversation((turn,), (0,), (0,)), PROMPTS, tokenizer, "a.jpg")
 
 
 def test_questions_are_the_conversations_behind_the_prefix(tokenizer):
     """What is asked of an image that was seen is, token for token, what one row with prefix and conversations holds."""
-    texts, prefix = [["one", "Two"], ["three"]], batching.encode_prefix(PROMPTS, tokenizer, VISUAL)
-    said = [[batching.encode_conversation(c, PROMPTS, tokenizer, "x") for c in batching.ask(PROMPTS, row)] for row in texts]
-    found = batching.questions(said, (3, 4, 90), len(prefix), tokenizer.pad, ["a", "b"])
+    texts, prefix = [["one", "Two"], ["three"]], collate.encode_prefix(PROMPTS, tokenizer, VISUAL)
+    said = [[collate.encode_conversation(c, PROMPTS, tokenizer, "x") for c in collate.ask(PROMPTS, row)] for row in texts]
+    found = collate.questions(said, (3, 4, 90), len(prefix), tokenizer.pad, ["a", "b"])
     assert found.asked.tolist() == [[True, True, False, False], [True, False, False, False], [False] * 4]
     for b, row in enumerate(said):
-        whole = batching.pack(prefix, row, 90 + len(prefix), tokenizer.pad, "x")
+        whole = collate.pack(prefix, row, 90 + len(prefix), tokenizer.pad, "x")
         for key in ("tokens", "positions", "segments", "phrase_ids", "seg_ids"):
             np.testing.assert_array_equal(getattr(found, key)[b], whole[key][len(prefix) :])
     assert (found.tokens[2] == tokenizer.pad).all() and (found.segments[2] == NONE).all()
     with pytest.raises(UserError, match="b: needs .* tokens .*, more than the text length 9"):
-        batching.questions([[], *said[1:]], (2, 4, 9), len(prefix), tokenizer.pad, ["a", "b"])
+        collate.questions([[], *said[1:]], (2, 4, 9), len(prefix), tokenizer.pad, ["a", "b"])
 
 
 @pytest.mark.parametrize("size", [(1, 1), (50, 8000)])
 def test_views_take_any_size(size):
-    pixels = batching.prepare_pixels(picture(*size), (), SHAPE)
-    views = batching.views([pixels], 2, (SHAPE.image, SHAPE.vision))
+    pixels = collate.prepare_pixels(picture(*size), (), SHAPE)
+    views = collate.views([pixels], 2, (SHAPE.image, SHAPE.vision))
     assert views.images[0].any() and (views.scaled_size[0] >= 1).all()
     assert not views.images[1].any() and views.scaled_size[1].tolist() == [SHAPE.image] * 2

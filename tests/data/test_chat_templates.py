@@ -12,12 +12,12 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from flowseg_jax.data import batching
-from flowseg_jax.data.batch import IMAGE_TOKEN
+from flowseg_jax.data import collate
 from flowseg_jax.data.prompts import CHATS, Conversation, Prompts, as_jinja
 from flowseg_jax.data.records import Turn
 from flowseg_jax.data.tokenizer import MARKS, MAX_ROWS, extend_tokenizer, load_tokenizer, train_tokenizer
 from flowseg_jax.errors import UserError
+from flowseg_jax.types import IMAGE_TOKEN
 
 IM, PHI = CHATS["qwen3_instruct"], CHATS["phi3_chat"]
 WORDS = ("Which pixels show the red cup?", "The cup is here.", "And its size, in px?", "12 by 7; tall.")
@@ -84,10 +84,10 @@ def save(directory, kind: str, template: str | None):
 def ours(tokenizer, prompts: Prompts, texts: int) -> list[int]:
     """The first `texts` of `WORDS` behind one visual slot; an odd number ends where an answer begins."""
     turns = [Turn(*WORDS[i : i + 2]) for i in range(0, 2 * (texts // 2), 2)]
-    prefix = batching.encode_prefix(prompts, tokenizer, 1)
+    prefix = collate.encode_prefix(prompts, tokenizer, 1)
     if not turns:
-        return [*prefix, *batching.encode_question(Conversation((Turn(WORDS[0], ""),)), prompts, tokenizer)]
-    return [*prefix, *batching.encode_conversation(Conversation(tuple(turns)), prompts, tokenizer, "it").tokens]
+        return [*prefix, *collate.encode_question(Conversation((Turn(WORDS[0], ""),)), prompts, tokenizer)]
+    return [*prefix, *collate.encode_conversation(Conversation(tuple(turns)), prompts, tokenizer, "it").tokens]
 
 
 def theirs(directory, template: str | None, texts: int) -> list[int]:
@@ -149,7 +149,7 @@ def test_who_writes_the_bos(tmp_path, kind, template, written):
     tokenizer = load_tokenizer(save(tmp_path, kind, template))
     assert (tokenizer.bos is not None) == written
     prompts = Prompts("phi3_chat" if kind.startswith("phi3") else "qwen3_instruct")
-    assert (batching.encode_prefix(prompts, tokenizer, 0)[0] == tokenizer.bos) == written
+    assert (collate.encode_prefix(prompts, tokenizer, 0)[0] == tokenizer.bos) == written
 
 
 def test_our_own_tokenizer(tmp_path):

@@ -18,9 +18,9 @@ from PIL import Image
 from flowseg_jax.data import masks
 from flowseg_jax.data.formats import open_layout
 from flowseg_jax.data.records import Example, Layout, examples
-from flowseg_jax.data.shapes import cli, companions
-from flowseg_jax.data.shapes.scene import COLOURS, SHAPES, TEXTURES, is_held_out
 from flowseg_jax.errors import UserError
+from flowseg_jax.synthetic import cli, multi_task
+from flowseg_jax.synthetic.scene import COLOURS, SHAPES, TEXTURES, is_held_out
 
 Object = dict[str, Any]
 NUMBERS = {"reasonseg": 150, "panoptic": 20, "chat": 150}
@@ -35,7 +35,7 @@ class Made(NamedTuple):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     root = tmp_path_factory.mktemp("companions") / "set"
-    counts = companions.write(root, seed=3, **NUMBERS, report=lambda line: None)
+    counts = multi_task.write(root, seed=3, **NUMBERS, report=lambda line: None)
     rows = map(json.loads, (root / "scenes.jsonl").read_text().splitlines())
     return Made(root, {row["image"]: row["objects"] for row in rows}, counts)
 
@@ -234,7 +234,7 @@ def test_outlines_of_arbitrary_masks(rng: np.random.Generator):
         mask = cv2.dilate((rng.random((12, 13)) < rng.uniform(0.02, 0.15)).astype(np.uint8), np.ones((2, 2))).astype(bool)
         if not mask.any():
             continue
-        parts = companions.outline_points(mask)
+        parts = multi_task.outline_points(mask)
         outcomes[parts is None] += 1
         again = np.zeros(mask.shape, np.uint8)
         for points in parts or ():
@@ -243,8 +243,8 @@ def test_outlines_of_arbitrary_masks(rng: np.random.Generator):
     assert min(outcomes[True], outcomes[False]) > 20
     hole = np.ones((5, 5), bool)
     hole[2, 2] = False
-    assert companions.outline_points(hole) is companions.outline_points(np.eye(1, dtype=bool)) is None
-    assert companions.outline_points(np.ones((2, 3), bool)) == [[[0, 0], [2, 0], [2, 1], [0, 1]]]
+    assert multi_task.outline_points(hole) is multi_task.outline_points(np.eye(1, dtype=bool)) is None
+    assert multi_task.outline_points(np.ones((2, 3), bool)) == [[[0, 0], [2, 0], [2, 1], [0, 1]]]
 
 
 # COCO panoptic
@@ -423,7 +423,7 @@ def test_combinations_held_out_for_test_b_do_not_occur(made: Made):
 
 
 def small(out: Path, seed: int) -> dict[str, bytes]:
-    companions.write(out, seed=seed, reasonseg=5, panoptic=2, chat=1, report=lambda line: None)
+    multi_task.write(out, seed=seed, reasonseg=5, panoptic=2, chat=1, report=lambda line: None)
     return {str(p.relative_to(out)): p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file()}
 
 
@@ -437,7 +437,7 @@ def test_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def full(*_: Any):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(companions, "_llava", full)
+    monkeypatch.setattr(multi_task, "_llava", full)
     with pytest.raises(UserError, match="No space left"):
         small(tmp_path / "x", 0)
     assert not list(tmp_path.iterdir())
@@ -454,7 +454,7 @@ def test_bad_requests_are_user_errors(tmp_path: Path):
         ("cannot create", "taken/file/x", {}),
     ):
         with pytest.raises(UserError, match=match):
-            companions.write(tmp_path / out, report=lambda line: None, **options)
+            multi_task.write(tmp_path / out, report=lambda line: None, **options)
     assert [p.name for p in tmp_path.rglob("*")] == ["taken", "file"]
 
 

@@ -18,13 +18,13 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps, PngImagePlugin
 
-from flowseg_jax.data import batching, images, masks
+from flowseg_jax.data import collate, images, masks
 from flowseg_jax.data.__main__ import main
-from flowseg_jax.data.batch import BatchShape
 from flowseg_jax.data.formats import open_layout
 from flowseg_jax.data.records import Annotation
 from flowseg_jax.errors import UserError
-from flowseg_jax.prediction import inputs
+from flowseg_jax.inference import inputs
+from flowseg_jax.types import BatchShape
 
 RAMP = np.linspace(0, 1, 20 * 30).reshape(20, 30)
 
@@ -338,15 +338,15 @@ def test_masks_are_decoded_a_picture_full_of_pixels_at_a_time(monkeypatch):
     annotations = [Annotation(i, 0, masks.encode(mask)) for i, mask in enumerate(full)]
     picture, shape = Image.new("RGB", (30, 40)), BatchShape(1, 8, 1, 9, 32, 16)
     jitter = images.Jitter.of(40, 30, 32, 1.5)
-    want = [batching.prepare_pixels(picture, annotations, shape, j).masks for j in (None, jitter)]
+    want = [collate.prepare_pixels(picture, annotations, shape, j).masks for j in (None, jitter)]
     np.testing.assert_array_equal(want[0], images.pack_masks(full, 32))
     seen, decode = [], masks.decode
     monkeypatch.setattr(masks, "decode", lambda rles, *size: seen.append(len(rles)) or decode(rles, *size))
     monkeypatch.setattr(images, "MAX_PIXELS", 2 * 40 * 30)
     for j, one in zip((None, jitter), want, strict=True):
-        np.testing.assert_array_equal(batching.prepare_pixels(picture, annotations, shape, j).masks, one)
+        np.testing.assert_array_equal(collate.prepare_pixels(picture, annotations, shape, j).masks, one)
     assert seen == 2 * [2, 2, 2, 2, 1]
-    assert batching.prepare_pixels(picture, (), shape).masks.shape == (0, 32, 4)
+    assert collate.prepare_pixels(picture, (), shape).masks.shape == (0, 32, 4)
 
 
 @pytest.mark.slow
@@ -358,7 +358,7 @@ def test_the_longest_shapes_take_no_more_memory_than_a_large_picture(tmp_path):
     code = f"""
 import resource
 from flowseg_jax.data import batching, images
-from flowseg_jax.data.batch import BatchShape
+from flowseg_jax.types import BatchShape
 from flowseg_jax.data.records import Annotation
 from pycocotools import mask as coco
 import numpy as np

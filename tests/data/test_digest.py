@@ -8,7 +8,7 @@ import minicoco
 import minirefcoco as mini
 import pytest
 
-from flowseg_jax.data import builders, shards
+from flowseg_jax.data import prepare, shards
 from flowseg_jax.data.records import Annotation, Example, Expression, Turn
 
 EXAMPLE = Example(
@@ -64,7 +64,7 @@ def test_text_that_moves_from_one_field_to_the_next_counts():
 
 
 def prepared(root, **tables):
-    return builders.prepare(mini.write(root / "layout", **tables), root / "out", splits=["val"], log=lambda line: None)
+    return prepare.prepare(mini.write(root / "layout", **tables), root / "out", splits=["val"], log=lambda line: None)
 
 
 def test_a_mask_that_only_one_protocol_draws_counts(tmp_path):
@@ -94,5 +94,5 @@ def test_categories_count(tmp_path, key):
         for table in tables.values() if name == "b" else ():
             table["categories"][1][key] = {"name": "somebody", "isthing": 0}[key]
         root = minicoco.write(tmp_path / name, "panoptic", **tables)
-        found.append(builders.prepare(root, tmp_path / f"{name}_out", layout="coco-panoptic", log=lambda line: None).digest)
+        found.append(prepare.prepare(root, tmp_path / f"{name}_out", layout="coco-panoptic", log=lambda line: None).digest)
     assert found[0] != found[1]

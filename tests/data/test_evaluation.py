@@ -6,15 +6,15 @@ import minirefcoco as mini
 import numpy as np
 import pytest
 
-from flowseg_jax.data import builders
-from flowseg_jax.data import evaluation as module
-from flowseg_jax.data.batch import IMAGE_TOKEN, NONE
-from flowseg_jax.data.evaluation import EvalData, plan, round_shape, settle
-from flowseg_jax.data.pipeline import open_tokenizer
-from flowseg_jax.data.prepared import Entry
+from flowseg_jax.data import eval_dataset as module
+from flowseg_jax.data import prepare
+from flowseg_jax.data.dataset import Entry
+from flowseg_jax.data.eval_dataset import EvalData, plan, round_shape, settle
 from flowseg_jax.data.prompts import Prompts
 from flowseg_jax.data.records import Sample
+from flowseg_jax.data.train_dataset import open_tokenizer
 from flowseg_jax.errors import UserError
+from flowseg_jax.types import IMAGE_TOKEN, NONE
 
 VISUAL = 6
 
@@ -22,7 +22,7 @@ VISUAL = 6
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     root = tmp_path_factory.mktemp("data")
-    return builders.prepare(mini.write(root / "layout"), root / "prepared", tokenizer_vocab=300, log=lambda _: None)
+    return prepare.prepare(mini.write(root / "layout"), root / "prepared", tokenizer_vocab=300, log=lambda _: None)
 
 
 @pytest.fixture(scope="module")

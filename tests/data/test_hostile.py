@@ -14,9 +14,9 @@ import minireasonseg
 import minirefcoco as mini
 import pytest
 
-from flowseg_jax.data import builders, checksums, masks
+from flowseg_jax.data import checksums, masks, prepare
+from flowseg_jax.data.dataset import Prepared
 from flowseg_jax.data.formats import jsonl, open_layout, reading
-from flowseg_jax.data.prepared import Prepared
 from flowseg_jax.errors import UserError
 
 
@@ -27,7 +27,7 @@ def quiet(_):
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
     root = tmp_path_factory.mktemp("hostile")
-    return builders.prepare(mini.write(root / "layout"), root / "set", tokenizer_vocab=300, log=quiet)
+    return prepare.prepare(mini.write(root / "layout"), root / "set", tokenizer_vocab=300, log=quiet)
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def test_a_split_cannot_name_another_place(layout, split, tmp_path):
         (root / "own.jsonl").write_text(json.dumps(line | {"split": split}) + "\n")
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UserError, match="split") as caught:
-        builders.prepare(root, tmp_path / "in" / "deep" / "out", layout=layout, log=quiet)
+        prepare.prepare(root, tmp_path / "in" / "deep" / "out", layout=layout, log=quiet)
     assert sorted(tmp_path.rglob("*")) == before
     assert "\n" not in str(caught.value) and "\0" not in str(caught.value) and len(str(caught.value)) < 500
 

@@ -18,13 +18,13 @@ import tokenizers
 from judged_sets import CATEGORIES, Truth
 from PIL import Image
 
-from flowseg_jax.data import builders
-from flowseg_jax.data.batch import BatchShape
+from flowseg_jax.data import prepare
 from flowseg_jax.data.mixture import mix
-from flowseg_jax.data.pipeline import TrainData
 from flowseg_jax.data.prompts import Prompts
-from flowseg_jax.data.rows import TrainOptions
 from flowseg_jax.data.tokenizer import load_tokenizer
+from flowseg_jax.data.train_dataset import TrainData
+from flowseg_jax.data.train_examples import TrainOptions
+from flowseg_jax.types import BatchShape
 
 SIDE, VISION, SLOTS, K = 40, 24, 5, 4  # pixels, pixels, visual slots, phrases
 NUMBERS = sorted(CATEGORIES)  # a category's place is that of its id
@@ -53,10 +53,10 @@ def made(tmp_path_factory):
 def make(root, seed, count):
     truths = judged_sets.write(root, seed, count)
     prepared = {
-        layout: builders.prepare(root / layout, root / f"{layout}-prepared", layout=layout, processes=1, log=lambda _: None)
+        layout: prepare.prepare(root / layout, root / f"{layout}-prepared", layout=layout, processes=1, log=lambda _: None)
         for layout in truths
     }
-    builders.learn_tokenizer([text for one in prepared.values() for text in builders.said(one)], root / "tokenizer", 400)
+    prepare.learn_tokenizer([text for one in prepared.values() for text in prepare.said(one)], root / "tokenizer", 400)
     return truths, prepared, root / "tokenizer"
 
 

@@ -22,19 +22,19 @@ import minirefcoco
 import pytest
 from test_fuzz import LAYOUTS, mutate, own_data
 
-from flowseg_jax.data import builders, masks, validate
+from flowseg_jax.data import masks, prepare, validate
 from flowseg_jax.data.__main__ import main
-from flowseg_jax.data.batch import BatchShape
-from flowseg_jax.data.evaluation import EvalData
+from flowseg_jax.data.dataset import Prepared
+from flowseg_jax.data.eval_dataset import EvalData
 from flowseg_jax.data.formats import open_layout
 from flowseg_jax.data.mixture import mix
-from flowseg_jax.data.pipeline import TrainData
-from flowseg_jax.data.prepared import Prepared
 from flowseg_jax.data.prompts import Prompts
 from flowseg_jax.data.records import Example, examples
-from flowseg_jax.data.rows import TrainOptions
 from flowseg_jax.data.tokenizer import load_tokenizer
+from flowseg_jax.data.train_dataset import TrainData
+from flowseg_jax.data.train_examples import TrainOptions
 from flowseg_jax.errors import UserError
+from flowseg_jax.types import BatchShape
 
 SHAPE = BatchShape(batch=2, text=2000, phrases=3, masks=6, image=32, vision=16, names=4)
 POISON = {  # what a text becomes -> what is said of it
@@ -64,7 +64,7 @@ def originals(tmp_path_factory):
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     directory = tmp_path_factory.mktemp("tokenizer")
-    builders.learn_tokenizer(["the dog", "a cat on the left"] * 9, directory, 300)
+    prepare.learn_tokenizer(["the dog", "a cat on the left"] * 9, directory, 300)
     return load_tokenizer(directory)
 
 
@@ -126,7 +126,7 @@ def prepare_and_compare(layout: str, root: Path, out: Path) -> tuple[Prepared | 
 
     def attempt(**options):
         try:
-            return builders.prepare(root, out, layout=layout, log=said.append, **options), ""
+            return prepare.prepare(root, out, layout=layout, log=said.append, **options), ""
         except UserError as error:
             assert not out.exists() and not any("problems.txt" in line for line in said)
             return None, str(error)

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flowseg_jax.data import builders
+from flowseg_jax.data import prepare
 from flowseg_jax.data.leakage import name_key
 from flowseg_jax.data.mixture import Member, Order, held_out_keys, mix, repeats
-from flowseg_jax.data.pipeline import TrainData
+from flowseg_jax.data.train_dataset import TrainData
 from flowseg_jax.errors import UserError
 
 
@@ -29,13 +29,13 @@ def refcoco(tmp_path_factory):
     root = tmp_path_factory.mktemp("refcoco")
     instances, refs = minirefcoco.damaged(lambda _, refs: [ref.update(split="val") for ref in refs if ref["image_id"] == 2])
     layout = minirefcoco.write(root / "layout", instances=instances, refs=refs)
-    return builders.prepare(layout, root / "prepared", log=quiet)
+    return prepare.prepare(layout, root / "prepared", log=quiet)
 
 
 @pytest.fixture(scope="module")
 def panoptic(tmp_path_factory):
     root = tmp_path_factory.mktemp("panoptic")
-    return builders.prepare(minicoco.write(root / "layout", "panoptic"), root / "prepared", layout="coco-panoptic", log=quiet)
+    return prepare.prepare(minicoco.write(root / "layout", "panoptic"), root / "prepared", layout="coco-panoptic", log=quiet)
 
 
 def members(*slots_and_sizes):
@@ -137,7 +137,7 @@ def own(root, pictures, split):
         Image.new("RGB", (20, 10), (shade, 0, 0)).save(root / name)
         lines.append({"image": name, "expressions": ["x"], "mask": [1, 1, 9, 1, 9, 9], "split": split})
     (root / "own.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return builders.prepare(root, root.parent / f"{root.name}-prepared", layout="jsonl", log=quiet)
+    return prepare.prepare(root, root.parent / f"{root.name}-prepared", layout="jsonl", log=quiet)
 
 
 def test_other_pictures_are_told_apart_by_what_is_in_them(tmp_path):
@@ -166,7 +166,7 @@ def test_numbered_pictures_of_one_s_own_are_not_coco_s(refcoco, tmp_path):
     (root / "cam1" / "copy.jpg").write_bytes(copy.image)
     lines.append({"image": "cam1/copy.jpg", "expressions": ["x"], "mask": [1, 1, 9, 1, 9, 9]})
     (root / "own.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    mine = builders.prepare(root, tmp_path / "prepared", layout="jsonl", log=quiet)
+    mine = prepare.prepare(root, tmp_path / "prepared", layout="jsonl", log=quiet)
     (alone,) = mix([(mine, 0.0)], held_out=held_out_keys([mine]))
     assert len(alone.records) == 4 and alone.held_out == 0
     (beside,) = mix([(mine, 0.0)], held_out=held_out_keys([mine, refcoco]))  # whose val has COCO's 2 and 3
@@ -180,7 +180,7 @@ def test_a_copy_in_one_s_own_evaluation_set_is_not_trained_on(refcoco, tmp_path)
     (root / "copy.jpg").write_bytes(refcoco.source("train")[0].image)
     line = {"image": "copy.jpg", "expressions": ["x"], "mask": [1, 1, 9, 1, 9, 9], "split": "val"}
     (root / "own.jsonl").write_text(json.dumps(line))
-    mine = builders.prepare(root, tmp_path / "prepared", layout="jsonl", log=quiet)
+    mine = prepare.prepare(root, tmp_path / "prepared", layout="jsonl", log=quiet)
     (member,) = mix([(refcoco, 0.0)], held_out=held_out_keys([mine]))
     assert member.held_out == 1 and member.records == (1,)
 

@@ -8,13 +8,13 @@ import minirefcoco as mini
 import numpy as np
 import pytest
 
-from flowseg_jax.data import batching, builders, images, masks
-from flowseg_jax.data.batch import IMAGE_TOKEN, NO_LABEL, NONE, BatchShape
+from flowseg_jax.data import collate, images, masks, prepare
 from flowseg_jax.data.mixture import mix
-from flowseg_jax.data.pipeline import TrainData, open_tokenizer
 from flowseg_jax.data.prompts import Prompts
-from flowseg_jax.data.rows import TrainOptions
+from flowseg_jax.data.train_dataset import TrainData, open_tokenizer
+from flowseg_jax.data.train_examples import TrainOptions
 from flowseg_jax.errors import UserError
+from flowseg_jax.types import IMAGE_TOKEN, NO_LABEL, NONE, BatchShape
 
 VISUAL = 6
 SHAPE = BatchShape(batch=2, text=260, phrases=4, masks=3, image=32, vision=16, names=3)
@@ -24,7 +24,7 @@ FIXED, VARIED = Prompts(vary=False), Prompts()
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     root = tmp_path_factory.mktemp("data")
-    return builders.prepare(mini.write(root / "layout"), root / "prepared", tokenizer_vocab=300, log=lambda _: None)
+    return prepare.prepare(mini.write(root / "layout"), root / "prepared", tokenizer_vocab=300, log=lambda _: None)
 
 
 @pytest.fixture(scope="module")
@@ -225,7 +225,7 @@ def test_everything_that_is_said_stands_behind_the_visual_slots(train, tokenizer
             assert len(slots) == VISUAL and (np.diff(slots) == 1).all()
             said = (batch.labels[b] != NO_LABEL) | (batch.phrase_ids[b] != NONE) | (batch.seg_ids[b] != NONE)
             assert np.flatnonzero(said)[0] > slots[-1] >= VISUAL - 1
-    padding = batching.assemble([], SHAPE, FIXED, tokenizer, VISUAL)
+    padding = collate.assemble([], SHAPE, FIXED, tokenizer, VISUAL)
     assert not (padding.tokens == IMAGE_TOKEN).any() and (padding.labels == NO_LABEL).all()
 
 
@@ -235,7 +235,7 @@ def test_everything_that_is_said_stands_behind_the_visual_slots(train, tokenizer
 def test_visual_slots_elsewhere_are_refused(prefix, said):
     none = [NONE] * len(said)
     with pytest.raises(ValueError, match="x: the visual slots must be one run at the end of the prefix"):
-        batching.pack(prefix, [batching.Encoded(said, said, none, none)], 9, 0, "x")
+        collate.pack(prefix, [collate.Encoded(said, said, none, none)], 9, 0, "x")
 
 
 def test_a_worker_is_sent_neither_images_nor_the_index(train):
@@ -296,6 +296,6 @@ def test_option_errors(prepared, train):
 
 
 def test_a_data_set_without_tokenizer_says_so(tmp_path):
-    prepared = builders.prepare(mini.write(tmp_path / "l"), tmp_path / "p", splits=["val"], log=lambda _: None)
+    prepared = prepare.prepare(mini.write(tmp_path / "l"), tmp_path / "p", splits=["val"], log=lambda _: None)
     with pytest.raises(UserError, match="no tokenizer was trained for this data set; name the language model's"):
         open_tokenizer(prepared, FIXED)

@@ -20,9 +20,9 @@ import minirefcoco as mini
 import numpy as np
 import pytest
 
-from flowseg_jax.data import builders, checksums, masks, serialization
+from flowseg_jax.data import checksums, masks, prepare, serialization
+from flowseg_jax.data.dataset import METADATA, Prepared
 from flowseg_jax.data.formats.refcoco import RefCoco
-from flowseg_jax.data.prepared import METADATA, Prepared
 from flowseg_jax.data.records import Annotation, Example, Expression
 from flowseg_jax.errors import UserError
 
@@ -44,7 +44,7 @@ def originals(tmp_path_factory):
     }
     sets = {name: root / f"{name}-set" for name in layouts}
     for name, layout in layouts.items():
-        builders.prepare(layout, sets[name], layout=name, tokenizer_vocab=300 if name == "refcoco" else None, log=quiet)
+        prepare.prepare(layout, sets[name], layout=name, tokenizer_vocab=300 if name == "refcoco" else None, log=quiet)
     return sets
 
 
@@ -311,13 +311,13 @@ def test_a_damaged_shard_is_written_again(kind, tmp_path, monkeypatch):
     lost = root / "images" / "COCO_train2014_000000000004.jpg"
     lost.rename(tmp_path / "lost.jpg")
     with contextlib.suppress(UserError):
-        builders.prepare(root, tmp_path / "out", log=quiet)
+        prepare.prepare(root, tmp_path / "out", log=quiet)
     (tmp_path / "lost.jpg").rename(lost)
     path = tmp_path / ".out.partial" / "shards" / f"train-00000.{kind}"
     data = path.read_bytes()
     path.write_bytes(data[:-1] if kind == "json" else data[:60] + bytes([data[60] ^ 1]) + data[61:])
     read, example = [], RefCoco.example
     monkeypatch.setattr(RefCoco, "example", lambda self, split, *rest: read.append(split) or example(self, split, *rest))
-    prepared = builders.prepare(root, tmp_path / "out", log=quiet)
+    prepared = prepare.prepare(root, tmp_path / "out", log=quiet)
     assert set(read) == {"train", "testA"}  # not val, whose shard is whole
-    assert everything(prepared.directory) == everything(builders.prepare(root, tmp_path / "again", log=quiet).directory)
+    assert everything(prepared.directory) == everything(prepare.prepare(root, tmp_path / "again", log=quiet).directory)

@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flowseg_jax.data import builders, images, masks
-from flowseg_jax.data.batch import NO_LABEL, NONE, NOTHING, BatchShape
-from flowseg_jax.data.evaluation import EvalData, Objects
+from flowseg_jax.data import images, masks, prepare
+from flowseg_jax.data.eval_dataset import EvalData, Objects
 from flowseg_jax.data.mixture import mix
-from flowseg_jax.data.pipeline import TrainData
 from flowseg_jax.data.prompts import EXPLAIN_QUESTIONS, REASONING_QUESTIONS, Prompts
 from flowseg_jax.data.records import samples
-from flowseg_jax.data.rows import TrainOptions
 from flowseg_jax.data.tokenizer import load_tokenizer
+from flowseg_jax.data.train_dataset import TrainData
+from flowseg_jax.data.train_examples import TrainOptions
 from flowseg_jax.errors import UserError
+from flowseg_jax.types import NO_LABEL, NONE, NOTHING, BatchShape
 
 VISUAL = 6
 SHAPE = BatchShape(batch=2, text=400, phrases=3, masks=5, image=32, vision=16, names=4)
@@ -40,8 +40,8 @@ def sets(tmp_path_factory):
     found = {}
     for layout, source in layouts.items():
         options = {"on_error": "record", "splits": ["train"] if layout in ("refcoco", "reasonseg") else None}
-        found[layout] = builders.prepare(source, root / f"{layout}-prepared", layout=layout, log=lambda _: None, **options)
-    builders.learn_tokenizer([text for prepared in found.values() for text in builders.said(prepared)], root / "tok", 340)
+        found[layout] = prepare.prepare(source, root / f"{layout}-prepared", layout=layout, log=lambda _: None, **options)
+    prepare.learn_tokenizer([text for prepared in found.values() for text in prepare.said(prepared)], root / "tok", 340)
     return found | {"tokenizer": load_tokenizer(root / "tok")}
 
 
@@ -180,7 +180,7 @@ def coco_with(tmp_path, *images):
     for number, found in segments.items():
         picture = Image.fromarray(minicoco.colours(number, found))
         (root / "annotations" / "panoptic_train2017" / f"{number:012d}.png").write_bytes(minicoco.png(picture))
-    return builders.prepare(root, tmp_path / "prepared", layout="coco-panoptic", splits=["train"], log=lambda _: None)
+    return prepare.prepare(root, tmp_path / "prepared", layout="coco-panoptic", splits=["train"], log=lambda _: None)
 
 
 def test_a_set_of_which_nothing_fits_is_refused(train, sets, tmp_path, monkeypatch):

@@ -17,11 +17,12 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco
 
-from flowseg_jax.data.shapes import checker, cli, generate, generator, outline, writer
-from flowseg_jax.data.shapes.expressions import FAMILIES
-from flowseg_jax.data.shapes.render import PAINT
-from flowseg_jax.data.shapes.scene import COLOURS, SHAPES, TEXTURES, is_held_out
 from flowseg_jax.errors import UserError
+from flowseg_jax.synthetic import checker, cli, generate, generator, refcoco_writer
+from flowseg_jax.synthetic import polygons as outline
+from flowseg_jax.synthetic.expressions import FAMILIES
+from flowseg_jax.synthetic.render import PAINT
+from flowseg_jax.synthetic.scene import COLOURS, SHAPES, TEXTURES, is_held_out
 
 
 class Made(NamedTuple):
@@ -251,7 +252,7 @@ def test_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(writer, "write", full)
+    monkeypatch.setattr(refcoco_writer, "write", full)
     with pytest.raises(UserError, match="No space left"):
         generate(tmp_path / "x", 16, 0, workers=1, report=lambda line: None)
     assert not list(tmp_path.iterdir())

@@ -17,13 +17,13 @@ import minirefcoco as mini
 import numpy as np
 import pytest
 
-from flowseg_jax.data import builders, serialization
-from flowseg_jax.data.batch import BatchShape
+from flowseg_jax.data import prepare, serialization
 from flowseg_jax.data.mixture import mix
-from flowseg_jax.data.pipeline import TrainData, open_tokenizer
 from flowseg_jax.data.prompts import Prompts
-from flowseg_jax.data.rows import TrainOptions
+from flowseg_jax.data.train_dataset import TrainData, open_tokenizer
+from flowseg_jax.data.train_examples import TrainOptions
 from flowseg_jax.errors import UserError
+from flowseg_jax.types import BatchShape
 
 SHAPE = BatchShape(batch=2, text=260, phrases=4, masks=3, image=32, vision=16, names=3)
 SHARED_MEMORY = Path("/dev/shm")
@@ -50,7 +50,7 @@ if __name__ == "__main__":
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     root = tmp_path_factory.mktemp("data")
-    return builders.prepare(mini.write(root / "layout"), root / "prepared", tokenizer_vocab=300, log=lambda _: None)
+    return prepare.prepare(mini.write(root / "layout"), root / "prepared", tokenizer_vocab=300, log=lambda _: None)
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,7 @@ def test_workers_build_the_same_batches_and_end_when_closed(train):
 def test_what_fails_in_a_worker_is_raised_as_without_one(train, tmp_path, monkeypatch):
     record = serialization.to_record
     monkeypatch.setattr(serialization, "to_record", lambda example: record(example) | {"image": example.image[:-200]})
-    broken = builders.prepare(mini.write(tmp_path / "l"), tmp_path / "p", tokenizer_vocab=300, log=lambda _: None)
+    broken = prepare.prepare(mini.write(tmp_path / "l"), tmp_path / "p", tokenizer_vocab=300, log=lambda _: None)
     said = []
     for workers in (0, 1):
         with contextlib.closing(train(broken, workers=workers).iterate()) as batches, pytest.raises(UserError) as error:

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
+from flowseg_jax.analysis import boundary
+from flowseg_jax.analysis.runner import Measured
 from flowseg_jax.data.records import Sample
-from flowseg_jax.diagnose import bar
-from flowseg_jax.diagnose.source import Measured
 
 
 def inner(mask, distance):
@@ -21,7 +21,7 @@ def test_boundaries_are_those_of_a_distance_transform(distance, rng):
     for size in ((30, 50), (1, 9), (64, 64)):
         mask = ndimage.gaussian_filter(rng.normal(size=size), 2) > -0.02
         for each in (mask, ~mask, np.ones(size, bool), np.zeros(size, bool)):
-            np.testing.assert_array_equal(bar.boundary(each, distance), each & ~inner(each, distance))
+            np.testing.assert_array_equal(boundary.boundary(each, distance), each & ~inner(each, distance))
 
 
 def test_boundary_iou_by_hand():
@@ -36,14 +36,14 @@ def test_boundary_iou_by_hand():
         rings.append(ring)
     assert rings[0].sum() == 40**2 - 34**2
     expected = (rings[0] & rings[1]).sum() / (rings[0] | rings[1]).sum()
-    assert bar.boundary_iou(ours, theirs) == pytest.approx(expected)
-    assert bar.boundary_iou(ours, ours) == 1.0 and bar.boundary_iou(ours, ~ours) < 0.1
-    assert bar.boundary_iou(np.zeros((9, 9), bool), np.zeros((9, 9), bool)) == 1.0
+    assert boundary.boundary_iou(ours, theirs) == pytest.approx(expected)
+    assert boundary.boundary_iou(ours, ours) == 1.0 and boundary.boundary_iou(ours, ~ours) < 0.1
+    assert boundary.boundary_iou(np.zeros((9, 9), bool), np.zeros((9, 9), bool)) == 1.0
     ignored = np.zeros((100, 100), bool)
     ignored[:, 30:] = True
     left = ~ignored
     expected = (rings[0] & rings[1] & left).sum() / ((rings[0] | rings[1]) & left).sum()
-    assert bar.boundary_iou(ours, theirs, ignored) == pytest.approx(expected)
+    assert boundary.boundary_iou(ours, theirs, ignored) == pytest.approx(expected)
 
 
 def measured(before, after):
@@ -53,18 +53,20 @@ def measured(before, after):
     iou = np.array([(m & truth).sum() / (m | truth).sum() for m in masks])
     sample = Sample(1, "1.png", 1, 1, 1, "it", "", (0,), 1, "it")
     values = {"band": np.float32(masks[0].mean() / 2), "mask": np.float32(masks[0].mean())}
-    return bar.with_boundary(Measured(sample, values, iou, masks, truth, np.zeros_like(truth), np.zeros((20, 20, 3), np.uint8)))
+    return boundary.with_boundary(
+        Measured(sample, values, iou, masks, truth, np.zeros_like(truth), np.zeros((20, 20, 3), np.uint8))
+    )
 
 
 def test_helped_and_harmed():
     exact, wide, narrow = (np.zeros((20, 20), bool) for _ in range(3))
     exact[5:15, 5:15], wide[4:16, 5:15], narrow[7:13, 5:15] = True, True, True
     rows = [measured(wide, exact), measured(exact, exact), measured(exact, narrow), measured(narrow, wide)]
-    assert [bar.gain(row) for row in rows] == pytest.approx([100 / 6, 0, -40, 100 * (100 / 120 - 0.6)])
-    found = bar.summarise([row.figures() for row in rows])
+    assert [boundary.gain(row) for row in rows] == pytest.approx([100 / 6, 0, -40, 100 * (100 / 120 - 0.6)])
+    found = boundary.summarise([row.figures() for row in rows])
     assert (found["n"], found["helped"], found["harmed"]) == (4, 50, 25)
     ious = np.array([[100 / 120, 1], [1, 1], [1, 0.6], [0.6, 100 / 120]])
     assert found["iou"] == pytest.approx((100 * ious.mean(0)).tolist())
     areas = [120, 100, 100, 60]  # of the masks before BAR; every band is half as large
     assert (found["band_of_image"], found["band_of_mask"]) == pytest.approx((100 * np.mean(areas) / 2 / 400, 50))
-    assert found["boundary_iou"][0] == pytest.approx(100 * np.mean([bar.boundary_iou(r.masks[0], r.truth) for r in rows]))
+    assert found["boundary_iou"][0] == pytest.approx(100 * np.mean([boundary.boundary_iou(r.masks[0], r.truth) for r in rows]))

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from answers import record, write
 
-from flowseg_jax.diagnose.__main__ import main
+from flowseg_jax.analysis.__main__ import main
 from flowseg_jax.errors import UserError
-from flowseg_jax.evaluation import report
 from flowseg_jax.evaluation.examples import Example
+from flowseg_jax.reports import evaluation
 
 
 class Page(html.parser.HTMLParser):
@@ -47,7 +47,7 @@ def results(tmp_path):
     files = [write(tmp_path / name, rows) for name, rows in (("a/val.jsonl", a), ("b/val.jsonl", b))]
     blank = np.zeros((20, 30), bool)
     shown = [Example(r | {"iou": 0.1, "best_iou": 0.9}, np.zeros((20, 30, 3), np.uint8), blank, blank, blank) for r in b]
-    report.save_pictures(tmp_path / "b", "val", {"failed": shown[:2]})
+    evaluation.save_pictures(tmp_path / "b", "val", {"failed": shown[:2]})
     return (*files, write(tmp_path / "b/val_shuffled.jsonl", control))
 
 
@@ -82,7 +82,7 @@ def test_negatives(results, capsys):
     ("arguments", "message"),
     [
         (["oracle", "nowhere.jsonl"], r"nowhere\.jsonl: cannot be read .*name the \.jsonl that eval\.py wrote"),
-        (["oracle", "{file}", "--image", "3"], "unrecognized arguments: --image 3; see python -m flowseg_jax.diagnose --help"),
+        (["oracle", "{file}", "--image", "3"], "unrecognized arguments: --image 3; see python -m flowseg_jax.analysis --help"),
         (["oracl", "{file}"], "invalid choice: 'oracl'"),
         (["rescue", "{file}"], "required: B"),
         (["rescue", "{file}", "{control}"], "not the same samples"),
@@ -114,4 +114,4 @@ def test_results_stay_readable_for_the_report(results):
     """What a diagnostic leaves beside the results is not taken for a result."""
     _, second, _ = results
     main(["oracle", str(second)])
-    assert report.read_row("b", second.parent).results == {}
+    assert evaluation.read_row("b", second.parent).results == {}

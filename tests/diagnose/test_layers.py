@@ -13,16 +13,17 @@ import pytest
 import small
 from flax import nnx
 
-from flowseg_jax.data.batch import Questions, Views
-from flowseg_jax.data.evaluation import EvalBatch, Round
+from flowseg_jax.analysis import boundary, layer_trace
+from flowseg_jax.analysis import runner as source
+from flowseg_jax.data.eval_dataset import EvalBatch, Round
 from flowseg_jax.data.records import Sample
-from flowseg_jax.diagnose import bar, layers, source
 from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation import runner
 from flowseg_jax.evaluation.evaluator import Evaluator
 from flowseg_jax.models import flowseg
 from flowseg_jax.models.mask_decoder import DecoderConfig, MaskDecoder
 from flowseg_jax.models.semantic_flow import Conditions, SemanticFlowConfig
+from flowseg_jax.types import Questions, Views
 
 WIDTH, IMAGES, PASSES, ROWS = 12, 2, 3, 4
 CFG = DecoderConfig(width=WIDTH, queries=5, layers=4, heads=3, ffn=20, query_std=1.0, remat="none")
@@ -42,7 +43,7 @@ def test_decoding_with_everything_seen_is_the_decoder(flow, rng):
     conditions = Conditions(draw(passes, ROWS, WIDTH), jnp.asarray(own), jnp.asarray(valid | own))
     arguments = (features, levels, PASSES, conditions, draw(passes, WIDTH))
     expected = decoder(*arguments)
-    found = layers.decode(decoder, *arguments)
+    found = layer_trace.decode(decoder, *arguments)
     for name in ("queries", "mask_embeds", "class_logits"):
         np.testing.assert_allclose(getattr(found, name), getattr(expected, name), rtol=1e-5, atol=1e-5)
     assert found.conditions.shape == (CFG.layers + 1, passes, ROWS, WIDTH)
@@ -62,7 +63,7 @@ def test_the_gate_is_the_one_that_mixes(rng):
     semantic.gate.kernel[...] = jnp.asarray(rng.normal(size=semantic.gate.kernel.shape), jnp.float32)
     q_vis, embeds = (jnp.asarray(rng.normal(size=(2, n, WIDTH)), jnp.float32) for n in (5, ROWS))
     position, yes = jnp.asarray(rng.normal(size=(5, WIDTH)), jnp.float32), jnp.ones((2, ROWS), bool)
-    gate, q_sem = layers.gate_of(semantic, q_vis, position, embeds, Conditions(embeds, yes, yes))
+    gate, q_sem = layer_trace.gate_of(semantic, q_vis, position, embeds, Conditions(embeds, yes, yes))
     mixed = q_sem + gate * (q_vis - q_sem)
     np.testing.assert_allclose(mixed, semantic(q_vis, position, embeds, yes), rtol=1e-5, atol=1e-6)
 
@@ -115,13 +116,13 @@ def records(model, data):
 @pytest.fixture(scope="module")
 def traced(model, data):
     _, graphdef, params = model
-    return list(source.measure(graphdef, params, data, layers.trace, "layers"))
+    return list(source.measure(graphdef, params, data, layer_trace.trace, "layers"))
 
 
 @pytest.fixture(scope="module")
 def refined(model, data):
     _, graphdef, params = model
-    return list(source.measure(graphdef, params, data, bar.before_and_after, "bar"))
+    return list(source.measure(graphdef, params, data, boundary.before_and_after, "bar"))
 
 
 def test_the_last_prediction_is_the_evaluation(model, records, traced):
@@ -148,7 +149,7 @@ def test_before_and_after_bar(records, traced, refined):
 
 
 def test_means_over_samples(traced):
-    rows = layers.summarise(traced)
+    rows = layer_trace.summarise(traced)
     assert [row["prediction"] for row in rows] == list(range(len(rows)))
     assert rows[0]["gate"] is None and rows[-1]["settled"] == 100
     for name in ("margin", "cosine_selected", "cosine_best", "drift"):
@@ -166,20 +167,22 @@ def test_pages(model, traced, refined, tmp_path):
 
     (tmp_path / "layers_val").mkdir()
     (tmp_path / "layers_val" / "7_of-an-earlier-run.png").write_bytes(b"")
-    page = layers.run(asked(traced), tmp_path).read_text()
+    page = layer_trace.run(asked(traced), tmp_path).read_text()
     assert page.count("<img") == 2 == len(list((tmp_path / "layers_val").iterdir()))  # one of each image
     result = json.loads((tmp_path / "layers_val.json").read_text())
-    assert result["n"] == 4 and result["groups"]["all"] == layers.summarise(traced)
-    page = bar.run(asked(refined), tmp_path).read_text()
+    assert result["n"] == 4 and result["groups"]["all"] == layer_trace.summarise(traced)
+    page = boundary.run(asked(refined), tmp_path).read_text()
     assert page.count("<img") == 4 == len(list((tmp_path / "bar_val").iterdir()))
     result = json.loads((tmp_path / "bar_val.json").read_text())
-    assert result["alpha"] == 3.0 and result["groups"]["all"] == bar.summarise([bar.with_boundary(m) for m in refined])
+    assert result["alpha"] == 3.0 and result["groups"]["all"] == boundary.summarise(
+        [boundary.with_boundary(m) for m in refined]
+    )
     mark.subject.cfg = dataclasses.replace(cfg, boundary=dataclasses.replace(cfg.boundary, enabled=False))
     with pytest.raises(UserError, match="no boundary refinement"):
-        bar.run(asked(refined), tmp_path)
+        boundary.run(asked(refined), tmp_path)
 
 
 def test_no_samples_are_refused(model):
     _, graphdef, params = model
     with pytest.raises(UserError, match="holds no expression to measure"):
-        next(source.measure(graphdef, params, Data(), layers.trace, "layers"))
+        next(source.measure(graphdef, params, Data(), layer_trace.trace, "layers"))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from answers import record
 
-from flowseg_jax.diagnose import oracle
+from flowseg_jax.analysis import oracle
 from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation import metrics
 

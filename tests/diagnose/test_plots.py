@@ -7,7 +7,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from flowseg_jax.diagnose import plots
+from flowseg_jax.reports import plots
 
 NAME = "{http://www.w3.org/2000/svg}"
 PLOTS = {

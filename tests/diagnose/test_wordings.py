@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import small
 
-from flowseg_jax.data import builders
-from flowseg_jax.data.pipeline import open_tokenizer
+from flowseg_jax.analysis import prompt_sensitivity, runner
+from flowseg_jax.data import prepare
 from flowseg_jax.data.prompts import REFERRING_ANSWERS, REFERRING_QUESTIONS, Prompts
-from flowseg_jax.diagnose import prompts, source
+from flowseg_jax.data.train_dataset import open_tokenizer
 from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation.benchmark import Benchmark, Subject
 from flowseg_jax.evaluation.evaluator import Evaluator
@@ -25,7 +25,7 @@ from flowseg_jax.models import flowseg
 def benchmark(tmp_path_factory):
     """A random model and a miniature RefCOCO."""
     root = tmp_path_factory.mktemp("data")
-    prepared = builders.prepare(mini.write(root / "layout"), root / "prepared", tokenizer_vocab=300, log=lambda _: None)
+    prepared = prepare.prepare(mini.write(root / "layout"), root / "prepared", tokenizer_vocab=300, log=lambda _: None)
     tokenizer = open_tokenizer(prepared, Prompts())
     cfg = small.lean()
     cfg = dataclasses.replace(cfg, llm=dataclasses.replace(cfg.llm, vocab=tokenizer.vocab))
@@ -44,7 +44,7 @@ def test_all_wordings_ask_the_same_samples(benchmark):
 
 
 def test_a_wording_is_an_evaluation(benchmark, capsys):
-    rows = prompts.evaluate(source.Source(benchmark, "train", images=2), [(0, 0), (7, 4), (0, 0)])
+    rows = prompt_sensitivity.evaluate(runner.Source(benchmark, "train", images=2), [(0, 0), (7, 4), (0, 0)])
     assert [(r["question"], r["answer"]) for r in rows] == [(0, 0), (7, 4), (0, 0)]
     assert rows[0] == rows[2] and rows[0]["same"] == 100 and rows[0]["n"] == rows[1]["n"] > 0
     assert rows[0]["giou"] != rows[1]["giou"]
@@ -52,10 +52,12 @@ def test_a_wording_is_an_evaluation(benchmark, capsys):
 
 
 def test_spread_by_hand():
-    found = prompts.summarise([{"ciou": 60.0, "giou": 1.0}, {"ciou": 63.0, "giou": 1.0}, {"ciou": 66.0, "giou": 4.0}])
+    found = prompt_sensitivity.summarise(
+        [{"ciou": 60.0, "giou": 1.0}, {"ciou": 63.0, "giou": 1.0}, {"ciou": 66.0, "giou": 4.0}]
+    )
     assert found["ciou"] == {"mean": 63, "sd": 3, "lowest": 60, "highest": 66}
     assert found["giou"] == pytest.approx({"mean": 2, "sd": 3**0.5, "lowest": 1, "highest": 4})
-    assert prompts.summarise([{"ciou": 60.0, "giou": 1.0}])["ciou"]["sd"] is None
+    assert prompt_sensitivity.summarise([{"ciou": 60.0, "giou": 1.0}])["ciou"]["sd"] is None
 
 
 def test_the_page_shows_every_wording(monkeypatch, tmp_path):
@@ -65,9 +67,9 @@ def test_the_page_shows_every_wording(monkeypatch, tmp_path):
         assert wordings[0] == (2, 1)  # the model's own first: the others are compared with it
         return [{"question": q, "answer": a, "n": 9, "ciou": 10.0 * q + a, "giou": 50.0, "same": 100.0} for q, a in wordings]
 
-    monkeypatch.setattr(prompts, "evaluate", evaluate)
+    monkeypatch.setattr(prompt_sensitivity, "evaluate", evaluate)
     mark = types.SimpleNamespace(subject=types.SimpleNamespace(prompts=Prompts(question=2, answer=1)))
-    page = prompts.run(types.SimpleNamespace(benchmark=mark, split="val", about={"images": None}), tmp_path)
+    page = prompt_sensitivity.run(types.SimpleNamespace(benchmark=mark, split="val", about={"images": None}), tmp_path)
     result = json.loads((tmp_path / "prompts_val.json").read_text())
     assert len(result["wordings"]) == len(REFERRING_QUESTIONS) * len(REFERRING_ANSWERS)
     assert result["spread"]["answers, model's question"]["ciou"]["mean"] == 22  # 20 .. 24
@@ -78,6 +80,6 @@ def test_the_page_shows_every_wording(monkeypatch, tmp_path):
 
 def test_what_cannot_be_measured_is_said(benchmark):
     with pytest.raises(UserError, match="split"):
-        source.Source(benchmark, "vall")
+        runner.Source(benchmark, "vall")
     with pytest.raises(UserError, match="--images must be at least 1, got -1"):
-        source.Source(benchmark, "train", images=-1)
+        runner.Source(benchmark, "train", images=-1)

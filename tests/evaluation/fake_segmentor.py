@@ -10,11 +10,11 @@ import numpy as np
 from flax import nnx
 from PIL import Image
 
-from flowseg_jax.data import batching, images
-from flowseg_jax.data.batch import NONE
-from flowseg_jax.data.evaluation import EvalBatch, Round
+from flowseg_jax.data import collate, images
+from flowseg_jax.data.eval_dataset import EvalBatch, Round
 from flowseg_jax.models import flowseg
 from flowseg_jax.models.language import Cache
+from flowseg_jax.types import NONE
 
 SIDE, CELL, PHRASES, TEXT, QUERIES = 48, 4, 3, 24, 5
 PREFIX = (3, 1, 4)
@@ -87,7 +87,7 @@ class EvalData:
         group = [group[row] for row in self.rows if row < len(group)]
         pictures, sizes = [image for _, image, *_ in group], [image.shape[:2] for _, image, *_ in group]
         return EvalBatch(
-            batching.views([_pixels(image) for image in pictures], len(self.rows), (SIDE, 8)),
+            collate.views([_pixels(image) for image in pictures], len(self.rows), (SIDE, 8)),
             [self._round(group, slice(r * PHRASES, (r + 1) * PHRASES)) for r in range(rounds)],
             [place for place, *_ in group],
             [np.zeros((1, *size), bool) for size in sizes],
@@ -100,16 +100,16 @@ class EvalData:
         samples, truth = [row[part] for _, _, row, _ in group], [truth[part] for *_, truth in group]
         said = [[_encoded(sample.prompt, k) for k, sample in enumerate(row)] for row in samples]
         shape = (len(self.rows), PHRASES, TEXT)
-        return Round(batching.questions(said, shape, len(PREFIX), 0, ["fake"] * len(said)), samples, truth, truth)
+        return Round(collate.questions(said, shape, len(PREFIX), 0, ["fake"] * len(said)), samples, truth, truth)
 
 
 def _encoded(prompt, k):
-    return batching.Encoded([zlib.crc32(prompt.encode()) % 90 + 1, 5], [0, 0], [k, k], [NONE, NONE])
+    return collate.Encoded([zlib.crc32(prompt.encode()) % 90 + 1, 5], [0, 0], [k, k], [NONE, NONE])
 
 
 def _pixels(image):
     fitted, scaled = images.fit(Image.fromarray(image), SIDE)
-    return batching.Pixels(fitted, scaled, np.zeros((8, 8, 3), np.uint8), np.zeros((0, SIDE, SIDE // 8), np.uint8))
+    return collate.Pixels(fitted, scaled, np.zeros((8, 8, 3), np.uint8), np.zeros((0, SIDE, SIDE // 8), np.uint8))
 
 
 def parts():

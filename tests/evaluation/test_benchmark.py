@@ -15,10 +15,10 @@ import pytest
 import small
 
 from flowseg_jax import cli
-from flowseg_jax.data import builders
+from flowseg_jax.checkpoints.pretrained import save_model
+from flowseg_jax.data import prepare
 from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation import audit
-from flowseg_jax.model_directory import save_model
 from flowseg_jax.models.language import LanguageConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,7 +29,7 @@ def place(tmp_path_factory):
     """A folder with `model` and, in `data`, a prepared miniature called refcoco."""
     root = tmp_path_factory.mktemp("evaluation")
     layout = mini.write(root / "layout")
-    prepared = builders.prepare(layout, root / "data" / "refcoco", tokenizer_vocab=300, log=lambda _: None)
+    prepared = prepare.prepare(layout, root / "data" / "refcoco", tokenizer_vocab=300, log=lambda _: None)
     cfg = small.lean()
     cfg = dataclasses.replace(cfg, llm=dataclasses.replace(LanguageConfig.tiny(300), width=28, layers=1, head_dim=14, mlp=36))
     save_model(root / "model", small.params(cfg), cfg.to_dict(), prepared.tokenizer_directory, dtype=None)

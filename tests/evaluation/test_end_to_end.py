@@ -16,9 +16,9 @@ import wild
 from flax import nnx
 
 from flowseg_jax.data.__main__ import main as data_main
-from flowseg_jax.data.pipeline import open_tokenizer
-from flowseg_jax.data.prepared import Prepared
+from flowseg_jax.data.dataset import Prepared
 from flowseg_jax.data.prompts import Prompts
+from flowseg_jax.data.train_dataset import open_tokenizer
 from flowseg_jax.evaluation import audit, protocols
 from flowseg_jax.evaluation.__main__ import main as evaluation_main
 from flowseg_jax.evaluation.benchmark import Benchmark, Subject

@@ -19,7 +19,7 @@ from pycocotools import mask as coco
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from flowseg_jax.data import builders
+from flowseg_jax.data import prepare
 from flowseg_jax.data.prompts import Prompts
 from flowseg_jax.evaluation import fusion, generic
 
@@ -44,7 +44,7 @@ def evaluated(tmp_path_factory):
     """(files, result, records) after JSON."""
     root = tmp_path_factory.mktemp("panoptic")
     wild.panoptic(root / "files")
-    data = builders.prepare(root / "files", root / "prepared", layout="coco-panoptic", log=lambda line: None)
+    data = prepare.prepare(root / "files", root / "prepared", layout="coco-panoptic", log=lambda line: None)
     cfg = small.lean()
     cfg = dataclasses.replace(cfg, sam=dataclasses.replace(cfg.sam, image_size=SIDE))
     questions = generic.Questions.of(data.categories)

@@ -14,20 +14,20 @@ import pytest
 import small
 import torch
 
-from flowseg_jax.data import builders, images, masks
-from flowseg_jax.data.prepared import Prepared
+from flowseg_jax.checkpoints.pretrained import save_model
+from flowseg_jax.data import images, masks, prepare
+from flowseg_jax.data.dataset import Prepared
 from flowseg_jax.data.prompts import Prompts
 from flowseg_jax.data.records import Annotation, Example
-from flowseg_jax.data.shapes import companions
-from flowseg_jax.data.shapes.scene import REFERENCE_SIZE
 from flowseg_jax.data.tokenizer import load_tokenizer
 from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation import fusion, generic, panoptic, postprocess
 from flowseg_jax.evaluation.__main__ import main as evaluation_main
 from flowseg_jax.evaluation.panoptic import Segments
-from flowseg_jax.model_directory import save_model
 from flowseg_jax.models import flowseg
 from flowseg_jax.models.semantic_flow import SemanticFlowConfig
+from flowseg_jax.synthetic import multi_task
+from flowseg_jax.synthetic.scene import REFERENCE_SIZE
 
 PADDED, GRID = 96, (24, 24)
 ORIGINALS = [(60, 100), (131, 70), (96, 96)]
@@ -344,8 +344,8 @@ def test_predictions_of_one_candidate_share_its_mask_and_empty_ones_are_left_out
 def prepared(tmp_path_factory):
     root = tmp_path_factory.mktemp("generic")
     quiet = lambda text: None  # noqa: E731
-    companions.write(root / "raw", reasonseg=5, panoptic=30, chat=1, report=quiet)
-    return builders.prepare(root / "raw" / "coco", root / "panoptic", layout="coco-panoptic", tokenizer_vocab=400, log=quiet)
+    multi_task.write(root / "raw", reasonseg=5, panoptic=30, chat=1, report=quiet)
+    return prepare.prepare(root / "raw" / "coco", root / "panoptic", layout="coco-panoptic", tokenizer_vocab=400, log=quiet)
 
 
 def perfect(prepared, split="val", side=REFERENCE_SIZE):
@@ -396,7 +396,7 @@ def test_the_prepared_set_knows_its_things(prepared, tmp_path):
     assert prepared.things == (True,) * 8 + (False,) and prepared.categories[-1] == "background"
     assert Prepared.open(prepared.directory).things == prepared.things
     root = mini.write(tmp_path / "raw", "instances")
-    assert builders.prepare(root, tmp_path / "set", layout="coco-instances", log=lambda text: None).things is None
+    assert prepare.prepare(root, tmp_path / "set", layout="coco-instances", log=lambda text: None).things is None
 
 
 def test_a_model_without_language_is_opened(prepared, tmp_path):

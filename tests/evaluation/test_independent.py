@@ -14,11 +14,11 @@ import pytest
 from pycocotools import mask as coco
 
 from flowseg_jax.data import masks
-from flowseg_jax.data.batch import NONE
-from flowseg_jax.data.evaluation import Objects
+from flowseg_jax.data.eval_dataset import Objects
 from flowseg_jax.data.records import Annotation, Example, Expression, ref_samples
 from flowseg_jax.evaluation import metrics, postprocess
 from flowseg_jax.evaluation.protocols import PROTOCOLS
+from flowseg_jax.types import NONE
 
 CASES, BATCH, SIDE = 1000, 100, 48
 NO_TARGET_BELOW = 0.3

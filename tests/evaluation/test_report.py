@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flowseg_jax.data import drawing
 from flowseg_jax.errors import UserError
-from flowseg_jax.evaluation import pictures, report
 from flowseg_jax.evaluation.examples import Example
+from flowseg_jax.reports import evaluation, overlay, pictures
 
 
 def example(kind_iou, text="the <b>red</b> circle", sentence=None, i=1):
@@ -75,13 +74,13 @@ def test_page_and_pictures_from_files(tmp_path):
     (folder / "val.json").write_text(json.dumps(result(61.25)))
     (folder / "val_shuffled.json").write_text(json.dumps(result(11.0, shuffled=True)))
     shown = {"good": [example(0.93)], "failed": [example(0.1, sentence="a “star”", i=2), example(0.2, i=3)]}
-    report.save_pictures(folder, "val", shown)
+    evaluation.save_pictures(folder, "val", shown)
     rows = [
-        report.Row("untrained", {"val": result(5.5)}, note="random parameters"),
-        report.read_row("this run", folder),
-        report.read_row("this run, other sentences", folder, shuffled=True),
+        evaluation.Row("untrained", {"val": result(5.5)}, note="random parameters"),
+        evaluation.read_row("this run", folder),
+        evaluation.read_row("this run, other sentences", folder, shuffled=True),
     ]
-    path = report.write(tmp_path / "report.html", rows, title="A & B", about=["python train.py --config=<x>"])
+    path = evaluation.write(tmp_path / "report.html", rows, title="A & B", about=["python train.py --config=<x>"])
     text = path.read_text()
     page = Page()
     page.feed(text)
@@ -96,15 +95,15 @@ def test_page_and_pictures_from_files(tmp_path):
     assert "rank 2" in text and "not a number" in text and "truth: “a “star””" in text
     assert page.cells == 3 * 9 + 3 * 2
     assert text.index("Good") < text.index("Failed")
-    plain = report.table(rows)
+    plain = evaluation.table(rows)
     assert [line.split()[0] for line in plain.splitlines()] == ["split", "val", "val", "val"]
     assert "61.2" in plain.splitlines()[2]
-    report.save_pictures(folder, "val", {"good": [example(0.93)]})  # replaces: no stale files
+    evaluation.save_pictures(folder, "val", {"good": [example(0.93)]})  # replaces: no stale files
     assert sorted(p.name for p in (folder / "pictures" / "val").iterdir()) == ["good_1_the-b-red-b-circle.png", "index.json"]
 
 
 def test_a_strip_shows_image_truth_selected_and_best(tmp_path):
-    folder = report.save_pictures(tmp_path, "val", {"good": [example(0.5)]})
+    folder = evaluation.save_pictures(tmp_path, "val", {"good": [example(0.5)]})
     (file,) = folder.glob("*.png")
     sheet = np.asarray(Image.open(file))
     panel = 240
@@ -129,16 +128,16 @@ def test_overlay_keeps_the_mask_and_fades_the_rest():
     mask = np.zeros((30, 50), bool)
     mask[5:20, 0:25] = True
     before = image.copy()
-    out = drawing.overlay(image, mask, pictures.SELECTED)
+    out = overlay.overlay(image, mask, pictures.SELECTED)
     np.testing.assert_array_equal(image, before)
     np.testing.assert_array_equal(out[mask], image[mask])
-    edge = drawing.outline(mask)
+    edge = overlay.outline(mask)
     assert edge[4, 10] and edge[4, 25] and edge[12, 25] and not edge[3, 10] and not edge[12, 24]
     np.testing.assert_array_equal(out[edge], np.broadcast_to(pictures.SELECTED, (edge.sum(), 3)))
     rest = out[~mask & ~edge]
     assert (rest == rest[:, :1]).all() and rest.min() > 130
     with pytest.raises(ValueError, match="does not fit"):
-        drawing.overlay(image, mask[:-1], pictures.SELECTED)
+        overlay.overlay(image, mask[:-1], pictures.SELECTED)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 400), (3000, 2)])
@@ -149,20 +148,20 @@ def test_strips_of_odd_sizes(size):
 
 
 def test_slugs():
-    assert drawing.slug("Left of the BIG, red/blue one!") == "left-of-the-big-red-blue-one"
-    assert drawing.slug("赤い丸") == "expression"
-    assert len(drawing.slug("x" * 300)) == 48
+    assert overlay.slug("Left of the BIG, red/blue one!") == "left-of-the-big-red-blue-one"
+    assert overlay.slug("赤い丸") == "expression"
+    assert len(overlay.slug("x" * 300)) == 48
 
 
 def test_a_file_that_is_no_result_is_named(tmp_path):
     (tmp_path / "val.json").write_text("{}")
     with pytest.raises(UserError, match=r"val\.json is not a result of eval\.py"):
-        report.read_row("x", tmp_path)
+        evaluation.read_row("x", tmp_path)
 
 
 def test_unwritable_places_are_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write pictures"):
-        report.save_pictures(tmp_path / "file", "val", {"good": [example(0.9)]})
+        evaluation.save_pictures(tmp_path / "file", "val", {"good": [example(0.9)]})
     with pytest.raises(UserError, match="cannot write"):
-        report.write(tmp_path / "file" / "report.html", [], title="x")
+        evaluation.write(tmp_path / "file" / "report.html", [], title="x")

@@ -16,11 +16,11 @@ import torch
 from flax import nnx
 
 from flowseg_jax.data import masks
-from flowseg_jax.data.batch import Asked
 from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation import audit, examples, metrics, protocols, runner
 from flowseg_jax.evaluation.evaluator import Evaluator
 from flowseg_jax.models import flowseg
+from flowseg_jax.types import Asked
 
 SCENES = fake.scenes()
 

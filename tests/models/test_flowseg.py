@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import small
 
-from flowseg_jax.data.batch import Questions, Views
+from flowseg_jax.checkpoints.manifest import flatten, nest
 from flowseg_jax.errors import UserError
 from flowseg_jax.losses import LossConfig, divide, training_terms
-from flowseg_jax.manifest import flatten, nest
 from flowseg_jax.models import flowseg
 from flowseg_jax.models.boundary import BoundaryConfig
 from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.models.language import LanguageConfig
 from flowseg_jax.models.semantic_flow import SemanticFlowConfig
+from flowseg_jax.types import Questions, Views
 
 LOSSES = LossConfig(points=24, vocabulary_chunk=16)
 OFF = SemanticFlowConfig(mode="off")

@@ -14,9 +14,9 @@ import torch
 from flax import nnx
 from test_language import LENGTHS, REFERENCES, ROPE, SIZES, config_of, model_of, padded_rows, params_of
 
-from flowseg_jax.data.batch import Asked
 from flowseg_jax.models.generate import Marks, generate, pair_outputs
 from flowseg_jax.models.language import Cache, Language, LanguageConfig
+from flowseg_jax.types import Asked
 
 NEW = 6  # tokens to generate
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import small
 
+from flowseg_jax.checkpoints.manifest import flatten, nest
 from flowseg_jax.errors import UserError
 from flowseg_jax.losses import LossConfig, denominators, divide, training_terms
-from flowseg_jax.manifest import flatten, nest
 from flowseg_jax.models import flowseg
 from flowseg_jax.models.semantic_flow import SemanticFlowConfig
 

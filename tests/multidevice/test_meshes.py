@@ -10,9 +10,9 @@ import optax
 import pytest
 import small
 
-from flowseg_jax import parallel
-from flowseg_jax.manifest import flatten
-from flowseg_jax.planning import hlo
+from flowseg_jax import sharding
+from flowseg_jax.aot import hlo
+from flowseg_jax.checkpoints.manifest import flatten
 from flowseg_jax.training import program as module
 from flowseg_jax.training.program import Program
 
@@ -24,7 +24,7 @@ WHOLE, LEAN = small.config(negatives_group=4), small.lean(negatives_group=4)
 def _setting():
     """Small parameters are divided too, and an optimizer shows gradients as they are: Adam would hide their scale."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parallel, "MIN_SHARDED_ELEMENTS", 256)
+        patch.setattr(sharding, "MIN_SHARDED_ELEMENTS", 256)
         patch.setattr(module, "make_optimizer", lambda *_: optax.sgd(1e-3, momentum=0.5))
         yield
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flowseg_jax.parity.fixture import Fixture
+from convert_weights.parity.fixture import Fixture
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden" / "xsam"
 TURN = "<|user|>\n{}<|end|>\n<|assistant|>\n"

@@ -9,17 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from convert_weights.parity import training
+from convert_weights.parity.compare import stage1_samples
+from convert_weights.parity.fixture import STAGE1, Fixture
+from convert_weights.parity.preprocessing import assemble, compare_inputs, read_conversation, read_samples
+from convert_weights.parity.report import Report
+from flowseg_jax.checkpoints.manifest import flatten
 from flowseg_jax.data import images
-from flowseg_jax.data.batch import IMAGE_TOKEN, NO_LABEL, NONE
 from flowseg_jax.data.prompts import CHATS
 from flowseg_jax.errors import UserError
-from flowseg_jax.manifest import flatten
 from flowseg_jax.models import flowseg
-from flowseg_jax.parity import training
-from flowseg_jax.parity.compare import stage1_samples
-from flowseg_jax.parity.fixture import STAGE1, Fixture
-from flowseg_jax.parity.preprocessing import assemble, compare_inputs, read_conversation, read_samples
-from flowseg_jax.parity.report import Report
+from flowseg_jax.types import IMAGE_TOKEN, NO_LABEL, NONE
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden" / "xsam"
 

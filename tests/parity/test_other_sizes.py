@@ -9,10 +9,10 @@ import pytest
 import safetensors.numpy
 
 from convert_weights.convert import export_params
+from convert_weights.parity import compare, training
+from convert_weights.parity.fixture import RUNS, STAGE1
+from convert_weights.parity.preprocessing import read_samples
 from flowseg_jax.models import flowseg
-from flowseg_jax.parity import compare, training
-from flowseg_jax.parity.fixture import RUNS, STAGE1
-from flowseg_jax.parity.preprocessing import read_samples
 
 
 class Everything(dict):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from flowseg_jax.parity.report import Report, Row, relative_error
+from convert_weights.parity.report import Report, Row, relative_error
 
 
 def test_relative_error():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from flowseg_jax.planning.cycles import cycles
+from flowseg_jax.aot.tpu_cost import cycles
 
 
 def estimate(count: int) -> str:

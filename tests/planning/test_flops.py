@@ -13,9 +13,8 @@ import small
 from counting import products
 from flax import nnx
 
-from flowseg_jax.data.batch import BatchShape
+from flowseg_jax.checkpoints.manifest import flatten, nest
 from flowseg_jax.losses import LossConfig
-from flowseg_jax.manifest import flatten, nest
 from flowseg_jax.models import flowseg
 from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.models.connectors import SegConnector
@@ -26,8 +25,9 @@ from flowseg_jax.models.sam import Sam
 from flowseg_jax.models.semantic_flow import Conditions
 from flowseg_jax.models.siglip import Siglip
 from flowseg_jax.ops.portable import portable
-from flowseg_jax.planning import flops
-from flowseg_jax.planning.flops import Work
+from flowseg_jax.training import flops
+from flowseg_jax.training.flops import Work
+from flowseg_jax.types import BatchShape
 
 FULL = FlowSegConfig.full(LanguageConfig.qwen3_4b())
 SHAPE = BatchShape(4, 1920, 4, 16, 1024, 384)

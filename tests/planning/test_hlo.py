@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from flowseg_jax.planning import hlo
-from flowseg_jax.planning.hlo import Collective
+from flowseg_jax.aot import hlo
+from flowseg_jax.aot.hlo import Collective
 
 # Compiled apart, because how many host devices a process has is fixed when JAX starts.
 PROGRAMS = """

@@ -19,14 +19,14 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from flowseg_jax import cli
-from flowseg_jax import config as configs
-from flowseg_jax.data.batch import BatchShape
+from flowseg_jax import experiment as configs
+from flowseg_jax.aot import plan
+from flowseg_jax.aot.topology import Topology
 from flowseg_jax.errors import UserError
 from flowseg_jax.losses import LossConfig
-from flowseg_jax.planning import plan
-from flowseg_jax.planning.devices import GIB
-from flowseg_jax.planning.topology import Topology
+from flowseg_jax.system.hardware import GIB
 from flowseg_jax.training.step import TrainState
+from flowseg_jax.types import BatchShape
 
 ROOT = Path(__file__).resolve().parents[2]
 CHIP = SimpleNamespace(device_kind="TPU v5 lite")

@@ -12,9 +12,9 @@ from counting import products
 from ml_collections import ConfigDict
 
 from flowseg_jax import cli
+from flowseg_jax.aot import components
 from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.ops.portable import portable
-from flowseg_jax.planning import parts
 from flowseg_jax.training.program import Program
 
 
@@ -41,7 +41,7 @@ def test_the_parts_multiply_what_the_step_does(which, names):
     """Nothing is left out and nothing is there twice, forward and backward."""
     program = Program.build(config_of(which), jax.devices()[:1])
     with portable():
-        of_parts = {name: products(jax.make_jaxpr(step)(*given).jaxpr) for name, step, given in parts.programs(program)}
+        of_parts = {name: products(jax.make_jaxpr(step)(*given).jaxpr) for name, step, given in components.programs(program)}
         whole = products(jax.make_jaxpr(program.step)(program.state, program.batch).jaxpr)
     assert list(of_parts) == names
     assert of_parts.pop("optimizer") == 0 < min(of_parts.values())
@@ -51,16 +51,16 @@ def test_the_parts_multiply_what_the_step_does(which, names):
 def test_a_part_is_one_micro_batch_of_one_device():
     config = config_of(accumulate=2)
     program = Program.build(config, jax.devices()[:1])
-    (_, _, (_, _, batch, _, _)), *_ = parts.programs(program)
+    (_, _, (_, _, batch, _, _)), *_ = components.programs(program)
     assert batch.images.shape[0] == config.batch_size // 2
 
 
 def test_every_part_is_compiled_and_reported(capsys):
     config = config_of("language")
-    reports = parts.parts(config, "cpu:1")
+    reports = components.parts(config, "cpu:1")
     assert [x.name for x in reports] == ["sam", "siglip", "llm", "optimizer"]
     assert all(x.refusal is None and min(x.arguments, x.temporaries, x.hlo_lines) > 0 for x in reports)
-    head, *rows, together = parts.table(reports).splitlines()
+    head, *rows, together = components.table(reports).splitlines()
     assert head.split()[0] == "part" and [row.split()[0] for row in rows] == [x.name for x in reports]
     assert together.split() == ["together", f"{sum(x.compile_seconds for x in reports):.0f}", "s"]
 
@@ -68,9 +68,9 @@ def test_every_part_is_compiled_and_reported(capsys):
 @pytest.mark.parametrize("refusal", [None, "Ran out of memory on HBM."])
 def test_the_command_prints_a_table_then_json_and_fails_where_a_part_does_not_fit(monkeypatch, capsys, refusal):
     sizes = (None,) * 4 if refusal else (2**30, 2**31, 3_000_000, 12_345)
-    found = [parts.PartReport("sam", *sizes, 12.3, refusal), parts.PartReport("llm", 2**30, 0, None, 7, 1.2, None)]
+    found = [components.PartReport("sam", *sizes, 12.3, refusal), components.PartReport("llm", 2**30, 0, None, 7, 1.2, None)]
     asked = []
-    monkeypatch.setattr(parts, "parts", lambda config, name, effort: asked.append((config.seed, name, effort)) or found)
+    monkeypatch.setattr(components, "parts", lambda config, name, effort: asked.append((config.seed, name, effort)) or found)
     code = cli.train(["--plan", "--parts", "--topology=v5e:2x4", "--effort=O1", "--json", "--config.seed=5"])
     assert (code, asked) == (int(refusal is not None), [(5, "v5e:2x4", "O1")])
     *_, sam, llm, together, last = capsys.readouterr().out.splitlines()

@@ -10,9 +10,10 @@ import pytest
 import tpu
 from jax._src.pallas.mosaic import tpu_info
 
+from flowseg_jax.aot import topology
+from flowseg_jax.aot.topology import open_topology
 from flowseg_jax.errors import UserError
-from flowseg_jax.planning import devices, topology
-from flowseg_jax.planning.topology import open_topology
+from flowseg_jax.system import hardware
 
 needs_cuda = pytest.mark.skipif(
     importlib.util.find_spec("jax_cuda12_plugin") is None, reason="JAX's CUDA plugin (extra `cuda12`) is not installed"
@@ -76,8 +77,8 @@ def test_host_devices_that_jax_has_not_started_with():
 def test_tpus_without_a_tpu(name, count, kind, gib):
     found = open_topology(name)
     assert len(found.devices) == count
-    assert devices.KINDS[found.devices[0].device_kind].name == kind
-    assert found.usable == pytest.approx(gib * devices.GIB, abs=1)
+    assert hardware.KINDS[found.devices[0].device_kind].name == kind
+    assert found.usable == pytest.approx(gib * hardware.GIB, abs=1)
     assert "nothing was executed" in found.note
 
 
@@ -92,7 +93,7 @@ def test_gpus_without_a_gpu(monkeypatch):
     found = open_topology("h100:8")
     assert len(found.devices) == 8
     assert len(open_topology("h100:16").devices) == 16
-    assert devices.KINDS[found.devices[0].device_kind].name == "h100"
+    assert hardware.KINDS[found.devices[0].device_kind].name == "h100"
     assert found.usable == int(84929347584 * 0.75)
     assert "cuDNN" in found.note
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
@@ -100,14 +101,14 @@ def test_gpus_without_a_gpu(monkeypatch):
 
 
 def test_every_topology_family_has_a_peak():
-    assert set(topology.FAMILIES) - {kind.name for kind in devices.KINDS.values()} == {"cpu"}
+    assert set(topology.FAMILIES) - {kind.name for kind in hardware.KINDS.values()} == {"cpu"}
 
 
-@pytest.mark.parametrize("kind", [kind for kind in devices.KINDS if kind.startswith("TPU")])
+@pytest.mark.parametrize("kind", [kind for kind in hardware.KINDS if kind.startswith("TPU")])
 def test_the_table_agrees_with_jax_about_tpus(kind):
     cores = 2 if kind in ("TPU v4", "TPU v5", "TPU v5p") else 1  # which JAX takes as one device
     info = tpu_info.get_tpu_info_for_chip(tpu_info.chip_version_from_device_kind(kind), cores)
-    ours = devices.KINDS[kind]
+    ours = hardware.KINDS[kind]
     assert ours.peak == pytest.approx(cores * info.bf16_ops_per_second, rel=0.01)
     if ours.usable is not None:
         assert 0.9 * info.hbm_capacity_bytes * cores < ours.usable <= info.hbm_capacity_bytes * cores
@@ -119,9 +120,9 @@ def device(kind: str, **stats) -> SimpleNamespace:
 
 def test_mfu_is_the_share_of_all_devices_peak():
     chips = [device("TPU v5 lite")] * 4
-    assert devices.mfu(197e12 * 4, 2.0, chips) == pytest.approx(0.5)
-    assert devices.mfu(1e12, 1.0, jax.devices()) is None
-    assert devices.peak_flops(jax.devices()[0]) is None
+    assert hardware.mfu(197e12 * 4, 2.0, chips) == pytest.approx(0.5)
+    assert hardware.mfu(1e12, 1.0, jax.devices()) is None
+    assert hardware.peak_flops(jax.devices()[0]) is None
 
 
 def test_memory_is_that_of_the_fullest_device_of_this_process():
@@ -129,5 +130,5 @@ def test_memory_is_that_of_the_fullest_device_of_this_process():
     fuller = device("TPU v5 lite", **stats | {"bytes_in_use": 7})
     elsewhere = device("TPU v5 lite", **stats | {"bytes_in_use": 12})
     elsewhere.process_index = 1
-    assert devices.memory_in_use([device("TPU v5 lite", **stats), fuller, elsewhere]) == {"in_use": 7, "peak": 9, "limit": 16}
-    assert devices.memory_in_use([device("cpu")]) == {"in_use": None, "peak": None, "limit": None}
+    assert hardware.memory_in_use([device("TPU v5 lite", **stats), fuller, elsewhere]) == {"in_use": 7, "peak": 9, "limit": 16}
+    assert hardware.memory_in_use([device("cpu")]) == {"in_use": None, "peak": None, "limit": None}

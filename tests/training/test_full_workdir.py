@@ -6,7 +6,7 @@ import pytest
 from test_full_disk import disk  # noqa: F401
 from test_two_processes import config, launch, metrics  # noqa: F401
 
-from flowseg_jax import config as configs
+from flowseg_jax import experiment as configs
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(5000)]
 

@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 import small
 
-from flowseg_jax import parallel
+from flowseg_jax import sharding
+from flowseg_jax.checkpoints.manifest import flatten, nest
+from flowseg_jax.checkpoints.pretrained import save_model, stream_model
+from flowseg_jax.checkpoints.streaming import LazyArray
 from flowseg_jax.errors import UserError
 from flowseg_jax.losses import LossConfig, divide, training_terms
-from flowseg_jax.manifest import flatten, nest
-from flowseg_jax.model_directory import save_model, stream_model
 from flowseg_jax.models import flowseg
 from flowseg_jax.models.boundary import BoundaryConfig
 from flowseg_jax.models.mask_decoder import mask_logits
 from flowseg_jax.models.semantic_flow import Conditions, SemanticFlowConfig
-from flowseg_jax.streaming import LazyArray
-from flowseg_jax.training.initial import initial_params
+from flowseg_jax.training.initialization import initial_params
 
 PLAIN = small.lean(semantic_flow=SemanticFlowConfig(mode="off"), boundary=BoundaryConfig(enabled=False))
 FLOW = dataclasses.replace(PLAIN, semantic_flow=SemanticFlowConfig(norm="residual"), boundary=BoundaryConfig())
@@ -29,7 +29,7 @@ FLOW = dataclasses.replace(PLAIN, semantic_flow=SemanticFlowConfig(norm="residua
 
 @pytest.fixture(scope="module")
 def mesh():
-    return parallel.make_mesh({"data": 1}, jax.devices()[:1])
+    return sharding.make_mesh({"data": 1}, jax.devices()[:1])
 
 
 @pytest.fixture(scope="module")

@@ -26,9 +26,9 @@ import pytest
 import small
 from trees import flip, largest
 
-from flowseg_jax import config as configs
-from flowseg_jax.data import builders
-from flowseg_jax.model_directory import save_model
+from flowseg_jax import experiment as configs
+from flowseg_jax.checkpoints.pretrained import save_model
+from flowseg_jax.data import prepare
 from flowseg_jax.models.language import LanguageConfig
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -67,7 +67,7 @@ class Command:
 @pytest.fixture(scope="module")
 def command(tmp_path_factory) -> Command:
     root = tmp_path_factory.mktemp("data")
-    prepared = builders.prepare(mini.write(root / "layout"), root / "prepared", tokenizer_vocab=300, log=lambda _: None)
+    prepared = prepare.prepare(mini.write(root / "layout"), root / "prepared", tokenizer_vocab=300, log=lambda _: None)
     llm = dataclasses.replace(LanguageConfig.tiny(300), width=28, layers=1, head_dim=14, mlp=36)
     cfg = small.lean(negatives_group=1, llm=llm)
     save_model(root / "start", small.params(cfg), cfg.to_dict(), prepared.tokenizer_directory, dtype=None)

@@ -12,20 +12,20 @@ import pytest
 import small
 from ml_collections import ConfigDict
 
-from flowseg_jax import config as configs
-from flowseg_jax.data import builders, rows
-from flowseg_jax.data.shapes.writer import CATEGORIES
+from flowseg_jax import experiment as configs
+from flowseg_jax.data import prepare, train_examples
 from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation.benchmark import Benchmark, Subject
 from flowseg_jax.models import flowseg
 from flowseg_jax.models.language import LanguageConfig
+from flowseg_jax.synthetic.refcoco_writer import CATEGORIES
 from flowseg_jax.training import loop, program
 
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     root = tmp_path_factory.mktemp("data")
-    return builders.prepare(mini.write(root / "layout"), root / "prepared", tokenizer_vocab=300, log=lambda _: None)
+    return prepare.prepare(mini.write(root / "layout"), root / "prepared", tokenizer_vocab=300, log=lambda _: None)
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +41,8 @@ def config(prepared) -> ConfigDict:
 
 
 def lines(workdir) -> list[dict]:
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if "per_second" not in k} for row in rows]
+    train_examples = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if "per_second" not in k} for row in train_examples]
 
 
 def counted(config: ConfigDict, workdir) -> int:
@@ -75,13 +75,18 @@ def finished(config, tmp_path_factory):
 def test_one_compilation_a_run_and_every_step_logged(finished):
     workdir, traced = finished
     assert traced == 1
-    rows = lines(workdir)
-    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
-    assert {"loss", "loss_language", "loss_refer_class", "loss_refer_mask", "loss_refer_dice", "learning_rate"} <= rows[
-        0
-    ].keys()
-    parts = sum(value for name, value in rows[0].items() if name.startswith("loss_"))
-    assert rows[0]["loss"] == pytest.approx(parts, rel=1e-5)
+    train_examples = lines(workdir)
+    assert [row["step"] for row in train_examples] == [1, 2, 3, 4, 5, 6]
+    assert {
+        "loss",
+        "loss_language",
+        "loss_refer_class",
+        "loss_refer_mask",
+        "loss_refer_dice",
+        "learning_rate",
+    } <= train_examples[0].keys()
+    parts = sum(value for name, value in train_examples[0].items() if name.startswith("loss_"))
+    assert train_examples[0]["loss"] == pytest.approx(parts, rel=1e-5)
     assert (workdir / "tensorboard").is_dir()
 
 
@@ -146,7 +151,9 @@ def test_values_that_do_not_fit_are_refused(config, tmp_path, key, value, messag
 
 
 def test_what_is_remarked_of_the_data_is_said(config, monkeypatch, capsys):
-    monkeypatch.setattr(rows.Rows, "_check", lambda self, member: setattr(self, "remark", "3 of 4 images are without a target"))
+    monkeypatch.setattr(
+        train_examples.Rows, "_check", lambda self, member: setattr(self, "remark", "3 of 4 images are without a target")
+    )
     loop.open_train_data(config, program.Program.build(config))
     assert "WARNING: 3 of 4 images are without a target\n" in capsys.readouterr().out
 

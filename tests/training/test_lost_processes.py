@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 from test_two_processes import ROOT, config, finish, launch, pair  # noqa: F401
 
-from flowseg_jax import config as configs
-from flowseg_jax import watch
-from flowseg_jax.data import builders
+from flowseg_jax import experiment as configs
+from flowseg_jax.data import prepare
+from flowseg_jax.system import process_watch
 
 WITHIN = 30.0  # seconds until the others have ended; `watch.OWN_END` and a busy machine's time to start and stop
 PATIENCE = 600  # seconds for what takes as long as the machine is busy
@@ -79,7 +79,7 @@ def test_the_others_say_which_one_is_gone(victim):
         rest = [index for index in range(3) if index != victim]
         found = ended([jobs[index] for index in rest])
         assert time.monotonic() - killed < WITHIN
-        assert found == [(watch.GONE, [remaining(index, who)]) for index in rest]
+        assert found == [(process_watch.GONE, [remaining(index, who)]) for index in rest]
     finally:
         clean(jobs)
 
@@ -96,7 +96,9 @@ def test_an_end_of_its_own(what):
             return
         assert found[1] == (2, ["joined", "error: a mistake of this process alone"])
         who = f"process 1 ({jobs[1].pid} on host {socket.gethostname()})"
-        assert [found[index] for index in (0, 2)] == [(watch.GONE, ["joined", remaining(index, who)]) for index in (0, 2)]
+        assert [found[index] for index in (0, 2)] == [
+            (process_watch.GONE, ["joined", remaining(index, who)]) for index in (0, 2)
+        ]
     finally:
         clean(jobs)
 
@@ -117,7 +119,7 @@ def kill_one(jobs: list[subprocess.Popen], victim: int) -> str:
     os.kill(jobs[victim].pid, signal.SIGKILL)
     killed = time.monotonic()
     (code, said) = ended([jobs[1 - victim]])[0]
-    assert time.monotonic() - killed < WITHIN and code == watch.GONE, "\n".join(said)
+    assert time.monotonic() - killed < WITHIN and code == process_watch.GONE, "\n".join(said)
     assert "Traceback" not in "\n".join(said) and "stack trace" not in "\n".join(said)
     errors = [line for line in said if line.startswith("error")]
     assert len(errors) == 1 and said[-1] == errors[0]
@@ -146,7 +148,7 @@ def test_training(config, tmp_path, victim):  # noqa: F811
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_evaluation(tmp_path, victim):
-    data, out = builders.ensure_shapes(tmp_path / "shapes", 300, 0, log=lambda _: None).directory, tmp_path / "eval"
+    data, out = prepare.ensure_shapes(tmp_path / "shapes", 300, 0, log=lambda _: None).directory, tmp_path / "eval"
 
     def launch_both() -> list[subprocess.Popen]:
         environment = os.environ | {

@@ -9,8 +9,8 @@ import optax
 import pytest
 import small
 
+from flowseg_jax.checkpoints.manifest import flatten, nest
 from flowseg_jax.errors import UserError
-from flowseg_jax.manifest import flatten, nest
 from flowseg_jax.models import flowseg
 from flowseg_jax.training.optimizer import OptimizerConfig, make_optimizer, merge, multipliers, rest, schedule, split
 

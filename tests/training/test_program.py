@@ -12,17 +12,17 @@ import pytest
 import small
 from ml_collections import ConfigDict
 
-from flowseg_jax import config as configs
-from flowseg_jax.data.batch import BatchShape
+from flowseg_jax import experiment as configs
+from flowseg_jax.checkpoints.manifest import flatten
 from flowseg_jax.data.prompts import Prompts
-from flowseg_jax.data.rows import TrainOptions
+from flowseg_jax.data.train_examples import TrainOptions
 from flowseg_jax.errors import UserError
 from flowseg_jax.losses import LossConfig
-from flowseg_jax.manifest import flatten
 from flowseg_jax.models.semantic_flow import SemanticFlowConfig
 from flowseg_jax.training import program as module
 from flowseg_jax.training.optimizer import OptimizerConfig
 from flowseg_jax.training.program import Plan, Program
+from flowseg_jax.types import BatchShape
 
 CFG = small.lean()
 SEGMENTOR = dataclasses.replace(

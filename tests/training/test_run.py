@@ -13,8 +13,8 @@ import numpy as np
 import optax
 import pytest
 
-from flowseg_jax import config as configs
-from flowseg_jax.checkpoint import Restored
+from flowseg_jax import experiment as configs
+from flowseg_jax.checkpoints.manager import Restored
 from flowseg_jax.data.mixture import Member
 from flowseg_jax.errors import UserError
 from flowseg_jax.training import loop

@@ -13,14 +13,14 @@ import optax
 import pytest
 import small
 
-from flowseg_jax.data.batch import NO_LABEL, NONE
+from flowseg_jax.checkpoints.manifest import flatten
 from flowseg_jax.errors import UserError
 from flowseg_jax.losses import LossConfig, denominators, training_terms
-from flowseg_jax.manifest import flatten
 from flowseg_jax.models import flowseg
 from flowseg_jax.training import loop
 from flowseg_jax.training import program as module
 from flowseg_jax.training.step import Division
+from flowseg_jax.types import NO_LABEL, NONE
 
 CFG = dataclasses.replace(small.lean(), named_pass="flow", classes=3)
 LOSSES = LossConfig(points=24, vocabulary_chunk=16)

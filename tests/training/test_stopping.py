@@ -13,11 +13,11 @@ import pytest
 import small
 from test_loop import config, lines, prepared  # noqa: F401
 
-from flowseg_jax import config as configs
-from flowseg_jax.model_directory import save_model
+from flowseg_jax import experiment as configs
+from flowseg_jax.checkpoints.pretrained import save_model
 from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.training import loop, program
-from flowseg_jax.training.stopping import Stop
+from flowseg_jax.training.preemption import Stop
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM)
 

@@ -16,11 +16,11 @@ import minirefcoco as mini
 import pytest
 import small
 
-from flowseg_jax import config as configs
-from flowseg_jax.data import builders
-from flowseg_jax.data.prepared import Prepared
+from flowseg_jax import experiment as configs
+from flowseg_jax.checkpoints.pretrained import save_model
+from flowseg_jax.data import prepare
+from flowseg_jax.data.dataset import Prepared
 from flowseg_jax.evaluation.benchmark import Benchmark, Subject
-from flowseg_jax.model_directory import save_model
 from flowseg_jax.models.language import LanguageConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def config(tmp_path_factory):
     """A run of four steps on miniature data, saved behind the second; it starts from parameters that cost nothing to draw."""
     root = tmp_path_factory.mktemp("run")
-    prepared = builders.prepare(mini.write(root / "layout"), root / "prepared", tokenizer_vocab=300, log=lambda _: None)
+    prepared = prepare.prepare(mini.write(root / "layout"), root / "prepared", tokenizer_vocab=300, log=lambda _: None)
     cfg = small.lean(negatives_group=4)
     cfg = dataclasses.replace(cfg, llm=dataclasses.replace(LanguageConfig.tiny(300), width=28, layers=1, head_dim=14, mlp=36))
     config = small.experiment(cfg, small.batch(cfg, images=8), data=2, fsdp=2)

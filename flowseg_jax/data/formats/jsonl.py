@@ -24,13 +24,13 @@ from jsonschema import Draft202012Validator
 from jsonschema.exceptions import ValidationError, best_match
 from PIL import Image
 
-from flowseg_jax import paths
 from flowseg_jax.data import images as pixels
 from flowseg_jax.data import masks
 from flowseg_jax.data.checks import MAX_CHARACTERS, check_said
 from flowseg_jax.data.formats.reading import ImageFolders, hashed_id, image_bytes, visible
 from flowseg_jax.data.records import Annotation, Example, Expression, Problems
 from flowseg_jax.errors import UserError, brief, listed, quoted, suggest
+from flowseg_jax.system import paths
 
 SCHEMA = "jsonl.schema.json"
 SOFT = 128  # of a PNG mask in greys or colours: from this value on a pixel is the object's

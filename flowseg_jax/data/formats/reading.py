@@ -10,11 +10,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from flowseg_jax import paths
 from flowseg_jax.data import images
 from flowseg_jax.data.checks import check_said, check_storable, seen_as
 from flowseg_jax.data.records import Problems
 from flowseg_jax.errors import UserError, brief, quoted
+from flowseg_jax.system import paths
 
 MOST_DRAWN = 20_000_000_000  # pixels of all objects of an image, each as large as the image
 

@@ -18,11 +18,11 @@ import numpy as np
 from jaxtyping import UInt8
 
 from flowseg_jax.data import images, masks
-from flowseg_jax.data.batch import NONE
 from flowseg_jax.data.checks import MAX_CHARACTERS, check_said
 from flowseg_jax.data.formats.reading import check_work, field, hashed_id, image_bytes, read_json, root_folder, visible
 from flowseg_jax.data.records import Annotation, Example, Expression, Problems
 from flowseg_jax.errors import UserError, listed, quoted, suggest
+from flowseg_jax.types import NONE
 
 SPLITS = ("train", "val", "test")
 TARGET, IGNORE = 1, 255

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flowseg_jax import paths
 from flowseg_jax.data import masks
 from flowseg_jax.data.checks import MAX_CHARACTERS, check_said, check_storable
 from flowseg_jax.data.formats import plain_pickle
@@ -30,6 +29,7 @@ from flowseg_jax.data.formats.reading import (
 )
 from flowseg_jax.data.records import Annotation, Example, Expression, Problems
 from flowseg_jax.errors import UserError, brief, listed, suggest
+from flowseg_jax.system import paths
 
 # How LISA, X-SAM and Sa2VA call the folder of each data set, and where each of them keeps the images.
 FOLDERS = {

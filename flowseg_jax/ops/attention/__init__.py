@@ -16,7 +16,7 @@ import jax
 from jaxtyping import Array, Bool, Float
 
 from flowseg_jax.ops.attention import cudnn, flash, grid, xla
-from flowseg_jax.ops.attention.rule import Rule, Tokens, causal
+from flowseg_jax.ops.attention.mask import Rule, Tokens, causal
 from flowseg_jax.ops.portable import kernels
 
 __all__ = ["Rule", "Tokens", "attention", "causal", "grid_attention"]

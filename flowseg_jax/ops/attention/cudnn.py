@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from flowseg_jax.ops.attention.rule import Rule
+from flowseg_jax.ops.attention.mask import Rule
 
 
 def takes(

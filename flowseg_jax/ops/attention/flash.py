@@ -21,7 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float
 
-from flowseg_jax.ops.attention.rule import Rule, sees
+from flowseg_jax.ops.attention.mask import Rule, sees
 from flowseg_jax.ops.attention.xla import BLOCKED, expected_slope
 from flowseg_jax.ops.collectives import TENSOR_AXIS
 from flowseg_jax.ops.dot import product

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from flowseg_jax.ops.attention.rule import Rule
+from flowseg_jax.ops.attention.mask import Rule
 from flowseg_jax.ops.dot import TILE, einsum, product
 
 # Above WHOLE_BYTES of float32 scores, queries are processed in chunks of CHUNK_BYTES of them a batch element (128 queries of

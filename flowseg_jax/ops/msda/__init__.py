@@ -25,15 +25,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from flowseg_jax.errors import UserError, suggest
-from flowseg_jax.ops.msda import kernel, rows, tent
+from flowseg_jax.ops.msda import dense, gather, kernel
 from flowseg_jax.ops.msda.chunks import Shapes
 from flowseg_jax.ops.portable import kernels
 
 CHUNK_BYTES = 32 * 2**20  # float32 samples an image above which queries are processed in chunks of that many
 FORMULATIONS = {
-    "xla": rows.XLA,
-    "packed": rows.PACKED,
-    "tent": tent,
+    "xla": gather.XLA,
+    "packed": gather.PACKED,
+    "tent": dense,
     "pallas": kernel.Kernel(interpret=False),
     "interpreted": kernel.Kernel(interpret=True),
 }

@@ -24,7 +24,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
 from flowseg_jax.ops.msda.chunks import Shapes
-from flowseg_jax.ops.msda.tent import tent
+from flowseg_jax.ops.msda.dense import tent
 
 LANES = 128
 BLOCK = 256  # queries at a time

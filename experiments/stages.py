@@ -1,0 +1,159 @@
+"""`make stages`: the three training stages end to end at tiny size, and what the first two are worth to the third.
+
+    miniature data sets -> stage 1 (masks) -> stage 2 (words) -> stage 3 from both, stage 3 from nothing -> evaluation of both
+
+The data sets are the `shapes` benchmark and its companions, in the layouts of RefCOCO, ReasonSeg, COCO panoptic and LLaVA, each
+read by its own reader. Everything lands in `data/stages` and `runs/stages`; started again, it continues where it stopped.
+"""
+
+from __future__ import annotations
+
+if __name__ == "__main__":  # before the imports, so that a Ctrl-C while they last is as clean as later
+    from flowseg_jax.errors import run
+
+    run("experiments.stages:command")
+
+import dataclasses
+import itertools
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flowseg_jax import cli
+from flowseg_jax import experiment as configs
+from flowseg_jax.data import prepare as builders
+from flowseg_jax.data.dataset import Prepared
+from flowseg_jax.evaluation.benchmark import Benchmark, Subject
+from flowseg_jax.synthetic import multi_task
+from flowseg_jax.system import host
+from flowseg_jax.training import loop
+from flowseg_jax.writers import duration, say
+
+DATA, RUNS = Path("data/stages"), Path("runs/stages")
+LAYOUTS = {"reasonseg": "reasonseg", "coco-panoptic": "panoptic", "llava": "chat"}  # layout -> our name
+FOLDERS = {"reasonseg": "reasonseg", "coco-panoptic": "coco", "llava": "llava"}  # as `companions` calls them
+VALUES = ("loss_category_mask", "loss_language", "loss_refer_mask")  # what tells whether stages 1, 2 and 3 learn
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """How much of everything.
+
+    Attributes:
+        shapes, reasonseg, panoptic, chat: images.
+        steps: of the three stages.
+        evaluated: images of `val`; 0: neither evaluation nor the stage 3 that it is compared with.
+    """
+
+    shapes: int = 1600
+    reasonseg: int = 200
+    panoptic: int = 800
+    chat: int = 800
+    steps: tuple[int, int, int] = (350, 120, 260)
+    evaluated: int = 80
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """Attributes:
+    losses: {run: (loss name, mean of the first logged values, mean of the last)}.
+    scores: {run: the evaluation's numbers} of stage 3 with and without stages 1 and 2.
+    """
+
+    losses: Mapping[str, tuple[str, float, float]]
+    scores: Mapping[str, Mapping[str, Any]]
+
+    def table(self) -> str:
+        lines = [f"{name:34s} {loss:20s} {first:8.3f} -> {last:.3f}" for name, (loss, first, last) in self.losses.items()]
+        lines += [
+            f"{name:34s} val gIoU {score['giou']:.1f}, cIoU {score['ciou']:.1f}, oracle cIoU {score['oracle_ciou']:.1f}"
+            for name, score in self.scores.items()
+        ]
+        return "\n".join(lines)
+
+
+def prepare(data: Path, size: Size) -> None:
+    """Makes the miniature data sets and one tokenizer for all of them, as far as they are missing."""
+    shapes = builders.ensure_shapes(data / "shapes", size.shapes, 0, log=say)
+    raw = data / "companions"
+    if not raw.exists():
+        multi_task.write(raw, reasonseg=size.reasonseg, panoptic=size.panoptic, chat=size.chat, report=say)
+    sets = [shapes]
+    for layout, name in LAYOUTS.items():
+        out = data / name
+        sets.append(
+            Prepared.open(out) if out.exists() else builders.prepare(raw / FOLDERS[layout], out, layout=layout, log=say)
+        )
+    if not (data / "tokenizer").exists():
+        from configs.stage3_mixed import TINY_VOCAB
+
+        texts = list(itertools.chain.from_iterable(builders.said(prepared) for prepared in sets))
+        builders.learn_tokenizer(texts, data / "tokenizer", TINY_VOCAB)
+
+
+def main(data: Path = DATA, runs: Path = RUNS, size: Size = Size()) -> Outcome:
+    """Runs whatever is missing and returns what came out."""
+    started = time.monotonic()
+
+    def stage(text: str) -> None:
+        say(f"\n== [{duration(time.monotonic() - started)}] {text}")
+
+    def train(config: str, name: str, steps: int, init_from: tuple[str, ...]) -> Path:
+        cfg = configs.read(f"configs/{config}.py:tiny")
+        cfg.update(steps=steps, init_from=init_from)
+        relocate(cfg, data)
+        return loop.train(cfg, runs / name)
+
+    cli.use_host_devices(8)
+    host.keep_programs()  # both runs of stage 3 are one program
+    stage("miniature data sets in the layouts of RefCOCO, ReasonSeg, COCO panoptic and LLaVA")
+    prepare(data, size)
+
+    first, second, third = size.steps
+    stage(f"stage 1, masks of categories, no language: {first} steps")
+    masks = train("stage1_segmentor", "stage1", first, ())
+    stage(f"stage 2, words for images, no masks: {second} steps")
+    words = train("stage2_align", "stage2", second, (f"sam={masks}",))
+    stage(f"stage 3, everything, from stages 1 and 2: {third} steps")
+    whole = train("stage3_mixed", "stage3", third, (str(words), str(masks)))
+    compared = {"stage 3 after stages 1 and 2": whole}
+    if size.evaluated:
+        stage(f"stage 3 alone, from nothing: {third} steps")
+        compared["stage 3 alone"] = train("stage3_mixed", "stage3_alone", third, ())
+
+    stage("what the first two stages are worth")
+    scores = {}
+    for name, model in compared.items() if size.evaluated else ():
+        benchmark = Benchmark(Subject.load(model), Prepared.open(data / "shapes" / "prepared"))
+        benchmark.run("val", runs / "eval" / model.parent.name, images=size.evaluated, pictures=False)
+        scores[name] = json.loads((runs / "eval" / model.parent.name / "val.json").read_text())
+    models = {"stage 1": masks, "stage 2": words} | compared
+    losses = {
+        name: (loss, *ends(model.parent / "metrics.jsonl", loss))
+        for (name, model), loss in zip(models.items(), (*VALUES, VALUES[-1]), strict=False)
+    }
+    outcome = Outcome(losses, scores)
+    say(outcome.table())
+    return outcome
+
+
+def command() -> int:
+    main()
+    return 0
+
+
+def relocate(config: Any, data: Path) -> None:
+    """Points a stage's data at `data` instead of the default place."""
+    move = lambda path: str(data / Path(path).relative_to(DATA)) if path else path  # noqa: E731
+    config.data.dir = move(config.data.dir) if not config.data.sets else config.data.dir
+    config.data.sets = tuple((move(directory), weight) for directory, weight in config.data.sets)
+    config.data.tokenizer = move(config.data.tokenizer)
+
+
+def ends(metrics: Path, name: str) -> tuple[float, float]:
+    """Means of a metric over the first and over the last tenth of what was logged, three values where there are ten."""
+    values = [row[name] for row in map(json.loads, metrics.read_text().splitlines()) if name in row]
+    count = min(max(3, len(values) // 10), max(1, len(values) // 3))
+    return sum(values[:count]) / count, sum(values[-count:]) / count

@@ -1,0 +1,86 @@
+"""Which of the two embeddings that the language model hands over carries the answer.
+
+C, pooled from the phrase, scores the candidates and is what SR and CR refine; S, the hidden state of <SEG>, is added to every
+query. Here one of them, or both, come from another expression about the same image, whose truth is another object (their masks'
+IoU is below `DIFFERENT`). What the IoU with the sample's own truth falls by is what the exchanged embedding carried. Samples
+without such an expression in their round are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from flowseg_jax.analysis import page
+from flowseg_jax.analysis.runner import Measured, Source
+from flowseg_jax.errors import UserError
+from flowseg_jax.evaluation import postprocess
+from flowseg_jax.models.flowseg import FlowSeg, Seen
+from flowseg_jax.types import Questions
+
+DIFFERENT = 0.5
+EXCHANGED = ("nothing", "S", "C", "both")
+
+
+def another(truth: Float[Array, "b k h w"], asked: Bool[Array, "b k"]) -> Array:
+    """int32 [B, K]: for each phrase the first one about another object, -1 without; `truth` is on the grid, in [0, 1]."""
+    common = jnp.einsum("bkhw,bjhw->bkj", truth, truth)
+    area = truth.sum((-2, -1))
+    union = area[:, :, None] + area[:, None] - common
+    differs = (common < DIFFERENT * union) & asked[:, None] & asked[:, :, None]
+    return jnp.where(differs.any(-1), differs.argmax(-1), -1)
+
+
+def exchanged(
+    model: FlowSeg, seen: Seen, questions: Questions, truth: Float[Array, "b k h w"], inside: Float[Array, "b h w"]
+) -> tuple[dict, Array]:
+    """The selected mask with each of EXCHANGED; traced.
+
+    Returns:
+        {"other": [B, K], see `another`}; mask logits [B, K, 4, h, w].
+    """
+    phrases, segs = model.hear(seen, questions)
+    other = another(truth, questions.asked)
+    theirs = lambda x: jnp.take_along_axis(x, jnp.maximum(other, 0)[..., None], 1)  # noqa: E731
+
+    def selected(phrases: Array, segs: Array) -> Array:
+        found = model.candidates(seen.mask_features, seen.levels, phrases, segs)
+        return model.refine(postprocess.top(found.scores, found.mask_logits, 1).logits[:, :, 0], found.mask_features)
+
+    pairs = (phrases, segs), (phrases, theirs(segs)), (theirs(phrases), segs), (theirs(phrases), theirs(segs))
+    return {"other": other}, jnp.stack([selected(*pair) for pair in pairs], 2)
+
+
+def summarise(measured: Sequence[Measured]) -> dict[str, Any]:
+    """Mean IoU with the own truth, percent, by what was exchanged."""
+    iou = 100 * np.array([m.iou for m in measured])
+    return {"n": len(measured), "iou": dict(zip(EXCHANGED, iou.mean(0).tolist(), strict=True))}
+
+
+def run(source: Source, out: Path) -> Path:
+    """Writes `carriers_<split>.json` and `.html`; returns the page.
+
+    Raises:
+        UserError: no image is asked for two different objects.
+    """
+    measured = [m.figures() for m in source.measure(exchanged, "carriers")]
+    paired = [m for m in measured if m.values["other"] >= 0]
+    if not paired:
+        raise UserError(f"no image of {source.split} is asked for two different objects: there is nothing to exchange")
+    groups = {name: summarise(rows) for name, rows in page.groups(paired, family=lambda m: m.sample.family).items()}
+    body = [
+        page.heading("IoU by what comes from another expression", "Mean IoU with the sample's own truth, percent."),
+        page.table(["", "n", *EXCHANGED], [[name, r["n"], *r["iou"].values()] for name, r in groups.items()]),
+    ]
+    about = [
+        f"{len(paired)} of {len(measured)} samples of {source.split}, {source.about['images'] or 'all'} images: those with an "
+        "expression about another object beside them."
+    ]
+    return page.write(
+        out, f"carriers_{source.split}", f"C and S: {source.split}", about, {**source.about, "groups": groups}, body
+    )

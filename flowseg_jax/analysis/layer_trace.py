@@ -1,0 +1,250 @@
+"""What each decoder layer does with the condition and with the choice.
+
+Prediction j of J = L + 1 stands behind j layers; prediction 0 is made of the queries before any layer. C(j) is the sentence's
+condition there, bg(j) the background row, q a query as the class head sees it. The head selects by cos(q, C) - cos(q, bg).
+
+    margin           that difference for the highest query minus that for the runner-up, in cosines
+    cosine selected  cos(q, C(j)) of the query with the highest score of prediction j
+    cosine best      the same of the query whose mask is nearest to the truth in prediction j
+    settled          share of the samples whose selected query is the one that is selected at the end
+    gate             mean of SR's gate of layer j over queries and channels: 1 keeps vision, 0 takes language
+    step, drift      |C(j) - C(j-1)| and |C(j) - C(0)|, as shares of |C(0)|: what CR has changed
+    IoU selected, IoU best    of these queries' masks before BAR, at the original size
+
+The model does not carry C(j) and the gates out of its scan; `decode` runs the decoder's own layers once more for them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from flowseg_jax.analysis import page
+from flowseg_jax.analysis.runner import Measured, Source
+from flowseg_jax.evaluation import postprocess
+from flowseg_jax.models.flowseg import FlowSeg, Seen, with_background
+from flowseg_jax.models.mask_decoder import MaskDecoder, Memory, mask_logits
+from flowseg_jax.models.semantic_flow import Conditions, SemanticRefinement
+from flowseg_jax.reports import plots
+from flowseg_jax.types import Questions
+
+EXAMPLES = 6  # on the page
+FIGURES = ("margin", "cosine_selected", "cosine_best", "gate", "step", "drift")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Flow:
+    """The decoder's predictions with what it computes on the way; J = L + 1 predictions, P passes.
+
+    Attributes:
+        queries: [J, P, Q, D], as the heads see them.
+        mask_embeds: [J, P, Q, F].
+        class_logits: [J, P, Q, N].
+        conditions: [J, P, N, D], C(j).
+        gate: float32 [J, P], mean of SR's gate over queries and channels; NaN before the first layer and without SR.
+    """
+
+    queries: Float[Array, "j p q d"]
+    mask_embeds: Float[Array, "j p q f"]
+    class_logits: Float[Array, "j p q n"]
+    conditions: Float[Array, "j p n d"]
+    gate: Float[Array, "j p"]
+
+
+def gate_of(
+    semantic: SemanticRefinement,
+    q_vis: Float[Array, "p q d"],
+    position: Float[Array, "q d"],
+    embeds: Float[Array, "p n d"],
+    conditions: Conditions,
+) -> tuple[Float[Array, "p q d"], Float[Array, "p q d"]]:
+    """SR's gate and Q_sem, as `SemanticRefinement` computes them from Q_vis and C; it puts out Q_sem + gate (Q_vis - Q_sem)."""
+    own = conditions.own
+    mask = jnp.broadcast_to(own[:, None, None, :], (own.shape[0], 1, q_vis.shape[1], own.shape[1]))
+    q_sem = q_vis + semantic.attention(q_vis + position, embeds, embeds, mask=mask)
+    if semantic.norm is not None:
+        q_sem = semantic.norm(q_sem)
+    return jax.nn.sigmoid(semantic.gate(jnp.concatenate([q_vis, q_sem], -1))), q_sem
+
+
+def decode(
+    decoder: MaskDecoder,
+    mask_features: Float[Array, "b h w f"],
+    levels: Sequence[Float[Array, "b _ _ d"]],
+    passes: int,
+    conditions: Conditions,
+    seg_embeds: Float[Array, "p d"],
+) -> Flow:
+    """`MaskDecoder.__call__` with the same arguments, from the same layers, that also yields C(j) and the gates."""
+    dtype = mask_features.dtype
+    position = decoder.query_position[...].astype(dtype)
+    x = decoder.start(mask_features.shape[0] * passes, seg_embeds, dtype)
+    embeds = conditions.embeds.astype(dtype)
+    memories = [decoder.memory(index, level, mask_features) for index, level in enumerate(levels)]
+    graphdef, stacked = nnx.split(decoder.layers)
+    nothing = jnp.full(x.shape[0], jnp.nan, jnp.float32)
+
+    def body(carry, inputs):
+        x, embeds = carry
+        index, params = inputs
+        layer = nnx.merge(graphdef, params)
+        prediction = decoder.predict(x, embeds, conditions)
+
+        def attend(memory: Memory) -> Array:
+            allowed = decoder.attention_mask(prediction[1], memory)
+            return layer.attend(x, position, memory.values, memory.positions, allowed)
+
+        q_vis = jax.lax.switch(index % len(memories), [lambda memory=memory: attend(memory) for memory in memories])
+        gate = nothing
+        if layer.semantic is not None:
+            gate = gate_of(layer.semantic, q_vis, position, embeds, conditions)[0].astype(jnp.float32).mean((1, 2))
+        carry = layer.conclude(layer.converse(q_vis, position, embeds, conditions), embeds, conditions)
+        return carry, ((*prediction, embeds), gate)
+
+    steps = (jnp.arange(decoder.cfg.layers), nnx.to_pure_dict(stacked))
+    (x, embeds), (seen, gates) = jax.lax.scan(body, (x, embeds), steps)
+    last = (*decoder.predict(x, embeds, conditions), embeds)
+    seen = [jnp.concatenate([before, value[None]]) for before, value in zip(seen, last, strict=True)]
+    return Flow(*seen, jnp.concatenate([nothing[None], gates]))
+
+
+def trace(
+    model: FlowSeg, seen: Seen, questions: Questions, truth: Float[Array, "b k h w"], inside: Float[Array, "b h w"]
+) -> tuple[dict, Array]:
+    """The figures of every sample and the masks that they are about; traced.
+
+    Returns:
+        {name: [B, K, J]} with `FIGURES` and the queries `selected` and `best`; mask logits [B, K, 2 J, h, w]: selected and best
+        of prediction 0, of prediction 1, ...
+    """
+    b, k = questions.asked.shape
+    phrases, segs = model.hear(seen, questions)
+    yes = jnp.ones((b * k, 1), bool)
+    conditions = with_background(phrases.reshape(b * k, 1, -1), yes, yes, model.background[...])
+    flow = decode(model.decoder, seen.mask_features, seen.levels, k, conditions, segs.reshape(b * k, -1))
+    cosines = jnp.einsum("jpqd,jpnd->jpqn", _unit(flow.queries), _unit(flow.conditions))
+    highest, _ = jax.lax.top_k(cosines[..., 0] - cosines[..., -1], 2)
+    own = flow.conditions[:, :, 0].astype(jnp.float32)
+    length = jnp.linalg.norm(own[0], axis=-1)
+    moved = lambda before: jnp.linalg.norm(own - before, axis=-1) / length  # noqa: E731
+    figures = {
+        "margin": highest[..., 0] - highest[..., 1],
+        "gate": flow.gate,
+        "step": moved(jnp.concatenate([own[:1], own[:-1]])),
+        "drift": moved(own[:1]),
+    }
+
+    def choose(inputs: tuple[Array, Array]) -> postprocess.Chosen:  # one prediction at a time: all masks of all would be huge
+        embeds, score = inputs
+        masks = mask_logits(embeds.reshape(b, -1, embeds.shape[-1]), seen.mask_features)
+        return postprocess.choose(score, masks.reshape(*score.shape, *masks.shape[2:]), truth, inside)
+
+    scores = jax.nn.softmax(flow.class_logits, -1)[..., 0]
+    chosen = jax.lax.map(choose, (flow.mask_embeds, scores.reshape(-1, b, k, scores.shape[-1])))
+    queries = chosen.query.reshape(-1, b * k, 2)
+    picked = jnp.take_along_axis(cosines[..., 0], queries, -1)
+    for n, name in enumerate(("selected", "best")):
+        figures[name], figures[f"cosine_{name}"] = queries[..., n], picked[..., n]
+    by_sample = {name: jnp.moveaxis(value, 0, -1).reshape(b, k, -1) for name, value in figures.items()}
+    logits = jnp.moveaxis(chosen.logits, 0, 2)  # [b, k, j, 2, h, w]
+    return by_sample, logits.reshape(b, k, -1, *logits.shape[4:])
+
+
+def _unit(x: Array) -> Array:
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-24))
+
+
+def summarise(measured: Sequence[Measured]) -> list[dict[str, Any]]:
+    """One mapping a prediction: means over the samples of the figures (None: not defined), settled and IoUs in percent."""
+    values = {name: np.array([m.values[name] for m in measured], np.float64) for name in (*FIGURES, "selected")}
+    iou = 100 * np.array([m.iou for m in measured]).reshape(len(measured), -1, 2).mean(0)
+    rows = []
+    for j in range(iou.shape[0]):
+        row: dict[str, Any] = {"prediction": j}
+        for name in FIGURES:
+            mean = values[name][:, j].mean()
+            row[name] = float(mean) if np.isfinite(mean) else None
+        row["settled"] = 100 * float((values["selected"][:, j] == values["selected"][:, -1]).mean())
+        row["iou_selected"], row["iou_best"] = map(float, iou[j])
+        rows.append(row)
+    return rows
+
+
+def run(source: Source, out: Path) -> Path:
+    """Writes `layers_<split>.json` and `.html`; returns the page."""
+    measured, shown = [], {}
+    for m in source.measure(trace, "layers"):
+        if len(shown) < EXAMPLES:
+            shown.setdefault(m.sample.image_id, m)  # an image's first sentence
+        measured.append(m.figures())
+    groups = {name: summarise(rows) for name, rows in page.groups(measured, family=lambda m: m.sample.family).items()}
+    rows = groups["all"]
+    last = rows[-1]["prediction"]
+    plot = lambda names, y, **more: plots.lines(  # noqa: E731
+        {label: [(r["prediction"], r[key]) for r in rows] for label, key in names.items()},
+        x="layers behind the prediction",
+        y=y,
+        x_range=(0, last),
+        whole=True,
+        **more,
+    )
+    columns = (*FIGURES, "settled", "iou_selected", "iou_best")
+    body = [
+        page.heading("Masks", "Mean IoU of the selected and of the best query of each prediction, before BAR, percent."),
+        plot({"best": "iou_best", "selected": "iou_selected", "settled": "settled"}, "percent", y_range=(0, 100)),
+        page.heading("Choice", "Cosine between the condition C(j) and a query; margin of the highest over the runner-up."),
+        plot({"cosine selected": "cosine_selected", "cosine best": "cosine_best", "margin": "margin"}, "cosine"),
+        page.heading("Semantic flow", "SR's mean gate (1 keeps vision, 0 takes language); CR's step and drift, in |C(0)|."),
+        plot({"gate": "gate", "step": "step", "drift": "drift"}, "share"),
+        page.heading("All figures"),
+        page.table(
+            ["prediction", *(name.replace("_", " ") for name in columns)],
+            [[r["prediction"], *(_shown(name, r[name]) for name in columns)] for r in rows],
+        ),
+    ]
+    if len(groups) > 1:
+        body += [
+            page.heading("IoU of the selected query by family"),
+            plots.lines(
+                {name: [(r["prediction"], r["iou_selected"]) for r in each] for name, each in groups.items() if name != "all"},
+                x="layers behind the prediction",
+                y="percent",
+                x_range=(0, last),
+                y_range=(0, 100),
+                whole=True,
+            ),
+        ]
+    body += [
+        page.heading("Examples", "The selected mask of each prediction."),
+        page.gallery(_thumbnails(list(shown.values()), out, f"layers_{source.split}"), out),
+    ]
+    about = [f"{len(measured)} samples of {source.split}, {source.about['images'] or 'all'} images."]
+    result = {**source.about, "n": len(measured), "groups": groups}
+    return page.write(out, f"layers_{source.split}", f"Layer by layer: {source.split}", about, result, body)
+
+
+def _shown(name: str, value: float | None) -> str:
+    return page.shown(value if value is None or name in ("settled", "iou_selected", "iou_best") else f"{value:.3f}")
+
+
+def _thumbnails(measured: Sequence[Measured], out: Path, name: str) -> list[page.Thumbnail]:
+    shown = []
+    for m in measured:
+        ious, queries = m.iou[::2], m.values["selected"].astype(int)
+        panels = [("truth", m.truth, True)]
+        panels += [
+            (f"{j}: query {q}, IoU {100 * v:.0f}", m.masks[2 * j], False)
+            for j, (q, v) in enumerate(zip(queries, ious, strict=True))
+        ]
+        shown.append(page.picture(out / name, len(shown), m.sample, m.image, panels, f"final query {queries[-1]}"))
+    return shown

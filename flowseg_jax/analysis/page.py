@@ -1,0 +1,142 @@
+"""The two files of a diagnostic: JSON for programs, a static page with plots and thumbnails for people."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flowseg_jax.checkpoints import storage
+from flowseg_jax.data.records import Sample
+from flowseg_jax.errors import UserError
+from flowseg_jax.evaluation import audit, results
+from flowseg_jax.reports import html as page
+from flowseg_jax.reports import overlay, pictures
+from flowseg_jax.reports.html import Html, html, join
+from flowseg_jax.writers import say
+
+
+def write(out: Path, name: str, title: str, about: Sequence[str], result: Mapping[str, Any], body: Sequence[Html]) -> Path:
+    """Writes `<out>/<name>.json` and `<out>/<name>.html`; says where, and returns the page.
+
+    Args:
+        title, about: heading and the sentences under it.
+        result: JSON values without NaN.
+        body: HTML.
+
+    Raises:
+        UserError: the place cannot be written to.
+    """
+    storage.replace_text(out / f"{name}.json", json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    head = [html("<h1>{}</h1>", title), *(html('<p class="about">{}</p>', line) for line in about)]
+    page.write(out / f"{name}.html", title, [*head, *body])
+    say(f"{out / name}.html\n{out / name}.json")
+    return out / f"{name}.html"
+
+
+def heading(title: str, about: str = "") -> Html:
+    return html("<h2>{}</h2>{}", title, html('<p class="about">{}</p>', about) if about else "")
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> Html:
+    """A table whose first column names its rows; figures as `shown`."""
+    cells = join(html("<th>{}</th>", name) for name in head)
+    line = lambda first, *rest: html("<tr><th>{}</th>{}</tr>", first, join(html("<td>{}</td>", shown(v)) for v in rest))  # noqa: E731
+    return html("<table><thead><tr>{}</tr></thead><tbody>{}</tbody></table>", cells, join(line(*row) for row in rows))
+
+
+def shown(value: Any) -> str:
+    """A figure as people read it: one digit behind the point, None as a dash."""
+    if value is None:
+        return "–"
+    return f"{value:.1f}" if isinstance(value, float) else str(value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Thumbnail:
+    """A picture of one sample: the image file, what was asked, and what is said under it."""
+
+    file: Path
+    said: str
+    note: str
+    family: str = ""
+
+
+def gallery(thumbnails: Iterable[Thumbnail], base: Path) -> Html:
+    """The thumbnails of a page in the folder `base`, linked relative to it."""
+    figures = []
+    for each in thumbnails:
+        family = html('<span class="family">{}</span>', each.family) if each.family else ""
+        figures.append(
+            html(
+                '<figure><figcaption class="said">“{}”{}</figcaption><img loading="lazy" src="{}" alt="{}">'
+                '<figcaption class="note">{}</figcaption></figure>',
+                each.said,
+                family,
+                Path(os.path.relpath(each.file, base)).as_posix(),
+                each.said,
+                each.note,
+            )
+        )
+    return html('<div class="gallery">{}</div>', join(figures))
+
+
+def picture(
+    folder: Path, number: int, sample: Sample, image: np.ndarray, panels: Sequence[tuple[str, np.ndarray, bool]], note: str
+) -> Thumbnail:
+    """Writes the strip of one sample's masks to `folder`.
+
+    Args:
+        folder, number: where to, and which picture of it; the first one clears those of an earlier run away.
+        sample: what was asked.
+        image: uint8 [H, W, 3].
+        panels: (caption, bool [H, W], whether it is the truth).
+        note: what is said under the picture.
+
+    Raises:
+        UserError: the place cannot be written to.
+    """
+    file = folder / f"{number + 1}_{overlay.slug(sample.prompt)}.png"
+    colored = [(caption, mask, pictures.TRUTH if true else pictures.SELECTED) for caption, mask, true in panels]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for stale in folder.glob("*.png") if number == 0 else ():
+            stale.unlink()
+        pictures.strip(image, [("image", None, pictures.TRUTH), *colored]).save(file)
+    except OSError as error:
+        raise UserError(f"cannot write {file}: {error.strerror}; choose a folder you can write to") from error
+    return Thumbnail(file, sample.prompt, f"{note}; {sample.file_name}", sample.family)
+
+
+def read_records(path: Path, needed: Sequence[str]) -> list[dict[str, Any]]:
+    """The samples of a `<split>.jsonl`, every one of which has the fields `needed` too.
+
+    Raises:
+        UserError: not such a file, or one without these fields.
+    """
+    records = audit.read_records(path)
+    for number, record in enumerate(records, 1):
+        if missing := [key for key in needed if key not in record]:
+            raise UserError(f"{path}:{number}: a sample without {', '.join(missing)}; evaluate again with eval.py")
+    return records
+
+
+def kept_pictures(path: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """(picture, record) of the samples that the evaluation behind a `<split>.jsonl` kept pictures of; none if it kept none."""
+    folder = path.parent / "pictures" / path.stem
+    found = results.read_pictures(folder, ("file_name", "best_rank"))
+    audit.samples(folder / results.PICTURES, [record for _, _, record in found])
+    return [(file, record) for _, file, record in found]
+
+
+def groups(records: Sequence[Any], family=lambda record: record["family"]) -> dict[str, list[Any]]:
+    """ "all" and every expression family -> its records; families in alphabetical order."""
+    found: dict[str, list[Any]] = {"all": list(records)}
+    for name in sorted({family(r) for r in records} - {""}):
+        found[name] = [r for r in records if family(r) == name]
+    return found

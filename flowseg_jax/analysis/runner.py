@@ -1,0 +1,139 @@
+"""The model and the samples of the diagnostics that run the model: the only place that knows how an evaluation feeds it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from flowseg_jax.data.records import Sample
+from flowseg_jax.errors import UserError
+from flowseg_jax.evaluation import metrics, postprocess
+from flowseg_jax.evaluation.benchmark import Benchmark
+from flowseg_jax.models import flowseg
+from flowseg_jax.ops.portable import portable
+from flowseg_jax.types import Questions
+from flowseg_jax.writers import heartbeat
+
+# (model, seen, questions, truth on the grid [B, K, h, w], share of image [B, h, w])
+# -> ({name: [B, K, ...]}, mask logits [B, K, N, h, w])
+Function = Callable[[flowseg.FlowSeg, flowseg.Seen, Questions, jax.Array, jax.Array], tuple[dict[str, jax.Array], jax.Array]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """One sample of a diagnostic.
+
+    Attributes:
+        sample: what was asked.
+        values: what the diagnostic's function gave for it, without the leading [B, K].
+        iou: [N] in [0, 1], at the original size; 0 for logits that are no numbers.
+        masks: bool [N, H, W]. truth: bool [H, W]. ignored: bool [H, W]. image: uint8 [H, W, 3].
+            All four are None in a sample whose pixels were let go of.
+    """
+
+    sample: Sample
+    values: Mapping[str, np.ndarray]
+    iou: np.ndarray
+    masks: np.ndarray | None
+    truth: np.ndarray | None
+    ignored: np.ndarray | None
+    image: np.ndarray | None
+
+    def figures(self, **more: Any) -> Measured:
+        """Without its pixels, which would fill the memory if all samples kept theirs, and with more values."""
+        values = {**self.values, **more}
+        return dataclasses.replace(self, values=values, masks=None, truth=None, ignored=None, image=None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A model and the first images of a split.
+
+    Attributes:
+        benchmark: the model and the prepared data set.
+        split: which split. images: how many of its images, None for all.
+    """
+
+    benchmark: Benchmark
+    split: str
+    images: int | None = None
+
+    def __post_init__(self):
+        self.benchmark.data.check_split(self.split)
+        if self.images is not None and self.images < 1:
+            raise UserError(f"--images must be at least 1, got {self.images}")
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What was measured, as it stands in the JSON."""
+        return {"checkpoint": dict(self.benchmark.subject.checkpoint), "split": self.split, "images": self.images}
+
+    def measure(self, function: Function, name: str) -> Iterator[Measured]:
+        """Runs a diagnostic's function over all samples, jitted, and brings its masks to the original sizes.
+
+        Args:
+            function: see `Function`; it is traced.
+            name: of the diagnostic, for the line of progress.
+
+        Raises:
+            UserError: the split holds no expression.
+        """
+        subject, data = self.benchmark.subject, self.benchmark.open(self.split, images=self.images)
+        return measure(flowseg.describe(subject.cfg)[0], subject.params, data, function, name)
+
+
+def measure(graphdef: Any, params: Any, data: Any, function: Function, name: str) -> Iterator[Measured]:
+    """`Source.measure` for any model and any data with the interface of `EvalData`."""
+    if not data.samples:
+        raise UserError("the split holds no expression to measure; prepare it, or choose another split")
+
+    # Where there are several devices, the compiler divides these two, and it cannot divide a kernel.
+    @jax.jit
+    def see(params, views, prefix):
+        with portable():
+            return flowseg.bind(graphdef, params).see(views, prefix)
+
+    @jax.jit
+    def run(params, *inputs):
+        with portable():
+            return function(flowseg.bind(graphdef, params), *inputs)
+
+    on_grid = jax.jit(lambda truth, where: (postprocess.truth_on_grid(truth, where), postprocess.image_on_grid(where)))
+    restore = jax.jit(postprocess.restore)
+    done = 0
+    with heartbeat(f"diagnose {name}: compiling") as beat:
+        for batch in data:
+            seen = see(params, batch.views, data.prefix)
+            rows, side = batch.views.images.shape[:2]
+            where = postprocess.geometry(
+                batch.views.scaled_size, batch.sizes, grid=seen.mask_features.shape[1:3], padded_size=side, bucket=batch.bucket
+            )
+            for asked in batch.rounds:
+                pack = lambda masks, count: postprocess.pack_truth(masks, rows, count, where.bucket)  # noqa: B023, E731
+                phrases = asked.questions.asked.shape[1]
+                truth = postprocess.Truth(pack(asked.truth, phrases), pack(asked.once, phrases), pack(batch.ignored, 1))
+                values, logits = run(params, seen, asked.questions, *on_grid(truth.union, where))
+                values, restored = jax.device_get((values, restore(logits, where, truth)))
+                for b, samples in enumerate(asked.samples):
+                    for k, sample in enumerate(samples):
+                        yield Measured(
+                            sample,
+                            {key: value[b, k] for key, value in values.items()},
+                            _ious(restored, (b, k)),
+                            np.array([postprocess.unpack_mask(mask, batch.sizes[b]) for mask in restored.masks[b, k]]),
+                            asked.truth[b][k],
+                            batch.ignored[b][0],
+                            batch.images[b],
+                        )
+                done += sum(len(samples) for samples in asked.samples)
+            beat.message = f"diagnose {name}: {done}/{data.samples} samples"
+
+
+def _ious(restored: postprocess.Restored, at: tuple[int, int]) -> np.ndarray:
+    """[N] of one sample."""
+    counted = zip(restored.intersection[at], restored.union[at], restored.finite[at], strict=True)
+    return np.array([metrics.iou(*pair) if finite else 0.0 for *pair, finite in counted])

@@ -1,0 +1,231 @@
+"""`train.py --plan --parts`: each part of the train step, forward and backward, compiled by itself.
+
+The step's cost to the compiler is a sum that its own report does not divide. So each part is made a program of its own, on the
+same mesh, with the same parts of the parameters and the shapes that it has in the step: what reaches it from other parts, and
+the gradient that comes back to it, are arguments.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from ml_collections import ConfigDict
+
+from flowseg_jax.aot.plan import compiler_effort, prepare, try_to_compile
+from flowseg_jax.aot.tpu_cost import cycles
+from flowseg_jax.losses import LossConfig, training_terms
+from flowseg_jax.models.flowseg import FlowSeg, ImageFeatures, Reading, TrainingOutput, bind
+from flowseg_jax.ops.collectives import Peers
+from flowseg_jax.sharding import BATCH_AXES, replicated
+from flowseg_jax.system.hardware import GIB
+from flowseg_jax.training.optimizer import Params, merge
+from flowseg_jax.training.program import Program
+from flowseg_jax.training.step import manual, manual_axes
+from flowseg_jax.types import Batch
+from flowseg_jax.writers import heartbeat
+
+PEERS = Peers(BATCH_AXES)
+
+
+@dataclasses.dataclass(frozen=True)
+class PartReport:
+    """One part, forward and backward.
+
+    Attributes:
+        name: of the part.
+        arguments, temporaries: bytes on one device; None if the compiler gave up. What parts hand each other is among the
+            arguments of both, so they add up to more than the step's.
+        cycles: the compiler's own estimate; None if it gave up, or makes none.
+        hlo_lines: of the optimised program; None if the compiler gave up.
+        compile_seconds: wall time.
+        refusal: the compiler's words if it gave up for want of memory.
+    """
+
+    name: str
+    arguments: int | None
+    temporaries: int | None
+    cycles: int | None
+    hlo_lines: int | None
+    compile_seconds: float
+    refusal: str | None
+
+
+Leaves = dict[str, list[Any]]  # what parts gave, as bare arrays
+# A part: (model, batch, what other parts gave, losses) -> what it gives. Everything is one device's.
+Run = Callable[[FlowSeg, Batch, dict[str, Any], LossConfig], Any]
+
+
+def _llm(model: FlowSeg, batch: Batch, given: dict[str, Any], losses: LossConfig) -> tuple[Reading | None, Any]:
+    """The language model and its loss."""
+    reading = model.read(batch, given["siglip"]) if model.cfg.segments else None
+    hidden = model.listen(batch, given["siglip"]) if reading is None else reading.hidden
+    out = TrainingOutput(hidden, model.llm.unembedding(hidden.dtype), None, None, None, None)
+    terms, _ = training_terms(model, batch, out, {}, losses, PEERS)
+    return reading, [total for total, _ in terms.values()]
+
+
+def _decoder(model: FlowSeg, batch: Batch, given: dict[str, Any], losses: LossConfig) -> TrainingOutput:
+    features = ImageFeatures(None, *given["pixel_decoder"])
+    reading = given["llm"][0] if model.cfg.speaks else None
+    return dataclasses.replace(model.decide(batch, features, reading, PEERS), hidden=None, vocabulary=None)
+
+
+def _losses(model: FlowSeg, batch: Batch, given: dict[str, Any], losses: LossConfig) -> list[Any]:
+    """Matching, losses of masks and classes, and BAR."""
+    keys = jax.random.split(jax.random.key(0), batch.phrase_mask.shape[0])
+    with jax.named_scope("losses"):
+        terms, _ = training_terms(model, batch, given["decoder"], keys, losses, PEERS)
+    return [total for total, _ in terms.values()]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """Attributes:
+    owns: its parameters, by the first word of their paths.
+    reads: the parts it reads from.
+    needs: what a model with this part does, as `FlowSegConfig` calls it: "segments", "speaks"; None: every model has it.
+    run: what it does.
+    """
+
+    owns: tuple[str, ...]
+    reads: tuple[str, ...]
+    needs: str | None
+    run: Run
+
+
+PARTS = {
+    "sam": _Part(("sam",), (), None, lambda model, batch, given, losses: model.encode(batch)),
+    "siglip": _Part(
+        ("siglip", "visual_projector", "seg_projector"),
+        ("sam",),
+        "speaks",
+        lambda model, batch, given, losses: model.visual_tokens(batch, given["sam"][-1]),
+    ),
+    "pixel_decoder": _Part(
+        ("connector", "pixel_decoder"),
+        ("sam",),
+        "segments",
+        lambda model, batch, given, losses: model.decode_pixels(tuple(given["sam"][:-1])),
+    ),
+    "llm": _Part(("llm", "llm_projector"), ("siglip",), "speaks", _llm),
+    "decoder": _Part(("decoder", "background", "category_head"), ("pixel_decoder", "llm"), "segments", _decoder),
+    "losses": _Part(("boundary",), ("decoder",), "segments", _losses),
+}
+
+
+def parts(config: ConfigDict, topology: str, *, effort: str = "O0") -> list[PartReport]:
+    """Compiles the parts of a config's step one after the other, those that its model has, the optimizer last.
+
+    Raises:
+        UserError: as `aot.plan.plan`.
+    """
+    program, _ = prepare(config, topology, effort)
+    return list(_measured(program, effort))
+
+
+def _measured(program: Program, effort: str) -> Iterator[PartReport]:
+    with compiler_effort(effort):
+        for name, step, arguments in programs(program):
+            with heartbeat(f"tracing and lowering {name}"):
+                lowered = step.lower(*arguments)
+            started = time.perf_counter()
+            with heartbeat(f"compiling {name} at effort {effort}"):
+                compiled, refusal = try_to_compile(lowered)
+            seconds = time.perf_counter() - started
+            if compiled is None:
+                yield PartReport(name, None, None, None, None, seconds, refusal)
+                continue
+            text, memory = compiled.as_text(), compiled.memory_analysis()
+            found = cycles(text)
+            yield PartReport(
+                name,
+                memory.argument_size_in_bytes,
+                memory.temp_size_in_bytes,
+                found and found.total,
+                text.count("\n"),
+                seconds,
+                None,
+            )
+
+
+def table(reports: Sequence[PartReport]) -> str:
+    """The reports for people."""
+    rows = [("part", "compiled in", "arguments", "temporaries", "million cycles", "lines of HLO")]
+    for x in reports:
+        if x.refusal is not None:
+            rows.append((x.name, f"{x.compile_seconds:.0f} s", "does not fit", "", "", ""))
+            continue
+        size = lambda count: f"{count / GIB:.2f} GiB"  # noqa: E731
+        estimate = "" if x.cycles is None else f"{x.cycles / 1e6:,.0f}"
+        rows.append(
+            (x.name, f"{x.compile_seconds:.0f} s", size(x.arguments), size(x.temporaries), estimate, f"{x.hlo_lines:,}")
+        )
+    rows.append(("together", f"{sum(x.compile_seconds for x in reports):.0f} s", "", "", "", ""))
+    return "\n".join(f"{row[0]:<16}" + "".join(f"{cell:>16}" for cell in row[1:]) for row in rows)
+
+
+def programs(program: Program) -> Iterator[tuple[str, Any, tuple]]:
+    """(name, jitted function, abstract arguments) of every part of a program's step: what a device does in one micro-batch."""
+    model, state, mesh, losses = program.plan.model, program.state, program.mesh, program.plan.losses
+    specs = jax.tree.map(lambda x: manual(x.sharding.spec, mesh), (state.trainable, state.frozen))
+    batch = _of_one_micro_batch(program)
+    given: Leaves = {}
+    structures: dict[str, Any] = {}
+    for name, part in PARTS.items():
+        if part.needs and not getattr(model, part.needs):
+            continue
+        inputs = {other: given[other] for other in part.reads if other in given}
+
+        def forward(trainable: Params, frozen: Params, batch: Batch, inputs: Leaves, name=name, run=part.run) -> list[Any]:
+            """The part, from and to bare arrays: what they belong to need not take abstract ones."""
+            inputs = {other: structures[other].unflatten(leaves) for other, leaves in inputs.items()}
+            out = run(bind(program.graphdef, merge(trainable, frozen)), batch, inputs, losses)
+            leaves, structures[name] = jax.tree.flatten(out)
+            return leaves
+
+        def both(
+            trainable: Params, frozen: Params, batch: Batch, inputs: Leaves, cotangents: Any, owns=part.owns, forward=forward
+        ) -> Any:
+            """What the part gives, and its gradients: of its own parameters, and of what it was given."""
+            mine = {key: tree for key, tree in trainable.items() if key in owns}
+            floats, join = _floats(inputs)
+            give = lambda mine, floats: _floats(forward(trainable | mine, frozen, batch, join(floats)))[0]  # noqa: E731
+            out, pull = jax.vjp(give, mine, floats)
+            return out, pull(cotangents)
+
+        # What parts hand each other is given as one device has it, under the name of an array that is the same on all.
+        shared = functools.partial(jax.shard_map, mesh=mesh, axis_names=manual_axes(mesh), check_vma=False)
+        takes, same = (*specs, PartitionSpec(BATCH_AXES), PartitionSpec()), PartitionSpec()
+        found = jax.eval_shape(shared(forward, in_specs=takes, out_specs=same), state.trainable, state.frozen, batch, inputs)
+        given[name] = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), found)
+        owned = {key: tree for key, tree in specs[0].items() if key in part.owns}
+        step = shared(both, in_specs=(*takes, same), out_specs=(same, (owned, same)))
+        cotangents = _floats(given[name])[0]
+        yield name, jax.jit(step), (state.trainable, state.frozen, batch, inputs, cotangents)
+    update = lambda gradients, moments, params: program.optimizer.update(gradients, moments, params)  # noqa: E731
+    yield "optimizer", jax.jit(update, donate_argnums=(0, 1)), (state.trainable, state.opt_state, state.trainable)
+
+
+def _of_one_micro_batch(program: Program) -> Batch:
+    division = program.division
+    rows = division.each * division.devices
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=x.sharding), program.batch)
+
+
+def _floats(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+    """The leaves that have gradients, and what puts others in their places."""
+    leaves, structure = jax.tree.flatten(tree)
+    differentiable = [jnp.issubdtype(x.dtype, jnp.inexact) for x in leaves]
+
+    def join(floats: list[Any]) -> Any:
+        new = iter(floats)
+        return structure.unflatten([next(new) if yes else x for x, yes in zip(leaves, differentiable, strict=True)])
+
+    return [x for x, yes in zip(leaves, differentiable, strict=True) if yes], join

@@ -1,0 +1,119 @@
+"""Devices that are not there: `v5e:4x4`, `h100:8`, `cpu:8` -> what a mesh is made of.
+
+The TPU compiler (libtpu) and XLA's GPU compiler (in JAX's CUDA plugin) describe devices without having any. Programs for such
+devices can be lowered and compiled, and their memory and collectives read; nothing runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.resources
+import importlib.util
+import os
+import re
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+from flowseg_jax.errors import UserError, suggest
+from flowseg_jax.system.hardware import KINDS
+
+# What to write, and how many numbers a TPU topology has. libtpu knows which numbers exist.
+FAMILIES = {"v5e": 2, "v6e": 2, "v5p": 3, "tpu7x": 3, "h100": 1, "cpu": 1}
+EXAMPLES = "v5e:2x2, v5e:4x4, v5e:8x8, v5p:2x2x1, v5p:2x2x2, v6e:2x2, v6e:4x4, tpu7x:2x2x1, h100:8, cpu:8"
+
+# libtpu looks for the metadata of a cloud machine and complains where there is none: the topology's name says all it needs.
+TPU_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # a second plan at the same time, or a plan beside a run, is no conflict
+    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+}
+GPUS_PER_HOST = 8
+# JAX's share of a GPU's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
+GPU_MEMORY_FRACTION = 0.75
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """Attributes:
+    name: as asked for.
+    devices: for a mesh; compile-only ones, but for a CPU's.
+    usable: bytes that a program may use on each of them, None without a limit to judge by.
+    note: what kind of statement a program compiled for them is.
+    """
+
+    name: str
+    devices: tuple[Any, ...]
+    usable: int | None
+    note: str
+
+
+def open_topology(name: str) -> Topology:
+    """The devices of a topology's name.
+
+    Keeps JAX away from accelerators that this machine may have. The devices of `cpu:N` must be asked for before JAX has
+    started, unless it has started with that many.
+
+    Raises:
+        UserError: an unknown name, or a compiler that is not installed.
+    """
+    family, colon, sizes = name.partition(":")
+    if family not in FAMILIES or not colon:
+        raise UserError(f"--topology={name}: unknown{suggest(family, FAMILIES) if colon else ''}; known: {EXAMPLES}")
+    numbers = sizes.split("x")
+    if len(numbers) != FAMILIES[family] or not all(re.fullmatch("[1-9][0-9]*", number) for number in numbers):
+        raise UserError(f"--topology={name}: {family} takes {'x'.join('N' * FAMILIES[family])}; known: {EXAMPLES}")
+    jax.config.update("jax_platforms", "cpu")
+    if family == "cpu":
+        return _cpu(name, int(sizes))
+    return _gpu(name, int(sizes)) if family == "h100" else _tpu(name)
+
+
+def _tpu(name: str) -> Topology:
+    if importlib.util.find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in os.environ:
+        raise UserError(f"--topology={name} needs libtpu, the TPU compiler: pip install 'flowseg-jax[tpu]' (or 'jax[tpu]')")
+    for key, value in TPU_ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    try:
+        devices = topologies.get_topology_desc(name, platform="tpu").devices
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).splitlines()[0].partition(": ")[2]
+        raise UserError(f"--topology={name}: libtpu has no such topology ({reason}); known: {EXAMPLES}") from None
+    note = "compiled ahead of time by the TPU compiler for devices that are not there; nothing was executed"
+    return Topology(name, tuple(devices), KINDS[devices[0].device_kind].usable, note)
+
+
+def _gpu(name: str, count: int) -> Topology:
+    if count > GPUS_PER_HOST and count % GPUS_PER_HOST:
+        raise UserError(f"--topology={name}: up to {GPUS_PER_HOST} GPUs, or whole hosts of {GPUS_PER_HOST}")
+    if importlib.util.find_spec("jax_cuda12_plugin") is None:
+        packages = " ".join(f"jax-cuda12-{part}=={jax.__version__}" for part in ("plugin", "pjrt"))
+        raise UserError(
+            f"--topology={name} needs JAX's CUDA plugin: pip install 'flowseg-jax[cuda12]' or, to plan only, {packages}"
+        )
+    target = importlib.resources.files("flowseg_jax.aot").joinpath("h100_target_config.txtpb").read_text()
+    hosts, each = (1, count) if count <= GPUS_PER_HOST else (count // GPUS_PER_HOST, GPUS_PER_HOST)
+    devices = topologies.get_topology_desc("h100", platform="cuda", target_config=target, topology=f"1x{hosts}x{each}").devices
+    memory = int(re.search(r"device_memory_size: (\d+)", target)[1])
+    fraction = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", GPU_MEMORY_FRACTION))
+    note = (
+        "compiled ahead of time by XLA's GPU compiler for devices that are not there; nothing was executed. Attention is "
+        f"XLA's: cuDNN's takes a device. Usable is the {fraction:.0%} of memory that JAX takes (XLA_PYTHON_CLIENT_MEM_FRACTION)"
+    )
+    return Topology(name, tuple(devices), int(memory * fraction), note)
+
+
+def _cpu(name: str, count: int) -> Topology:
+    with contextlib.suppress(RuntimeError):  # JAX runs already: whoever started it has chosen
+        jax.config.update("jax_num_cpu_devices", count)
+    devices = jax.devices("cpu")
+    if len(devices) < count:
+        raise UserError(
+            f"--topology={name}: JAX has started with {len(devices)} host device(s); "
+            f"set XLA_FLAGS=--xla_force_host_platform_device_count={count}"
+        )
+    return Topology(name, tuple(devices[:count]), None, "compiled for host devices; nothing was executed")

@@ -1,0 +1,166 @@
+"""What the TPU compiler expects a program to cost: its own estimates of cycles, by kind of operation and by part of the model.
+
+The compiler writes an estimate to most fusions that it makes, and to little else: sorts, gathers, scatters, kernels and
+collectives have none. So a sum is a lower bound, good for comparing two forms of the same arithmetic, and what it leaves out
+stands beside it.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+
+from flowseg_jax.aot.hlo import KINDS, Instruction, Module, array_bytes
+
+# The first of these that a fusion contains is its kind.
+MARKS = {
+    "collectives": KINDS,
+    "sorts": ("sort",),
+    "scatters": ("scatter", "select-and-scatter"),
+    "gathers": ("gather",),
+    "matrix products": ("convolution", "dot"),
+    "reductions": ("reduce", "reduce-window"),
+}
+MOVING = frozenset("copy transpose reshape bitcast slice pad concatenate dynamic-slice dynamic-update-slice broadcast".split())
+ELEMENTWISE, MOVEMENT, KERNELS = "elementwise", "data movement", "kernels"
+# Nothing is computed by these; a start has the cost, and its end none.
+FREE = frozenset(
+    "parameter constant tuple get-tuple-element bitcast after-all opt-barrier iota partition-id replica-id domain "
+    "add-dependency".split()
+)
+# `jax.named_scope`s of the train step; the innermost one counts.
+PARTS = (
+    *("sam", "siglip", "projectors", "connector", "pixel_decoder", "llm", "decoder", "boundary", "matcher", "losses"),
+    *("sum_gradients", "optimizer"),
+)
+SCALAR = 8  # bytes of the largest result that counts as a loop's bookkeeping, where it has no estimate
+SANE = 10**13  # cycles of one instruction; at low effort the compiler writes some without meaning
+
+_ESTIMATE = re.compile(r'"estimated_cycles":"(\d+)"')
+_OP_NAME = re.compile(r'op_name="([^"]*)"')
+_TARGET = re.compile(r'custom_call_target="([^"]*)"')
+_WORDS = re.compile(r"\w+")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """One instruction.
+
+    Attributes:
+        kind: a key of `MARKS`, or one of ELEMENTWISE, MOVEMENT, KERNELS.
+        part: one of `PARTS` with " forward", " again" (rematerialised) or " backward"; "other" for what has no scope.
+        label: the opcode, or what a custom call calls.
+        cycles: of one execution; None where the compiler gives no estimate.
+        executions: in one run of the program; a loop of unknown length counts once, and each of n branches 1 / n: the decoder's
+            levels take turns.
+        op_name: JAX's path of the operation.
+    """
+
+    kind: str
+    part: str
+    label: str
+    cycles: int | None
+    executions: float
+    op_name: str
+
+    @property
+    def total(self) -> int:
+        return round((self.cycles or 0) * self.executions)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cycles:
+    """All costs of a program that has estimates."""
+
+    costs: tuple[Cost, ...]
+
+    @property
+    def total(self) -> int:
+        return sum(cost.total for cost in self.costs)
+
+    def by(self, field: str) -> dict[str, int]:
+        """{kind or part: cycles}, the most expensive first."""
+        found: collections.Counter[str] = collections.Counter()
+        for cost in self.costs:
+            found[getattr(cost, field)] += cost.total
+        return {name: count for name, count in found.most_common() if count}
+
+    def without_estimate(self) -> dict[str, int]:
+        """{what: executions} of all that the sums leave out, the most frequent first."""
+        found: collections.Counter[str] = collections.Counter()
+        for cost in self.costs:
+            if cost.cycles is None:
+                plain = cost.kind in (MOVEMENT, ELEMENTWISE, "reductions")
+                found[cost.label if plain else f"{cost.kind} ({cost.label})"] += cost.executions
+        return {what: math.ceil(count) for what, count in found.most_common()}
+
+    def largest(self, count: int) -> list[Cost]:
+        """The most expensive instructions, all executions together."""
+        return sorted(self.costs, key=lambda cost: -cost.total)[:count]
+
+
+def cycles(text: str) -> Cycles | None:
+    """Reads optimised HLO text (`jax.stages.Compiled.as_text()`); None where the compiler estimates nothing, as all but TPU's.
+
+    Raises:
+        ValueError: text without an entry computation.
+    """
+    module = Module(text)
+    found = tuple(_walk(module, module.entry, 1))
+    return Cycles(found) if any(cost.cycles is not None for cost in found) else None
+
+
+def _walk(module: Module, computation: str, executions: float) -> Iterator[Cost]:
+    for x in module.instructions(computation).values():
+        if x.opcode == "while":
+            trips = module.trip_count(x)
+            times = executions * (1 if trips is None else trips)
+            for part in ("condition", "body"):
+                yield from _walk(module, x.called(part), times)
+        elif x.opcode == "conditional":
+            names = module.branches(x)
+            for name in names:
+                yield from _walk(module, name, executions / len(names))
+        elif x.opcode == "call":
+            yield from _walk(module, x.called("to_apply"), executions)
+        elif not (x.opcode in FREE or x.opcode.endswith(("-done", "-update")) or "AllocateBuffer" in x.attributes):
+            cost = _cost(module, x, executions)
+            if cost.cycles is not None or cost.kind != ELEMENTWISE or array_bytes(x.type) > SCALAR:
+                yield cost
+
+
+def _cost(module: Module, x: Instruction, executions: float) -> Cost:
+    estimate, name, target = (pattern.search(x.attributes) for pattern in (_ESTIMATE, _OP_NAME, _TARGET))
+    found = int(estimate[1]) if estimate else 0
+    op_name = name[1] if name else ""
+    label = target[1] if target else x.opcode.removesuffix("-start")
+    return Cost(_kind(module, x), _part(op_name), label, found if 0 < found < SANE else None, executions, op_name)
+
+
+def _kind(module: Module, x: Instruction) -> str:
+    if x.opcode == "custom-call":
+        return KERNELS
+    inside = _opcodes(module, x)
+    for kind, marks in MARKS.items():
+        if inside & set(marks):
+            return kind
+    return MOVEMENT if inside <= MOVING | FREE else ELEMENTWISE
+
+
+def _opcodes(module: Module, x: Instruction) -> set[str]:
+    """Of an instruction or, where it is a fusion or runs beside others, of everything in it."""
+    called = x.called("calls")
+    if called is None:
+        return {x.opcode.removesuffix("-start")}
+    return set().union(*(_opcodes(module, inner) for inner in module.instructions(called).values()))
+
+
+def _part(op_name: str) -> str:
+    scope = next((word for word in reversed(_WORDS.findall(op_name)) if word in PARTS), None)
+    if scope is None:
+        return "other"
+    direction = "again" if "rematted_computation" in op_name else "backward" if "transpose(" in op_name else "forward"
+    return f"{scope} {direction}"

@@ -1,0 +1,395 @@
+"""Model directories: what can be run. A model's config, its tokenizer and its parameters, or one converted tower's.
+
+Everything has a checksum: every array, because Orbax notices a truncated file and not a changed byte, every file of the
+tokenizer, and the config itself. A directory is made under a temporary name beside its place and appears complete or not at
+all.
+
+    python -m flowseg_jax.checkpoints.pretrained DIR     # accepts config.json and tokenizer as they are now: renews their checksums
+"""
+
+from __future__ import annotations
+
+if __name__ == "__main__":  # before the imports, so that a Ctrl-C while they last is as clean as later
+    from flowseg_jax.errors import run
+
+    run("flowseg_jax.checkpoints.pretrained:main")
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from flowseg_jax.checkpoints.manifest import Tree, check_arrays, checksums, compare, flatten, manifest, nest, verify
+from flowseg_jax.checkpoints.storage import absolute, as_stored, cast, copy_tree, damage, local_directory, provenance, reason
+from flowseg_jax.checkpoints.streaming import LazyArray, write_arrays
+from flowseg_jax.errors import UserError, not_writable
+from flowseg_jax.system import json_files
+from flowseg_jax.system.distributed import attempt, is_primary, locked
+from flowseg_jax.system.json_files import ITSELF, expect
+from flowseg_jax.system.traces import unsaid
+
+__all__ = ["LoadedModel", "check_free", "load_model", "read_model_config", "save_model", "seal", "stream_model"]
+
+FORMAT = "flowseg_jax model"
+FORMAT_VERSION = 2  # 1: without checksums of config and tokenizer
+TOKENIZER = "tokenizer_checksums"  # the key of config.json
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """A model directory in memory: parameters, the dict for `FlowSegConfig.from_dict`, the tokenizer's directory, the rest.
+
+    `tower` is None for a model; for a tower it holds its `family` and `config`, `model_config` is empty, and there may be no
+    tokenizer.
+    """
+
+    params: Tree
+    model_config: dict[str, Any]
+    tokenizer_dir: Path
+    extra: dict[str, Any]
+    tower: dict[str, Any] | None = None
+
+
+def save_model(
+    directory: str | os.PathLike,
+    params: Tree,
+    model_config: Mapping[str, Any],
+    tokenizer_dir: str | os.PathLike | None,
+    extra: Mapping[str, Any] | None = None,
+    dtype: str | None = "bfloat16",
+    overwrite: bool = False,
+) -> epath.Path:
+    """Writes a runnable model directory: `config.json`, `tokenizer/`, `params/`. It appears complete or not at all.
+
+    Where there are several processes, all of them call it, with a directory that all of them see.
+
+    Args:
+        params: pure dict of arrays, each on this process's devices or on those of all processes.
+        model_config: what `FlowSegConfig.from_dict` reads.
+        tokenizer_dir: directory that `transformers.AutoTokenizer` reads; copied. None for a model without language.
+        extra: anything else worth keeping with the weights (how they were made, metrics, prompts); JSON values.
+        dtype: what floating-point parameters are stored as; None keeps each one's own.
+        overwrite: replace a directory that exists.
+
+    Raises:
+        UserError: the directory exists, is being written by another process, or cannot be written.
+    """
+    params = _cast_floats(_string_keys(params), dtype)
+
+    def write(path: epath.Path) -> dict[str, int]:
+        with contextlib.closing(ocp.PyTreeCheckpointer()) as checkpointer:
+            checkpointer.save(path, args=ocp.args.PyTreeSave(params))
+        return checksums(params)
+
+    with locked(directory, beside=True):
+        return _write_model(directory, write, manifest(params), {"model": dict(model_config)}, tokenizer_dir, extra, overwrite)
+
+
+def stream_model(
+    directory: str | os.PathLike,
+    arrays: Mapping[str, LazyArray],
+    model_config: Mapping[str, Any] | None,
+    tokenizer_dir: str | os.PathLike | None,
+    extra: Mapping[str, Any] | None = None,
+    *,
+    tower: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    progress: Callable[[str], None] = lambda name: None,
+) -> epath.Path:
+    """`save_model` for arrays that are made one at a time, while they are written; each keeps its dtype.
+
+    Args:
+        arrays: by flat name ("llm/table").
+        model_config: of a model; None for a tower.
+        tokenizer_dir: as in `save_model`; a tower may have none.
+        tower: of a tower, its `family` and `config`.
+        progress: called with the name of each array once it is made.
+
+    Raises:
+        UserError: as `save_model`, and what making an array raises.
+    """
+    kind = {"model": dict(model_config)} if tower is None else {"model": {}, "tower": dict(tower)}
+    kinds = {name: [list(lazy.shape), str(lazy.dtype)] for name, lazy in arrays.items()}
+    with locked(directory, beside=True):
+        return _write_model(
+            directory, lambda path: write_arrays(path, arrays, progress), kinds, kind, tokenizer_dir, extra, overwrite
+        )
+
+
+def _write_model(
+    directory: str | os.PathLike,
+    write: Callable[[epath.Path], dict[str, int]],
+    kinds: Mapping[str, list],
+    kind: Mapping[str, Any],
+    tokenizer_dir: str | os.PathLike | None,
+    extra: Mapping[str, Any] | None,
+    overwrite: bool,
+) -> epath.Path:
+    """A directory with what `write` puts into `params/`; it returns the checksums of the arrays in the manifest `kinds`."""
+    target = absolute(directory)
+    check_free(target, overwrite)
+    tokenizer = None if tokenizer_dir is None else absolute(tokenizer_dir)
+    if tokenizer is not None and not tokenizer.is_dir():
+        raise UserError(f"no tokenizer directory {tokenizer_dir}")
+    config = {"format": FORMAT, "format_version": FORMAT_VERSION, **kind, "extra": dict(extra or {}), **provenance()}
+    json.dumps(config)  # what is no JSON value shows before anything is written
+    # The names are the same in every process, and in the run that was killed while it wrote here.
+    fresh, old = (target.with_name(f".{target.name}.{what}") for what in ("tmp", "old"))
+
+    def begin() -> None:
+        _recover(target, old)
+        fresh.rmtree(missing_ok=True)
+        fresh.mkdir(parents=True)
+
+    def finish(sums: Mapping[str, int]) -> None:
+        # Orbax notes where it was saved, which is nobody's business and changes the bytes.
+        (fresh / "params" / "commit_success.txt").write_text("complete\n")
+        if tokenizer is not None:
+            copy_tree(tokenizer, fresh / "tokenizer")
+        (fresh / "config.json").write_text(_sealed(fresh, {**config, "manifest": kinds, "checksums": sums}))
+        if target.exists():
+            target.rename(old)
+        fresh.rename(target)
+
+    try:
+        _, fault = attempt(lambda: begin() if is_primary() else None, _not_written)
+        if not fault:
+            sums, fault = attempt(lambda: write(fresh / "params"), _not_written)
+        if not fault:
+            _, fault = attempt(lambda: finish(sums) if is_primary() else None, _not_written)
+    finally:
+        if is_primary():
+            with contextlib.suppress(OSError):  # a leftover does no harm, the next one who writes here removes it
+                _recover(target, old)
+                fresh.rmtree(missing_ok=True)
+    if fault:
+        raise UserError(f"model directory {target} could not be written: {fault}")
+    return target
+
+
+def _recover(target: epath.Path, old: epath.Path) -> None:
+    """Puts a directory that was to be replaced back into its place if nothing came there; otherwise it is done with."""
+    if old.exists():
+        if target.exists():
+            old.rmtree()
+        else:
+            old.rename(target)
+
+
+def _not_written(error: Exception) -> str | None:
+    if isinstance(error, UserError):
+        return None
+    return not_writable(error) or (reason(error) if isinstance(error, OSError | ValueError) else None)
+
+
+def check_free(directory: str | os.PathLike, overwrite: bool = False) -> None:
+    """Raises a UserError where a directory to be written exists already and is not empty."""
+    target = absolute(directory)
+    if not overwrite and target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target} exists: remove it or choose another name")
+
+
+def read_model_config(directory: str | os.PathLike, *, towers: bool = False) -> dict[str, Any]:
+    """The whole `config.json` of a model directory, checked: `model`, `extra`, `manifest`, `checksums`, versions, revision.
+
+    Args:
+        towers: accept the directory of a tower as well, which has `tower` in place of `model`.
+    """
+    path = absolute(directory)
+    if not path.is_dir():
+        raise UserError(f"no model directory {path}")
+    config = _read_json(path)
+    accept = f"accept it by `python -m flowseg_jax.checkpoints.pretrained {path}`"
+    if (version := config.get("format_version")) != FORMAT_VERSION:
+        if version == 1 and not isinstance(version, bool):
+            raise UserError(f"{path} has format version 1, without checksums of its config and tokenizer: {accept}")
+        found = json_files.short(version)
+        raise UserError(f"{path} has format version {found}, this flowseg_jax reads {FORMAT_VERSION}: convert it again")
+    if config.get(ITSELF) != json_files.checksum(config):
+        raise UserError(
+            f"{path / 'config.json'} has changed since it was saved (its checksum differs): restore it, or, if the change is "
+            f"meant, {accept}"
+        )
+    tower = config.get("tower")
+    lacking = [key for key in ("model", "extra", "manifest", "checksums") if not isinstance(config.get(key), dict)]
+    needed = ("params", "tokenizer") if _has_tokenizer(config) else ("params",)
+    lacking += [name for name in needed if not (path / name).is_dir()]
+    if lacking:
+        raise UserError(f"model directory {path} is incomplete: it lacks {', '.join(lacking)}")
+    check_arrays(config["manifest"], config["checksums"], str(path / "config.json"))
+    if tower is not None:
+        ok = isinstance(tower, dict) and isinstance(tower.get("family"), str) and isinstance(tower.get("config"), dict)
+        expect(ok, tower, f"{path / 'config.json'}: tower", "its family and config")
+    kept, there = config.get(TOKENIZER), _tokenizer_checksums(path)
+    expect(isinstance(kept, dict), kept, f"{path / 'config.json'}: {TOKENIZER}", "a group of keys")
+    if kept != there:
+        names = sorted(name for name in {*there, *kept} if there.get(name) != kept.get(name))
+        raise UserError(
+            f"{path / 'tokenizer'} has changed since it was saved ({json_files.short(names[0])} is not the file of then): "
+            f"restore it, or, if the change is meant, {accept}"
+        )
+    if tower is not None and not towers:
+        raise UserError(
+            f"{path} holds a tower ({tower['family'][:40]}), not a whole model: build one around it by "
+            "python -m convert_weights flowseg llm=DIR siglip=DIR sam=DIR OUT"
+        )
+    return config
+
+
+def _read_json(path: epath.Path) -> dict[str, Any]:
+    """The content of a directory's config.json, if it is one of ours."""
+    try:
+        config = json_files.read(path / "config.json")
+    except FileNotFoundError:
+        _refuse_run(path)
+        raise UserError(f"{path} is not a model directory: it has no config.json") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path / 'config.json'} cannot be read: {reason(error)}") from None
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        _refuse_run(path)
+        raise UserError(f"{path / 'config.json'} was not written by flowseg_jax; convert such weights by convert_weights")
+    return config
+
+
+def _refuse_run(path: epath.Path) -> None:
+    """Raises a UserError for a run, its checkpoints or one of them."""
+    run = next((p for p in (path, path.parent, path.parent.parent) if (p / "checkpoints").is_dir()), None)
+    if run is not None and (path == run or (run / "checkpoints") in (path, path.parent)):
+        what = "is a run" if path == run else "holds what a run continues from"
+        raise UserError(f"{path} {what}, not a model: name the run by --workdir={run}")
+
+
+def _tokenizer_checksums(path: epath.Path) -> dict[str, str]:
+    """{file of the tokenizer: its SHA-256}; hidden files, which systems leave behind, are no part of it."""
+    found: dict[str, str] = {}
+
+    def walk(folder: epath.Path, prefix: str) -> None:
+        for entry in folder.iterdir():
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                walk(entry, f"{prefix}{entry.name}/")
+            else:
+                with entry.open("rb") as stream:
+                    found[prefix + entry.name] = _sha256(stream)
+
+    if (path / "tokenizer").is_dir():
+        walk(path / "tokenizer", "")
+    return dict(sorted(found.items()))
+
+
+def _sha256(stream: IO[bytes]) -> str:
+    total = hashlib.sha256()
+    while part := stream.read(1 << 20):
+        total.update(part)
+    return total.hexdigest()
+
+
+def _sealed(path: epath.Path, config: Mapping[str, Any]) -> str:
+    """The text of a config.json: `config` with the checksums of the tokenizer that lies in `path`, and its own."""
+    whole = {**config, "format_version": FORMAT_VERSION, TOKENIZER: _tokenizer_checksums(path)}
+    return json.dumps({**whole, ITSELF: json_files.checksum(whole)}, indent=1) + "\n"
+
+
+def seal(directory: str | os.PathLike) -> epath.Path:
+    """Accepts `config.json` and the tokenizer as they are now: renews their checksums. The arrays keep theirs.
+
+    Raises:
+        UserError: no model directory, one of a newer format, or one that cannot be written.
+    """
+    path = absolute(directory)
+    if not path.is_dir():
+        raise UserError(f"no model directory {path}")
+    config = _read_json(path)
+    if config.get("format_version") not in (1, FORMAT_VERSION):
+        raise UserError(f"{path} has format version {json_files.short(config.get('format_version'))}: convert it again")
+    try:
+        part = path / "config.json.part"
+        part.write_text(_sealed(path, config))
+        part.replace(path / "config.json")
+    except OSError as error:
+        raise UserError(f"{path / 'config.json'} cannot be written: {reason(error)}") from None
+    read_model_config(path, towers=True)
+    return path
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    directories = list(sys.argv[1:] if argv is None else argv)
+    if len(directories) != 1 or directories[0].startswith("-"):
+        raise UserError("expected one model directory: python -m flowseg_jax.checkpoints.pretrained DIR")
+    print(f"{seal(directories[0])}: config.json and tokenizer are accepted as they are")
+    return 0
+
+
+def load_model(
+    directory: str | os.PathLike, abstract: Tree | None = None, dtype: str | None = "float32", *, towers: bool = False
+) -> LoadedModel:
+    """Reads a model directory and verifies every array.
+
+    Args:
+        directory: written by `save_model` or `stream_model`.
+        abstract: parameters as `jax.ShapeDtypeStruct`s, with shardings where there is a mesh; they are read straight into that
+            form, and compared with it first. Without it they come as NumPy arrays.
+        dtype: without `abstract`, what floating-point parameters are cast to; None leaves them as they are stored.
+        towers: read the directory of a tower as well.
+
+    Raises:
+        UserError: no such directory, not a model directory, damaged, or parameters that do not fit `abstract`.
+    """
+    path = absolute(directory)
+    config = read_model_config(path, towers=towers)
+    stored = config["manifest"]
+    if abstract is not None:
+        compare(manifest(abstract), stored, f"model directory {path}")
+        item = _string_keys(as_stored(abstract, stored))
+    else:
+        item = nest({name: jax.ShapeDtypeStruct(tuple(shape), kind) for name, (shape, kind) in stored.items()})
+
+    def read() -> Tree:
+        if abstract is not None:
+            restore = ocp.checkpoint_utils.construct_restore_args(item)
+        else:
+            restore = jax.tree.map(lambda x: ocp.RestoreArgs(restore_type=np.ndarray, dtype=x.dtype), item)
+        # The handler and no checkpointer around it: that one ends in a barrier, which a process that cannot read never reaches.
+        with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+            return handler.restore(path / "params", args=ocp.args.PyTreeRestore(item=item, restore_args=restore))
+
+    with unsaid() as settle:
+        params, fault = attempt(read, damage)
+        settle(fault)
+    if not fault:
+        _, fault = attempt(lambda: verify(params, config["checksums"]), damage)
+    if fault:
+        raise UserError(f"model directory {path} is damaged: {fault}")
+    params = nest(flatten(params))
+    params = cast(params, abstract) if abstract is not None else _cast_floats(params, dtype)
+    tokenizer = path / "tokenizer"
+    tokenizer = local_directory(tokenizer) if _has_tokenizer(config) else Path(tokenizer)
+    return LoadedModel(params, config["model"], tokenizer, config["extra"], config.get("tower"))
+
+
+def _has_tokenizer(config: Mapping[str, Any]) -> bool:
+    """Whether it is a model with language: a tower may lack a tokenizer, and so may a segmentor."""
+    model = config.get("model")
+    return config.get("tower") is None and not (isinstance(model, dict) and model.get("parts") == "segmentor")
+
+
+def _cast_floats(tree: Tree, dtype: str | None) -> Tree:
+    if dtype is None:
+        return tree
+    return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+
+
+def _string_keys(tree: Tree) -> Tree:
+    return {str(key): _string_keys(value) for key, value in tree.items()} if isinstance(tree, Mapping) else tree

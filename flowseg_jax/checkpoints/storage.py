@@ -1,0 +1,161 @@
+"""What training checkpoints and model directories have in common: paths, where the numbers come from, and what damage is."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import jax
+import jax.numpy as jnp
+from etils import epath
+
+from flowseg_jax.checkpoints.manifest import Tree
+from flowseg_jax.errors import UserError
+
+# What reading a damaged directory raises. Orbax goes on with JSON that is not what it wrote until an attribute is missing.
+DAMAGE = (ValueError, OSError, LookupError, TypeError, AttributeError, AssertionError, RecursionError)
+
+
+def absolute(path: str | os.PathLike) -> epath.Path:
+    """A local path made absolute, or a remote one (`gs://bucket/name`) as it is, with the methods of `pathlib.Path`.
+
+    Raises:
+        UserError: a scheme that etils has no file system for, or a bucket without the client for it.
+    """
+    text = os.fspath(path)
+    if "://" not in text:  # etils would take the absolute path of a remote one for a local one
+        return epath.Path(Path(text).expanduser().absolute())
+    if text.startswith("gs://"):
+        try:
+            fsspec.get_filesystem_class("gcs")  # the name that etils opens
+        except ImportError:
+            raise UserError(f"{text}: buckets need the extra gcs (pip install gcsfs google-cloud-storage)") from None
+    try:
+        return epath.Path(text)
+    except KeyError:
+        raise UserError(f"{text}: paths are local or gs://BUCKET/NAME") from None
+
+
+def is_remote(path: str | os.PathLike) -> bool:
+    """Whether a path names an object store, where files are replaced whole and directories are not renamed at one stroke."""
+    return "://" in os.fspath(path)
+
+
+def prepare_workdir(path: str | os.PathLike) -> epath.Path:
+    """Creates the directory where it is missing and proves that it can be written. Returns its absolute path.
+
+    Raises:
+        UserError: it cannot be created or written.
+    """
+    workdir = absolute(path)
+    probe = workdir / f".probe-{uuid.uuid4().hex}"  # several processes may look at the same time
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe.write_text("flowseg_jax")
+        probe.unlink()
+    except Exception as error:
+        if not isinstance(error, OSError | ImportError) and not is_remote(workdir):  # clients of object stores have their own
+            raise
+        why = getattr(error, "strerror", None) or reason(error)
+        raise UserError(f"workdir {workdir} cannot be written: {why}; choose another with --workdir") from None
+    return workdir
+
+
+def copy_tree(source: epath.Path, target: epath.Path) -> None:
+    """Copies a directory, between file systems where need be; `target` must not exist."""
+    target.mkdir(parents=True)
+    for entry in source.iterdir():
+        if entry.is_dir():
+            copy_tree(entry, target / entry.name)
+        else:
+            (target / entry.name).write_bytes(entry.read_bytes())
+
+
+def replace_text(path: Path | epath.Path, text: str) -> None:
+    """Writes a whole file or none of it; its folder is made. UserError where that is not possible."""
+    part = path if is_remote(path) else path.with_name(path.name + ".part")  # an object is written whole
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(text, encoding="utf-8")
+        if part is not path:
+            os.replace(part, path)
+    except Exception as error:
+        if not isinstance(error, OSError) and not is_remote(path):  # clients of object stores have their own
+            raise
+        with contextlib.suppress(Exception):
+            if part is not path:
+                part.unlink()
+        why = getattr(error, "strerror", None) or reason(error)
+        raise UserError(f"cannot write {path}: {why}; make room, or choose a folder you can write to") from error
+
+
+@functools.cache
+def local_directory(directory: epath.Path) -> Path:
+    """The directory itself where it is local, else a copy that lives as long as this process."""
+    if not is_remote(directory):
+        return Path(directory)
+    root = tempfile.mkdtemp(prefix="flowseg_jax-")
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
+    copy_tree(directory, epath.Path(root) / directory.name)
+    return Path(root) / directory.name
+
+
+@functools.cache
+def provenance() -> dict[str, Any]:
+    """Versions of the packages that decide the numbers, and the git revision of this checkout, if it is one."""
+    names = ("flowseg-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers")
+    versions = {}
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    root, revision = Path(__file__).resolve().parent.parent, None
+    if (root / ".git").exists():
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
+            revision = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    return {"versions": versions, "revision": revision}
+
+
+def as_stored(abstract: Tree, stored: Mapping[str, list]) -> Tree:
+    """The abstract arrays with the dtypes that manifest `stored` has for them: checksums are of those bytes."""
+
+    def one(path: tuple, x: Any) -> Any:
+        kind = stored[jax.tree_util.keystr(path, simple=True, separator="/")][1]
+        if kind == str(x.dtype) or jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return x
+        return jax.ShapeDtypeStruct(x.shape, kind, sharding=getattr(x, "sharding", None))
+
+    return jax.tree_util.tree_map_with_path(one, abstract)
+
+
+def cast(tree: Tree, abstract: Tree) -> Tree:
+    """The arrays of `tree` in the dtypes of `abstract`."""
+    return jax.tree.map(lambda x, like: x if x.dtype == like.dtype else x.astype(like.dtype), tree, abstract)
+
+
+def damage(error: Exception) -> str | None:
+    """A line about an error that reading raised for what is on disk; None for another, say for want of memory."""
+    if isinstance(error, UserError):
+        return str(error)
+    # An unreadable chunk is a bare Exception.
+    return reason(error) if isinstance(error, DAMAGE) or type(error) is Exception else None
+
+
+def reason(error: BaseException) -> str:
+    """The first sentence of an error's text, or its type."""
+    text = str(error).strip()
+    if code := re.search(r"os_error_code='(\d+)'", text):  # TensorStore's, at the end of a long sentence
+        return os.strerror(int(code[1]))
+    return text.splitlines()[0].split(". See ")[0].split(" [")[0][:200] if text else type(error).__name__

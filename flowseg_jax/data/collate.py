@@ -1,0 +1,429 @@
+"""Examples to one static-shape `Batch`: token sequences packed behind a shared image prefix, pixels, packed masks.
+
+The sequence of an image is
+
+    prefix (segment 0):  [bos] head <image slots>
+    conversation 1:      question tail answer suffix ...
+    conversation 2:      ...
+
+Every conversation continues the positions of the prefix, so each is computed as if it stood alone behind the image.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from jaxtyping import Int, UInt8
+from PIL import Image
+
+from flowseg_jax.data import images, masks
+from flowseg_jax.data.dataset import Entry
+from flowseg_jax.data.prompts import Conversation, Prompts
+from flowseg_jax.data.records import Annotation, Turn
+from flowseg_jax.data.tokenizer import Tokenizer
+from flowseg_jax.errors import UserError
+from flowseg_jax.types import IMAGE_TOKEN, NO_LABEL, NONE, Batch, BatchShape, Questions, Views
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """A tokenised conversation without its prefix; equally long lists with the meaning of `Batch`'s fields."""
+
+    tokens: list[int]
+    labels: list[int]
+    phrase_ids: list[int]
+    seg_ids: list[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pixels:
+    """Everything of an image that does not depend on what is asked.
+
+    Attributes:
+        image: uint8 [S, S, 3]; `scaled` is (h', w') inside it.
+        vision: uint8 [V, V, 3].
+        masks: uint8 [A, S, ceil(S / 8)], one for each annotation.
+    """
+
+    image: UInt8[np.ndarray, "s s 3"]
+    scaled: tuple[int, int]
+    vision: UInt8[np.ndarray, "v v 3"]
+    masks: UInt8[np.ndarray, "a s s8"]
+
+    @property
+    def nbytes(self) -> int:
+        return self.image.nbytes + self.vision.nbytes + self.masks.nbytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One image of a batch before padding.
+
+    Attributes:
+        name: what to call it in errors.
+        pixels: the image's pixels; `masks` are its targets (m of them).
+        conversations: what is said, in order.
+        phrase_mask: for each referring phrase the index of its target mask, NOTHING for one that refers to nothing.
+        object_class: category of each target for the linear head, NONE without one.
+        object_name: generic name that each target bears, NONE without one.
+        names: how many names the generic conversation asks for.
+        example_id: the image's id.
+    """
+
+    name: str
+    pixels: Pixels
+    conversations: Sequence[Conversation]
+    phrase_mask: Sequence[int]
+    object_class: Sequence[int]
+    object_name: Sequence[int]
+    example_id: int
+    names: int = 0
+
+
+def prepare_pixels(
+    image: Image.Image,
+    annotations: Sequence[Annotation],
+    shape: BatchShape,
+    jitter: images.Jitter | None = None,
+    square: bool = False,
+) -> Pixels:
+    """Resizes an RGB image for both encoders and packs its annotations' masks.
+
+    Args:
+        image, annotations: what to resize.
+        shape: of the batch.
+        jitter: how to scale and cut the mask encoder's input; None: the whole image.
+        square: pad the vision encoder's input to a square instead of stretching it.
+    """
+    rles, most = [a.rle for a in annotations], max(images.MAX_PIXELS // (image.height * image.width), 1)  # masks at a time
+
+    def packed(pack: Callable[..., UInt8[np.ndarray, "n s s8"]]) -> UInt8[np.ndarray, "a s s8"]:
+        some = (masks.decode(rles[at : at + most], image.height, image.width) for at in range(0, len(rles) or 1, most))
+        return np.concatenate([pack(full, shape.image) for full in some])
+
+    vision = (images.square if square else images.stretch)(image, shape.vision)
+    if jitter is not None:
+        return Pixels(jitter.image(image, shape.image), jitter.cut, vision, packed(jitter.pack_masks))
+    fitted, scaled = images.fit(image, shape.image)
+    return Pixels(fitted, scaled, vision, packed(images.pack_masks))
+
+
+def encode_prefix(prompts: Prompts, tokenizer: Tokenizer, visual_tokens: int) -> list[int]:
+    """Ids of what every conversation of an image sees first: bos (if any), the chat's head, the visual slots.
+
+    A bos that is the head's first mark (SmolLM2's is `<|im_start|>`) stands once.
+    """
+    head = tokenizer.encode(prompts.template.head)
+    bos = () if tokenizer.bos in (None, *head[:1]) else (tokenizer.bos,)
+    return [*bos, *head, *([IMAGE_TOKEN] * visual_tokens)]
+
+
+def encode_conversation(conversation: Conversation, prompts: Prompts, tokenizer: Tokenizer, name: str) -> Encoded:
+    """Tokenises a conversation as it follows the image; labels on answers and their suffix only.
+
+    Questions (from the second on with the chat's head before them), answers and separators are tokenised one by one. Spans and
+    outputs are numbered in the order of the text.
+
+    Raises:
+        UserError: an expression contains a mark, so that spans and phrases do not correspond.
+    """
+    chat = prompts.template
+    tokens: list[int] = []
+    labels: list[int] = []
+    for number, turn in enumerate(conversation.turns):
+        # What stands between two placeholders or answers is one chunk: some tokenizers treat a chunk's first word apart.
+        head = chat.head if number else ""
+        question = tokenizer.encode(head + turn.question + chat.tail)
+        if number:
+            # Behind the suffix, a mark: some tokenizers (Phi-3's) swallow the space that follows one.
+            ended = tokenizer.encode(chat.suffix)
+            question = (*tokenizer.encode(chat.suffix + chat.separator)[len(ended) :], *question)
+        answer = tokenizer.encode(turn.answer + chat.suffix)
+        tokens += (*question, *answer)
+        labels += (*([NO_LABEL] * len(question)), *answer)
+    phrase_ids, seg_ids = [NONE] * len(tokens), [NONE] * len(tokens)
+    starts = [i for i, t in enumerate(tokens) if t == tokenizer.phrase_start]
+    ends = [i for i, t in enumerate(tokens) if t == tokenizer.phrase_end]
+    outputs = [i for i, t in enumerate(tokens) if t == tokenizer.seg]
+    ordered = all(s < e for s, e in zip(starts, ends, strict=False)) and all(
+        e < s for e, s in zip(ends, starts[1:], strict=False)
+    )
+    if len(starts) != len(conversation.phrases) or len(ends) != len(starts) or not ordered:
+        raise UserError(
+            f"{name}: {len(conversation.phrases)} phrases became {len(starts)} spans; an expression contains <p> or </p>"
+        )
+    if len(outputs) != len(conversation.outputs):
+        raise UserError(
+            f"{name}: {len(conversation.outputs)} outputs became {len(outputs)} <SEG>; an expression contains <SEG>"
+        )
+    for phrase, start, end in zip(conversation.phrases, starts, ends, strict=True):
+        phrase_ids[start : end + 1] = [phrase] * (end + 1 - start)
+    for phrase, at in zip(conversation.outputs, outputs, strict=True):
+        seg_ids[at] = phrase
+    return Encoded(tokens, labels, phrase_ids, seg_ids)
+
+
+def encode_question(conversation: Conversation, prompts: Prompts, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Ids of the first question alone, as it follows the image, up to where its answer begins."""
+    return tokenizer.encode(conversation.turns[0].question + prompts.template.tail)
+
+
+def pack(
+    prefix: Sequence[int], conversations: Sequence[Encoded], length: int, pad: int, name: str, start: int | None = None
+) -> dict[str, Int[np.ndarray, " t"]]:
+    """One image's token arrays: prefix, then the conversations, then padding.
+
+    Args:
+        prefix: ids of segment 0; it ends with the visual slots. Empty where it has been read already.
+        conversations: what follows, without a slot; conversation i is segment i + 1.
+        length: T. Nothing is ever cut: a phrase without its end would be a different phrase.
+        pad: id behind the end.
+        name: the example, for the error.
+        start: position at which each conversation starts; None: len(prefix).
+
+    Returns:
+        int32 [T] arrays `tokens`, `positions`, `segments`, `labels`, `phrase_ids`, `seg_ids`.
+
+    Raises:
+        UserError: the text does not fit.
+        ValueError: a visual slot somewhere else than at the end of the prefix: losses skip what stands before that.
+    """
+    slots = prefix.count(IMAGE_TOKEN)
+    if IMAGE_TOKEN in prefix[: len(prefix) - slots] or any(IMAGE_TOKEN in c.tokens for c in conversations):
+        raise ValueError(f"{name}: the visual slots must be one run at the end of the prefix")
+    start = len(prefix) if start is None else start
+    used = len(prefix) + sum(len(c.tokens) for c in conversations)
+    if used > length:
+        raise UserError(
+            f"{name}: needs {used} tokens ({len(prefix)} of them before the text), more than the text length {length}; "
+            "raise data.text or ask fewer phrases per image"
+        )
+    out = {key: np.full(length, NONE, np.int32) for key in ("segments", "phrase_ids", "seg_ids")}
+    out |= {"tokens": np.full(length, pad, np.int32), "labels": np.full(length, NO_LABEL, np.int32)}
+    out["positions"] = np.zeros(length, np.int32)
+    at = len(prefix)
+    out["tokens"][:at] = prefix
+    out["segments"][:at] = 0
+    out["positions"][:at] = np.arange(at)
+    for number, conversation in enumerate(conversations, 1):
+        here = slice(at, at := at + len(conversation.tokens))
+        for key in ("tokens", "labels", "phrase_ids", "seg_ids"):
+            out[key][here] = getattr(conversation, key)
+        out["segments"][here] = number
+        out["positions"][here] = np.arange(start, start + len(conversation.tokens))
+    return out
+
+
+def empty(shape: BatchShape, pad: int) -> Batch:
+    """A batch of nothing but padding."""
+    b, t, k, m, s = shape.batch, shape.text, shape.phrases, shape.masks, shape.image
+    none = {key: np.full((b, t), NONE, np.int32) for key in ("segments", "phrase_ids", "seg_ids")}
+    return Batch(
+        images=np.zeros((b, s, s, 3), np.uint8),
+        scaled_size=np.full((b, 2), s, np.int32),
+        vision_images=np.zeros((b, shape.vision, shape.vision, 3), np.uint8),
+        tokens=np.full((b, t), pad, np.int32),
+        positions=np.zeros((b, t), np.int32),
+        labels=np.full((b, t), NO_LABEL, np.int32),
+        masks=np.zeros((b, m, s, -(-s // 8)), np.uint8),
+        mask_valid=np.zeros((b, m), bool),
+        phrase_mask=np.full((b, k), NONE, np.int32),
+        object_class=np.full((b, m), NONE, np.int32),
+        object_name=np.full((b, m), NONE, np.int32),
+        name_valid=np.zeros((b, shape.names), bool),
+        example_id=np.full((b,), NONE, np.int64),
+        **none,
+    )
+
+
+def cut(chats: Sequence[Encoded], room: int) -> list[Encoded]:
+    """The first `room` tokens of conversations without phrases: what is left of a long chat still teaches to speak."""
+    kept = []
+    for chat in chats:
+        kept.append(Encoded(*(getattr(chat, field.name)[:room] for field in dataclasses.fields(chat))))
+        room -= len(kept[-1].tokens)
+    return kept
+
+
+def assemble(
+    rows: Sequence[Row], shape: BatchShape, prompts: Prompts, tokenizer: Tokenizer | None, visual_tokens: int
+) -> Batch:
+    """Pads rows to a batch; rows that are missing stay padding. Without a tokenizer, all text does.
+
+    Raises:
+        UserError: an example has more text, phrases or masks than the shape allows.
+        ValueError: more rows than the batch has.
+    """
+    if len(rows) > shape.batch:
+        raise ValueError(f"{len(rows)} rows do not fit a batch of {shape.batch}")
+    batch = empty(shape, 0 if tokenizer is None else tokenizer.pad)
+    prefix = [] if tokenizer is None else encode_prefix(prompts, tokenizer, visual_tokens)
+    for b, row in enumerate(rows):
+        phrases, targets = len(row.phrase_mask), len(row.pixels.masks)
+        if phrases > shape.phrases or targets > shape.masks or row.names > shape.names:
+            raise UserError(
+                f"{row.name}: {phrases} phrases, {targets} masks and {row.names} names, "
+                f"but the batch has room for {shape.phrases}, {shape.masks} and {shape.names}"
+            )
+        if tokenizer is not None:
+            encoded = [encode_conversation(c, prompts, tokenizer, row.name) for c in row.conversations]
+            if not any(c.phrases or c.outputs for c in row.conversations):
+                encoded = cut(encoded, shape.text - len(prefix))
+            for key, value in pack(prefix, encoded, shape.text, tokenizer.pad, row.name).items():
+                getattr(batch, key)[b] = value
+        batch.images[b] = row.pixels.image
+        batch.scaled_size[b] = row.pixels.scaled
+        batch.vision_images[b] = row.pixels.vision
+        batch.masks[b, :targets] = row.pixels.masks
+        batch.mask_valid[b, :targets] = True
+        batch.phrase_mask[b, :phrases] = row.phrase_mask
+        batch.object_class[b, :targets] = row.object_class
+        batch.object_name[b, :targets] = row.object_name
+        batch.name_valid[b, : row.names] = True
+        batch.example_id[b] = row.example_id
+    return batch
+
+
+def views(pixels: Sequence[Pixels], count: int, sides: tuple[int, int]) -> Views:
+    """The images of a batch of `count` for encoders of `sides` (S, V); missing ones are black."""
+    side, vision = sides
+    out = Views(
+        np.zeros((count, side, side, 3), np.uint8),
+        np.full((count, 2), side, np.int32),
+        np.zeros((count, vision, vision, 3), np.uint8),
+    )
+    for i, one in enumerate(pixels):
+        out.images[i], out.scaled_size[i], out.vision_images[i] = one.image, one.scaled, one.vision
+    return out
+
+
+def ask(prompts: Prompts, phrases: Sequence[str], families: Sequence[str] | None = None) -> list[Conversation]:
+    """The conversations that ask for phrases in the fixed wording.
+
+    With `families`, the phrases are reasoning questions, "short" or "long" ones.
+    """
+    if families is None:
+        return [prompts.referring(phrase, k) for k, phrase in enumerate(phrases)]
+    asked = enumerate(zip(phrases, families, strict=True))
+    return [prompts.reasoning(phrase, k, family == "long") for k, (phrase, family) in asked]
+
+
+def questions(
+    rows: Sequence[Sequence[Encoded]], shape: tuple[int, int, int], start: int, pad: int, names: Sequence[str]
+) -> Questions:
+    """Pads the conversations about each image to a batch of (B, K, T) = `shape`; missing rows stay padding.
+
+    Args:
+        rows: encoded conversations, one a phrase and in its order.
+        shape: images, phrases an image, tokens an image.
+        start: length of the prefix, which has been read already.
+        pad: id behind the end.
+        names: what to call each row in errors.
+
+    Raises:
+        UserError: an image has more text than there is room.
+    """
+    b, k, t = shape
+    arrays = [pack((), row, t, pad, name, start) for row, name in zip(rows, names, strict=True)]
+    arrays += [pack((), (), t, pad, "", start)] * (b - len(rows))
+    stacked = {key: np.stack([a[key] for a in arrays]) for key in ("tokens", "positions", "segments", "phrase_ids", "seg_ids")}
+    counts = np.array([len(row) for row in rows] + [0] * (b - len(rows)))
+    return Questions(**stacked, asked=np.arange(k) < counts[:, None])
+
+
+class LengthBound:
+    """How many tokens an image can need at most, whatever wording is drawn.
+
+    A mark splits the text, so a conversation is exactly as long as its wording plus its phrases.
+
+    Attributes:
+        prefix: tokens before the first conversation, those of the image included.
+    """
+
+    def __init__(self, prompts: Prompts, tokenizer: Tokenizer, visual_tokens: int):
+        self._tokenizer = tokenizer
+        chat = prompts.template
+
+        def longest(turns: Sequence[Turn]) -> int:
+            texts = [(t.question.format("<p></p>") + chat.tail, t.answer.replace("{}", "") + chat.suffix) for t in turns]
+            return max(len(tokenizer.encode(q)) + len(tokenizer.encode(a)) for q, a in texts) - 2
+
+        self.prefix = len(encode_prefix(prompts, tokenizer, visual_tokens))
+        self._longest = {kind: longest(turns) for kind, turns in prompts.all_wordings().items()}
+        self._comma = len(tokenizer.encode("<p></p>, <p></p>")) - 4
+
+    def phrase_lengths(self, phrases: Sequence[str]) -> list[int]:
+        """Number of ids of each phrase with its two marks."""
+        return self._tokenizer.lengths([f"<p>{' '.join(p.lower().split())}</p>" for p in phrases])
+
+    def conversation(self, phrase: int, task: str = "referring") -> int:
+        """At most so many tokens has the conversation about a phrase of that length (`phrase_lengths`), without its prefix."""
+        return self._longest[task] + phrase
+
+    def answer_length(self, answer: str) -> int:
+        """At most so many ids does an explanation add to the answer."""
+        return len(self._tokenizer.encode(answer)) + 2 if answer else 0  # its neighbours may be cut into other tokens
+
+    def needed(self, phrases: Sequence[int], names: Sequence[int] = (), task: str = "referring") -> int:
+        """Tokens for one conversation a phrase and, if there are names, a generic one; lengths from `phrase_lengths`."""
+        total = self.prefix + sum(phrases) + len(phrases) * self._longest[task]
+        return total + (self.generic(names) - self.prefix if names else 0)
+
+    def generic(self, names: Sequence[int]) -> int:
+        """Tokens for a generic conversation alone; the names' lengths from `phrase_lengths`."""
+        return self.prefix + self._longest["generic"] + sum(names) + (len(names) - 1) * self._comma
+
+
+def check_fit(
+    entries: Sequence[Entry],
+    phrases_at_most: int,
+    shape: BatchShape,
+    bound: LengthBound,
+    names: Sequence[str],
+    all_objects: bool,
+    task: str = "referring",
+) -> None:
+    """Refuses a shape that some image would overflow, before training instead of in the middle of it.
+
+    Args:
+        entries: the images and what can be asked of each.
+        phrases_at_most: phrases asked of one image at a time.
+        shape: of the batch.
+        bound: how long a text can get.
+        names: category names, if a conversation names the image's kinds.
+        all_objects: every object of an image is a target.
+        task: "referring" or "reasoning", which are worded differently.
+
+    Raises:
+        UserError: naming the image and what it needs.
+    """
+    asked = sorted({s.prompt for e in entries for s in e.samples})
+    length = dict(zip(asked, bound.phrase_lengths(asked), strict=True))
+    name_length = bound.phrase_lengths(names)
+    worst, worst_entry = 0, None
+    for entry in entries:
+        several = len({s.annotations for s in entry.samples if len(s.annotations) > 1})  # each a mask of its own
+        masks_needed = len(entry.categories) + min(several, phrases_at_most)
+        if all_objects and masks_needed > shape.masks:
+            raise UserError(
+                f"{entry.file_name}: has {masks_needed} objects, but the batch has room for {shape.masks} masks; "
+                "raise data.masks or set data.objects='referred'"
+            )
+        each = (length[s.prompt] + bound.answer_length(s.answer) for s in entry.samples)
+        longest = sorted(each, reverse=True)[:phrases_at_most]
+        kinds = sorted({c for c in entry.categories if c != NONE}) if names else []
+        if len(kinds) > shape.names:
+            raise UserError(
+                f"{entry.file_name}: has objects of {len(kinds)} kinds, but the batch has room for {shape.names} names; "
+                "raise data.names"
+            )
+        needed = bound.needed(longest, [name_length[c] for c in kinds], task)
+        if needed > worst:
+            worst, worst_entry = needed, entry
+    if worst > shape.text:
+        raise UserError(
+            f"{worst_entry.file_name}: may need {worst} tokens, more than the text length {shape.text}; "
+            "raise data.text or ask fewer phrases per image"
+        )

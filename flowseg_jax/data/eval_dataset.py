@@ -1,0 +1,341 @@
+"""Evaluation batches of a split: images that are seen once, and rounds of expressions that are asked about them.
+
+The images of a batch have about as many expressions, of about the same length, so that little is padding; the order in which
+they come is therefore not the split's, and every image carries its place in it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+
+import grain
+import numpy as np
+
+from flowseg_jax.data import collate, images, masks
+from flowseg_jax.data.collate import LengthBound, Pixels
+from flowseg_jax.data.dataset import Entry, Prepared
+from flowseg_jax.data.prompts import Prompts, check_phrase
+from flowseg_jax.data.records import Example, Sample
+from flowseg_jax.data.tokenizer import Tokenizer
+from flowseg_jax.data.train_dataset import open_tokenizer
+from flowseg_jax.errors import UserError
+from flowseg_jax.types import Asked, BatchShape, Questions, Views
+
+PHRASES = (1, 2, 4, 8)  # room for expressions of an image in a round; more of them take several rounds
+RARE = 8  # rounds of a shape below which it is not worth a compilation: the next larger shape in use takes them
+_DEFAULT_PROMPTS = Prompts()
+
+RoundShape = tuple[int, int]  # (K, T): expressions and text tokens an image
+
+
+def round_shape(phrases: int, tokens: int) -> RoundShape:
+    """The smallest room for so many expressions and text tokens: two lengths an octave."""
+    octave = 1 << max(3, (tokens - 1).bit_length() - 1)
+    length = next(n for n in (octave, octave * 3 // 2, octave * 2) if tokens <= n)
+    return next(k for k in PHRASES if phrases <= k), length
+
+
+def settle(uses: Mapping[RoundShape, int]) -> dict[RoundShape, RoundShape]:
+    """The shape that each shape becomes: itself, or for a rare one the smallest other that holds it, if there is one."""
+    kept: list[RoundShape] = []
+    settled = {}
+    for shape in sorted(uses, reverse=True):
+        larger = [other for other in kept if other[0] >= shape[0] and other[1] >= shape[1]]
+        if uses[shape] < RARE and larger:
+            settled[shape] = min(larger, key=lambda s: s[0] * s[1])
+        else:
+            kept.append(shape)
+            settled[shape] = shape
+    return settled
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """A batch before anything is read.
+
+    Attributes:
+        images: places of its images in the split.
+        rounds: shape of each round.
+        bucket: padded (height, width) of the original images.
+    """
+
+    images: tuple[int, ...]
+    rounds: tuple[RoundShape, ...]
+    bucket: tuple[int, int]
+
+
+def plan(sizes: Mapping[int, tuple[int, int]], lengths: Mapping[int, Sequence[int]], batch: int) -> list[Planned]:
+    """Divides images into batches of alike ones; the same for every process.
+
+    Args:
+        sizes: {place in the split: (height, width)}.
+        lengths: {place in the split: tokens of each conversation about the image}.
+        batch: images at a time.
+    """
+    most = PHRASES[-1]
+    buckets = {i: (images.size_bucket(h), images.size_bucket(w)) for i, (h, w) in sizes.items()}
+    order = sorted(sizes, key=lambda i: (buckets[i], -len(lengths[i]), -sum(lengths[i]), i))
+    planned = []
+    for at in range(0, len(order), batch):
+        group = tuple(order[at : at + batch])
+        rounds = []
+        for first in range(0, max(len(lengths[i]) for i in group), most):
+            parts = [lengths[i][first : first + most] for i in group]
+            rounds.append(round_shape(max(map(len, parts)), max(map(sum, parts))))
+        height, width = (max(buckets[i][axis] for i in group) for axis in (0, 1))
+        planned.append(Planned(group, tuple(rounds), (height, width)))
+    settled = settle(Counter(shape for one in planned for shape in one.rounds))
+    return [dataclasses.replace(one, rounds=tuple(settled[shape] for shape in one.rounds)) for one in planned]
+
+
+@dataclasses.dataclass(frozen=True)
+class Round:
+    """Up to K expressions about each image of a batch. The lists have one entry for each real row.
+
+    Attributes:
+        questions: what is asked, with the answers unless the model writes them itself (`Asked`).
+        samples: the row's samples, sample k is phrase k.
+        truth: bool [k, H, W], the samples' masks at original size; with `filled`, their polygons filled on whole points.
+        once: bool [k, H, W], the same without the pixels that several parts of an object cover (`Annotation.once`).
+    """
+
+    questions: Questions | Asked
+    samples: list[list[Sample]]
+    truth: list[np.ndarray]
+    once: list[np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalBatch:
+    """Images to evaluate and the rounds of expressions about them. The lists have one entry for each real row.
+
+    Attributes:
+        views: the images; missing rows are black.
+        rounds: what is asked.
+        places: the images' places in the split.
+        ignored: bool [1, H, W], pixels that count for nothing.
+        images: uint8 [H, W, 3], the original image.
+        sizes: (H, W).
+        bucket: padded (H, W).
+    """
+
+    views: Views
+    rounds: list[Round]
+    places: list[int]
+    ignored: list[np.ndarray]
+    images: list[np.ndarray]
+    sizes: list[tuple[int, int]]
+    bucket: tuple[int, int]
+
+
+class EvalData:
+    """All samples of a split, one per (annotation, unique lower-cased sentence) or one per ref.
+
+    Args:
+        prepared: the data set.
+        split: which split.
+        tokenizer: None for the one of the data set.
+        sides: S and V, pixels of the two encoders' square inputs.
+        batch: images at a time.
+        prompts: wording; the fixed one is used.
+        visual_tokens: slots that the image takes in the sequence.
+        max_images: only the first images of the split; None for all.
+        control_seed: not None: the shuffled-text control. Every image is asked the sentences of another image
+            (`Sample.prompt`); its own samples and truth stay.
+        by_ref: ask once a ref, with all of its sentences in one (protocols of unit "ref").
+        generate: ask without answers: the model writes them itself.
+        filled: hold the answers against polygons filled on whole points (protocols of raster "fill_points").
+        only: places of the images to evaluate; None for all.
+        skip: places of images to leave out.
+        rows: which rows of each batch to build, in this order (a process's own); None for all.
+        threads, prefetch: of the iteration; batches.
+
+    Attributes:
+        samples: how many there are in all rows.
+        prefix: int32 [P], token ids that every conversation begins with, the image's slots at the end.
+
+    Raises:
+        UserError: an unknown split, a data set without expressions, `by_ref` of questions that have no refs, or an expression
+            with a mark of the tokenizer.
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        split: str,
+        tokenizer: Tokenizer | None,
+        *,
+        sides: tuple[int, int],
+        batch: int,
+        prompts: Prompts = _DEFAULT_PROMPTS,
+        visual_tokens: int,
+        max_images: int | None = None,
+        control_seed: int | None = None,
+        by_ref: bool = False,
+        generate: bool = False,
+        filled: bool = False,
+        only: Collection[int] | None = None,
+        skip: Collection[int] = (),
+        rows: Sequence[int] | None = None,
+        threads: int = 1,
+        prefetch: int = 2,
+    ):
+        self.tokenizer = tokenizer or open_tokenizer(prepared, prompts)
+        self.split = split
+        self._prompts = dataclasses.replace(prompts, vary=False)
+        self._shape = BatchShape(batch, 0, PHRASES[-1], 0, *sides)
+        self._rows = range(batch) if rows is None else rows
+        self._read = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
+        entries = list(prepared.index(split)[:max_images])
+        if by_ref:
+            if prepared.task == "reasoning":
+                raise UserError(
+                    f"{prepared.directory}: reasoning questions have no refs whose sentences belong together; "
+                    "choose a protocol that asks sentence by sentence, such as xsam"
+                )
+            entries = [entry.by_ref for entry in entries]
+        self._filled, self._generate = filled, generate
+        if control_seed is not None:
+            entries = _shuffle_text(entries, control_seed, prepared.directory)
+        if prepared.task not in ("referring", "reasoning"):
+            raise UserError(f"{prepared.directory}: {prepared.task} data has no expressions to evaluate on")
+        self._task = prepared.task
+        asked = sorted({sample.prompt for entry in entries for sample in entry.samples})
+        bound = LengthBound(self._prompts, self.tokenizer, visual_tokens)
+        length = {
+            prompt: bound.conversation(n, self._task) for prompt, n in zip(asked, bound.phrase_lengths(asked), strict=True)
+        }
+        wanted = (i for i in range(len(entries)) if (only is None or i in only) and i not in skip)
+        self.entries = {i: entries[i] for i in wanted if entries[i].samples}
+        for entry in self.entries.values():
+            for sample in entry.samples:
+                check_phrase(sample.prompt, self.tokenizer, entry.file_name)
+        # Of an answer that is given, so with some room where it is not.
+        self._longest = round_shape(1, max(length.values(), default=1))[1]
+        self.planned = plan(
+            {i: (e.height, e.width) for i, e in self.entries.items()},
+            {i: [length[s.prompt] for s in e.samples] for i, e in self.entries.items()},
+            batch,
+        )
+        self.samples = sum(len(entry.samples) for entry in self.entries.values())
+        self.prefix = np.array(collate.encode_prefix(self._prompts, self.tokenizer, visual_tokens), np.int32)
+        self._source = prepared.source(split)
+
+    def __len__(self) -> int:
+        """Number of batches."""
+        return len(self.planned)
+
+    def batch(self, number: int) -> EvalBatch:
+        """Batch `number`, the rows asked for."""
+        planned, most = self.planned[number], PHRASES[-1]
+        places = [planned.images[row] for row in self._rows if row < len(planned.images)]
+        read = [self._read_image(place) for place in places]
+        objects = [Objects.of(example) for example, *_ in read]
+        rounds = []
+        for number, shape in enumerate(planned.rounds):
+            samples = [list(self.entries[i].samples[number * most : (number + 1) * most]) for i in places]
+            rounds.append(self._round(shape, samples, objects, [example.file_name for example, *_ in read]))
+        return EvalBatch(
+            collate.views([pixels for *_, pixels in read], len(self._rows), (self._shape.image, self._shape.vision)),
+            rounds,
+            places,
+            [one.ignored for one in objects],
+            [original for _, original, _ in read],
+            [(example.height, example.width) for example, *_ in read],
+            planned.bucket,
+        )
+
+    def _round(self, shape: RoundShape, samples: list[list[Sample]], objects: Sequence[Objects], names: Sequence[str]) -> Round:
+        said = []
+        for row in samples:
+            families = [s.style for s in row] if self._task == "reasoning" else None
+            said.append(collate.ask(self._prompts, [s.prompt for s in row], families))
+        rows, start, pad = len(self._rows), len(self.prefix), self.tokenizer.pad
+        if self._generate:
+            ids = [[collate.encode_question(c, self._prompts, self.tokenizer) for c in row] for row in said]
+            questions = Asked.of(ids, (rows, shape[0], self._longest))
+        else:
+            encoded = [
+                [collate.encode_conversation(c, self._prompts, self.tokenizer, name) for c in row]
+                for row, name in zip(said, names, strict=True)
+            ]
+            questions = collate.questions(encoded, (rows, *shape), start, pad, names)
+        return Round(
+            questions,
+            samples,
+            [
+                one.stack(functools.partial(one.union, filled=self._filled), row)
+                for one, row in zip(objects, samples, strict=True)
+            ],
+            [one.stack(one.covered_once, row) for one, row in zip(objects, samples, strict=True)],
+        )
+
+    def _read_image(self, place: int) -> tuple[Example, np.ndarray, Pixels]:
+        example = self._source[place]
+        image = images.decode(example.image, name=example.file_name)
+        return example, np.asarray(image), collate.prepare_pixels(image, (), self._shape)
+
+    def __iter__(self) -> Iterator[EvalBatch]:
+        return iter(grain.MapDataset.range(len(self)).map(self.batch).to_iter_dataset(self._read))
+
+
+@dataclasses.dataclass(frozen=True)
+class Objects:
+    """The masks of an image's objects at its original size.
+
+    Attributes:
+        whole, once, filled: bool [A, H, W], each object as the union of its parts, where exactly one part covers it, and with
+            its polygons filled on whole points.
+        ignored: bool [1, H, W], pixels that count for nothing.
+    """
+
+    whole: np.ndarray
+    once: np.ndarray
+    filled: np.ndarray
+    ignored: np.ndarray
+
+    @classmethod
+    def of(cls, example: Example) -> Objects:
+        size = example.height, example.width
+        whole = masks.decode([a.rle for a in example.annotations], *size).astype(bool)
+
+        def drawn(as_drawn: list[str]) -> np.ndarray:
+            if not any(as_drawn):
+                return whole
+            rles = [other or a.rle for other, a in zip(as_drawn, example.annotations, strict=True)]
+            return masks.decode(rles, *size).astype(bool)
+
+        once, filled = drawn([a.once for a in example.annotations]), drawn([a.filled for a in example.annotations])
+        ignored = [i for i, a in enumerate(example.annotations) if a.ignore]
+        return cls(whole, once, filled, whole[ignored].any(0, keepdims=True))
+
+    def stack(self, draw: Callable[[Sample], np.ndarray], samples: Sequence[Sample]) -> np.ndarray:
+        """bool [k, H, W]: what `draw`, one of the methods below, makes of each sample."""
+        return np.stack([draw(sample) for sample in samples]) if samples else np.zeros((0, *self.whole.shape[1:]), bool)
+
+    def union(self, sample: Sample, filled: bool = False) -> np.ndarray:
+        """bool [H, W]: what the sample refers to, empty if that is nothing; `filled`: drawn as PSALM draws it."""
+        return (self.filled if filled else self.whole)[list(sample.annotations)].any(0)
+
+    def covered_once(self, sample: Sample) -> np.ndarray:
+        """The same where the masks of the objects and of their parts, added up, are 1."""
+        return self.once[list(sample.annotations)].sum(0, dtype=np.int32) == 1
+
+
+def _shuffle_text(entries: list[Entry], seed: int, where: object) -> list[Entry]:
+    """Gives every image the sentences of another one: a random cycle through all images."""
+    spoken = np.array([i for i, entry in enumerate(entries) if entry.samples])
+    if len(spoken) < 2:
+        raise UserError(f"{where}: the shuffled-text control needs at least two images with expressions")
+    order = np.random.default_rng(seed).permutation(spoken)
+    result = list(entries)
+    for here, other in zip(order, np.roll(order, 1), strict=True):
+        said = [{"prompt": s.sentence, "style": s.family} for s in entries[other].samples]
+        asked = tuple(dataclasses.replace(s, **said[i % len(said)]) for i, s in enumerate(entries[here].samples))
+        result[here] = dataclasses.replace(entries[here], samples=asked)
+    if all(sample.prompt == sample.sentence for entry in result for sample in entry.samples):
+        raise UserError(f"{where}: all images have the same sentences, so shuffling them is no control")
+    return result

@@ -1,0 +1,384 @@
+"""An on-disk layout to a prepared data set: TFDS data (ArrayRecord, no TensorFlow), index, tokenizer, metadata.
+
+Everything is written into a hidden sibling directory that is renamed at the end, so a prepared data set is complete or absent.
+An interrupted preparation leaves that directory, and the same command continues behind its finished shards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import shutil
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+from flowseg_jax.data import checksums, shards, workers
+from flowseg_jax.data.dataset import FORMAT, METADATA, TOKENIZER, Prepared
+from flowseg_jax.data.formats import layout_name, open_layout
+from flowseg_jax.data.prompts import training_text
+from flowseg_jax.data.records import Layout, Problems, damaged
+from flowseg_jax.data.shards import Shard
+from flowseg_jax.data.tokenizer import train_tokenizer
+from flowseg_jax.errors import UserError, not_writable, quoted
+from flowseg_jax.system import locks
+
+PROGRESS_SECONDS = 5.0
+WORTH_A_PROCESS = 512  # images: reading and writing fewer takes less than the start of a process
+REQUEST, PROBLEMS = "request.json", "problems.txt"
+Log = Callable[[str], None]
+
+
+def _say(text: str) -> None:
+    from flowseg_jax.writers import say  # not in the workers, which say nothing
+
+    say(text)
+
+
+def prepare(
+    source: str | Path,
+    out: str | Path,
+    *,
+    layout: str = "refcoco",
+    split_by: str | None = None,
+    images: str | Path | None = None,
+    file: str | None = None,
+    max_characters: int | None = None,
+    splits: Sequence[str] | None = None,
+    tokenizer_vocab: int | None = None,
+    on_error: str = "stop",
+    processes: int | None = None,
+    log: Log = _say,
+) -> Prepared:
+    """Turns an on-disk layout into a prepared data set.
+
+    Args:
+        source: the layout's root.
+        out: directory to make; must not exist (or be empty). Appears complete or not at all.
+        layout: name of the layout (`formats.LAYOUTS`).
+        split_by: which refs file, e.g. "unc"; None for the only one.
+        images: folder of the images; None for the usual places.
+        file: which JSON of chats, where there are several.
+        max_characters: that an expression, a question or an explanation may have; None for `checks.MAX_CHARACTERS`.
+        splits: which splits; None for all.
+        tokenizer_vocab: train a byte-level BPE of this many ids on the train split; None for no tokenizer.
+        on_error: "stop" at the first damaged record; "record": list them all in `problems.txt` of `out` and leave them out.
+        processes: that read and write; None for one a core, as far as memory goes. Does not change the result.
+        log: receives progress.
+
+    Raises:
+        UserError: anything wrong with the source, naming file and field, or a split of which no example is left. Nothing is
+            left behind but finished shards, behind which the same command continues.
+    """
+    source, out = Path(source), Path(out)
+    layout = layout_name(layout)
+    if on_error not in ("stop", "record"):
+        raise UserError(f"on_error is {on_error!r}: choose stop or record")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: exists already; remove it to prepare again")
+    log(f"reading {source}")
+    options = {"split_by": split_by, "images": images, "file": file, "max_characters": max_characters}
+    problems = Problems(keep=on_error == "record")
+    opened = open_layout(layout, source, problems, **options)
+    chosen = tuple(splits) if splits else opened.splits
+    sizes = {split: opened.size(split) for split in chosen}  # an unknown split is an error before anything is written
+    request = {"layout": layout, "splits": list(chosen), "on_error": on_error, "max_characters": max_characters}
+    same = request | {"files": _stamps(opened), "images": images and str(images), "format": FORMAT}
+    with _continued(out, same, log) as root:
+        todo = [shard for split in chosen for shard in shards.divide(root / "shards", split, sizes[split])]
+        reopen = functools.partial(_open_in_worker, layout, source, options, on_error == "record")
+        _write(opened, todo, reopen, problems.keep, processes, log)
+        metadata, found = _summary(opened, todo, problems, log)
+        metadata["request"] = request
+        metadata["tokenizer"] = TOKENIZER if tokenizer_vocab else None
+        sums = shards.finish(todo, root)
+        if found:
+            (root / PROBLEMS).write_text("".join(f"{problem}\n" for problem in found), encoding="utf-8")
+        (root / METADATA).write_text(json.dumps(metadata, indent=1) + "\n")
+        checksums.write(root, _files(root), sums)
+        if tokenizer_vocab:
+            learn_tokenizer(said(Prepared.open(root)), root / TOKENIZER, tokenizer_vocab)
+            checksums.write(root, _files(root), checksums.read(root))
+    if found:  # said last, when the list is where it says
+        log(f"{out / PROBLEMS} lists the records that are left out{damaged(found)}")
+    log(f"prepared {out}")
+    return Prepared.open(out)
+
+
+def _files(root: Path) -> list[str]:
+    """The names of all files of a prepared set, but for its checksums."""
+    places = (root / METADATA, root / PROBLEMS, *(root / folder for folder in ("data", "index", TOKENIZER)))
+    found = [path for place in places for path in ([place] if place.is_file() else place.rglob("*")) if path.is_file()]
+    return [path.relative_to(root).as_posix() for path in found]
+
+
+def _stamps(layout: Layout) -> list[list[Any]]:
+    """What tells one version of the annotation files from another."""
+    return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in map(Path, layout.annotation_files)]
+
+
+_layout: Layout | None = None  # of a worker process
+
+
+def _open_in_worker(name: str, source: Path, options: Mapping[str, Any], keep: bool) -> None:
+    global _layout
+    workers.start(signal.SIGINT)
+    _layout = open_layout(name, source, Problems(keep), **options)
+
+
+def _write_in_worker(shard: Shard, keep: bool) -> dict[str, Any]:
+    return shard.write(_layout, keep)
+
+
+def _write(
+    layout: Layout, todo: Sequence[Shard], reopen: Callable[[], None], keep: bool, processes: int | None, log: Log
+) -> None:
+    """Writes the shards that are missing, in processes of their own where that is worth their start."""
+    missing = [shard for shard in todo if not shard.is_whole()]
+    if len(missing) < len(todo):
+        log(f"continuing: {len(todo) - len(missing)} of {len(todo)} shards are written already")
+    for split in dict.fromkeys(shard.split for shard in todo):
+        log(f"{split}: {sum(s.stop - s.start for s in todo if s.split == split)} images")
+    done, total, last = 0, sum(s.stop - s.start for s in missing), time.monotonic()
+    count = min(processes or _affordable(layout), len(missing))
+
+    def progress(shard: Shard) -> None:
+        nonlocal done, last
+        done += shard.stop - shard.start
+        if time.monotonic() - last > PROGRESS_SECONDS:
+            log(f"{done} of {total} images")
+            last = time.monotonic()
+
+    if count <= 1 or (processes is None and total < WORTH_A_PROCESS * count):
+        for shard in missing:
+            shard.write(layout, keep)
+            progress(shard)
+        return
+    with ProcessPoolExecutor(count, workers.Spawn(), initializer=reopen) as pool:
+        try:
+            running = {pool.submit(_write_in_worker, shard, keep): shard for shard in missing}
+            while running:
+                finished, _ = wait(running, timeout=PROGRESS_SECONDS, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    future.result()
+                    progress(running.pop(future))
+                if not finished:
+                    log(f"{done} of {total} images")
+        except BrokenProcessPool:
+            raise UserError("a process died while it prepared, perhaps for want of memory: try fewer --processes") from None
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _affordable(layout: Layout) -> int:
+    """One process a core, but no more than memory has room for: each reads all annotations, and they grow tenfold."""
+    size = sum(Path(path).stat().st_size for path in layout.annotation_files)
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
+    return max(1, min(os.cpu_count() or 1, free // (10 * size + (1 << 29)) if free else 1))
+
+
+def _summary(layout: Layout, todo: Sequence[Shard], problems: Problems, log: Log) -> tuple[dict[str, Any], list[str]]:
+    """The metadata of complete shards and the damaged records; says what was special. UserError if a split has no example."""
+    reports = [(shard.split, shard.report()) for shard in todo]
+    counts = {split: Counter() for split, _ in reports}
+    notes, found, digest = Counter(), list(problems.found), hashlib.sha256()
+    things = getattr(layout, "things", None)  # of panoptic layouts alone
+    digest.update(json.dumps([layout.task, layout.categories, things]).encode())
+    for split, report in reports:
+        counts[split].update(report["counts"])
+        notes.update(report["notes"])
+        found += report["problems"]
+        digest.update(json.dumps([split, report["digest"]]).encode())
+    for split, count in counts.items():
+        said = f"{count['refs']} refs, {count['sentences']} sentences" if layout.task != "chat" else "chats"
+        log(f"{split}: {count['images']} images, {said}")
+    for reason, number in sorted(notes.items()):
+        log(f"note: {number} {reason}")
+    for split, count in counts.items():
+        if not count["images"]:
+            others = " ".join(name for name, other in counts.items() if other["images"])
+            remedy = f"; --splits {others} prepares the others" if others else ""
+            raise UserError(f"split {split!r}: nothing is left of its examples{damaged(found)}{remedy}")
+    metadata = {
+        "format": FORMAT,
+        "task": layout.task,
+        "source": layout.source,
+        "categories": list(layout.categories),
+        "things": things,
+        "splits": {split: dict(count) for split, count in counts.items()},
+        "notes": dict(sorted(notes.items())),
+        "problems": len(found),
+        "shards": {
+            split: [r["counts"]["images"] for s, r in reports if s == split and r["counts"]["images"]] for split in counts
+        },
+        "digest": digest.hexdigest(),
+    }
+    return metadata, found
+
+
+def said(prepared: Prepared) -> list[str]:
+    """What is said in a data set's training split (without one, in its first split): categories, sentences as often as its
+    source has them, explanations, chats."""
+    split = "train" if "train" in prepared.splits else next(iter(prepared.splits))
+    texts = list(prepared.categories)
+    for entry in prepared.index(split):
+        for sample in entry.samples:
+            texts += [sample.sentence] * sample.count + [sample.answer] * bool(sample.answer)
+    if prepared.task == "chat":  # not in the index
+        source = prepared.source(split)
+        for i in range(len(source)):
+            texts += [text for turn in source[i].turns for text in (turn.question, turn.answer)]
+    return texts
+
+
+def learn_tokenizer(texts: Sequence[str], directory: Path, vocab: int) -> None:
+    """Trains a tokenizer on sentences, and on the wordings about as often as the model reads them beside the sentences."""
+    prompts = training_text()
+    prompts *= 1 + len(texts) // (4 * len(prompts))
+    train_tokenizer([*prompts, *texts], directory, vocab=vocab)
+
+
+@contextlib.contextmanager
+def _continued(out: Path, request: Mapping[str, Any], log: Log) -> Iterator[Path]:
+    """A hidden sibling of `out` that becomes `out` when the block ends well; what another request left there is removed.
+
+    When the block fails, finished shards stay for the next try; without any, nothing stays.
+    """
+    root = out.parent / f".{out.name}.partial"
+    try:
+        with locks.held(out, beside=True):
+            if out.is_dir() and any(out.iterdir()):
+                raise UserError(f"{out}: another process has prepared it meanwhile")
+            root.mkdir(exist_ok=True)
+            stamp = root / REQUEST
+            if not stamp.exists() or stamp.read_text() != json.dumps(request):
+                for left in root.iterdir():
+                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+                stamp.write_text(json.dumps(request))
+            try:
+                yield root
+            except BaseException:
+                if not any((root / "shards").glob("*.json")):
+                    shutil.rmtree(root, ignore_errors=True)
+                raise
+            stamp.unlink()
+            shutil.rmtree(root / "shards")
+            try:
+                os.rename(root, out)
+            except OSError as error:
+                raise UserError(
+                    f"{out}: cannot be put in place ({error.strerror}); did another process write it meanwhile?"
+                ) from None
+    except Exception as error:
+        if (why := not_writable(error)) is None and not isinstance(error, OSError):
+            raise
+        raise UserError(f"{out}: cannot be written ({why or error}); the same command continues") from None
+
+
+@contextlib.contextmanager
+def _atomic_directory(out: Path) -> Iterator[Path]:
+    """A hidden sibling of `out` that becomes `out` when the block ends well and vanishes when it does not."""
+    temporary = out.parent / f".{out.name}.{os.getpid()}.partial"
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror})") from None
+    try:
+        yield temporary
+        try:
+            os.rename(temporary, out)
+        except OSError as error:
+            raise UserError(
+                f"{out}: cannot be put in place ({error.strerror}); did another process write it meanwhile?"
+            ) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(path: Path, log: Log) -> Iterator[None]:
+    """Holds an exclusive lock on a file; says so while another process holds it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("w")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+    with file:
+        said = -PROGRESS_SECONDS
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() - said > PROGRESS_SECONDS:
+                    log(f"waiting for another process to make {path.with_suffix('')}")
+                    said = time.monotonic()
+                time.sleep(0.2)
+        yield
+
+
+def ensure_shapes(
+    directory: str | Path,
+    images: int,
+    seed: int,
+    *,
+    tokenizer_vocab: int = 512,
+    workers: int | None = None,
+    log: Log = _say,
+    **options: Any,
+) -> Prepared:
+    """Opens the `shapes` benchmark in `directory`, generating and preparing it first if it is not there.
+
+    Appears complete or not at all; of several processes that ask at once, one makes it and the others wait.
+
+    Args:
+        directory: holds `refcoco-like/` (the generated layout) and `prepared/`.
+        images: number of images over all splits.
+        seed: of the generator.
+        tokenizer_vocab: ids of the tokenizer that is trained on it.
+        workers: processes of the generator; None for the number of cores. Does not change the result.
+        log: receives progress at least every 10 s.
+        **options: passed to `shapes.generator.generate`.
+
+    Raises:
+        UserError: the directory holds a set that was made with other arguments, or something else.
+    """
+    from flowseg_jax.synthetic.generator import generate
+
+    directory = Path(directory)
+    request = {"format": FORMAT, "images": images, "seed": seed, "tokenizer_vocab": tokenizer_vocab, **options}
+    request = json.loads(json.dumps(request))  # as it reads back: tuples become lists
+    stamp = directory / "request.json"
+    with _locked(directory.parent / f".{directory.name}.lock", log):
+        if not directory.exists() or not any(directory.iterdir()):
+            for left in directory.parent.glob(f".{directory.name}.*.partial"):  # of a killed process: the lock is ours
+                shutil.rmtree(left, ignore_errors=True)
+            log(f"making the shapes benchmark in {directory}: {images} images, seed {seed}")
+            with _atomic_directory(directory) as temporary:
+                layout = temporary / "refcoco-like"
+                generate(layout, images, seed, workers=workers, report=log, **options)
+                prepare(layout, temporary / "prepared", tokenizer_vocab=tokenizer_vocab, log=log)
+                (temporary / stamp.name).write_text(json.dumps(request) + "\n")
+    try:
+        made_with = json.loads(stamp.read_text())
+    except (OSError, ValueError, RecursionError):
+        made_with = None
+    if not isinstance(made_with, dict):
+        raise UserError(f"{directory}: exists but is not a shapes set made by this command; name another directory")
+    if made_with != request:
+        changed = sorted(k for k in {*made_with, *request} if made_with.get(k) != request.get(k))
+        detail = ", ".join(f"{k[:40]} {quoted(made_with.get(k))} -> {request.get(k)}" for k in changed[:8])
+        raise UserError(f"{directory}: holds a shapes set made otherwise ({detail}); remove it or name another directory")
+    return Prepared.open(directory / "prepared")

@@ -1,1 +1,0 @@
-"""What a model gets wrong, and where: the commands of `python -m flowseg_jax.diagnose`."""

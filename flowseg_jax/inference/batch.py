@@ -1,0 +1,148 @@
+"""Answers many images one by one: the next one is decoded while this one is computed; one that is damaged stops nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+
+from flowseg_jax.checkpoints.storage import reason
+from flowseg_jax.errors import UserError
+from flowseg_jax.inference.inputs import Job
+from flowseg_jax.inference.outputs import Unwritable, Writer
+from flowseg_jax.inference.segmentor import Answer, Look, Prediction, Prepared, Segmentor
+from flowseg_jax.inference.selection import nothing
+from flowseg_jax.writers import duration, heartbeat, say
+
+RUNS, ENOUGH = 5, 2.0  # a latency is the median of so many runs, or of as many as so many seconds hold
+
+Respond = Callable[[Look, Sequence[str]], Sequence[Prediction | Answer]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Done:
+    """What came of a run.
+
+    Attributes:
+        answered, failed: images.
+        paths: files that were written.
+        last: the last image that was answered and what was asked about it; None if there is none.
+    """
+
+    answered: int
+    failed: int
+    paths: list[Path]
+    last: tuple[Prepared, Sequence[str]] | None
+
+
+def run(segmentor: Segmentor, jobs: Sequence[Job], respond: Respond, writer: Writer, *, strict: bool = False) -> Done:
+    """Answers all jobs and writes the predictions; says which images failed and, for several, how fast it went.
+
+    Args:
+        respond: how texts are answered: one of the segmentor's methods.
+        writer: where predictions go.
+        strict: an image that fails is an error.
+
+    Whatever an image raises while it is decoded, answered, drawn or written is its own failure, unless nothing at all can be
+    written.
+
+    Raises:
+        UserError: a text that cannot be asked, before anything is computed; a folder that cannot be written.
+        Exception: with `strict`, what an image raises.
+    """
+    for job in jobs:
+        segmentor.check(job.texts, job.where)
+    failed, paths, last, started = 0, [], None, time.monotonic()
+    with heartbeat(f"predict: 0/{len(jobs)} images, loading and compiling") as beat:
+        for number, (job, ready) in enumerate(_prepared(segmentor, jobs), 1):
+            try:
+                predictions = _predictions(segmentor, job, ready, respond)
+                paths += [path for prediction in predictions for path in writer.write(prediction)]
+                last = ready, job.texts
+            except Unwritable:
+                raise
+            except Exception as error:
+                if strict:
+                    raise
+                why = str(error) if isinstance(error, UserError) else f"{job.image}: {type(error).__name__}: {reason(error)}"
+                failed += 1
+                say(f"failed: {why}")
+                writer.fail(os.fspath(job.image), why)
+            rate = number / max(time.monotonic() - started, 1e-9)
+            beat.message = f"predict: {number}/{len(jobs)} images, {rate:.1f}/s"
+        beat.message = "predict"
+    answered = len(jobs) - failed
+    if len(jobs) > 1:
+        seconds = time.monotonic() - started
+        say(
+            f"predict: {answered} of {len(jobs)} images answered in {duration(seconds)}, compilation included"
+            f" ({len(jobs) / max(seconds, 1e-9):.1f} images/s); {failed} failed"
+        )
+    return Done(answered, failed, paths, last)
+
+
+def _prepared(segmentor: Segmentor, jobs: Sequence[Job]) -> Iterator[tuple[Job, Prepared | Exception]]:
+    """Each job with its image, or with what is wrong with it; a thread is one image ahead."""
+
+    def prepare(job: Job) -> Prepared | Exception:
+        try:
+            return segmentor.prepare(job.image)
+        except Exception as error:
+            return error
+
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(prepare, jobs[0])
+        for here, job in enumerate(jobs):
+            ready = coming.result()
+            if here + 1 < len(jobs):
+                coming = thread.submit(prepare, jobs[here + 1])
+            yield job, ready
+
+
+def _predictions(segmentor: Segmentor, job: Job, ready: Prepared | Exception, respond: Respond) -> list[Prediction]:
+    if isinstance(ready, Exception):
+        raise ready
+    for note in ready.notes:
+        say(f"note: {ready.name}: {note}")
+    look, predictions = segmentor.look(ready), []
+    for response in respond(look, job.texts):
+        if isinstance(response, Prediction):
+            predictions.append(response)
+            continue
+        cut = "" if response.complete else " ... (cut: --max-tokens)"
+        say(f"{look.name}: {response.question}\n  {response.text}{cut}")
+        predictions += response.predictions or [
+            nothing(look.name, response.question, look.image, response.text, response.failure)
+        ]
+    return predictions
+
+
+def latency(segmentor: Segmentor, ready: Prepared, texts: Sequence[str], respond: Respond) -> str:
+    """A line with what an image and what an expression cost once everything is compiled.
+
+    Looking runs from the decoded and resized image to the end of what the expressions share. Asking runs from the texts to
+    masks at the original size in memory, all texts of the image together; each is charged its share.
+    """
+    look = segmentor.look(ready)
+    looking = _median(lambda: jax.block_until_ready(segmentor.look(ready).seen))
+    each = _median(lambda: respond(look, texts)) / len(texts)
+    return (
+        f"warm latency: first expression {looking + each:.1f} ms, each further one {each:.1f} ms;"
+        f" looking at an image {looking:.1f} ms (medians after compilation; {len(texts)} asked together)"
+    )
+
+
+def _median(call: Callable[[], object]) -> float:
+    """Milliseconds of a call that is compiled."""
+    times: list[float] = []
+    while len(times) < RUNS and sum(times) < ENOUGH:
+        started = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - started)
+    return 1e3 * statistics.median(times)

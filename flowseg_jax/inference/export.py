@@ -1,0 +1,294 @@
+"""`python -m flowseg_jax.inference.export`: a model as a `jax.export` artefact, which runs where jax is and this package is not.
+
+Two programs, each lowered for all platforms: `see` looks at images once, `ask` segments what expressions name in them. Weights
+are arguments, so they are stored once for both, in the dtype that the checkpoint has them in. Text comes as token ids alone:
+spans, positions and segments are found by the marks inside the program. `docs/export.md` describes the directory.
+"""
+
+from __future__ import annotations
+
+if __name__ == "__main__":  # before the imports, so that a Ctrl-C while they last is as clean as later
+    from flowseg_jax.errors import run
+
+    run("flowseg_jax.inference.export:main")
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+from jax import export as jax_export
+from jaxtyping import Array, Int
+from safetensors import SafetensorError
+
+from flowseg_jax import cli
+from flowseg_jax.checkpoints.manifest import compare, flatten, manifest, nest
+from flowseg_jax.checkpoints.pretrained import check_free, load_model, read_model_config
+from flowseg_jax.checkpoints.storage import cast, provenance
+from flowseg_jax.data import collate
+from flowseg_jax.data.prompts import Prompts
+from flowseg_jax.data.tokenizer import Tokenizer, load_tokenizer
+from flowseg_jax.errors import UserError, not_writable, suggest
+from flowseg_jax.evaluation import postprocess
+from flowseg_jax.evaluation.benchmark import digest
+from flowseg_jax.models import flowseg
+from flowseg_jax.models.config import FlowSegConfig
+from flowseg_jax.models.language import Cache
+from flowseg_jax.ops.portable import portable
+from flowseg_jax.system import locks
+from flowseg_jax.system.json_files import expect, number
+from flowseg_jax.types import IMAGE_TOKEN, NONE, Questions, Views
+from flowseg_jax.writers import heartbeat, say
+
+FORMAT = "flowseg_jax export"
+FORMAT_VERSION = 1
+PLATFORMS = ("cpu", "tpu", "cuda")
+END = NONE  # stands behind each conversation, and in what is left of the room
+
+
+@dataclasses.dataclass(frozen=True)
+class Room:
+    """The static sizes of the programs.
+
+    Attributes:
+        batch: images at a time (B).
+        phrases: expressions an image (K).
+        text: token ids an image (T), all its conversations and what ends them together.
+    """
+
+    batch: int = 1
+    phrases: int = 8
+    text: int = 256
+
+    def __post_init__(self):
+        for name, value in dataclasses.asdict(self).items():
+            if value < 1:
+                raise UserError(f"{name} is {value}: it must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Wording:
+    """Everything said around an expression, as token ids.
+
+    Attributes:
+        prefix: in front of all conversations, the image's slots at its end; part of `see`.
+        before, after: a conversation is `before`, the expression between its marks, `after`.
+        phrase_start, phrase_end, seg: the marks that the programs look for.
+    """
+
+    prefix: Sequence[int]
+    before: Sequence[int]
+    after: Sequence[int]
+    phrase_start: int
+    phrase_end: int
+    seg: int
+
+    @classmethod
+    def of(cls, prompts: Prompts, tokenizer: Tokenizer, visual_tokens: int) -> Wording:
+        """The fixed wording of a model's prompts. A mark splits the text, so that the parts do not depend on the expression."""
+        (conversation,) = collate.ask(dataclasses.replace(prompts, vary=False), ["it"])
+        said = collate.encode_conversation(conversation, prompts, tokenizer, "the wording").tokens
+        start, end = said.index(tokenizer.phrase_start), said.index(tokenizer.phrase_end)
+        prefix = collate.encode_prefix(prompts, tokenizer, visual_tokens)
+        return cls(prefix, said[:start], said[end + 1 :], tokenizer.phrase_start, tokenizer.phrase_end, tokenizer.seg)
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields, with the number of the image's slots in place of the slots."""
+        text = [token for token in self.prefix if token != IMAGE_TOKEN]
+        return dataclasses.asdict(self) | {"prefix": text, "visual_tokens": len(self.prefix) - len(text)}
+
+
+def questions(tokens: Int[Array, "b t"], phrases: int, wording: Wording) -> Questions:
+    """What is asked, from token ids alone: conversations one after the other, `END` behind each and in the rest of the room.
+
+    The result is that of `batching.questions`, but for the slots that the ends take.
+    """
+    real = tokens != END
+    at = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    number = jnp.where(real, jnp.cumsum(~real, 1, dtype=jnp.int32), NONE)
+    first = jax.lax.cummax(jnp.where(real, 0, at + 1), axis=1)
+    starts, ends = tokens == wording.phrase_start, tokens == wording.phrase_end
+    inside = jnp.cumsum(starts, 1) > jnp.cumsum(ends, 1) - ends  # both marks belong to the span
+    return Questions(
+        tokens=jnp.where(real, tokens, 0),
+        positions=jnp.where(real, len(wording.prefix) + at - first, 0),
+        segments=jnp.where(real, number + 1, NONE),
+        phrase_ids=jnp.where(real & inside, number, NONE),
+        seg_ids=jnp.where(tokens == wording.seg, number, NONE),
+        asked=(number[:, None] == jnp.arange(phrases)[:, None]).any(-1),
+    )
+
+
+def lower(
+    cfg: FlowSegConfig,
+    weights: Mapping[str, jax.ShapeDtypeStruct],
+    wording: Wording,
+    room: Room,
+    platforms: Sequence[str] = PLATFORMS,
+) -> dict[str, jax_export.Exported]:
+    """The programs `see` and `ask`, lowered for the platforms; that takes neither the hardware nor the weights.
+
+    Both take the weights first, a flat dict by name, and everything else by keyword; `docs/export.md` says what.
+    """
+    graphdef, abstract = flowseg.describe(cfg)
+    abstract = flowseg.at_rest(abstract)
+    prefix = np.array(wording.prefix, np.int32)
+
+    def model(weights: Mapping[str, Array]) -> flowseg.FlowSeg:
+        return flowseg.bind(graphdef, cast(nest(weights), abstract))
+
+    def see(weights, *, images, scaled_size, vision_images):
+        seen = model(weights).see(Views(images, scaled_size, vision_images), prefix)
+        # Plain containers: whoever loads the program knows no class of ours.
+        return {"mask_features": seen.mask_features, "levels": seen.levels, "cache": vars(seen.cache)}
+
+    def ask(weights, *, seen, tokens):
+        network, asked = model(weights), questions(tokens, room.phrases, wording)
+        found = network.ask(flowseg.Seen(seen["mask_features"], seen["levels"], Cache(**seen["cache"])), asked)
+        chosen = postprocess.top(found.scores, found.mask_logits, 1)
+        logits = postprocess.refine(network, chosen.logits, found.mask_features)
+        return {
+            "scores": found.scores,
+            "query": jnp.where(asked.asked, chosen.query[..., 0], NONE),
+            "logits": logits[:, :, 0],
+        }
+
+    side, vision = cfg.sam.image_size, cfg.siglip.image_size
+    views = {
+        "images": jax.ShapeDtypeStruct((room.batch, side, side, 3), jnp.uint8),
+        "scaled_size": jax.ShapeDtypeStruct((room.batch, 2), jnp.int32),
+        "vision_images": jax.ShapeDtypeStruct((room.batch, vision, vision, 3), jnp.uint8),
+    }
+    tokens = jax.ShapeDtypeStruct((room.batch, room.text), jnp.int32)
+    with portable():
+        looks = jax_export.export(jax.jit(see), platforms=platforms)(weights, **views)
+        seen = jax.tree.unflatten(looks.out_tree, [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in looks.out_avals])
+        asks = jax_export.export(jax.jit(ask), platforms=platforms)(weights, seen=seen, tokens=tokens)
+    return {"see": looks, "ask": asks}
+
+
+def export(
+    directory: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    room: Room | None = None,
+    platforms: Sequence[str] = PLATFORMS,
+) -> Path:
+    """Exports a model directory; the result appears complete or not at all.
+
+    Args:
+        directory: a model directory.
+        out: the directory to make; must not exist.
+        room: the programs' static sizes; None: the default ones.
+        platforms: of `PLATFORMS`, for which the programs are lowered.
+
+    Raises:
+        UserError: an unknown platform, an `out` that exists or cannot be written, a model directory that is missing, damaged or
+            cannot answer expressions, a tokenizer without a `tokenizer.json`, a room in which no expression fits.
+    """
+    room, target, platforms = room or Room(), Path(out).absolute(), _known(platforms)
+    with locks.held(target, beside=True):
+        return _export(directory, target, room, platforms)
+
+
+def _export(directory: str | os.PathLike[str], target: Path, room: Room, platforms: Sequence[str]) -> Path:
+    check_free(target)
+    stored = read_model_config(directory)
+    cfg = FlowSegConfig.from_dict(stored["model"], f"{directory}/config.json: model")
+    cfg.check_complete(str(directory))
+    compare(manifest(flowseg.at_rest(flowseg.describe(cfg)[1])), stored["manifest"], f"model directory {directory}")
+    loaded = load_model(directory, dtype=None)
+    prompts = Prompts.of_model(loaded.extra, directory)
+    tokenizer = load_tokenizer(loaded.tokenizer_dir, needed=prompts.needed)
+    backend = getattr(tokenizer.hf, "backend_tokenizer", None)
+    if backend is None:
+        raise UserError(f"{directory}: its tokenizer is not a fast one, which alone can be written as tokenizer.json")
+    if tokenizer.vocab > cfg.llm.vocab:
+        raise UserError(f"{directory}: the tokenizer has {tokenizer.vocab} ids, the model's embedding table {cfg.llm.vocab}")
+    below = loaded.extra.get("no_target_below", 0.0)
+    expect(number(below, least=0, most=1), below, f"{directory}/config.json: extra.no_target_below", "a number from 0 to 1")
+    wording = Wording.of(prompts, tokenizer, cfg.visual_tokens)
+    if room.text < (least := len(wording.before) + len(wording.after) + 3):
+        raise UserError(f"text is {room.text}: even the shortest expression takes {least} tokens")
+    weights = flatten(loaded.params)
+    with heartbeat(f"lowering for {', '.join(platforms)}"):
+        kinds = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in weights.items()}
+        programs = lower(cfg, kinds, wording, room, platforms)
+    about = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "checkpoint": {"digest": digest(stored), "step": loaded.extra.get("step")},
+        **provenance(),
+        "platforms": platforms,
+        "room": dataclasses.asdict(room),
+        "image": cfg.sam.image_size,
+        "vision": cfg.siglip.image_size,
+        "wording": wording.to_json(),
+        "no_target_below": below,
+        "reserved": [mark.lower() for mark in tokenizer.reserved if mark.strip()],
+        "programs": {name: _describe(name, program) for name, program in programs.items()},
+    }
+    fresh = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+    try:
+        fresh.mkdir(parents=True)
+        for name, program in programs.items():
+            (fresh / _file(name)).write_bytes(program.serialize())
+        safetensors.numpy.save_file(weights, fresh / "weights.safetensors")
+        (fresh / "weights.safetensors").chmod(0o644)  # safetensors writes it for its owner alone
+        (fresh / "tokenizer.json").write_text(backend.to_str(pretty=True), encoding="utf-8")
+        (fresh / "export.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+        fresh.replace(target)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{target} could not be written: {not_writable(error) or error}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            shutil.rmtree(fresh)
+    return target
+
+
+def _known(platforms: Sequence[str]) -> list[str]:
+    for name in platforms:
+        if name not in PLATFORMS:
+            raise UserError(f"unknown platform {name!r}{suggest(name, PLATFORMS)}")
+    return list(dict.fromkeys(platforms))
+
+
+def _file(name: str) -> str:
+    return f"{name}.jax_export"
+
+
+def _describe(name: str, program: jax_export.Exported) -> dict[str, Any]:
+    """File, calling convention, and name -> [shape, dtype] of what goes in beside the weights and of what comes out."""
+    _, inputs = jax.tree.unflatten(program.in_tree, program.in_avals)
+    outputs = jax.tree.unflatten(program.out_tree, program.out_avals)
+    return {
+        "file": _file(name),
+        "calling_convention_version": program.calling_convention_version,
+        "inputs": manifest(inputs),
+        "outputs": manifest(outputs),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = cli.Parser(
+        prog="python -m flowseg_jax.inference.export", description="Exports a model as programs that run without us."
+    )
+    cli.add_model_flags(parser)
+    parser.add_argument("--out", metavar="DIR", required=True, help="the directory to make")
+    parser.add_argument("--batch", type=int, default=Room.batch, metavar="B", help="images at a time, default %(default)s")
+    parser.add_argument(
+        "--phrases", type=int, default=Room.phrases, metavar="K", help="expressions an image, default %(default)s"
+    )
+    parser.add_argument("--text", type=int, default=Room.text, metavar="T", help="token ids an image, default %(default)s")
+    parser.add_argument("--platforms", default=",".join(PLATFORMS), metavar="LIST", help="default %(default)s")
+    arguments = parser.parse_args(argv)
+    room = Room(arguments.batch, arguments.phrases, arguments.text)
+    say(str(export(cli.model_directory(arguments), arguments.out, room, arguments.platforms.split(","))))
+    return 0

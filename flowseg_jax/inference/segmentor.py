@@ -1,0 +1,332 @@
+"""An image and sentences in; for each the selected mask at the image's own size, its score and the runners-up out.
+
+An image is looked at once; any number of sentences share the look. By default the model is handed the answer that carries
+`<SEG>` (`Segmentor.ask`); `Segmentor.generate` and `Segmentor.chat` let it write the answer itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jaxtyping import UInt8
+from PIL import Image
+
+from flowseg_jax.checkpoints import pretrained
+from flowseg_jax.data import collate, images
+from flowseg_jax.data.eval_dataset import PHRASES, round_shape
+from flowseg_jax.data.prompts import Prompts, check_phrase
+from flowseg_jax.data.tokenizer import Tokenizer, load_tokenizer
+from flowseg_jax.errors import UserError
+from flowseg_jax.evaluation import postprocess
+from flowseg_jax.inference.selection import Candidate, Prediction, Selection, select
+from flowseg_jax.models import flowseg, generate
+from flowseg_jax.models.config import FlowSegConfig
+from flowseg_jax.system.json_files import expect, number
+from flowseg_jax.types import Asked, BatchShape, Views
+
+__all__ = ["Answer", "Candidate", "Look", "Prediction", "Prepared", "Segmentor", "Selection", "load"]
+
+ANSWER_TOKENS = 128  # that the model may write, its end included
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A decoded image as the model takes it.
+
+    Attributes:
+        name: what to call it. image: uint8 [H, W, 3], upright.
+        views: it alone.
+        notes: what is special about its file, in words.
+    """
+
+    name: str
+    image: UInt8[np.ndarray, "y x 3"]
+    views: Views
+    notes: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Look:
+    """An image that has been looked at; any number of texts can be asked about it.
+
+    Attributes:
+        name: what to call it. image: uint8 [H, W, 3], upright.
+        scaled: int32 [1, 2], its size inside the mask encoder's square input.
+        seen: what the model keeps of it.
+    """
+
+    name: str
+    image: UInt8[np.ndarray, "y x 3"]
+    scaled: np.ndarray
+    seen: flowseg.Seen
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What the model wrote.
+
+    Attributes:
+        question: what it was asked.
+        text: its words, `<p>`, `</p>` and `<SEG>` included.
+        complete: it came to an end before it ran out of tokens.
+        predictions: one for each `<SEG>` that stands for a phrase.
+        failure: why there is none where there should be one.
+    """
+
+    question: str
+    text: str
+    complete: bool
+    predictions: Sequence[Prediction]
+    failure: str | None = None
+
+
+class Segmentor:
+    """A model that is ready to answer; sentences of similar length and images of a similar size share their compilations.
+
+    Every method that answers takes the fields of `Selection` as keywords: `top_k`, `all_above`, `no_target_below`.
+
+    Args:
+        graphdef, params: the model (`models.flowseg.create`).
+        tokenizer: its tokenizer.
+        image, vision: sides S and V of its two square inputs, pixels.
+        visual_tokens: slots that an image takes in the prompt.
+        prompts: its chat template (None: the default one); the fixed wording is used.
+        no_target_below: what `Selection.no_target_below` is where it is not given.
+    """
+
+    def __init__(
+        self,
+        graphdef: nnx.GraphDef,
+        params: Any,
+        tokenizer: Tokenizer,
+        *,
+        image: int,
+        vision: int,
+        visual_tokens: int,
+        prompts: Prompts | None = None,
+        no_target_below: float = 0.0,
+    ):
+        self._params, self._tokenizer, self._no_target_below = params, tokenizer, no_target_below
+        self._prompts = dataclasses.replace(prompts or Prompts(), vary=False)
+        self._shape = BatchShape(1, 0, PHRASES[-1], 0, image, vision)
+        self._prefix = np.array(collate.encode_prefix(self._prompts, tokenizer, visual_tokens), np.int32)
+        marks = generate.Marks(tokenizer.phrase_start, tokenizer.phrase_end, tokenizer.seg)
+        self._eos = self._prompts.ends(tokenizer)
+
+        def top(model, found, count):
+            chosen = postprocess.top(found.scores, found.mask_logits, min(count, found.scores.shape[-1]))
+            return dataclasses.replace(chosen, logits=postprocess.refine(model, chosen.logits, found.mask_features))
+
+        def ask(params, seen, questions, count):
+            model = flowseg.bind(graphdef, params)
+            return top(model, model.ask(seen, questions), count)
+
+        def write(params, seen, asked, tokens):
+            return generate.write(flowseg.bind(graphdef, params), seen, asked, max_new_tokens=tokens, eos=self._eos)
+
+        def segment(params, seen, asked, written, outputs, count):
+            model = flowseg.bind(graphdef, params)
+            found, pairs = generate.segment(model, seen, asked, written, marks=marks, outputs=outputs)
+            return top(model, found, count), pairs
+
+        self._see = jax.jit(lambda params, views, prefix: flowseg.bind(graphdef, params).see(views, prefix))
+        self._ask, self._restore = jax.jit(ask, static_argnums=3), jax.jit(postprocess.restore)
+        self._write, self._segment = jax.jit(write, static_argnums=3), jax.jit(segment, static_argnums=(4, 5))
+
+    def __call__(self, image: Image.Image, text: str, *, name: str = "image", **selection: Any) -> Prediction:
+        """`segment` for one sentence about an upright RGB image in memory."""
+        return self.ask(self.look(image, name=name), [text], **selection)[0]
+
+    def segment(self, image: str | os.PathLike[str] | Image.Image, texts: Sequence[str], **selection: Any) -> list[Prediction]:
+        """Segments what each text names; all texts share one look at the image.
+
+        Args:
+            image: a file (EXIF rotation applied) or an upright image.
+            texts: what to segment, one answer each.
+            **selection: fields of `Selection`.
+
+        Raises:
+            UserError: a damaged file; an empty text or one with a mark of the tokenizer; outputs that are no numbers.
+        """
+        self.check(texts)
+        Selection(**selection)
+        return self.ask(self.look(image), texts, **selection)
+
+    def prepare(self, image: str | os.PathLike[str] | Image.Image, *, name: str = "image") -> Prepared:
+        """Decodes and resizes a file (EXIF rotation applied) or an upright image, on the host alone: a thread may do it.
+
+        Raises:
+            UserError: a damaged file.
+        """
+        notes: Counter[str] = Counter()
+        if isinstance(image, Image.Image):
+            image = images.to_rgb(image, name=name, notes=notes)
+        else:
+            name, image = os.fspath(image), images.load(image, exif=True, notes=notes)
+        pixels = collate.prepare_pixels(image, (), self._shape)
+        views = collate.views([pixels], 1, (self._shape.image, self._shape.vision))
+        return Prepared(name, np.array(image), views, tuple(notes))
+
+    def look(self, image: str | os.PathLike[str] | Image.Image | Prepared, *, name: str = "image") -> Look:
+        """Looks at an image: a file, an upright image, or one that `prepare` has prepared; errors as there."""
+        ready = image if isinstance(image, Prepared) else self.prepare(image, name=name)
+        seen = self._see(self._params, ready.views, self._prefix)
+        return Look(ready.name, ready.image, ready.views.scaled_size, seen)
+
+    def check(self, texts: Sequence[str], where: str = "text") -> None:
+        """Raises a UserError, which names `where`, for texts that cannot be asked: none, empty ones, those with a mark."""
+        if isinstance(texts, str):
+            raise UserError(f"{where}: expected a list of texts, got one string")
+        if not texts or not all(text.strip() for text in texts):
+            raise UserError(f"{where}: a text is empty: say what to segment")
+        for text in texts:
+            if any("\ud800" <= char <= "\udfff" for char in text):
+                raise UserError(f"{where}: the text {text!r} has half of a character pair: it is no Unicode")
+            check_phrase(text, self._tokenizer, where)
+
+    def ask(self, look: Look, texts: Sequence[str], **selection: Any) -> list[Prediction]:
+        """Segments what each text names in an image that has been looked at; arguments and errors as in `segment`."""
+        chosen_by = self._selection(selection)
+        self.check(texts)
+        return [
+            select(look.name, text, look.image, found, chosen_by)
+            for part in _rounds(texts)
+            for text, found in zip(part, self._candidates_of(look, part, chosen_by.count), strict=True)
+        ]
+
+    def generate(
+        self, look: Look, texts: Sequence[str], *, max_new_tokens: int = ANSWER_TOKENS, **selection: Any
+    ) -> list[Answer]:
+        """As `ask`, but the model writes its answer to each text itself; it may have several masks or none.
+
+        A mask is conditioned on the phrase that the model wrote, or else on the text (`models.generate.pair_outputs`).
+        """
+        asked = [turn.question for conversation in collate.ask(self._prompts, texts) for turn in conversation.turns]
+        answers = self._generate(look, texts, asked, max_new_tokens, self._selection(selection))
+        return [answer if answer.predictions else dataclasses.replace(answer, failure="no <SEG>") for answer in answers]
+
+    def chat(
+        self, look: Look, questions: Sequence[str], *, max_new_tokens: int = ANSWER_TOKENS, **selection: Any
+    ) -> list[Answer]:
+        """Answers free questions about an image. A `<SEG>` has a mask if the model writes the phrase `<p>..</p>` for it."""
+        return self._generate(look, questions, questions, max_new_tokens, self._selection(selection))
+
+    def _selection(self, selection: dict[str, Any]) -> Selection:
+        chosen_by = Selection(**selection)
+        if chosen_by.no_target_below is None:
+            chosen_by = dataclasses.replace(chosen_by, no_target_below=self._no_target_below)
+        return chosen_by
+
+    def _candidates_of(self, look: Look, texts: Sequence[str], count: int) -> list[list[Candidate]]:
+        """The best `count` candidates of each text, for as many texts as one round takes."""
+        encoded = [
+            collate.encode_conversation(conversation, self._prompts, self._tokenizer, look.name)
+            for conversation in collate.ask(self._prompts, texts)
+        ]
+        shape = (1, *round_shape(len(texts), sum(len(one.tokens) for one in encoded)))
+        questions = collate.questions([encoded], shape, len(self._prefix), self._tokenizer.pad, [look.name])
+        chosen = self._ask(self._params, look.seen, questions, count)
+        return list(self._at_original_size(look, chosen, range(len(texts))))
+
+    def _generate(
+        self, look: Look, texts: Sequence[str], asked: Sequence[str], max_new_tokens: int, chosen_by: Selection
+    ) -> list[Answer]:
+        self.check(texts)
+        if max_new_tokens < 1:
+            raise UserError(f"max_new_tokens is {max_new_tokens}: at least one is needed")
+        pairs = [*zip(texts, asked, strict=True)]
+        return [answer for part in _rounds(pairs) for answer in self._answer(look, part, max_new_tokens, chosen_by)]
+
+    def _answer(self, look: Look, part: Sequence[tuple[str, str]], max_new_tokens: int, chosen_by: Selection) -> list[Answer]:
+        """The answers to as many (text, question) as one round takes."""
+        ids = [self._tokenizer.encode(question + self._prompts.template.tail) for _, question in part]
+        k, t = round_shape(len(part), max(map(len, ids)))
+        asked = Asked.of([ids], (1, k, t))
+        written = self._write(self._params, look.seen, asked, max_new_tokens)
+        tokens, lengths = jax.device_get((written.tokens, written.lengths))
+        most = int((tokens == self._tokenizer.seg).sum(1).max())
+        found: dict[int, list[tuple[str, list[Candidate]]]] = {}
+        if most:
+            outputs = next((n for n in PHRASES if most <= n), -(-most // PHRASES[-1]) * PHRASES[-1])
+            chosen, pairs = self._segment(self._params, look.seen, asked, written, outputs, chosen_by.count)
+            pairs, whole = jax.device_get(pairs), np.concatenate([asked.tokens[0], tokens], 1)
+            rows, nth = np.nonzero(pairs.exists)
+            phrases = [whole[i, pairs.start[i, j] + 1 : pairs.end[i, j]] for i, j in zip(rows, nth, strict=True)]
+            restored = self._at_original_size(look, chosen, rows * outputs + nth)
+            for row, phrase, candidates in zip(rows, phrases, restored, strict=True):
+                found.setdefault(int(row), []).append((self._decode(phrase), candidates))
+        answers = []
+        for row, (text, _) in enumerate(part):
+            said = tokens[row, : lengths[row]]
+            complete = bool(said[-1] in self._eos)
+            words = self._decode(said[:-1] if complete else said)
+            masks = [select(look.name, text, look.image, c, chosen_by, words, phrase) for phrase, c in found.get(row, ())]
+            answers.append(Answer(text, words, complete, masks))
+        return answers
+
+    def _decode(self, ids: np.ndarray) -> str:
+        return self._tokenizer.hf.decode(ids.tolist(), skip_special_tokens=False).strip()
+
+    def _at_original_size(self, look: Look, chosen: postprocess.Chosen, phrases: Sequence[int]) -> Iterator[list[Candidate]]:
+        """The candidates of each of these phrases, without those that are no numbers.
+
+        Raises:
+            UserError: the best one is none.
+        """
+        size = look.image.shape[:2]
+        where = postprocess.geometry(look.scaled, [size], grid=chosen.logits.shape[-2:], padded_size=self._shape.image)
+        blank = np.zeros((1, chosen.query.shape[1], where.bucket[0], where.bucket[1] // 8), np.uint8)
+        restored = self._restore(chosen.logits, where, postprocess.Truth.plain(blank))
+        query, score, packed, finite = jax.device_get((chosen.query, chosen.score, restored.masks, restored.finite))
+        for k in phrases:
+            if not finite[0, k, 0]:
+                raise UserError(
+                    f"{look.name}: the model's output holds no numbers (NaN or infinity); its checkpoint is damaged"
+                )
+            yield [
+                Candidate(int(query[0, k, n]), float(score[0, k, n]), postprocess.unpack_mask(packed[0, k, n], size))
+                for n in np.flatnonzero(finite[0, k])
+            ]
+
+
+def _rounds(texts: Sequence[Any]) -> list[Sequence[Any]]:
+    most = PHRASES[-1]
+    return [texts[at : at + most] for at in range(0, len(texts), most)]
+
+
+def load(directory: str | os.PathLike[str]) -> Segmentor:
+    """The segmentor of a model directory (`model_directory.save_model`).
+
+    Of its `extra`, "prompts" holds the fields of `Prompts`, and "no_target_below" the score below which the answer is "nothing"
+    (`Selection`), if it has one.
+
+    Raises:
+        UserError: not a model directory, a damaged one, or one whose tokenizer does not fit the model.
+    """
+    cfg = FlowSegConfig.from_dict(pretrained.read_model_config(directory)["model"], f"{directory}/config.json: model")
+    cfg.check_complete(str(directory))
+    graphdef, abstract = flowseg.describe(cfg)
+    loaded = pretrained.load_model(directory, flowseg.at_rest(abstract))
+    prompts = Prompts.of_model(loaded.extra, directory)
+    tokenizer = load_tokenizer(loaded.tokenizer_dir, needed=prompts.needed)
+    if tokenizer.vocab > cfg.llm.vocab:
+        raise UserError(f"{directory}: the tokenizer has {tokenizer.vocab} ids, the model's embedding table {cfg.llm.vocab}")
+    below = loaded.extra.get("no_target_below", 0.0)
+    expect(number(below, least=0, most=1), below, f"{directory}/config.json: extra.no_target_below", "a number from 0 to 1")
+    return Segmentor(
+        graphdef,
+        loaded.params,
+        tokenizer,
+        image=cfg.sam.image_size,
+        vision=cfg.siglip.image_size,
+        visual_tokens=cfg.visual_tokens,
+        prompts=prompts,
+        no_target_below=float(below),
+    )

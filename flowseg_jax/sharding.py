@@ -1,0 +1,211 @@
+"""Where arrays live: the mesh, the one table from logical axes to mesh axes, and what follows from them.
+
+The mesh always has the axes `data`, `fsdp` and `tensor`; one device is a mesh of ones, so one program serves a laptop and a
+pod. Batches are split over `data` and `fsdp`. A parameter is divided over `tensor` where a product may be computed in parts,
+and over `fsdp` on the first other axis that may be: its leading one wherever possible, because only along that one does the
+TPU compiler scatter gradients without summing them everywhere first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+from flowseg_jax.errors import UserError
+from flowseg_jax.models.flowseg import at_rest
+from flowseg_jax.ops.collectives import SHARD_AXIS, factors
+
+MESH_AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")  # every device of these has images of its own
+
+AnyMesh = Mesh | AbstractMesh
+Rules = Mapping[str, tuple[str, ...]]
+
+# Which mesh axes may divide a logical axis. An axis of the mesh is used once in an array: on the first axis that allows it.
+RULES: Rules = {
+    "batch": BATCH_AXES,
+    "layers": (),
+    "embed": ("fsdp",),
+    "heads": ("tensor", "fsdp"),
+    "mlp": ("tensor", "fsdp"),
+    "vocab": (),  # of any size: `ops.vocabulary` exchanges a device's columns for rows
+}
+
+# For parameters whose module names no axes (Flax's own layers): the names of the last axes by the parameter's path.
+PATH_RULES: tuple[tuple[str, tuple[str, ...]], ...] = ((r"(.*/)?kernel", ("embed", "mlp")), (r".*", ()))
+
+# Dividing a small weight costs an exchange and saves nothing: the mask decoder, norms and biases stay whole everywhere.
+MIN_SHARDED_ELEMENTS = 1 << 20
+
+_active: contextvars.ContextVar[tuple[Mesh, Rules] | None] = contextvars.ContextVar("flowseg_rules", default=None)
+
+
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh for sizes of `data`, `fsdp`, `tensor`; one of them may be -1, for all remaining devices.
+
+    Raises:
+        UserError: unknown axis, or sizes that do not multiply to the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    if unknown := sorted(set(sizes) - set(MESH_AXES)):
+        raise UserError(f"mesh.{unknown[0]}: unknown axis (known: {', '.join(MESH_AXES)})")
+    shape = [sizes.get(axis, 1) for axis in MESH_AXES]
+    if shape.count(-1) == 1:
+        rest = -math.prod(shape)
+        shape[shape.index(-1)] = len(devices) // rest if len(devices) % rest == 0 else 0
+    if math.prod(shape) != len(devices) or min(shape) < 1:
+        raise UserError(
+            f"mesh {dict(zip(MESH_AXES, shape, strict=True))} does not fit {len(devices)} device(s); "
+            "set one axis to -1 to use what is left"
+        )
+    # `fsdp` is laid out as the grid that `ops.collectives.gather` takes it for, so that its steps are between neighbours.
+    data, fsdp, tensor = shape
+    try:
+        grid = mesh_utils.create_device_mesh((data, *factors(fsdp), tensor), devices, allow_split_physical_axes=True)
+    except NotImplementedError:  # JAX found no layout of such axes on this network: then no order is better than another
+        grid = np.array(devices)
+    return Mesh(grid.reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
+    """A mesh without devices, to know what each of them would hold.
+
+    Raises:
+        UserError: unknown axis, or a size below 1.
+    """
+    for axis, size in sizes.items():
+        if axis not in MESH_AXES:
+            raise UserError(f"mesh.{axis}: unknown axis (known: {', '.join(MESH_AXES)})")
+        if size < 1:
+            raise UserError(f"mesh.{axis} must be at least 1, got {size}")
+    return AbstractMesh(tuple(sizes.get(axis, 1) for axis in MESH_AXES), MESH_AXES)
+
+
+@contextlib.contextmanager
+def use(mesh: Mesh, rules: Rules = RULES) -> Iterator[Mesh]:
+    """Makes mesh and rules current for everything traced inside."""
+    token = _active.set((mesh, rules))
+    try:
+        with jax.set_mesh(mesh):
+            yield mesh
+    finally:
+        _active.reset(token)
+
+
+def spec(names: Sequence[str | None], shape: Sequence[int], mesh: AnyMesh, rules: Rules = RULES) -> PartitionSpec:
+    """The partition of one array from its logical axis names; an axis that the mesh does not divide stays whole.
+
+    Raises:
+        ValueError: a name without a rule.
+    """
+    if unknown := [name for name in names if name is not None and name not in rules]:
+        raise ValueError(f"no sharding rule for logical axis {unknown[0]!r}")
+    allowed = [rules[name] if name is not None else () for name in names]
+    entries: list[tuple[str, ...]] = [() for _ in names]
+    for axis in reversed(MESH_AXES):  # `tensor` chooses first
+        ways = mesh.shape[axis]
+        for i, size in enumerate(shape):
+            taken = math.prod(mesh.shape[other] for other in entries[i])
+            fits = axis in allowed[i] and ways > 1 and size % (ways * taken) == 0
+            if fits and (not entries[i] or names[i] == "batch"):
+                entries[i] = (axis, *entries[i])
+                break
+    return PartitionSpec(*(axes[0] if len(axes) == 1 else axes or None for axes in entries))
+
+
+def axis_names(path: str, variable: nnx.Variable) -> tuple[str | None, ...]:
+    """The logical axis names of a parameter: its own, or those that `PATH_RULES` give to its path."""
+    own = variable.get_metadata().get("axes")
+    if own is not None:
+        return own
+    last = next(names for pattern, names in PATH_RULES if re.fullmatch(pattern, path))
+    last = last[max(0, len(last) - len(variable.shape)) :]
+    return (None,) * (len(variable.shape) - len(last)) + last
+
+
+def _param_spec(path: str, variable: nnx.Variable, mesh: AnyMesh, rules: Rules) -> PartitionSpec:
+    names, shape = axis_names(path, variable), variable.shape
+    of_a_layer = [size for name, size in zip(names, shape, strict=True) if name != "layers"]
+    small = math.prod(of_a_layer) < MIN_SHARDED_ELEMENTS
+    return spec((None,) * len(shape) if small else names, shape, mesh, rules)
+
+
+def param_shardings(state: nnx.State, mesh: AnyMesh, rules: Rules = RULES) -> dict[str, Any]:
+    """Shardings of all parameters, as a nested dict like the parameters at rest; `state` may be abstract."""
+
+    def place(path: tuple, variable: nnx.Variable) -> NamedSharding:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return NamedSharding(mesh, _param_spec(name, variable, mesh, rules))
+
+    return at_rest(jax.tree_util.tree_map_with_path(place, state, is_leaf=lambda x: isinstance(x, nnx.Variable)))
+
+
+def divided(model: nnx.Module, mesh: AnyMesh, rules: Rules = RULES) -> nnx.GraphDef:
+    """The graph definition of a model that computes inside `shard_map` on its device's parts of the parameters.
+
+    Each parameter that `fsdp` divides is marked with the axis it is divided along, counted from the end (so that it holds for
+    one layer of a stack too); `layers.weight` puts the parts together where the parameter is used.
+    """
+    for path, variable in nnx.iter_graph(model):
+        if isinstance(variable, nnx.Variable):
+            entries = _param_spec("/".join(map(str, path)), variable, mesh, rules)
+            at = next((i for i, axes in enumerate(entries) if axes == SHARD_AXIS), None)
+            if at is not None:
+                variable.set_metadata(divided=at - len(variable.shape))
+    return nnx.split(model)[0]
+
+
+def batch_sharding(mesh: Mesh, rules: Rules = RULES) -> NamedSharding:
+    """Batches are split along their first axis."""
+    return NamedSharding(mesh, PartitionSpec(rules["batch"]))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def place_rows(tree: Any, mesh: Mesh) -> Any:
+    """This process's rows of a batch, as its part of arrays that are divided over the mesh along their first axis."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), tree)
+
+
+def rows_here(rows: int, mesh: Mesh) -> list[int]:
+    """Which of the rows of such arrays this process holds, ascending, which is the order of `place_rows`."""
+    places = batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()
+    return sorted({row for (part,) in places for row in range(rows)[part]})
+
+
+def local_rows(tree: Any) -> Any:
+    """The rows that this process holds, as NumPy arrays."""
+
+    def read(x: jax.Array) -> np.ndarray:
+        parts = {part.index[0].start or 0: part.data for part in x.addressable_shards}
+        return np.concatenate([np.asarray(parts[first]) for first in sorted(parts)])
+
+    return jax.tree.map(read, tree)
+
+
+def shard(x: jax.Array, *names: str | None) -> jax.Array:
+    """Constrains an activation by logical axis names; without a mesh there is nothing to say.
+
+    Raises:
+        RuntimeError: a mesh is set but `use` did not set the rules: silently doing nothing would cost memory and speed.
+    """
+    active = _active.get()
+    if active is None:
+        if jax.sharding.get_abstract_mesh().empty:
+            return x
+        raise RuntimeError("a mesh is set without sharding rules: enter it with flowseg_jax.sharding.use")
+    mesh, rules = active
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(names, x.shape, mesh, rules)))

@@ -1,0 +1,13 @@
+"""The `shapes` benchmark: generated scenes of look-alike objects with expressions that single one out.
+
+    python -m flowseg_jax.data shapes --out data/shapes --images 6000 --seed 0
+
+The result is a RefCOCO directory like any other. `scene` says what stands where, `render` paints it, `expressions` finds what
+can be said, `generator` puts sets together, `writer` knows the layout, and `checker` reads an expression back and finds its
+object without any of them. `companions` (with `riddles` and `chat`) writes scenes in the layouts of ReasonSeg, COCO panoptic
+and LLaVA, and `lesson` a data set of one's own.
+"""
+
+from flowseg_jax.synthetic.generator import generate
+
+__all__ = ["generate"]

@@ -1,0 +1,64 @@
+"""A data set of one's own, to try fine-tuning with: twenty pictures that teach a word no model knows.
+
+Each picture has one star among other shapes, and the expressions call it "the zib". The masks come as polygons, run-length
+codes and PNG files in turn, the three forms that a line of `lesson.jsonl` may have.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+from PIL import Image
+
+from flowseg_jax.errors import UserError
+from flowseg_jax.synthetic import polygons as outline
+from flowseg_jax.synthetic.render import render
+from flowseg_jax.synthetic.scene import REFERENCE_SIZE, Scene, compose, draw_attributes, place
+
+WORD, SHAPE = "zib", "star"
+EXPRESSIONS = ("the {}", "find the {}", "a {}")
+UNSEEN = 4  # pictures of the split "val"
+
+
+def scene(rng: random.Random) -> Scene:
+    """Six objects, one of which is a star."""
+    while True:
+        triples = draw_attributes(rng, 6, lambda *_: True)
+        if triples and sum(shape == SHAPE for _, shape, _ in triples) == 1:
+            items = place(rng, triples, REFERENCE_SIZE)
+            if items and (drawn := compose(items, REFERENCE_SIZE)):
+                return drawn
+
+
+def write(directory: Path, images: int = 20, seed: int = 0) -> None:
+    """Writes `lesson.jsonl`, the pictures and the masks into a new directory.
+
+    Raises:
+        UserError: the directory exists, or too few images.
+    """
+    if images <= UNSEEN:
+        raise UserError(f"a lesson needs more than {UNSEEN} images, got {images}")
+    try:
+        directory.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{directory}: cannot be made ({error.strerror})") from None
+    lines = []
+    for number in range(images):
+        rng = random.Random(f"lesson {seed} {number}")
+        drawn = scene(rng)
+        name = f"{number:03d}.png"
+        render(drawn, rng).save(directory / name)
+        mask = drawn.masks[next(i for i, item in enumerate(drawn.items) if item.shape == SHAPE)]
+        polygons = outline.polygons(mask)
+        if number % 3 == 0 and polygons:
+            told = polygons
+        elif number % 3 == 1:
+            told = {"size": list(mask.shape), "counts": outline.run_lengths(mask)["counts"]}
+        else:
+            told = f"{number:03d}_mask.png"
+            Image.fromarray(mask).save(directory / told)
+        line = {"image": name, "expressions": [text.format(WORD) for text in EXPRESSIONS], "mask": told}
+        lines.append(line | ({"split": "val"} if number >= images - UNSEEN else {}))
+    (directory / "lesson.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

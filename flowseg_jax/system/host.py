@@ -1,0 +1,62 @@
+"""The machine that a process runs on: the memory that it has taken, and the compiled programs that it leaves for the next."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import resource
+import sys
+from pathlib import Path
+
+import jax
+import jaxlib
+
+from flowseg_jax.system.hardware import GIB
+
+KEPT = 10 * GIB  # of compiled programs; those that were not used for longest go first
+
+
+def peak_memory() -> int:
+    """The most memory that this process has had in use so far, bytes. What its data workers use is not in it."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def memory_line() -> str:
+    """`peak_memory` for the console."""
+    return f"peak host memory {peak_memory() / GIB:.1f} GiB"
+
+
+def keep_programs() -> None:
+    """Turns JAX's persistent compilation cache on, in a folder of the user's own, unless the environment says where or not to.
+
+    `JAX_COMPILATION_CACHE_DIR` names another folder or bucket, `JAX_ENABLE_COMPILATION_CACHE=false` turns the cache off, and
+    `JAX_COMPILATION_CACHE_MAX_SIZE` replaces `KEPT`. Call it before anything is compiled. Where no folder can be made, no
+    program is kept.
+    """
+    if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
+        return
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(home) / "flowseg_jax" / f"programs-{_kind()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # whoever writes into it makes this process run their code
+    except OSError:
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    if "JAX_COMPILATION_CACHE_MAX_SIZE" not in os.environ:
+        jax.config.update("jax_compilation_cache_max_size", KEPT)
+
+
+def _kind() -> str:
+    """Names what programs can be exchanged between: the compiler's version and, for those of the CPU, its instructions.
+
+    A home directory may be shared by machines of several kinds, and a program for one CPU ends with an illegal instruction on
+    another.
+    """
+    try:
+        told = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        told = [platform.processor()]
+    instructions = next((line for line in told if line.startswith(("flags", "Features"))), "".join(told[:1]))
+    return f"{jaxlib.__version__}-{platform.machine()}-{hashlib.sha256(instructions.encode()).hexdigest()[:8]}"

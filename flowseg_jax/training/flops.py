@@ -1,0 +1,251 @@
+"""How much arithmetic a training step is, from the model's sizes alone: what its MFU is measured against.
+
+Counted are matrix products, a multiplication and an addition as two FLOPs, as the mathematics asks for them: causal attention
+at the pairs that may see each other, a window's padding because SAM attends to it, every decoder pass, and nothing that is
+computed twice to save memory. Left out, together below one percent at full size: norms, softmax and other element-wise work,
+resizing, sampling (of deformable attention, of points), boundary refinement, the Hungarian assignment.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from flowseg_jax.checkpoints.manifest import flatten
+from flowseg_jax.losses import LossConfig
+from flowseg_jax.models.config import FlowSegConfig
+from flowseg_jax.models.connectors import ConnectorConfig
+from flowseg_jax.models.language import LanguageConfig
+from flowseg_jax.models.mask_decoder import DecoderConfig
+from flowseg_jax.models.pixel_decoder import PixelDecoderConfig
+from flowseg_jax.models.sam import SamConfig
+from flowseg_jax.models.siglip import SiglipConfig
+from flowseg_jax.types import BatchShape
+
+# Where a part's input comes from. "embedding" is the table that words are looked up in: no arithmetic, but gradients end there.
+INPUTS = {
+    "sam": (),
+    "siglip": (),
+    "embedding": (),
+    "connector": ("sam",),
+    "visual_projector": ("siglip",),
+    "seg_projector": ("sam",),
+    "llm": ("visual_projector", "seg_projector", "embedding"),
+    "head": ("llm",),
+    "llm_projector": ("llm",),
+    "pixel_decoder": ("connector",),
+    "decoder": ("pixel_decoder", "llm_projector"),
+    "masks": ("decoder", "pixel_decoder"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """FLOPs of a forward pass over one image, by what their backward pass takes.
+
+    Attributes:
+        weights: products with parameters. The gradient of the input costs as much again, that of the parameters too.
+        pairs: products of activations, as in attention: both gradients or none.
+        decisions: products that only decide something (where to attend, what to match) and have no gradient.
+    """
+
+    weights: float = 0.0
+    pairs: float = 0.0
+    decisions: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.weights + other.weights, self.pairs + other.pairs, self.decisions + other.decisions)
+
+    def __mul__(self, times: float) -> Work:
+        return Work(self.weights * times, self.pairs * times, self.decisions * times)
+
+    @property
+    def forward(self) -> float:
+        return self.weights + self.pairs + self.decisions
+
+    def training(self, trained: float, reached: bool) -> float:
+        """Forward and backward.
+
+        Args:
+            trained: share of the part's parameters that are trained. A part that is, even partly, hands gradients down within.
+            reached: whether anything that the input depends on is trained.
+        """
+        back = float(reached or trained > 0)
+        return self.weights * (1 + back + trained) + self.pairs * (1 + 2 * back) + self.decisions
+
+
+def _linear(rows: float, d_in: float, d_out: float) -> float:
+    return 2.0 * rows * d_in * d_out
+
+
+def _attention(queries: float, keys: float, width: float) -> float:
+    """Scores and their product with the values, over all heads together."""
+    return 4.0 * queries * keys * width
+
+
+def sam(cfg: SamConfig, last: int) -> Work:
+    """Layers 1 to `last`. The relative positions are a product of every query with two tables."""
+    grid, width = cfg.grid, cfg.width
+
+    def layer(size: int) -> Work:
+        seen = (-(-grid // size) * size) ** 2  # the last windows are filled up
+        projections = 4 * _linear(seen, width, width) + 2 * _linear(seen, width, size)
+        return Work(projections + 2 * _linear(grid**2, width, cfg.mlp), _attention(seen, size**2, width))
+
+    whole = sum(i < last for i in cfg.global_layers)
+    patches = Work(_linear(grid**2, 3 * cfg.patch_size**2, width))
+    return patches + layer(cfg.window) * (last - whole) + layer(grid) * whole
+
+
+def siglip(cfg: SiglipConfig, layers: int) -> Work:
+    tokens, width = cfg.tokens, cfg.width
+    weights = 4 * _linear(tokens, width, width) + 2 * _linear(tokens, width, cfg.mlp)
+    patches = Work(_linear(tokens, 3 * cfg.patch_size**2, width))
+    return patches + Work(weights, _attention(tokens, tokens, width)) * layers
+
+
+def language(cfg: LanguageConfig, tokens: int) -> Work:
+    """The layers without the head, over `tokens` in a row. Conversations packed into segments see less than is counted."""
+    queries, keys = cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
+    window = min(cfg.sliding_window or tokens, tokens)
+    pairs = window * (window + 1) / 2 + (tokens - window) * window
+    projections = 2 * _linear(tokens, cfg.width, queries) + 2 * _linear(tokens, cfg.width, keys)
+    return Work(projections + 3 * _linear(tokens, cfg.width, cfg.mlp), _attention(pairs, 1, queries)) * cfg.layers
+
+
+def connector(cfg: ConnectorConfig, grid: int) -> Work:
+    rows = (-(-grid // cfg.multiple) * cfg.multiple) ** 2
+    total = 0.0
+    for width, scale in zip(cfg.channels, cfg.scales, strict=True):
+        total += _linear(rows, width, cfg.hidden) + _linear(rows, 9 * cfg.hidden, cfg.hidden)
+        total += _linear(rows, cfg.hidden, width * scale)
+    return Work(total)
+
+
+def levels(model: FlowSegConfig) -> tuple[int, ...]:
+    """Pixels of the maps that enter the pixel decoder, low to high resolution."""
+    cfg = model.connector
+    side = -(-model.sam.grid // cfg.multiple) * cfg.multiple
+    return tuple(round(side * cfg.scales[i]) ** 2 for i in cfg.order)
+
+
+def mask_pixels(cfg: PixelDecoderConfig, levels: tuple[int, ...]) -> int:
+    """Pixels of the mask features: the last map that a stage adds, or the finest one that is encoded."""
+    return levels[-1] if cfg.fpn_stages else levels[cfg.encoder_levels - 1]
+
+
+def pixel_decoder(cfg: PixelDecoderConfig, levels: tuple[int, ...]) -> Work:
+    encoded, width = cfg.encoder_levels, cfg.width
+    tokens, samples = sum(levels[:encoded]), cfg.heads * encoded * cfg.points
+    total = sum(_linear(pixels, c, width) for pixels, c in zip(levels[:encoded], cfg.channels, strict=False))
+    layer = 2 * _linear(tokens, width, width) + _linear(tokens, width, 3 * samples) + 2 * _linear(tokens, width, cfg.ffn)
+    total += layer * cfg.layers
+    first = len(levels) - cfg.fpn_stages
+    for pixels, channels in zip(levels[first:], cfg.channels[first:], strict=True):
+        total += _linear(pixels, channels, width) + _linear(pixels, 9 * width, width)
+    return Work(total + _linear(mask_pixels(cfg, levels), width, cfg.mask_width))
+
+
+def decoder(cfg: DecoderConfig, flow: str, levels: tuple[int, ...], passes: int, conditions: int, classes: int = 0) -> Work:
+    """All layers and predictions of `passes` passes over an image with so many conditions each.
+
+    Keys and values of the memory are projected once an image; attention masks are decisions.
+    """
+    d, queries, named = cfg.width, passes * cfg.queries, passes * conditions
+    mask_width = cfg.mask_width or d
+
+    def attention(rows: float, keys_of: float, pairs: float) -> Work:
+        return Work(2 * _linear(rows, d, d) + 2 * _linear(keys_of, d, d), _attention(pairs, 1, d))
+
+    layer = attention(queries, queries, queries * cfg.queries)  # among the queries of a pass
+    layer += Work(2 * _linear(queries, d, cfg.ffn))
+    if flow != "off":
+        layer += attention(queries, named, queries * conditions) + Work(_linear(queries, 2 * d, d))
+    if flow == "sr_cr":
+        layer += attention(named, queries, queries * conditions)
+    predictions = Work(2 * _linear(queries, d, d) + _linear(queries, d, mask_width), 2.0 * queries * conditions * d)
+    if classes:
+        predictions += Work(_linear(cfg.queries, d, classes + 1))
+    total = layer * cfg.layers + predictions * (cfg.layers + 1)
+    for i in range(cfg.layers):
+        pixels = levels[i % cfg.levels]
+        total += attention(queries, pixels, queries * pixels) + Work(decisions=2.0 * queries * pixels * mask_width)
+    return total
+
+
+def masks(cfg: DecoderConfig, pixels: int, passes: int, targets: int, points: int) -> Work:
+    """The masks of the matched queries, and what all queries of all passes are at the matcher's points (0: every pixel)."""
+    width = cfg.mask_width or cfg.width
+    matched = 2.0 * targets * pixels * width
+    return Work(0.0, matched, 2.0 * passes * cfg.queries * (points or pixels) * width) * (cfg.layers + 1)
+
+
+def forward(model: FlowSegConfig, shape: BatchShape, losses: LossConfig) -> dict[str, Work]:
+    """The forward pass of training over one image, by part."""
+    llm, width = model.llm.width, model.decoder.width
+    named, categories = model.named_pass != "off", bool(model.classes)
+    phrases = shape.phrases if model.speaks else 0
+    passes = phrases + named + categories
+    rows = 1 + max(model.negatives_group * phrases, shape.names if named else 0) if model.speaks else 0
+    targets = phrases + (named + categories) * shape.masks
+    side, maps = (model.sam.grid + 1) // 2, levels(model)
+    head = _linear(shape.text - model.visual_tokens, llm, model.llm.vocab) if losses.language else 0.0
+
+    def projector(tokens: float, d_in: int, d_out: int) -> Work:
+        return Work(_linear(tokens, d_in, d_out) + _linear(tokens, d_out, d_out))
+
+    works = {
+        "sam": sam(model.sam, max(*model.connector_layers, model.sam.layers - 1)),
+        "siglip": siglip(model.siglip, model.siglip.layers - 1),
+        "visual_projector": projector(model.siglip.tokens, model.siglip.width, llm),
+        "seg_projector": projector(side**2, 4 * model.sam.width, llm),
+        "llm": language(model.llm, shape.text),
+        "head": Work(head),  # of the text behind the visual tokens
+        "llm_projector": projector(shape.text, llm, width),
+        "connector": connector(model.connector, model.sam.grid),
+        "pixel_decoder": pixel_decoder(model.pixel_decoder, maps),
+        "decoder": decoder(model.decoder, model.semantic_flow.mode, maps, passes, rows, model.classes),
+        "masks": masks(model.decoder, mask_pixels(model.pixel_decoder, maps), passes, targets, losses.points),
+    }
+    without = () if model.speaks else ("siglip", "visual_projector", "seg_projector", "llm", "head", "llm_projector")
+    without += () if model.segments else ("llm_projector", "connector", "pixel_decoder", "decoder", "masks")
+    return {part: work for part, work in works.items() if part not in without}
+
+
+def part_of(path: str, tied: bool) -> tuple[str, ...]:
+    """The parts that a parameter belongs to; the table of a language model with tied embeddings is also its head."""
+    top = path.split("/")[0]
+    if path.startswith("llm/table"):
+        return ("embedding", "head") if tied else ("embedding",)
+    if path.startswith("llm/head"):
+        return ("head",)
+    return ({"boundary": "masks", "background": "decoder", "category_head": "decoder"}.get(top, top),)
+
+
+def step_flops(model: FlowSegConfig, shape: BatchShape, losses: LossConfig, trainable: Any, frozen: Any) -> dict[str, float]:
+    """FLOPs of one training step over a whole batch, by part.
+
+    A trained part costs three times its forward pass. A frozen one costs its forward pass alone where nothing before it is
+    trained; otherwise the gradient has to pass through it, which costs one more, and two more for its attention.
+
+    Args:
+        model, shape, losses: of the run.
+        trainable, frozen: the parameters, arrays or abstract ones, as in `TrainState`.
+    """
+    sizes: dict[str, list[int]] = {part: [0, 0] for part in INPUTS}
+    for learns, tree in ((1, trainable), (0, frozen)):
+        for path, x in flatten(tree).items():
+            for part in part_of(path, model.llm.tie_embeddings):
+                sizes[part][learns] += x.size
+    trained = {part: learns / max(learns + rests, 1) for part, (rests, learns) in sizes.items()}
+
+    def reached(part: str) -> bool:
+        return any(trained[before] > 0 or reached(before) for before in INPUTS[part])
+
+    works = forward(model, shape, losses)
+    return {part: shape.batch * work.training(trained[part], reached(part)) for part, work in works.items()}
+
+
+def total(by_part: Mapping[str, float]) -> float:
+    return sum(by_part.values())

@@ -1,0 +1,142 @@
+"""What a run starts from: fresh parameters, and those of earlier models and converted towers in their places.
+
+`init_from` is a tuple of `[tower=]DIR`; a later entry replaces what an earlier one brought. Nothing is matched by guesswork: an
+array of another shape is an error, an array that the model has no place for is one too (but for the parts that models differ
+in on purpose), and every parameter that no entry brought is named.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from flowseg_jax import sharding
+from flowseg_jax.checkpoints.manifest import flatten, nest
+from flowseg_jax.checkpoints.pretrained import load_model, read_model_config
+from flowseg_jax.errors import UserError, listed, suggest
+from flowseg_jax.models import flowseg
+from flowseg_jax.models.config import FlowSegConfig
+from flowseg_jax.writers import say
+
+# Where a converted tower stands in a model. Families that are not listed name their parameters as a whole model does.
+PLACES = {"qwen3": "llm", "phi3": "llm", "llama": "llm", "siglip2": "siglip", "sam": "sam"}
+# Parts that a source may have without the model: switched off here, or of another stage.
+OPTIONAL = re.compile(r"(category_head|boundary|decoder/layers/(semantic|refinement))/")
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One entry of `init_from`.
+
+    Attributes:
+        text: as the user wrote it.
+        directory: the model directory or the tower's.
+        stored: its manifest, {name: [shape, dtype]}.
+        places: {our name: its name} of what it brings.
+        unused: names of optional parts that the model lacks.
+    """
+
+    text: str
+    directory: Path
+    stored: Mapping[str, list]
+    places: Mapping[str, str]
+    unused: tuple[str, ...]
+
+    @classmethod
+    def open(cls, text: str, shapes: Mapping[str, tuple[int, ...]]) -> Source:
+        """Matches an entry with the model's parameters, `shapes`; nothing large is read.
+
+        Raises:
+            UserError: no such directory or tower, or arrays that the model has no place for: ten of them and the count.
+        """
+        tower, equals, path = text.partition("=")
+        if not equals or not tower.isidentifier():
+            tower, path = "", text
+        towers = {name.split("/")[0] for name in shapes}
+        if tower and tower not in towers:
+            raise UserError(f"init_from {text!r}: the model has no part {tower!r}{suggest(tower, towers)}")
+        config = read_model_config(path, towers=True)
+        stored, family = config["manifest"], (config.get("tower") or {}).get("family")
+        place = PLACES.get(family, "")
+        if place and tower and tower != place:
+            raise UserError(f"init_from {text!r}: {path} is a {family} tower and belongs to {place}")
+        names = {f"{place}/{name}" if place else name: name for name in stored}
+        if tower:
+            names = {ours: name for ours, name in names.items() if ours.split("/")[0] == tower}
+        if not names:
+            raise UserError(f"init_from {text!r}: {path} holds no {tower or 'parameters'}")
+        unused = tuple(ours for ours in names if ours not in shapes and OPTIONAL.match(ours))
+        faults = [f"no place for {ours} {tuple(stored[n][0])}" for ours, n in names.items() if ours not in {*shapes, *unused}]
+        places = {ours: name for ours, name in names.items() if ours in shapes}
+        faults += [
+            f"{ours} is {tuple(stored[name][0])}, the model's is {shapes[ours]}"
+            for ours, name in places.items()
+            if tuple(stored[name][0]) != shapes[ours]
+        ]
+        if faults:
+            raise UserError(f"init_from {text!r} does not fit the model: {listed(faults, between='; ')}")
+        return cls(text, Path(path), stored, places, unused)
+
+    def load(self, abstract: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh) -> dict[str, jax.Array]:
+        """{our name: array}, each read straight into the sharding and dtype of `abstract`."""
+        ours = {name: our for our, name in self.places.items()}
+        whole = sharding.replicated(mesh)
+        like = {
+            name: abstract[ours[name]] if name in ours else jax.ShapeDtypeStruct(shape, kind, sharding=whole)
+            for name, (shape, kind) in self.stored.items()
+        }
+        found = flatten(load_model(self.directory, nest(like), towers=True).params)
+        return {our: found[name] for our, name in self.places.items()}
+
+
+def initial_params(cfg: FlowSegConfig, seed: int, init_from: Sequence[str], mesh: Mesh) -> dict[str, Any]:
+    """All parameters of a new run, created or read where they belong; says what came from where and what is fresh.
+
+    Args:
+        seed: of fresh parameters; they do not depend on what else is read.
+        init_from: `[tower=]DIR`, in the order in which they are applied.
+
+    Raises:
+        UserError: an entry that does not fit, before anything is read.
+    """
+    _, state = flowseg.describe(cfg)
+    shardings = flatten(sharding.param_shardings(state, mesh))
+    abstract = {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings[name])
+        for name, x in flatten(flowseg.at_rest(state)).items()
+    }
+    sources = [Source.open(text, {name: x.shape for name, x in abstract.items()}) for text in init_from]
+    from_source = {our: source for source in sources for our in source.places}  # the last one that has it
+    fresh = [name for name in abstract if name not in from_source]
+
+    def create() -> dict[str, jax.Array]:
+        flat = flatten(flowseg.create(cfg, seed)[1])
+        return {name: jax.lax.with_sharding_constraint(flat[name], shardings[name]) for name in fresh}
+
+    # Hundreds of random number generators that run once: LLVM would take twice as long to optimise them.
+    options = {"xla_backend_optimization_level": 0} if mesh.devices.flat[0].platform == "cpu" else None
+    params = jax.jit(create, compiler_options=options)() if fresh else {}
+    for source in sources:
+        mine = {our for our in source.places if from_source[our] is source}
+        params |= {our: x for our, x in source.load(abstract, mesh).items() if our in mine} if mine else {}
+        unused = f"; not used: {_groups(source.unused)}" if source.unused else ""
+        say(f"init_from {source.text}: {len(mine)} parameters{unused}")
+    if sources and fresh:
+        say(f"not found, initialised afresh: {_groups(fresh)}")
+    return nest({name: params[name] for name in abstract})
+
+
+def _groups(names: Sequence[str]) -> str:
+    """Parameter names with their last parts, which are many and alike, put together: "decoder/norm/{bias,scale}"."""
+    leaves: dict[str, list[str]] = {}
+    for name in names:
+        parent, _, leaf = name.rpartition("/")
+        leaves.setdefault(parent, []).append(leaf)
+    each = [f"{p}/{kept[0]}" if len(kept) == 1 else f"{p}/{{{','.join(kept)}}}" for p, kept in leaves.items()]
+    return ", ".join(name.lstrip("/") for name in each)
