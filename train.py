@@ -3,7 +3,7 @@
 The same command resumes: it continues from the last checkpoint in the workdir and says so.
 """
 
-from flowseg_jax.errors import run
+from flowseg_jax.errors import run_cli
 
 if __name__ == "__main__":
-    run("flowseg_jax.cli:train")
+    run_cli("flowseg_jax.cli:train")

@@ -18,9 +18,9 @@ busy for a verdict.
 from __future__ import annotations
 
 if __name__ == "__main__":  # before the imports, so that a Ctrl-C while they last is as clean as later
-    from flowseg_jax.errors import run
+    from flowseg_jax.errors import run_cli
 
-    run("benchmarks.__main__:main")
+    run_cli("benchmarks.__main__:main")
 
 import argparse
 import json
@@ -34,15 +34,15 @@ from typing import Any
 
 from benchmarks import components, ratio, table
 from flowseg_jax.cli import Parser, positive
-from flowseg_jax.errors import UserError, suggest
-from flowseg_jax.writers import heartbeat, say
+from flowseg_jax.errors import UserError, did_you_mean
+from flowseg_jax.writers import heartbeat, log
 
 REGRESSED, FAILED = 1, 2  # exit codes; the third is `ratio.TOO_BUSY`
 # OpenMP's threads, PyTorch's, spin behind their work and would take the cores from our next call.
 PEACEFUL = {"GOMP_SPINCOUNT": "20000"}
 
 
-def run(component: components.Component, dtype: str, arguments: argparse.Namespace) -> dict[str, Any]:
+def run_cli(component: components.Component, dtype: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """One component in its own process.
 
     Raises:
@@ -89,7 +89,7 @@ def work_list(arguments: argparse.Namespace) -> list[tuple[components.Component,
     dtypes = arguments.dtype.split(",")
     for dtype in dtypes:
         if dtype not in known:
-            raise UserError(f"--dtype={arguments.dtype}: no dtype {dtype!r}{suggest(dtype, known)}")
+            raise UserError(f"--dtype={arguments.dtype}: no dtype {dtype!r}{did_you_mean(dtype, known)}")
     chosen = components.choose(arguments.components)
     work = [(component, dtype) for component in chosen for dtype in dtypes if dtype in component.dtypes]
     if not work:
@@ -120,7 +120,7 @@ def show_components() -> None:
     for component in components.COMPONENTS.values():
         wanted = ", ".join(f"{dtype} {table.bars(component, dtype)}" for dtype in component.bars) or "-"
         measured = f"{', '.join(component.dtypes)}; beside {component.peer}"
-        say(f"{component.name:20} {component.text} ({measured}). Bar / aim: {wanted}")
+        log(f"{component.name:20} {component.text} ({measured}). Bar / aim: {wanted}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -140,22 +140,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError("the committed table holds the peer's faster mode: leave out --peer=torch-eager")
     committed = table.read() if arguments.check else {}
     results, failures, verdicts = [], {}, []
-    say(table.HEAD)
+    log(table.HEAD)
     for component, dtype in work:
         try:
             with heartbeat(f"{component.name} {dtype}"):
-                result = run(component, dtype, arguments)
+                result = run_cli(component, dtype, arguments)
         except UserError as error:
             failures[f"{component.name} {dtype}"] = str(error)
-            say(f"{component.name:20} {dtype:8}  {error}")
+            log(f"{component.name:20} {dtype:8}  {error}")
         else:
             results.append(result)
             found = table.compared(result, committed) if arguments.check else table.verdict(result)
             verdicts.append(table.BUSY if result["quality"] == "C" else found)
-            say(table.line(result) + (f": {found}" if arguments.check else ""))
+            log(table.line(result) + (f": {found}" if arguments.check else ""))
         if arguments.json:
             ratio.write_json(arguments.json, {"results": results, "failures": failures})
     if arguments.write_docs and results:
         table.write(result for result in results if result["quality"] != "C")
-        say(f"written: {table.RATIOS} and {table.DOCS}")
+        log(f"written: {table.RATIOS} and {table.DOCS}")
     return exit_code(failures, verdicts)

@@ -11,9 +11,9 @@ keep stage 3 fed if all of its examples were such.
 from __future__ import annotations
 
 if __name__ == "__main__":  # before the imports, so that a Ctrl-C while they last is as clean as later
-    from flowseg_jax.errors import run
+    from flowseg_jax.errors import run_cli
 
-    run("benchmarks.input:main")
+    run_cli("benchmarks.input:main")
 
 import argparse
 import contextlib
@@ -34,14 +34,14 @@ from benchmarks.worker import Worker, serve
 from flowseg_jax import experiment as configs
 from flowseg_jax.cli import Parser, positive
 from flowseg_jax.data import images, masks, prepare
-from flowseg_jax.data.dataset import Prepared
-from flowseg_jax.data.mixture import mix
-from flowseg_jax.data.prompts import Prompts
-from flowseg_jax.data.train_dataset import TrainData, open_tokenizer
+from flowseg_jax.data.dataset import PreparedDataset
+from flowseg_jax.data.mixture import build_mixture
+from flowseg_jax.data.prompts import PromptTemplates
+from flowseg_jax.data.train_dataset import TrainDataset, open_tokenizer
 from flowseg_jax.data.train_examples import TrainOptions
 from flowseg_jax.system import hardware
 from flowseg_jax.training import flops
-from flowseg_jax.training.program import Program
+from flowseg_jax.training.program import TrainProgram
 from flowseg_jax.types import BatchShape
 
 PICTURES, BATCH, OBJECTS = 16, 4, 8
@@ -77,12 +77,18 @@ class Ours:
     """One epoch of `TrainData` a call."""
 
     def __init__(self, prepared: Path):
-        data = Prepared.open(prepared)
+        data = PreparedDataset.open(prepared)
         shape = BatchShape(BATCH, TEXT, OBJECTS, 32, SIDE, VISION)
-        tokenizer = open_tokenizer(data, Prompts())
+        tokenizer = open_tokenizer(data, PromptTemplates())
         options = TrainOptions(objects="referred", cache_bytes=0)
-        self._data = TrainData(
-            mix([(data, 0.0)]), shape, Prompts(), 0, visual_tokens=VISUAL_TOKENS, tokenizer=tokenizer, options=options
+        self._data = TrainDataset(
+            build_mixture([(data, 0.0)]),
+            shape,
+            PromptTemplates(),
+            0,
+            visual_tokens=VISUAL_TOKENS,
+            tokenizer=tokenizer,
+            options=options,
         )
 
     def run(self, calls: int) -> float:
@@ -93,8 +99,8 @@ class Ours:
 
     def output(self) -> dict[str, np.ndarray]:
         batches = [self._data.batch(step) for step in range(PICTURES // BATCH)]
-        targets = (images.unpack_masks(batch.masks).sum((1, 2, 3), dtype=np.int64) for batch in batches)
-        return checksums((b.images, b.vision_images, t) for b, t in zip(batches, targets, strict=True))
+        targets = (images.unpack_masks(batch.packed_masks).sum((1, 2, 3), dtype=np.int64) for batch in batches)
+        return checksums((b.sam_images, b.siglip_images, t) for b, t in zip(batches, targets, strict=True))
 
 
 class Peer:
@@ -107,7 +113,7 @@ class Peer:
 
         torch.set_num_threads(1)
         tokenizer = AutoTokenizer.from_pretrained(str(prepared / "tokenizer"), local_files_only=True)
-        chat = Prompts().template
+        chat = PromptTemplates().template
         by_image: dict[str, list[dict[str, Any]]] = {}
         for line in pictures.read_text().splitlines():
             by_image.setdefault((entry := json.loads(line))["image"], []).append(entry)
@@ -129,7 +135,10 @@ class Peer:
                 targets = torch.zeros(len(codes), SIDE, SIDE, dtype=torch.uint8)
                 targets[:, :h, :w] = small
                 ids = torch.zeros(TEXT, dtype=torch.long)
-                text = [f"{chat.head}Segment <p>{e['expressions'][0]}</p>.{chat.tail}<SEG>.{chat.suffix}" for e in entries]
+                text = [
+                    f"{chat.user_prefix}Segment <p>{e['expressions'][0]}</p>.{chat.assistant_prefix}<SEG>.{chat.suffix}"
+                    for e in entries
+                ]
                 said = tokenizer("\n".join(text), add_special_tokens=False)["input_ids"]
                 ids[VISUAL_TOKENS : VISUAL_TOKENS + len(said)] = torch.tensor(said)
                 return {"pixels": pixels, "vision": vision, "masks": targets, "ids": ids}
@@ -159,10 +168,10 @@ def images_a_second() -> float:
     """What stage 3 around Qwen3-4B consumes on all chips at the assumed MFU."""
     config = configs.read("configs/stage3_mixed.py")
     config.mesh.update(data=1, fsdp=1)
-    program = Program.build(config, [jax.devices()[0]])
+    program = TrainProgram.build(config, [jax.devices()[0]])
     plan, state = program.plan, program.state
     work = flops.total(flops.step_flops(plan.model, plan.shape, plan.losses, state.trainable, state.frozen))
-    return plan.shape.batch / (work / (MFU * CHIPS * hardware.KINDS[CHIP].peak))
+    return plan.shape.batch / (work / (MFU * CHIPS * hardware.DEVICE_SPECS[CHIP].peak))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,9 +6,9 @@ python -m benchmarks.measure sam_window float32 --size=tiny --out=result.json   
 from __future__ import annotations
 
 if __name__ == "__main__":  # before the imports, so that a Ctrl-C while they last is as clean as later
-    from flowseg_jax.errors import run
+    from flowseg_jax.errors import run_cli
 
-    run("benchmarks.measure:main")
+    run_cli("benchmarks.measure:main")
 
 import argparse
 import gc

@@ -29,7 +29,7 @@ from flowseg_jax.models.mask_decoder import DecoderConfig
 from flowseg_jax.models.pixel_decoder import PixelDecoderConfig
 from flowseg_jax.models.sam import SamConfig
 from flowseg_jax.models.siglip import SiglipConfig
-from flowseg_jax.types import IMAGE_TOKEN, NONE, Batch
+from flowseg_jax.types import IMAGE_TOKEN_INDEX, PAD, Batch
 
 Tensors = dict[str, torch.Tensor]
 
@@ -126,7 +126,7 @@ class Connector(nn.Module):
         super().__init__()
         levels = zip(cfg.channels, cfg.scales, strict=True)
         self.model = nn.ModuleList([ConnectorLevel(width, cfg.hidden, scale) for width, scale in levels])
-        self.order = cfg.order
+        self.order = cfg.low_to_high_order
 
     def forward(self, maps: list[torch.Tensor]) -> list[torch.Tensor]:
         """Low to high resolution."""
@@ -220,7 +220,7 @@ class FlowSegTorch(nn.Module):
         with torch.device("meta"):
             self.sam = nn.Module()
             self.sam.patch_embed = sam.SamPatchEmbeddings(mask)
-            self.sam.pos_embed = nn.Parameter(torch.zeros(1, cfg.sam.grid, cfg.sam.grid, cfg.sam.width))
+            self.sam.pos_embed = nn.Parameter(torch.zeros(1, cfg.sam.grid_size, cfg.sam.grid_size, cfg.sam.width))
             windows = (0 if i in cfg.sam.global_layers else cfg.sam.window for i in range(cfg.sam.layers))
             self.sam.layers = nn.ModuleList([sam.SamVisionLayer(mask, window) for window in windows])
             self.siglip = nn.Module()
@@ -228,7 +228,7 @@ class FlowSegTorch(nn.Module):
             self.siglip.embeddings.patch_embedding = nn.Conv2d(
                 3, cfg.siglip.width, cfg.siglip.patch_size, cfg.siglip.patch_size
             )
-            self.siglip.embeddings.position_embedding = nn.Embedding(cfg.siglip.tokens, cfg.siglip.width)
+            self.siglip.embeddings.position_embedding = nn.Embedding(cfg.siglip.num_patches, cfg.siglip.width)
             self.siglip.encoder = nn.Module()
             self.siglip.encoder.layers = nn.ModuleList([siglip.SiglipEncoderLayer(vision) for _ in range(cfg.siglip.layers)])
             self.llm = nn.Module()
@@ -275,7 +275,7 @@ class FlowSegTorch(nn.Module):
     def listen(self, batch: dict[str, torch.Tensor], visual: torch.Tensor) -> torch.Tensor:
         """Hidden states [1, T, W] behind the final norm. Without a mask in the batch, attention is causal."""
         tokens = batch["tokens"]
-        start = int((tokens[0] == IMAGE_TOKEN).nonzero()[0])
+        start = int((tokens[0] == IMAGE_TOKEN_INDEX).nonzero()[0])
         words = self.llm.embed_tokens(torch.cat([tokens[:, :start], tokens[:, start + visual.shape[1] :]], 1))
         x = torch.cat([words[:, :start], visual, words[:, start:]], 1)
         angles = self.rotary(x, batch["positions"])
@@ -350,9 +350,9 @@ def torch_batch(batch: Batch) -> dict[str, torch.Tensor]:
     names = ("images", "vision_images", "tokens", "positions", "phrase_ids", "seg_ids", "labels")
     out = {name: torch.from_numpy(np.array(getattr(batch, name))) for name in names}
     out |= {name: out[name].long() for name in names[2:]}
-    if batch.segments.max() > 1:
-        segments, index = torch.from_numpy(np.array(batch.segments)), torch.arange(batch.segments.shape[1])
+    if batch.segment_ids.max() > 1:
+        segments, index = torch.from_numpy(np.array(batch.segment_ids)), torch.arange(batch.segment_ids.shape[1])
         key, query = segments[:, None, :], segments[:, :, None]
-        seen = (key != NONE) & ((key == 0) | (key == query)) & (index[None, :] <= index[:, None])
+        seen = (key != PAD) & ((key == 0) | (key == query)) & (index[None, :] <= index[:, None])
         out["visible"] = seen[:, None]
     return out

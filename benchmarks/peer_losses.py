@@ -18,7 +18,7 @@ from transformers.models.mask2former.modeling_mask2former import (
 
 from benchmarks.peer import FlowSegTorch, Predictions
 from flowseg_jax.losses import LossConfig
-from flowseg_jax.types import NO_LABEL
+from flowseg_jax.types import IGNORE_INDEX
 
 Points = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # of one level: matcher [1, k, 2], candidates and extra [K, n, 2]
 
@@ -77,9 +77,9 @@ def segmentation_loss(
 
 def language_loss(model: FlowSegTorch, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Next-token loss over the text behind the image: before it no label stands."""
-    first = model.cfg.visual_tokens
+    first = model.cfg.num_visual_tokens
     logits = F.linear(hidden[0, first - 1 : -1], model.llm.embed_tokens.weight)
-    return F.cross_entropy(logits, labels[0, first:], ignore_index=NO_LABEL)
+    return F.cross_entropy(logits, labels[0, first:], ignore_index=IGNORE_INDEX)
 
 
 def training_loss(

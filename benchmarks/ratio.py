@@ -27,7 +27,7 @@ from benchmarks import load
 from flowseg_jax.checkpoints.storage import provenance
 from flowseg_jax.cli import positive
 from flowseg_jax.errors import UserError
-from flowseg_jax.writers import say
+from flowseg_jax.writers import log
 
 CONTENDED = 0.2  # cores of foreign load, above which a sample is not clean
 ENOUGH = 3  # clean samples that make a median
@@ -286,9 +286,9 @@ def write_json(path: str | Path, value: Any) -> None:
 
 def report(comparison: Comparison, arguments: argparse.Namespace) -> int:
     """Prints what `add_flags` asked for. Returns the command's exit code."""
-    say(comparison.table())
+    log(comparison.table())
     if arguments.json == "-":
-        say(json.dumps(comparison.to_json()))
+        log(json.dumps(comparison.to_json()))
     elif arguments.json:
         write_json(arguments.json, comparison.to_json())
     if arguments.gate and comparison.quality == "C":

@@ -10,9 +10,9 @@ one, where the state comes from a checkpoint. Seconds of a machine that does not
 from __future__ import annotations
 
 if __name__ == "__main__":  # before the imports, so that a Ctrl-C while they last is as clean as later
-    from flowseg_jax.errors import run
+    from flowseg_jax.errors import run_cli
 
-    run("benchmarks.startup:main")
+    run_cli("benchmarks.startup:main")
 
 import argparse
 import contextlib
@@ -32,7 +32,7 @@ from flowseg_jax.cli import Parser
 from flowseg_jax.errors import UserError
 from flowseg_jax.system import host
 from flowseg_jax.system.hardware import GIB
-from flowseg_jax.writers import heartbeat, say
+from flowseg_jax.writers import heartbeat, log
 
 EXPRESSIONS = 4
 STAGES = ("import", "trace", "compile", "state", "first step")
@@ -54,8 +54,8 @@ def start(size: str, began: float, checkpoint: Path | None, restore: bool) -> di
     import jax
 
     from benchmarks.components.sizes import SIZES, asked, experiment
-    from flowseg_jax.checkpoints.manager import Checkpoints
-    from flowseg_jax.training.program import Program
+    from flowseg_jax.checkpoints.manager import CheckpointManager
+    from flowseg_jax.training.program import TrainProgram
 
     seconds = {"import": time.time() - began}
 
@@ -69,14 +69,14 @@ def start(size: str, began: float, checkpoint: Path | None, restore: bool) -> di
     batch = asked(sizes.whole, EXPRESSIONS, sizes.words)
     config = experiment(sizes.whole, batch, sizes.points)
     with stage("trace"):
-        program = Program.build(config, jax.devices()[:1])
+        program = TrainProgram.build(config, jax.devices()[:1])
         lowered = program.step.lower(program.state, program.batch)
     with stage("compile"):
         step = lowered.compile()
     numbered = lambda state: {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(state))}  # noqa: E731
     with stage("state"):
         if restore:
-            with Checkpoints(checkpoint) as checkpoints:
+            with CheckpointManager(checkpoint) as checkpoints:
                 found = checkpoints.restore_latest(numbered(program.state)).state
             leaves = [found[str(i)] for i in range(len(found))]
             state = jax.tree.unflatten(jax.tree.structure(program.state), leaves)
@@ -84,11 +84,11 @@ def start(size: str, began: float, checkpoint: Path | None, restore: bool) -> di
             state = program.initial_state(config)
         jax.block_until_ready(state)
     with stage("first step"):
-        state, _ = step(state, program.place(batch))
+        state, _ = step(state, program.to_device(batch))
         jax.block_until_ready(state)
     peak = host.peak_memory() / GIB
     if checkpoint and not restore:
-        with Checkpoints(checkpoint) as checkpoints:
+        with CheckpointManager(checkpoint) as checkpoints:
             checkpoints.save(1, numbered(state), {})
     return seconds | {"total": sum(seconds.values()), "peak_gib": peak}
 
@@ -143,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for size in [arguments.size] if arguments.size else ["tiny", "full"]:
         with heartbeat(f"starting up, {size}"):
             found[size] = measure(size)
-    say(markdown(found))
+    log(markdown(found))
     if arguments.json:
         ratio.write_json(arguments.json, {"startup": found, "environment": ratio.environment()})
     busy = any(run["foreign"] > ratio.CONTENDED for runs in found.values() for run in runs.values())

@@ -22,10 +22,10 @@ from ml_collections import ConfigDict
 import flowseg_jax
 from benchmarks import worker
 from flowseg_jax import experiment as configs
-from flowseg_jax.data.collate import empty
+from flowseg_jax.data.collate import empty_batch
 from flowseg_jax.errors import UserError
 from flowseg_jax.models.config import FlowSegConfig
-from flowseg_jax.types import IMAGE_TOKEN, Batch, BatchShape
+from flowseg_jax.types import IMAGE_TOKEN_INDEX, Batch, BatchShape
 
 COMPARED = ("loss", "gradient_norm")  # metrics of the first step; they must be the same for times to be comparable
 
@@ -72,27 +72,27 @@ def build(config: ConfigDict) -> Built:
     devices = jax.devices()[:1]
     if importlib.util.find_spec("flowseg_jax.training.program") is None:
         return _before_program(config, devices)
-    from flowseg_jax.training.program import Program
+    from flowseg_jax.training.program import TrainProgram
 
-    program = Program.build(config, devices)
-    return Built(program.plan, program.place, program.step, program.initial_state(config))
+    program = TrainProgram.build(config, devices)
+    return Built(program.plan, program.to_device, program.step, program.initial_state(config))
 
 
 def _before_program(config: ConfigDict, devices: list[jax.Device]) -> Built:
     """`build` for revisions in which `training.loop.train` itself put the parts together."""
     from flowseg_jax import sharding
-    from flowseg_jax.checkpoints.manifest import flatten
+    from flowseg_jax.checkpoints.manifest import flatten_params
     from flowseg_jax.models import flowseg
     from flowseg_jax.training import loop
-    from flowseg_jax.training.optimizer import make_optimizer, multipliers, schedule
+    from flowseg_jax.training.optimizer import lr_multipliers, lr_schedule, make_optimizer
     from flowseg_jax.training.step import make_train_step
 
-    plan = loop.Plan.read(config)
+    plan = loop.RunConfig.from_config(config)
     mesh = sharding.make_mesh(config.mesh.to_dict(), devices)
-    graphdef, abstract = flowseg.describe(plan.model)
-    rates = multipliers(list(flatten(flowseg.at_rest(abstract))), plan.optimizer.groups)
+    graphdef, abstract = flowseg.abstract_model(plan.model)
+    rates = lr_multipliers(list(flatten_params(flowseg.params_dict(abstract))), plan.optimizer.groups)
     optimizer = make_optimizer(plan.optimizer, config.steps, rates)
-    rate = schedule(plan.optimizer, config.steps)
+    rate = lr_schedule(plan.optimizer, config.steps)
     state = jax.device_put(loop.initial_state(plan, config, optimizer, rates, mesh), sharding.replicated(mesh))
     step = make_train_step(
         graphdef, plan.model, plan.losses, optimizer, rate, config.seed, mesh, accumulate=plan.optimizer.accumulate
@@ -107,36 +107,38 @@ def random_batch(shape: BatchShape, model: FlowSegConfig, seed: int = 0) -> Batc
         UserError: the text length has no room for it.
     """
     rng = np.random.default_rng(seed)
-    prefix, conversations = 1 + model.visual_tokens, shape.phrases + 1
-    length = (shape.text - prefix) // conversations  # tokens of each conversation
-    if length < max(5, shape.masks + 2):
-        raise UserError(f"data.text={shape.text} has no room for {conversations} conversations and {shape.masks} names")
-    batch = empty(shape, 0)
+    prefix, conversations = 1 + model.num_visual_tokens, shape.max_phrases + 1
+    length = (shape.text_length - prefix) // conversations  # tokens of each conversation
+    if length < max(5, shape.max_masks + 2):
+        raise UserError(
+            f"data.text={shape.text_length} has no room for {conversations} conversations and {shape.max_masks} names"
+        )
+    batch = empty_batch(shape, 0)
     used = prefix + conversations * length
-    batch.tokens[:, :used] = rng.integers(0, model.llm.vocab, (shape.batch, used))
-    batch.tokens[:, 1:prefix] = IMAGE_TOKEN
-    batch.segments[:, :prefix] = 0
-    batch.positions[:, :prefix] = np.arange(prefix)
+    batch.input_ids[:, :used] = rng.integers(0, model.llm.vocab, (shape.batch, used))
+    batch.input_ids[:, 1:prefix] = IMAGE_TOKEN_INDEX
+    batch.segment_ids[:, :prefix] = 0
+    batch.position_ids[:, :prefix] = np.arange(prefix)
     for number in range(conversations):
         at = prefix + number * length
         here = slice(at, at + length)
-        batch.segments[:, here] = number + 1
-        batch.positions[:, here] = prefix + np.arange(length)
-        batch.labels[:, here] = batch.tokens[:, here]
+        batch.segment_ids[:, here] = number + 1
+        batch.position_ids[:, here] = prefix + np.arange(length)
+        batch.labels[:, here] = batch.input_ids[:, here]
         batch.seg_ids[:, at + length - 1] = number  # the generic conversation, behind the phrases, has the last number
-        if number < shape.phrases:
+        if number < shape.max_phrases:
             batch.phrase_ids[:, at + 1 : at + 4] = number
         else:
-            batch.phrase_ids[:, at + 1 : at + 1 + shape.masks] = shape.phrases + np.arange(shape.masks)
-    batch.images[:] = rng.integers(0, 256, batch.images.shape)
-    batch.vision_images[:] = rng.integers(0, 256, batch.vision_images.shape)
-    coarse = rng.random((shape.batch, shape.masks, 8, 8)) > 0.6
-    pixels = np.arange(shape.image) * 8 // shape.image
-    batch.masks[:] = np.packbits(coarse[:, :, pixels][:, :, :, pixels], axis=-1)
+            batch.phrase_ids[:, at + 1 : at + 1 + shape.max_masks] = shape.max_phrases + np.arange(shape.max_masks)
+    batch.sam_images[:] = rng.integers(0, 256, batch.sam_images.shape)
+    batch.siglip_images[:] = rng.integers(0, 256, batch.siglip_images.shape)
+    coarse = rng.random((shape.batch, shape.max_masks, 8, 8)) > 0.6
+    pixels = np.arange(shape.sam_size) * 8 // shape.sam_size
+    batch.packed_masks[:] = np.packbits(coarse[:, :, pixels][:, :, :, pixels], axis=-1)
     batch.mask_valid[:] = True
-    batch.phrase_mask[:] = np.arange(shape.phrases) % shape.masks
-    batch.object_class[:] = rng.integers(0, max(model.classes, 1), (shape.batch, shape.masks))
-    batch.object_name[:] = np.arange(shape.masks)
+    batch.phrase_target[:] = np.arange(shape.max_phrases) % shape.max_masks
+    batch.object_category[:] = rng.integers(0, max(model.classes, 1), (shape.batch, shape.max_masks))
+    batch.object_name[:] = np.arange(shape.max_masks)
     if hasattr(batch, "name_valid"):  # earlier versions, which this one is measured against, have none
         batch.name_valid[:] = True
     return dataclasses.replace(batch, example_id=np.arange(shape.batch, dtype=np.int32))

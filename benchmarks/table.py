@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.components import COMPONENTS, Component
-from flowseg_jax.checkpoints.storage import replace_text
+from flowseg_jax.checkpoints.storage import write_text_atomic
 from flowseg_jax.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -103,8 +103,8 @@ def write(results: Iterable[Result], ratios: Path = RATIOS, docs: Path = DOCS) -
     order = {name: number for number, name in enumerate(COMPONENTS)}
     entries = dict(sorted(entries.items(), key=lambda item: (order[item[1]["component"]], item[1]["dtype"] != "float32")))
     text = placed(docs, markdown(list(entries.values())))  # before anything is written
-    replace_text(ratios, json.dumps(entries, indent=1) + "\n")
-    replace_text(docs, text)
+    write_text_atomic(ratios, json.dumps(entries, indent=1) + "\n")
+    write_text_atomic(docs, text)
 
 
 def placed(docs: Path, table: str) -> str:

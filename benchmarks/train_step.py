@@ -10,9 +10,9 @@
 from __future__ import annotations
 
 if __name__ == "__main__":  # before the imports, so that a Ctrl-C while they last is as clean as later
-    from flowseg_jax.errors import run
+    from flowseg_jax.errors import run_cli
 
-    run("benchmarks.train_step:main")
+    run_cli("benchmarks.train_step:main")
 
 import argparse
 import contextlib
@@ -35,7 +35,7 @@ from benchmarks import ratio
 from benchmarks.step import TrainStep
 from benchmarks.worker import Worker
 from flowseg_jax import experiment as configs
-from flowseg_jax.checkpoints.manager import Checkpoints
+from flowseg_jax.checkpoints.manager import CheckpointManager
 from flowseg_jax.cli import Parser, positive
 from flowseg_jax.errors import UserError
 from flowseg_jax.writers import heartbeat
@@ -54,7 +54,9 @@ class Window:
         checkpoints: where to.
     """
 
-    def __init__(self, train_step: TrainStep, steps: int, every: int | None = None, checkpoints: Checkpoints | None = None):
+    def __init__(
+        self, train_step: TrainStep, steps: int, every: int | None = None, checkpoints: CheckpointManager | None = None
+    ):
         self._train_step, self._steps, self._every, self._checkpoints = train_step, steps, every, checkpoints
         self._names = itertools.count(1)
         self.pid = os.getpid()
@@ -105,7 +107,7 @@ def accumulate(config: ConfigDict, parts: int, tolerance: float, rounds: int) ->
 def checkpoint(config: ConfigDict, steps: int, every: int, tolerance: float, rounds: int) -> ratio.Comparison:
     """Time of some steps with asynchronous checkpoints / time of as many without."""
     train_step = TrainStep(config)
-    with tempfile.TemporaryDirectory() as directory, Checkpoints(directory) as checkpoints:
+    with tempfile.TemporaryDirectory() as directory, CheckpointManager(directory) as checkpoints:
         candidates = {
             "no checkpoints": Window(train_step, steps),
             f"every {every} steps": Window(train_step, steps, every, checkpoints),

@@ -30,7 +30,7 @@ def get_config(checkpoint: str = "") -> ConfigDict:
     model = dataclasses.replace(
         FlowSegConfig.from_dict(stored["model"], f"{checkpoint}/config.json: model"), classes=0, named_pass="off"
     )
-    model.check_complete(checkpoint)
+    model.require_full_model(checkpoint)
     config = shapes_tiny()
     config.init_from = (checkpoint,)
     config.steps = 150
@@ -43,7 +43,7 @@ def get_config(checkpoint: str = "") -> ConfigDict:
     config.data.tokenizer = f"{checkpoint}/tokenizer"
     config.data.chat = stored["extra"].get("prompts", {}).get("chat", config.data.chat)
     config.data.objects = "referred"
-    config.data.update(phrases=PHRASES, masks=PHRASES, text=model.visual_tokens + 8 + PHRASES * TOKENS)
+    config.data.update(phrases=PHRASES, masks=PHRASES, text=model.num_visual_tokens + 8 + PHRASES * TOKENS)
     config.optimizer.groups = (("(llm|llm_projector)/.*", 1.0), (".*", None))
     config.optimizer.learning_rate = 2e-4 if model.decoder.width < 256 else 2e-5
     config.optimizer.losses.update(language=0.0, points=0 if model.sam.image_size < 256 else 12544)

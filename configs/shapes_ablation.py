@@ -10,7 +10,7 @@ import dataclasses
 from ml_collections import ConfigDict
 
 from configs.shapes_tiny import get_config as shapes_tiny
-from flowseg_jax.errors import UserError, suggest
+from flowseg_jax.errors import UserError, did_you_mean
 from flowseg_jax.models.config import FlowSegConfig
 
 TOWERS = "checkpoints/shapes_tiny"
@@ -25,7 +25,7 @@ VARIANTS = {  # (semantic_flow.mode, boundary.enabled), each with one thing more
 
 def get_config(variant: str = "sr_cr_bar") -> ConfigDict:
     if variant not in VARIANTS:
-        raise UserError(f"no variant {variant!r} of the ablation{suggest(variant, VARIANTS)}")
+        raise UserError(f"no variant {variant!r} of the ablation{did_you_mean(variant, VARIANTS)}")
     mode, refines = VARIANTS[variant]
     config = shapes_tiny()
     model = FlowSegConfig.from_dict(config.model.to_dict())

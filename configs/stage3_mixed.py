@@ -16,8 +16,8 @@ import dataclasses
 from ml_collections import ConfigDict
 
 from configs.shapes_tiny import get_config as shapes_tiny
-from flowseg_jax.data.mixture import repeats
-from flowseg_jax.errors import UserError, suggest
+from flowseg_jax.data.mixture import repeat_factor_counts
+from flowseg_jax.errors import UserError, did_you_mean
 from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.models.language import LanguageConfig
 
@@ -42,7 +42,7 @@ TINY_TOKENIZER, TINY_VOCAB = "data/stages/tokenizer", 640
 def stage(llm: str) -> tuple[ConfigDict, FlowSegConfig]:
     """What the three stages have in common around a language model, or at tiny size: a config to complete, and its model."""
     if llm != "tiny" and llm not in LANGUAGE_MODELS:
-        raise UserError(f"no language model {llm!r} for a stage{suggest(llm, [*LANGUAGE_MODELS, 'tiny'])}")
+        raise UserError(f"no language model {llm!r} for a stage{did_you_mean(llm, [*LANGUAGE_MODELS, 'tiny'])}")
     config = shapes_tiny()
     config.data.images = 0
     config.data.vary_prompts = True
@@ -76,7 +76,7 @@ def get_config(llm: str = "qwen3_4b") -> ConfigDict:
     else:
         model = dataclasses.replace(model, negatives_group=8)
         config.batch_size = 64
-        config.steps = 2 * sum(repeats(list(SETS.values()))) // config.batch_size  # two epochs
+        config.steps = 2 * sum(repeat_factor_counts(list(SETS.values()))) // config.batch_size  # two epochs
         config.data.sets = tuple((directory, 0.0) for directory in SETS)
         config.data.update(phrases=8, masks=32, names=128, text=2304)  # 18 * 128 tokens
         config.optimizer.learning_rate = 4e-5

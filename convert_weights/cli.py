@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from convert_weights import job as jobs
 from convert_weights.convert import get_family
 from convert_weights.families import FAMILIES
-from convert_weights.plan import Plan, Target
+from convert_weights.plan import ConversionPlan, ParamTarget
 from flowseg_jax.cli import Parser
 from flowseg_jax.errors import UserError
 from flowseg_jax.system import host
-from flowseg_jax.writers import say
+from flowseg_jax.writers import log
 
 USAGE = """%(prog)s FAMILY SOURCE OUT [options]
        %(prog)s flowseg llm=DIR siglip=DIR sam=DIR [segmentor=FILE] OUT [options]
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if a.layout:
         raise UserError("--layout chooses the names of an export: give --export too (an import recognises them)")
     source, out = _paths(a)
-    request = jobs.Request(
+    request = jobs.ConversionRequest(
         a.family,
         source,
         out,
@@ -73,12 +73,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         _mesh(a.mesh),
     )
     started = time.monotonic()
-    with jobs.prepared(request) as job:
+    with jobs.open_conversion(request) as job:
         for note in job.source.notes:
-            say(f"note: {note}")
+            log(f"note: {note}")
         before = host.peak_memory()  # with libraries and tokenizer
         targets = {target.name: target for target in job.plan.targets}
-        progress = lambda name: say(_line(targets[name]))  # noqa: E731
+        progress = lambda name: log(_line(targets[name]))  # noqa: E731
         if a.check:
             jobs.check(job, request, progress)
         else:
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _summary(job.plan)
     values = sum(math.prod(target.shape) for target in targets.values())
     largest = max(math.prod(target.shape) * target.dtype.itemsize for target in targets.values())
-    say(
+    log(
         f"{'checked' if a.check else out}: {len(targets)} arrays, {values:,} values in {time.monotonic() - started:.0f} s; "
         f"peak memory {host.peak_memory() >> 20} MiB ({before >> 20} before, largest array {largest >> 20})"
     )
@@ -98,8 +98,8 @@ def _export(family, a) -> int:
 
     if len(a.paths) != 2 or a.check:
         raise UserError("--export takes one model directory and OUT")
-    path = export_directory(family, *a.paths, layout=a.layout, dtype=a.dtype, overwrite=a.overwrite, progress=say)
-    say(f"{path}: peak memory {host.peak_memory() >> 20} MiB")
+    path = export_directory(family, *a.paths, layout=a.layout, dtype=a.dtype, overwrite=a.overwrite, progress=log)
+    log(f"{path}: peak memory {host.peak_memory() >> 20} MiB")
     return 0
 
 
@@ -125,21 +125,21 @@ def _mesh(text: str | None) -> dict[str, int] | None:
     return {axis: int(size) for axis, size in sizes.items()}
 
 
-def _line(target: Target) -> str:
+def _line(target: ParamTarget) -> str:
     """`llm/layers/q/kernel (36, 2560, 4096) bfloat16 <- llm.model.layers.{0-35}.self_attn.q_proj.weight`."""
-    from convert_weights.plan import compress
+    from convert_weights.plan import collapse_layer_names
 
-    names = [name for _, name, _ in compress(("", piece.source, ()) for piece in target.pieces)]
+    names = [name for _, name, _ in collapse_layer_names(("", piece.source, ()) for piece in target.pieces)]
     return f"{target.name} {target.shape} {target.dtype} <- {', '.join(names) or 'fresh'}"
 
 
-def _summary(plan: Plan) -> None:
+def _summary(plan: ConversionPlan) -> None:
     for name, (found, rows) in plan.resized.items():
-        say(f"resized {name}: {found} rows in the checkpoint, {rows} here")
+        log(f"resized {name}: {found} rows in the checkpoint, {rows} here")
     if plan.fresh:
         # Each has its own line above; here is what they belong to.
         parts = dict.fromkeys(name.rpartition("/")[0] or name for name in plan.fresh)
         tops = dict.fromkeys("/".join(part.split("/")[:3]) for part in parts)
-        say(f"fresh, not in the checkpoint: {len(plan.fresh)} parameters of {', '.join(tops)}")
+        log(f"fresh, not in the checkpoint: {len(plan.fresh)} parameters of {', '.join(tops)}")
     if plan.ignored:
-        say(f"not used: {len(plan.ignored)} tensors that are known to be of no use here")
+        log(f"not used: {len(plan.ignored)} tensors that are known to be of no use here")

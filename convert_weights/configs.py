@@ -17,9 +17,9 @@ from typing import Any
 from convert_weights.families import Mask2FormerConfig, Stage1Config
 from convert_weights.ops import Shape
 from convert_weights.refusals import refuse_quantised
-from convert_weights.sources import Entry, local, read_json
+from convert_weights.sources import Entry, read_json, resolve_source
 from flowseg_jax import fields
-from flowseg_jax.errors import UserError, suggest
+from flowseg_jax.errors import UserError, did_you_mean
 from flowseg_jax.models import hf_keys
 from flowseg_jax.models.boundary import BoundaryConfig
 from flowseg_jax.models.config import FlowSegConfig
@@ -30,7 +30,7 @@ from flowseg_jax.models.pixel_decoder import PixelDecoderConfig
 from flowseg_jax.models.sam import SamConfig
 from flowseg_jax.models.semantic_flow import SemanticFlowConfig
 from flowseg_jax.models.siglip import SiglipConfig
-from flowseg_jax.writers import say
+from flowseg_jax.writers import log
 
 LLMS = {
     "qwen3_4b": LanguageConfig.qwen3_4b,
@@ -104,7 +104,7 @@ def language_config(values: Mapping[str, Any]) -> LanguageConfig:
 
 def _say_notes(family: str, values: Mapping[str, Any]) -> None:
     for note in hf_keys.notes(family, values):
-        say(f"note: {note}")
+        log(f"note: {note}")
 
 
 def _language_part(family: str, values: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -181,8 +181,8 @@ def preset(value: str, presets: Mapping[str, Any], read: Any, what: str) -> Any:
         return presets[value]()
     path = Path(value)
     if not path.exists() and "/" not in value:
-        raise UserError(f"{what}: no preset and no directory {value!r}{suggest(value, presets)}")
-    return read(hf_config(None, local(value)))
+        raise UserError(f"{what}: no preset and no directory {value!r}{did_you_mean(value, presets)}")
+    return read(hf_config(None, resolve_source(value)))
 
 
 def sam_from_shapes(shapes: Shapes, prefix: str = "segmentor.encoder.") -> SamConfig:
@@ -277,10 +277,10 @@ def siglip_from_shapes(shapes: Shapes, chosen: SiglipConfig | None, vision: str)
     base = chosen or SiglipConfig.so400m_14_384()
     width, _, _, patch = shapes[f"{prefix}embeddings.patch_embedding.weight"]
     tokens = shapes[f"{prefix}embeddings.position_embedding.weight"][0]
-    if (base.width, base.patch_size, base.tokens) != (width, patch, tokens):
+    if (base.width, base.patch_size, base.num_patches) != (width, patch, tokens):
         raise UserError(
             f"the checkpoint's vision encoder has width {width}, patches of {patch} and {tokens} tokens, the config has "
-            f"{base.width}, {base.patch_size} and {base.tokens}; give --siglip DIR with its config.json"
+            f"{base.width}, {base.patch_size} and {base.num_patches}; give --siglip DIR with its config.json"
         )
     mlp = shapes[f"{prefix}encoder.layers.0.mlp.fc1.weight"][0]
     return dataclasses.replace(base, layers=shapes.count(f"{prefix}encoder.layers."), mlp=mlp)

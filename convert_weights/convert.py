@@ -11,20 +11,20 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from convert_weights.families import FAMILIES, Family
-from convert_weights.plan import Plan, Target, check_twins, make_plan
+from convert_weights.families import FAMILIES, CheckpointFamily
+from convert_weights.plan import ConversionPlan, ParamTarget, check_tied_copies, make_plan
 from convert_weights.sources import ArraySource, Entry, RenamedSource, TensorSource
 from convert_weights.table import Piece, expand
-from flowseg_jax.checkpoints.manifest import compare, flatten, nest
-from flowseg_jax.errors import UserError, suggest
+from flowseg_jax.checkpoints.manifest import check_manifest, flatten_params, unflatten_params
+from flowseg_jax.errors import UserError, did_you_mean
 
 CHUNK = 1 << 22  # values of a vocabulary that are read, or averaged, at a time
 
 
-def get_family(name: str) -> Family:
+def get_family(name: str) -> CheckpointFamily:
     """The family of that name. Raises a UserError that lists the known ones."""
     if name not in FAMILIES:
-        raise UserError(f"unknown family {name!r}{suggest(name, FAMILIES)}")
+        raise UserError(f"unknown family {name!r}{did_you_mean(name, FAMILIES)}")
     return FAMILIES[name]
 
 
@@ -48,9 +48,9 @@ def import_params(
     """
     source = tensors if not isinstance(tensors, Mapping) else ArraySource(tensors)
     plan = make_plan(get_family(family_name), cfg, source, dtype)
-    check_twins(plan, source)
+    check_tied_copies(plan, source)
     initial = fresh_params(plan, seed)
-    return nest({target.name: build(target, source, initial) for target in plan.targets})
+    return unflatten_params({target.name: build(target, source, initial) for target in plan.targets})
 
 
 def export_params(family_name: str, params: Mapping[str, Any], cfg: Any, *, layout: str | None = None) -> dict[str, np.ndarray]:
@@ -64,17 +64,17 @@ def export_params(family_name: str, params: Mapping[str, Any], cfg: Any, *, layo
         UserError: parameters that are not those of `cfg`.
     """
     family = get_family(family_name)
-    flat = {name: np.asarray(x) for name, x in flatten(params).items()}
+    flat = {name: np.asarray(x) for name, x in flatten_params(params).items()}
     exported = Exported(family, cfg, ArraySource(flat, "the parameters"), layout)
     return {name: exported.read(name) for name in exported.entries}
 
 
-def fresh_params(plan: Plan, seed: int) -> dict[str, np.ndarray]:
+def fresh_params(plan: ConversionPlan, seed: int) -> dict[str, np.ndarray]:
     """The parameters that the source may lack and does lack, as a new model has them."""
     return {name: np.asarray(x) for name, x in plan.family.initial(plan.cfg, plan.fresh, seed).items()}
 
 
-def build(target: Target, source: TensorSource, initial: Mapping[str, np.ndarray]) -> np.ndarray:
+def build(target: ParamTarget, source: TensorSource, initial: Mapping[str, np.ndarray]) -> np.ndarray:
     """One parameter. Besides it, no more than one tensor (of one layer) is in memory."""
     if not target.pieces:
         return initial[target.name].astype(target.dtype)
@@ -120,13 +120,13 @@ class Exported:
 
     notes: tuple[str, ...] = ()
 
-    def __init__(self, family: Family, cfg: Any, params: TensorSource, layout: str | None = None):
+    def __init__(self, family: CheckpointFamily, cfg: Any, params: TensorSource, layout: str | None = None):
         layout = layout or next(iter(family.layouts))
         if layout not in family.layouts:
-            raise UserError(f"{family.name} has no layout {layout!r}{suggest(layout, family.layouts)}")
+            raise UserError(f"{family.name} has no layout {layout!r}{did_you_mean(layout, family.layouts)}")
         shapes = family.shapes(cfg)
         known = {name: [list(shape), "float32"] for name, shape in shapes.items()}
-        compare(known, {name: [list(e.shape), str(e.dtype)] for name, e in params.entries.items()}, params.name)
+        check_manifest(known, {name: [list(e.shape), str(e.dtype)] for name, e in params.entries.items()}, params.name)
         self.name, self._params = params.name, params
         self._pieces: dict[str, list[Piece]] = {}
         for piece in expand(family.layouts[layout](cfg), cfg, shapes):
@@ -158,7 +158,7 @@ class Exported:
         return np.ascontiguousarray(whole[start:stop])
 
 
-def in_layout(family: Family, cfg: Any, source: TensorSource, layout: str) -> TensorSource:
+def in_layout(family: CheckpointFamily, cfg: Any, source: TensorSource, layout: str) -> TensorSource:
     """A source under the names of another layout of its family, which must not differ in operations.
 
     Raises:

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import tensorstore as ts
 
-from convert_weights.families import FAMILIES, Family
+from convert_weights.families import FAMILIES, CheckpointFamily
 from convert_weights.sources import Entry
 from flowseg_jax import fields
 from flowseg_jax.checkpoints.manifest import verify
 from flowseg_jax.checkpoints.pretrained import read_model_config
-from flowseg_jax.checkpoints.streaming import boxes
+from flowseg_jax.checkpoints.streaming import chunk_slices
 from flowseg_jax.errors import UserError
 
 # Where a tower lies in a whole model.
@@ -37,7 +37,7 @@ class ModelDirectory:
 
     notes: tuple[str, ...] = ()
 
-    def __init__(self, directory: str | os.PathLike[str], family: Family):
+    def __init__(self, directory: str | os.PathLike[str], family: CheckpointFamily):
         self.name, self._path = str(directory), Path(directory).absolute()
         config = read_model_config(self._path, towers=True)
         tower, prefix = config.get("tower"), ""
@@ -70,7 +70,9 @@ class ModelDirectory:
             if store.shape != self.entries[name].shape:
                 raise ValueError(f"its shape is {store.shape}, config.json says {self.entries[name].shape}")
             array = np.empty(store.shape, store.dtype.numpy_dtype)
-            for box in boxes(store):  # all at once, TensorStore would hold the whole array in its compressed form as well
+            for box in chunk_slices(
+                store
+            ):  # all at once, TensorStore would hold the whole array in its compressed form as well
                 array[box] = store[box].read().result()
             verify({stored: array}, self._sums)
         except (ValueError, OSError) as error:

@@ -17,8 +17,8 @@ from safetensors.numpy import save_file
 from convert_weights.configs import to_hf
 from convert_weights.convert import Exported, cast
 from convert_weights.directory import ModelDirectory
-from convert_weights.families import Family
-from flowseg_jax.checkpoints.pretrained import check_free
+from convert_weights.families import CheckpointFamily
+from flowseg_jax.checkpoints.pretrained import require_empty_directory
 from flowseg_jax.errors import UserError
 from flowseg_jax.system import locks
 
@@ -26,7 +26,7 @@ MAX_SHARD = 1 << 30  # bytes of a file
 
 
 def export_directory(
-    family: Family,
+    family: CheckpointFamily,
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
@@ -53,7 +53,7 @@ def export_directory(
 
 
 def _export(
-    family: Family,
+    family: CheckpointFamily,
     source: str | os.PathLike[str],
     target: Path,
     layout: str | None,
@@ -61,7 +61,7 @@ def _export(
     overwrite: bool,
     progress: Callable[[str], None],
 ) -> Path:
-    check_free(target, overwrite)
+    require_empty_directory(target, overwrite)
     directory = ModelDirectory(source, family)
     exported = Exported(family, directory.cfg, directory, layout)
     fresh = target.with_name(f".{target.name}.tmp-{os.getpid()}")

@@ -16,17 +16,17 @@ from convert_weights import segmentor, towers
 from convert_weights.ops import Shape
 from convert_weights.table import Row, Section, Table, linear, unnumbered
 from flowseg_jax import sharding
-from flowseg_jax.checkpoints.manifest import flatten
+from flowseg_jax.checkpoints.manifest import flatten_params
 from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.models.connectors import ConnectorConfig, SegConnector
-from flowseg_jax.models.flowseg import FlowSeg, at_rest
-from flowseg_jax.models.language import Language, LanguageConfig
+from flowseg_jax.models.flowseg import FlowSeg, params_dict
+from flowseg_jax.models.language import LanguageConfig, LanguageModel
 from flowseg_jax.models.layers import Linear
 from flowseg_jax.models.mask_decoder import DecoderConfig, MaskDecoder
 from flowseg_jax.models.pixel_decoder import PixelDecoder, PixelDecoderConfig
-from flowseg_jax.models.sam import Sam, SamConfig
+from flowseg_jax.models.sam import SamConfig, SamImageEncoder
 from flowseg_jax.models.semantic_flow import SemanticFlowConfig
-from flowseg_jax.models.siglip import Siglip, SiglipConfig
+from flowseg_jax.models.siglip import SiglipConfig, SiglipVisionEncoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Stage1Config:
 
 class Stage1(nnx.Module):
     def __init__(self, cfg: Stage1Config, *, rngs: nnx.Rngs):
-        self.sam = Sam(cfg.sam, rngs=rngs)
+        self.sam = SamImageEncoder(cfg.sam, rngs=rngs)
         self.connector = SegConnector(cfg.connector, rngs=rngs)
         self.pixel_decoder = PixelDecoder(cfg.pixel_decoder, rngs=rngs)
         self.decoder = MaskDecoder(cfg.decoder, SemanticFlowConfig(mode="off"), rngs=rngs)
@@ -67,7 +67,7 @@ class Stage1(nnx.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class Family:
+class CheckpointFamily:
     """A kind of checkpoint.
 
     Attributes:
@@ -86,10 +86,10 @@ class Family:
     config: type
     module: Callable[..., nnx.Module]
     layouts: Mapping[str, Callable[[Any], tuple[Section, ...]]]
-    example: Callable[[], Any]
-    fresh: tuple[str, ...] = ()
+    example_config: Callable[[], Any]
+    newly_initialized: tuple[str, ...] = ()
     tower: bool = True
-    resizes: bool = False
+    resizable_vocab: bool = False
 
     def shapes(self, cfg: Any) -> dict[str, Shape]:
         """{our path: shape} of all parameters; nothing is allocated."""
@@ -97,7 +97,7 @@ class Family:
 
     def shards(self, cfg: Any, mesh: AbstractMesh) -> dict[str, Shape]:
         """{our path: the shape of what one device of `mesh` holds}, by the rules of `parallel`."""
-        shardings = flatten(sharding.param_shardings(_abstract(self.module, cfg), mesh))
+        shardings = flatten_params(sharding.param_shardings(_abstract(self.module, cfg), mesh))
         return {name: shardings[name].shard_shape(shape) for name, shape in self.shapes(cfg).items()}
 
     def initial(self, cfg: Any, names: Iterable[str], seed: int) -> dict[str, jax.Array]:
@@ -110,19 +110,19 @@ class Family:
         @jax.jit
         def make() -> dict[str, jax.Array]:
             module = self.module(cfg, rngs=nnx.Rngs(params=jax.random.key(seed, impl="rbg")))
-            flat = flatten(at_rest(nnx.state(module)))
+            flat = flatten_params(params_dict(nnx.state(module)))
             return {name: flat[name] for name in names}
 
         return make() if names else {}
 
     def fresh_group(self, target: str) -> str | None:
         """The pattern of the group that may be missing and `target` is in; None if it must be in the checkpoint."""
-        return next((group for group in self.fresh if re.match(group, target)), None)
+        return next((group for group in self.newly_initialized if re.match(group, target)), None)
 
     @functools.cached_property
     def names(self) -> dict[str, frozenset[str]]:
         """{layout: the names that it uses, their numbers left out}."""
-        example = self.example()
+        example = self.example_config()
         return {
             layout: frozenset(
                 unnumbered(section.source + row.source) for section in sections(example) for row in section.table.rows
@@ -138,7 +138,7 @@ def _abstract(module: Callable[..., nnx.Module], cfg: Any) -> nnx.State:
 
 @functools.lru_cache(maxsize=16)
 def _shapes(module: Callable[..., nnx.Module], cfg: Any) -> dict[str, Shape]:
-    return {name: tuple(x.shape) for name, x in flatten(at_rest(_abstract(module, cfg))).items()}
+    return {name: tuple(x.shape) for name, x in flatten_params(params_dict(_abstract(module, cfg))).items()}
 
 
 def under(*sections: Section, source: str = "", target: str = "") -> tuple[Section, ...]:
@@ -155,11 +155,11 @@ def _rest(*ignore: str) -> Section:
     return Section(Table((), ignore=ignore))
 
 
-def _language(name: str, table: Table, **layouts: Table) -> Family:
+def _language(name: str, table: Table, **layouts: Table) -> CheckpointFamily:
     tiny = dataclasses.replace(LanguageConfig.tiny(8), family=name, qk_norm=name == "qwen3")
     tables = {"hf": table, **layouts}
-    return Family(
-        name, LanguageConfig, Language, {key: _only(value) for key, value in tables.items()}, lambda: tiny, resizes=True
+    return CheckpointFamily(
+        name, LanguageConfig, LanguageModel, {key: _only(value) for key, value in tables.items()}, lambda: tiny, resizable_vocab=True
     )  # fmt: skip
 
 
@@ -236,23 +236,23 @@ _JOINTS = (
 )
 _M2F_HEAD = linear("class_predictor", "category_head")
 
-FAMILIES: dict[str, Family] = {
+FAMILIES: dict[str, CheckpointFamily] = {
     family.name: family
     for family in (
         _language("qwen3", towers.QWEN3),
         _language("phi3", towers.PHI3),
         _language("llama", towers.LLAMA, gguf=towers.LLAMA_GGUF),
-        Family(
+        CheckpointFamily(
             "siglip2",
             SiglipConfig,
-            Siglip,
+            SiglipVisionEncoder,
             {"hf": _inside(towers.SIGLIP, "vision_model."), "encoder": _only(towers.SIGLIP)},
             SiglipConfig.tiny,
         ),
-        Family(
+        CheckpointFamily(
             "sam",
             SamConfig,
-            Sam,
+            SamImageEncoder,
             {
                 "hf": _inside(towers.SAM, "vision_encoder."),
                 "encoder": _only(towers.SAM),
@@ -261,7 +261,7 @@ FAMILIES: dict[str, Family] = {
             },
             SamConfig.tiny,
         ),
-        Family(
+        CheckpointFamily(
             "mask2former",
             Mask2FormerConfig,
             Mask2Former,
@@ -272,9 +272,9 @@ FAMILIES: dict[str, Family] = {
                 )
             },
             lambda: Mask2FormerConfig(PixelDecoderConfig.tiny(), DecoderConfig.tiny(), 3),
-            fresh=(r"decoder/logit_scale",),
+            newly_initialized=(r"decoder/logit_scale",),
         ),
-        Family(
+        CheckpointFamily(
             "xsam_stage1",
             Stage1Config,
             Stage1,
@@ -287,18 +287,20 @@ FAMILIES: dict[str, Family] = {
                 DecoderConfig.tiny(),
                 3,
             ),
-            fresh=(r"decoder/logit_scale",),
+            newly_initialized=(r"decoder/logit_scale",),
         ),
-        Family("xsam", FlowSegConfig, FlowSeg, _XSAM_LAYOUTS, FlowSegConfig.tiny, fresh=_ADDED, tower=False),
-        Family(
+        CheckpointFamily(
+            "xsam", FlowSegConfig, FlowSeg, _XSAM_LAYOUTS, FlowSegConfig.tiny, newly_initialized=_ADDED, tower=False
+        ),
+        CheckpointFamily(
             "flowseg",
             FlowSegConfig,
             FlowSeg,
             _FLOWSEG_LAYOUTS,
             FlowSegConfig.tiny,
-            fresh=(*_ADDED, *_JOINTS),
+            newly_initialized=(*_ADDED, *_JOINTS),
             tower=False,
-            resizes=True,
+            resizable_vocab=True,
         ),
     )
 }

@@ -16,15 +16,15 @@ import numpy as np
 from convert_weights import configs
 from convert_weights.convert import Exported, build, fresh_params, get_family, in_layout
 from convert_weights.directory import ModelDirectory, is_model_directory
-from convert_weights.families import FAMILIES, Family
+from convert_weights.families import FAMILIES, CheckpointFamily
 from convert_weights.names import unwrapped
-from convert_weights.plan import Plan, check_twins, make_plan
+from convert_weights.plan import ConversionPlan, check_tied_copies, make_plan
 from convert_weights.refusals import refuse_pointer
-from convert_weights.sources import JoinedSource, TensorSource, local, open_source, read_json
+from convert_weights.sources import JoinedSource, TensorSource, open_source, read_json, resolve_source
 from flowseg_jax import sharding
-from flowseg_jax.checkpoints.pretrained import check_free, stream_model
+from flowseg_jax.checkpoints.pretrained import require_empty_directory, save_pretrained_streaming
 from flowseg_jax.checkpoints.streaming import LazyArray
-from flowseg_jax.data.prompts import Prompts, as_jinja
+from flowseg_jax.data.prompts import PromptTemplates, as_jinja
 from flowseg_jax.data.tokenizer import Extended, add_marks, load_tokenizer
 from flowseg_jax.errors import UserError
 from flowseg_jax.models import hf_keys
@@ -42,7 +42,7 @@ PLACES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Request:
+class ConversionRequest:
     """What the user asks for.
 
     Attributes:
@@ -78,10 +78,10 @@ class Request:
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class ConversionJob:
     """A conversion that is known to be possible; nothing is written yet."""
 
-    plan: Plan
+    plan: ConversionPlan
     source: TensorSource
     tokenizer: Path | None
     extra: dict[str, Any]
@@ -101,7 +101,7 @@ class Job:
 
 
 @contextlib.contextmanager
-def prepared(request: Request) -> Iterator[Job]:
+def open_conversion(request: ConversionRequest) -> Iterator[ConversionJob]:
     """Opens and matches everything; the tokenizer lives as long as the context.
 
     Raises:
@@ -109,18 +109,18 @@ def prepared(request: Request) -> Iterator[Job]:
     """
     family = get_family(request.family)
     if request.out is not None:
-        check_free(request.out, request.overwrite)
+        require_empty_directory(request.out, request.overwrite)
     with tempfile.TemporaryDirectory(prefix="convert_weights-") as scratch:
         make = _towers_together if family.name == "flowseg" else _xsam if family.name == "xsam" else _tower
         source, cfg, base = make(family, request)
-        chat = Prompts(request.chat or _chat(cfg.llm)) if isinstance(cfg, FlowSegConfig) else None
+        chat = PromptTemplates(request.chat or _chat(cfg.llm)) if isinstance(cfg, FlowSegConfig) else None
         # X-SAM writes whatever bos there is, whether or not the language model's own template does.
         template = as_jinja(chat.template, bos=True) if family.name == "xsam" else None
         tokenizer, extended = _tokenizer(request, base, source, Path(scratch), template)
         count = None if extended is None else extended.rows
         if count is not None and isinstance(cfg, LanguageConfig):
             cfg = dataclasses.replace(cfg, vocab=count)
-        elif count is not None and family.resizes:
+        elif count is not None and family.resizable_vocab:
             cfg = dataclasses.replace(cfg, llm=dataclasses.replace(cfg.llm, vocab=count))
         cfg = configs.override(cfg, request.settings)
         if count is not None and isinstance(cfg, LanguageConfig) and cfg.vocab < count:
@@ -131,7 +131,7 @@ def prepared(request: Request) -> Iterator[Job]:
         if isinstance(cfg, FlowSegConfig):
             extra["prompts"] = {"chat": chat.chat}
             if tokenizer is not None:
-                load_tokenizer(tokenizer, needed=chat.needed)
+                load_tokenizer(tokenizer, needed=chat.special_tokens)
                 if count != cfg.llm.vocab:
                     raise UserError(
                         f"the tokenizer has {count} ids with its segmentation tokens, the checkpoint's table {cfg.llm.vocab} "
@@ -145,18 +145,18 @@ def prepared(request: Request) -> Iterator[Job]:
                 f"{source.name}: the file has {found} rows for {name}, vocab_size in its config is {rows}, and no tokenizer is "
                 "there to say which are in use: give --tokenizer DIR, or correct vocab_size"
             )
-        check_twins(plan, source, None if extended is None else extended.words)
+        check_tied_copies(plan, source, None if extended is None else extended.words)
         extra["converted"] |= {"layout": plan.layout, "fresh": list(plan.fresh)}
         shards = family.shards(cfg, sharding.abstract_mesh(request.mesh)) if request.mesh else {}
-        yield Job(plan, source, tokenizer, extra, shards)
+        yield ConversionJob(plan, source, tokenizer, extra, shards)
 
 
-def write(job: Job, request: Request, progress: Callable[[str], None] = lambda name: None) -> Path:
+def write(job: ConversionJob, request: ConversionRequest, progress: Callable[[str], None] = lambda name: None) -> Path:
     """Streams a prepared conversion into its directory."""
     family, cfg = job.plan.family, job.plan.cfg
     assert request.out is not None
     tower = {"family": family.name, "config": _plain(dataclasses.asdict(cfg))} if family.tower else None
-    return stream_model(
+    return save_pretrained_streaming(
         request.out,
         job.arrays(request.seed),
         None if family.tower else cfg.to_dict(),
@@ -168,16 +168,16 @@ def write(job: Job, request: Request, progress: Callable[[str], None] = lambda n
     )
 
 
-def check(job: Job, request: Request, progress: Callable[[str], None] = lambda name: None) -> None:
+def check(job: ConversionJob, request: ConversionRequest, progress: Callable[[str], None] = lambda name: None) -> None:
     """Everything but the writing: each array is made and dropped."""
     for name, lazy in job.arrays(request.seed).items():
         lazy.make()
         progress(name)
 
 
-def _tower(family: Family, request: Request) -> tuple[TensorSource, Any, Path | None]:
+def _tower(family: CheckpointFamily, request: ConversionRequest) -> tuple[TensorSource, Any, Path | None]:
     """Source, config and where a tokenizer may lie, of a tower."""
-    path = local(str(request.source))
+    path = resolve_source(str(request.source))
     source, own = _open(path, family)
     if own is not None:
         return source, own.cfg, own.tokenizer
@@ -192,8 +192,8 @@ def _tower(family: Family, request: Request) -> tuple[TensorSource, Any, Path | 
     return source, configs.tower_config(family.name, values), path if path.is_dir() else path.parent
 
 
-def _xsam(family: Family, request: Request) -> tuple[TensorSource, FlowSegConfig, Path | None]:
-    path = local(str(request.source))
+def _xsam(family: CheckpointFamily, request: ConversionRequest) -> tuple[TensorSource, FlowSegConfig, Path | None]:
+    path = resolve_source(str(request.source))
     source, own = _open(path, family)
     if own is not None:
         raise UserError(f"{path} is converted already")
@@ -212,7 +212,7 @@ def _xsam(family: Family, request: Request) -> tuple[TensorSource, FlowSegConfig
     return source, configs.xsam_from_shapes(shapes, llm, siglip, request.mode or "off", _compute(source)), beside.parent
 
 
-def _towers_together(family: Family, request: Request) -> tuple[TensorSource, FlowSegConfig, Path | None]:
+def _towers_together(family: CheckpointFamily, request: ConversionRequest) -> tuple[TensorSource, FlowSegConfig, Path | None]:
     if not isinstance(request.source, dict):
         raise UserError("flowseg is put together from towers: flowseg llm=DIR siglip=DIR sam=DIR [segmentor=FILE] OUT")
     parts = dict(request.source)
@@ -227,7 +227,7 @@ def _towers_together(family: Family, request: Request) -> tuple[TensorSource, Fl
     opened, cfgs, tokenizer = [], {}, None
     for part, path in parts.items():
         name = {"siglip": "siglip2", "segmentor": "xsam_stage1"}.get(part, part)
-        tower = FAMILIES[_llm_family(local(path)) if part == "llm" else name]
+        tower = FAMILIES[_llm_family(resolve_source(path)) if part == "llm" else name]
         source, cfgs[part], base = _tower(tower, dataclasses.replace(request, source=path, config=None))
         if part == "sam" and _meta_prefix(source) is not None:
             source = in_layout(tower, cfgs[part], source, "hf")
@@ -246,7 +246,7 @@ def _towers_together(family: Family, request: Request) -> tuple[TensorSource, Fl
     return source, cfg, tokenizer
 
 
-def _open(path: Path, family: Family) -> tuple[TensorSource, ModelDirectory | None]:
+def _open(path: Path, family: CheckpointFamily) -> tuple[TensorSource, ModelDirectory | None]:
     """A source; one of our own directories is read through the family's table."""
     if path.is_dir() and is_model_directory(path):
         own = ModelDirectory(path, family)
@@ -286,11 +286,11 @@ def _at(values: Any, keys: Sequence[str]) -> str | None:
 
 
 def _tokenizer(
-    request: Request, base: Path | None, source: TensorSource, scratch: Path, template: str | None
+    request: ConversionRequest, base: Path | None, source: TensorSource, scratch: Path, template: str | None
 ) -> tuple[Path | None, Extended | None]:
     """A copy of the tokenizer with the segmentation tokens added, and its number of ids; (None, None) where there is none."""
     if request.tokenizer is not None:
-        base = local(request.tokenizer)
+        base = resolve_source(request.tokenizer)
     elif hasattr(source, "save_tokenizer"):
         base = scratch / "base"
         source.save_tokenizer(base)

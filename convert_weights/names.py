@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from convert_weights import refusals
-from convert_weights.families import Family
-from convert_weights.plan import recognise, same_family
+from convert_weights.families import CheckpointFamily
+from convert_weights.plan import detect_family, same_family
 from convert_weights.sources import RenamedSource, TensorSource
 from convert_weights.table import unnumbered
 from flowseg_jax.errors import UserError, listed, plain
@@ -45,7 +45,7 @@ class Match(NamedTuple):
     lead: str
 
 
-def unwrapped(source: TensorSource, family: Family) -> TensorSource:
+def unwrapped(source: TensorSource, family: CheckpointFamily) -> TensorSource:
     """A source under the names that the tables of `family` know; itself where they are already.
 
     Raises:
@@ -58,7 +58,7 @@ def unwrapped(source: TensorSource, family: Family) -> TensorSource:
         pairs = [(".".join(part for part in name.split(".") if part not in WRAPPERS), name) for name in names]
         names = _unique(source, pairs)
         notes.append(f"{source.name}: {', '.join(f'{part}.' for part in sorted(wrappers))} taken out of the names")
-    looks = recognise(names)
+    looks = detect_family(names)
     if looks is None or same_family(looks, family.name):
         match = _best(source, family, names)
         if match is not None and not match.plain:
@@ -67,7 +67,7 @@ def unwrapped(source: TensorSource, family: Family) -> TensorSource:
     return RenamedSource(source, names, notes) if notes else source
 
 
-def _best(source: TensorSource, family: Family, names: Iterable[str]) -> Match | None:
+def _best(source: TensorSource, family: CheckpointFamily, names: Iterable[str]) -> Match | None:
     """The prefix behind which most of the family's names stand, or None."""
     matches = []
     for layout, known in family.names.items():
@@ -100,7 +100,9 @@ def _prefixes(tails: set[str], names: Iterable[str]) -> dict[str, int]:
     return {prefix: len(known) for prefix, known in found.items()}
 
 
-def _without(source: TensorSource, family: Family, names: Mapping[str, str], match: Match) -> tuple[dict[str, str], str]:
+def _without(
+    source: TensorSource, family: CheckpointFamily, names: Mapping[str, str], match: Match
+) -> tuple[dict[str, str], str]:
     """Names without their prefix, and what to say of it."""
     prefix, lead = match.prefix, match.lead
     # With `model.language_model.layers...` the head stands beside, as `lm_head.weight` or behind a shorter prefix.

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert_weights import refusals
-from convert_weights.families import FAMILIES, Family
+from convert_weights.families import FAMILIES, CheckpointFamily
 from convert_weights.ops import Shape
 from convert_weights.sources import Entry, TensorSource
 from convert_weights.table import Piece, Section, expand, unnumbered
@@ -26,7 +26,7 @@ SHOWN = 10  # lines of faults in an error
 
 
 @dataclasses.dataclass(frozen=True)
-class Target:
+class ParamTarget:
     """A parameter and what it is made of; without pieces it is fresh."""
 
     name: str
@@ -36,7 +36,7 @@ class Target:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class ConversionPlan:
     """What a conversion does.
 
     Attributes:
@@ -47,10 +47,10 @@ class Plan:
         twins: {ignored tensor: the one that it must equal}, see `check_twins`.
     """
 
-    family: Family
+    family: CheckpointFamily
     cfg: Any
     layout: str
-    targets: tuple[Target, ...]
+    targets: tuple[ParamTarget, ...]
     resized: dict[str, tuple[int, int]]
     ignored: tuple[str, ...]
     twins: dict[str, str]
@@ -60,7 +60,7 @@ class Plan:
         return tuple(target.name for target in self.targets if not target.pieces)
 
 
-def make_plan(family: Family, cfg: Any, source: TensorSource, dtype: str | None = None) -> Plan:
+def make_plan(family: CheckpointFamily, cfg: Any, source: TensorSource, dtype: str | None = None) -> ConversionPlan:
     """Matches a source with a family's tables for one config.
 
     Args:
@@ -86,7 +86,7 @@ def make_plan(family: Family, cfg: Any, source: TensorSource, dtype: str | None 
         parts, group = by_target[name], family.fresh_group(name)
         complete = [p for p in parts if p.source in source.entries]
         if not complete and group is not None and group not in present:
-            targets.append(Target(name, shape, np.dtype(dtype or np.float32), ()))
+            targets.append(ParamTarget(name, shape, np.dtype(dtype or np.float32), ()))
             continue
         kinds = set()
         for piece in parts:
@@ -96,14 +96,14 @@ def make_plan(family: Family, cfg: Any, source: TensorSource, dtype: str | None 
             found = source.entries[piece.source]
             used.add(piece.source)
             kinds.add(found.dtype)
-            fault = _misfit(piece, found, family.resizes)
+            fault = _misfit(piece, found, family.resizable_vocab)
             if fault:
                 faults.append((fault, piece.source, found.shape))
             elif found.shape != piece.source_shape:
                 resized[name] = (found.shape[0], piece.total)
         if not parts:
             faults.append(("the tables do not cover", name, shape))
-        targets.append(Target(name, shape, np.dtype(dtype) if dtype else _common(kinds), tuple(parts)))
+        targets.append(ParamTarget(name, shape, np.dtype(dtype) if dtype else _common(kinds), tuple(parts)))
 
     ignore = [re.compile(re.escape(s.source) + f"(?:{text})") for s in sections for text in s.table.ignore]
     spare = [name for name in source.entries if name not in used]
@@ -112,17 +112,17 @@ def make_plan(family: Family, cfg: Any, source: TensorSource, dtype: str | None 
     if faults:
         raise UserError(_report(family, source, faults) + _untied(faults, twins, source))
     pairs = {name: twins[name] for name in ignored if name in twins}
-    return Plan(family, cfg, layout, tuple(targets), resized, tuple(ignored), pairs)
+    return ConversionPlan(family, cfg, layout, tuple(targets), resized, tuple(ignored), pairs)
 
 
-def choose_layout(family: Family, entries: Iterable[str]) -> str:
+def choose_layout(family: CheckpointFamily, entries: Iterable[str]) -> str:
     """The layout of a family that recognises most of a file's names; the first one when in doubt."""
     names = {unnumbered(name) for name in entries}
     counts = {layout: len(names & known) for layout, known in family.names.items()}
     return max(counts, key=lambda layout: counts[layout])
 
 
-def recognise(entries: Iterable[str]) -> str | None:
+def detect_family(entries: Iterable[str]) -> str | None:
     """The family whose names a file's names look most like, or None."""
     names = collections.Counter(unnumbered(name) for name in entries)
 
@@ -171,7 +171,7 @@ def _under_the_name_there_is(pieces: Iterable[Piece], twins: dict[str, str], sou
     return [dataclasses.replace(piece, source=alone.get(piece.source, piece.source)) for piece in pieces]
 
 
-def check_twins(plan: Plan, source: TensorSource, words: int | None = None) -> None:
+def check_tied_copies(plan: ConversionPlan, source: TensorSource, words: int | None = None) -> None:
     """Compares a tied head that the file lists as well with the embedding table.
 
     They are the same up to padding rows, and up to rounding where one is stored in a smaller dtype.
@@ -215,14 +215,14 @@ def _untied(faults: list[tuple[str, str, Shape]], twins: dict[str, str], source:
     return f"; if {heads[0]} is tied to {twins[heads[0]]}, set tie_word_embeddings to true in config.json" if heads else ""
 
 
-def _report(family: Family, source: TensorSource, faults: list[tuple[str, str, Shape]]) -> str:
-    looks = recognise(source.entries)
+def _report(family: CheckpointFamily, source: TensorSource, faults: list[tuple[str, str, Shape]]) -> str:
+    looks = detect_family(source.entries)
     if looks is not None and not same_family(looks, family.name):
         return (
             f"{source.name} looks like a checkpoint of the family {looks}, not {family.name}: "
             f"use python -m convert_weights {looks} ..."
         )
-    groups = compress(faults)
+    groups = collapse_layer_names(faults)
     shown = "; ".join(f"{kind} {plain(name)} {plain(str(shape))}" for kind, name, shape in groups[:SHOWN])
     if len(groups) > SHOWN:
         shown += f"; and {len(groups) - SHOWN} more such lines, {len(faults)} tensors in all"
@@ -234,7 +234,7 @@ def _report(family: Family, source: TensorSource, faults: list[tuple[str, str, S
     return f"{source.name} does not fit {family.name}: {shown}"
 
 
-def compress(faults: Iterable[tuple[str, str, Shape]]) -> list[tuple[str, str, Shape]]:
+def collapse_layer_names(faults: Iterable[tuple[str, str, Shape]]) -> list[tuple[str, str, Shape]]:
     """Names that differ in one number alone, with equal kind and shape, as one line: `layers.{0-3,5}.weight`."""
     groups: dict[tuple, list[int]] = {}
     for kind, name, shape in faults:

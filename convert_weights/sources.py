@@ -122,7 +122,7 @@ def open_source(path: str | os.PathLike[str]) -> TensorSource:
         UserError: nothing there, several candidates, files that are damaged or incomplete; an adapter, quantised weights, the
             shards of a training run, git-lfs pointers.
     """
-    path = local(path)
+    path = resolve_source(path)
     if path.is_file():
         source = _open_file(path)
         beside = [name for name in refusals.adapters(path.parent) if name != path.name]
@@ -217,7 +217,7 @@ def _shards(index: Path) -> dict[str, str]:
     return places
 
 
-def local(path: str | os.PathLike[str]) -> Path:
+def resolve_source(path: str | os.PathLike[str]) -> Path:
     """A path that exists: the given one, or the download of the hub repository of that name.
 
     Raises:

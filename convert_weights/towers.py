@@ -103,7 +103,7 @@ SIGLIP = Table(
 
 def _sam_layers(cfg: SamConfig) -> dict:
     # Window and global layers are two stacks, their position tables differ in size.
-    return {"layer": [{"layer": i, "stack": cfg.place(i)[0]} for i in range(cfg.layers)]}
+    return {"layer": [{"layer": i, "stack": cfg.stack_and_index(i)[0]} for i in range(cfg.layers)]}
 
 
 # Modules that only other parts of a whole SAM have, and the encoder's neck, which we do not read.

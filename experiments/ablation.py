@@ -19,9 +19,9 @@ Everything lands in `runs/ablation`. Started again, finished runs are kept and a
 from __future__ import annotations
 
 if __name__ == "__main__":  # before the imports, so that a Ctrl-C while they last is as clean as later
-    from flowseg_jax.errors import run
+    from flowseg_jax.errors import run_cli
 
-    run("experiments.ablation:main")
+    run_cli("experiments.ablation:main")
 
 import dataclasses
 import itertools
@@ -40,10 +40,10 @@ from flowseg_jax.checkpoints import storage
 from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation import metrics
 from flowseg_jax.evaluation.audit import INTERVAL, RESAMPLES, read_records
-from flowseg_jax.evaluation.benchmark import Benchmark, Subject
+from flowseg_jax.evaluation.benchmark import EvalModel, ReferringEvaluation
 from flowseg_jax.system import host
 from flowseg_jax.training import loop
-from flowseg_jax.writers import say
+from flowseg_jax.writers import log
 
 RUNS, SEEDS, SPLIT = Path("runs/ablation"), (0, 1, 2), "val"
 VARIANTS = {  # argument of the config -> what the tables call it; each adds one thing to the one before
@@ -181,7 +181,7 @@ def _sums(runs: Sequence[Sequence[Records]]) -> np.ndarray:
             if sorted(map(key, records)) != asked:
                 raise UserError("the runs were evaluated on different samples: remove their folders `eval` and start again")
             for r in records:
-                row = (*metrics.counts(r), *metrics.counts(r, of="oracle_"), metrics.sample_iou(r), 1)
+                row = (*metrics.intersection_union(r), *metrics.intersection_union(r, of="oracle_"), metrics.sample_iou(r), 1)
                 sums[v, s, images[r["image_id"]]] += row
     return sums
 
@@ -214,7 +214,7 @@ def finish(config: ConfigDict, workdir: Path) -> Records:
     evaluated = read(out / f"{SPLIT}.json")  # the last file that an evaluation writes
     if evaluated is None or evaluated["checkpoint"]["step"] != config.steps or read(workdir / "config.json") != asked:
         model = loop.train(config, workdir)
-        Benchmark(Subject.load(model), loop.open_data(config)).run(SPLIT, out, pictures=False)
+        ReferringEvaluation(EvalModel.load(model), loop.load_dataset(config)).run(SPLIT, out, pictures=False)
     return read_records(out / f"{SPLIT}.jsonl")
 
 
@@ -229,7 +229,7 @@ def ablate(read: Callable[[str], ConfigDict], seeds: Sequence[int], runs: Path) 
     records: dict[str, dict[int, Records]] = {variant: {} for variant in VARIANTS}
     for number, seed in enumerate(seeds, 1):
         for variant in VARIANTS:
-            say(f"\n== {VARIANTS[variant]}, seed {seed} ({number} of {len(seeds)})")
+            log(f"\n== {VARIANTS[variant]}, seed {seed} ({number} of {len(seeds)})")
             config = read(variant)
             config.seed = seed
             records[variant][seed] = finish(config, runs / f"{variant}_{seed}")
@@ -237,11 +237,11 @@ def ablate(read: Callable[[str], ConfigDict], seeds: Sequence[int], runs: Path) 
         about = f"{config.steps} steps of {config.batch_size} images; seeds {', '.join(map(str, comparison.seeds))}. Percent."
         text = f"{about} Mean over the seeds [95 % of image resamples] ± standard deviation over the seeds.\n\n"
         text += comparison.tables()
-        storage.replace_text(runs / "ablation.md", text + "\n")
-        storage.replace_text(
+        storage.write_text_atomic(runs / "ablation.md", text + "\n")
+        storage.write_text_atomic(
             runs / "ablation.json", json.dumps(comparison.to_json() | {"steps": config.steps}, indent=1) + "\n"
         )
-        say("\n" + text)
+        log("\n" + text)
     return comparison
 
 
@@ -256,6 +256,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--seeds takes integers, 0,1,2, got {arguments.seeds!r}") from None
     read = lambda variant: configs.read(f"configs/shapes_ablation.py:{variant}")  # noqa: E731
     cli.use_host_devices(read("baseline").batch_size)
-    host.keep_programs()
+    host.enable_compilation_cache()
     ablate(read, seeds, arguments.runs)
     return 0

@@ -8,9 +8,9 @@ Everything lands in `runs/demo`; started again, it continues where it stopped.
 from __future__ import annotations
 
 if __name__ == "__main__":  # before the imports, so that a Ctrl-C while they last is as clean as later
-    from flowseg_jax.errors import run
+    from flowseg_jax.errors import run_cli
 
-    run("experiments.demo:main")
+    run_cli("experiments.demo:main")
 
 import dataclasses
 import time
@@ -18,13 +18,13 @@ from pathlib import Path
 
 from flowseg_jax import cli
 from flowseg_jax import experiment as configs
-from flowseg_jax.errors import run
-from flowseg_jax.evaluation.benchmark import Benchmark, Subject
+from flowseg_jax.errors import run_cli
+from flowseg_jax.evaluation.benchmark import EvalModel, ReferringEvaluation
 from flowseg_jax.models import flowseg
 from flowseg_jax.reports import evaluation
 from flowseg_jax.system import host
 from flowseg_jax.training import loop
-from flowseg_jax.writers import duration, heartbeat, say
+from flowseg_jax.writers import duration, heartbeat, log
 
 WORKDIR = Path("runs/demo")
 STEPS = 1100  # of training from scratch: at most twelve minutes on two cores
@@ -36,30 +36,30 @@ def main() -> int:
     started = time.monotonic()
 
     def stage(text: str) -> None:
-        say(f"\n== [{duration(time.monotonic() - started)}] {text}")
+        log(f"\n== [{duration(time.monotonic() - started)}] {text}")
 
     config, _ = configs.load([f"--config.steps={STEPS}", "--config.checkpoint_every=100"])
-    plan = loop.Plan.read(config)
+    plan = loop.RunConfig.from_config(config)
     cli.use_host_devices(config.batch_size // config.model.negatives_group)
-    host.keep_programs()
-    rows: list[evaluation.Row] = []
+    host.enable_compilation_cache()
+    rows: list[evaluation.ReportRow] = []
     about = [
         f"Training from scratch: {STEPS} steps of {config.batch_size} images with up to {config.data.phrases} expressions each "
         f"(configs/shapes_tiny.py, seed {config.seed}). All numbers are percent, over the first {IMAGES} images of each split.",
         "Shuffled-text control: every image is asked the sentences of another image; what is left is what needs no reading.",
     ]
 
-    def show(row: evaluation.Row) -> None:
+    def show(row: evaluation.ReportRow) -> None:
         rows.append(row)
         evaluation.write(WORKDIR / "report.html", rows, title="FlowSeg on shapes", about=about)
-        say(evaluation.table([row]))
-        say(f"report so far: {WORKDIR / 'report.html'}")
+        log(evaluation.table([row]))
+        log(f"report so far: {WORKDIR / 'report.html'}")
 
     stage("the shapes benchmark: images, expressions, tokenizer")
-    prepared = loop.open_data(config)
+    prepared = loop.load_dataset(config)
 
     stage("the shipped model: evaluated, with pictures")
-    shipped = Benchmark(Subject.load(cli.SHIPPED), prepared)
+    shipped = ReferringEvaluation(EvalModel.load(cli.SHIPPED), prepared)
     for split in SPLITS:
         shipped.run(split, WORKDIR / "eval_shipped", images=IMAGES)
     shipped.run("val", WORKDIR / "eval_shipped", shuffle_text=True, images=IMAGES)
@@ -68,9 +68,9 @@ def main() -> int:
 
     stage("an untrained model, for comparison")
     with heartbeat("initialising parameters"):
-        _, params = flowseg.create(plan.model, config.seed)
+        _, params = flowseg.init_model(plan.model, config.seed)
     untrained = dataclasses.replace(shipped.subject, params=params, checkpoint={"digest": None, "step": 0})
-    mine = Benchmark(untrained, prepared)
+    mine = ReferringEvaluation(untrained, prepared)
     for split in SPLITS:
         mine.run(split, WORKDIR / "eval_untrained", images=IMAGES, pictures=False)
     show(evaluation.read_row("untrained", WORKDIR / "eval_untrained"))
@@ -79,7 +79,7 @@ def main() -> int:
     trained = loop.train(config, WORKDIR)
 
     stage("what these minutes gave")
-    mine = Benchmark(Subject.load(trained), prepared)
+    mine = ReferringEvaluation(EvalModel.load(trained), prepared)
     for split in SPLITS:
         mine.run(split, WORKDIR / "eval", images=IMAGES)
     mine.run("val", WORKDIR / "eval", shuffle_text=True, images=IMAGES)
@@ -87,7 +87,7 @@ def main() -> int:
     show(evaluation.read_row("this run, shuffled text", WORKDIR / "eval", shuffled=True))
 
     stage("done")
-    say(evaluation.table(rows))
-    say(f"open {WORKDIR / 'report.html'}")
-    say(f'ask it something: python predict.py --image IMAGE --text "the red circle"   (or --workdir {WORKDIR})')
+    log(evaluation.table(rows))
+    log(f"open {WORKDIR / 'report.html'}")
+    log(f'ask it something: python predict.py --image IMAGE --text "the red circle"   (or --workdir {WORKDIR})')
     return 0

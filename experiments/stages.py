@@ -9,9 +9,9 @@ read by its own reader. Everything lands in `data/stages` and `runs/stages`; sta
 from __future__ import annotations
 
 if __name__ == "__main__":  # before the imports, so that a Ctrl-C while they last is as clean as later
-    from flowseg_jax.errors import run
+    from flowseg_jax.errors import run_cli
 
-    run("experiments.stages:command")
+    run_cli("experiments.stages:command")
 
 import dataclasses
 import itertools
@@ -24,12 +24,12 @@ from typing import Any
 from flowseg_jax import cli
 from flowseg_jax import experiment as configs
 from flowseg_jax.data import prepare as builders
-from flowseg_jax.data.dataset import Prepared
-from flowseg_jax.evaluation.benchmark import Benchmark, Subject
+from flowseg_jax.data.dataset import PreparedDataset
+from flowseg_jax.evaluation.benchmark import EvalModel, ReferringEvaluation
 from flowseg_jax.synthetic import multi_task
 from flowseg_jax.system import host
 from flowseg_jax.training import loop
-from flowseg_jax.writers import duration, say
+from flowseg_jax.writers import duration, log
 
 DATA, RUNS = Path("data/stages"), Path("runs/stages")
 LAYOUTS = {"reasonseg": "reasonseg", "coco-panoptic": "panoptic", "llava": "chat"}  # layout -> our name
@@ -76,21 +76,21 @@ class Outcome:
 
 def prepare(data: Path, size: Size) -> None:
     """Makes the miniature data sets and one tokenizer for all of them, as far as they are missing."""
-    shapes = builders.ensure_shapes(data / "shapes", size.shapes, 0, log=say)
+    shapes = builders.load_or_build_shapes(data / "shapes", size.shapes, 0, log=log)
     raw = data / "companions"
     if not raw.exists():
-        multi_task.write(raw, reasonseg=size.reasonseg, panoptic=size.panoptic, chat=size.chat, report=say)
+        multi_task.write_datasets(raw, reasonseg=size.reasonseg, panoptic=size.panoptic, chat=size.chat, report=log)
     sets = [shapes]
     for layout, name in LAYOUTS.items():
         out = data / name
         sets.append(
-            Prepared.open(out) if out.exists() else builders.prepare(raw / FOLDERS[layout], out, layout=layout, log=say)
+            PreparedDataset.open(out) if out.exists() else builders.prepare(raw / FOLDERS[layout], out, layout=layout, log=log)
         )
     if not (data / "tokenizer").exists():
         from configs.stage3_mixed import TINY_VOCAB
 
-        texts = list(itertools.chain.from_iterable(builders.said(prepared) for prepared in sets))
-        builders.learn_tokenizer(texts, data / "tokenizer", TINY_VOCAB)
+        texts = list(itertools.chain.from_iterable(builders.tokenizer_corpus(prepared) for prepared in sets))
+        builders.train_dataset_tokenizer(texts, data / "tokenizer", TINY_VOCAB)
 
 
 def main(data: Path = DATA, runs: Path = RUNS, size: Size = Size()) -> Outcome:
@@ -98,7 +98,7 @@ def main(data: Path = DATA, runs: Path = RUNS, size: Size = Size()) -> Outcome:
     started = time.monotonic()
 
     def stage(text: str) -> None:
-        say(f"\n== [{duration(time.monotonic() - started)}] {text}")
+        log(f"\n== [{duration(time.monotonic() - started)}] {text}")
 
     def train(config: str, name: str, steps: int, init_from: tuple[str, ...]) -> Path:
         cfg = configs.read(f"configs/{config}.py:tiny")
@@ -107,7 +107,7 @@ def main(data: Path = DATA, runs: Path = RUNS, size: Size = Size()) -> Outcome:
         return loop.train(cfg, runs / name)
 
     cli.use_host_devices(8)
-    host.keep_programs()  # both runs of stage 3 are one program
+    host.enable_compilation_cache()  # both runs of stage 3 are one program
     stage("miniature data sets in the layouts of RefCOCO, ReasonSeg, COCO panoptic and LLaVA")
     prepare(data, size)
 
@@ -126,7 +126,7 @@ def main(data: Path = DATA, runs: Path = RUNS, size: Size = Size()) -> Outcome:
     stage("what the first two stages are worth")
     scores = {}
     for name, model in compared.items() if size.evaluated else ():
-        benchmark = Benchmark(Subject.load(model), Prepared.open(data / "shapes" / "prepared"))
+        benchmark = ReferringEvaluation(EvalModel.load(model), PreparedDataset.open(data / "shapes" / "prepared"))
         benchmark.run("val", runs / "eval" / model.parent.name, images=size.evaluated, pictures=False)
         scores[name] = json.loads((runs / "eval" / model.parent.name / "val.json").read_text())
     models = {"stage 1": masks, "stage 2": words} | compared
@@ -135,7 +135,7 @@ def main(data: Path = DATA, runs: Path = RUNS, size: Size = Size()) -> Outcome:
         for (name, model), loss in zip(models.items(), (*VALUES, VALUES[-1]), strict=False)
     }
     outcome = Outcome(losses, scores)
-    say(outcome.table())
+    log(outcome.table())
     return outcome
 
 

@@ -24,7 +24,7 @@ from flowseg_jax.errors import UserError
 from flowseg_jax.system import host
 
 if TYPE_CHECKING:
-    from flowseg_jax.inference.inputs import Job
+    from flowseg_jax.inference.inputs import PredictionJob
 
 ROOT = Path(__file__).resolve().parent.parent
 ANSWER_TOKENS = 64  # of an answer that a model writes in an evaluation
@@ -87,7 +87,7 @@ def train(argv: Sequence[str] | None = None) -> int:
         (a.partition("=")[2] or b for a, b in zip(argv, [*argv[1:], ""], strict=True) if a.split("=")[0] == "--config"), None
     )
     use_host_devices(config.batch_size // max(1, config.model.negatives_group * config.optimizer.accumulate))
-    host.keep_programs()
+    host.enable_compilation_cache()
     with joined_processes(arguments):
         from flowseg_jax.training.loop import train as run
         from flowseg_jax.training.profiling import Profile
@@ -116,7 +116,7 @@ def joined_processes(arguments: argparse.Namespace) -> Iterator[None]:
 
     with distributed.joined(*explicit):
         if not distributed.is_primary():
-            writers.silence()
+            writers.mute_console()
         yield
 
 
@@ -131,21 +131,21 @@ def add_plan_flags(parser: argparse.ArgumentParser) -> None:
 def plan(config: ConfigDict, arguments: argparse.Namespace) -> int:
     """Prints what a run would need; 1 if it does not fit."""
     from flowseg_jax.aot.plan import plan as make
-    from flowseg_jax.writers import say
+    from flowseg_jax.writers import log
 
     topology, effort = arguments.topology or "cpu:1", arguments.effort or "O0"
     if arguments.parts:
         from flowseg_jax.aot import components
 
         reports = components.parts(config, topology, effort=effort)
-        say(components.table(reports))
+        log(components.table(reports))
         if arguments.json:
-            say(json.dumps([dataclasses.asdict(report) for report in reports]))
+            log(json.dumps([dataclasses.asdict(report) for report in reports]))
         return int(any(report.refusal is not None for report in reports))
     report = make(config, topology, effort=effort)
-    say(report.text())
+    log(report.text())
     if arguments.json:
-        say(json.dumps(report.to_json()))
+        log(json.dumps(report.to_json()))
     return 0 if report.fits else 1
 
 
@@ -154,9 +154,9 @@ def model_directory(arguments: argparse.Namespace) -> epath.Path | Path:
     if arguments.checkpoint and arguments.workdir:
         raise UserError("--checkpoint and --workdir both name a model: give one of them")
     if arguments.checkpoint:
-        return storage.absolute(arguments.checkpoint)
+        return storage.resolve_path(arguments.checkpoint)
     if arguments.workdir:
-        directory = storage.absolute(arguments.workdir) / "model"
+        directory = storage.resolve_path(arguments.workdir) / "model"
         if not directory.is_dir():
             raise UserError(f"{arguments.workdir} holds no trained model yet: finish its training with the train.py command")
         return directory
@@ -193,7 +193,7 @@ def evaluate(argv: Sequence[str] | None = None) -> int:
     add_process_flags(parser)
     arguments = parser.parse_args(argv)
     use_host_devices(arguments.batch_size)
-    host.keep_programs()
+    host.enable_compilation_cache()
     with joined_processes(arguments):
         return evaluate_splits(arguments)
 
@@ -201,36 +201,36 @@ def evaluate(argv: Sequence[str] | None = None) -> int:
 def evaluate_splits(arguments: argparse.Namespace) -> int:
     """`evaluate` behind its flags."""
     from flowseg_jax.checkpoints.pretrained import read_model_config
-    from flowseg_jax.data.dataset import Prepared
+    from flowseg_jax.data.dataset import PreparedDataset
     from flowseg_jax.evaluation import benchmark, generic, protocols
     from flowseg_jax.system import distributed
     from flowseg_jax.training import loop
 
     protocol = arguments.protocol or "xsam"
-    protocols.get(protocol)
+    protocols.get_protocol(protocol)
     directory = model_directory(arguments)
     out = results_directory(arguments, model_name(directory))
     read_model_config(directory)  # a mistyped name is told at once, not after the benchmark is made
     if arguments.benchmark:
         if arguments.data:
             raise UserError("--benchmark and --data both name data sets: give one of them")
-        chosen = benchmark.named(arguments.benchmark, Path(arguments.data_root))
+        chosen = benchmark.parse_benchmarks(arguments.benchmark, Path(arguments.data_root))
     else:
-        data = arguments.data or loop.open_data(configs.load([])[0]).directory
-        chosen = [("", Prepared.open(data), split) for split in arguments.split.split(",")]
+        data = arguments.data or loop.load_dataset(configs.load([])[0]).directory
+        chosen = [("", PreparedDataset.open(data), split) for split in arguments.split.split(",")]
     for _, prepared, split in chosen:
         prepared.check_split(split)
         if prepared.task == "generic":
             check_generic(prepared.directory, arguments)
 
     @functools.cache
-    def subject() -> benchmark.Subject:
+    def subject() -> benchmark.EvalModel:
         tokens = ANSWER_TOKENS if arguments.generate else 0
-        return benchmark.Subject.load(directory, fsdp=arguments.fsdp, answer_tokens=tokens)
+        return benchmark.EvalModel.load(directory, fsdp=arguments.fsdp, answer_tokens=tokens)
 
     @functools.cache
-    def asks_for_categories(data: Path) -> generic.Benchmark:
-        return generic.Benchmark.of_model(directory, data, batch=arguments.batch_size)
+    def asks_for_categories(data: Path) -> generic.GenericEvaluation:
+        return generic.GenericEvaluation.of_model(directory, data, batch=arguments.batch_size)
 
     with distributed.locked(out):
         for place, prepared, split in chosen:
@@ -238,7 +238,9 @@ def evaluate_splits(arguments: argparse.Namespace) -> int:
                 asked = asks_for_categories(prepared.directory)
                 asked.run(split, out / place, images=arguments.images, save_masks=arguments.save_masks)
                 continue
-            asked = benchmark.Benchmark(subject(), prepared, arguments.batch_size, protocol, arguments.no_target_below)
+            asked = benchmark.ReferringEvaluation(
+                subject(), prepared, arguments.batch_size, protocol, arguments.no_target_below
+            )
             options = {"shuffle_text": arguments.shuffle_text, "images": arguments.images, "save_masks": arguments.save_masks}
             asked.run(split, out / place, **options)
     return 0
@@ -300,12 +302,12 @@ def predict(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--save", default="overlay,rle", metavar="KINDS", help="of overlay,rle,png; default overlay,rle")
     parser.add_argument("--out", metavar="DIR", default="runs/predictions")
     arguments = parser.parse_args(argv)
-    host.keep_programs()
+    host.enable_compilation_cache()
     from flowseg_jax.checkpoints.pretrained import read_model_config
     from flowseg_jax.inference import batch as run
     from flowseg_jax.inference import outputs
     from flowseg_jax.inference import segmentor as prediction
-    from flowseg_jax.writers import heartbeat, say
+    from flowseg_jax.writers import heartbeat, log
 
     directory = model_directory(arguments)
     read_model_config(directory)  # mistakes are told at once, not after loading
@@ -314,27 +316,27 @@ def predict(argv: Sequence[str] | None = None) -> int:
         raise UserError("--top-k and --all-above both say which candidates are kept: give one of them")
     options = {key: getattr(arguments, key) for key in ("top_k", "all_above", "no_target_below")}
     options = {key: value for key, value in options.items() if value is not None}
-    prediction.Selection(**options)
+    prediction.SelectionConfig(**options)
     writes = arguments.generate or bool(arguments.chat)
     if arguments.max_tokens is not None:
         if not writes:
             raise UserError("--max-tokens belongs to --generate and --chat: add one of them, or leave it out")
         options["max_new_tokens"] = arguments.max_tokens
     many = bool(arguments.input) or Path(arguments.image).is_dir()
-    writer = outputs.Writer(arguments.out, outputs.kinds(arguments.save), table=many)
+    writer = outputs.PredictionWriter(arguments.out, outputs.kinds(arguments.save), table=many)
     with writer:
         with heartbeat("loading"):
             segmentor = prediction.load(directory)
-        method = segmentor.chat if arguments.chat else segmentor.generate if writes else segmentor.ask
+        method = segmentor.chat if arguments.chat else segmentor.generate if writes else segmentor.predict
         respond = functools.partial(method, **options)
         done = run.run(segmentor, jobs, respond, writer, strict=not many)
-    say("\n".join(map(str, done.paths)) if not many else f"{Path(arguments.out) / outputs.TABLE}")
+    log("\n".join(map(str, done.paths)) if not many else f"{Path(arguments.out) / outputs.TABLE}")
     if done.last and not writes:
-        say(run.latency(segmentor, *done.last, respond))
+        log(run.latency(segmentor, *done.last, respond))
     return 1 if done.failed else 0
 
 
-def prediction_jobs(arguments: argparse.Namespace) -> list[Job]:
+def prediction_jobs(arguments: argparse.Namespace) -> list[PredictionJob]:
     """What `--image` or `--input` and `--text` or `--chat` ask for."""
     from flowseg_jax.inference import inputs
 
@@ -346,7 +348,7 @@ def prediction_jobs(arguments: argparse.Namespace) -> list[Job]:
     if arguments.input:
         if texts:
             raise UserError("--input has its own texts: leave --text and --chat out")
-        return inputs.lines(arguments.input)
+        return inputs.jobs_from_jsonl(arguments.input)
     if not texts:
         raise UserError('--text is missing: say what to segment, as in --text="the red circle"')
-    return inputs.images(arguments.image, texts, "--chat" if arguments.chat else "--text")
+    return inputs.jobs_from_images(arguments.image, texts, "--chat" if arguments.chat else "--text")

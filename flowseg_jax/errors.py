@@ -45,7 +45,7 @@ def not_writable(error: BaseException) -> str | None:
     return next((os.strerror(code) for code in NOT_WRITABLE if os.strerror(code) in str(error)), None)
 
 
-def suggest(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Returns ` (did you mean 'x'?)` for the nearest known name, else the list of known names."""
     known = sorted(known)
     near = difflib.get_close_matches(name[:SHOWN], [one for one in known[:MANY] if len(one) <= SHOWN], n=1)
@@ -107,7 +107,7 @@ def listed(items: Collection[object], limit: int = 10, between: str = ", ") -> s
     return first if len(items) <= limit else f"{first} and {len(items) - limit} more"
 
 
-def run(main: Callable[[], int | None] | str) -> None:
+def run_cli(main: Callable[[], int | None] | str) -> None:
     """Runs a command and ends the process with its exit code.
 
     A `UserError` becomes one line on stderr and exit code 2, Ctrl-C becomes 130, any other exception one line and 1. No stack

@@ -126,7 +126,7 @@ def override(config: ConfigDict, key: str, text: str) -> None:
     for section in sections:
         node = node[section] if isinstance(node, ConfigDict) and section in node else None
     if not isinstance(node, ConfigDict) or last not in node:
-        raise UserError(f"unknown config key {key!r}{_nearest(key, list(leaves(config)))}")
+        raise UserError(f"unknown config key {key!r}{_nearest(key, list(dotted_keys(config)))}")
     old = node[last]
     if isinstance(old, ConfigDict):
         raise UserError(f"config key {key!r} is a section; set one of {', '.join(f'{key}.{k}' for k in old)}")
@@ -138,12 +138,12 @@ def override(config: ConfigDict, key: str, text: str) -> None:
         raise UserError(f"config key {key!r} takes {_describe(kind)} (default {old!r}), got {text!r}") from None
 
 
-def leaves(config: ConfigDict, prefix: str = "") -> Iterator[str]:
+def dotted_keys(config: ConfigDict, prefix: str = "") -> Iterator[str]:
     """The dotted names of every value."""
     for key in config:
         value = config[key]
         if isinstance(value, ConfigDict):
-            yield from leaves(value, f"{prefix}{key}.")
+            yield from dotted_keys(value, f"{prefix}{key}.")
         else:
             yield prefix + key
 

@@ -8,7 +8,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from flowseg_jax.errors import UserError, plain, suggest
+from flowseg_jax.errors import UserError, did_you_mean, plain
 from flowseg_jax.system.json_files import expect, number
 
 # Whole numbers lie between 1 and a million, except: (least, most).
@@ -59,7 +59,7 @@ def read(cls: type, values: Any, where: str) -> Any:
     for key in values:
         if key not in fields:
             key = str(key)[:80]
-            raise UserError(f"{where}.{key}: unknown key{suggest(key, fields)}")
+            raise UserError(f"{where}.{key}: unknown key{did_you_mean(key, fields)}")
     required = {n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING}
     if missing := sorted(required - set(values)):
         raise UserError(f"{where}: missing {', '.join(missing)}")

@@ -23,17 +23,17 @@ from flowseg_jax.errors import UserError
 from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.models.flowseg import FlowSeg, TrainingOutput
 from flowseg_jax.models.mask_decoder import mask_logits
-from flowseg_jax.ops.collectives import ALONE, Peers
-from flowseg_jax.ops.dot import TILE, einsum, product
-from flowseg_jax.ops.matcher import match
-from flowseg_jax.ops.points import sample, sample_features, sample_packed, uncertain_points
-from flowseg_jax.ops.vocabulary import Vocabulary, cross_entropy
-from flowseg_jax.types import NO_LABEL, NONE, NOTHING, Batch
+from flowseg_jax.ops.collectives import SINGLE_DEVICE, DataParallelGroup
+from flowseg_jax.ops.dot import TILE, einsum, matmul_f32
+from flowseg_jax.ops.matcher import batched_hungarian
+from flowseg_jax.ops.points import sample_features, sample_packed_masks, sample_points, uncertain_points
+from flowseg_jax.ops.vocabulary import ShardedEmbedding, cross_entropy
+from flowseg_jax.types import IGNORE_INDEX, NO_TARGET, PAD, Batch
 
 # What a level keeps for its backward pass: choosing points and reading targets there costs more than predicting masks again.
-KEPT = "points"
+POINTS_CHECKPOINT_NAME = "points"
 
-Terms = dict[str, tuple[Float[Array, ""], Float[Array, ""]]]  # name -> (weighted sum, denominator)
+LossTerms = dict[str, tuple[Float[Array, ""], Float[Array, ""]]]  # name -> (weighted sum, denominator)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +75,7 @@ class LossConfig:
 
 
 def next_token_loss(
-    hidden: Float[Array, "b t w"], vocabulary: Vocabulary, labels: Int[Array, "b t"], chunk: int, first: int = 1
+    hidden: Float[Array, "b t w"], vocabulary: ShardedEmbedding, labels: Int[Array, "b t"], chunk: int, first: int = 1
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Sum of cross-entropies of the next token over all labels, and their number; logits exist for `chunk` tokens at a time.
 
@@ -85,7 +85,7 @@ def next_token_loss(
     length = labels.shape[1]
     first = max(1, first - (first - length) % TILE)
     x, y = hidden[:, first - 1 : -1].reshape(-1, hidden.shape[-1]), labels[:, first:].reshape(-1)
-    counted = y != NO_LABEL
+    counted = y != IGNORE_INDEX
     total = jnp.where(counted, cross_entropy(x, vocabulary, y, chunk), 0).sum()
     return total, counted.sum(dtype=jnp.float32)
 
@@ -101,9 +101,9 @@ def match_cost(
     probability = jax.nn.softmax(class_logits, -1)
     k = logits.shape[-1]
     # BCE summed over points is linear in the target once softplus(logit) is separated.
-    bce = (jax.nn.softplus(logits).sum(-1)[None] - product(targets, logits, 1, 1)) / k
+    bce = (jax.nn.softplus(logits).sum(-1)[None] - matmul_f32(targets, logits, 1, 1)) / k
     p = jax.nn.sigmoid(logits)
-    dice = 1 - (2 * product(targets, p, 1, 1) + 1) / (targets.sum(-1)[:, None] + p.sum(-1)[None] + 1)
+    dice = 1 - (2 * matmul_f32(targets, p, 1, 1) + 1) / (targets.sum(-1)[:, None] + p.sum(-1)[None] + 1)
     return cfg.mask * bce + cfg.dice * dice - cfg.class_ * probability.T[jnp.maximum(labels, 0)]
 
 
@@ -150,22 +150,22 @@ class Targets:
 
     masks: Int[Array, "b r m"]
     labels: Int[Array, "b r m"]
-    counted: Bool[Array, "b r"]
+    pass_valid: Bool[Array, "b r"]
 
     def denominators(self, name: str, queries: int, background: float) -> dict[str, Float[Array, ""]]:
         """What the sums of each loss are divided by: the classes' weights (of one level) and the number of masks.
 
         They follow from the targets alone, whatever is predicted: a target takes one query, the others are background.
         """
-        matched = jnp.minimum((self.masks != NONE).sum(-1), queries)
-        weight = jnp.where(self.counted, matched + background * (queries - matched), 0).sum(dtype=jnp.float32)
-        masks = (self.masks != NONE).sum(dtype=jnp.float32)
+        matched = jnp.minimum((self.masks != PAD).sum(-1), queries)
+        weight = jnp.where(self.pass_valid, matched + background * (queries - matched), 0).sum(dtype=jnp.float32)
+        masks = (self.masks != PAD).sum(dtype=jnp.float32)
         return {f"{name}_class": weight, f"{name}_mask": masks, f"{name}_dice": masks}
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Points:
+class PointSamples:
     """Random points of one prediction level, uniform in [0, 1]^2. Handed in for all levels, a leading axis J counts these.
 
     Attributes:
@@ -179,7 +179,7 @@ class Points:
     extra: Float[Array, "b n e 2"]
 
     @classmethod
-    def draw(cls, keys: PRNGKeyArray, masks: int, cfg: LossConfig) -> Points:
+    def draw(cls, keys: PRNGKeyArray, masks: int, cfg: LossConfig) -> PointSamples:
         """One key an image, so that an image's points do not depend on how the batch is split over devices."""
         candidates = int(cfg.oversample * cfg.points)
         extra = cfg.points - int(cfg.importance * cfg.points)
@@ -194,7 +194,7 @@ class Points:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Passes:
+class PassPredictions:
     """What R passes of one kind predict an image on one prediction level, or on all, with a leading axis J.
 
     Attributes:
@@ -206,12 +206,12 @@ class Passes:
 
     class_logits: Float[Array, "*j b r q n"]
     mask_embeds: Float[Array, "*j b r q d"]
-    points: Points | PRNGKeyArray | None
+    points: PointSamples | PRNGKeyArray | None
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class LevelLosses:
+class LayerLosses:
     """What one kind of pass gives on one prediction level, unweighted.
 
     Attributes:
@@ -225,7 +225,7 @@ class LevelLosses:
     points: Float[Array, "n k 2"] | None
 
 
-def masks_on_grid(packed: UInt8[Array, "b m s s8"], size: tuple[int, int]) -> Float[Array, "b m k"]:
+def downsample_packed_masks(packed: UInt8[Array, "b m s s8"], size: tuple[int, int]) -> Float[Array, "b m k"]:
     """The share of each cell of a grid that a packed mask covers, row by row. ValueError where cells are no whole pixels."""
     b, m, s, _ = packed.shape
     height, width = size
@@ -235,8 +235,8 @@ def masks_on_grid(packed: UInt8[Array, "b m s s8"], size: tuple[int, int]) -> Fl
     return bits.reshape(b, m, height, s // height, width, s // width).mean((3, 5)).reshape(b, m, -1)
 
 
-def level_costs(
-    passes: Passes,
+def matching_costs(
+    passes: PassPredictions,
     targets: Targets,
     features: Float[Array, "b h w d"],
     packed: UInt8[Array, "b m s s8"],
@@ -250,13 +250,13 @@ def level_costs(
     b, r = mask_embeds.shape[:2]
     if passes.points is None:
         sampled = features.reshape(b, 1, -1, features.shape[-1])
-        of_masks = masks_on_grid(packed, features.shape[1:3])[:, None]
+        of_masks = downsample_packed_masks(packed, features.shape[1:3])[:, None]
     else:
         points = passes.points.matcher
         sampled = jax.vmap(jax.vmap(sample_features, (None, 0)))(features, points)  # [B, R or 1, k, D]
         of_masks = jax.vmap(
             lambda masks, pts: jax.vmap(
-                lambda p: sample_packed(masks, jnp.broadcast_to(p, (masks.shape[0], *p.shape)), masks.shape[1])
+                lambda p: sample_packed_masks(masks, jnp.broadcast_to(p, (masks.shape[0], *p.shape)), masks.shape[1])
             )(pts)
         )(packed, points)  # [B, R or 1, masks, k]
     sampled = jnp.broadcast_to(sampled, (b, r, *sampled.shape[2:]))
@@ -272,47 +272,47 @@ def _of_targets(of_masks: Float[Array, "b r n k"], targets: Targets) -> Float[Ar
     return jnp.take_along_axis(of_masks, jnp.maximum(targets.masks, 0)[..., None], axis=2)
 
 
-def assign(costs: Float[Array, "*j b r m q"], targets: Targets) -> Int[Array, "*j b r m"]:
+def match_targets(costs: Float[Array, "*j b r m q"], targets: Targets) -> Int[Array, "*j b r m"]:
     """Each target's query, NONE for a target that does not exist. Any number of levels are one batch of the matcher's loops."""
     with jax.named_scope("matcher"):
-        return match(costs, jnp.broadcast_to(targets.masks != NONE, costs.shape[:-1]))
+        return batched_hungarian(costs, jnp.broadcast_to(targets.masks != PAD, costs.shape[:-1]))
 
 
-def compared(
+def sample_matched_masks(
     masks: Float[Array, "b n h w"],
     index: Int[Array, "b n"],
     packed: UInt8[Array, "b m s s8"],
-    points: Sequence[Points | None],
+    points: Sequence[PointSamples | None],
     cfg: LossConfig,
 ) -> tuple[Float[Array, "b n k"], Float[Array, "b n k"], Float[Array, "b n k 2"] | None]:
     """Logits of masks, what they should be, and where: at points of which together there are enough for all; on the grid
     without. `index` says which of its image's masks each should be."""
     b, n = index.shape
     if None in points:
-        grid = masks_on_grid(packed, masks.shape[2:])
+        grid = downsample_packed_masks(packed, masks.shape[2:])
         return masks.reshape(b, n, -1), jnp.take_along_axis(grid, index[..., None], axis=1), None
     flat = masks.reshape(b * n, *masks.shape[2:])
     candidates, extra = (
         jnp.concatenate([getattr(x, which) for x in points], 1).reshape(b * n, -1, 2) for which in ("candidates", "extra")
     )
-    uncertain = sample(jax.lax.stop_gradient(flat), candidates)
+    uncertain = sample_points(jax.lax.stop_gradient(flat), candidates)
     chosen = uncertain_points(uncertain, candidates, extra, cfg.points - extra.shape[1])
     # Places along the last axis: a TPU fills an array whose last axis has two with 126 lanes of nothing.
-    chosen = jnp.moveaxis(checkpoint_name(jnp.moveaxis(chosen, -1, 0), KEPT), 0, -1)
+    chosen = jnp.moveaxis(checkpoint_name(jnp.moveaxis(chosen, -1, 0), POINTS_CHECKPOINT_NAME), 0, -1)
     truth = jnp.take_along_axis(packed, index[..., None, None], axis=1).reshape(b * n, *packed.shape[2:])
-    truth = checkpoint_name(sample_packed(truth, chosen, packed.shape[2]), KEPT)
-    return sample(flat, chosen).reshape(b, n, -1), truth.reshape(b, n, -1), chosen.reshape(b, n, -1, 2)
+    truth = checkpoint_name(sample_packed_masks(truth, chosen, packed.shape[2]), POINTS_CHECKPOINT_NAME)
+    return sample_points(flat, chosen).reshape(b, n, -1), truth.reshape(b, n, -1), chosen.reshape(b, n, -1, 2)
 
 
-def level_losses(
-    kinds: Mapping[str, Passes],
+def layer_losses(
+    kinds: Mapping[str, PassPredictions],
     targets: Mapping[str, Targets],
     features: Float[Array, "b h w d"],
     packed: UInt8[Array, "b m s s8"],
     cfg: LossConfig,
     refine: Callable[[Array, Array], Array] | None = None,
     assigned: Mapping[str, Int[Array, "b r m"]] | None = None,
-) -> dict[str, LevelLosses]:
+) -> dict[str, LayerLosses]:
     """Losses of one prediction level, by kind of pass; `refine` (BAR) is applied to the matched masks.
 
     The masks of all kinds are one batch: they differ in who asked for them, and in nothing that is computed here.
@@ -328,12 +328,12 @@ def level_losses(
     """
     b = features.shape[0]
     if assigned is None:
-        costs = {name: level_costs(passes, targets[name], features, packed, cfg) for name, passes in kinds.items()}
-        assigned = {name: assign(cost, targets[name]) for name, cost in costs.items()}
+        costs = {name: matching_costs(passes, targets[name], features, packed, cfg) for name, passes in kinds.items()}
+        assigned = {name: match_targets(cost, targets[name]) for name, cost in costs.items()}
     sums, matched = {}, {}
     for name, passes in kinds.items():
         flat = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
-        of_classes = flat(passes.class_logits), flat(targets[name].labels), flat(assigned[name]), flat(targets[name].counted)
+        of_classes = flat(passes.class_logits), flat(targets[name].labels), flat(assigned[name]), flat(targets[name].pass_valid)
         total, weight = class_loss(*of_classes, cfg.background)
         sums[name] = {"class": total, "class_weight": weight}
         # Only the matched masks, gathered by a one-hot product.
@@ -346,60 +346,60 @@ def level_losses(
     if refine is not None:
         masks = refine(masks, features)
     index = jnp.maximum(together(targets[name].masks.reshape(b, -1) for name in kinds), 0)
-    logits, truth, chosen = compared(masks, index, packed, [passes.points for passes in kinds.values()], cfg)
+    logits, truth, chosen = sample_matched_masks(masks, index, packed, [passes.points for passes in kinds.values()], cfg)
 
     found, done = {}, 0
     for name, embeds in matched.items():
         mine = slice(done, done := done + embeds.shape[1])
         of_kind = lambda x, mine=mine: x[:, mine].reshape(-1, *x.shape[2:])  # noqa: E731
-        exists = (targets[name].masks != NONE).reshape(-1)
+        exists = (targets[name].masks != PAD).reshape(-1)
         sums[name]["mask"], sums[name]["dice"] = point_losses(of_kind(logits), of_kind(truth), exists)
-        found[name] = LevelLosses(sums[name], assigned[name], None if chosen is None else of_kind(chosen))
+        found[name] = LayerLosses(sums[name], assigned[name], None if chosen is None else of_kind(chosen))
     return found
 
 
-def segmentation_terms(
-    kinds: Mapping[str, Passes],
+def deep_supervision_terms(
+    kinds: Mapping[str, PassPredictions],
     targets: Mapping[str, Targets],
     features: Float[Array, "b h w d"],
     packed: UInt8[Array, "b m s s8"],
     cfg: LossConfig,
     refine: Callable[[Array, Array], Array] | None,
-) -> tuple[Terms, dict[str, Int[Array, "b r m"]]]:
+) -> tuple[LossTerms, dict[str, Int[Array, "b r m"]]]:
     """Terms of all kinds of passes, summed over all prediction levels, and the last level's assignments; BAR only on the last.
 
     `kinds` have a leading axis J, or, in place of points, keys to draw them from.
     """
     j = next(iter(kinds.values())).class_logits.shape[0]
 
-    def of_all_levels(points: Points | PRNGKeyArray | None) -> Points | PRNGKeyArray | None:
-        keys = points is not None and not isinstance(points, Points)
+    def of_all_levels(points: PointSamples | PRNGKeyArray | None) -> PointSamples | PRNGKeyArray | None:
+        keys = points is not None and not isinstance(points, PointSamples)
         return jax.vmap(lambda key: jax.random.split(key, j), out_axes=1)(points) if keys else points  # [J, B]
 
-    def drawn(name: str, passes: Passes) -> Passes:
-        if passes.points is None or isinstance(passes.points, Points):
+    def drawn(name: str, passes: PassPredictions) -> PassPredictions:
+        if passes.points is None or isinstance(passes.points, PointSamples):
             return passes
         slots = targets[name].masks.shape[1] * targets[name].masks.shape[2]
-        return dataclasses.replace(passes, points=Points.draw(passes.points, slots, cfg) if cfg.points else None)
+        return dataclasses.replace(passes, points=PointSamples.draw(passes.points, slots, cfg) if cfg.points else None)
 
     kinds = {name: dataclasses.replace(passes, points=of_all_levels(passes.points)) for name, passes in kinds.items()}
 
     # All levels are matched at once: the matcher's loops are as long as the slowest level's, not as all of them together.
     assigned = {}
     for name, passes in kinds.items():
-        costs = lambda level, name=name: level_costs(drawn(name, level), targets[name], features, packed, cfg)  # noqa: E731
-        assigned[name] = assign(jax.lax.map(costs, passes), targets[name])
+        costs = lambda level, name=name: matching_costs(drawn(name, level), targets[name], features, packed, cfg)  # noqa: E731
+        assigned[name] = match_targets(jax.lax.map(costs, passes), targets[name])
 
     def body(total, inputs):
         level, matched, final = inputs
         level = {name: drawn(name, passes) for name, passes in level.items()}
         # BAR belongs to the final prediction alone. A branch, not a call behind the loop: one loop body to compile.
         bar = None if refine is None else lambda masks, maps: jax.lax.cond(final, refine, lambda masks, _: masks, masks, maps)
-        found = level_losses(level, targets, features, packed, cfg, bar, matched)
+        found = layer_losses(level, targets, features, packed, cfg, bar, matched)
         return jax.tree.map(jnp.add, total, {name: losses.sums for name, losses in found.items()}), None
 
     start = {name: dict.fromkeys(("class", "class_weight", "mask", "dice"), jnp.zeros((), jnp.float32)) for name in kinds}
-    body = jax.checkpoint(body, policy=jax.checkpoint_policies.save_only_these_names(KEPT), prevent_cse=False)
+    body = jax.checkpoint(body, policy=jax.checkpoint_policies.save_only_these_names(POINTS_CHECKPOINT_NAME), prevent_cse=False)
     sums, _ = jax.lax.scan(body, start, (kinds, assigned, jnp.arange(j) == j - 1))
     weights, terms = {"class": cfg.class_gain * cfg.class_, "mask": cfg.mask, "dice": cfg.dice}, {}
     for name, passes in kinds.items():
@@ -416,12 +416,12 @@ def referring_targets(phrase_mask: Int[Array, "b k"], group: int, first: int | I
     """
     b, k = phrase_mask.shape
     place = (first + jnp.arange(b))[:, None] % group * k + jnp.arange(k)
-    return Targets(jnp.maximum(phrase_mask, NONE)[..., None], place[..., None], phrase_mask != NONE)
+    return Targets(jnp.maximum(phrase_mask, PAD)[..., None], place[..., None], phrase_mask != PAD)
 
 
 def object_targets(labels: Int[Array, "b m"], asked: Bool[Array, " b"]) -> Targets:
     """Every labelled mask of an image is a target of its one pass, which counts where anything was asked."""
-    masks = jnp.where(labels != NONE, jnp.arange(labels.shape[1]), NONE)
+    masks = jnp.where(labels != PAD, jnp.arange(labels.shape[1]), PAD)
     return Targets(masks[:, None], labels[:, None], asked[:, None])
 
 
@@ -432,17 +432,17 @@ def named_targets(batch: Batch) -> Targets:
 
 def category_targets(batch: Batch) -> Targets:
     """Of the pass by category, which only images with categories have."""
-    return object_targets(batch.object_class, (batch.object_class != NONE).any(-1))
+    return object_targets(batch.object_category, (batch.object_category != PAD).any(-1))
 
 
-def training_terms(
+def loss_terms(
     model: FlowSeg,
     batch: Batch,
     out: TrainingOutput,
-    points: PRNGKeyArray | Mapping[str, Points],
+    points: PRNGKeyArray | Mapping[str, PointSamples],
     cfg: LossConfig,
-    peers: Peers = ALONE,
-) -> tuple[Terms, Terms]:
+    peers: DataParallelGroup = SINGLE_DEVICE,
+) -> tuple[LossTerms, LossTerms]:
     """All loss terms of a batch, each as (weighted sum, denominator), and what is worth watching in the same form.
 
     Args:
@@ -455,41 +455,44 @@ def training_terms(
         The terms, and what is worth watching: `selected`, the share of phrases whose highest-scored query is the one that was
         matched; `named` and `categorised`, the share of objects whose matched query ranks the right name, or category, first.
     """
-    b, k = batch.phrase_mask.shape
-    terms: Terms = {}
+    b, k = batch.phrase_target.shape
+    terms: LossTerms = {}
     # Not at weight 0: a vocabulary is expensive, and a frozen language model has nothing to learn from it.
-    if cfg.language and out.hidden is not None:
+    if cfg.language and out.hidden_states is not None:
         total, count = next_token_loss(
-            out.hidden, out.vocabulary, batch.labels, cfg.vocabulary_chunk, first=max(1, model.cfg.visual_tokens)
+            out.hidden_states, out.lm_head, batch.labels, cfg.vocabulary_chunk, first=max(1, model.cfg.num_visual_tokens)
         )
         terms["language"] = cfg.language * total, count
-    watched: Terms = {}
-    if out.decoder is None:
+    watched: LossTerms = {}
+    if out.decoder_output is None:
         return terms, watched
-    passes = out.decoder.queries.shape[1] // b
+    passes = out.decoder_output.queries.shape[1] // b
     split = lambda x: x.reshape(x.shape[0], b, passes, *x.shape[2:])  # noqa: E731
-    logits, embeds = None if out.conditions is None else split(out.decoder.class_logits), split(out.decoder.mask_embeds)
-    refine = None if model.boundary is None else model.refine
+    logits, embeds = (
+        None if out.conditions is None else split(out.decoder_output.class_logits),
+        split(out.decoder_output.mask_embeds),
+    )
+    refine = None if model.boundary is None else model.refine_masks
     if not isinstance(points, Mapping):
         kinds = jax.vmap(lambda key: jax.random.split(key, 3), out_axes=1)(points)
         points = dict(zip(("refer", "named", "category"), kinds, strict=True))
 
     passes_of, targets = {}, {}
     if logits is not None:
-        targets["refer"] = referring_targets(batch.phrase_mask, model.cfg.negatives_group, peers.first(b))
-        passes_of["refer"] = Passes(logits[:, :, :k], embeds[:, :, :k], points["refer"])
+        targets["refer"] = referring_targets(batch.phrase_target, model.cfg.negatives_group, peers.batch_offset(b))
+        passes_of["refer"] = PassPredictions(logits[:, :, :k], embeds[:, :, :k], points["refer"])
     if logits is not None and model.cfg.named_pass != "off":
         targets["named"] = named_targets(batch)
-        passes_of["named"] = Passes(logits[:, :, k : k + 1], embeds[:, :, k : k + 1], points["named"])
+        passes_of["named"] = PassPredictions(logits[:, :, k : k + 1], embeds[:, :, k : k + 1], points["named"])
     if out.category_logits is not None:
         targets["category"] = category_targets(batch)
-        passes_of["category"] = Passes(out.category_logits[:, :, None], embeds[:, :, -1:], points["category"])
-    found, assigned = segmentation_terms(passes_of, targets, out.mask_features, batch.masks, cfg, refine)
+        passes_of["category"] = PassPredictions(out.category_logits[:, :, None], embeds[:, :, -1:], points["category"])
+    found, assigned = deep_supervision_terms(passes_of, targets, out.mask_features, batch.packed_masks, cfg, refine)
     weights = {"refer": 1.0, "named": cfg.named, "category": cfg.category}
     terms |= {term: (weights[term.split("_")[0]] * total, count) for term, (total, count) in found.items()}
 
     if "refer" in targets:
-        exists = targets["refer"].counted & (batch.phrase_mask != NOTHING)
+        exists = targets["refer"].pass_valid & (batch.phrase_target != NO_TARGET)
         last = logits[-1, :, :k]
         score = jnp.take_along_axis(last, targets["refer"].labels[..., None], axis=-1)[..., 0] - last[..., -1]
         hits = ((score.argmax(-1) == assigned["refer"][..., 0]) & exists).sum(dtype=jnp.float32)
@@ -499,8 +502,8 @@ def training_terms(
             labels = targets[name].labels[:, 0]
             ranked_first = passes_of[name].class_logits[-1, :, 0, :, :-1].argmax(-1)  # [B, Q], the background aside
             hit = jnp.take_along_axis(ranked_first, jnp.maximum(assigned[name][:, 0], 0), -1) == labels
-            right = (hit & (labels != NONE)).sum(dtype=jnp.float32)
-            watched[what] = right, (labels != NONE).sum(dtype=jnp.float32)
+            right = (hit & (labels != PAD)).sum(dtype=jnp.float32)
+            watched[what] = right, (labels != PAD).sum(dtype=jnp.float32)
     return terms, watched
 
 
@@ -510,19 +513,19 @@ def denominators(model: FlowSegConfig, batch: Batch, cfg: LossConfig) -> dict[st
     Known beforehand, they let parts of a batch be differentiated one after the other and still be divided once.
     """
     found, kinds = {}, {}
-    if cfg.language and model.speaks:
-        found["language"] = (batch.labels[:, 1:] != NO_LABEL).sum(dtype=jnp.float32)
-    if model.speaks and model.segments:
-        kinds["refer"] = referring_targets(batch.phrase_mask, model.negatives_group)
-    if model.named_pass != "off" and model.segments:
+    if cfg.language and model.has_language_model:
+        found["language"] = (batch.labels[:, 1:] != IGNORE_INDEX).sum(dtype=jnp.float32)
+    if model.has_language_model and model.has_mask_decoder:
+        kinds["refer"] = referring_targets(batch.phrase_target, model.negatives_group)
+    if model.named_pass != "off" and model.has_mask_decoder:
         kinds["named"] = named_targets(batch)
-    if model.classes and model.segments:
+    if model.classes and model.has_mask_decoder:
         kinds["category"] = category_targets(batch)
     for name, targets in kinds.items():
         found |= targets.denominators(name, model.decoder.queries, cfg.background)
     return found
 
 
-def divide(terms: Terms) -> dict[str, Float[Array, ""]]:
+def normalize_terms(terms: LossTerms) -> dict[str, Float[Array, ""]]:
     """Each term once divided by its denominator."""
     return {name: total / jnp.maximum(count, 1.0) for name, (total, count) in terms.items()}

@@ -22,8 +22,8 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from flowseg_jax.errors import UserError
-from flowseg_jax.models.flowseg import at_rest
-from flowseg_jax.ops.collectives import SHARD_AXIS, factors
+from flowseg_jax.models.flowseg import params_dict
+from flowseg_jax.ops.collectives import SHARD_AXIS, squarest_grid
 
 MESH_AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")  # every device of these has images of its own
@@ -32,7 +32,7 @@ AnyMesh = Mesh | AbstractMesh
 Rules = Mapping[str, tuple[str, ...]]
 
 # Which mesh axes may divide a logical axis. An axis of the mesh is used once in an array: on the first axis that allows it.
-RULES: Rules = {
+LOGICAL_AXIS_RULES: Rules = {
     "batch": BATCH_AXES,
     "layers": (),
     "embed": ("fsdp",),
@@ -71,7 +71,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     # `fsdp` is laid out as the grid that `ops.collectives.gather` takes it for, so that its steps are between neighbours.
     data, fsdp, tensor = shape
     try:
-        grid = mesh_utils.create_device_mesh((data, *factors(fsdp), tensor), devices, allow_split_physical_axes=True)
+        grid = mesh_utils.create_device_mesh((data, *squarest_grid(fsdp), tensor), devices, allow_split_physical_axes=True)
     except NotImplementedError:  # JAX found no layout of such axes on this network: then no order is better than another
         grid = np.array(devices)
     return Mesh(grid.reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
@@ -92,7 +92,7 @@ def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
 
 
 @contextlib.contextmanager
-def use(mesh: Mesh, rules: Rules = RULES) -> Iterator[Mesh]:
+def use(mesh: Mesh, rules: Rules = LOGICAL_AXIS_RULES) -> Iterator[Mesh]:
     """Makes mesh and rules current for everything traced inside."""
     token = _active.set((mesh, rules))
     try:
@@ -102,7 +102,9 @@ def use(mesh: Mesh, rules: Rules = RULES) -> Iterator[Mesh]:
         _active.reset(token)
 
 
-def spec(names: Sequence[str | None], shape: Sequence[int], mesh: AnyMesh, rules: Rules = RULES) -> PartitionSpec:
+def partition_spec(
+    names: Sequence[str | None], shape: Sequence[int], mesh: AnyMesh, rules: Rules = LOGICAL_AXIS_RULES
+) -> PartitionSpec:
     """The partition of one array from its logical axis names; an axis that the mesh does not divide stays whole.
 
     Raises:
@@ -123,7 +125,7 @@ def spec(names: Sequence[str | None], shape: Sequence[int], mesh: AnyMesh, rules
     return PartitionSpec(*(axes[0] if len(axes) == 1 else axes or None for axes in entries))
 
 
-def axis_names(path: str, variable: nnx.Variable) -> tuple[str | None, ...]:
+def param_logical_axes(path: str, variable: nnx.Variable) -> tuple[str | None, ...]:
     """The logical axis names of a parameter: its own, or those that `PATH_RULES` give to its path."""
     own = variable.get_metadata().get("axes")
     if own is not None:
@@ -134,23 +136,23 @@ def axis_names(path: str, variable: nnx.Variable) -> tuple[str | None, ...]:
 
 
 def _param_spec(path: str, variable: nnx.Variable, mesh: AnyMesh, rules: Rules) -> PartitionSpec:
-    names, shape = axis_names(path, variable), variable.shape
+    names, shape = param_logical_axes(path, variable), variable.shape
     of_a_layer = [size for name, size in zip(names, shape, strict=True) if name != "layers"]
     small = math.prod(of_a_layer) < MIN_SHARDED_ELEMENTS
-    return spec((None,) * len(shape) if small else names, shape, mesh, rules)
+    return partition_spec((None,) * len(shape) if small else names, shape, mesh, rules)
 
 
-def param_shardings(state: nnx.State, mesh: AnyMesh, rules: Rules = RULES) -> dict[str, Any]:
+def param_shardings(state: nnx.State, mesh: AnyMesh, rules: Rules = LOGICAL_AXIS_RULES) -> dict[str, Any]:
     """Shardings of all parameters, as a nested dict like the parameters at rest; `state` may be abstract."""
 
     def place(path: tuple, variable: nnx.Variable) -> NamedSharding:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         return NamedSharding(mesh, _param_spec(name, variable, mesh, rules))
 
-    return at_rest(jax.tree_util.tree_map_with_path(place, state, is_leaf=lambda x: isinstance(x, nnx.Variable)))
+    return params_dict(jax.tree_util.tree_map_with_path(place, state, is_leaf=lambda x: isinstance(x, nnx.Variable)))
 
 
-def divided(model: nnx.Module, mesh: AnyMesh, rules: Rules = RULES) -> nnx.GraphDef:
+def mark_fsdp_axes(model: nnx.Module, mesh: AnyMesh, rules: Rules = LOGICAL_AXIS_RULES) -> nnx.GraphDef:
     """The graph definition of a model that computes inside `shard_map` on its device's parts of the parameters.
 
     Each parameter that `fsdp` divides is marked with the axis it is divided along, counted from the end (so that it holds for
@@ -165,7 +167,7 @@ def divided(model: nnx.Module, mesh: AnyMesh, rules: Rules = RULES) -> nnx.Graph
     return nnx.split(model)[0]
 
 
-def batch_sharding(mesh: Mesh, rules: Rules = RULES) -> NamedSharding:
+def batch_sharding(mesh: Mesh, rules: Rules = LOGICAL_AXIS_RULES) -> NamedSharding:
     """Batches are split along their first axis."""
     return NamedSharding(mesh, PartitionSpec(rules["batch"]))
 
@@ -174,19 +176,19 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def place_rows(tree: Any, mesh: Mesh) -> Any:
+def to_global_arrays(tree: Any, mesh: Mesh) -> Any:
     """This process's rows of a batch, as its part of arrays that are divided over the mesh along their first axis."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), tree)
 
 
-def rows_here(rows: int, mesh: Mesh) -> list[int]:
+def local_row_indices(rows: int, mesh: Mesh) -> list[int]:
     """Which of the rows of such arrays this process holds, ascending, which is the order of `place_rows`."""
     places = batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()
     return sorted({row for (part,) in places for row in range(rows)[part]})
 
 
-def local_rows(tree: Any) -> Any:
+def to_local_numpy(tree: Any) -> Any:
     """The rows that this process holds, as NumPy arrays."""
 
     def read(x: jax.Array) -> np.ndarray:
@@ -208,4 +210,4 @@ def shard(x: jax.Array, *names: str | None) -> jax.Array:
             return x
         raise RuntimeError("a mesh is set without sharding rules: enter it with flowseg_jax.sharding.use")
     mesh, rules = active
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(names, x.shape, mesh, rules)))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, partition_spec(names, x.shape, mesh, rules)))

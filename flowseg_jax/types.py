@@ -13,10 +13,10 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-IMAGE_TOKEN = -200  # placeholder id: one slot per visual token; never reaches the embedding table
-NO_LABEL = -100  # label of a position without language loss
-NONE = -1  # "no such phrase / object / segment", and padding of every index array
-NOTHING = -2  # in `phrase_mask`: the phrase is there, what it names is not
+IMAGE_TOKEN_INDEX = -200  # placeholder id: one slot per visual token; never reaches the embedding table
+IGNORE_INDEX = -100  # label of a position without language loss
+PAD = -1  # "no such phrase / object / segment", and padding of every index array
+NO_TARGET = -2  # in `phrase_mask`: the phrase is there, what it names is not
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,12 +34,12 @@ class BatchShape:
     """
 
     batch: int
-    text: int
-    phrases: int
-    masks: int
-    image: int
-    vision: int
-    names: int = 0
+    text_length: int
+    max_phrases: int
+    max_masks: int
+    sam_size: int
+    siglip_size: int
+    max_names: int = 0
 
 
 @jax.tree_util.register_dataclass
@@ -75,19 +75,19 @@ class Batch:
         example_id: int64 [B]; the record's id, NONE for a padded example.
     """
 
-    images: np.ndarray
-    scaled_size: np.ndarray
-    vision_images: np.ndarray
-    tokens: np.ndarray
-    positions: np.ndarray
-    segments: np.ndarray
+    sam_images: np.ndarray
+    resized_hw: np.ndarray
+    siglip_images: np.ndarray
+    input_ids: np.ndarray
+    position_ids: np.ndarray
+    segment_ids: np.ndarray
     labels: np.ndarray
     phrase_ids: np.ndarray
     seg_ids: np.ndarray
-    masks: np.ndarray
+    packed_masks: np.ndarray
     mask_valid: np.ndarray
-    phrase_mask: np.ndarray
-    object_class: np.ndarray
+    phrase_target: np.ndarray
+    object_category: np.ndarray
     object_name: np.ndarray
     name_valid: np.ndarray
     example_id: np.ndarray
@@ -95,7 +95,7 @@ class Batch:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Views:
+class ImageInputs:
     """What is seen of B images; the fields are those of `Batch`.
 
     Attributes:
@@ -104,14 +104,14 @@ class Views:
         vision_images: uint8 [B, V, V, 3].
     """
 
-    images: np.ndarray
-    scaled_size: np.ndarray
-    vision_images: np.ndarray
+    sam_images: np.ndarray
+    resized_hw: np.ndarray
+    siglip_images: np.ndarray
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Questions:
+class ExpressionQueries:
     """What is asked about images that have been seen: up to K phrases each, a conversation (segment) a phrase.
 
     Attributes:
@@ -122,17 +122,17 @@ class Questions:
         asked: bool [B, K]; False for a phrase that is padding.
     """
 
-    tokens: np.ndarray
-    positions: np.ndarray
-    segments: np.ndarray
+    input_ids: np.ndarray
+    position_ids: np.ndarray
+    segment_ids: np.ndarray
     phrase_ids: np.ndarray
     seg_ids: np.ndarray
-    asked: np.ndarray
+    query_valid: np.ndarray
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Asked:
+class PromptQueries:
     """Questions without answers, up to K about each image that has been seen.
 
     Attributes:
@@ -141,19 +141,19 @@ class Asked:
         asked: bool [B, K]; False for a question that is padding.
     """
 
-    tokens: np.ndarray
+    input_ids: np.ndarray
     lengths: np.ndarray
 
     @property
-    def asked(self) -> np.ndarray:
+    def query_valid(self) -> np.ndarray:
         return self.lengths > 0
 
     @classmethod
-    def of(cls, rows: Sequence[Sequence[Sequence[int]]], shape: tuple[int, int, int]) -> Asked:
+    def of(cls, rows: Sequence[Sequence[Sequence[int]]], shape: tuple[int, int, int]) -> PromptQueries:
         """Pads the ids of each image's questions to (B, K, T) = `shape`, on the host."""
         asked = cls(np.zeros(shape, np.int32), np.zeros(shape[:2], np.int32))
         for b, row in enumerate(rows):
             for k, ids in enumerate(row):
-                asked.tokens[b, k, : len(ids)] = ids
+                asked.input_ids[b, k, : len(ids)] = ids
                 asked.lengths[b, k] = len(ids)
         return asked

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from flowseg_jax.checkpoints.storage import absolute, is_remote, reason
+from flowseg_jax.checkpoints.storage import is_remote, resolve_path, short_reason
 from flowseg_jax.errors import UserError, mute, tell
 from flowseg_jax.system import json_files
 from flowseg_jax.system.json_files import number
@@ -150,7 +150,7 @@ class JsonlWriter(ScalarWriter):
     """
 
     def __init__(self, path: str | os.PathLike, start_step: int = 0):
-        self.path = absolute(path)
+        self.path = resolve_path(path)
         self._step = -1
         with self._written():
             lines = self._read()
@@ -184,7 +184,7 @@ class JsonlWriter(ScalarWriter):
         except Exception as error:
             if not isinstance(error, OSError) and not is_remote(self.path):  # clients of object stores have errors of their own
                 raise
-            raise UserError(f"cannot write {self.path}: {getattr(error, 'strerror', None) or reason(error)}") from None
+            raise UserError(f"cannot write {self.path}: {getattr(error, 'strerror', None) or short_reason(error)}") from None
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
         if step <= self._step:
@@ -270,7 +270,7 @@ class ProgressWriter(ScalarWriter):
             if "examples_per_second" in values:
                 columns.append(f"{values['examples_per_second']:.3g} examples/s")
             columns.append(f"{duration((self._steps - step) / rate)} left")
-        say("  ".join(column for column in columns if column))
+        log("  ".join(column for column in columns if column))
 
 
 class Throughput:
@@ -301,14 +301,14 @@ def create_writer(
     """
     if not primary:
         return metric_writers.MultiWriter([])
-    directory = absolute(workdir)
+    directory = resolve_path(workdir)
     writers: list[Any] = [JsonlWriter(directory / "metrics.jsonl", start_step), ProgressWriter(steps)]
     if tensorboard:
         writers.append(metric_writers.AsyncWriter(TensorBoardWriter(directory / "tensorboard")))
     return metric_writers.MultiWriter(writers)
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     """Prints a line at once. Everything that a command reports while it runs goes through here, so that `heartbeat` knows."""
     global _last_print
     text = text.encode("utf-8", "backslashreplace").decode()  # the name of a file may be no text
@@ -317,19 +317,19 @@ def say(text: str) -> None:
             try:
                 print(text, flush=True)
             except BrokenPipeError:  # `train.py | head`: the work is what is written to disk, and goes on
-                silence()
+                mute_console()
                 mute(sys.stdout)
                 tell("nobody reads what is printed any more: going on in silence")
         _last_print = time.monotonic()
 
 
-def silence() -> None:
+def mute_console() -> None:
     """Lets `say` print nothing from now on, for a process that another one speaks for."""
     global _silent
     _silent = True
 
 
-class Beat:
+class ProgressHeartbeat:
     """What a heartbeat prints; assign `message` to keep it true."""
 
     def __init__(self, message: str):
@@ -337,13 +337,13 @@ class Beat:
 
 
 @contextlib.contextmanager
-def heartbeat(message: str, every: float = HEARTBEAT_SECONDS) -> Iterator[Beat]:
+def heartbeat(message: str, every: float = HEARTBEAT_SECONDS) -> Iterator[ProgressHeartbeat]:
     """Prints `message` with the elapsed time from a daemon thread whenever nothing was said for `every` seconds.
 
     Heartbeats nest: the inner one's line keeps the outer one quiet. Work that takes less than `every` prints nothing, longer
     work ends with a line that says how long it took.
     """
-    beat, stop, printed, started = Beat(message), threading.Event(), threading.Event(), time.monotonic()
+    beat, stop, printed, started = ProgressHeartbeat(message), threading.Event(), threading.Event(), time.monotonic()
 
     def run() -> None:
         wake = started + every
@@ -352,7 +352,7 @@ def heartbeat(message: str, every: float = HEARTBEAT_SECONDS) -> Iterator[Beat]:
             silent_since = max(_last_print, started)
             if now - silent_since >= every:
                 printed.set()
-                say(f"{beat.message} ... {duration(now - started)}")
+                log(f"{beat.message} ... {duration(now - started)}")
                 silent_since = now
             wake = silent_since + every
 
@@ -364,7 +364,7 @@ def heartbeat(message: str, every: float = HEARTBEAT_SECONDS) -> Iterator[Beat]:
         stop.set()
         thread.join()
     if printed.is_set():
-        say(f"{beat.message}: done in {duration(time.monotonic() - started)}")
+        log(f"{beat.message}: done in {duration(time.monotonic() - started)}")
 
 
 def duration(seconds: float) -> str:

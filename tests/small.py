@@ -10,7 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from flowseg_jax import experiment as configs
-from flowseg_jax.checkpoints.manifest import flatten, nest
+from flowseg_jax.checkpoints.manifest import flatten_params, unflatten_params
 from flowseg_jax.models import flowseg
 from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.models.connectors import ConnectorConfig
@@ -19,10 +19,10 @@ from flowseg_jax.models.mask_decoder import DecoderConfig
 from flowseg_jax.models.pixel_decoder import PixelDecoderConfig
 from flowseg_jax.models.sam import SamConfig
 from flowseg_jax.models.siglip import SiglipConfig
-from flowseg_jax.training.optimizer import split
-from flowseg_jax.training.program import Program
+from flowseg_jax.training.optimizer import split_trainable
+from flowseg_jax.training.program import TrainProgram
 from flowseg_jax.training.step import TrainState
-from flowseg_jax.types import IMAGE_TOKEN, NO_LABEL, NONE, Batch
+from flowseg_jax.types import IGNORE_INDEX, IMAGE_TOKEN_INDEX, PAD, Batch
 
 VOCAB = 40
 
@@ -74,8 +74,8 @@ def experiment(cfg: FlowSegConfig, batch: Batch, **mesh: int) -> ConfigDict:
     """A run of this model on batches of that shape."""
     experiment = configs.read("configs/shapes_tiny.py")
     experiment.model = ConfigDict(cfg.to_dict())
-    experiment.update(batch_size=len(batch.tokens), steps=10)
-    experiment.data.update(text=batch.tokens.shape[1], phrases=batch.phrase_mask.shape[1], masks=batch.mask_valid.shape[1])
+    experiment.update(batch_size=len(batch.input_ids), steps=10)
+    experiment.data.update(text=batch.input_ids.shape[1], phrases=batch.phrase_target.shape[1], masks=batch.mask_valid.shape[1])
     experiment.optimizer.losses.update(language=1.0, class_gain=1.0, points=24, vocabulary_chunk=16)
     experiment.mesh.update({"data": 1, **mesh})
     return experiment
@@ -90,12 +90,14 @@ def params(cfg: FlowSegConfig, seed: int = 0) -> dict[str, Any]:
             return np.ones(shape, np.float32)
         return (0.3 * rng.normal(size=shape)).astype(np.float32)
 
-    return nest({name: draw(name, x.shape) for name, x in flatten(flowseg.at_rest(flowseg.describe(cfg)[1])).items()})
+    return unflatten_params(
+        {name: draw(name, x.shape) for name, x in flatten_params(flowseg.params_dict(flowseg.abstract_model(cfg)[1])).items()}
+    )
 
 
-def start(program: Program, params: dict[str, Any]) -> TrainState:
+def start(program: TrainProgram, params: dict[str, Any]) -> TrainState:
     """The state of a run that begins with these parameters, where the program wants it."""
-    trainable, frozen = split(params, program.rates)
+    trainable, frozen = split_trainable(params, program.lr_multipliers)
     state = TrainState(np.int32(0), trainable, frozen, program.optimizer.init(trainable), np.zeros(2, np.int32))
     return jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), state, program.state)
 
@@ -103,11 +105,11 @@ def start(program: Program, params: dict[str, Any]) -> TrainState:
 def batch(cfg: FlowSegConfig, *, images: int = 2, phrases: int = 2, masks: int = 3, seed: int = 0) -> Batch:
     """Random images; `phrases` referring conversations and one generic conversation behind each, all slots used."""
     rng = np.random.default_rng(seed)
-    visual, side, length = cfg.visual_tokens, cfg.sam.image_size, 6
+    visual, side, length = cfg.num_visual_tokens, cfg.sam.image_size, 6
     text = 1 + visual + phrases * length + 2 * masks + 2
-    none = lambda: np.full((images, text), NONE, np.int32)  # noqa: E731
+    none = lambda: np.full((images, text), PAD, np.int32)  # noqa: E731
     tokens = rng.integers(0, VOCAB, (images, text)).astype(np.int32)
-    tokens[:, 1 : 1 + visual] = IMAGE_TOKEN
+    tokens[:, 1 : 1 + visual] = IMAGE_TOKEN_INDEX
     phrase_ids, seg_ids, segments = none(), none(), np.zeros((images, text), np.int32)
     positions = np.broadcast_to(np.arange(text, dtype=np.int32), (images, text)).copy()
     at = 1 + visual
@@ -122,22 +124,22 @@ def batch(cfg: FlowSegConfig, *, images: int = 2, phrases: int = 2, masks: int =
     for m in range(masks):
         phrase_ids[:, at + 2 * m : at + 2 * m + 2] = phrases + m
     seg_ids[:, -2] = phrases
-    labels = np.where(segments > 0, tokens, NO_LABEL).astype(np.int32)
+    labels = np.where(segments > 0, tokens, IGNORE_INDEX).astype(np.int32)
     soft = rng.random((images, masks, 4, 4)).repeat(side // 4, 2).repeat(side // 4, 3)
     return Batch(
-        images=rng.integers(0, 256, (images, side, side, 3)).astype(np.uint8),
-        scaled_size=np.broadcast_to(np.array([side, side - 8], np.int32), (images, 2)).copy(),
-        vision_images=rng.integers(0, 256, (images, cfg.siglip.image_size, cfg.siglip.image_size, 3)).astype(np.uint8),
-        tokens=tokens,
-        positions=positions,
-        segments=segments,
+        sam_images=rng.integers(0, 256, (images, side, side, 3)).astype(np.uint8),
+        resized_hw=np.broadcast_to(np.array([side, side - 8], np.int32), (images, 2)).copy(),
+        siglip_images=rng.integers(0, 256, (images, cfg.siglip.image_size, cfg.siglip.image_size, 3)).astype(np.uint8),
+        input_ids=tokens,
+        position_ids=positions,
+        segment_ids=segments,
         labels=labels,
         phrase_ids=phrase_ids,
         seg_ids=seg_ids,
-        masks=np.packbits(soft > 0.6, axis=-1),
+        packed_masks=np.packbits(soft > 0.6, axis=-1),
         mask_valid=np.ones((images, masks), bool),
-        phrase_mask=(np.arange(images * phrases).reshape(images, phrases) % masks).astype(np.int32),
-        object_class=rng.integers(0, max(cfg.classes, 1), (images, masks)).astype(np.int32),
+        phrase_target=(np.arange(images * phrases).reshape(images, phrases) % masks).astype(np.int32),
+        object_category=rng.integers(0, max(cfg.classes, 1), (images, masks)).astype(np.int32),
         object_name=np.broadcast_to(np.arange(masks, dtype=np.int32), (images, masks)).copy(),
         name_valid=np.ones((images, 0 if cfg.named_pass == "off" else masks), bool),
         example_id=np.arange(images, dtype=np.int32),
@@ -146,12 +148,12 @@ def batch(cfg: FlowSegConfig, *, images: int = 2, phrases: int = 2, masks: int =
 
 def pad(x: Batch, *, text: int = 0, phrases: int = 0, masks: int = 0, names: int = 0) -> Batch:
     """The same batch with more padding: `text` tokens behind the end, `phrases`, `masks` and `names` that do not exist."""
-    k = x.phrase_mask.shape[1]
+    k = x.phrase_target.shape[1]
     wide = lambda a, n, fill: np.pad(a, ((0, 0), (0, n)), constant_values=fill)  # noqa: E731
     fields = {
         name: wide(getattr(x, name), text, fill)
         for name, fill in (
-            ("tokens", 7), ("positions", 3), ("segments", NONE), ("labels", NO_LABEL), ("phrase_ids", NONE), ("seg_ids", NONE)
+            ("tokens", 7), ("positions", 3), ("segments", PAD), ("labels", IGNORE_INDEX), ("phrase_ids", PAD), ("seg_ids", PAD)
         )
     }  # fmt: skip
     # Names are numbered behind the phrases, so more room for phrases moves them.
@@ -160,10 +162,10 @@ def pad(x: Batch, *, text: int = 0, phrases: int = 0, masks: int = 0, names: int
     return dataclasses.replace(
         x,
         **fields,
-        phrase_mask=wide(x.phrase_mask, phrases, NONE),
-        masks=np.pad(x.masks, ((0, 0), (0, masks), (0, 0), (0, 0)), constant_values=255),
+        phrase_mask=wide(x.phrase_target, phrases, PAD),
+        masks=np.pad(x.packed_masks, ((0, 0), (0, masks), (0, 0), (0, 0)), constant_values=255),
         mask_valid=wide(x.mask_valid, masks, False),
-        object_class=wide(x.object_class, masks, NONE),
-        object_name=wide(x.object_name, masks, NONE),
+        object_class=wide(x.object_category, masks, PAD),
+        object_name=wide(x.object_name, masks, PAD),
         name_valid=wide(x.name_valid, names, False),
     )

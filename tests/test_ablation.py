@@ -10,14 +10,14 @@ import pytest
 from experiments import ablation
 from experiments.ablation import Comparison, Estimate
 from flowseg_jax import experiment as configs
-from flowseg_jax.checkpoints.manifest import flatten
+from flowseg_jax.checkpoints.manifest import flatten_params
 from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation import audit, metrics, protocols
 from flowseg_jax.models import flowseg
 from flowseg_jax.training import loop
-from flowseg_jax.training.initialization import Source
-from flowseg_jax.training.optimizer import multipliers
-from flowseg_jax.training.program import Plan
+from flowseg_jax.training.initialization import InitSource
+from flowseg_jax.training.optimizer import lr_multipliers
+from flowseg_jax.training.program import RunConfig
 
 
 def sample(image: int, number: int, found: int, best: int, family: str = "attribute") -> dict:
@@ -137,7 +137,7 @@ def counted(monkeypatch, rng):
 
     monkeypatch.setattr(loop, "train", train)
     monkeypatch.setattr(loop, "open_data", lambda config: "data")
-    monkeypatch.setattr(ablation.Subject, "load", lambda model: model)
+    monkeypatch.setattr(ablation.EvalModel, "load", lambda model: model)
     monkeypatch.setattr(ablation, "Benchmark", benchmark)
     return calls
 
@@ -183,10 +183,12 @@ def test_variants_differ_in_one_thing_and_share_their_towers():
     learned = {}
     for variant in ablation.VARIANTS:
         config = read(variant)
-        plan = Plan.read(config)
-        shapes = {name: x.shape for name, x in flatten(flowseg.at_rest(flowseg.describe(plan.model)[1])).items()}
-        rates = multipliers(list(shapes), plan.optimizer.groups)
-        brought = {name for text in config.init_from for name in Source.open(text, shapes).places}
+        plan = RunConfig.from_config(config)
+        shapes = {
+            name: x.shape for name, x in flatten_params(flowseg.params_dict(flowseg.abstract_model(plan.model)[1])).items()
+        }
+        rates = lr_multipliers(list(shapes), plan.optimizer.groups)
+        brought = {name for text in config.init_from for name in InitSource.open(text, shapes).places}
         assert brought == {name for name, rate in rates.items() if rate is None}
         learned[variant] = set(shapes) - brought
     assert {name.split("/")[0] for name in learned["baseline"]} == {"decoder", "llm_projector", "background"}

@@ -18,7 +18,7 @@ from benchmarks import components, load, measure, ratio, startup, table
 from benchmarks.components import COMPONENTS, Bar, Pair
 from benchmarks.components.sizes import SIZES, asked, one_of, prefix
 from flowseg_jax.errors import UserError
-from flowseg_jax.types import IMAGE_TOKEN
+from flowseg_jax.types import IMAGE_TOKEN_INDEX
 
 
 def result(component="msda", dtype="float32", ratio=0.45, quality="A", cpu="a", **changes):
@@ -216,17 +216,17 @@ def test_one_expression_of_several_is_the_row_that_would_stand_alone():
     model, words = SIZES["tiny"].whole, SIZES["tiny"].words
     several, start = asked(model, 3, words), prefix(SIZES["tiny"].whole)
     one = one_of(several, 1, words)
-    assert one.tokens.shape == (1, start + words)
-    assert (one.tokens == IMAGE_TOKEN).sum() == model.visual_tokens
-    np.testing.assert_array_equal(one.tokens[0, start:], several.tokens[0, start + words : start + 2 * words])
-    np.testing.assert_array_equal(one.positions[0], np.arange(start + words))
-    assert set(one.phrase_ids[0]) == set(one.seg_ids[0]) == {-1, 0} and set(one.segments[0]) == {0, 1}
-    assert one.phrase_mask.tolist() == [[1]]
+    assert one.input_ids.shape == (1, start + words)
+    assert (one.input_ids == IMAGE_TOKEN_INDEX).sum() == model.num_visual_tokens
+    np.testing.assert_array_equal(one.input_ids[0, start:], several.input_ids[0, start + words : start + 2 * words])
+    np.testing.assert_array_equal(one.position_ids[0], np.arange(start + words))
+    assert set(one.phrase_ids[0]) == set(one.seg_ids[0]) == {-1, 0} and set(one.segment_ids[0]) == {0, 1}
+    assert one.phrase_target.tolist() == [[1]]
 
 
 def test_full_size_is_the_papers_with_1753_visual_tokens():
     full = SIZES["full"]
-    assert full.model.visual_tokens == 1753 and full.prompt == 1800
+    assert full.model.num_visual_tokens == 1753 and full.prompt == 1800
     assert (full.seven.sam.layers, full.seven.siglip.layers, full.seven.llm.layers) == (4, 5, 6)
     assert (full.seven.pixel_decoder.layers, full.seven.decoder.layers, full.seven.llm.vocab) == (1, 2, 8192)
     assert full.seven.llm.width == 2560 and full.seven.sam.global_layers == (3,)

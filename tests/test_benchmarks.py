@@ -19,7 +19,7 @@ from benchmarks.step import random_batch
 from benchmarks.worker import Worker
 from flowseg_jax import experiment as configs
 from flowseg_jax.errors import UserError
-from flowseg_jax.types import IMAGE_TOKEN, BatchShape
+from flowseg_jax.types import IMAGE_TOKEN_INDEX, BatchShape
 
 
 class Pending:
@@ -249,19 +249,19 @@ def test_flags_that_make_no_sense_are_refused(argv, message):
 
 def test_the_random_batch_is_whole():
     cfg = small.config()
-    shape = BatchShape(4, 1 + cfg.visual_tokens + 3 * 6 + 2, 2, 3, cfg.sam.image_size, cfg.siglip.image_size)
+    shape = BatchShape(4, 1 + cfg.num_visual_tokens + 3 * 6 + 2, 2, 3, cfg.sam.image_size, cfg.siglip.image_size)
     batch, again = random_batch(shape, cfg), random_batch(shape, cfg)
-    assert ((batch.tokens == IMAGE_TOKEN).sum(1) == cfg.visual_tokens).all()
-    text = batch.tokens[batch.tokens != IMAGE_TOKEN]
+    assert ((batch.input_ids == IMAGE_TOKEN_INDEX).sum(1) == cfg.num_visual_tokens).all()
+    text = batch.input_ids[batch.input_ids != IMAGE_TOKEN_INDEX]
     assert text.min() >= 0
     assert text.max() < cfg.llm.vocab
     for row in range(4):
         assert set(batch.phrase_ids[row]) == {-1, 0, 1, 2, 3, 4}  # two phrases and the names of three masks
         assert set(batch.seg_ids[row]) == {-1, 0, 1, 2}  # one output a conversation
-    assert set(batch.segments[0]) == {-1, 0, 1, 2, 3}  # the end is padding
+    assert set(batch.segment_ids[0]) == {-1, 0, 1, 2, 3}  # the end is padding
     assert batch.mask_valid.all()
-    assert 0 < np.unpackbits(batch.masks).mean() < 1
-    np.testing.assert_array_equal(batch.tokens, again.tokens)
+    assert 0 < np.unpackbits(batch.packed_masks).mean() < 1
+    np.testing.assert_array_equal(batch.input_ids, again.input_ids)
     with pytest.raises(UserError, match="data.text=20 has no room"):
         random_batch(BatchShape(4, 20, 2, 3, 32, 16), cfg)
 
@@ -271,7 +271,7 @@ def small_config() -> ConfigDict:
     model = small.config()
     config.model = ConfigDict(model.to_dict())
     config.batch_size = 4
-    config.data.update(text=1 + model.visual_tokens + 3 * 6, phrases=2, masks=3)
+    config.data.update(text=1 + model.num_visual_tokens + 3 * 6, phrases=2, masks=3)
     config.optimizer.losses.update(points=24, vocabulary_chunk=64)
     return config
 

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from trees import abstract_of, flip, largest, make_state, same
 
 from flowseg_jax.checkpoints import manager
-from flowseg_jax.checkpoints.manifest import checksums, device_checksums, flatten, nest
+from flowseg_jax.checkpoints.manifest import checksums, device_checksums, flatten_params, unflatten_params
 from flowseg_jax.checkpoints.storage import prepare_workdir
 from flowseg_jax.errors import UserError
 from flowseg_jax.system import json_files
@@ -26,13 +26,13 @@ from flowseg_jax.system import json_files
 
 def test_saves_and_restores_everything(tmp_path):
     state = make_state()
-    with manager.Checkpoints(tmp_path, keep=2, keep_every=10) as checkpoints:
+    with manager.CheckpointManager(tmp_path, keep=2, keep_every=10) as checkpoints:
         assert checkpoints.restore_latest(abstract_of(state)) is None
         for step in (10, 11, 12, 13):
             later = state | {"step": jnp.asarray(step)}
             assert checkpoints.save(step, later, {"config": {"a": (1, 2)}, "position": step * 8})
         assert not checkpoints.save(13, state, {})
-    with manager.Checkpoints(tmp_path) as checkpoints:
+    with manager.CheckpointManager(tmp_path) as checkpoints:
         assert checkpoints.latest_step == 13
         assert sorted(p.name for p in checkpoints.directory.iterdir()) == ["10", "12", "13"]
         restored = checkpoints.restore_latest(abstract_of(state))
@@ -67,20 +67,20 @@ def test_what_is_kept(tmp_path, policy, kept, best):
     """Also over two restarts; what is not finite, and what was saved without metrics, is never the best."""
     state = {"w": jnp.arange(3.0)}
     for steps in ((1, 2, 3), (4, 5), (6, 7)):
-        with manager.Checkpoints(tmp_path, **policy) as checkpoints:
+        with manager.CheckpointManager(tmp_path, **policy) as checkpoints:
             for step in steps:
                 metrics = {"loss": jnp.float32(LOSSES[step]), "other": 1} if step in LOSSES else None
                 checkpoints.save(step, state, {}, metrics)
-    with manager.Checkpoints(tmp_path, **policy) as checkpoints:
+    with manager.CheckpointManager(tmp_path, **policy) as checkpoints:
         assert checkpoints.best_step == best
     assert steps_of(tmp_path / "checkpoints") == kept
 
 
 def test_another_metric_may_become_the_one_that_counts(tmp_path):
     state = {"w": jnp.arange(3.0)}
-    with manager.Checkpoints(tmp_path, best=("loss", "min")) as checkpoints:
+    with manager.CheckpointManager(tmp_path, best=("loss", "min")) as checkpoints:
         checkpoints.save(1, state, {}, {"loss": 1.0})
-    with manager.Checkpoints(tmp_path, keep=1, best=("iou", "max")) as checkpoints:
+    with manager.CheckpointManager(tmp_path, keep=1, best=("iou", "max")) as checkpoints:
         for step, iou in ((2, 0.5), (3, 0.4)):
             checkpoints.save(step, state, {}, {"loss": 2.0, "iou": iou})
         assert checkpoints.best_step == 2
@@ -101,14 +101,14 @@ def test_another_metric_may_become_the_one_that_counts(tmp_path):
 )
 def test_policies_that_make_no_sense(tmp_path, policy, message):
     with pytest.raises(UserError, match=message):
-        manager.Checkpoints(tmp_path, **policy)
+        manager.CheckpointManager(tmp_path, **policy)
 
 
 def test_arrays_may_be_donated_while_they_are_saved(tmp_path):
     step = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
     state = step({"w": jnp.zeros(2_000_000)})
     abstract = abstract_of(state)
-    with manager.Checkpoints(tmp_path) as checkpoints:
+    with manager.CheckpointManager(tmp_path) as checkpoints:
         checkpoints.save(1, state, {})
         for _ in range(30):
             state = step(state)
@@ -134,11 +134,11 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_newest_checkpoint_is_set_aside(tmp_path, capsys, damage):
     state = make_state()
-    with manager.Checkpoints(tmp_path, best=("loss", "min")) as checkpoints:
+    with manager.CheckpointManager(tmp_path, best=("loss", "min")) as checkpoints:
         for step in (1, 2):
             checkpoints.save(step, state | {"step": jnp.asarray(step)}, {}, {"loss": float(step)})
     DAMAGE[damage](tmp_path / "checkpoints" / "2")
-    with manager.Checkpoints(tmp_path) as checkpoints:
+    with manager.CheckpointManager(tmp_path) as checkpoints:
         restored = checkpoints.restore_latest(abstract_of(state))
         assert restored.step == int(restored.state["step"]) == 1
         (line,) = capsys.readouterr().out.splitlines()
@@ -149,10 +149,10 @@ def test_a_damaged_newest_checkpoint_is_set_aside(tmp_path, capsys, damage):
 
 
 def test_a_damaged_only_checkpoint_starts_over_and_says_so(tmp_path, capsys):
-    with manager.Checkpoints(tmp_path) as checkpoints:
+    with manager.CheckpointManager(tmp_path) as checkpoints:
         checkpoints.save(1, make_state(), {})
     flip(largest(tmp_path / "checkpoints" / "1"))
-    with manager.Checkpoints(tmp_path) as checkpoints:
+    with manager.CheckpointManager(tmp_path) as checkpoints:
         assert checkpoints.restore_latest(abstract_of(make_state())) is None
         assert checkpoints.latest_step is None
     assert "starting from step 0" in capsys.readouterr().out
@@ -166,9 +166,9 @@ def test_another_model_is_an_error_and_not_damage(tmp_path):
     other["params"]["new"] = jax.ShapeDtypeStruct((2,), jnp.float32)
 
     def refuse(meta):
-        raise UserError(f"changed: {manager.changed_keys(meta['config'], {'width': 8})}")
+        raise UserError(f"changed: {manager.config_diff(meta['config'], {'width': 8})}")
 
-    with manager.Checkpoints(tmp_path) as checkpoints:
+    with manager.CheckpointManager(tmp_path) as checkpoints:
         checkpoints.save(1, state, {"config": {"width": 4}})
         with pytest.raises(UserError) as error:
             checkpoints.restore_latest(other)
@@ -185,7 +185,7 @@ def test_another_model_is_an_error_and_not_damage(tmp_path):
 
 def test_restores_into_another_dtype(tmp_path):
     state = {"w": jax.random.normal(jax.random.key(0), (5, 6))}
-    with manager.Checkpoints(tmp_path) as checkpoints:
+    with manager.CheckpointManager(tmp_path) as checkpoints:
         checkpoints.save(1, state, {})
         abstract = {"w": jax.ShapeDtypeStruct((5, 6), jnp.bfloat16, sharding=state["w"].sharding)}
         restored = checkpoints.restore_latest(abstract)
@@ -207,7 +207,7 @@ def test_killed_while_saving_leaves_the_older_checkpoint(tmp_path):
         [sys.executable, "-c", textwrap.dedent(code)], env=os.environ | {"PYTHONPATH": os.getcwd()}, check=False
     )
     assert done.returncode == -signal.SIGKILL
-    with manager.Checkpoints(tmp_path) as checkpoints:
+    with manager.CheckpointManager(tmp_path) as checkpoints:
         assert checkpoints.latest_step == 1
         assert checkpoints.restore_latest(abstract_of({"w": jnp.zeros(100)})).step == 1
         assert [p.name for p in checkpoints.directory.iterdir()] == ["1"]
@@ -216,10 +216,10 @@ def test_killed_while_saving_leaves_the_older_checkpoint(tmp_path):
 def test_changed_keys():
     saved = {"steps": 10, "model": {"width": 8, "sizes": [1, 2], "old": 1}, "optimizer": {"lr": 1.0, "b1": 0.9}}
     new = {"steps": 20, "model": {"width": 16, "sizes": (1, 2), "new": {"x": 1}}, "optimizer": {"lr": 1, "b1": 0.8}}
-    assert manager.changed_keys(saved, saved) == []
-    changed = manager.changed_keys(saved, ConfigDict(new), ignore=("steps",))
+    assert manager.config_diff(saved, saved) == []
+    changed = manager.config_diff(saved, ConfigDict(new), ignore=("steps",))
     assert sorted(changed) == ["model.new", "model.old", "model.width", "optimizer.b1"]
-    assert manager.changed_keys(saved, new, ignore=("steps", "model", "optimizer.b1")) == []
+    assert manager.config_diff(saved, new, ignore=("steps", "model", "optimizer.b1")) == []
 
 
 def test_prepare_workdir(tmp_path):
@@ -259,17 +259,17 @@ def test_checksums_of_scalars_keys_and_eight_bytes():
 
 def test_names_go_there_and_back():
     tree = {"a": {"b": 1, "layers": {"0": {"x": 2}, "11": {"x": 3}}}}
-    assert flatten(tree) == {"a/b": 1, "a/layers/0/x": 2, "a/layers/11/x": 3}
-    assert nest(flatten(tree)) == tree
+    assert flatten_params(tree) == {"a/b": 1, "a/layers/0/x": 2, "a/layers/11/x": 3}
+    assert unflatten_params(flatten_params(tree)) == tree
 
 
 def test_a_renamed_step_is_not_that_step(tmp_path):
     state = make_state()
-    with manager.Checkpoints(tmp_path) as checkpoints:
+    with manager.CheckpointManager(tmp_path) as checkpoints:
         for step in (10, 20):
             checkpoints.save(step, state, {})
     (tmp_path / "checkpoints/20").rename(tmp_path / "checkpoints/30")
-    with manager.Checkpoints(tmp_path) as checkpoints:
+    with manager.CheckpointManager(tmp_path) as checkpoints:
         message = r"checkpoint .*/30 is that of step 20: give the directory its name back, or remove it"
         with pytest.raises(UserError, match=message):
             checkpoints.restore_latest(abstract_of(state))
@@ -304,20 +304,20 @@ def sealed(**changes):
 )
 def test_a_changed_json_is_damage(tmp_path, capsys, change, fault):
     state = make_state()
-    with manager.Checkpoints(tmp_path) as checkpoints:
+    with manager.CheckpointManager(tmp_path) as checkpoints:
         for step in (1, 2):
             checkpoints.save(step, state, {"config": {"width": 4}, "data": "a"})
     rewritten(tmp_path / "checkpoints/2", change)
-    with manager.Checkpoints(tmp_path) as checkpoints:
+    with manager.CheckpointManager(tmp_path) as checkpoints:
         assert checkpoints.restore_latest(abstract_of(state)).step == 1
     assert f"2 is damaged ({fault}" in capsys.readouterr().out
 
 
 def test_a_json_without_a_checksum_is_refused(tmp_path):
     state = make_state()
-    with manager.Checkpoints(tmp_path) as checkpoints:
+    with manager.CheckpointManager(tmp_path) as checkpoints:
         checkpoints.save(1, state, {})
     rewritten(tmp_path / "checkpoints/1", lambda meta: meta.pop(json_files.ITSELF))
-    with manager.Checkpoints(tmp_path) as checkpoints:
+    with manager.CheckpointManager(tmp_path) as checkpoints:
         with pytest.raises(UserError, match="1 has no checksum of its JSON, an older flowseg_jax wrote it"):
             checkpoints.restore_latest(abstract_of(state))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from flowseg_jax import cli
-from flowseg_jax.errors import UserError, run
+from flowseg_jax.errors import UserError, run_cli
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -54,7 +54,7 @@ def test_exit_codes():
 
     for main, code in ((lambda: None, 0), (lambda: 3, 3), (interrupted, 130)):
         with pytest.raises(SystemExit) as stopped:
-            run(main)
+            run_cli(main)
         assert stopped.value.code == code
 
 

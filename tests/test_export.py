@@ -16,14 +16,14 @@ import pytest
 import small
 from PIL import Image
 
-from flowseg_jax.checkpoints.pretrained import save_model
+from flowseg_jax.checkpoints.pretrained import save_pretrained
 from flowseg_jax.data import collate
-from flowseg_jax.data.prompts import Prompts
+from flowseg_jax.data.prompts import PromptTemplates
 from flowseg_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from flowseg_jax.errors import UserError
 from flowseg_jax.inference import export, segmentor
 from flowseg_jax.ops.attention import attention
-from flowseg_jax.ops.portable import portable
+from flowseg_jax.ops.portable import without_kernels
 
 SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "run_export.py"
 # A process of its own, in isolated mode, in which an import of the package or of what it needs besides fails.
@@ -37,7 +37,7 @@ except ImportError:
     runpy.run_path(sys.argv.pop(1), run_name="__main__")
 """
 TEXTS = ["The  red circle", "it", "that blue star left of the red circle"]
-ROOM = export.Room(batch=2, phrases=4, text=200)
+ROOM = export.ExportShapes(batch=2, phrases=4, text=200)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def model_directory(tokenizer_directory, tmp_path_factory):
     params = small.params(cfg)
     params["boundary"]["alpha"] = np.full((1,), 2.0, np.float32)
     extra = {"prompts": {"question": 1}, "step": 7}
-    return save_model(tmp_path_factory.mktemp("model") / "small", params, cfg.to_dict(), tokenizer_directory, extra=extra)
+    return save_pretrained(tmp_path_factory.mktemp("model") / "small", params, cfg.to_dict(), tokenizer_directory, extra=extra)
 
 
 @pytest.fixture(scope="module")
@@ -129,9 +129,9 @@ def test_the_directory_describes_itself(model_directory, exported):
 
 def test_questions_are_found_in_token_ids(tokenizer_directory):
     """As the batching makes them on the host, but for the slots of the ends."""
-    tokenizer, prompts = load_tokenizer(tokenizer_directory), Prompts(vary=False)
-    wording = export.Wording.of(prompts, tokenizer, 4)
-    said = [collate.encode_conversation(c, prompts, tokenizer, "") for c in collate.ask(prompts, TEXTS)]
+    tokenizer, prompts = load_tokenizer(tokenizer_directory), PromptTemplates(randomize=False)
+    wording = export.PromptTokens.of(prompts, tokenizer, 4)
+    said = [collate.encode_conversation(c, prompts, tokenizer, "") for c in collate.make_conversations(prompts, TEXTS)]
     phrases = [tokenizer.encode(f"<p>{' '.join(text.lower().split())}</p>") for text in TEXTS]
     ids = [[*wording.before, *phrase, *wording.after] for phrase in phrases]
     assert ids == [one.tokens for one in said]
@@ -140,12 +140,12 @@ def test_questions_are_found_in_token_ids(tokenizer_directory):
     tokens[0, : len(row)] = row
     found = export.questions(tokens, 4, wording)
     shape = (2, 4, len(row) - len(ids))
-    want = collate.questions([said], shape, len(wording.prefix), tokenizer.pad, [""])
+    want = collate.collate_queries([said], shape, len(wording.prefix), tokenizer.pad, [""])
     for name in ("tokens", "positions", "segments", "phrase_ids", "seg_ids"):
         np.testing.assert_array_equal(np.array(getattr(found, name))[0][tokens[0] != export.END], getattr(want, name)[0], name)
     for name in ("segments", "phrase_ids", "seg_ids"):
         assert (np.array(getattr(found, name))[tokens == export.END] == -1).all()
-    np.testing.assert_array_equal(found.asked, want.asked)
+    np.testing.assert_array_equal(found.query_valid, want.query_valid)
 
 
 def test_mistakes(model_directory, tokenizer_directory, tmp_path):
@@ -163,7 +163,7 @@ def test_mistakes(model_directory, tokenizer_directory, tmp_path):
     (tmp_path / "full" / "file").write_text("")
     fails("full exists", out=tmp_path / "full")
     cfg = small.lean(parts="language")
-    language = save_model(tmp_path / "language", {"x": np.zeros(1)}, cfg.to_dict(), tokenizer_directory)
+    language = save_pretrained(tmp_path / "language", {"x": np.zeros(1)}, cfg.to_dict(), tokenizer_directory)
     fails("holds only the parts 'language'", checkpoint=language)
 
 
@@ -176,5 +176,5 @@ def test_programs_have_no_kernels_but_models_do():
     def alone(q, k, v):
         return attention(q, k, v)
 
-    with portable():
+    with without_kernels():
         assert "custom_call" not in text(alone)

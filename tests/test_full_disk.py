@@ -20,7 +20,7 @@ from PIL import Image
 
 from flowseg_jax import cli, errors
 from flowseg_jax.checkpoints import storage
-from flowseg_jax.checkpoints.pretrained import load_model, save_model
+from flowseg_jax.checkpoints.pretrained import load_pretrained, save_pretrained
 from flowseg_jax.data import prepare
 from flowseg_jax.data.tokenizer import train_tokenizer
 from flowseg_jax.errors import UserError
@@ -101,20 +101,20 @@ def test_a_model_directory(disk, tokenizer):
     """What training and conversion write at their end: the old one stays until the new one is there."""
     params = [{"w": np.random.default_rng(n).normal(size=(256, 256)).astype(np.float32)} for n in (1, 2)]
     disk.mount("size=4m")
-    target = save_model(disk.path / "model", params[0], {}, tokenizer, dtype=None)
+    target = save_pretrained(disk.path / "model", params[0], {}, tokenizer, dtype=None)
     full = disk.path / "full"
     full.write_bytes(bytes(4 * 2**20 - 96 * 1024 - sum(path.stat().st_size for path in tree(disk.path) if path.is_file())))
     with pytest.raises(UserError, match=f"{target} could not be written: No space left on device"):
-        save_model(target, params[1], {}, tokenizer, dtype=None, overwrite=True)
+        save_pretrained(target, params[1], {}, tokenizer, dtype=None, overwrite=True)
     assert sorted(path.name for path in disk.path.iterdir()) == ["full", "model"]
-    assert (load_model(target, dtype=None).params["w"] == params[0]["w"]).all()
+    assert (load_pretrained(target, dtype=None).params["w"] == params[0]["w"]).all()
     full.unlink()
-    save_model(target, params[1], {}, tokenizer, dtype=None, overwrite=True)
-    assert (load_model(target, dtype=None).params["w"] == params[1]["w"]).all()
+    save_pretrained(target, params[1], {}, tokenizer, dtype=None, overwrite=True)
+    assert (load_pretrained(target, dtype=None).params["w"] == params[1]["w"]).all()
     disk.remount("ro")
     with pytest.raises(UserError, match="model cannot be written: Read-only file system"):
-        save_model(target, params[0], {}, tokenizer, dtype=None, overwrite=True)
-    assert (load_model(target, dtype=None).params["w"] == params[1]["w"]).all()
+        save_pretrained(target, params[0], {}, tokenizer, dtype=None, overwrite=True)
+    assert (load_pretrained(target, dtype=None).params["w"] == params[1]["w"]).all()
 
 
 def test_a_partial_evaluation(disk):
@@ -123,25 +123,25 @@ def test_a_partial_evaluation(disk):
     path, settings = disk.path / "val.partial.jsonl", {"split": "val"}
     with (
         pytest.raises(UserError, match=rf"cannot write {path}: No space left on device"),
-        resumable.Partial.open(path, settings) as p,
+        resumable.ResumableRecords.open(path, settings) as p,
     ):
         for place in range(1000):
             p.add({place: [{"sentence": "x" * 200}]})
     done = len(p.records)
-    assert 10 < done < 1000 and f"{done} images are done" in p.kept()
+    assert 10 < done < 1000 and f"{done} images are done" in p.progress_note()
     disk.remount("size=1m")
-    with resumable.Partial.open(path, settings) as again:
+    with resumable.ResumableRecords.open(path, settings) as again:
         assert again.records.keys() == p.records.keys()
 
 
 def test_an_evaluation_that_cannot_keep_its_records(tmp_path, monkeypatch):
     """As above, on any system."""
     path = tmp_path / "val.partial.jsonl"
-    with pytest.raises(UserError, match=f"cannot write {path}: No space left"), resumable.Partial.open(path, {}) as p:
+    with pytest.raises(UserError, match=f"cannot write {path}: No space left"), resumable.ResumableRecords.open(path, {}) as p:
         p.add({0: [{"a": 1}]})
         p._file = FullFile(p._file)
         p.add({1: [{"a": 1}]})
-    with resumable.Partial.open(path, {}) as again:
+    with resumable.ResumableRecords.open(path, {}) as again:
         assert list(again.records) == [0] == list(p.records)
 
 
@@ -161,7 +161,7 @@ class FullFile:
 
 def test_results_are_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "val.json"
-    storage.replace_text(path, "old")
+    storage.write_text_atomic(path, "old")
 
     def half(self, text, **_):
         self.write_bytes(text[:1].encode())
@@ -169,7 +169,7 @@ def test_results_are_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
 
     monkeypatch.setattr(type(path), "write_text", half)
     with pytest.raises(UserError, match=f"cannot write {path}: No space left on device; make room"):
-        storage.replace_text(path, "new")
+        storage.write_text_atomic(path, "new")
     assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
 
 
@@ -193,7 +193,7 @@ def test_whatever_else_cannot_write(capfd):
             file.write("x")
 
     with pytest.raises(SystemExit) as stopped:
-        errors.run(main)
+        errors.run_cli(main)
     assert stopped.value.code == 2
     said = capfd.readouterr().err
     assert said == "error: cannot write: No space left on device; make room, or choose another place\n"
@@ -213,11 +213,11 @@ def test_predict_train_and_eval_say_it_before_they_load_anything(disk, tmp_path)
 
 
 def test_the_tables_of_a_prediction_have_no_half_a_line(disk, tmp_path):
-    from flowseg_jax.inference.outputs import TABLE, Unwritable, Writer
+    from flowseg_jax.inference.outputs import TABLE, PredictionWriter, Unwritable
 
     disk.mount("size=16k")
     full = pytest.raises(Unwritable, match="No space left on device; make room")
-    with full, Writer(disk.path / "out", ("rle",), table=True) as w:
+    with full, PredictionWriter(disk.path / "out", ("rle",), table=True) as w:
         for _ in range(1000):
             w.fail("x" * 300, "broken")
     lines = (disk.path / "out" / TABLE).read_text().splitlines()

@@ -32,7 +32,7 @@ def test_programs_are_kept_in_a_folder_of_the_users_own(tmp_path: Path) -> None:
     folder, limit = run(tmp_path)
     assert Path(folder).parent == tmp_path / "flowseg_jax"
     assert Path(folder).stat().st_mode & 0o777 == 0o700
-    assert int(limit) == host.KEPT
+    assert int(limit) == host.CACHE_BYTES
     programs = sorted(Path(folder).glob("*-cache"))
     assert programs
     assert run(tmp_path) == [folder, limit]

@@ -21,7 +21,7 @@ from PIL import Image
 
 from flowseg_jax.data import prepare
 from flowseg_jax.errors import UserError
-from flowseg_jax.inference.outputs import Writer
+from flowseg_jax.inference.outputs import PredictionWriter
 from flowseg_jax.system import distributed, locks
 
 
@@ -62,7 +62,7 @@ def elsewhere(directory: Path):
 def leave_behind(directory, **changes) -> locks.Owner:
     """Writes the lock of another owner."""
     owner = dataclasses.replace(locks.Owner.me(), **changes)
-    path, text = locks.absolute(directory) / ".lock", json.dumps(dataclasses.asdict(owner))
+    path, text = locks.resolve_path(directory) / ".lock", json.dumps(dataclasses.asdict(owner))
     if locks.is_remote(directory):
         fake_gcs.Client().bucket("bucket").blob("run/.lock").upload_from_string(text)
     else:
@@ -85,7 +85,7 @@ def test_the_second_process_is_refused_and_told_of_the_first(tmp_path):
             pass
         with pytest.raises(UserError, match=message), distributed.locked(run):  # a job of several
             pass
-        with pytest.raises(UserError, match=message), Writer(run, ("rle",), table=True):
+        with pytest.raises(UserError, match=message), PredictionWriter(run, ("rle",), table=True):
             pass
         assert (run / ".lock").exists()
         os.kill(process.pid, signal.SIGKILL)
@@ -116,13 +116,13 @@ def test_every_command_that_writes_is_refused(tmp_path, monkeypatch):
     """Before it reads or computes anything: what they are given does not exist."""
     from convert_weights.export import export_directory
     from flowseg_jax import cli
-    from flowseg_jax.checkpoints.pretrained import save_model, stream_model
+    from flowseg_jax.checkpoints.pretrained import save_pretrained, save_pretrained_streaming
     from flowseg_jax.inference import export
     from flowseg_jax.training import loop
 
     Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(tmp_path / "x.png")
     prepared = prepare.prepare(mini.write(tmp_path / "layout"), tmp_path / "prepared", log=lambda _: None).directory
-    monkeypatch.setattr(loop.Program, "build", lambda config: None)
+    monkeypatch.setattr(loop.TrainProgram, "build", lambda config: None)
     out = tmp_path / "out"
     inside = {
         "train": lambda: loop.train(None, out),
@@ -131,9 +131,9 @@ def test_every_command_that_writes_is_refused(tmp_path, monkeypatch):
     }
     beside = {
         "export": lambda: export.export("nowhere", out),
-        "convert": lambda: stream_model(out, {}, {}, "nowhere"),
+        "convert": lambda: save_pretrained_streaming(out, {}, {}, "nowhere"),
         "convert back": lambda: export_directory(None, "nowhere", out),
-        "the model of a run": lambda: save_model(out, {}, {}, "nowhere"),
+        "the model of a run": lambda: save_pretrained(out, {}, {}, "nowhere"),
     }
     for commands, options in ((inside, {}), (beside, {"beside": True})):
         with locks.held(out, **options):
@@ -147,7 +147,7 @@ def test_every_command_that_writes_is_refused(tmp_path, monkeypatch):
 
 
 def test_it_is_held_once_however_often_it_is_entered_and_then_gone(directory):
-    path = locks.absolute(directory)
+    path = locks.resolve_path(directory)
     with locks.held(directory):
         with locks.held(directory):
             pass
@@ -178,7 +178,7 @@ def test_a_living_process_of_this_machine_is_respected_on_a_store(tmp_path):
         owner = leave_behind(f"{bucket}/run", token="a")
         with pytest.raises(UserError, match=f"is in use by process {os.getpid()} on host"), locks.held(f"{bucket}/run"):
             pass
-        assert locks.Owner.read((locks.absolute(f"{bucket}/run") / ".lock").read_bytes()) == owner
+        assert locks.Owner.read((locks.resolve_path(f"{bucket}/run") / ".lock").read_bytes()) == owner
 
 
 def test_another_host_is_given_time_to_show_that_it_lives(directory, quick, capsys):
@@ -203,7 +203,7 @@ def test_another_host_is_given_time_to_show_that_it_lives(directory, quick, caps
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", '{"pid": 1}', "[" * 100_000])
 def test_a_lock_that_cannot_be_read_is_no_reason_to_stop_for_ever(directory, quick, text):
-    path = locks.absolute(directory)
+    path = locks.resolve_path(directory)
     path.mkdir(parents=True, exist_ok=True)
     (path / ".lock").write_text(text)
     with locks.held(directory):
@@ -239,12 +239,12 @@ def test_an_owner_that_was_taken_for_dead_writes_no_more(directory, monkeypatch)
         assert ended.wait(60)
     (line, code) = said[0]
     assert "was taken over by process 77 on host far" in line and code == 2
-    assert locks.Owner.read((locks.absolute(directory) / ".lock").read_bytes()).token == "b"  # it is the other's
+    assert locks.Owner.read((locks.resolve_path(directory) / ".lock").read_bytes()).token == "b"  # it is the other's
 
 
 def test_a_lock_that_was_removed_by_hand_comes_back(directory, monkeypatch):
     monkeypatch.setattr(locks, "RENEWED", 0.02)
-    path = locks.absolute(directory) / ".lock"
+    path = locks.resolve_path(directory) / ".lock"
     with locks.held(directory):
         path.unlink()
         for _ in range(1000):
@@ -260,7 +260,7 @@ def test_of_two_that_come_at_once_one_is_refused(directory):
         locks._held.clear()  # as a process of its own sees it
         with pytest.raises(UserError, match="is in use by process"), locks.held(directory):
             pass
-        locks._held[(locks.absolute(directory) / ".lock").as_posix()] = 1
+        locks._held[(locks.resolve_path(directory) / ".lock").as_posix()] = 1
 
 
 def test_a_store_where_another_is_quicker(monkeypatch):

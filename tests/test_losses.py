@@ -13,21 +13,21 @@ from flowseg_jax import losses
 from flowseg_jax.errors import UserError
 from flowseg_jax.losses import (
     LossConfig,
-    Passes,
+    PassPredictions,
     Targets,
     class_loss,
-    divide,
-    level_losses,
-    masks_on_grid,
+    deep_supervision_terms,
+    downsample_packed_masks,
+    layer_losses,
     match_cost,
     next_token_loss,
+    normalize_terms,
     point_losses,
     referring_targets,
-    segmentation_terms,
 )
-from flowseg_jax.ops.matcher import match
-from flowseg_jax.ops.vocabulary import Vocabulary
-from flowseg_jax.types import NO_LABEL, NONE, NOTHING
+from flowseg_jax.ops.matcher import batched_hungarian
+from flowseg_jax.ops.vocabulary import ShardedEmbedding
+from flowseg_jax.types import IGNORE_INDEX, NO_TARGET, PAD
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -41,13 +41,15 @@ def test_next_token_loss_is_the_mean_over_labels_in_any_chunk(rng):
     hidden = rng.normal(size=(2, 7, 5)).astype(np.float32)
     table = rng.normal(size=(11, 5)).astype(np.float32)
     labels = rng.integers(0, 11, (2, 7))
-    labels[0, :3] = labels[1, 5:] = NO_LABEL
+    labels[0, :3] = labels[1, 5:] = IGNORE_INDEX
     logits = hidden[:, :-1] @ table.T
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    kept = labels[:, 1:] != NO_LABEL
+    kept = labels[:, 1:] != IGNORE_INDEX
     expected = -np.take_along_axis(log_p, np.maximum(labels[:, 1:], 0)[..., None], -1)[..., 0][kept].sum()
     for chunk in (1, 5, 64):
-        total, count = next_token_loss(jnp.asarray(hidden), Vocabulary.whole(jnp.asarray(table)), jnp.asarray(labels), chunk)
+        total, count = next_token_loss(
+            jnp.asarray(hidden), ShardedEmbedding.whole(jnp.asarray(table)), jnp.asarray(labels), chunk
+        )
         assert float(total) == pytest.approx(expected, rel=1e-5)
         assert int(count) == kept.sum()
 
@@ -56,9 +58,9 @@ def test_next_token_loss_is_the_mean_over_labels_in_any_chunk(rng):
 def test_where_the_first_label_may_stand_changes_no_loss(rng, first):
     """What stands before it is left out in whole tiles, so that a few tokens without a label are in."""
     hidden = jnp.asarray(rng.normal(size=(2, 29, 5)), jnp.float32)
-    table = Vocabulary.whole(jnp.asarray(rng.normal(size=(11, 5)), jnp.float32))
+    table = ShardedEmbedding.whole(jnp.asarray(rng.normal(size=(11, 5)), jnp.float32))
     labels = rng.integers(0, 11, (2, 29))
-    labels[:, :12] = NO_LABEL
+    labels[:, :12] = IGNORE_INDEX
     expected = next_token_loss(hidden, table, jnp.asarray(labels), chunk=7)
     found = next_token_loss(hidden, table, jnp.asarray(labels), chunk=7, first=first)
     np.testing.assert_allclose(np.asarray(found), np.asarray(expected), rtol=1e-6)
@@ -113,7 +115,7 @@ def test_point_losses_are_means_over_points_and_sums_over_masks(rng):
 
 def test_terms_are_divided_once():
     terms = {"a": (jnp.array(6.0), jnp.array(3.0)), "b": (jnp.array(0.0), jnp.array(0.0))}
-    assert jax.tree.map(float, divide(terms)) == {"a": 2.0, "b": 0.0}
+    assert jax.tree.map(float, normalize_terms(terms)) == {"a": 2.0, "b": 0.0}
 
 
 @pytest.fixture
@@ -129,13 +131,13 @@ def level(rng):
     ), masks.reshape(1, 2, 4, 6, 6, 4).mean((3, 5))
 
 
-def of_one_kind(class_logits, mask_embeds, targets, cfg, **rest) -> losses.LevelLosses:
-    return level_losses({"x": Passes(class_logits, mask_embeds, None)}, {"x": targets}, **rest, cfg=cfg)["x"]
+def of_one_kind(class_logits, mask_embeds, targets, cfg, **rest) -> losses.LayerLosses:
+    return layer_losses({"x": PassPredictions(class_logits, mask_embeds, None)}, {"x": targets}, **rest, cfg=cfg)["x"]
 
 
 def terms_of_one_kind(class_logits, mask_embeds, targets, cfg, **rest):
-    passes = Passes(class_logits, mask_embeds, jax.random.split(jax.random.key(0), 1))
-    terms, assigned = segmentation_terms({"x": passes}, {"x": targets}, **rest, cfg=cfg, refine=None)
+    passes = PassPredictions(class_logits, mask_embeds, jax.random.split(jax.random.key(0), 1))
+    terms, assigned = deep_supervision_terms({"x": passes}, {"x": targets}, **rest, cfg=cfg, refine=None)
     return terms, assigned["x"]
 
 
@@ -156,7 +158,7 @@ def test_without_points_every_pixel_of_the_grid_counts(level):
 
 def test_a_grid_that_does_not_divide_the_image_is_refused(level):
     with pytest.raises(ValueError, match="divides the image: 24 pixels, a grid of"):
-        masks_on_grid(level[0]["packed"], (5, 6))
+        downsample_packed_masks(level[0]["packed"], (5, 6))
 
 
 def test_the_class_gain_changes_the_class_loss_and_nothing_else(level):
@@ -175,15 +177,15 @@ def test_the_class_gain_changes_the_class_loss_and_nothing_else(level):
 
 def test_a_phrase_that_refers_to_nothing_makes_all_its_queries_background(rng):
     """Its class loss counts, its masks do not; a padded phrase counts nothing."""
-    targets = referring_targets(jnp.array([[0, NOTHING, NONE]]), group=1)
-    assert targets.masks[..., 0].tolist() == [[0, NONE, NONE]] and targets.counted.tolist() == [[True, True, False]]
+    targets = referring_targets(jnp.array([[0, NO_TARGET, PAD]]), group=1)
+    assert targets.masks[..., 0].tolist() == [[0, PAD, PAD]] and targets.pass_valid.tolist() == [[True, True, False]]
     queries, background = 4, 0.1
     counts = targets.denominators("refer", queries, background)
     assert float(counts["refer_mask"]) == 1
     assert float(counts["refer_class"]) == pytest.approx((1 + 3 * background) + 4 * background)
     logits = jnp.asarray(rng.normal(size=(3, queries, 5)), jnp.float32)
-    assigned = jnp.array([[2], [NONE], [NONE]])
-    total, weight = class_loss(logits, targets.labels[0], assigned, targets.counted[0], background)
+    assigned = jnp.array([[2], [PAD], [PAD]])
+    total, weight = class_loss(logits, targets.labels[0], assigned, targets.pass_valid[0], background)
     log_p = jax.nn.log_softmax(logits)
     expected = -log_p[0, 2, 0] - background * log_p[0, jnp.array([0, 1, 3]), -1].sum() - background * log_p[1, :, -1].sum()
     assert float(total) == pytest.approx(float(expected), rel=1e-5) and float(weight) == pytest.approx(1.7)
@@ -205,7 +207,7 @@ def test_levels_are_matched_together_as_one_by_one(level, monkeypatch):
 
     alone = [of_one_kind(**{k: v[i] for k, v in stacked.items()}, **rest, cfg=cfg) for i in range(3)]
     solved = []
-    monkeypatch.setattr(losses, "match", lambda cost, valid: solved.append(cost.shape) or match(cost, valid))
+    monkeypatch.setattr(losses, "match", lambda cost, valid: solved.append(cost.shape) or batched_hungarian(cost, valid))
     terms, assigned = together(**stacked)
     np.testing.assert_array_equal(assigned, alone[-1].assigned)
     assert len({tuple(np.asarray(x.assigned).ravel()) for x in alone}) > 1  # else mixed-up levels would not show
@@ -227,10 +229,10 @@ def two_kinds(rng):
     embeds = lambda r: jnp.asarray(rng.normal(size=(3, 2, r, 5, 6)), jnp.float32)  # noqa: E731
     logits = lambda r: jnp.asarray(rng.normal(size=(3, 2, r, 5, 4)), jnp.float32)  # noqa: E731
     keys = jax.random.split(jax.random.key(1), 4).reshape(2, 2)
-    kinds = {"refer": Passes(logits(3), embeds(3), keys[0]), "named": Passes(logits(1), embeds(1), keys[1])}
+    kinds = {"refer": PassPredictions(logits(3), embeds(3), keys[0]), "named": PassPredictions(logits(1), embeds(1), keys[1])}
     targets = {
-        "refer": referring_targets(jnp.array([[0, 3, NONE], [2, NOTHING, 1]]), group=1),
-        "named": losses.object_targets(jnp.array([[0, 1, NONE, NONE], [NONE, 1, 2, 0]]), jnp.array([True, True])),
+        "refer": referring_targets(jnp.array([[0, 3, PAD], [2, NO_TARGET, 1]]), group=1),
+        "named": losses.object_targets(jnp.array([[0, 1, PAD, PAD], [PAD, 1, 2, 0]]), jnp.array([True, True])),
     }
     return kinds, targets, jnp.asarray(rng.normal(size=(2, 8, 8, 6)), jnp.float32), masks
 
@@ -241,7 +243,7 @@ def test_kinds_of_passes_lose_together_what_they_lose_apart(two_kinds, points):
 
     @jax.jit
     def run(kinds):
-        return segmentation_terms(kinds, {name: targets[name] for name in kinds}, *rest, LossConfig(points=points), None)
+        return deep_supervision_terms(kinds, {name: targets[name] for name in kinds}, *rest, LossConfig(points=points), None)
 
     terms, assigned = run(kinds)
     assert set(terms) == {f"{name}_{term}" for name in kinds for term in ("class", "mask", "dice")}
@@ -259,11 +261,11 @@ def test_only_the_last_level_is_refined(two_kinds):
     def refine(masks, features):
         return masks + features.sum((1, 2, 3))[:, None, None, None]
 
-    terms, _ = jax.jit(lambda kinds: segmentation_terms(kinds, targets, features, packed, cfg, refine))(kinds)
+    terms, _ = jax.jit(lambda kinds: deep_supervision_terms(kinds, targets, features, packed, cfg, refine))(kinds)
     levels = []
     for i in range(3):
-        level = {name: Passes(x.class_logits[i], x.mask_embeds[i], None) for name, x in kinds.items()}
-        levels.append(level_losses(level, targets, features, packed, cfg, refine if i == 2 else None))
+        level = {name: PassPredictions(x.class_logits[i], x.mask_embeds[i], None) for name, x in kinds.items()}
+        levels.append(layer_losses(level, targets, features, packed, cfg, refine if i == 2 else None))
     for name in kinds:
         expected = cfg.mask * sum(float(level[name].sums["mask"]) for level in levels)
         assert float(terms[f"{name}_mask"][0]) == pytest.approx(expected, rel=1e-5)
@@ -274,7 +276,7 @@ def test_points_are_chosen_once(two_kinds):
     kinds, targets, *rest = two_kinds
 
     def total(features):
-        terms, _ = segmentation_terms(kinds, targets, features, rest[1], LossConfig(points=40), None)
+        terms, _ = deep_supervision_terms(kinds, targets, features, rest[1], LossConfig(points=40), None)
         return sum(value for value, _ in terms.values())
 
     text = jax.jit(jax.value_and_grad(total)).lower(rest[0]).compile().as_text()

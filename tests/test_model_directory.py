@@ -25,30 +25,30 @@ def tokenizer(tmp_path):
 
 def test_model_directory_round_trip(tmp_path, tokenizer):
     params = make_params()
-    path = pretrained.save_model(tmp_path / "model", params, {"width": (1, 2)}, tokenizer, {"seed": 3})
-    loaded = pretrained.load_model(path)
+    path = pretrained.save_pretrained(tmp_path / "model", params, {"width": (1, 2)}, tokenizer, {"seed": 3})
+    loaded = pretrained.load_pretrained(path)
     assert loaded.model_config == {"width": [1, 2]}
     assert loaded.extra == {"seed": 3}
     assert (loaded.tokenizer_dir / "tokenizer.json").read_text() == "{}"
     assert all(isinstance(x, np.ndarray) and x.dtype == np.float32 for x in jax.tree.leaves(loaded.params))
     assert same(loaded.params, jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), params))
-    stored = pretrained.load_model(path, dtype=None).params
+    stored = pretrained.load_pretrained(path, dtype=None).params
     assert stored["a"]["w"].dtype == jnp.bfloat16
-    sharded = pretrained.load_model(path, abstract_of(params)).params
+    sharded = pretrained.load_pretrained(path, abstract_of(params)).params
     assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(sharded))
     assert manifest(sharded) == manifest(params)
-    exact = pretrained.save_model(path, params, {}, tokenizer, dtype=None, overwrite=True)
-    assert same(pretrained.load_model(exact, dtype=None).params, params)
+    exact = pretrained.save_pretrained(path, params, {}, tokenizer, dtype=None, overwrite=True)
+    assert same(pretrained.load_pretrained(exact, dtype=None).params, params)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "tok"]  # nothing temporary is left
 
 
 def test_a_model_directory_appears_whole_or_not_at_all(tmp_path, tokenizer, monkeypatch):
     params = make_params()
-    path = pretrained.save_model(tmp_path / "model", params, {"good": 1}, tokenizer)
+    path = pretrained.save_pretrained(tmp_path / "model", params, {"good": 1}, tokenizer)
     with pytest.raises(UserError, match="model exists: remove it or choose another name"):
-        pretrained.save_model(path, params, {}, tokenizer)
+        pretrained.save_pretrained(path, params, {}, tokenizer)
     with pytest.raises(UserError, match="no tokenizer directory"):
-        pretrained.save_model(tmp_path / "other", params, {}, tmp_path / "nope")
+        pretrained.save_pretrained(tmp_path / "other", params, {}, tmp_path / "nope")
 
     def full(*_, **__):
         raise OSError(28, "No space left on device")
@@ -56,9 +56,9 @@ def test_a_model_directory_appears_whole_or_not_at_all(tmp_path, tokenizer, monk
     monkeypatch.setattr(pretrained, "copy_tree", full)
     for target in (path, tmp_path / "other"):
         with pytest.raises(UserError, match=r"could not be written: .*No space left"):
-            pretrained.save_model(target, params, {}, tokenizer, overwrite=True)
+            pretrained.save_pretrained(target, params, {}, tokenizer, overwrite=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "tok"]
-    assert pretrained.load_model(path).model_config == {"good": 1}
+    assert pretrained.load_pretrained(path).model_config == {"good": 1}
 
 
 @pytest.mark.parametrize(
@@ -75,26 +75,26 @@ def test_a_model_directory_appears_whole_or_not_at_all(tmp_path, tokenizer, monk
     ],
 )
 def test_a_spoilt_model_directory_is_one_line(tmp_path, tokenizer, spoil, message):
-    path = pretrained.save_model(tmp_path / "model", make_params(), {}, tokenizer)
+    path = pretrained.save_pretrained(tmp_path / "model", make_params(), {}, tokenizer)
     spoil(path)
     with pytest.raises(UserError, match=message) as error:
-        pretrained.load_model(path)
+        pretrained.load_pretrained(path)
     assert "\n" not in str(error.value)
 
 
 def test_a_model_of_another_format_version(tmp_path, tokenizer):
-    path = pretrained.save_model(tmp_path / "model", make_params(), {}, tokenizer)
+    path = pretrained.save_pretrained(tmp_path / "model", make_params(), {}, tokenizer)
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(config | {"format_version": 99}))
     with pytest.raises(UserError, match="has format version 99, this flowseg_jax reads 2"):
-        pretrained.load_model(path)
+        pretrained.load_pretrained(path)
 
 
 def test_loading_is_strict_both_ways(tmp_path, tokenizer):
-    path = pretrained.save_model(tmp_path / "model", make_params(), {}, tokenizer)
+    path = pretrained.save_pretrained(tmp_path / "model", make_params(), {}, tokenizer)
     abstract = {"a": {"w": jax.ShapeDtypeStruct((60, 99), jnp.float32), "c": jax.ShapeDtypeStruct((1,), jnp.float32)}}
     with pytest.raises(UserError) as error:
-        pretrained.load_model(path, abstract)
+        pretrained.load_pretrained(path, abstract)
     wanted = (
         "missing a/c (1,)",
         "unexpected a/b (7,)",
@@ -129,22 +129,22 @@ def edited(path, **changes):
     ],
 )
 def test_config_and_tokenizer_are_as_they_were_saved_or_are_accepted(tmp_path, tokenizer, spoil, message, capsys):
-    path = pretrained.save_model(tmp_path / "model", make_params(), {"rope_theta": 1e6}, tokenizer)
+    path = pretrained.save_pretrained(tmp_path / "model", make_params(), {"rope_theta": 1e6}, tokenizer)
     spoil(path)
     with pytest.raises(UserError, match=message + r".*accept it by `python -m flowseg_jax\.model_directory .*/model`") as error:
-        pretrained.load_model(path)
+        pretrained.load_pretrained(path)
     assert "\n" not in str(error.value)
     assert pretrained.main([str(path)]) == 0
     assert capsys.readouterr().out == f"{path}: config.json and tokenizer are accepted as they are\n"
-    pretrained.load_model(path)
+    pretrained.load_pretrained(path)
 
 
 def test_spaces_order_and_hidden_files_are_no_change(tmp_path, tokenizer):
-    path = pretrained.save_model(tmp_path / "model", make_params(), {"a": 1, "b": 2.0}, tokenizer)
+    path = pretrained.save_pretrained(tmp_path / "model", make_params(), {"a": 1, "b": 2.0}, tokenizer)
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(dict(reversed(config.items()))))
     (path / "tokenizer/.DS_Store").write_text("")
-    assert pretrained.load_model(path).model_config == {"a": 1, "b": 2.0}
+    assert pretrained.load_pretrained(path).model_config == {"a": 1, "b": 2.0}
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_spaces_order_and_hidden_files_are_no_change(tmp_path, tokenizer):
     ],
 )
 def test_what_no_array_can_be_is_one_line_even_if_its_checksum_is_right(tmp_path, tokenizer, changes, message):
-    path = pretrained.save_model(tmp_path / "model", make_params(), {}, tokenizer)
+    path = pretrained.save_pretrained(tmp_path / "model", make_params(), {}, tokenizer)
     edited(path, **changes)
     with pytest.raises(UserError, match=message):
         pretrained.seal(path)

@@ -23,7 +23,7 @@ from trees import abstract_of, make_params, make_state
 
 from flowseg_jax.checkpoints import manager, pretrained
 from flowseg_jax.checkpoints.manifest import checksums
-from flowseg_jax.data.prompts import Prompts
+from flowseg_jax.data.prompts import PromptTemplates
 from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation import audit, results
 from flowseg_jax.models.config import FlowSegConfig
@@ -137,13 +137,13 @@ def model(tmp_path_factory):
     (root / "tokenizer").mkdir()
     (root / "tokenizer/tokenizer.json").write_text('{"model": {"vocab": {"a": 0}}}')
     config, extra = small.config().to_dict(), {"prompts": {"question": 1}}
-    return pretrained.save_model(root / "model", make_params(), config, root / "tokenizer", extra, dtype=None)
+    return pretrained.save_pretrained(root / "model", make_params(), config, root / "tokenizer", extra, dtype=None)
 
 
 def read_model(path):
-    loaded = pretrained.load_model(path, dtype=None)
+    loaded = pretrained.load_pretrained(path, dtype=None)
     config = FlowSegConfig.from_dict(loaded.model_config, f"{path}/config.json: model")
-    Prompts.of_model(loaded.extra, path)
+    PromptTemplates.of_model(loaded.extra, path)
     return checksums(loaded.params), config, loaded.extra, (loaded.tokenizer_dir / "tokenizer.json").read_bytes()
 
 
@@ -194,13 +194,13 @@ def fuzz_model_values(model, root, inputs):
 def fuzz_checkpoints(root, inputs):
     """Whatever happens to the newest, it is read as it was, or set aside in one line for the one before, or refused."""
     state = make_state()
-    with manager.Checkpoints(root / "run", best=("loss", "min")) as checkpoints:
+    with manager.CheckpointManager(root / "run", best=("loss", "min")) as checkpoints:
         for step in (1, 2):
             checkpoints.save(step, state | {"step": jax.numpy.asarray(step)}, {"config": {"width": 4}}, {"loss": 1.0})
     sums = checksums(state | {"step": jax.numpy.asarray(2)})
 
     def read(path):
-        with manager.Checkpoints(path, best=("loss", "min")) as checkpoints:
+        with manager.CheckpointManager(path, best=("loss", "min")) as checkpoints:
             restored = checkpoints.restore_latest(abstract_of(state))
         aside = (path / "checkpoints/2.damaged").exists()
         return None if restored is not None and restored.step == 1 and aside else restored

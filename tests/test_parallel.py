@@ -38,14 +38,16 @@ def test_the_command_prints_the_manifest(capsys):
 
 def test_each_mesh_axis_is_used_once_and_tensor_chooses_first():
     mesh = sharding.abstract_mesh({"data": 2, "fsdp": 4, "tensor": 2})
-    spec = lambda names, *shape: sharding.spec(names, shape, mesh)  # noqa: E731
+    spec = lambda names, *shape: sharding.partition_spec(names, shape, mesh)  # noqa: E731
     assert spec(("embed", "heads"), 64, 32) == PartitionSpec("fsdp", "tensor")
     assert spec(("heads", "embed"), 32, 64) == PartitionSpec("tensor", "fsdp")
     assert spec(("heads", "mlp"), 33, 32) == PartitionSpec(None, "tensor")  # 33 rows divide by nothing
     assert spec(("layers", "vocab", None), 8, 64, 64) == PartitionSpec(None, None, None)
     assert spec(("batch", None), 16, 3) == PartitionSpec(("data", "fsdp"), None)
     one = sharding.abstract_mesh({"fsdp": 4})
-    assert sharding.spec(("heads", "embed"), (32, 64), one) == PartitionSpec("fsdp", None)  # the first axis, for the scatter
+    assert sharding.partition_spec(("heads", "embed"), (32, 64), one) == PartitionSpec(
+        "fsdp", None
+    )  # the first axis, for the scatter
     with pytest.raises(ValueError, match="no sharding rule for logical axis 'width'"):
         spec(("width",), 8)
 

@@ -17,21 +17,21 @@ from PIL import Image
 from pycocotools import mask as coco
 
 from flowseg_jax import cli
-from flowseg_jax.checkpoints.pretrained import save_model, seal
+from flowseg_jax.checkpoints.pretrained import save_pretrained, seal
 from flowseg_jax.data import collate
-from flowseg_jax.data.prompts import Conversation, Prompts
+from flowseg_jax.data.prompts import Conversation, PromptTemplates
 from flowseg_jax.data.records import Turn
 from flowseg_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation import postprocess
 from flowseg_jax.inference import batch, inputs, outputs
 from flowseg_jax.inference import segmentor as predict
-from flowseg_jax.inference.selection import Candidate, Selection, distinct, select
+from flowseg_jax.inference.selection import Candidate, SelectionConfig, mask_nms, select_prediction
 from flowseg_jax.models import flowseg, generate
 from flowseg_jax.models.config import FlowSegConfig
-from flowseg_jax.models.language import Cache, LanguageConfig
+from flowseg_jax.models.language import KVCache, LanguageConfig
 from flowseg_jax.reports import overlay, pictures
-from flowseg_jax.types import Asked
+from flowseg_jax.types import PromptQueries
 
 SIDE, GRID, QUERIES = 48, 12, 4
 
@@ -43,18 +43,20 @@ class Thresholds(flowseg.FlowSeg):
         self.gain = nnx.Param(jnp.ones((1,)))
 
     def see(self, views, prefix):
-        b = views.images.shape[0]
-        gray = views.images.astype(jnp.float32).mean(-1).reshape(b, GRID, SIDE // GRID, GRID, SIDE // GRID).mean((2, 4)) / 255
-        return flowseg.Seen(gray[..., None], (), Cache.empty(LanguageConfig.tiny(8), b, 1, jnp.dtype("float32")))
+        b = views.sam_images.shape[0]
+        gray = (
+            views.sam_images.astype(jnp.float32).mean(-1).reshape(b, GRID, SIDE // GRID, GRID, SIDE // GRID).mean((2, 4)) / 255
+        )
+        return flowseg.ImageCache(gray[..., None], (), KVCache.empty(LanguageConfig.tiny(8), b, 1, jnp.dtype("float32")))
 
     def ask(self, seen, questions):
         thresholds = (jnp.arange(QUERIES) + 1.0) / 5
         logits = self.gain[0] * (seen.mask_features[..., 0][:, None, None] - thresholds[None, None, :, None, None])
-        k = questions.asked.shape[1]
+        k = questions.query_valid.shape[1]
         length = (questions.phrase_ids[:, None] == jnp.arange(k)[:, None]).sum(-1)
         scores = 1 / (1 + jnp.abs(jnp.arange(QUERIES) - length[..., None] % QUERIES))
         logits = jnp.broadcast_to(logits, (*scores.shape, *logits.shape[-2:]))
-        return flowseg.Segmentation(scores, logits, seen.mask_features)
+        return flowseg.MaskCandidates(scores, logits, seen.mask_features)
 
     def refine(self, mask_logits, mask_features):
         return mask_logits + 0.01 * jnp.moveaxis(mask_features, -1, 1)
@@ -94,8 +96,8 @@ def decode(candidate):
 
 def predict_file(model, image, text, out, **selection):
     """What the command does with one image and one text; the JSON's path."""
-    with outputs.Writer(out, ("overlay", "rle"), table=False) as writer:
-        jobs = inputs.images(image, [text], "--text")
+    with outputs.PredictionWriter(out, ("overlay", "rle"), table=False) as writer:
+        jobs = inputs.jobs_from_images(image, [text], "--text")
         done = batch.run(model, jobs, functools.partial(model.ask, **selection), writer, strict=True)
     return done.paths[0]
 
@@ -194,7 +196,7 @@ def test_an_unwritable_folder(model, tmp_path):
 
 def random_params(cfg):
     rng = np.random.default_rng(0)
-    abstract = flowseg.at_rest(flowseg.describe(cfg)[1])
+    abstract = flowseg.params_dict(flowseg.abstract_model(cfg)[1])
     return jax.tree.map(lambda x: (0.05 * rng.normal(size=x.shape)).astype(np.float32), abstract)
 
 
@@ -204,7 +206,7 @@ def model_directory(tokenizer_directory, tmp_path_factory):
     cfg = FlowSegConfig.tiny(vocab=load_tokenizer(tokenizer_directory).vocab)
     params = random_params(cfg)
     directory = tmp_path_factory.mktemp("model") / "tiny"
-    return save_model(directory, params, cfg.to_dict(), tokenizer_directory, extra={"prompts": {"question": 1}})
+    return save_pretrained(directory, params, cfg.to_dict(), tokenizer_directory, extra={"prompts": {"question": 1}})
 
 
 def test_a_model_directory_answers(model_directory, tmp_path):
@@ -256,9 +258,9 @@ def test_a_threshold_of_the_model_directory(model_directory, tmp_path):
                 predict.load(directory)
             continue
         segmentor = predict.load(directory)
-        look = segmentor.look(Image.fromarray(picture()))
-        assert not segmentor.ask(look, ["it"])[0].found
-        assert segmentor.ask(look, ["it"], no_target_below=0)[0].mask.any(), "what is asked for wins"
+        look = segmentor.encode_image(Image.fromarray(picture()))
+        assert not segmentor.predict(look, ["it"])[0].found
+        assert segmentor.predict(look, ["it"], no_target_below=0)[0].mask.any(), "what is asked for wins"
 
 
 # ------------------------------------------------------------------------------------------------------- candidates to answers
@@ -272,12 +274,12 @@ def bands(*edges):
 
 def test_near_duplicates_and_empty_masks_are_left_out():
     """IoU 0.8 is a duplicate, 79/100 is none; what is compared with is kept itself."""
-    assert [c.query for c in distinct(bands(0, 20, 21, 36, 100))] == [0, 2]
-    assert distinct([]) == []
+    assert [c.query for c in mask_nms(bands(0, 20, 21, 36, 100))] == [0, 2]
+    assert mask_nms([]) == []
 
 
 def answer_of(candidates, **selection):
-    return select("x.png", "it", np.zeros((7, 100, 3), np.uint8), candidates, Selection(**selection))
+    return select_prediction("x.png", "it", np.zeros((7, 100, 3), np.uint8), candidates, SelectionConfig(**selection))
 
 
 def test_what_is_the_answer():
@@ -296,7 +298,7 @@ def test_what_is_the_answer():
 @pytest.mark.parametrize("selection", [{"top_k": 0}, {"all_above": 1.1}, {"no_target_below": -0.1}, {"all_above": np.nan}])
 def test_selections_that_make_no_sense(selection):
     with pytest.raises(UserError, match=f"{next(iter(selection))} is"):
-        Selection(**selection)
+        SelectionConfig(**selection)
 
 
 # ------------------------------------------------------------------------------------------------------- folders, JSONL, flags
@@ -456,10 +458,10 @@ CHATS = {"what do you see?": "a picture.", "where is it?": "<p>it</p> <SEG>.", "
 @pytest.fixture(scope="module")
 def taught(tokenizer_directory):
     """A tiny FlowSeg whose language head is solved for: it gives the answers above about `picture()`, word by word."""
-    tokenizer, prompts = load_tokenizer(tokenizer_directory), Prompts(vary=False)
+    tokenizer, prompts = load_tokenizer(tokenizer_directory), PromptTemplates(randomize=False)
     cfg = FlowSegConfig.tiny(vocab=tokenizer.vocab)
     cfg = dataclasses.replace(cfg, llm=dataclasses.replace(cfg.llm, tie_embeddings=False))
-    graphdef, _ = flowseg.describe(cfg)
+    graphdef, _ = flowseg.abstract_model(cfg)
     params = random_params(cfg)
     params["llm"]["table"] = np.random.default_rng(1).normal(size=params["llm"]["table"].shape).astype(np.float32)
     make = functools.partial(
@@ -468,23 +470,25 @@ def taught(tokenizer_directory):
         tokenizer=tokenizer,
         image=96,
         vision=cfg.siglip.image_size,
-        visual_tokens=cfg.visual_tokens,
+        visual_tokens=cfg.num_visual_tokens,
     )
-    seen = make(params).look(Image.fromarray(picture())).seen
+    seen = make(params).encode_image(Image.fromarray(picture())).seen
 
     @jax.jit
     def read(seen, questions):
-        llm = flowseg.bind(graphdef, params).llm
+        llm = flowseg.bind_params(graphdef, params).llm
         embeds = llm.embed(questions.tokens, seen.cache.keys.dtype)
         return llm.extend(seen.cache, embeds, questions.positions, questions.segments)[0]
 
     questions = {prompts.referring(text, 0).turns[0].question: answer for text, answer in ASKED.items()} | CHATS
     hidden, follows = [], []
     for question, answer in questions.items():
-        asked, said = (tokenizer.encode(x) for x in (question + prompts.template.tail, answer + prompts.template.suffix))
+        asked, said = (
+            tokenizer.encode(x) for x in (question + prompts.template.assistant_prefix, answer + prompts.template.suffix)
+        )
         none = [-1] * len(asked + said)
-        encoded = collate.Encoded([*asked, *said], none, none, none)
-        packed = collate.questions([[encoded]], (1, 1, 64), len(np.asarray(seen.cache.positions)[0]), 0, ["x"])
+        encoded = collate.TokenizedConversation([*asked, *said], none, none, none)
+        packed = collate.collate_queries([[encoded]], (1, 1, 64), len(np.asarray(seen.kv_cache.positions)[0]), 0, ["x"])
         hidden.append(np.asarray(read(seen, packed))[0, len(asked) - 1 : len(asked + said) - 1])
         follows += said
     wanted = 20.0 * np.eye(tokenizer.vocab)[follows]
@@ -520,13 +524,13 @@ def test_each_seg_has_the_phrase_that_the_answer_gives_it(taught):
     """Against the same words handed over, the spans of the answer numbered 0 and 1, that of the question left over."""
     segmentor, params, graphdef, tokenizer = taught
     look = segmentor.look(Image.fromarray(picture()))
-    prompts = Prompts(vary=False)
+    prompts = PromptTemplates(randomize=False)
     turn = Turn(prompts.referring("it", 0).turns[0].question, TWO)
     encoded = collate.encode_conversation(Conversation((turn,), (2, 0, 1), (0, 1)), prompts, tokenizer, "x")
     prefix = look.seen.cache.positions.shape[1]
-    questions = collate.questions([[encoded]], (1, 4, 64), prefix, 0, ["x"])
-    found = jax.jit(lambda params: flowseg.bind(graphdef, params).ask(look.seen, questions))(params)
-    best = postprocess.top(found.scores, found.mask_logits, 3)
+    questions = collate.collate_queries([[encoded]], (1, 4, 64), prefix, 0, ["x"])
+    found = jax.jit(lambda params: flowseg.bind_params(graphdef, params).predict_cached(look.seen, questions))(params)
+    best = postprocess.top_k_masks(found.scores, found.mask_logits, 3)
     for k, prediction in enumerate(segmentor.generate(look, ["it"], top_k=3)[0].predictions):
         assert [c.query for c in prediction.candidates] == best.query[0, k].tolist()
         np.testing.assert_allclose([c.score for c in prediction.candidates], best.score[0, k], rtol=1e-4)
@@ -564,17 +568,17 @@ def test_the_command_tells_what_the_model_wrote(taught, monkeypatch, tmp_path, c
 def test_an_evaluation_counts_what_it_did_not_write_as_failed(taught):
     segmentor, params, graphdef, tokenizer = taught
     look = segmentor.look(Image.fromarray(picture()))
-    prompts = Prompts(vary=False)
+    prompts = PromptTemplates(randomize=False)
     texts = ["that", "the red circle"]
-    ids = [tokenizer.encode(prompts.referring(text, 0).turns[0].question + prompts.template.tail) for text in texts]
-    asked = Asked.of([ids], (1, 4, 32))  # two questions are padding
-    marks = generate.Marks(tokenizer.phrase_start, tokenizer.phrase_end, tokenizer.seg)
+    ids = [tokenizer.encode(prompts.referring(text, 0).turns[0].question + prompts.template.assistant_prefix) for text in texts]
+    asked = PromptQueries.of([ids], (1, 4, 32))  # two questions are padding
+    marks = generate.SpecialTokenIds(tokenizer.phrase_start, tokenizer.phrase_end, tokenizer.seg)
     eos = tokenizer.encode(prompts.template.suffix)
 
     @jax.jit
     def answer(params, seen):
-        model = flowseg.bind(graphdef, params)
-        return generate.answer(model, seen, asked, marks=marks, max_new_tokens=8, eos=eos)
+        model = flowseg.bind_params(graphdef, params)
+        return generate.generate_and_segment(model, seen, asked, marks=marks, max_new_tokens=8, eos=eos)
 
     found, has_seg = answer(params, look.seen)
     assert has_seg.tolist() == [[False, True, False, False]]

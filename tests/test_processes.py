@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import pytest
 from trees import abstract_of
 
-from flowseg_jax.checkpoints.manager import Checkpoints
+from flowseg_jax.checkpoints.manager import CheckpointManager
 from flowseg_jax.checkpoints.manifest import checksums
-from flowseg_jax.checkpoints.pretrained import load_model
+from flowseg_jax.checkpoints.pretrained import load_pretrained
 
 PROGRAM = """
 import json, sys
@@ -125,9 +125,9 @@ def test_both_processes_read_the_same_and_only_one_speaks(outputs):
 
 def test_one_process_reads_what_two_wrote(outputs, workdir):
     like = abstract_of(expected(2))
-    with Checkpoints(workdir) as checkpoints:
+    with CheckpointManager(workdir) as checkpoints:
         restored = checkpoints.restore_latest(like)
     assert restored.step == 2
     assert checksums(restored.state) == checksums(expected(2))
-    assert checksums(load_model(workdir / "model", dtype=None).params) == checksums({"w": expected(3)["w"]})
+    assert checksums(load_pretrained(workdir / "model", dtype=None).params) == checksums({"w": expected(3)["w"]})
     assert sorted(path.name for path in workdir.iterdir()) == ["checkpoints", "model"]

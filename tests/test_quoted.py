@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from flowseg_jax.errors import brief, listed, quoted, suggest
+from flowseg_jax.errors import brief, did_you_mean, listed, quoted
 
 
 def laughs() -> list:
@@ -66,5 +66,7 @@ def test_brief_is_one_line():
 def test_names_are_listed_up_to_a_number():
     assert listed("abc") == "a, b, c" and listed([*map(str, range(12))]) == "0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 2 more"
     assert len(listed(["x" * 10**6])) == 200
-    assert suggest("vall", ["val", "train"]) == " (did you mean 'val'?)" and suggest("q", ["b", "a"]) == " (known: a, b)"
-    assert len(suggest("q" * 10**5, (f"{i}" * 100 for i in range(10**5)))) < 7000
+    assert (
+        did_you_mean("vall", ["val", "train"]) == " (did you mean 'val'?)" and did_you_mean("q", ["b", "a"]) == " (known: a, b)"
+    )
+    assert len(did_you_mean("q" * 10**5, (f"{i}" * 100 for i in range(10**5)))) < 7000

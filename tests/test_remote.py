@@ -10,9 +10,9 @@ import pytest
 from trees import abstract_of, make_params, make_state, same
 
 from flowseg_jax import cli
-from flowseg_jax.checkpoints.manager import Checkpoints
-from flowseg_jax.checkpoints.pretrained import load_model, save_model
-from flowseg_jax.checkpoints.storage import absolute, prepare_workdir
+from flowseg_jax.checkpoints.manager import CheckpointManager
+from flowseg_jax.checkpoints.pretrained import load_pretrained, save_pretrained
+from flowseg_jax.checkpoints.storage import prepare_workdir, resolve_path
 from flowseg_jax.errors import UserError
 from flowseg_jax.writers import JsonlWriter, create_writer
 
@@ -57,16 +57,16 @@ def test_a_workdir_that_cannot_be_written(bucket, monkeypatch):
 
 
 def test_checkpoints(bucket, capsys):
-    workdir, state = absolute(f"{bucket}/run"), make_state()
-    with Checkpoints(workdir, best=("loss", "min")) as checkpoints:
+    workdir, state = resolve_path(f"{bucket}/run"), make_state()
+    with CheckpointManager(workdir, best=("loss", "min")) as checkpoints:
         for step in (1, 2, 3, 4):
             checkpoints.save(step, state | {"step": jnp.asarray(step)}, {}, {"loss": step})
     assert names(workdir / "checkpoints") == ["1", "3", "4"]
     arrays = [key for key in fake_gcs.Objects.store if "/checkpoints/4/state/ocdbt.process_0/d/" in key]
     (workdir / "checkpoints" / "3" / "commit_success.txt").unlink()  # killed while it was saved
     spoilt = max(arrays, key=lambda key: len(fake_gcs.Objects.store[key].getvalue()))
-    absolute(f"gs:/{spoilt}").write_bytes(b"spoilt")
-    with Checkpoints(workdir, best=("loss", "min")) as checkpoints:
+    resolve_path(f"gs:/{spoilt}").write_bytes(b"spoilt")
+    with CheckpointManager(workdir, best=("loss", "min")) as checkpoints:
         restored = checkpoints.restore_latest(abstract_of(state))
         assert restored.step == checkpoints.best_step == 1
         assert same(restored.state, state | {"step": jnp.asarray(1)})
@@ -80,8 +80,8 @@ def test_a_model_directory(bucket, tmp_path):
     (tmp_path / "tokenizer" / "tokenizer.json").write_text("{}")
     params = make_params()
     for number in range(2):
-        path = save_model(f"{bucket}/model", params, {"n": number}, tmp_path / "tokenizer", dtype=None, overwrite=True)
-    loaded = load_model(path, abstract_of(params))
+        path = save_pretrained(f"{bucket}/model", params, {"n": number}, tmp_path / "tokenizer", dtype=None, overwrite=True)
+    loaded = load_pretrained(path, abstract_of(params))
     assert loaded.model_config == {"n": 1}
     assert (loaded.tokenizer_dir / "tokenizer.json").read_text() == "{}"  # a local copy: tokenizers read nothing else
     assert same(loaded.params, params)
@@ -89,7 +89,7 @@ def test_a_model_directory(bucket, tmp_path):
 
 
 def test_metrics_are_replaced_as_a_whole(bucket, monkeypatch):
-    path = absolute(f"{bucket}/logged/metrics.jsonl")
+    path = resolve_path(f"{bucket}/logged/metrics.jsonl")
     steps = lambda: [json.loads(line)["step"] for line in path.read_text().splitlines()]  # noqa: E731
     writer = create_writer(path.parent, steps=9, tensorboard=False)
     for step in (1, 2, 3):

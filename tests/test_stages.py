@@ -12,8 +12,8 @@ import small
 from configs.stage3_mixed import SETS
 from experiments import stages
 from flowseg_jax import experiment as configs
-from flowseg_jax.checkpoints.manifest import flatten
-from flowseg_jax.checkpoints.pretrained import load_model
+from flowseg_jax.checkpoints.manifest import flatten_params
+from flowseg_jax.checkpoints.pretrained import load_pretrained
 from flowseg_jax.data import masks
 from flowseg_jax.data.formats import open_layout
 from flowseg_jax.data.records import examples
@@ -21,8 +21,8 @@ from flowseg_jax.errors import UserError
 from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.models.language import LanguageConfig
 from flowseg_jax.synthetic import toy_dataset
-from flowseg_jax.training.optimizer import multipliers
-from flowseg_jax.training.program import Plan
+from flowseg_jax.training.optimizer import lr_multipliers
+from flowseg_jax.training.program import RunConfig
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +54,9 @@ def test_what_stages_1_and_2_minimise_falls(ran):
 
 def test_each_stage_hands_on_what_it_has(ran):
     _, runs, said = ran
-    parts = {name: load_model(runs / name / "model").params for name in ("stage1", "stage2", "stage3")}
+    parts = {name: load_pretrained(runs / name / "model").params for name in ("stage1", "stage2", "stage3")}
     assert "llm" not in parts["stage1"] and "decoder" not in parts["stage2"] and {"llm", "decoder"} <= set(parts["stage3"])
-    sam = [flatten(parts[name]["sam"]) for name in ("stage1", "stage2")]
+    sam = [flatten_params(parts[name]["sam"]) for name in ("stage1", "stage2")]
     assert all(np.array_equal(sam[0][path], sam[1][path]) for path in sam[0])  # frozen in stage 2
     fresh = [line for line in said if line.startswith("not found, initialised afresh: ")]
     assert len(fresh) == 2 and "background" in fresh[1] and "decoder/layers/semantic" in fresh[1]
@@ -68,7 +68,7 @@ def test_each_stage_hands_on_what_it_has(ran):
 @pytest.mark.parametrize("stage", ["stage1_segmentor", "stage2_align", "stage3_mixed"])
 def test_every_stage_has_a_config_for_every_language_model(stage, llm):
     config = configs.read(f"configs/{stage}.py:{llm}")
-    plan = Plan.read(config)
+    plan = RunConfig.from_config(config)
     assert plan.model.parts == {"stage1": "segmentor", "stage2": "language", "stage3": "all"}[stage[:6]]
     if llm == "tiny":
         return
@@ -90,10 +90,10 @@ def test_every_stage_has_a_config_for_every_language_model(stage, llm):
     assert (config.batch_size, config.steps) == (batch, steps)
     assert (optimizer.learning_rate, optimizer.weight_decay, optimizer.clip) == (rate, decay, clip)
     assert (optimizer.warmup, optimizer.b1, optimizer.b2) == (0.03, 0.9, 0.999)
-    assert multipliers(list(multiplied), optimizer.groups) == multiplied
+    assert lr_multipliers(list(multiplied), optimizer.groups) == multiplied
     if stage == "stage3_mixed":
         images = sum(SETS.values())
-        assert plan.model.negatives_group == 8 and config.steps > 2 * images // 64 and plan.shape.names == 128
+        assert plan.model.negatives_group == 8 and config.steps > 2 * images // 64 and plan.shape.max_names == 128
 
 
 def test_an_unknown_language_model_is_named():
@@ -115,5 +115,5 @@ def test_a_lesson_is_a_data_set_of_ones_own(tmp_path):
             assert 0.005 < area < 0.2 and {e.text for e in example.expressions} == {"the zib", "find the zib", "a zib"}
     with pytest.raises(UserError, match="mine: cannot be made"):
         toy_dataset.write(tmp_path / "mine")
-    plan = Plan.read(configs.read("configs/finetune.py"))
+    plan = RunConfig.from_config(configs.read("configs/finetune.py"))
     assert plan.model.classes == 0 and plan.model.named_pass == "off" and plan.options.objects == "referred"

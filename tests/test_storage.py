@@ -9,7 +9,7 @@ import pytest
 
 from flowseg_jax import sharding
 from flowseg_jax.checkpoints import storage, streaming
-from flowseg_jax.checkpoints.manifest import check_arrays, compare, verify
+from flowseg_jax.checkpoints.manifest import check_arrays, check_manifest, verify
 from flowseg_jax.errors import UserError
 
 
@@ -38,30 +38,30 @@ def test_arrays_are_what_was_announced(tmp_path):
 
 
 def test_reasons_are_one_sentence():
-    assert storage.reason(ValueError("one\ntwo")) == "one"
-    assert storage.reason(ValueError("one. See two")) == storage.reason(ValueError("one [two]")) == "one"
-    assert storage.reason(ValueError("x" * 300)) == "x" * 200
-    assert storage.reason(KeyError()) == "KeyError"
-    assert storage.reason(ValueError("long [os_error_code='28']")) == "No space left on device"
-    assert storage.damage(Exception("chunk")) == "chunk" and storage.damage(MemoryError("full")) is None
+    assert storage.short_reason(ValueError("one\ntwo")) == "one"
+    assert storage.short_reason(ValueError("one. See two")) == storage.short_reason(ValueError("one [two]")) == "one"
+    assert storage.short_reason(ValueError("x" * 300)) == "x" * 200
+    assert storage.short_reason(KeyError()) == "KeyError"
+    assert storage.short_reason(ValueError("long [os_error_code='28']")) == "No space left on device"
+    assert storage.read_error(Exception("chunk")) == "chunk" and storage.read_error(MemoryError("full")) is None
 
 
 def test_a_text_is_replaced_whole_in_a_folder_that_is_made(tmp_path):
     path = tmp_path / "a" / "b.json"
     for text in ("first", "é"):
-        storage.replace_text(path, text)
+        storage.write_text_atomic(path, text)
         assert path.read_bytes() == text.encode() and [p.name for p in path.parent.iterdir()] == ["b.json"]
     with pytest.raises(UserError, match="cannot write .*Is a directory; make room, or choose a folder"):
-        storage.replace_text(path.parent, "x")
+        storage.write_text_atomic(path.parent, "x")
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
 def test_dtypes_are_those_on_disk_and_then_those_that_are_asked_for():
     asked = {"a": jax.ShapeDtypeStruct((2,), jnp.float32), "b": jax.ShapeDtypeStruct((), jnp.int32)}
-    stored = storage.as_stored(asked, {"a": [[2], "bfloat16"], "b": [[], "int32"]})
+    stored = storage.with_stored_dtypes(asked, {"a": [[2], "bfloat16"], "b": [[], "int32"]})
     assert (stored["a"].dtype, stored["b"]) == (jnp.bfloat16, asked["b"])
     given = {"a": np.ones(2, jnp.bfloat16), "b": np.int32(3)}
-    found = storage.cast(given, asked)
+    found = storage.cast_like(given, asked)
     assert found["a"].dtype == np.float32 and found["b"] is given["b"]
 
 
@@ -69,7 +69,7 @@ def test_every_array_that_differs_is_counted():
     tree = {"a": np.ones(3), "b": np.ones(2)}
     with pytest.raises(ValueError, match="the bytes of a and 1 more have changed"):
         verify(tree, {})
-    compare({"a": [[2], "float32"]}, {"a": [(2,), "bfloat16"]}, "x")  # dtypes may differ
+    check_manifest({"a": [[2], "float32"]}, {"a": [(2,), "bfloat16"]}, "x")  # dtypes may differ
 
 
 @pytest.mark.parametrize(

@@ -157,7 +157,7 @@ def test_heartbeat_breaks_the_silence_and_only_the_silence(capsys):
     with writers.heartbeat("talking", every=0.4):
         for _ in range(8):
             time.sleep(0.08)
-            writers.say("step")
+            writers.log("step")
     assert set(capsys.readouterr().out.splitlines()) == {"step"}
 
 

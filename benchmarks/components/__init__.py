@@ -11,7 +11,7 @@ import importlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from flowseg_jax.errors import UserError, suggest
+from flowseg_jax.errors import UserError, did_you_mean
 
 Call = Callable[[], Any]
 Wrap = Callable[[Any], Any]
@@ -114,7 +114,7 @@ def choose(names: Sequence[str]) -> list[Component]:
     """The components of those names, all where there are none. UserError names the nearest for one that does not exist."""
     for name in names:
         if name not in COMPONENTS:
-            raise UserError(f"no component {name!r}{suggest(name, COMPONENTS)}")
+            raise UserError(f"no component {name!r}{did_you_mean(name, COMPONENTS)}")
     return [COMPONENTS[name] for name in names or COMPONENTS]
 
 

@@ -18,7 +18,7 @@ from benchmarks.components.msda import shapes_of
 from benchmarks.components.sizes import Sizes
 from convert_weights.families import Mask2FormerConfig
 from flowseg_jax.models.boundary import BoundaryRefinement
-from flowseg_jax.models.stack import scan
+from flowseg_jax.models.stack import scan_layers
 
 MASKS = 8  # that boundary refinement gets
 
@@ -46,7 +46,7 @@ class _Layer:
             vision = layer.attend(x, self.places[0], memory, self.places[1], self.allowed)
             return layer.conclude(layer.converse(vision, self.places[0], None, None), None, None)[0], None
 
-        return scan(nnx.merge(self._graphdef, params), body, x)[0]
+        return scan_layers(nnx.merge(self._graphdef, params), body, x)[0]
 
     def theirs(self, wrap: Wrap) -> tuple[Call, list[torch.Tensor]]:
         """The call, [1, Q, D], and the tensors that have gradients, the inputs first."""

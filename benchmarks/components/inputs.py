@@ -18,7 +18,7 @@ from flax import nnx
 from benchmarks.components import Call
 from convert_weights.convert import export_params
 from convert_weights.families import FAMILIES
-from flowseg_jax.checkpoints.manifest import nest
+from flowseg_jax.checkpoints.manifest import unflatten_params
 from flowseg_jax.models import flowseg
 
 
@@ -45,7 +45,7 @@ def parameters(family: str, cfg: Any, seed: int = 0) -> dict[str, Any]:
             return noise
         return np.float32(0.1) * noise
 
-    return nest({name: draw(name, shape) for name, shape in FAMILIES[family].shapes(cfg).items()})
+    return unflatten_params({name: draw(name, shape) for name, shape in FAMILIES[family].shapes(cfg).items()})
 
 
 def module(family: str, cfg: Any) -> nnx.GraphDef:
@@ -54,7 +54,7 @@ def module(family: str, cfg: Any) -> nnx.GraphDef:
 
 
 def bind(graphdef: nnx.GraphDef, params: dict[str, Any]) -> Any:
-    return flowseg.bind(graphdef, params)
+    return flowseg.bind_params(graphdef, params)
 
 
 def exported(family: str, params: dict[str, Any], cfg: Any) -> dict[str, torch.Tensor]:

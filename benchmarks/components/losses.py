@@ -14,8 +14,8 @@ from benchmarks.components.inputs import inference, random, to_torch
 from benchmarks.components.msda import shapes_of
 from benchmarks.components.sizes import Sizes, blobs
 from flowseg_jax.losses import point_losses
-from flowseg_jax.ops.matcher import match
-from flowseg_jax.ops.points import sample, sample_packed, uncertain_points
+from flowseg_jax.ops.matcher import batched_hungarian
+from flowseg_jax.ops.points import sample_packed_masks, sample_points, uncertain_points
 from flowseg_jax.ops.resize import resize as resized
 
 LEVELS, TARGETS, RESIZED = 10, 32, 50
@@ -33,9 +33,9 @@ def point_losses_grad(sizes: Sizes, dtype: str) -> Pair:
     @jax.jit
     def ours(logits, packed, candidates, extra):
         def loss(logits):
-            points = uncertain_points(sample(logits, candidates), candidates, extra, kept)
-            truth = sample_packed(packed, points, side)
-            bce, dice = point_losses(sample(logits, points), truth, jnp.ones(TARGETS, bool))
+            points = uncertain_points(sample_points(logits, candidates), candidates, extra, kept)
+            truth = sample_packed_masks(packed, points, side)
+            bce, dice = point_losses(sample_points(logits, points), truth, jnp.ones(TARGETS, bool))
             return 5 * (bce + dice) / TARGETS
 
         return jax.value_and_grad(loss)(logits)
@@ -60,7 +60,7 @@ def matcher(sizes: Sizes, dtype: str) -> Pair:
     targets = min(TARGETS, queries)
     cost = random(LEVELS, targets, queries)
     exists = jnp.ones((LEVELS, targets), bool)
-    host, ours = np.asarray(cost), jax.jit(match)
+    host, ours = np.asarray(cost), jax.jit(batched_hungarian)
     return Pair(
         lambda: ours(cost, exists),
         lambda wrap: lambda: np.stack([linear_sum_assignment(matrix)[1] for matrix in host]),

@@ -16,7 +16,7 @@ from benchmarks.components.inputs import bind, exported, inference, load, module
 from benchmarks.components.sizes import Sizes
 from convert_weights.families import Mask2FormerConfig
 from flowseg_jax.models.pixel_decoder import reference_points
-from flowseg_jax.models.stack import scan
+from flowseg_jax.models.stack import scan_layers
 from flowseg_jax.ops.msda import msda as attend
 
 Shapes = tuple[tuple[int, int], ...]
@@ -25,7 +25,7 @@ Inputs = tuple[jax.Array, jax.Array, jax.Array]
 
 def shapes_of(sizes: Sizes) -> Shapes:
     """(height, width) of the levels, low to high resolution: half SAM's grid, the grid, twice the grid."""
-    grid = sizes.model.sam.grid
+    grid = sizes.model.sam.grid_size
     return tuple((side, side) for side in (grid // 2, grid, 2 * grid))
 
 
@@ -94,7 +94,7 @@ def pixel_decoder_layer(sizes: Sizes, dtype: str) -> Pair:
     @jax.jit
     def ours(params, x):
         layers = bind(graphdef, params).pixel_decoder.layers
-        return scan(layers, lambda layer, x, _: (layer(x, positions, reference, shapes), None), x)[0]
+        return scan_layers(layers, lambda layer, x, _: (layer(x, positions, reference, shapes), None), x)[0]
 
     def theirs(wrap: Wrap) -> Call:
         block, y, places = wrap(layer), to_torch(x), to_torch(positions)[None]

@@ -8,10 +8,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from flowseg_jax import experiment as configs
-from flowseg_jax.data.collate import empty
+from flowseg_jax.data.collate import empty_batch
 from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.models.language import LanguageConfig
-from flowseg_jax.types import IMAGE_TOKEN, Batch, BatchShape
+from flowseg_jax.types import IMAGE_TOKEN_INDEX, Batch, BatchShape
 
 VOCABULARY = 8192  # of the whole models: with Qwen's, a train step in two frameworks would not fit in 24 GiB
 
@@ -42,7 +42,7 @@ class Sizes:
 
 def prefix(model: FlowSegConfig) -> int:
     """Tokens that all expressions of an image share: one of text and the visual ones."""
-    return 1 + model.visual_tokens
+    return 1 + model.num_visual_tokens
 
 
 def cut(model: FlowSegConfig, sam: int, siglip: int, llm: int, pixel: int, decoder: int) -> FlowSegConfig:
@@ -79,41 +79,41 @@ def asked(model: FlowSegConfig, expressions: int, words: int, seed: int = 0) -> 
     start = prefix(model)
     side, vision = model.sam.image_size, model.siglip.image_size
     shape = BatchShape(1, start + expressions * words, expressions, expressions, side, vision)
-    batch = empty(shape, 0)
-    batch.tokens[:] = rng.integers(0, model.llm.vocab, batch.tokens.shape)
-    batch.tokens[:, 1:start] = IMAGE_TOKEN
-    batch.segments[:, :start] = 0
-    batch.positions[:, :start] = np.arange(start)
+    batch = empty_batch(shape, 0)
+    batch.input_ids[:] = rng.integers(0, model.llm.vocab, batch.input_ids.shape)
+    batch.input_ids[:, 1:start] = IMAGE_TOKEN_INDEX
+    batch.segment_ids[:, :start] = 0
+    batch.position_ids[:, :start] = np.arange(start)
     for number in range(expressions):
         here = slice(start + number * words, start + (number + 1) * words)
-        batch.segments[:, here] = number + 1
-        batch.positions[:, here] = start + np.arange(words)
+        batch.segment_ids[:, here] = number + 1
+        batch.position_ids[:, here] = start + np.arange(words)
         answer = slice(here.stop - words // 3, here.stop)
-        batch.labels[:, answer] = batch.tokens[:, answer]
+        batch.labels[:, answer] = batch.input_ids[:, answer]
         batch.phrase_ids[:, here.start + 1 : here.start + words // 2] = number
         batch.seg_ids[:, here.stop - 2] = number
-    batch.images[:] = rng.integers(0, 256, batch.images.shape)
-    batch.vision_images[:] = rng.integers(0, 256, batch.vision_images.shape)
-    batch.scaled_size[:] = side
-    batch.masks[:] = blobs(rng, expressions, side)
+    batch.sam_images[:] = rng.integers(0, 256, batch.sam_images.shape)
+    batch.siglip_images[:] = rng.integers(0, 256, batch.siglip_images.shape)
+    batch.resized_hw[:] = side
+    batch.packed_masks[:] = blobs(rng, expressions, side)
     batch.mask_valid[:] = True
-    batch.phrase_mask[:] = np.arange(expressions)
+    batch.phrase_target[:] = np.arange(expressions)
     return dataclasses.replace(batch, example_id=np.zeros(1, np.int32))
 
 
 def one_of(batch: Batch, number: int, words: int) -> Batch:
     """The same image with one of its expressions alone."""
-    expressions = batch.phrase_mask.shape[1]
-    start = batch.tokens.shape[1] - expressions * words
+    expressions = batch.phrase_target.shape[1]
+    start = batch.input_ids.shape[1] - expressions * words
     keep = np.r_[:start, start + number * words : start + (number + 1) * words]
     renumbered = lambda ids: np.where(ids[:, keep] == number, 0, -1).astype(ids.dtype)  # noqa: E731
     return dataclasses.replace(
         batch,
         **{name: getattr(batch, name)[:, keep] for name in ("tokens", "positions", "labels")},
-        segments=np.minimum(batch.segments[:, keep], 1),
+        segments=np.minimum(batch.segment_ids[:, keep], 1),
         phrase_ids=renumbered(batch.phrase_ids),
         seg_ids=renumbered(batch.seg_ids),
-        phrase_mask=batch.phrase_mask[:, number : number + 1],
+        phrase_mask=batch.phrase_target[:, number : number + 1],
     )
 
 
@@ -129,7 +129,7 @@ def experiment(cfg: FlowSegConfig, batch: Batch, points: int) -> ConfigDict:
     config = configs.read("configs/shapes_tiny.py")
     config.model = ConfigDict(cfg.to_dict())
     config.update(batch_size=1, steps=1000)
-    config.data.update(text=batch.tokens.shape[1], phrases=batch.phrase_mask.shape[1], masks=batch.mask_valid.shape[1])
+    config.data.update(text=batch.input_ids.shape[1], phrases=batch.phrase_target.shape[1], masks=batch.mask_valid.shape[1])
     config.optimizer.losses.update(language=1.0, class_gain=1.0, points=points, vocabulary_chunk=512)
     config.optimizer.groups = ((".*", 1.0),)
     config.mesh.update(data=1, fsdp=1)

@@ -16,9 +16,9 @@ from benchmarks import peer
 from benchmarks.components import Call, Pair, Wrap
 from benchmarks.components.inputs import bind, exported, inference, load, module, parameters, placed, random, to_torch
 from benchmarks.components.sizes import Sizes
-from flowseg_jax.models.language import Cache, LanguageConfig
+from flowseg_jax.models.language import KVCache, LanguageConfig
 from flowseg_jax.models.sam import SamConfig
-from flowseg_jax.models.stack import scan
+from flowseg_jax.models.stack import scan_layers
 
 TOLERANCES = {"float32": 1e-4, "bfloat16": 5e-2}
 
@@ -29,12 +29,12 @@ def _sam(cfg: SamConfig, stack: str, dtype: str) -> Pair:
     with torch.device("meta"):
         layer = sam_model.SamVisionLayer(peer.sam_config(cfg), 0 if cfg.global_layers else cfg.window)
     layer = load(layer, tensors, "vision_encoder.layers.0.", dtype)
-    x = random(1, cfg.grid, cfg.grid, cfg.width, dtype=dtype)
+    x = random(1, cfg.grid_size, cfg.grid_size, cfg.width, dtype=dtype)
     y, weights, graphdef = to_torch(x), placed(params, dtype), module("sam", cfg)
 
     @jax.jit
     def ours(params, x):
-        return scan(getattr(bind(graphdef, params), stack), lambda layer, x, _: (layer(x), None), x)[0]
+        return scan_layers(getattr(bind(graphdef, params), stack), lambda layer, x, _: (layer(x), None), x)[0]
 
     def theirs(wrap: Wrap) -> Call:
         block = wrap(layer)
@@ -57,12 +57,12 @@ def siglip(sizes: Sizes, dtype: str) -> Pair:
     with torch.device("meta"):
         layer = siglip_model.SiglipEncoderLayer(peer.siglip_config(cfg))
     layer = load(layer, exported("siglip2", params, cfg), "vision_model.encoder.layers.0.", dtype)
-    x = random(1, cfg.tokens, cfg.width, dtype=dtype)
+    x = random(1, cfg.num_patches, cfg.width, dtype=dtype)
     y, weights, graphdef = to_torch(x), placed(params, dtype), module("siglip2", cfg)
 
     @jax.jit
     def ours(params, x):
-        return scan(bind(graphdef, params).layers, lambda layer, x, _: (layer(x), None), x)[0]
+        return scan_layers(bind(graphdef, params).layers, lambda layer, x, _: (layer(x), None), x)[0]
 
     def theirs(wrap: Wrap) -> Call:
         block = wrap(layer)
@@ -111,7 +111,7 @@ def llm_decode(sizes: Sizes, dtype: str) -> Pair:
     keys, values = (random(1, past, cfg.kv_heads, cfg.head_dim, seed=i, dtype=dtype) for i in (1, 2))
     x = random(1, 1, cfg.width, dtype=dtype)
     here = jnp.full((1, 1), past)
-    cache = Cache(keys[None], values[None], jnp.arange(past)[None], jnp.zeros((1, past), int))
+    cache = KVCache(keys[None], values[None], jnp.arange(past)[None], jnp.zeros((1, past), int))
 
     def step(params, cache, x):
         return bind(qwen.graphdef, params).extend(cache, x, here, jnp.zeros((1, 1), int))

@@ -16,14 +16,14 @@ from benchmarks.components import Call, Pair, Wrap
 from benchmarks.components.inputs import bind, exported, inference, module, parameters, placed, to_torch
 from benchmarks.components.sizes import Sizes, asked, experiment, one_of, prefix
 from benchmarks.peer import FlowSegTorch, torch_batch
-from flowseg_jax.losses import LossConfig, Points
+from flowseg_jax.losses import LossConfig, PointSamples
 from flowseg_jax.models.config import FlowSegConfig
-from flowseg_jax.models.flowseg import Seen
+from flowseg_jax.models.flowseg import ImageCache
 from flowseg_jax.training import flops
-from flowseg_jax.training.optimizer import split
-from flowseg_jax.training.program import Program
+from flowseg_jax.training.optimizer import split_trainable
+from flowseg_jax.training.program import TrainProgram
 from flowseg_jax.training.step import TrainState
-from flowseg_jax.types import NONE, Batch, BatchShape, Questions, Views
+from flowseg_jax.types import PAD, Batch, BatchShape, ExpressionQueries, ImageInputs
 
 # A pixel whose mask logit is zero up to rounding may be attended to on one side and not on the other.
 TOLERANCE = 1e-3
@@ -42,13 +42,13 @@ class Answer:
         self._see = jax.jit(lambda params, views, prefix: bind(graphdef, params).see(views, prefix))
 
         @jax.jit
-        def ask(params: Any, seen: Seen, questions: Questions) -> tuple[jax.Array, jax.Array]:
+        def ask(params: Any, seen: ImageCache, questions: ExpressionQueries) -> tuple[jax.Array, jax.Array]:
             found = bind(graphdef, params).ask(seen, questions)
             return found.scores[0], found.mask_logits[0]
 
         self._ask = ask
 
-    def __call__(self, views: Views, prefix: jax.Array, questions: Questions) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, views: ImageInputs, prefix: jax.Array, questions: ExpressionQueries) -> tuple[jax.Array, jax.Array]:
         return self._ask(self._params, self._see(self._params, views, prefix), questions)
 
 
@@ -56,13 +56,13 @@ def _network(cfg: FlowSegConfig) -> tuple[dict[str, Any], Any]:
     return parameters("flowseg", cfg), module("flowseg", cfg)
 
 
-def _on_device(batch: Batch, cfg: FlowSegConfig) -> tuple[Views, jax.Array, Questions]:
+def _on_device(batch: Batch, cfg: FlowSegConfig) -> tuple[ImageInputs, jax.Array, ExpressionQueries]:
     """A batch of one image as what is seen and what is asked."""
     start = prefix(cfg)
     fields = {name: getattr(batch, name)[:, start:] for name in ("tokens", "positions", "segments", "phrase_ids", "seg_ids")}
-    asked = Questions(**fields, asked=batch.phrase_mask != NONE)
-    seen = Views(batch.images, batch.scaled_size, batch.vision_images)
-    return jax.tree.map(jnp.asarray, (seen, batch.tokens[0, :start], asked))
+    asked = ExpressionQueries(**fields, query_valid=batch.phrase_target != PAD)
+    seen = ImageInputs(batch.sam_images, batch.resized_hw, batch.siglip_images)
+    return jax.tree.map(jnp.asarray, (seen, batch.input_ids[0, :start], asked))
 
 
 def _one_by_one(cfg: FlowSegConfig, tensors: Mapping[str, torch.Tensor], batches: list[Batch]) -> Callable[[Wrap], Call]:
@@ -143,11 +143,11 @@ class _Training:
 
     def __init__(self, params: Any, cfg: FlowSegConfig, batch: Batch, points: int):
         self.config = experiment(cfg, batch, points)
-        self.program = program = Program.build(self.config, jax.devices()[:1])
-        trainable, frozen = split(placed(params), program.rates)
+        self.program = program = TrainProgram.build(self.config, jax.devices()[:1])
+        trainable, frozen = split_trainable(placed(params), program.lr_multipliers)
         state = TrainState(jnp.int32(0), trainable, frozen, program.optimizer.init(trainable), jnp.zeros(2, jnp.int32))
         self._state = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), state, program.state)
-        self._batch = program.place(batch)
+        self._batch = program.to_device(batch)
         self.first: dict[str, jax.Array] | None = None
 
     def __call__(self) -> Mapping[str, jax.Array]:
@@ -157,14 +157,14 @@ class _Training:
         self.first = self.first or {name: metrics[name] for name in ("loss", "gradient_norm")}
         return self.first
 
-    def points(self) -> Points:
+    def points(self) -> PointSamples:
         """The random points of the first step of all levels [J, 1, ...], drawn as the step draws them."""
         losses, cfg = self.program.plan.losses, self.program.plan.model
         key = jax.random.fold_in(jax.random.key(self.config.seed), 0)
         referring = jax.random.split(jax.random.fold_in(key, 0), 3)[0]
         levels = jax.random.split(referring, cfg.decoder.layers + 1)[:, None]
-        count = self.program.plan.shape.phrases
-        return jax.vmap(lambda keys: Points.draw(keys, count, losses))(levels)
+        count = self.program.plan.shape.max_phrases
+        return jax.vmap(lambda keys: PointSamples.draw(keys, count, losses))(levels)
 
 
 def train_step(sizes: Sizes, dtype: str) -> Pair:
@@ -178,7 +178,7 @@ def train_step(sizes: Sizes, dtype: str) -> Pair:
         tuple(to_torch(x[level])[0] for x in (drawn.matcher, drawn.candidates, drawn.extra))
         for level in range(len(drawn.matcher))
     ]
-    truth = torch.from_numpy(np.unpackbits(batch.masks[0], axis=-1)).float()
+    truth = torch.from_numpy(np.unpackbits(batch.packed_masks[0], axis=-1)).float()
 
     def theirs(wrap: Wrap) -> Call:
         # AdamW writes into its parameters: every mode starts from a copy of its own.

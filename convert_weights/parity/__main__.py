@@ -7,9 +7,9 @@ fixture's weights through the public converter, and runs in float32 on the CPU. 
 from __future__ import annotations
 
 if __name__ == "__main__":  # before the imports, so that a Ctrl-C while they last is as clean as later
-    from flowseg_jax.errors import run
+    from flowseg_jax.errors import run_cli
 
-    run("convert_weights.parity.__main__:main")
+    run_cli("convert_weights.parity.__main__:main")
 
 import argparse
 import json

@@ -18,7 +18,7 @@ from flowseg_jax.data import images
 from flowseg_jax.errors import UserError
 from flowseg_jax.models import flowseg
 from flowseg_jax.models.config import FlowSegConfig
-from flowseg_jax.types import NONE, Batch
+from flowseg_jax.types import PAD, Batch
 
 TRAINING = ("loss/", "match/", "points/", "grad/", "target/")  # what a run of the training path records
 HEAD = "segmentor.class_predictor.predictor"
@@ -53,7 +53,7 @@ def build(
     fixture: Fixture, cfg: FlowSegConfig, extra: dict[str, np.ndarray] | None = None
 ) -> tuple[nnx.GraphDef, dict[str, Any]]:
     """The network with the fixture's weights (and `extra` tensors under X-SAM's names)."""
-    graphdef, _ = flowseg.describe(cfg)
+    graphdef, _ = flowseg.abstract_model(cfg)
     return graphdef, import_params("xsam", {**fixture.weights(), **(extra or {})}, cfg)
 
 
@@ -112,7 +112,7 @@ def compare_training(
         report.explain(run.file, unsure, "the fixture has no target masks of these samples")
         return
     passes, levels = training.referring_passes(batch), cfg.decoder.layers + 1
-    recording = training.read_points(recorded, passes, (*batch.phrase_mask.shape, 1), levels)
+    recording = training.read_points(recorded, passes, (*batch.phrase_target.shape, 1), levels)
     if recording is None:
         report.explain(run.file, unsure, "not all random points that the losses were taken at are recorded")
         return
@@ -125,13 +125,13 @@ def compare_training(
 
 def compare_targets(file: str, recorded: Arrays, batch: Batch, report: Report) -> None:
     """The target masks of each image, and which of them each phrase is about."""
-    for b, exists in enumerate(np.asarray(batch.phrase_mask) != NONE):
+    for b, exists in enumerate(np.asarray(batch.phrase_target) != PAD):
         name = f"target/image{b}"
         if f"{name}_masks" in recorded and batch.mask_valid[b].any():
-            ours = images.unpack_masks(batch.masks[b, batch.mask_valid[b]])
+            ours = images.unpack_masks(batch.packed_masks[b, batch.mask_valid[b]])
             report.compare(file, f"{name}_masks", ours, recorded[f"{name}_masks"], "exact")
         if f"{name}_labels" in recorded:
-            report.compare(file, f"{name}_labels", batch.phrase_mask[b, exists], recorded[f"{name}_labels"], "exact")
+            report.compare(file, f"{name}_labels", batch.phrase_target[b, exists], recorded[f"{name}_labels"], "exact")
 
 
 def stage1_samples(fixture: Fixture, count: int) -> list[int]:
@@ -162,7 +162,7 @@ def compare_stage1(fixture: Fixture, samples: list[Sample], report: Report) -> N
     graphdef, params = build(fixture, cfg, head if len(head) == 2 else None)
     for b in range(len(chosen)):
         if f"target/image{b}_masks" in recorded:
-            ours = images.unpack_masks(batch.masks[b, batch.mask_valid[b]])
+            ours = images.unpack_masks(batch.packed_masks[b, batch.mask_valid[b]])
             report.compare(STAGE1, f"target/image{b}_masks", ours, recorded[f"target/image{b}_masks"], "exact")
 
     passes, levels, m = training.category_passes(batch), cfg.decoder.layers + 1, batch.mask_valid.shape[1]

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from flowseg_jax.data.prompts import CHATS
+from flowseg_jax.data.prompts import CHAT_TEMPLATES
 from flowseg_jax.data.tokenizer import Tokenizer
 from flowseg_jax.errors import UserError
 from flowseg_jax.losses import LossConfig
@@ -203,8 +203,10 @@ class Fixture:
     def chat(self) -> str:
         """Name of the chat template."""
         name = self.value("template")
-        if name not in CHATS:
-            raise UserError(f"{self.directory / 'config.json'}: template {name!r} is unknown (known: {', '.join(CHATS)})")
+        if name not in CHAT_TEMPLATES:
+            raise UserError(
+                f"{self.directory / 'config.json'}: template {name!r} is unknown (known: {', '.join(CHAT_TEMPLATES)})"
+            )
         return name
 
     def tokenizer(self) -> Tokenizer | None:

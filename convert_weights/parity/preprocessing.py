@@ -15,13 +15,20 @@ from PIL import Image
 from convert_weights.parity.fixture import Arrays, Fixture
 from convert_weights.parity.report import Report
 from flowseg_jax.data import images
-from flowseg_jax.data.collate import Encoded, Pixels, empty, encode_conversation, encode_prefix, pack
-from flowseg_jax.data.prompts import CHATS, Chat, Conversation, Prompts, Turn
+from flowseg_jax.data.collate import (
+    ProcessedImage,
+    TokenizedConversation,
+    empty_batch,
+    encode_conversation,
+    encode_prefix,
+    pack_conversations,
+)
+from flowseg_jax.data.prompts import CHAT_TEMPLATES, ChatTemplate, Conversation, PromptTemplates, Turn
 from flowseg_jax.data.tokenizer import IMAGE, PHRASE_START, SEG
 from flowseg_jax.errors import UserError
 from flowseg_jax.models.config import FlowSegConfig
-from flowseg_jax.models.flowseg import normalise_images, normalise_vision_images
-from flowseg_jax.types import IMAGE_TOKEN, NO_LABEL, NONE, Batch, BatchShape
+from flowseg_jax.models.flowseg import normalize_sam_images, normalize_siglip_images
+from flowseg_jax.types import IGNORE_INDEX, IMAGE_TOKEN_INDEX, PAD, Batch, BatchShape
 
 FILE = "inputs.npz"
 
@@ -31,16 +38,16 @@ class Text:
     """Token ids of an image's conversation: what stands before the image, and what follows it."""
 
     prefix: list[int]
-    body: Encoded
+    body: TokenizedConversation
 
     def whole(self) -> dict[str, list[int]]:
         """Under X-SAM's names, with one placeholder for the image."""
         first = len(self.prefix) + 1
         return {
-            "input_ids": [*self.prefix, IMAGE_TOKEN, *self.body.tokens],
-            "labels": [NO_LABEL] * first + self.body.labels,
-            "cond_ids": [NONE] * first + self.body.phrase_ids,
-            "seg_ids": [NONE] * first + self.body.seg_ids,
+            "input_ids": [*self.prefix, IMAGE_TOKEN_INDEX, *self.body.tokens],
+            "labels": [IGNORE_INDEX] * first + self.body.labels,
+            "cond_ids": [PAD] * first + self.body.phrase_ids,
+            "seg_ids": [PAD] * first + self.body.seg_ids,
         }
 
 
@@ -55,28 +62,30 @@ class Sample:
     """
 
     name: str
-    pixels: Pixels | None
+    pixels: ProcessedImage | None
     text: Text | None
     size: tuple[int, int] | None
     truth: np.ndarray | None
 
     @property
     def phrases(self) -> int:
-        return 0 if self.text is None else max(self.text.body.phrase_ids, default=NONE) + 1
+        return 0 if self.text is None else max(self.text.body.phrase_ids, default=PAD) + 1
 
 
-def split_turn(text: str, chat: Chat, name: str) -> str:
+def split_turn(text: str, chat: ChatTemplate, name: str) -> str:
     """The question inside a rendered user turn.
 
     Raises:
         UserError: the template is another one.
     """
-    if not (text.startswith(chat.head) and text.endswith(chat.tail)):
-        raise UserError(f"{name}: the turn {text!r} does not begin with {chat.head!r} and end with {chat.tail!r}")
-    return text[len(chat.head) : len(text) - len(chat.tail)]
+    if not (text.startswith(chat.user_prefix) and text.endswith(chat.assistant_prefix)):
+        raise UserError(
+            f"{name}: the turn {text!r} does not begin with {chat.user_prefix!r} and end with {chat.assistant_prefix!r}"
+        )
+    return text[len(chat.user_prefix) : len(text) - len(chat.assistant_prefix)]
 
 
-def read_conversation(turns: list[dict[str, str]], chat: Chat, name: str) -> Conversation:
+def read_conversation(turns: list[dict[str, str]], chat: ChatTemplate, name: str) -> Conversation:
     """A conversation of `conversations.json` as the pipeline has it: without the template, and without the image in front.
 
     Raises:
@@ -102,17 +111,17 @@ def _recorded_text(arrays: Arrays, key: str) -> Text | None:
     if not all(f"{key}/{name}" in arrays for name in names):
         return None
     ids, *rest = (arrays[f"{key}/{name}"].tolist() for name in names)
-    if ids.count(IMAGE_TOKEN) != 1:
-        raise UserError(f"{FILE}: {key}/input_ids holds {ids.count(IMAGE_TOKEN)} images, not one")
-    at = ids.index(IMAGE_TOKEN)
-    return Text(ids[:at], Encoded(ids[at + 1 :], *(values[at + 1 :] for values in rest)))
+    if ids.count(IMAGE_TOKEN_INDEX) != 1:
+        raise UserError(f"{FILE}: {key}/input_ids holds {ids.count(IMAGE_TOKEN_INDEX)} images, not one")
+    at = ids.index(IMAGE_TOKEN_INDEX)
+    return Text(ids[:at], TokenizedConversation(ids[at + 1 :], *(values[at + 1 :] for values in rest)))
 
 
 def read_texts(fixture: Fixture, keys: list[str]) -> dict[str, Text]:
     """Tokenises the conversations of the named samples; those without one get the recorded ids."""
     conversations = fixture.conversations()
-    tokenizer, prompts = fixture.tokenizer(), Prompts(chat=fixture.chat)
-    chat, texts = CHATS[fixture.chat], {}
+    tokenizer, prompts = fixture.tokenizer(), PromptTemplates(chat=fixture.chat)
+    chat, texts = CHAT_TEMPLATES[fixture.chat], {}
     for key in keys:
         if tokenizer is None or key not in conversations:
             recorded = _recorded_text(fixture.arrays(FILE), key)
@@ -123,8 +132,10 @@ def read_texts(fixture: Fixture, keys: list[str]) -> dict[str, Text]:
         body = encode_conversation(read_conversation(turns, chat, key), prompts, tokenizer, key)
         # X-SAM also writes the separator behind the last answer. It changes nothing before it and has no loss.
         last = list(tokenizer.encode(turns[-1].get("sep", "")))
-        none = [NONE] * len(last)
-        body = Encoded(body.tokens + last, body.labels + [NO_LABEL] * len(last), body.phrase_ids + none, body.seg_ids + none)
+        none = [PAD] * len(last)
+        body = TokenizedConversation(
+            body.tokens + last, body.labels + [IGNORE_INDEX] * len(last), body.phrase_ids + none, body.seg_ids + none
+        )
         texts[key] = Text(encode_prefix(prompts, tokenizer, 0), body)
     return texts
 
@@ -139,12 +150,12 @@ def read_samples(fixture: Fixture, cfg: FlowSegConfig) -> list[Sample]:
         raw, masks, pixels, size = arrays.get(f"{key}/image_uint8"), arrays.get(f"{key}/gt_masks"), None, None
         if raw is not None:
             image, size = Image.fromarray(raw), raw.shape[:2]
-            fitted, scaled = images.fit(image, side)
+            fitted, scaled = images.resize_and_pad(image, side)
             if masks is not None:
                 packed = images.pack_masks(masks.astype(np.uint8), side)
             else:
                 packed = np.packbits(arrays.get(f"{key}/mask_labels", np.zeros((0, side, side), np.uint8)), axis=-1)
-            pixels = Pixels(fitted, scaled, images.stretch(image, cfg.siglip.image_size), packed)
+            pixels = ProcessedImage(fitted, scaled, images.resize_to_square(image, cfg.siglip.image_size), packed)
         out.append(Sample(key, pixels, texts.get(key), size, masks))
     return out
 
@@ -160,12 +171,12 @@ def compare_inputs(fixture: Fixture, samples: list[Sample], report: Report) -> N
             ours |= {name: (np.array(ids), "exact") for name, ids in sample.text.whole().items()}
         if sample.pixels is not None:
             pixels = sample.pixels
-            scaled = np.array(pixels.scaled)
-            sam = normalise_images(jnp.asarray(pixels.image)[None], jnp.asarray(scaled, jnp.int32)[None])[0]
+            scaled = np.array(pixels.resized_hw)
+            sam = normalize_sam_images(jnp.asarray(pixels.image)[None], jnp.asarray(scaled, jnp.int32)[None])[0]
             ours |= {
                 "sam_pixel_values": (np.moveaxis(np.asarray(sam), -1, 0), "activation"),
                 "siglip_pixel_values": (
-                    np.moveaxis(np.asarray(normalise_vision_images(jnp.asarray(pixels.vision)[None])[0]), -1, 0),
+                    np.moveaxis(np.asarray(normalize_siglip_images(jnp.asarray(pixels.siglip_image)[None])[0]), -1, 0),
                     "activation",
                 ),
                 "scaled_size": (scaled, "exact"),
@@ -182,9 +193,9 @@ def compare_prompts(fixture: Fixture, report: Report) -> None:
     """Whether our chat templates render the turns of prompts.json, text for text; the wordings themselves are our own."""
     by_chat: dict[str, list[bool]] = {}
     for template, turns in fixture.prompts():
-        chat = CHATS.get(template)
+        chat = CHAT_TEMPLATES.get(template)
         for turn in turns if chat is not None else ():
-            rendered = turn["input"].startswith(chat.head) and turn["input"].endswith(chat.tail)
+            rendered = turn["input"].startswith(chat.user_prefix) and turn["input"].endswith(chat.assistant_prefix)
             fits = rendered and turn["output"].endswith(chat.suffix) and turn.get("sep") == chat.separator
             by_chat.setdefault(template, []).append(fits)
     for name, fits in by_chat.items():
@@ -204,30 +215,30 @@ def assemble(samples: list[Sample], cfg: FlowSegConfig, labels: list[Int[np.ndar
     Returns:
         A batch whose rows are as long as the longest text.
     """
-    visual, rows = [IMAGE_TOKEN] * cfg.visual_tokens, []
+    visual, rows = [IMAGE_TOKEN_INDEX] * cfg.num_visual_tokens, []
     for sample in samples:
         prefix = [*(sample.text.prefix if labels is None else ()), *visual]
         rows.append((prefix, [sample.text.body] if labels is None else []))
     length = max(len(prefix) + sum(len(body.tokens) for body in bodies) for prefix, bodies in rows)
     shape = BatchShape(
         batch=len(samples),
-        text=length,
-        phrases=1 if labels is not None else max(sample.phrases for sample in samples),
-        masks=max(1, *(len(sample.pixels.masks) for sample in samples)),
-        image=cfg.sam.image_size,
-        vision=cfg.siglip.image_size,
+        text_length=length,
+        max_phrases=1 if labels is not None else max(sample.phrases for sample in samples),
+        max_masks=max(1, *(len(sample.pixels.masks) for sample in samples)),
+        sam_size=cfg.sam.image_size,
+        siglip_size=cfg.siglip.image_size,
     )
-    batch = empty(shape, pad=0)
+    batch = empty_batch(shape, pad=0)
     for b, (sample, (prefix, bodies)) in enumerate(zip(samples, rows, strict=True)):
-        for key, value in pack(prefix, bodies, length, 0, sample.name).items():
+        for key, value in pack_conversations(prefix, bodies, length, 0, sample.name).items():
             getattr(batch, key)[b] = value
         count = len(sample.pixels.masks)
-        batch.images[b], batch.scaled_size[b] = sample.pixels.image, sample.pixels.scaled
-        batch.vision_images[b] = sample.pixels.vision
-        batch.masks[b, :count], batch.mask_valid[b, :count] = sample.pixels.masks, True
+        batch.sam_images[b], batch.resized_hw[b] = sample.pixels.image, sample.pixels.resized_hw
+        batch.siglip_images[b] = sample.pixels.siglip_image
+        batch.packed_masks[b, :count], batch.mask_valid[b, :count] = sample.pixels.masks, True
         if labels is None:  # phrase k is about mask k
-            batch.phrase_mask[b, : sample.phrases] = np.minimum(np.arange(sample.phrases), max(count - 1, 0))
+            batch.phrase_target[b, : sample.phrases] = np.minimum(np.arange(sample.phrases), max(count - 1, 0))
         else:
-            batch.object_class[b, : len(labels[b])] = labels[b]
+            batch.object_category[b, : len(labels[b])] = labels[b]
         batch.example_id[b] = b
     return batch

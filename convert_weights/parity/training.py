@@ -17,21 +17,21 @@ from convert_weights.parity.fixture import Arrays
 from convert_weights.parity.forward import COMPILE_FAST
 from convert_weights.parity.report import Report
 from flowseg_jax.losses import (
-    LevelLosses,
+    LayerLosses,
     LossConfig,
-    Passes,
-    Points,
+    PassPredictions,
+    PointSamples,
     Targets,
     category_targets,
-    divide,
-    level_losses,
+    layer_losses,
+    loss_terms,
+    normalize_terms,
     referring_targets,
-    training_terms,
 )
 from flowseg_jax.models.config import FlowSegConfig
-from flowseg_jax.models.flowseg import TrainingOutput, bind
+from flowseg_jax.models.flowseg import TrainingOutput, bind_params
 from flowseg_jax.models.mask_decoder import mask_logits
-from flowseg_jax.types import NONE, Batch
+from flowseg_jax.types import PAD, Batch
 
 KINKED = ("sampling_offsets", "pixel_decoder.level_embed", "seg_connector", "segmentor.encoder")
 
@@ -60,7 +60,7 @@ class Recording:
         targets: the targets of each pass of each level, in X-SAM's order of pairs.
     """
 
-    points: Points
+    points: PointSamples
     passes: list[Pass]
     targets: dict[str, list[np.ndarray]]
 
@@ -102,14 +102,14 @@ def read_points(recorded: Arrays, passes: list[Pass], shape: tuple[int, int, int
                 of_pair[place.image, place.slot, order] = pairs[done : done + len(order)]
             done += len(order)
         by_level.append((matcher, *(x.reshape(b, r * m, *x.shape[3:]) for x in ours)))
-    return Recording(Points(*(np.stack(x) for x in zip(*by_level, strict=True))), passes, targets)
+    return Recording(PointSamples(*(np.stack(x) for x in zip(*by_level, strict=True))), passes, targets)
 
 
-def blank_points(cfg: LossConfig, levels: int, images: int, slots: int) -> Points:
+def blank_points(cfg: LossConfig, levels: int, images: int, slots: int) -> PointSamples:
     """Points for passes whose losses nobody reads: `slots` targets an image."""
     extra = cfg.points - int(cfg.importance * cfg.points)
     counts = {"matcher": (1, cfg.points), "candidates": (slots, int(cfg.oversample * cfg.points)), "extra": (slots, extra)}
-    return Points(**{name: np.full((levels, images, *count, 2), 0.5, np.float32) for name, count in counts.items()})
+    return PointSamples(**{name: np.full((levels, images, *count, 2), 0.5, np.float32) for name, count in counts.items()})
 
 
 @jax.tree_util.register_dataclass
@@ -125,18 +125,18 @@ class Trained:
     """
 
     terms: dict[str, Array]
-    levels: LevelLosses
+    levels: LayerLosses
     class_logits: Array
     masks: Array
 
 
 def supervised(out: TrainingOutput, batch: Batch, kind: str, group: int) -> tuple[Array, Array, Targets]:
     """(class logits, mask embeddings, targets) of one kind of pass, [J, B, R, ...]."""
-    b, k = batch.phrase_mask.shape
+    b, k = batch.phrase_target.shape
     split = lambda x: x.reshape(x.shape[0], b, -1, *x.shape[2:])  # noqa: E731
-    embeds = split(out.decoder.mask_embeds)
+    embeds = split(out.decoder_output.mask_embeds)
     if kind == "refer":
-        return split(out.decoder.class_logits)[:, :, :k], embeds[:, :, :k], referring_targets(batch.phrase_mask, group)
+        return split(out.decoder_output.class_logits)[:, :, :k], embeds[:, :, :k], referring_targets(batch.phrase_target, group)
     return out.category_logits[:, :, None], embeds[:, :, -1:], category_targets(batch)
 
 
@@ -145,7 +145,7 @@ def train(
     graphdef: nnx.GraphDef,
     params: dict[str, Any],
     batch: Batch,
-    points: dict[str, Points],
+    points: dict[str, PointSamples],
     cfg: LossConfig,
     kind: str,
     differentiate: bool,
@@ -162,14 +162,14 @@ def train(
     """
 
     def loss(params: dict[str, Any]) -> tuple[Array, Trained]:
-        model = bind(graphdef, params)
+        model = bind_params(graphdef, params)
         out = model(batch)
-        terms, _ = training_terms(model, batch, out, points, cfg)
-        terms = divide(terms)
+        terms, _ = loss_terms(model, batch, out, points, cfg)
+        terms = normalize_terms(terms)
         logits, embeds, targets = supervised(out, batch, kind, model.cfg.negatives_group)
         levels = jax.lax.map(
-            lambda level: level_losses({kind: level}, {kind: targets}, out.mask_features, batch.masks, cfg)[kind],
-            Passes(logits, embeds, points[kind]),
+            lambda level: layer_losses({kind: level}, {kind: targets}, out.mask_features, batch.packed_masks, cfg)[kind],
+            PassPredictions(logits, embeds, points[kind]),
         )
         j, b, r, q, _ = embeds.shape
         flat = embeds.swapaxes(0, 1).reshape(b, j * r * q, -1)
@@ -271,12 +271,12 @@ def vanishes(parameter: str, model: FlowSegConfig) -> bool:
 
 def referring_passes(batch: Batch) -> list[Pass]:
     """One target a pass: the real phrases in X-SAM's order."""
-    return [Pass(int(b), int(k), 1) for b, k in np.argwhere(np.asarray(batch.phrase_mask) != NONE)]
+    return [Pass(int(b), int(k), 1) for b, k in np.argwhere(np.asarray(batch.phrase_target) != PAD)]
 
 
 def category_passes(batch: Batch) -> list[Pass]:
     """One pass an image, all labelled masks its targets."""
-    return [Pass(b, 0, int(n)) for b, n in enumerate((np.asarray(batch.object_class) != NONE).sum(1))]
+    return [Pass(b, 0, int(n)) for b, n in enumerate((np.asarray(batch.object_category) != PAD).sum(1))]
 
 
 def predictions(recorded: Arrays) -> list[int]:

@@ -16,12 +16,12 @@ from convert_weights.parity.report import LIMITS, Report, relative_error
 from flowseg_jax.evaluation.metrics import summarise
 from flowseg_jax.losses import LossConfig, match_cost, point_losses
 from flowseg_jax.models.connectors import ConnectorLevel, pad_to_multiple, pixel_shuffle
-from flowseg_jax.models.flowseg import pool_spans, referring_conditions, with_background
+from flowseg_jax.models.flowseg import append_background, pool_spans, referring_conditions
 from flowseg_jax.models.mask_decoder import DecoderConfig, DecoderLayer, cosine_logits
-from flowseg_jax.models.pixel_decoder import sine_positions
+from flowseg_jax.models.pixel_decoder import sine_position_embedding
 from flowseg_jax.models.semantic_flow import Conditions, SemanticFlowConfig
 from flowseg_jax.ops.msda import msda
-from flowseg_jax.ops.points import sample
+from flowseg_jax.ops.points import sample_points
 
 FILE, LAYER_FILE = "units.npz", "text_cross_attn_layer.npz"
 CLAMP = 50.0  # of the class logits in X-SAM main, which units.npz comes from
@@ -88,11 +88,11 @@ class Units:
             shapes = tuple((int(h), int(w)) for h, w in shapes)
             self.add("msda/out", msda(jnp.asarray(value), shapes, jnp.asarray(locations), jnp.asarray(weights)))
         if found := self.get("sample_point/in", "sample_point/coords_xy"):
-            self.add("sample_point/out", sample(jnp.asarray(found[0][:, 0]), jnp.asarray(found[1])))
+            self.add("sample_point/out", sample_points(jnp.asarray(found[0][:, 0]), jnp.asarray(found[1])))
         for name, recorded in self.arrays.items():
             if name.startswith("sine_pos/out_nchw"):
                 _, channels, height, width = recorded.shape
-                self.add(name, np.moveaxis(np.asarray(sine_positions(height, width, channels)), -1, 0)[None])
+                self.add(name, np.moveaxis(np.asarray(sine_position_embedding(height, width, channels)), -1, 0)[None])
 
     def losses(self) -> None:
         """Pairwise costs, and the losses of pairs: prediction i with target i, over two masks."""
@@ -131,9 +131,9 @@ class Units:
             rows = max(len(first), len(second))
             padded = np.stack([np.pad(x, ((0, rows - len(x)), (0, 0))) for x in (first, second)])
             exists = np.stack([np.arange(rows) < len(x) for x in (first, second)])
-            generic = with_background(jnp.asarray(padded), exists, exists, jnp.asarray(background))
+            generic = append_background(jnp.asarray(padded), exists, exists, jnp.asarray(background))
             self.add("pack_genseg/out_cond", generic.embeds)
-            self.add("pack_genseg/out_mask", generic.valid, "exact")
+            self.add("pack_genseg/out_mask", generic.valid_mask, "exact")
             numbers = np.where(exists, 0, -1)
             packed = referring_conditions(jnp.asarray(padded), jnp.asarray(background), numbers, 2, False)
             columns = [*np.flatnonzero(exists.reshape(-1)), 2 * rows]
@@ -222,7 +222,7 @@ def run_text_layer(arrays: Arrays, heads: int) -> dict[str, np.ndarray]:
         q_vis = layer.attend(x, position, memory, memory_position, allowed)
         mask = jnp.broadcast_to(exists[:, None, None], (1, 1, x.shape[1], exists.shape[1]))
         text_raw = layer.semantic.attention(q_vis + position, conditions.embeds, conditions.embeds, mask=mask)
-        q_sem = layer.semantic(q_vis, position, conditions.embeds, conditions.own)
+        q_sem = layer.semantic(q_vis, position, conditions.embeds, conditions.attend_mask)
         found = layer.converse(q_vis, position, conditions.embeds, conditions)
         out, _ = layer.conclude(found, conditions.embeds, conditions)
         steps = {"visual_attention": raw, "after_visual_norm": q_vis, "text_attention": text_raw, "after_text_norm": q_sem}

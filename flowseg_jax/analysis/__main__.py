@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 if __name__ == "__main__":  # before the imports, so that a Ctrl-C while they last is as clean as later
-    from flowseg_jax.errors import run
+    from flowseg_jax.errors import run_cli
 
-    run("flowseg_jax.analysis.__main__:main")
+    run_cli("flowseg_jax.analysis.__main__:main")
 
 import argparse
 from pathlib import Path
@@ -38,25 +38,25 @@ def _negatives(args: argparse.Namespace) -> None:
 def _model(args: argparse.Namespace) -> None:
     from flowseg_jax import experiment
     from flowseg_jax.analysis import boundary, embedding_swap, layer_trace, prompt_sensitivity
-    from flowseg_jax.analysis.runner import Source
+    from flowseg_jax.analysis.runner import AnalysisRunner
     from flowseg_jax.checkpoints.pretrained import read_model_config
-    from flowseg_jax.data.dataset import Prepared
-    from flowseg_jax.evaluation.benchmark import Benchmark, Subject
+    from flowseg_jax.data.dataset import PreparedDataset
+    from flowseg_jax.evaluation.benchmark import EvalModel, ReferringEvaluation
     from flowseg_jax.training import loop
 
     directory, data = cli.model_directory(args), args.data
     out = Path(args.out) if args.out else Path("runs") / "diagnose" / cli.model_name(directory)
     if data is None:
         read_model_config(directory)  # a mistyped name is told at once, not after the benchmark is made
-        data = loop.open_data(experiment.load([])[0]).directory
+        data = loop.load_dataset(experiment.load([])[0]).directory
     command = {
         "layers": layer_trace.run,
         "bar": boundary.run,
         "carriers": embedding_swap.run,
         "prompts": prompt_sensitivity.run,
     }[args.command]
-    benchmark = Benchmark(Subject.load(directory), Prepared.open(data), args.batch_size)
-    command(Source(benchmark, args.split, args.images or None), out)
+    benchmark = ReferringEvaluation(EvalModel.load(directory), PreparedDataset.open(data), args.batch_size)
+    command(AnalysisRunner(benchmark, args.split, args.images or None), out)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -96,6 +96,6 @@ def main(argv: list[str] | None = None) -> int:
         )
         command.add_argument("--batch-size", type=cli.positive, default=8, help="images at a time")
     args = parser.parse_args(argv)
-    host.keep_programs()
+    host.enable_compilation_cache()
     args.run(args)
     return 0

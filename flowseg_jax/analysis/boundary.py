@@ -22,31 +22,35 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from flowseg_jax.analysis import page
-from flowseg_jax.analysis.runner import Measured, Source
+from flowseg_jax.analysis.runner import AnalysisRunner, SampleResult
 from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation import metrics, postprocess
-from flowseg_jax.models.flowseg import FlowSeg, Seen
-from flowseg_jax.ops.morphology import band
+from flowseg_jax.models.flowseg import FlowSeg, ImageCache
+from flowseg_jax.ops.morphology import boundary_band
 from flowseg_jax.reports import plots
-from flowseg_jax.types import Questions
+from flowseg_jax.types import ExpressionQueries
 
 EXAMPLES = 3  # on the page, of each kind
 DILATION = 0.02  # of the diagonal
 
 
 def before_and_after(
-    model: FlowSeg, seen: Seen, questions: Questions, truth: Float[Array, "b k h w"], inside: Float[Array, "b h w"]
+    model: FlowSeg,
+    seen: ImageCache,
+    questions: ExpressionQueries,
+    truth: Float[Array, "b k h w"],
+    inside: Float[Array, "b h w"],
 ) -> tuple[dict, Array]:
     """The selected mask's logits before and after BAR, and what its band covers; traced.
 
     Returns:
         {"band", "mask": [B, K]}, shares of the image in [0, 1]; mask logits [B, K, 2, h, w].
     """
-    found = model.ask(seen, questions)
-    before = postprocess.top(found.scores, found.mask_logits, 1).logits[:, :, 0]
-    after = model.refine(before, found.mask_features)
+    found = model.predict_cached(seen, questions)
+    before = postprocess.top_k_masks(found.scores, found.mask_logits, 1).logits[:, :, 0]
+    after = model.refine_masks(before, found.mask_features)
     area = lambda cells: (cells * inside[:, None]).sum((-2, -1))  # noqa: E731
-    edge = band(jax.nn.sigmoid(before), model.boundary.kernel, model.boundary.eps)
+    edge = boundary_band(jax.nn.sigmoid(before), model.boundary.kernel, model.boundary.eps)
     whole = area(jnp.ones_like(before))
     return {"band": area(edge) / whole, "mask": area(before > 0) / whole}, jnp.stack([before, after], 2)
 
@@ -68,18 +72,18 @@ def boundary_iou(
     return metrics.iou(int((ours & theirs).sum()), int((ours | theirs).sum()))
 
 
-def with_boundary(measured: Measured) -> Measured:
+def with_boundary(measured: SampleResult) -> SampleResult:
     """The sample with `boundary_iou` [N] in [0, 1] of its masks among its values."""
     found = np.array([boundary_iou(mask, measured.truth, measured.ignored) for mask in measured.masks])
     return dataclasses.replace(measured, values={**measured.values, "boundary_iou": found})
 
 
-def gain(measured: Measured) -> float:
+def gain(measured: SampleResult) -> float:
     """IoU after BAR minus IoU before, in points."""
     return 100 * float(measured.iou[1] - measured.iou[0])
 
 
-def summarise(measured: Sequence[Measured]) -> dict[str, Any]:
+def summarise(measured: Sequence[SampleResult]) -> dict[str, Any]:
     """Means of the bands, of iou and boundary_iou ([before, after]), and the shares helped and harmed; percent."""
     iou = np.array([m.iou for m in measured])
     edge, area = ([float(m.values[name]) for m in measured] for name in ("band", "mask"))
@@ -95,7 +99,7 @@ def summarise(measured: Sequence[Measured]) -> dict[str, Any]:
     }
 
 
-def run(source: Source, out: Path) -> Path:
+def run(source: AnalysisRunner, out: Path) -> Path:
     """Writes `bar_<split>.json` and `.html`; returns the page. Raises UserError for a model without BAR."""
     if not source.benchmark.subject.cfg.boundary.enabled:
         raise UserError("the model has no boundary refinement (model.boundary.enabled is False): there is nothing to diagnose")
@@ -130,7 +134,7 @@ def run(source: Source, out: Path) -> Path:
     return page.write(out, f"bar_{source.split}", f"Boundary refinement: {source.split}", about, result, body)
 
 
-def _thumbnails(measured: Sequence[Measured], out: Path, name: str) -> list[page.Thumbnail]:
+def _thumbnails(measured: Sequence[SampleResult], out: Path, name: str) -> list[page.Thumbnail]:
     shown = []
     for m in measured:
         panels = [("truth", m.truth, True)]

@@ -29,8 +29,8 @@ from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation import metrics
 from flowseg_jax.evaluation.examples import FAILED
 from flowseg_jax.reports import plots
-from flowseg_jax.types import NONE
-from flowseg_jax.writers import say
+from flowseg_jax.types import PAD
+from flowseg_jax.writers import log
 
 BINS = 10  # of the reliability table
 POINTS = 50  # of the ROC that are written, at most
@@ -39,7 +39,7 @@ DIGITS = 6  # of a threshold
 
 def is_absent(record: Mapping[str, Any]) -> bool:
     """Whether nothing in the image is what the model was asked for: no target, or another image's sentence."""
-    return record["ann_id"] == NONE or record["text"] != record["sentence"]
+    return record["ann_id"] == PAD or record["text"] != record["sentence"]
 
 
 def _scores(records: Sequence[Mapping[str, Any]]) -> Float[np.ndarray, " n"]:
@@ -147,7 +147,7 @@ def run(file: Path, control: Path | None, out: Path, rate: float) -> Path:
             raise UserError(f"{control} is no shuffled-text control: make one with eval.py --shuffle-text")
         records += others
     result = summarise(records, rate)
-    say(
+    log(
         f"--no-target-below={result['no_target_below']}: {result['false_alarms']:.1f} % false alarms on"
         f" {result['absent']} absent, {result['kept']:.1f} % of {result['present']} present kept, AUC {result['auc']:.1f} %"
     )

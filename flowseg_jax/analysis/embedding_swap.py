@@ -17,17 +17,17 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from flowseg_jax.analysis import page
-from flowseg_jax.analysis.runner import Measured, Source
+from flowseg_jax.analysis.runner import AnalysisRunner, SampleResult
 from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation import postprocess
-from flowseg_jax.models.flowseg import FlowSeg, Seen
-from flowseg_jax.types import Questions
+from flowseg_jax.models.flowseg import FlowSeg, ImageCache
+from flowseg_jax.types import ExpressionQueries
 
 DIFFERENT = 0.5
 EXCHANGED = ("nothing", "S", "C", "both")
 
 
-def another(truth: Float[Array, "b k h w"], asked: Bool[Array, "b k"]) -> Array:
+def other_target(truth: Float[Array, "b k h w"], asked: Bool[Array, "b k"]) -> Array:
     """int32 [B, K]: for each phrase the first one about another object, -1 without; `truth` is on the grid, in [0, 1]."""
     common = jnp.einsum("bkhw,bjhw->bkj", truth, truth)
     area = truth.sum((-2, -1))
@@ -36,39 +36,45 @@ def another(truth: Float[Array, "b k h w"], asked: Bool[Array, "b k"]) -> Array:
     return jnp.where(differs.any(-1), differs.argmax(-1), -1)
 
 
-def exchanged(
-    model: FlowSeg, seen: Seen, questions: Questions, truth: Float[Array, "b k h w"], inside: Float[Array, "b h w"]
+def swapped(
+    model: FlowSeg,
+    seen: ImageCache,
+    questions: ExpressionQueries,
+    truth: Float[Array, "b k h w"],
+    inside: Float[Array, "b h w"],
 ) -> tuple[dict, Array]:
     """The selected mask with each of EXCHANGED; traced.
 
     Returns:
         {"other": [B, K], see `another`}; mask logits [B, K, 4, h, w].
     """
-    phrases, segs = model.hear(seen, questions)
-    other = another(truth, questions.asked)
+    phrases, segs = model.encode_text_cached(seen, questions)
+    other = other_target(truth, questions.query_valid)
     theirs = lambda x: jnp.take_along_axis(x, jnp.maximum(other, 0)[..., None], 1)  # noqa: E731
 
     def selected(phrases: Array, segs: Array) -> Array:
-        found = model.candidates(seen.mask_features, seen.levels, phrases, segs)
-        return model.refine(postprocess.top(found.scores, found.mask_logits, 1).logits[:, :, 0], found.mask_features)
+        found = model.decode_masks(seen.mask_features, seen.multi_scale_features, phrases, segs)
+        return model.refine_masks(
+            postprocess.top_k_masks(found.scores, found.mask_logits, 1).logits[:, :, 0], found.mask_features
+        )
 
     pairs = (phrases, segs), (phrases, theirs(segs)), (theirs(phrases), segs), (theirs(phrases), theirs(segs))
     return {"other": other}, jnp.stack([selected(*pair) for pair in pairs], 2)
 
 
-def summarise(measured: Sequence[Measured]) -> dict[str, Any]:
+def summarise(measured: Sequence[SampleResult]) -> dict[str, Any]:
     """Mean IoU with the own truth, percent, by what was exchanged."""
     iou = 100 * np.array([m.iou for m in measured])
     return {"n": len(measured), "iou": dict(zip(EXCHANGED, iou.mean(0).tolist(), strict=True))}
 
 
-def run(source: Source, out: Path) -> Path:
+def run(source: AnalysisRunner, out: Path) -> Path:
     """Writes `carriers_<split>.json` and `.html`; returns the page.
 
     Raises:
         UserError: no image is asked for two different objects.
     """
-    measured = [m.figures() for m in source.measure(exchanged, "carriers")]
+    measured = [m.figures() for m in source.measure(swapped, "carriers")]
     paired = [m for m in measured if m.values["other"] >= 0]
     if not paired:
         raise UserError(f"no image of {source.split} is asked for two different objects: there is nothing to exchange")

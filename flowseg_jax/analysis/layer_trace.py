@@ -28,13 +28,13 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from flowseg_jax.analysis import page
-from flowseg_jax.analysis.runner import Measured, Source
+from flowseg_jax.analysis.runner import AnalysisRunner, SampleResult
 from flowseg_jax.evaluation import postprocess
-from flowseg_jax.models.flowseg import FlowSeg, Seen, with_background
-from flowseg_jax.models.mask_decoder import MaskDecoder, Memory, mask_logits
+from flowseg_jax.models.flowseg import FlowSeg, ImageCache, append_background
+from flowseg_jax.models.mask_decoder import LevelMemory, MaskDecoder, mask_logits
 from flowseg_jax.models.semantic_flow import Conditions, SemanticRefinement
 from flowseg_jax.reports import plots
-from flowseg_jax.types import Questions
+from flowseg_jax.types import ExpressionQueries
 
 EXAMPLES = 6  # on the page
 FIGURES = ("margin", "cosine_selected", "cosine_best", "gate", "step", "drift")
@@ -42,7 +42,7 @@ FIGURES = ("margin", "cosine_selected", "cosine_best", "gate", "step", "drift")
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Flow:
+class DecoderTrace:
     """The decoder's predictions with what it computes on the way; J = L + 1 predictions, P passes.
 
     Attributes:
@@ -68,7 +68,7 @@ def gate_of(
     conditions: Conditions,
 ) -> tuple[Float[Array, "p q d"], Float[Array, "p q d"]]:
     """SR's gate and Q_sem, as `SemanticRefinement` computes them from Q_vis and C; it puts out Q_sem + gate (Q_vis - Q_sem)."""
-    own = conditions.own
+    own = conditions.attend_mask
     mask = jnp.broadcast_to(own[:, None, None, :], (own.shape[0], 1, q_vis.shape[1], own.shape[1]))
     q_sem = q_vis + semantic.attention(q_vis + position, embeds, embeds, mask=mask)
     if semantic.norm is not None:
@@ -76,20 +76,20 @@ def gate_of(
     return jax.nn.sigmoid(semantic.gate(jnp.concatenate([q_vis, q_sem], -1))), q_sem
 
 
-def decode(
+def decode_with_trace(
     decoder: MaskDecoder,
     mask_features: Float[Array, "b h w f"],
     levels: Sequence[Float[Array, "b _ _ d"]],
     passes: int,
     conditions: Conditions,
     seg_embeds: Float[Array, "p d"],
-) -> Flow:
+) -> DecoderTrace:
     """`MaskDecoder.__call__` with the same arguments, from the same layers, that also yields C(j) and the gates."""
     dtype = mask_features.dtype
     position = decoder.query_position[...].astype(dtype)
-    x = decoder.start(mask_features.shape[0] * passes, seg_embeds, dtype)
+    x = decoder.init_queries(mask_features.shape[0] * passes, seg_embeds, dtype)
     embeds = conditions.embeds.astype(dtype)
-    memories = [decoder.memory(index, level, mask_features) for index, level in enumerate(levels)]
+    memories = [decoder.prepare_level(index, level, mask_features) for index, level in enumerate(levels)]
     graphdef, stacked = nnx.split(decoder.layers)
     nothing = jnp.full(x.shape[0], jnp.nan, jnp.float32)
 
@@ -97,28 +97,34 @@ def decode(
         x, embeds = carry
         index, params = inputs
         layer = nnx.merge(graphdef, params)
-        prediction = decoder.predict(x, embeds, conditions)
+        prediction = decoder.prediction_heads(x, embeds, conditions)
 
-        def attend(memory: Memory) -> Array:
+        def attend(memory: LevelMemory) -> Array:
             allowed = decoder.attention_mask(prediction[1], memory)
-            return layer.attend(x, position, memory.values, memory.positions, allowed)
+            return layer.cross_attention_block(x, position, memory.values, memory.positions, allowed)
 
         q_vis = jax.lax.switch(index % len(memories), [lambda memory=memory: attend(memory) for memory in memories])
         gate = nothing
         if layer.semantic is not None:
             gate = gate_of(layer.semantic, q_vis, position, embeds, conditions)[0].astype(jnp.float32).mean((1, 2))
-        carry = layer.conclude(layer.converse(q_vis, position, embeds, conditions), embeds, conditions)
+        carry = layer.feed_forward_and_refine_conditions(
+            layer.refine_and_self_attend(q_vis, position, embeds, conditions), embeds, conditions
+        )
         return carry, ((*prediction, embeds), gate)
 
     steps = (jnp.arange(decoder.cfg.layers), nnx.to_pure_dict(stacked))
     (x, embeds), (seen, gates) = jax.lax.scan(body, (x, embeds), steps)
-    last = (*decoder.predict(x, embeds, conditions), embeds)
+    last = (*decoder.prediction_heads(x, embeds, conditions), embeds)
     seen = [jnp.concatenate([before, value[None]]) for before, value in zip(seen, last, strict=True)]
-    return Flow(*seen, jnp.concatenate([nothing[None], gates]))
+    return DecoderTrace(*seen, jnp.concatenate([nothing[None], gates]))
 
 
-def trace(
-    model: FlowSeg, seen: Seen, questions: Questions, truth: Float[Array, "b k h w"], inside: Float[Array, "b h w"]
+def layer_trace(
+    model: FlowSeg,
+    seen: ImageCache,
+    questions: ExpressionQueries,
+    truth: Float[Array, "b k h w"],
+    inside: Float[Array, "b h w"],
 ) -> tuple[dict, Array]:
     """The figures of every sample and the masks that they are about; traced.
 
@@ -126,11 +132,13 @@ def trace(
         {name: [B, K, J]} with `FIGURES` and the queries `selected` and `best`; mask logits [B, K, 2 J, h, w]: selected and best
         of prediction 0, of prediction 1, ...
     """
-    b, k = questions.asked.shape
-    phrases, segs = model.hear(seen, questions)
+    b, k = questions.query_valid.shape
+    phrases, segs = model.encode_text_cached(seen, questions)
     yes = jnp.ones((b * k, 1), bool)
-    conditions = with_background(phrases.reshape(b * k, 1, -1), yes, yes, model.background[...])
-    flow = decode(model.decoder, seen.mask_features, seen.levels, k, conditions, segs.reshape(b * k, -1))
+    conditions = append_background(phrases.reshape(b * k, 1, -1), yes, yes, model.background[...])
+    flow = decode_with_trace(
+        model.decoder, seen.mask_features, seen.multi_scale_features, k, conditions, segs.reshape(b * k, -1)
+    )
     cosines = jnp.einsum("jpqd,jpnd->jpqn", _unit(flow.queries), _unit(flow.conditions))
     highest, _ = jax.lax.top_k(cosines[..., 0] - cosines[..., -1], 2)
     own = flow.conditions[:, :, 0].astype(jnp.float32)
@@ -143,10 +151,12 @@ def trace(
         "drift": moved(own[:1]),
     }
 
-    def choose(inputs: tuple[Array, Array]) -> postprocess.Chosen:  # one prediction at a time: all masks of all would be huge
+    def choose(
+        inputs: tuple[Array, Array],
+    ) -> postprocess.SelectedMasks:  # one prediction at a time: all masks of all would be huge
         embeds, score = inputs
         masks = mask_logits(embeds.reshape(b, -1, embeds.shape[-1]), seen.mask_features)
-        return postprocess.choose(score, masks.reshape(*score.shape, *masks.shape[2:]), truth, inside)
+        return postprocess.select_masks(score, masks.reshape(*score.shape, *masks.shape[2:]), truth, inside)
 
     scores = jax.nn.softmax(flow.class_logits, -1)[..., 0]
     chosen = jax.lax.map(choose, (flow.mask_embeds, scores.reshape(-1, b, k, scores.shape[-1])))
@@ -164,7 +174,7 @@ def _unit(x: Array) -> Array:
     return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-24))
 
 
-def summarise(measured: Sequence[Measured]) -> list[dict[str, Any]]:
+def summarise(measured: Sequence[SampleResult]) -> list[dict[str, Any]]:
     """One mapping a prediction: means over the samples of the figures (None: not defined), settled and IoUs in percent."""
     values = {name: np.array([m.values[name] for m in measured], np.float64) for name in (*FIGURES, "selected")}
     iou = 100 * np.array([m.iou for m in measured]).reshape(len(measured), -1, 2).mean(0)
@@ -180,10 +190,10 @@ def summarise(measured: Sequence[Measured]) -> list[dict[str, Any]]:
     return rows
 
 
-def run(source: Source, out: Path) -> Path:
+def run(source: AnalysisRunner, out: Path) -> Path:
     """Writes `layers_<split>.json` and `.html`; returns the page."""
     measured, shown = [], {}
-    for m in source.measure(trace, "layers"):
+    for m in source.measure(layer_trace, "layers"):
         if len(shown) < EXAMPLES:
             shown.setdefault(m.sample.image_id, m)  # an image's first sentence
         measured.append(m.figures())
@@ -237,7 +247,7 @@ def _shown(name: str, value: float | None) -> str:
     return page.shown(value if value is None or name in ("settled", "iou_selected", "iou_best") else f"{value:.3f}")
 
 
-def _thumbnails(measured: Sequence[Measured], out: Path, name: str) -> list[page.Thumbnail]:
+def _thumbnails(measured: Sequence[SampleResult], out: Path, name: str) -> list[page.Thumbnail]:
     shown = []
     for m in measured:
         ious, queries = m.iou[::2], m.values["selected"].astype(int)

@@ -24,7 +24,7 @@ from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation import metrics
 from flowseg_jax.evaluation.examples import FAILED, GOOD
 from flowseg_jax.reports import plots
-from flowseg_jax.types import NONE
+from flowseg_jax.types import PAD
 
 KINDS = ("good", "boundary", "selection", "generation", "no answer")
 TOP = (1, 2, 3, 5, 10)
@@ -53,7 +53,7 @@ def kind(record: Mapping[str, Any]) -> str:
 
 def rank(record: Mapping[str, Any]) -> int:
     """How many candidates have a higher score than the oracle's; 0 where the selected mask is as good."""
-    return 0 if metrics.counts(record, of="oracle_") == metrics.counts(record) else record["best_rank"]
+    return 0 if metrics.intersection_union(record, of="oracle_") == metrics.intersection_union(record) else record["best_rank"]
 
 
 def _figures(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def summarise(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     Raises:
         UserError: no sample refers to something.
     """
-    asked = [r for r in records if r["ann_id"] != NONE]
+    asked = [r for r in records if r["ann_id"] != PAD]
     if not asked:
         raise UserError("no sample refers to an object: there is no best candidate to speak of")
     ranks = Counter(rank(r) for r in asked if ious(r)[1] >= FAILED)
@@ -140,7 +140,7 @@ def run(file: Path, out: Path) -> Path:
         ]
     pictures = page.kept_pictures(file)
     for name, meaning in _ERRORS.items():
-        if mine := [(picture, r) for picture, r in pictures if r["ann_id"] != NONE and kind(r) == name]:
+        if mine := [(picture, r) for picture, r in pictures if r["ann_id"] != PAD and kind(r) == name]:
             body += [page.heading(f"Examples: {name}", meaning), page.gallery([_thumbnail(*each) for each in mine], out)]
     about = [f"{file}: {result['n']} samples, {result['no_target']} sentences without a target left out."]
     return page.write(out, f"oracle_{file.stem}", f"Selected and best: {file.stem}", about, result, body)

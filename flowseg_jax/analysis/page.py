@@ -18,7 +18,7 @@ from flowseg_jax.evaluation import audit, results
 from flowseg_jax.reports import html as page
 from flowseg_jax.reports import overlay, pictures
 from flowseg_jax.reports.html import Html, html, join
-from flowseg_jax.writers import say
+from flowseg_jax.writers import log
 
 
 def write(out: Path, name: str, title: str, about: Sequence[str], result: Mapping[str, Any], body: Sequence[Html]) -> Path:
@@ -32,10 +32,10 @@ def write(out: Path, name: str, title: str, about: Sequence[str], result: Mappin
     Raises:
         UserError: the place cannot be written to.
     """
-    storage.replace_text(out / f"{name}.json", json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    storage.write_text_atomic(out / f"{name}.json", json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     head = [html("<h1>{}</h1>", title), *(html('<p class="about">{}</p>', line) for line in about)]
     page.write(out / f"{name}.html", title, [*head, *body])
-    say(f"{out / name}.html\n{out / name}.json")
+    log(f"{out / name}.html\n{out / name}.json")
     return out / f"{name}.html"
 
 
@@ -107,7 +107,7 @@ def picture(
         folder.mkdir(parents=True, exist_ok=True)
         for stale in folder.glob("*.png") if number == 0 else ():
             stale.unlink()
-        pictures.strip(image, [("image", None, pictures.TRUTH), *colored]).save(file)
+        pictures.comparison_strip(image, [("image", None, pictures.TRUTH), *colored]).save(file)
     except OSError as error:
         raise UserError(f"cannot write {file}: {error.strerror}; choose a folder you can write to") from error
     return Thumbnail(file, sample.prompt, f"{note}; {sample.file_name}", sample.family)

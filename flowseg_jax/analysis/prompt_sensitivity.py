@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 
 from flowseg_jax.analysis import page
-from flowseg_jax.analysis.runner import Source
+from flowseg_jax.analysis.runner import AnalysisRunner
 from flowseg_jax.data.prompts import REFERRING_ANSWERS, REFERRING_QUESTIONS
 from flowseg_jax.evaluation import runner
 from flowseg_jax.reports import plots
-from flowseg_jax.writers import say
+from flowseg_jax.writers import log
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -33,12 +33,12 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def evaluate(source: Source, wordings: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
+def evaluate(source: AnalysisRunner, wordings: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
     """One mapping a (question, answer): its indices, n, cIoU, gIoU and `same`, the share of samples with the first's query."""
     subject, rows, first = source.benchmark.subject, [], None
     for question, answer in wordings:
         prompts = dataclasses.replace(subject.prompts, question=question, answer=answer)
-        say(f"question {question}: {REFERRING_QUESTIONS[question]}  answer {answer}: {REFERRING_ANSWERS[answer]}")
+        log(f"question {question}: {REFERRING_QUESTIONS[question]}  answer {answer}: {REFERRING_ANSWERS[answer]}")
         data = functools.partial(source.benchmark.open, source.split, images=source.images, prompts=prompts)
         found = runner.evaluate(subject.evaluator, subject.params, data, split=source.split)
         queries = [record["query"] for record in found.records]
@@ -48,7 +48,7 @@ def evaluate(source: Source, wordings: Sequence[tuple[int, int]]) -> list[dict[s
     return rows
 
 
-def run(source: Source, out: Path) -> Path:
+def run(source: AnalysisRunner, out: Path) -> Path:
     """Writes `prompts_<split>.json` and `.html`; returns the page."""
     fixed = source.benchmark.subject.prompts
     every = [(q, a) for q in range(len(REFERRING_QUESTIONS)) for a in range(len(REFERRING_ANSWERS))]

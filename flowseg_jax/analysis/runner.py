@@ -12,19 +12,21 @@ import numpy as np
 from flowseg_jax.data.records import Sample
 from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation import metrics, postprocess
-from flowseg_jax.evaluation.benchmark import Benchmark
+from flowseg_jax.evaluation.benchmark import ReferringEvaluation
 from flowseg_jax.models import flowseg
-from flowseg_jax.ops.portable import portable
-from flowseg_jax.types import Questions
+from flowseg_jax.ops.portable import without_kernels
+from flowseg_jax.types import ExpressionQueries
 from flowseg_jax.writers import heartbeat
 
 # (model, seen, questions, truth on the grid [B, K, h, w], share of image [B, h, w])
 # -> ({name: [B, K, ...]}, mask logits [B, K, N, h, w])
-Function = Callable[[flowseg.FlowSeg, flowseg.Seen, Questions, jax.Array, jax.Array], tuple[dict[str, jax.Array], jax.Array]]
+AnalysisFn = Callable[
+    [flowseg.FlowSeg, flowseg.ImageCache, ExpressionQueries, jax.Array, jax.Array], tuple[dict[str, jax.Array], jax.Array]
+]
 
 
 @dataclasses.dataclass(frozen=True)
-class Measured:
+class SampleResult:
     """One sample of a diagnostic.
 
     Attributes:
@@ -43,14 +45,14 @@ class Measured:
     ignored: np.ndarray | None
     image: np.ndarray | None
 
-    def figures(self, **more: Any) -> Measured:
+    def figures(self, **more: Any) -> SampleResult:
         """Without its pixels, which would fill the memory if all samples kept theirs, and with more values."""
         values = {**self.values, **more}
         return dataclasses.replace(self, values=values, masks=None, truth=None, ignored=None, image=None)
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class AnalysisRunner:
     """A model and the first images of a split.
 
     Attributes:
@@ -58,7 +60,7 @@ class Source:
         split: which split. images: how many of its images, None for all.
     """
 
-    benchmark: Benchmark
+    benchmark: ReferringEvaluation
     split: str
     images: int | None = None
 
@@ -72,7 +74,7 @@ class Source:
         """What was measured, as it stands in the JSON."""
         return {"checkpoint": dict(self.benchmark.subject.checkpoint), "split": self.split, "images": self.images}
 
-    def measure(self, function: Function, name: str) -> Iterator[Measured]:
+    def measure(self, function: AnalysisFn, name: str) -> Iterator[SampleResult]:
         """Runs a diagnostic's function over all samples, jitted, and brings its masks to the original sizes.
 
         Args:
@@ -83,10 +85,10 @@ class Source:
             UserError: the split holds no expression.
         """
         subject, data = self.benchmark.subject, self.benchmark.open(self.split, images=self.images)
-        return measure(flowseg.describe(subject.cfg)[0], subject.params, data, function, name)
+        return measure(flowseg.abstract_model(subject.cfg)[0], subject.params, data, function, name)
 
 
-def measure(graphdef: Any, params: Any, data: Any, function: Function, name: str) -> Iterator[Measured]:
+def measure(graphdef: Any, params: Any, data: Any, function: AnalysisFn, name: str) -> Iterator[SampleResult]:
     """`Source.measure` for any model and any data with the interface of `EvalData`."""
     if not data.samples:
         raise UserError("the split holds no expression to measure; prepare it, or choose another split")
@@ -94,16 +96,16 @@ def measure(graphdef: Any, params: Any, data: Any, function: Function, name: str
     # Where there are several devices, the compiler divides these two, and it cannot divide a kernel.
     @jax.jit
     def see(params, views, prefix):
-        with portable():
-            return flowseg.bind(graphdef, params).see(views, prefix)
+        with without_kernels():
+            return flowseg.bind_params(graphdef, params).prefill_image(views, prefix)
 
     @jax.jit
     def run(params, *inputs):
-        with portable():
-            return function(flowseg.bind(graphdef, params), *inputs)
+        with without_kernels():
+            return function(flowseg.bind_params(graphdef, params), *inputs)
 
     on_grid = jax.jit(lambda truth, where: (postprocess.truth_on_grid(truth, where), postprocess.image_on_grid(where)))
-    restore = jax.jit(postprocess.restore)
+    restore = jax.jit(postprocess.upsample_and_count)
     done = 0
     with heartbeat(f"diagnose {name}: compiling") as beat:
         for batch in data:
@@ -115,12 +117,12 @@ def measure(graphdef: Any, params: Any, data: Any, function: Function, name: str
             for asked in batch.rounds:
                 pack = lambda masks, count: postprocess.pack_truth(masks, rows, count, where.bucket)  # noqa: B023, E731
                 phrases = asked.questions.asked.shape[1]
-                truth = postprocess.Truth(pack(asked.truth, phrases), pack(asked.once, phrases), pack(batch.ignored, 1))
+                truth = postprocess.GroundTruth(pack(asked.truth, phrases), pack(asked.once, phrases), pack(batch.ignored, 1))
                 values, logits = run(params, seen, asked.questions, *on_grid(truth.union, where))
                 values, restored = jax.device_get((values, restore(logits, where, truth)))
                 for b, samples in enumerate(asked.samples):
                     for k, sample in enumerate(samples):
-                        yield Measured(
+                        yield SampleResult(
                             sample,
                             {key: value[b, k] for key, value in values.items()},
                             _ious(restored, (b, k)),
@@ -133,7 +135,7 @@ def measure(graphdef: Any, params: Any, data: Any, function: Function, name: str
             beat.message = f"diagnose {name}: {done}/{data.samples} samples"
 
 
-def _ious(restored: postprocess.Restored, at: tuple[int, int]) -> np.ndarray:
+def _ious(restored: postprocess.FullSizeMasks, at: tuple[int, int]) -> np.ndarray:
     """[N] of one sample."""
     counted = zip(restored.intersection[at], restored.union[at], restored.finite[at], strict=True)
     return np.array([metrics.iou(*pair) if finite else 0.0 for *pair, finite in counted])

@@ -20,22 +20,22 @@ from ml_collections import ConfigDict
 
 from flowseg_jax.aot.plan import compiler_effort, prepare, try_to_compile
 from flowseg_jax.aot.tpu_cost import cycles
-from flowseg_jax.losses import LossConfig, training_terms
-from flowseg_jax.models.flowseg import FlowSeg, ImageFeatures, Reading, TrainingOutput, bind
-from flowseg_jax.ops.collectives import Peers
+from flowseg_jax.losses import LossConfig, loss_terms
+from flowseg_jax.models.flowseg import FlowSeg, ImageFeatures, TextFeatures, TrainingOutput, bind_params
+from flowseg_jax.ops.collectives import DataParallelGroup
 from flowseg_jax.sharding import BATCH_AXES, replicated
 from flowseg_jax.system.hardware import GIB
-from flowseg_jax.training.optimizer import Params, merge
-from flowseg_jax.training.program import Program
-from flowseg_jax.training.step import manual, manual_axes
+from flowseg_jax.training.optimizer import Params, merge_trainable
+from flowseg_jax.training.program import TrainProgram
+from flowseg_jax.training.step import shard_map_axes, shard_map_spec
 from flowseg_jax.types import Batch
 from flowseg_jax.writers import heartbeat
 
-PEERS = Peers(BATCH_AXES)
+PEERS = DataParallelGroup(BATCH_AXES)
 
 
 @dataclasses.dataclass(frozen=True)
-class PartReport:
+class ComponentReport:
     """One part, forward and backward.
 
     Attributes:
@@ -62,26 +62,26 @@ Leaves = dict[str, list[Any]]  # what parts gave, as bare arrays
 Run = Callable[[FlowSeg, Batch, dict[str, Any], LossConfig], Any]
 
 
-def _llm(model: FlowSeg, batch: Batch, given: dict[str, Any], losses: LossConfig) -> tuple[Reading | None, Any]:
+def _llm(model: FlowSeg, batch: Batch, given: dict[str, Any], losses: LossConfig) -> tuple[TextFeatures | None, Any]:
     """The language model and its loss."""
-    reading = model.read(batch, given["siglip"]) if model.cfg.segments else None
-    hidden = model.listen(batch, given["siglip"]) if reading is None else reading.hidden
-    out = TrainingOutput(hidden, model.llm.unembedding(hidden.dtype), None, None, None, None)
-    terms, _ = training_terms(model, batch, out, {}, losses, PEERS)
+    reading = model.encode_text(batch, given["siglip"]) if model.cfg.has_mask_decoder else None
+    hidden = model.run_llm(batch, given["siglip"]) if reading is None else reading.hidden_states
+    out = TrainingOutput(hidden, model.llm.lm_head_weight(hidden.dtype), None, None, None, None)
+    terms, _ = loss_terms(model, batch, out, {}, losses, PEERS)
     return reading, [total for total, _ in terms.values()]
 
 
 def _decoder(model: FlowSeg, batch: Batch, given: dict[str, Any], losses: LossConfig) -> TrainingOutput:
     features = ImageFeatures(None, *given["pixel_decoder"])
-    reading = given["llm"][0] if model.cfg.speaks else None
-    return dataclasses.replace(model.decide(batch, features, reading, PEERS), hidden=None, vocabulary=None)
+    reading = given["llm"][0] if model.cfg.has_language_model else None
+    return dataclasses.replace(model.decode_training_passes(batch, features, reading, PEERS), hidden=None, vocabulary=None)
 
 
 def _losses(model: FlowSeg, batch: Batch, given: dict[str, Any], losses: LossConfig) -> list[Any]:
     """Matching, losses of masks and classes, and BAR."""
-    keys = jax.random.split(jax.random.key(0), batch.phrase_mask.shape[0])
+    keys = jax.random.split(jax.random.key(0), batch.phrase_target.shape[0])
     with jax.named_scope("losses"):
-        terms, _ = training_terms(model, batch, given["decoder"], keys, losses, PEERS)
+        terms, _ = loss_terms(model, batch, given["decoder"], keys, losses, PEERS)
     return [total for total, _ in terms.values()]
 
 
@@ -101,18 +101,18 @@ class _Part:
 
 
 PARTS = {
-    "sam": _Part(("sam",), (), None, lambda model, batch, given, losses: model.encode(batch)),
+    "sam": _Part(("sam",), (), None, lambda model, batch, given, losses: model.sam_hidden_states(batch)),
     "siglip": _Part(
         ("siglip", "visual_projector", "seg_projector"),
         ("sam",),
         "speaks",
-        lambda model, batch, given, losses: model.visual_tokens(batch, given["sam"][-1]),
+        lambda model, batch, given, losses: model.project_visual_tokens(batch, given["sam"][-1]),
     ),
     "pixel_decoder": _Part(
         ("connector", "pixel_decoder"),
         ("sam",),
         "segments",
-        lambda model, batch, given, losses: model.decode_pixels(tuple(given["sam"][:-1])),
+        lambda model, batch, given, losses: model.pixel_features(tuple(given["sam"][:-1])),
     ),
     "llm": _Part(("llm", "llm_projector"), ("siglip",), "speaks", _llm),
     "decoder": _Part(("decoder", "background", "category_head"), ("pixel_decoder", "llm"), "segments", _decoder),
@@ -120,7 +120,7 @@ PARTS = {
 }
 
 
-def parts(config: ConfigDict, topology: str, *, effort: str = "O0") -> list[PartReport]:
+def parts(config: ConfigDict, topology: str, *, effort: str = "O0") -> list[ComponentReport]:
     """Compiles the parts of a config's step one after the other, those that its model has, the optimizer last.
 
     Raises:
@@ -130,7 +130,7 @@ def parts(config: ConfigDict, topology: str, *, effort: str = "O0") -> list[Part
     return list(_measured(program, effort))
 
 
-def _measured(program: Program, effort: str) -> Iterator[PartReport]:
+def _measured(program: TrainProgram, effort: str) -> Iterator[ComponentReport]:
     with compiler_effort(effort):
         for name, step, arguments in programs(program):
             with heartbeat(f"tracing and lowering {name}"):
@@ -140,11 +140,11 @@ def _measured(program: Program, effort: str) -> Iterator[PartReport]:
                 compiled, refusal = try_to_compile(lowered)
             seconds = time.perf_counter() - started
             if compiled is None:
-                yield PartReport(name, None, None, None, None, seconds, refusal)
+                yield ComponentReport(name, None, None, None, None, seconds, refusal)
                 continue
             text, memory = compiled.as_text(), compiled.memory_analysis()
             found = cycles(text)
-            yield PartReport(
+            yield ComponentReport(
                 name,
                 memory.argument_size_in_bytes,
                 memory.temp_size_in_bytes,
@@ -155,7 +155,7 @@ def _measured(program: Program, effort: str) -> Iterator[PartReport]:
             )
 
 
-def table(reports: Sequence[PartReport]) -> str:
+def table(reports: Sequence[ComponentReport]) -> str:
     """The reports for people."""
     rows = [("part", "compiled in", "arguments", "temporaries", "million cycles", "lines of HLO")]
     for x in reports:
@@ -171,10 +171,10 @@ def table(reports: Sequence[PartReport]) -> str:
     return "\n".join(f"{row[0]:<16}" + "".join(f"{cell:>16}" for cell in row[1:]) for row in rows)
 
 
-def programs(program: Program) -> Iterator[tuple[str, Any, tuple]]:
+def programs(program: TrainProgram) -> Iterator[tuple[str, Any, tuple]]:
     """(name, jitted function, abstract arguments) of every part of a program's step: what a device does in one micro-batch."""
     model, state, mesh, losses = program.plan.model, program.state, program.mesh, program.plan.losses
-    specs = jax.tree.map(lambda x: manual(x.sharding.spec, mesh), (state.trainable, state.frozen))
+    specs = jax.tree.map(lambda x: shard_map_spec(x.sharding.spec, mesh), (state.trainable, state.frozen))
     batch = _of_one_micro_batch(program)
     given: Leaves = {}
     structures: dict[str, Any] = {}
@@ -186,7 +186,7 @@ def programs(program: Program) -> Iterator[tuple[str, Any, tuple]]:
         def forward(trainable: Params, frozen: Params, batch: Batch, inputs: Leaves, name=name, run=part.run) -> list[Any]:
             """The part, from and to bare arrays: what they belong to need not take abstract ones."""
             inputs = {other: structures[other].unflatten(leaves) for other, leaves in inputs.items()}
-            out = run(bind(program.graphdef, merge(trainable, frozen)), batch, inputs, losses)
+            out = run(bind_params(program.graphdef, merge_trainable(trainable, frozen)), batch, inputs, losses)
             leaves, structures[name] = jax.tree.flatten(out)
             return leaves
 
@@ -201,7 +201,7 @@ def programs(program: Program) -> Iterator[tuple[str, Any, tuple]]:
             return out, pull(cotangents)
 
         # What parts hand each other is given as one device has it, under the name of an array that is the same on all.
-        shared = functools.partial(jax.shard_map, mesh=mesh, axis_names=manual_axes(mesh), check_vma=False)
+        shared = functools.partial(jax.shard_map, mesh=mesh, axis_names=shard_map_axes(mesh), check_vma=False)
         takes, same = (*specs, PartitionSpec(BATCH_AXES), PartitionSpec()), PartitionSpec()
         found = jax.eval_shape(shared(forward, in_specs=takes, out_specs=same), state.trainable, state.frozen, batch, inputs)
         given[name] = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), found)
@@ -213,9 +213,9 @@ def programs(program: Program) -> Iterator[tuple[str, Any, tuple]]:
     yield "optimizer", jax.jit(update, donate_argnums=(0, 1)), (state.trainable, state.opt_state, state.trainable)
 
 
-def _of_one_micro_batch(program: Program) -> Batch:
+def _of_one_micro_batch(program: TrainProgram) -> Batch:
     division = program.division
-    rows = division.each * division.devices
+    rows = division.per_device_images * division.devices
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=x.sharding), program.batch)
 
 

@@ -61,7 +61,7 @@ class Loop:
 
 
 @dataclasses.dataclass(frozen=True)
-class Traffic:
+class CollectiveStats:
     """All collectives and all loops of a program."""
 
     collectives: tuple[Collective, ...]
@@ -84,7 +84,7 @@ class Traffic:
         return max((x.bytes for x in self.collectives if x.kind == kind and x.loops), default=0)
 
 
-def traffic(text: str) -> Traffic:
+def collective_stats(text: str) -> CollectiveStats:
     """Reads optimised HLO text (`jax.stages.Compiled.as_text()`). Raises ValueError for text without an entry computation."""
     return _Traffic(Module(text)).read()
 
@@ -195,10 +195,10 @@ class _Traffic:
         self._module = module
         self._loops: dict[str, int | None] = {}
 
-    def read(self) -> Traffic:
+    def read(self) -> CollectiveStats:
         found = tuple(self._walk(self._module.entry, 1, ()))
         inside = {name: tuple(sorted({x.kind for x in found if name in x.loops})) for name in self._loops}
-        return Traffic(found, tuple(Loop(name, trips, inside[name]) for name, trips in self._loops.items()))
+        return CollectiveStats(found, tuple(Loop(name, trips, inside[name]) for name, trips in self._loops.items()))
 
     def _walk(self, computation: str, executions: int, loops: tuple[str, ...]) -> Iterator[Collective]:
         chains: set[str] = set()

@@ -19,16 +19,16 @@ from ml_collections import ConfigDict
 
 from flowseg_jax.aot import hlo
 from flowseg_jax.aot.topology import Topology, open_topology
-from flowseg_jax.aot.tpu_cost import Cycles, cycles
-from flowseg_jax.checkpoints.manifest import flatten
+from flowseg_jax.aot.tpu_cost import CostEstimate, cycles
+from flowseg_jax.checkpoints.manifest import flatten_params
 from flowseg_jax.errors import UserError
 from flowseg_jax.system.hardware import GIB, peak_flops
 from flowseg_jax.training import flops
-from flowseg_jax.training.program import Program
+from flowseg_jax.training.program import TrainProgram
 from flowseg_jax.writers import heartbeat
 
 # How hard XLA optimises. The lower levels take a fraction of the time of "default", with memory within a few percent of it.
-EFFORTS = ("O0", "O1", "O2", "O3", "default")
+XLA_OPT_LEVELS = ("O0", "O1", "O2", "O3", "default")
 LARGEST = 20  # instructions that the JSON names
 MFU = 0.4  # the share of peak arithmetic that step times are given for
 
@@ -89,8 +89,8 @@ class PlanReport:
     memory: Memory
     flops: Mapping[str, float]
     step_seconds: float | None
-    traffic: hlo.Traffic | None
-    cycles: Cycles | None
+    traffic: hlo.CollectiveStats | None
+    cycles: CostEstimate | None
     lower_seconds: float
     compile_seconds: float
     refusal: str | None
@@ -172,16 +172,16 @@ def plan(config: ConfigDict, topology: str, *, effort: str = "O0") -> PlanReport
     return report(*prepare(config, topology, effort), effort)
 
 
-def prepare(config: ConfigDict, topology: str, effort: str) -> tuple[Program, Topology]:
+def prepare(config: ConfigDict, topology: str, effort: str) -> tuple[TrainProgram, Topology]:
     """The program to compile and the devices to compile it for; raises as `plan`."""
-    if effort not in EFFORTS:
-        raise UserError(f"--effort={effort}: choose {', '.join(EFFORTS)}")
+    if effort not in XLA_OPT_LEVELS:
+        raise UserError(f"--effort={effort}: choose {', '.join(XLA_OPT_LEVELS)}")
     found = open_topology(topology)
     with heartbeat(f"building the train step for {topology}"):
-        return Program.build(config, found.devices), found
+        return TrainProgram.build(config, found.devices), found
 
 
-def report(program: Program, topology: Topology, effort: str) -> PlanReport:
+def report(program: TrainProgram, topology: Topology, effort: str) -> PlanReport:
     """`plan` for a program that is built already."""
     state, shape = program.state, program.plan.shape
     with compiler_effort(effort):
@@ -207,7 +207,7 @@ def report(program: Program, topology: Topology, effort: str) -> PlanReport:
         memory=_memory(program, compiled, refusal, topology.usable),
         flops=by_part,
         step_seconds=peak and flops.total(by_part) / (MFU * peak * len(topology.devices)),
-        traffic=text and hlo.traffic(text),
+        traffic=text and hlo.collective_stats(text),
         cycles=text and cycles(text),
         lower_seconds=lowered_at - started,
         compile_seconds=compiled_at - lowered_at,
@@ -240,7 +240,7 @@ def compiler_effort(level: str) -> Iterator[None]:
             jax.config.update(name, value)
 
 
-def _memory(program: Program, compiled: jax.stages.Compiled | None, refusal: str | None, usable: int | None) -> Memory:
+def _memory(program: TrainProgram, compiled: jax.stages.Compiled | None, refusal: str | None, usable: int | None) -> Memory:
     given = (
         _bytes_on_one_device((program.state.trainable, program.state.frozen)),
         _bytes_on_one_device(program.state.opt_state),
@@ -264,7 +264,7 @@ def _bytes_on_one_device(tree: Any) -> int:
 def _towers(trainable: Any, frozen: Any) -> dict[str, dict[str, int]]:
     towers: dict[str, dict[str, int]] = {}
     for kind, tree in (("trained", trainable), ("frozen", frozen)):
-        for path, x in flatten(tree).items():
+        for path, x in flatten_params(tree).items():
             counts = towers.setdefault(path.split("/")[0], {"trained": 0, "frozen": 0})
             counts[kind] += x.size
     return dict(sorted(towers.items(), key=lambda item: -sum(item[1].values())))
@@ -298,7 +298,7 @@ def _arithmetic(by_part: Mapping[str, float], seconds: float | None) -> str:
     return f"arithmetic: {_flop(total)} a step ({shares}); a step at {MFU:.0%} MFU: {at}"
 
 
-def _traffic_lines(traffic: hlo.Traffic) -> list[str]:
+def _traffic_lines(traffic: hlo.CollectiveStats) -> list[str]:
     totals = ", ".join(f"{kind} {count} ({size / 1e6:,.1f} MB)" for kind, (count, size) in traffic.totals().items())
     waiting = [loop for loop in traffic.loops if loop.trip_count is None]
     exchanging = sum(bool(loop.collectives) for loop in waiting)
@@ -310,7 +310,7 @@ def _traffic_lines(traffic: hlo.Traffic) -> list[str]:
     ]
 
 
-def _cycle_lines(found: Cycles) -> list[str]:
+def _cycle_lines(found: CostEstimate) -> list[str]:
     share = lambda sums: ", ".join(f"{name} {count / 1e6:,.0f}" for name, count in sums.items() if count >= 5e5)  # noqa: E731
     missing = ", ".join(f"{what} {count:,}" for what, count in found.without_estimate().items())
     return [

@@ -8,9 +8,9 @@
 from __future__ import annotations
 
 if __name__ == "__main__":  # before the imports, so that a Ctrl-C while they last is as clean as later
-    from flowseg_jax.errors import run
+    from flowseg_jax.errors import run_cli
 
-    run("flowseg_jax.aot.shardings:main")
+    run_cli("flowseg_jax.aot.shardings:main")
 
 import json
 import sys
@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 
 from flowseg_jax import experiment as configs
 from flowseg_jax import sharding
-from flowseg_jax.checkpoints.manifest import flatten
+from flowseg_jax.checkpoints.manifest import flatten_params
 from flowseg_jax.errors import UserError
 from flowseg_jax.models import flowseg
 from flowseg_jax.models.config import FlowSegConfig
@@ -26,9 +26,9 @@ from flowseg_jax.models.config import FlowSegConfig
 
 def shardings(cfg: FlowSegConfig, mesh: Mapping[str, int]) -> dict[str, list]:
     """{parameter: [shape, mesh axes of each dimension]} of every parameter that a mesh of these sizes divides."""
-    _, state = flowseg.describe(cfg)
-    shapes = {path: list(x.shape) for path, x in flatten(flowseg.at_rest(state)).items()}
-    places = flatten(sharding.param_shardings(state, sharding.abstract_mesh(mesh)))
+    _, state = flowseg.abstract_model(cfg)
+    shapes = {path: list(x.shape) for path, x in flatten_params(flowseg.params_dict(state)).items()}
+    places = flatten_params(sharding.param_shardings(state, sharding.abstract_mesh(mesh)))
     return {path: [shapes[path], list(place.spec)] for path, place in places.items() if any(place.spec)}
 
 

@@ -17,8 +17,8 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from flowseg_jax.errors import UserError, suggest
-from flowseg_jax.system.hardware import KINDS
+from flowseg_jax.errors import UserError, did_you_mean
+from flowseg_jax.system.hardware import DEVICE_SPECS
 
 # What to write, and how many numbers a TPU topology has. libtpu knows which numbers exist.
 FAMILIES = {"v5e": 2, "v6e": 2, "v5p": 3, "tpu7x": 3, "h100": 1, "cpu": 1}
@@ -63,7 +63,7 @@ def open_topology(name: str) -> Topology:
     """
     family, colon, sizes = name.partition(":")
     if family not in FAMILIES or not colon:
-        raise UserError(f"--topology={name}: unknown{suggest(family, FAMILIES) if colon else ''}; known: {EXAMPLES}")
+        raise UserError(f"--topology={name}: unknown{did_you_mean(family, FAMILIES) if colon else ''}; known: {EXAMPLES}")
     numbers = sizes.split("x")
     if len(numbers) != FAMILIES[family] or not all(re.fullmatch("[1-9][0-9]*", number) for number in numbers):
         raise UserError(f"--topology={name}: {family} takes {'x'.join('N' * FAMILIES[family])}; known: {EXAMPLES}")
@@ -84,7 +84,7 @@ def _tpu(name: str) -> Topology:
         reason = str(error).splitlines()[0].partition(": ")[2]
         raise UserError(f"--topology={name}: libtpu has no such topology ({reason}); known: {EXAMPLES}") from None
     note = "compiled ahead of time by the TPU compiler for devices that are not there; nothing was executed"
-    return Topology(name, tuple(devices), KINDS[devices[0].device_kind].usable, note)
+    return Topology(name, tuple(devices), DEVICE_SPECS[devices[0].device_kind].usable, note)
 
 
 def _gpu(name: str, count: int) -> Topology:

@@ -72,7 +72,7 @@ class Cost:
 
 
 @dataclasses.dataclass(frozen=True)
-class Cycles:
+class CostEstimate:
     """All costs of a program that has estimates."""
 
     costs: tuple[Cost, ...]
@@ -102,7 +102,7 @@ class Cycles:
         return sorted(self.costs, key=lambda cost: -cost.total)[:count]
 
 
-def cycles(text: str) -> Cycles | None:
+def cycles(text: str) -> CostEstimate | None:
     """Reads optimised HLO text (`jax.stages.Compiled.as_text()`); None where the compiler estimates nothing, as all but TPU's.
 
     Raises:
@@ -110,7 +110,7 @@ def cycles(text: str) -> Cycles | None:
     """
     module = Module(text)
     found = tuple(_walk(module, module.entry, 1))
-    return Cycles(found) if any(cost.cycles is not None for cost in found) else None
+    return CostEstimate(found) if any(cost.cycles is not None for cost in found) else None
 
 
 def _walk(module: Module, computation: str, executions: float) -> Iterator[Cost]:

@@ -20,20 +20,20 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
-from flowseg_jax.checkpoints.manifest import Tree, check_arrays, checksums, compare, manifest, verify
-from flowseg_jax.checkpoints.storage import absolute, as_stored, cast, damage, provenance, reason
-from flowseg_jax.errors import UserError, suggest
+from flowseg_jax.checkpoints.manifest import Tree, check_arrays, check_manifest, checksums, manifest, verify
+from flowseg_jax.checkpoints.storage import cast_like, provenance, read_error, resolve_path, short_reason, with_stored_dtypes
+from flowseg_jax.errors import UserError, did_you_mean
 from flowseg_jax.system import json_files
-from flowseg_jax.system.distributed import attempt, is_primary
+from flowseg_jax.system.distributed import collective_try, is_primary
 from flowseg_jax.system.traces import unsaid
-from flowseg_jax.writers import say
+from flowseg_jax.writers import log
 
-__all__ = ["Checkpoints", "Restored", "changed_keys"]
+__all__ = ["CheckpointManager", "RestoredCheckpoint", "config_diff"]
 
-SIGNS = {"min": -1.0, "max": 1.0}  # what makes a better value of a metric a larger one
+METRIC_SIGN = {"min": -1.0, "max": 1.0}  # what makes a better value of a metric a larger one
 
 
-def changed_keys(saved: Mapping[str, Any], new: Mapping[str, Any], ignore: Iterable[str] = ()) -> list[str]:
+def config_diff(saved: Mapping[str, Any], new: Mapping[str, Any], ignore: Iterable[str] = ()) -> list[str]:
     """The dotted names that differ between two nested configs; a key that only one of them has differs.
 
     Args:
@@ -67,7 +67,7 @@ def _listed(value: Any) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class Restored:
+class RestoredCheckpoint:
     """A training checkpoint: the step it was taken behind, its state (as the abstract state asked for it) and its JSON."""
 
     step: int
@@ -75,7 +75,7 @@ class Restored:
     meta: dict[str, Any]
 
 
-class Checkpoints:
+class CheckpointManager:
     """The training checkpoints of a run, `<workdir>/checkpoints/<step>`, written by a thread while training goes on.
 
     Where there are several processes, all of them make one and call its methods in the same order, on a directory that all of
@@ -94,7 +94,7 @@ class Checkpoints:
     def __init__(
         self, workdir: str | os.PathLike, keep: int = 2, keep_every: int | None = None, best: Sequence[str] | None = None
     ):
-        self.directory = absolute(workdir) / "checkpoints"
+        self.directory = resolve_path(workdir) / "checkpoints"
         self._best = tuple(best or ())
         self._step: int | None = None  # whose checkpoint is being written
         options = ocp.CheckpointManagerOptions(
@@ -106,7 +106,7 @@ class Checkpoints:
             self._set_aside_unreadable_metrics()
             self._manager = ocp.CheckpointManager(self.directory, options=options)
         except (OSError, ImportError) as error:
-            raise UserError(f"checkpoints in {self.directory} cannot be opened: {reason(error)}") from None
+            raise UserError(f"checkpoints in {self.directory} cannot be opened: {short_reason(error)}") from None
 
     @property
     def latest_step(self) -> int | None:
@@ -139,7 +139,7 @@ class Checkpoints:
         if metrics is not None:
             metrics = {name: float(value) for name, value in metrics.items()}
             if self._best and self._best[0] not in metrics:
-                raise UserError(f"checkpoint.best: no metric {self._best[0]!r}{suggest(self._best[0], metrics)}")
+                raise UserError(f"checkpoint.best: no metric {self._best[0]!r}{did_you_mean(self._best[0], metrics)}")
         meta = {**meta, "step": step, **provenance(), "manifest": manifest(state), "checksums": checksums(state)}
         meta[json_files.ITSELF] = json_files.checksum(meta)
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
@@ -147,7 +147,7 @@ class Checkpoints:
         with self._written():
             return self._manager.save(step, args=args, metrics=metrics, force=True)
 
-    def restore_latest(self, abstract: Tree, check: Callable[[dict], None] | None = None) -> Restored | None:
+    def restore_latest(self, abstract: Tree, check: Callable[[dict], None] | None = None) -> RestoredCheckpoint | None:
         """The newest checkpoint that can be read; a damaged one is named, set aside and the one before it taken.
 
         Args:
@@ -165,25 +165,27 @@ class Checkpoints:
         self.wait()
         for step in sorted(self._manager.all_steps(), reverse=True):
             path = self.directory / str(step)
-            meta, fault = attempt(partial(_read_meta, path), damage)
+            meta, fault = collective_try(partial(_read_meta, path), read_error)
             if not fault:
                 _check_whose(path, step, meta)
                 if check is not None:
                     check(meta)
-                compare(manifest(abstract), meta["manifest"], f"checkpoint {path}")
+                check_manifest(manifest(abstract), meta["manifest"], f"checkpoint {path}")
                 with unsaid() as settle:
-                    state, fault = attempt(partial(_read_state, path, as_stored(abstract, meta["manifest"])), damage)
+                    state, fault = collective_try(
+                        partial(_read_state, path, with_stored_dtypes(abstract, meta["manifest"])), read_error
+                    )
                     settle(fault)
             if not fault:
-                _, fault = attempt(partial(verify, state, meta["checksums"]), damage)
+                _, fault = collective_try(partial(verify, state, meta["checksums"]), read_error)
             if not fault:
-                state, fault = attempt(partial(cast, state, abstract), damage)
+                state, fault = collective_try(partial(cast_like, state, abstract), read_error)
             if not fault:
-                return Restored(step, state, meta)
+                return RestoredCheckpoint(step, state, meta)
             self._set_aside(step, fault)
             self._manager.reload()
             if self.latest_step is None and is_primary():
-                say("there is no older checkpoint: starting from step 0")
+                log("there is no older checkpoint: starting from step 0")
         return None
 
     def wait(self) -> None:
@@ -195,7 +197,7 @@ class Checkpoints:
         self.wait()
         self._manager.close()
 
-    def __enter__(self) -> Checkpoints:
+    def __enter__(self) -> CheckpointManager:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -211,7 +213,7 @@ class Checkpoints:
             steps = [str(step) for step in self._manager.all_steps()]
             older = f"; older checkpoints are intact: {', '.join(steps)}" if steps else ""
             what = f"checkpoint of step {self._step} in {self.directory}"
-            raise UserError(f"{what} could not be written: {reason(error)}{older}") from error
+            raise UserError(f"{what} could not be written: {short_reason(error)}{older}") from error
 
     def _set_aside(self, step: int | str, fault: str) -> None:
         """Renames the directory of a step; all processes call it, and it is done when they return."""
@@ -220,9 +222,9 @@ class Checkpoints:
         def rename() -> None:
             aside.rmtree(missing_ok=True)
             path.rename(aside)
-            say(f"checkpoint {path} is damaged ({fault}): set aside as {aside.name}")
+            log(f"checkpoint {path} is damaged ({fault}): set aside as {aside.name}")
 
-        _, refusal = attempt(lambda: rename() if is_primary() else None, damage)
+        _, refusal = collective_try(lambda: rename() if is_primary() else None, read_error)
         if refusal:
             raise UserError(f"checkpoint {path} is damaged ({fault}) and cannot be set aside: {refusal}")
 
@@ -230,7 +232,7 @@ class Checkpoints:
         """Orbax reads the metrics of all steps when it opens the directory, and gives up where one is no JSON."""
         for path in sorted(self.directory.glob("*/metrics/metrics")):
             step = path.parent.parent.name
-            _, fault = attempt(partial(_read_metrics, path), damage)
+            _, fault = collective_try(partial(_read_metrics, path), read_error)
             if fault and step.isdigit():
                 self._set_aside(step, fault)
 
@@ -253,7 +255,7 @@ def _preservation(keep: int, keep_every: int | None, best: tuple[str, ...]) -> p
         raise UserError(f"checkpoint.keep must be at least 1, got {keep}")
     if keep_every is not None and keep_every < 0:
         raise UserError(f"checkpoint.keep_every must be a number of steps, or 0 for none, got {keep_every}")
-    if best and (len(best) != 2 or best[1] not in SIGNS):
+    if best and (len(best) != 2 or best[1] not in METRIC_SIGN):
         raise UserError(f"checkpoint.best must be a metric and 'min' or 'max', as in ('loss', 'min'), got {best}")
     kept: list[Any] = [policies.LatestN(keep)]
     if keep_every:
@@ -268,7 +270,7 @@ def _quality(name: str, direction: str) -> Callable[[Mapping[str, float]], float
 
     def quality(metrics: Mapping[str, float]) -> float:
         value = metrics.get(name, math.nan)
-        return SIGNS[direction] * value if math.isfinite(value) else -math.inf
+        return METRIC_SIGN[direction] * value if math.isfinite(value) else -math.inf
 
     return quality
 

@@ -20,12 +20,12 @@ DTYPES += ("uint64", "uint32", "uint16", "uint8", "bool")
 CHUNK = 1 << 22  # elements that the host's checksum takes at a time
 
 
-def flatten(tree: Tree) -> dict[str, Any]:
+def flatten_params(tree: Tree) -> dict[str, Any]:
     """`{"a/b/0/kernel": leaf}` of any tree."""
     return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def nest(flat: Mapping[str, Any]) -> dict:
+def unflatten_params(flat: Mapping[str, Any]) -> dict:
     """The nested dict with `flatten`'s names; all keys are strings, as in parameters at rest."""
     tree: dict = {}
     for name, value in flat.items():
@@ -39,10 +39,10 @@ def nest(flat: Mapping[str, Any]) -> dict:
 
 def manifest(tree: Tree) -> dict[str, list]:
     """`{name: [shape, dtype]}` of every array or abstract array, as JSON values."""
-    return {name: [list(jnp.shape(x)), str(jnp.result_type(x))] for name, x in flatten(tree).items()}
+    return {name: [list(jnp.shape(x)), str(jnp.result_type(x))] for name, x in flatten_params(tree).items()}
 
 
-def compare(want: Mapping[str, list], have: Mapping[str, list], source: str) -> None:
+def check_manifest(want: Mapping[str, list], have: Mapping[str, list], source: str) -> None:
     """Raises one UserError for the names of manifest `have` that are missing, unexpected or misshapen: ten and the count.
 
     Dtypes may differ: what is read is cast to what the model wants.
@@ -58,7 +58,7 @@ def compare(want: Mapping[str, list], have: Mapping[str, list], source: str) -> 
 
 def check_params(abstract: Tree, params: Tree, source: str = "the checkpoint") -> None:
     """Raises one UserError for the missing, unexpected and wrongly shaped parameters of `params`: ten and the count."""
-    compare(manifest(abstract), manifest(params), source)
+    check_manifest(manifest(abstract), manifest(params), source)
 
 
 def check_arrays(kinds: Any, sums: Any, where: str) -> None:
@@ -83,7 +83,7 @@ def checksums(tree: Tree) -> dict[str, int]:
     byte changes it, and so do two exchanged elements. Arrays in host memory are summed by NumPy, the others where they are.
     """
     sums, remote = {}, {}
-    for name, x in flatten(tree).items():
+    for name, x in flatten_params(tree).items():
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             x = jax.random.key_data(x)
         if _on_host(x):

@@ -10,9 +10,9 @@ all.
 from __future__ import annotations
 
 if __name__ == "__main__":  # before the imports, so that a Ctrl-C while they last is as clean as later
-    from flowseg_jax.errors import run
+    from flowseg_jax.errors import run_cli
 
-    run("flowseg_jax.checkpoints.pretrained:main")
+    run_cli("flowseg_jax.checkpoints.pretrained:main")
 
 import contextlib
 import dataclasses
@@ -30,16 +30,42 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from flowseg_jax.checkpoints.manifest import Tree, check_arrays, checksums, compare, flatten, manifest, nest, verify
-from flowseg_jax.checkpoints.storage import absolute, as_stored, cast, copy_tree, damage, local_directory, provenance, reason
+from flowseg_jax.checkpoints.manifest import (
+    Tree,
+    check_arrays,
+    check_manifest,
+    checksums,
+    flatten_params,
+    manifest,
+    unflatten_params,
+    verify,
+)
+from flowseg_jax.checkpoints.storage import (
+    cast_like,
+    copy_tree,
+    local_directory,
+    provenance,
+    read_error,
+    resolve_path,
+    short_reason,
+    with_stored_dtypes,
+)
 from flowseg_jax.checkpoints.streaming import LazyArray, write_arrays
 from flowseg_jax.errors import UserError, not_writable
 from flowseg_jax.system import json_files
-from flowseg_jax.system.distributed import attempt, is_primary, locked
+from flowseg_jax.system.distributed import collective_try, is_primary, locked
 from flowseg_jax.system.json_files import ITSELF, expect
 from flowseg_jax.system.traces import unsaid
 
-__all__ = ["LoadedModel", "check_free", "load_model", "read_model_config", "save_model", "seal", "stream_model"]
+__all__ = [
+    "PretrainedModel",
+    "load_pretrained",
+    "read_model_config",
+    "require_empty_directory",
+    "save_pretrained",
+    "save_pretrained_streaming",
+    "seal",
+]
 
 FORMAT = "flowseg_jax model"
 FORMAT_VERSION = 2  # 1: without checksums of config and tokenizer
@@ -47,7 +73,7 @@ TOKENIZER = "tokenizer_checksums"  # the key of config.json
 
 
 @dataclasses.dataclass(frozen=True)
-class LoadedModel:
+class PretrainedModel:
     """A model directory in memory: parameters, the dict for `FlowSegConfig.from_dict`, the tokenizer's directory, the rest.
 
     `tower` is None for a model; for a tower it holds its `family` and `config`, `model_config` is empty, and there may be no
@@ -61,7 +87,7 @@ class LoadedModel:
     tower: dict[str, Any] | None = None
 
 
-def save_model(
+def save_pretrained(
     directory: str | os.PathLike,
     params: Tree,
     model_config: Mapping[str, Any],
@@ -96,7 +122,7 @@ def save_model(
         return _write_model(directory, write, manifest(params), {"model": dict(model_config)}, tokenizer_dir, extra, overwrite)
 
 
-def stream_model(
+def save_pretrained_streaming(
     directory: str | os.PathLike,
     arrays: Mapping[str, LazyArray],
     model_config: Mapping[str, Any] | None,
@@ -137,9 +163,9 @@ def _write_model(
     overwrite: bool,
 ) -> epath.Path:
     """A directory with what `write` puts into `params/`; it returns the checksums of the arrays in the manifest `kinds`."""
-    target = absolute(directory)
-    check_free(target, overwrite)
-    tokenizer = None if tokenizer_dir is None else absolute(tokenizer_dir)
+    target = resolve_path(directory)
+    require_empty_directory(target, overwrite)
+    tokenizer = None if tokenizer_dir is None else resolve_path(tokenizer_dir)
     if tokenizer is not None and not tokenizer.is_dir():
         raise UserError(f"no tokenizer directory {tokenizer_dir}")
     config = {"format": FORMAT, "format_version": FORMAT_VERSION, **kind, "extra": dict(extra or {}), **provenance()}
@@ -163,11 +189,11 @@ def _write_model(
         fresh.rename(target)
 
     try:
-        _, fault = attempt(lambda: begin() if is_primary() else None, _not_written)
+        _, fault = collective_try(lambda: begin() if is_primary() else None, _not_written)
         if not fault:
-            sums, fault = attempt(lambda: write(fresh / "params"), _not_written)
+            sums, fault = collective_try(lambda: write(fresh / "params"), _not_written)
         if not fault:
-            _, fault = attempt(lambda: finish(sums) if is_primary() else None, _not_written)
+            _, fault = collective_try(lambda: finish(sums) if is_primary() else None, _not_written)
     finally:
         if is_primary():
             with contextlib.suppress(OSError):  # a leftover does no harm, the next one who writes here removes it
@@ -190,12 +216,12 @@ def _recover(target: epath.Path, old: epath.Path) -> None:
 def _not_written(error: Exception) -> str | None:
     if isinstance(error, UserError):
         return None
-    return not_writable(error) or (reason(error) if isinstance(error, OSError | ValueError) else None)
+    return not_writable(error) or (short_reason(error) if isinstance(error, OSError | ValueError) else None)
 
 
-def check_free(directory: str | os.PathLike, overwrite: bool = False) -> None:
+def require_empty_directory(directory: str | os.PathLike, overwrite: bool = False) -> None:
     """Raises a UserError where a directory to be written exists already and is not empty."""
-    target = absolute(directory)
+    target = resolve_path(directory)
     if not overwrite and target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} exists: remove it or choose another name")
 
@@ -206,7 +232,7 @@ def read_model_config(directory: str | os.PathLike, *, towers: bool = False) -> 
     Args:
         towers: accept the directory of a tower as well, which has `tower` in place of `model`.
     """
-    path = absolute(directory)
+    path = resolve_path(directory)
     if not path.is_dir():
         raise UserError(f"no model directory {path}")
     config = _read_json(path)
@@ -255,7 +281,7 @@ def _read_json(path: epath.Path) -> dict[str, Any]:
         _refuse_run(path)
         raise UserError(f"{path} is not a model directory: it has no config.json") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path / 'config.json'} cannot be read: {reason(error)}") from None
+        raise UserError(f"{path / 'config.json'} cannot be read: {short_reason(error)}") from None
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         _refuse_run(path)
         raise UserError(f"{path / 'config.json'} was not written by flowseg_jax; convert such weights by convert_weights")
@@ -308,7 +334,7 @@ def seal(directory: str | os.PathLike) -> epath.Path:
     Raises:
         UserError: no model directory, one of a newer format, or one that cannot be written.
     """
-    path = absolute(directory)
+    path = resolve_path(directory)
     if not path.is_dir():
         raise UserError(f"no model directory {path}")
     config = _read_json(path)
@@ -319,7 +345,7 @@ def seal(directory: str | os.PathLike) -> epath.Path:
         part.write_text(_sealed(path, config))
         part.replace(path / "config.json")
     except OSError as error:
-        raise UserError(f"{path / 'config.json'} cannot be written: {reason(error)}") from None
+        raise UserError(f"{path / 'config.json'} cannot be written: {short_reason(error)}") from None
     read_model_config(path, towers=True)
     return path
 
@@ -332,9 +358,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def load_model(
+def load_pretrained(
     directory: str | os.PathLike, abstract: Tree | None = None, dtype: str | None = "float32", *, towers: bool = False
-) -> LoadedModel:
+) -> PretrainedModel:
     """Reads a model directory and verifies every array.
 
     Args:
@@ -347,14 +373,14 @@ def load_model(
     Raises:
         UserError: no such directory, not a model directory, damaged, or parameters that do not fit `abstract`.
     """
-    path = absolute(directory)
+    path = resolve_path(directory)
     config = read_model_config(path, towers=towers)
     stored = config["manifest"]
     if abstract is not None:
-        compare(manifest(abstract), stored, f"model directory {path}")
-        item = _string_keys(as_stored(abstract, stored))
+        check_manifest(manifest(abstract), stored, f"model directory {path}")
+        item = _string_keys(with_stored_dtypes(abstract, stored))
     else:
-        item = nest({name: jax.ShapeDtypeStruct(tuple(shape), kind) for name, (shape, kind) in stored.items()})
+        item = unflatten_params({name: jax.ShapeDtypeStruct(tuple(shape), kind) for name, (shape, kind) in stored.items()})
 
     def read() -> Tree:
         if abstract is not None:
@@ -366,17 +392,17 @@ def load_model(
             return handler.restore(path / "params", args=ocp.args.PyTreeRestore(item=item, restore_args=restore))
 
     with unsaid() as settle:
-        params, fault = attempt(read, damage)
+        params, fault = collective_try(read, read_error)
         settle(fault)
     if not fault:
-        _, fault = attempt(lambda: verify(params, config["checksums"]), damage)
+        _, fault = collective_try(lambda: verify(params, config["checksums"]), read_error)
     if fault:
         raise UserError(f"model directory {path} is damaged: {fault}")
-    params = nest(flatten(params))
-    params = cast(params, abstract) if abstract is not None else _cast_floats(params, dtype)
+    params = unflatten_params(flatten_params(params))
+    params = cast_like(params, abstract) if abstract is not None else _cast_floats(params, dtype)
     tokenizer = path / "tokenizer"
     tokenizer = local_directory(tokenizer) if _has_tokenizer(config) else Path(tokenizer)
-    return LoadedModel(params, config["model"], tokenizer, config["extra"], config.get("tower"))
+    return PretrainedModel(params, config["model"], tokenizer, config["extra"], config.get("tower"))
 
 
 def _has_tokenizer(config: Mapping[str, Any]) -> bool:

@@ -28,7 +28,7 @@ from flowseg_jax.errors import UserError
 DAMAGE = (ValueError, OSError, LookupError, TypeError, AttributeError, AssertionError, RecursionError)
 
 
-def absolute(path: str | os.PathLike) -> epath.Path:
+def resolve_path(path: str | os.PathLike) -> epath.Path:
     """A local path made absolute, or a remote one (`gs://bucket/name`) as it is, with the methods of `pathlib.Path`.
 
     Raises:
@@ -59,7 +59,7 @@ def prepare_workdir(path: str | os.PathLike) -> epath.Path:
     Raises:
         UserError: it cannot be created or written.
     """
-    workdir = absolute(path)
+    workdir = resolve_path(path)
     probe = workdir / f".probe-{uuid.uuid4().hex}"  # several processes may look at the same time
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -68,7 +68,7 @@ def prepare_workdir(path: str | os.PathLike) -> epath.Path:
     except Exception as error:
         if not isinstance(error, OSError | ImportError) and not is_remote(workdir):  # clients of object stores have their own
             raise
-        why = getattr(error, "strerror", None) or reason(error)
+        why = getattr(error, "strerror", None) or short_reason(error)
         raise UserError(f"workdir {workdir} cannot be written: {why}; choose another with --workdir") from None
     return workdir
 
@@ -83,7 +83,7 @@ def copy_tree(source: epath.Path, target: epath.Path) -> None:
             (target / entry.name).write_bytes(entry.read_bytes())
 
 
-def replace_text(path: Path | epath.Path, text: str) -> None:
+def write_text_atomic(path: Path | epath.Path, text: str) -> None:
     """Writes a whole file or none of it; its folder is made. UserError where that is not possible."""
     part = path if is_remote(path) else path.with_name(path.name + ".part")  # an object is written whole
     try:
@@ -97,7 +97,7 @@ def replace_text(path: Path | epath.Path, text: str) -> None:
         with contextlib.suppress(Exception):
             if part is not path:
                 part.unlink()
-        why = getattr(error, "strerror", None) or reason(error)
+        why = getattr(error, "strerror", None) or short_reason(error)
         raise UserError(f"cannot write {path}: {why}; make room, or choose a folder you can write to") from error
 
 
@@ -128,7 +128,7 @@ def provenance() -> dict[str, Any]:
     return {"versions": versions, "revision": revision}
 
 
-def as_stored(abstract: Tree, stored: Mapping[str, list]) -> Tree:
+def with_stored_dtypes(abstract: Tree, stored: Mapping[str, list]) -> Tree:
     """The abstract arrays with the dtypes that manifest `stored` has for them: checksums are of those bytes."""
 
     def one(path: tuple, x: Any) -> Any:
@@ -140,20 +140,20 @@ def as_stored(abstract: Tree, stored: Mapping[str, list]) -> Tree:
     return jax.tree_util.tree_map_with_path(one, abstract)
 
 
-def cast(tree: Tree, abstract: Tree) -> Tree:
+def cast_like(tree: Tree, abstract: Tree) -> Tree:
     """The arrays of `tree` in the dtypes of `abstract`."""
     return jax.tree.map(lambda x, like: x if x.dtype == like.dtype else x.astype(like.dtype), tree, abstract)
 
 
-def damage(error: Exception) -> str | None:
+def read_error(error: Exception) -> str | None:
     """A line about an error that reading raised for what is on disk; None for another, say for want of memory."""
     if isinstance(error, UserError):
         return str(error)
     # An unreadable chunk is a bare Exception.
-    return reason(error) if isinstance(error, DAMAGE) or type(error) is Exception else None
+    return short_reason(error) if isinstance(error, DAMAGE) or type(error) is Exception else None
 
 
-def reason(error: BaseException) -> str:
+def short_reason(error: BaseException) -> str:
     """The first sentence of an error's text, or its type."""
     text = str(error).strip()
     if code := re.search(r"os_error_code='(\d+)'", text):  # TensorStore's, at the end of a long sentence

@@ -19,7 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
-from flowseg_jax.checkpoints.manifest import checksums, nest
+from flowseg_jax.checkpoints.manifest import checksums, unflatten_params
 
 CHUNK = 8 << 20  # bytes; what is compressed at a time, and what one read of a sharded restore takes
 
@@ -52,7 +52,7 @@ class _LazyHandler(ocp.type_handlers.NumpyHandler):
         tspec = tspec | {"metadata": tspec["metadata"] | {"chunks": chunk}}
         store = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
         array = value.make()
-        for box in boxes(store):
+        for box in chunk_slices(store):
             await store[box].write(array[box], can_reference_source_data_indefinitely=True)
 
     def memory_size(self, values: Sequence[LazyArray]) -> list[tuple[int, int]]:
@@ -79,7 +79,7 @@ def chunk_shape(shard: Sequence[int], itemsize: int) -> tuple[int, ...]:
     return chunk_shape((*shard[:first], 1, *shard[first + 1 :]), itemsize)
 
 
-def boxes(store: ts.TensorStore) -> Iterator[tuple[slice, ...]]:
+def chunk_slices(store: ts.TensorStore) -> Iterator[tuple[slice, ...]]:
     """The chunks that a stored array consists of, each as the index of its values."""
     chunk = store.chunk_layout.write_chunk.shape or ()  # None for a scalar
     for corner in itertools.product(*(range(0, n, c) for n, c in zip(store.shape, chunk, strict=True))):
@@ -118,7 +118,7 @@ def write_arrays(
     handlers = (LazyArray, _LazyHandler()), (jax.Array, ocp.type_handlers.ArrayHandler())
     registry = ocp.type_handlers.create_type_handler_registry(*handlers)
     handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
-    tree = nest({name: summed(name, lazy) for name, lazy in arrays.items()})
+    tree = unflatten_params({name: summed(name, lazy) for name, lazy in arrays.items()})
     with contextlib.closing(ocp.Checkpointer(handler)) as checkpointer:
         checkpointer.save(directory, args=ocp.args.PyTreeSave(tree))
     return sums

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 if __name__ == "__main__":  # before the imports, so that a Ctrl-C while they last is as clean as later
-    from flowseg_jax.errors import run
+    from flowseg_jax.errors import run_cli
 
-    run("flowseg_jax.data.__main__:main")
+    run_cli("flowseg_jax.data.__main__:main")
 
 import argparse
 from pathlib import Path
@@ -76,7 +76,7 @@ def _validate(args: argparse.Namespace) -> int:
 def _preview(args: argparse.Namespace) -> int:
     from flowseg_jax.data import formats, preview, records
 
-    problems = records.Problems(keep=True)
+    problems = records.RecordErrors(keep=True)
     layout = formats.open_layout(args.layout, args.source, problems, **_options(args))
     splits = layout.splits if args.split is None else (args.split,)
     path = preview.preview(layout, args.out, splits, problems, samples=args.samples, seed=args.seed)

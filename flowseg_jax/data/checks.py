@@ -8,12 +8,12 @@ from __future__ import annotations
 import re
 import unicodedata
 
-from flowseg_jax.data.prompts import CHATS
+from flowseg_jax.data.prompts import CHAT_TEMPLATES
 from flowseg_jax.data.tokenizer import SPECIAL_TOKENS
 from flowseg_jax.errors import UserError
 
 MAX_CHARACTERS = 2_000  # of one text: about 500 tokens, what the full-size configs have room for behind the image
-MARKS = tuple(dict.fromkeys((*SPECIAL_TOKENS, *(mark for chat in CHATS.values() for mark in chat.marks))))
+MARKS = tuple(dict.fromkeys((*SPECIAL_TOKENS, *(mark for chat in CHAT_TEMPLATES.values() for mark in chat.special_tokens))))
 _HALF = re.compile("[\ud800-\udfff]")  # half of a pair of UTF-16, which no file of UTF-8 can hold
 
 

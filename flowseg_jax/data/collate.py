@@ -19,16 +19,16 @@ from jaxtyping import Int, UInt8
 from PIL import Image
 
 from flowseg_jax.data import images, masks
-from flowseg_jax.data.dataset import Entry
-from flowseg_jax.data.prompts import Conversation, Prompts
+from flowseg_jax.data.dataset import IndexEntry
+from flowseg_jax.data.prompts import Conversation, PromptTemplates
 from flowseg_jax.data.records import Annotation, Turn
 from flowseg_jax.data.tokenizer import Tokenizer
 from flowseg_jax.errors import UserError
-from flowseg_jax.types import IMAGE_TOKEN, NO_LABEL, NONE, Batch, BatchShape, Questions, Views
+from flowseg_jax.types import IGNORE_INDEX, IMAGE_TOKEN_INDEX, PAD, Batch, BatchShape, ExpressionQueries, ImageInputs
 
 
 @dataclasses.dataclass(frozen=True)
-class Encoded:
+class TokenizedConversation:
     """A tokenised conversation without its prefix; equally long lists with the meaning of `Batch`'s fields."""
 
     tokens: list[int]
@@ -38,7 +38,7 @@ class Encoded:
 
 
 @dataclasses.dataclass(frozen=True)
-class Pixels:
+class ProcessedImage:
     """Everything of an image that does not depend on what is asked.
 
     Attributes:
@@ -48,17 +48,17 @@ class Pixels:
     """
 
     image: UInt8[np.ndarray, "s s 3"]
-    scaled: tuple[int, int]
-    vision: UInt8[np.ndarray, "v v 3"]
+    resized_hw: tuple[int, int]
+    siglip_image: UInt8[np.ndarray, "v v 3"]
     masks: UInt8[np.ndarray, "a s s8"]
 
     @property
     def nbytes(self) -> int:
-        return self.image.nbytes + self.vision.nbytes + self.masks.nbytes
+        return self.image.nbytes + self.siglip_image.nbytes + self.masks.nbytes
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class TrainExample:
     """One image of a batch before padding.
 
     Attributes:
@@ -73,7 +73,7 @@ class Row:
     """
 
     name: str
-    pixels: Pixels
+    pixels: ProcessedImage
     conversations: Sequence[Conversation]
     phrase_mask: Sequence[int]
     object_class: Sequence[int]
@@ -86,9 +86,9 @@ def prepare_pixels(
     image: Image.Image,
     annotations: Sequence[Annotation],
     shape: BatchShape,
-    jitter: images.Jitter | None = None,
+    jitter: images.LargeScaleJitter | None = None,
     square: bool = False,
-) -> Pixels:
+) -> ProcessedImage:
     """Resizes an RGB image for both encoders and packs its annotations' masks.
 
     Args:
@@ -101,26 +101,28 @@ def prepare_pixels(
 
     def packed(pack: Callable[..., UInt8[np.ndarray, "n s s8"]]) -> UInt8[np.ndarray, "a s s8"]:
         some = (masks.decode(rles[at : at + most], image.height, image.width) for at in range(0, len(rles) or 1, most))
-        return np.concatenate([pack(full, shape.image) for full in some])
+        return np.concatenate([pack(full, shape.sam_size) for full in some])
 
-    vision = (images.square if square else images.stretch)(image, shape.vision)
+    vision = (images.square if square else images.resize_to_square)(image, shape.siglip_size)
     if jitter is not None:
-        return Pixels(jitter.image(image, shape.image), jitter.cut, vision, packed(jitter.pack_masks))
-    fitted, scaled = images.fit(image, shape.image)
-    return Pixels(fitted, scaled, vision, packed(images.pack_masks))
+        return ProcessedImage(jitter.image(image, shape.sam_size), jitter.cut, vision, packed(jitter.pack_masks))
+    fitted, scaled = images.resize_and_pad(image, shape.sam_size)
+    return ProcessedImage(fitted, scaled, vision, packed(images.pack_masks))
 
 
-def encode_prefix(prompts: Prompts, tokenizer: Tokenizer, visual_tokens: int) -> list[int]:
+def encode_prefix(prompts: PromptTemplates, tokenizer: Tokenizer, visual_tokens: int) -> list[int]:
     """Ids of what every conversation of an image sees first: bos (if any), the chat's head, the visual slots.
 
     A bos that is the head's first mark (SmolLM2's is `<|im_start|>`) stands once.
     """
-    head = tokenizer.encode(prompts.template.head)
+    head = tokenizer.encode(prompts.template.user_prefix)
     bos = () if tokenizer.bos in (None, *head[:1]) else (tokenizer.bos,)
-    return [*bos, *head, *([IMAGE_TOKEN] * visual_tokens)]
+    return [*bos, *head, *([IMAGE_TOKEN_INDEX] * visual_tokens)]
 
 
-def encode_conversation(conversation: Conversation, prompts: Prompts, tokenizer: Tokenizer, name: str) -> Encoded:
+def encode_conversation(
+    conversation: Conversation, prompts: PromptTemplates, tokenizer: Tokenizer, name: str
+) -> TokenizedConversation:
     """Tokenises a conversation as it follows the image; labels on answers and their suffix only.
 
     Questions (from the second on with the chat's head before them), answers and separators are tokenised one by one. Spans and
@@ -134,16 +136,16 @@ def encode_conversation(conversation: Conversation, prompts: Prompts, tokenizer:
     labels: list[int] = []
     for number, turn in enumerate(conversation.turns):
         # What stands between two placeholders or answers is one chunk: some tokenizers treat a chunk's first word apart.
-        head = chat.head if number else ""
-        question = tokenizer.encode(head + turn.question + chat.tail)
+        head = chat.user_prefix if number else ""
+        question = tokenizer.encode(head + turn.question + chat.assistant_prefix)
         if number:
             # Behind the suffix, a mark: some tokenizers (Phi-3's) swallow the space that follows one.
             ended = tokenizer.encode(chat.suffix)
             question = (*tokenizer.encode(chat.suffix + chat.separator)[len(ended) :], *question)
         answer = tokenizer.encode(turn.answer + chat.suffix)
         tokens += (*question, *answer)
-        labels += (*([NO_LABEL] * len(question)), *answer)
-    phrase_ids, seg_ids = [NONE] * len(tokens), [NONE] * len(tokens)
+        labels += (*([IGNORE_INDEX] * len(question)), *answer)
+    phrase_ids, seg_ids = [PAD] * len(tokens), [PAD] * len(tokens)
     starts = [i for i, t in enumerate(tokens) if t == tokenizer.phrase_start]
     ends = [i for i, t in enumerate(tokens) if t == tokenizer.phrase_end]
     outputs = [i for i, t in enumerate(tokens) if t == tokenizer.seg]
@@ -162,16 +164,21 @@ def encode_conversation(conversation: Conversation, prompts: Prompts, tokenizer:
         phrase_ids[start : end + 1] = [phrase] * (end + 1 - start)
     for phrase, at in zip(conversation.outputs, outputs, strict=True):
         seg_ids[at] = phrase
-    return Encoded(tokens, labels, phrase_ids, seg_ids)
+    return TokenizedConversation(tokens, labels, phrase_ids, seg_ids)
 
 
-def encode_question(conversation: Conversation, prompts: Prompts, tokenizer: Tokenizer) -> tuple[int, ...]:
+def encode_question(conversation: Conversation, prompts: PromptTemplates, tokenizer: Tokenizer) -> tuple[int, ...]:
     """Ids of the first question alone, as it follows the image, up to where its answer begins."""
-    return tokenizer.encode(conversation.turns[0].question + prompts.template.tail)
+    return tokenizer.encode(conversation.turns[0].question + prompts.template.assistant_prefix)
 
 
-def pack(
-    prefix: Sequence[int], conversations: Sequence[Encoded], length: int, pad: int, name: str, start: int | None = None
+def pack_conversations(
+    prefix: Sequence[int],
+    conversations: Sequence[TokenizedConversation],
+    length: int,
+    pad: int,
+    name: str,
+    start: int | None = None,
 ) -> dict[str, Int[np.ndarray, " t"]]:
     """One image's token arrays: prefix, then the conversations, then padding.
 
@@ -190,8 +197,8 @@ def pack(
         UserError: the text does not fit.
         ValueError: a visual slot somewhere else than at the end of the prefix: losses skip what stands before that.
     """
-    slots = prefix.count(IMAGE_TOKEN)
-    if IMAGE_TOKEN in prefix[: len(prefix) - slots] or any(IMAGE_TOKEN in c.tokens for c in conversations):
+    slots = prefix.count(IMAGE_TOKEN_INDEX)
+    if IMAGE_TOKEN_INDEX in prefix[: len(prefix) - slots] or any(IMAGE_TOKEN_INDEX in c.tokens for c in conversations):
         raise ValueError(f"{name}: the visual slots must be one run at the end of the prefix")
     start = len(prefix) if start is None else start
     used = len(prefix) + sum(len(c.tokens) for c in conversations)
@@ -200,8 +207,8 @@ def pack(
             f"{name}: needs {used} tokens ({len(prefix)} of them before the text), more than the text length {length}; "
             "raise data.text or ask fewer phrases per image"
         )
-    out = {key: np.full(length, NONE, np.int32) for key in ("segments", "phrase_ids", "seg_ids")}
-    out |= {"tokens": np.full(length, pad, np.int32), "labels": np.full(length, NO_LABEL, np.int32)}
+    out = {key: np.full(length, PAD, np.int32) for key in ("segments", "phrase_ids", "seg_ids")}
+    out |= {"tokens": np.full(length, pad, np.int32), "labels": np.full(length, IGNORE_INDEX, np.int32)}
     out["positions"] = np.zeros(length, np.int32)
     at = len(prefix)
     out["tokens"][:at] = prefix
@@ -216,39 +223,39 @@ def pack(
     return out
 
 
-def empty(shape: BatchShape, pad: int) -> Batch:
+def empty_batch(shape: BatchShape, pad: int) -> Batch:
     """A batch of nothing but padding."""
-    b, t, k, m, s = shape.batch, shape.text, shape.phrases, shape.masks, shape.image
-    none = {key: np.full((b, t), NONE, np.int32) for key in ("segments", "phrase_ids", "seg_ids")}
+    b, t, k, m, s = shape.batch, shape.text_length, shape.max_phrases, shape.max_masks, shape.sam_size
+    none = {key: np.full((b, t), PAD, np.int32) for key in ("segments", "phrase_ids", "seg_ids")}
     return Batch(
-        images=np.zeros((b, s, s, 3), np.uint8),
-        scaled_size=np.full((b, 2), s, np.int32),
-        vision_images=np.zeros((b, shape.vision, shape.vision, 3), np.uint8),
-        tokens=np.full((b, t), pad, np.int32),
-        positions=np.zeros((b, t), np.int32),
-        labels=np.full((b, t), NO_LABEL, np.int32),
-        masks=np.zeros((b, m, s, -(-s // 8)), np.uint8),
+        sam_images=np.zeros((b, s, s, 3), np.uint8),
+        resized_hw=np.full((b, 2), s, np.int32),
+        siglip_images=np.zeros((b, shape.siglip_size, shape.siglip_size, 3), np.uint8),
+        input_ids=np.full((b, t), pad, np.int32),
+        position_ids=np.zeros((b, t), np.int32),
+        labels=np.full((b, t), IGNORE_INDEX, np.int32),
+        packed_masks=np.zeros((b, m, s, -(-s // 8)), np.uint8),
         mask_valid=np.zeros((b, m), bool),
-        phrase_mask=np.full((b, k), NONE, np.int32),
-        object_class=np.full((b, m), NONE, np.int32),
-        object_name=np.full((b, m), NONE, np.int32),
-        name_valid=np.zeros((b, shape.names), bool),
-        example_id=np.full((b,), NONE, np.int64),
+        phrase_target=np.full((b, k), PAD, np.int32),
+        object_category=np.full((b, m), PAD, np.int32),
+        object_name=np.full((b, m), PAD, np.int32),
+        name_valid=np.zeros((b, shape.max_names), bool),
+        example_id=np.full((b,), PAD, np.int64),
         **none,
     )
 
 
-def cut(chats: Sequence[Encoded], room: int) -> list[Encoded]:
+def truncate_conversations(chats: Sequence[TokenizedConversation], room: int) -> list[TokenizedConversation]:
     """The first `room` tokens of conversations without phrases: what is left of a long chat still teaches to speak."""
     kept = []
     for chat in chats:
-        kept.append(Encoded(*(getattr(chat, field.name)[:room] for field in dataclasses.fields(chat))))
+        kept.append(TokenizedConversation(*(getattr(chat, field.name)[:room] for field in dataclasses.fields(chat))))
         room -= len(kept[-1].tokens)
     return kept
 
 
-def assemble(
-    rows: Sequence[Row], shape: BatchShape, prompts: Prompts, tokenizer: Tokenizer | None, visual_tokens: int
+def collate(
+    rows: Sequence[TrainExample], shape: BatchShape, prompts: PromptTemplates, tokenizer: Tokenizer | None, visual_tokens: int
 ) -> Batch:
     """Pads rows to a batch; rows that are missing stay padding. Without a tokenizer, all text does.
 
@@ -258,48 +265,50 @@ def assemble(
     """
     if len(rows) > shape.batch:
         raise ValueError(f"{len(rows)} rows do not fit a batch of {shape.batch}")
-    batch = empty(shape, 0 if tokenizer is None else tokenizer.pad)
+    batch = empty_batch(shape, 0 if tokenizer is None else tokenizer.pad)
     prefix = [] if tokenizer is None else encode_prefix(prompts, tokenizer, visual_tokens)
     for b, row in enumerate(rows):
         phrases, targets = len(row.phrase_mask), len(row.pixels.masks)
-        if phrases > shape.phrases or targets > shape.masks or row.names > shape.names:
+        if phrases > shape.max_phrases or targets > shape.max_masks or row.names > shape.max_names:
             raise UserError(
                 f"{row.name}: {phrases} phrases, {targets} masks and {row.names} names, "
-                f"but the batch has room for {shape.phrases}, {shape.masks} and {shape.names}"
+                f"but the batch has room for {shape.max_phrases}, {shape.max_masks} and {shape.max_names}"
             )
         if tokenizer is not None:
             encoded = [encode_conversation(c, prompts, tokenizer, row.name) for c in row.conversations]
             if not any(c.phrases or c.outputs for c in row.conversations):
-                encoded = cut(encoded, shape.text - len(prefix))
-            for key, value in pack(prefix, encoded, shape.text, tokenizer.pad, row.name).items():
+                encoded = truncate_conversations(encoded, shape.text_length - len(prefix))
+            for key, value in pack_conversations(prefix, encoded, shape.text_length, tokenizer.pad, row.name).items():
                 getattr(batch, key)[b] = value
-        batch.images[b] = row.pixels.image
-        batch.scaled_size[b] = row.pixels.scaled
-        batch.vision_images[b] = row.pixels.vision
-        batch.masks[b, :targets] = row.pixels.masks
+        batch.sam_images[b] = row.pixels.image
+        batch.resized_hw[b] = row.pixels.resized_hw
+        batch.siglip_images[b] = row.pixels.siglip_image
+        batch.packed_masks[b, :targets] = row.pixels.masks
         batch.mask_valid[b, :targets] = True
-        batch.phrase_mask[b, :phrases] = row.phrase_mask
-        batch.object_class[b, :targets] = row.object_class
+        batch.phrase_target[b, :phrases] = row.phrase_mask
+        batch.object_category[b, :targets] = row.object_class
         batch.object_name[b, :targets] = row.object_name
         batch.name_valid[b, : row.names] = True
         batch.example_id[b] = row.example_id
     return batch
 
 
-def views(pixels: Sequence[Pixels], count: int, sides: tuple[int, int]) -> Views:
+def collate_images(pixels: Sequence[ProcessedImage], count: int, sides: tuple[int, int]) -> ImageInputs:
     """The images of a batch of `count` for encoders of `sides` (S, V); missing ones are black."""
     side, vision = sides
-    out = Views(
+    out = ImageInputs(
         np.zeros((count, side, side, 3), np.uint8),
         np.full((count, 2), side, np.int32),
         np.zeros((count, vision, vision, 3), np.uint8),
     )
     for i, one in enumerate(pixels):
-        out.images[i], out.scaled_size[i], out.vision_images[i] = one.image, one.scaled, one.vision
+        out.sam_images[i], out.resized_hw[i], out.siglip_images[i] = one.image, one.resized_hw, one.siglip_image
     return out
 
 
-def ask(prompts: Prompts, phrases: Sequence[str], families: Sequence[str] | None = None) -> list[Conversation]:
+def make_conversations(
+    prompts: PromptTemplates, phrases: Sequence[str], families: Sequence[str] | None = None
+) -> list[Conversation]:
     """The conversations that ask for phrases in the fixed wording.
 
     With `families`, the phrases are reasoning questions, "short" or "long" ones.
@@ -310,9 +319,9 @@ def ask(prompts: Prompts, phrases: Sequence[str], families: Sequence[str] | None
     return [prompts.reasoning(phrase, k, family == "long") for k, (phrase, family) in asked]
 
 
-def questions(
-    rows: Sequence[Sequence[Encoded]], shape: tuple[int, int, int], start: int, pad: int, names: Sequence[str]
-) -> Questions:
+def collate_queries(
+    rows: Sequence[Sequence[TokenizedConversation]], shape: tuple[int, int, int], start: int, pad: int, names: Sequence[str]
+) -> ExpressionQueries:
     """Pads the conversations about each image to a batch of (B, K, T) = `shape`; missing rows stay padding.
 
     Args:
@@ -326,14 +335,14 @@ def questions(
         UserError: an image has more text than there is room.
     """
     b, k, t = shape
-    arrays = [pack((), row, t, pad, name, start) for row, name in zip(rows, names, strict=True)]
-    arrays += [pack((), (), t, pad, "", start)] * (b - len(rows))
+    arrays = [pack_conversations((), row, t, pad, name, start) for row, name in zip(rows, names, strict=True)]
+    arrays += [pack_conversations((), (), t, pad, "", start)] * (b - len(rows))
     stacked = {key: np.stack([a[key] for a in arrays]) for key in ("tokens", "positions", "segments", "phrase_ids", "seg_ids")}
     counts = np.array([len(row) for row in rows] + [0] * (b - len(rows)))
-    return Questions(**stacked, asked=np.arange(k) < counts[:, None])
+    return ExpressionQueries(**stacked, query_valid=np.arange(k) < counts[:, None])
 
 
-class LengthBound:
+class TokenBudget:
     """How many tokens an image can need at most, whatever wording is drawn.
 
     A mark splits the text, so a conversation is exactly as long as its wording plus its phrases.
@@ -342,12 +351,14 @@ class LengthBound:
         prefix: tokens before the first conversation, those of the image included.
     """
 
-    def __init__(self, prompts: Prompts, tokenizer: Tokenizer, visual_tokens: int):
+    def __init__(self, prompts: PromptTemplates, tokenizer: Tokenizer, visual_tokens: int):
         self._tokenizer = tokenizer
         chat = prompts.template
 
         def longest(turns: Sequence[Turn]) -> int:
-            texts = [(t.question.format("<p></p>") + chat.tail, t.answer.replace("{}", "") + chat.suffix) for t in turns]
+            texts = [
+                (t.question.format("<p></p>") + chat.assistant_prefix, t.answer.replace("{}", "") + chat.suffix) for t in turns
+            ]
             return max(len(tokenizer.encode(q)) + len(tokenizer.encode(a)) for q, a in texts) - 2
 
         self.prefix = len(encode_prefix(prompts, tokenizer, visual_tokens))
@@ -366,7 +377,7 @@ class LengthBound:
         """At most so many ids does an explanation add to the answer."""
         return len(self._tokenizer.encode(answer)) + 2 if answer else 0  # its neighbours may be cut into other tokens
 
-    def needed(self, phrases: Sequence[int], names: Sequence[int] = (), task: str = "referring") -> int:
+    def upper_bound(self, phrases: Sequence[int], names: Sequence[int] = (), task: str = "referring") -> int:
         """Tokens for one conversation a phrase and, if there are names, a generic one; lengths from `phrase_lengths`."""
         total = self.prefix + sum(phrases) + len(phrases) * self._longest[task]
         return total + (self.generic(names) - self.prefix if names else 0)
@@ -376,11 +387,11 @@ class LengthBound:
         return self.prefix + self._longest["generic"] + sum(names) + (len(names) - 1) * self._comma
 
 
-def check_fit(
-    entries: Sequence[Entry],
+def check_batch_shape(
+    entries: Sequence[IndexEntry],
     phrases_at_most: int,
     shape: BatchShape,
-    bound: LengthBound,
+    bound: TokenBudget,
     names: Sequence[str],
     all_objects: bool,
     task: str = "referring",
@@ -406,24 +417,24 @@ def check_fit(
     for entry in entries:
         several = len({s.annotations for s in entry.samples if len(s.annotations) > 1})  # each a mask of its own
         masks_needed = len(entry.categories) + min(several, phrases_at_most)
-        if all_objects and masks_needed > shape.masks:
+        if all_objects and masks_needed > shape.max_masks:
             raise UserError(
-                f"{entry.file_name}: has {masks_needed} objects, but the batch has room for {shape.masks} masks; "
+                f"{entry.file_name}: has {masks_needed} objects, but the batch has room for {shape.max_masks} masks; "
                 "raise data.masks or set data.objects='referred'"
             )
         each = (length[s.prompt] + bound.answer_length(s.answer) for s in entry.samples)
         longest = sorted(each, reverse=True)[:phrases_at_most]
-        kinds = sorted({c for c in entry.categories if c != NONE}) if names else []
-        if len(kinds) > shape.names:
+        kinds = sorted({c for c in entry.categories if c != PAD}) if names else []
+        if len(kinds) > shape.max_names:
             raise UserError(
-                f"{entry.file_name}: has objects of {len(kinds)} kinds, but the batch has room for {shape.names} names; "
+                f"{entry.file_name}: has objects of {len(kinds)} kinds, but the batch has room for {shape.max_names} names; "
                 "raise data.names"
             )
-        needed = bound.needed(longest, [name_length[c] for c in kinds], task)
+        needed = bound.upper_bound(longest, [name_length[c] for c in kinds], task)
         if needed > worst:
             worst, worst_entry = needed, entry
-    if worst > shape.text:
+    if worst > shape.text_length:
         raise UserError(
-            f"{worst_entry.file_name}: may need {worst} tokens, more than the text length {shape.text}; "
+            f"{worst_entry.file_name}: may need {worst} tokens, more than the text length {shape.text_length}; "
             "raise data.text or ask fewer phrases per image"
         )

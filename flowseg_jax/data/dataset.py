@@ -21,11 +21,11 @@ from flowseg_jax.data import checksums
 from flowseg_jax.data.formats import LAYOUTS
 from flowseg_jax.data.formats.reading import field, read_json
 from flowseg_jax.data.leakage import Picture, coco_number
-from flowseg_jax.data.records import TASKS, Example, Sample, ref_samples, samples
+from flowseg_jax.data.records import TASKS, Example, Sample, make_ref_samples, make_samples
 from flowseg_jax.data.serialization import AGAIN, deserialize
-from flowseg_jax.errors import UserError, brief, quoted, suggest
+from flowseg_jax.errors import UserError, brief, did_you_mean, quoted
 from flowseg_jax.system import paths
-from flowseg_jax.types import NONE
+from flowseg_jax.types import PAD
 
 FORMAT = 5  # of the files below; raised when they change
 METADATA = "metadata.json"
@@ -43,7 +43,7 @@ def shard_files(split: str, count: int) -> list[str]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
+class IndexEntry:
     """What the index knows of one stored image, without reading it.
 
     Attributes:
@@ -59,21 +59,21 @@ class Entry:
     file_name: str
     height: int
     width: int
-    picture: str
+    image_digest: str
     categories: tuple[int, ...]
     samples: tuple[Sample, ...]
     refs: tuple[Sample, ...] = ()
     number: int | None = None
 
     @property
-    def by_ref(self) -> Entry:
+    def by_ref(self) -> IndexEntry:
         """The entry whose samples are its refs."""
         return dataclasses.replace(self, samples=self.refs)
 
     @property
     def identity(self) -> Picture:
         """What the picture is in any data set."""
-        return Picture(self.number, self.picture)
+        return Picture(self.number, self.image_digest)
 
 
 def index_entry(example: Example) -> dict[str, Any]:
@@ -83,9 +83,9 @@ def index_entry(example: Example) -> dict[str, Any]:
         "file_name": example.file_name,
         "size": [example.height, example.width],
         "picture": hashlib.sha256(example.image).hexdigest()[:32],
-        "categories": [NONE if a.crowd or a.ignore else a.category for a in example.annotations],
-        "samples": [_line(sample) for sample in samples(example)],
-        "refs": [_line(sample) for sample in ref_samples(example)],
+        "categories": [PAD if a.crowd or a.ignore else a.category for a in example.annotations],
+        "samples": [_line(sample) for sample in make_samples(example)],
+        "refs": [_line(sample) for sample in make_ref_samples(example)],
     }
 
 
@@ -93,16 +93,16 @@ def _line(s: Sample) -> list[Any]:
     return [s.ann_id, s.ref_id, s.sentence_id, s.sentence, s.family, s.annotations, s.count, s.answer]
 
 
-def _entry(line: bytes, categories: int, layout: str) -> Entry:
+def _entry(line: bytes, categories: int, layout: str) -> IndexEntry:
     """An index line, read back. ValueError, KeyError or TypeError if it is not as `index_entry` makes it."""
     raw = json.loads(line)
     image, name, picture, (height, width) = raw["image_id"], raw["file_name"], raw["picture"], raw["size"]
     classes = tuple(raw["categories"])
     whole = all(type(number) is int and abs(number) < 1 << 62 for number in (image, height, width, *classes))
-    if not (whole and type(name) is type(picture) is str and all(NONE <= c < categories for c in classes)):
+    if not (whole and type(name) is type(picture) is str and all(PAD <= c < categories for c in classes)):
         raise ValueError("an image of another kind")
     asked, refs = (tuple(_sample(image, name, row, len(classes)) for row in raw[key]) for key in ("samples", "refs"))
-    return Entry(image, name, height, width, picture, classes, asked, refs, coco_number(name, layout))
+    return IndexEntry(image, name, height, width, picture, classes, asked, refs, coco_number(name, layout))
 
 
 def _sample(image: int, name: str, row: list[Any], objects: int) -> Sample:
@@ -148,7 +148,7 @@ def _metadata(path: Path) -> dict[str, Any]:
     return found
 
 
-class Prepared:
+class PreparedDataset:
     """An opened prepared data set; make one with `builders.prepare`.
 
     Attributes:
@@ -170,14 +170,14 @@ class Prepared:
         self.things: tuple[bool, ...] | None = None if metadata["things"] is None else tuple(metadata["things"])
         self.splits: dict[str, dict[str, int]] = metadata["splits"]
         self.digest: str = metadata["digest"]
-        self._index: dict[str, list[Entry]] = {}
+        self._index: dict[str, list[IndexEntry]] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Sent to a worker process as where it lies: what was read of it is read again there if it is needed."""
-        return Prepared, (self.directory, self.metadata)
+        return PreparedDataset, (self.directory, self.metadata)
 
     @classmethod
-    def open(cls, directory: str | Path) -> Prepared:
+    def open(cls, directory: str | Path) -> PreparedDataset:
         """Opens a directory that `prepare` wrote.
 
         Raises:
@@ -217,7 +217,7 @@ class Prepared:
         """Raises a `UserError` that lists the known splits unless `split` is one of them."""
         if split not in self.splits:
             raise UserError(
-                f"{self.directory}: unknown split {split!r}{suggest(split, self.splits)}; it has {', '.join(self.splits)}"
+                f"{self.directory}: unknown split {split!r}{did_you_mean(split, self.splits)}; it has {', '.join(self.splits)}"
             )
 
     @property
@@ -225,14 +225,14 @@ class Prepared:
         """The tokenizer trained at preparation, if one was."""
         return self.directory / TOKENIZER if self.metadata["tokenizer"] else None
 
-    def index(self, split: str) -> Sequence[Entry]:
+    def index(self, split: str) -> Sequence[IndexEntry]:
         """What each stored image asks, in stored order. UserError if the file is damaged."""
         self.check_split(split)
         if split not in self._index:
             self._index[split] = self._read_index(index_file(split), self.splits[split]["images"])
         return self._index[split]
 
-    def _read_index(self, name: str, images: int) -> list[Entry]:
+    def _read_index(self, name: str, images: int) -> list[IndexEntry]:
         path, digest, entries = self.directory / name, hashlib.sha256(), []
         want = checksums.expected(self.directory, name, self._checksums)
         try:
@@ -254,10 +254,10 @@ class Prepared:
         """The expression families that occur in the split."""
         return tuple(sorted({s.family for entry in self.index(split) for s in entry.samples}))
 
-    def source(self, split: str) -> Records:
+    def source(self, split: str) -> ExampleSource:
         """Random access to the split's examples, encoded image bytes included."""
         self.check_split(split)
-        return Records(self.directory, split, self.metadata["shards"][split], len(self.categories), self._checksums)
+        return ExampleSource(self.directory, split, self.metadata["shards"][split], len(self.categories), self._checksums)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,7 +270,7 @@ class _WholeFile:
     skip: int = 0
 
 
-class Records:
+class ExampleSource:
     """The stored records of a split as a sequence of `Example`s; safe with threads.
 
     Args:

@@ -15,36 +15,36 @@ import grain
 import numpy as np
 
 from flowseg_jax.data import collate, images, masks
-from flowseg_jax.data.collate import LengthBound, Pixels
-from flowseg_jax.data.dataset import Entry, Prepared
-from flowseg_jax.data.prompts import Prompts, check_phrase
+from flowseg_jax.data.collate import ProcessedImage, TokenBudget
+from flowseg_jax.data.dataset import IndexEntry, PreparedDataset
+from flowseg_jax.data.prompts import PromptTemplates, check_phrase
 from flowseg_jax.data.records import Example, Sample
 from flowseg_jax.data.tokenizer import Tokenizer
 from flowseg_jax.data.train_dataset import open_tokenizer
 from flowseg_jax.errors import UserError
-from flowseg_jax.types import Asked, BatchShape, Questions, Views
+from flowseg_jax.types import BatchShape, ExpressionQueries, ImageInputs, PromptQueries
 
-PHRASES = (1, 2, 4, 8)  # room for expressions of an image in a round; more of them take several rounds
-RARE = 8  # rounds of a shape below which it is not worth a compilation: the next larger shape in use takes them
-_DEFAULT_PROMPTS = Prompts()
+PHRASE_BUCKETS = (1, 2, 4, 8)  # room for expressions of an image in a round; more of them take several rounds
+MIN_BUCKET_USES = 8  # rounds of a shape below which it is not worth a compilation: the next larger shape in use takes them
+_DEFAULT_PROMPTS = PromptTemplates()
 
 RoundShape = tuple[int, int]  # (K, T): expressions and text tokens an image
 
 
-def round_shape(phrases: int, tokens: int) -> RoundShape:
+def bucket_shape(phrases: int, tokens: int) -> RoundShape:
     """The smallest room for so many expressions and text tokens: two lengths an octave."""
     octave = 1 << max(3, (tokens - 1).bit_length() - 1)
     length = next(n for n in (octave, octave * 3 // 2, octave * 2) if tokens <= n)
-    return next(k for k in PHRASES if phrases <= k), length
+    return next(k for k in PHRASE_BUCKETS if phrases <= k), length
 
 
-def settle(uses: Mapping[RoundShape, int]) -> dict[RoundShape, RoundShape]:
+def merge_rare_buckets(uses: Mapping[RoundShape, int]) -> dict[RoundShape, RoundShape]:
     """The shape that each shape becomes: itself, or for a rare one the smallest other that holds it, if there is one."""
     kept: list[RoundShape] = []
     settled = {}
     for shape in sorted(uses, reverse=True):
         larger = [other for other in kept if other[0] >= shape[0] and other[1] >= shape[1]]
-        if uses[shape] < RARE and larger:
+        if uses[shape] < MIN_BUCKET_USES and larger:
             settled[shape] = min(larger, key=lambda s: s[0] * s[1])
         else:
             kept.append(shape)
@@ -53,7 +53,7 @@ def settle(uses: Mapping[RoundShape, int]) -> dict[RoundShape, RoundShape]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Planned:
+class BatchPlan:
     """A batch before anything is read.
 
     Attributes:
@@ -67,7 +67,7 @@ class Planned:
     bucket: tuple[int, int]
 
 
-def plan(sizes: Mapping[int, tuple[int, int]], lengths: Mapping[int, Sequence[int]], batch: int) -> list[Planned]:
+def plan_batches(sizes: Mapping[int, tuple[int, int]], lengths: Mapping[int, Sequence[int]], batch: int) -> list[BatchPlan]:
     """Divides images into batches of alike ones; the same for every process.
 
     Args:
@@ -75,7 +75,7 @@ def plan(sizes: Mapping[int, tuple[int, int]], lengths: Mapping[int, Sequence[in
         lengths: {place in the split: tokens of each conversation about the image}.
         batch: images at a time.
     """
-    most = PHRASES[-1]
+    most = PHRASE_BUCKETS[-1]
     buckets = {i: (images.size_bucket(h), images.size_bucket(w)) for i, (h, w) in sizes.items()}
     order = sorted(sizes, key=lambda i: (buckets[i], -len(lengths[i]), -sum(lengths[i]), i))
     planned = []
@@ -84,15 +84,15 @@ def plan(sizes: Mapping[int, tuple[int, int]], lengths: Mapping[int, Sequence[in
         rounds = []
         for first in range(0, max(len(lengths[i]) for i in group), most):
             parts = [lengths[i][first : first + most] for i in group]
-            rounds.append(round_shape(max(map(len, parts)), max(map(sum, parts))))
+            rounds.append(bucket_shape(max(map(len, parts)), max(map(sum, parts))))
         height, width = (max(buckets[i][axis] for i in group) for axis in (0, 1))
-        planned.append(Planned(group, tuple(rounds), (height, width)))
-    settled = settle(Counter(shape for one in planned for shape in one.rounds))
+        planned.append(BatchPlan(group, tuple(rounds), (height, width)))
+    settled = merge_rare_buckets(Counter(shape for one in planned for shape in one.rounds))
     return [dataclasses.replace(one, rounds=tuple(settled[shape] for shape in one.rounds)) for one in planned]
 
 
 @dataclasses.dataclass(frozen=True)
-class Round:
+class QueryRound:
     """Up to K expressions about each image of a batch. The lists have one entry for each real row.
 
     Attributes:
@@ -102,7 +102,7 @@ class Round:
         once: bool [k, H, W], the same without the pixels that several parts of an object cover (`Annotation.once`).
     """
 
-    questions: Questions | Asked
+    questions: ExpressionQueries | PromptQueries
     samples: list[list[Sample]]
     truth: list[np.ndarray]
     once: list[np.ndarray]
@@ -122,8 +122,8 @@ class EvalBatch:
         bucket: padded (H, W).
     """
 
-    views: Views
-    rounds: list[Round]
+    views: ImageInputs
+    rounds: list[QueryRound]
     places: list[int]
     ignored: list[np.ndarray]
     images: list[np.ndarray]
@@ -131,7 +131,7 @@ class EvalBatch:
     bucket: tuple[int, int]
 
 
-class EvalData:
+class EvalDataset:
     """All samples of a split, one per (annotation, unique lower-cased sentence) or one per ref.
 
     Args:
@@ -164,13 +164,13 @@ class EvalData:
 
     def __init__(
         self,
-        prepared: Prepared,
+        prepared: PreparedDataset,
         split: str,
         tokenizer: Tokenizer | None,
         *,
         sides: tuple[int, int],
         batch: int,
-        prompts: Prompts = _DEFAULT_PROMPTS,
+        prompts: PromptTemplates = _DEFAULT_PROMPTS,
         visual_tokens: int,
         max_images: int | None = None,
         control_seed: int | None = None,
@@ -186,7 +186,7 @@ class EvalData:
         self.tokenizer = tokenizer or open_tokenizer(prepared, prompts)
         self.split = split
         self._prompts = dataclasses.replace(prompts, vary=False)
-        self._shape = BatchShape(batch, 0, PHRASES[-1], 0, *sides)
+        self._shape = BatchShape(batch, 0, PHRASE_BUCKETS[-1], 0, *sides)
         self._rows = range(batch) if rows is None else rows
         self._read = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
         entries = list(prepared.index(split)[:max_images])
@@ -204,7 +204,7 @@ class EvalData:
             raise UserError(f"{prepared.directory}: {prepared.task} data has no expressions to evaluate on")
         self._task = prepared.task
         asked = sorted({sample.prompt for entry in entries for sample in entry.samples})
-        bound = LengthBound(self._prompts, self.tokenizer, visual_tokens)
+        bound = TokenBudget(self._prompts, self.tokenizer, visual_tokens)
         length = {
             prompt: bound.conversation(n, self._task) for prompt, n in zip(asked, bound.phrase_lengths(asked), strict=True)
         }
@@ -214,8 +214,8 @@ class EvalData:
             for sample in entry.samples:
                 check_phrase(sample.prompt, self.tokenizer, entry.file_name)
         # Of an answer that is given, so with some room where it is not.
-        self._longest = round_shape(1, max(length.values(), default=1))[1]
-        self.planned = plan(
+        self._longest = bucket_shape(1, max(length.values(), default=1))[1]
+        self.planned = plan_batches(
             {i: (e.height, e.width) for i, e in self.entries.items()},
             {i: [length[s.prompt] for s in e.samples] for i, e in self.entries.items()},
             batch,
@@ -230,16 +230,18 @@ class EvalData:
 
     def batch(self, number: int) -> EvalBatch:
         """Batch `number`, the rows asked for."""
-        planned, most = self.planned[number], PHRASES[-1]
+        planned, most = self.planned[number], PHRASE_BUCKETS[-1]
         places = [planned.images[row] for row in self._rows if row < len(planned.images)]
         read = [self._read_image(place) for place in places]
-        objects = [Objects.of(example) for example, *_ in read]
+        objects = [ObjectMasks.of(example) for example, *_ in read]
         rounds = []
         for number, shape in enumerate(planned.rounds):
             samples = [list(self.entries[i].samples[number * most : (number + 1) * most]) for i in places]
             rounds.append(self._round(shape, samples, objects, [example.file_name for example, *_ in read]))
         return EvalBatch(
-            collate.views([pixels for *_, pixels in read], len(self._rows), (self._shape.image, self._shape.vision)),
+            collate.collate_images(
+                [pixels for *_, pixels in read], len(self._rows), (self._shape.sam_size, self._shape.siglip_size)
+            ),
             rounds,
             places,
             [one.ignored for one in objects],
@@ -248,22 +250,24 @@ class EvalData:
             planned.bucket,
         )
 
-    def _round(self, shape: RoundShape, samples: list[list[Sample]], objects: Sequence[Objects], names: Sequence[str]) -> Round:
+    def _round(
+        self, shape: RoundShape, samples: list[list[Sample]], objects: Sequence[ObjectMasks], names: Sequence[str]
+    ) -> QueryRound:
         said = []
         for row in samples:
             families = [s.style for s in row] if self._task == "reasoning" else None
-            said.append(collate.ask(self._prompts, [s.prompt for s in row], families))
+            said.append(collate.make_conversations(self._prompts, [s.prompt for s in row], families))
         rows, start, pad = len(self._rows), len(self.prefix), self.tokenizer.pad
         if self._generate:
             ids = [[collate.encode_question(c, self._prompts, self.tokenizer) for c in row] for row in said]
-            questions = Asked.of(ids, (rows, shape[0], self._longest))
+            questions = PromptQueries.of(ids, (rows, shape[0], self._longest))
         else:
             encoded = [
                 [collate.encode_conversation(c, self._prompts, self.tokenizer, name) for c in row]
                 for row, name in zip(said, names, strict=True)
             ]
-            questions = collate.questions(encoded, (rows, *shape), start, pad, names)
-        return Round(
+            questions = collate.collate_queries(encoded, (rows, *shape), start, pad, names)
+        return QueryRound(
             questions,
             samples,
             [
@@ -273,7 +277,7 @@ class EvalData:
             [one.stack(one.covered_once, row) for one, row in zip(objects, samples, strict=True)],
         )
 
-    def _read_image(self, place: int) -> tuple[Example, np.ndarray, Pixels]:
+    def _read_image(self, place: int) -> tuple[Example, np.ndarray, ProcessedImage]:
         example = self._source[place]
         image = images.decode(example.image, name=example.file_name)
         return example, np.asarray(image), collate.prepare_pixels(image, (), self._shape)
@@ -283,7 +287,7 @@ class EvalData:
 
 
 @dataclasses.dataclass(frozen=True)
-class Objects:
+class ObjectMasks:
     """The masks of an image's objects at its original size.
 
     Attributes:
@@ -298,7 +302,7 @@ class Objects:
     ignored: np.ndarray
 
     @classmethod
-    def of(cls, example: Example) -> Objects:
+    def of(cls, example: Example) -> ObjectMasks:
         size = example.height, example.width
         whole = masks.decode([a.rle for a in example.annotations], *size).astype(bool)
 
@@ -308,7 +312,10 @@ class Objects:
             rles = [other or a.rle for other, a in zip(as_drawn, example.annotations, strict=True)]
             return masks.decode(rles, *size).astype(bool)
 
-        once, filled = drawn([a.once for a in example.annotations]), drawn([a.filled for a in example.annotations])
+        once, filled = (
+            drawn([a.rle_single_cover for a in example.annotations]),
+            drawn([a.rle_filled_polygons for a in example.annotations]),
+        )
         ignored = [i for i, a in enumerate(example.annotations) if a.ignore]
         return cls(whole, once, filled, whole[ignored].any(0, keepdims=True))
 
@@ -325,7 +332,7 @@ class Objects:
         return self.once[list(sample.annotations)].sum(0, dtype=np.int32) == 1
 
 
-def _shuffle_text(entries: list[Entry], seed: int, where: object) -> list[Entry]:
+def _shuffle_text(entries: list[IndexEntry], seed: int, where: object) -> list[IndexEntry]:
     """Gives every image the sentences of another one: a random cycle through all images."""
     spoken = np.array([i for i, entry in enumerate(entries) if entry.samples])
     if len(spoken) < 2:

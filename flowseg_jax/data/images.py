@@ -277,7 +277,7 @@ def scaled_size(height: int, width: int, side: int) -> tuple[int, int]:
     return max(int(height * side / longest + 0.5), 1), max(int(width * side / longest + 0.5), 1)
 
 
-def fit(image: Image.Image, side: int) -> tuple[UInt8[np.ndarray, "s s 3"], tuple[int, int]]:
+def resize_and_pad(image: Image.Image, side: int) -> tuple[UInt8[np.ndarray, "s s 3"], tuple[int, int]]:
     """The mask encoder's input and (h', w'): longest side scaled to `side` (bilinear), 0 at the bottom and right."""
     h, w = scaled_size(image.height, image.width, side)
     if (w, h) != image.size:
@@ -287,7 +287,7 @@ def fit(image: Image.Image, side: int) -> tuple[UInt8[np.ndarray, "s s 3"], tupl
     return padded, (h, w)
 
 
-def stretch(image: Image.Image, side: int) -> UInt8[np.ndarray, "v v 3"]:
+def resize_to_square(image: Image.Image, side: int) -> UInt8[np.ndarray, "v v 3"]:
     """The vision encoder's input: resized to a square (bilinear), aspect not kept."""
     if image.size != (side, side):
         image = image.resize((side, side), Image.Resampling.BILINEAR)
@@ -306,11 +306,11 @@ def square(image: Image.Image, side: int) -> UInt8[np.ndarray, "v v 3"]:
     longest = max(image.size)
     canvas = Image.new("RGB", (longest, longest), (127, 127, 127))
     canvas.paste(image, ((longest - image.width) // 2, (longest - image.height) // 2))
-    return stretch(canvas, side)
+    return resize_to_square(canvas, side)
 
 
 @dataclasses.dataclass(frozen=True)
-class Jitter:
+class LargeScaleJitter:
     """One draw of large-scale jitter (scaffold 1.1): the image scaled to fit a square of `scale` times the input's side, then
     its centre cut to at most that side; the rest is padding at the bottom and right.
 
@@ -326,7 +326,7 @@ class Jitter:
     cut: tuple[int, int]
 
     @classmethod
-    def of(cls, height: int, width: int, side: int, scale: float) -> Jitter:
+    def of(cls, height: int, width: int, side: int, scale: float) -> LargeScaleJitter:
         h, w = scaled_size(height, width, max(int(side * scale + 0.5), 1))
         cut = min(h, side), min(w, side)
         return cls((h, w), (h - cut[0]) // 2, (w - cut[1]) // 2, cut)

@@ -72,6 +72,6 @@ class Picture:
         return f"content:{self.content}", f"copy:{self.content}" if self.number is None else self.identity
 
 
-def is_training(split: str) -> bool:
+def is_train_split(split: str) -> bool:
     """Whether a split of this name is trained on; every other one is held out for evaluation."""
     return split.startswith("train")

@@ -108,7 +108,7 @@ def rasterise(segmentation: Any, height: int, width: int, where: str) -> str | N
     return union["counts"].decode("ascii")
 
 
-def covered_once(segmentation: Any, height: int, width: int, where: str) -> str:
+def single_cover(segmentation: Any, height: int, width: int, where: str) -> str:
     """Compressed run-length counts of the pixels that exactly one part of an object covers; empty where no two parts overlap.
 
     Arguments and errors are those of `rasterise`.
@@ -131,7 +131,7 @@ def _overlaid(one: tuple[dict, dict | None], other: tuple[dict, dict | None] | N
     return coco.merge([one[0], other[0]]), again
 
 
-def filled(segmentation: Any, height: int, width: int, where: str) -> str:
+def fill_polygons(segmentation: Any, height: int, width: int, where: str) -> str:
     """Compressed run-length counts of an object's polygons, each filled by OpenCV on its points cut to whole numbers.
 
     So PSALM draws its truth. Empty where that is the union of the parts too, and for a segmentation without polygons.

@@ -16,15 +16,15 @@ from pathlib import Path
 
 import numpy as np
 
-from flowseg_jax.data.dataset import Entry, Prepared
-from flowseg_jax.data.leakage import COCO_LAYOUTS, coco_number, is_training, name_key
+from flowseg_jax.data.dataset import IndexEntry, PreparedDataset
+from flowseg_jax.data.leakage import COCO_LAYOUTS, coco_number, is_train_split, name_key
 from flowseg_jax.errors import UserError, brief
 
 REPEAT_THRESHOLD = 0.1  # t of the scaffold's repeat-factor rule
 
 
 @dataclasses.dataclass(frozen=True)
-class Member:
+class MixtureComponent:
     """A data set of the mixture.
 
     Attributes:
@@ -35,32 +35,32 @@ class Member:
         held_out: how many of its images were left out because an evaluation set has them.
     """
 
-    prepared: Prepared
+    prepared: PreparedDataset
     split: str
-    records: tuple[int, ...]
-    slots: int
+    indices: tuple[int, ...]
+    samples_per_epoch: int
     held_out: int = 0
 
     @property
     def partial(self) -> bool:
         """Whether an epoch shows some of its images more often than others."""
-        return self.slots % len(self.records) != 0
+        return self.samples_per_epoch % len(self.indices) != 0
 
-    def entries(self) -> list[Entry]:
+    def entries(self) -> list[IndexEntry]:
         """What the index knows of its images."""
         index = self.prepared.index(self.split)
-        return [index[record] for record in self.records]
+        return [index[record] for record in self.indices]
 
 
-def repeats(sizes: Sequence[int]) -> list[int]:
+def repeat_factor_counts(sizes: Sequence[int]) -> list[int]:
     """Slots of each data set by the repeat-factor rule: its images times max(1, sqrt(t / share)), t = 0.1 (scaffold 3.3)."""
     total = sum(sizes)
     return [int(size * max(1.0, math.sqrt(REPEAT_THRESHOLD * total / size))) for size in sizes]
 
 
-def mix(
-    sets: Sequence[tuple[Prepared, float]], split: str = "train", held_out: Mapping[str, str] | None = None
-) -> tuple[Member, ...]:
+def build_mixture(
+    sets: Sequence[tuple[PreparedDataset, float]], split: str = "train", held_out: Mapping[str, str] | None = None
+) -> tuple[MixtureComponent, ...]:
     """The members of a mixture.
 
     Args:
@@ -72,7 +72,7 @@ def mix(
     Raises:
         UserError: weights of which only some are given, an unknown split, or a set of which no image is left.
     """
-    kept: list[tuple[Prepared, tuple[int, ...], int]] = []
+    kept: list[tuple[PreparedDataset, tuple[int, ...], int]] = []
     for prepared, _ in sets:
         index = prepared.index(split)
         if not index:
@@ -94,27 +94,27 @@ def mix(
     elif any(weights):
         slots = [max(1, round(weight / sum(weights) * sum(sizes))) for weight in weights]
     else:
-        slots = repeats(sizes)
-    return tuple(Member(prepared, split, mine, n, out) for (prepared, mine, out), n in zip(kept, slots, strict=True))
+        slots = repeat_factor_counts(sizes)
+    return tuple(MixtureComponent(prepared, split, mine, n, out) for (prepared, mine, out), n in zip(kept, slots, strict=True))
 
 
-class Order:
+class SampleOrder:
     """Position in the stream -> (member, record).
 
     Attributes:
         epoch: number of positions of an epoch.
     """
 
-    def __init__(self, members: Sequence[Member], seed: int):
+    def __init__(self, members: Sequence[MixtureComponent], seed: int):
         self._members, self._seed = members, seed
-        self._ends = np.cumsum([member.slots for member in members])
+        self._ends = np.cumsum([member.samples_per_epoch for member in members])
         self.epoch = int(self._ends[-1])
         self._permutation = functools.lru_cache(maxsize=4)(self._draw)
         # In which order a set goes through its records. It matters only where an epoch is not a whole number of passes.
         self._walks = [
-            np.random.default_rng((seed, 2, number)).permutation(len(member.records))
+            np.random.default_rng((seed, 2, number)).permutation(len(member.indices))
             if member.partial
-            else range(len(member.records))
+            else range(len(member.indices))
             for number, member in enumerate(members)
         ]
 
@@ -128,12 +128,12 @@ class Order:
         slot = int(self._permutation(epoch)[place])
         number = int(np.searchsorted(self._ends, slot, side="right"))
         member = self._members[number]
-        within = slot - (int(self._ends[number]) - member.slots)
-        turn = (epoch * member.slots + within) % len(member.records)
-        return number, member.records[self._walks[number][turn]]
+        within = slot - (int(self._ends[number]) - member.samples_per_epoch)
+        turn = (epoch * member.samples_per_epoch + within) % len(member.indices)
+        return number, member.indices[self._walks[number][turn]]
 
 
-def held_out_keys(sources: Iterable[str | Path | Prepared]) -> dict[str, str]:
+def held_out_keys(sources: Iterable[str | Path | PreparedDataset]) -> dict[str, str]:
     """{key of an image: what holds it out} of everything that is evaluated on.
 
     The keys are those of `leakage.Picture.holds_out`, and of images that are known by name alone `leakage.name_key`.
@@ -149,7 +149,7 @@ def held_out_keys(sources: Iterable[str | Path | Prepared]) -> dict[str, str]:
     keys: dict[str, str] = {}
     genomes: list[Path] = []
     for source in sources:
-        if isinstance(source, Prepared):
+        if isinstance(source, PreparedDataset):
             keys |= _evaluated(source)
             continue
         path = Path(source)
@@ -158,7 +158,7 @@ def held_out_keys(sources: Iterable[str | Path | Prepared]) -> dict[str, str]:
         elif path.is_file():
             keys |= _listed(path)
         elif path.is_dir():
-            found = _evaluated(Prepared.open(path))
+            found = _evaluated(PreparedDataset.open(path))
             if not found:
                 raise UserError(f"data.held_out: {path} has no evaluation split: prepare it with all of its splits")
             keys |= found
@@ -172,8 +172,8 @@ def held_out_keys(sources: Iterable[str | Path | Prepared]) -> dict[str, str]:
     return keys
 
 
-def _evaluated(prepared: Prepared) -> dict[str, str]:
-    splits = [split for split in prepared.splits if not is_training(split)]
+def _evaluated(prepared: PreparedDataset) -> dict[str, str]:
+    splits = [split for split in prepared.splits if not is_train_split(split)]
     return {
         key: f"{prepared.directory} {split}"
         for split in splits

@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from flowseg_jax.data import checksums, shards, workers
-from flowseg_jax.data.dataset import FORMAT, METADATA, TOKENIZER, Prepared
+from flowseg_jax.data.dataset import FORMAT, METADATA, TOKENIZER, PreparedDataset
 from flowseg_jax.data.formats import layout_name, open_layout
-from flowseg_jax.data.prompts import training_text
-from flowseg_jax.data.records import Layout, Problems, damaged
+from flowseg_jax.data.prompts import template_corpus
+from flowseg_jax.data.records import DatasetReader, RecordErrors, damaged
 from flowseg_jax.data.shards import Shard
 from flowseg_jax.data.tokenizer import train_tokenizer
 from flowseg_jax.errors import UserError, not_writable, quoted
@@ -39,9 +39,9 @@ Log = Callable[[str], None]
 
 
 def _say(text: str) -> None:
-    from flowseg_jax.writers import say  # not in the workers, which say nothing
+    from flowseg_jax.writers import log  # not in the workers, which say nothing
 
-    say(text)
+    log(text)
 
 
 def prepare(
@@ -58,7 +58,7 @@ def prepare(
     on_error: str = "stop",
     processes: int | None = None,
     log: Log = _say,
-) -> Prepared:
+) -> PreparedDataset:
     """Turns an on-disk layout into a prepared data set.
 
     Args:
@@ -87,7 +87,7 @@ def prepare(
         raise UserError(f"{out}: exists already; remove it to prepare again")
     log(f"reading {source}")
     options = {"split_by": split_by, "images": images, "file": file, "max_characters": max_characters}
-    problems = Problems(keep=on_error == "record")
+    problems = RecordErrors(keep=on_error == "record")
     opened = open_layout(layout, source, problems, **options)
     chosen = tuple(splits) if splits else opened.splits
     sizes = {split: opened.size(split) for split in chosen}  # an unknown split is an error before anything is written
@@ -106,12 +106,12 @@ def prepare(
         (root / METADATA).write_text(json.dumps(metadata, indent=1) + "\n")
         checksums.write(root, _files(root), sums)
         if tokenizer_vocab:
-            learn_tokenizer(said(Prepared.open(root)), root / TOKENIZER, tokenizer_vocab)
+            train_dataset_tokenizer(tokenizer_corpus(PreparedDataset.open(root)), root / TOKENIZER, tokenizer_vocab)
             checksums.write(root, _files(root), checksums.read(root))
     if found:  # said last, when the list is where it says
         log(f"{out / PROBLEMS} lists the records that are left out{damaged(found)}")
     log(f"prepared {out}")
-    return Prepared.open(out)
+    return PreparedDataset.open(out)
 
 
 def _files(root: Path) -> list[str]:
@@ -121,18 +121,18 @@ def _files(root: Path) -> list[str]:
     return [path.relative_to(root).as_posix() for path in found]
 
 
-def _stamps(layout: Layout) -> list[list[Any]]:
+def _stamps(layout: DatasetReader) -> list[list[Any]]:
     """What tells one version of the annotation files from another."""
     return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in map(Path, layout.annotation_files)]
 
 
-_layout: Layout | None = None  # of a worker process
+_layout: DatasetReader | None = None  # of a worker process
 
 
 def _open_in_worker(name: str, source: Path, options: Mapping[str, Any], keep: bool) -> None:
     global _layout
-    workers.start(signal.SIGINT)
-    _layout = open_layout(name, source, Problems(keep), **options)
+    workers.init_worker(signal.SIGINT)
+    _layout = open_layout(name, source, RecordErrors(keep), **options)
 
 
 def _write_in_worker(shard: Shard, keep: bool) -> dict[str, Any]:
@@ -140,7 +140,7 @@ def _write_in_worker(shard: Shard, keep: bool) -> dict[str, Any]:
 
 
 def _write(
-    layout: Layout, todo: Sequence[Shard], reopen: Callable[[], None], keep: bool, processes: int | None, log: Log
+    layout: DatasetReader, todo: Sequence[Shard], reopen: Callable[[], None], keep: bool, processes: int | None, log: Log
 ) -> None:
     """Writes the shards that are missing, in processes of their own where that is worth their start."""
     missing = [shard for shard in todo if not shard.is_whole()]
@@ -180,14 +180,16 @@ def _write(
             raise
 
 
-def _affordable(layout: Layout) -> int:
+def _affordable(layout: DatasetReader) -> int:
     """One process a core, but no more than memory has room for: each reads all annotations, and they grow tenfold."""
     size = sum(Path(path).stat().st_size for path in layout.annotation_files)
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
     return max(1, min(os.cpu_count() or 1, free // (10 * size + (1 << 29)) if free else 1))
 
 
-def _summary(layout: Layout, todo: Sequence[Shard], problems: Problems, log: Log) -> tuple[dict[str, Any], list[str]]:
+def _summary(
+    layout: DatasetReader, todo: Sequence[Shard], problems: RecordErrors, log: Log
+) -> tuple[dict[str, Any], list[str]]:
     """The metadata of complete shards and the damaged records; says what was special. UserError if a split has no example."""
     reports = [(shard.split, shard.report()) for shard in todo]
     counts = {split: Counter() for split, _ in reports}
@@ -226,7 +228,7 @@ def _summary(layout: Layout, todo: Sequence[Shard], problems: Problems, log: Log
     return metadata, found
 
 
-def said(prepared: Prepared) -> list[str]:
+def tokenizer_corpus(prepared: PreparedDataset) -> list[str]:
     """What is said in a data set's training split (without one, in its first split): categories, sentences as often as its
     source has them, explanations, chats."""
     split = "train" if "train" in prepared.splits else next(iter(prepared.splits))
@@ -241,9 +243,9 @@ def said(prepared: Prepared) -> list[str]:
     return texts
 
 
-def learn_tokenizer(texts: Sequence[str], directory: Path, vocab: int) -> None:
+def train_dataset_tokenizer(texts: Sequence[str], directory: Path, vocab: int) -> None:
     """Trains a tokenizer on sentences, and on the wordings about as often as the model reads them beside the sentences."""
-    prompts = training_text()
+    prompts = template_corpus()
     prompts *= 1 + len(texts) // (4 * len(prompts))
     train_tokenizer([*prompts, *texts], directory, vocab=vocab)
 
@@ -329,7 +331,7 @@ def _locked(path: Path, log: Log) -> Iterator[None]:
         yield
 
 
-def ensure_shapes(
+def load_or_build_shapes(
     directory: str | Path,
     images: int,
     seed: int,
@@ -338,7 +340,7 @@ def ensure_shapes(
     workers: int | None = None,
     log: Log = _say,
     **options: Any,
-) -> Prepared:
+) -> PreparedDataset:
     """Opens the `shapes` benchmark in `directory`, generating and preparing it first if it is not there.
 
     Appears complete or not at all; of several processes that ask at once, one makes it and the others wait.
@@ -381,4 +383,4 @@ def ensure_shapes(
         changed = sorted(k for k in {*made_with, *request} if made_with.get(k) != request.get(k))
         detail = ", ".join(f"{k[:40]} {quoted(made_with.get(k))} -> {request.get(k)}" for k in changed[:8])
         raise UserError(f"{directory}: holds a shapes set made otherwise ({detail}); remove it or name another directory")
-    return Prepared.open(directory / "prepared")
+    return PreparedDataset.open(directory / "prepared")

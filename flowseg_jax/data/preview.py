@@ -12,8 +12,8 @@ from jaxtyping import Bool, UInt8
 from PIL import Image
 
 from flowseg_jax.data import images, masks
-from flowseg_jax.data.records import Example, Layout, Problems, Sample
-from flowseg_jax.data.records import samples as samples_of
+from flowseg_jax.data.records import DatasetReader, Example, RecordErrors, Sample
+from flowseg_jax.data.records import make_samples as samples_of
 from flowseg_jax.errors import UserError
 from flowseg_jax.reports import html as page
 from flowseg_jax.reports import overlay
@@ -89,7 +89,7 @@ def _small(example: Example, index: int, size: tuple[int, int]) -> Bool[np.ndarr
 
 
 def preview(
-    layout: Layout, out: str | Path, splits: Sequence[str], problems: Problems, *, samples: int = 12, seed: int = 0
+    layout: DatasetReader, out: str | Path, splits: Sequence[str], problems: RecordErrors, *, samples: int = 12, seed: int = 0
 ) -> Path:
     """Writes the page.
 
@@ -133,12 +133,12 @@ def preview(
     return out / "index.html"
 
 
-def _about(layout: Layout, seed: int) -> str:
+def _about(layout: DatasetReader, seed: int) -> str:
     categories = f", {len(layout.categories)} categories" if layout.categories else ""
     return f"Task {layout.task}{categories}. Drawn at random (seed {seed}). Outlined: targets; grey stripes: ignored."
 
 
-def _card(layout: Layout, split: str, index: int, rng: np.random.Generator, path: Path, problems: Problems) -> Html:
+def _card(layout: DatasetReader, split: str, index: int, rng: np.random.Generator, path: Path, problems: RecordErrors) -> Html:
     """A sample's figure, its picture written to `path`; its error if it is damaged."""
     before = len(problems.found)
     with problems.record():
@@ -153,7 +153,7 @@ def _card(layout: Layout, split: str, index: int, rng: np.random.Generator, path
     return html('<figure><figcaption class="error">example {}: {}</figcaption></figure>', index, problems.found[before])
 
 
-def _figure(layout: Layout, picture: Picture, source: str, index: int, notes: Iterable[str]) -> Html:
+def _figure(layout: DatasetReader, picture: Picture, source: str, index: int, notes: Iterable[str]) -> Html:
     example, sample = picture.example, picture.sample
     said: Html | str = ""
     if sample:
@@ -169,7 +169,7 @@ def _figure(layout: Layout, picture: Picture, source: str, index: int, notes: It
     return html(figure, said, source, alt, join(under, "<br>"))
 
 
-def _legend(layout: Layout, picture: Picture) -> Html:
+def _legend(layout: DatasetReader, picture: Picture) -> Html:
     """Colour and category of each drawn object."""
     entries = []
     for place, i in enumerate(picture.drawn):

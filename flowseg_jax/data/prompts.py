@@ -17,37 +17,41 @@ import numpy as np
 from flowseg_jax import fields
 from flowseg_jax.data.records import Turn
 from flowseg_jax.data.tokenizer import PHRASE_END, PHRASE_START, SEG, Tokenizer
-from flowseg_jax.errors import UserError, suggest
+from flowseg_jax.errors import UserError, did_you_mean
 
 
 @dataclasses.dataclass(frozen=True)
-class Chat:
+class ChatTemplate:
     """A chat template: `head` input `tail` answer `suffix`, turns joined by `separator`.
 
     The answer and its suffix are trained, the rest is not. The image stands right behind the first head. `marks` must be
     one id each in the tokenizer.
     """
 
-    head: str
-    tail: str
+    user_prefix: str
+    assistant_prefix: str
     suffix: str
     separator: str
-    marks: tuple[str, ...]
+    special_tokens: tuple[str, ...]
 
 
 _IM = ("<|im_start|>", "<|im_end|>")
-CHATS = {
-    "qwen3_instruct": Chat("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>", "\n", _IM),
-    "qwen3_wothinking": Chat(
+CHAT_TEMPLATES = {
+    "qwen3_instruct": ChatTemplate("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>", "\n", _IM),
+    "qwen3_wothinking": ChatTemplate(
         "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n", "<|im_end|>", "\n", _IM
     ),
-    "phi3_chat": Chat("<|user|>\n", "<|end|>\n<|assistant|>\n", "<|end|>", "\n", ("<|user|>", "<|end|>", "<|assistant|>")),
+    "phi3_chat": ChatTemplate(
+        "<|user|>\n", "<|end|>\n<|assistant|>\n", "<|end|>", "\n", ("<|user|>", "<|end|>", "<|assistant|>")
+    ),
 }
 
 
-def as_jinja(chat: Chat, *, bos: bool) -> str:
+def as_jinja(chat: ChatTemplate, *, bos: bool) -> str:
     """The template in the language of transformers' `apply_chat_template`, with the tokenizer's bos first or without."""
-    user, assistant = (json.dumps([before, behind]) for before, behind in ((chat.head, chat.tail), ("", chat.suffix)))
+    user, assistant = (
+        json.dumps([before, behind]) for before, behind in ((chat.user_prefix, chat.assistant_prefix), ("", chat.suffix))
+    )
     return (
         ("{{ bos_token }}" if bos else "")
         + "{% for message in messages %}{% set around = "
@@ -105,7 +109,7 @@ class Conversation:
 
 
 @dataclasses.dataclass(frozen=True)
-class Prompts:
+class PromptTemplates:
     """How conversations are worded.
 
     Attributes:
@@ -117,36 +121,36 @@ class Prompts:
     chat: str = "qwen3_instruct"
     question: int = 0
     answer: int = 0
-    vary: bool = True
+    randomize: bool = True
 
     def __post_init__(self):
-        if self.chat not in CHATS:
-            raise UserError(f"prompts.chat: unknown chat template {self.chat!r}{suggest(self.chat, CHATS)}")
+        if self.chat not in CHAT_TEMPLATES:
+            raise UserError(f"prompts.chat: unknown chat template {self.chat!r}{did_you_mean(self.chat, CHAT_TEMPLATES)}")
         for name, lists in (("question", REFERRING_QUESTIONS), ("answer", REFERRING_ANSWERS)):
             if not 0 <= getattr(self, name) < len(lists):
                 raise UserError(f"prompts.{name}: {getattr(self, name)} is not one of the wordings 0..{len(lists) - 1}")
 
     @classmethod
-    def of_model(cls, extra: Mapping[str, Any], directory: object) -> Prompts:
+    def of_model(cls, extra: Mapping[str, Any], directory: object) -> PromptTemplates:
         """The wording that a model directory names in its `extra`. Raises UserError for another value than a wording."""
         return fields.read(cls, extra.get("prompts", {}), f"{directory}/config.json: extra.prompts")
 
     @property
-    def template(self) -> Chat:
-        return CHATS[self.chat]
+    def template(self) -> ChatTemplate:
+        return CHAT_TEMPLATES[self.chat]
 
     @property
-    def needed(self) -> tuple[str, ...]:
+    def special_tokens(self) -> tuple[str, ...]:
         """Marks that the tokenizer must know as one id each."""
-        return self.template.marks
+        return self.template.special_tokens
 
-    def ends(self, tokenizer: Tokenizer) -> tuple[int, ...]:
+    def eos_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
         """Ids that end an answer which the model writes: the first of the template's suffix, and the tokenizer's own."""
         own = tokenizer.hf.eos_token_id
         return tuple({*tokenizer.encode(self.template.suffix)[:1], *(() if own is None else (own,))})
 
     def _word(self, questions: Sequence[str], answers: Sequence[str], rng: np.random.Generator | None) -> tuple[str, str]:
-        if rng is not None and self.vary:
+        if rng is not None and self.randomize:
             return questions[rng.integers(len(questions))], answers[rng.integers(len(answers))]
         return questions[min(self.question, len(questions) - 1)], answers[min(self.answer, len(answers) - 1)]
 
@@ -159,7 +163,7 @@ class Prompts:
             rng: draws the wording in training; None for the fixed one.
         """
         question, answer = self._word(REFERRING_QUESTIONS, REFERRING_ANSWERS, rng)
-        return Conversation((Turn(question.format(wrap(phrase)), answer),), (number,), (number,))
+        return Conversation((Turn(question.format(wrap_phrase(phrase)), answer),), (number,), (number,))
 
     def generic(self, names: Sequence[str], first: int, rng: np.random.Generator | None = None) -> Conversation:
         """The conversation that asks for all objects of the named kinds at once, with one `<SEG>`.
@@ -170,7 +174,7 @@ class Prompts:
             rng: draws the wording in training; None for the fixed one.
         """
         question, answer = self._word(GENERIC_QUESTIONS, GENERIC_ANSWERS, rng)
-        turn = Turn(question.format(", ".join(wrap(name) for name in names)), answer)
+        turn = Turn(question.format(", ".join(wrap_phrase(name) for name in names)), answer)
         return Conversation((turn,), tuple(range(first, first + len(names))), (first,))
 
     def reasoning(
@@ -190,7 +194,7 @@ class Prompts:
         wordings = (EXPLAIN_QUESTIONS, EXPLAIN_ANSWERS) if explanation else (REASONING_QUESTIONS, REFERRING_ANSWERS)
         asked, answer = self._word(*wordings, rng)
         # Not `format`: an explanation may have braces of its own.
-        turn = Turn(asked.format(wrap(question)), answer.replace("{}", explanation))
+        turn = Turn(asked.format(wrap_phrase(question)), answer.replace("{}", explanation))
         return Conversation((turn,), (number,), (number,))
 
     def all_wordings(self) -> dict[str, list[Turn]]:
@@ -201,12 +205,12 @@ class Prompts:
             "reasoning": [referring, (REASONING_QUESTIONS, REFERRING_ANSWERS), (EXPLAIN_QUESTIONS, EXPLAIN_ANSWERS)],
             "generic": [(GENERIC_QUESTIONS, GENERIC_ANSWERS)],
         }
-        if not self.vary:
+        if not self.randomize:
             return {kind: [Turn(*self._word(*pair, None)) for pair in pairs] for kind, pairs in lists.items()}
         return {kind: [Turn(q, a) for qs, answers in pairs for q in qs for a in answers] for kind, pairs in lists.items()}
 
 
-def wrap(phrase: str) -> str:
+def wrap_phrase(phrase: str) -> str:
     """`<p>phrase</p>`, lower-cased and stripped, inner whitespace collapsed.
 
     Raises:
@@ -230,7 +234,7 @@ def check_phrase(phrase: str, tokenizer: Tokenizer, name: str) -> None:
             raise UserError(f"{name}: the expression {phrase!r} contains {mark!r}, which is a mark of the tokenizer")
 
 
-def training_text() -> list[str]:
+def template_corpus() -> list[str]:
     """Wordings and template words without marks: what a tokenizer of our own should cover besides the expressions.
 
     The fixed wordings and the chat's words stand in every prompt and are repeated accordingly, the others once.

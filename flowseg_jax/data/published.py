@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import re
 
-from flowseg_jax.data.records import Layout
+from flowseg_jax.data.records import DatasetReader
 
 
 @dataclasses.dataclass(frozen=True)
-class Figure:
+class PublishedCount:
     """A published count; `memory`: it was not looked up at the source, so a difference is a warning only."""
 
     value: int
@@ -17,7 +17,7 @@ class Figure:
 
 
 @dataclasses.dataclass(frozen=True)
-class Check:
+class CountCheck:
     """A count and the published one."""
 
     count: int
@@ -33,19 +33,21 @@ class Check:
         return words + ", from memory" * self.memory
 
 
-def _memory(value: int) -> Figure:
-    return Figure(value, memory=True)
+def _memory(value: int) -> PublishedCount:
+    return PublishedCount(value, memory=True)
 
 
-def _row(images: int | Figure, refs: int | Figure | None = None, sentences: int | None = None) -> dict[str, Figure]:
+def _row(
+    images: int | PublishedCount, refs: int | PublishedCount | None = None, sentences: int | None = None
+) -> dict[str, PublishedCount]:
     """Images and refs are looked up unless marked; the numbers of sentences are all from memory."""
     given = {"images": images, "refs": refs, "sentences": None if sentences is None else _memory(sentences)}
-    return {key: Figure(v) if isinstance(v, int) else v for key, v in given.items() if v is not None}
+    return {key: PublishedCount(v) if isinstance(v, int) else v for key, v in given.items() if v is not None}
 
 
 # (layout, split_by, split) -> counts. Sources: the data sets' pages on the Hugging Face hub (jxu124/refcoco,
 # lmms-lab/RefCOCOplus and RefCOCOg), refcoco-benchmark, the evaluation log of GSVA, the README of LISA.
-COUNTS: dict[tuple[str, str, str], dict[str, Figure]] = {
+COUNTS: dict[tuple[str, str, str], dict[str, PublishedCount]] = {
     ("refcoco", "unc", "train"): _row(_memory(16_994), 42_404, 120_624),
     ("refcoco", "unc", "val"): _row(1_500, 3_811, 10_834),
     ("refcoco", "unc", "testA"): _row(750, 1_975, 5_657),
@@ -69,7 +71,7 @@ COUNTS: dict[tuple[str, str, str], dict[str, Figure]] = {
 }
 
 
-def split_by(layout: Layout) -> str:
+def split_by(layout: DatasetReader) -> str:
     """Which partition an opened RefCOCO layout has, after the name of its refs file; empty for other layouts."""
     for path in layout.annotation_files:
         if found := re.search(r"refs\(([^)]+)\)\.\w+$", str(path)):

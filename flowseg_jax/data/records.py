@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from flowseg_jax.errors import UserError
-from flowseg_jax.types import NONE
+from flowseg_jax.types import PAD
 
 TASKS = ("referring", "reasoning", "generic", "chat")
 
@@ -36,8 +36,8 @@ class Annotation:
     rle: str
     crowd: bool = False
     ignore: bool = False
-    once: str = ""
-    filled: str = ""
+    rle_single_cover: str = ""
+    rle_filled_polygons: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +116,7 @@ class Sample:
         object.__setattr__(self, "style", self.style or self.family)
 
 
-def samples(example: Example) -> tuple[Sample, ...]:
+def make_samples(example: Example) -> tuple[Sample, ...]:
     """The example's samples: unique lower-cased sentences of each target, sorted (the protocol of X-SAM)."""
     merged: dict[tuple[tuple[int, ...], str], list[Expression]] = {}
     for expression in example.expressions:
@@ -128,7 +128,7 @@ def samples(example: Example) -> tuple[Sample, ...]:
             Sample(
                 example.image_id,
                 example.file_name,
-                example.annotations[targets[0]].id if targets else NONE,
+                example.annotations[targets[0]].id if targets else PAD,
                 first.ref_id,
                 first.id,
                 sentence,
@@ -142,7 +142,7 @@ def samples(example: Example) -> tuple[Sample, ...]:
     return tuple(result)
 
 
-def ref_samples(example: Example) -> tuple[Sample, ...]:
+def make_ref_samples(example: Example) -> tuple[Sample, ...]:
     """One sample a ref, in the source's order, that asks for all of its sentences at once (the protocol of PSALM).
 
     The sentences stand in the source's order, duplicates included, each with a full stop behind it: "left dog. big dog.". Id
@@ -154,13 +154,13 @@ def ref_samples(example: Example) -> tuple[Sample, ...]:
     result = []
     for (ref_id, targets), said in refs.items():
         joined = " ".join(f"{e.text.strip().lower()}." for e in said)
-        ann_id = example.annotations[targets[0]].id if targets else NONE
+        ann_id = example.annotations[targets[0]].id if targets else PAD
         ids = example.image_id, example.file_name, ann_id, ref_id, said[0].id
         result.append(Sample(*ids, joined, said[0].family, targets, len(said), joined))
     return tuple(result)
 
 
-class Problems:
+class RecordErrors:
     """What is wrong with single records: raised at once, or kept, listed and counted while the rest goes on.
 
     Attributes:
@@ -198,7 +198,7 @@ def damaged(problems: Sequence[str], shown: int = 3, length: int = 240) -> str:
     return f"; {len(problems):,} damaged: {'; '.join(some + more)}" if some else ""
 
 
-class Layout(Protocol):
+class DatasetReader(Protocol):
     """An opened on-disk data set: what a reader of `formats/` offers.
 
     It is opened with `(root, *, problems=Problems(), **options)`, checks its annotation files then, record by record inside
@@ -238,7 +238,7 @@ class Layout(Protocol):
         ...
 
 
-def read(layout: Layout, split: str, index: int, notes: Counter[str], problems: Problems) -> Example | None:
+def read(layout: DatasetReader, split: str, index: int, notes: Counter[str], problems: RecordErrors) -> Example | None:
     """Example `index` of the split; None if it is left out, by rule or because it is damaged.
 
     `notes` counts what was special, as `Layout.example` does, but nothing of a damaged example.
@@ -251,10 +251,10 @@ def read(layout: Layout, split: str, index: int, notes: Counter[str], problems: 
     return None
 
 
-def examples(layout: Layout, split: str, notes: Counter[str] | None = None) -> Iterator[Example]:
+def examples(layout: DatasetReader, split: str, notes: Counter[str] | None = None) -> Iterator[Example]:
     """All examples of a split in order, without those that are left out. UserError at the first damaged one."""
     notes = Counter() if notes is None else notes
     for index in range(layout.size(split)):
-        example = read(layout, split, index, notes, Problems())
+        example = read(layout, split, index, notes, RecordErrors())
         if example is not None:
             yield example

@@ -16,7 +16,7 @@ import numpy as np
 from flowseg_jax.data import images, masks
 from flowseg_jax.data.records import Annotation, Example, Expression, Turn
 from flowseg_jax.errors import UserError, brief
-from flowseg_jax.types import NONE
+from flowseg_jax.types import PAD
 
 AGAIN = "remove it and prepare it again"
 
@@ -67,8 +67,8 @@ def to_record(example: Example) -> dict[str, Any]:
         "ann_rle": [a.rle for a in example.annotations],
         "ann_iscrowd": [a.crowd for a in example.annotations],
         "ann_ignore": [a.ignore for a in example.annotations],
-        "ann_once": [a.once for a in example.annotations],
-        "ann_filled": [a.filled for a in example.annotations],
+        "ann_once": [a.rle_single_cover for a in example.annotations],
+        "ann_filled": [a.rle_filled_polygons for a in example.annotations],
         "sentence_text": [e.text for e in example.expressions],
         "sentence_id": [e.id for e in example.expressions],
         "sentence_ref": [e.ref_id for e in example.expressions],
@@ -144,9 +144,9 @@ def _check(example: Example, categories: int) -> None:
     if not (0 < height and 0 < width and height * width <= images.MAX_PIXELS):
         raise ValueError(f"an image of {height} x {width} pixels")
     for a in example.annotations:
-        if not NONE <= a.category < categories:
+        if not PAD <= a.category < categories:
             raise ValueError(f"there is no category {a.category}")
-        for counts in filter(None, (a.rle, a.once, a.filled)):
+        for counts in filter(None, (a.rle, a.rle_single_cover, a.rle_filled_polygons)):
             masks.run_lengths(counts, height, width)
         if not a.rle:
             raise ValueError("an object without a mask")

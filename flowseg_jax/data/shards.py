@@ -18,7 +18,7 @@ from typing import Any
 
 from flowseg_jax.data import checksums
 from flowseg_jax.data.dataset import index_entry, index_file, shard_files
-from flowseg_jax.data.records import Example, Layout, Problems, read
+from flowseg_jax.data.records import DatasetReader, Example, RecordErrors, read
 from flowseg_jax.data.serialization import features, serialize, to_record
 from flowseg_jax.system import paths
 
@@ -57,7 +57,7 @@ class Shard:
         except (OSError, KeyError, TypeError):
             return False
 
-    def write(self, layout: Layout, keep: bool) -> dict[str, Any]:
+    def write(self, layout: DatasetReader, keep: bool) -> dict[str, Any]:
         """Reads the examples and writes the shard; returns its report.
 
         Raises:
@@ -66,7 +66,7 @@ class Shard:
         from array_record.python.array_record_module import ArrayRecordWriter
 
         self.directory.mkdir(exist_ok=True)
-        notes, problems, digest = Counter(), Problems(keep), hashlib.sha256()
+        notes, problems, digest = Counter(), RecordErrors(keep), hashlib.sha256()
         counts = dict.fromkeys(("images", "refs", "sentences", "samples"), 0)
         writer = ArrayRecordWriter(str(self.file("array_record")), "group_size:1")
         with self.file("jsonl").open("w") as index:

@@ -19,9 +19,9 @@ SEG = "<SEG>"
 PHRASE_START = "<p>"
 PHRASE_END = "</p>"
 IMAGE = "<image>"
-MARKS = (SEG, PHRASE_START, PHRASE_END)
+SEG_TOKENS = (SEG, PHRASE_START, PHRASE_END)
 MAX_ROWS = 1 << 24  # of an embedding table; the largest vocabularies have a quarter of a million ids
-SPECIAL_TOKENS = (*MARKS, IMAGE, "<|im_start|>", "<|im_end|>", "<|endoftext|>")
+SPECIAL_TOKENS = (*SEG_TOKENS, IMAGE, "<|im_start|>", "<|im_end|>", "<|endoftext|>")
 
 
 class Tokenizer:
@@ -42,7 +42,7 @@ class Tokenizer:
         self.name = name
         vocabulary = hf.get_vocab()
         self.vocab = rows_needed(vocabulary, name)
-        for token in (*MARKS, *needed):
+        for token in (*SEG_TOKENS, *needed):
             ids = hf.encode(token, add_special_tokens=False)
             if len(ids) != 1 or hf.convert_ids_to_tokens(ids[0]) == hf.unk_token:
                 raise UserError(
@@ -53,10 +53,10 @@ class Tokenizer:
                 raise UserError(
                     f"{name}: {token!r} has the id {ids[0]} of {other!r}; give a tokenizer in which each has its own"
                 )
-        self.seg, self.phrase_start, self.phrase_end = (hf.convert_tokens_to_ids(token) for token in MARKS)
+        self.seg, self.phrase_start, self.phrase_end = (hf.convert_tokens_to_ids(token) for token in SEG_TOKENS)
         self.bos = hf.bos_token_id if (writes_bos(hf) if bos is None else bos) else None
         self.pad = next((i for i in (hf.pad_token_id, hf.eos_token_id) if i is not None), 0)
-        self.reserved = tuple(sorted({*MARKS, IMAGE, *needed, *hf.get_added_vocab()}))
+        self.reserved = tuple(sorted({*SEG_TOKENS, IMAGE, *needed, *hf.get_added_vocab()}))
         self._backend = getattr(hf, "backend_tokenizer", None)  # the same ids without the wrapper's bookkeeping
         self._encode = functools.lru_cache(maxsize=1 << 16)(self._encode_uncached)
 
@@ -231,9 +231,9 @@ def add_marks(source: str | os.PathLike[str], directory: str | os.PathLike[str],
         raise UserError(f"{source}: not a readable tokenizer directory ({reason})") from None
     words = rows_needed(hf.get_vocab(), str(source))
     plain = hf.backend_tokenizer.to_str() if getattr(hf, "backend_tokenizer", None) is not None else None
-    hf.add_tokens(list(MARKS), special_tokens=True)
+    hf.add_tokens(list(SEG_TOKENS), special_tokens=True)
     vocabulary = hf.get_vocab()
-    if plain is not None and any(_also_has(vocabulary, vocabulary[mark], mark) for mark in MARKS):
+    if plain is not None and any(_also_has(vocabulary, vocabulary[mark], mark) for mark in SEG_TOKENS):
         # New ids are counted on from the number of tokens. Where ids have holes, that can be the id of another token.
         _add_behind(hf, plain, words)
     if chat_template is not None and hf.bos_token is not None:
@@ -249,7 +249,7 @@ def _add_behind(hf: Any, plain: str, first: int) -> None:
     definition = json.loads(plain)
     vocab = definition["model"].get("vocab")
     if isinstance(vocab, dict):  # else `load_tokenizer` refuses what shares an id
-        new = [mark for mark in MARKS if mark not in vocab]
+        new = [mark for mark in SEG_TOKENS if mark not in vocab]
         vocab.update({mark: first + i for i, mark in enumerate(new)})
         hf._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(definition))
-        hf.add_tokens(list(MARKS), special_tokens=True)
+        hf.add_tokens(list(SEG_TOKENS), special_tokens=True)

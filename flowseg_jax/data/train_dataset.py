@@ -25,26 +25,26 @@ import numpy as np
 from absl import flags
 
 from flowseg_jax.data import collate, workers
-from flowseg_jax.data.collate import Row
-from flowseg_jax.data.dataset import Prepared
-from flowseg_jax.data.mixture import Member, Order
-from flowseg_jax.data.prompts import Prompts
+from flowseg_jax.data.collate import TrainExample
+from flowseg_jax.data.dataset import PreparedDataset
+from flowseg_jax.data.mixture import MixtureComponent, SampleOrder
+from flowseg_jax.data.prompts import PromptTemplates
 from flowseg_jax.data.tokenizer import Tokenizer, load_tokenizer
-from flowseg_jax.data.train_examples import Decoded, Rows, TrainOptions
+from flowseg_jax.data.train_examples import DecodedImage, TrainExampleBuilder, TrainOptions
 from flowseg_jax.errors import UserError
 from flowseg_jax.types import Batch, BatchShape
 
 _DEFAULT_OPTIONS = TrainOptions()
 
 
-def open_tokenizer(prepared: Prepared, prompts: Prompts, directory: str | None = None) -> Tokenizer:
+def open_tokenizer(prepared: PreparedDataset, prompts: PromptTemplates, directory: str | None = None) -> Tokenizer:
     """The tokenizer in `directory`, else the one trained when the data set was prepared."""
     place = directory or prepared.tokenizer_directory
     if place is None:
         raise UserError(
             f"{prepared.directory}: no tokenizer was trained for this data set; name the language model's tokenizer directory"
         )
-    return load_tokenizer(place, needed=prompts.needed)
+    return load_tokenizer(place, needed=prompts.special_tokens)
 
 
 class _Cache:
@@ -52,10 +52,10 @@ class _Cache:
 
     def __init__(self, limit: int):
         self._limit, self._used = limit, 0
-        self._items: collections.OrderedDict[tuple[int, int], tuple[Decoded, int]] = collections.OrderedDict()
+        self._items: collections.OrderedDict[tuple[int, int], tuple[DecodedImage, int]] = collections.OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, key: tuple[int, int], make: Callable[[], Decoded]) -> Decoded:
+    def get(self, key: tuple[int, int], make: Callable[[], DecodedImage]) -> DecodedImage:
         with self._lock:
             if key in self._items:
                 self._items.move_to_end(key)
@@ -72,7 +72,7 @@ class _Cache:
         return value
 
 
-class TrainData:
+class TrainDataset:
     """Training batches.
 
     Args:
@@ -98,9 +98,9 @@ class TrainData:
 
     def __init__(
         self,
-        members: Sequence[Member],
+        members: Sequence[MixtureComponent],
         shape: BatchShape,
-        prompts: Prompts,
+        prompts: PromptTemplates,
         seed: int,
         *,
         visual_tokens: int,
@@ -114,10 +114,12 @@ class TrainData:
         self._prompts, self._options, self._seed, self._visual_tokens = prompts, options, seed, visual_tokens
         self._global_batch, self._numbers = shape.batch, _check_rows(rows, shape.batch)
         self.shape = dataclasses.replace(shape, batch=len(self._numbers))
-        self._rows = [Rows(member, self.shape, prompts, tokenizer, visual_tokens, options) for member in self.members]
+        self._rows = [
+            TrainExampleBuilder(member, self.shape, prompts, tokenizer, visual_tokens, options) for member in self.members
+        ]
         self.remarks = [rows.remark for rows in self._rows if rows.remark]
         options.check_families({family for rows in self._rows for family in rows.families})
-        self._order = Order(self.members, seed)
+        self._order = SampleOrder(self.members, seed)
         self.epoch = self._order.epoch
         self._open(options.cache_bytes)
 
@@ -126,8 +128,8 @@ class TrainData:
         """Of everything that is trained on, in its order: the data sets, their images that are not held out, their slots."""
         found = hashlib.sha256()
         for member in self.members:
-            found.update(f"{member.prepared.digest} {member.split} {member.slots} ".encode())
-            found.update(np.asarray(member.records, np.int64).tobytes())
+            found.update(f"{member.prepared.digest} {member.split} {member.samples_per_epoch} ".encode())
+            found.update(np.asarray(member.indices, np.int64).tobytes())
             if member.partial:
                 found.update(b"permuted")  # a run that began in stored order does not continue in this one
         return found.hexdigest()
@@ -142,15 +144,15 @@ class TrainData:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._order = Order(self.members, self._seed)
+        self._order = SampleOrder(self.members, self._seed)
         self._open(self._options.cache_bytes // max(self._options.workers, 1))
 
-    def _row(self, position: int, step: int) -> Row:
+    def _row(self, position: int, step: int) -> TrainExample:
         """Row at `position` of the endless stream of images."""
         number, record = self._order(position)
         rows, source = self._rows[number], self._sources[number]
         rng = np.random.default_rng((self._seed, 1, position))
-        if rows.jittered:
+        if rows.random_resize:
             decoded = rows.decode(source[record], rng)
         else:
             decoded = self._cache.get((number, record), lambda: rows.decode(source[record], rng))
@@ -159,9 +161,9 @@ class TrainData:
     def batch(self, step: int) -> Batch:
         """This process's rows of global batch `step`: row r is the image at position step * B + r of the stream."""
         rows = [self._row(step * self._global_batch + row, step) for row in self._numbers]
-        return collate.assemble(rows, self.shape, self._prompts, self.tokenizer, self._visual_tokens)
+        return collate.collate(rows, self.shape, self._prompts, self.tokenizer, self._visual_tokens)
 
-    def iterate(self, start_step: int = 0) -> Batches:
+    def iterate(self, start_step: int = 0) -> BatchIterator:
         """Endless batches from `start_step` on, built ahead by threads or by workers; close it when done.
 
         Workers start with the first batch that is asked for. As they import the main module, it must be guarded by
@@ -177,7 +179,7 @@ class TrainData:
                 flags.FLAGS.mark_as_parsed()
             queue = max(self._options.prefetch // (2 * count), 1)
             batches = batches.mp_prefetch(grain.MultiprocessingOptions(count, queue), worker_init_fn=_start_worker)
-        return Batches(iter(batches))
+        return BatchIterator(iter(batches))
 
 
 def _check_rows(rows: Sequence[int] | None, batch: int) -> tuple[int, ...]:
@@ -189,7 +191,7 @@ def _check_rows(rows: Sequence[int] | None, batch: int) -> tuple[int, ...]:
 
 def _start_worker(index: int, count: int) -> None:
     """Runs in each worker before it reads any data."""
-    workers.start(signal.SIGINT, signal.SIGTERM)
+    workers.init_worker(signal.SIGINT, signal.SIGTERM)
     jax.config.update("jax_platforms", "cpu")  # should anything here compute with JAX: the accelerators are the trainer's
     multiprocessing.util.Finalize(None, _leave, exitpriority=-10)  # behind its queues, which deliver what they hold at -5
 
@@ -200,7 +202,7 @@ def _leave() -> None:
         os._exit(0)
 
 
-class Batches(Iterator[Batch]):
+class BatchIterator(Iterator[Batch]):
     """Batches that threads or workers build ahead; `close` ends those.
 
     What fails in a worker is raised here as it was raised there.

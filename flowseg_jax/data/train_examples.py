@@ -10,14 +10,14 @@ import numpy as np
 from PIL import Image
 
 from flowseg_jax.data import collate, images
-from flowseg_jax.data.collate import LengthBound, Pixels, Row
-from flowseg_jax.data.dataset import Entry
-from flowseg_jax.data.mixture import Member
-from flowseg_jax.data.prompts import Conversation, Prompts, check_phrase
-from flowseg_jax.data.records import Annotation, Example, Sample, Turn, samples
+from flowseg_jax.data.collate import ProcessedImage, TokenBudget, TrainExample
+from flowseg_jax.data.dataset import IndexEntry
+from flowseg_jax.data.mixture import MixtureComponent
+from flowseg_jax.data.prompts import Conversation, PromptTemplates, check_phrase
+from flowseg_jax.data.records import Annotation, Example, Sample, Turn, make_samples
 from flowseg_jax.data.tokenizer import Tokenizer
-from flowseg_jax.errors import UserError, suggest
-from flowseg_jax.types import NONE, NOTHING, BatchShape
+from flowseg_jax.errors import UserError, did_you_mean
+from flowseg_jax.types import NO_TARGET, PAD, BatchShape
 
 ANY_FAMILY = "*"
 
@@ -52,9 +52,9 @@ class TrainOptions:
     negatives: bool = False
     max_phrases: int = 0
     curriculum: tuple[tuple[int, Mapping[str, float]], ...] = ()
-    explain: float = 0.5
-    jitter: tuple[float, ...] = ()
-    square: bool = False
+    explanation_prob: float = 0.5
+    lsj_scale_range: tuple[float, ...] = ()
+    pad_to_square: bool = False
     cache_bytes: int = 1 << 29
     threads: int = 2
     prefetch: int = 8
@@ -62,7 +62,7 @@ class TrainOptions:
 
     def __post_init__(self):
         if self.objects not in ("all", "referred"):
-            raise UserError(f"data.objects: unknown value {self.objects!r}{suggest(self.objects, ('all', 'referred'))}")
+            raise UserError(f"data.objects: unknown value {self.objects!r}{did_you_mean(self.objects, ('all', 'referred'))}")
         if self.include_generic and self.objects != "all":
             raise UserError(
                 "data.include_generic needs data.objects='all': a kind that is named must have its objects as targets"
@@ -72,8 +72,10 @@ class TrainOptions:
             raise UserError(f"data.curriculum: steps must rise, got {steps}")
         if any(w < 0 for _, weights in self.curriculum for w in weights.values()):
             raise UserError("data.curriculum: weights must not be negative")
-        if self.jitter and not (len(self.jitter) == 2 and 0 < self.jitter[0] <= self.jitter[1]):
-            raise UserError(f"data.jitter: expected (smallest, largest) scale or nothing, got {self.jitter}")
+        if self.lsj_scale_range and not (
+            len(self.lsj_scale_range) == 2 and 0 < self.lsj_scale_range[0] <= self.lsj_scale_range[1]
+        ):
+            raise UserError(f"data.jitter: expected (smallest, largest) scale or nothing, got {self.lsj_scale_range}")
         if self.workers < 0:
             raise UserError(f"data.workers must not be negative, got {self.workers}")
 
@@ -86,11 +88,11 @@ class TrainOptions:
         for _, weights in self.curriculum:
             for family in weights:
                 if family != ANY_FAMILY and family not in known:
-                    raise UserError(f"data.curriculum: no data set has the family {family!r}{suggest(family, known)}")
+                    raise UserError(f"data.curriculum: no data set has the family {family!r}{did_you_mean(family, known)}")
 
 
 @dataclasses.dataclass(frozen=True)
-class Decoded:
+class DecodedImage:
     """A stored image, decoded and resized."""
 
     image_id: int
@@ -98,15 +100,15 @@ class Decoded:
     annotations: tuple[Annotation, ...]
     samples: tuple[Sample, ...]
     turns: tuple[Turn, ...]
-    pixels: Pixels
+    pixels: ProcessedImage
 
     @classmethod
-    def of(cls, example: Example, pixels: Pixels) -> Decoded:
+    def of(cls, example: Example, pixels: ProcessedImage) -> DecodedImage:
         annotations = tuple(dataclasses.replace(a, rle="", once="", filled="") for a in example.annotations)  # packed now
-        return cls(example.image_id, example.file_name, annotations, samples(example), example.turns, pixels)
+        return cls(example.image_id, example.file_name, annotations, make_samples(example), example.turns, pixels)
 
 
-class Rows:
+class TrainExampleBuilder:
     """Builds the rows of one data set of a mixture.
 
     Attributes:
@@ -119,39 +121,41 @@ class Rows:
 
     def __init__(
         self,
-        member: Member,
+        member: MixtureComponent,
         shape: BatchShape,
-        prompts: Prompts,
+        prompts: PromptTemplates,
         tokenizer: Tokenizer | None,
         visual: int,
         options: TrainOptions,
     ):
         self.task, self._categories = member.prepared.task, member.prepared.categories
         self._shape, self._prompts, self._tokenizer, self._options = shape, prompts, tokenizer, options
-        self._phrases = min(options.max_phrases or shape.phrases, shape.phrases)
+        self._phrases = min(options.max_phrases or shape.max_phrases, shape.max_phrases)
         self.families = frozenset(member.prepared.families(member.split)) if options.curriculum else frozenset()
         self._name_lengths: list[int] = []
         if tokenizer is not None:
-            self._bound = LengthBound(prompts, tokenizer, visual)
-            self._name_lengths = self._bound.phrase_lengths(self._categories) if shape.names else []
+            self._bound = TokenBudget(prompts, tokenizer, visual)
+            self._name_lengths = self._bound.phrase_lengths(self._categories) if shape.max_names else []
         self.remark = ""
         self._check(member)
 
     @property
-    def jittered(self) -> bool:
+    def random_resize(self) -> bool:
         """Whether an image looks different each time."""
-        return bool(self._options.jitter) and self.task == "generic"
+        return bool(self._options.lsj_scale_range) and self.task == "generic"
 
-    def _check(self, member: Member) -> None:
+    def _check(self, member: MixtureComponent) -> None:
         entries, shape, options = member.entries(), self._shape, self._options
         where = f"{member.prepared.directory}"
-        if options.objects == "referred" and self.task in ("referring", "reasoning") and shape.masks < self._phrases:
-            raise UserError(f"the batch has room for {shape.masks} masks, fewer than its {self._phrases} phrases")
-        if self.task == "generic" and not shape.names:  # for the linear head: all objects, or what is left out is background
+        if options.objects == "referred" and self.task in ("referring", "reasoning") and shape.max_masks < self._phrases:
+            raise UserError(f"the batch has room for {shape.max_masks} masks, fewer than its {self._phrases} phrases")
+        if (
+            self.task == "generic" and not shape.max_names
+        ):  # for the linear head: all objects, or what is left out is background
             worst = max(entries, key=lambda e: len(e.categories))
-            if len(worst.categories) > shape.masks:
+            if len(worst.categories) > shape.max_masks:
                 raise UserError(
-                    f"{where}: {worst.file_name} has {len(worst.categories)} objects, the batch has room for {shape.masks}: "
+                    f"{where}: {worst.file_name} has {len(worst.categories)} objects, the batch has room for {shape.max_masks}: "
                     "raise data.masks"
                 )
         if self.task == "generic":
@@ -160,37 +164,37 @@ class Rows:
             if self.task != "generic":
                 raise UserError(f"{where}: {self.task} data needs a language model, and this model has none (model.parts)")
             return
-        for name in self._categories if shape.names and (self.task == "generic" or options.include_generic) else ():
+        for name in self._categories if shape.max_names and (self.task == "generic" or options.include_generic) else ():
             check_phrase(name, self._tokenizer, f"{where}: category {name!r}")
         for sentence, file_name in {s.sentence: e.file_name for e in entries for s in e.samples}.items():
             check_phrase(sentence, self._tokenizer, f"{where}: {file_name}")
-        if self.task == "generic" and shape.names:
+        if self.task == "generic" and shape.max_names:
             worst = max(range(len(self._categories)), key=self._name_lengths.__getitem__)
             needed = self._bound.generic([self._name_lengths[worst]])
-            if needed > shape.text:
+            if needed > shape.text_length:
                 raise UserError(
-                    f"{where}: to name {self._categories[worst]!r} takes {needed} tokens, data.text is {shape.text}: raise it"
+                    f"{where}: to name {self._categories[worst]!r} takes {needed} tokens, data.text is {shape.text_length}: raise it"
                 )
-        if self.task == "chat" and self._bound.prefix >= shape.text:
+        if self.task == "chat" and self._bound.prefix >= shape.text_length:
             raise UserError(
                 f"{where}: the image takes {self._bound.prefix} tokens, which leaves no room for a chat in data.text, "
-                f"{shape.text}: raise it"
+                f"{shape.text_length}: raise it"
             )
         if self.task in ("referring", "reasoning"):
             named = self._categories if options.include_generic and self.task == "referring" else ()
             everything = options.objects == "all" and self.task == "referring"
-            collate.check_fit(entries, self._phrases, shape, self._bound, named, everything, self.task)
+            collate.check_batch_shape(entries, self._phrases, shape, self._bound, named, everything, self.task)
 
-    def _check_targets(self, entries: Sequence[Entry], where: str) -> None:
+    def _check_targets(self, entries: Sequence[IndexEntry], where: str) -> None:
         """Refuses generic data of which nothing would be trained on; remarks how many images are without a target.
 
         All objects of a kind are targets together, or none of them is.
         """
-        kinds = [Counter(c for c in entry.categories if c != NONE) for entry in entries]
+        kinds = [Counter(c for c in entry.categories if c != PAD) for entry in entries]
         if not any(kinds):
             raise UserError(f"{where}: no image has an object that is neither a crowd nor to be ignored, so there is no target")
         needed = [min(each.values()) for each in kinds if each]
-        room = self._shape.masks
+        room = self._shape.max_masks
         if min(needed) > room:
             raise UserError(
                 f"{where}: in every image each kind has more objects than the batch has room for, {room}, so nothing would be "
@@ -202,22 +206,24 @@ class Rows:
                 f"each kind more objects than data.masks, {room}"
             )
 
-    def decode(self, example: Example, rng: np.random.Generator) -> Decoded:
+    def decode(self, example: Example, rng: np.random.Generator) -> DecodedImage:
         """Decodes and resizes; `rng` draws the jitter."""
         image = images.decode(example.image, name=example.file_name)
-        return Decoded.of(example, self._pixels(image, example.annotations, rng))
+        return DecodedImage.of(example, self._pixels(image, example.annotations, rng))
 
-    def _pixels(self, image: Image.Image, annotations: Sequence[Annotation], rng: np.random.Generator) -> Pixels:
+    def _pixels(self, image: Image.Image, annotations: Sequence[Annotation], rng: np.random.Generator) -> ProcessedImage:
         jitter = None
-        if self.jittered:
-            jitter = images.Jitter.of(image.height, image.width, self._shape.image, rng.uniform(*self._options.jitter))
-        return collate.prepare_pixels(image, annotations, self._shape, jitter, self._options.square)
+        if self.random_resize:
+            jitter = images.LargeScaleJitter.of(
+                image.height, image.width, self._shape.sam_size, rng.uniform(*self._options.lsj_scale_range)
+            )
+        return collate.prepare_pixels(image, annotations, self._shape, jitter, self._options.pad_to_square)
 
-    def build(self, decoded: Decoded, step: int, rng: np.random.Generator) -> Row:
+    def build(self, decoded: DecodedImage, step: int, rng: np.random.Generator) -> TrainExample:
         """The row of an image at a step; `rng` draws phrases and wording."""
         if self.task == "chat":
             bare = dataclasses.replace(decoded.pixels, masks=decoded.pixels.masks[:0])
-            return Row(decoded.file_name, bare, [Conversation(decoded.turns)], (), (), (), decoded.image_id)
+            return TrainExample(decoded.file_name, bare, [Conversation(decoded.turns)], (), (), (), decoded.image_id)
         if self.task == "generic":
             return self._generic(decoded, rng)
         return self._referring(decoded, self._choose(decoded.samples, step, rng), rng)
@@ -233,13 +239,13 @@ class Rows:
             keyed = [(draw / w, i) for i, (draw, w) in enumerate(zip(draws, each, strict=True)) if w > 0]
         return [asked[i] for _, i in sorted(keyed)[: self._phrases]]
 
-    def _referring(self, decoded: Decoded, chosen: Sequence[Sample], rng: np.random.Generator) -> Row:
+    def _referring(self, decoded: DecodedImage, chosen: Sequence[Sample], rng: np.random.Generator) -> TrainExample:
         """One conversation a phrase. A phrase for several objects has their union as its target."""
         options, annotations = self._options, decoded.annotations
         conversations = []
         for number, sample in enumerate(chosen):
             if self.task == "reasoning":
-                explained = sample.answer and rng.random() < options.explain
+                explained = sample.answer and rng.random() < options.explanation_prob
                 answer = sample.answer if explained else ""
                 conversations.append(self._prompts.reasoning(sample.sentence, number, sample.family == "long", answer, rng))
             else:
@@ -250,22 +256,22 @@ class Rows:
         else:
             targets = sorted({s.annotations for s in chosen if len(s.annotations) == 1})
         targets += sorted({s.annotations for s in chosen if len(s.annotations) > 1})
-        classes = [NONE] * len(targets)
+        classes = [PAD] * len(targets)
         if everything:
-            classes[: len(annotations)] = [NONE if a.crowd or a.ignore else a.category for a in annotations]
-        bears, names = [NONE] * len(targets), 0
-        kinds = sorted({c for c in classes if c != NONE})
+            classes[: len(annotations)] = [PAD if a.crowd or a.ignore else a.category for a in annotations]
+        bears, names = [PAD] * len(targets), 0
+        kinds = sorted({c for c in classes if c != PAD})
         if options.include_generic and kinds and everything:
             kinds = [kinds[i] for i in rng.permutation(len(kinds))]
-            bears, names = [NONE if c == NONE else kinds.index(c) for c in classes], len(kinds)
+            bears, names = [PAD if c == PAD else kinds.index(c) for c in classes], len(kinds)
             conversations.append(self._name(kinds, rng))
         packed = decoded.pixels.masks
         union = [np.bitwise_or.reduce(packed[list(target)]) for target in targets]
         pixels = dataclasses.replace(decoded.pixels, masks=np.stack(union) if union else packed[:0])
-        phrase_mask = [targets.index(s.annotations) if s.annotations else NOTHING for s in chosen]
-        return Row(decoded.file_name, pixels, conversations, phrase_mask, classes, bears, decoded.image_id, names)
+        phrase_mask = [targets.index(s.annotations) if s.annotations else NO_TARGET for s in chosen]
+        return TrainExample(decoded.file_name, pixels, conversations, phrase_mask, classes, bears, decoded.image_id, names)
 
-    def _generic(self, decoded: Decoded, rng: np.random.Generator) -> Row:
+    def _generic(self, decoded: DecodedImage, rng: np.random.Generator) -> TrainExample:
         """All objects of the kinds that are named: in random order those that fit, then kinds that the image does not have."""
         shape, packed = self._shape, decoded.pixels.masks
         of_kind: dict[int, list[int]] = {}
@@ -274,16 +280,16 @@ class Rows:
                 of_kind.setdefault(annotation.category, []).append(i)
         kinds = sorted(of_kind)
         conversations, named = [], []
-        if shape.names:
+        if shape.max_names:
             for kind in rng.permutation(kinds) if kinds else ():
                 wanted = sum(len(of_kind[k]) for k in [*named, kind])
-                if wanted <= shape.masks and self._fits([*named, kind]):
+                if wanted <= shape.max_masks and self._fits([*named, kind]):
                     named.append(int(kind))
             targets = [i for kind in named for i in of_kind[kind]]
             if self._options.negatives:
                 there = {a.category for a in decoded.annotations}  # crowds and what jitter cut off as well
                 others = [k for k in range(len(self._categories)) if k not in there]
-                count = rng.integers(0, max(min(shape.names, len(self._categories)) - len(named), 0) + 1)
+                count = rng.integers(0, max(min(shape.max_names, len(self._categories)) - len(named), 0) + 1)
                 for kind in rng.permutation(others)[:count]:
                     if not self._fits([*named, kind]):
                         break
@@ -294,15 +300,15 @@ class Rows:
         else:
             targets = [i for kind in kinds for i in of_kind[kind]]
         classes = [decoded.annotations[i].category for i in targets]
-        bears = [named.index(c) for c in classes] if named else [NONE] * len(targets)
+        bears = [named.index(c) for c in classes] if named else [PAD] * len(targets)
         if len(targets) < sum(map(len, of_kind.values())):  # for the linear head, what is left out would be background
-            classes = [NONE] * len(targets)
+            classes = [PAD] * len(targets)
         pixels = dataclasses.replace(decoded.pixels, masks=packed[targets])
-        return Row(decoded.file_name, pixels, conversations, (), classes, bears, decoded.image_id, len(named))
+        return TrainExample(decoded.file_name, pixels, conversations, (), classes, bears, decoded.image_id, len(named))
 
     def _fits(self, kinds: Sequence[int]) -> bool:
         lengths = [self._name_lengths[kind] for kind in kinds]
-        return len(kinds) <= self._shape.names and self._bound.generic(lengths) <= self._shape.text
+        return len(kinds) <= self._shape.max_names and self._bound.generic(lengths) <= self._shape.text_length
 
     def _name(self, kinds: Sequence[int], rng: np.random.Generator) -> Conversation:
-        return self._prompts.generic([self._categories[k] for k in kinds], self._shape.phrases, rng)
+        return self._prompts.generic([self._categories[k] for k in kinds], self._shape.max_phrases, rng)

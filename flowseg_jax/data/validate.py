@@ -14,9 +14,9 @@ from typing import Any
 from pycocotools import mask as coco
 
 from flowseg_jax.data import formats
-from flowseg_jax.data.leakage import Picture, coco_number, is_training
-from flowseg_jax.data.published import COUNTS, Check, split_by
-from flowseg_jax.data.records import Example, Layout, Problems, read, samples
+from flowseg_jax.data.leakage import Picture, coco_number, is_train_split
+from flowseg_jax.data.published import COUNTS, CountCheck, split_by
+from flowseg_jax.data.records import DatasetReader, Example, RecordErrors, make_samples, read
 
 SHOWN = 20  # entries of a list that are printed; the JSON has all of them
 
@@ -26,8 +26,8 @@ class Opened:
     """A data set to validate: the layout's name, what was opened, its problems so far, and the splits to read."""
 
     name: str
-    layout: Layout
-    problems: Problems
+    layout: DatasetReader
+    problems: RecordErrors
     splits: tuple[str, ...]
 
     @property
@@ -46,7 +46,7 @@ class SplitReport:
     """
 
     counts: dict[str, int]
-    checks: dict[str, Check] = dataclasses.field(default_factory=dict)
+    checks: dict[str, CountCheck] = dataclasses.field(default_factory=dict)
     duplicates: list[str] = dataclasses.field(default_factory=list)
 
 
@@ -116,7 +116,7 @@ def open_set(name: str, root: str | Path, *, splits: Sequence[str] | None = None
     Raises:
         UserError: the annotation files cannot be used at all, or there is no such split.
     """
-    problems = Problems(keep=True)
+    problems = RecordErrors(keep=True)
     layout = formats.open_layout(name, root, problems, **options)
     wanted = layout.splits if splits is None else tuple(dict.fromkeys(splits))
     for split in wanted:
@@ -185,7 +185,7 @@ def _read(one: Opened, split: str, report: SetReport, notes: Counter[str], quick
 def _count(example: Example, counts: dict[str, int], notes: Counter[str]) -> None:
     counts["refs"] += len({e.ref_id for e in example.expressions})
     counts["sentences"] += len(example.expressions)
-    counts["samples"] += len(samples(example))
+    counts["samples"] += len(make_samples(example))
     for annotation in example.annotations:
         code = {"size": [example.height, example.width], "counts": annotation.rle.encode()}
         if int(coco.area(code)) == example.height * example.width:
@@ -205,15 +205,15 @@ def _compare(one: Opened, report: SetReport, found: dict[str, _Pictures]) -> Non
         return
     for split, figures in published.items():
         counts = report.splits[split].counts
-        report.splits[split].checks = {k: Check(counts[k], f.value, f.memory) for k, f in figures.items() if k in counts}
+        report.splits[split].checks = {k: CountCheck(counts[k], f.value, f.memory) for k, f in figures.items() if k in counts}
 
 
 def _leaks(opened: Sequence[Opened], pictures: Sequence[dict[str, _Pictures]]) -> list[Leak]:
     """Images that lie in a training split of one set and in an evaluation split of any set."""
     splits = [(one, split, found[split]) for one, found in zip(opened, pictures, strict=True) for split in found]
-    shown = [(one, split, [(p.held_out_by, name) for p, name in seen]) for one, split, seen in splits if is_training(split)]
+    shown = [(one, split, [(p.held_out_by, name) for p, name in seen]) for one, split, seen in splits if is_train_split(split)]
     asked = [
-        (one, split, {key for p, _ in seen for key in p.holds_out}) for one, split, seen in splits if not is_training(split)
+        (one, split, {key for p, _ in seen for key in p.holds_out}) for one, split, seen in splits if not is_train_split(split)
     ]
     leaks = []
     for (one, train, trained), (other, split, keys) in itertools.product(shown, asked):

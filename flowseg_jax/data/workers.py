@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from flowseg_jax.system.traces import Traces
 
 
-def start(*signals: signal.Signals) -> None:
+def init_worker(*signals: signal.Signals) -> None:
     """Leaves these signals to the parent, and ends with the parent even when that is killed.
 
     A signal to a whole job reaches all its processes, but only the parent knows what is still needed.

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 if __name__ == "__main__":  # before the imports, so that a Ctrl-C while they last is as clean as later
-    from flowseg_jax.errors import run
+    from flowseg_jax.errors import run_cli
 
-    run("flowseg_jax.evaluation.__main__:main")
+    run_cli("flowseg_jax.evaluation.__main__:main")
 
 import argparse
 import json
@@ -32,7 +32,7 @@ def _audit(args: argparse.Namespace) -> int:
 
 def _compare(args: argparse.Namespace) -> int:
     first, second = (audit.read_records(path) for path in (args.first, args.second))
-    for name, difference in audit.compare(first, second, protocols.get(args.protocol)).items():
+    for name, difference in audit.compare(first, second, protocols.get_protocol(args.protocol)).items():
         print(f"{name}: {difference}")
     return 0
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation import metrics, panoptic, results
-from flowseg_jax.evaluation.protocols import FIVE, PROTOCOLS, Protocol
+from flowseg_jax.evaluation.protocols import IOU_THRESHOLDS, PROTOCOLS, Protocol
 from flowseg_jax.system import json_files
 
 NEEDED = ("image_id", "ann_id", "sentence_id", "text", "text_form", "sentence", "family", "count", "failed", "failure")
@@ -26,7 +26,7 @@ NEEDED += tuple(
 RESAMPLES, INTERVAL = 10_000, (2.5, 97.5)
 _COLUMNS = {"ciou": "cIoU", "giou": "gIoU", "oracle_ciou": "o-cIoU", "oracle_giou": "o-gIoU"}  # o-: the oracle's
 _COLUMNS |= {"n_acc": "N-acc", "t_acc": "T-acc"}
-_COLUMNS |= {f"{x:g}": f"P@{x:g}" for x in FIVE}
+_COLUMNS |= {f"{x:g}": f"P@{x:g}" for x in IOU_THRESHOLDS}
 
 
 def read_lines(path: str | Path) -> list[dict[str, Any]]:
@@ -121,7 +121,7 @@ def _impossible(record: Mapping[str, Any]) -> str:
 
 def tables(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """{protocol: its table} of every protocol that these predictions answer (`metrics.answers`)."""
-    return {name: metrics.summarise(records, p) for name, p in PROTOCOLS.items() if metrics.answers(records, p)}
+    return {name: metrics.summarise(records, p) for name, p in PROTOCOLS.items() if metrics.supports_protocol(records, p)}
 
 
 def render(found: Mapping[str, Mapping[str, Any]]) -> str:
@@ -219,7 +219,7 @@ def compare(
     sums = np.zeros((2, len(images), 4))
     for row in rows:
         for model, record in enumerate(row):
-            w, (i, u) = metrics.weight(record, protocol), metrics.counts(record, protocol)
+            w, (i, u) = metrics.sample_weight(record, protocol), metrics.intersection_union(record, protocol)
             sums[model, images[record["image_id"]]] += w * i, w * u, w * metrics.sample_iou(record, protocol), w
     rng, drawn = np.random.default_rng(seed), []
     for _ in range(resamples):

@@ -20,28 +20,28 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flowseg_jax import sharding
-from flowseg_jax.data.eval_dataset import EvalBatch, Round
+from flowseg_jax.data.eval_dataset import EvalBatch, QueryRound
 from flowseg_jax.evaluation import postprocess
 from flowseg_jax.models import flowseg
-from flowseg_jax.models.language import Cache
-from flowseg_jax.types import NONE, Asked
+from flowseg_jax.models.language import KVCache
+from flowseg_jax.types import PAD, PromptQueries
 
 ROWS, WHOLE = PartitionSpec(sharding.BATCH_AXES), PartitionSpec()
 SEEN = ROWS, PartitionSpec(None, sharding.BATCH_AXES)  # of the two parts below
 
 
-def _split(seen: flowseg.Seen) -> tuple[Any, Any]:
+def _split(seen: flowseg.ImageCache) -> tuple[Any, Any]:
     """What has its images along the first axis, and what along the second, behind the layers."""
-    cache = seen.cache
-    return (seen.mask_features, seen.levels, cache.positions, cache.segments), (cache.keys, cache.values)
+    cache = seen.kv_cache
+    return (seen.mask_features, seen.multi_scale_features, cache.positions, cache.segment_ids), (cache.keys, cache.values)
 
 
-def _join(parts: tuple[Any, Any]) -> flowseg.Seen:
+def _join(parts: tuple[Any, Any]) -> flowseg.ImageCache:
     (mask_features, levels, *places), keys_values = parts
-    return flowseg.Seen(mask_features, levels, Cache(*keys_values, *places))
+    return flowseg.ImageCache(mask_features, levels, KVCache(*keys_values, *places))
 
 
-Answer = Callable[[flowseg.FlowSeg, flowseg.Seen, Asked], tuple[flowseg.Segmentation, jax.Array]]
+Answer = Callable[[flowseg.FlowSeg, flowseg.ImageCache, PromptQueries], tuple[flowseg.MaskCandidates, jax.Array]]
 
 
 class Evaluator:
@@ -65,17 +65,17 @@ class Evaluator:
 
         def see(params, views, prefix):
             self.compiles["see"] += 1  # runs when traced, that is once a compilation
-            return _split(flowseg.bind(graphdef, params).see(views, prefix))
+            return _split(flowseg.bind_params(graphdef, params).prefill_image(views, prefix))
 
         def ask(params, seen, questions, truth, inside):
             self.compiles["ask"] += 1
-            model = flowseg.bind(graphdef, params)
-            if isinstance(questions, Asked):
+            model = flowseg.bind_params(graphdef, params)
+            if isinstance(questions, PromptQueries):
                 found, answered = answer(model, _join(seen), questions)
             else:
-                found, answered = model.ask(_join(seen), questions), questions.asked
-            chosen = postprocess.choose(found.scores, found.mask_logits, truth, inside)
-            query = jnp.where(answered[..., None], chosen.query, NONE)
+                found, answered = model.predict_cached(_join(seen), questions), questions.asked
+            chosen = postprocess.select_masks(found.scores, found.mask_logits, truth, inside)
+            query = jnp.where(answered[..., None], chosen.query, PAD)
             logits = postprocess.refine(model, chosen.logits, found.mask_features)
             return dataclasses.replace(chosen, query=query, logits=logits)
 
@@ -85,7 +85,7 @@ class Evaluator:
 
         def restore(logits, where, truth):
             self.compiles["restore"] += 1
-            return postprocess.restore(logits, where, truth)
+            return postprocess.upsample_and_count(logits, where, truth)
 
         self._see = self._divide(see, (partition, ROWS, WHOLE), SEEN)
         self._ask = self._divide(ask, (partition, SEEN, ROWS, ROWS, ROWS), ROWS)
@@ -108,7 +108,7 @@ class Evaluator:
 
     def __call__(
         self, params: Any, prefix: np.ndarray, batch: EvalBatch
-    ) -> Iterator[tuple[Round, postprocess.Chosen, postprocess.Restored]]:
+    ) -> Iterator[tuple[QueryRound, postprocess.SelectedMasks, postprocess.FullSizeMasks]]:
         """Dispatches one batch round by round; the arrays that come may still be computing. `Chosen.query` is NONE where the
         model wrote an answer without a mask.
 
@@ -117,18 +117,18 @@ class Evaluator:
             prefix: int32 [P], token ids that every conversation begins with.
             batch: this process's rows.
         """
-        put = lambda tree: sharding.place_rows(tree, self.mesh)  # noqa: E731
-        rows, side = batch.views.images.shape[:2]
+        put = lambda tree: sharding.to_global_arrays(tree, self.mesh)  # noqa: E731
+        rows, side = batch.views.sam_images.shape[:2]
         seen = self._see(params, put(batch.views), jax.device_put(prefix, sharding.replicated(self.mesh)))
         where = postprocess.geometry(
-            batch.views.scaled_size, batch.sizes, grid=seen[0][0].shape[1:3], padded_size=side, bucket=batch.bucket
+            batch.views.resized_hw, batch.sizes, grid=seen[0][0].shape[1:3], padded_size=side, bucket=batch.bucket
         )
         ignored = put(postprocess.pack_truth(batch.ignored, rows, 1, where.bucket))
         where = put(where)
         for asked in batch.rounds:
             pack = lambda masks: put(  # noqa: E731
-                postprocess.pack_truth(masks, rows, asked.questions.asked.shape[1], where.bucket)  # noqa: B023 (called at once)
+                postprocess.pack_truth(masks, rows, asked.questions.query_valid.shape[1], where.bucket)  # noqa: B023 (called at once)
             )
-            truth = postprocess.Truth(pack(asked.truth), pack(asked.once), ignored)
+            truth = postprocess.GroundTruth(pack(asked.truth), pack(asked.once), ignored)
             chosen = self._ask(params, seen, put(asked.questions), *self._truth_on_grid(truth.union, where))
             yield asked, chosen, self._restore(chosen.logits, where, truth)

@@ -18,7 +18,7 @@ KINDS = ("good", "random", "failed")
 
 
 @dataclasses.dataclass(frozen=True)
-class Example:
+class GallerySample:
     """One sample with its pictures at the original image size.
 
     Attributes:

@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from flowseg_jax.evaluation import postprocess
 from flowseg_jax.evaluation.panoptic import Segments
-from flowseg_jax.evaluation.postprocess import Geometry
+from flowseg_jax.evaluation.postprocess import ResizeMatrices
 from flowseg_jax.ops.resize import apply_matrices
 
 TOP = 100  # predictions an image for mask AP
@@ -48,7 +48,7 @@ MASK2FORMER = Thresholds()
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Objects:
+class InstanceMasks:
     """The predictions for mask AP, best first, and all candidates' masks.
 
     Attributes:
@@ -65,7 +65,7 @@ class Objects:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Labels:
+class LabelMaps:
     """What panoptic and semantic segmentation are made from.
 
     Attributes:
@@ -87,7 +87,7 @@ class Labels:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Found:
+class FusionOutput:
     """Everything that leaves the device.
 
     Attributes:
@@ -97,11 +97,13 @@ class Found:
     """
 
     finite: Bool[Array, " b"]
-    objects: Objects
-    labels: Labels | None
+    objects: InstanceMasks
+    labels: LabelMaps | None
 
 
-def restore(scores: Float[Array, "b n c"], logits: Float[Array, "b n h w"], where: Geometry, threshold: float | None) -> Found:
+def restore(
+    scores: Float[Array, "b n c"], logits: Float[Array, "b n h w"], where: ResizeMatrices, threshold: float | None
+) -> FusionOutput:
     """All candidates at the original size, an image and a block of rows at a time.
 
     Args:
@@ -140,11 +142,11 @@ def restore(scores: Float[Array, "b n c"], logits: Float[Array, "b n h w"], wher
     masks, area, certainty, labels = jax.lax.map(image, (scores, logits, best, taken, where.rows, where.cols))
     if labels:
         winner, semantic, won, kept = labels
-        labels = Labels(category, taken, won, area, kept, winner, semantic)
+        labels = LabelMaps(category, taken, won, area, kept, winner, semantic)
     score, pair = jax.lax.top_k(scores.reshape(len(scores), -1), min(TOP, n * c))
     candidate = (pair // c).astype(jnp.int32)
     score = score * jnp.take_along_axis(certainty, candidate, 1)
-    return Found(finite, Objects(candidate, (pair % c).astype(jnp.int32), score, masks), labels or None)
+    return FusionOutput(finite, InstanceMasks(candidate, (pair % c).astype(jnp.int32), score, masks), labels or None)
 
 
 def _label(
@@ -165,7 +167,7 @@ def _label(
     return winner.astype(jnp.int16), semantic.astype(jnp.int16), count(won), count(kept)
 
 
-def fuse(labels: Labels, things: tuple[bool, ...], size: tuple[int, int], overlap: float) -> Segments:
+def fuse(labels: LabelMaps, things: tuple[bool, ...], size: tuple[int, int], overlap: float) -> Segments:
     """The panoptic segmentation of one image; on the host.
 
     Args:

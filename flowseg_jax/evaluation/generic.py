@@ -30,19 +30,19 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from flowseg_jax.checkpoints import storage
-from flowseg_jax.checkpoints.pretrained import load_model, read_model_config
+from flowseg_jax.checkpoints.pretrained import load_pretrained, read_model_config
 from flowseg_jax.data import collate, images
-from flowseg_jax.data.collate import LengthBound, Row
-from flowseg_jax.data.dataset import Prepared
-from flowseg_jax.data.prompts import Prompts, check_phrase
+from flowseg_jax.data.collate import TokenBudget, TrainExample
+from flowseg_jax.data.dataset import PreparedDataset
+from flowseg_jax.data.prompts import PromptTemplates, check_phrase
 from flowseg_jax.data.records import Example
 from flowseg_jax.data.tokenizer import Tokenizer, load_tokenizer
 from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation import fusion, panoptic, postprocess
-from flowseg_jax.evaluation.benchmark import digest, setup
-from flowseg_jax.evaluation.fusion import MASK2FORMER, Found, Thresholds
+from flowseg_jax.evaluation.benchmark import params_digest, setup_hash
+from flowseg_jax.evaluation.fusion import MASK2FORMER, FusionOutput, Thresholds
 from flowseg_jax.evaluation.panoptic import Segments
-from flowseg_jax.evaluation.resumable import Partial
+from flowseg_jax.evaluation.resumable import ResumableRecords
 from flowseg_jax.evaluation.runner import HEARTBEAT
 from flowseg_jax.models import flowseg
 from flowseg_jax.models.config import FlowSegConfig
@@ -50,13 +50,13 @@ from flowseg_jax.models.flowseg import FlowSeg
 from flowseg_jax.models.mask_decoder import mask_logits
 from flowseg_jax.system import distributed, host
 from flowseg_jax.types import Batch, BatchShape
-from flowseg_jax.writers import duration, heartbeat, say
+from flowseg_jax.writers import duration, heartbeat, log
 
 TEXT_STEP = 16  # text lengths are multiples of it, so that similar data sets share compilations
 
 
 @dataclasses.dataclass(frozen=True)
-class Questions:
+class CategoryPrompts:
     """How the categories are divided into conversations: `size` names each, the last one perhaps fewer.
 
     Attributes:
@@ -68,7 +68,7 @@ class Questions:
     size: int
 
     @classmethod
-    def of(cls, categories: tuple[str, ...], at_most: int = 0) -> Questions:
+    def of(cls, categories: tuple[str, ...], at_most: int = 0) -> CategoryPrompts:
         """As few conversations as `at_most` names each allow (0: one), of about equal length."""
         return cls(categories, math.ceil(len(categories) / math.ceil(len(categories) / (at_most or len(categories)))))
 
@@ -80,8 +80,8 @@ class Questions:
         return [self.categories[at : at + self.size] for at in range(0, len(self.categories), self.size)]
 
 
-def name_candidates(
-    model: FlowSeg, batch: Batch, questions: Questions
+def score_categories(
+    model: FlowSeg, batch: Batch, questions: CategoryPrompts
 ) -> tuple[Float[Array, "b n c"], Float[Array, "b n h w"]]:
     """Scores and refined mask logits of all candidates of images whose rows ask `questions` (`GenericData`).
 
@@ -89,28 +89,28 @@ def name_candidates(
     pass in training, as in "flow".
     """
     cfg, features = model.cfg, model.look(batch)
-    b, count, size, total = len(batch.images), questions.count, questions.size, len(questions.categories)
-    if cfg.speaks:
-        projected = model.llm_projector(model.listen(batch, features.tokens))
+    b, count, size, total = len(batch.sam_images), questions.count, questions.size, len(questions.categories)
+    if cfg.has_language_model:
+        projected = model.llm_projector(model.run_llm(batch, features.visual_tokens))
         names = flowseg.pool_spans(projected, batch.phrase_ids, count * size).reshape(b * count, size, -1)
         exists = batch.name_valid.reshape(b * count, size)
-        conditions = flowseg.with_background(names, exists, exists, model.background[...])
+        conditions = flowseg.append_background(names, exists, exists, model.background[...])
         if cfg.named_pass == "plain":
-            conditions = dataclasses.replace(conditions, own=jnp.zeros_like(conditions.own))
+            conditions = dataclasses.replace(conditions, own=jnp.zeros_like(conditions.attend_mask))
         # A conversation's <SEG> bears the number of its first name.
         segs = flowseg.pool_spans(projected, batch.seg_ids, count * size)[:, ::size].reshape(b * count, -1)
-        out = model.decoder(features.mask_features, features.levels, count, conditions, segs)
+        out = model.decoder(features.mask_features, features.multi_scale_features, count, conditions, segs)
         logits = out.class_logits[-1]
     else:
         count, size = 1, total
-        out = model.decoder(features.mask_features, features.levels, 1)
+        out = model.decoder(features.mask_features, features.multi_scale_features, 1)
         logits = model.category_head(out.queries[-1]).astype(jnp.float32)
     own = jax.nn.softmax(logits, -1)[..., :-1].reshape(b, count, -1, size)
     # A candidate's scores stand in the place of its own conversation; not a product, which would round them.
     blocks = jnp.where(jnp.eye(count, dtype=bool)[:, None, :, None], own[:, :, :, None], 0)
     scores = blocks.reshape(b, -1, count * size)[..., :total]
     embeds = out.mask_embeds[-1].reshape(b, scores.shape[1], -1)
-    return scores, model.refine(mask_logits(embeds, features.mask_features), features.mask_features)
+    return scores, model.refine_masks(mask_logits(embeds, features.mask_features), features.mask_features)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +130,7 @@ class GenericBatch:
     sizes: list[tuple[int, int]]
 
 
-class GenericData:
+class GenericDataset:
     """The images of a split, in order; the last batch is padded.
 
     Args:
@@ -150,14 +150,14 @@ class GenericData:
 
     def __init__(
         self,
-        prepared: Prepared,
+        prepared: PreparedDataset,
         split: str,
         tokenizer: Tokenizer | None,
-        questions: Questions,
+        questions: CategoryPrompts,
         *,
         batch: int,
         cfg: FlowSegConfig,
-        prompts: Prompts,
+        prompts: PromptTemplates,
         max_images: int | None = None,
         skip: Collection[int] = (),
     ):
@@ -165,7 +165,7 @@ class GenericData:
         self._source = prepared.source(split)
         self._places = [place for place in range(len(prepared.index(split)[:max_images])) if place not in skip]
         self.images = len(self._places)
-        self._tokenizer, self._prompts, self._visual = tokenizer, prompts, cfg.visual_tokens
+        self._tokenizer, self._prompts, self._visual = tokenizer, prompts, cfg.num_visual_tokens
         self._conversations, self._names, text = [], 0, 1
         if tokenizer is not None:
             for name in questions.categories:
@@ -173,9 +173,9 @@ class GenericData:
             chunks = questions.chunks()
             self._conversations = [prompts.generic(chunk, j * questions.size) for j, chunk in enumerate(chunks)]
             self._names = len(questions.categories)
-            bound = LengthBound(prompts, tokenizer, cfg.visual_tokens)
+            bound = TokenBudget(prompts, tokenizer, cfg.num_visual_tokens)
             needed = [bound.generic(bound.phrase_lengths(chunk)) for chunk in chunks]
-            text = sum(needed) - (len(chunks) - 1) * bound.needed(())  # they share the image
+            text = sum(needed) - (len(chunks) - 1) * bound.upper_bound(())  # they share the image
             text = math.ceil(text / TEXT_STEP) * TEXT_STEP
         slots = questions.count * questions.size if tokenizer is not None else 0
         self.shape = BatchShape(batch, text, 0, 0, cfg.sam.image_size, cfg.siglip.image_size, slots)
@@ -192,9 +192,9 @@ class GenericData:
             example = self._source[place]
             image = images.decode(example.image, name=example.file_name)
             pixels = collate.prepare_pixels(image, (), self.shape)
-            rows.append(Row(example.file_name, pixels, self._conversations, (), (), (), example.image_id, self._names))
+            rows.append(TrainExample(example.file_name, pixels, self._conversations, (), (), (), example.image_id, self._names))
             examples.append(dataclasses.replace(example, image=b""))
-        batch = collate.assemble(rows, self.shape, self._prompts, self._tokenizer, self._visual)
+        batch = collate.collate(rows, self.shape, self._prompts, self._tokenizer, self._visual)
         return GenericBatch(batch, places, examples, [(e.height, e.width) for e in examples])
 
     def __iter__(self) -> Iterator[GenericBatch]:
@@ -203,7 +203,7 @@ class GenericData:
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluation:
+class GenericResult:
     """What a run over a split yields: the content of `<split>.json` and the lines of `<split>.jsonl`."""
 
     result: dict[str, Any]
@@ -216,12 +216,12 @@ def evaluate(
     *,
     categories: tuple[str, ...],
     things: tuple[bool, ...] | None,
-    restore: Callable[..., Found],
+    restore: Callable[..., FusionOutput],
     thresholds: Thresholds = MASK2FORMER,
-    partial: Partial | None = None,
+    partial: ResumableRecords | None = None,
     save_masks: bool = False,
     progress: Callable[[int], None] = lambda images: None,
-) -> Evaluation:
+) -> GenericResult:
     """Evaluates the candidates that a model proposes.
 
     Args:
@@ -242,9 +242,9 @@ def evaluate(
     Raises:
         UserError: there is no image, or one that cannot be read.
     """
-    partial = partial or Partial(None, {}, None)
+    partial = partial or ResumableRecords(None, {}, None)
 
-    def collect(batch: GenericBatch, found: Found) -> None:
+    def collect(batch: GenericBatch, found: FusionOutput) -> None:
         found, done = jax.device_get(found), {}
         for b, (place, example) in enumerate(zip(batch.places, batch.examples, strict=True)):
             mine = jax.tree.map(lambda value: value[b], found)  # noqa: B023 (called at once)
@@ -257,7 +257,7 @@ def evaluate(
         for batch in data:
             scores, logits = candidates(batch.batch)
             where = postprocess.geometry(
-                batch.batch.scaled_size, batch.sizes, grid=logits.shape[-2:], padded_size=batch.batch.images.shape[1]
+                batch.batch.resized_hw, batch.sizes, grid=logits.shape[-2:], padded_size=batch.batch.sam_images.shape[1]
             )
             running = batch, restore(scores, logits, jax.device_put(where), None if things is None else thresholds.score)
             if last:
@@ -272,7 +272,7 @@ def evaluate(
     result = _result(records, categories, things, thresholds)
     if not save_masks:
         records = [{key: value for key, value in record.items() if key not in panoptic.OBJECTS} for record in records]
-    return Evaluation(result, records)
+    return GenericResult(result, records)
 
 
 def _result(
@@ -289,7 +289,7 @@ def _result(
     return result | {name: {"protocol": name} | settings.get(name, {}) | table for name, table in found.items()}
 
 
-def _record(example: Example, found: Found, things: tuple[bool, ...] | None, thresholds: Thresholds) -> dict[str, Any]:
+def _record(example: Example, found: FusionOutput, things: tuple[bool, ...] | None, thresholds: Thresholds) -> dict[str, Any]:
     """What an image leaves."""
     size, objects = (example.height, example.width), found.objects
     pairs = zip(objects.category.tolist(), objects.score.tolist(), objects.candidate.tolist(), strict=True)
@@ -310,7 +310,7 @@ def _record(example: Example, found: Found, things: tuple[bool, ...] | None, thr
 
 
 @dataclasses.dataclass
-class Benchmark:
+class GenericEvaluation:
     """A model and a prepared generic data set, ready to be evaluated split by split; nothing compiles twice.
 
     Attributes:
@@ -332,9 +332,9 @@ class Benchmark:
     graphdef: nnx.GraphDef
     params: dict[str, Any]
     checkpoint: dict[str, Any]
-    data: Prepared
+    data: PreparedDataset
     tokenizer: Tokenizer | None
-    prompts: Prompts
+    prompts: PromptTemplates
     batch: int = 8
     names: int = 0
     thresholds: Thresholds = MASK2FORMER
@@ -342,9 +342,9 @@ class Benchmark:
     def __post_init__(self):
         if self.data.task != "generic":
             raise UserError(f"{self.data.directory}: {self.data.task} data has no categories to evaluate on")
-        if not self.cfg.segments:
+        if not self.cfg.has_mask_decoder:
             raise UserError(f"the model holds only the parts {self.cfg.parts!r}: it makes no masks")
-        if not self.cfg.speaks and self.cfg.classes != len(self.data.categories):
+        if not self.cfg.has_language_model and self.cfg.classes != len(self.data.categories):
             raise UserError(
                 f"{self.data.directory}: has {len(self.data.categories)} categories, the model's linear head has "
                 f"{self.cfg.classes} (model.classes): evaluate it on the data set that it was trained on"
@@ -352,11 +352,11 @@ class Benchmark:
         if self.names < 0:
             raise UserError(f"names a conversation must not be negative, got {self.names}")
         self.compiles: collections.Counter[str] = collections.Counter()
-        self._questions = Questions.of(self.data.categories, self.names if self.cfg.speaks else 0)
+        self._questions = CategoryPrompts.of(self.data.categories, self.names if self.cfg.has_language_model else 0)
 
         def candidates(params, batch):
             self.compiles["model"] += 1  # runs when traced, that is once a compilation
-            return name_candidates(flowseg.bind(self.graphdef, params), batch, self._questions)
+            return score_categories(flowseg.bind_params(self.graphdef, params), batch, self._questions)
 
         def restored(*arguments):
             self.compiles["restore"] += 1
@@ -367,20 +367,20 @@ class Benchmark:
     @classmethod
     def of_model(
         cls, directory: str | Path, data: str | Path, *, batch: int = 8, names: int = 0, thresholds: Thresholds = MASK2FORMER
-    ) -> Benchmark:
+    ) -> GenericEvaluation:
         """Opens a model directory and a prepared data set. Raises UserError where either is missing or damaged."""
-        prepared = Prepared.open(data)
+        prepared = PreparedDataset.open(data)
         stored = read_model_config(directory)
         cfg = FlowSegConfig.from_dict(stored["model"], f"{directory}/config.json: model")
         with heartbeat(f"loading {directory}"):
-            graphdef, abstract = flowseg.describe(cfg)
-            loaded = load_model(directory, flowseg.at_rest(abstract))
-        prompts = Prompts.of_model(loaded.extra, directory)
-        tokenizer = load_tokenizer(loaded.tokenizer_dir, needed=prompts.needed) if cfg.speaks else None
-        checkpoint = {"digest": digest(stored), "step": loaded.extra.get("step")}
+            graphdef, abstract = flowseg.abstract_model(cfg)
+            loaded = load_pretrained(directory, flowseg.params_dict(abstract))
+        prompts = PromptTemplates.of_model(loaded.extra, directory)
+        tokenizer = load_tokenizer(loaded.tokenizer_dir, needed=prompts.special_tokens) if cfg.has_language_model else None
+        checkpoint = {"digest": params_digest(stored), "step": loaded.extra.get("step")}
         return cls(cfg, graphdef, loaded.params, checkpoint, prepared, tokenizer, prompts, batch, names, thresholds)
 
-    def run(self, split: str, out: str | Path | None, *, images: int | None = None, save_masks: bool = False) -> Evaluation:
+    def run(self, split: str, out: str | Path | None, *, images: int | None = None, save_masks: bool = False) -> GenericResult:
         """Evaluates one split into `<out>/<split>.json` and `<split>.jsonl`, which are replaced only when complete.
 
         Args:
@@ -396,17 +396,17 @@ class Benchmark:
         self.data.check_split(split)
         about = {
             "checkpoint": self.checkpoint,
-            "setup": setup(self.cfg, self.prompts, self.tokenizer),
+            "setup": setup_hash(self.cfg, self.prompts, self.tokenizer),
             "data": self.data.digest,
         }
-        about |= {"images": images, "conversations": self._questions.count if self.cfg.speaks else 0}
+        about |= {"images": images, "conversations": self._questions.count if self.cfg.has_language_model else 0}
         settings = about | {"split": split, "thresholds": dataclasses.asdict(self.thresholds)}
         begin = time.monotonic()
         alone = contextlib.nullcontext() if out is None else distributed.locked(out)
-        with alone, Partial.open(None if out is None else Path(out) / f"{split}.partial.jsonl", settings) as partial:
+        with alone, ResumableRecords.open(None if out is None else Path(out) / f"{split}.partial.jsonl", settings) as partial:
             if kept := len(partial.records):
-                say(f"evaluate {split}: going on behind {kept} images of an earlier start")
-            data = GenericData(
+                log(f"evaluate {split}: going on behind {kept} images of an earlier start")
+            data = GenericDataset(
                 self.data,
                 split,
                 self.tokenizer,
@@ -422,17 +422,17 @@ class Benchmark:
             evaluation = dataclasses.replace(evaluation, result=result)
             compiled = ", ".join(f"{count} {what}" for what, count in self.compiles.items())
             seconds = duration(time.monotonic() - begin)
-            say(f"evaluate {split}: {data.images} images in {seconds} (compilations so far: {compiled}); {host.memory_line()}")
+            log(f"evaluate {split}: {data.images} images in {seconds} (compilations so far: {compiled}); {host.memory_line()}")
             for line in panoptic.in_words(result):
-                say(f"evaluate {split}: {line}, failed {result['failed']}")
+                log(f"evaluate {split}: {line}, failed {result['failed']}")
             if out is not None:
                 lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in evaluation.records)
-                storage.replace_text(Path(out) / f"{split}.jsonl", lines)
-                storage.replace_text(Path(out) / f"{split}.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+                storage.write_text_atomic(Path(out) / f"{split}.jsonl", lines)
+                storage.write_text_atomic(Path(out) / f"{split}.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
             partial.finish()
         return evaluation
 
-    def _evaluate(self, split: str, data: GenericData, partial: Partial, save_masks: bool) -> Evaluation:
+    def _evaluate(self, split: str, data: GenericDataset, partial: ResumableRecords, save_masks: bool) -> GenericResult:
         total = data.images + len(partial.records)
         with heartbeat(f"evaluate {split}: {len(partial.records)}/{total} images, compiling", HEARTBEAT) as beat:
 
@@ -452,4 +452,4 @@ class Benchmark:
                     progress=progress,
                 )
             except UserError as error:
-                raise UserError(f"{error}; {partial.kept()}") from None
+                raise UserError(f"{error}; {partial.progress_note()}") from None

@@ -38,7 +38,7 @@ from typing import Any, Literal
 
 from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation.protocols import PROTOCOLS, XSAM, Protocol
-from flowseg_jax.types import NONE
+from flowseg_jax.types import PAD
 
 Record = Mapping[str, Any]
 Failure = Literal["", "non-finite", "no <SEG>"]  # why a sample failed: a logit is no number, the answer asks for no mask
@@ -52,7 +52,7 @@ def iou(intersection: int, union: int, both_empty: float = 1.0) -> float:
     return int(intersection) / int(union) if union else both_empty
 
 
-def better(selected: tuple[int, int], candidate: tuple[int, int]) -> tuple[int, int]:
+def best_of(selected: tuple[int, int], candidate: tuple[int, int]) -> tuple[int, int]:
     """(I, U) of the oracle by any protocol: the candidate's if its IoU is higher (of two empty masks 1), else the other's."""
     return candidate if iou(*candidate) > iou(*selected) else selected
 
@@ -64,33 +64,33 @@ def _cumulative(pairs: Iterable[tuple[int, int]], both_empty: float) -> float:
     return 100.0 * iou(total_i, total_u, both_empty)
 
 
-def refers_to_nothing(record: Record) -> bool:
+def has_no_target(record: Record) -> bool:
     """Whether the sample has no target by its source."""
-    return record["ann_id"] == NONE
+    return record["ann_id"] == PAD
 
 
-def predicts_nothing(record: Record) -> bool:
+def predicts_no_target(record: Record) -> bool:
     """Whether "no target" is the answer: the selected mask is empty or scored below the threshold. A failure is no answer."""
     return not record["failed"] and (record["area"] == 0 or record["score"] < record["no_target_below"])
 
 
-def counts(record: Record, protocol: Protocol = XSAM, of: Literal["", "oracle_"] = "") -> tuple[int, int]:
+def intersection_union(record: Record, protocol: Protocol = XSAM, of: Literal["", "oracle_"] = "") -> tuple[int, int]:
     """(I, U) by the protocol, of the record's selected mask, or "oracle_" of the better candidate."""
     raster = "once_" if protocol.raster == "sum" else ""
     i, u = record[f"{of}{raster}intersection"], record[f"{of}{raster}union"]
     if of == "" and record["failed"]:
         return 0, u
-    if protocol.no_target == "gres" and predicts_nothing(record):
-        if refers_to_nothing(record):
+    if protocol.no_target == "gres" and predicts_no_target(record):
+        if has_no_target(record):
             return 0, 0
         refused = record["score"] < record["no_target_below"]
         return (i, u) if of and not refused else (0, u)
     return i, u
 
 
-def weight(record: Record, protocol: Protocol = XSAM) -> int:
+def sample_weight(record: Record, protocol: Protocol = XSAM) -> int:
     """How many samples of the protocol the record stands for: the source's sentences that were merged into it, one or none."""
-    if protocol.no_target == "left_out" and refers_to_nothing(record):
+    if protocol.no_target == "left_out" and has_no_target(record):
         return 0
     return record["count"] if protocol.unit == "sentence" else 1
 
@@ -104,7 +104,7 @@ def counted(records: Sequence[Record], protocol: Protocol) -> list[Record]:
     """
     if not records:
         raise ValueError("no samples to summarise")
-    kept = [r for r in records if weight(r, protocol)]
+    kept = [r for r in records if sample_weight(r, protocol)]
     if not kept:
         raise UserError(
             f"protocol {protocol.name} counts none of the {len(records)} samples, which refer to nothing; choose another"
@@ -116,27 +116,27 @@ def sample_iou(record: Record, protocol: Protocol = XSAM) -> float:
     """IoU in [0, 1] of the record's selected mask; a failed sample counts 0 even where nothing was to be found."""
     if record["failed"]:
         return 0.0
-    if protocol.no_target == "gres" and refers_to_nothing(record):
-        return float(predicts_nothing(record))
-    return iou(*counts(record, protocol), protocol.both_empty)
+    if protocol.no_target == "gres" and has_no_target(record):
+        return float(predicts_no_target(record))
+    return iou(*intersection_union(record, protocol), protocol.both_empty)
 
 
 def oracle_iou(record: Record, protocol: Protocol = XSAM) -> float:
     """IoU in [0, 1] of the oracle's choice for the record; by every protocol at least `sample_iou`."""
-    i, u = counts(record, protocol, "oracle_")
-    if protocol.no_target == "gres" and refers_to_nothing(record):
+    i, u = intersection_union(record, protocol, "oracle_")
+    if protocol.no_target == "gres" and has_no_target(record):
         return float(u == 0 and not record["failed"])
     return iou(i, u, 0.0 if record["failed"] else protocol.both_empty)
 
 
-def answers(records: Sequence[Record], protocol: Protocol) -> bool:
+def supports_protocol(records: Sequence[Record], protocol: Protocol) -> bool:
     """Whether the records hold a table of the protocol: the model was shown its text, and it has something to add.
 
     Protocols with a rule for samples that refer to nothing are for data that has such samples, beside others.
     """
     if records[0]["text_form"] != protocol.text:
         return False
-    return protocol.no_target == "counted" or len({refers_to_nothing(r) for r in records}) == 2
+    return protocol.no_target == "counted" or len({has_no_target(r) for r in records}) == 2
 
 
 def _share(chosen: Iterable[tuple[int, bool]]) -> float | None:
@@ -148,11 +148,11 @@ def _share(chosen: Iterable[tuple[int, bool]]) -> float | None:
 
 def _headline(records: Sequence[Record], protocol: Protocol) -> dict[str, Any]:
     """n, cIoU, gIoU, P@X and, after the rule of "gres", T-acc and N-acc as far as there are such samples."""
-    weighed = [(weight(r, protocol), r, sample_iou(r, protocol)) for r in records]
+    weighed = [(sample_weight(r, protocol), r, sample_iou(r, protocol)) for r in records]
     n = sum(w for w, _, _ in weighed)
-    pairs = ((w, counts(r, protocol)) for w, r, _ in weighed)
+    pairs = ((w, intersection_union(r, protocol)) for w, r, _ in weighed)
     gres = protocol.no_target == "gres"
-    target = [(w, r, v) for w, r, v in weighed if not (gres and refers_to_nothing(r))]
+    target = [(w, r, v) for w, r, v in weighed if not (gres and has_no_target(r))]
     figures = {
         "n": n,
         "ciou": _cumulative(((w * i, w * u) for w, (i, u) in pairs), protocol.both_empty),
@@ -162,19 +162,19 @@ def _headline(records: Sequence[Record], protocol: Protocol) -> dict[str, Any]:
     }
     if gres:
         right = {
-            "n_acc": _share((w, predicts_nothing(r)) for w, r, _ in weighed if refers_to_nothing(r)),
-            "t_acc": _share((w, not (r["failed"] or predicts_nothing(r))) for w, r, _ in target),
+            "n_acc": _share((w, predicts_no_target(r)) for w, r, _ in weighed if has_no_target(r)),
+            "t_acc": _share((w, not (r["failed"] or predicts_no_target(r))) for w, r, _ in target),
         }
         figures |= {name: value for name, value in right.items() if value is not None}
     return figures
 
 
 def _figures(records: Sequence[Record], protocol: Protocol) -> dict[str, Any]:
-    weighed = ((weight(r, protocol), counts(r, protocol, "oracle_")) for r in records)
+    weighed = ((sample_weight(r, protocol), intersection_union(r, protocol, "oracle_")) for r in records)
     found = _headline(records, protocol)
     oracle = {
         "oracle_ciou": _cumulative(((w * i, w * u) for w, (i, u) in weighed), protocol.both_empty),
-        "oracle_giou": 100.0 * math.fsum(weight(r, protocol) * oracle_iou(r, protocol) for r in records) / found["n"],
+        "oracle_giou": 100.0 * math.fsum(sample_weight(r, protocol) * oracle_iou(r, protocol) for r in records) / found["n"],
     }
     return found | oracle | {"selection_gap": oracle["oracle_giou"] - found["giou"]}
 
@@ -191,7 +191,7 @@ def first_texts(records: Sequence[Record]) -> list[Record]:
 
 def other_protocols(records: Sequence[Record], protocol: Protocol) -> dict[str, dict[str, Any]]:
     """{name: n, cIoU, gIoU, P@X, ...} of the other protocols that the same predictions answer."""
-    others = (p for p in PROTOCOLS.values() if p.name != protocol.name and answers(records, p))
+    others = (p for p in PROTOCOLS.values() if p.name != protocol.name and supports_protocol(records, p))
     return {other.name: _headline(counted(records, other), other) for other in others}
 
 
@@ -251,7 +251,7 @@ def summarise(records: Iterable[Record], protocol: Protocol = XSAM) -> dict[str,
     return table
 
 
-def in_words(figures: Mapping[str, Any]) -> str:
+def format_metrics(figures: Mapping[str, Any]) -> str:
     """The headline of a table as one line: n, cIoU, gIoU and, where it has them, N-acc and T-acc."""
     named = (("cIoU", "ciou"), ("gIoU", "giou"), ("N-acc", "n_acc"), ("T-acc", "t_acc"))
     return ", ".join([f"n {figures['n']}", *(f"{name} {figures[key]:.2f}" for name, key in named if key in figures)])

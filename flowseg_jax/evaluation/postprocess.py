@@ -31,7 +31,7 @@ BLOCK = 1 << 22  # logits at the original size that exist at once, an image
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Geometry:
+class ResizeMatrices:
     """How the mask grid of each image lies on its original pixels.
 
     Attributes:
@@ -70,7 +70,7 @@ def geometry(
     grid: tuple[int, int],
     padded_size: int,
     bucket: tuple[int, int] | None = None,
-) -> Geometry:
+) -> ResizeMatrices:
     """Builds the matrices of a batch on the host.
 
     Args:
@@ -92,7 +92,7 @@ def geometry(
         rows[i], cols[i] = restore_matrices(grid, padded_size, inner, original, bucket)
         cover_rows[i] = _coverage(grid[0], padded_size, inner[0], original[0], bucket[0])
         cover_cols[i] = _coverage(grid[1], padded_size, inner[1], original[1], bucket[1])
-    return Geometry(rows, cols, cover_rows, cover_cols)
+    return ResizeMatrices(rows, cols, cover_rows, cover_cols)
 
 
 def pack_truth(truth: Sequence[Bool[np.ndarray, "k y x"]], batch: int, phrases: int, bucket: tuple[int, int]) -> np.ndarray:
@@ -124,7 +124,7 @@ def _count(packed: UInt8[Array, "*s y x"]) -> Int[Array, "*s"]:
     return jax.lax.population_count(packed).astype(jnp.int32).sum((-2, -1))
 
 
-def truth_on_grid(truth: UInt8[Array, "b k H W8"], where: Geometry) -> Float[Array, "b k h w"]:
+def truth_on_grid(truth: UInt8[Array, "b k H W8"], where: ResizeMatrices) -> Float[Array, "b k h w"]:
     """Share of every mask-logit cell that the truth covers, in [0, 1]."""
 
     def image(packed, rows, cols):  # one phrase at a time: the unpacked truth is the largest buffer here
@@ -133,14 +133,14 @@ def truth_on_grid(truth: UInt8[Array, "b k H W8"], where: Geometry) -> Float[Arr
     return jax.vmap(image)(truth, where.cover_rows, where.cover_cols)
 
 
-def image_on_grid(where: Geometry) -> Float[Array, "b h w"]:
+def image_on_grid(where: ResizeMatrices) -> Float[Array, "b h w"]:
     """Share of every mask-logit cell that lies on the image (0 on the padding)."""
     return where.cover_rows.sum(-1)[:, :, None] * where.cover_cols.sum(-1)[:, None, :]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Chosen:
+class SelectedMasks:
     """The candidates that are used, N a phrase.
 
     Attributes:
@@ -160,19 +160,19 @@ def _ranked(scores: Float[Array, "*s"]) -> Float[Array, "*s"]:
     return jnp.where(jnp.isfinite(scores), scores, -jnp.inf)  # NaN would win every argmax
 
 
-def _take(scores: Float[Array, " q"], logits: Float[Array, "q h w"], query: Int[Array, " n"]) -> Chosen:
+def _take(scores: Float[Array, " q"], logits: Float[Array, "q h w"], query: Int[Array, " n"]) -> SelectedMasks:
     score = scores[query]
     rank = (_ranked(scores)[None] > _ranked(score)[:, None]).sum(-1, dtype=jnp.int32)
     used = jnp.where(jnp.isfinite(score)[:, None, None], logits[query], jnp.nan)
-    return Chosen(query.astype(jnp.int32), score, used, rank)
+    return SelectedMasks(query.astype(jnp.int32), score, used, rank)
 
 
-def choose(
+def select_masks(
     scores: Float[Array, "b k q"],
     logits: Float[Array, "b k q h w"],
     truth: Float[Array, "b k h w"],
     inside: Float[Array, "b h w"],
-) -> Chosen:
+) -> SelectedMasks:
     """The selected candidate (N = 0) and the best one (N = 1) of every phrase.
 
     Selected is the highest score over all queries, without a threshold (X-SAM). Best is the highest IoU with the truth on the
@@ -198,7 +198,7 @@ def choose(
     return jax.vmap(image)(scores, logits, truth, inside)
 
 
-def top(scores: Float[Array, "b k q"], logits: Float[Array, "b k q h w"], count: int) -> Chosen:
+def top_k_masks(scores: Float[Array, "b k q"], logits: Float[Array, "b k q h w"], count: int) -> SelectedMasks:
     """The `count` candidates with the highest scores, best first (N = count)."""
     _, query = jax.lax.top_k(_ranked(scores), count)
     return jax.vmap(jax.vmap(_take))(scores, logits, query)
@@ -212,7 +212,7 @@ def refine(model: Any, logits: Float[Array, "b k n h w"], mask_features: Float[A
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Truth:
+class GroundTruth:
     """What masks are counted against, packed along the width (`pack_truth`).
 
     Attributes:
@@ -226,14 +226,14 @@ class Truth:
     ignored: UInt8[Array, "b 1 H W8"]
 
     @classmethod
-    def plain(cls, union: UInt8[Array, "b k H W8"]) -> Truth:
+    def plain(cls, union: UInt8[Array, "b k H W8"]) -> GroundTruth:
         """A truth in which no parts overlap and nothing is ignored."""
         return cls(union, union, union[:, :1] & 0)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Restored:
+class FullSizeMasks:
     """Masks at the original size.
 
     Attributes:
@@ -253,7 +253,7 @@ class Restored:
     finite: Bool[Array, "b k n"]
 
 
-def restore(logits: Float[Array, "b k n h w"], where: Geometry, truth: Truth) -> Restored:
+def upsample_and_count(logits: Float[Array, "b k n h w"], where: ResizeMatrices, truth: GroundTruth) -> FullSizeMasks:
     """Thresholds at logit > 0 at the original size (= sigmoid > 0.5, strict) and counts against the truth."""
     finite = jnp.isfinite(logits).all((-2, -1))
     logits = jnp.where(finite[..., None, None], logits, -1.0)
@@ -277,4 +277,4 @@ def restore(logits: Float[Array, "b k n h w"], where: Geometry, truth: Truth) ->
         wanted = wanted[:, :, None]
         return _count(masks & wanted & counted), _count((masks | wanted) & counted)
 
-    return Restored(masks, *counts(truth.union), *counts(truth.once), _count(masks & counted), finite)
+    return FullSizeMasks(masks, *counts(truth.union), *counts(truth.once), _count(masks & counted), finite)

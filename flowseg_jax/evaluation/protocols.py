@@ -10,9 +10,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from flowseg_jax.errors import UserError, suggest
+from flowseg_jax.errors import UserError, did_you_mean
 
-FIVE = (0.5, 0.6, 0.7, 0.8, 0.9)
+IOU_THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ XSAM = Protocol(
     raster="union",
     both_empty=1.0,
     no_target="counted",
-    thresholds=FIVE,
+    thresholds=IOU_THRESHOLDS,
     source="X-SAM's referring evaluation, with one fixed prompt and answer instead of random ones",
 )
 
@@ -62,7 +62,7 @@ LISA = Protocol(
     raster="sum",
     both_empty=1.0,
     no_target="counted",
-    thresholds=FIVE,
+    thresholds=IOU_THRESHOLDS,
     source="LISA's validation (GLaMM, GSVA and EVF-SAM count alike), with the same fixed prompt",
 )
 
@@ -73,7 +73,7 @@ PSALM = Protocol(
     raster="fill_points",
     both_empty=1.0,
     no_target="counted",
-    thresholds=FIVE,
+    thresholds=IOU_THRESHOLDS,
     source="PSALM's referring evaluation (HyperSeg follows it), with the same fixed prompt",
 )
 
@@ -95,15 +95,15 @@ GREFCOCO_TARGET_ONLY = Protocol(
     raster="union",
     both_empty=1.0,
     no_target="left_out",
-    thresholds=FIVE,
+    thresholds=IOU_THRESHOLDS,
     source="X-SAM and X2SAM on gRefCOCO, who read only the expressions that refer to something",
 )
 
 PROTOCOLS: dict[str, Protocol] = {p.name: p for p in (XSAM, LISA, PSALM, GREFCOCO, GREFCOCO_TARGET_ONLY)}
 
 
-def get(name: str) -> Protocol:
+def get_protocol(name: str) -> Protocol:
     """The protocol of that name; `UserError` lists the known ones and names the nearest."""
     if name not in PROTOCOLS:
-        raise UserError(f"unknown protocol {name!r}{suggest(name, PROTOCOLS)}; there are {', '.join(PROTOCOLS)}")
+        raise UserError(f"unknown protocol {name!r}{did_you_mean(name, PROTOCOLS)}; there are {', '.join(PROTOCOLS)}")
     return PROTOCOLS[name]

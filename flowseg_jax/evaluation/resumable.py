@@ -12,12 +12,12 @@ from flowseg_jax.checkpoints import storage
 from flowseg_jax.errors import UserError
 from flowseg_jax.system import distributed, json_files
 from flowseg_jax.system.json_files import number
-from flowseg_jax.writers import say
+from flowseg_jax.writers import log
 
 Records = dict[int, list[dict[str, Any]]]
 
 
-class Partial:
+class ResumableRecords:
     """Records of the images that are done, the same on every process; the first process keeps them in the file.
 
     The file's first line says what is evaluated, every further one has an image's place in the split and its records. An image
@@ -33,7 +33,7 @@ class Partial:
 
     @classmethod
     @contextlib.contextmanager
-    def open(cls, path: Path | None, settings: Mapping[str, Any]) -> Iterator[Partial]:
+    def open(cls, path: Path | None, settings: Mapping[str, Any]) -> Iterator[ResumableRecords]:
         """Reads what an earlier start left, if it evaluated the same thing.
 
         Args:
@@ -48,15 +48,17 @@ class Partial:
 
         def begin() -> tuple[Records, Any]:
             records = _read(path, head)
-            storage.replace_text(path, "".join(f"{line}\n" for line in (head, *(_line(*item) for item in records.items()))))
+            storage.write_text_atomic(
+                path, "".join(f"{line}\n" for line in (head, *(_line(*item) for item in records.items())))
+            )
             return records, path.open("a", encoding="utf-8")
 
         reason = lambda error: str(error) if isinstance(error, UserError) else None  # noqa: E731
-        begun, fault = distributed.attempt(lambda: begin() if keeps else ({}, None), reason)
+        begun, fault = distributed.collective_try(lambda: begin() if keeps else ({}, None), reason)
         if fault:
             raise UserError(fault)
         records, file = begun
-        (first, *_) = distributed.exchange(json.dumps(list(records.items())).encode())
+        (first, *_) = distributed.all_gather_bytes(json.dumps(list(records.items())).encode())
         partial = cls(path, dict(json.loads(first)), file)
         try:
             yield partial
@@ -69,7 +71,7 @@ class Partial:
 
     def add(self, found: Records) -> None:
         """Adds what all processes have found for a batch. Raises a UserError where it cannot be kept."""
-        for part in distributed.exchange(json.dumps(list(found.items())).encode()):
+        for part in distributed.all_gather_bytes(json.dumps(list(found.items())).encode()):
             new: Records = dict(json.loads(part))
             if self._file is not None:
                 try:
@@ -79,7 +81,7 @@ class Partial:
                     raise UserError(f"cannot write {self._path}: {error.strerror}; make room") from error
             self.records |= new
 
-    def kept(self) -> str:
+    def progress_note(self) -> str:
         """What an interrupted user needs to know."""
         if self._path is None or not self.records:
             return "nothing was written"
@@ -101,7 +103,7 @@ def _read(path: Path, head: str) -> Records:
     except (OSError, UnicodeDecodeError, ValueError):  # no file, no text or no line in it
         return {}
     if first != head:
-        say(f"{path}: of another model, protocol or data set; it is begun anew")
+        log(f"{path}: of another model, protocol or data set; it is begun anew")
         return {}
     records: Records = {}
     for line in filter(None, lines):

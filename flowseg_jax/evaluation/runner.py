@@ -24,16 +24,16 @@ from flowseg_jax.data.masks import encode
 from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation import examples, metrics, postprocess, protocols
 from flowseg_jax.evaluation.evaluator import Evaluator
-from flowseg_jax.evaluation.examples import Example
-from flowseg_jax.evaluation.resumable import Partial
+from flowseg_jax.evaluation.examples import GallerySample
+from flowseg_jax.evaluation.resumable import ResumableRecords
 from flowseg_jax.system import distributed, host, paths
-from flowseg_jax.types import NONE
-from flowseg_jax.writers import duration, heartbeat, say
+from flowseg_jax.types import PAD
+from flowseg_jax.writers import duration, heartbeat, log
 
 HEARTBEAT = 8.0  # seconds of silence until a line of progress
 
 
-class Data(Protocol):
+class EvalSource(Protocol):
     """What is evaluated: `data.eval_dataset.EvalData`, an iterable of this process's part of each batch.
 
     Attributes:
@@ -47,14 +47,14 @@ class Data(Protocol):
     def __iter__(self) -> Iterator[Any]: ...
 
 
-class Open(Protocol):
+class DatasetFactory(Protocol):
     """Opens the data of an evaluation, without the images at `skip`, or only with those at `only` (places in the split)."""
 
-    def __call__(self, *, only: Collection[int] | None = None, skip: Collection[int] = ()) -> Data: ...
+    def __call__(self, *, only: Collection[int] | None = None, skip: Collection[int] = ()) -> EvalSource: ...
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluation:
+class EvalResult:
     """What a run over a split yields.
 
     Attributes:
@@ -65,13 +65,13 @@ class Evaluation:
 
     result: dict[str, Any]
     records: list[dict[str, Any]]
-    examples: dict[str, list[Example]]
+    examples: dict[str, list[GallerySample]]
 
 
 def evaluate(
     evaluator: Evaluator,
     params: Any,
-    data: Open,
+    data: DatasetFactory,
     *,
     split: str,
     out: Path | str | None = None,
@@ -81,7 +81,7 @@ def evaluate(
     no_target_below: float = 0.0,
     gallery: int = 0,
     save_masks: bool = False,
-) -> Evaluation:
+) -> EvalResult:
     """Evaluates a split and writes its results. Every process calls it alike.
 
     Args:
@@ -109,12 +109,12 @@ def evaluate(
     record_of = functools.partial(_record, protocol=protocol, no_target_below=no_target_below)
     params = evaluator.place(params)
     before, begin = evaluator.compiles.total(), time.monotonic()
-    with Partial.open(
+    with ResumableRecords.open(
         None if out is None else Path(out) / f"{name}.partial.jsonl",
         about | {"protocol": protocol.name, "save_masks": save_masks},
     ) as partial:
         if partial.records:
-            say(f"evaluate {name}: going on behind {len(partial.records)} images of an earlier start")
+            log(f"evaluate {name}: going on behind {len(partial.records)} images of an earlier start")
         remaining = data(skip=partial.records.keys())
         kept = sum(map(len, partial.records.values()))
         _fill(evaluator, params, remaining, partial, record_of, name, save_masks, kept + remaining.samples)
@@ -131,38 +131,38 @@ def evaluate(
         shown = _illustrate(evaluator, params, data, partial.records, chosen) if gallery else {}
         if out is not None and distributed.is_primary():
             lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
-            storage.replace_text(Path(out) / f"{name}.jsonl", lines)
-            storage.replace_text(Path(out) / f"{name}.json", json.dumps(result, indent=1) + "\n")
+            storage.write_text_atomic(Path(out) / f"{name}.jsonl", lines)
+            storage.write_text_atomic(Path(out) / f"{name}.json", json.dumps(result, indent=1) + "\n")
         partial.finish()
-    return Evaluation(result, records, shown)
+    return EvalResult(result, records, shown)
 
 
 def _tell(name: str, result: Mapping[str, Any], samples: int, seconds: float, evaluator: Evaluator, before: int) -> None:
     """Speed and numbers, for the console."""
     compiled = ", ".join(f"{count} {what}" for what, count in evaluator.compiles.items())
-    say(
+    log(
         f"evaluate {name}: {samples} samples in {duration(seconds)}, {samples / max(seconds, 1e-9):.1f}/s;"
         f" {evaluator.compiles.total() - before} compilations (so far: {compiled}); {host.memory_line()}"
     )
-    say(
-        f"evaluate {name}: {result['protocol']}, {metrics.in_words(result)},"
+    log(
+        f"evaluate {name}: {result['protocol']}, {metrics.format_metrics(result)},"
         f" oracle cIoU {result['oracle_ciou']:.2f}, oracle gIoU {result['oracle_giou']:.2f},"
         f" selection gap {result['selection_gap']:.2f}, failed {result['failed']}"
         + "".join(f", {count} of them {reason}" for reason, count in result["failures"].items())
     )
     if first := result.get("first_text"):  # ReasonSeg's two ways to count
         for texts, table in (("all texts", result), ("first text", first)):
-            parts = "; ".join(f"{family}: {metrics.in_words(row)}" for family, row in table["families"].items())
-            say(f"evaluate {name}: {texts}: {metrics.in_words(table)}; {parts}")
+            parts = "; ".join(f"{family}: {metrics.format_metrics(row)}" for family, row in table["families"].items())
+            log(f"evaluate {name}: {texts}: {metrics.format_metrics(table)}; {parts}")
     for other, figures in result["also"].items():
-        say(f"evaluate {name}: {other}, {metrics.in_words(figures)}")
+        log(f"evaluate {name}: {other}, {metrics.format_metrics(figures)}")
 
 
-Round = tuple[Any, postprocess.Chosen, postprocess.Restored]
+Round = tuple[Any, postprocess.SelectedMasks, postprocess.FullSizeMasks]
 
 
 def _dispatched(
-    evaluator: Evaluator, params: Any, data: Data, reading: Callable[[], None] = lambda: None
+    evaluator: Evaluator, params: Any, data: EvalSource, reading: Callable[[], None] = lambda: None
 ) -> Iterator[tuple[Any, list[Round]]]:
     """Batches with their rounds, one behind what is being computed.
 
@@ -171,7 +171,7 @@ def _dispatched(
     batches, last = iter(data), None
     reason = lambda error: str(error) if isinstance(error, UserError) else None  # noqa: E731
     while True:
-        batch, fault = distributed.attempt(lambda: next(batches, None), reason)
+        batch, fault = distributed.collective_try(lambda: next(batches, None), reason)
         running = None
         if batch is not None:
             reading()
@@ -188,8 +188,8 @@ def _dispatched(
 def _fill(
     evaluator: Evaluator,
     params: Any,
-    data: Data,
-    partial: Partial,
+    data: EvalSource,
+    partial: ResumableRecords,
     record_of: Callable[..., dict[str, Any]],
     name: str,
     save_masks: bool,
@@ -213,7 +213,7 @@ def _fill(
                     _collect(found, batch, asked, chosen, restored, record_of, save_masks)
                 partial.add(found)
         except UserError as error:
-            raise UserError(f"{error}; {partial.kept()}") from None
+            raise UserError(f"{error}; {partial.progress_note()}") from None
         beat.message = f"evaluate {name}"
 
 
@@ -221,14 +221,14 @@ def _collect(
     found: dict[int, list[dict[str, Any]]],
     batch: Any,
     asked: Any,
-    chosen: postprocess.Chosen,
-    restored: postprocess.Restored,
+    chosen: postprocess.SelectedMasks,
+    restored: postprocess.FullSizeMasks,
     record_of: Callable[..., dict[str, Any]],
     save_masks: bool,
 ) -> None:
     """The records of one round of this process's rows."""
-    query, score, rank = sharding.local_rows((chosen.query, chosen.score, chosen.rank))
-    counted = sharding.local_rows(dataclasses.replace(restored, masks=restored.masks if save_masks else None))
+    query, score, rank = sharding.to_local_numpy((chosen.query, chosen.score, chosen.rank))
+    counted = sharding.to_local_numpy(dataclasses.replace(restored, masks=restored.masks if save_masks else None))
     for b, samples in enumerate(asked.samples):
         for k, sample in enumerate(samples):
             numbers = {
@@ -245,10 +245,10 @@ def _collect(
 def _illustrate(
     evaluator: Evaluator,
     params: Any,
-    data: Open,
+    data: DatasetFactory,
     records: Mapping[int, list[dict[str, Any]]],
     chosen: Mapping[str, list[int]],
-) -> dict[str, list[Example]]:
+) -> dict[str, list[GallerySample]]:
     """Evaluates the chosen samples' images once more, now with their masks.
 
     Args:
@@ -257,7 +257,7 @@ def _illustrate(
     """
     order = [(place, k) for place in sorted(records) for k in range(len(records[place]))]
     wanted = {order[index] for indices in chosen.values() for index in indices}
-    mine: dict[tuple[int, int], Example] = {}
+    mine: dict[tuple[int, int], GallerySample] = {}
     for batch, rounds in _dispatched(evaluator, params, data(only={place for place, _ in wanted})):
         before = [0] * len(batch.places)
         for asked, _, restored in rounds:
@@ -267,14 +267,14 @@ def _illustrate(
                 for k in range(len(samples)):
                     if (place, before[b] + k) not in wanted:
                         continue
-                    masks = sharding.local_rows(restored.masks) if masks is None else masks
+                    masks = sharding.to_local_numpy(restored.masks) if masks is None else masks
                     selected, best = (postprocess.unpack_mask(masks[b, k, n], batch.sizes[b]) for n in (0, 1))
                     record = records[place][before[b] + k]
                     truth = np.array(asked.truth[b][k])
-                    mine[place, before[b] + k] = Example(record, np.array(batch.images[b]), truth, selected, best)
+                    mine[place, before[b] + k] = GallerySample(record, np.array(batch.images[b]), truth, selected, best)
                 before[b] += len(samples)
     everyone = {}
-    for part in distributed.exchange(pickle.dumps(mine)):
+    for part in distributed.all_gather_bytes(pickle.dumps(mine)):
         everyone |= pickle.loads(part)
     return {kind: [everyone[order[index]] for index in indices] for kind, indices in chosen.items()}
 
@@ -296,7 +296,7 @@ def _record(
         for raster in ("", "once_")
     }
     (selected, best), (once, best_once) = pairs[""], pairs["once_"]
-    oracle, oracle_once = metrics.better(selected, best), metrics.better(once, best_once)
+    oracle, oracle_once = metrics.best_of(selected, best), metrics.best_of(once, best_once)
     record = {
         "image_id": int(sample.image_id),
         "file_name": sample.file_name,
@@ -329,7 +329,7 @@ def _record(
         "truth_area": selected[0] + selected[1] - int(counted["area"][0]),
         "no_target_below": no_target_below,
         "failed": not bool(counted["finite"][0]),
-        "failure": "" if counted["finite"][0] else "no <SEG>" if query[0] == NONE else "non-finite",
+        "failure": "" if counted["finite"][0] else "no <SEG>" if query[0] == PAD else "non-finite",
     }
     record["iou"] = metrics.sample_iou(record, protocol)
     both_empty = 0.0 if record["failed"] else protocol.both_empty

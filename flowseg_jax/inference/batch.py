@@ -12,21 +12,21 @@ from pathlib import Path
 
 import jax
 
-from flowseg_jax.checkpoints.storage import reason
+from flowseg_jax.checkpoints.storage import short_reason
 from flowseg_jax.errors import UserError
-from flowseg_jax.inference.inputs import Job
-from flowseg_jax.inference.outputs import Unwritable, Writer
-from flowseg_jax.inference.segmentor import Answer, Look, Prediction, Prepared, Segmentor
-from flowseg_jax.inference.selection import nothing
-from flowseg_jax.writers import duration, heartbeat, say
+from flowseg_jax.inference.inputs import PredictionJob
+from flowseg_jax.inference.outputs import PredictionWriter, Unwritable
+from flowseg_jax.inference.segmentor import EncodedImage, GeneratedAnswer, Prediction, PreprocessedImage, Segmentor
+from flowseg_jax.inference.selection import empty_prediction
+from flowseg_jax.writers import duration, heartbeat, log
 
 RUNS, ENOUGH = 5, 2.0  # a latency is the median of so many runs, or of as many as so many seconds hold
 
-Respond = Callable[[Look, Sequence[str]], Sequence[Prediction | Answer]]
+PredictFn = Callable[[EncodedImage, Sequence[str]], Sequence[Prediction | GeneratedAnswer]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Done:
+class RunSummary:
     """What came of a run.
 
     Attributes:
@@ -38,10 +38,12 @@ class Done:
     answered: int
     failed: int
     paths: list[Path]
-    last: tuple[Prepared, Sequence[str]] | None
+    last: tuple[PreprocessedImage, Sequence[str]] | None
 
 
-def run(segmentor: Segmentor, jobs: Sequence[Job], respond: Respond, writer: Writer, *, strict: bool = False) -> Done:
+def run(
+    segmentor: Segmentor, jobs: Sequence[PredictionJob], respond: PredictFn, writer: PredictionWriter, *, strict: bool = False
+) -> RunSummary:
     """Answers all jobs and writes the predictions; says which images failed and, for several, how fast it went.
 
     Args:
@@ -57,7 +59,7 @@ def run(segmentor: Segmentor, jobs: Sequence[Job], respond: Respond, writer: Wri
         Exception: with `strict`, what an image raises.
     """
     for job in jobs:
-        segmentor.check(job.texts, job.where)
+        segmentor.validate_texts(job.texts, job.where)
     failed, paths, last, started = 0, [], None, time.monotonic()
     with heartbeat(f"predict: 0/{len(jobs)} images, loading and compiling") as beat:
         for number, (job, ready) in enumerate(_prepared(segmentor, jobs), 1):
@@ -70,9 +72,13 @@ def run(segmentor: Segmentor, jobs: Sequence[Job], respond: Respond, writer: Wri
             except Exception as error:
                 if strict:
                     raise
-                why = str(error) if isinstance(error, UserError) else f"{job.image}: {type(error).__name__}: {reason(error)}"
+                why = (
+                    str(error)
+                    if isinstance(error, UserError)
+                    else f"{job.image}: {type(error).__name__}: {short_reason(error)}"
+                )
                 failed += 1
-                say(f"failed: {why}")
+                log(f"failed: {why}")
                 writer.fail(os.fspath(job.image), why)
             rate = number / max(time.monotonic() - started, 1e-9)
             beat.message = f"predict: {number}/{len(jobs)} images, {rate:.1f}/s"
@@ -80,19 +86,21 @@ def run(segmentor: Segmentor, jobs: Sequence[Job], respond: Respond, writer: Wri
     answered = len(jobs) - failed
     if len(jobs) > 1:
         seconds = time.monotonic() - started
-        say(
+        log(
             f"predict: {answered} of {len(jobs)} images answered in {duration(seconds)}, compilation included"
             f" ({len(jobs) / max(seconds, 1e-9):.1f} images/s); {failed} failed"
         )
-    return Done(answered, failed, paths, last)
+    return RunSummary(answered, failed, paths, last)
 
 
-def _prepared(segmentor: Segmentor, jobs: Sequence[Job]) -> Iterator[tuple[Job, Prepared | Exception]]:
+def _prepared(
+    segmentor: Segmentor, jobs: Sequence[PredictionJob]
+) -> Iterator[tuple[PredictionJob, PreprocessedImage | Exception]]:
     """Each job with its image, or with what is wrong with it; a thread is one image ahead."""
 
-    def prepare(job: Job) -> Prepared | Exception:
+    def prepare(job: PredictionJob) -> PreprocessedImage | Exception:
         try:
-            return segmentor.prepare(job.image)
+            return segmentor.preprocess(job.image)
         except Exception as error:
             return error
 
@@ -105,32 +113,34 @@ def _prepared(segmentor: Segmentor, jobs: Sequence[Job]) -> Iterator[tuple[Job, 
             yield job, ready
 
 
-def _predictions(segmentor: Segmentor, job: Job, ready: Prepared | Exception, respond: Respond) -> list[Prediction]:
+def _predictions(
+    segmentor: Segmentor, job: PredictionJob, ready: PreprocessedImage | Exception, respond: PredictFn
+) -> list[Prediction]:
     if isinstance(ready, Exception):
         raise ready
     for note in ready.notes:
-        say(f"note: {ready.name}: {note}")
-    look, predictions = segmentor.look(ready), []
+        log(f"note: {ready.name}: {note}")
+    look, predictions = segmentor.encode_image(ready), []
     for response in respond(look, job.texts):
         if isinstance(response, Prediction):
             predictions.append(response)
             continue
         cut = "" if response.complete else " ... (cut: --max-tokens)"
-        say(f"{look.name}: {response.question}\n  {response.text}{cut}")
+        log(f"{look.name}: {response.question}\n  {response.text}{cut}")
         predictions += response.predictions or [
-            nothing(look.name, response.question, look.image, response.text, response.failure)
+            empty_prediction(look.name, response.question, look.image, response.text, response.failure)
         ]
     return predictions
 
 
-def latency(segmentor: Segmentor, ready: Prepared, texts: Sequence[str], respond: Respond) -> str:
+def latency(segmentor: Segmentor, ready: PreprocessedImage, texts: Sequence[str], respond: PredictFn) -> str:
     """A line with what an image and what an expression cost once everything is compiled.
 
     Looking runs from the decoded and resized image to the end of what the expressions share. Asking runs from the texts to
     masks at the original size in memory, all texts of the image together; each is charged its share.
     """
-    look = segmentor.look(ready)
-    looking = _median(lambda: jax.block_until_ready(segmentor.look(ready).seen))
+    look = segmentor.encode_image(ready)
+    looking = _median(lambda: jax.block_until_ready(segmentor.encode_image(ready).seen))
     each = _median(lambda: respond(look, texts)) / len(texts)
     return (
         f"warm latency: first expression {looking + each:.1f} ms, each further one {each:.1f} ms;"

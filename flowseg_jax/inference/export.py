@@ -8,9 +8,9 @@ spans, positions and segments are found by the marks inside the program. `docs/e
 from __future__ import annotations
 
 if __name__ == "__main__":  # before the imports, so that a Ctrl-C while they last is as clean as later
-    from flowseg_jax.errors import run
+    from flowseg_jax.errors import run_cli
 
-    run("flowseg_jax.inference.export:main")
+    run_cli("flowseg_jax.inference.export:main")
 
 import contextlib
 import dataclasses
@@ -30,32 +30,32 @@ from jaxtyping import Array, Int
 from safetensors import SafetensorError
 
 from flowseg_jax import cli
-from flowseg_jax.checkpoints.manifest import compare, flatten, manifest, nest
-from flowseg_jax.checkpoints.pretrained import check_free, load_model, read_model_config
-from flowseg_jax.checkpoints.storage import cast, provenance
+from flowseg_jax.checkpoints.manifest import check_manifest, flatten_params, manifest, unflatten_params
+from flowseg_jax.checkpoints.pretrained import load_pretrained, read_model_config, require_empty_directory
+from flowseg_jax.checkpoints.storage import cast_like, provenance
 from flowseg_jax.data import collate
-from flowseg_jax.data.prompts import Prompts
+from flowseg_jax.data.prompts import PromptTemplates
 from flowseg_jax.data.tokenizer import Tokenizer, load_tokenizer
-from flowseg_jax.errors import UserError, not_writable, suggest
+from flowseg_jax.errors import UserError, did_you_mean, not_writable
 from flowseg_jax.evaluation import postprocess
-from flowseg_jax.evaluation.benchmark import digest
+from flowseg_jax.evaluation.benchmark import params_digest
 from flowseg_jax.models import flowseg
 from flowseg_jax.models.config import FlowSegConfig
-from flowseg_jax.models.language import Cache
-from flowseg_jax.ops.portable import portable
+from flowseg_jax.models.language import KVCache
+from flowseg_jax.ops.portable import without_kernels
 from flowseg_jax.system import locks
 from flowseg_jax.system.json_files import expect, number
-from flowseg_jax.types import IMAGE_TOKEN, NONE, Questions, Views
-from flowseg_jax.writers import heartbeat, say
+from flowseg_jax.types import IMAGE_TOKEN_INDEX, PAD, ExpressionQueries, ImageInputs
+from flowseg_jax.writers import heartbeat, log
 
 FORMAT = "flowseg_jax export"
 FORMAT_VERSION = 1
 PLATFORMS = ("cpu", "tpu", "cuda")
-END = NONE  # stands behind each conversation, and in what is left of the room
+END = PAD  # stands behind each conversation, and in what is left of the room
 
 
 @dataclasses.dataclass(frozen=True)
-class Room:
+class ExportShapes:
     """The static sizes of the programs.
 
     Attributes:
@@ -75,7 +75,7 @@ class Room:
 
 
 @dataclasses.dataclass(frozen=True)
-class Wording:
+class PromptTokens:
     """Everything said around an expression, as token ids.
 
     Attributes:
@@ -92,9 +92,9 @@ class Wording:
     seg: int
 
     @classmethod
-    def of(cls, prompts: Prompts, tokenizer: Tokenizer, visual_tokens: int) -> Wording:
+    def of(cls, prompts: PromptTemplates, tokenizer: Tokenizer, visual_tokens: int) -> PromptTokens:
         """The fixed wording of a model's prompts. A mark splits the text, so that the parts do not depend on the expression."""
-        (conversation,) = collate.ask(dataclasses.replace(prompts, vary=False), ["it"])
+        (conversation,) = collate.make_conversations(dataclasses.replace(prompts, vary=False), ["it"])
         said = collate.encode_conversation(conversation, prompts, tokenizer, "the wording").tokens
         start, end = said.index(tokenizer.phrase_start), said.index(tokenizer.phrase_end)
         prefix = collate.encode_prefix(prompts, tokenizer, visual_tokens)
@@ -102,62 +102,64 @@ class Wording:
 
     def to_json(self) -> dict[str, Any]:
         """The fields, with the number of the image's slots in place of the slots."""
-        text = [token for token in self.prefix if token != IMAGE_TOKEN]
+        text = [token for token in self.prefix if token != IMAGE_TOKEN_INDEX]
         return dataclasses.asdict(self) | {"prefix": text, "visual_tokens": len(self.prefix) - len(text)}
 
 
-def questions(tokens: Int[Array, "b t"], phrases: int, wording: Wording) -> Questions:
+def questions(tokens: Int[Array, "b t"], phrases: int, wording: PromptTokens) -> ExpressionQueries:
     """What is asked, from token ids alone: conversations one after the other, `END` behind each and in the rest of the room.
 
     The result is that of `batching.questions`, but for the slots that the ends take.
     """
     real = tokens != END
     at = jnp.arange(tokens.shape[1], dtype=jnp.int32)
-    number = jnp.where(real, jnp.cumsum(~real, 1, dtype=jnp.int32), NONE)
+    number = jnp.where(real, jnp.cumsum(~real, 1, dtype=jnp.int32), PAD)
     first = jax.lax.cummax(jnp.where(real, 0, at + 1), axis=1)
     starts, ends = tokens == wording.phrase_start, tokens == wording.phrase_end
     inside = jnp.cumsum(starts, 1) > jnp.cumsum(ends, 1) - ends  # both marks belong to the span
-    return Questions(
-        tokens=jnp.where(real, tokens, 0),
-        positions=jnp.where(real, len(wording.prefix) + at - first, 0),
-        segments=jnp.where(real, number + 1, NONE),
-        phrase_ids=jnp.where(real & inside, number, NONE),
-        seg_ids=jnp.where(tokens == wording.seg, number, NONE),
-        asked=(number[:, None] == jnp.arange(phrases)[:, None]).any(-1),
+    return ExpressionQueries(
+        input_ids=jnp.where(real, tokens, 0),
+        position_ids=jnp.where(real, len(wording.prefix) + at - first, 0),
+        segment_ids=jnp.where(real, number + 1, PAD),
+        phrase_ids=jnp.where(real & inside, number, PAD),
+        seg_ids=jnp.where(tokens == wording.seg, number, PAD),
+        query_valid=(number[:, None] == jnp.arange(phrases)[:, None]).any(-1),
     )
 
 
 def lower(
     cfg: FlowSegConfig,
     weights: Mapping[str, jax.ShapeDtypeStruct],
-    wording: Wording,
-    room: Room,
+    wording: PromptTokens,
+    room: ExportShapes,
     platforms: Sequence[str] = PLATFORMS,
 ) -> dict[str, jax_export.Exported]:
     """The programs `see` and `ask`, lowered for the platforms; that takes neither the hardware nor the weights.
 
     Both take the weights first, a flat dict by name, and everything else by keyword; `docs/export.md` says what.
     """
-    graphdef, abstract = flowseg.describe(cfg)
-    abstract = flowseg.at_rest(abstract)
+    graphdef, abstract = flowseg.abstract_model(cfg)
+    abstract = flowseg.params_dict(abstract)
     prefix = np.array(wording.prefix, np.int32)
 
     def model(weights: Mapping[str, Array]) -> flowseg.FlowSeg:
-        return flowseg.bind(graphdef, cast(nest(weights), abstract))
+        return flowseg.bind_params(graphdef, cast_like(unflatten_params(weights), abstract))
 
     def see(weights, *, images, scaled_size, vision_images):
-        seen = model(weights).see(Views(images, scaled_size, vision_images), prefix)
+        seen = model(weights).prefill_image(ImageInputs(images, scaled_size, vision_images), prefix)
         # Plain containers: whoever loads the program knows no class of ours.
-        return {"mask_features": seen.mask_features, "levels": seen.levels, "cache": vars(seen.cache)}
+        return {"mask_features": seen.mask_features, "levels": seen.multi_scale_features, "cache": vars(seen.kv_cache)}
 
     def ask(weights, *, seen, tokens):
         network, asked = model(weights), questions(tokens, room.phrases, wording)
-        found = network.ask(flowseg.Seen(seen["mask_features"], seen["levels"], Cache(**seen["cache"])), asked)
-        chosen = postprocess.top(found.scores, found.mask_logits, 1)
+        found = network.predict_cached(
+            flowseg.ImageCache(seen["mask_features"], seen["levels"], KVCache(**seen["cache"])), asked
+        )
+        chosen = postprocess.top_k_masks(found.scores, found.mask_logits, 1)
         logits = postprocess.refine(network, chosen.logits, found.mask_features)
         return {
             "scores": found.scores,
-            "query": jnp.where(asked.asked, chosen.query[..., 0], NONE),
+            "query": jnp.where(asked.query_valid, chosen.query[..., 0], PAD),
             "logits": logits[:, :, 0],
         }
 
@@ -168,7 +170,7 @@ def lower(
         "vision_images": jax.ShapeDtypeStruct((room.batch, vision, vision, 3), jnp.uint8),
     }
     tokens = jax.ShapeDtypeStruct((room.batch, room.text), jnp.int32)
-    with portable():
+    with without_kernels():
         looks = jax_export.export(jax.jit(see), platforms=platforms)(weights, **views)
         seen = jax.tree.unflatten(looks.out_tree, [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in looks.out_avals])
         asks = jax_export.export(jax.jit(ask), platforms=platforms)(weights, seen=seen, tokens=tokens)
@@ -178,7 +180,7 @@ def lower(
 def export(
     directory: str | os.PathLike[str],
     out: str | os.PathLike[str],
-    room: Room | None = None,
+    room: ExportShapes | None = None,
     platforms: Sequence[str] = PLATFORMS,
 ) -> Path:
     """Exports a model directory; the result appears complete or not at all.
@@ -193,20 +195,22 @@ def export(
         UserError: an unknown platform, an `out` that exists or cannot be written, a model directory that is missing, damaged or
             cannot answer expressions, a tokenizer without a `tokenizer.json`, a room in which no expression fits.
     """
-    room, target, platforms = room or Room(), Path(out).absolute(), _known(platforms)
+    room, target, platforms = room or ExportShapes(), Path(out).absolute(), _known(platforms)
     with locks.held(target, beside=True):
         return _export(directory, target, room, platforms)
 
 
-def _export(directory: str | os.PathLike[str], target: Path, room: Room, platforms: Sequence[str]) -> Path:
-    check_free(target)
+def _export(directory: str | os.PathLike[str], target: Path, room: ExportShapes, platforms: Sequence[str]) -> Path:
+    require_empty_directory(target)
     stored = read_model_config(directory)
     cfg = FlowSegConfig.from_dict(stored["model"], f"{directory}/config.json: model")
-    cfg.check_complete(str(directory))
-    compare(manifest(flowseg.at_rest(flowseg.describe(cfg)[1])), stored["manifest"], f"model directory {directory}")
-    loaded = load_model(directory, dtype=None)
-    prompts = Prompts.of_model(loaded.extra, directory)
-    tokenizer = load_tokenizer(loaded.tokenizer_dir, needed=prompts.needed)
+    cfg.require_full_model(str(directory))
+    check_manifest(
+        manifest(flowseg.params_dict(flowseg.abstract_model(cfg)[1])), stored["manifest"], f"model directory {directory}"
+    )
+    loaded = load_pretrained(directory, dtype=None)
+    prompts = PromptTemplates.of_model(loaded.extra, directory)
+    tokenizer = load_tokenizer(loaded.tokenizer_dir, needed=prompts.special_tokens)
     backend = getattr(tokenizer.hf, "backend_tokenizer", None)
     if backend is None:
         raise UserError(f"{directory}: its tokenizer is not a fast one, which alone can be written as tokenizer.json")
@@ -214,17 +218,17 @@ def _export(directory: str | os.PathLike[str], target: Path, room: Room, platfor
         raise UserError(f"{directory}: the tokenizer has {tokenizer.vocab} ids, the model's embedding table {cfg.llm.vocab}")
     below = loaded.extra.get("no_target_below", 0.0)
     expect(number(below, least=0, most=1), below, f"{directory}/config.json: extra.no_target_below", "a number from 0 to 1")
-    wording = Wording.of(prompts, tokenizer, cfg.visual_tokens)
+    wording = PromptTokens.of(prompts, tokenizer, cfg.num_visual_tokens)
     if room.text < (least := len(wording.before) + len(wording.after) + 3):
         raise UserError(f"text is {room.text}: even the shortest expression takes {least} tokens")
-    weights = flatten(loaded.params)
+    weights = flatten_params(loaded.params)
     with heartbeat(f"lowering for {', '.join(platforms)}"):
         kinds = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in weights.items()}
         programs = lower(cfg, kinds, wording, room, platforms)
     about = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "checkpoint": {"digest": digest(stored), "step": loaded.extra.get("step")},
+        "checkpoint": {"digest": params_digest(stored), "step": loaded.extra.get("step")},
         **provenance(),
         "platforms": platforms,
         "room": dataclasses.asdict(room),
@@ -256,7 +260,7 @@ def _export(directory: str | os.PathLike[str], target: Path, room: Room, platfor
 def _known(platforms: Sequence[str]) -> list[str]:
     for name in platforms:
         if name not in PLATFORMS:
-            raise UserError(f"unknown platform {name!r}{suggest(name, PLATFORMS)}")
+            raise UserError(f"unknown platform {name!r}{did_you_mean(name, PLATFORMS)}")
     return list(dict.fromkeys(platforms))
 
 
@@ -282,13 +286,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     cli.add_model_flags(parser)
     parser.add_argument("--out", metavar="DIR", required=True, help="the directory to make")
-    parser.add_argument("--batch", type=int, default=Room.batch, metavar="B", help="images at a time, default %(default)s")
     parser.add_argument(
-        "--phrases", type=int, default=Room.phrases, metavar="K", help="expressions an image, default %(default)s"
+        "--batch", type=int, default=ExportShapes.batch, metavar="B", help="images at a time, default %(default)s"
     )
-    parser.add_argument("--text", type=int, default=Room.text, metavar="T", help="token ids an image, default %(default)s")
+    parser.add_argument(
+        "--phrases", type=int, default=ExportShapes.phrases, metavar="K", help="expressions an image, default %(default)s"
+    )
+    parser.add_argument(
+        "--text", type=int, default=ExportShapes.text, metavar="T", help="token ids an image, default %(default)s"
+    )
     parser.add_argument("--platforms", default=",".join(PLATFORMS), metavar="LIST", help="default %(default)s")
     arguments = parser.parse_args(argv)
-    room = Room(arguments.batch, arguments.phrases, arguments.text)
-    say(str(export(cli.model_directory(arguments), arguments.out, room, arguments.platforms.split(","))))
+    room = ExportShapes(arguments.batch, arguments.phrases, arguments.text)
+    log(str(export(cli.model_directory(arguments), arguments.out, room, arguments.platforms.split(","))))
     return 0

@@ -11,11 +11,11 @@ from typing import Any
 
 from PIL import Image, ImageFile
 
-from flowseg_jax.errors import UserError, brief, quoted, suggest
+from flowseg_jax.errors import UserError, brief, did_you_mean, quoted
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class PredictionJob:
     """An image and what is asked about it; `where` the texts come from, for errors about them."""
 
     image: Path
@@ -23,7 +23,7 @@ class Job:
     where: str
 
 
-def images(path: str | os.PathLike[str], texts: Sequence[str], where: str) -> list[Job]:
+def jobs_from_images(path: str | os.PathLike[str], texts: Sequence[str], where: str) -> list[PredictionJob]:
     """A job for an image, or one for each image in a folder, by name; folders inside of it are not entered,
     hidden files are left out.
 
@@ -34,7 +34,7 @@ def images(path: str | os.PathLike[str], texts: Sequence[str], where: str) -> li
     if not path.exists():
         raise UserError(f"{path}: no such image or folder")
     if not path.is_dir():
-        return [Job(path, tuple(texts), where)]
+        return [PredictionJob(path, tuple(texts), where)]
     known = {suffix for suffix, name in Image.registered_extensions().items() if _readable(name)}
     try:
         shown = [file for file in path.iterdir() if not file.name.startswith(".")]  # macOS leaves `._a.jpg` beside `a.jpg`
@@ -43,7 +43,7 @@ def images(path: str | os.PathLike[str], texts: Sequence[str], where: str) -> li
         raise UserError(f"{path}: cannot read the folder ({error.strerror})") from None
     if not found:
         raise UserError(f"{path}: the folder holds no image file")
-    return [Job(file, tuple(texts), where) for file in found]
+    return [PredictionJob(file, tuple(texts), where) for file in found]
 
 
 def _readable(name: str) -> bool:
@@ -52,7 +52,7 @@ def _readable(name: str) -> bool:
     return opener is not None and not (isinstance(opener, type) and issubclass(opener, ImageFile.StubImageFile))
 
 
-def lines(path: str | os.PathLike[str]) -> list[Job]:
+def jobs_from_jsonl(path: str | os.PathLike[str]) -> list[PredictionJob]:
     """The jobs of a JSONL: lines `{"image": path, "text": text or list of texts}`, paths relative to the file's folder.
 
     Other fields and empty lines are ignored.
@@ -73,7 +73,7 @@ def lines(path: str | os.PathLike[str]) -> list[Job]:
     return jobs
 
 
-def _job(path: Path, where: str, line: str) -> Job:
+def _job(path: Path, where: str, line: str) -> PredictionJob:
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -86,10 +86,10 @@ def _job(path: Path, where: str, line: str) -> Job:
         raise UserError(f"{where}: image must be a path, got {quoted(image)}")
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise UserError(f"{where}: text must be a string or a list of strings, got {quoted(texts)}")
-    return Job(path.parent / image, tuple(texts), where)
+    return PredictionJob(path.parent / image, tuple(texts), where)
 
 
 def _field(entry: dict[str, Any], name: str, where: str) -> Any:
     if name not in entry:
-        raise UserError(f"{where}: {name} is missing{suggest(name, entry)}")
+        raise UserError(f"{where}: {name} is missing{did_you_mean(name, entry)}")
     return entry[name]

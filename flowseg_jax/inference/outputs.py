@@ -13,12 +13,12 @@ from typing import IO, Any
 import numpy as np
 from PIL import Image
 
-from flowseg_jax.errors import UserError, suggest
+from flowseg_jax.errors import UserError, did_you_mean
 from flowseg_jax.inference.selection import Prediction
 from flowseg_jax.reports import overlay, pictures
 from flowseg_jax.system import locks
 
-KINDS = ("overlay", "rle", "png")
+OUTPUT_KINDS = ("overlay", "rle", "png")
 TABLE = "predictions.jsonl"
 NAME_BYTES = 160  # of an image's name in the names of its files, which the file system allows 255
 # What keeps every file from being written, and not only that of one image.
@@ -33,12 +33,12 @@ def kinds(names: str) -> tuple[str, ...]:
     """The kinds of files in a list like "overlay,rle"; a UserError for an unknown one."""
     chosen = tuple(name.strip() for name in names.split(","))
     for name in chosen:
-        if name not in KINDS:
-            raise UserError(f"--save: unknown kind {name!r}{suggest(name, KINDS)}")
+        if name not in OUTPUT_KINDS:
+            raise UserError(f"--save: unknown kind {name!r}{did_you_mean(name, OUTPUT_KINDS)}")
     return chosen
 
 
-class Writer:
+class PredictionWriter:
     """Writes predictions to a folder as they come. A name that this run has taken gets a number: `photo_it`, `photo_it_2`.
 
     `<image>_<text>.png` is the overlay and `<image>_<text>.mask.png` the mask (white on black). Its description is
@@ -59,7 +59,7 @@ class Writer:
         self._lines: IO[bytes] | None = None
         self._lock = contextlib.ExitStack()
 
-    def __enter__(self) -> Writer:
+    def __enter__(self) -> PredictionWriter:
         self._lock.enter_context(locks.held(self._out))
         return self
 

@@ -13,7 +13,7 @@ from jaxtyping import Bool, UInt8
 from flowseg_jax.data import masks
 from flowseg_jax.errors import UserError
 
-DUPLICATE = 0.8  # a candidate whose IoU with a better one is at least this shows the same thing
+NMS_IOU = 0.8  # a candidate whose IoU with a better one is at least this shows the same thing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Candidate:
 
 
 @dataclasses.dataclass(frozen=True)
-class Selection:
+class SelectionConfig:
     """What of the candidates is the answer.
 
     Attributes:
@@ -46,8 +46,8 @@ class Selection:
     """
 
     top_k: int = 5
-    all_above: float | None = None
-    no_target_below: float | None = None
+    score_threshold: float | None = None
+    no_target_threshold: float | None = None
 
     def __post_init__(self):
         if self.top_k < 1:
@@ -60,7 +60,7 @@ class Selection:
     @property
     def count(self) -> int:
         """How many candidates it needs at most."""
-        return self.top_k if self.all_above is None else sys.maxsize
+        return self.top_k if self.score_threshold is None else sys.maxsize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,12 +108,12 @@ def _described(mask: Bool[np.ndarray, "y x"]) -> dict[str, Any]:
     return {"area": int(mask.sum()), "rle": {"size": list(mask.shape), "counts": masks.encode(mask.astype(np.uint8))}}
 
 
-def distinct(candidates: Sequence[Candidate]) -> list[Candidate]:
+def mask_nms(candidates: Sequence[Candidate]) -> list[Candidate]:
     """The candidates, best first, without empty ones and near-duplicates of better ones."""
     kept: list[tuple[Candidate, np.ndarray]] = []
     for candidate in candidates:
         bits = np.packbits(candidate.mask)
-        new = all(_count(bits & other) < DUPLICATE * _count(bits | other) for _, other in kept)
+        new = all(_count(bits & other) < NMS_IOU * _count(bits | other) for _, other in kept)
         if new and bits.any():
             kept.append((candidate, bits))
     return [candidate for candidate, _ in kept]
@@ -123,29 +123,29 @@ def _count(bits: np.ndarray) -> int:
     return int(np.bitwise_count(bits).sum())
 
 
-def select(
+def select_prediction(
     name: str,
     text: str,
     image: UInt8[np.ndarray, "y x 3"],
     candidates: Sequence[Candidate],
-    selection: Selection,
+    selection: SelectionConfig,
     answer: str | None = None,
     phrase: str | None = None,
 ) -> Prediction:
     """The answer to a sentence; `candidates`, best first, are at least as many as the selection needs."""
     best, kept = candidates[0], list(candidates)
-    if selection.all_above is not None:
-        kept = distinct([candidate for candidate in kept if candidate.score >= selection.all_above])
-    if best.score < (selection.no_target_below or 0) or not kept:
+    if selection.score_threshold is not None:
+        kept = mask_nms([candidate for candidate in kept if candidate.score >= selection.score_threshold])
+    if best.score < (selection.no_target_threshold or 0) or not kept:
         mask = np.zeros_like(best.mask)
-    elif selection.all_above is None:
+    elif selection.score_threshold is None:
         mask = best.mask
     else:
         mask = np.any([candidate.mask for candidate in kept], 0)
     return Prediction(name, text, image, best.score, mask, kept, answer, phrase)
 
 
-def nothing(name: str, text: str, image: UInt8[np.ndarray, "y x 3"], answer: str, failure: str | None) -> Prediction:
+def empty_prediction(name: str, text: str, image: UInt8[np.ndarray, "y x 3"], answer: str, failure: str | None) -> Prediction:
     """An answer that the model wrote without a `<SEG>` that stands for a phrase: no mask."""
     blank = np.zeros(image.shape[:2], bool)
     return Prediction(name, text, image, None, blank, (), answer=answer, failure=failure)

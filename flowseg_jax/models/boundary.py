@@ -18,9 +18,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from flowseg_jax.models.layers import Conv, param, zeros
+from flowseg_jax.models.layers import Conv, make_param, zeros
 from flowseg_jax.ops.dot import einsum
-from flowseg_jax.ops.morphology import band
+from flowseg_jax.ops.morphology import boundary_band
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ class BoundaryConfig:
             raise ValueError(f"boundary.identity is {self.identity!r}: choose alpha or conv")
 
 
-def sum_of_taps(tap: Callable[[int, int], Float[Array, "*b h w"]]) -> Float[Array, "*b h w"]:
+def conv3x3_to_one_channel(tap: Callable[[int, int], Float[Array, "*b h w"]]) -> Float[Array, "*b h w"]:
     """A 3 x 3 convolution with a border of zeros, from the maps that its taps (y, x) give before they are moved."""
 
     def moved(y: int, x: int) -> Array:
@@ -65,20 +65,20 @@ class BoundaryRefinement(nnx.Module):
         self.compress = Conv(width, cfg.channels, 1, rngs=rngs, init=init)
         # f_refine is one 3x3 convolution of [mask || features] to one channel; channel 0 is the mask.
         self.refine = Conv(1 + cfg.channels, 1, 3, padding=1, rngs=rngs, init=zeros if cfg.identity == "conv" else init)
-        self.alpha = param(rngs, zeros if cfg.identity == "alpha" else nnx.initializers.ones, (1,), (None,))
+        self.alpha = make_param(rngs, zeros if cfg.identity == "alpha" else nnx.initializers.ones, (1,), (None,))
         self.kernel, self.eps = cfg.kernel, cfg.eps
 
     def __call__(self, masks: Float[Array, "b n h w"], features: Float[Array, "b h w d"]) -> Float[Array, "b n h w"]:
         """Refines mask logits [B, N, h, w] with the mask features [B, h, w, D] of their images; float32 in and out."""
         masks = masks.astype(jnp.float32)
-        edge = jax.lax.stop_gradient(band(jax.nn.sigmoid(masks), self.kernel, self.eps))
+        edge = jax.lax.stop_gradient(boundary_band(jax.nn.sigmoid(masks), self.kernel, self.eps))
         # The convolution is linear in its channels: the features' share is computed once an image, not once a mask. And to one
         # channel it is a product with its nine taps, each moved to its place: compilers need long for convolutions this thin.
         kernel, compressed = self.refine.kernel[..., 0], self.compress(features)
         # Sixteen rows for nine taps: XLA's GPU compiler finds no tiles for nine.
         rows = jnp.pad(kernel[:, :, 1:].reshape(9, -1), ((0, 7), (0, 0))).astype(compressed.dtype)
         of_features = einsum("bhwc,tc->tbhw", compressed, rows)
-        shared = sum_of_taps(lambda y, x: of_features[3 * y + x])
-        own = sum_of_taps(lambda y, x: masks * kernel[y, x, 0])
+        shared = conv3x3_to_one_channel(lambda y, x: of_features[3 * y + x])
+        own = conv3x3_to_one_channel(lambda y, x: masks * kernel[y, x, 0])
         delta = jnp.tanh(own + shared[:, None] + self.refine.bias[...]) * self.alpha[...]
         return jnp.where(edge > 0, masks + delta, masks)

@@ -77,16 +77,16 @@ class FlowSegConfig:
             )
 
     @property
-    def segments(self) -> bool:
+    def has_mask_decoder(self) -> bool:
         """Whether it has a mask decoder."""
         return self.parts != "language"
 
     @property
-    def speaks(self) -> bool:
+    def has_language_model(self) -> bool:
         """Whether it has a language model."""
         return self.parts != "segmentor"
 
-    def check_complete(self, where: str) -> None:
+    def require_full_model(self, where: str) -> None:
         """Raises a UserError unless the model can be asked for something: without language, or without masks, it cannot."""
         if self.parts != "all":
             raise UserError(
@@ -95,12 +95,12 @@ class FlowSegConfig:
             )
 
     @property
-    def visual_tokens(self) -> int:
+    def num_visual_tokens(self) -> int:
         """Visual tokens an image puts into the prompt: SigLIP's and a quarter of SAM's; none without a language model."""
-        if not self.speaks:
+        if not self.has_language_model:
             return 0
-        side = (self.sam.grid + 1) // 2
-        return self.siglip.tokens + side * side
+        side = (self.sam.grid_size + 1) // 2
+        return self.siglip.num_patches + side * side
 
     @classmethod
     def tiny(cls, vocab: int = 512, classes: int = 0) -> FlowSegConfig:

@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from flowseg_jax.errors import UserError
-from flowseg_jax.models.layers import Conv, LayerNorm, Linear, gelu, normal, torch_uniform
+from flowseg_jax.models.layers import Conv, LayerNorm, Linear, gelu, normal_init, torch_default_init
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,17 +51,17 @@ class ConnectorConfig:
         return cls(channels=(96, 96, 96), hidden=48)
 
     @property
-    def order(self) -> tuple[int, ...]:
+    def low_to_high_order(self) -> tuple[int, ...]:
         """Indices of the incoming maps, sorted so that the outgoing maps go from low to high resolution."""
         return tuple(sorted(range(len(self.scales)), key=lambda i: self.scales[i]))
 
     @property
     def out_channels(self) -> tuple[int, ...]:
         """Width of each outgoing map, low to high resolution: the pixel decoder's `channels`."""
-        return tuple(_widths(self.channels[i], self.scales[i])[1] for i in self.order)
+        return tuple(_widths(self.channels[i], self.scales[i])[1] for i in self.low_to_high_order)
 
     @property
-    def multiple(self) -> int:
+    def pad_multiple(self) -> int:
         """Height and width are padded to a multiple of this, the same for all maps so that the levels stay aligned."""
         return max(2, *(_factors(scale)[1] for scale in self.scales))
 
@@ -116,15 +116,20 @@ def pad_to_multiple(x: Float[Array, "b h w c"], multiple: int = 2) -> Float[Arra
     return jnp.pad(x, ((0, 0), (0, bottom), (0, right), (0, 0))) if bottom or right else x
 
 
-class Projector(nnx.Module):
+class MlpProjector(nnx.Module):
     """Linear - GELU(erf) - Linear with biases, PyTorch's default initial values (scaffold 1.5, 1.6, 2.6)."""
 
     def __init__(self, d_in: int, hidden: int, d_out: int, *, rngs: nnx.Rngs):
         self.up = Linear(
-            d_in, hidden, rngs=rngs, axes=("embed", "mlp"), init=torch_uniform(d_in), bias_init=torch_uniform(d_in)
+            d_in, hidden, rngs=rngs, axes=("embed", "mlp"), init=torch_default_init(d_in), bias_init=torch_default_init(d_in)
         )
         self.down = Linear(
-            hidden, d_out, rngs=rngs, axes=("mlp", "embed"), init=torch_uniform(hidden), bias_init=torch_uniform(hidden)
+            hidden,
+            d_out,
+            rngs=rngs,
+            axes=("mlp", "embed"),
+            init=torch_default_init(hidden),
+            bias_init=torch_default_init(hidden),
         )
 
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
@@ -136,7 +141,7 @@ class ConnectorLevel(nnx.Module):
 
     def __init__(self, width: int, hidden: int, scale: float, multiple: int, *, rngs: nnx.Rngs):
         inner, _ = _widths(width, scale)
-        options = {"rngs": rngs, "axes": ("embed", None), "bias": False, "init": normal(0.02)}
+        options = {"rngs": rngs, "axes": ("embed", None), "bias": False, "init": normal_init(0.02)}
         self.conv1 = Conv(width, hidden, 1, **options)
         self.norm1 = LayerNorm(hidden, rngs=rngs, eps=1e-6)
         self.conv2 = Conv(hidden, hidden, 3, padding=1, **options)
@@ -160,7 +165,7 @@ class SegConnector(nnx.Module):
         self.cfg = cfg
         self.levels = nnx.List(
             [
-                ConnectorLevel(width, cfg.hidden, scale, cfg.multiple, rngs=rngs)
+                ConnectorLevel(width, cfg.hidden, scale, cfg.pad_multiple, rngs=rngs)
                 for width, scale in zip(cfg.channels, cfg.scales, strict=True)
             ]
         )
@@ -176,4 +181,4 @@ class SegConnector(nnx.Module):
         """
         if len(maps) != len(self.levels):
             raise ValueError(f"SegConnector: {len(maps)} maps for {len(self.levels)} levels")
-        return tuple(self.levels[i](maps[i]) for i in self.cfg.order)
+        return tuple(self.levels[i](maps[i]) for i in self.cfg.low_to_high_order)

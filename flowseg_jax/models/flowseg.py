@@ -23,18 +23,18 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from flowseg_jax.models.boundary import BoundaryRefinement
 from flowseg_jax.models.config import FlowSegConfig
-from flowseg_jax.models.connectors import Projector, SegConnector, pad_to_multiple, pixel_shuffle
-from flowseg_jax.models.language import Cache, Language
-from flowseg_jax.models.layers import Linear, normal, param
+from flowseg_jax.models.connectors import MlpProjector, SegConnector, pad_to_multiple, pixel_shuffle
+from flowseg_jax.models.language import KVCache, LanguageModel
+from flowseg_jax.models.layers import Linear, make_param, normal_init
 from flowseg_jax.models.mask_decoder import DecoderOutput, MaskDecoder, mask_logits
 from flowseg_jax.models.pixel_decoder import PixelDecoder
-from flowseg_jax.models.sam import Sam
+from flowseg_jax.models.sam import SamImageEncoder
 from flowseg_jax.models.semantic_flow import Conditions
-from flowseg_jax.models.siglip import Siglip
-from flowseg_jax.ops.collectives import ALONE, Peers
+from flowseg_jax.models.siglip import SiglipVisionEncoder
+from flowseg_jax.ops.collectives import SINGLE_DEVICE, DataParallelGroup
 from flowseg_jax.ops.dot import einsum
-from flowseg_jax.ops.vocabulary import Vocabulary
-from flowseg_jax.types import IMAGE_TOKEN, NONE, Batch, Questions, Views
+from flowseg_jax.ops.vocabulary import ShardedEmbedding
+from flowseg_jax.types import IMAGE_TOKEN_INDEX, PAD, Batch, ExpressionQueries, ImageInputs
 
 SAM_MEAN, SAM_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -50,14 +50,14 @@ class ImageFeatures:
         levels: memory maps [B, y, x, D], low to high resolution.
     """
 
-    tokens: Float[Array, "b v e"] | None
+    visual_tokens: Float[Array, "b v e"] | None
     mask_features: Float[Array, "b h w f"] | None
-    levels: tuple[Float[Array, "b _ _ d"], ...]
+    multi_scale_features: tuple[Float[Array, "b _ _ d"], ...]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Reading:
+class TextFeatures:
     """What the LLM makes of the prompts.
 
     Attributes:
@@ -67,9 +67,9 @@ class Reading:
         segs: [B, K + 1, D]: S of each referring phrase, then of the generic conversation; zeros if absent.
     """
 
-    hidden: Float[Array, "b t e"]
-    phrases: Float[Array, "b n d"]
-    segs: Float[Array, "b s d"]
+    hidden_states: Float[Array, "b t e"]
+    condition_embeds: Float[Array, "b n d"]
+    seg_embeds: Float[Array, "b s d"]
 
 
 @jax.tree_util.register_dataclass
@@ -87,17 +87,17 @@ class TrainingOutput:
         category_logits: [J, B, Q, classes + 1] of the pass by category, or None.
     """
 
-    hidden: Float[Array, "b t e"] | None
-    vocabulary: Vocabulary | None
+    hidden_states: Float[Array, "b t e"] | None
+    lm_head: ShardedEmbedding | None
     mask_features: Float[Array, "b h w f"] | None
-    decoder: DecoderOutput | None
+    decoder_output: DecoderOutput | None
     conditions: Conditions | None
     category_logits: Float[Array, "j b q c"] | None
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Seen:
+class ImageCache:
     """Images that have been looked at: all that any number of expressions about them shares.
 
     Attributes:
@@ -107,13 +107,13 @@ class Seen:
     """
 
     mask_features: Float[Array, "b h w f"]
-    levels: tuple[Float[Array, "b _ _ d"], ...]
-    cache: Cache
+    multi_scale_features: tuple[Float[Array, "b _ _ d"], ...]
+    kv_cache: KVCache
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Segmentation:
+class MaskCandidates:
     """Candidates of every phrase.
 
     Attributes:
@@ -127,7 +127,7 @@ class Segmentation:
     mask_features: Float[Array, "b h w f"]
 
 
-def normalise_images(images: UInt8[Array, "b s s 3"], scaled_size: Int[Array, "b 2"]) -> Float[Array, "b s s 3"]:
+def normalize_sam_images(images: UInt8[Array, "b s s 3"], scaled_size: Int[Array, "b 2"]) -> Float[Array, "b s s 3"]:
     """The mask encoder's input in float32: padding is the mean colour, as the scaffold pads after normalising (1.1)."""
     side = jnp.arange(images.shape[1])
     inside = (side < scaled_size[:, :1])[:, :, None] & (side < scaled_size[:, 1:])[:, None, :]
@@ -135,7 +135,7 @@ def normalise_images(images: UInt8[Array, "b s s 3"], scaled_size: Int[Array, "b
     return jnp.where(inside[..., None], pixels, 0)
 
 
-def normalise_vision_images(images: UInt8[Array, "b v v 3"]) -> Float[Array, "b v v 3"]:
+def normalize_siglip_images(images: UInt8[Array, "b v v 3"]) -> Float[Array, "b v v 3"]:
     """The vision encoder's input in float32: mean and standard deviation 0.5."""
     return images.astype(jnp.float32) / 127.5 - 1
 
@@ -170,7 +170,7 @@ def referring_conditions(
     if b % group:
         raise ValueError(f"{b} images do not split into groups of {group} that share their phrases")
     rows = group * k
-    exists = (phrase_mask != NONE).reshape(b // group, 1, rows)
+    exists = (phrase_mask != PAD).reshape(b // group, 1, rows)
     image = jnp.repeat(jnp.arange(group), k)
     same = image[:, None] == image[None, :]
     own = jnp.eye(rows, dtype=bool)
@@ -181,10 +181,10 @@ def referring_conditions(
     valid = valid | own  # a padded phrase keeps its own row: its pass is computed, and ignored
     embeds = jnp.broadcast_to(phrases.reshape(b // group, 1, rows, d), (b // group, rows, rows, d)).reshape(b * k, rows, d)
     own = jnp.broadcast_to(own, (b // group, rows, rows)).reshape(b * k, rows)
-    return with_background(embeds, own, valid.reshape(b * k, rows), background)
+    return append_background(embeds, own, valid.reshape(b * k, rows), background)
 
 
-def with_background(
+def append_background(
     embeds: Float[Array, "p n d"], own: Bool[Array, "p n"], valid: Bool[Array, "p n"], background: Float[Array, "1 d"]
 ) -> Conditions:
     """Appends the learned background row: every pass owns it, and it always exists."""
@@ -194,18 +194,20 @@ def with_background(
     return Conditions(jnp.concatenate([embeds, row], 1), jnp.concatenate([own, yes], 1), jnp.concatenate([valid, yes], 1))
 
 
-def pad_rows(conditions: Conditions, rows: int) -> Conditions:
+def pad_conditions(conditions: Conditions, rows: int) -> Conditions:
     """Inserts rows that do not exist before the background, so that passes of different kinds share one decoder call."""
-    missing = rows - conditions.own.shape[1]
+    missing = rows - conditions.attend_mask.shape[1]
     embeds, flags = ((0, 0), (0, missing), (0, 0)), ((0, 0), (0, missing))
 
     def insert(x: Array, padding: tuple) -> Array:
         return jnp.concatenate([jnp.pad(x[:, :-1], padding), x[:, -1:]], 1)
 
-    return Conditions(insert(conditions.embeds, embeds), insert(conditions.own, flags), insert(conditions.valid, flags))
+    return Conditions(
+        insert(conditions.embeds, embeds), insert(conditions.attend_mask, flags), insert(conditions.valid_mask, flags)
+    )
 
 
-def interleave(parts: list[Any], images: int) -> Any:
+def interleave_passes(parts: list[Any], images: int) -> Any:
     """Concatenates per-image runs of passes: leaves [B * r_i, ...] -> [B * sum(r_i), ...], image by image."""
 
     def join(*leaves: Array) -> Array:
@@ -222,50 +224,50 @@ class FlowSeg(nnx.Module):
     def __init__(self, cfg: FlowSegConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
         width = cfg.decoder.width
-        self.sam = Sam(cfg.sam, rngs=rngs)
-        if cfg.speaks:
-            self.siglip = Siglip(cfg.siglip, rngs=rngs)
-            self.llm = Language(cfg.llm, rngs=rngs)
-            self.visual_projector = Projector(cfg.siglip.width, cfg.llm.width, cfg.llm.width, rngs=rngs)
-            self.seg_projector = Projector(4 * cfg.sam.width, cfg.llm.width, cfg.llm.width, rngs=rngs)
-        if cfg.speaks and cfg.segments:
-            self.llm_projector = Projector(cfg.llm.width, width, width, rngs=rngs)
-        if cfg.segments:
+        self.sam = SamImageEncoder(cfg.sam, rngs=rngs)
+        if cfg.has_language_model:
+            self.siglip = SiglipVisionEncoder(cfg.siglip, rngs=rngs)
+            self.llm = LanguageModel(cfg.llm, rngs=rngs)
+            self.visual_projector = MlpProjector(cfg.siglip.width, cfg.llm.width, cfg.llm.width, rngs=rngs)
+            self.seg_projector = MlpProjector(4 * cfg.sam.width, cfg.llm.width, cfg.llm.width, rngs=rngs)
+        if cfg.has_language_model and cfg.has_mask_decoder:
+            self.llm_projector = MlpProjector(cfg.llm.width, width, width, rngs=rngs)
+        if cfg.has_mask_decoder:
             self.connector = SegConnector(cfg.connector, rngs=rngs)
             self.pixel_decoder = PixelDecoder(cfg.pixel_decoder, rngs=rngs)
             self.decoder = MaskDecoder(cfg.decoder, cfg.semantic_flow, rngs=rngs)
             refines = cfg.boundary.enabled
             self.boundary = BoundaryRefinement(cfg.pixel_decoder.mask_width, cfg.boundary, rngs=rngs) if refines else None
-        if cfg.speaks and cfg.segments:
-            self.background = param(rngs, normal(1.0), (1, width), (None, None))
-        self.category_head = Linear(width, cfg.classes + 1, rngs=rngs) if cfg.classes and cfg.segments else None
+        if cfg.has_language_model and cfg.has_mask_decoder:
+            self.background = make_param(rngs, normal_init(1.0), (1, width), (None, None))
+        self.category_head = Linear(width, cfg.classes + 1, rngs=rngs) if cfg.classes and cfg.has_mask_decoder else None
 
-    def look(self, batch: Batch | Views) -> ImageFeatures:
+    def encode_image(self, batch: Batch | ImageInputs) -> ImageFeatures:
         """Runs both encoders, both projectors, the connector and the pixel decoder, as far as there are: once an image."""
-        *features, before_last = self.encode(batch)
-        tokens = self.visual_tokens(batch, before_last) if self.cfg.speaks else None
-        mask_features, levels = self.decode_pixels(tuple(features)) if self.cfg.segments else (None, ())
+        *features, before_last = self.sam_hidden_states(batch)
+        tokens = self.project_visual_tokens(batch, before_last) if self.cfg.has_language_model else None
+        mask_features, levels = self.pixel_features(tuple(features)) if self.cfg.has_mask_decoder else (None, ())
         return ImageFeatures(tokens, mask_features, levels)
 
-    def encode(self, batch: Batch | Views) -> tuple[Float[Array, "b _ _ c"], ...]:
+    def sam_hidden_states(self, batch: Batch | ImageInputs) -> tuple[Float[Array, "b _ _ c"], ...]:
         """SAM's hidden states: those that the connector reads, if there is one, then the last but one."""
         cfg = self.cfg
-        select = (*(cfg.connector_layers if cfg.segments else ()), cfg.sam.layers - 1)
+        select = (*(cfg.connector_layers if cfg.has_mask_decoder else ()), cfg.sam.layers - 1)
         with jax.named_scope("sam"):
-            return self.sam(normalise_images(batch.images, batch.scaled_size).astype(cfg.dtype), select)
+            return self.sam(normalize_sam_images(batch.sam_images, batch.resized_hw).astype(cfg.dtype), select)
 
-    def visual_tokens(self, batch: Batch | Views, before_last: Float[Array, "b y x c"]) -> Float[Array, "b v e"]:
+    def project_visual_tokens(self, batch: Batch | ImageInputs, before_last: Float[Array, "b y x c"]) -> Float[Array, "b v e"]:
         """SigLIP's tokens for the LLM, then SAM's, from its last hidden state but one."""
         cfg = self.cfg
         with jax.named_scope("siglip"):
-            vision = self.siglip(normalise_vision_images(batch.vision_images).astype(cfg.dtype), layers=cfg.siglip.layers - 1)
+            vision = self.siglip(normalize_siglip_images(batch.siglip_images).astype(cfg.dtype), layers=cfg.siglip.layers - 1)
         with jax.named_scope("projectors"):
             b = before_last.shape[0]
             shuffled = pixel_shuffle(pad_to_multiple(before_last), 0.5)
             seen = [self.visual_projector(vision), self.seg_projector(shuffled.reshape(b, -1, shuffled.shape[-1]))]
             return jnp.concatenate(seen, 1)
 
-    def decode_pixels(
+    def pixel_features(
         self, features: tuple[Float[Array, "b y x c"], ...]
     ) -> tuple[Float[Array, "b h w f"], tuple[Float[Array, "b _ _ d"], ...]]:
         """SAM's hidden states, shallow to deep, to mask features and memory maps: the connector and the pixel decoder."""
@@ -274,13 +276,13 @@ class FlowSeg(nnx.Module):
         with jax.named_scope("pixel_decoder"):
             return self.pixel_decoder(maps)
 
-    def splice(self, tokens: Int[Array, "b t"], visual: Float[Array, "b v e"]) -> Float[Array, "b t e"]:
+    def merge_visual_tokens(self, tokens: Int[Array, "b t"], visual: Float[Array, "b v e"]) -> Float[Array, "b t e"]:
         """The LLM's input: embedded tokens, with an image's visual tokens in its slots, which are one run or none.
 
         Only the text is looked up, at most T - V tokens: a row without an image has padding behind them.
         """
         length, v = tokens.shape[1], visual.shape[1]
-        is_visual = tokens == IMAGE_TOKEN
+        is_visual = tokens == IMAGE_TOKEN_INDEX
         start = jnp.where(is_visual.any(1), is_visual.argmax(1), length)
         before = jnp.arange(length) < start[:, None]
         text = jnp.where(before[:, : length - v], tokens[:, : length - v], tokens[:, v:])
@@ -291,123 +293,131 @@ class FlowSeg(nnx.Module):
         text = jnp.where(before[..., None], jnp.pad(text, ((0, 0), (0, v), (0, 0))), jnp.pad(text, ((0, 0), (v, 0), (0, 0))))
         return jnp.where(is_visual[..., None], images, text)
 
-    def listen(self, batch: Batch, visual: Float[Array, "b v e"]) -> Float[Array, "b t e"]:
+    def run_llm(self, batch: Batch, visual: Float[Array, "b v e"]) -> Float[Array, "b t e"]:
         """Runs the LLM over the prompts with the visual tokens spliced in."""
         with jax.named_scope("llm"):
-            return self.llm(self.splice(batch.tokens, visual), batch.positions, batch.segments)
+            return self.llm(self.merge_visual_tokens(batch.input_ids, visual), batch.position_ids, batch.segment_ids)
 
-    def read(self, batch: Batch, visual: Float[Array, "b v e"]) -> Reading:
+    def encode_text(self, batch: Batch, visual: Float[Array, "b v e"]) -> TextFeatures:
         """Runs the LLM, and pools C and S from its last hidden states."""
-        hidden = self.listen(batch, visual)
+        hidden = self.run_llm(batch, visual)
         projected = self.llm_projector(hidden)
-        k, g = batch.phrase_mask.shape[1], batch.name_valid.shape[1]
-        return Reading(hidden, pool_spans(projected, batch.phrase_ids, k + g), pool_spans(projected, batch.seg_ids, k + 1))
+        k, g = batch.phrase_target.shape[1], batch.name_valid.shape[1]
+        return TextFeatures(hidden, pool_spans(projected, batch.phrase_ids, k + g), pool_spans(projected, batch.seg_ids, k + 1))
 
-    def __call__(self, batch: Batch, peers: Peers = ALONE) -> TrainingOutput:
+    def __call__(self, batch: Batch, peers: DataParallelGroup = SINGLE_DEVICE) -> TrainingOutput:
         """The teacher-forced forward of training; `peers` have the other parts of the batch."""
-        features = self.look(batch)
-        if not self.cfg.segments:
-            hidden = self.listen(batch, features.tokens)
-            return TrainingOutput(hidden, self.llm.unembedding(hidden.dtype), None, None, None, None)
-        reading = self.read(batch, features.tokens) if self.cfg.speaks else None
-        return self.decide(batch, features, reading, peers)
+        features = self.encode_image(batch)
+        if not self.cfg.has_mask_decoder:
+            hidden = self.run_llm(batch, features.visual_tokens)
+            return TrainingOutput(hidden, self.llm.lm_head_weight(hidden.dtype), None, None, None, None)
+        reading = self.encode_text(batch, features.visual_tokens) if self.cfg.has_language_model else None
+        return self.decode_training_passes(batch, features, reading, peers)
 
-    def decide(self, batch: Batch, features: ImageFeatures, reading: Reading | None, peers: Peers = ALONE) -> TrainingOutput:
+    def decode_training_passes(
+        self, batch: Batch, features: ImageFeatures, reading: TextFeatures | None, peers: DataParallelGroup = SINGLE_DEVICE
+    ) -> TrainingOutput:
         """All passes of the mask decoder that training supervises; without an LLM (no `reading`) the pass by category alone."""
         cfg = self.cfg
-        b, k = batch.phrase_mask.shape
+        b, k = batch.phrase_target.shape
         if reading is None:
             with jax.named_scope("decoder"):
-                out = self.decoder(features.mask_features, features.levels, 1)
+                out = self.decoder(features.mask_features, features.multi_scale_features, 1)
             categories = self.category_head(out.queries).astype(jnp.float32)
             return TrainingOutput(None, None, features.mask_features, out, None, categories)
         group = cfg.negatives_group
-        phrases, phrase_mask = (peers.group_of(x, group) for x in (reading.phrases[:, :k], batch.phrase_mask))
+        phrases, phrase_mask = (peers.gather_group(x, group) for x in (reading.condition_embeds[:, :k], batch.phrase_target))
         referring = referring_conditions(phrases, self.background[...], phrase_mask, group, cfg.exclude_same_target)
-        mine = peers.first(b) % group * k if b % group else 0
+        mine = peers.batch_offset(b) % group * k if b % group else 0
         parts = [jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, mine, b * k), referring)]
-        segs = [reading.segs[:, :k].reshape(b * k, -1)]
+        segs = [reading.seg_embeds[:, :k].reshape(b * k, -1)]
         if cfg.named_pass != "off":
             exists = batch.name_valid
-            named = with_background(reading.phrases[:, k:], exists, exists, self.background[...])
+            named = append_background(reading.condition_embeds[:, k:], exists, exists, self.background[...])
             if cfg.named_pass == "plain":
-                named = dataclasses.replace(named, own=jnp.zeros_like(named.own))
+                named = dataclasses.replace(named, own=jnp.zeros_like(named.attend_mask))
             parts.append(named)
-            segs.append(reading.segs[:, k])
+            segs.append(reading.seg_embeds[:, k])
         if self.category_head is not None:
             none = jnp.zeros((b, 1), bool)
-            blank = jnp.zeros((b, 1, reading.phrases.shape[-1]), reading.phrases.dtype)
+            blank = jnp.zeros((b, 1, reading.condition_embeds.shape[-1]), reading.condition_embeds.dtype)
             parts.append(Conditions(blank, none, ~none))
-            segs.append(jnp.zeros_like(reading.segs[:, k]))
+            segs.append(jnp.zeros_like(reading.seg_embeds[:, k]))
         rows = max(part.own.shape[1] for part in parts)
-        conditions = interleave([pad_rows(part, rows) for part in parts], b)
+        conditions = interleave_passes([pad_conditions(part, rows) for part in parts], b)
         passes = conditions.own.shape[0] // b
         with jax.named_scope("decoder"):
-            out = self.decoder(features.mask_features, features.levels, passes, conditions, interleave(segs, b))
+            out = self.decoder(
+                features.mask_features, features.multi_scale_features, passes, conditions, interleave_passes(segs, b)
+            )
         categories = None
         if self.category_head is not None:
             by_image = out.queries.reshape(out.queries.shape[0], b, passes, *out.queries.shape[2:])
             categories = self.category_head(by_image[:, :, -1]).astype(jnp.float32)
-        vocabulary = self.llm.unembedding(reading.hidden.dtype)
-        return TrainingOutput(reading.hidden, vocabulary, features.mask_features, out, conditions, categories)
+        vocabulary = self.llm.lm_head_weight(reading.hidden_states.dtype)
+        return TrainingOutput(reading.hidden_states, vocabulary, features.mask_features, out, conditions, categories)
 
-    def segment(self, batch: Batch) -> Segmentation:
+    def predict(self, batch: Batch) -> MaskCandidates:
         """All candidates of every phrase, in one pass over the rows that training sees."""
-        features = self.look(batch)
-        reading = self.read(batch, features.tokens)
-        k = batch.phrase_mask.shape[1]
-        return self.candidates(features.mask_features, features.levels, reading.phrases[:, :k], reading.segs[:, :k])
+        features = self.encode_image(batch)
+        reading = self.encode_text(batch, features.visual_tokens)
+        k = batch.phrase_target.shape[1]
+        return self.decode_masks(
+            features.mask_features, features.multi_scale_features, reading.condition_embeds[:, :k], reading.seg_embeds[:, :k]
+        )
 
-    def see(self, views: Views, prefix: Int[Array, " p"]) -> Seen:
+    def prefill_image(self, views: ImageInputs, prefix: Int[Array, " p"]) -> ImageCache:
         """Looks at images once: both encoders, the pixel decoder, and the LLM over the prefix.
 
         Args:
             views: the images.
             prefix: token ids that every conversation begins with, the image's slots at the end (`batching.encode_prefix`).
         """
-        features = self.look(views)
-        b, length = views.images.shape[0], prefix.shape[0]
+        features = self.encode_image(views)
+        b, length = views.sam_images.shape[0], prefix.shape[0]
         place = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (b, length))
         with jax.named_scope("llm"):
-            embeds = self.splice(jnp.broadcast_to(prefix, (b, length)), features.tokens)
+            embeds = self.merge_visual_tokens(jnp.broadcast_to(prefix, (b, length)), features.visual_tokens)
             _, cache = self.llm.prefill(embeds, place, jnp.zeros_like(place), length)
-        return Seen(features.mask_features, features.levels, cache)
+        return ImageCache(features.mask_features, features.multi_scale_features, cache)
 
-    def ask(self, seen: Seen, questions: Questions) -> Segmentation:
+    def predict_cached(self, seen: ImageCache, questions: ExpressionQueries) -> MaskCandidates:
         """All candidates of every phrase about images that have been seen; the numbers are those of `segment`."""
-        return self.candidates(seen.mask_features, seen.levels, *self.hear(seen, questions))
+        return self.decode_masks(seen.mask_features, seen.multi_scale_features, *self.encode_text_cached(seen, questions))
 
-    def hear(self, seen: Seen, questions: Questions) -> tuple[Float[Array, "b k d"], Float[Array, "b k d"]]:
+    def encode_text_cached(
+        self, seen: ImageCache, questions: ExpressionQueries
+    ) -> tuple[Float[Array, "b k d"], Float[Array, "b k d"]]:
         """C(0) and S of every phrase: the LLM reads on behind the image."""
-        k = questions.asked.shape[1]
+        k = questions.query_valid.shape[1]
         with jax.named_scope("llm"):
-            embeds = self.llm.embed(questions.tokens, seen.cache.keys.dtype)
-            hidden, _ = self.llm.extend(seen.cache, embeds, questions.positions, questions.segments)
+            embeds = self.llm.embed(questions.input_ids, seen.kv_cache.keys.dtype)
+            hidden, _ = self.llm.extend(seen.kv_cache, embeds, questions.position_ids, questions.segment_ids)
         projected = self.llm_projector(hidden)
         return pool_spans(projected, questions.phrase_ids, k), pool_spans(projected, questions.seg_ids, k)
 
-    def candidates(
+    def decode_masks(
         self,
         mask_features: Float[Array, "b h w f"],
         levels: tuple[Float[Array, "b _ _ d"], ...],
         phrases: Float[Array, "b k d"],
         segs: Float[Array, "b k d"],
-    ) -> Segmentation:
+    ) -> MaskCandidates:
         """All candidates of phrases (C) and outputs (S) that belong together one by one.
 
         A phrase is scored against the background alone: a conversation is its own group.
         """
         b, k, _ = phrases.shape
         yes = jnp.ones((b * k, 1), bool)
-        conditions = with_background(phrases.reshape(b * k, 1, -1), yes, yes, self.background[...])
+        conditions = append_background(phrases.reshape(b * k, 1, -1), yes, yes, self.background[...])
         with jax.named_scope("decoder"):
             out = self.decoder(mask_features, levels, k, conditions, segs.reshape(b * k, -1))
         scores = jax.nn.softmax(out.class_logits[-1], -1)[..., 0].reshape(b, k, -1)
         embeds = out.mask_embeds[-1].reshape(b, -1, out.mask_embeds.shape[-1])
         masks = mask_logits(embeds, mask_features)
-        return Segmentation(scores, masks.reshape(*scores.shape, *masks.shape[2:]), mask_features)
+        return MaskCandidates(scores, masks.reshape(*scores.shape, *masks.shape[2:]), mask_features)
 
-    def refine(self, masks: Float[Array, "b n h w"], mask_features: Float[Array, "b h w f"]) -> Float[Array, "b n h w"]:
+    def refine_masks(self, masks: Float[Array, "b n h w"], mask_features: Float[Array, "b h w f"]) -> Float[Array, "b n h w"]:
         """BAR on mask logits; the identity without it."""
         if self.boundary is None:
             return masks
@@ -415,7 +425,7 @@ class FlowSeg(nnx.Module):
             return self.boundary(masks, mask_features)
 
 
-def at_rest(tree: Any) -> dict[str, Any]:
+def params_dict(tree: Any) -> dict[str, Any]:
     """An NNX state as the plain nested dict that parameters are at rest: string keys only, as checkpoints have them."""
 
     def keyed(node: Any) -> Any:
@@ -424,17 +434,17 @@ def at_rest(tree: Any) -> dict[str, Any]:
     return keyed(nnx.to_pure_dict(tree))
 
 
-def bind(graphdef: nnx.GraphDef, params: dict[str, Any]) -> FlowSeg:
+def bind_params(graphdef: nnx.GraphDef, params: dict[str, Any]) -> FlowSeg:
     """The network with these parameters, for use inside a traced function."""
     return nnx.merge(graphdef, nnx.restore_int_paths(params))
 
 
-def create(cfg: FlowSegConfig, seed: int = 0) -> tuple[nnx.GraphDef, dict[str, Any]]:
+def init_model(cfg: FlowSegConfig, seed: int = 0) -> tuple[nnx.GraphDef, dict[str, Any]]:
     """The network's description and freshly initialised parameters (a nested dict of float32 arrays)."""
     graphdef, state = nnx.split(FlowSeg(cfg, rngs=nnx.Rngs(params=jax.random.key(seed, impl="rbg"))))
-    return graphdef, at_rest(state)
+    return graphdef, params_dict(state)
 
 
-def describe(cfg: FlowSegConfig) -> tuple[nnx.GraphDef, nnx.State]:
+def abstract_model(cfg: FlowSegConfig) -> tuple[nnx.GraphDef, nnx.State]:
     """The network's description and abstract parameters with their logical axes; nothing is allocated."""
     return nnx.split(nnx.eval_shape(lambda: FlowSeg(cfg, rngs=nnx.Rngs(0))))

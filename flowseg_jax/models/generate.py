@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from flowseg_jax.models.flowseg import FlowSeg, Seen, Segmentation, pool_spans
-from flowseg_jax.models.language import Cache, Language
-from flowseg_jax.ops.dot import product
-from flowseg_jax.types import Asked
+from flowseg_jax.models.flowseg import FlowSeg, ImageCache, MaskCandidates, pool_spans
+from flowseg_jax.models.language import KVCache, LanguageModel
+from flowseg_jax.ops.dot import matmul_f32
+from flowseg_jax.types import PromptQueries
 
 
 @jax.tree_util.register_dataclass
@@ -39,13 +39,13 @@ class Generation:
 
 
 def generate(
-    model: Language,
+    model: LanguageModel,
     embeds: Float[Array, "b t w"],
     lengths: Int[Array, " b"],
     *,
     max_new_tokens: int,
     eos: Sequence[int],
-    cache: Cache | None = None,
+    cache: KVCache | None = None,
 ) -> Generation:
     """Continues each prompt with its most likely tokens, as HF `generate(do_sample=False)` does.
 
@@ -69,9 +69,9 @@ def generate(
     if cache is None:
         prompt_hidden, cache = model.prefill(embeds, positions, segments, t + max_new_tokens)
     else:
-        prompt_hidden, cache = model.extend(cache.grow(t + max_new_tokens), embeds, positions, segments)
+        prompt_hidden, cache = model.extend(cache.with_capacity(t + max_new_tokens), embeds, positions, segments)
     last = jnp.take_along_axis(prompt_hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
-    matrix = model.unembedding(embeds.dtype).rows
+    matrix = model.lm_head_weight(embeds.dtype).weight
     ends = jnp.asarray(tuple(eos), jnp.int32)
 
     def going(state: tuple) -> Array:
@@ -80,7 +80,7 @@ def generate(
 
     def advance(state: tuple) -> tuple:
         step, alive, last, cache, out = state
-        logits = product(last[:, 0], matrix, 1, 1)
+        logits = matmul_f32(last[:, 0], matrix, 1, 1)
         token = jnp.where(alive, logits.argmax(-1).astype(jnp.int32), -1)
         # A row that has ended goes on as padding: nothing it computes is remembered.
         place = (start + lengths + step)[:, None]
@@ -104,7 +104,7 @@ def generate(
 
 
 @dataclasses.dataclass(frozen=True)
-class Marks:
+class SpecialTokenIds:
     """Token ids that give an answer its meaning: `<p>`, `</p>` and `<SEG>`."""
 
     phrase_start: int
@@ -114,7 +114,7 @@ class Marks:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Pairs:
+class SegPhrasePairs:
     """Which phrase each `<SEG>` of an answer stands for; J of them a row. Indices count the T question and N answer tokens.
 
     Attributes:
@@ -129,7 +129,7 @@ class Pairs:
     end: Int[Array, "r j"]
 
 
-def pair_outputs(tokens: Int[Array, "r l"], question: int, marks: Marks, outputs: int) -> Pairs:
+def pair_seg_with_phrases(tokens: Int[Array, "r l"], question: int, marks: SpecialTokenIds, outputs: int) -> SegPhrasePairs:
     """Finds the first J = `outputs` `<SEG>` of each answer, and their phrases.
 
     The phrases are the answer's own `<p>..</p>` spans if it has any, else the question's (X-SAM's rule). Where there are as
@@ -155,13 +155,15 @@ def pair_outputs(tokens: Int[Array, "r l"], question: int, marks: Marks, outputs
         end = jnp.where(ends.sum() == is_seg.sum(), nth, jnp.where(before >= 0, before, ends.argmax()))
         return (jnp.arange(outputs) < is_seg.sum()) & ends.any(), seg, opened[end], end
 
-    return Pairs(*jax.vmap(row)(tokens))
+    return SegPhrasePairs(*jax.vmap(row)(tokens))
 
 
-def write(model: FlowSeg, seen: Seen, asked: Asked, *, max_new_tokens: int, eos: Sequence[int]) -> Generation:
+def generate_answers(
+    model: FlowSeg, seen: ImageCache, asked: PromptQueries, *, max_new_tokens: int, eos: Sequence[int]
+) -> Generation:
     """The model's own answers to questions about images that have been seen; rows are B * K, image by image."""
-    b, k, t = asked.tokens.shape
-    embeds = model.llm.embed(asked.tokens.reshape(b * k, t), seen.cache.keys.dtype)
+    b, k, t = asked.input_ids.shape
+    embeds = model.llm.embed(asked.input_ids.reshape(b * k, t), seen.kv_cache.keys.dtype)
     with jax.named_scope("generate"):
         return generate(
             model.llm,
@@ -169,13 +171,13 @@ def write(model: FlowSeg, seen: Seen, asked: Asked, *, max_new_tokens: int, eos:
             asked.lengths.reshape(b * k),
             max_new_tokens=max_new_tokens,
             eos=eos,
-            cache=seen.cache.repeat(k),
+            cache=seen.kv_cache.repeat(k),
         )
 
 
-def segment(
-    model: FlowSeg, seen: Seen, asked: Asked, written: Generation, *, marks: Marks, outputs: int
-) -> tuple[Segmentation, Pairs]:
+def decode_generated_masks(
+    model: FlowSeg, seen: ImageCache, asked: PromptQueries, written: Generation, *, marks: SpecialTokenIds, outputs: int
+) -> tuple[MaskCandidates, SegPhrasePairs]:
     """All candidates of the first J = `outputs` `<SEG>` of each answer.
 
     Args:
@@ -187,9 +189,9 @@ def segment(
         Segmentation of [B, K * J] phrases, question by question; the scores of one that does not exist are NaN, which
         `evaluation.postprocess` takes for a failure: an empty mask. And the pairs, of rows B * K.
     """
-    b, k, t = asked.tokens.shape
-    question = jnp.where(jnp.arange(t) < asked.lengths[..., None], asked.tokens, -1).reshape(b * k, t)
-    pairs = pair_outputs(jnp.concatenate([question, written.tokens], 1), t, marks, outputs)
+    b, k, t = asked.input_ids.shape
+    question = jnp.where(jnp.arange(t) < asked.lengths[..., None], asked.input_ids, -1).reshape(b * k, t)
+    pairs = pair_seg_with_phrases(jnp.concatenate([question, written.tokens], 1), t, marks, outputs)
     projected = model.llm_projector(jnp.concatenate([written.prompt_hidden, written.hidden], 1))
     index = jnp.arange(projected.shape[1])
 
@@ -198,21 +200,21 @@ def segment(
 
     pool_all = jax.vmap(pool, in_axes=1, out_axes=1)
     phrases, segs = pool_all(pairs.start, pairs.end), pool_all(pairs.seg, pairs.seg)
-    found = model.candidates(
-        seen.mask_features, seen.levels, *(x.reshape(b, k * outputs, x.shape[-1]) for x in (phrases, segs))
+    found = model.decode_masks(
+        seen.mask_features, seen.multi_scale_features, *(x.reshape(b, k * outputs, x.shape[-1]) for x in (phrases, segs))
     )
     exists = pairs.exists.reshape(b, k * outputs, 1)
     return dataclasses.replace(found, scores=jnp.where(exists, found.scores, jnp.nan)), pairs
 
 
-def answer(
-    model: FlowSeg, seen: Seen, asked: Asked, *, marks: Marks, max_new_tokens: int, eos: Sequence[int]
-) -> tuple[Segmentation, Bool[Array, "b k"]]:
+def generate_and_segment(
+    model: FlowSeg, seen: ImageCache, asked: PromptQueries, *, marks: SpecialTokenIds, max_new_tokens: int, eos: Sequence[int]
+) -> tuple[MaskCandidates, Bool[Array, "b k"]]:
     """What `FlowSeg.ask` gives, from answers that the model writes itself: the mask of the first `<SEG>` of each.
 
     Returns:
         Segmentation of [B, K] phrases; and where the answer has a `<SEG>`. Where it has none, the scores are NaN: a failure.
     """
-    written = write(model, seen, asked, max_new_tokens=max_new_tokens, eos=eos)
-    found, pairs = segment(model, seen, asked, written, marks=marks, outputs=1)
+    written = generate_answers(model, seen, asked, max_new_tokens=max_new_tokens, eos=eos)
+    found, pairs = decode_generated_masks(model, seen, asked, written, marks=marks, outputs=1)
     return found, pairs.exists.reshape(asked.lengths.shape)

@@ -19,12 +19,12 @@ from jaxtyping import Array, Float, Int
 
 from flowseg_jax.errors import UserError
 from flowseg_jax.models import hf_keys
-from flowseg_jax.models.layers import Linear, RMSNorm, normal, param
-from flowseg_jax.models.stack import scan, stack
-from flowseg_jax.ops.attention import Rule, Tokens, attention, causal
-from flowseg_jax.ops.vocabulary import Vocabulary, look_up
+from flowseg_jax.models.layers import Linear, RMSNorm, make_param, normal_init
+from flowseg_jax.models.stack import scan_layers, stack_layers
+from flowseg_jax.ops.attention import AttentionMask, TokenInfo, attention, causal_mask
+from flowseg_jax.ops.vocabulary import ShardedEmbedding, embedding_lookup
 
-FAMILIES = ("qwen3", "phi3", "llama")
+ARCHITECTURES = ("qwen3", "phi3", "llama")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +70,8 @@ class LanguageConfig:
     embedding_std: float = 0.02
 
     def __post_init__(self):
-        if self.family not in FAMILIES:
-            raise UserError(f"language model: family={self.family!r} is unknown (known: {', '.join(FAMILIES)})")
+        if self.family not in ARCHITECTURES:
+            raise UserError(f"language model: family={self.family!r} is unknown (known: {', '.join(ARCHITECTURES)})")
         if self.heads % self.kv_heads:
             raise UserError(f"language model: kv_heads={self.kv_heads} does not divide heads={self.heads}")
         if self.head_dim % 2:
@@ -194,14 +194,16 @@ class LanguageConfig:
         )
 
 
-def rotary(positions: Int[Array, "b t"], head_dim: int, theta: float) -> tuple[Float[Array, "b t r"], Float[Array, "b t r"]]:
+def rope_cos_sin(
+    positions: Int[Array, "b t"], head_dim: int, theta: float
+) -> tuple[Float[Array, "b t r"], Float[Array, "b t r"]]:
     """Cosine and sine of the rotary angles, float32 [B, T, head_dim / 2]."""
     frequencies = (float(theta) ** (-np.arange(0, head_dim, 2) / head_dim)).astype(np.float32)
     angles = positions[..., None].astype(jnp.float32) * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def rotate(x: Float[Array, "b t h e"], cos: Float[Array, "b t r"], sin: Float[Array, "b t r"]) -> Float[Array, "b t h e"]:
+def apply_rope(x: Float[Array, "b t h e"], cos: Float[Array, "b t r"], sin: Float[Array, "b t r"]) -> Float[Array, "b t h e"]:
     """Rotates the pairs (x[i], x[i + E/2]) by their angles, in float32; returns the dtype of x."""
     a, b = jnp.split(x.astype(jnp.float32), 2, -1)
     cos, sin = cos[:, :, None], sin[:, :, None]
@@ -210,7 +212,7 @@ def rotate(x: Float[Array, "b t h e"], cos: Float[Array, "b t r"], sin: Float[Ar
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Cache:
+class KVCache:
     """Keys and values of what has been read: S slots a row, of static shape, filled from the front with real tokens only.
 
     As keys are rotated already, a slot's index means nothing but the order of reading.
@@ -225,60 +227,60 @@ class Cache:
     keys: Float[Array, "l b s g e"]
     values: Float[Array, "l b s g e"]
     positions: Int[Array, "b s"]
-    segments: Int[Array, "b s"]
+    segment_ids: Int[Array, "b s"]
 
     @classmethod
-    def empty(cls, cfg: LanguageConfig, rows: int, slots: int, dtype: jnp.dtype) -> Cache:
+    def empty(cls, cfg: LanguageConfig, rows: int, slots: int, dtype: jnp.dtype) -> KVCache:
         zeros = jnp.zeros((cfg.layers, rows, slots, cfg.kv_heads, cfg.head_dim), dtype)
         return cls(zeros, zeros, jnp.zeros((rows, slots), jnp.int32), jnp.full((rows, slots), -1, jnp.int32))
 
     @property
     def lengths(self) -> Int[Array, " b"]:
         """Filled slots of each row."""
-        return (self.segments != -1).sum(1, dtype=jnp.int32)
+        return (self.segment_ids != -1).sum(1, dtype=jnp.int32)
 
-    def grow(self, slots: int) -> Cache:
+    def with_capacity(self, slots: int) -> KVCache:
         """The same with so many more empty slots a row."""
         pad = lambda x, axis, fill: jnp.pad(  # noqa: E731
             x, [(0, slots if i == axis else 0) for i in range(x.ndim)], constant_values=fill
         )
-        return Cache(pad(self.keys, 2, 0), pad(self.values, 2, 0), pad(self.positions, 1, 0), pad(self.segments, 1, -1))
+        return KVCache(pad(self.keys, 2, 0), pad(self.values, 2, 0), pad(self.positions, 1, 0), pad(self.segment_ids, 1, -1))
 
-    def repeat(self, times: int) -> Cache:
+    def repeat(self, times: int) -> KVCache:
         """Every row so many times, the copies adjacent: [B * times, ...]. Packed segments share a row without copies."""
         keys, values = (jnp.repeat(x, times, axis=1) for x in (self.keys, self.values))
-        return Cache(keys, values, *(jnp.repeat(x, times, axis=0) for x in (self.positions, self.segments)))
+        return KVCache(keys, values, *(jnp.repeat(x, times, axis=0) for x in (self.positions, self.segment_ids)))
 
-    def append(
+    def update(
         self,
         keys: Float[Array, "l b t g e"],
         values: Float[Array, "l b t g e"],
         positions: Int[Array, "b t"],
         segments: Int[Array, "b t"],
-    ) -> Cache:
+    ) -> KVCache:
         """Fills each row's next slots with its real tokens; padding takes none. Tokens that find no slot are dropped."""
         real = segments != -1
-        nowhere = self.segments.shape[1]
+        nowhere = self.segment_ids.shape[1]
         slots = jnp.where(real, self.lengths[:, None] + jnp.cumsum(real, 1) - 1, nowhere)
         put = jax.vmap(lambda old, new, at: old.at[at].set(new.astype(old.dtype), mode="drop"))
         put_layers = jax.vmap(put, (0, 0, None))
-        return Cache(
+        return KVCache(
             put_layers(self.keys, keys, slots),
             put_layers(self.values, values, slots),
             put(self.positions, positions, slots),
-            put(self.segments, segments, slots),
+            put(self.segment_ids, segments, slots),
         )
 
 
-KeyValue = tuple[Float[Array, "b _ g e"], Float[Array, "b _ g e"]]
+KeyValuePair = tuple[Float[Array, "b _ g e"], Float[Array, "b _ g e"]]
 
 
-class LanguageLayer(nnx.Module):
+class TransformerBlock(nnx.Module):
     """One pre-norm layer: grouped-query attention with rotary positions, then a SiLU-gated feed-forward part. No biases."""
 
     def __init__(self, cfg: LanguageConfig, *, rngs: nnx.Rngs):
         def linear(d_in: int, d_out: int, *axes: str) -> Linear:
-            return Linear(d_in, d_out, rngs=rngs, axes=axes, bias=False, init=normal(cfg.init_std))
+            return Linear(d_in, d_out, rngs=rngs, axes=axes, bias=False, init=normal_init(cfg.init_std))
 
         w, e = cfg.width, cfg.head_dim
         self.norm1 = RMSNorm(w, rngs=rngs, eps=cfg.eps)
@@ -299,15 +301,15 @@ class LanguageLayer(nnx.Module):
         x: Float[Array, "b t w"],
         cos: Float[Array, "b t r"],
         sin: Float[Array, "b t r"],
-        rule: Rule,
-        past: KeyValue | None = None,
-    ) -> tuple[Float[Array, "b t w"], KeyValue]:
+        rule: AttentionMask,
+        past: KeyValuePair | None = None,
+    ) -> tuple[Float[Array, "b t w"], KeyValuePair]:
         """Attends to `past` (if any), then the new tokens, as `rule` says; returns the new tokens' keys and values too."""
         y = self.norm1(x)
         q, k, v = (f(y).reshape(*y.shape[:2], -1, self.head_dim) for f in (self.q, self.k, self.v))
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         keys, values = (k, v) if past is None else (jnp.concatenate([past[0], k], 1), jnp.concatenate([past[1], v], 1))
         y = attention(q, keys, values, mask=rule)
         x = x + self.o(y.reshape(*x.shape[:2], -1))
@@ -315,27 +317,29 @@ class LanguageLayer(nnx.Module):
         return x + self.down(jax.nn.silu(self.gate(y)) * self.up(y)), (k, v)
 
 
-def _vocabulary(table: nnx.Param, dtype: jnp.dtype | None) -> Vocabulary:
+def _vocabulary(table: nnx.Param, dtype: jnp.dtype | None) -> ShardedEmbedding:
     rows = table[...] if dtype is None else table[...].astype(dtype)
-    return Vocabulary.whole(rows) if table.get_metadata().get("divided") is None else Vocabulary.of_columns(rows)
+    return (
+        ShardedEmbedding.whole(rows) if table.get_metadata().get("divided") is None else ShardedEmbedding.from_fsdp_shard(rows)
+    )
 
 
-class Language(nnx.Module):
+class LanguageModel(nnx.Module):
     """The language model, from embeddings to normalised hidden states; the logits are `hidden @ unembedding().rows.T`."""
 
     def __init__(self, cfg: LanguageConfig, *, rngs: nnx.Rngs):
         shape, axes = (cfg.vocab, cfg.width), ("vocab", "embed")
-        self.table = param(rngs, normal(cfg.embedding_std), shape, axes)
-        self.layers = stack(lambda r: LanguageLayer(cfg, rngs=r), cfg.layers, rngs)
+        self.table = make_param(rngs, normal_init(cfg.embedding_std), shape, axes)
+        self.layers = stack_layers(lambda r: TransformerBlock(cfg, rngs=r), cfg.layers, rngs)
         self.norm = RMSNorm(cfg.width, rngs=rngs, eps=cfg.eps)
-        self.head = None if cfg.tie_embeddings else param(rngs, normal(0.02), shape, axes)
+        self.head = None if cfg.tie_embeddings else make_param(rngs, normal_init(0.02), shape, axes)
         self.cfg = cfg
 
     def embed(self, tokens: Int[Array, "b t"], dtype: jnp.dtype | None = None) -> Float[Array, "b t w"]:
         """Table rows of the tokens, in `dtype` or the table's. Placeholder ids (< 0) read row 0; the caller overwrites them."""
-        return look_up(_vocabulary(self.table, dtype), tokens)
+        return embedding_lookup(_vocabulary(self.table, dtype), tokens)
 
-    def unembedding(self, dtype: jnp.dtype | None = None) -> Vocabulary:
+    def lm_head_weight(self, dtype: jnp.dtype | None = None) -> ShardedEmbedding:
         """The matrix of the language head, [V, W]; the embedding table itself when tied. In `dtype` or its own."""
         return _vocabulary(self.table if self.head is None else self.head, dtype)
 
@@ -353,12 +357,12 @@ class Language(nnx.Module):
         Returns:
             [B, T, W], hidden states after the final norm (HF's `hidden_states[-1]`).
         """
-        rule = causal(segments, positions, self.cfg.sliding_window)
+        rule = causal_mask(segments, positions, self.cfg.sliding_window)
         return self._run(embeds, positions, rule, None, keep=False)[0]
 
     def prefill(
         self, embeds: Float[Array, "b t w"], positions: Int[Array, "b t"], segments: Int[Array, "b t"], slots: int
-    ) -> tuple[Float[Array, "b t w"], Cache]:
+    ) -> tuple[Float[Array, "b t w"], KVCache]:
         """As the call, and the cache of what was read, with `slots` slots a row.
 
         Raises:
@@ -367,13 +371,13 @@ class Language(nnx.Module):
         b, t = segments.shape
         if slots < t:
             raise ValueError(f"a cache of {slots} slots cannot hold {t} tokens")
-        rule = causal(segments, positions, self.cfg.sliding_window)
+        rule = causal_mask(segments, positions, self.cfg.sliding_window)
         hidden, new = self._run(embeds, positions, rule, None, keep=True)
-        return hidden, Cache.empty(self.cfg, b, slots, embeds.dtype).append(*new, positions, segments)
+        return hidden, KVCache.empty(self.cfg, b, slots, embeds.dtype).update(*new, positions, segments)
 
     def extend(
-        self, cache: Cache, embeds: Float[Array, "b t w"], positions: Int[Array, "b t"], segments: Int[Array, "b t"]
-    ) -> tuple[Float[Array, "b t w"], Cache]:
+        self, cache: KVCache, embeds: Float[Array, "b t w"], positions: Int[Array, "b t"], segments: Int[Array, "b t"]
+    ) -> tuple[Float[Array, "b t w"], KVCache]:
         """Reads on: the new tokens see what is cached and each other, as if all had been read in one call.
 
         The new tokens need no slot to be computed, only to be remembered: who reads once behind a prefix (the expressions
@@ -388,23 +392,25 @@ class Language(nnx.Module):
         Returns:
             [B, T, W], hidden states of the new tokens after the final norm; the cache with the new tokens.
         """
-        rule = causal(segments, positions, self.cfg.sliding_window)
-        earlier = Tokens(jnp.full_like(cache.segments, -1), cache.segments, cache.positions)  # read before all new ones
+        rule = causal_mask(segments, positions, self.cfg.sliding_window)
+        earlier = TokenInfo(
+            jnp.full_like(cache.segment_ids, -1), cache.segment_ids, cache.positions
+        )  # read before all new ones
         keys = jax.tree.map(lambda *x: jnp.concatenate(x, 1), earlier, rule.keys)
         rule = dataclasses.replace(rule, keys=keys)
         hidden, new = self._run(embeds, positions, rule, (cache.keys, cache.values), keep=True)
-        return hidden, cache.append(*new, positions, segments)
+        return hidden, cache.update(*new, positions, segments)
 
     def _run(
-        self, x: Float[Array, "b t w"], positions: Int[Array, "b t"], rule: Rule, past: Any, *, keep: bool
+        self, x: Float[Array, "b t w"], positions: Int[Array, "b t"], rule: AttentionMask, past: Any, *, keep: bool
     ) -> tuple[Float[Array, "b t w"], Any]:
         """All layers over the new tokens; `past` is the cached keys and values of all layers, or None. Returns the normalised
         hidden states and, if asked to keep them, the new keys and values of all layers."""
-        cos, sin = rotary(positions, self.cfg.head_dim, self.cfg.rope_theta)
+        cos, sin = rope_cos_sin(positions, self.cfg.head_dim, self.cfg.rope_theta)
 
-        def body(layer: LanguageLayer, x: Array, past: KeyValue | None) -> tuple[Array, KeyValue | None]:
+        def body(layer: TransformerBlock, x: Array, past: KeyValuePair | None) -> tuple[Array, KeyValuePair | None]:
             x, new = layer(x, cos, sin, rule, past)
             return x, new if keep else None
 
-        x, new = scan(self.layers, body, x, past, policy=self.cfg.remat)
+        x, new = scan_layers(self.layers, body, x, past, policy=self.cfg.remat)
         return self.norm(x), new

@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from flowseg_jax.ops.attention import attention
-from flowseg_jax.ops.collectives import gather
+from flowseg_jax.ops.collectives import all_gather_2d
 from flowseg_jax.ops.dot import dot
 
 Initializer = Callable[..., jax.Array]
@@ -26,24 +26,24 @@ zeros = nnx.initializers.zeros
 xavier = nnx.initializers.xavier_uniform()
 
 
-def normal(std: float) -> Initializer:
+def normal_init(std: float) -> Initializer:
     return nnx.initializers.normal(std)
 
 
-def torch_uniform(fan_in: int) -> Initializer:
+def torch_default_init(fan_in: int) -> Initializer:
     """PyTorch's default for Linear and Conv, weight and bias alike: uniform in +-1/sqrt(fan_in)."""
     bound = 1.0 / math.sqrt(fan_in)
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
-def param(rngs: nnx.Rngs, init: Initializer, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
+def make_param(rngs: nnx.Rngs, init: Initializer, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
     """A float32 parameter with one logical axis name a dimension."""
     if len(axes) != len(shape):
         raise ValueError(f"axes {axes} do not fit shape {shape}")
     return nnx.Param(init(rngs.params(), shape, jnp.float32), axes=axes)
 
 
-def weight(variable: nnx.Param, dtype: jnp.dtype) -> Array:
+def gathered_weight(variable: nnx.Param, dtype: jnp.dtype) -> Array:
     """The copy of a parameter that a product is computed with: in the compute dtype, and whole.
 
     Where devices hold parts of it (`parallel.divided`), they are put together here, after the cast: inside the body of a stack
@@ -51,7 +51,7 @@ def weight(variable: nnx.Param, dtype: jnp.dtype) -> Array:
     """
     axis = variable.get_metadata().get("divided")
     x = variable[...].astype(dtype)
-    return x if axis is None else gather(x, axis)
+    return x if axis is None else all_gather_2d(x, axis)
 
 
 class Linear(nnx.Module):
@@ -68,11 +68,11 @@ class Linear(nnx.Module):
         init: Initializer = xavier,
         bias_init: Initializer = zeros,
     ):
-        self.kernel = param(rngs, init, (d_in, d_out), axes)
-        self.bias = param(rngs, bias_init, (d_out,), (axes[1],)) if bias else None
+        self.kernel = make_param(rngs, init, (d_in, d_out), axes)
+        self.bias = make_param(rngs, bias_init, (d_out,), (axes[1],)) if bias else None
 
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
-        y = dot(x, weight(self.kernel, x.dtype))
+        y = dot(x, gathered_weight(self.kernel, x.dtype))
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
@@ -93,12 +93,12 @@ class Conv(nnx.Module):
         init: Initializer = xavier,
         bias_init: Initializer = zeros,
     ):
-        self.kernel = param(rngs, init, (kernel, kernel, d_in, d_out), (None, None, *axes))
-        self.bias = param(rngs, bias_init, (d_out,), (axes[1],)) if bias else None
+        self.kernel = make_param(rngs, init, (kernel, kernel, d_in, d_out), (None, None, *axes))
+        self.bias = make_param(rngs, bias_init, (d_out,), (axes[1],)) if bias else None
         self.stride, self.padding = stride, padding
 
     def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b y x o"]:
-        kernel = weight(self.kernel, x.dtype)
+        kernel = gathered_weight(self.kernel, x.dtype)
         size = kernel.shape[0]
         if size == 1 and self.stride == 1:
             y = dot(x, kernel[0, 0])
@@ -123,8 +123,8 @@ class LayerNorm(nnx.Module):
     """LayerNorm over the last axis; statistics in float32, biased variance."""
 
     def __init__(self, width: int, *, rngs: nnx.Rngs, eps: float = 1e-5):
-        self.scale = param(rngs, ones, (width,), (None,))
-        self.bias = param(rngs, zeros, (width,), (None,))
+        self.scale = make_param(rngs, ones, (width,), (None,))
+        self.bias = make_param(rngs, zeros, (width,), (None,))
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
@@ -138,7 +138,7 @@ class RMSNorm(nnx.Module):
     """RMSNorm over the last axis; statistics in float32."""
 
     def __init__(self, width: int, *, rngs: nnx.Rngs, eps: float = 1e-6):
-        self.scale = param(rngs, ones, (width,), (None,))
+        self.scale = make_param(rngs, ones, (width,), (None,))
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
@@ -153,8 +153,8 @@ class GroupNorm(nnx.Module):
     def __init__(self, width: int, groups: int, *, rngs: nnx.Rngs, eps: float = 1e-5):
         if width % groups:
             raise ValueError(f"GroupNorm: {groups} groups do not divide width {width}")
-        self.scale = param(rngs, ones, (width,), (None,))
-        self.bias = param(rngs, zeros, (width,), (None,))
+        self.scale = make_param(rngs, ones, (width,), (None,))
+        self.bias = make_param(rngs, zeros, (width,), (None,))
         self.groups, self.eps = groups, eps
 
     def __call__(self, x: Float[Array, "b h w d"]) -> Float[Array, "b h w d"]:

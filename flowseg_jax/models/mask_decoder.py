@@ -18,10 +18,10 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from flowseg_jax.errors import UserError
-from flowseg_jax.models.layers import LayerNorm, Linear, MultiHeadAttention, normal, param
-from flowseg_jax.models.pixel_decoder import sine_positions
+from flowseg_jax.models.layers import LayerNorm, Linear, MultiHeadAttention, make_param, normal_init
+from flowseg_jax.models.pixel_decoder import sine_position_embedding
 from flowseg_jax.models.semantic_flow import ConditionRefinement, Conditions, SemanticFlowConfig, SemanticRefinement
-from flowseg_jax.models.stack import remat, stack
+from flowseg_jax.models.stack import remat, stack_layers
 from flowseg_jax.ops.dot import einsum
 from flowseg_jax.ops.resize import resize
 
@@ -123,7 +123,7 @@ class DecoderLayer(nnx.Module):
         self.ffn_norm = LayerNorm(cfg.width, rngs=rngs)
         self.refinement = ConditionRefinement(cfg.width, cfg.heads, flow, rngs=rngs) if both else None
 
-    def attend(
+    def cross_attention_block(
         self,
         x: Float[Array, "p q d"],
         position: Float[Array, "q d"],
@@ -137,7 +137,7 @@ class DecoderLayer(nnx.Module):
         out = self.cross(flat, memory + memory_position, memory, mask=allowed.reshape(b, 1, p // b * q, -1))
         return self.cross_norm(x + out.reshape(p, q, d))
 
-    def converse(
+    def refine_and_self_attend(
         self,
         q_vis: Float[Array, "p q d"],
         position: Float[Array, "q d"],
@@ -147,10 +147,10 @@ class DecoderLayer(nnx.Module):
         """SR, then self-attention among the queries of a pass: Q_s."""
         x = q_vis
         if conditions is not None and self.semantic is not None:
-            x = self.semantic(x, position, embeds, conditions.own)
+            x = self.semantic(x, position, embeds, conditions.attend_mask)
         return self.self_norm(x + self.self_attention(x + position, x + position, x))
 
-    def conclude(
+    def feed_forward_and_refine_conditions(
         self,
         found: Float[Array, "p q d"],
         embeds: Float[Array, "p n d"] | None,
@@ -159,13 +159,13 @@ class DecoderLayer(nnx.Module):
         """Feed-forward network, and CR from Q_s; returns the queries and C(l)."""
         x = self.ffn_norm(found + self.down(jax.nn.relu(self.up(found))))
         if conditions is not None and self.refinement is not None:
-            embeds = self.refinement(embeds, found, conditions.valid & conditions.own.any(-1, keepdims=True))
+            embeds = self.refinement(embeds, found, conditions.valid_mask & conditions.attend_mask.any(-1, keepdims=True))
         return x, embeds
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Memory:
+class LevelMemory:
     """One level as the decoder reads it, flattened row by row.
 
     Attributes:
@@ -176,7 +176,7 @@ class Memory:
 
     values: Float[Array, "b s d"]
     positions: Float[Array, "s d"]
-    features: Float[Array, "b s f"]
+    mask_features: Float[Array, "b s f"]
 
 
 class MaskDecoder(nnx.Module):
@@ -184,50 +184,50 @@ class MaskDecoder(nnx.Module):
 
     def __init__(self, cfg: DecoderConfig, flow: SemanticFlowConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
-        query, mask = normal(cfg.query_std), normal(cfg.mask_std)
-        self.query_content = param(rngs, query, (cfg.queries, cfg.width), (None, None))
-        self.query_position = param(rngs, query, (cfg.queries, cfg.width), (None, None))
-        self.level_embed = param(rngs, normal(0.02), (cfg.levels, cfg.width), (None, None))
-        self.layers = stack(lambda r: DecoderLayer(cfg, flow, rngs=r), cfg.layers, rngs)
+        query, mask = normal_init(cfg.query_std), normal_init(cfg.mask_std)
+        self.query_content = make_param(rngs, query, (cfg.queries, cfg.width), (None, None))
+        self.query_position = make_param(rngs, query, (cfg.queries, cfg.width), (None, None))
+        self.level_embed = make_param(rngs, normal_init(0.02), (cfg.levels, cfg.width), (None, None))
+        self.layers = stack_layers(lambda r: DecoderLayer(cfg, flow, rngs=r), cfg.layers, rngs)
         self.norm = LayerNorm(cfg.width, rngs=rngs)
         self.mask_mlp_0 = Linear(cfg.width, cfg.width, rngs=rngs, init=mask)
         self.mask_mlp_1 = Linear(cfg.width, cfg.width, rngs=rngs, init=mask)
         self.mask_mlp_2 = Linear(cfg.width, cfg.mask_width or cfg.width, rngs=rngs, init=mask)
-        self.logit_scale = param(rngs, nnx.initializers.constant(cfg.logit_scale), (1,), (None,))
+        self.logit_scale = make_param(rngs, nnx.initializers.constant(cfg.logit_scale), (1,), (None,))
 
     def mask_embed(self, queries: Float[Array, "*b d"]) -> Float[Array, "*b f"]:
         return self.mask_mlp_2(jax.nn.relu(self.mask_mlp_1(jax.nn.relu(self.mask_mlp_0(queries)))))
 
-    def memory(self, index: int, level: Float[Array, "b y x d"], mask_features: Float[Array, "b h w f"]) -> Memory:
+    def prepare_level(self, index: int, level: Float[Array, "b y x d"], mask_features: Float[Array, "b h w f"]) -> LevelMemory:
         """Prepares level `index` (0 = lowest resolution)."""
         b, y, x, d = level.shape
-        features = jax.lax.stop_gradient(self.at_size(mask_features, (y, x)))
-        return Memory(
+        features = jax.lax.stop_gradient(self.resize_features(mask_features, (y, x)))
+        return LevelMemory(
             level.reshape(b, y * x, d) + self.level_embed[index].astype(level.dtype),
-            sine_positions(y, x, d).reshape(y * x, d).astype(level.dtype),
+            sine_position_embedding(y, x, d).reshape(y * x, d).astype(level.dtype),
             features.reshape(b, y * x, -1),
         )
 
-    def start(self, passes: int, seg_embeds: Float[Array, "p d"] | None, dtype: jnp.dtype) -> Float[Array, "p q d"]:
+    def init_queries(self, passes: int, seg_embeds: Float[Array, "p d"] | None, dtype: jnp.dtype) -> Float[Array, "p q d"]:
         """The queries before the first layer: learned content plus S."""
         x = jnp.broadcast_to(self.query_content[...].astype(dtype), (passes, self.cfg.queries, self.cfg.width))
         return x if seg_embeds is None else x + seg_embeds.astype(dtype)[:, None]
 
-    def predict(
+    def prediction_heads(
         self, x: Float[Array, "p q d"], embeds: Float[Array, "p n d"] | None, conditions: Conditions | None
     ) -> tuple[Float[Array, "p q d"], Float[Array, "p q f"], Float[Array, "p q n"] | None]:
         """Normalised queries, their mask embeddings and class logits against C (None without conditions)."""
         queries, logits = self.norm(x), None
         if conditions is not None:
-            logits = cosine_logits(queries, embeds, conditions.valid, self.logit_scale[...], self.cfg.logit_clamp)
+            logits = cosine_logits(queries, embeds, conditions.valid_mask, self.logit_scale[...], self.cfg.logit_clamp)
         return queries, self.mask_embed(queries), logits
 
     @staticmethod
-    def attention_mask(mask_embeds: Float[Array, "p q f"], memory: Memory) -> Bool[Array, "p q s"]:
+    def attention_mask(mask_embeds: Float[Array, "p q f"], memory: LevelMemory) -> Bool[Array, "p q s"]:
         """Where each query may look: inside its predicted mask, or everywhere if that is empty at this level's size."""
-        b, s, e = memory.features.shape
+        b, s, e = memory.mask_features.shape
         flat = jax.lax.stop_gradient(mask_embeds).reshape(b, -1, e)
-        allowed = einsum("bqe,bse->bqs", flat, memory.features) >= 0
+        allowed = einsum("bqe,bse->bqs", flat, memory.mask_features) >= 0
         allowed = allowed | ~allowed.any(-1, keepdims=True)  # a mask that blocks everything blocks nothing
         return allowed.reshape(*mask_embeds.shape[:2], s)
 
@@ -253,33 +253,35 @@ class MaskDecoder(nnx.Module):
             raise ValueError(f"the decoder expects {cfg.levels} levels, got {len(levels)}")
         dtype = mask_features.dtype
         position = self.query_position[...].astype(dtype)
-        x = self.start(b * passes, seg_embeds, dtype)
+        x = self.init_queries(b * passes, seg_embeds, dtype)
         embeds = None if conditions is None else conditions.embeds.astype(dtype)
-        memories = [self.memory(index, level, mask_features) for index, level in enumerate(levels)]
+        memories = [self.prepare_level(index, level, mask_features) for index, level in enumerate(levels)]
         graphdef, stacked = nnx.split(self.layers)
 
         def body(carry, inputs):
             x, embeds = carry
             index, params = inputs
             layer = nnx.merge(graphdef, params)
-            prediction = self.predict(x, embeds, conditions)
+            prediction = self.prediction_heads(x, embeds, conditions)
 
-            def attend(memory: Memory) -> Array:
+            def attend(memory: LevelMemory) -> Array:
                 allowed = self.attention_mask(prediction[1], memory)
-                return layer.attend(x, position, memory.values, memory.positions, allowed)
+                return layer.cross_attention_block(x, position, memory.values, memory.positions, allowed)
 
             branches = [lambda memory=memory: attend(memory) for memory in memories]
             q_vis = jax.lax.switch(index % len(branches), branches)
-            return layer.conclude(layer.converse(q_vis, position, embeds, conditions), embeds, conditions), prediction
+            return layer.feed_forward_and_refine_conditions(
+                layer.refine_and_self_attend(q_vis, position, embeds, conditions), embeds, conditions
+            ), prediction
 
         steps = (jnp.arange(cfg.layers), nnx.to_pure_dict(stacked))
         (x, embeds), outputs = jax.lax.scan(remat(body, cfg.remat), (x, embeds), steps)
-        last = self.predict(x, embeds, conditions)
+        last = self.prediction_heads(x, embeds, conditions)
         queries, mask_embeds, logits = jax.tree.map(lambda ys, y: jnp.concatenate([ys, y[None]]), outputs, last)
         return DecoderOutput(queries, mask_embeds, logits)
 
     @staticmethod
-    def at_size(features: Float[Array, "b h w f"], size: tuple[int, int]) -> Float[Array, "b y x f"]:
+    def resize_features(features: Float[Array, "b h w f"], size: tuple[int, int]) -> Float[Array, "b y x f"]:
         """Mask features resized bilinearly: masks are linear in them, so their masks are the resized masks."""
         if features.shape[1:3] == size:
             return features

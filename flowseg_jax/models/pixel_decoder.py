@@ -17,8 +17,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from flowseg_jax.errors import UserError
-from flowseg_jax.models.layers import Conv, GroupNorm, LayerNorm, Linear, param, zeros
-from flowseg_jax.models.stack import scan, stack
+from flowseg_jax.models.layers import Conv, GroupNorm, LayerNorm, Linear, make_param, zeros
+from flowseg_jax.models.stack import scan_layers, stack_layers
 from flowseg_jax.ops.msda import check_implementation, msda
 from flowseg_jax.ops.resize import resize
 
@@ -113,7 +113,7 @@ class PixelDecoderConfig:
         return max(0, int(math.log2(finest) - math.log2(self.common_stride)))
 
 
-def sine_positions(height: int, width: int, dim: int) -> Float[Array, "h w d"]:
+def sine_position_embedding(height: int, width: int, dim: int) -> Float[Array, "h w d"]:
     """Sine position embedding of a height x width map, float32 [height, width, dim].
 
     The first dim/2 channels encode the row, the others the column; sines on even and cosines on odd channels, frequencies
@@ -145,7 +145,7 @@ def reference_points(shapes: Shapes) -> Float[Array, "n 2"]:
     return jnp.concatenate(points)
 
 
-def direction_grid(heads: int, levels: int, points: int) -> np.ndarray:
+def init_sampling_offsets(heads: int, levels: int, points: int) -> np.ndarray:
     """Initial sampling offsets (x, y) in pixels, float32, flattened from [heads, levels, points, 2].
 
     Head h looks along the angle 2 pi h / heads; its point k lies k + 1 pixels away, measured in the larger coordinate.
@@ -165,7 +165,7 @@ class DeformableAttention(nnx.Module):
         self.heads, self.levels, self.points = cfg.heads, cfg.encoder_levels, cfg.points
         self.impl = cfg.msda
         samples = self.heads * self.levels * self.points
-        grid = direction_grid(self.heads, self.levels, self.points)
+        grid = init_sampling_offsets(self.heads, self.levels, self.points)
         # Both matrices start Xavier-uniform, not at zero as in Deformable DETR: that is what X-SAM trains from (scaffold 2.6).
         self.offsets = Linear(
             cfg.width,
@@ -210,7 +210,7 @@ class EncoderLayer(nnx.Module):
         return self.norm2(x + self.down(jax.nn.relu(self.up(x))))
 
 
-class ConvNorm(nnx.Module):
+class ConvGroupNorm(nnx.Module):
     """Convolution followed by GroupNorm."""
 
     def __init__(self, cfg: PixelDecoderConfig, d_in: int, kernel: int, *, bias: bool, rngs: nnx.Rngs):
@@ -233,17 +233,17 @@ class PixelDecoder(nnx.Module):
     def __init__(self, cfg: PixelDecoderConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
         levels, stages = cfg.encoder_levels, cfg.fpn_stages
-        self.projections = nnx.List([ConvNorm(cfg, c, 1, bias=True, rngs=rngs) for c in cfg.channels[:levels]])
-        self.level_embed = param(rngs, zeros, (levels, cfg.width), (None, None))
-        self.layers = stack(lambda r: EncoderLayer(cfg, rngs=r), cfg.layers, rngs)
+        self.projections = nnx.List([ConvGroupNorm(cfg, c, 1, bias=True, rngs=rngs) for c in cfg.channels[:levels]])
+        self.level_embed = make_param(rngs, zeros, (levels, cfg.width), (None, None))
+        self.layers = stack_layers(lambda r: EncoderLayer(cfg, rngs=r), cfg.layers, rngs)
         finest = cfg.channels[len(cfg.channels) - stages :]
-        self.lateral = nnx.List([ConvNorm(cfg, c, 1, bias=False, rngs=rngs) for c in finest])
-        self.fuse = nnx.List([ConvNorm(cfg, cfg.width, 3, bias=False, rngs=rngs) for _ in finest])
+        self.lateral = nnx.List([ConvGroupNorm(cfg, c, 1, bias=False, rngs=rngs) for c in finest])
+        self.fuse = nnx.List([ConvGroupNorm(cfg, cfg.width, 3, bias=False, rngs=rngs) for _ in finest])
         self.mask_projection = Conv(cfg.width, cfg.mask_width, 1, rngs=rngs, axes=("embed", None))
 
     def positions(self, shapes: Shapes) -> Float[Array, "n d"]:
         """Sine positions plus the level's learned embedding, flattened over all levels, float32."""
-        maps = [sine_positions(h, w, self.cfg.width).reshape(h * w, -1) for h, w in shapes]
+        maps = [sine_position_embedding(h, w, self.cfg.width).reshape(h * w, -1) for h, w in shapes]
         return jnp.concatenate([table + self.level_embed[i] for i, table in enumerate(maps)])
 
     def encode(self, maps: tuple[Float[Array, "b _ _ d"], ...]) -> tuple[Float[Array, "b _ _ d"], ...]:
@@ -255,7 +255,7 @@ class PixelDecoder(nnx.Module):
         def body(layer: EncoderLayer, x: Array, _) -> tuple[Array, None]:
             return layer(x, positions, reference, shapes), None
 
-        x, _ = scan(self.layers, body, x, policy=self.cfg.remat)
+        x, _ = scan_layers(self.layers, body, x, policy=self.cfg.remat)
         ends = np.cumsum([h * w for h, w in shapes])[:-1].tolist()
         parts = jnp.split(x, ends, axis=1)
         return tuple(part.reshape(part.shape[0], h, w, -1) for part, (h, w) in zip(parts, shapes, strict=True))

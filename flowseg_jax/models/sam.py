@@ -18,10 +18,10 @@ from jaxtyping import Array, Float
 
 from flowseg_jax.errors import UserError
 from flowseg_jax.models import hf_keys
-from flowseg_jax.models.layers import Conv, LayerNorm, Linear, gelu, normal, param, weight, zeros
-from flowseg_jax.models.pixel_decoder import sine_positions
-from flowseg_jax.models.stack import scan, stack
-from flowseg_jax.ops.attention import grid_attention
+from flowseg_jax.models.layers import Conv, LayerNorm, Linear, gathered_weight, gelu, make_param, normal_init, zeros
+from flowseg_jax.models.pixel_decoder import sine_position_embedding
+from flowseg_jax.models.stack import scan_layers, stack_layers
+from flowseg_jax.ops.attention import decomposed_rel_pos_attention
 from flowseg_jax.ops.dot import einsum
 
 
@@ -72,11 +72,11 @@ class SamConfig:
                 raise UserError(f"SAM: global_layers={self.global_layers} names layer {i}, there are {self.layers} (0-based)")
 
     @property
-    def grid(self) -> int:
+    def grid_size(self) -> int:
         """Patches a side (g)."""
         return self.image_size // self.patch_size
 
-    def place(self, layer: int) -> tuple[str, int]:
+    def stack_and_index(self, layer: int) -> tuple[str, int]:
         """Where layer `layer` is stored: the stack ("window_layers" or "global_layers") and the index in it."""
         before = sum(i < layer for i in self.global_layers)
         return ("global_layers", before) if layer in self.global_layers else ("window_layers", layer - before)
@@ -135,7 +135,7 @@ class SamConfig:
         )
 
 
-def relative_positions(table: Float[Array, "r e"], size: int) -> Float[Array, "q k e"]:
+def gather_rel_pos(table: Float[Array, "r e"], size: int) -> Float[Array, "q k e"]:
     """R[q, k] = table[q - k + size - 1] for q, k < size.
 
     Taken by a product with a 0/1 tensor: the transpose of an indexed read would be a scatter in every layer's backward pass.
@@ -144,7 +144,7 @@ def relative_positions(table: Float[Array, "r e"], size: int) -> Float[Array, "q
     return einsum("qkr,re->qke", jax.nn.one_hot(offset, 2 * size - 1, dtype=table.dtype), table).astype(table.dtype)
 
 
-class SamLayer(nnx.Module):
+class SamBlock(nnx.Module):
     """One pre-norm layer with attention over squares of `size` x `size` patches and an erf-GELU feed-forward part.
 
     SAM's logits are `scale q.k + q.Rh[y_q, y_k] + q.Rw[x_q, x_k]`, the last two with the unscaled query: `grid_attention`.
@@ -157,8 +157,8 @@ class SamLayer(nnx.Module):
         self.k = Linear(w, w, rngs=rngs, axes=("embed", "heads"))
         self.v = Linear(w, w, rngs=rngs, axes=("embed", "heads"))
         self.o = Linear(w, w, rngs=rngs, axes=("heads", "embed"))
-        self.rel_pos_h = param(rngs, zeros, (2 * size - 1, e), (None, None))
-        self.rel_pos_w = param(rngs, zeros, (2 * size - 1, e), (None, None))
+        self.rel_pos_h = make_param(rngs, zeros, (2 * size - 1, e), (None, None))
+        self.rel_pos_w = make_param(rngs, zeros, (2 * size - 1, e), (None, None))
         self.norm2 = LayerNorm(w, rngs=rngs, eps=cfg.eps)
         self.up = Linear(w, cfg.mlp, rngs=rngs, axes=("embed", "mlp"))
         self.down = Linear(cfg.mlp, w, rngs=rngs, axes=("mlp", "embed"))
@@ -168,10 +168,12 @@ class SamLayer(nnx.Module):
         """Self-attention of every square on its own."""
         n, s, _, w = x.shape
         q, k, v = (f(x).reshape(n, s, s, self.heads, -1) for f in (self.q, self.k, self.v))
-        rows = einsum("nyxhe,yke->nyxhk", q, relative_positions(self.rel_pos_h[...].astype(x.dtype), s))
-        columns = einsum("nyxhe,xke->nyxhk", q, relative_positions(self.rel_pos_w[...].astype(x.dtype), s))
+        rows = einsum("nyxhe,yke->nyxhk", q, gather_rel_pos(self.rel_pos_h[...].astype(x.dtype), s))
+        columns = einsum("nyxhe,xke->nyxhk", q, gather_rel_pos(self.rel_pos_w[...].astype(x.dtype), s))
         operands = q * q.shape[-1] ** -0.5, k, v, rows.astype(x.dtype), columns.astype(x.dtype)
-        return self.o(grid_attention(*(a.reshape(n, s * s, self.heads, -1) for a in operands)).reshape(n, s, s, w))
+        return self.o(
+            decomposed_rel_pos_attention(*(a.reshape(n, s * s, self.heads, -1) for a in operands)).reshape(n, s, s, w)
+        )
 
     def __call__(self, x: Float[Array, "b g g w"]) -> Float[Array, "b g g w"]:
         y = self.norm1(x)
@@ -190,18 +192,18 @@ class SamLayer(nnx.Module):
         return x + self.down(gelu(self.up(self.norm2(x))))
 
 
-class Sam(nnx.Module):
+class SamImageEncoder(nnx.Module):
     """The mask encoder. Window and global layers are two stacks (their relative position tables differ in size)."""
 
     def __init__(self, cfg: SamConfig, *, rngs: nnx.Rngs):
         n_global = len(cfg.global_layers)
         n_window = cfg.layers - n_global
         self.patch = Conv(3, cfg.width, cfg.patch_size, rngs=rngs, stride=cfg.patch_size, axes=(None, "embed"))
-        sine = lambda key, shape, dtype: 0.5 * sine_positions(*shape).astype(dtype)  # noqa: E731
-        position = sine if cfg.position_init == "sine" else normal(0.02)
-        self.position = param(rngs, position, (cfg.grid, cfg.grid, cfg.width), (None, None, "embed"))
-        self.window_layers = stack(lambda r: SamLayer(cfg, cfg.window, rngs=r), n_window, rngs) if n_window else None
-        self.global_layers = stack(lambda r: SamLayer(cfg, cfg.grid, rngs=r), n_global, rngs) if n_global else None
+        sine = lambda key, shape, dtype: 0.5 * sine_position_embedding(*shape).astype(dtype)  # noqa: E731
+        position = sine if cfg.position_init == "sine" else normal_init(0.02)
+        self.position = make_param(rngs, position, (cfg.grid_size, cfg.grid_size, cfg.width), (None, None, "embed"))
+        self.window_layers = stack_layers(lambda r: SamBlock(cfg, cfg.window, rngs=r), n_window, rngs) if n_window else None
+        self.global_layers = stack_layers(lambda r: SamBlock(cfg, cfg.grid_size, rngs=r), n_global, rngs) if n_global else None
         self.cfg = cfg
 
     def __call__(self, images: Float[Array, "b y x 3"], select: tuple[int, ...]) -> tuple[Float[Array, "b g g w"], ...]:
@@ -225,14 +227,14 @@ class Sam(nnx.Module):
             raise ValueError(f"SAM has hidden states 0 to {cfg.layers}, asked for {select}")
         select = tuple(i % (cfg.layers + 1) for i in select)
         x = self.patch(images)
-        states = {0: x + weight(self.position, x.dtype)}
+        states = {0: x + gathered_weight(self.position, x.dtype)}
         period = self._period(select)
         states |= self._periodic(states[0], select, period) if period else self._runs(states[0], select)
         return tuple(states[i] for i in select)
 
     def _run(self, layers: nnx.Module, x: Array, start: int = 0, stop: int | None = None) -> Array:
         body = lambda layer, x, _: (layer(x), None)  # noqa: E731
-        return scan(layers, body, x, policy=self.cfg.remat, start=start, stop=stop)[0]
+        return scan_layers(layers, body, x, policy=self.cfg.remat, start=start, stop=stop)[0]
 
     def _period(self, select: tuple[int, ...]) -> int | None:
         """Layers a block, if the tower is equal blocks of window layers closed by a global one and `select` fits them."""
@@ -267,9 +269,9 @@ class Sam(nnx.Module):
         """Any other pattern: one scan for each run of layers of one kind, cut at the selected states."""
         states, done, last = {}, 0, max(select)
         while done < last:
-            name, start = self.cfg.place(done)
+            name, start = self.cfg.stack_and_index(done)
             stop = done + 1
-            while stop < last and stop not in select and self.cfg.place(stop)[0] == name:
+            while stop < last and stop not in select and self.cfg.stack_and_index(stop)[0] == name:
                 stop += 1
             x = self._run(getattr(self, name), x, start, start + stop - done)
             states[stop], done = x, stop

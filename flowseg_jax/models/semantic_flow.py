@@ -38,8 +38,8 @@ class Conditions:
     """
 
     embeds: Float[Array, "p n d"]
-    own: Bool[Array, "p n"]
-    valid: Bool[Array, "p n"]
+    attend_mask: Bool[Array, "p n"]
+    valid_mask: Bool[Array, "p n"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,8 +14,8 @@ from jaxtyping import Array, Float
 
 from flowseg_jax.errors import UserError
 from flowseg_jax.models import hf_keys
-from flowseg_jax.models.layers import Conv, LayerNorm, Linear, gelu_tanh, normal, param, weight
-from flowseg_jax.models.stack import scan, stack
+from flowseg_jax.models.layers import Conv, LayerNorm, Linear, gathered_weight, gelu_tanh, make_param, normal_init
+from flowseg_jax.models.stack import scan_layers, stack_layers
 from flowseg_jax.ops.attention import attention
 
 
@@ -50,7 +50,7 @@ class SiglipConfig:
             raise UserError(f"SigLIP: image_size={self.image_size} is smaller than patch_size={self.patch_size}")
 
     @property
-    def tokens(self) -> int:
+    def num_patches(self) -> int:
         """Patches an image (P)."""
         return (self.image_size // self.patch_size) ** 2
 
@@ -84,7 +84,7 @@ class SiglipConfig:
         )
 
 
-class SiglipLayer(nnx.Module):
+class SiglipBlock(nnx.Module):
     """One pre-norm encoder layer: unmasked self-attention, then a GELU(tanh) feed-forward part."""
 
     def __init__(self, cfg: SiglipConfig, *, rngs: nnx.Rngs):
@@ -106,13 +106,13 @@ class SiglipLayer(nnx.Module):
         return x + self.down(gelu_tanh(self.up(self.norm2(x))))
 
 
-class Siglip(nnx.Module):
+class SiglipVisionEncoder(nnx.Module):
     """The vision encoder."""
 
     def __init__(self, cfg: SiglipConfig, *, rngs: nnx.Rngs):
         self.patch = Conv(3, cfg.width, cfg.patch_size, rngs=rngs, stride=cfg.patch_size, axes=(None, "embed"))
-        self.position = param(rngs, normal(cfg.width**-0.5), (cfg.tokens, cfg.width), (None, "embed"))
-        self.layers = stack(lambda r: SiglipLayer(cfg, rngs=r), cfg.layers, rngs)
+        self.position = make_param(rngs, normal_init(cfg.width**-0.5), (cfg.num_patches, cfg.width), (None, "embed"))
+        self.layers = stack_layers(lambda r: SiglipBlock(cfg, rngs=r), cfg.layers, rngs)
         self.cfg = cfg
 
     def __call__(self, images: Float[Array, "b v v 3"], *, layers: int | None = None) -> Float[Array, "b p w"]:
@@ -134,8 +134,8 @@ class Siglip(nnx.Module):
         layers = cfg.layers if layers is None else layers
         if not 0 <= layers <= cfg.layers:
             raise ValueError(f"SigLIP has {cfg.layers} layers, asked for {layers}")
-        x = self.patch(images).reshape(images.shape[0], cfg.tokens, cfg.width)
-        x = x + weight(self.position, x.dtype)
+        x = self.patch(images).reshape(images.shape[0], cfg.num_patches, cfg.width)
+        x = x + gathered_weight(self.position, x.dtype)
         if not layers:
             return x
-        return scan(self.layers, lambda layer, x, _: (layer(x), None), x, policy=cfg.remat, stop=layers)[0]
+        return scan_layers(self.layers, lambda layer, x, _: (layer(x), None), x, policy=cfg.remat, stop=layers)[0]

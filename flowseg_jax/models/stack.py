@@ -25,7 +25,7 @@ def remat(body: Callable, policy: str) -> Callable:
     return jax.checkpoint(body, policy=REMAT_POLICIES[policy], prevent_cse=False)
 
 
-def stack(make: Callable[[nnx.Rngs], Layer], count: int, rngs: nnx.Rngs) -> Layer:
+def stack_layers(make: Callable[[nnx.Rngs], Layer], count: int, rngs: nnx.Rngs) -> Layer:
     """`count` layers as one module whose every parameter has a leading axis named "layers"."""
     if count < 1:
         raise ValueError(f"a stack needs at least one layer, got {count}")
@@ -39,7 +39,7 @@ def stack(make: Callable[[nnx.Rngs], Layer], count: int, rngs: nnx.Rngs) -> Laye
     return layers
 
 
-def scan(
+def scan_layers(
     layers: Layer,
     body: Callable[[Layer, Any, Any], tuple[Any, Any]],
     carry: Any,

@@ -17,13 +17,13 @@ SHARD_AXIS = "fsdp"  # the mesh axis whose devices hold parts of a parameter
 TENSOR_AXIS = "tensor"  # the mesh axis over which a product may be computed in parts: heads, hidden units
 
 
-def factors(devices: int) -> tuple[int, int]:
+def squarest_grid(devices: int) -> tuple[int, int]:
     """(rows, columns) of the squarest grid of that many devices, rows <= columns."""
     rows = next(n for n in range(math.isqrt(devices), 0, -1) if devices % n == 0)
     return rows, devices // rows
 
 
-def gather(x: Array, axis: int) -> Array:
+def all_gather_2d(x: Array, axis: int) -> Array:
     """The whole array of which every device of `SHARD_AXIS` holds one part along `axis`.
 
     Devices are taken as a grid: first along its rows, then along its columns. So the transpose scatters in two steps as well,
@@ -35,7 +35,7 @@ def gather(x: Array, axis: int) -> Array:
     return x
 
 
-def scatter_sum(x: Array, axis: int) -> Array:
+def reduce_scatter_2d(x: Array, axis: int) -> Array:
     """The sum over the devices of `SHARD_AXIS`, of which each keeps its part along `axis`: the transpose of `gather`."""
     for groups in _grid(jax.lax.axis_size(SHARD_AXIS)):
         x = jax.lax.psum_scatter(x, SHARD_AXIS, scatter_dimension=axis % x.ndim, tiled=True, axis_index_groups=groups)
@@ -44,13 +44,13 @@ def scatter_sum(x: Array, axis: int) -> Array:
 
 def _grid(devices: int) -> list[list[list[int]]]:
     """The groups of the exchange along columns, then of that along rows; exchanges with nobody are left out."""
-    rows, columns = factors(devices)
+    rows, columns = squarest_grid(devices)
     index = [[row * columns + column for column in range(columns)] for row in range(rows)]
     steps = [[list(group) for group in zip(*index, strict=True)], index]
     return [groups for groups in steps if len(groups[0]) > 1]
 
 
-def columns_to_rows(x: Array) -> Array:
+def all_to_all_rows(x: Array) -> Array:
     """From a part [v, w / n] of a matrix's columns to this device's part [ceil(v / n), w] of its rows, missing rows zero."""
     devices = jax.lax.axis_size(SHARD_AXIS)
     x = jnp.pad(x, ((0, -x.shape[0] % devices), (0, 0)))
@@ -58,7 +58,7 @@ def columns_to_rows(x: Array) -> Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class Peers:
+class DataParallelGroup:
     """The devices among which a batch is divided, as seen by one of them inside `shard_map`; none outside of it.
 
     Attributes:
@@ -67,17 +67,17 @@ class Peers:
 
     axes: tuple[str, ...] = ()
 
-    def first(self, images: int) -> int | Int[Array, ""]:
+    def batch_offset(self, images: int) -> int | Int[Array, ""]:
         """The place in the whole batch of the first of this device's images."""
         return jax.lax.axis_index(self.axes) * images if self.axes else 0
 
-    def group_of(self, x: Float[Array, " b *d"] | Int[Array, " b *d"], group: int) -> Array:
+    def gather_group(self, x: Float[Array, " b *d"] | Int[Array, " b *d"], group: int) -> Array:
         """Rows of this device's images and of those that complete their groups, [max(B, group), ...]: in the batch's order."""
         b = x.shape[0]
         if b % group == 0:
             return x
         everything = jax.lax.all_gather(x, self.axes, axis=0, tiled=True)
-        return jax.lax.dynamic_slice_in_dim(everything, self.first(b) // group * group, group)
+        return jax.lax.dynamic_slice_in_dim(everything, self.batch_offset(b) // group * group, group)
 
 
-ALONE = Peers()
+SINGLE_DEVICE = DataParallelGroup()

@@ -23,18 +23,18 @@ def precision(*operands: Array) -> jax.lax.Precision | None:
 def dot(x: Float[Array, "*b i"], w: Float[Array, "i o"]) -> Float[Array, "*b o"]:
     """x @ w over the last axis of x, accumulated in float32, in the dtype of x."""
     if x.size == x.shape[-1]:  # one row, as `product` knows it
-        return product(x.reshape(1, -1), w, 1, 0).reshape(*x.shape[:-1], -1).astype(x.dtype)
-    return product(x, w, x.ndim - 1, 0).astype(x.dtype)
+        return matmul_f32(x.reshape(1, -1), w, 1, 0).reshape(*x.shape[:-1], -1).astype(x.dtype)
+    return matmul_f32(x, w, x.ndim - 1, 0).astype(x.dtype)
 
 
-def product(x: Array, y: Array, i: int, j: int, *, batch: int = 0) -> Array:
+def matmul_f32(x: Array, y: Array, i: int, j: int, *, batch: int = 0) -> Array:
     """The product over axis i of x and axis j of y in float32, for each element of their first `batch` axes.
 
     XLA multiplies a single bfloat16 row, a token that is decoded, without its matrix library on a CPU, at a tenth of the speed
     of two: it gets a row of zeros beside it.
     """
     if x.dtype == jnp.bfloat16 and x.ndim == 2 and (batch, i, len(x)) == (0, 1, 1):
-        return product(jnp.pad(x, ((0, 1), (0, 0))), y, i, j)[:1]
+        return matmul_f32(jnp.pad(x, ((0, 1), (0, 0))), y, i, j)[:1]
     same = tuple(range(batch))
     dimensions = ((i,), (j,)), (same, same)
     return jax.lax.dot_general(x, y, dimensions, precision=precision(x, y), preferred_element_type=jnp.float32)

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int32
 LIMIT = 1e10  # costs are clamped to +-LIMIT
 
 
-def match(cost: Float[Array, "*b m q"], valid: Bool[Array, "*b m"]) -> Int32[Array, "*b m"]:
+def batched_hungarian(cost: Float[Array, "*b m q"], valid: Bool[Array, "*b m"]) -> Int32[Array, "*b m"]:
     """`hungarian` over any leading axes, as one batch: its loops run as long as the slowest problem, not the sum of all."""
     lead = math.prod(cost.shape[:-2])
     out = jax.vmap(hungarian)(cost.reshape(lead, *cost.shape[-2:]), valid.reshape(lead, -1))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
-def band(prob: Float[Array, "*b h w"], kernel: int, eps: float) -> Float[Array, "*b h w"]:
+def boundary_band(prob: Float[Array, "*b h w"], kernel: int, eps: float) -> Float[Array, "*b h w"]:
     """1 where dilation minus erosion of `prob` exceeds `eps`, else 0: the band of pixels along a mask's boundary.
 
     Args:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from flowseg_jax.ops.dot import product
+from flowseg_jax.ops.dot import matmul_f32
 
 Corners = list[tuple[Int[Array, "*b"], Int[Array, "*b"], Float[Array, "*b"]]]
 
@@ -47,7 +47,7 @@ def pixel_corners(x: Float[Array, "*b"], y: Float[Array, "*b"], height: int, wid
 
 
 @jax.custom_vjp
-def sample(maps: Float[Array, "n h w"], points: Float[Array, "n p 2"]) -> Float[Array, "n p"]:
+def sample_points(maps: Float[Array, "n h w"], points: Float[Array, "n p 2"]) -> Float[Array, "n p"]:
     """Bilinear samples of each map at its own points, in float32.
 
     The gradient of the maps adds each point's share to four pixels: a scatter. The TPU compiler sorts millions of indices for
@@ -77,7 +77,7 @@ def _spread(points: Float[Array, "n p 2"], cotangent: Float[Array, "n p"], h: in
     def tents(at: Float[Array, "n p"], size: int) -> Float[Array, "n p size"]:
         return jnp.maximum(1 - jnp.abs(at.astype(jnp.float32)[..., None] * size - 0.5 - jnp.arange(size)), 0)
 
-    return product(tents(points[..., 1], h) * cotangent[..., None], tents(points[..., 0], w), 1, 1, batch=1)
+    return matmul_f32(tents(points[..., 1], h) * cotangent[..., None], tents(points[..., 0], w), 1, 1, batch=1)
 
 
 def _sample_forward(maps: Array, points: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -94,7 +94,7 @@ def _sample_backward(saved: tuple[Array, Array], cotangent: Array) -> tuple[Arra
     return of_maps.astype(maps.dtype), of_points
 
 
-sample.defvjp(_sample_forward, _sample_backward)
+sample_points.defvjp(_sample_forward, _sample_backward)
 
 
 def sample_features(features: Float[Array, "h w d"], points: Float[Array, "p 2"]) -> Float[Array, "p d"]:
@@ -111,7 +111,7 @@ def sample_features(features: Float[Array, "h w d"], points: Float[Array, "p 2"]
     return out.astype(features.dtype)
 
 
-def sample_packed(
+def sample_packed_masks(
     masks: UInt8[Array, "n s bytes"], points: Float[Array, "n p 2"], width: int | None = None
 ) -> Float[Array, "n p"]:
     """`sample` of binary masks packed eight pixels a byte along the width, first pixel in the highest bit (`np.packbits`).
@@ -183,7 +183,7 @@ def _running_count(flags: Bool[Array, "n c"], block: int = 64) -> Int[Array, "n 
     """`jnp.cumsum(flags, 1)`. A product counts within blocks, exactly: a CPU takes less than half the time for it."""
     n, c = flags.shape
     blocks = jnp.pad(flags, ((0, 0), (0, -c % block))).reshape(n, -1, block).astype(jnp.float32)
-    within = product(blocks, jnp.triu(jnp.ones((block, block), jnp.float32)), 2, 0)
+    within = matmul_f32(blocks, jnp.triu(jnp.ones((block, block), jnp.float32)), 2, 0)
     blocks_before = jnp.cumsum(within[..., -1], 1) - within[..., -1]
     return (within + blocks_before[..., None]).reshape(n, -1)[:, :c].astype(jnp.int32)
 

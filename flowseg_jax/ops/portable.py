@@ -14,7 +14,7 @@ _kernels: contextvars.ContextVar[bool] = contextvars.ContextVar("flowseg_kernels
 
 
 @contextlib.contextmanager
-def portable() -> Iterator[None]:
+def without_kernels() -> Iterator[None]:
     """What is traced inside chooses no kernel. A function that was traced before keeps what it has."""
     token = _kernels.set(False)
     try:
@@ -23,6 +23,6 @@ def portable() -> Iterator[None]:
         _kernels.reset(token)
 
 
-def kernels() -> bool:
+def kernels_allowed() -> bool:
     """Whether a kernel may be chosen here."""
     return _kernels.get()

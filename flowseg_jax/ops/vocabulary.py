@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from flowseg_jax.ops.collectives import SHARD_AXIS, columns_to_rows, gather, scatter_sum
-from flowseg_jax.ops.dot import TILE, einsum, product
+from flowseg_jax.ops.collectives import SHARD_AXIS, all_gather_2d, all_to_all_rows, reduce_scatter_2d
+from flowseg_jax.ops.dot import TILE, einsum, matmul_f32
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Vocabulary:
+class ShardedEmbedding:
     """The rows of an embedding table, or those of this device.
 
     Attributes:
@@ -28,35 +28,35 @@ class Vocabulary:
         divided: whether the devices of `SHARD_AXIS` hold a part each.
     """
 
-    rows: Float[Array, "v w"]
+    weight: Float[Array, "v w"]
     size: int = dataclasses.field(metadata={"static": True})
     divided: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @classmethod
-    def whole(cls, table: Float[Array, "v w"]) -> Vocabulary:
+    def whole(cls, table: Float[Array, "v w"]) -> ShardedEmbedding:
         return cls(table, table.shape[0])
 
     @classmethod
-    def of_columns(cls, table: Float[Array, "v c"]) -> Vocabulary:
+    def from_fsdp_shard(cls, table: Float[Array, "v c"]) -> ShardedEmbedding:
         """From a device's part of the columns, which is how a table lies in memory: a vocabulary has any number of words."""
-        return cls(columns_to_rows(table), table.shape[0], divided=True)
+        return cls(all_to_all_rows(table), table.shape[0], divided=True)
 
     @property
-    def first(self) -> int | Int[Array, ""]:
+    def row_offset(self) -> int | Int[Array, ""]:
         """The first word of this device."""
-        return jax.lax.axis_index(SHARD_AXIS) * self.rows.shape[0] if self.divided else 0
+        return jax.lax.axis_index(SHARD_AXIS) * self.weight.shape[0] if self.divided else 0
 
 
-def look_up(vocabulary: Vocabulary, tokens: Int[Array, "b t"]) -> Float[Array, "b t w"]:
+def embedding_lookup(vocabulary: ShardedEmbedding, tokens: Int[Array, "b t"]) -> Float[Array, "b t w"]:
     """The rows of the tokens. Ids below zero or beyond the vocabulary read the nearest row; the caller overwrites them."""
     tokens = jnp.clip(tokens, 0, vocabulary.size - 1)
     if not vocabulary.divided:
-        return jnp.take(vocabulary.rows, tokens, axis=0, mode="clip")
+        return jnp.take(vocabulary.weight, tokens, axis=0, mode="clip")
     t = tokens.shape[1]
-    local = gather(jnp.pad(tokens, ((0, 0), (0, -t % TILE))), 0) - vocabulary.first
-    mine = (local >= 0) & (local < vocabulary.rows.shape[0])
-    found = _read(vocabulary.rows, jnp.where(mine, local, vocabulary.rows.shape[0]))
-    return scatter_sum(found, 0)[:, :t]
+    local = all_gather_2d(jnp.pad(tokens, ((0, 0), (0, -t % TILE))), 0) - vocabulary.row_offset
+    mine = (local >= 0) & (local < vocabulary.weight.shape[0])
+    found = _read(vocabulary.weight, jnp.where(mine, local, vocabulary.weight.shape[0]))
+    return reduce_scatter_2d(found, 0)[:, :t]
 
 
 @jax.custom_vjp
@@ -78,7 +78,7 @@ def _read_backward(saved: tuple[Array, Array], cotangent: Array) -> tuple[Array,
     def add(total: Array, inputs: tuple[Array, Array]) -> tuple[Array, None]:
         index, cotangent = inputs
         one_hot = (jnp.arange(rows.shape[0])[:, None] == index).astype(cotangent.dtype)
-        return total + product(one_hot, cotangent, 1, 0), None
+        return total + matmul_f32(one_hot, cotangent, 1, 0), None
 
     total, _ = jax.lax.scan(add, jnp.zeros(rows.shape, jnp.float32), (index, cotangent))
     return total.astype(rows.dtype), None
@@ -88,7 +88,7 @@ _read.defvjp(_read_forward, _read_backward)
 
 
 def cross_entropy(
-    hidden: Float[Array, "n w"], vocabulary: Vocabulary, labels: Int[Array, " n"], chunk: int
+    hidden: Float[Array, "n w"], vocabulary: ShardedEmbedding, labels: Int[Array, " n"], chunk: int
 ) -> Float[Array, " n"]:
     """-log softmax(hidden @ rows.T)[label] of each token in float32; a label outside the vocabulary counts as logit 0.
 
@@ -99,18 +99,18 @@ def cross_entropy(
         chunk: tokens of one device whose logits exist at a time; they are computed again in the backward pass. A device with
             a part of the words takes the tokens of all devices, as many times more at once.
     """
-    rows = vocabulary.rows.astype(jnp.float32)  # the chunks' gradients are added up in their dtype
+    rows = vocabulary.weight.astype(jnp.float32)  # the chunks' gradients are added up in their dtype
     if not vocabulary.divided:
         peak, total, picked = _scan_logits(hidden, rows, labels, chunk, rows.shape[0])
         return peak + jnp.log(total) - picked
-    here = jnp.minimum(vocabulary.size - vocabulary.first, rows.shape[0])
+    here = jnp.minimum(vocabulary.size - vocabulary.row_offset, rows.shape[0])
     devices = jax.lax.axis_size(SHARD_AXIS)
-    local_labels = gather(labels, 0) - vocabulary.first
-    peak, total, picked = _scan_logits(gather(hidden, 0), rows, local_labels, devices * chunk, here)
+    local_labels = all_gather_2d(labels, 0) - vocabulary.row_offset
+    peak, total, picked = _scan_logits(all_gather_2d(hidden, 0), rows, local_labels, devices * chunk, here)
     highest = jax.lax.pmax(jax.lax.stop_gradient(peak), SHARD_AXIS)  # a shift: it cancels, and so does its gradient
-    total = scatter_sum(total * jnp.exp(peak - highest), 0)
+    total = reduce_scatter_2d(total * jnp.exp(peak - highest), 0)
     mine = jax.lax.axis_index(SHARD_AXIS) * hidden.shape[0]
-    return jax.lax.dynamic_slice_in_dim(highest, mine, hidden.shape[0]) + jnp.log(total) - scatter_sum(picked, 0)
+    return jax.lax.dynamic_slice_in_dim(highest, mine, hidden.shape[0]) + jnp.log(total) - reduce_scatter_2d(picked, 0)
 
 
 def _scan_logits(hidden: Array, rows: Array, labels: Array, chunk: int, exists: int | Array) -> tuple[Array, Array, Array]:

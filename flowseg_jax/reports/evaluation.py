@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from flowseg_jax.errors import UserError
-from flowseg_jax.evaluation.examples import KINDS, Example
+from flowseg_jax.evaluation.examples import KINDS, GallerySample
 from flowseg_jax.evaluation.results import PICTURES, read_pictures, read_table
 from flowseg_jax.reports import html as page
 from flowseg_jax.reports import overlay, pictures
@@ -47,7 +47,7 @@ _GRES_COLUMNS = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class ReportRow:
     """One line of the table: a model, evaluated on some splits.
 
     Attributes:
@@ -63,7 +63,7 @@ class Row:
     note: str = ""
 
 
-def read_row(label: str, folder: Path | str, *, shuffled: bool = False, note: str = "") -> Row:
+def read_row(label: str, folder: Path | str, *, shuffled: bool = False, note: str = "") -> ReportRow:
     """The row of a folder of results: its `<split>.json` files, or those of the shuffled-text control."""
     folder = Path(folder)
     results, images = {}, {}
@@ -74,10 +74,10 @@ def read_row(label: str, folder: Path | str, *, shuffled: bool = False, note: st
         results[path.stem.removesuffix("_shuffled")] = table
         if (folder / "pictures" / path.stem / PICTURES).is_file():
             images[path.stem.removesuffix("_shuffled")] = folder / "pictures" / path.stem
-    return Row(label, results, images, note)
+    return ReportRow(label, results, images, note)
 
 
-def save_pictures(folder: Path | str, name: str, examples: Mapping[str, Sequence[Example]]) -> Path:
+def save_pictures(folder: Path | str, name: str, examples: Mapping[str, Sequence[GallerySample]]) -> Path:
     """Writes one PNG an example and an index to `<folder>/pictures/<name>/`, replacing what was there; returns that folder."""
     target = Path(folder) / "pictures" / name
     part = target.with_name(target.name + ".part")
@@ -95,7 +95,7 @@ def save_pictures(folder: Path | str, name: str, examples: Mapping[str, Sequence
                     (f"selected: IoU {100 * record['iou']:.1f}", example.selected, pictures.SELECTED),
                     (f"best: IoU {100 * record['best_iou']:.1f}", example.best, pictures.BEST),
                 )
-                pictures.strip(example.image, panels).save(part / file)
+                pictures.comparison_strip(example.image, panels).save(part / file)
                 index.append({"kind": kind, "file": file, "record": dict(record)})
         (part / PICTURES).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
         shutil.rmtree(target, ignore_errors=True)
@@ -106,7 +106,7 @@ def save_pictures(folder: Path | str, name: str, examples: Mapping[str, Sequence
     return target
 
 
-def write(path: Path | str, rows: Sequence[Row], *, title: str, about: Sequence[str] = ()) -> Path:
+def write(path: Path | str, rows: Sequence[ReportRow], *, title: str, about: Sequence[str] = ()) -> Path:
     """Writes the report.
 
     Args:
@@ -129,7 +129,7 @@ def write(path: Path | str, rows: Sequence[Row], *, title: str, about: Sequence[
     return path
 
 
-def table(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[ReportRow]) -> str:
     """The table as plain text for the terminal: one line a row and split."""
     columns = _columns([result for row in rows for result in row.results.values()])
     lines = [("split", "model", *(name for _, name, _ in columns))]
@@ -159,14 +159,14 @@ def _figure_text(value: Any) -> str:
     return f"{value:.1f}" if isinstance(value, float) else str(value)
 
 
-def _definitions(rows: Sequence[Row]) -> Html:
+def _definitions(rows: Sequence[ReportRow]) -> Html:
     protocols = ", ".join(sorted({result["protocol"] for row in rows for result in row.results.values()})) or "none"
     columns = _columns([result for row in rows for result in row.results.values()])
     terms = join((html("<b>{}</b> {}", name, meaning) for _, name, meaning in columns), "; ")
     return html('<p class="about">Protocol {}. All figures in percent at the original image size: {}.</p>', protocols, terms)
 
 
-def _table(rows: Sequence[Row], split: str) -> Html:
+def _table(rows: Sequence[ReportRow], split: str) -> Html:
     columns = _columns([row.results[split] for row in rows if split in row.results])
     head = join(html('<th title="{}">{}</th>', meaning, name) for _, name, meaning in columns)
     lines = []
@@ -184,7 +184,7 @@ def _table(rows: Sequence[Row], split: str) -> Html:
     return html(_TABLE, split, head, join(lines))
 
 
-def _families(rows: Sequence[Row], split: str) -> Html:
+def _families(rows: Sequence[ReportRow], split: str) -> Html:
     with_families = [row for row in rows if row.results.get(split, {}).get("families")]
     counts: dict[str, int] = {}
     for row in with_families:

@@ -55,7 +55,7 @@ def write(path: Path, title: str, body: Sequence[Html]) -> None:
         "<style>{}</style></head>\n<body><main>\n{}\n</main></body></html>\n"
     )
     text = html(frame, title, Html(_STYLE), join(body, "\n"))
-    storage.replace_text(path, text.encode("utf-8", "backslashreplace").decode())  # half a character may stand in a text
+    storage.write_text_atomic(path, text.encode("utf-8", "backslashreplace").decode())  # half a character may stand in a text
 
 
 _STYLE = """

@@ -23,7 +23,7 @@ def _panel_size(height: int, width: int) -> tuple[int, int]:
     return max(1, round(width * scale)), max(1, round(height * scale))
 
 
-def strip(
+def comparison_strip(
     image: UInt8[np.ndarray, "y x 3"],
     panels: Sequence[tuple[str, Bool[np.ndarray, "y x"] | None, tuple[int, int, int]]],
 ) -> Image.Image:

@@ -68,7 +68,9 @@ def run_companions(args: argparse.Namespace) -> int:
     """Generates the companions that the parsed arguments ask for."""
     if not (math.isfinite(args.scale) and args.scale > 0):
         raise UserError(f"--scale must be a number above 0, got {args.scale}")
-    multi_task.write(args.out, seed=args.seed, **{name: round(args.scale * n) for name, n in multi_task.DEFAULTS.items()})
+    multi_task.write_datasets(
+        args.out, seed=args.seed, **{name: round(args.scale * n) for name, n in multi_task.DEFAULTS.items()}
+    )
     return 0
 
 

@@ -43,10 +43,10 @@ class Expression:
 class _Candidate:
     weight: float
     rivals: int
-    phrase: Callable[[Speaker], str]
+    phrase: Callable[[Paraphraser], str]
 
 
-class Speaker:
+class Paraphraser:
     """Puts descriptors into words. One speaker is one style: with or without articles, with its favourite synonyms."""
 
     def __init__(self, rng: random.Random):
@@ -104,7 +104,7 @@ def _bits(mask: int) -> Iterator[int]:
         mask ^= low
 
 
-class Expressions:
+class ExpressionGenerator:
     """Every valid expression of one scene, by family and target."""
 
     def __init__(self, scene: Scene):
@@ -181,7 +181,7 @@ class Expressions:
         if not options:
             return None
         (choice,) = rng.choices(options, [o.weight for o in options])
-        return Expression(choice.phrase(Speaker(rng)), family, target, choice.rivals)
+        return Expression(choice.phrase(Paraphraser(rng)), family, target, choice.rivals)
 
     def _attribute(self, table: dict[int, list[_Candidate]]) -> None:
         for target, options in self.unique.items():
@@ -209,7 +209,7 @@ class Expressions:
                     clear = best[0] - last[0] >= MARGIN * self.scale
                 if clear:
 
-                    def phrase(s: Speaker, head: Descriptor = head, forms: tuple[str, ...] = forms) -> str:
+                    def phrase(s: Paraphraser, head: Descriptor = head, forms: tuple[str, ...] = forms) -> str:
                         form = s.rng.choice(forms) if s.article else s.rng.choice([f for f in forms if "the" not in f])
                         return s.article + form.format(s.bare(head))
 
@@ -227,7 +227,7 @@ class Expressions:
                     if not (gaps[rank - 1] and gaps[rank]):
                         continue
 
-                    def phrase(s: Speaker, head: Descriptor = head, word: str = word, side: str = side) -> str:
+                    def phrase(s: Paraphraser, head: Descriptor = head, word: str = word, side: str = side) -> str:
                         place = f"from the {side}" if s.article else f"from {side}"
                         if s.rng.random() < 0.7:
                             return f"{s.article}{word} {s.bare(head)} {place}"
@@ -253,7 +253,7 @@ class Expressions:
                             table[rest[0]].append(entry)
 
     @staticmethod
-    def _without(s: Speaker, head: Descriptor, kind: int, gone: tuple[str, ...]) -> str:
+    def _without(s: Paraphraser, head: Descriptor, kind: int, gone: tuple[str, ...]) -> str:
         that = s.rng.choice(("that", "that", "which"))
         if len(gone) == 1 and gone[0] in ("striped", "dotted") and s.rng.random() < 0.3:
             return f"{s.noun(head)} without {'stripes' if gone[0] == 'striped' else 'dots'}"
@@ -267,7 +267,7 @@ class Expressions:
             for target, relations in self._related(anchor).items():
                 for weight, head, rivals, direction in relations:
 
-                    def phrase(s: Speaker, head: Descriptor = head, direction: str = direction, names: Rows = names) -> str:
+                    def phrase(s: Paraphraser, head: Descriptor = head, direction: str = direction, names: Rows = names) -> str:
                         link = s.rng.choice((" ", " ", " that is ")) + s.relation(direction) + " "
                         return s.noun(head) + link + s.noun(_pick(s.rng, names))
 
@@ -283,7 +283,7 @@ class Expressions:
                     for weight, head, rivals, direction in outer:
 
                         def phrase(
-                            s: Speaker,
+                            s: Paraphraser,
                             head: Descriptor = head,
                             direction: str = direction,
                             names: Rows = names,

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flowseg_jax.data.workers import Spawn
-from flowseg_jax.data.workers import start as start_worker
-from flowseg_jax.errors import UserError, suggest
+from flowseg_jax.data.workers import init_worker as start_worker
+from flowseg_jax.errors import UserError, did_you_mean
 from flowseg_jax.synthetic import refcoco_writer
-from flowseg_jax.synthetic.expressions import FAMILIES, Expression, Expressions, draw_families
+from flowseg_jax.synthetic.expressions import FAMILIES, Expression, ExpressionGenerator, draw_families
 from flowseg_jax.synthetic.render import render
 from flowseg_jax.synthetic.scene import Scene, compose, draw_attributes, is_held_out, place
 from flowseg_jax.synthetic.statistics import Statistics
@@ -38,7 +38,7 @@ REPORT_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
-class Recipe:
+class GeneratorConfig:
     """What every scene of a set has in common."""
 
     seed: int
@@ -114,14 +114,14 @@ def generate(
 
 def _recipe(
     seed: int, mix: Mapping[str, float] | None, objects: tuple[int, int] | None, preset: str, size: int, quality: int
-) -> Recipe:
+) -> GeneratorConfig:
     if preset not in PRESETS:
-        raise UserError(f"unknown shapes preset {preset!r}{suggest(preset, PRESETS)}")
+        raise UserError(f"unknown shapes preset {preset!r}{did_you_mean(preset, PRESETS)}")
     default_mix, default_objects = PRESETS[preset]
     mix, objects = dict(mix or default_mix), tuple(objects or default_objects)
     for family, share in mix.items():
         if family not in FAMILIES:
-            raise UserError(f"unknown expression family {family!r}{suggest(family, FAMILIES)}")
+            raise UserError(f"unknown expression family {family!r}{did_you_mean(family, FAMILIES)}")
         if not (math.isfinite(share) and share >= 0):
             raise UserError(f"share of family {family!r} must be a number of at least 0, got {share}")
     total = sum(mix.values())
@@ -134,7 +134,7 @@ def _recipe(
     if not 1 <= quality <= 100:
         raise UserError(f"JPEG quality must be within 1..100, got {quality}")
     # Ordered by FAMILIES, so that the order in which a user lists the shares does not change the draws.
-    return Recipe(seed, size, objects, {f: mix[f] / total for f in FAMILIES if mix.get(f)}, quality)
+    return GeneratorConfig(seed, size, objects, {f: mix[f] / total for f in FAMILIES if mix.get(f)}, quality)
 
 
 def assign_splits(images: int, seed: int) -> list[str]:
@@ -150,7 +150,7 @@ def assign_splits(images: int, seed: int) -> list[str]:
     return splits
 
 
-def make_record(index: int, split: str, *, recipe: Recipe, folder: Path) -> refcoco_writer.Record:
+def make_record(index: int, split: str, *, recipe: GeneratorConfig, folder: Path) -> refcoco_writer.ImageRecord:
     """Makes one image: draws scene and expressions, saves the JPEG in `folder`, returns what the annotation files need."""
     rng = random.Random(f"shapes scene {recipe.seed} {index}")
     held_out = split == "testB"
@@ -172,7 +172,7 @@ def _draw_groups(rng: random.Random, mix: Mapping[str, float], refs: int) -> lis
     return [draw_families(rng, mix, rng.choice(SENTENCES)) for _ in range(refs)]
 
 
-def _draw_scene(rng: random.Random, recipe: Recipe, held_out: bool) -> Scene | None:
+def _draw_scene(rng: random.Random, recipe: GeneratorConfig, held_out: bool) -> Scene | None:
     count = rng.randint(*recipe.objects)
     triples = draw_attributes(rng, count, lambda *t: held_out or not is_held_out(*t))
     if not triples or (held_out and sum(is_held_out(*t) for t in triples) < 2):
@@ -183,7 +183,7 @@ def _draw_scene(rng: random.Random, recipe: Recipe, held_out: bool) -> Scene | N
 
 def _refer(rng: random.Random, scene: Scene, groups: list[list[str]], held_out: bool) -> list[list[Expression]] | None:
     """Finds a target with look-alikes and distinct expressions for every group; None when the scene has no room for them."""
-    known = Expressions(scene)
+    known = ExpressionGenerator(scene)
     triples = [(item.colour, item.shape, item.texture) for item in scene.items]
     eligible = {
         i
@@ -214,7 +214,7 @@ def _refer(rng: random.Random, scene: Scene, groups: list[list[str]], held_out: 
     return None
 
 
-def _distinct(rng: random.Random, known: Expressions, families: list[str], target: int) -> list[Expression] | None:
+def _distinct(rng: random.Random, known: ExpressionGenerator, families: list[str], target: int) -> list[Expression] | None:
     chosen: dict[str, Expression] = {}
     for family in families:
         for _ in range(4):

@@ -25,7 +25,7 @@ from flowseg_jax.errors import UserError
 from flowseg_jax.synthetic import chat as talk
 from flowseg_jax.synthetic import polygons
 from flowseg_jax.synthetic.generator import say, whole_directory
-from flowseg_jax.synthetic.reasoning_questions import RIDDLES, Riddle
+from flowseg_jax.synthetic.reasoning_questions import REASONING_QUESTIONS, ReasoningQuestion
 from flowseg_jax.synthetic.render import render
 from flowseg_jax.synthetic.scene import REFERENCE_SIZE, SHAPES, Scene, compose, draw_attributes, is_held_out, place
 
@@ -41,7 +41,7 @@ THINGS = {shape: i + 1 + i // 3 for i, shape in enumerate(SHAPES)}
 BACKGROUND = 100
 
 
-class _Studio:
+class _SceneWriter:
     """Draws scenes, saves their pictures and writes down what is on them."""
 
     def __init__(self, root: Path, seed: int, sidecar: TextIO):
@@ -73,7 +73,7 @@ def _dump(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"))
 
 
-def write(
+def write_datasets(
     directory: Path,
     *,
     seed: int = 0,
@@ -107,7 +107,7 @@ def write(
         whole_directory(directory, "the companions") as partial,
         open(partial / "scenes.jsonl", "w", encoding="utf-8") as sidecar,
     ):
-        studio = _Studio(partial, seed, sidecar)
+        studio = _SceneWriter(partial, seed, sidecar)
         for make, number in ((_reasonseg, reasonseg), (_panoptic, panoptic), (_llava, chat)):
             made = make(studio, number)
             report(f"companions: {', '.join(f'{n} images in {folder}' for folder, n in made.items())}")
@@ -141,10 +141,10 @@ def outline_points(mask: np.ndarray) -> list[list[list[float]]] | None:
     return parts
 
 
-def _ask(studio: _Studio, rng: random.Random) -> tuple[Scene, Riddle, list[list[list[float]]]]:
+def _ask(studio: _SceneWriter, rng: random.Random) -> tuple[Scene, ReasoningQuestion, list[list[list[float]]]]:
     """A scene, a question about it, and the outlines of the answer."""
     # The kind is drawn before the scene and kept, so that rejection cannot bend the mix.
-    riddle_of = RIDDLES[rng.choice(tuple(RIDDLES))]
+    riddle_of = REASONING_QUESTIONS[rng.choice(tuple(REASONING_QUESTIONS))]
     for _ in range(ATTEMPTS):
         scene = studio.scene(rng)
         if riddle := riddle_of(scene, rng):
@@ -165,7 +165,7 @@ def _ignored(scene: Scene, targets: tuple[int, ...], rng: random.Random) -> list
     return np.stack([x + reach * np.cos(angles), y + reach * np.sin(angles)], axis=1).round(2).tolist()
 
 
-def _reasonseg(studio: _Studio, number: int) -> dict[str, int]:
+def _reasonseg(studio: _SceneWriter, number: int) -> dict[str, int]:
     held = {"val": round(0.2 * number), "test": round(0.2 * number)}
     counts = {"train": number - sum(held.values())} | held
     explanations = []
@@ -195,7 +195,7 @@ def _reasonseg(studio: _Studio, number: int) -> dict[str, int]:
     return {f"reasonseg/{split}": images for split, images in counts.items()}
 
 
-def _panoptic(studio: _Studio, number: int) -> dict[str, int]:
+def _panoptic(studio: _SceneWriter, number: int) -> dict[str, int]:
     categories = [{"supercategory": "shape", "isthing": 1, "id": i, "name": shape} for shape, i in THINGS.items()]
     categories.append({"supercategory": "background", "isthing": 0, "id": BACKGROUND, "name": "background"})
     for category, colour in zip(categories, studio.rng("palette").sample(range(1 << 24), len(categories)), strict=True):
@@ -240,7 +240,7 @@ def _segments(scene: Scene, rng: random.Random) -> tuple[np.ndarray, list[dict[s
     return pixels, segments
 
 
-def _llava(studio: _Studio, number: int) -> dict[str, int]:
+def _llava(studio: _SceneWriter, number: int) -> dict[str, int]:
     (studio.root / "llava" / "images").mkdir(parents=True)
     entries = []
     for i in range(number):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from flowseg_jax.synthetic.expressions import MARGIN
-from flowseg_jax.synthetic.scene import REFERENCE_SIZE, Item, Scene
+from flowseg_jax.synthetic.scene import REFERENCE_SIZE, Scene, SceneObject
 
 CLEAR_RATIO = 1.25  # of the largest and the second largest area or distance
 # Inner corners count; a heart and a semicircle never have the most (see `_corners`).
@@ -44,7 +44,7 @@ LIKE = {
 
 
 @dataclass(frozen=True)
-class Riddle:
+class ReasoningQuestion:
     """A question and what it refers to.
 
     Attributes:
@@ -60,16 +60,16 @@ class Riddle:
     explanation: str
 
 
-def describe(item: Item) -> str:
+def describe(item: SceneObject) -> str:
     """All attributes of an object: "large striped red star"."""
     return f"{item.size} {item.texture} {item.colour} {item.shape}"
 
 
-def _riddle(targets: Sequence[int], short: Sequence[str], long: Sequence[str], explanation: str) -> Riddle:
+def _riddle(targets: Sequence[int], short: Sequence[str], long: Sequence[str], explanation: str) -> ReasoningQuestion:
     """`[a|b]` in a text stands for a with one target, for b with several."""
     form = r"\1" if len(targets) == 1 else r"\2"
     texts = [tuple(re.sub(r"\[(.*?)\|(.*?)\]", form, text) for text in group) for group in (short, long, (explanation,))]
-    return Riddle(tuple(int(t) for t in targets), texts[0], texts[1], texts[2][0])
+    return ReasoningQuestion(tuple(int(t) for t in targets), texts[0], texts[1], texts[2][0])
 
 
 def _having(scene: Scene, kind: str, value: str) -> list[int]:
@@ -91,7 +91,7 @@ def _draw_value(scene: Scene, rng: random.Random, kind: str) -> tuple[list[int],
     return _having(scene, kind, value), value
 
 
-def _colour(scene: Scene, rng: random.Random) -> Riddle | None:
+def _colour(scene: Scene, rng: random.Random) -> ReasoningQuestion | None:
     if (drawn := _draw_value(scene, rng, "colour")) is None:
         return None
     targets, value = drawn
@@ -107,7 +107,7 @@ def _colour(scene: Scene, rng: random.Random) -> Riddle | None:
     )
 
 
-def _shape(scene: Scene, rng: random.Random) -> Riddle | None:
+def _shape(scene: Scene, rng: random.Random) -> ReasoningQuestion | None:
     if (drawn := _draw_value(scene, rng, "shape")) is None:
         return None
     targets, value = drawn
@@ -120,7 +120,7 @@ def _shape(scene: Scene, rng: random.Random) -> Riddle | None:
     )
 
 
-def _texture(scene: Scene, rng: random.Random) -> Riddle | None:
+def _texture(scene: Scene, rng: random.Random) -> ReasoningQuestion | None:
     if (drawn := _draw_value(scene, rng, "texture")) is None:
         return None
     targets, value = drawn
@@ -133,7 +133,7 @@ def _texture(scene: Scene, rng: random.Random) -> Riddle | None:
     )
 
 
-def _paint_and_outline(scene: Scene, rng: random.Random) -> Riddle | None:
+def _paint_and_outline(scene: Scene, rng: random.Random) -> ReasoningQuestion | None:
     item = rng.choice(scene.items)
     same_colour, same_shape = (_having(scene, kind, getattr(item, kind)) for kind in ("colour", "shape"))
     targets = [i for i in same_colour if i in same_shape]
@@ -151,7 +151,7 @@ def _paint_and_outline(scene: Scene, rng: random.Random) -> Riddle | None:
     )
 
 
-def _roll(scene: Scene, rng: random.Random) -> Riddle | None:
+def _roll(scene: Scene, rng: random.Random) -> ReasoningQuestion | None:
     targets = _having(scene, "shape", "circle")
     if not targets or len(targets) == len(scene.items) or _having(scene, "shape", "semicircle"):  # that one would rock
         return None
@@ -166,7 +166,7 @@ def _roll(scene: Scene, rng: random.Random) -> Riddle | None:
     )
 
 
-def _corners(scene: Scene, rng: random.Random) -> Riddle | None:
+def _corners(scene: Scene, rng: random.Random) -> ReasoningQuestion | None:
     counts = [CORNERS[item.shape] for item in scene.items]
     targets = [i for i, count in enumerate(counts) if count == max(counts)]
     if max(counts) < 3 or len(targets) == len(counts):
@@ -179,7 +179,7 @@ def _corners(scene: Scene, rng: random.Random) -> Riddle | None:
     )
 
 
-def _most_room(scene: Scene, rng: random.Random) -> Riddle | None:
+def _most_room(scene: Scene, rng: random.Random) -> ReasoningQuestion | None:
     if (target := _first(scene.areas)) is None:
         return None
     return _riddle(
@@ -190,7 +190,7 @@ def _most_room(scene: Scene, rng: random.Random) -> Riddle | None:
     )
 
 
-def _least_room(scene: Scene, rng: random.Random) -> Riddle | None:
+def _least_room(scene: Scene, rng: random.Random) -> ReasoningQuestion | None:
     if (target := _first(1 / scene.areas)) is None:
         return None
     return _riddle(
@@ -201,7 +201,7 @@ def _least_room(scene: Scene, rng: random.Random) -> Riddle | None:
     )
 
 
-def _night(scene: Scene, rng: random.Random) -> Riddle | None:
+def _night(scene: Scene, rng: random.Random) -> ReasoningQuestion | None:
     targets = _having(scene, "colour", "black")
     if not targets or len(targets) == len(scene.items) or len({scene.items[i].texture for i in targets}) > 1:
         return None  # marks on the paint are brighter: of two patterns one would be easier to see
@@ -213,7 +213,7 @@ def _night(scene: Scene, rng: random.Random) -> Riddle | None:
     )
 
 
-def _fall(scene: Scene, rng: random.Random) -> Riddle | None:
+def _fall(scene: Scene, rng: random.Random) -> ReasoningQuestion | None:
     margin = MARGIN * scene.size / REFERENCE_SIZE
     lowest = np.array([np.flatnonzero(mask.any(axis=1))[-1] for mask in scene.masks])
     target = int(np.argmax(lowest))
@@ -231,7 +231,7 @@ def _fall(scene: Scene, rng: random.Random) -> Riddle | None:
     )
 
 
-def _alone(scene: Scene, rng: random.Random) -> Riddle | None:
+def _alone(scene: Scene, rng: random.Random) -> ReasoningQuestion | None:
     gaps = [
         min(math.dist(scene.centres[i], scene.centres[j]) for j in range(len(scene.items)) if j != i)
         for i in range(len(scene.items))
@@ -249,7 +249,7 @@ def _alone(scene: Scene, rng: random.Random) -> Riddle | None:
     )
 
 
-def _odd(scene: Scene, rng: random.Random) -> Riddle | None:
+def _odd(scene: Scene, rng: random.Random) -> ReasoningQuestion | None:
     found = set()
     for kind in ("shape", "colour", "texture"):
         values = [getattr(item, kind) for item in scene.items]
@@ -267,7 +267,7 @@ def _odd(scene: Scene, rng: random.Random) -> Riddle | None:
     )
 
 
-RIDDLES: dict[str, Callable[[Scene, random.Random], Riddle | None]] = {
+REASONING_QUESTIONS: dict[str, Callable[[Scene, random.Random], ReasoningQuestion | None]] = {
     "colour": _colour,
     "shape": _shape,
     "texture": _texture,

@@ -19,7 +19,7 @@ from flowseg_jax.synthetic.scene import COLOURS, SHAPES, SIZES, TEXTURES, Scene
 from flowseg_jax.synthetic.statistics import Statistics
 
 if TYPE_CHECKING:
-    from flowseg_jax.synthetic.generator import Recipe
+    from flowseg_jax.synthetic.generator import GeneratorConfig
 
 RLE_SHARE = 0.12  # of the objects; masks with a hole come on top
 # A category is everything that can be seen of an object by itself, so that the pass by name teaches every attribute.
@@ -31,7 +31,7 @@ _CATEGORY_ID = {category["name"]: category["id"] for category in CATEGORIES}
 
 
 @dataclass(frozen=True)
-class Record:
+class ImageRecord:
     """One image without the ids that depend on the images before it. `refs` are expressions grouped by target."""
 
     image_id: int
@@ -43,7 +43,7 @@ class Record:
     refs: list[list[Expression]]
 
 
-def record(index: int, split: str, scene: Scene, refs: list[list[Expression]], rng: random.Random) -> Record:
+def record(index: int, split: str, scene: Scene, refs: list[list[Expression]], rng: random.Random) -> ImageRecord:
     """Collects what the files say about scene `index`."""
     annotations, objects = [], []
     for item, mask, centre, area in zip(scene.items, scene.masks, scene.centres, scene.areas, strict=True):
@@ -60,10 +60,10 @@ def record(index: int, split: str, scene: Scene, refs: list[list[Expression]], r
         graph = {"shape": item.shape, "colour": item.colour, "texture": item.texture, "size": item.size}
         objects.append(graph | {"centre": [round(float(v), 3) for v in centre], "area": int(area)})
     image_id = index + 1
-    return Record(image_id, split, f"shapes_{image_id:012d}.jpg", scene.size, annotations, objects, refs)
+    return ImageRecord(image_id, split, f"shapes_{image_id:012d}.jpg", scene.size, annotations, objects, refs)
 
 
-def write(root: Path, records: list[Record], recipe: Recipe) -> Statistics:
+def write(root: Path, records: list[ImageRecord], recipe: GeneratorConfig) -> Statistics:
     """Writes the annotation files of `records` to `root` and counts what they hold."""
     statistics = Statistics()
     images, annotations, refs = [], [], []
@@ -105,7 +105,7 @@ def write(root: Path, records: list[Record], recipe: Recipe) -> Statistics:
     return statistics
 
 
-def _image(r: Record) -> dict[str, Any]:
+def _image(r: ImageRecord) -> dict[str, Any]:
     return {
         "id": r.image_id,
         "file_name": r.file_name,

@@ -8,7 +8,7 @@ import random
 import numpy as np
 from PIL import Image, ImageDraw
 
-from flowseg_jax.synthetic.scene import REFERENCE_SIZE, Item, Scene
+from flowseg_jax.synthetic.scene import REFERENCE_SIZE, Scene, SceneObject
 
 PAINT = {
     "red": (208, 32, 36),
@@ -26,7 +26,7 @@ RIM, RIM_GREY = 0.8, 60.0  # opacity of an object's rim and the grey that half o
 NOISE = 5.0  # standard deviation, in 0..255
 
 
-def _marks(item: Item, x: np.ndarray, y: np.ndarray, scale: float, rng: random.Random) -> np.ndarray | float:
+def _marks(item: SceneObject, x: np.ndarray, y: np.ndarray, scale: float, rng: random.Random) -> np.ndarray | float:
     """How much of each pixel [h, w] is covered by the texture's marks, 0..1; the edges are one pixel soft."""
     if item.texture == "plain":
         return 0.0

@@ -40,7 +40,7 @@ def is_held_out(colour: str, shape: str, texture: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Item:
+class SceneObject:
     """One object as it is drawn: attributes, centre (x, y), area-equivalent radius, rotation in radians."""
 
     shape: str
@@ -76,7 +76,7 @@ class Scene:
     """
 
     size: int
-    items: tuple[Item, ...]
+    items: tuple[SceneObject, ...]
     patches: tuple[Patch, ...]
     masks: np.ndarray
     centres: np.ndarray
@@ -128,7 +128,7 @@ OUTLINES = {shape: _unit_area(_outline(shape)) for shape in SHAPES}
 REACH = {shape: float(np.abs(points).max()) for shape, points in OUTLINES.items()}
 
 
-def silhouette(item: Item, scale: float) -> Patch:
+def silhouette(item: SceneObject, scale: float) -> Patch:
     """Rasterises one object with anti-aliasing; `scale` is the image size in units of 128."""
     c, s = math.cos(item.angle), math.sin(item.angle)
     points = OUTLINES[item.shape] @ np.array([[c, s], [-s, c]]) * item.radius + (item.x, item.y)
@@ -152,10 +152,10 @@ def draw_attributes(rng: random.Random, count: int, allow: Callable[[str, str, s
     return [rng.choice(palette) for _ in range(count)] if len(palette) > 1 else []
 
 
-def place(rng: random.Random, triples: list[tuple[str, str, str]], size: int) -> list[Item] | None:
+def place(rng: random.Random, triples: list[tuple[str, str, str]], size: int) -> list[SceneObject] | None:
     """Gives every triple a size class, a radius and a free place; None when the scene is too crowded."""
     scale = size / REFERENCE_SIZE
-    items: list[Item] = []
+    items: list[SceneObject] = []
     for colour, shape, texture in triples:
         label = rng.choice(SIZES)
         radius = rng.uniform(*RADII[label]) * scale
@@ -166,11 +166,11 @@ def place(rng: random.Random, triples: list[tuple[str, str, str]], size: int) ->
                 break
         else:
             return None
-        items.append(Item(shape, colour, texture, label, x, y, radius, rng.uniform(-0.16, 0.16)))
+        items.append(SceneObject(shape, colour, texture, label, x, y, radius, rng.uniform(-0.16, 0.16)))
     return items
 
 
-def compose(items: list[Item], size: int) -> Scene | None:
+def compose(items: list[SceneObject], size: int) -> Scene | None:
     """Stacks the objects and measures what stays visible; None when one of them is covered too much."""
     patches = tuple(silhouette(item, size / REFERENCE_SIZE) for item in items)
     owner = np.full((size, size), -1, np.int8)

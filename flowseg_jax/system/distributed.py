@@ -24,7 +24,7 @@ def is_primary() -> bool:
     return jax.process_index() == 0
 
 
-def attempt(work: Callable[[], T], reason: Callable[[Exception], str | None]) -> tuple[T | None, str]:
+def collective_try(work: Callable[[], T], reason: Callable[[Exception], str | None]) -> tuple[T | None, str]:
     """Does something that may fail on some processes only, and tells all of them whether it did.
 
     Every process must call it. It returns when all have tried, so it is also a barrier; nothing is exchanged where there is one
@@ -59,7 +59,7 @@ def _first(fault: str) -> str:
     return next((bytes(row).rstrip(b"\0").decode(errors="ignore") for row in everyone if row.any()), "")
 
 
-def exchange(mine: bytes) -> list[bytes]:
+def all_gather_bytes(mine: bytes) -> list[bytes]:
     """What every process has to say, in the order of processes; all of them must call it."""
     if jax.process_count() == 1:
         return [mine]
@@ -75,7 +75,7 @@ def locked(directory: str | os.PathLike, *, beside: bool = False) -> Iterator[No
     """`locks.held` for a whole job: the first process holds the lock, a refusal is told to all. Every process must enter."""
     with contextlib.ExitStack() as stack:
         hold = lambda: stack.enter_context(locks.held(directory, beside=beside)) if is_primary() else None  # noqa: E731
-        _, fault = attempt(hold, lambda error: str(error) if isinstance(error, UserError) else None)
+        _, fault = collective_try(hold, lambda error: str(error) if isinstance(error, UserError) else None)
         if fault:
             raise UserError(fault)
         yield

@@ -28,7 +28,7 @@ class DeviceKind:
 
 
 # Keys are `jax.Device.device_kind`; a TPU has a second name in some runtimes.
-KINDS = {
+DEVICE_SPECS = {
     "TPU v4": DeviceKind("v4", 275e12),
     "TPU v5 lite": DeviceKind("v5e", 197e12, int(15.75 * GIB)),
     "TPU v5e": DeviceKind("v5e", 197e12, int(15.75 * GIB)),
@@ -47,7 +47,7 @@ KINDS = {
 
 def peak_flops(device: Any) -> float | None:
     """Dense bf16 FLOP/s of a `jax.Device`; None for a CPU and for what the table does not know."""
-    kind = KINDS.get(device.device_kind)
+    kind = DEVICE_SPECS.get(device.device_kind)
     return kind.peak if kind else None
 
 

@@ -14,7 +14,7 @@ import jaxlib
 
 from flowseg_jax.system.hardware import GIB
 
-KEPT = 10 * GIB  # of compiled programs; those that were not used for longest go first
+CACHE_BYTES = 10 * GIB  # of compiled programs; those that were not used for longest go first
 
 
 def peak_memory() -> int:
@@ -28,7 +28,7 @@ def memory_line() -> str:
     return f"peak host memory {peak_memory() / GIB:.1f} GiB"
 
 
-def keep_programs() -> None:
+def enable_compilation_cache() -> None:
     """Turns JAX's persistent compilation cache on, in a folder of the user's own, unless the environment says where or not to.
 
     `JAX_COMPILATION_CACHE_DIR` names another folder or bucket, `JAX_ENABLE_COMPILATION_CACHE=false` turns the cache off, and
@@ -45,7 +45,7 @@ def keep_programs() -> None:
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     if "JAX_COMPILATION_CACHE_MAX_SIZE" not in os.environ:
-        jax.config.update("jax_compilation_cache_max_size", KEPT)
+        jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
 
 
 def _kind() -> str:

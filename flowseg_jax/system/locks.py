@@ -24,9 +24,9 @@ from typing import Any
 
 from etils import epath
 
-from flowseg_jax.checkpoints.storage import absolute, is_remote, reason
+from flowseg_jax.checkpoints.storage import is_remote, resolve_path, short_reason
 from flowseg_jax.errors import UserError, leave
-from flowseg_jax.writers import say
+from flowseg_jax.writers import log
 
 RENEWED = 15.0  # seconds between two signs of life of whoever holds a lock
 SILENT = 60.0  # seconds without one after which a process elsewhere is taken for dead
@@ -103,7 +103,7 @@ def held(directory: str | os.PathLike, *, beside: bool = False) -> Iterator[None
     Raises:
         UserError: another process holds it, or the lock cannot be written.
     """
-    directory = absolute(directory)
+    directory = resolve_path(directory)
     path = directory.with_name(f".{directory.name}.lock") if beside else directory / ".lock"
     if path.as_posix() in _held:
         _held[path.as_posix()] += 1
@@ -123,7 +123,7 @@ def held(directory: str | os.PathLike, *, beside: bool = False) -> Iterator[None
         except Exception as error:
             if not isinstance(error, OSError | ImportError) and not is_remote(path):  # clients of stores have their own
                 raise
-            why = getattr(error, "strerror", None) or reason(error)
+            why = getattr(error, "strerror", None) or short_reason(error)
             raise UserError(f"{directory} cannot be written: {why}; choose another place") from None
         ended = threading.Event()
         thread = threading.Thread(target=_renew, args=(lock, mine, directory, ended), name="lock", daemon=True)
@@ -151,7 +151,7 @@ def _take(lock: _File | _Object, mine: Owner, directory: epath.Path) -> None:
         seen = version, text
         if runs is None and watched is None:
             who = owner or "an unknown process"
-            say(f"{directory} was last used by {who}: seeing for {SILENT:.0f} s whether that still runs")
+            log(f"{directory} was last used by {who}: seeing for {SILENT:.0f} s whether that still runs")
             watched, until = seen, time.monotonic() + SILENT
         if runs or (runs is None and seen != watched):
             raise UserError(

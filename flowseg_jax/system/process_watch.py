@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from flowseg_jax.checkpoints.storage import reason
+from flowseg_jax.checkpoints.storage import short_reason
 from flowseg_jax.errors import UserError, leave, tell
 from flowseg_jax.system.traces import printable
 
@@ -108,7 +108,7 @@ class Watch:
                 self._peers[0].sendall(f"{index} {socket.gethostname()} {os.getpid()}\n".encode())
                 self._names[0] = f"process 0 (on host {host})"
         except Exception as error:  # the job can do without
-            tell(f"note: process {index} is not told when another one dies: {reason(error)}")
+            tell(f"note: process {index} is not told when another one dies: {short_reason(error)}")
         for number, peer in self._peers.items():
             _keep_alive(peer)
             peer.settimeout(None)

@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from flowseg_jax.checkpoints.manifest import flatten
+from flowseg_jax.checkpoints.manifest import flatten_params
 from flowseg_jax.losses import LossConfig
 from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.models.connectors import ConnectorConfig
@@ -41,7 +41,7 @@ INPUTS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
+class FlopCount:
     """FLOPs of a forward pass over one image, by what their backward pass takes.
 
     Attributes:
@@ -50,19 +50,23 @@ class Work:
         decisions: products that only decide something (where to attend, what to match) and have no gradient.
     """
 
-    weights: float = 0.0
-    pairs: float = 0.0
-    decisions: float = 0.0
+    param_products: float = 0.0
+    activation_products: float = 0.0
+    no_grad_products: float = 0.0
 
-    def __add__(self, other: Work) -> Work:
-        return Work(self.weights + other.weights, self.pairs + other.pairs, self.decisions + other.decisions)
+    def __add__(self, other: FlopCount) -> FlopCount:
+        return FlopCount(
+            self.param_products + other.param_products,
+            self.activation_products + other.activation_products,
+            self.no_grad_products + other.no_grad_products,
+        )
 
-    def __mul__(self, times: float) -> Work:
-        return Work(self.weights * times, self.pairs * times, self.decisions * times)
+    def __mul__(self, times: float) -> FlopCount:
+        return FlopCount(self.param_products * times, self.activation_products * times, self.no_grad_products * times)
 
     @property
     def forward(self) -> float:
-        return self.weights + self.pairs + self.decisions
+        return self.param_products + self.activation_products + self.no_grad_products
 
     def training(self, trained: float, reached: bool) -> float:
         """Forward and backward.
@@ -72,7 +76,7 @@ class Work:
             reached: whether anything that the input depends on is trained.
         """
         back = float(reached or trained > 0)
-        return self.weights * (1 + back + trained) + self.pairs * (1 + 2 * back) + self.decisions
+        return self.param_products * (1 + back + trained) + self.activation_products * (1 + 2 * back) + self.no_grad_products
 
 
 def _linear(rows: float, d_in: float, d_out: float) -> float:
@@ -84,50 +88,50 @@ def _attention(queries: float, keys: float, width: float) -> float:
     return 4.0 * queries * keys * width
 
 
-def sam(cfg: SamConfig, last: int) -> Work:
+def sam(cfg: SamConfig, last: int) -> FlopCount:
     """Layers 1 to `last`. The relative positions are a product of every query with two tables."""
-    grid, width = cfg.grid, cfg.width
+    grid, width = cfg.grid_size, cfg.width
 
-    def layer(size: int) -> Work:
+    def layer(size: int) -> FlopCount:
         seen = (-(-grid // size) * size) ** 2  # the last windows are filled up
         projections = 4 * _linear(seen, width, width) + 2 * _linear(seen, width, size)
-        return Work(projections + 2 * _linear(grid**2, width, cfg.mlp), _attention(seen, size**2, width))
+        return FlopCount(projections + 2 * _linear(grid**2, width, cfg.mlp), _attention(seen, size**2, width))
 
     whole = sum(i < last for i in cfg.global_layers)
-    patches = Work(_linear(grid**2, 3 * cfg.patch_size**2, width))
+    patches = FlopCount(_linear(grid**2, 3 * cfg.patch_size**2, width))
     return patches + layer(cfg.window) * (last - whole) + layer(grid) * whole
 
 
-def siglip(cfg: SiglipConfig, layers: int) -> Work:
-    tokens, width = cfg.tokens, cfg.width
+def siglip(cfg: SiglipConfig, layers: int) -> FlopCount:
+    tokens, width = cfg.num_patches, cfg.width
     weights = 4 * _linear(tokens, width, width) + 2 * _linear(tokens, width, cfg.mlp)
-    patches = Work(_linear(tokens, 3 * cfg.patch_size**2, width))
-    return patches + Work(weights, _attention(tokens, tokens, width)) * layers
+    patches = FlopCount(_linear(tokens, 3 * cfg.patch_size**2, width))
+    return patches + FlopCount(weights, _attention(tokens, tokens, width)) * layers
 
 
-def language(cfg: LanguageConfig, tokens: int) -> Work:
+def language(cfg: LanguageConfig, tokens: int) -> FlopCount:
     """The layers without the head, over `tokens` in a row. Conversations packed into segments see less than is counted."""
     queries, keys = cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
     window = min(cfg.sliding_window or tokens, tokens)
     pairs = window * (window + 1) / 2 + (tokens - window) * window
     projections = 2 * _linear(tokens, cfg.width, queries) + 2 * _linear(tokens, cfg.width, keys)
-    return Work(projections + 3 * _linear(tokens, cfg.width, cfg.mlp), _attention(pairs, 1, queries)) * cfg.layers
+    return FlopCount(projections + 3 * _linear(tokens, cfg.width, cfg.mlp), _attention(pairs, 1, queries)) * cfg.layers
 
 
-def connector(cfg: ConnectorConfig, grid: int) -> Work:
-    rows = (-(-grid // cfg.multiple) * cfg.multiple) ** 2
+def connector(cfg: ConnectorConfig, grid: int) -> FlopCount:
+    rows = (-(-grid // cfg.pad_multiple) * cfg.pad_multiple) ** 2
     total = 0.0
     for width, scale in zip(cfg.channels, cfg.scales, strict=True):
         total += _linear(rows, width, cfg.hidden) + _linear(rows, 9 * cfg.hidden, cfg.hidden)
         total += _linear(rows, cfg.hidden, width * scale)
-    return Work(total)
+    return FlopCount(total)
 
 
 def levels(model: FlowSegConfig) -> tuple[int, ...]:
     """Pixels of the maps that enter the pixel decoder, low to high resolution."""
     cfg = model.connector
-    side = -(-model.sam.grid // cfg.multiple) * cfg.multiple
-    return tuple(round(side * cfg.scales[i]) ** 2 for i in cfg.order)
+    side = -(-model.sam.grid_size // cfg.pad_multiple) * cfg.pad_multiple
+    return tuple(round(side * cfg.scales[i]) ** 2 for i in cfg.low_to_high_order)
 
 
 def mask_pixels(cfg: PixelDecoderConfig, levels: tuple[int, ...]) -> int:
@@ -135,7 +139,7 @@ def mask_pixels(cfg: PixelDecoderConfig, levels: tuple[int, ...]) -> int:
     return levels[-1] if cfg.fpn_stages else levels[cfg.encoder_levels - 1]
 
 
-def pixel_decoder(cfg: PixelDecoderConfig, levels: tuple[int, ...]) -> Work:
+def pixel_decoder(cfg: PixelDecoderConfig, levels: tuple[int, ...]) -> FlopCount:
     encoded, width = cfg.encoder_levels, cfg.width
     tokens, samples = sum(levels[:encoded]), cfg.heads * encoded * cfg.points
     total = sum(_linear(pixels, c, width) for pixels, c in zip(levels[:encoded], cfg.channels, strict=False))
@@ -144,10 +148,12 @@ def pixel_decoder(cfg: PixelDecoderConfig, levels: tuple[int, ...]) -> Work:
     first = len(levels) - cfg.fpn_stages
     for pixels, channels in zip(levels[first:], cfg.channels[first:], strict=True):
         total += _linear(pixels, channels, width) + _linear(pixels, 9 * width, width)
-    return Work(total + _linear(mask_pixels(cfg, levels), width, cfg.mask_width))
+    return FlopCount(total + _linear(mask_pixels(cfg, levels), width, cfg.mask_width))
 
 
-def decoder(cfg: DecoderConfig, flow: str, levels: tuple[int, ...], passes: int, conditions: int, classes: int = 0) -> Work:
+def decoder(
+    cfg: DecoderConfig, flow: str, levels: tuple[int, ...], passes: int, conditions: int, classes: int = 0
+) -> FlopCount:
     """All layers and predictions of `passes` passes over an image with so many conditions each.
 
     Keys and values of the memory are projected once an image; attention masks are decisions.
@@ -155,61 +161,63 @@ def decoder(cfg: DecoderConfig, flow: str, levels: tuple[int, ...], passes: int,
     d, queries, named = cfg.width, passes * cfg.queries, passes * conditions
     mask_width = cfg.mask_width or d
 
-    def attention(rows: float, keys_of: float, pairs: float) -> Work:
-        return Work(2 * _linear(rows, d, d) + 2 * _linear(keys_of, d, d), _attention(pairs, 1, d))
+    def attention(rows: float, keys_of: float, pairs: float) -> FlopCount:
+        return FlopCount(2 * _linear(rows, d, d) + 2 * _linear(keys_of, d, d), _attention(pairs, 1, d))
 
     layer = attention(queries, queries, queries * cfg.queries)  # among the queries of a pass
-    layer += Work(2 * _linear(queries, d, cfg.ffn))
+    layer += FlopCount(2 * _linear(queries, d, cfg.ffn))
     if flow != "off":
-        layer += attention(queries, named, queries * conditions) + Work(_linear(queries, 2 * d, d))
+        layer += attention(queries, named, queries * conditions) + FlopCount(_linear(queries, 2 * d, d))
     if flow == "sr_cr":
         layer += attention(named, queries, queries * conditions)
-    predictions = Work(2 * _linear(queries, d, d) + _linear(queries, d, mask_width), 2.0 * queries * conditions * d)
+    predictions = FlopCount(2 * _linear(queries, d, d) + _linear(queries, d, mask_width), 2.0 * queries * conditions * d)
     if classes:
-        predictions += Work(_linear(cfg.queries, d, classes + 1))
+        predictions += FlopCount(_linear(cfg.queries, d, classes + 1))
     total = layer * cfg.layers + predictions * (cfg.layers + 1)
     for i in range(cfg.layers):
         pixels = levels[i % cfg.levels]
-        total += attention(queries, pixels, queries * pixels) + Work(decisions=2.0 * queries * pixels * mask_width)
+        total += attention(queries, pixels, queries * pixels) + FlopCount(no_grad_products=2.0 * queries * pixels * mask_width)
     return total
 
 
-def masks(cfg: DecoderConfig, pixels: int, passes: int, targets: int, points: int) -> Work:
+def masks(cfg: DecoderConfig, pixels: int, passes: int, targets: int, points: int) -> FlopCount:
     """The masks of the matched queries, and what all queries of all passes are at the matcher's points (0: every pixel)."""
     width = cfg.mask_width or cfg.width
     matched = 2.0 * targets * pixels * width
-    return Work(0.0, matched, 2.0 * passes * cfg.queries * (points or pixels) * width) * (cfg.layers + 1)
+    return FlopCount(0.0, matched, 2.0 * passes * cfg.queries * (points or pixels) * width) * (cfg.layers + 1)
 
 
-def forward(model: FlowSegConfig, shape: BatchShape, losses: LossConfig) -> dict[str, Work]:
+def forward(model: FlowSegConfig, shape: BatchShape, losses: LossConfig) -> dict[str, FlopCount]:
     """The forward pass of training over one image, by part."""
     llm, width = model.llm.width, model.decoder.width
     named, categories = model.named_pass != "off", bool(model.classes)
-    phrases = shape.phrases if model.speaks else 0
+    phrases = shape.max_phrases if model.has_language_model else 0
     passes = phrases + named + categories
-    rows = 1 + max(model.negatives_group * phrases, shape.names if named else 0) if model.speaks else 0
-    targets = phrases + (named + categories) * shape.masks
-    side, maps = (model.sam.grid + 1) // 2, levels(model)
-    head = _linear(shape.text - model.visual_tokens, llm, model.llm.vocab) if losses.language else 0.0
+    rows = 1 + max(model.negatives_group * phrases, shape.max_names if named else 0) if model.has_language_model else 0
+    targets = phrases + (named + categories) * shape.max_masks
+    side, maps = (model.sam.grid_size + 1) // 2, levels(model)
+    head = _linear(shape.text_length - model.num_visual_tokens, llm, model.llm.vocab) if losses.language else 0.0
 
-    def projector(tokens: float, d_in: int, d_out: int) -> Work:
-        return Work(_linear(tokens, d_in, d_out) + _linear(tokens, d_out, d_out))
+    def projector(tokens: float, d_in: int, d_out: int) -> FlopCount:
+        return FlopCount(_linear(tokens, d_in, d_out) + _linear(tokens, d_out, d_out))
 
     works = {
         "sam": sam(model.sam, max(*model.connector_layers, model.sam.layers - 1)),
         "siglip": siglip(model.siglip, model.siglip.layers - 1),
-        "visual_projector": projector(model.siglip.tokens, model.siglip.width, llm),
+        "visual_projector": projector(model.siglip.num_patches, model.siglip.width, llm),
         "seg_projector": projector(side**2, 4 * model.sam.width, llm),
-        "llm": language(model.llm, shape.text),
-        "head": Work(head),  # of the text behind the visual tokens
-        "llm_projector": projector(shape.text, llm, width),
-        "connector": connector(model.connector, model.sam.grid),
+        "llm": language(model.llm, shape.text_length),
+        "head": FlopCount(head),  # of the text behind the visual tokens
+        "llm_projector": projector(shape.text_length, llm, width),
+        "connector": connector(model.connector, model.sam.grid_size),
         "pixel_decoder": pixel_decoder(model.pixel_decoder, maps),
         "decoder": decoder(model.decoder, model.semantic_flow.mode, maps, passes, rows, model.classes),
         "masks": masks(model.decoder, mask_pixels(model.pixel_decoder, maps), passes, targets, losses.points),
     }
-    without = () if model.speaks else ("siglip", "visual_projector", "seg_projector", "llm", "head", "llm_projector")
-    without += () if model.segments else ("llm_projector", "connector", "pixel_decoder", "decoder", "masks")
+    without = (
+        () if model.has_language_model else ("siglip", "visual_projector", "seg_projector", "llm", "head", "llm_projector")
+    )
+    without += () if model.has_mask_decoder else ("llm_projector", "connector", "pixel_decoder", "decoder", "masks")
     return {part: work for part, work in works.items() if part not in without}
 
 
@@ -235,7 +243,7 @@ def step_flops(model: FlowSegConfig, shape: BatchShape, losses: LossConfig, trai
     """
     sizes: dict[str, list[int]] = {part: [0, 0] for part in INPUTS}
     for learns, tree in ((1, trainable), (0, frozen)):
-        for path, x in flatten(tree).items():
+        for path, x in flatten_params(tree).items():
             for part in part_of(path, model.llm.tie_embeddings):
                 sizes[part][learns] += x.size
     trained = {part: learns / max(learns + rests, 1) for part, (rests, learns) in sizes.items()}

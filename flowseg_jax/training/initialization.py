@@ -17,21 +17,21 @@ import jax
 from jax.sharding import Mesh
 
 from flowseg_jax import sharding
-from flowseg_jax.checkpoints.manifest import flatten, nest
-from flowseg_jax.checkpoints.pretrained import load_model, read_model_config
-from flowseg_jax.errors import UserError, listed, suggest
+from flowseg_jax.checkpoints.manifest import flatten_params, unflatten_params
+from flowseg_jax.checkpoints.pretrained import load_pretrained, read_model_config
+from flowseg_jax.errors import UserError, did_you_mean, listed
 from flowseg_jax.models import flowseg
 from flowseg_jax.models.config import FlowSegConfig
-from flowseg_jax.writers import say
+from flowseg_jax.writers import log
 
 # Where a converted tower stands in a model. Families that are not listed name their parameters as a whole model does.
-PLACES = {"qwen3": "llm", "phi3": "llm", "llama": "llm", "siglip2": "siglip", "sam": "sam"}
+COMPONENT_PREFIX = {"qwen3": "llm", "phi3": "llm", "llama": "llm", "siglip2": "siglip", "sam": "sam"}
 # Parts that a source may have without the model: switched off here, or of another stage.
-OPTIONAL = re.compile(r"(category_head|boundary|decoder/layers/(semantic|refinement))/")
+OPTIONAL_PARAMS = re.compile(r"(category_head|boundary|decoder/layers/(semantic|refinement))/")
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class InitSource:
     """One entry of `init_from`.
 
     Attributes:
@@ -49,7 +49,7 @@ class Source:
     unused: tuple[str, ...]
 
     @classmethod
-    def open(cls, text: str, shapes: Mapping[str, tuple[int, ...]]) -> Source:
+    def open(cls, text: str, shapes: Mapping[str, tuple[int, ...]]) -> InitSource:
         """Matches an entry with the model's parameters, `shapes`; nothing large is read.
 
         Raises:
@@ -60,10 +60,10 @@ class Source:
             tower, path = "", text
         towers = {name.split("/")[0] for name in shapes}
         if tower and tower not in towers:
-            raise UserError(f"init_from {text!r}: the model has no part {tower!r}{suggest(tower, towers)}")
+            raise UserError(f"init_from {text!r}: the model has no part {tower!r}{did_you_mean(tower, towers)}")
         config = read_model_config(path, towers=True)
         stored, family = config["manifest"], (config.get("tower") or {}).get("family")
-        place = PLACES.get(family, "")
+        place = COMPONENT_PREFIX.get(family, "")
         if place and tower and tower != place:
             raise UserError(f"init_from {text!r}: {path} is a {family} tower and belongs to {place}")
         names = {f"{place}/{name}" if place else name: name for name in stored}
@@ -71,7 +71,7 @@ class Source:
             names = {ours: name for ours, name in names.items() if ours.split("/")[0] == tower}
         if not names:
             raise UserError(f"init_from {text!r}: {path} holds no {tower or 'parameters'}")
-        unused = tuple(ours for ours in names if ours not in shapes and OPTIONAL.match(ours))
+        unused = tuple(ours for ours in names if ours not in shapes and OPTIONAL_PARAMS.match(ours))
         faults = [f"no place for {ours} {tuple(stored[n][0])}" for ours, n in names.items() if ours not in {*shapes, *unused}]
         places = {ours: name for ours, name in names.items() if ours in shapes}
         faults += [
@@ -91,7 +91,7 @@ class Source:
             name: abstract[ours[name]] if name in ours else jax.ShapeDtypeStruct(shape, kind, sharding=whole)
             for name, (shape, kind) in self.stored.items()
         }
-        found = flatten(load_model(self.directory, nest(like), towers=True).params)
+        found = flatten_params(load_pretrained(self.directory, unflatten_params(like), towers=True).params)
         return {our: found[name] for our, name in self.places.items()}
 
 
@@ -105,18 +105,18 @@ def initial_params(cfg: FlowSegConfig, seed: int, init_from: Sequence[str], mesh
     Raises:
         UserError: an entry that does not fit, before anything is read.
     """
-    _, state = flowseg.describe(cfg)
-    shardings = flatten(sharding.param_shardings(state, mesh))
+    _, state = flowseg.abstract_model(cfg)
+    shardings = flatten_params(sharding.param_shardings(state, mesh))
     abstract = {
         name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings[name])
-        for name, x in flatten(flowseg.at_rest(state)).items()
+        for name, x in flatten_params(flowseg.params_dict(state)).items()
     }
-    sources = [Source.open(text, {name: x.shape for name, x in abstract.items()}) for text in init_from]
+    sources = [InitSource.open(text, {name: x.shape for name, x in abstract.items()}) for text in init_from]
     from_source = {our: source for source in sources for our in source.places}  # the last one that has it
     fresh = [name for name in abstract if name not in from_source]
 
     def create() -> dict[str, jax.Array]:
-        flat = flatten(flowseg.create(cfg, seed)[1])
+        flat = flatten_params(flowseg.init_model(cfg, seed)[1])
         return {name: jax.lax.with_sharding_constraint(flat[name], shardings[name]) for name in fresh}
 
     # Hundreds of random number generators that run once: LLVM would take twice as long to optimise them.
@@ -126,10 +126,10 @@ def initial_params(cfg: FlowSegConfig, seed: int, init_from: Sequence[str], mesh
         mine = {our for our in source.places if from_source[our] is source}
         params |= {our: x for our, x in source.load(abstract, mesh).items() if our in mine} if mine else {}
         unused = f"; not used: {_groups(source.unused)}" if source.unused else ""
-        say(f"init_from {source.text}: {len(mine)} parameters{unused}")
+        log(f"init_from {source.text}: {len(mine)} parameters{unused}")
     if sources and fresh:
-        say(f"not found, initialised afresh: {_groups(fresh)}")
-    return nest({name: params[name] for name in abstract})
+        log(f"not found, initialised afresh: {_groups(fresh)}")
+    return unflatten_params({name: params[name] for name in abstract})
 
 
 def _groups(names: Sequence[str]) -> str:

@@ -13,29 +13,29 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from flowseg_jax.checkpoints.manager import Checkpoints, changed_keys
-from flowseg_jax.checkpoints.pretrained import save_model
-from flowseg_jax.checkpoints.storage import prepare_workdir, replace_text
-from flowseg_jax.data.dataset import Prepared
-from flowseg_jax.data.leakage import is_training
-from flowseg_jax.data.mixture import Member, held_out_keys, mix
-from flowseg_jax.data.prepare import ensure_shapes
-from flowseg_jax.data.train_dataset import TrainData, open_tokenizer
+from flowseg_jax.checkpoints.manager import CheckpointManager, config_diff
+from flowseg_jax.checkpoints.pretrained import save_pretrained
+from flowseg_jax.checkpoints.storage import prepare_workdir, write_text_atomic
+from flowseg_jax.data.dataset import PreparedDataset
+from flowseg_jax.data.leakage import is_train_split
+from flowseg_jax.data.mixture import MixtureComponent, build_mixture, held_out_keys
+from flowseg_jax.data.prepare import load_or_build_shapes
+from flowseg_jax.data.train_dataset import TrainDataset, open_tokenizer
 from flowseg_jax.errors import UserError
 from flowseg_jax.experiment import to_json
 from flowseg_jax.system import hardware, host
 from flowseg_jax.system.distributed import is_primary, locked
 from flowseg_jax.system.json_files import expect, number
 from flowseg_jax.training import flops
-from flowseg_jax.training.optimizer import OptimizerConfig, schedule
-from flowseg_jax.training.preemption import Stop
+from flowseg_jax.training.optimizer import OptimizerConfig, lr_schedule
+from flowseg_jax.training.preemption import GracefulStop
 from flowseg_jax.training.profiling import Profile, Profiler
-from flowseg_jax.training.program import Plan, Program
+from flowseg_jax.training.program import RunConfig, TrainProgram
 from flowseg_jax.training.step import TrainState
-from flowseg_jax.writers import Throughput, create_writer, heartbeat, say
+from flowseg_jax.writers import Throughput, create_writer, heartbeat, log
 
 # What the same run may change between two starts; anything else would be another run.
-MAY_CHANGE = (
+RESUMABLE_KEYS = (
     "steps",
     "log_every",
     "checkpoint_every",
@@ -52,37 +52,37 @@ MAY_CHANGE = (
 )
 
 
-def open_data(config: ConfigDict) -> Prepared:
+def load_dataset(config: ConfigDict) -> PreparedDataset:
     """The data set `data.dir` of a config; the embedded `shapes` set is generated and prepared if it is missing."""
     data = config.data
     if data.images:
         options = {"mix": dict(data.mix)} if data.mix else {}
         if not data.tokenizer:
             options["tokenizer_vocab"] = config.model.llm.vocab
-        return ensure_shapes(data.dir, data.images, data.seed, log=say, **options)
-    return Prepared.open(data.dir)
+        return load_or_build_shapes(data.dir, data.images, data.seed, log=log, **options)
+    return PreparedDataset.open(data.dir)
 
 
-def open_members(config: ConfigDict) -> tuple[Member, ...]:
+def load_mixture(config: ConfigDict) -> tuple[MixtureComponent, ...]:
     """The data sets that a config trains on, without the images of what it evaluates on."""
     data = config.data
-    sets = [(Prepared.open(directory), weight) for directory, weight in data.sets] or [(open_data(config), 0.0)]
-    members = mix(sets, held_out=held_out_keys([*data.held_out, *(prepared for prepared, _ in sets)]))
+    sets = [(PreparedDataset.open(directory), weight) for directory, weight in data.sets] or [(load_dataset(config), 0.0)]
+    members = build_mixture(sets, held_out=held_out_keys([*data.held_out, *(prepared for prepared, _ in sets)]))
     for member in members:
         left = f", {member.held_out:,} held out for evaluation" if member.held_out else ""
-        if len(members) > 1 and member.prepared.task != "chat" and all(map(is_training, member.prepared.splits)):
+        if len(members) > 1 and member.prepared.task != "chat" and all(map(is_train_split, member.prepared.splits)):
             left += "; it has no evaluation split, so no image is held out for it"
         if left or len(members) > 1:
-            share = member.slots / sum(m.slots for m in members)
-            say(f"{member.prepared.directory}: {len(member.records):,} images, {share:.1%} of an epoch{left}")
+            share = member.samples_per_epoch / sum(m.samples_per_epoch for m in members)
+            log(f"{member.prepared.directory}: {len(member.indices):,} images, {share:.1%} of an epoch{left}")
     return members
 
 
-def open_train_data(config: ConfigDict, program: Program) -> TrainData:
+def open_train_data(config: ConfigDict, program: TrainProgram) -> TrainDataset:
     """This process's share of the batches. Raises a UserError where data sets, tokenizer and model do not fit together."""
-    plan, members = program.plan, open_members(config)
+    plan, members = program.plan, load_mixture(config)
     tokenizer, model = None, plan.model
-    if model.speaks:
+    if model.has_language_model:
         own = [member.prepared for member in members if member.prepared.tokenizer_directory]
         tokenizer = open_tokenizer((own or [members[0].prepared])[0], plan.prompts, config.data.tokenizer)
         if tokenizer.vocab > model.llm.vocab:
@@ -97,18 +97,18 @@ def open_train_data(config: ConfigDict, program: Program) -> TrainData:
         for categories, directory in known.items():
             if len(categories) > model.classes:
                 raise UserError(f"model.classes is {model.classes}, {directory} has {len(categories)} categories")
-    data = TrainData(
+    data = TrainDataset(
         members,
         plan.shape,
         plan.prompts,
         config.seed,
-        visual_tokens=plan.model.visual_tokens,
+        visual_tokens=plan.model.num_visual_tokens,
         tokenizer=tokenizer,
         options=plan.options,
-        rows=program.rows(),
+        rows=program.local_rows(),
     )
     for remark in data.remarks:
-        say(f"WARNING: {remark}")
+        log(f"WARNING: {remark}")
     return data
 
 
@@ -122,20 +122,20 @@ def train(config: ConfigDict, workdir: str | os.PathLike, profile: Profile | Non
         KeyboardInterrupt: after Ctrl-C, once the state is saved.
         SystemExit: 0 after SIGTERM, once the state is saved.
     """
-    program, workdir = Program.build(config), prepare_workdir(workdir)
+    program, workdir = TrainProgram.build(config), prepare_workdir(workdir)
     with locked(workdir):
         return run(config, program, workdir, profile)
 
 
-def run(config: ConfigDict, program: Program, workdir: Path, profile: Profile | None) -> Path:
+def run(config: ConfigDict, program: TrainProgram, workdir: Path, profile: Profile | None) -> Path:
     """`train` in a work directory that is ours."""
     resolved = json.loads(to_json(config))
     data = open_train_data(config, program)
-    describe(program)
+    log_run_summary(program)
 
     def same_run(meta: dict[str, Any]) -> None:
         expect(isinstance(meta.get("config"), dict), meta.get("config"), f"{workdir}: the config of its checkpoint", "a config")
-        if changed := changed_keys(meta["config"], resolved, MAY_CHANGE):
+        if changed := config_diff(meta["config"], resolved, RESUMABLE_KEYS):
             raise UserError(
                 f"{workdir} holds a run with other values of {', '.join(changed)}; use another --workdir or its config"
             )
@@ -146,80 +146,80 @@ def run(config: ConfigDict, program: Program, workdir: Path, profile: Profile | 
             )
 
     with contextlib.ExitStack() as stack:
-        checkpoints = stack.enter_context(Checkpoints(workdir, **config.checkpoint))
-        restored = checkpoints.restore_latest(as_tree(program.state), same_run)
+        checkpoints = stack.enter_context(CheckpointManager(workdir, **config.checkpoint))
+        restored = checkpoints.restore_latest(state_to_tree(program.state), same_run)
         if restored:
-            start, state = restored.step, from_tree(program.state, restored.state)
-            say(f"continuing from the checkpoint of step {start} in {workdir}")
+            start, state = restored.step, state_from_tree(program.state, restored.state)
+            log(f"continuing from the checkpoint of step {start} in {workdir}")
             if line := moved_rate(program.plan.optimizer, restored.meta["config"].get("steps"), config.steps, start):
-                say(line)
+                log(line)
         else:
             with heartbeat("initialising parameters"):
                 start, state = 0, program.initial_state(config)
         if is_primary():  # not before: a config that is refused leaves the run's own where it is
-            replace_text(workdir / "config.json", to_json(config) + "\n")
-        stop = stack.enter_context(Stop())
+            write_text_atomic(workdir / "config.json", to_json(config) + "\n")
+        stop = stack.enter_context(GracefulStop())
         batches = stack.enter_context(contextlib.closing(data.iterate(start)))
         writer = create_writer(workdir, steps=config.steps, start_step=start, primary=is_primary())
         stack.callback(writer.close)
         profiler = Profiler(profile, workdir / "profile")
         stack.callback(profiler.close)
         if start < config.steps:
-            batch = program.place(next(batches))
+            batch = program.to_device(next(batches))
             with heartbeat("compiling the train step"):
                 train_step = program.step.lower(program.state, program.batch).compile()
-        report = Report(program, data, writer, start)
+        report = MetricReporter(program, data, writer, start)
 
         for step in range(start + 1, config.steps + 1):
-            profiler.before(step)
+            profiler.on_step_start(step)
             state, metrics = train_step(state, batch)
             last = step == config.steps
             if not last:
-                batch = program.place(next(batches))
-            report.read()  # what was logged a step ago: the device never waits for the host
+                batch = program.to_device(next(batches))
+            report.flush()  # what was logged a step ago: the device never waits for the host
             if step % config.log_every == 0 or last:
                 report.log(step, metrics)
-            profiler.after(step, metrics)
-            stopped = stop.behind(step)
+            profiler.on_step_end(step, metrics)
+            stopped = stop.should_stop(step)
             if step % config.checkpoint_every == 0 or last or stopped:
-                report.read()  # a checkpoint has all lines up to its step before it
+                report.flush()  # a checkpoint has all lines up to its step before it
                 writer.flush()
                 checkpoints.save(
-                    step, as_tree(state), {"config": resolved, "data_position": step, "data": data.digest}, metrics
+                    step, state_to_tree(state), {"config": resolved, "data_position": step, "data": data.digest}, metrics
                 )
             if stopped and not last:
                 checkpoints.wait()
-                say(f"stopped: the state of step {step} is saved in {workdir}; the same command continues")
+                log(f"stopped: the state of step {step} is saved in {workdir}; the same command continues")
                 raise KeyboardInterrupt if stop.interrupted else SystemExit(0)
-    return export(program.plan, state, config, data, workdir)
+    return save_final_model(program.plan, state, config, data, workdir)
 
 
 def moved_rate(optimizer: OptimizerConfig, before: Any, steps: int, start: int) -> str:
     """What another number of steps does to the learning rate behind step `start`; "" where it is the same number."""
     if not number(before, whole=True, least=0) or before == steps or start >= steps:
         return ""
-    old, new = (float(schedule(optimizer, n)(start)) for n in (before, steps))
+    old, new = (float(lr_schedule(optimizer, n)(start)) for n in (before, steps))
     return (
         f"steps is {steps} and was {before}: the schedule is that of {steps} steps from here on; the learning rate of step "
         f"{start + 1} is {new:.2e}, it would have been {old:.2e}"
     )
 
 
-def describe(program: Program) -> None:
+def log_run_summary(program: TrainProgram) -> None:
     """Says what is about to be trained, and on what."""
     trained, frozen = (sum(x.size for x in jax.tree.leaves(part)) for part in (program.state.trainable, program.state.frozen))
     mesh = program.mesh
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    say(f"{trained + frozen:,} parameters, {trained:,} of them trained; mesh: {axes}")
+    log(f"{trained + frozen:,} parameters, {trained:,} of them trained; mesh: {axes}")
     device = mesh.devices.flat[0]
     if hardware.peak_flops(device) is None:
-        say(f"MFU and device memory: n/a on {device.device_kind}")
+        log(f"MFU and device memory: n/a on {device.device_kind}")
 
 
-class Report:
+class MetricReporter:
     """Metrics on their way from the device to the writers, a step late so that nobody waits."""
 
-    def __init__(self, program: Program, data: TrainData, writer: Any, start: int):
+    def __init__(self, program: TrainProgram, data: TrainDataset, writer: Any, start: int):
         self._program, self._data, self._writer = program, data, writer
         self._pending: tuple[int, Mapping[str, jax.Array]] | None = None
         plan, self._devices = program.plan, list(program.mesh.devices.flat)
@@ -230,7 +230,7 @@ class Report:
     def log(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
         self._pending = step, metrics
 
-    def read(self) -> None:
+    def flush(self) -> None:
         """Writes what is pending. Raises a UserError when too many updates in a row were not finite."""
         if self._pending is None:
             return
@@ -244,7 +244,7 @@ class Report:
         check_skipped(values, step, self._data, self._program.plan.optimizer.skip_limit)
 
 
-def check_skipped(values: Mapping[str, float], step: int, data: TrainData, limit: int) -> None:
+def check_skipped(values: Mapping[str, float], step: int, data: TrainDataset, limit: int) -> None:
     """Raises a UserError with the images of the last batches when too many updates in a row were not finite.
 
     Nothing is lost: parameters and moments are those before the first of them.
@@ -258,7 +258,7 @@ def check_skipped(values: Mapping[str, float], step: int, data: TrainData, limit
         )
 
 
-def as_tree(state: TrainState) -> dict[str, Any]:
+def state_to_tree(state: TrainState) -> dict[str, Any]:
     """The state as a plain tree, which is what a checkpoint holds."""
     return {
         "step": state.step,
@@ -269,17 +269,17 @@ def as_tree(state: TrainState) -> dict[str, Any]:
     }
 
 
-def from_tree(like: TrainState, tree: Mapping[str, Any]) -> TrainState:
+def state_from_tree(like: TrainState, tree: Mapping[str, Any]) -> TrainState:
     opt_state = jax.tree.unflatten(jax.tree.structure(like.opt_state), tree["moments"])
     return TrainState(tree["step"], tree["trainable"], tree["frozen"], opt_state, tree["skipped"])
 
 
-def export(plan: Plan, state: TrainState, config: ConfigDict, data: TrainData, workdir: Path) -> Path:
+def save_final_model(plan: RunConfig, state: TrainState, config: ConfigDict, data: TrainDataset, workdir: Path) -> Path:
     """Writes the runnable model `<workdir>/model`; parameters keep the dtypes they rest in."""
     step = int(state.step)
     prompts = dataclasses.asdict(plan.prompts)
     extra = {"step": step, "seed": config.seed, "prompts": prompts, "data": data.digest}
     cfg, tokenizer = plan.model.to_dict(), data.tokenizer and data.tokenizer.name
-    target = save_model(workdir / "model", state.params, cfg, tokenizer, extra, dtype=None, overwrite=True)
-    say(f"the model of step {step} is in {target}; {host.memory_line()}")
+    target = save_pretrained(workdir / "model", state.params, cfg, tokenizer, extra, dtype=None, overwrite=True)
+    log(f"the model of step {step} is in {target}; {host.memory_line()}")
     return target

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flowseg_jax.checkpoints.manifest import flatten, nest
+from flowseg_jax.checkpoints.manifest import flatten_params, unflatten_params
 from flowseg_jax.errors import UserError
 
 Params = dict[str, Any]
@@ -53,7 +53,7 @@ class OptimizerConfig:
             )
 
 
-def multipliers(paths: list[str], groups: tuple[tuple[str, float | None], ...]) -> dict[str, float | None]:
+def lr_multipliers(paths: list[str], groups: tuple[tuple[str, float | None], ...]) -> dict[str, float | None]:
     """Learning-rate multiplier of each path, None for a frozen one.
 
     Raises:
@@ -71,28 +71,28 @@ def multipliers(paths: list[str], groups: tuple[tuple[str, float | None], ...]) 
     return found
 
 
-def split(params: Params, rates: dict[str, float | None]) -> tuple[Params, Params]:
+def split_trainable(params: Params, rates: dict[str, float | None]) -> tuple[Params, Params]:
     """(trainable, frozen): frozen parameters get neither gradients nor moments."""
-    flat = flatten(params)
+    flat = flatten_params(params)
     trainable = {path: leaf for path, leaf in flat.items() if rates[path] is not None}
     frozen = {path: leaf for path, leaf in flat.items() if rates[path] is None}
-    return nest(trainable), nest(frozen)
+    return unflatten_params(trainable), unflatten_params(frozen)
 
 
-TOWER_MATRIX = re.compile(r"(sam|siglip|llm)/(.*/)?(kernel|table|head)")
+ENCODER_KERNELS = re.compile(r"(sam|siglip|llm)/(.*/)?(kernel|table|head)")
 
 
-def rest(frozen: Params, dtype: str) -> Params:
+def cast_frozen(frozen: Params, dtype: str) -> Params:
     """The frozen parameters as they are kept: the matrices of the towers in `dtype`, all else as it is."""
-    cast = lambda path, x: x.astype(dtype) if TOWER_MATRIX.fullmatch(path) else x  # noqa: E731
-    return nest({path: cast(path, x) for path, x in flatten(frozen).items()})
+    cast = lambda path, x: x.astype(dtype) if ENCODER_KERNELS.fullmatch(path) else x  # noqa: E731
+    return unflatten_params({path: cast(path, x) for path, x in flatten_params(frozen).items()})
 
 
-def merge(trainable: Params, frozen: Params) -> Params:
-    return nest(flatten(trainable) | flatten(frozen))
+def merge_trainable(trainable: Params, frozen: Params) -> Params:
+    return unflatten_params(flatten_params(trainable) | flatten_params(frozen))
 
 
-def schedule(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
+def lr_schedule(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
     """Learning rate by step: linear warm-up, then cosine to zero at `steps`. Counts steps, never time."""
     warmup = max(1, round(cfg.warmup * steps))
     return optax.warmup_cosine_decay_schedule(1e-5 * cfg.learning_rate, cfg.learning_rate, warmup, max(steps, warmup + 1), 0.0)
@@ -100,7 +100,7 @@ def schedule(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
 
 def make_optimizer(cfg: OptimizerConfig, steps: int, rates: dict[str, float | None]) -> optax.GradientTransformation:
     """Clip, Adam, decoupled decay, multipliers, schedule; over the trainable parameters only."""
-    factors = nest({path: rate for path, rate in rates.items() if rate is not None})
+    factors = unflatten_params({path: rate for path, rate in rates.items() if rate is not None})
 
     def scale(updates: Params, state: optax.EmptyState, params: Params | None = None) -> tuple[Params, optax.EmptyState]:
         del params
@@ -111,5 +111,5 @@ def make_optimizer(cfg: OptimizerConfig, steps: int, rates: dict[str, float | No
         optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps),
         optax.add_decayed_weights(cfg.weight_decay),
         optax.GradientTransformation(lambda params: optax.EmptyState(), scale),
-        optax.scale_by_learning_rate(schedule(cfg, steps)),
+        optax.scale_by_learning_rate(lr_schedule(cfg, steps)),
     )

@@ -13,7 +13,7 @@ import jax
 from jax.experimental import multihost_utils
 
 
-class Stop:
+class GracefulStop:
     """Listens for as long as it is entered.
 
     Attributes:
@@ -29,7 +29,7 @@ class Stop:
     def interrupted(self) -> bool:
         return signal.SIGINT in self._signals
 
-    def __enter__(self) -> Stop:
+    def __enter__(self) -> GracefulStop:
         if self._alone:
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._handlers[number] = signal.signal(number, lambda number, _: self._signals.append(number))
@@ -39,6 +39,6 @@ class Stop:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
-    def behind(self, step: int) -> bool:
+    def should_stop(self, step: int) -> bool:
         """Whether the run is to end behind this step. Every process must ask at every step."""
         return bool(self._signals) if self._alone else multihost_utils.reached_preemption_sync_point(step)

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from flowseg_jax.errors import UserError
-from flowseg_jax.writers import say
+from flowseg_jax.writers import log
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Profiler:
         self._annotation: jax.profiler.StepTraceAnnotation | None = None  # of the step that is being traced
         self._traced = 0
 
-    def before(self, step: int) -> None:
+    def on_step_start(self, step: int) -> None:
         """To be called before anything of step `step` (counted from 1) is done."""
         if self._profile is None or step not in self._profile:
             return
@@ -66,7 +66,7 @@ class Profiler:
         self._annotation.__enter__()
         self._traced += 1
 
-    def after(self, step: int, result: Any) -> None:
+    def on_step_end(self, step: int, result: Any) -> None:
         """To be called when the host is done with step `step`; `result` are arrays that the step puts out and nobody donates.
 
         They are waited for where the trace begins and where it ends, so that it holds its steps whole and no others.
@@ -88,7 +88,7 @@ class Profiler:
         if self._traced:
             self._stop()
         else:
-            say(f"--profile: this run had none of the steps {self._profile.start + 1} to {self._profile.last}")
+            log(f"--profile: this run had none of the steps {self._profile.start + 1} to {self._profile.last}")
             self._profile = None
 
     def _start(self) -> None:
@@ -106,7 +106,7 @@ class Profiler:
     def _stop(self) -> None:
         try:
             jax.profiler.stop_trace()
-            say(f"the profile of {self._traced} step(s) is in {self._directory}: xprof --logdir {self._directory}")
+            log(f"the profile of {self._traced} step(s) is in {self._directory}: xprof --logdir {self._directory}")
         except (jax.errors.JaxRuntimeError, OSError) as error:
-            say(f"the profile could not be written to {self._directory}: {str(error).splitlines()[0]}")
+            log(f"the profile could not be written to {self._directory}: {str(error).splitlines()[0]}")
         self._profile = None

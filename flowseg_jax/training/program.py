@@ -20,33 +20,40 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from flowseg_jax import sharding as parallel
-from flowseg_jax.checkpoints.manifest import flatten, nest
+from flowseg_jax.checkpoints.manifest import flatten_params, unflatten_params
 from flowseg_jax.data import collate
-from flowseg_jax.data.prompts import Prompts
+from flowseg_jax.data.prompts import PromptTemplates
 from flowseg_jax.data.train_examples import TrainOptions
 from flowseg_jax.errors import UserError
 from flowseg_jax.losses import LossConfig
 from flowseg_jax.models import flowseg
 from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.training.initialization import initial_params
-from flowseg_jax.training.optimizer import OptimizerConfig, make_optimizer, multipliers, rest, schedule, split
-from flowseg_jax.training.step import Division, Metrics, TrainState, make_train_step
+from flowseg_jax.training.optimizer import (
+    OptimizerConfig,
+    cast_frozen,
+    lr_multipliers,
+    lr_schedule,
+    make_optimizer,
+    split_trainable,
+)
+from flowseg_jax.training.step import BatchPartition, Metrics, TrainState, make_train_step
 from flowseg_jax.types import Batch, BatchShape
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class RunConfig:
     """A config, read and checked: what `train` and `evaluate` are made from."""
 
     model: FlowSegConfig
     losses: LossConfig
     optimizer: OptimizerConfig
-    prompts: Prompts
+    prompts: PromptTemplates
     options: TrainOptions
     shape: BatchShape
 
     @classmethod
-    def read(cls, config: ConfigDict) -> Plan:
+    def from_config(cls, config: ConfigDict) -> RunConfig:
         """Raises UserError where values do not fit together."""
         model = FlowSegConfig.from_dict(config.model.to_dict())
         optimizer = config.optimizer.to_dict()
@@ -58,9 +65,9 @@ class Plan:
             include_generic=model.named_pass != "off" and objects == "all",
             negatives=data.names > 0,
             curriculum=tuple((until, dict(weights)) for until, weights in data.curriculum),
-            explain=data.explain,
-            jitter=data.jitter,
-            square=data.square,
+            explanation_prob=data.explain,
+            lsj_scale_range=data.jitter,
+            pad_to_square=data.square,
             threads=data.threads,
             workers=data.workers,
         )
@@ -73,18 +80,25 @@ class Plan:
             raise UserError(
                 "data.square is for models without a mask decoder (stage 2): evaluation and prediction stretch images"
             )
-        if model.segments and data.masks > model.decoder.queries:
+        if model.has_mask_decoder and data.masks > model.decoder.queries:
             raise UserError(
                 f"data.masks is {data.masks}, and a target takes one of the model.decoder.queries={model.decoder.queries}: "
                 "lower the one or raise the other"
             )
-        if model.speaks and data.text <= model.visual_tokens:
-            raise UserError(f"data.text is {data.text}, and an image alone takes {model.visual_tokens} tokens: raise it")
-        return cls(model, losses, OptimizerConfig(**optimizer), Prompts(chat=data.chat, vary=data.vary_prompts), options, shape)
+        if model.has_language_model and data.text <= model.num_visual_tokens:
+            raise UserError(f"data.text is {data.text}, and an image alone takes {model.num_visual_tokens} tokens: raise it")
+        return cls(
+            model,
+            losses,
+            OptimizerConfig(**optimizer),
+            PromptTemplates(chat=data.chat, randomize=data.vary_prompts),
+            options,
+            shape,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
+class TrainProgram:
     """Attributes:
     plan: the config it is made from.
     mesh: the devices.
@@ -97,33 +111,33 @@ class Program:
     step: jitted (state, batch) -> (state, metrics); the state is donated.
     """
 
-    plan: Plan
+    plan: RunConfig
     mesh: Mesh
     graphdef: nnx.GraphDef
-    rates: Mapping[str, float | None]
-    division: Division
+    lr_multipliers: Mapping[str, float | None]
+    division: BatchPartition
     optimizer: optax.GradientTransformation
     state: TrainState
     batch: Batch
     step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
     @classmethod
-    def build(cls, config: ConfigDict, devices: Sequence[Any] | None = None) -> Program:
+    def build(cls, config: ConfigDict, devices: Sequence[Any] | None = None) -> TrainProgram:
         """Raises UserError where the config's values do not fit together, or not the devices (None: all there are)."""
-        plan = Plan.read(config)
+        plan = RunConfig.from_config(config)
         mesh = parallel.make_mesh(config.mesh.to_dict(), devices)
         ways = math.prod(mesh.shape[axis] for axis in parallel.BATCH_AXES)
-        division = Division(plan.shape.batch, ways, plan.optimizer.accumulate)
-        division.check(plan.model.negatives_group)
+        division = BatchPartition(plan.shape.batch, ways, plan.optimizer.accumulate)
+        division.validate(plan.model.negatives_group)
 
-        whole, described = flowseg.describe(plan.model)
-        graphdef = parallel.divided(nnx.merge(whole, described), mesh)
-        shardings = flatten(parallel.param_shardings(described, mesh))
-        flat = flatten(flowseg.at_rest(described))
-        rates = multipliers(list(flat), plan.optimizer.groups)
+        whole, described = flowseg.abstract_model(plan.model)
+        graphdef = parallel.mark_fsdp_axes(nnx.merge(whole, described), mesh)
+        shardings = flatten_params(parallel.param_shardings(described, mesh))
+        flat = flatten_params(flowseg.params_dict(described))
+        rates = lr_multipliers(list(flat), plan.optimizer.groups)
         optimizer = make_optimizer(plan.optimizer, config.steps, rates)
         params = {path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings[path]) for path, x in flat.items()}
-        trainable, frozen = split(nest(params), rates)
+        trainable, frozen = split_trainable(unflatten_params(params), rates)
         state = _abstract_state(optimizer, trainable, frozen, plan.optimizer.frozen_dtype, mesh)
 
         step = make_train_step(
@@ -131,7 +145,7 @@ class Program:
             plan.model,
             plan.losses,
             optimizer,
-            schedule(plan.optimizer, config.steps),
+            lr_schedule(plan.optimizer, config.steps),
             config.seed,
             mesh,
             jax.tree.map(lambda x: x.sharding.spec, (trainable, frozen)),
@@ -144,10 +158,12 @@ class Program:
 
     def initial_state(self, config: ConfigDict) -> TrainState:
         """Parameters, fresh or from `init_from`, and moments, created where they belong."""
-        trainable, frozen = split(initial_params(self.plan.model, config.seed, config.init_from, self.mesh), self.rates)
+        trainable, frozen = split_trainable(
+            initial_params(self.plan.model, config.seed, config.init_from, self.mesh), self.lr_multipliers
+        )
         place = lambda abstract: jax.tree.map(lambda x: x.sharding, abstract)  # noqa: E731
         frozen = jax.jit(
-            lambda x: rest(x, self.plan.optimizer.frozen_dtype), donate_argnums=0, out_shardings=place(self.state.frozen)
+            lambda x: cast_frozen(x, self.plan.optimizer.frozen_dtype), donate_argnums=0, out_shardings=place(self.state.frozen)
         )(frozen)
         moments = jax.jit(self.optimizer.init, out_shardings=place(self.state.opt_state))(trainable)
         zero = jax.jit(
@@ -156,13 +172,13 @@ class Program:
         step, skipped = zero()
         return TrainState(step, trainable, frozen, moments, skipped)
 
-    def rows(self) -> list[int]:
+    def local_rows(self) -> list[int]:
         """The rows of the global batch that this process's devices hold, in the order in which they hold them."""
-        places = self.batch.tokens.sharding.addressable_devices_indices_map((self.division.images,)).values()
+        places = self.batch.input_ids.sharding.addressable_devices_indices_map((self.division.images,)).values()
         mine = sorted({place for (part,) in places for place in range(self.division.images)[part]})
         return self.division.rows()[mine].tolist()
 
-    def place(self, batch: Batch) -> Batch:
+    def to_device(self, batch: Batch) -> Batch:
         """This process's rows, in the order of `rows`, as its part of the arrays that the step takes."""
         batch = dataclasses.replace(batch, example_id=batch.example_id.astype("int32"))  # 64 bits stay on the host
         return jax.tree.map(
@@ -186,14 +202,14 @@ def _abstract_state(
         trainable,
         transform_non_params=lambda x: like(x, whole),
     )
-    resting = jax.eval_shape(lambda x: rest(x, frozen_dtype), frozen)
+    resting = jax.eval_shape(lambda x: cast_frozen(x, frozen_dtype), frozen)
     resting = jax.tree.map(lambda x, param: like(x, param.sharding), resting, frozen)
     count = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=whole)  # noqa: E731
     return TrainState(count(), trainable, resting, moments, count(2))
 
 
 def _abstract_batch(shape: BatchShape, sharding: NamedSharding) -> Batch:
-    one = collate.empty(dataclasses.replace(shape, batch=1), pad=0)
+    one = collate.empty_batch(dataclasses.replace(shape, batch=1), pad=0)
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(
             (shape.batch, *x.shape[1:]), np.int32 if x.dtype == np.int64 else x.dtype, sharding=sharding

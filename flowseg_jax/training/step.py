@@ -15,12 +15,12 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from flowseg_jax.errors import UserError
-from flowseg_jax.losses import LossConfig, Terms, denominators, divide, training_terms
+from flowseg_jax.losses import LossConfig, LossTerms, denominators, loss_terms, normalize_terms
 from flowseg_jax.models.config import FlowSegConfig
-from flowseg_jax.models.flowseg import bind
-from flowseg_jax.ops.collectives import Peers
+from flowseg_jax.models.flowseg import bind_params
+from flowseg_jax.ops.collectives import DataParallelGroup
 from flowseg_jax.sharding import BATCH_AXES, MESH_AXES
-from flowseg_jax.training.optimizer import Params, merge
+from flowseg_jax.training.optimizer import Params, merge_trainable
 from flowseg_jax.types import Batch
 
 Metrics = dict[str, jax.Array]
@@ -47,11 +47,11 @@ class TrainState:
 
     @property
     def params(self) -> Params:
-        return merge(self.trainable, self.frozen)
+        return merge_trainable(self.trainable, self.frozen)
 
 
 @dataclasses.dataclass(frozen=True)
-class Division:
+class BatchPartition:
     """How the images of a global batch are divided: among devices, and on each into parts taken one after the other.
 
     Attributes:
@@ -65,30 +65,32 @@ class Division:
 
     images: int
     devices: int
-    parts: int
+    micro_batches: int
 
     @property
-    def each(self) -> int:
+    def per_device_images(self) -> int:
         """Images of one device in one micro-batch."""
-        return self.images // (self.devices * self.parts)
+        return self.images // (self.devices * self.micro_batches)
 
     def rows(self) -> np.ndarray:
         """int [B], the row of the batch that stands at each place of the array split over devices."""
-        return np.arange(self.images).reshape(self.parts, self.devices, self.each).swapaxes(0, 1).reshape(-1)
+        return (
+            np.arange(self.images).reshape(self.micro_batches, self.devices, self.per_device_images).swapaxes(0, 1).reshape(-1)
+        )
 
-    def check(self, group: int) -> None:
+    def validate(self, group: int) -> None:
         """Raises a UserError unless everything divides and micro-batches are whole groups of negatives."""
-        share = self.devices * self.parts
+        share = self.devices * self.micro_batches
         if self.images % share:
             raise UserError(
-                f"batch_size {self.images} cannot be split over {self.devices} device(s) and optimizer.accumulate={self.parts} "
+                f"batch_size {self.images} cannot be split over {self.devices} device(s) and optimizer.accumulate={self.micro_batches} "
                 f"part(s): make it a multiple of {share}"
             )
-        if self.images // self.parts % group or (self.each % group and group % self.each):
+        if self.images // self.micro_batches % group or (self.per_device_images % group and group % self.per_device_images):
             raise UserError(
-                f"batch_size {self.images} in optimizer.accumulate={self.parts} part(s) on {self.devices} device(s) is "
-                f"{self.images // self.parts} images at a time, {self.each} a device: that does not divide into groups of "
-                f"model.negatives_group={group}; make batch_size a multiple of {math.lcm(share, group * self.parts)}"
+                f"batch_size {self.images} in optimizer.accumulate={self.micro_batches} part(s) on {self.devices} device(s) is "
+                f"{self.images // self.micro_batches} images at a time, {self.per_device_images} a device: that does not divide into groups of "
+                f"model.negatives_group={group}; make batch_size a multiple of {math.lcm(share, group * self.micro_batches)}"
             )
 
 
@@ -101,7 +103,7 @@ def make_train_step(
     seed: int,
     mesh: Mesh,
     specs: tuple[Any, Any],
-    division: Division,
+    division: BatchPartition,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The function to jit: (state, batch) -> (state, metrics). Randomness is a function of (seed, step, row of the batch).
 
@@ -120,25 +122,25 @@ def make_train_step(
         specs: `PartitionSpec`s of the trainable and of the frozen parameters.
         division: of the batch, whose rows come in the order of `Division.rows`.
     """
-    specs = jax.tree.map(lambda spec: manual(spec, mesh), specs)
+    specs = jax.tree.map(lambda spec: shard_map_spec(spec, mesh), specs)
     several = [axis for axis in BATCH_AXES if mesh.shape[axis] > 1]  # a sum over one device would still be an all-reduce
     unsummed = jax.tree.map(lambda spec: tuple(axis for axis in several if axis not in _axes(spec)), specs[0])
-    parts, each, peers = division.parts, division.each, Peers(BATCH_AXES)
+    parts, each, peers = division.micro_batches, division.per_device_images, DataParallelGroup(BATCH_AXES)
 
     def local(trainable: Params, frozen: Params, batch: Batch, key: jax.Array) -> tuple[Params, Metrics]:
         counts = jax.lax.psum(denominators(cfg, batch, losses), BATCH_AXES)
-        row = jnp.arange(parts)[:, None] * (each * division.devices) + peers.first(each) + jnp.arange(each)
+        row = jnp.arange(parts)[:, None] * (each * division.devices) + peers.batch_offset(each) + jnp.arange(each)
         keys = jax.vmap(jax.vmap(lambda row: jax.random.fold_in(key, row)))(row)
 
-        def loss_of(trainable: Params, part: Batch, keys: jax.Array) -> tuple[jax.Array, tuple[Metrics, Terms]]:
-            model = bind(graphdef, merge(trainable, frozen))
+        def loss_of(trainable: Params, part: Batch, keys: jax.Array) -> tuple[jax.Array, tuple[Metrics, LossTerms]]:
+            model = bind_params(graphdef, merge_trainable(trainable, frozen))
             out = model(part, peers)
             with jax.named_scope("losses"):
-                terms, watched = training_terms(model, part, out, keys, losses, peers)
-            shares = divide({name: (total, counts[name]) for name, (total, _) in terms.items()})
+                terms, watched = loss_terms(model, part, out, keys, losses, peers)
+            shares = normalize_terms({name: (total, counts[name]) for name, (total, _) in terms.items()})
             return sum(shares.values()), (shares, watched)
 
-        def differentiate(part: Batch, keys: jax.Array) -> tuple[Params, tuple[Metrics, Terms]]:
+        def differentiate(part: Batch, keys: jax.Array) -> tuple[Params, tuple[Metrics, LossTerms]]:
             return jax.grad(loss_of, has_aux=True)(trainable, part, keys)
 
         if parts == 1:
@@ -154,14 +156,14 @@ def make_train_step(
             gradients = jax.tree.map(lambda x, axes: jax.lax.psum(x, axes) if axes else x, gradients, unsummed)
         shares, watched = jax.lax.psum(seen, BATCH_AXES)
         metrics = {"loss": sum(shares.values())} | {f"loss_{name}": value for name, value in shares.items()}
-        return gradients, metrics | divide(watched)
+        return gradients, metrics | normalize_terms(watched)
 
     shared = jax.shard_map(
         local,
         mesh=mesh,
         in_specs=(*specs, PartitionSpec(BATCH_AXES), PartitionSpec()),
         out_specs=(specs[0], PartitionSpec()),
-        axis_names=manual_axes(mesh),
+        axis_names=shard_map_axes(mesh),
         check_vma=False,
     )
 
@@ -184,7 +186,7 @@ def make_train_step(
     return train_step
 
 
-def manual_axes(mesh: Mesh) -> set[str]:
+def shard_map_axes(mesh: Mesh) -> set[str]:
     """The mesh axes that the step's `shard_map` takes for itself: all but a `tensor` axis that divides something."""
     return set(MESH_AXES if mesh.shape["tensor"] == 1 else BATCH_AXES)
 
@@ -194,7 +196,7 @@ def _axes(spec: PartitionSpec) -> set[str]:
     return {axis for entry in spec if entry for axis in (entry if isinstance(entry, tuple) else (entry,))}
 
 
-def manual(spec: PartitionSpec, mesh: Mesh) -> PartitionSpec:
+def shard_map_spec(spec: PartitionSpec, mesh: Mesh) -> PartitionSpec:
     """What `shard_map` is told of a partition: nothing about an axis that is left to the compiler."""
     if mesh.shape["tensor"] == 1:
         return spec

@@ -80,8 +80,8 @@ class Checkpoint:
     def read(self, text: str):
         """The config of a conversion, whose arrays have all been made."""
         (self.directory / "config.json").write_text(text)
-        request = jobs.Request(self.family, str(self.directory))
-        with contextlib.redirect_stdout(io.StringIO()) as said, jobs.prepared(request) as job:
+        request = jobs.ConversionRequest(self.family, str(self.directory))
+        with contextlib.redirect_stdout(io.StringIO()) as said, jobs.open_conversion(request) as job:
             if not job.plan.fresh:  # a parameter that the file lacks would be compiled for every input
                 jobs.check(job, request)
         assert "Traceback" not in said.getvalue()

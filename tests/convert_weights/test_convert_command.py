@@ -21,7 +21,7 @@ from convert_weights import cli, export
 from convert_weights.convert import get_family, import_params
 from flowseg_jax import sharding
 from flowseg_jax.checkpoints import pretrained, streaming
-from flowseg_jax.checkpoints.manifest import checksums, flatten, manifest
+from flowseg_jax.checkpoints.manifest import checksums, flatten_params, manifest
 from flowseg_jax.data.tokenizer import load_tokenizer
 from flowseg_jax.errors import UserError
 from flowseg_jax.models import flowseg
@@ -38,7 +38,7 @@ XSAM_FLAGS = ["--set", "pixel_decoder.heads=4", "--set", "pixel_decoder.points=4
 
 
 def equal(a, b) -> bool:
-    a, b = flatten(a), flatten(b)
+    a, b = flatten_params(a), flatten_params(b)
     return a.keys() == b.keys() and all(a[n].dtype == b[n].dtype and np.array_equal(a[n], b[n]) for n in a)
 
 
@@ -81,7 +81,7 @@ def leftovers(tmp_path):
 def test_a_language_model_with_our_marks(tmp_path, hf, capsys):
     source = hf("qwen3")
     run("qwen3", source, tmp_path / "out")
-    loaded = pretrained.load_model(tmp_path / "out", dtype=None, towers=True)
+    loaded = pretrained.load_pretrained(tmp_path / "out", dtype=None, towers=True)
     cfg = LanguageConfig.from_hf(json.loads((source / "config.json").read_text()))
     cfg = dataclasses.replace(cfg, vocab=262)  # 259 ids and the three marks, though the table has 280 rows
     assert loaded.tower == {"family": "qwen3", "config": dataclasses.asdict(cfg)}
@@ -101,7 +101,7 @@ def test_a_language_model_with_our_marks(tmp_path, hf, capsys):
     assert stored["checksums"] == checksums(loaded.params)
     assert stored["manifest"] == manifest(loaded.params)
     with pytest.raises(UserError, match=r"out holds a tower \(qwen3\), not a whole model: build one"):
-        pretrained.load_model(tmp_path / "out")
+        pretrained.load_pretrained(tmp_path / "out")
     assert leftovers(tmp_path) == ["out"]
 
 
@@ -123,7 +123,7 @@ def test_export_and_back(tmp_path, hf):
     for name, x in exported.items():  # the marks have cut both tables to the tokenizer
         assert np.array_equal(x, original[name][: len(x)])
     run("phi3", tmp_path / "out2", tmp_path / "out3")
-    assert equal(*(pretrained.load_model(tmp_path / f"out{i}", dtype=None, towers=True).params for i in (1, 3)))
+    assert equal(*(pretrained.load_pretrained(tmp_path / f"out{i}", dtype=None, towers=True).params for i in (1, 3)))
     import transformers
 
     theirs = transformers.Phi3ForCausalLM.from_pretrained(tmp_path / "out2")
@@ -157,7 +157,7 @@ def test_an_export_of_several_shards(tmp_path, hf, monkeypatch):
     assert index["metadata"]["total_size"] == total
     assert index["weight_map"].keys() == original.keys()
     run("qwen3", tmp_path / "out2", tmp_path / "out3")
-    assert equal(*(pretrained.load_model(tmp_path / f"out{i}", dtype=None, towers=True).params for i in (1, 3)))
+    assert equal(*(pretrained.load_pretrained(tmp_path / f"out{i}", dtype=None, towers=True).params for i in (1, 3)))
     import transformers
 
     theirs = transformers.Qwen3ForCausalLM.from_pretrained(tmp_path / "out2").state_dict()
@@ -181,28 +181,28 @@ def test_xsam_becomes_a_model_that_runs(tmp_path, xsam, capsys):
     tokenizer = tiny.save_tokenizer(tmp_path / "tokens", more=2)  # 261 ids: with the marks the 264 rows of the table
     assert tokenizer == 261
     run("xsam", source, tmp_path / "out1", "--tokenizer", tmp_path / "tokens", *flags)
-    loaded = pretrained.load_model(tmp_path / "out1", dtype=None)
+    loaded = pretrained.load_pretrained(tmp_path / "out1", dtype=None)
     cfg = FlowSegConfig.from_dict(loaded.model_config)
     remat = lambda part: dataclasses.replace(part, remat="full")  # noqa: E731
     assert cfg == dataclasses.replace(tiny.XSAM, dtype="bfloat16", llm=remat(tiny.XSAM.llm))
     assert equal(loaded.params, import_params("xsam", tensors, cfg))
     assert loaded.extra["prompts"] == {"chat": "qwen3_instruct"}
-    abstract = flowseg.at_rest(flowseg.describe(cfg)[1])
-    restored = pretrained.load_model(tmp_path / "out1", abstract).params  # as eval.py and predict.py read it
+    abstract = flowseg.params_dict(flowseg.abstract_model(cfg)[1])
+    restored = pretrained.load_pretrained(tmp_path / "out1", abstract).params  # as eval.py and predict.py read it
     assert equal(jax.tree.map(np.asarray, restored), jax.tree.map(lambda x: x.astype(np.float32), loaded.params))
 
     run("xsam", tmp_path / "out1", tmp_path / "out2", "--export")
     assert equal(safetensors.numpy.load_file(tmp_path / "out2" / "model.safetensors"), tensors)
     run("xsam", tmp_path / "out2", tmp_path / "out3")  # its own config.json says everything
-    again = pretrained.load_model(tmp_path / "out3", dtype=None)
+    again = pretrained.load_pretrained(tmp_path / "out3", dtype=None)
     assert again.model_config == loaded.model_config
     assert equal(again.params, loaded.params)
 
     capsys.readouterr()
     run("xsam", source, tmp_path / "out4", "--tokenizer", tmp_path / "tokens", *flags, "--mode", "sr_cr")
-    upgraded = pretrained.load_model(tmp_path / "out4", dtype=None)
+    upgraded = pretrained.load_pretrained(tmp_path / "out4", dtype=None)
     fresh = [line.split(" ")[0] for line in capsys.readouterr().out.splitlines() if line.endswith(" <- fresh")]
-    added = flatten(upgraded.params).keys() - flatten(loaded.params).keys()
+    added = flatten_params(upgraded.params).keys() - flatten_params(loaded.params).keys()
     assert set(fresh) == added == set(upgraded.extra["converted"]["fresh"])
     assert upgraded.model_config["semantic_flow"]["norm"] == "residual"
     run("qwen3", tmp_path / "out4", tmp_path / "out5", "--export")  # a tower out of a whole model
@@ -262,16 +262,16 @@ def test_a_whole_model_from_its_towers(tmp_path, hf):
     small += ["--set", "pixel_decoder.layers=1"]
     # one tower as its authors publish it, two of our own directories
     run("flowseg", f"llm={tmp_path / 'llm'}", f"siglip={tmp_path / 'siglip'}", f"sam={hf('sam')}", out, *small)
-    loaded = pretrained.load_model(out, dtype=None)
+    loaded = pretrained.load_pretrained(out, dtype=None)
     cfg = FlowSegConfig.from_dict(loaded.model_config)
     assert (cfg.connector_layers, cfg.llm.vocab, cfg.semantic_flow.mode) == ((2, 4, 5), 262, "sr_cr")
     for part in ("siglip", "llm"):
-        alone = pretrained.load_model(tmp_path / part, dtype=None, towers=True).params
+        alone = pretrained.load_pretrained(tmp_path / part, dtype=None, towers=True).params
         assert equal(loaded.params[part], alone)
     fresh = set(loaded.extra["converted"]["fresh"])
     assert {name.split("/")[0] for name in fresh} == set(loaded.params) - {"siglip", "llm", "sam"}
-    new = flatten(flowseg.create(cfg, 0)[1])
-    assert all(np.allclose(flatten(loaded.params)[name], new[name], rtol=1e-5, atol=1e-7) for name in fresh)
+    new = flatten_params(flowseg.init_model(cfg, 0)[1])
+    assert all(np.allclose(flatten_params(loaded.params)[name], new[name], rtol=1e-5, atol=1e-7) for name in fresh)
     with pytest.raises(UserError, match="flowseg needs siglip=DIR: nothing is made up for a missing tower"):
         run("flowseg", f"llm={tmp_path / 'llm'}", f"sam={tmp_path / 'hf_sam'}", tmp_path / "out2")
     with pytest.raises(UserError, match="flowseg has no part 'lm'"):
@@ -322,7 +322,7 @@ def test_for_a_mesh_no_chunk_lies_in_two_devices_parts(tmp_path, hf, monkeypatch
     assert shards["layers/q/kernel"] == (3, 12, 16)  # [L, embed, heads]
     assert across(tmp_path / "out1") == []
     assert across(tmp_path / "out2")
-    assert equal(*(pretrained.load_model(tmp_path / f"out{i}", dtype=None, towers=True).params for i in (1, 2)))
+    assert equal(*(pretrained.load_pretrained(tmp_path / f"out{i}", dtype=None, towers=True).params for i in (1, 2)))
     for text, message in (("fsdp=two", "got 'fsdp=two'"), ("model=2", "mesh.model: unknown axis"), ("fsdp=0", "at least 1")):
         with pytest.raises(UserError, match=message):
             run("qwen3", source, tmp_path / "out3", "--mesh", text)

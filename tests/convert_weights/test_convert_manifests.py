@@ -17,7 +17,7 @@ from tiny_checkpoints import expand
 from convert_weights import configs
 from convert_weights.convert import Exported, get_family
 from convert_weights.families import FAMILIES, Mask2FormerConfig
-from convert_weights.plan import make_plan, recognise
+from convert_weights.plan import detect_family, make_plan
 from convert_weights.sources import Entry
 from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.models.language import LanguageConfig
@@ -89,7 +89,7 @@ def test_towers(name):
     family, cfg = TOWERS[name]
     source = Abstract(name)
     plan = make_plan(get_family(family), cfg, source)
-    assert recognise(source.entries) == family
+    assert detect_family(source.entries) == family
     assert plan.layout == "hf"
     assert plan.fresh == (("decoder/logit_scale",) if family == "mask2former" else ())
     assert {target.dtype for target in plan.targets if target.pieces} == {BF16}
@@ -108,7 +108,7 @@ def test_xsam(name, mode):
     full = FlowSegConfig.full(XSAM[name][0]())
     assert dataclasses.replace(cfg, semantic_flow=full.semantic_flow, boundary=full.boundary) == full
     plan = make_plan(get_family("xsam"), cfg, source)
-    assert recognise(source.entries) == "xsam"
+    assert detect_family(source.entries) == "xsam"
     groups = {re.match(r"(decoder/layers/(semantic|refinement)|boundary)/", name).group(1) for name in plan.fresh}
     assert groups == (set() if mode == "off" else {"decoder/layers/semantic", "decoder/layers/refinement", "boundary"})
     unused = {re.sub(r"\d+", "#", n) for n in plan.ignored}
@@ -160,7 +160,7 @@ def test_four_levels_have_no_fpn_stage():
 @pytest.mark.parametrize(("family", "layout"), [(f.name, layout) for f in FAMILIES.values() for layout in f.layouts])
 def test_every_parameter_has_exactly_one_place_in_every_layout(family, layout):
     family = get_family(family)
-    cfg = family.example()
+    cfg = family.example_config()
     if isinstance(cfg, FlowSegConfig):
         cfg = dataclasses.replace(cfg, semantic_flow=SemanticFlowConfig(norm="post"), classes=3)
     ours = Abstract("xsam_qwen3_1b7")

@@ -17,7 +17,7 @@ import torch
 from convert_weights import configs
 from convert_weights.convert import export_params, import_params
 from convert_weights.sources import open_source
-from flowseg_jax.checkpoints.manifest import flatten
+from flowseg_jax.checkpoints.manifest import flatten_params
 from flowseg_jax.errors import UserError
 from flowseg_jax.models.language import LanguageConfig
 
@@ -243,7 +243,7 @@ def test_gguf(gguf_file, tmp_path):
         assert np.abs(found.astype(np.float32) - x).max() <= (0.01 * np.abs(x).max() if name == quantised else 1e-4)
     assert np.array_equal(source.read(quantised, 5, 9), source.read(quantised)[5:9])
     ours = import_params("llama", source, cfg)
-    assert np.array_equal(flatten(ours)["layers/up/kernel"][2], arrays["blk.2.ffn_up.weight"].T)
+    assert np.array_equal(flatten_params(ours)["layers/up/kernel"][2], arrays["blk.2.ffn_up.weight"].T)
     source.save_tokenizer(tmp_path)
     from transformers import AutoTokenizer
 

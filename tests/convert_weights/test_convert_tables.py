@@ -15,7 +15,7 @@ from convert_weights import configs
 from convert_weights.convert import export_params, import_params
 from convert_weights.families import FAMILIES
 from convert_weights.plan import choose_layout
-from flowseg_jax.checkpoints.manifest import flatten
+from flowseg_jax.checkpoints.manifest import flatten_params
 from flowseg_jax.errors import UserError
 from flowseg_jax.models import flowseg
 from flowseg_jax.models.boundary import BoundaryConfig
@@ -96,9 +96,9 @@ def test_what_flowseg_adds_is_fresh_and_then_travels_too(norm):
     tensors = tiny.xsam_tensors()
     cfg = dataclasses.replace(tiny.XSAM, semantic_flow=SemanticFlowConfig(norm=norm), boundary=BoundaryConfig())
     ours = import_params("xsam", tensors, cfg, seed=3)
-    added = flatten(ours).keys() - flatten(import_params("xsam", tensors, tiny.XSAM)).keys()
-    new = flatten(flowseg.create(cfg, 3)[1])
-    assert all(np.allclose(flatten(ours)[name], new[name], rtol=1e-5, atol=1e-7) for name in added)
+    added = flatten_params(ours).keys() - flatten_params(import_params("xsam", tensors, tiny.XSAM)).keys()
+    new = flatten_params(flowseg.init_model(cfg, 3)[1])
+    assert all(np.allclose(flatten_params(ours)[name], new[name], rtol=1e-5, atol=1e-7) for name in added)
     assert {name.split("/")[2] if "layers" in name else name.split("/")[0] for name in added} == {
         "semantic",
         "refinement",
@@ -148,10 +148,10 @@ def test_every_fault_is_in_one_error():
 def test_another_family_is_named():
     tensors, cfg = tiny.arrays("sam")
     with pytest.raises(UserError, match="looks like a checkpoint of the family sam, not siglip2"):
-        import_params("siglip2", tensors, FAMILIES["siglip2"].example())
+        import_params("siglip2", tensors, FAMILIES["siglip2"].example_config())
     llama, _ = tiny.arrays("llama")
     with pytest.raises(UserError, match="looks like a checkpoint of the family llama, not qwen3"):
-        import_params("qwen3", llama, FAMILIES["qwen3"].example())
+        import_params("qwen3", llama, FAMILIES["qwen3"].example_config())
     with pytest.raises(UserError, match="unknown family 'qwen'.*did you mean 'qwen3'"):
         import_params("qwen", tensors, cfg)
 

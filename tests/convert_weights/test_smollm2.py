@@ -20,7 +20,7 @@ from convert_weights import cli
 from flowseg_jax.checkpoints import pretrained
 from flowseg_jax.data.tokenizer import load_tokenizer
 from flowseg_jax.models.generate import generate
-from flowseg_jax.models.language import Language, LanguageConfig
+from flowseg_jax.models.language import LanguageConfig, LanguageModel
 
 PROMPT, NEW = "The capital of France is", 24
 
@@ -45,14 +45,14 @@ def theirs(file):
 def converted(file, tmp_path_factory):
     out = tmp_path_factory.mktemp("smollm2") / "out"
     assert cli.main(["llama", str(file), str(out)]) == 0
-    return pretrained.load_model(out, towers=True)
+    return pretrained.load_pretrained(out, towers=True)
 
 
 @pytest.fixture(scope="module")
 def ours(converted):
     cfg = LanguageConfig(**converted.tower["config"])
     assert dataclasses.replace(cfg, remat="full") == LanguageConfig.smollm2_135m()
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: Language(cfg, rngs=nnx.Rngs(0))))
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: LanguageModel(cfg, rngs=nnx.Rngs(0))))
     nnx.replace_by_pure_dict(state, converted.params)
     return nnx.merge(graphdef, state)
 

@@ -28,7 +28,7 @@ from convert_weights import configs
 from convert_weights.convert import get_family, import_params
 from convert_weights.names import unwrapped
 from convert_weights.sources import open_source
-from flowseg_jax.checkpoints.manifest import flatten
+from flowseg_jax.checkpoints.manifest import flatten_params
 from flowseg_jax.errors import UserError
 
 SECONDS = 20  # more than this is a hang
@@ -41,7 +41,7 @@ def original():
     model = tiny.huggingface("llama", num_hidden_layers=2)
     tensors = tiny.state(model)
     cfg = configs.tower_config("llama", model.config.to_dict())
-    return tensors, cfg, flatten(import_params("llama", tensors, cfg))
+    return tensors, cfg, flatten_params(import_params("llama", tensors, cfg))
 
 
 def outcome(path: Path) -> tuple[str, str]:
@@ -54,7 +54,7 @@ def outcome(path: Path) -> tuple[str, str]:
     before = signal.signal(signal.SIGALRM, hang)
     signal.alarm(SECONDS)
     try:
-        found = flatten(import_params("llama", unwrapped(open_source(path), get_family("llama")), cfg))
+        found = flatten_params(import_params("llama", unwrapped(open_source(path), get_family("llama")), cfg))
     except UserError as error:
         text = str(error)
         return (CLEAR if text.isprintable() and len(text) < 4000 else TRACE), text

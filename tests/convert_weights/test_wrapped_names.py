@@ -121,7 +121,7 @@ def test_two_models_and_two_names_for_one():
 def test_another_family_keeps_its_names_and_its_error():
     llama, _ = tiny.arrays("llama")
     with pytest.raises(UserError, match="looks like a checkpoint of the family llama, not siglip2"):
-        import_params("siglip2", unwrapped(ArraySource(llama), get_family("siglip2")), get_family("siglip2").example())
+        import_params("siglip2", unwrapped(ArraySource(llama), get_family("siglip2")), get_family("siglip2").example_config())
 
 
 # transformers' script for SAM replaces these in segment-anything's names of the image encoder, in this order.
@@ -191,7 +191,7 @@ def test_metas_own_sam_from_its_file(tmp_path, prefix):
     meta, theirs, cfg = segment_anything()
     torch.save({prefix + name: torch.from_numpy(x) for name, x in meta.items()}, tmp_path / "sam_vit_t.pth")
     assert cli.main(["sam", str(tmp_path / "sam_vit_t.pth"), str(tmp_path / "out")]) == 0
-    loaded = pretrained.load_model(tmp_path / "out", dtype=None, towers=True)
+    loaded = pretrained.load_pretrained(tmp_path / "out", dtype=None, towers=True)
     assert loaded.tower["config"] == json.loads(json.dumps(dataclasses.asdict(cfg)))
     assert tiny.equal(loaded.params, hf_convert.sam(theirs, cfg))
     if not prefix:
@@ -207,7 +207,7 @@ def test_a_whole_model_with_metas_sam(tmp_path):
         tiny.huggingface(family).save_pretrained(tmp_path / family)
     tiny.save_tokenizer(tmp_path / "qwen3")
     parts = {"llm": f"{tmp_path}/qwen3", "siglip": f"{tmp_path}/siglip2", "sam": f"{tmp_path}/sam.pth"}
-    with jobs.prepared(jobs.Request("flowseg", parts)) as job:
+    with jobs.open_conversion(jobs.ConversionRequest("flowseg", parts)) as job:
         assert not [name for name in job.plan.fresh if name.startswith("sam/")]
         found = {name: job.source.read(name) for name in job.source.entries if name.startswith("segmentor.encoder.")}
     assert found.keys() == {f"segmentor.encoder.{name}" for name in theirs if "neck" not in name}

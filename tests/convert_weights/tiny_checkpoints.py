@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from convert_weights import configs
-from flowseg_jax.checkpoints.manifest import flatten
+from flowseg_jax.checkpoints.manifest import flatten_params
 from flowseg_jax.models.boundary import BoundaryConfig
 from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.models.connectors import ConnectorConfig
@@ -122,7 +122,7 @@ def save_tokenizer(directory: Path, more: int = 0) -> int:
 
 def equal(a: Mapping, b: Mapping) -> bool:
     """Whether two trees have the same names, dtypes and values."""
-    a, b = flatten(a), flatten(b)
+    a, b = flatten_params(a), flatten_params(b)
     return a.keys() == b.keys() and all(a[n].dtype == b[n].dtype and np.array_equal(a[n], b[n]) for n in a)
 
 

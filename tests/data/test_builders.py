@@ -11,9 +11,9 @@ import pytest
 
 from flowseg_jax.data import prepare
 from flowseg_jax.data.__main__ import main
-from flowseg_jax.data.dataset import FORMAT, Prepared
+from flowseg_jax.data.dataset import FORMAT, PreparedDataset
 from flowseg_jax.data.formats.refcoco import RefCoco
-from flowseg_jax.data.records import examples, ref_samples, samples
+from flowseg_jax.data.records import examples, make_ref_samples, make_samples
 from flowseg_jax.errors import UserError
 
 LISTING = [
@@ -60,8 +60,8 @@ def test_index_agrees_with_the_records(prepared):
         assert len(source) == len(index)
         for i, entry in enumerate(index):
             assert (source[i].image_id, source[i].file_name) == (entry.image_id, entry.file_name)
-            assert entry.samples and entry.samples == samples(source[i])
-            assert entry.refs == ref_samples(source[i]) == entry.by_ref.samples
+            assert entry.samples and entry.samples == make_samples(source[i])
+            assert entry.refs == make_ref_samples(source[i]) == entry.by_ref.samples
     assert [e.categories for e in prepared.index("train")] == [(1, 0), (0, 1), (0, -1)]  # the crowd has none
     assert prepared.families("train") == ("attribute", "ordinal", "relation")
     assert prepared.splits["train"] == {"images": 3, "refs": 5, "sentences": 16, "samples": 15}
@@ -195,10 +195,10 @@ def test_existing_directories_and_unknown_layouts(layout, prepared, tmp_path):
 
 def test_opening_what_is_not_prepared(prepared, tmp_path):
     with pytest.raises(UserError, match=r"not a prepared data set \(no metadata\.json\); make one with"):
-        Prepared.open(tmp_path)
+        PreparedDataset.open(tmp_path)
     (tmp_path / "metadata.json").write_text(json.dumps({**prepared.metadata, "format": 0}))
     with pytest.raises(UserError, match=f"prepared in format 0, this version reads {FORMAT}; remove it and prepare it again"):
-        Prepared.open(tmp_path)
+        PreparedDataset.open(tmp_path)
     with pytest.raises(UserError, match="unknown split 'trian'"):
         prepared.index("trian")
 
@@ -245,19 +245,19 @@ class TestEnsureShapes:
         return calls
 
     def test_makes_it_once(self, generated, tmp_path):
-        first = prepare.ensure_shapes(tmp_path / "s", 20, 3, tokenizer_vocab=300, log=quiet, objects=(4, 6))
-        again = prepare.ensure_shapes(tmp_path / "s", 20, 3, tokenizer_vocab=300, log=quiet, objects=(4, 6))
+        first = prepare.load_or_build_shapes(tmp_path / "s", 20, 3, tokenizer_vocab=300, log=quiet, objects=(4, 6))
+        again = prepare.load_or_build_shapes(tmp_path / "s", 20, 3, tokenizer_vocab=300, log=quiet, objects=(4, 6))
         assert generated == [(20, 3, {"objects": (4, 6)})] and first.digest == again.digest
         assert first.tokenizer_directory.is_dir()
         with pytest.raises(UserError, match=r"holds a shapes set made otherwise \(seed 3 -> 4\); remove it or name another"):
-            prepare.ensure_shapes(tmp_path / "s", 20, 4, tokenizer_vocab=300, log=quiet, objects=(4, 6))
+            prepare.load_or_build_shapes(tmp_path / "s", 20, 4, tokenizer_vocab=300, log=quiet, objects=(4, 6))
 
     def test_several_at_once_make_it_once(self, generated, tmp_path):
         results, errors = [], []
 
         def ask():
             try:
-                results.append(prepare.ensure_shapes(tmp_path / "s", 20, 3, tokenizer_vocab=300, log=quiet).digest)
+                results.append(prepare.load_or_build_shapes(tmp_path / "s", 20, 3, tokenizer_vocab=300, log=quiet).digest)
             except Exception as error:  # reported below: a thread would swallow it
                 errors.append(error)
 
@@ -276,22 +276,22 @@ class TestEnsureShapes:
 
         monkeypatch.setattr(generator, "generate", generate)
         with pytest.raises(UserError, match="truncated"):
-            prepare.ensure_shapes(tmp_path / "s", 20, 3, log=quiet)
+            prepare.load_or_build_shapes(tmp_path / "s", 20, 3, log=quiet)
         assert [p.name for p in tmp_path.iterdir() if not p.name.endswith(".lock")] == []
 
     def test_leavings_of_a_killed_process_are_removed(self, generated, tmp_path):
         (tmp_path / ".s.12345.partial" / "refcoco-like").mkdir(parents=True)
-        prepare.ensure_shapes(tmp_path / "s", 20, 3, tokenizer_vocab=300, log=quiet)
+        prepare.load_or_build_shapes(tmp_path / "s", 20, 3, tokenizer_vocab=300, log=quiet)
         assert sorted(p.name for p in tmp_path.iterdir()) == [".s.lock", "s"]
 
     def test_foreign_directory(self, tmp_path):
         (tmp_path / "s").mkdir()
         (tmp_path / "s" / "thesis.txt").write_text("do not touch")
         with pytest.raises(UserError, match="exists but is not a shapes set made by this command"):
-            prepare.ensure_shapes(tmp_path / "s", 20, 3, log=quiet)
+            prepare.load_or_build_shapes(tmp_path / "s", 20, 3, log=quiet)
 
     def test_the_real_generator(self, tmp_path):
-        prepared = prepare.ensure_shapes(tmp_path / "s", 16, 1, log=quiet, workers=1)
+        prepared = prepare.load_or_build_shapes(tmp_path / "s", 16, 1, log=quiet, workers=1)
         assert set(prepared.splits) == {"train", "val", "testA", "testB"} and prepared.families("train")
         source, index = prepared.source("train"), prepared.index("train")
         assert [source[i].image_id for i in range(len(source))] == [entry.image_id for entry in index]  # stored in order

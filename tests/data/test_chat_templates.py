@@ -13,13 +13,13 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from flowseg_jax.data import collate
-from flowseg_jax.data.prompts import CHATS, Conversation, Prompts, as_jinja
+from flowseg_jax.data.prompts import CHAT_TEMPLATES, Conversation, PromptTemplates, as_jinja
 from flowseg_jax.data.records import Turn
-from flowseg_jax.data.tokenizer import MARKS, MAX_ROWS, extend_tokenizer, load_tokenizer, train_tokenizer
+from flowseg_jax.data.tokenizer import MAX_ROWS, SEG_TOKENS, extend_tokenizer, load_tokenizer, train_tokenizer
 from flowseg_jax.errors import UserError
-from flowseg_jax.types import IMAGE_TOKEN
+from flowseg_jax.types import IMAGE_TOKEN_INDEX
 
-IM, PHI = CHATS["qwen3_instruct"], CHATS["phi3_chat"]
+IM, PHI = CHAT_TEMPLATES["qwen3_instruct"], CHAT_TEMPLATES["phi3_chat"]
 WORDS = ("Which pixels show the red cup?", "The cup is here.", "And its size, in px?", "12 by 7; tall.")
 
 
@@ -81,7 +81,7 @@ def save(directory, kind: str, template: str | None):
     return directory / "ours"
 
 
-def ours(tokenizer, prompts: Prompts, texts: int) -> list[int]:
+def ours(tokenizer, prompts: PromptTemplates, texts: int) -> list[int]:
     """The first `texts` of `WORDS` behind one visual slot; an odd number ends where an answer begins."""
     turns = [Turn(*WORDS[i : i + 2]) for i in range(0, 2 * (texts // 2), 2)]
     prefix = collate.encode_prefix(prompts, tokenizer, 1)
@@ -99,7 +99,7 @@ def theirs(directory, template: str | None, texts: int) -> list[int]:
     messages[0]["content"] = "<image>" + messages[0]["content"]
     ids = hf.apply_chat_template(messages, chat_template=template, tokenize=True, return_dict=False)
     image = hf.convert_tokens_to_ids("<image>")
-    return [IMAGE_TOKEN if i == image else i for i in ids]
+    return [IMAGE_TOKEN_INDEX if i == image else i for i in ids]
 
 
 PREFIXED = (
@@ -111,11 +111,11 @@ PREFIXED = (
 def test_tokens_are_those_of_apply_chat_template(tmp_path, kind):
     _, bos, chat, writes, first = KINDS[kind]
     directory = save(tmp_path, kind, as_jinja(chat, bos=writes))
-    for name, candidate in CHATS.items():
-        if candidate.marks != chat.marks:
+    for name, candidate in CHAT_TEMPLATES.items():
+        if candidate.special_tokens != chat.marks:
             continue
-        prompts = Prompts(name)
-        tokenizer = load_tokenizer(directory, needed=prompts.needed)
+        prompts = PromptTemplates(name)
+        tokenizer = load_tokenizer(directory, needed=prompts.special_tokens)
         for texts in (1,) if kind == PREFIXED else (1, 2, 4):
             made = ours(tokenizer, prompts, texts)
             assert made == theirs(directory, as_jinja(candidate, bos=writes), texts)
@@ -126,8 +126,8 @@ def test_tokens_are_those_of_apply_chat_template(tmp_path, kind):
 def test_a_template_of_the_language_models_own(tmp_path):
     """It ends every turn with a newline, as ChatML does; up to that, and from the first turn on, the tokens are the same."""
     directory = save(tmp_path, "smollm2", SYSTEMLESS)
-    prompts = Prompts("qwen3_instruct")
-    made = ours(load_tokenizer(directory, needed=prompts.needed), prompts, 4)
+    prompts = PromptTemplates("qwen3_instruct")
+    made = ours(load_tokenizer(directory, needed=prompts.special_tokens), prompts, 4)
     assert made == theirs(directory, None, 4)[: len(made)]
     assert made[:2] == list(load_tokenizer(directory).encode("<|im_start|>u"))
 
@@ -148,14 +148,14 @@ def test_a_template_of_the_language_models_own(tmp_path):
 def test_who_writes_the_bos(tmp_path, kind, template, written):
     tokenizer = load_tokenizer(save(tmp_path, kind, template))
     assert (tokenizer.bos is not None) == written
-    prompts = Prompts("phi3_chat" if kind.startswith("phi3") else "qwen3_instruct")
+    prompts = PromptTemplates("phi3_chat" if kind.startswith("phi3") else "qwen3_instruct")
     assert (collate.encode_prefix(prompts, tokenizer, 0)[0] == tokenizer.bos) == written
 
 
 def test_our_own_tokenizer(tmp_path):
     train_tokenizer(WORDS, tmp_path, vocab=300)
-    tokenizer = load_tokenizer(tmp_path, needed=IM.marks)
-    assert ours(tokenizer, Prompts(), 1) == theirs(tmp_path, as_jinja(IM, bos=False), 1)
+    tokenizer = load_tokenizer(tmp_path, needed=IM.special_tokens)
+    assert ours(tokenizer, PromptTemplates(), 1) == theirs(tmp_path, as_jinja(IM, bos=False), 1)
 
 
 @pytest.mark.parametrize(
@@ -175,11 +175,11 @@ def test_ids_with_holes(tmp_path, ids, rows, marks):
     tokenizer = load_tokenizer(tmp_path / "ours")
     vocabulary = tokenizer.hf.get_vocab()
     assert extended == tokenizer.vocab == max(vocabulary.values()) + 1 == rows
-    assert vocabulary == before | dict(zip(MARKS, marks, strict=True))
+    assert vocabulary == before | dict(zip(SEG_TOKENS, marks, strict=True))
     assert len(set(vocabulary.values())) == len(vocabulary) == 259
     assert tokenizer.encode("a<SEG>b") == (before["a"], tokenizer.seg, before["b"])
     assert tokenizer.hf.decode([tokenizer.seg, rows - 1, before["a"]]).startswith("<SEG>")
-    assert max(tokenizer.encode("".join(map(chr, range(400))) + "".join(MARKS))) < tokenizer.vocab
+    assert max(tokenizer.encode("".join(map(chr, range(400))) + "".join(SEG_TOKENS))) < tokenizer.vocab
 
 
 def test_two_tokens_of_one_id_are_refused(tmp_path):
@@ -188,7 +188,7 @@ def test_two_tokens_of_one_id_are_refused(tmp_path):
     PreTrainedTokenizerFast(tokenizer_object=made).save_pretrained(str(tmp_path / "plain"))
     extend_tokenizer(tmp_path / "plain", tmp_path / "ours")
     with pytest.raises(UserError, match=r"'<\|im_start\|>' has the id 260 of '.'; give a tokenizer in which each has its own"):
-        load_tokenizer(tmp_path / "ours", needed=IM.marks)
+        load_tokenizer(tmp_path / "ours", needed=IM.special_tokens)
 
 
 def test_an_id_without_bounds_is_refused(tmp_path):

@@ -14,7 +14,7 @@ from flowseg_jax.data import masks
 from flowseg_jax.data.formats import open_layout
 from flowseg_jax.data.formats.coco_instances import CocoInstances
 from flowseg_jax.data.formats.coco_panoptic import CocoPanoptic
-from flowseg_jax.data.records import Problems, examples
+from flowseg_jax.data.records import RecordErrors, examples
 from flowseg_jax.errors import UserError
 
 READERS = {"panoptic": CocoPanoptic, "instances": CocoInstances}
@@ -145,7 +145,7 @@ def test_equal_and_blank_names_are_refused(tmp_path, kind, name, message):
     with pytest.raises(UserError, match=rf"{kind}_train2017\.json: {message}"):
         open_layout(f"coco-{kind}", tmp_path)
     with pytest.raises(UserError, match=message):  # what is wrong with the names is wrong with every record
-        open_layout(f"coco-{kind}", tmp_path, Problems(keep=True))
+        open_layout(f"coco-{kind}", tmp_path, RecordErrors(keep=True))
 
 
 @BOTH
@@ -201,7 +201,7 @@ def test_errors_at_opening_are_raised_or_kept(tmp_path, kind, case, change, mess
     with pytest.raises(UserError, match=message) as caught:
         READERS[kind](tmp_path)
     assert "\n" not in str(caught.value) and f"{kind}_train2017.json" in str(caught.value)
-    problems = Problems(keep=True)
+    problems = RecordErrors(keep=True)
     layout = READERS[kind](tmp_path, problems=problems)
     assert problems.found[0] == str(caught.value)
     assert list(read(layout, "val")) == [4]
@@ -212,7 +212,7 @@ def test_an_image_with_a_damaged_object_is_left_out_whole(tmp_path, kind):
     table = getattr(mini, kind)("train")
     target = table["annotations"][0]
     (target["segments_info"][0] if kind == "panoptic" else target)["category_id"] = 5
-    layout = READERS[kind](mini.write(tmp_path, kind, train=table), problems=Problems(keep=True))
+    layout = READERS[kind](mini.write(tmp_path, kind, train=table), problems=RecordErrors(keep=True))
     assert layout.size("train") == 2 and list(read(layout, "train")) == [2]  # its other objects would pass for all of them
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 from flowseg_jax.data import masks
 from flowseg_jax.data.formats import open_layout
-from flowseg_jax.data.records import Example, Layout, examples
+from flowseg_jax.data.records import DatasetReader, Example, examples
 from flowseg_jax.errors import UserError
 from flowseg_jax.synthetic import cli, multi_task
 from flowseg_jax.synthetic.scene import COLOURS, SHAPES, TEXTURES, is_held_out
@@ -35,7 +35,7 @@ class Made(NamedTuple):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     root = tmp_path_factory.mktemp("companions") / "set"
-    counts = multi_task.write(root, seed=3, **NUMBERS, report=lambda line: None)
+    counts = multi_task.write_datasets(root, seed=3, **NUMBERS, report=lambda line: None)
     rows = map(json.loads, (root / "scenes.jsonl").read_text().splitlines())
     return Made(root, {row["image"]: row["objects"] for row in rows}, counts)
 
@@ -375,7 +375,7 @@ def test_chat_has_the_layout_of_llava_and_every_answer_is_true(made: Made):
 # All of them
 
 
-def read_all(layout: Layout, split: str) -> list[Example]:
+def read_all(layout: DatasetReader, split: str) -> list[Example]:
     """Every image of a split; nothing may be left out or special."""
     notes: collections.Counter[str] = collections.Counter()
     found = list(examples(layout, split, notes))
@@ -423,7 +423,7 @@ def test_combinations_held_out_for_test_b_do_not_occur(made: Made):
 
 
 def small(out: Path, seed: int) -> dict[str, bytes]:
-    multi_task.write(out, seed=seed, reasonseg=5, panoptic=2, chat=1, report=lambda line: None)
+    multi_task.write_datasets(out, seed=seed, reasonseg=5, panoptic=2, chat=1, report=lambda line: None)
     return {str(p.relative_to(out)): p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file()}
 
 
@@ -454,7 +454,7 @@ def test_bad_requests_are_user_errors(tmp_path: Path):
         ("cannot create", "taken/file/x", {}),
     ):
         with pytest.raises(UserError, match=match):
-            multi_task.write(tmp_path / out, report=lambda line: None, **options)
+            multi_task.write_datasets(tmp_path / out, report=lambda line: None, **options)
     assert [p.name for p in tmp_path.rglob("*")] == ["taken", "file"]
 
 

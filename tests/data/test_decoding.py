@@ -337,7 +337,7 @@ def test_masks_are_decoded_a_picture_full_of_pixels_at_a_time(monkeypatch):
     full = (rng.random((9, 40, 30)) > 0.5).astype(np.uint8)
     annotations = [Annotation(i, 0, masks.encode(mask)) for i, mask in enumerate(full)]
     picture, shape = Image.new("RGB", (30, 40)), BatchShape(1, 8, 1, 9, 32, 16)
-    jitter = images.Jitter.of(40, 30, 32, 1.5)
+    jitter = images.LargeScaleJitter.of(40, 30, 32, 1.5)
     want = [collate.prepare_pixels(picture, annotations, shape, j).masks for j in (None, jitter)]
     np.testing.assert_array_equal(want[0], images.pack_masks(full, 32))
     seen, decode = [], masks.decode
@@ -426,7 +426,7 @@ def test_hidden_files_are_no_pictures(tmp_path):
     double = b"\0\5\x16\7\0\2\0\0Mac OS X        "
     for name in ("._a.png", ".DS_Store", "Thumbs.db", "._own.jsonl", ".hidden.jpg"):
         (root / name).write_bytes(double)
-    assert [job.image.name for job in inputs.images(root, ["x"], "--text")] == ["a.png"]
+    assert [job.image.name for job in inputs.jobs_from_images(root, ["x"], "--text")] == ["a.png"]
     assert open_layout("jsonl", root).size("train") == 1
 
 

@@ -17,7 +17,7 @@ EXAMPLE = Example(
     4,
     5,
     b"image",
-    (Annotation(7, 1, "rle", once="one", filled="two"), Annotation(8, 0, "rle2", crowd=True)),
+    (Annotation(7, 1, "rle", rle_single_cover="one", rle_filled_polygons="two"), Annotation(8, 0, "rle2", crowd=True)),
     (Expression("a dog", 1, 2, (0, 1), "attribute", "an answer"),),
     (Turn("who?", "me"),),
 )

@@ -8,13 +8,13 @@ import pytest
 
 from flowseg_jax.data import eval_dataset as module
 from flowseg_jax.data import prepare
-from flowseg_jax.data.dataset import Entry
-from flowseg_jax.data.eval_dataset import EvalData, plan, round_shape, settle
-from flowseg_jax.data.prompts import Prompts
+from flowseg_jax.data.dataset import IndexEntry
+from flowseg_jax.data.eval_dataset import EvalDataset, bucket_shape, merge_rare_buckets, plan_batches
+from flowseg_jax.data.prompts import PromptTemplates
 from flowseg_jax.data.records import Sample
 from flowseg_jax.data.train_dataset import open_tokenizer
 from flowseg_jax.errors import UserError
-from flowseg_jax.types import IMAGE_TOKEN, NONE
+from flowseg_jax.types import IMAGE_TOKEN_INDEX, PAD
 
 VISUAL = 6
 
@@ -27,13 +27,13 @@ def prepared(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tokenizer(prepared):
-    return open_tokenizer(prepared, Prompts())
+    return open_tokenizer(prepared, PromptTemplates())
 
 
 @pytest.fixture
 def evaluate(prepared, tokenizer):
     def make(split="train", batch=2, **options):
-        return EvalData(prepared, split, tokenizer, sides=(32, 16), batch=batch, visual_tokens=VISUAL, **options)
+        return EvalDataset(prepared, split, tokenizer, sides=(32, 16), batch=batch, visual_tokens=VISUAL, **options)
 
     return make
 
@@ -68,20 +68,20 @@ def test_every_sample_once(evaluate, prepared, tokenizer):
 
 def test_conversations_stand_behind_the_prefix(evaluate):
     data = evaluate()
-    assert data.prefix.dtype == np.int32 and (data.prefix[-VISUAL:] == IMAGE_TOKEN).all()
+    assert data.prefix.dtype == np.int32 and (data.prefix[-VISUAL:] == IMAGE_TOKEN_INDEX).all()
     for batch in data:
         for part in batch.rounds:
             q = part.questions
-            assert not (q.tokens == IMAGE_TOKEN).any()
+            assert not (q.tokens == IMAGE_TOKEN_INDEX).any()
             for b, samples in enumerate(part.samples):
                 assert q.asked[b].tolist() == [True] * len(samples) + [False] * (q.asked.shape[1] - len(samples))
                 for k in range(len(samples)):
                     here = q.segments[b] == k + 1
                     assert q.positions[b][here].tolist() == list(range(len(data.prefix), len(data.prefix) + here.sum()))
-                    assert (q.phrase_ids[b][q.seg_ids[b] != NONE] == NONE).all()
+                    assert (q.phrase_ids[b][q.seg_ids[b] != PAD] == PAD).all()
                     assert (q.seg_ids[b] == k).sum() == 1 and set(q.segments[b][q.phrase_ids[b] == k]) == {k + 1}
             missing = slice(len(part.samples), None)
-            assert not q.asked[missing].any() and (q.segments[missing] == NONE).all()
+            assert not q.asked[missing].any() and (q.segments[missing] == PAD).all()
 
 
 @pytest.mark.parametrize("options", [{"batch": 3}, {"batch": 1}, {"threads": 4}])
@@ -118,7 +118,7 @@ def test_truth_and_images_have_the_original_size(evaluate):
 
 
 def test_the_wording_is_fixed(evaluate):
-    ours, theirs = (asked(evaluate(prompts=Prompts(vary=vary))) for vary in (True, False))
+    ours, theirs = (asked(evaluate(prompts=PromptTemplates(randomize=vary))) for vary in (True, False))
     assert [tokens for *_, tokens in ours.values()] == [tokens for *_, tokens in theirs.values()]
 
 
@@ -144,22 +144,22 @@ def test_an_unknown_split(evaluate):
 
 class TestPlan:
     def test_room(self):
-        assert [round_shape(k, 50)[0] for k in (1, 2, 3, 4, 5, 8)] == [1, 2, 4, 4, 8, 8]
-        lengths = [round_shape(1, n)[1] for n in range(1, 1200)]
+        assert [bucket_shape(k, 50)[0] for k in (1, 2, 3, 4, 5, 8)] == [1, 2, 4, 4, 8, 8]
+        lengths = [bucket_shape(1, n)[1] for n in range(1, 1200)]
         assert all(n <= room < max(2 * n, 17) for n, room in enumerate(lengths, 1))
         assert sorted(set(lengths))[:6] == [8, 12, 16, 24, 32, 48]
 
     def test_rare_shapes_join_the_smallest_larger_one(self):
-        often, rare = module.RARE, module.RARE - 1
+        often, rare = module.MIN_BUCKET_USES, module.MIN_BUCKET_USES - 1
         uses = {(8, 256): often, (8, 384): 1, (4, 128): rare, (4, 512): 1, (2, 64): often, (1, 32): 1}
         expected = {shape: shape for shape in uses} | {(4, 128): (8, 256), (1, 32): (2, 64)}
-        assert settle(uses) == expected
+        assert merge_rare_buckets(uses) == expected
 
     def test_batches_are_alike_and_whole(self):
         rng = np.random.default_rng(0)
         lengths = {i: rng.integers(5, 40, rng.integers(1, 20)).tolist() for i in range(403)}
         sizes = {i: tuple(rng.choice([400, 500], 2).tolist()) for i in lengths}
-        planned = plan(sizes, lengths, 8)
+        planned = plan_batches(sizes, lengths, 8)
         assert sorted(i for one in planned for i in one.images) == list(range(403))
         for one in planned:
             for number, (phrases, text) in enumerate(one.rounds):
@@ -169,17 +169,17 @@ class TestPlan:
         used = sum(map(len, lengths.values()))
         room = sum(8 * phrases for one in planned for phrases, _ in one.rounds)
         assert used / room > 0.75  # most of what is computed is asked for
-        assert plan(dict(reversed(sizes.items())), lengths, 8) == planned
+        assert plan_batches(dict(reversed(sizes.items())), lengths, 8) == planned
 
 
 def test_empty_rows_are_drawn_for_no_sample():
     mask = np.zeros((1, 4, 6), bool)
-    assert module.Objects(mask, mask, mask, mask).stack(None, []).shape == (0, 4, 6)
+    assert module.ObjectMasks(mask, mask, mask, mask).stack(None, []).shape == (0, 4, 6)
 
 
-def entry(*sentences: str, family: str = "short") -> Entry:
+def entry(*sentences: str, family: str = "short") -> IndexEntry:
     said = (Sample(1, "1.png", 1, 1, i, text, family, (0,), 1, text) for i, text in enumerate(sentences))
-    return Entry(1, "1.png", 4, 4, "", (0,), tuple(said))
+    return IndexEntry(1, "1.png", 4, 4, "", (0,), tuple(said))
 
 
 def test_a_control_asks_in_the_wording_of_what_it_asks():

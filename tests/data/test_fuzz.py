@@ -30,7 +30,7 @@ import pytest
 from PIL import Image
 
 from flowseg_jax.data.formats import open_layout
-from flowseg_jax.data.records import Problems, examples
+from flowseg_jax.data.records import RecordErrors, examples
 from flowseg_jax.errors import UserError
 
 LAYOUTS = ("refcoco", "grefcoco", "reasonseg", "coco-panoptic", "coco-instances", "llava", "jsonl")
@@ -104,7 +104,7 @@ def originals(tmp_path_factory):
     }
 
 
-def read(layout: str, root: Path, problems: Problems | None = None) -> tuple[list, Counter]:
+def read(layout: str, root: Path, problems: RecordErrors | None = None) -> tuple[list, Counter]:
     """All examples of a data set, without the images' bytes, and what was noted."""
     opened, notes, found = open_layout(layout, root, problems), Counter(), []
     for split in opened.splits:
@@ -217,7 +217,7 @@ def verdict(layout: str, root: Path, before: tuple[list, Counter], kind: str, ke
         text = str(error)
         assert text.strip() and "\n" not in text and len(text) < 1000, text
         assert str(root) in text or "grefs(unc)" in text, f"names no file: {text}"
-        with_list = Problems(keep=True)
+        with_list = RecordErrors(keep=True)
         try:
             read_on(layout, root, with_list)
         except UserError:
@@ -236,7 +236,7 @@ def verdict(layout: str, root: Path, before: tuple[list, Counter], kind: str, ke
     return "another data set"
 
 
-def read_on(layout: str, root: Path, problems: Problems) -> None:
+def read_on(layout: str, root: Path, problems: RecordErrors) -> None:
     """Reads what can be read of a damaged data set."""
     opened = open_layout(layout, root, problems)
     for split in opened.splits:

@@ -8,7 +8,7 @@ import minirefcoco
 import pytest
 
 from flowseg_jax.data.formats.grefcoco import GRefCoco
-from flowseg_jax.data.records import Problems, examples, samples
+from flowseg_jax.data.records import RecordErrors, examples, make_samples
 from flowseg_jax.errors import UserError
 
 CROWD_NOTE = "crowd regions among the objects of a ref: not part of its target"
@@ -34,7 +34,7 @@ def test_several_objects_one_and_none_are_all_kept(tmp_path):
     assert [a.id for a in example.annotations] == [11, 12, 13]
     assert targets(example) == {(1, 10): [11, 12, 13], (2, 20): [12], (2, 21): [12], (3, 30): []}
     assert [e.text for e in example.expressions] == ["all of them", "the cat", "the Cat", "the zebra"]
-    assert [(s.ann_id, s.sentence, s.annotations, s.count) for s in samples(example)] == [
+    assert [(s.ann_id, s.sentence, s.annotations, s.count) for s in make_samples(example)] == [
         (-1, "the zebra", (), 1),
         (11, "all of them", (0, 1, 2), 1),
         (12, "the cat", (1,), 2),
@@ -143,7 +143,7 @@ def test_errors_at_opening(tmp_path, case):
     with pytest.raises(UserError, match=message) as caught:
         GRefCoco(root)
     assert "\n" not in str(caught.value) and "grefs(unc).json" in str(caught.value)
-    kept = Problems(keep=True)
+    kept = RecordErrors(keep=True)
     layout = GRefCoco(root, problems=kept)
     assert kept.found == [str(caught.value)]
     assert sum(len(targets(e)) for s in layout.splits for e in examples(layout, s)) == 7  # all the other sentences

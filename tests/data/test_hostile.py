@@ -15,7 +15,7 @@ import minirefcoco as mini
 import pytest
 
 from flowseg_jax.data import checksums, masks, prepare
-from flowseg_jax.data.dataset import Prepared
+from flowseg_jax.data.dataset import PreparedDataset
 from flowseg_jax.data.formats import jsonl, open_layout, reading
 from flowseg_jax.errors import UserError
 
@@ -48,7 +48,7 @@ def change(path, function):
 
 
 def everything(root):
-    opened = Prepared.open(root)
+    opened = PreparedDataset.open(root)
     return {split: ([*opened.source(split)], opened.index(split)) for split in opened.splits}
 
 

@@ -90,15 +90,15 @@ def test_scaled_size(size, want):
 @pytest.mark.parametrize("size", [(1, 1), (50, 8000), (8000, 50), (60, 40), (96, 96), (97, 31)])
 def test_both_encoders_get_their_sizes(size):
     picture = Image.new("RGB", (size[1], size[0]), (9, 200, 77))
-    padded, (h, w) = images.fit(picture, 96)
+    padded, (h, w) = images.resize_and_pad(picture, 96)
     assert padded.shape == (96, 96, 3) and max(h, w) == 96 and min(h, w) >= 1
     assert (padded[:h, :w] == (9, 200, 77)).all() and not padded[h:].any() and not padded[:, w:].any()
-    assert images.stretch(picture, 48).shape == (48, 48, 3)
+    assert images.resize_to_square(picture, 48).shape == (48, 48, 3)
 
 
 def test_fit_is_pil_bilinear():
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (61, 90, 3), np.uint8))
-    padded, (h, w) = images.fit(picture, 48)
+    padded, (h, w) = images.resize_and_pad(picture, 48)
     assert (h, w) == (33, 48)  # 61 * 48 / 90 = 32.53
     np.testing.assert_array_equal(padded[:h], np.asarray(picture.resize((48, 33), Image.Resampling.BILINEAR)))
 

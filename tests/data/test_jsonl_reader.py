@@ -14,7 +14,7 @@ from flowseg_jax.data import masks
 from flowseg_jax.data.formats import open_layout
 from flowseg_jax.data.formats.jsonl import Jsonl, parse, validator
 from flowseg_jax.data.formats.llava import hashed_id
-from flowseg_jax.data.records import Problems, examples, samples
+from flowseg_jax.data.records import RecordErrors, examples, make_samples
 from flowseg_jax.errors import UserError
 
 PICTURE = Image.fromarray(np.full((40, 60, 3), 90, np.uint8))
@@ -66,7 +66,7 @@ def test_reads_the_layout(tmp_path):
         ("no fish", 5, ()),
     ]
     # What evaluation tells samples apart by, also where they refer to nothing.
-    assert len({(s.ann_id, s.sentence_id) for s in samples(example)}) == 5
+    assert len({(s.ann_id, s.sentence_id) for s in make_samples(example)}) == 5
     assert [e.annotations for e in layout.example("val", 0, Counter()).expressions] == [()]
 
 
@@ -296,7 +296,7 @@ def test_broken_lines_are_raised_or_kept(tmp_path, case):
     with pytest.raises(UserError, match=message) as caught:
         Jsonl(tmp_path)
     assert "\n" not in str(caught.value)
-    problems = Problems(keep=True)
+    problems = RecordErrors(keep=True)
     write(tmp_path, content + b"\n" + json.dumps(GOOD | {"image": "b.jpg"}).encode())
     assert "b.jpg" in [e.file_name for e in examples(Jsonl(tmp_path, problems=problems), "train")]
     assert problems.found[0] == str(caught.value)
@@ -314,7 +314,7 @@ def test_an_image_in_two_splits_is_an_error(tmp_path, image):
     write(tmp_path, [GOOD, GOOD | {"image": image, "split": "val"}, GOOD | {"image": "b.jpg", "split": "val"}])
     with pytest.raises(UserError, match=r"jsonl:2: split: 'a\.jpg' is in 'val' here and in 'train' in line 1; an image"):
         Jsonl(tmp_path)
-    problems = Problems(keep=True)
+    problems = RecordErrors(keep=True)
     layout = Jsonl(tmp_path, problems=problems)
     assert len(problems.found) == 1
     assert {s: [e.file_name for e in examples(layout, s)] for s in layout.splits} == {"train": ["a.jpg"], "val": ["b.jpg"]}

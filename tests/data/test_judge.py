@@ -19,10 +19,10 @@ from judged_sets import CATEGORIES, Truth
 from PIL import Image
 
 from flowseg_jax.data import prepare
-from flowseg_jax.data.mixture import mix
-from flowseg_jax.data.prompts import Prompts
+from flowseg_jax.data.mixture import build_mixture
+from flowseg_jax.data.prompts import PromptTemplates
 from flowseg_jax.data.tokenizer import load_tokenizer
-from flowseg_jax.data.train_dataset import TrainData
+from flowseg_jax.data.train_dataset import TrainDataset
 from flowseg_jax.data.train_examples import TrainOptions
 from flowseg_jax.types import BatchShape
 
@@ -56,7 +56,9 @@ def make(root, seed, count):
         layout: prepare.prepare(root / layout, root / f"{layout}-prepared", layout=layout, processes=1, log=lambda _: None)
         for layout in truths
     }
-    prepare.learn_tokenizer([text for one in prepared.values() for text in prepare.said(one)], root / "tokenizer", 400)
+    prepare.train_dataset_tokenizer(
+        [text for one in prepared.values() for text in prepare.tokenizer_corpus(one)], root / "tokenizer", 400
+    )
     return truths, prepared, root / "tokenizer"
 
 
@@ -303,10 +305,10 @@ def judged(made, stage: str, steps: int, seed: int = 0) -> Counter:
     truths, prepared, directory = made
     layouts, names, options = STAGES[stage]
     speaks = stage not in ("stage 1", "stage 1, whole images")
-    data = TrainData(
-        mix([(prepared[layout], 0.0) for layout in layouts]),
-        BatchShape(batch=3, text=420, phrases=K, masks=8, image=SIDE, vision=VISION, names=names),
-        Prompts(vary=True),
+    data = TrainDataset(
+        build_mixture([(prepared[layout], 0.0) for layout in layouts]),
+        BatchShape(batch=3, text_length=420, max_phrases=K, max_masks=8, sam_size=SIDE, siglip_size=VISION, max_names=names),
+        PromptTemplates(randomize=True),
         seed,
         visual_tokens=SLOTS,
         tokenizer=load_tokenizer(directory) if speaks else None,
@@ -346,10 +348,10 @@ def test_many_batches_are_what_the_files_say(tmp_path, capsys):
 @pytest.mark.parametrize("field", FIELDS)
 def test_the_judge_notices_one_wrong_value(made, field):
     truths, prepared, directory = made
-    data = TrainData(
-        mix([(prepared["refcoco"], 0.0)]),
-        BatchShape(batch=1, text=420, phrases=K, masks=8, image=SIDE, vision=VISION, names=0),
-        Prompts(vary=True),
+    data = TrainDataset(
+        build_mixture([(prepared["refcoco"], 0.0)]),
+        BatchShape(batch=1, text_length=420, max_phrases=K, max_masks=8, sam_size=SIDE, siglip_size=VISION, max_names=0),
+        PromptTemplates(randomize=True),
         0,
         visual_tokens=SLOTS,
         tokenizer=load_tokenizer(directory),

@@ -24,19 +24,19 @@ from test_fuzz import LAYOUTS, mutate, own_data
 
 from flowseg_jax.data import masks, prepare, validate
 from flowseg_jax.data.__main__ import main
-from flowseg_jax.data.dataset import Prepared
-from flowseg_jax.data.eval_dataset import EvalData
+from flowseg_jax.data.dataset import PreparedDataset
+from flowseg_jax.data.eval_dataset import EvalDataset
 from flowseg_jax.data.formats import open_layout
-from flowseg_jax.data.mixture import mix
-from flowseg_jax.data.prompts import Prompts
+from flowseg_jax.data.mixture import build_mixture
+from flowseg_jax.data.prompts import PromptTemplates
 from flowseg_jax.data.records import Example, examples
 from flowseg_jax.data.tokenizer import load_tokenizer
-from flowseg_jax.data.train_dataset import TrainData
+from flowseg_jax.data.train_dataset import TrainDataset
 from flowseg_jax.data.train_examples import TrainOptions
 from flowseg_jax.errors import UserError
 from flowseg_jax.types import BatchShape
 
-SHAPE = BatchShape(batch=2, text=2000, phrases=3, masks=6, image=32, vision=16, names=4)
+SHAPE = BatchShape(batch=2, text_length=2000, max_phrases=3, max_masks=6, sam_size=32, siglip_size=16, max_names=4)
 POISON = {  # what a text becomes -> what is said of it
     "mark": (lambda text: f"{text} <P> x", "contains the mark '<p>'"),
     "mark of a chat": (lambda text: f"<|user|>{text}", "contains the mark '<|user|>'"),
@@ -64,7 +64,7 @@ def originals(tmp_path_factory):
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     directory = tmp_path_factory.mktemp("tokenizer")
-    prepare.learn_tokenizer(["the dog", "a cat on the left"] * 9, directory, 300)
+    prepare.train_dataset_tokenizer(["the dog", "a cat on the left"] * 9, directory, 300)
     return load_tokenizer(directory)
 
 
@@ -76,7 +76,7 @@ def texts(found: list[Example]) -> Counter[str]:
     return said
 
 
-def stored(prepared: Prepared) -> list[Example]:
+def stored(prepared: PreparedDataset) -> list[Example]:
     return [source[i] for source in map(prepared.source, prepared.splits) for i in range(len(source))]
 
 
@@ -121,7 +121,7 @@ def poison(layout: str, root: Path, rng: random.Random, change) -> tuple[list[st
     return gone, f"{path}:{i + 1}: expressions[{j}]: "
 
 
-def prepare_and_compare(layout: str, root: Path, out: Path) -> tuple[Prepared | None, list[str]]:
+def prepare_and_compare(layout: str, root: Path, out: Path) -> tuple[PreparedDataset | None, list[str]]:
     """The set without its damaged records and what was wrong; None where nothing can be left of it."""
 
     def attempt(**options):
@@ -156,17 +156,19 @@ def prepare_and_compare(layout: str, root: Path, out: Path) -> tuple[Prepared | 
     return prepared, problems
 
 
-def use(prepared: Prepared, tokenizer) -> None:
+def use(prepared: PreparedDataset, tokenizer) -> None:
     """Trains on and evaluates all of a prepared set, as far as batches go."""
-    prepared = Prepared.open(prepared.directory)
+    prepared = PreparedDataset.open(prepared.directory)
     if "train" in prepared.splits:
-        options = TrainOptions(objects="referred", explain=1.0)
-        data = TrainData(mix([(prepared, 0.0)]), SHAPE, Prompts(), 0, visual_tokens=6, tokenizer=tokenizer, options=options)
+        options = TrainOptions(objects="referred", explanation_prob=1.0)
+        data = TrainDataset(
+            build_mixture([(prepared, 0.0)]), SHAPE, PromptTemplates(), 0, visual_tokens=6, tokenizer=tokenizer, options=options
+        )
         for step in range(-(-data.epoch // SHAPE.batch)):
             data.batch(step)
     for split in prepared.splits:
         if prepared.task in ("referring", "reasoning"):
-            data = EvalData(prepared, split, tokenizer, sides=(32, 16), batch=2, visual_tokens=6)
+            data = EvalDataset(prepared, split, tokenizer, sides=(32, 16), batch=2, visual_tokens=6)
             asked = sum(len(row) for batch in data for one in batch.rounds for row in one.samples)
             assert asked == data.samples == prepared.splits[split]["samples"]
     for example in stored(prepared):
@@ -293,12 +295,12 @@ def test_longer_texts_where_they_are_wanted(tmp_path, tokenizer):
     with pytest.raises(UserError, match="layout llava has no option 'max_characters'"):
         main(["validate", "llava", str(root), "--max-characters", "9"])
     assert main([*command, "--max-characters", "2399"]) == 0
-    prepared = Prepared.open(tmp_path / "out")
+    prepared = PreparedDataset.open(tmp_path / "out")
     with pytest.raises(UserError, match=r"a\.jpg: may need \d+ tokens, more than the text length 600; raise data.text"):
-        TrainData(
-            mix([(prepared, 0.0)]),
+        TrainDataset(
+            build_mixture([(prepared, 0.0)]),
             dataclasses.replace(SHAPE, text=600),
-            Prompts(),
+            PromptTemplates(),
             0,
             visual_tokens=6,
             tokenizer=tokenizer,

@@ -10,7 +10,7 @@ from PIL import Image
 
 from flowseg_jax.data.formats import open_layout
 from flowseg_jax.data.formats.llava import Llava, hashed_id, turns_of, without_mark
-from flowseg_jax.data.records import Problems, Turn, examples
+from flowseg_jax.data.records import RecordErrors, Turn, examples
 from flowseg_jax.errors import UserError
 
 
@@ -154,7 +154,7 @@ def test_errors_at_opening_are_raised_or_kept(tmp_path, case):
     with pytest.raises(UserError, match=message) as caught:
         Llava(tmp_path)
     assert "\n" not in str(caught.value) and "llava_v1_5_mix665k.json" in str(caught.value)
-    problems = Problems(keep=True)
+    problems = RecordErrors(keep=True)
     layout = Llava(tmp_path, problems=problems)
     assert problems.found == [str(caught.value)] and layout.size("train") == 6
     assert next(iter(chats(layout))) == "coco/train2017/7.jpg"
@@ -164,7 +164,7 @@ def test_messages_count_in_the_file_not_in_what_is_left(tmp_path):
     table = mini.samples()
     del table[0]["id"]
     table[2]["image"] = "../7.jpg"
-    layout = Llava(mini.write(tmp_path, table=table), problems=Problems(keep=True))
+    layout = Llava(mini.write(tmp_path, table=table), problems=RecordErrors(keep=True))
     with pytest.raises(UserError, match=r"\[2\] \(id 7\)\.image: '\.\./7\.jpg' leads out of the folder"):
         layout.example("train", 1, Counter())
 

@@ -35,7 +35,7 @@ def test_union_and_what_one_part_covers(make, count):
     )
     union = masks.decode([masks.rasterise(segmentation, HEIGHT, WIDTH, "x")], HEIGHT, WIDTH)[0]
     np.testing.assert_array_equal(union, parts > 0)
-    once = masks.covered_once(segmentation, HEIGHT, WIDTH, "x")
+    once = masks.single_cover(segmentation, HEIGHT, WIDTH, "x")
     assert bool(once) == (parts > 1).any()
     if once:
         np.testing.assert_array_equal(masks.decode([once], HEIGHT, WIDTH)[0], parts == 1)
@@ -43,7 +43,7 @@ def test_union_and_what_one_part_covers(make, count):
 
 def test_many_parts_that_do_not_touch_need_no_second_mask():
     apart = [(x, y, x + 1, y + 1) for x in range(0, WIDTH, 2) for y in range(0, HEIGHT, 4)]
-    assert len(apart) > 256 and masks.covered_once(as_run_lengths(apart), HEIGHT, WIDTH, "x") == ""
+    assert len(apart) > 256 and masks.single_cover(as_run_lengths(apart), HEIGHT, WIDTH, "x") == ""
     all_of_it = [*as_run_lengths(apart), *as_run_lengths(apart)]  # no pixel is covered by one part alone
-    once = masks.covered_once(all_of_it, HEIGHT, WIDTH, "x")
+    once = masks.single_cover(all_of_it, HEIGHT, WIDTH, "x")
     assert once and not masks.decode([once], HEIGHT, WIDTH).any()

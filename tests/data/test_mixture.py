@@ -14,8 +14,8 @@ from PIL import Image
 
 from flowseg_jax.data import prepare
 from flowseg_jax.data.leakage import name_key
-from flowseg_jax.data.mixture import Member, Order, held_out_keys, mix, repeats
-from flowseg_jax.data.train_dataset import TrainData
+from flowseg_jax.data.mixture import MixtureComponent, SampleOrder, build_mixture, held_out_keys, repeat_factor_counts
+from flowseg_jax.data.train_dataset import TrainDataset
 from flowseg_jax.errors import UserError
 
 
@@ -39,18 +39,18 @@ def panoptic(tmp_path_factory):
 
 
 def members(*slots_and_sizes):
-    return [Member(None, "train", tuple(range(100, 100 + size)), slots) for slots, size in slots_and_sizes]
+    return [MixtureComponent(None, "train", tuple(range(100, 100 + size)), slots) for slots, size in slots_and_sizes]
 
 
 def test_small_sets_repeat_by_the_rule():
-    assert repeats([100]) == [100]
-    assert repeats([900, 100]) == [900, 100]  # a share of t is not repeated
+    assert repeat_factor_counts([100]) == [100]
+    assert repeat_factor_counts([900, 100]) == [900, 100]  # a share of t is not repeated
     share = 10 / 1010
-    assert repeats([1000, 10]) == [1000, int(10 * math.sqrt(0.1 / share))] == [1000, 31]
+    assert repeat_factor_counts([1000, 10]) == [1000, int(10 * math.sqrt(0.1 / share))] == [1000, 31]
 
 
 def test_an_epoch_has_every_slot_once_and_every_image_equally_often():
-    order = Order(members((5, 5), (7, 3)), seed=0)
+    order = SampleOrder(members((5, 5), (7, 3)), seed=0)
     assert order.epoch == 12
     seen = Counter()
     for epoch in range(6):
@@ -65,7 +65,7 @@ def test_a_set_with_fewer_slots_than_images_walks_a_permutation_that_the_seed_dr
     """Else epoch 0 would train on the first images in stored order, whatever the seed."""
 
     def seen(seed, epoch):
-        order = Order(members((8, 8), (5, 40), (13, 10)), seed)
+        order = SampleOrder(members((8, 8), (5, 40), (13, 10)), seed)
         places = range(epoch * order.epoch, (epoch + 1) * order.epoch)
         return [[record - 100 for number, record in map(order, places) if number == n] for n in range(3)]
 
@@ -83,9 +83,9 @@ def test_a_run_that_began_in_stored_order_is_told_apart():
     """The digest of mixtures whose order the permutation changed is another one; that of all others is as it was."""
 
     def digest(slots, size):
-        data = TrainData.__new__(TrainData)
+        data = TrainDataset.__new__(TrainDataset)
         prepared = type("Prepared", (), {"digest": "d"})
-        data.members = [Member(prepared, "train", tuple(range(size)), slots)]
+        data.members = [MixtureComponent(prepared, "train", tuple(range(size)), slots)]
         return data.digest
 
     def before(slots, size):
@@ -95,7 +95,7 @@ def test_a_run_that_began_in_stored_order_is_told_apart():
 
 
 def test_the_order_is_a_function_of_seed_and_position_alone():
-    make = lambda seed=0: Order(members((5, 5), (7, 3)), seed)  # noqa: E731
+    make = lambda seed=0: SampleOrder(members((5, 5), (7, 3)), seed)  # noqa: E731
     forwards, backwards = make(), make()
     want = [forwards(i) for i in range(60)]
     assert [backwards(i) for i in reversed(range(60))] == want[::-1]
@@ -103,15 +103,15 @@ def test_the_order_is_a_function_of_seed_and_position_alone():
 
 
 def test_weights_are_shares_of_an_epoch(refcoco, panoptic):
-    by_rule = mix([(refcoco, 0.0), (panoptic, 0.0)])
-    assert [member.slots for member in by_rule] == repeats([2, len(panoptic.index("train"))])
-    explicit = mix([(refcoco, 3.0), (panoptic, 1.0)])
+    by_rule = build_mixture([(refcoco, 0.0), (panoptic, 0.0)])
+    assert [member.samples_per_epoch for member in by_rule] == repeat_factor_counts([2, len(panoptic.index("train"))])
+    explicit = build_mixture([(refcoco, 3.0), (panoptic, 1.0)])
     total = 2 + len(panoptic.index("train"))
-    assert [member.slots for member in explicit] == [round(0.75 * total), max(1, round(0.25 * total))]
+    assert [member.samples_per_epoch for member in explicit] == [round(0.75 * total), max(1, round(0.25 * total))]
     with pytest.raises(
         UserError, match=r"weights must all be positive, or all be 0 for the repeat-factor rule, got \[1.0, 0.0\]"
     ):
-        mix([(refcoco, 1.0), (panoptic, 0.0)])
+        build_mixture([(refcoco, 1.0), (panoptic, 0.0)])
 
 
 def test_images_of_evaluation_splits_are_not_trained_on(refcoco, panoptic, tmp_path):
@@ -121,10 +121,10 @@ def test_images_of_evaluation_splits_are_not_trained_on(refcoco, panoptic, tmp_p
     by_list = tmp_path / "held_out.txt"
     by_list.write_text("2\n\nCOCO_train2014_000000000004.jpg\n")
     for held_out in (keys, held_out_keys([str(refcoco.directory)]), held_out_keys([by_list])):
-        first, second = mix([(refcoco, 0.0), (panoptic, 0.0)], held_out=held_out)
+        first, second = build_mixture([(refcoco, 0.0), (panoptic, 0.0)], held_out=held_out)
         assert first.held_out == 0 and second.held_out == 1
         assert {e.image_id for e in second.entries()} == {e.image_id for e in panoptic.index("train")} - {2}
-        drawn = Order((first, second), seed=0)
+        drawn = SampleOrder((first, second), seed=0)
         named = {second.prepared.index("train")[record].image_id for i in range(40) for n, record in [drawn(i)] if n == 1}
         assert named == {1}
 
@@ -144,11 +144,11 @@ def test_other_pictures_are_told_apart_by_what_is_in_them(tmp_path):
     """Two sets may call different pictures alike, and the same picture differently."""
     train = own(tmp_path / "a", {"1.png": 10, "2.png": 20, "3.png": 30}, "train")
     evaluated = own(tmp_path / "b", {"1.png": 99, "other.png": 20}, "val")
-    (member,) = mix([(train, 0.0)], held_out=held_out_keys([evaluated]))
+    (member,) = build_mixture([(train, 0.0)], held_out=held_out_keys([evaluated]))
     assert [e.file_name for e in member.entries()] == ["1.png", "3.png"]
     by_name = tmp_path / "names.txt"
     by_name.write_text("3.png\n²\n")
-    (member,) = mix([(train, 0.0)], held_out=held_out_keys([by_name]))
+    (member,) = build_mixture([(train, 0.0)], held_out=held_out_keys([by_name]))
     assert [e.file_name for e in member.entries()] == ["1.png", "2.png"]
 
 
@@ -167,9 +167,9 @@ def test_numbered_pictures_of_one_s_own_are_not_coco_s(refcoco, tmp_path):
     lines.append({"image": "cam1/copy.jpg", "expressions": ["x"], "mask": [1, 1, 9, 1, 9, 9]})
     (root / "own.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     mine = prepare.prepare(root, tmp_path / "prepared", layout="jsonl", log=quiet)
-    (alone,) = mix([(mine, 0.0)], held_out=held_out_keys([mine]))
-    assert len(alone.records) == 4 and alone.held_out == 0
-    (beside,) = mix([(mine, 0.0)], held_out=held_out_keys([mine, refcoco]))  # whose val has COCO's 2 and 3
+    (alone,) = build_mixture([(mine, 0.0)], held_out=held_out_keys([mine]))
+    assert len(alone.indices) == 4 and alone.held_out == 0
+    (beside,) = build_mixture([(mine, 0.0)], held_out=held_out_keys([mine, refcoco]))  # whose val has COCO's 2 and 3
     assert copy.image_id == 2 and beside.held_out == 1
     assert [e.file_name for e in beside.entries()] == [f"cam1/{k:012d}.png" for k in (1, 2, 3)]
 
@@ -181,8 +181,8 @@ def test_a_copy_in_one_s_own_evaluation_set_is_not_trained_on(refcoco, tmp_path)
     line = {"image": "copy.jpg", "expressions": ["x"], "mask": [1, 1, 9, 1, 9, 9], "split": "val"}
     (root / "own.jsonl").write_text(json.dumps(line))
     mine = prepare.prepare(root, tmp_path / "prepared", layout="jsonl", log=quiet)
-    (member,) = mix([(refcoco, 0.0)], held_out=held_out_keys([mine]))
-    assert member.held_out == 1 and member.records == (1,)
+    (member,) = build_mixture([(refcoco, 0.0)], held_out=held_out_keys([mine]))
+    assert member.held_out == 1 and member.indices == (1,)
 
 
 def test_visual_genome_tells_which_of_its_pictures_are_held_out(refcoco, tmp_path):
@@ -209,8 +209,8 @@ def test_the_digest_of_what_is_trained_on_knows_images_and_slots(refcoco, panopt
     """A resumed run compares it: the position in the data means something in these data alone."""
 
     def digest(*sets, **held_out):
-        data = TrainData.__new__(TrainData)
-        data.members = mix(list(sets), **held_out)
+        data = TrainDataset.__new__(TrainDataset)
+        data.members = build_mixture(list(sets), **held_out)
         return data.digest
 
     both = (refcoco, 0.0), (panoptic, 0.0)
@@ -226,10 +226,10 @@ def test_held_out_errors(refcoco, panoptic, tmp_path):
         held_out_keys([tmp_path / "binary"])
     everything = {e.identity.identity: "x" for e in panoptic.index("train")}
     with pytest.raises(UserError, match=r"every image of split 'train' is held out for evaluation \(data.held_out\)"):
-        mix([(panoptic, 0.0)], held_out=everything)
+        build_mixture([(panoptic, 0.0)], held_out=everything)
 
 
 def test_positions_far_away_cost_nothing_more():
-    order = Order(members((50, 50), (70, 30)), seed=0)
+    order = SampleOrder(members((50, 50), (70, 30)), seed=0)
     far = [order(120 * 10**9 + i) for i in range(120)]
     assert Counter(n for n, _ in far) == Counter(itertools.chain([0] * 50, [1] * 70))

@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 
 from flowseg_jax.data import collate, images, masks, prepare
-from flowseg_jax.data.mixture import mix
-from flowseg_jax.data.prompts import Prompts
-from flowseg_jax.data.train_dataset import TrainData, open_tokenizer
+from flowseg_jax.data.mixture import build_mixture
+from flowseg_jax.data.prompts import PromptTemplates
+from flowseg_jax.data.train_dataset import TrainDataset, open_tokenizer
 from flowseg_jax.data.train_examples import TrainOptions
 from flowseg_jax.errors import UserError
-from flowseg_jax.types import IMAGE_TOKEN, NO_LABEL, NONE, BatchShape
+from flowseg_jax.types import IGNORE_INDEX, IMAGE_TOKEN_INDEX, PAD, BatchShape
 
 VISUAL = 6
-SHAPE = BatchShape(batch=2, text=260, phrases=4, masks=3, image=32, vision=16, names=3)
-FIXED, VARIED = Prompts(vary=False), Prompts()
+SHAPE = BatchShape(batch=2, text_length=260, max_phrases=4, max_masks=3, sam_size=32, siglip_size=16, max_names=3)
+FIXED, VARIED = PromptTemplates(randomize=False), PromptTemplates()
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +35,8 @@ def tokenizer(prepared):
 @pytest.fixture
 def train(prepared, tokenizer):
     def make(seed=0, shape=SHAPE, prompts=VARIED, rows=None, **options):
-        return TrainData(
-            mix([(prepared, 0.0)]),
+        return TrainDataset(
+            build_mixture([(prepared, 0.0)]),
             shape,
             prompts,
             seed,
@@ -130,9 +130,9 @@ def test_phrases_point_at_their_masks(train, prepared, tokenizer):
                 np.testing.assert_array_equal(batch.masks[b, batch.phrase_mask[b, k]], want)
                 checked += 1
             assert batch.mask_valid[b].sum() == len(example.annotations)
-            classes = [NONE if a.crowd else a.category for a in example.annotations]
+            classes = [PAD if a.crowd else a.category for a in example.annotations]
             assert batch.object_class[b, : len(classes)].tolist() == classes
-            fitted, scaled = images.fit(images.decode(example.image, name="x"), 32)
+            fitted, scaled = images.resize_and_pad(images.decode(example.image, name="x"), 32)
             np.testing.assert_array_equal(batch.images[b], fitted)
             assert tuple(batch.scaled_size[b]) == scaled
     assert checked > 30
@@ -146,18 +146,18 @@ def test_generic_conversation_names_the_kinds_in_the_image(train, prepared, toke
         for b in range(2):
             classes, bears = batch.object_class[b], batch.object_name[b]
             names = {}
-            assert batch.name_valid[b].sum() == len(set(bears) - {NONE})
-            for k in range(SHAPE.names):
-                span = batch.tokens[b][batch.phrase_ids[b] == SHAPE.phrases + k]
+            assert batch.name_valid[b].sum() == len(set(bears) - {PAD})
+            for k in range(SHAPE.max_names):
+                span = batch.tokens[b][batch.phrase_ids[b] == SHAPE.max_phrases + k]
                 if len(span):
                     names[k] = tokenizer.hf.decode(span[1:-1]).strip()
-            assert set(names.values()) == {prepared.categories[c] for c in classes if c != NONE}
-            assert all(prepared.categories[c] == names[n] for c, n in zip(classes, bears, strict=True) if c != NONE)
-            assert (bears[classes == NONE] == NONE).all()
-            assert (batch.seg_ids[b] == SHAPE.phrases).sum() == 1
+            assert set(names.values()) == {prepared.categories[c] for c in classes if c != PAD}
+            assert all(prepared.categories[c] == names[n] for c, n in zip(classes, bears, strict=True) if c != PAD)
+            assert (bears[classes == PAD] == PAD).all()
+            assert (batch.seg_ids[b] == SHAPE.max_phrases).sum() == 1
             orders.add(tuple(names.values()))
     assert ("cat", "dog") in orders and ("dog", "cat") in orders
-    assert not (train().batch(0).seg_ids == SHAPE.phrases).any() and (train().batch(0).object_name == NONE).all()
+    assert not (train().batch(0).seg_ids == SHAPE.max_phrases).any() and (train().batch(0).object_name == PAD).all()
 
 
 def test_referred_objects_only(train, tokenizer):
@@ -221,21 +221,26 @@ def test_everything_that_is_said_stands_behind_the_visual_slots(train, tokenizer
     for step in range(10):
         batch = data.batch(step)
         for b in range(2):
-            (slots,) = np.nonzero(batch.tokens[b] == IMAGE_TOKEN)
+            (slots,) = np.nonzero(batch.tokens[b] == IMAGE_TOKEN_INDEX)
             assert len(slots) == VISUAL and (np.diff(slots) == 1).all()
-            said = (batch.labels[b] != NO_LABEL) | (batch.phrase_ids[b] != NONE) | (batch.seg_ids[b] != NONE)
+            said = (batch.labels[b] != IGNORE_INDEX) | (batch.phrase_ids[b] != PAD) | (batch.seg_ids[b] != PAD)
             assert np.flatnonzero(said)[0] > slots[-1] >= VISUAL - 1
-    padding = collate.assemble([], SHAPE, FIXED, tokenizer, VISUAL)
-    assert not (padding.tokens == IMAGE_TOKEN).any() and (padding.labels == NO_LABEL).all()
+    padding = collate.collate([], SHAPE, FIXED, tokenizer, VISUAL)
+    assert not (padding.input_ids == IMAGE_TOKEN_INDEX).any() and (padding.labels == IGNORE_INDEX).all()
 
 
 @pytest.mark.parametrize(
-    ("prefix", "said"), [([IMAGE_TOKEN, 5, IMAGE_TOKEN], [6]), ([IMAGE_TOKEN, 5], [6]), ([5, IMAGE_TOKEN], [6, IMAGE_TOKEN])]
+    ("prefix", "said"),
+    [
+        ([IMAGE_TOKEN_INDEX, 5, IMAGE_TOKEN_INDEX], [6]),
+        ([IMAGE_TOKEN_INDEX, 5], [6]),
+        ([5, IMAGE_TOKEN_INDEX], [6, IMAGE_TOKEN_INDEX]),
+    ],
 )
 def test_visual_slots_elsewhere_are_refused(prefix, said):
-    none = [NONE] * len(said)
+    none = [PAD] * len(said)
     with pytest.raises(ValueError, match="x: the visual slots must be one run at the end of the prefix"):
-        collate.pack(prefix, [collate.Encoded(said, said, none, none)], 9, 0, "x")
+        collate.pack_conversations(prefix, [collate.TokenizedConversation(said, said, none, none)], 9, 0, "x")
 
 
 def test_a_worker_is_sent_neither_images_nor_the_index(train):
@@ -272,7 +277,7 @@ def test_the_smallest_accepted_text_length_never_overflows(train):
     smallest = next(t for t in range(20, 400) if fits(t))
     data, used = fits(smallest), 0
     for step in range(60):
-        used = max(used, int((data.batch(step).segments != NONE).sum(1).max()))
+        used = max(used, int((data.batch(step).segments != PAD).sum(1).max()))
     assert used <= smallest
 
 
@@ -292,7 +297,7 @@ def test_option_errors(prepared, train):
     with pytest.raises(UserError, match="seed must not be negative, got -1"):
         train(seed=-1)
     with pytest.raises(UserError, match=r"unknown split 'tset'"):
-        mix([(prepared, 0.0)], "tset")
+        build_mixture([(prepared, 0.0)], "tset")
 
 
 def test_a_data_set_without_tokenizer_says_so(tmp_path):

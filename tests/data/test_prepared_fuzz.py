@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 from flowseg_jax.data import checksums, masks, prepare, serialization
-from flowseg_jax.data.dataset import METADATA, Prepared
+from flowseg_jax.data.dataset import METADATA, PreparedDataset
 from flowseg_jax.data.formats.refcoco import RefCoco
 from flowseg_jax.data.records import Annotation, Example, Expression
 from flowseg_jax.errors import UserError
@@ -66,7 +66,7 @@ def seal(root: Path) -> None:
 def everything(root: Path) -> list:
     """All that a prepared set gives, read as a new process would."""
     checksums._checked.clear()
-    opened = Prepared.open(root)
+    opened = PreparedDataset.open(root)
     about = (opened.task, opened.categories, opened.things, opened.splits, opened.digest, opened.tokenizer_directory is None)
     parts = [about]
     for split in opened.splits:
@@ -172,10 +172,10 @@ def test_a_shard_is_checked_before_its_first_record_and_once(prepared, monkeypat
     checksums._checked.clear()
     read, of_file = [], checksums.of_file
     monkeypatch.setattr(checksums, "of_file", lambda path: read.append(path.name) or of_file(path))
-    opened = Prepared.open(prepared)
+    opened = PreparedDataset.open(prepared)
     assert "metadata.json" in read and "train.jsonl" in read and not any("array_record" in name for name in read)
     read.clear()
-    for source in (opened.source("train"), opened.source("train"), Prepared.open(prepared).source("train")):
+    for source in (opened.source("train"), opened.source("train"), PreparedDataset.open(prepared).source("train")):
         assert [source[i].image_id for i in (2, 0, 1, 0)] == [5, 1, 2, 1]
     assert read == ["flowseg-train.array_record-00000-of-00001"]
 
@@ -186,27 +186,27 @@ def test_files_that_are_gone_or_not_listed(prepared):
         data = path.read_bytes()
         path.unlink()
         with pytest.raises(UserError, match=f"{path.name}: (missing|cannot be read .*); remove it and prepare it again"):
-            Prepared.open(prepared)
+            PreparedDataset.open(prepared)
         path.write_bytes(data)
     (prepared / ".DS_Store").touch()
     (prepared / "tokenizer" / ".DS_Store").touch()
     (prepared / "notes.txt").write_text("mine")
-    Prepared.open(prepared)
+    PreparedDataset.open(prepared)
     (prepared / "tokenizer" / "added_tokens.json").write_text("{}")
     with pytest.raises(UserError, match=r"SHA256SUMS: has no checksum of 'tokenizer/added_tokens\.json'"):
-        Prepared.open(prepared)
+        PreparedDataset.open(prepared)
     (prepared / "tokenizer" / "added_tokens.json").unlink()
     lines = (prepared / checksums.FILE).read_text().splitlines(keepends=True)
     for kind in (METADATA, "index/val", "data/flowseg-val"):
         (prepared / checksums.FILE).write_text("".join(line for line in lines if kind not in line))
         with pytest.raises(UserError, match=f"has no checksum of '{kind}"):
-            Prepared.open(prepared)
+            PreparedDataset.open(prepared)
     (prepared / checksums.FILE).write_text("".join(lines) + f"{'0' * 64}  ../x\n")
     with pytest.raises(UserError, match=r"SHA256SUMS:\d+: '\.\./x' leads out of the folder"):
-        Prepared.open(prepared)
+        PreparedDataset.open(prepared)
     (prepared / checksums.FILE).unlink()
     with pytest.raises(UserError, match=r"SHA256SUMS: the checksums cannot be read .*; remove it and prepare it again"):
-        Prepared.open(prepared)
+        PreparedDataset.open(prepared)
 
 
 WRONG = {
@@ -254,7 +254,7 @@ def test_index_lines_of_another_kind(case, prepared):
     path.write_text("\n".join([json.dumps(LINES[case](json.loads(first))), *rest]) + "\n")
     seal(prepared)
     with pytest.raises(UserError, match=r"train\.jsonl:1: damaged \(.*\); remove it and prepare it again"):
-        Prepared.open(prepared).index("train")
+        PreparedDataset.open(prepared).index("train")
 
 
 def test_lines_without_images(prepared):
@@ -262,7 +262,7 @@ def test_lines_without_images(prepared):
     path.write_text(path.read_text() + path.read_text().splitlines()[0] + "\n")
     seal(prepared)
     with pytest.raises(UserError, match=r"train\.jsonl: 4 lines, but 3 images"):
-        Prepared.open(prepared).index("train")
+        PreparedDataset.open(prepared).index("train")
 
 
 GOOD = Example(

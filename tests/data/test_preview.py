@@ -12,7 +12,7 @@ from PIL import Image
 
 from flowseg_jax.data import formats, masks, preview
 from flowseg_jax.data.__main__ import main
-from flowseg_jax.data.records import Annotation, Example, Expression, Problems, Turn
+from flowseg_jax.data.records import Annotation, Example, Expression, RecordErrors, Turn
 from flowseg_jax.errors import UserError
 
 
@@ -67,7 +67,7 @@ class Fake:
 
 
 def show(layout, out, **options):
-    problems = Problems(keep=True)
+    problems = RecordErrors(keep=True)
     path = preview.preview(layout, out, layout.splits, problems, **options)
     page = Page(path.read_text(encoding="utf-8"))
     assert page.open == []

@@ -17,10 +17,10 @@ def test_wordings_are_well_formed():
         assert all(a.count("<SEG>") == 1 and "{" not in a for a in answers)
 
 
-@pytest.mark.parametrize("name", p.CHATS)
+@pytest.mark.parametrize("name", p.CHAT_TEMPLATES)
 def test_chat_templates(name):
-    chat = p.CHATS[name]
-    text = chat.head + "Q" + chat.tail + "A" + chat.suffix + chat.separator
+    chat = p.CHAT_TEMPLATES[name]
+    text = chat.user_prefix + "Q" + chat.assistant_prefix + "A" + chat.suffix + chat.separator
     assert (
         text
         == {
@@ -29,38 +29,38 @@ def test_chat_templates(name):
             "phi3_chat": "<|user|>\nQ<|end|>\n<|assistant|>\nA<|end|>\n",
         }[name]
     )
-    assert all(mark in text for mark in chat.marks)
+    assert all(mark in text for mark in chat.special_tokens)
 
 
 def test_referring_is_fixed_without_rng():
-    conversation = p.Prompts().referring("  The RED  star ", 3)
+    conversation = p.PromptTemplates().referring("  The RED  star ", 3)
     assert conversation.turns == (p.Turn("Segment <p>the red star</p>.", "<SEG>."),)
     assert conversation.phrases == (3,) and conversation.outputs == (3,)
-    other = p.Prompts(question=1, answer=2).referring("star", 0)
+    other = p.PromptTemplates(question=1, answer=2).referring("star", 0)
     assert other.turns == (p.Turn("Which pixels belong to <p>star</p>?", "This is it: <SEG>."),)
 
 
 def test_braces_in_a_phrase_are_kept():
-    assert "<p>{a} {}</p>" in p.Prompts().referring("{a} {}", 0).turns[0].question
+    assert "<p>{a} {}</p>" in p.PromptTemplates().referring("{a} {}", 0).turns[0].question
 
 
 def test_generic_lists_names_and_has_one_output():
-    conversation = p.Prompts().generic(["Red circle", "blue star"], 8)
+    conversation = p.PromptTemplates().generic(["Red circle", "blue star"], 8)
     assert conversation.turns == (p.Turn("Segment all of these: <p>red circle</p>, <p>blue star</p>.", "<SEG>."),)
     assert conversation.phrases == (8, 9) and conversation.outputs == (8,)
 
 
 def test_training_draws_every_wording_and_vary_off_draws_none():
     rng = np.random.default_rng(0)
-    drawn = {p.Prompts().referring("x", 0, rng).turns[0] for _ in range(800)}
+    drawn = {p.PromptTemplates().referring("x", 0, rng).turns[0] for _ in range(800)}
     assert len(drawn) == len(p.REFERRING_QUESTIONS) * len(p.REFERRING_ANSWERS)
-    fixed = p.Prompts(vary=False)
+    fixed = p.PromptTemplates(randomize=False)
     assert {fixed.referring("x", 0, rng).turns[0] for _ in range(20)} == {fixed.referring("x", 0).turns[0]}
     assert {fixed.generic(["x"], 0, rng).turns[0] for _ in range(20)} == {fixed.generic(["x"], 0).turns[0]}
 
 
 def test_all_wordings_covers_what_is_drawn():
-    for prompts in (p.Prompts(), p.Prompts(vary=False, question=2, answer=1)):
+    for prompts in (p.PromptTemplates(), p.PromptTemplates(randomize=False, question=2, answer=1)):
         wordings = prompts.all_wordings()
         rng = np.random.default_rng(1)
         for i in range(200):
@@ -77,13 +77,13 @@ def test_all_wordings_covers_what_is_drawn():
 
 def test_errors():
     with pytest.raises(UserError, match=r"unknown chat template 'qwen3_instuct' \(did you mean 'qwen3_instruct'"):
-        p.Prompts("qwen3_instuct")
+        p.PromptTemplates("qwen3_instuct")
     with pytest.raises(UserError, match=r"prompts.answer: 9 is not one of the wordings 0\.\.4"):
-        p.Prompts(answer=9)
+        p.PromptTemplates(answer=9)
     with pytest.raises(UserError, match="must not be empty"):
-        p.Prompts().referring(" \n", 0)
+        p.PromptTemplates().referring(" \n", 0)
 
 
 def test_training_text_has_no_marks():
-    text = p.training_text()
+    text = p.template_corpus()
     assert "user\n" in text and all("<" not in t and "{" not in t and t.strip() for t in text)

@@ -11,7 +11,7 @@ import pytest
 from flowseg_jax.data import images, masks
 from flowseg_jax.data.formats.reading import hashed_id
 from flowseg_jax.data.formats.reasonseg import IGNORE, TARGET, ReasonSeg, paint
-from flowseg_jax.data.records import Problems, examples
+from flowseg_jax.data.records import RecordErrors, examples
 from flowseg_jax.errors import UserError
 
 ROTATED_NOTE = "images with an EXIF rotation, read as they are stored"
@@ -252,7 +252,7 @@ def test_damaged_explanations(tmp_path, entry, message):
     root = mini.write(tmp_path, explained=[entry, mini.explanations()[0]])
     with pytest.raises(UserError, match=r"explanatory/train\.json: " + message):
         ReasonSeg(root)
-    kept = Problems(keep=True)
+    kept = RecordErrors(keep=True)
     assert answers(read(ReasonSeg(root, problems=kept), "train")["10_a.jpg"]) == ["Dogs bark."]
     assert len(kept.found) == 1
 
@@ -297,7 +297,7 @@ def test_half_a_pair(tmp_path, gone, message):
     (root / "val" / gone).unlink()
     with pytest.raises(UserError, match=message) as caught:
         ReasonSeg(root)
-    kept = Problems(keep=True)
+    kept = RecordErrors(keep=True)
     layout = ReasonSeg(root, problems=kept)
     assert kept.found == [str(caught.value)] and layout.size("val") == 1
 

@@ -10,7 +10,7 @@ import pytest
 
 from flowseg_jax.data import masks
 from flowseg_jax.data.formats.refcoco import RefCoco
-from flowseg_jax.data.records import examples, ref_samples, samples
+from flowseg_jax.data.records import examples, make_ref_samples, make_samples
 from flowseg_jax.errors import UserError
 
 
@@ -58,8 +58,8 @@ def test_the_sum_of_overlapping_parts_is_kept_beside_their_union(tmp_path):
     train = read(RefCoco(mini.write(tmp_path)), "train")
     first, second = mini.box_mask(40, 60, 5, 5, 25, 25), mini.box_mask(40, 60, 15, 15, 35, 30)
     overlapping, alone = train[1].annotations
-    np.testing.assert_array_equal(masks.decode([overlapping.once], 40, 60)[0], first ^ second)
-    assert alone.once == "" and train[2].annotations[1].once != ""  # two run-length codes that overlap
+    np.testing.assert_array_equal(masks.decode([overlapping.rle_single_cover], 40, 60)[0], first ^ second)
+    assert alone.rle_single_cover == "" and train[2].annotations[1].rle_single_cover != ""  # two run-length codes that overlap
 
 
 def test_polygons_filled_on_whole_points_are_kept_beside_their_union(tmp_path):
@@ -72,17 +72,17 @@ def test_polygons_filled_on_whole_points_are_kept_beside_their_union(tmp_path):
     train = read(RefCoco(mini.write(tmp_path, instances=instances, refs=refs)), "train")
     whole, edged = train[1].annotations
     first, second = mini.box_mask(40, 60, 5, 5, 26, 26), mini.box_mask(40, 60, 15, 15, 36, 31)  # one column and row more
-    np.testing.assert_array_equal(masks.decode([whole.filled], 40, 60)[0], first | second)
+    np.testing.assert_array_equal(masks.decode([whole.rle_filled_polygons], 40, 60)[0], first | second)
     want = mini.box_mask(40, 60, 40, 10, 56, 36) | mini.box_mask(40, 60, 0, 0, 3, 3)
-    np.testing.assert_array_equal(masks.decode([edged.filled], 40, 60)[0], want)
-    assert [a.filled for a in train[2].annotations] == ["", ""]  # run-length codes have no points
-    assert train[5].annotations[1].filled == ""  # a crowd region that nothing refers to
+    np.testing.assert_array_equal(masks.decode([edged.rle_filled_polygons], 40, 60)[0], want)
+    assert [a.rle_filled_polygons for a in train[2].annotations] == ["", ""]  # run-length codes have no points
+    assert train[5].annotations[1].rle_filled_polygons == ""  # a crowd region that nothing refers to
     with pytest.raises(UserError, match="a polygon needs at least 3 points"):
-        masks.filled([[1, 2, 3, 4]], 40, 60, "here")
+        masks.fill_polygons([[1, 2, 3, 4]], 40, 60, "here")
 
 
 def test_a_mask_that_filling_does_not_change_is_not_kept_twice():
-    assert masks.filled([mini.box(0, 0, 60, 40)], 40, 60, "here") == ""
+    assert masks.fill_polygons([mini.box(0, 0, 60, 40)], 40, 60, "here") == ""
 
 
 def test_crowds_are_kept_and_unreferenced_empty_masks_are_counted(tmp_path):
@@ -93,7 +93,7 @@ def test_crowds_are_kept_and_unreferenced_empty_masks_are_counted(tmp_path):
 
 
 def test_samples_are_unique_lower_cased_sorted_sentences(tmp_path):
-    asked = samples(read(RefCoco(mini.write(tmp_path)), "train")[1])
+    asked = make_samples(read(RefCoco(mini.write(tmp_path)), "train")[1])
     assert [(s.ann_id, s.sentence, s.count, s.sentence_id) for s in asked] == [
         (11, "big dog", 1, 12),
         (11, "the dog on the left", 2, 10),
@@ -103,7 +103,7 @@ def test_samples_are_unique_lower_cased_sorted_sentences(tmp_path):
 
 def test_a_ref_is_one_sample_with_all_its_sentences_in_the_order_of_the_source(tmp_path):
     example = read(RefCoco(mini.write(tmp_path)), "train")[1]
-    asked = ref_samples(example)
+    asked = make_ref_samples(example)
     assert [(s.ann_id, s.ref_id, s.sentence_id, s.annotations, s.count, s.family) for s in asked] == [
         (11, 1, 10, (0,), 3, "relation"),
         (12, 2, 20, (1,), 1, "attribute"),

@@ -12,18 +12,18 @@ import pytest
 from PIL import Image
 
 from flowseg_jax.data import images, masks, prepare
-from flowseg_jax.data.eval_dataset import EvalData, Objects
-from flowseg_jax.data.mixture import mix
-from flowseg_jax.data.prompts import EXPLAIN_QUESTIONS, REASONING_QUESTIONS, Prompts
-from flowseg_jax.data.records import samples
+from flowseg_jax.data.eval_dataset import EvalDataset, ObjectMasks
+from flowseg_jax.data.mixture import build_mixture
+from flowseg_jax.data.prompts import EXPLAIN_QUESTIONS, REASONING_QUESTIONS, PromptTemplates
+from flowseg_jax.data.records import make_samples
 from flowseg_jax.data.tokenizer import load_tokenizer
-from flowseg_jax.data.train_dataset import TrainData
+from flowseg_jax.data.train_dataset import TrainDataset
 from flowseg_jax.data.train_examples import TrainOptions
 from flowseg_jax.errors import UserError
-from flowseg_jax.types import NO_LABEL, NONE, NOTHING, BatchShape
+from flowseg_jax.types import IGNORE_INDEX, NO_TARGET, PAD, BatchShape
 
 VISUAL = 6
-SHAPE = BatchShape(batch=2, text=400, phrases=3, masks=5, image=32, vision=16, names=4)
+SHAPE = BatchShape(batch=2, text_length=400, max_phrases=3, max_masks=5, sam_size=32, siglip_size=16, max_names=4)
 REFERRED = {"objects": "referred"}
 
 
@@ -41,18 +41,20 @@ def sets(tmp_path_factory):
     for layout, source in layouts.items():
         options = {"on_error": "record", "splits": ["train"] if layout in ("refcoco", "reasonseg") else None}
         found[layout] = prepare.prepare(source, root / f"{layout}-prepared", layout=layout, log=lambda _: None, **options)
-    prepare.learn_tokenizer([text for prepared in found.values() for text in prepare.said(prepared)], root / "tok", 340)
+    prepare.train_dataset_tokenizer(
+        [text for prepared in found.values() for text in prepare.tokenizer_corpus(prepared)], root / "tok", 340
+    )
     return found | {"tokenizer": load_tokenizer(root / "tok")}
 
 
 @pytest.fixture
 def train(sets):
     def make(*names, shape=SHAPE, seed=0, vary=True, **options):
-        members = mix([(sets[name], 0.0) for name in names])
-        return TrainData(
+        members = build_mixture([(sets[name], 0.0) for name in names])
+        return TrainDataset(
             members,
             shape,
-            Prompts(vary=vary),
+            PromptTemplates(randomize=vary),
             seed,
             visual_tokens=VISUAL,
             tokenizer=sets["tokenizer"],
@@ -64,7 +66,7 @@ def train(sets):
 
 def text(batch, b, sets):
     """What is said in a row, without the image."""
-    said = batch.tokens[b][(batch.segments[b] != NONE) & (batch.tokens[b] >= 0)]
+    said = batch.tokens[b][(batch.segments[b] != PAD) & (batch.tokens[b] >= 0)]
     return sets["tokenizer"].hf.decode(said)
 
 
@@ -83,16 +85,16 @@ def test_a_phrase_for_several_objects_has_their_union_and_one_for_none_has_nothi
         truth = {e.text.lower(): e.annotations for e in example.expressions}
         full = masks.decode([a.rle for a in example.annotations], example.height, example.width)
         for k, target in enumerate(batch.phrase_mask[b]):
-            if target == NONE:
+            if target == PAD:
                 continue
             span = batch.tokens[b][batch.phrase_ids[b] == k][1:-1]
             wanted = truth[sets["tokenizer"].hf.decode(span).strip()]
             kinds.add(min(len(wanted), 2))
             if not wanted:
-                assert target == NOTHING
+                assert target == NO_TARGET
                 continue
             union = full[list(wanted)].any(0).astype(np.uint8)
-            np.testing.assert_array_equal(batch.masks[b, target], images.pack_masks(union[None], SHAPE.image)[0])
+            np.testing.assert_array_equal(batch.masks[b, target], images.pack_masks(union[None], SHAPE.sam_size)[0])
     assert kinds == {0, 1, 2}
 
 
@@ -115,7 +117,7 @@ def test_reasoning_asks_whole_questions_and_explains_some(train, sets):
 
 def test_evaluation_asks_reasoning_questions_with_one_wording(sets):
     options = {"sides": (32, 16), "batch": 2, "visual_tokens": VISUAL}
-    data = EvalData(sets["reasonseg"], "train", sets["tokenizer"], **options)
+    data = EvalDataset(sets["reasonseg"], "train", sets["tokenizer"], **options)
     families = {s.sentence: s.family for e in sets["reasonseg"].index("train") for s in e.samples}
     for part in (part for batch in data for part in batch.rounds):
         for b, asked in enumerate(part.samples):
@@ -123,23 +125,23 @@ def test_evaluation_asks_reasoning_questions_with_one_wording(sets):
             long = sum(families[s.sentence] == "long" for s in asked)
             assert said.count(REASONING_QUESTIONS[0].replace("{}", "").strip()) == long
     with pytest.raises(UserError, match="chat data has no expressions to evaluate on"):
-        EvalData(sets["llava"], "train", sets["tokenizer"], **options)
+        EvalDataset(sets["llava"], "train", sets["tokenizer"], **options)
 
 
 def test_generic_names_what_is_there_and_what_is_not(train, sets):
     prepared, absent = sets["coco-panoptic"], 0
-    kinds = {e.image_id: {prepared.categories[c] for c in e.categories if c != NONE} for e in prepared.index("train")}
+    kinds = {e.image_id: {prepared.categories[c] for c in e.categories if c != PAD} for e in prepared.index("train")}
     for batch, b in rows(train("coco-panoptic", negatives=True), 20):
         there, count = kinds[int(batch.example_id[b])], int(batch.name_valid[b].sum())
-        spans = [batch.tokens[b][batch.phrase_ids[b] == SHAPE.phrases + k][1:-1] for k in range(count)]
+        spans = [batch.tokens[b][batch.phrase_ids[b] == SHAPE.max_phrases + k][1:-1] for k in range(count)]
         names = [sets["tokenizer"].hf.decode(span).strip() for span in spans]
-        assert len(set(names)) == count <= SHAPE.names and set(names) <= set(prepared.categories)
+        assert len(set(names)) == count <= SHAPE.max_names and set(names) <= set(prepared.categories)
         assert there & set(names) == there  # all fit here
         absent += len(set(names) - there)
         for m in np.flatnonzero(batch.mask_valid[b]):
             name = names[batch.object_name[b, m]]
             assert name in there and prepared.categories[batch.object_class[b, m]] == name
-        assert (batch.phrase_mask[b] == NONE).all()
+        assert (batch.phrase_mask[b] == PAD).all()
     assert absent > 10
     assert all(b.name_valid[r].sum() == len(kinds[int(b.example_id[r])]) for b, r in rows(train("coco-panoptic"), 6))
 
@@ -151,8 +153,8 @@ def test_generic_names_as_many_kinds_as_fit(train, sets):
     for batch, b in rows(train("coco-panoptic", shape=dataclasses.replace(SHAPE, masks=1)), 10):
         assert batch.mask_valid[b].sum() <= 1 < full
         assert set(batch.object_name[b][batch.mask_valid[b]]) == set(range(int(batch.name_valid[b].sum())))
-        whole = batch.mask_valid[b].sum() == sum(c != NONE for c in kinds[int(batch.example_id[b])])
-        assert whole == (batch.object_class[b][batch.mask_valid[b]] != NONE).any()  # the linear head sees all objects or none
+        whole = batch.mask_valid[b].sum() == sum(c != PAD for c in kinds[int(batch.example_id[b])])
+        assert whole == (batch.object_class[b][batch.mask_valid[b]] != PAD).any()  # the linear head sees all objects or none
     with pytest.raises(UserError, match=r"to name '.*' takes \d+ tokens, data.text is 30"):
         train("coco-panoptic", shape=dataclasses.replace(SHAPE, text=30))
     with pytest.raises(UserError, match=r"has \d objects, the batch has room for 1: raise data.masks"):
@@ -210,7 +212,7 @@ def test_a_set_of_nothing_but_crowds_is_refused(train, sets, tmp_path, monkeypat
 
 def test_chats_need_room_behind_the_image(train):
     prefix = train("llava")._rows[0]._bound.prefix
-    assert (train("llava", shape=dataclasses.replace(SHAPE, text=prefix + 1)).batch(0).segments[0] != NONE).all()
+    assert (train("llava", shape=dataclasses.replace(SHAPE, text=prefix + 1)).batch(0).segments[0] != PAD).all()
     with pytest.raises(
         UserError, match=rf"the image takes {prefix} tokens, .* no room for a chat in data.text, {prefix}: raise"
     ):
@@ -234,14 +236,12 @@ def test_chat_teaches_its_answers_and_is_cut_where_the_text_ends(train, sets):
     source = sets["llava"].source("train")
     answers = [turn.answer for i in range(len(source)) for turn in source[i].turns]
     for batch, b in rows(train("llava", shape=dataclasses.replace(SHAPE, text=600)), 6):
-        labels = batch.labels[b][batch.labels[b] != NO_LABEL]
+        labels = batch.labels[b][batch.labels[b] != IGNORE_INDEX]
         said = sets["tokenizer"].hf.decode(labels)
         assert any(answer in said for answer in answers) and "user" not in said
-        assert not batch.mask_valid[b].any() and (batch.phrase_mask[b] == NONE).all() and not batch.name_valid[b].any()
-        assert (batch.seg_ids[b] == NONE).all() and (batch.phrase_ids[b] == NONE).all()
-    used = [
-        (batch.segments[b] != NONE).sum() for batch, b in rows(train("llava", shape=dataclasses.replace(SHAPE, text=24)), 6)
-    ]
+        assert not batch.mask_valid[b].any() and (batch.phrase_mask[b] == PAD).all() and not batch.name_valid[b].any()
+        assert (batch.seg_ids[b] == PAD).all() and (batch.phrase_ids[b] == PAD).all()
+    used = [(batch.segments[b] != PAD).sum() for batch, b in rows(train("llava", shape=dataclasses.replace(SHAPE, text=24)), 6)]
     assert max(used) == 24
 
 
@@ -250,7 +250,7 @@ def test_a_curriculum_is_about_the_data_sets_that_have_its_families(train, sets)
     data = train("refcoco", "reasonseg", curriculum=((10, {"attribute": 1.0}),))
     asked = dict.fromkeys(("referring", "reasoning"), 0)
     for batch, b in rows(data, 9):
-        number = int((batch.phrase_mask[b] != NONE).sum())
+        number = int((batch.phrase_mask[b] != PAD).sum())
         reasoning = any(e.image_id == batch.example_id[b] for e in sets["reasonseg"].index("train"))
         asked["reasoning" if reasoning else "referring"] += number
         if not reasoning:
@@ -268,7 +268,7 @@ def test_a_crowd_is_not_named_as_absent(train, sets):
     assert any(crowds.values())
     for batch, b in rows(train("coco-panoptic", negatives=True), 20):
         kinds = {names[c] for c in batch.object_class[b][batch.mask_valid[b]]}
-        spans = [batch.tokens[b][batch.phrase_ids[b] == SHAPE.phrases + k][1:-1] for k in range(batch.name_valid[b].sum())]
+        spans = [batch.tokens[b][batch.phrase_ids[b] == SHAPE.max_phrases + k][1:-1] for k in range(batch.name_valid[b].sum())]
         absent = {sets["tokenizer"].hf.decode(span).strip() for span in spans} - kinds
         assert not absent & {names[c] for c in crowds[int(batch.example_id[b])]}
 
@@ -279,24 +279,24 @@ def test_tasks_share_a_batch(train, sets):
     assert data.epoch == sum(member.slots for member in data.members) and len(data.members) == 4
     seen = set()
     for batch, b in rows(data, 6):
-        if (batch.phrase_mask[b] != NONE).any():
+        if (batch.phrase_mask[b] != PAD).any():
             seen.add("phrases")
         elif batch.name_valid[b].any():
             seen.add("names")
-        elif (batch.labels[b] != NO_LABEL).any():
+        elif (batch.labels[b] != IGNORE_INDEX).any():
             seen.add("chat")
     assert seen == {"phrases", "names", "chat"}
 
 
 def test_without_language_there_are_masks_and_classes_alone(sets):
     shape = dataclasses.replace(SHAPE, names=0, text=4)
-    members = mix([(sets["coco-panoptic"], 0.0)])
-    data = TrainData(members, shape, Prompts(), 0, visual_tokens=0, tokenizer=None)
+    members = build_mixture([(sets["coco-panoptic"], 0.0)])
+    data = TrainDataset(members, shape, PromptTemplates(), 0, visual_tokens=0, tokenizer=None)
     batch = data.batch(0)
-    assert (batch.segments == NONE).all() and (batch.labels == NO_LABEL).all()
-    assert ((batch.object_class != NONE) == batch.mask_valid).all() and batch.mask_valid.any(1).all()
+    assert (batch.segment_ids == PAD).all() and (batch.labels == IGNORE_INDEX).all()
+    assert ((batch.object_category != PAD) == batch.mask_valid).all() and batch.mask_valid.any(1).all()
     with pytest.raises(UserError, match=r"referring data needs a language model, and this model has none \(model.parts\)"):
-        TrainData(mix([(sets["refcoco"], 0.0)]), shape, Prompts(), 0, visual_tokens=0, tokenizer=None)
+        TrainDataset(build_mixture([(sets["refcoco"], 0.0)]), shape, PromptTemplates(), 0, visual_tokens=0, tokenizer=None)
 
 
 def test_jitter_scales_cuts_and_keeps_masks_on_their_objects(sets, train):
@@ -319,13 +319,13 @@ def test_jitter_scales_cuts_and_keeps_masks_on_their_objects(sets, train):
 def test_the_jitter_is_the_scaffolds():
     """Fits into int(side * s + 0.5), centre-cut to the side; masks by the nearest pixel of the same geometry."""
     picture = np.random.default_rng(0).integers(0, 256, (30, 60, 3)).astype(np.uint8)
-    small = images.Jitter.of(30, 60, 40, 0.5)
+    small = images.LargeScaleJitter.of(30, 60, 40, 0.5)
     assert (small.size, small.cut, small.top, small.left) == ((10, 20), (10, 20), 0, 0)
-    large = images.Jitter.of(30, 60, 40, 2.0)
+    large = images.LargeScaleJitter.of(30, 60, 40, 2.0)
     assert (large.size, large.cut, large.top, large.left) == ((40, 80), (40, 40), 0, 20)
     from PIL import Image
 
-    same = images.Jitter.of(30, 60, 60, 1.0)
+    same = images.LargeScaleJitter.of(30, 60, 60, 1.0)
     np.testing.assert_array_equal(same.image(Image.fromarray(picture), 60)[:30], picture)
     mask = (picture[..., 0] > 128).astype(np.uint8)
     np.testing.assert_array_equal(images.unpack_masks(same.pack_masks(mask[None], 60))[0, :30], mask)
@@ -339,7 +339,7 @@ def test_square_keeps_the_aspect():
     wide = Image.fromarray(np.full((10, 30, 3), 200, np.uint8))
     padded = images.square(wide, 30)
     assert (padded[:10] == 127).all() and (padded[10:20] == 200).all() and (padded[20:] == 127).all()
-    assert (images.stretch(wide, 30) == 200).all()
+    assert (images.resize_to_square(wide, 30) == 200).all()
 
 
 @pytest.mark.parametrize("square", [False, True])
@@ -353,7 +353,7 @@ def test_a_batch_holds_the_picture_padded_to_a_square_only_where_that_is_asked(t
         assert abs(vision[8] - picture[0, 0]).max() < 12
         assert (vision[0] == 127).all() == square and (vision[-1] == 127).all() == square
         assert abs((abs(vision - 127).max(-1) > 15).sum() - h * w) <= 16
-    assert TrainOptions().square is False
+    assert TrainOptions().pad_to_square is False
 
 
 def test_evaluation_ignores_what_reasonseg_ignores_and_unites_what_grefcoco_names(sets):
@@ -361,20 +361,20 @@ def test_evaluation_ignores_what_reasonseg_ignores_and_unites_what_grefcoco_name
     examples = [source[i] for i in range(len(source))]
     with_ignored = [e for e in examples if any(a.ignore for a in e.annotations)]
     for example in examples:
-        objects = Objects.of(example)
+        objects = ObjectMasks.of(example)
         assert objects.ignored.any() == (example in with_ignored)
         assert not (objects.ignored & objects.whole[0]).any()  # painted one over the other
     source = sets["grefcoco"].source("train")
     for i in range(len(source)):
-        objects = Objects.of(source[i])
-        for sample in samples(source[i]):
+        objects = ObjectMasks.of(source[i])
+        for sample in make_samples(source[i]):
             union, once = objects.union(sample), objects.covered_once(sample)
             assert union.any() == bool(sample.annotations) and (once <= union).all() and not objects.ignored.any()
 
 
 def test_evaluation_by_ref_asks_all_sentences_at_once_and_holds_them_against_filled_polygons(sets):
     def batches(name, **options):
-        return EvalData(sets[name], "train", sets["tokenizer"], sides=(32, 16), batch=2, visual_tokens=VISUAL, **options)
+        return EvalDataset(sets[name], "train", sets["tokenizer"], sides=(32, 16), batch=2, visual_tokens=VISUAL, **options)
 
     rounds = lambda data: [part for batch in data for part in batch.rounds]  # noqa: E731
 
@@ -398,7 +398,7 @@ def test_evaluation_by_ref_asks_all_sentences_at_once_and_holds_them_against_fil
     plain = {
         s.ref_id: t for p in rounds(batches("refcoco", by_ref=True)) for t, s in zip(p.truth[0], p.samples[0], strict=True)
     }
-    np.testing.assert_array_equal(plain[1], Objects.of(sets["refcoco"].source("train")[0]).whole[0])
+    np.testing.assert_array_equal(plain[1], ObjectMasks.of(sets["refcoco"].source("train")[0]).whole[0])
     several = batches("grefcoco", by_ref=True, filled=True)
     assert {len(s.annotations) for part in rounds(several) for row in part.samples for s in row} == {0, 1, 3}
     with pytest.raises(UserError, match="reasoning questions have no refs .* such as xsam"):

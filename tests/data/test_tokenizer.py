@@ -3,7 +3,7 @@
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from flowseg_jax.data.prompts import CHATS, Prompts, training_text
+from flowseg_jax.data.prompts import CHAT_TEMPLATES, PromptTemplates, template_corpus
 from flowseg_jax.data.tokenizer import SPECIAL_TOKENS, extend_tokenizer, load_tokenizer, train_tokenizer
 from flowseg_jax.errors import UserError
 
@@ -15,13 +15,13 @@ TEXTS = [
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     path = tmp_path_factory.mktemp("tokenizer")
-    train_tokenizer([*training_text(), *TEXTS * 5], path, vocab=400)
+    train_tokenizer([*template_corpus(), *TEXTS * 5], path, vocab=400)
     return path
 
 
 @pytest.fixture(scope="module")
 def tokenizer(directory):
-    return load_tokenizer(directory, needed=Prompts().needed)
+    return load_tokenizer(directory, needed=PromptTemplates().special_tokens)
 
 
 def test_auto_tokenizer_loads_it(directory):
@@ -66,7 +66,7 @@ def test_lengths_agree_with_encode(tokenizer):
 
 def test_the_definition_tells_tokenizers_of_the_same_size_apart(directory, tokenizer, tmp_path):
     assert load_tokenizer(directory).definition == tokenizer.definition
-    train_tokenizer([*training_text(), *(text.replace("red", "mauve") for text in TEXTS * 5)], tmp_path, vocab=400)
+    train_tokenizer([*template_corpus(), *(text.replace("red", "mauve") for text in TEXTS * 5)], tmp_path, vocab=400)
     other = load_tokenizer(tmp_path)
     assert other.vocab == tokenizer.vocab and other.definition != tokenizer.definition
 
@@ -102,7 +102,7 @@ def test_tokenizer_without_seg_is_refused_and_can_be_extended(tmp_path):
     assert "\n" not in str(caught.value)
     before = len(AutoTokenizer.from_pretrained(str(plain)))
     assert extend_tokenizer(plain, tmp_path / "extended") == before + 3
-    tokenizer = load_tokenizer(tmp_path / "extended", needed=CHATS["qwen3_instruct"].marks)
+    tokenizer = load_tokenizer(tmp_path / "extended", needed=CHAT_TEMPLATES["qwen3_instruct"].special_tokens)
     assert (tokenizer.seg, tokenizer.phrase_start, tokenizer.phrase_end) == (before, before + 1, before + 2)  # X-SAM's order
     assert tokenizer.encode("red") == tuple(AutoTokenizer.from_pretrained(str(plain)).encode("red"))
 
@@ -115,7 +115,7 @@ def test_unknown_token_is_not_an_id(tmp_path):
 
 def test_chat_marks_are_checked(directory):
     with pytest.raises(UserError, match=r"no single id for '<\|user\|>'"):
-        load_tokenizer(directory, needed=Prompts("phi3_chat").needed)
+        load_tokenizer(directory, needed=PromptTemplates("phi3_chat").special_tokens)
 
 
 def test_not_a_tokenizer(tmp_path):

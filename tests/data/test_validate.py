@@ -10,7 +10,7 @@ import pytest
 from flowseg_jax.data import published, validate
 from flowseg_jax.data.__main__ import main
 from flowseg_jax.data.leakage import coco_number
-from flowseg_jax.data.records import Example, Problems
+from flowseg_jax.data.records import Example, RecordErrors
 from flowseg_jax.errors import UserError
 
 
@@ -19,9 +19,9 @@ def mini_is_the_published_set(monkeypatch):
     numbers = {"train": (3, 5, 16), "val": (1, 1, 3), "testA": (1, 1, 1)}
     counts = {
         (name, "unc", split): {
-            "images": published.Figure(i),
-            "refs": published.Figure(r),
-            "sentences": published.Figure(s, memory=True),
+            "images": published.PublishedCount(i),
+            "refs": published.PublishedCount(r),
+            "sentences": published.PublishedCount(s, memory=True),
         }
         for name in ("refcoco", "refcoco+")
         for split, (i, r, s) in numbers.items()
@@ -52,7 +52,7 @@ class Fake:
 
 def fake(name="jsonl", **splits):
     layout = Fake(**splits)
-    return validate.Opened(name, layout, Problems(keep=True), layout.splits)
+    return validate.Opened(name, layout, RecordErrors(keep=True), layout.splits)
 
 
 def check(root, **options):
@@ -93,18 +93,18 @@ def test_a_clean_set(tmp_path):
 
 def test_counts_that_differ(tmp_path, mini_is_the_published_set):
     root = mini.write(tmp_path)
-    mini_is_the_published_set["refcoco", "unc", "val"]["sentences"] = published.Figure(10_834, memory=True)
+    mini_is_the_published_set["refcoco", "unc", "val"]["sentences"] = published.PublishedCount(10_834, memory=True)
     report = check(root)
     assert report.ok  # a figure from memory is no proof
     assert "3 sentences (differs: 10,834 published, from memory)" in validate.render(report)
-    mini_is_the_published_set["refcoco", "unc", "val"]["refs"] = published.Figure(3_811)
+    mini_is_the_published_set["refcoco", "unc", "val"]["refs"] = published.PublishedCount(3_811)
     report = check(root)
     assert not report.ok
     assert "1 refs (differs: 3,811 published)," in validate.render(report)
 
 
 def test_other_data_in_the_layout_is_not_compared(tmp_path, mini_is_the_published_set):
-    mini_is_the_published_set["refcoco", "unc", "val"]["refs"] = published.Figure(3_811)
+    mini_is_the_published_set["refcoco", "unc", "val"]["refs"] = published.PublishedCount(3_811)
 
     def rename(instances, refs):
         for image in instances["images"]:

@@ -18,14 +18,14 @@ import numpy as np
 import pytest
 
 from flowseg_jax.data import prepare, serialization
-from flowseg_jax.data.mixture import mix
-from flowseg_jax.data.prompts import Prompts
-from flowseg_jax.data.train_dataset import TrainData, open_tokenizer
+from flowseg_jax.data.mixture import build_mixture
+from flowseg_jax.data.prompts import PromptTemplates
+from flowseg_jax.data.train_dataset import TrainDataset, open_tokenizer
 from flowseg_jax.data.train_examples import TrainOptions
 from flowseg_jax.errors import UserError
 from flowseg_jax.types import BatchShape
 
-SHAPE = BatchShape(batch=2, text=260, phrases=4, masks=3, image=32, vision=16, names=3)
+SHAPE = BatchShape(batch=2, text_length=260, max_phrases=4, max_masks=3, sam_size=32, siglip_size=16, max_names=3)
 SHARED_MEMORY = Path("/dev/shm")
 DEADLINE = 120.0  # seconds; only a failing test, or a machine with more to do than cores, waits so long
 
@@ -56,9 +56,11 @@ def prepared(tmp_path_factory):
 @pytest.fixture(scope="module")
 def train(prepared):
     def make(prepared=prepared, **options):
-        tokenizer = open_tokenizer(prepared, Prompts())
-        members = mix([(prepared, 0.0)])
-        return TrainData(members, SHAPE, Prompts(), 0, visual_tokens=6, tokenizer=tokenizer, options=TrainOptions(**options))
+        tokenizer = open_tokenizer(prepared, PromptTemplates())
+        members = build_mixture([(prepared, 0.0)])
+        return TrainDataset(
+            members, SHAPE, PromptTemplates(), 0, visual_tokens=6, tokenizer=tokenizer, options=TrainOptions(**options)
+        )
 
     return make
 

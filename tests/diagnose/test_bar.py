@@ -7,7 +7,7 @@ import pytest
 from scipy import ndimage
 
 from flowseg_jax.analysis import boundary
-from flowseg_jax.analysis.runner import Measured
+from flowseg_jax.analysis.runner import SampleResult
 from flowseg_jax.data.records import Sample
 
 
@@ -54,7 +54,7 @@ def measured(before, after):
     sample = Sample(1, "1.png", 1, 1, 1, "it", "", (0,), 1, "it")
     values = {"band": np.float32(masks[0].mean() / 2), "mask": np.float32(masks[0].mean())}
     return boundary.with_boundary(
-        Measured(sample, values, iou, masks, truth, np.zeros_like(truth), np.zeros((20, 20, 3), np.uint8))
+        SampleResult(sample, values, iou, masks, truth, np.zeros_like(truth), np.zeros((20, 20, 3), np.uint8))
     )
 
 

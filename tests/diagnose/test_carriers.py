@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from flowseg_jax.analysis import embedding_swap
-from flowseg_jax.analysis.runner import Measured
+from flowseg_jax.analysis.runner import SampleResult
 from flowseg_jax.data.records import Sample
 
 
@@ -26,10 +26,10 @@ ASKED = np.array([[True, True, True, True, False]])
 
 def test_another_is_the_first_with_another_object(truth):
     """An expression for nothing is another one too; nothing is no other object than nothing."""
-    assert embedding_swap.another(truth, ASKED).tolist() == [[2, 2, 0, 0, -1]]
-    assert embedding_swap.another(truth[:, :2], ASKED[:, :2]).tolist() == [[-1, -1]]
+    assert embedding_swap.other_target(truth, ASKED).tolist() == [[2, 2, 0, 0, -1]]
+    assert embedding_swap.other_target(truth[:, :2], ASKED[:, :2]).tolist() == [[-1, -1]]
     nothing = np.zeros((1, 2, 4, 4), np.float32)
-    assert embedding_swap.another(nothing, ASKED[:, :2]).tolist() == [[-1, -1]]
+    assert embedding_swap.other_target(nothing, ASKED[:, :2]).tolist() == [[-1, -1]]
 
 
 def test_one_two_or_none_are_exchanged(truth):
@@ -46,7 +46,7 @@ def test_one_two_or_none_are_exchanged(truth):
 
     model = SimpleNamespace(hear=lambda *_: (phrases, segs), candidates=candidates, refine=lambda masks, features: masks + 100)
     seen, questions = SimpleNamespace(mask_features=None, levels=None), SimpleNamespace(asked=jnp.asarray(ASKED))
-    values, masks = embedding_swap.exchanged(model, seen, questions, jnp.asarray(truth), jnp.ones((1, 4, 4)))
+    values, masks = embedding_swap.swapped(model, seen, questions, jnp.asarray(truth), jnp.ones((1, 4, 4)))
     assert masks.shape == (1, 5, 4, 2, 2)
     assert masks[0, :4, :, 0, 0].tolist() == [
         [111, 131, 113, 133], [122, 132, 123, 133], [133, 113, 131, 111], [144, 114, 141, 111]
@@ -57,7 +57,8 @@ def test_one_two_or_none_are_exchanged(truth):
 def test_means():
     sample = Sample(1, "1.png", 1, 1, 1, "it", "", (0,), 1, "it")
     rows = [
-        Measured(sample, {"other": 1}, np.array(iou), None, None, None, None) for iou in ([1, 0.5, 0.2, 0], [0.6, 0.5, 0, 0])
+        SampleResult(sample, {"other": 1}, np.array(iou), None, None, None, None)
+        for iou in ([1, 0.5, 0.2, 0], [0.6, 0.5, 0, 0])
     ]
     assert embedding_swap.summarise(rows) == {
         "n": 2,

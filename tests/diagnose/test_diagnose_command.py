@@ -11,7 +11,7 @@ from answers import record, write
 
 from flowseg_jax.analysis.__main__ import main
 from flowseg_jax.errors import UserError
-from flowseg_jax.evaluation.examples import Example
+from flowseg_jax.evaluation.examples import GallerySample
 from flowseg_jax.reports import evaluation
 
 
@@ -46,7 +46,7 @@ def results(tmp_path):
     control = [record(i, 0, iou=5, score=0.1 * i, text="another <i>") for i in (1, 2, 3)]
     files = [write(tmp_path / name, rows) for name, rows in (("a/val.jsonl", a), ("b/val.jsonl", b))]
     blank = np.zeros((20, 30), bool)
-    shown = [Example(r | {"iou": 0.1, "best_iou": 0.9}, np.zeros((20, 30, 3), np.uint8), blank, blank, blank) for r in b]
+    shown = [GallerySample(r | {"iou": 0.1, "best_iou": 0.9}, np.zeros((20, 30, 3), np.uint8), blank, blank, blank) for r in b]
     evaluation.save_pictures(tmp_path / "b", "val", {"failed": shown[:2]})
     return (*files, write(tmp_path / "b/val_shuffled.jsonl", control))
 

@@ -15,7 +15,7 @@ from flax import nnx
 
 from flowseg_jax.analysis import boundary, layer_trace
 from flowseg_jax.analysis import runner as source
-from flowseg_jax.data.eval_dataset import EvalBatch, Round
+from flowseg_jax.data.eval_dataset import EvalBatch, QueryRound
 from flowseg_jax.data.records import Sample
 from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation import runner
@@ -23,7 +23,7 @@ from flowseg_jax.evaluation.evaluator import Evaluator
 from flowseg_jax.models import flowseg
 from flowseg_jax.models.mask_decoder import DecoderConfig, MaskDecoder
 from flowseg_jax.models.semantic_flow import Conditions, SemanticFlowConfig
-from flowseg_jax.types import Questions, Views
+from flowseg_jax.types import ExpressionQueries, ImageInputs
 
 WIDTH, IMAGES, PASSES, ROWS = 12, 2, 3, 4
 CFG = DecoderConfig(width=WIDTH, queries=5, layers=4, heads=3, ffn=20, query_std=1.0, remat="none")
@@ -43,7 +43,7 @@ def test_decoding_with_everything_seen_is_the_decoder(flow, rng):
     conditions = Conditions(draw(passes, ROWS, WIDTH), jnp.asarray(own), jnp.asarray(valid | own))
     arguments = (features, levels, PASSES, conditions, draw(passes, WIDTH))
     expected = decoder(*arguments)
-    found = layer_trace.decode(decoder, *arguments)
+    found = layer_trace.decode_with_trace(decoder, *arguments)
     for name in ("queries", "mask_embeds", "class_logits"):
         np.testing.assert_allclose(getattr(found, name), getattr(expected, name), rtol=1e-5, atol=1e-5)
     assert found.conditions.shape == (CFG.layers + 1, passes, ROWS, WIDTH)
@@ -83,7 +83,7 @@ def model():
     cfg = small.lean()
     params = small.params(cfg)
     params["boundary"]["alpha"] = np.full_like(params["boundary"]["alpha"], 3.0)
-    return cfg, flowseg.describe(cfg)[0], params
+    return cfg, flowseg.abstract_model(cfg)[0], params
 
 
 @pytest.fixture(scope="module")
@@ -99,10 +99,10 @@ def data(model):
     images = [rng.integers(0, 255, (*size, 3)).astype(np.uint8) for size in sizes]
     behind = 1 + cfg.visual_tokens
     fields = {name: getattr(batch, name)[:, behind:] for name in ("tokens", "positions", "segments", "phrase_ids", "seg_ids")}
-    asked = Round(Questions(**fields, asked=np.ones((2, 2), bool)), samples, truth, truth)
-    views = Views(batch.images, batch.scaled_size, batch.vision_images)
+    asked = QueryRound(ExpressionQueries(**fields, query_valid=np.ones((2, 2), bool)), samples, truth, truth)
+    views = ImageInputs(batch.sam_images, batch.resized_hw, batch.siglip_images)
     data = Data([EvalBatch(views, [asked], [0, 1], ignored, images, sizes, (128, 128))])
-    data.prefix = batch.tokens[0, :behind]
+    data.prefix = batch.input_ids[0, :behind]
     return data
 
 
@@ -116,7 +116,7 @@ def records(model, data):
 @pytest.fixture(scope="module")
 def traced(model, data):
     _, graphdef, params = model
-    return list(source.measure(graphdef, params, data, layer_trace.trace, "layers"))
+    return list(source.measure(graphdef, params, data, layer_trace.layer_trace, "layers"))
 
 
 @pytest.fixture(scope="module")
@@ -185,4 +185,4 @@ def test_pages(model, traced, refined, tmp_path):
 def test_no_samples_are_refused(model):
     _, graphdef, params = model
     with pytest.raises(UserError, match="holds no expression to measure"):
-        next(source.measure(graphdef, params, Data(), layer_trace.trace, "layers"))
+        next(source.measure(graphdef, params, Data(), layer_trace.layer_trace, "layers"))

@@ -14,10 +14,10 @@ from PIL import Image
 
 from flowseg_jax.analysis.__main__ import main
 from flowseg_jax.data import masks, preview
-from flowseg_jax.data.records import Annotation, Expression, Problems, Turn
+from flowseg_jax.data.records import Annotation, Expression, RecordErrors, Turn
 from flowseg_jax.data.records import Example as Sample
 from flowseg_jax.errors import UserError
-from flowseg_jax.evaluation.examples import Example
+from flowseg_jax.evaluation.examples import GallerySample
 from flowseg_jax.reports import evaluation, plots
 from flowseg_jax.reports import html as page
 from flowseg_jax.reports.html import Html, html, join
@@ -89,16 +89,16 @@ def written(tmp_path, row) -> str:
 
 
 def test_the_report_escapes_every_field_of_its_tables(tmp_path):
-    usual = elements(written(tmp_path, evaluation.Row("model", {"val": table()}, note="n")))
+    usual = elements(written(tmp_path, evaluation.ReportRow("model", {"val": table()}, note="n")))
     places = list(leaves(table()))
     assert len(places) > 25
     for place in places:
-        hostile = evaluation.Row("model", {"val": put(table(), place, HOSTILE)}, note="n")
+        hostile = evaluation.ReportRow("model", {"val": put(table(), place, HOSTILE)}, note="n")
         assert elements(written(tmp_path, hostile)) == usual, place
     family = table() | {"families": {HOSTILE: figures()}}
-    assert elements(written(tmp_path, evaluation.Row(HOSTILE, {HOSTILE: family}, note=HOSTILE))) == usual
+    assert elements(written(tmp_path, evaluation.ReportRow(HOSTILE, {HOSTILE: family}, note=HOSTILE))) == usual
     text = evaluation.write(
-        tmp_path / "report.html", [evaluation.Row("model", {"val": table()}, note="n")], title=HOSTILE, about=[HOSTILE]
+        tmp_path / "report.html", [evaluation.ReportRow("model", {"val": table()}, note="n")], title=HOSTILE, about=[HOSTILE]
     )
     assert elements(text.read_text()) == usual
     assert "alert(1)" in text.read_text()  # it is there, as text
@@ -119,10 +119,10 @@ def test_a_table_read_back_has_figures_where_figures_belong(tmp_path):
                 written(tmp_path, row)
 
 
-def picture(**changes) -> Example:
+def picture(**changes) -> GallerySample:
     blank = np.zeros((20, 30), bool)
     fields = {"iou": 0.1, "best_iou": 0.9, "query": 1, "best_query": 2, "best_rank": 1, "best_score": 0.5, "family": "f"}
-    return Example(record(1, 0, iou=10) | fields | changes, np.zeros((20, 30, 3), np.uint8), blank, blank, blank)
+    return GallerySample(record(1, 0, iou=10) | fields | changes, np.zeros((20, 30, 3), np.uint8), blank, blank, blank)
 
 
 TEXTS = ("text", "sentence", "family", "file_name")
@@ -207,7 +207,7 @@ class Layout:
 def test_the_preview(tmp_path):
     pages = []
     for name, text in (("usual", "t"), ("hostile", HOSTILE)):
-        problems = Problems(keep=True)
+        problems = RecordErrors(keep=True)
         path = preview.preview(Layout(text), tmp_path / name, [text], problems)
         pages.append(elements(path.read_text()))
     assert pages[0] == pages[1] and ("b",) in pages[0] and ("span", "class", "style") in pages[0]

@@ -13,10 +13,10 @@ import small
 
 from flowseg_jax.analysis import prompt_sensitivity, runner
 from flowseg_jax.data import prepare
-from flowseg_jax.data.prompts import REFERRING_ANSWERS, REFERRING_QUESTIONS, Prompts
+from flowseg_jax.data.prompts import REFERRING_ANSWERS, REFERRING_QUESTIONS, PromptTemplates
 from flowseg_jax.data.train_dataset import open_tokenizer
 from flowseg_jax.errors import UserError
-from flowseg_jax.evaluation.benchmark import Benchmark, Subject
+from flowseg_jax.evaluation.benchmark import EvalModel, ReferringEvaluation
 from flowseg_jax.evaluation.evaluator import Evaluator
 from flowseg_jax.models import flowseg
 
@@ -26,17 +26,19 @@ def benchmark(tmp_path_factory):
     """A random model and a miniature RefCOCO."""
     root = tmp_path_factory.mktemp("data")
     prepared = prepare.prepare(mini.write(root / "layout"), root / "prepared", tokenizer_vocab=300, log=lambda _: None)
-    tokenizer = open_tokenizer(prepared, Prompts())
+    tokenizer = open_tokenizer(prepared, PromptTemplates())
     cfg = small.lean()
     cfg = dataclasses.replace(cfg, llm=dataclasses.replace(cfg.llm, vocab=tokenizer.vocab))
-    evaluator = Evaluator(flowseg.describe(cfg)[0])
-    return Benchmark(Subject(cfg, evaluator, small.params(cfg), {"digest": "0"}, tokenizer, Prompts()), prepared, 2)
+    evaluator = Evaluator(flowseg.abstract_model(cfg)[0])
+    return ReferringEvaluation(
+        EvalModel(cfg, evaluator, small.params(cfg), {"digest": "0"}, tokenizer, PromptTemplates()), prepared, 2
+    )
 
 
 def test_all_wordings_ask_the_same_samples(benchmark):
     first = benchmark.open("train")
     for question, answer in ((0, 0), (6, 3), (len(REFERRING_QUESTIONS) - 1, len(REFERRING_ANSWERS) - 1)):
-        other = benchmark.open("train", prompts=Prompts(question=question, answer=answer))
+        other = benchmark.open("train", prompts=PromptTemplates(question=question, answer=answer))
         ours, theirs = (sorted(batch.places) for batch in (first.batch(0), other.batch(0)))
         assert other.samples == first.samples and ours == theirs
         ours, theirs = (data.batch(0).rounds[0].questions.tokens for data in (first, other))
@@ -44,7 +46,7 @@ def test_all_wordings_ask_the_same_samples(benchmark):
 
 
 def test_a_wording_is_an_evaluation(benchmark, capsys):
-    rows = prompt_sensitivity.evaluate(runner.Source(benchmark, "train", images=2), [(0, 0), (7, 4), (0, 0)])
+    rows = prompt_sensitivity.evaluate(runner.AnalysisRunner(benchmark, "train", images=2), [(0, 0), (7, 4), (0, 0)])
     assert [(r["question"], r["answer"]) for r in rows] == [(0, 0), (7, 4), (0, 0)]
     assert rows[0] == rows[2] and rows[0]["same"] == 100 and rows[0]["n"] == rows[1]["n"] > 0
     assert rows[0]["giou"] != rows[1]["giou"]
@@ -68,7 +70,7 @@ def test_the_page_shows_every_wording(monkeypatch, tmp_path):
         return [{"question": q, "answer": a, "n": 9, "ciou": 10.0 * q + a, "giou": 50.0, "same": 100.0} for q, a in wordings]
 
     monkeypatch.setattr(prompt_sensitivity, "evaluate", evaluate)
-    mark = types.SimpleNamespace(subject=types.SimpleNamespace(prompts=Prompts(question=2, answer=1)))
+    mark = types.SimpleNamespace(subject=types.SimpleNamespace(prompts=PromptTemplates(question=2, answer=1)))
     page = prompt_sensitivity.run(types.SimpleNamespace(benchmark=mark, split="val", about={"images": None}), tmp_path)
     result = json.loads((tmp_path / "prompts_val.json").read_text())
     assert len(result["wordings"]) == len(REFERRING_QUESTIONS) * len(REFERRING_ANSWERS)
@@ -80,6 +82,6 @@ def test_the_page_shows_every_wording(monkeypatch, tmp_path):
 
 def test_what_cannot_be_measured_is_said(benchmark):
     with pytest.raises(UserError, match="split"):
-        runner.Source(benchmark, "vall")
+        runner.AnalysisRunner(benchmark, "vall")
     with pytest.raises(UserError, match="--images must be at least 1, got -1"):
-        runner.Source(benchmark, "train", images=-1)
+        runner.AnalysisRunner(benchmark, "train", images=-1)

@@ -11,10 +11,10 @@ from flax import nnx
 from PIL import Image
 
 from flowseg_jax.data import collate, images
-from flowseg_jax.data.eval_dataset import EvalBatch, Round
+from flowseg_jax.data.eval_dataset import EvalBatch, QueryRound
 from flowseg_jax.models import flowseg
-from flowseg_jax.models.language import Cache
-from flowseg_jax.types import NONE
+from flowseg_jax.models.language import KVCache
+from flowseg_jax.types import PAD
 
 SIDE, CELL, PHRASES, TEXT, QUERIES = 48, 4, 3, 24, 5
 PREFIX = (3, 1, 4)
@@ -27,23 +27,23 @@ class FakeSegmentor(flowseg.FlowSeg):
         self.gain = nnx.Param(jnp.full((1,), 8.0))
 
     def see(self, views, prefix):
-        b, grid = views.images.shape[0], SIDE // CELL
-        gray = views.images.astype(jnp.float32).mean(-1).reshape(b, grid, CELL, grid, CELL).mean((2, 4)) / 255
+        b, grid = views.sam_images.shape[0], SIDE // CELL
+        gray = views.sam_images.astype(jnp.float32).mean(-1).reshape(b, grid, CELL, grid, CELL).mean((2, 4)) / 255
         nothing = jnp.zeros((b, 1), jnp.int32)
         keys = jnp.full((1, b, 1, 1, 1), prefix.sum(), jnp.float32)
-        return flowseg.Seen(gray[..., None], (), Cache(keys, keys, nothing, nothing))
+        return flowseg.ImageCache(gray[..., None], (), KVCache(keys, keys, nothing, nothing))
 
     def ask(self, seen, questions):
-        b, k = questions.asked.shape
+        b, k = questions.query_valid.shape
         thresholds = (jnp.arange(QUERIES) + 0.5) / QUERIES
         logits = self.gain[0] * (seen.mask_features[..., 0][:, None, None] - thresholds[None, None, :, None, None])
         logits = jnp.broadcast_to(logits, (b, k, *logits.shape[2:]))
         said = questions.phrase_ids[:, None] == jnp.arange(k)[None, :, None]
         signature = (
-            (said * questions.tokens[:, None]).sum(-1).astype(jnp.float32) + seen.cache.keys[0, :, :, 0, 0] - sum(PREFIX)
+            (said * questions.input_ids[:, None]).sum(-1).astype(jnp.float32) + seen.kv_cache.keys[0, :, :, 0, 0] - sum(PREFIX)
         )
         scores = -jnp.abs(thresholds * 100 - (signature % 100)[..., None])
-        return flowseg.Segmentation(scores, logits, seen.mask_features)
+        return flowseg.MaskCandidates(scores, logits, seen.mask_features)
 
     def refine(self, mask_logits, mask_features):
         return mask_logits + 0.3 * jnp.moveaxis(mask_features, -1, 1)
@@ -87,7 +87,7 @@ class EvalData:
         group = [group[row] for row in self.rows if row < len(group)]
         pictures, sizes = [image for _, image, *_ in group], [image.shape[:2] for _, image, *_ in group]
         return EvalBatch(
-            collate.views([_pixels(image) for image in pictures], len(self.rows), (SIDE, 8)),
+            collate.collate_images([_pixels(image) for image in pictures], len(self.rows), (SIDE, 8)),
             [self._round(group, slice(r * PHRASES, (r + 1) * PHRASES)) for r in range(rounds)],
             [place for place, *_ in group],
             [np.zeros((1, *size), bool) for size in sizes],
@@ -100,16 +100,16 @@ class EvalData:
         samples, truth = [row[part] for _, _, row, _ in group], [truth[part] for *_, truth in group]
         said = [[_encoded(sample.prompt, k) for k, sample in enumerate(row)] for row in samples]
         shape = (len(self.rows), PHRASES, TEXT)
-        return Round(collate.questions(said, shape, len(PREFIX), 0, ["fake"] * len(said)), samples, truth, truth)
+        return QueryRound(collate.collate_queries(said, shape, len(PREFIX), 0, ["fake"] * len(said)), samples, truth, truth)
 
 
 def _encoded(prompt, k):
-    return collate.Encoded([zlib.crc32(prompt.encode()) % 90 + 1, 5], [0, 0], [k, k], [NONE, NONE])
+    return collate.TokenizedConversation([zlib.crc32(prompt.encode()) % 90 + 1, 5], [0, 0], [k, k], [PAD, PAD])
 
 
 def _pixels(image):
-    fitted, scaled = images.fit(Image.fromarray(image), SIDE)
-    return collate.Pixels(fitted, scaled, np.zeros((8, 8, 3), np.uint8), np.zeros((0, SIDE, SIDE // 8), np.uint8))
+    fitted, scaled = images.resize_and_pad(Image.fromarray(image), SIDE)
+    return collate.ProcessedImage(fitted, scaled, np.zeros((8, 8, 3), np.uint8), np.zeros((0, SIDE, SIDE // 8), np.uint8))
 
 
 def parts():

@@ -15,7 +15,7 @@ import pytest
 import small
 
 from flowseg_jax import cli
-from flowseg_jax.checkpoints.pretrained import save_model
+from flowseg_jax.checkpoints.pretrained import save_pretrained
 from flowseg_jax.data import prepare
 from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation import audit
@@ -32,7 +32,7 @@ def place(tmp_path_factory):
     prepared = prepare.prepare(layout, root / "data" / "refcoco", tokenizer_vocab=300, log=lambda _: None)
     cfg = small.lean()
     cfg = dataclasses.replace(cfg, llm=dataclasses.replace(LanguageConfig.tiny(300), width=28, layers=1, head_dim=14, mlp=36))
-    save_model(root / "model", small.params(cfg), cfg.to_dict(), prepared.tokenizer_directory, dtype=None)
+    save_pretrained(root / "model", small.params(cfg), cfg.to_dict(), prepared.tokenizer_directory, dtype=None)
     return root
 
 

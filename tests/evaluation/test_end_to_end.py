@@ -16,15 +16,15 @@ import wild
 from flax import nnx
 
 from flowseg_jax.data.__main__ import main as data_main
-from flowseg_jax.data.dataset import Prepared
-from flowseg_jax.data.prompts import Prompts
+from flowseg_jax.data.dataset import PreparedDataset
+from flowseg_jax.data.prompts import PromptTemplates
 from flowseg_jax.data.train_dataset import open_tokenizer
 from flowseg_jax.evaluation import audit, protocols
 from flowseg_jax.evaluation.__main__ import main as evaluation_main
-from flowseg_jax.evaluation.benchmark import Benchmark, Subject
+from flowseg_jax.evaluation.benchmark import EvalModel, ReferringEvaluation
 from flowseg_jax.evaluation.evaluator import Evaluator
 from flowseg_jax.models import flowseg
-from flowseg_jax.models.language import Cache
+from flowseg_jax.models.language import KVCache
 
 SIDE, CELL, QUERIES, BELOW = 64, 2, 6, 0.3
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,24 +46,24 @@ class Painter(flowseg.FlowSeg):
         self.gain = nnx.Param(jnp.full((1,), 8.0))
 
     def see(self, views, prefix):
-        b, grid = views.images.shape[0], SIDE // CELL
-        cells = views.images.astype(jnp.float32).reshape(b, grid, CELL, grid, CELL, 3).mean((2, 4)) / 255
+        b, grid = views.sam_images.shape[0], SIDE // CELL
+        cells = views.sam_images.astype(jnp.float32).reshape(b, grid, CELL, grid, CELL, 3).mean((2, 4)) / 255
         features = jnp.stack([cells.max(-1), cells[..., 2] - cells[..., 0]], -1)
         none = jnp.zeros((b, 1), jnp.int32)
-        return flowseg.Seen(features, (), Cache(*[jnp.zeros((1, b, 1, 1, 1))] * 2, none, none))
+        return flowseg.ImageCache(features, (), KVCache(*[jnp.zeros((1, b, 1, 1, 1))] * 2, none, none))
 
     def ask(self, seen, questions):
-        b, k = questions.asked.shape
+        b, k = questions.query_valid.shape
         light, blue = seen.mask_features[..., 0], seen.mask_features[..., 1].max((1, 2)) > 0.2
         thresholds = jnp.array([0.1, 0.25, 0.4, 0.55, 0.7, 1.2])
         logits = self.gain[0] * (light[:, None, None] - thresholds[None, None, :, None, None])
         broken = blue[:, None] & (jnp.arange(QUERIES) % 2 == 0)
         logits = jnp.where(broken[:, None, :, None, None], jnp.nan, logits)
         said = questions.phrase_ids[:, None] == jnp.arange(k)[None, :, None]
-        signature = (said * questions.tokens[:, None]).sum(-1)
+        signature = (said * questions.input_ids[:, None]).sum(-1)
         scores = (signature[..., None] * 37 + jnp.arange(QUERIES) * 29) % 101 / 101
         scores *= (signature[..., None] % 4 + 1) / 4  # some questions have low scores alone
-        return flowseg.Segmentation(scores, jnp.broadcast_to(logits, (b, k, *logits.shape[2:])), seen.mask_features)
+        return flowseg.MaskCandidates(scores, jnp.broadcast_to(logits, (b, k, *logits.shape[2:])), seen.mask_features)
 
     def refine(self, mask_logits, mask_features):
         return mask_logits
@@ -72,7 +72,7 @@ class Painter(flowseg.FlowSeg):
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     """Makes each layout and prepares it once, by the command."""
-    made: dict[str, tuple[Path, Prepared]] = {}
+    made: dict[str, tuple[Path, PreparedDataset]] = {}
 
     def make(layout):
         if layout not in made:
@@ -80,7 +80,7 @@ def prepared(tmp_path_factory):
             LAYOUTS[layout](root / "files")
             places = ["--source", str(root / "files"), "--out", str(root / "prepared")]
             assert data_main(["prepare", "--layout", layout, *places, "--tokenizer-vocab", "300"]) == 0
-            made[layout] = root / "files", Prepared.open(root / "prepared")
+            made[layout] = root / "files", PreparedDataset.open(root / "prepared")
         return made[layout]
 
     return make
@@ -104,9 +104,9 @@ def run(evaluator, data, protocol, out, below):
     cfg = small.lean()
     cfg = dataclasses.replace(cfg, sam=dataclasses.replace(cfg.sam, image_size=SIDE))
     params = nnx.to_pure_dict(nnx.split(Painter())[1])
-    tokenizer = open_tokenizer(data, Prompts())
-    subject = Subject(cfg, evaluator, params, {"digest": "d", "step": 1}, tokenizer, Prompts())
-    Benchmark(subject, data, 3, protocol, below).run("val", out, save_masks=True, pictures=False)
+    tokenizer = open_tokenizer(data, PromptTemplates())
+    subject = EvalModel(cfg, evaluator, params, {"digest": "d", "step": 1}, tokenizer, PromptTemplates())
+    ReferringEvaluation(subject, data, 3, protocol, below).run("val", out, save_masks=True, pictures=False)
     lines = (out / "val.jsonl").read_text().splitlines()
     return json.loads((out / "val.json").read_text()), [json.loads(line) for line in lines]
 
@@ -169,7 +169,7 @@ def test_every_number_is_that_of_the_judge(evaluated, capsys, layout, protocol, 
     capsys.readouterr()
     assert evaluation_main(["audit", str(out / "val.jsonl"), "--json"]) == 0
     same(json.loads(capsys.readouterr().out), tables, "audit")
-    for name, difference in audit.compare(records, records, protocols.get(protocol), resamples=20).items():
+    for name, difference in audit.compare(records, records, protocols.get_protocol(protocol), resamples=20).items():
         assert (difference.first, difference.low, difference.high) == (pytest.approx(tables[protocol][name]), 0, 0)
 
 

@@ -20,7 +20,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from flowseg_jax.data import prepare
-from flowseg_jax.data.prompts import Prompts
+from flowseg_jax.data.prompts import PromptTemplates
 from flowseg_jax.evaluation import fusion, generic
 
 SIDE = 64
@@ -47,8 +47,8 @@ def evaluated(tmp_path_factory):
     data = prepare.prepare(root / "files", root / "prepared", layout="coco-panoptic", log=lambda line: None)
     cfg = small.lean()
     cfg = dataclasses.replace(cfg, sam=dataclasses.replace(cfg.sam, image_size=SIDE))
-    questions = generic.Questions.of(data.categories)
-    images = generic.GenericData(data, "val", None, questions, batch=3, cfg=cfg, prompts=Prompts())
+    questions = generic.CategoryPrompts.of(data.categories)
+    images = generic.GenericDataset(data, "val", None, questions, batch=3, cfg=cfg, prompts=PromptTemplates())
     restore = jax.jit(fusion.restore, static_argnums=3)
     found = generic.evaluate(propose, images, categories=data.categories, things=data.things, restore=restore, save_masks=True)
     return root / "files", json.loads(json.dumps(found.result)), json.loads(json.dumps(found.records))

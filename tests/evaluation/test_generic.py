@@ -14,10 +14,10 @@ import pytest
 import small
 import torch
 
-from flowseg_jax.checkpoints.pretrained import save_model
+from flowseg_jax.checkpoints.pretrained import save_pretrained
 from flowseg_jax.data import images, masks, prepare
-from flowseg_jax.data.dataset import Prepared
-from flowseg_jax.data.prompts import Prompts
+from flowseg_jax.data.dataset import PreparedDataset
+from flowseg_jax.data.prompts import PromptTemplates
 from flowseg_jax.data.records import Annotation, Example
 from flowseg_jax.data.tokenizer import load_tokenizer
 from flowseg_jax.errors import UserError
@@ -122,7 +122,7 @@ def test_a_candidate_is_kept_for_what_it_wins_not_for_what_it_keeps():
     numbers = {"won": [8, 7], "area": [10, 10], "kept": [5, 7], "category": [1, 0]}
     winner = np.array([[0] * 5 + [-1] * 3 + [1] * 7 + [-1]], np.int16)
     values = {name: np.array(value, np.int32) for name, value in numbers.items()}
-    labels = fusion.Labels(**values, taken=np.array([True, True]), winner=winner, semantic=winner)
+    labels = fusion.LabelMaps(**values, taken=np.array([True, True]), winner=winner, semantic=winner)
     segments = fusion.fuse(labels, THINGS, (1, 15), 0.8)
     assert segments.category == (1,) and segments.ids.tolist() == [[1] * 5 + [0] * 10]
     assert fusion.fuse(labels, THINGS, (1, 15), 0.7).category == (1, 0)
@@ -146,7 +146,9 @@ def test_padding_changes_nothing(rng):
 def test_no_map_of_all_candidates_exists_at_the_original_size():
     n, grid, bucket = 100, (32, 32), (1024, 1024)
     shape = lambda *s: jax.ShapeDtypeStruct(s, np.float32)  # noqa: E731
-    where = postprocess.Geometry(*(shape(1, *s) for s in ((bucket[0], 32), (bucket[1], 32), (32, bucket[0]), (32, bucket[1]))))
+    where = postprocess.ResizeMatrices(
+        *(shape(1, *s) for s in ((bucket[0], 32), (bucket[1], 32), (32, bucket[0]), (32, bucket[1])))
+    )
     compiled = restore.lower(shape(1, n, 20), shape(1, n, *grid), where, 0.5).compile()
     whole = n * bucket[0] * bucket[1] * 4
     assert compiled.memory_analysis().temp_size_in_bytes < whole / 3
@@ -344,7 +346,7 @@ def test_predictions_of_one_candidate_share_its_mask_and_empty_ones_are_left_out
 def prepared(tmp_path_factory):
     root = tmp_path_factory.mktemp("generic")
     quiet = lambda text: None  # noqa: E731
-    multi_task.write(root / "raw", reasonseg=5, panoptic=30, chat=1, report=quiet)
+    multi_task.write_datasets(root / "raw", reasonseg=5, panoptic=30, chat=1, report=quiet)
     return prepare.prepare(root / "raw" / "coco", root / "panoptic", layout="coco-panoptic", tokenizer_vocab=400, log=quiet)
 
 
@@ -371,8 +373,8 @@ def validation(prepared, batch):
     """The data at the size of the images, so that a mask at the encoder's size is the mask."""
     cfg = small.lean()
     cfg = dataclasses.replace(cfg, sam=dataclasses.replace(cfg.sam, image_size=REFERENCE_SIZE))
-    questions = generic.Questions.of(prepared.categories)
-    return generic.GenericData(prepared, "val", None, questions, batch=batch, cfg=cfg, prompts=Prompts())
+    questions = generic.CategoryPrompts.of(prepared.categories)
+    return generic.GenericDataset(prepared, "val", None, questions, batch=batch, cfg=cfg, prompts=PromptTemplates())
 
 
 def model(prepared, **changes):
@@ -384,17 +386,19 @@ def model(prepared, **changes):
 @functools.cache  # what one test compiles, another uses
 def benchmark(prepared, cfg, **options):
     tokenizer = load_tokenizer(prepared.tokenizer_directory) if cfg.speaks else None
-    graphdef, params = flowseg.describe(cfg)[0], small.params(cfg)
-    return generic.Benchmark(cfg, graphdef, params, {"digest": "d"}, prepared, tokenizer, Prompts(), batch=4, **options)
+    graphdef, params = flowseg.abstract_model(cfg)[0], small.params(cfg)
+    return generic.GenericEvaluation(
+        cfg, graphdef, params, {"digest": "d"}, prepared, tokenizer, PromptTemplates(), batch=4, **options
+    )
 
 
 def refused(prepared, cfg, **options):
-    return generic.Benchmark(cfg, None, {}, {}, prepared, None, Prompts(), **options)
+    return generic.GenericEvaluation(cfg, None, {}, {}, prepared, None, PromptTemplates(), **options)
 
 
 def test_the_prepared_set_knows_its_things(prepared, tmp_path):
     assert prepared.things == (True,) * 8 + (False,) and prepared.categories[-1] == "background"
-    assert Prepared.open(prepared.directory).things == prepared.things
+    assert PreparedDataset.open(prepared.directory).things == prepared.things
     root = mini.write(tmp_path / "raw", "instances")
     assert prepare.prepare(root, tmp_path / "set", layout="coco-instances", log=lambda text: None).things is None
 
@@ -402,8 +406,8 @@ def test_the_prepared_set_knows_its_things(prepared, tmp_path):
 def test_a_model_without_language_is_opened(prepared, tmp_path):
     cfg = model(prepared, **SEGMENTOR)
     params = small.params(cfg)
-    save_model(tmp_path / "model", params, cfg.to_dict(), None, {"step": 7}, dtype=None)
-    ours = generic.Benchmark.of_model(tmp_path / "model", prepared.directory, names=4)
+    save_pretrained(tmp_path / "model", params, cfg.to_dict(), None, {"step": 7}, dtype=None)
+    ours = generic.GenericEvaluation.of_model(tmp_path / "model", prepared.directory, names=4)
     assert (ours.cfg, ours.tokenizer, ours.names) == (cfg, None, 4)
     assert ours.checkpoint["step"] == 7 and len(ours.checkpoint["digest"]) == 16
     np.testing.assert_array_equal(ours.params["decoder"]["query_content"], params["decoder"]["query_content"])
@@ -534,7 +538,7 @@ def test_an_audit_makes_the_tables_again(prepared, tmp_path, capsys):
 
 def rows(prepared, cfg, questions):
     tokenizer = load_tokenizer(prepared.tokenizer_directory)
-    data = generic.GenericData(prepared, "val", tokenizer, questions, batch=4, cfg=cfg, prompts=Prompts())
+    data = generic.GenericDataset(prepared, "val", tokenizer, questions, batch=4, cfg=cfg, prompts=PromptTemplates())
     return data.batch(0).batch
 
 
@@ -542,26 +546,26 @@ def rows(prepared, cfg, questions):
 def test_candidates_are_those_of_the_named_pass_of_training(prepared, named_pass):
     cfg = model(prepared, named_pass=named_pass)
     ours = benchmark(prepared, cfg, thresholds=LOW)
-    batch = rows(prepared, cfg, generic.Questions.of(prepared.categories))
+    batch = rows(prepared, cfg, generic.CategoryPrompts.of(prepared.categories))
     scores, logits = ours._candidates(ours.params, batch)
-    taught = jax.jit(lambda p, b: flowseg.bind(ours.graphdef, p)(b))(ours.params, small.pad(batch, phrases=1, text=8))
+    taught = jax.jit(lambda p, b: flowseg.bind_params(ours.graphdef, p)(b))(ours.params, small.pad(batch, phrases=1, text=8))
     passes = lambda x: x[-1].reshape(4, 2, *x.shape[2:])[:, 1]  # noqa: E731 (behind the referring pass)
     want = jax.nn.softmax(passes(taught.decoder.class_logits), -1)[..., : scores.shape[-1]]
     np.testing.assert_allclose(scores, want, atol=1e-5)
     raw = np.einsum("bnd,bhwd->bnhw", passes(taught.decoder.mask_embeds), taught.mask_features)
-    refined = flowseg.bind(ours.graphdef, ours.params).refine(raw, taught.mask_features)
+    refined = flowseg.bind_params(ours.graphdef, ours.params).refine_masks(raw, taught.mask_features)
     np.testing.assert_allclose(logits, refined, atol=1e-4)
     assert np.abs(raw - refined).max() > 1e-3
 
 
 def test_several_conversations_are_asked_as_if_each_stood_alone(prepared):
     cfg = model(prepared, named_pass="flow")
-    ours, whole = benchmark(prepared, cfg, names=5), generic.Questions.of(prepared.categories, 5)
+    ours, whole = benchmark(prepared, cfg, names=5), generic.CategoryPrompts.of(prepared.categories, 5)
     scores, logits = ours._candidates(ours.params, rows(prepared, cfg, whole))
     first, second = whole.chunks()
     assert (len(first), len(second)) == (5, 4)  # the second one is padded
-    alone = generic.Questions.of(second)
-    find = jax.jit(lambda p, b: generic.name_candidates(flowseg.bind(ours.graphdef, p), b, alone))
+    alone = generic.CategoryPrompts.of(second)
+    find = jax.jit(lambda p, b: generic.score_categories(flowseg.bind_params(ours.graphdef, p), b, alone))
     want, want_logits = find(ours.params, rows(prepared, cfg, alone))
     q = cfg.decoder.queries
     np.testing.assert_allclose(scores[:, q:, 5:], want, atol=1e-5)
@@ -573,7 +577,7 @@ def test_several_conversations_are_asked_as_if_each_stood_alone(prepared):
 def test_questions_are_as_few_as_they_can_be():
     for count in range(1, 40):
         for at_most in range(count + 3):
-            questions = generic.Questions.of(tuple(map(str, range(count))), at_most)
+            questions = generic.CategoryPrompts.of(tuple(map(str, range(count))), at_most)
             chunks = questions.chunks()
             assert sum(chunks, ()) == questions.categories and len(chunks) == questions.count
             assert len(chunks) == (-(-count // at_most) if at_most else 1)
@@ -590,11 +594,11 @@ def test_what_cannot_be_evaluated_is_told(prepared):
         refused(prepared, cfg, names=-1)
     with pytest.raises(UserError, match="unknown split 'vla'"):
         refused(prepared, cfg).run("vla", None)
-    other = Prepared(prepared.directory, prepared.metadata | {"task": "referring"})
+    other = PreparedDataset(prepared.directory, prepared.metadata | {"task": "referring"})
     with pytest.raises(UserError, match="referring data has no categories to evaluate on"):
         refused(other, cfg)
-    marked = Prepared(prepared.directory, prepared.metadata | {"categories": ["a </p> b", *prepared.categories[1:]]})
+    marked = PreparedDataset(prepared.directory, prepared.metadata | {"categories": ["a </p> b", *prepared.categories[1:]]})
     with pytest.raises(UserError, match="contains '</p>', which is a mark"):
-        rows(marked, cfg, generic.Questions.of(marked.categories))
+        rows(marked, cfg, generic.CategoryPrompts.of(marked.categories))
     with pytest.raises(UserError, match="holds no image to evaluate"):
         generic.evaluate(perfect(prepared), [], categories=prepared.categories, things=prepared.things, restore=restore)

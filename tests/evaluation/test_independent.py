@@ -14,11 +14,11 @@ import pytest
 from pycocotools import mask as coco
 
 from flowseg_jax.data import masks
-from flowseg_jax.data.eval_dataset import Objects
-from flowseg_jax.data.records import Annotation, Example, Expression, ref_samples
+from flowseg_jax.data.eval_dataset import ObjectMasks
+from flowseg_jax.data.records import Annotation, Example, Expression, make_ref_samples
 from flowseg_jax.evaluation import metrics, postprocess
 from flowseg_jax.evaluation.protocols import PROTOCOLS
-from flowseg_jax.types import NONE
+from flowseg_jax.types import PAD
 
 CASES, BATCH, SIDE = 1000, 100, 48
 NO_TARGET_BELOW = 0.3
@@ -89,15 +89,19 @@ def example(case):
     for i, parts in enumerate(case["objects"]):
         drawn = parts, h, w, "here"
         code = masks.rasterise(*drawn)
-        annotations.append(Annotation(i, NONE, code, once=masks.covered_once(*drawn), filled=masks.filled(*drawn)))
+        annotations.append(
+            Annotation(
+                i, PAD, code, rle_single_cover=masks.single_cover(*drawn), rle_filled_polygons=masks.fill_polygons(*drawn)
+            )
+        )
     said = Expression("It", 0, 0, tuple(range(len(annotations))))
-    ignored = Annotation(99, NONE, masks.encode(case["ignored"]), ignore=True)
+    ignored = Annotation(99, PAD, masks.encode(case["ignored"]), ignore=True)
     return Example(0, "x.jpg", h, w, b"", (*annotations, ignored), (said,))
 
 
 @functools.cache
 def restore():
-    return jax.jit(postprocess.restore)
+    return jax.jit(postprocess.upsample_and_count)
 
 
 def ours(cases, filled):
@@ -116,24 +120,24 @@ def ours(cases, filled):
             if not c["finite"]:
                 logits[b, 0, 0, 0, 0] = np.nan
             made = example(c)
-            objects, (sample,) = Objects.of(made), ref_samples(made)
+            objects, (sample,) = ObjectMasks.of(made), make_ref_samples(made)
             truth["union"].append(objects.union(sample, filled)[None])
             truth["once"].append(objects.covered_once(sample)[None])
             truth["ignored"].append(objects.ignored)
         packed = {key: postprocess.pack_truth(value, len(part), 1, where.bucket) for key, value in truth.items()}
-        found = jax.device_get(restore()(logits, where, postprocess.Truth(**packed)))
+        found = jax.device_get(restore()(logits, where, postprocess.GroundTruth(**packed)))
         for b, c in enumerate(part):
             pairs = [(int(found.intersection[b, 0, n]), int(found.union[b, 0, n])) for n in (0, 1)]
             once = [(int(found.once_intersection[b, 0, n]), int(found.once_union[b, 0, n])) for n in (0, 1)]
             record = {key: c[key] for key in ("score", "count", "family")}
-            record |= {"ann_id": 0 if c["objects"] else NONE, "area": int(found.area[b, 0, 0])}
+            record |= {"ann_id": 0 if c["objects"] else PAD, "area": int(found.area[b, 0, 0])}
             record |= {"failed": not found.finite[b, 0, 0], "failure": "" if found.finite[b, 0, 0] else "non-finite"}
             record |= {"text_form": "joined" if filled else "lower", "no_target_below": NO_TARGET_BELOW}
             for name, (i, u) in (
                 ("", pairs[0]),
                 ("once_", once[0]),
-                ("oracle_", metrics.better(*pairs)),
-                ("oracle_once_", metrics.better(*once)),
+                ("oracle_", metrics.best_of(*pairs)),
+                ("oracle_once_", metrics.best_of(*once)),
             ):
                 record |= {f"{name}intersection": i, f"{name}union": u}
             records.append(record)
@@ -235,14 +239,20 @@ def test_a_huge_mask():
     h, w = 1500, 2048
     parts = [polygon(rng, h, w) for _ in range(3)]
     drawn = parts, h, w, "here"
-    annotation = Annotation(0, NONE, masks.rasterise(*drawn), once=masks.covered_once(*drawn), filled=masks.filled(*drawn))
+    annotation = Annotation(
+        0,
+        PAD,
+        masks.rasterise(*drawn),
+        rle_single_cover=masks.single_cover(*drawn),
+        rle_filled_polygons=masks.fill_polygons(*drawn),
+    )
     made = Example(0, "x.jpg", h, w, b"", (annotation,), (Expression("It", 0, 0, (0,)),))
-    objects, (sample,) = Objects.of(made), ref_samples(made)
+    objects, (sample,) = ObjectMasks.of(made), make_ref_samples(made)
     where = postprocess.geometry(np.array([[6, 8]], np.int32), [(h, w)], grid=(8, 8), padded_size=8)
     logits = rng.normal(size=(1, 1, 1, 8, 8)).astype(np.float32)
     pack = lambda mask: postprocess.pack_truth([mask[None]], 1, 1, where.bucket)  # noqa: E731
     once = objects.covered_once(sample)
-    found = restore()(logits, where, postprocess.Truth(pack(objects.union(sample)), pack(once), pack(once & False)))
+    found = restore()(logits, where, postprocess.GroundTruth(pack(objects.union(sample)), pack(once), pack(once & False)))
     answer = postprocess.unpack_mask(np.asarray(found.masks)[0, 0, 0], (h, w))
     codes = [coco.encode(np.asfortranarray(m, np.uint8)) for m in (answer, decoded(parts, h, w).max(0))]
     assert found.area[0, 0, 0] == coco.area(codes[0]) > 500_000

@@ -13,7 +13,7 @@ from flowseg_jax.evaluation import metrics, protocols
 
 
 def record(selected, candidate=None, family="", failed=False):
-    oracle = metrics.better(selected, candidate or selected)
+    oracle = metrics.best_of(selected, candidate or selected)
     return {
         "intersection": selected[0],
         "union": selected[1],
@@ -81,9 +81,9 @@ def test_no_gap_is_negative(name):
         row = record((both, truth + area - both), other, failed=bool(rng.random() < 0.1))
         row |= {"ann_id": -1 if nothing else 7, "area": area, "score": float(rng.random()), "no_target_below": 0.3, "count": 2}
         row |= {f"{of}once_{what}": row[f"{of}{what}"] for of in ("", "oracle_") for what in ("intersection", "union")}
-        protocol = protocols.get(name)
+        protocol = protocols.get_protocol(name)
         gaps.append(metrics.oracle_iou(row, protocol) - metrics.sample_iou(row, protocol))
-        if metrics.weight(row, protocol):
+        if metrics.sample_weight(row, protocol):
             assert metrics.summarise([row], protocol)["selection_gap"] == pytest.approx(100 * gaps[-1])
     assert min(gaps) == 0 and max(gaps) == 1
 
@@ -147,6 +147,6 @@ def test_no_samples_raise():
 
 
 def test_unknown_protocol_names_the_known():
-    assert protocols.get("xsam") is protocols.XSAM
+    assert protocols.get_protocol("xsam") is protocols.XSAM
     with pytest.raises(UserError, match=r"unknown protocol 'xsan' .*'xsam'"):
-        protocols.get("xsan")
+        protocols.get_protocol("xsan")

@@ -71,7 +71,7 @@ def test_masks_and_counts_equal_numpy():
     rng = np.random.default_rng(1)
     where, truth, packed = case(rng)
     logits = smooth(rng, len(ORIGINALS), 2, 3, *GRID)
-    out = jax.jit(post.restore)(logits, where, post.Truth.plain(packed))
+    out = jax.jit(post.upsample_and_count)(logits, where, post.GroundTruth.plain(packed))
     assert out.intersection.dtype == jnp.int32 and out.masks.dtype == jnp.uint8
     assert np.asarray(out.finite).all()
     for i, size in enumerate(ORIGINALS):
@@ -89,9 +89,11 @@ def test_larger_bucket_and_more_batch_change_nothing():
     rng = np.random.default_rng(2)
     logits = smooth(rng, len(ORIGINALS), 2, 3, *GRID)
     where, _, packed = case(np.random.default_rng(5))
-    small = post.restore(logits, where, post.Truth.plain(packed))
+    small = post.upsample_and_count(logits, where, post.GroundTruth.plain(packed))
     where2, _, packed2 = case(np.random.default_rng(5), bucket=(640, 320), batch=7)
-    big = post.restore(np.concatenate([logits, np.ones((2, 2, 3, *GRID), np.float32)]), where2, post.Truth.plain(packed2))
+    big = post.upsample_and_count(
+        np.concatenate([logits, np.ones((2, 2, 3, *GRID), np.float32)]), where2, post.GroundTruth.plain(packed2)
+    )
     n = len(ORIGINALS)
     np.testing.assert_array_equal(big.intersection[:n], small.intersection)
     np.testing.assert_array_equal(big.union[:n], small.union)
@@ -109,9 +111,9 @@ def test_blocks_change_nothing(monkeypatch):
     rng = np.random.default_rng(3)
     where, _, packed = case(rng)
     logits = smooth(rng, len(ORIGINALS), 2, 3, *GRID)
-    whole = post.restore(logits, where, post.Truth.plain(packed))
+    whole = post.upsample_and_count(logits, where, post.GroundTruth.plain(packed))
     monkeypatch.setattr(post, "BLOCK", 1 << 14)
-    parts = post.restore(logits, where, post.Truth.plain(packed))
+    parts = post.upsample_and_count(logits, where, post.GroundTruth.plain(packed))
     np.testing.assert_array_equal(parts.masks, whole.masks)
 
 
@@ -143,12 +145,12 @@ def chosen_case():
 def test_choose_takes_the_highest_score_and_the_highest_iou():
     where, logits, packed, truth, inside = chosen_case()
     scores = np.array([[[0.1, 0.9, 0.2, 0.3, 0.4, 0.5], [0.6, 0.1, 0.2, 0.6, 0.0, 0.0]]], np.float32)
-    chosen = jax.jit(post.choose)(scores, logits, truth, inside)
+    chosen = jax.jit(post.select_masks)(scores, logits, truth, inside)
     np.testing.assert_array_equal(chosen.query, [[[1, 4], [0, 1]]])  # of the tied 0 and 3 the first
     np.testing.assert_array_equal(chosen.rank, [[[0, 2], [0, 3]]])
     np.testing.assert_allclose(chosen.score, [[[0.9, 0.4], [0.6, 0.1]]])
     np.testing.assert_array_equal(chosen.logits[0, 0, 1], logits[0, 0, 4])
-    restored = post.restore(chosen.logits, where, post.Truth.plain(packed))
+    restored = post.upsample_and_count(chosen.logits, where, post.GroundTruth.plain(packed))
     np.testing.assert_array_equal(restored.intersection[..., 1], restored.union[..., 1])
 
 
@@ -156,7 +158,7 @@ def test_the_best_answer_to_nothing_is_nothing():
     _, logits, _, truth, inside = chosen_case()
     logits[0, 0, 3] = -1.0
     scores = np.full((1, 2, 6), 0.5, np.float32)
-    assert jax.jit(post.choose)(scores, logits, 0 * truth, inside).query[0, 0].tolist() == [0, 3]
+    assert jax.jit(post.select_masks)(scores, logits, 0 * truth, inside).query[0, 0].tolist() == [0, 3]
 
 
 def test_padding_of_the_input_does_not_count_in_the_choice():
@@ -168,7 +170,9 @@ def test_padding_of_the_input_does_not_count_in_the_choice():
     logits[0, 0, 0, 4:, 4:12] = 1
     logits[0, 0, 1, 4:8, 4:12] = 1
     packed = post.pack_truth([truth], 1, 1, where.bucket)
-    chosen = post.choose(np.zeros((1, 1, 2), np.float32), logits, post.truth_on_grid(packed, where), post.image_on_grid(where))
+    chosen = post.select_masks(
+        np.zeros((1, 1, 2), np.float32), logits, post.truth_on_grid(packed, where), post.image_on_grid(where)
+    )
     assert chosen.query[0, 0, 1] == 0
 
 
@@ -179,9 +183,9 @@ def test_numbers_that_are_none_give_an_empty_mask():
     broken = logits.copy()
     broken[0, 0, 3] = np.nan
     broken[0, 0, 5] = np.inf
-    chosen = post.choose(scores, broken, truth, inside)
+    chosen = post.select_masks(scores, broken, truth, inside)
     assert chosen.query[0, 0, 0] == 3
-    restored = post.restore(chosen.logits, where, post.Truth.plain(packed))
+    restored = post.upsample_and_count(chosen.logits, where, post.GroundTruth.plain(packed))
     np.testing.assert_array_equal(restored.finite[..., 0], [[False, False]])
     assert not np.asarray(restored.masks[..., 0, :, :]).any()
     area = np.unpackbits(packed, axis=-1).sum((-2, -1))
@@ -192,7 +196,7 @@ def test_numbers_that_are_none_give_an_empty_mask():
 def test_top_orders_by_score():
     _, logits, _, _, _ = chosen_case()
     scores = np.array([[[0.1, 0.9, 0.2, np.nan, 0.4, 0.5], [0.6, 0.1, 0.2, 0.6, 0.0, 0.0]]], np.float32)
-    chosen = post.top(scores, logits, 3)
+    chosen = post.top_k_masks(scores, logits, 3)
     np.testing.assert_array_equal(chosen.query, [[[1, 5, 4], [0, 3, 2]]])
     np.testing.assert_array_equal(chosen.logits[0, 1, 1], logits[0, 1, 3])
 
@@ -213,7 +217,7 @@ def test_ignored_pixels_count_for_nothing_and_overlaps_drop_out_of_the_sum():
     union, once = parts.any(1), parts.sum(1) == 1
     pack = lambda masks: post.pack_truth([masks], 1, len(masks), where.bucket)  # noqa: E731
     logits = smooth(rng, 1, 2, 1, *GRID)
-    found = jax.jit(post.restore)(logits, where, post.Truth(pack(union), pack(once), pack(ignored)))
+    found = jax.jit(post.upsample_and_count)(logits, where, post.GroundTruth(pack(union), pack(once), pack(ignored)))
     for k in range(2):
         mask = post.unpack_mask(np.asarray(found.masks)[0, k, 0], original)
         for name, truth in (("", union[k]), ("once_", once[k])):

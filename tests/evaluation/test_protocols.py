@@ -192,4 +192,4 @@ def test_protocols_are_frozen_data_and_an_unknown_one_lists_them():
     with pytest.raises(dataclasses.FrozenInstanceError):
         XSAM.both_empty = 0.0
     with pytest.raises(UserError, match=r"'palm' \(did you mean 'psalm'\?\); there are xsam, lisa, psalm, grefcoco, grefcoco-"):
-        protocols.get("palm")
+        protocols.get_protocol("palm")

@@ -87,7 +87,7 @@ def test_the_oracle_keeps_a_selection_that_is_better_raster_by_raster():
 
 @pytest.mark.parametrize(("protocol", "iou", "oracle"), [("xsam", 30 / 70, 40 / 60), ("psalm", 30 / 70, 40 / 60)])
 def test_iou_is_by_the_protocols_raster(protocol, iou, oracle):
-    made = record(protocols.get(protocol))
+    made = record(protocols.get_protocol(protocol))
     assert (made["iou"], made["oracle_iou"]) == (iou, oracle)
 
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from flowseg_jax.errors import UserError
-from flowseg_jax.evaluation.examples import Example
+from flowseg_jax.evaluation.examples import GallerySample
 from flowseg_jax.reports import evaluation, overlay, pictures
 
 
@@ -35,7 +35,7 @@ def example(kind_iou, text="the <b>red</b> circle", sentence=None, i=1):
         "best_rank": 1,
         "failed": False,
     }
-    return Example(record, image, truth, np.roll(truth, 15, 1), truth)
+    return GallerySample(record, image, truth, np.roll(truth, 15, 1), truth)
 
 
 def figures(ciou):
@@ -76,7 +76,7 @@ def test_page_and_pictures_from_files(tmp_path):
     shown = {"good": [example(0.93)], "failed": [example(0.1, sentence="a “star”", i=2), example(0.2, i=3)]}
     evaluation.save_pictures(folder, "val", shown)
     rows = [
-        evaluation.Row("untrained", {"val": result(5.5)}, note="random parameters"),
+        evaluation.ReportRow("untrained", {"val": result(5.5)}, note="random parameters"),
         evaluation.read_row("this run", folder),
         evaluation.read_row("this run, other sentences", folder, shuffled=True),
     ]
@@ -143,7 +143,7 @@ def test_overlay_keeps_the_mask_and_fades_the_rest():
 @pytest.mark.parametrize("size", [(1, 1), (1, 400), (3000, 2)])
 def test_strips_of_odd_sizes(size):
     image = np.zeros((*size, 3), np.uint8)
-    sheet = pictures.strip(image, [("image", None, pictures.TRUTH), ("truth", np.ones(size, bool), pictures.TRUTH)])
+    sheet = pictures.comparison_strip(image, [("image", None, pictures.TRUTH), ("truth", np.ones(size, bool), pictures.TRUTH)])
     assert sheet.width >= 240 and sheet.height >= 23
 
 

@@ -20,7 +20,7 @@ from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation import audit, examples, metrics, protocols, runner
 from flowseg_jax.evaluation.evaluator import Evaluator
 from flowseg_jax.models import flowseg
-from flowseg_jax.types import Asked
+from flowseg_jax.types import PromptQueries
 
 SCENES = fake.scenes()
 
@@ -48,7 +48,7 @@ def one_by_one(scenes):
                 query = int(np.argmax(np.asarray(found.scores)[0, k]))
                 logits = np.asarray(model.refine(found.mask_logits[:, k, query : query + 1], found.mask_features))
                 full = interpolate(torch.tensor(logits), (fake.SIDE,) * 2)
-                h, w = batch.views.scaled_size[0]
+                h, w = batch.views.resized_hw[0]
                 full = interpolate(full[..., :h, :w], batch.sizes[0])[0, 0].numpy()
                 assert np.abs(full).min() > 1e-5  # else the comparison of masks below would be a coin toss
                 truth = asked.truth[0][k]
@@ -186,7 +186,7 @@ class Unanswered(fake.EvalData):
     def _round(self, group, part):
         given = super()._round(group, part)
         ids = [[[k + 1, sample.image_id] for k, sample in enumerate(row)] for row in given.samples]
-        return dataclasses.replace(given, questions=Asked.of(ids, (len(self.rows), fake.PHRASES, 4)))
+        return dataclasses.replace(given, questions=PromptQueries.of(ids, (len(self.rows), fake.PHRASES, 4)))
 
 
 def test_an_answer_without_a_mask_fails_and_says_why(tmp_path, capsys):
@@ -200,7 +200,7 @@ def test_an_answer_without_a_mask_fails_and_says_why(tmp_path, capsys):
         answered = asked.tokens[..., 0] == 1
         good = answered & (asked.tokens[..., 1] != 4)
         scores = jax.numpy.where(good[..., None], jax.numpy.array([0.2, 0.7]), np.nan)
-        return flowseg.Segmentation(scores, brightness - 0.5, seen.mask_features), answered
+        return flowseg.MaskCandidates(scores, brightness - 0.5, seen.mask_features), answered
 
     evaluator = Evaluator(fake.parts()[0], answer=answer)
     data = functools.partial(Unanswered, SCENES, 2)

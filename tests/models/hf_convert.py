@@ -111,7 +111,7 @@ def sam(a: Arrays, cfg: SamConfig) -> dict:
 
     stacks: dict[str, list[dict]] = {}
     for i in range(cfg.layers):
-        name, index = cfg.place(i)
+        name, index = cfg.stack_and_index(i)
         assert len(stacks.setdefault(name, [])) == index
         stacks[name].append(layer(i))
     return {"patch": _conv(a, "patch_embed.projection"), "position": a["pos_embed"][0]} | {

@@ -12,7 +12,7 @@ import torch
 from flax import nnx
 
 from flowseg_jax.errors import UserError
-from flowseg_jax.models.connectors import ConnectorConfig, Projector, SegConnector, pad_to_multiple, pixel_shuffle
+from flowseg_jax.models.connectors import ConnectorConfig, MlpProjector, SegConnector, pad_to_multiple, pixel_shuffle
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -118,7 +118,7 @@ def test_connector_is_xsams(pyramid):
 
 
 def test_seg_projector_is_xsams(pyramid):
-    projector = empty(lambda: Projector(4 * 48, 64, 64, rngs=nnx.Rngs(0)))
+    projector = empty(lambda: MlpProjector(4 * 48, 64, 64, rngs=nnx.Rngs(0)))
     for layer, i in ((projector.up, 0), (projector.down, 2)):
         assign(layer.kernel, pyramid[f"weights/seg_projector.model.{i}.weight"].T)
         assign(layer.bias, pyramid[f"weights/seg_projector.model.{i}.bias"])
@@ -128,7 +128,7 @@ def test_seg_projector_is_xsams(pyramid):
 
 
 def test_projector_values_and_gradients_against_torch():
-    projector = Projector(6, 10, 4, rngs=nnx.Rngs(3))
+    projector = MlpProjector(6, 10, 4, rngs=nnx.Rngs(3))
     theirs = torch.nn.Sequential(torch.nn.Linear(6, 10), torch.nn.GELU(), torch.nn.Linear(10, 4))
     with torch.no_grad():
         for layer, linear in ((projector.up, theirs[0]), (projector.down, theirs[2])):
@@ -170,7 +170,7 @@ def test_initial_values_and_names():
             assert conv.bias is None
             assert float(conv.kernel[...].std()) == pytest.approx(0.02, rel=0.1)
         assert float(level.norm3.scale[...].min()) == 1 and level.norm3.eps == 1e-6
-    projector = Projector(100, 60, 80, rngs=nnx.Rngs(0))
+    projector = MlpProjector(100, 60, 80, rngs=nnx.Rngs(0))
     for layer, bound in ((projector.up, 0.1), (projector.down, 60**-0.5)):
         for value in (layer.kernel[...], layer.bias[...]):
             assert 0.9 * bound < float(jnp.abs(value).max()) <= bound

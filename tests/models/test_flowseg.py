@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import small
 
-from flowseg_jax.checkpoints.manifest import flatten, nest
+from flowseg_jax.checkpoints.manifest import flatten_params, unflatten_params
 from flowseg_jax.errors import UserError
-from flowseg_jax.losses import LossConfig, divide, training_terms
+from flowseg_jax.losses import LossConfig, loss_terms, normalize_terms
 from flowseg_jax.models import flowseg
 from flowseg_jax.models.boundary import BoundaryConfig
 from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.models.language import LanguageConfig
 from flowseg_jax.models.semantic_flow import SemanticFlowConfig
-from flowseg_jax.types import Questions, Views
+from flowseg_jax.types import ExpressionQueries, ImageInputs
 
 LOSSES = LossConfig(points=24, vocabulary_chunk=16)
 OFF = SemanticFlowConfig(mode="off")
@@ -28,7 +28,7 @@ OFF = SemanticFlowConfig(mode="off")
 @pytest.fixture(scope="module")
 def model():
     cfg = small.config()
-    graphdef, params = flowseg.create(cfg, 1)
+    graphdef, params = flowseg.init_model(cfg, 1)
     # Refinement starts at zero and would hide what it reads: give every zero kernel something to do.
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda w: w if np.any(w) else jnp.asarray(0.3 * rng.normal(size=w.shape), w.dtype), params)
@@ -42,11 +42,11 @@ def run(model):
 
     @jax.jit
     def forward(batch):
-        net = flowseg.bind(graphdef, params)
+        net = flowseg.bind_params(graphdef, params)
         out = net(batch)
         keys = jax.vmap(jax.random.key)(jnp.arange(batch.tokens.shape[0], dtype=jnp.uint32))
-        terms, _ = training_terms(net, batch, out, keys, LOSSES)
-        return divide(terms), out, net.segment(batch)
+        terms, _ = loss_terms(net, batch, out, keys, LOSSES)
+        return normalize_terms(terms), out, net.predict(batch)
 
     return forward
 
@@ -60,7 +60,7 @@ def test_padding_changes_nothing(model, run):
     """More text, phrases, masks and images than there are: every real example keeps its numbers."""
     cfg, *_ = model
     batch = small.batch(cfg)
-    k, images = batch.phrase_mask.shape[1], len(batch.tokens)
+    k, images = batch.phrase_target.shape[1], len(batch.input_ids)
     none = small.batch(cfg, seed=9)
     empty = {
         name: np.full_like(getattr(none, name), fill)
@@ -97,7 +97,7 @@ def questions(batch, behind, phrases, text=0):
         name: np.pad(np.where(kept, take(getattr(batch, name)), fill), ((0, 0), (0, text)), constant_values=fill)
         for name, fill in (("tokens", 7), ("positions", 3), ("segments", -1), ("phrase_ids", -1), ("seg_ids", -1))
     }
-    return Questions(**fields, asked=np.broadcast_to(np.isin(np.arange(k), phrases), (len(batch.tokens), k)))
+    return ExpressionQueries(**fields, query_valid=np.broadcast_to(np.isin(np.arange(k), phrases), (len(batch.tokens), k)))
 
 
 def test_seeing_once_and_asking_is_segmenting(model, run):
@@ -105,11 +105,13 @@ def test_seeing_once_and_asking_is_segmenting(model, run):
     cfg, graphdef, params = model
     batch = small.batch(cfg, phrases=3)
     behind = 1 + cfg.visual_tokens
-    batch = dataclasses.replace(batch, tokens=np.concatenate([batch.tokens[:1, :1].repeat(2, 0), batch.tokens[:, 1:]], 1))
+    batch = dataclasses.replace(batch, tokens=np.concatenate([batch.input_ids[:1, :1].repeat(2, 0), batch.input_ids[:, 1:]], 1))
     whole = run(batch)[2]
-    net = flowseg.bind(graphdef, params)
-    seen = jax.jit(net.see)(Views(batch.images, batch.scaled_size, batch.vision_images), batch.tokens[0, :behind])
-    ask = jax.jit(net.ask)
+    net = flowseg.bind_params(graphdef, params)
+    seen = jax.jit(net.prefill_image)(
+        ImageInputs(batch.sam_images, batch.resized_hw, batch.siglip_images), batch.input_ids[0, :behind]
+    )
+    ask = jax.jit(net.predict_cached)
     for phrases, text in (((0, 1, 2), 0), ((1,), 0), ((0, 2), 9)):
         found = ask(seen, questions(batch, behind, phrases, text))
         close(found.scores[:, phrases], whole.scores[:, phrases])
@@ -123,14 +125,14 @@ def test_phrases_of_an_image_do_not_see_each_other(model, run):
     cfg, *_ = model
     batch = small.batch(cfg)
     found = run(batch)[2]
-    tokens = np.where((batch.segments == 1) & (batch.phrase_ids == 0), 5, batch.tokens)
+    tokens = np.where((batch.segment_ids == 1) & (batch.phrase_ids == 0), 5, batch.input_ids)
     other = run(dataclasses.replace(batch, tokens=tokens))[2]
     assert np.abs(np.asarray(found.scores - other.scores)[:, 0]).max() > 1e-4
     close(found.scores[:, 1], other.scores[:, 1])
 
 
 def test_mode_off_has_no_parameters_of_the_semantic_flow():
-    names = lambda cfg: set(flatten(flowseg.at_rest(flowseg.describe(cfg)[1])))  # noqa: E731
+    names = lambda cfg: set(flatten_params(flowseg.params_dict(flowseg.abstract_model(cfg)[1])))  # noqa: E731
     on, off = names(small.config()), names(small.config(semantic_flow=OFF, boundary=BoundaryConfig(enabled=False)))
     extra = {name.split("/")[1] if name.startswith("boundary") else name.split("/")[2] for name in on - off}
     assert extra == {"semantic", "refinement", "compress", "refine", "alpha"}
@@ -142,13 +144,15 @@ def test_mode_off_has_no_parameters_of_the_semantic_flow():
 def test_residual_with_zero_outputs_starts_as_the_plain_scaffold():
     flow = small.config(semantic_flow=SemanticFlowConfig(norm="residual"))
     plain = small.config(semantic_flow=OFF)
-    graphdef, params = flowseg.create(flow, 3)
-    plain_graphdef, plain_params = flowseg.create(plain, 4)
-    kept = {name: value for name, value in flatten(params).items() if "/semantic/" not in name and "/refinement/" not in name}
-    assert kept.keys() == flatten(plain_params).keys()
+    graphdef, params = flowseg.init_model(flow, 3)
+    plain_graphdef, plain_params = flowseg.init_model(plain, 4)
+    kept = {
+        name: value for name, value in flatten_params(params).items() if "/semantic/" not in name and "/refinement/" not in name
+    }
+    assert kept.keys() == flatten_params(plain_params).keys()
     batch = small.batch(flow)
-    forward = lambda graph: jax.jit(lambda p: flowseg.bind(graph, p)(batch).decoder)  # noqa: E731
-    a, b = forward(graphdef)(params), forward(plain_graphdef)(nest(kept))
+    forward = lambda graph: jax.jit(lambda p: flowseg.bind_params(graph, p)(batch).decoder_output)  # noqa: E731
+    a, b = forward(graphdef)(params), forward(plain_graphdef)(unflatten_params(kept))
     close(b.class_logits, a.class_logits, 1e-6)
     close(b.mask_embeds, a.mask_embeds, 1e-6)
 
@@ -158,7 +162,7 @@ def test_the_semantic_flow_reads_its_own_phrase_only(model, run):
     cfg, *_ = model
     batch = small.batch(cfg)
     a = run(batch)[1]
-    tokens = batch.tokens.copy()
+    tokens = batch.input_ids.copy()
     tokens[1] = np.where(batch.phrase_ids[1] == 0, 5, tokens[1])
     b = run(dataclasses.replace(batch, tokens=tokens))[1]
     passes = a.conditions.own.shape[0] // 2
@@ -170,17 +174,17 @@ def test_same_target_is_no_negative():
     phrase_mask = jnp.array([[0, 0, 1], [0, 1, -1]])
     embeds = jnp.arange(2 * 3 * 4, dtype=jnp.float32).reshape(2, 3, 4)
     conditions = flowseg.referring_conditions(embeds, jnp.ones((1, 4)), phrase_mask, 2, True)
-    valid = np.asarray(conditions.valid).astype(int).tolist()
+    valid = np.asarray(conditions.valid_mask).astype(int).tolist()
     assert valid[0] == [1, 0, 1, 1, 1, 0, 1]  # phrase 1 names the same object; the last of the other image does not exist
     assert valid[2] == [1, 1, 1, 1, 1, 0, 1]
     assert valid[3] == [1, 1, 1, 1, 1, 0, 1]
-    assert np.asarray(conditions.own).astype(int).tolist()[4] == [0, 0, 0, 0, 1, 0, 1]
+    assert np.asarray(conditions.attend_mask).astype(int).tolist()[4] == [0, 0, 0, 0, 1, 0, 1]
     kept = flowseg.referring_conditions(embeds, jnp.ones((1, 4)), phrase_mask, 2, False)
-    assert np.asarray(kept.valid).astype(int).tolist()[0] == [1, 1, 1, 1, 1, 0, 1]
+    assert np.asarray(kept.valid_mask).astype(int).tolist()[0] == [1, 1, 1, 1, 1, 0, 1]
 
 
 def count(cfg: FlowSegConfig) -> int:
-    return sum(math.prod(leaf.shape) for leaf in flatten(flowseg.at_rest(flowseg.describe(cfg)[1])).values())
+    return sum(math.prod(leaf.shape) for leaf in flatten_params(flowseg.params_dict(flowseg.abstract_model(cfg)[1])).values())
 
 
 def test_the_papers_parameter_budget():
@@ -233,7 +237,7 @@ def test_padding_is_the_mean_colour_at_the_bottom_and_the_right_of_a_picture_tha
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (2, 8, 8, 3), np.uint8)
     sizes = np.array([size, size[::-1]], np.int32)
-    got = np.asarray(flowseg.normalise_images(pixels, sizes))
+    got = np.asarray(flowseg.normalize_sam_images(pixels, sizes))
     mean, deviation = np.array([123.675, 116.28, 103.53]), np.array([58.395, 57.12, 57.375])
     for picture, (h, w), found in zip(pixels, sizes, got, strict=True):
         np.testing.assert_allclose(found[:h, :w], (picture[:h, :w] - mean) / deviation, atol=2e-5)

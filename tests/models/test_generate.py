@@ -14,9 +14,9 @@ import torch
 from flax import nnx
 from test_language import LENGTHS, REFERENCES, ROPE, SIZES, config_of, model_of, padded_rows, params_of
 
-from flowseg_jax.models.generate import Marks, generate, pair_outputs
-from flowseg_jax.models.language import Cache, Language, LanguageConfig
-from flowseg_jax.types import Asked
+from flowseg_jax.models.generate import SpecialTokenIds, generate, pair_seg_with_phrases
+from flowseg_jax.models.language import KVCache, LanguageConfig, LanguageModel
+from flowseg_jax.types import PromptQueries
 
 NEW = 6  # tokens to generate
 
@@ -33,7 +33,7 @@ def pair(request):
 
 @pytest.fixture(scope="module")
 def tiny():
-    return Language(LanguageConfig.tiny(50), rngs=nnx.Rngs(0))
+    return LanguageModel(LanguageConfig.tiny(50), rngs=nnx.Rngs(0))
 
 
 def read_in_chunks(model, embeds, positions, segments, sizes, slots):
@@ -141,7 +141,7 @@ def test_slots_beyond_the_need_and_junk_in_empty_ones_change_nothing(tiny):
 
 def test_append_by_hand():
     cfg = dataclasses.replace(LanguageConfig.tiny(50), layers=1, kv_heads=1, head_dim=2)
-    cache = Cache.empty(cfg, 2, 3, jnp.dtype(jnp.bfloat16))
+    cache = KVCache.empty(cfg, 2, 3, jnp.dtype(jnp.bfloat16))
     assert cache.keys.dtype == jnp.bfloat16 and cache.lengths.tolist() == [0, 0]
 
     def append(cache, keys, values, positions, segments):
@@ -154,12 +154,12 @@ def test_append_by_hand():
     assert cache.keys[0, :, :, 0, 1].tolist() == [[1, 10, 20], [4, 0, 0]]
     assert cache.values[0, :, :, 0, 1].tolist() == [[5, 50, 60], [8, 0, 0]]
     assert cache.positions.tolist() == [[8, 3, 4], [9, 0, 0]]
-    assert cache.segments.tolist() == [[0, 0, 2], [4, -1, -1]]
+    assert cache.segment_ids.tolist() == [[0, 0, 2], [4, -1, -1]]
     full = append(cache, [[7.0, 7.0], [9.0, 9.0]], [[0.0, 0.0], [0.0, 0.0]], [[1, 1], [1, 1]], [[0, 0], [0, 0]])
     assert full.keys[0, :, :, 0, 0].tolist() == [[1, 10, 20], [4, 9, 9]], "a full row keeps what it has"
-    grown = cache.grow(2)
-    assert grown.segments.tolist() == [[0, 0, 2, -1, -1], [4, -1, -1, -1, -1]] and grown.keys.shape == (1, 2, 5, 1, 2)
-    assert cache.repeat(2).segments.tolist() == [[0, 0, 2]] * 2 + [[4, -1, -1]] * 2
+    grown = cache.with_capacity(2)
+    assert grown.segment_ids.tolist() == [[0, 0, 2, -1, -1], [4, -1, -1, -1, -1]] and grown.keys.shape == (1, 2, 5, 1, 2)
+    assert cache.repeat(2).segment_ids.tolist() == [[0, 0, 2]] * 2 + [[4, -1, -1]] * 2
 
 
 def test_a_cache_smaller_than_the_prompt_is_refused(tiny):
@@ -283,13 +283,13 @@ def test_which_phrase_each_seg_stands_for(question, answer, expected):
     row = [ids.get(char, 1) for char in question + answer]
     tokens = np.full((2, 24), -1, np.int32)
     tokens[1, : len(row)] = row
-    pairs = jax.jit(lambda tokens: pair_outputs(tokens, len(question), Marks(7, 8, 9), 4))(tokens)
+    pairs = jax.jit(lambda tokens: pair_seg_with_phrases(tokens, len(question), SpecialTokenIds(7, 8, 9), 4))(tokens)
     assert not pairs.exists[0].any()
     found = [(int(pairs.start[1, j]), int(pairs.end[1, j]), int(pairs.seg[1, j])) for j in np.flatnonzero(pairs.exists[1])]
     assert found == expected
 
 
 def test_questions_without_answers_are_padded():
-    asked = Asked.of([[[1, 2], [3]], []], (2, 3, 4))
+    asked = PromptQueries.of([[[1, 2], [3]], []], (2, 3, 4))
     assert asked.lengths.tolist() == [[2, 1, 0], [0, 0, 0]]
-    assert asked.tokens[0].tolist() == [[1, 2, 0, 0], [3, 0, 0, 0], [0, 0, 0, 0]]
+    assert asked.input_ids[0].tolist() == [[1, 2, 0, 0], [3, 0, 0, 0], [0, 0, 0, 0]]

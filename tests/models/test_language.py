@@ -12,7 +12,7 @@ from flax import nnx
 from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from flowseg_jax.errors import UserError
-from flowseg_jax.models.language import Language, LanguageConfig
+from flowseg_jax.models.language import LanguageConfig, LanguageModel
 
 SIZES = dict(
     vocab_size=71,
@@ -50,7 +50,7 @@ def params_of(arrays, cfg):
 
 
 def model_of(cfg, params):
-    return hf_convert.build(lambda: Language(cfg, rngs=nnx.Rngs(0)), params)
+    return hf_convert.build(lambda: LanguageModel(cfg, rngs=nnx.Rngs(0)), params)
 
 
 def padded_rows():
@@ -90,11 +90,11 @@ def test_gradients_equal_hugging_face(reference):
     probe = np.random.default_rng(1).normal(size=(2, 13, cfg.vocab)).astype(np.float32) * real[..., None]
     reference.zero_grad()
     (run_reference(reference, tokens, real).logits * torch.tensor(probe)).sum().backward()
-    graphdef, _ = nnx.split(nnx.eval_shape(lambda: Language(cfg, rngs=nnx.Rngs(0))))
+    graphdef, _ = nnx.split(nnx.eval_shape(lambda: LanguageModel(cfg, rngs=nnx.Rngs(0))))
 
     def loss(params):
         model = nnx.merge(graphdef, params)
-        return (model(model.embed(tokens), positions, segments) @ model.unembedding().rows.T * probe).sum()
+        return (model(model.embed(tokens), positions, segments) @ model.lm_head_weight().weight.T * probe).sum()
 
     actual = jax.jit(jax.grad(loss))(params_of(hf_convert.weights(reference), cfg))
     worst = hf_convert.tree_error(actual, params_of(hf_convert.gradients(reference), cfg))
@@ -122,7 +122,7 @@ def test_conversations_behind_one_prefix_equal_separate_runs(reference):
 
 def test_more_padding_changes_nothing():
     cfg = LanguageConfig.tiny(50)
-    model = Language(cfg, rngs=nnx.Rngs(0))
+    model = LanguageModel(cfg, rngs=nnx.Rngs(0))
     embeds = np.random.default_rng(3).normal(size=(1, 8, cfg.width)).astype(np.float32)
     positions, segments = np.arange(8)[None], np.array([[0, 0, 0, 1, 1, 2, 2, 2]])
     call = jax.jit(model.__call__)
@@ -138,9 +138,9 @@ def test_more_padding_changes_nothing():
 
 
 def test_placeholder_ids_read_the_first_row():
-    model = Language(LanguageConfig.tiny(50), rngs=nnx.Rngs(0))
+    model = LanguageModel(LanguageConfig.tiny(50), rngs=nnx.Rngs(0))
     rows = model.embed(jnp.array([[-200, -1, 0, 49]]))
-    table = model.unembedding().rows
+    table = model.lm_head_weight().weight
     assert (np.asarray(rows[0]) == np.asarray(table)[[0, 0, 0, 49]]).all()
 
 
@@ -172,12 +172,12 @@ def count(width, layers, q, kv, head_norm, mlp):
     ids=["qwen3_4b", "qwen3_1b7", "phi3_mini", "smollm2_135m"],
 )
 def test_preset_has_the_checkpoints_parameters(cfg, expected):
-    state = nnx.state(nnx.eval_shape(lambda: Language(cfg, rngs=nnx.Rngs(0))))
+    state = nnx.state(nnx.eval_shape(lambda: LanguageModel(cfg, rngs=nnx.Rngs(0))))
     assert sum(x.size for x in jax.tree.leaves(state)) == expected
 
 
 def test_every_parameter_names_its_axes():
-    state = nnx.state(nnx.eval_shape(lambda: Language(LanguageConfig.tiny(50), rngs=nnx.Rngs(0))))
+    state = nnx.state(nnx.eval_shape(lambda: LanguageModel(LanguageConfig.tiny(50), rngs=nnx.Rngs(0))))
     for path, p in nnx.to_flat_state(state):
         assert len(p.get_metadata()["axes"]) == len(p.shape), path
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import small
 
-from flowseg_jax.checkpoints.manifest import flatten, nest
+from flowseg_jax.checkpoints.manifest import flatten_params, unflatten_params
 from flowseg_jax.errors import UserError
-from flowseg_jax.losses import LossConfig, denominators, divide, training_terms
+from flowseg_jax.losses import LossConfig, denominators, loss_terms, normalize_terms
 from flowseg_jax.models import flowseg
 from flowseg_jax.models.semantic_flow import SemanticFlowConfig
 
@@ -30,22 +30,24 @@ def whole():
 
 
 def losses_of(cfg, params, batch):
-    graphdef, _ = flowseg.describe(cfg)
+    graphdef, _ = flowseg.abstract_model(cfg)
 
     @jax.jit
     def forward(params, batch):
-        net = flowseg.bind(graphdef, params)
+        net = flowseg.bind_params(graphdef, params)
         keys = jax.vmap(jax.random.key)(jnp.arange(len(batch.tokens), dtype=jnp.uint32))
-        terms, watched = training_terms(net, batch, net(batch), keys, LOSSES)
-        return divide(terms), divide(watched), {name: count for name, (_, count) in terms.items()}
+        terms, watched = loss_terms(net, batch, net(batch), keys, LOSSES)
+        return normalize_terms(terms), normalize_terms(watched), {name: count for name, (_, count) in terms.items()}
 
     return forward(params, batch)
 
 
 def parts_of(params, cfg):
     """Those of the parameters that a model of fewer parts has."""
-    mine = flatten(flowseg.at_rest(flowseg.describe(cfg)[1]))
-    return nest({path: leaf for path, leaf in flatten(params).items() if path in mine}), {p.split("/")[0] for p in mine}
+    mine = flatten_params(flowseg.params_dict(flowseg.abstract_model(cfg)[1]))
+    return unflatten_params({path: leaf for path, leaf in flatten_params(params).items() if path in mine}), {
+        p.split("/")[0] for p in mine
+    }
 
 
 @pytest.mark.parametrize("parts", ["segmentor", "language"])
@@ -82,8 +84,8 @@ def test_what_does_not_fit_together_is_refused():
     with pytest.raises(
         UserError, match=r"m: holds only the parts 'language' of a model.*\(init_from\); it answers no expressions"
     ):
-        dataclasses.replace(cfg, parts="language").check_complete("m")
-    cfg.check_complete("m")
+        dataclasses.replace(cfg, parts="language").require_full_model("m")
+    cfg.require_full_model("m")
 
 
 def test_a_segmentor_has_no_visual_tokens(whole):

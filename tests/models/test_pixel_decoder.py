@@ -17,8 +17,14 @@ from transformers import Mask2FormerConfig
 from transformers.models.mask2former import modeling_mask2former as hf
 
 from flowseg_jax.errors import UserError
-from flowseg_jax.models.pixel_decoder import PixelDecoder, PixelDecoderConfig, direction_grid, reference_points, sine_positions
-from flowseg_jax.models.stack import scan
+from flowseg_jax.models.pixel_decoder import (
+    PixelDecoder,
+    PixelDecoderConfig,
+    init_sampling_offsets,
+    reference_points,
+    sine_position_embedding,
+)
+from flowseg_jax.models.stack import scan_layers
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -94,9 +100,9 @@ def nhwc(x: np.ndarray) -> np.ndarray:
 
 def test_sine_positions_are_xsams():
     theirs = np.load(GOLDEN / "xsam_connector_units.npz")["sine_pos/out_nchw_8ch_3x5"]
-    assert error(sine_positions(3, 5, 8)[None], nhwc(theirs)) <= 1e-6
+    assert error(sine_position_embedding(3, 5, 8)[None], nhwc(theirs)) <= 1e-6
     with pytest.raises(ValueError, match="multiple of 4"):
-        sine_positions(3, 5, 6)
+        sine_position_embedding(3, 5, 6)
 
 
 def test_every_stage_is_xsams(golden):
@@ -112,7 +118,7 @@ def test_every_stage_is_xsams(golden):
         shapes = tuple(x.shape[1:3] for x in projected)
         positions, reference = model.positions(shapes), reference_points(shapes)
         x = jnp.concatenate([x.reshape(1, -1, 64) for x in projected], axis=1)
-        x, _ = scan(model.layers, lambda layer, x, _: (layer(x, positions, reference, shapes), None), x, stop=1)
+        x, _ = scan_layers(model.layers, lambda layer, x, _: (layer(x, positions, reference, shapes), None), x, stop=1)
         return projected, positions, x, *model(features)
 
     projected, positions, first, mask_features, levels = stages(params, features)
@@ -307,7 +313,7 @@ def test_initial_values():
     theirs = hf.Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention(64, 8, 3, 4)
     hf.Mask2FormerPreTrainedModel(Mask2FormerConfig())._init_weights(theirs)
     bias = theirs.sampling_offsets.bias.detach().numpy()
-    np.testing.assert_allclose(direction_grid(8, 3, 4), bias, atol=1e-5)
+    np.testing.assert_allclose(init_sampling_offsets(8, 3, 4), bias, atol=1e-5)
     np.testing.assert_allclose(params["layers/attention/offsets/bias"], np.stack([bias, bias]), atol=1e-5)
 
 

@@ -13,7 +13,7 @@ from transformers.models.sam.configuration_sam import SamVisionConfig
 from transformers.models.sam.modeling_sam import SamVisionEncoder
 
 from flowseg_jax.errors import UserError
-from flowseg_jax.models.sam import Sam, SamConfig
+from flowseg_jax.models.sam import SamConfig, SamImageEncoder
 from flowseg_jax.ops.attention import grid
 from flowseg_jax.ops.attention import xla as attention_module
 
@@ -69,8 +69,8 @@ def test_every_hidden_state_equals_hugging_face(pattern):
     layers, global_layers = PATTERNS[pattern]
     reference = build_reference(layers, global_layers)
     cfg = SamConfig.from_hf(reference.config.to_dict())
-    assert cfg.grid == 9 and cfg.global_layers == global_layers
-    model = hf_convert.build(lambda: Sam(cfg, rngs=nnx.Rngs(0)), hf_convert.sam(hf_convert.weights(reference), cfg))
+    assert cfg.grid_size == 9 and cfg.global_layers == global_layers
+    model = hf_convert.build(lambda: SamImageEncoder(cfg, rngs=nnx.Rngs(0)), hf_convert.sam(hf_convert.weights(reference), cfg))
     images = images_of(58)
     _, states = run_reference(reference, images)
     for select in [tuple(range(layers + 1)), (-2, -1)]:
@@ -82,7 +82,7 @@ def test_every_hidden_state_equals_hugging_face(pattern):
 def test_window_dividing_and_larger_than_the_grid(window):
     reference = build_reference(2, (1,), window_size=window)
     cfg = SamConfig.from_hf(reference.config.to_dict())
-    model = hf_convert.build(lambda: Sam(cfg, rngs=nnx.Rngs(0)), hf_convert.sam(hf_convert.weights(reference), cfg))
+    model = hf_convert.build(lambda: SamImageEncoder(cfg, rngs=nnx.Rngs(0)), hf_convert.sam(hf_convert.weights(reference), cfg))
     images = images_of(58)
     _, states = run_reference(reference, images)
     assert hf_convert.error(run(model, images, (2,))[0], states[2].detach().numpy()) < 1e-5
@@ -90,13 +90,13 @@ def test_window_dividing_and_larger_than_the_grid(window):
 
 def test_equal_blocks_run_as_one_scan_with_the_same_numbers(monkeypatch):
     select = (4, 2, 3)
-    model = Sam(SamConfig.tiny(), rngs=nnx.Rngs(0))
+    model = SamImageEncoder(SamConfig.tiny(), rngs=nnx.Rngs(0))
     images = jnp.asarray(images_of(96))
     jaxpr = lambda: jax.make_jaxpr(lambda x: model(x, select))(images)  # noqa: E731
     scans = lambda: sum(e.primitive.name == "scan" for e in jaxpr().eqns)  # noqa: E731
     assert scans() == 1
     blocks = run(model, images, select)
-    monkeypatch.setattr(Sam, "_period", lambda self, select: None)
+    monkeypatch.setattr(SamImageEncoder, "_period", lambda self, select: None)
     assert scans() == 4
     for actual, expected in zip(blocks, run(model, images, select), strict=True):
         assert hf_convert.error(actual, expected) < 1e-6
@@ -104,7 +104,7 @@ def test_equal_blocks_run_as_one_scan_with_the_same_numbers(monkeypatch):
 
 def test_layers_behind_the_deepest_state_do_not_run():
     cfg = SamConfig.tiny()
-    graphdef, state = nnx.split(Sam(cfg, rngs=nnx.Rngs(0)))
+    graphdef, state = nnx.split(SamImageEncoder(cfg, rngs=nnx.Rngs(0)))
     images = jnp.asarray(images_of(96))
     loss = lambda p: nnx.merge(graphdef, p)(images, (1, 3))[1].std()  # noqa: E731
     gradient = jax.jit(jax.grad(loss))(nnx.to_pure_dict(state))
@@ -123,7 +123,7 @@ def test_gradients_equal_hugging_face(pattern, remat):
     select = (layers - 1, layers)
     probes = [np.random.default_rng(i).normal(size=states[i].shape).astype(np.float32) for i in select]
     sum((states[i] * torch.tensor(p)).sum() for i, p in zip(select, probes, strict=True)).backward()
-    graphdef, _ = nnx.split(nnx.eval_shape(lambda: Sam(cfg, rngs=nnx.Rngs(0))))
+    graphdef, _ = nnx.split(nnx.eval_shape(lambda: SamImageEncoder(cfg, rngs=nnx.Rngs(0))))
 
     def loss(p, x):
         return sum((y * w).sum() for y, w in zip(nnx.merge(graphdef, p)(x, select), probes, strict=True))
@@ -137,11 +137,11 @@ def test_gradients_equal_hugging_face(pattern, remat):
 def test_global_attention_never_holds_scores_or_bias_of_all_queries(monkeypatch):
     """With chunked attention no array of the whole tower is as large as all scores: the relative positions add none."""
     cfg = dataclasses.replace(SamConfig.tiny(), layers=1, heads=4, global_layers=(0,))
-    largest = cfg.heads * cfg.grid**4
+    largest = cfg.heads * cfg.grid_size**4
     monkeypatch.setattr(attention_module, "WHOLE_BYTES", largest)
     monkeypatch.setattr(attention_module, "CHUNK_BYTES", largest)
     monkeypatch.setattr(grid, "CHUNK_BYTES", largest)
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: Sam(cfg, rngs=nnx.Rngs(0))))
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: SamImageEncoder(cfg, rngs=nnx.Rngs(0))))
     loss = lambda p, x: nnx.merge(graphdef, p)(x, (1,))[0].sum()  # noqa: E731
     trace = jax.make_jaxpr(jax.grad(loss))(nnx.to_pure_dict(state), jax.ShapeDtypeStruct((1, 96, 96, 3), jnp.float32))
     sizes = [v.aval.size for e in equations(trace.jaxpr) for v in e.outvars if hasattr(v.aval, "size")]
@@ -151,7 +151,7 @@ def test_global_attention_never_holds_scores_or_bias_of_all_queries(monkeypatch)
 def test_bfloat16_stays_bfloat16_and_near():
     reference = build_reference(2, (1,))
     cfg = SamConfig.from_hf(reference.config.to_dict())
-    model = hf_convert.build(lambda: Sam(cfg, rngs=nnx.Rngs(0)), hf_convert.sam(hf_convert.weights(reference), cfg))
+    model = hf_convert.build(lambda: SamImageEncoder(cfg, rngs=nnx.Rngs(0)), hf_convert.sam(hf_convert.weights(reference), cfg))
     images = images_of(58)
     _, states = run_reference(reference, images)
     for i, half in enumerate(run(model, images.astype(jnp.bfloat16), (1, 2)), start=1):
@@ -163,17 +163,17 @@ def test_bfloat16_stays_bfloat16_and_near():
 
 def test_preset_has_the_checkpoints_parameters():
     cfg = SamConfig.vit_large()
-    state = nnx.state(nnx.eval_shape(lambda: Sam(cfg, rngs=nnx.Rngs(0))))
+    state = nnx.state(nnx.eval_shape(lambda: SamImageEncoder(cfg, rngs=nnx.Rngs(0))))
     w, mlp, e = 1024, 4096, 64
     layer = 4 * (w * w + w) + (w * mlp + mlp) + (mlp * w + w) + 2 * 2 * w
     relative = 20 * 2 * 27 * e + 4 * 2 * 127 * e
     expected = 16 * 16 * 3 * w + w + 64 * 64 * w + 24 * layer + relative
-    assert cfg.grid == 64
+    assert cfg.grid_size == 64
     assert sum(x.size for x in jax.tree.leaves(state)) == expected == 307_425_280
 
 
 def test_every_parameter_names_its_axes():
-    state = nnx.state(nnx.eval_shape(lambda: Sam(SamConfig.tiny(), rngs=nnx.Rngs(0))))
+    state = nnx.state(nnx.eval_shape(lambda: SamImageEncoder(SamConfig.tiny(), rngs=nnx.Rngs(0))))
     for path, p in nnx.to_flat_state(state):
         assert len(p.get_metadata()["axes"]) == len(p.shape), path
 
@@ -193,7 +193,7 @@ def test_wrong_use_is_refused():
             dataclasses.replace(cfg, **change)
     with pytest.raises(UserError, match="names layer 4"):
         dataclasses.replace(cfg, global_layers=(1, 4))
-    model = Sam(cfg, rngs=nnx.Rngs(0))
+    model = SamImageEncoder(cfg, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="image_size 96"):
         model(jnp.zeros((1, 96, 88, 3)), (4,))
     for select in [(), (5,), (-6,)]:

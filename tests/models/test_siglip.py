@@ -12,7 +12,7 @@ from flax import nnx
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from flowseg_jax.errors import UserError
-from flowseg_jax.models.siglip import Siglip, SiglipConfig
+from flowseg_jax.models.siglip import SiglipConfig, SiglipVisionEncoder
 
 # No two sizes agree, and 45 pixels hold 6 patches of 7 with a remainder.
 HF = dict(hidden_size=24, intermediate_size=52, num_hidden_layers=3, num_attention_heads=3, image_size=45, patch_size=7)
@@ -44,7 +44,7 @@ def run_reference(reference, images):
 
 
 def test_hidden_states_equal_hugging_face(reference, cfg, params, images):
-    model = hf_convert.build(lambda: Siglip(cfg, rngs=nnx.Rngs(0)), params)
+    model = hf_convert.build(lambda: SiglipVisionEncoder(cfg, rngs=nnx.Rngs(0)), params)
     _, hidden = run_reference(reference, images)
     assert len(hidden) == cfg.layers + 1
     actual = jax.jit(lambda x: [model(x, layers=i) for i in (*range(cfg.layers + 1), None)])(images)
@@ -58,7 +58,7 @@ def test_gradients_equal_hugging_face(reference, cfg, params, images, remat):
     probe = np.random.default_rng(1).normal(size=hidden[-2].shape).astype(np.float32)
     reference.zero_grad()
     (hidden[-2] * torch.tensor(probe)).sum().backward()
-    make = lambda: Siglip(dataclasses.replace(cfg, remat=remat), rngs=nnx.Rngs(0))  # noqa: E731
+    make = lambda: SiglipVisionEncoder(dataclasses.replace(cfg, remat=remat), rngs=nnx.Rngs(0))  # noqa: E731
     graphdef, _ = nnx.split(nnx.eval_shape(make))
     loss = lambda p, x: (nnx.merge(graphdef, p)(x, layers=cfg.layers - 1) * probe).sum()  # noqa: E731
     by_params, by_images = jax.jit(jax.grad(loss, (0, 1)))(params, jnp.asarray(images))
@@ -68,7 +68,7 @@ def test_gradients_equal_hugging_face(reference, cfg, params, images, remat):
 
 
 def test_bfloat16_stays_bfloat16_and_near(reference, cfg, params, images):
-    model = hf_convert.build(lambda: Siglip(cfg, rngs=nnx.Rngs(0)), params)
+    model = hf_convert.build(lambda: SiglipVisionEncoder(cfg, rngs=nnx.Rngs(0)), params)
     half = jax.jit(model.__call__)(jnp.asarray(images, jnp.bfloat16))
     assert half.dtype == jnp.bfloat16
     _, hidden = run_reference(reference, images)
@@ -79,15 +79,15 @@ def test_bfloat16_stays_bfloat16_and_near(reference, cfg, params, images):
 
 def test_preset_has_the_checkpoints_parameters():
     cfg = SiglipConfig.so400m_14_384()
-    state = nnx.state(nnx.eval_shape(lambda: Siglip(cfg, rngs=nnx.Rngs(0))))
+    state = nnx.state(nnx.eval_shape(lambda: SiglipVisionEncoder(cfg, rngs=nnx.Rngs(0))))
     w, mlp = 1152, 4304
     layer = 4 * (w * w + w) + (w * mlp + mlp) + (mlp * w + w) + 2 * 2 * w
-    assert cfg.tokens == 729
+    assert cfg.num_patches == 729
     assert sum(x.size for x in jax.tree.leaves(state)) == 14 * 14 * 3 * w + w + 729 * w + 27 * layer == 412_984_944
 
 
 def test_every_parameter_names_its_axes():
-    state = nnx.state(nnx.eval_shape(lambda: Siglip(SiglipConfig.tiny(), rngs=nnx.Rngs(0))))
+    state = nnx.state(nnx.eval_shape(lambda: SiglipVisionEncoder(SiglipConfig.tiny(), rngs=nnx.Rngs(0))))
     for path, p in nnx.to_flat_state(state):
         assert len(p.get_metadata()["axes"]) == len(p.shape), path
 
@@ -104,7 +104,7 @@ def test_wrong_use_is_refused(cfg, params):
         dataclasses.replace(cfg, heads=5)
     with pytest.raises(UserError, match="patch_size"):
         dataclasses.replace(cfg, patch_size=64)
-    model = hf_convert.build(lambda: Siglip(cfg, rngs=nnx.Rngs(0)), params)
+    model = hf_convert.build(lambda: SiglipVisionEncoder(cfg, rngs=nnx.Rngs(0)), params)
     with pytest.raises(ValueError, match="image_size 45"):
         model(jnp.zeros((1, 48, 48, 3)))
     with pytest.raises(ValueError, match="asked for 4"):

@@ -11,7 +11,7 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.sharding import AxisType, PartitionSpec
 
-from flowseg_jax.ops.attention import attention, causal, flash
+from flowseg_jax.ops.attention import attention, causal_mask, flash
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ def test_flash_on_the_parts_of_each_device(monkeypatch, rng, manual, batch, grou
     ids = jnp.zeros((batch, 8), jnp.int32)
 
     def run(q, k, v, ids, impl="flash"):
-        out, back = jax.vjp(lambda *x: attention(*x, mask=causal(ids, ids), impl=impl), q, k, v)
+        out, back = jax.vjp(lambda *x: attention(*x, mask=causal_mask(ids, ids), impl=impl), q, k, v)
         return out, *back(jnp.cos(out))
 
     mesh = jax.make_mesh((2, 2), ("fsdp", "tensor"), devices=jax.devices()[:4], axis_types=(AxisType.Auto,) * 2)

@@ -12,14 +12,14 @@ import small
 from flax import nnx
 
 from flowseg_jax import sharding
-from flowseg_jax.checkpoints.manifest import flatten, nest
+from flowseg_jax.checkpoints.manifest import flatten_params, unflatten_params
 from flowseg_jax.data import collate, images
-from flowseg_jax.data.eval_dataset import EvalBatch, Round
+from flowseg_jax.data.eval_dataset import EvalBatch, QueryRound
 from flowseg_jax.data.records import Sample
 from flowseg_jax.evaluation.evaluator import Evaluator
 from flowseg_jax.evaluation.runner import evaluate
 from flowseg_jax.models import flowseg
-from flowseg_jax.types import IMAGE_TOKEN, NONE
+from flowseg_jax.types import IMAGE_TOKEN_INDEX, PAD
 
 CFG = small.lean()
 PHRASES, LENGTH, SCENES = 2, 5, 11
@@ -28,7 +28,7 @@ PHRASES, LENGTH, SCENES = 2, 5, 11
 class Data:
     """Random images with one to five random questions each, and random discs as truth."""
 
-    prefix = np.array([3, *[IMAGE_TOKEN] * CFG.visual_tokens], np.int32)
+    prefix = np.array([3, *[IMAGE_TOKEN_INDEX] * CFG.num_visual_tokens], np.int32)
 
     def __init__(self, batch, *, only=None, skip=()):
         rng = np.random.default_rng(0)
@@ -48,7 +48,9 @@ class Data:
             group = self.scenes[at : at + self.batch]
             rounds = -(-max(len(truth) for *_, truth, _ in group) // PHRASES)
             yield EvalBatch(
-                collate.views([self.pixels(s[1]) for s in group], self.batch, (CFG.sam.image_size, CFG.siglip.image_size)),
+                collate.collate_images(
+                    [self.pixels(s[1]) for s in group], self.batch, (CFG.sam.image_size, CFG.siglip.image_size)
+                ),
                 [self.round(group, slice(r * PHRASES, (r + 1) * PHRASES)) for r in range(rounds)],
                 [s[0] for s in group],
                 [np.zeros((1, *s[2]), bool) for s in group],
@@ -62,23 +64,25 @@ class Data:
         from PIL import Image
 
         picture = Image.fromarray(image)
-        fitted, scaled = images.fit(picture, CFG.sam.image_size)
+        fitted, scaled = images.resize_and_pad(picture, CFG.sam.image_size)
         nothing = np.zeros((0, 1, 1), np.uint8)
-        return collate.Pixels(fitted, scaled, images.stretch(picture, CFG.siglip.image_size), nothing)
+        return collate.ProcessedImage(fitted, scaled, images.resize_to_square(picture, CFG.siglip.image_size), nothing)
 
     def round(self, group, part):
         said, samples = [], []
         for place, *_, tokens in group:
             here = list(enumerate(tokens))[part]
-            ids = [NONE, *[0] * (LENGTH - 2), NONE], [*[NONE] * (LENGTH - 1), 0]
-            encode = lambda t, k, ids=ids: collate.Encoded(t, t, *([k if i == 0 else NONE for i in one] for one in ids))  # noqa: E731
+            ids = [PAD, *[0] * (LENGTH - 2), PAD], [*[PAD] * (LENGTH - 1), 0]
+            encode = lambda t, k, ids=ids: collate.TokenizedConversation(
+                t, t, *([k if i == 0 else PAD for i in one] for one in ids)
+            )  # noqa: E731
             said.append([encode(t, k) for k, (_, t) in enumerate(here)])
             samples.append(
                 [Sample(place, f"{place}.jpg", place, place, n, f"{place} {n}", "", (0,), 1, f"{place} {n}") for n, _ in here]
             )
         truth = [s[3][part] for s in group]
         shape = (self.batch, PHRASES, PHRASES * LENGTH)
-        return Round(collate.questions(said, shape, len(self.prefix), 0, ["row"] * len(said)), samples, truth, truth)
+        return QueryRound(collate.collate_queries(said, shape, len(self.prefix), 0, ["row"] * len(said)), samples, truth, truth)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -90,10 +94,10 @@ def _small_parameters_are_divided_too():
 
 @functools.cache
 def records(devices, fsdp, batch):
-    graphdef, described = flowseg.describe(CFG)
+    graphdef, described = flowseg.abstract_model(CFG)
     mesh = sharding.make_mesh({"data": -1, "fsdp": fsdp}, jax.devices()[:devices])
-    partition = nest({k: v.spec for k, v in flatten(sharding.param_shardings(described, mesh)).items()})
-    evaluator = Evaluator(sharding.divided(nnx.merge(graphdef, described), mesh), mesh, partition)
+    partition = unflatten_params({k: v.spec for k, v in flatten_params(sharding.param_shardings(described, mesh)).items()})
+    evaluator = Evaluator(sharding.mark_fsdp_axes(nnx.merge(graphdef, described), mesh), mesh, partition)
     return evaluate(evaluator, small.params(CFG), functools.partial(Data, batch), split="val").records
 
 

@@ -12,9 +12,9 @@ import small
 
 from flowseg_jax import sharding
 from flowseg_jax.aot import hlo
-from flowseg_jax.checkpoints.manifest import flatten
+from flowseg_jax.checkpoints.manifest import flatten_params
 from flowseg_jax.training import program as module
-from flowseg_jax.training.program import Program
+from flowseg_jax.training.program import TrainProgram
 
 AXES = ("data", "fsdp", "tensor")
 WHOLE, LEAN = small.config(negatives_group=4), small.lean(negatives_group=4)
@@ -35,17 +35,17 @@ def trained(cfg, mesh: tuple[int, ...], accumulate: int = 1):
     batch = small.batch(cfg, images=8)
     config = small.experiment(cfg, batch, **dict(zip(AXES, mesh, strict=True)))
     config.optimizer.accumulate = accumulate
-    program = Program.build(config, jax.devices()[: int(np.prod(mesh))])
+    program = TrainProgram.build(config, jax.devices()[: int(np.prod(mesh))])
     state = small.start(program, small.params(cfg))
     order = program.division.rows()
-    batch = program.place(jax.tree.map(lambda x: np.asarray(x)[order], batch))
+    batch = program.to_device(jax.tree.map(lambda x: np.asarray(x)[order], batch))
     step = program.step.lower(program.state, program.batch).compile()
     seen = []
     for _ in range(2):
         state, metrics = step(state, batch)
         seen.append({name: float(value) for name, value in metrics.items()})
     jax.tree.map(lambda x, like: None if x.sharding == like.sharding else pytest.fail(f"{x.shape} moved"), state, program.state)
-    return program, step.as_text(), seen, flatten(jax.device_get(state.trainable))
+    return program, step.as_text(), seen, flatten_params(jax.device_get(state.trainable))
 
 
 def assert_equal_training(cfg, mesh: tuple[int, ...], accumulate: int = 1) -> None:
@@ -53,7 +53,7 @@ def assert_equal_training(cfg, mesh: tuple[int, ...], accumulate: int = 1) -> No
     _, _, expected, others = trained(cfg, (1, 1, 1))
     for ours, theirs in zip(seen, expected, strict=True):
         assert ours == pytest.approx(theirs, rel=2e-5)
-    start = flatten(small.params(cfg))
+    start = flatten_params(small.params(cfg))
     scale = max(np.abs(others[name] - start[name]).max() for name in start)
     for name, x in params.items():
         assert np.abs(x - others[name]).max() <= 1e-4 * scale, name
@@ -73,7 +73,7 @@ def test_the_same_training_of_the_whole_model(mesh):
 def test_moments_lie_where_their_parameters_do():
     program, *_ = trained(LEAN, (2, 2, 2), 2)
     (momentum,) = jax.tree.leaves(program.state.opt_state, is_leaf=lambda x: isinstance(x, dict))
-    place = lambda tree: {name: x.sharding.spec for name, x in flatten(tree).items()}  # noqa: E731
+    place = lambda tree: {name: x.sharding.spec for name, x in flatten_params(tree).items()}  # noqa: E731
     assert place(momentum) == place(program.state.trainable)
     divided = [name for name, spec in place(momentum).items() if "fsdp" in jax.tree.leaves(tuple(spec))]
     assert "llm/layers/q/kernel" in divided and "llm/table" in divided
@@ -82,5 +82,5 @@ def test_moments_lie_where_their_parameters_do():
 def test_no_loop_of_unknown_length_exchanges_anything():
     """A collective in the matcher's loops would make every device wait for the slowest image of the whole mesh."""
     _, text, *_ = trained(LEAN, (2, 2, 2), 2)
-    searches = [loop for loop in hlo.traffic(text).loops if loop.trip_count is None]
+    searches = [loop for loop in hlo.collective_stats(text).loops if loop.trip_count is None]
     assert searches and not [loop for loop in searches if loop.collectives]

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from flowseg_jax.ops.collectives import SHARD_AXIS, factors, gather, scatter_sum
-from flowseg_jax.ops.vocabulary import Vocabulary, cross_entropy, look_up
+from flowseg_jax.ops.collectives import SHARD_AXIS, all_gather_2d, reduce_scatter_2d, squarest_grid
+from flowseg_jax.ops.vocabulary import ShardedEmbedding, cross_entropy, embedding_lookup
 
 WORDS, WIDTH, TOKENS = 22, 8, 3  # 22 words do not divide by 4 devices
 
@@ -25,7 +25,7 @@ def everywhere(mesh, function, *specs, out):
 
 
 def test_factors_are_the_squarest_grid():
-    assert [factors(n) for n in (1, 2, 4, 8, 16, 24, 7)] == [(1, 1), (1, 2), (2, 2), (2, 4), (4, 4), (4, 6), (1, 7)]
+    assert [squarest_grid(n) for n in (1, 2, 4, 8, 16, 24, 7)] == [(1, 1), (1, 2), (2, 2), (2, 4), (4, 4), (4, 6), (1, 7)]
 
 
 def test_gather_puts_the_parts_in_order_and_scatter_sum_is_its_transpose(mesh, rng):
@@ -33,7 +33,7 @@ def test_gather_puts_the_parts_in_order_and_scatter_sum_is_its_transpose(mesh, r
     weights = rng.normal(size=(4, 8, 3)).astype(np.float32)  # what each device makes of the whole
 
     def local(x, weights):
-        whole, back = jax.vjp(lambda x: gather(x, -2), x)
+        whole, back = jax.vjp(lambda x: all_gather_2d(x, -2), x)
         return whole[None], back(weights[0])[0]
 
     whole, gradient = jax.jit(
@@ -48,7 +48,7 @@ def test_gather_puts_the_parts_in_order_and_scatter_sum_is_its_transpose(mesh, r
     for seen in whole:
         assert np.array_equal(seen, x)
     np.testing.assert_allclose(gradient, weights.sum(0), rtol=1e-5, atol=1e-6)
-    summed = everywhere(mesh, lambda w: scatter_sum(w[0], 0), (SHARD_AXIS,), out=(SHARD_AXIS,))(weights)
+    summed = everywhere(mesh, lambda w: reduce_scatter_2d(w[0], 0), (SHARD_AXIS,), out=(SHARD_AXIS,))(weights)
     np.testing.assert_allclose(summed, weights.sum(0), rtol=1e-5, atol=1e-6)
 
 
@@ -59,14 +59,14 @@ def test_a_divided_table_gives_the_rows_and_gradients_of_the_whole(mesh, rng):
     probe = rng.normal(size=(4, TOKENS, WIDTH)).astype(np.float32)
 
     def local(table, tokens, probe):
-        rows, back = jax.vjp(lambda table: look_up(Vocabulary.of_columns(table), tokens), table)
+        rows, back = jax.vjp(lambda table: embedding_lookup(ShardedEmbedding.from_fsdp_shard(table), tokens), table)
         return rows, back(probe)[0]
 
     split = PartitionSpec(SHARD_AXIS), PartitionSpec(None, SHARD_AXIS)
     rows, gradient = jax.jit(
         jax.shard_map(local, mesh=mesh, in_specs=(split[1], split[0], split[0]), out_specs=split, check_vma=False)
     )(table, tokens, probe)
-    expected, back = jax.vjp(lambda table: look_up(Vocabulary.whole(table), tokens), jnp.asarray(table))
+    expected, back = jax.vjp(lambda table: embedding_lookup(ShardedEmbedding.whole(table), tokens), jnp.asarray(table))
     assert np.array_equal(rows, expected)
     np.testing.assert_allclose(gradient, back(probe)[0], rtol=1e-6, atol=1e-6)
 
@@ -83,7 +83,7 @@ def test_a_divided_table_gives_the_loss_and_gradients_of_the_whole(mesh, rng, ch
         return cross_entropy(hidden, vocabulary, labels, chunk)
 
     def local(table, hidden, labels, scale):
-        losses, back = jax.vjp(lambda t, h: loss(Vocabulary.of_columns(t), h, labels), table, hidden)
+        losses, back = jax.vjp(lambda t, h: loss(ShardedEmbedding.from_fsdp_shard(t), h, labels), table, hidden)
         return losses, *back(scale)
 
     rows, columns = PartitionSpec(SHARD_AXIS), PartitionSpec(None, SHARD_AXIS)
@@ -94,7 +94,7 @@ def test_a_divided_table_gives_the_loss_and_gradients_of_the_whole(mesh, rng, ch
     p /= p.sum(-1, keepdims=True)
     wrong = scale[:, None] * (p - np.eye(WORDS)[labels])
     expected = -np.log(p[np.arange(len(labels)), labels]), wrong.T @ hidden, wrong @ table
-    whole, back = jax.vjp(lambda t, h: loss(Vocabulary.whole(t), h, labels), jnp.asarray(table), jnp.asarray(hidden))
+    whole, back = jax.vjp(lambda t, h: loss(ShardedEmbedding.whole(t), h, labels), jnp.asarray(table), jnp.asarray(hidden))
     for divided, one, formula in zip(found, (whole, *back(scale)), expected, strict=True):
         np.testing.assert_allclose(one, formula, rtol=2e-5, atol=2e-5)
         np.testing.assert_allclose(divided, formula, rtol=2e-5, atol=2e-5)

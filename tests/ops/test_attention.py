@@ -13,7 +13,17 @@ import torch
 import tpu
 from jax.experimental import pallas as pl
 
-from flowseg_jax.ops.attention import Rule, Tokens, attention, causal, cudnn, flash, grid, grid_attention, xla
+from flowseg_jax.ops.attention import (
+    AttentionMask,
+    TokenInfo,
+    attention,
+    causal_mask,
+    cudnn,
+    decomposed_rel_pos_attention,
+    flash,
+    grid,
+    xla,
+)
 
 B, S, T, H, E, F = 2, 7, 9, 4, 8, 6
 
@@ -123,7 +133,7 @@ def test_shapes_that_do_not_fit_are_refused(monkeypatch, bad):
         elif bad == "keys":
             attention(q, k[:, 1:], v)
         elif bad == "rule":
-            attention(q, k, v, mask=causal(jnp.zeros((B, S), int), jnp.zeros((B, S), int)))
+            attention(q, k, v, mask=causal_mask(jnp.zeros((B, S), int), jnp.zeros((B, S), int)))
         elif bad == "impl":
             attention(q, k, v, impl="fast")
         elif bad == "flash":
@@ -145,12 +155,12 @@ def test_a_rule_by_hand():
             [1, 1, 0, 0, 0, 0],
         ]
     )
-    assert (np.asarray(causal(segments, positions).matrix())[0, 0] == expected).all()
+    assert (np.asarray(causal_mask(segments, positions).materialize())[0, 0] == expected).all()
     expected[[2, 3, 3, 4], [0, 0, 1, 0]] = 0  # two or more positions back
-    assert (np.asarray(causal(segments, positions, window=2).matrix())[0, 0] == expected).all()
+    assert (np.asarray(causal_mask(segments, positions, window=2).materialize())[0, 0] == expected).all()
 
 
-def packed(rows: int, new: int, cached: int, window: int | None) -> Rule:
+def packed(rows: int, new: int, cached: int, window: int | None) -> AttentionMask:
     """New tokens of two conversations behind a prefix, of which some (and the prefix) are cached; both end in padding."""
     segments = np.zeros((rows, cached + new), np.int32)
     segments[:, cached + new // 4 : cached + new // 2], segments[:, cached + new // 2 :] = 1, 2
@@ -160,7 +170,7 @@ def packed(rows: int, new: int, cached: int, window: int | None) -> Rule:
     positions[:, cached + new // 2 :] -= new // 4
     order = np.tile(np.maximum(np.arange(-cached, new, dtype=np.int32), -1), (rows, 1))
     tokens = [jnp.asarray(x) for x in (order, segments, positions)]
-    return Rule(Tokens(*(x[:, cached:] for x in tokens)), Tokens(*tokens), window)
+    return AttentionMask(TokenInfo(*(x[:, cached:] for x in tokens)), TokenInfo(*tokens), window)
 
 
 @pytest.fixture
@@ -185,7 +195,7 @@ def test_flash_equals_the_plain_form(monkeypatch, interpreted, case):
     for gradient, want in zip(got, gradients, strict=True):
         assert gradient.shape == want.shape and relative(gradient, want) < 1e-5
     if rule is not None:
-        blind = ~np.asarray(rule.matrix()).any((1, 3))
+        blind = ~np.asarray(rule.materialize()).any((1, 3))
         assert blind[0].any() and not np.asarray(out)[blind].any() and not np.asarray(got[0])[blind].any()
 
 
@@ -193,7 +203,7 @@ def test_flash_passes_over_blocks_in_which_nobody_sees_anybody(monkeypatch):
     monkeypatch.setattr(flash, "BLOCKS", (128,))
     segments = jnp.asarray(np.repeat([[0, 1, 2, -1]], 128, 1))
     q = jnp.zeros((1, 512, 1, 8))
-    active, *_ = flash._describe(causal(segments, jnp.zeros_like(segments)), flash._Blocks.of(q, q))
+    active, *_ = flash._describe(causal_mask(segments, jnp.zeros_like(segments)), flash._Blocks.of(q, q))
     assert active[0].tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 0, 0]]
 
 
@@ -215,7 +225,7 @@ def test_grid_attention_matches_torch(monkeypatch, queries):
     shapes = (B, S, H, E), (B, 15, H, E), (B, 15, H, F), (B, S, H, 3), (B, S, H, 5)
     operands = [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
     cotangent = rng.standard_normal((B, S, H, F)).astype(np.float32)
-    got, pull = jax.vjp(jax.jit(lambda *x: grid_attention(*x)), *operands)
+    got, pull = jax.vjp(jax.jit(lambda *x: decomposed_rel_pos_attention(*x)), *operands)
     leaves = [torch.tensor(x, requires_grad=True) for x in operands]
     q, k, v, rows, columns = (x.transpose(1, 2) for x in leaves)
     bias = (rows[..., None] + columns[..., None, :]).flatten(-2)
@@ -230,8 +240,8 @@ def test_grid_attention_in_bfloat16_accumulates_in_float32(monkeypatch):
     monkeypatch.setattr(xla, "WHOLE_BYTES", 0)
     rng = np.random.default_rng(1)
     operands = [jnp.asarray(rng.standard_normal((1, 64, 2, 8)), jnp.bfloat16) for _ in range(5)]
-    exact = jax.jit(lambda *x: grid_attention(*x))(*(x.astype(jnp.float32) for x in operands))
-    got = jax.jit(lambda *x: grid_attention(*x))(*operands)
+    exact = jax.jit(lambda *x: decomposed_rel_pos_attention(*x))(*(x.astype(jnp.float32) for x in operands))
+    got = jax.jit(lambda *x: decomposed_rel_pos_attention(*x))(*operands)
     assert got.dtype == jnp.bfloat16 and relative(got.astype(jnp.float32), exact) < 1e-2
 
 
@@ -239,7 +249,7 @@ def test_grid_attention_in_bfloat16_accumulates_in_float32(monkeypatch):
 def test_grid_attention_is_a_kernel_on_tpu(monkeypatch, platform, kernels):
     monkeypatch.setattr(xla, "WHOLE_BYTES", 0)
     x, place = jnp.zeros((1, 256, 2, 64), jnp.bfloat16), jnp.zeros((1, 256, 2, 16), jnp.bfloat16)
-    step = jax.jit(jax.grad(lambda *x: grid_attention(*x).astype(jnp.float32).sum()))
+    step = jax.jit(jax.grad(lambda *x: decomposed_rel_pos_attention(*x).astype(jnp.float32).sum()))
     text = step.trace(x, x, x, place, place).lower(lowering_platforms=(platform,)).as_text()
     assert text.count("@tpu_custom_call") == kernels
 
@@ -257,7 +267,7 @@ def test_grid_attention_is_a_kernel_on_tpu(monkeypatch, platform, kernels):
 def test_the_platform_compiled_for_chooses(platform, tokens, mask, kernels):
     """One kernel forward and two backward, or none; that the program is traced on a CPU does not matter."""
     ids = jnp.zeros((1, tokens), jnp.int32)
-    masks = {"none": None, "rule": causal(ids, ids), "matrix": causal(ids, ids).matrix()}
+    masks = {"none": None, "rule": causal_mask(ids, ids), "matrix": causal_mask(ids, ids).materialize()}
     x = jnp.zeros((1, tokens, 2, 128), jnp.bfloat16)
     step = jax.jit(
         jax.value_and_grad(lambda q, k, v: attention(q, k, v, mask=masks[mask]).astype(jnp.float32).sum(), (0, 1, 2))

@@ -9,12 +9,12 @@ import pytest
 
 from flowseg_jax.losses import LossConfig, match_cost
 from flowseg_jax.models.mask_decoder import cosine_logits, mask_logits
-from flowseg_jax.ops.dot import dot, einsum, product
-from flowseg_jax.ops.vocabulary import Vocabulary, cross_entropy
+from flowseg_jax.ops.dot import dot, einsum, matmul_f32
+from flowseg_jax.ops.vocabulary import ShardedEmbedding, cross_entropy
 
 PRODUCTS = {
     "dot": (dot, (3, 4), (4, 5)),
-    "product": (lambda x, y: product(x, y, 1, 1), (3, 4), (5, 4)),
+    "product": (lambda x, y: matmul_f32(x, y, 1, 1), (3, 4), (5, 4)),
     "einsum": (lambda x, y: einsum("ij,kj->ik", x, y), (3, 4), (5, 4)),
     "mask_logits": (mask_logits, (1, 3, 4), (1, 2, 2, 4)),
     "cosine_logits": (lambda x, y: cosine_logits(x, y, jnp.ones((1, 5), bool), jnp.ones(1), 9.0), (1, 3, 4), (1, 5, 4)),
@@ -37,7 +37,7 @@ def test_a_tpu_does_not_round_float32(name):
 def test_half_precision_is_summed_in_float32_without_more_work():
     x = jax.ShapeDtypeStruct((3, 4), jnp.bfloat16)
     with jax.default_matmul_precision("default"):
-        text = jax.jit(lambda x, y: product(x, y, 1, 1)).trace(x, x).lower(lowering_platforms=("tpu",)).as_text()
+        text = jax.jit(lambda x, y: matmul_f32(x, y, 1, 1)).trace(x, x).lower(lowering_platforms=("tpu",)).as_text()
     assert "HIGHEST" not in text and "-> tensor<3x3xf32>" in text
 
 
@@ -65,7 +65,7 @@ def test_the_gradient_of_the_vocabulary_does_not_depend_on_the_chunk(rng):
     labels = jnp.asarray(rng.integers(0, 50, 512))
 
     def gradient(dtype, chunk: int) -> np.ndarray:
-        loss = lambda rows: cross_entropy(hidden.astype(dtype), Vocabulary.whole(rows.astype(dtype)), labels, chunk).sum()  # noqa: E731
+        loss = lambda rows: cross_entropy(hidden.astype(dtype), ShardedEmbedding.whole(rows.astype(dtype)), labels, chunk).sum()  # noqa: E731
         return np.asarray(jax.grad(loss)(rows))
 
     exact = gradient(jnp.float32, 512)

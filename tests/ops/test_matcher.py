@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from scipy.optimize import linear_sum_assignment
 
-from flowseg_jax.ops.matcher import LIMIT, hungarian, match
+from flowseg_jax.ops.matcher import LIMIT, batched_hungarian, hungarian
 
 M, Q = 6, 9
-solve = jax.jit(match)
+solve = jax.jit(batched_hungarian)
 
 
 def check(cost, valid, got, rtol=1e-6):
@@ -92,7 +92,7 @@ def test_as_many_targets_as_queries():
 def test_bfloat16_costs_are_solved_in_float32():
     cost = jnp.asarray(np.random.default_rng(4).standard_normal((8, M, Q)), jnp.bfloat16)
     valid = np.ones((8, M), bool)
-    check(cost.astype(jnp.float32), valid, match(cost, valid))
+    check(cost.astype(jnp.float32), valid, batched_hungarian(cost, valid))
 
 
 def test_padding_does_not_change_the_assignment():
@@ -109,12 +109,12 @@ def test_padding_does_not_change_the_assignment():
 def test_leading_axes_and_gradient():
     cost = np.random.default_rng(6).standard_normal((2, 3, M, Q)).astype(np.float32)
     valid = np.ones((2, 3, M), bool)
-    got = match(cost, valid)
+    got = batched_hungarian(cost, valid)
     assert got.shape == (2, 3, M) and got.dtype == jnp.int32
     check(cost, valid, got)
 
     def picked(cost):
-        return jnp.take_along_axis(cost, match(cost, valid)[..., None], -1).sum()
+        return jnp.take_along_axis(cost, batched_hungarian(cost, valid)[..., None], -1).sum()
 
     gradient = np.asarray(jax.grad(picked)(cost))
     np.testing.assert_array_equal(gradient.sum(-1), np.ones((2, 3, M)))

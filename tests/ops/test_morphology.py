@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from flowseg_jax.ops.morphology import band
+from flowseg_jax.ops.morphology import boundary_band
 
 
 @pytest.mark.parametrize("kernel", [1, 3, 5])
@@ -18,7 +18,7 @@ def test_matches_max_pooling(kernel, dtype):
     x = torch.tensor(np.asarray(prob, np.float32))
     pool = torch.nn.MaxPool2d(kernel, stride=1, padding=kernel // 2)  # torch pads a maximum with -inf
     gradient = pool(x) + pool(-x)
-    got = jax.jit(band, static_argnums=(1, 2))(prob, kernel, 0.3)
+    got = jax.jit(boundary_band, static_argnums=(1, 2))(prob, kernel, 0.3)
     assert got.dtype == dtype
     np.testing.assert_array_equal(np.asarray(got, np.float32), (gradient.to(torch.float32) > 0.3).numpy())
     assert kernel == 1 or 0 < np.asarray(got, np.float32).mean() < 1
@@ -26,15 +26,15 @@ def test_matches_max_pooling(kernel, dtype):
 
 def test_the_edge_of_the_map_is_no_boundary():
     for value in (0.0, 1.0):
-        assert not np.asarray(band(jnp.full((6, 6), value), 3, 0.1)).any()
+        assert not np.asarray(boundary_band(jnp.full((6, 6), value), 3, 0.1)).any()
 
 
 def test_a_step_has_a_band_one_pixel_wide_on_either_side():
     prob = np.zeros((4, 8), np.float32)
     prob[:, 4:] = 1
-    np.testing.assert_array_equal(band(prob, 3, 0.1), np.tile([0, 0, 0, 1, 1, 0, 0, 0], (4, 1)))
+    np.testing.assert_array_equal(boundary_band(prob, 3, 0.1), np.tile([0, 0, 0, 1, 1, 0, 0, 0], (4, 1)))
 
 
 def test_even_windows_are_refused():
     with pytest.raises(ValueError, match="odd"):
-        band(jnp.zeros((4, 4)), 2, 0.1)
+        boundary_band(jnp.zeros((4, 4)), 2, 0.1)

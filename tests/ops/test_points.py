@@ -11,7 +11,15 @@ import pytest
 import torch
 import tpu
 
-from flowseg_jax.ops.points import _running_count, _scatter, _spread, sample, sample_features, sample_packed, uncertain_points
+from flowseg_jax.ops.points import (
+    _running_count,
+    _scatter,
+    _spread,
+    sample_features,
+    sample_packed_masks,
+    sample_points,
+    uncertain_points,
+)
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "units_ops.npz"
 N, HEIGHT, WIDTH, P = 3, 5, 9, 40
@@ -37,7 +45,7 @@ def inputs():
 def test_sample_matches_grid_sample_with_gradients():
     maps, points = inputs()
     cotangent = np.random.default_rng(1).standard_normal((N, P)).astype(np.float32)
-    out, vjp = jax.vjp(jax.jit(sample), maps, points)
+    out, vjp = jax.vjp(jax.jit(sample_points), maps, points)
     tm, tp = torch.tensor(maps, requires_grad=True), torch.tensor(points, requires_grad=True)
     expected = grid_sample(tm[:, None], tp)[:, 0]
     expected.backward(torch.tensor(cotangent))
@@ -48,7 +56,7 @@ def test_sample_matches_grid_sample_with_gradients():
 
 def test_sample_matches_xsam():
     with np.load(GOLDEN) as golden:
-        out = sample(golden["sample_point/in"][:, 0], golden["sample_point/coords_xy"])
+        out = sample_points(golden["sample_point/in"][:, 0], golden["sample_point/coords_xy"])
         assert relative(out, golden["sample_point/out"]) < 1e-5
 
 
@@ -64,7 +72,7 @@ def test_feature_sampling_matches_grid_sample_and_commutes_with_the_product():
     assert relative(vjp(jnp.ones_like(out))[0], leaf.grad) < 1e-5
     queries = rng.standard_normal((4, 6)).astype(np.float32)
     masks = np.einsum("qd,hwd->qhw", queries, features)
-    assert relative(queries @ np.asarray(out).T, sample(masks, np.stack([points] * 4))) < 1e-5
+    assert relative(queries @ np.asarray(out).T, sample_points(masks, np.stack([points] * 4))) < 1e-5
     assert sample_features(jnp.asarray(features, jnp.bfloat16), points).dtype == jnp.bfloat16
 
 
@@ -74,12 +82,12 @@ def test_packed_masks_sample_as_unpacked_ones():
     points = rng.uniform(-0.1, 1.1, (N, 200, 2)).astype(np.float32)
     packed = np.packbits(masks, axis=-1)
     assert packed.shape == (N, 16, 2)
-    got = jax.jit(sample_packed)(packed, points)
+    got = jax.jit(sample_packed_masks)(packed, points)
     assert got.dtype == jnp.float32
-    np.testing.assert_allclose(got, sample(masks.astype(np.float32), points), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(got, sample_points(masks.astype(np.float32), points), rtol=0, atol=1e-6)
     # Centres of pixels give the pixels themselves, bit by bit.
     centre = (np.stack(np.meshgrid(np.arange(16), np.arange(16)), -1).reshape(1, 256, 2) + 0.5) / 16
-    got = sample_packed(packed, np.repeat(centre, N, 0).astype(np.float32))
+    got = sample_packed_masks(packed, np.repeat(centre, N, 0).astype(np.float32))
     np.testing.assert_allclose(got, masks.reshape(N, -1), atol=1e-5)
 
 
@@ -88,15 +96,15 @@ def test_packed_masks_of_any_width():
     rng = np.random.default_rng(4)
     masks = rng.integers(0, 2, (N, 13, 13)).astype(np.uint8)
     points = rng.uniform(-0.1, 1.1, (N, 200, 2)).astype(np.float32)
-    got = sample_packed(np.packbits(masks, axis=-1), points, 13)
-    np.testing.assert_allclose(got, sample(masks.astype(np.float32), points), rtol=0, atol=1e-6)
+    got = sample_packed_masks(np.packbits(masks, axis=-1), points, 13)
+    np.testing.assert_allclose(got, sample_points(masks.astype(np.float32), points), rtol=0, atol=1e-6)
 
 
 def test_packed_masks_are_never_unpacked():
     """At full size, 64 masks of 1,024 pixels are 256 MiB as float32; sampling them must need less than a tenth."""
     masks = jax.ShapeDtypeStruct((64, 1024, 128), jnp.uint8)
     points = jax.ShapeDtypeStruct((64, 1024, 2), jnp.float32)
-    memory = jax.jit(sample_packed).lower(masks, points).compile().memory_analysis()
+    memory = jax.jit(sample_packed_masks).lower(masks, points).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 25 * 2**20
 
 
@@ -104,9 +112,9 @@ def test_packed_masks_are_never_unpacked():
 def test_points_far_outside_are_zero(far):
     maps = np.ones((1, 4, 8), np.float32)
     points = np.array([[[far, 0.5], [0.5, far], [0.5, 0.5]]], np.float32)
-    np.testing.assert_allclose(sample(maps, points), [[0, 0, 1]])
+    np.testing.assert_allclose(sample_points(maps, points), [[0, 0, 1]])
     packed = np.full((1, 4, 1), 255, np.uint8)
-    np.testing.assert_allclose(sample_packed(packed, points), [[0, 0, 1]])
+    np.testing.assert_allclose(sample_packed_masks(packed, points), [[0, 0, 1]])
 
 
 def test_uncertain_points_are_those_nearest_to_zero():

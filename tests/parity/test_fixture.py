@@ -14,12 +14,12 @@ from convert_weights.parity.compare import stage1_samples
 from convert_weights.parity.fixture import STAGE1, Fixture
 from convert_weights.parity.preprocessing import assemble, compare_inputs, read_conversation, read_samples
 from convert_weights.parity.report import Report
-from flowseg_jax.checkpoints.manifest import flatten
+from flowseg_jax.checkpoints.manifest import flatten_params
 from flowseg_jax.data import images
-from flowseg_jax.data.prompts import CHATS
+from flowseg_jax.data.prompts import CHAT_TEMPLATES
 from flowseg_jax.errors import UserError
 from flowseg_jax.models import flowseg
-from flowseg_jax.types import IMAGE_TOKEN, NO_LABEL, NONE
+from flowseg_jax.types import IGNORE_INDEX, IMAGE_TOKEN_INDEX, PAD
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden" / "xsam"
 
@@ -41,8 +41,8 @@ def test_another_model(phi3):
     assert cfg.sam.grid == 13 and cfg.visual_tokens == 25 + 7 * 7
     assert cfg.pixel_decoder.strides == (32, 16, 8, 4) and cfg.pixel_decoder.fpn_stages == 0
     assert cfg.connector_layers == (5, 2, 3, 4)
-    _, abstract = flowseg.describe(cfg)
-    shapes = {name: x.shape for name, x in flatten(flowseg.at_rest(abstract)).items()}
+    _, abstract = flowseg.abstract_model(cfg)
+    shapes = {name: x.shape for name, x in flatten_params(flowseg.params_dict(abstract)).items()}
     assert shapes["sam/global_layers/rel_pos_h"] == (2, 25, 8) and shapes["sam/window_layers/rel_pos_h"] == (3, 7, 8)
     assert shapes["llm/layers/q/kernel"] == (3, 72, 60) and shapes["llm/layers/k/kernel"] == (3, 72, 30)
     assert shapes["llm/head"] == (267, 72)
@@ -73,11 +73,11 @@ def test_text_of_phi3(phi3):
     ids = phi3.value("special_ids")
     text = samples[1].text.whole()
     newline = phi3.tokenizer().encode("\n")[0]
-    assert text["input_ids"][:5] == [ids["<s>"], ids["<|user|>"], newline, IMAGE_TOKEN, newline]
+    assert text["input_ids"][:5] == [ids["<s>"], ids["<|user|>"], newline, IMAGE_TOKEN_INDEX, newline]
     assert text["input_ids"].count(ids["<s>"]) == 1 and text["input_ids"][-2:] == [ids["<|end|>"], newline]
-    assert text["labels"][-2:] == [ids["<|end|>"], NO_LABEL]
-    assert [x for x in text["seg_ids"] if x != NONE] == [0, 1, 2]
-    spans = [x for x in text["cond_ids"] if x != NONE]
+    assert text["labels"][-2:] == [ids["<|end|>"], IGNORE_INDEX]
+    assert [x for x in text["seg_ids"] if x != PAD] == [0, 1, 2]
+    spans = [x for x in text["cond_ids"] if x != PAD]
     assert spans == [0] * 3 + [1] * 3 + [2] * 3  # <p>, one letter, </p>
 
 
@@ -86,16 +86,16 @@ def test_a_batch_of_unequal_samples(phi3):
     cfg = phi3.model(images=2)
     samples = read_samples(phi3, cfg)
     batch = assemble([samples[1], samples[0]], cfg)
-    assert batch.phrase_mask.tolist() == [[0, 1, 2], [0, NONE, NONE]]
+    assert batch.phrase_target.tolist() == [[0, 1, 2], [0, PAD, PAD]]
     assert batch.mask_valid.tolist() == [[True] * 3, [True, False, False]]
-    assert (batch.tokens == IMAGE_TOKEN).sum(1).tolist() == [cfg.visual_tokens] * 2
-    length = (batch.segments != NONE).sum(1)
-    assert length.max() == batch.tokens.shape[1] > length.min()
-    assert batch.masks.shape == (2, 3, 182, 23)
+    assert (batch.input_ids == IMAGE_TOKEN_INDEX).sum(1).tolist() == [cfg.visual_tokens] * 2
+    length = (batch.segment_ids != PAD).sum(1)
+    assert length.max() == batch.input_ids.shape[1] > length.min()
+    assert batch.packed_masks.shape == (2, 3, 182, 23)
     # The image lies in the upper left, scaled by its longest side; nearest neighbour in the middle of a large block is exact.
-    height, width = batch.scaled_size[1]
+    height, width = batch.resized_hw[1]
     assert (height, width) == (123, 182)
-    mask = images.unpack_masks(batch.masks[1, 0])
+    mask = images.unpack_masks(batch.packed_masks[1, 0])
     assert mask.shape == (182, 182) and not mask[height:].any() and mask[:height, -1].any()
     passes = training.referring_passes(batch)
     assert [(p.image, p.slot) for p in passes] == [(0, 0), (0, 1), (0, 2), (1, 0)]
@@ -105,9 +105,9 @@ def test_a_stage1_batch(phi3):
     """All masks are labelled objects, and there is no text: one phrase that does not exist."""
     cfg = phi3.model(images=2, classes=4)
     batch = assemble(read_samples(phi3, cfg), cfg, [np.array([3]), np.array([0, 2, 1])])
-    assert batch.phrase_mask.tolist() == [[NONE], [NONE]] and (batch.labels == NO_LABEL).all()
-    assert batch.object_class.tolist() == [[3, NONE, NONE], [0, 2, 1]]
-    assert batch.tokens.shape == (2, cfg.visual_tokens)
+    assert batch.phrase_target.tolist() == [[PAD], [PAD]] and (batch.labels == IGNORE_INDEX).all()
+    assert batch.object_category.tolist() == [[3, PAD, PAD], [0, 2, 1]]
+    assert batch.input_ids.shape == (2, cfg.visual_tokens)
     assert [p.targets for p in training.category_passes(batch)] == [1, 3]
 
 
@@ -125,11 +125,11 @@ def test_another_template_is_refused(phi3):
     broken = copy.deepcopy(turns)
     broken[0]["input"] = broken[0]["input"].replace("<|user|>", "<|system|>")
     with pytest.raises(UserError, match="does not begin with"):
-        read_conversation(broken, CHATS["phi3_chat"], "sample0")
+        read_conversation(broken, CHAT_TEMPLATES["phi3_chat"], "sample0")
     broken = copy.deepcopy(turns)
     broken[0]["input"] = broken[0]["input"].replace("<image>", "")
     with pytest.raises(UserError, match="does not begin with <image>"):
-        read_conversation(broken, CHATS["phi3_chat"], "sample0")
+        read_conversation(broken, CHAT_TEMPLATES["phi3_chat"], "sample0")
 
 
 def test_inputs_of_a_fixture_without_results(phi3):

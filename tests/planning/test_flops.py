@@ -13,20 +13,20 @@ import small
 from counting import products
 from flax import nnx
 
-from flowseg_jax.checkpoints.manifest import flatten, nest
+from flowseg_jax.checkpoints.manifest import flatten_params, unflatten_params
 from flowseg_jax.losses import LossConfig
 from flowseg_jax.models import flowseg
 from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.models.connectors import SegConnector
-from flowseg_jax.models.language import Language, LanguageConfig
+from flowseg_jax.models.language import LanguageConfig, LanguageModel
 from flowseg_jax.models.mask_decoder import MaskDecoder
 from flowseg_jax.models.pixel_decoder import PixelDecoder, PixelDecoderConfig
-from flowseg_jax.models.sam import Sam
+from flowseg_jax.models.sam import SamImageEncoder
 from flowseg_jax.models.semantic_flow import Conditions
-from flowseg_jax.models.siglip import Siglip
-from flowseg_jax.ops.portable import portable
+from flowseg_jax.models.siglip import SiglipVisionEncoder
+from flowseg_jax.ops.portable import without_kernels
 from flowseg_jax.training import flops
-from flowseg_jax.training.flops import Work
+from flowseg_jax.training.flops import FlopCount
 from flowseg_jax.types import BatchShape
 
 FULL = FlowSegConfig.full(LanguageConfig.qwen3_4b())
@@ -45,7 +45,7 @@ def test_known_sizes_in_gflop_an_image():
         "qwen3_1b7": flops.language(LanguageConfig.qwen3_1b7(), 896).forward,
         "phi3_mini": flops.language(LanguageConfig.phi3_mini(), 896).forward,
         "pixel_decoder": flops.pixel_decoder(pyramid, (32**2, 64**2, 128**2, 256**2)).forward,
-        "decoder": decoder.weights + decoder.pairs + whole_masks,
+        "decoder": decoder.param_products + decoder.activation_products + whole_masks,
     }
     known = {
         "sam": 2986,
@@ -63,17 +63,17 @@ def traced(make, call, *shapes) -> float:
     """FLOPs of the products in `call(module, *arrays)`, of which only the shapes exist; as plain JAX, whose products show."""
     graphdef, state = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
     arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
-    with portable():
+    with without_kernels():
         return products(jax.make_jaxpr(lambda state, *xs: call(nnx.merge(graphdef, state), *xs))(state, *arrays).jaxpr)
 
 
 def test_the_encoders_multiply_what_is_counted():
     cfg = FULL.siglip
-    found = traced(lambda r: Siglip(cfg, rngs=r), lambda m, x: m(x, layers=26), (1, 384, 384, 3))
+    found = traced(lambda r: SiglipVisionEncoder(cfg, rngs=r), lambda m, x: m(x, layers=26), (1, 384, 384, 3))
     assert found == pytest.approx(flops.siglip(cfg, 26).forward, rel=1e-6)
 
     cfg = FULL.sam
-    found = traced(lambda r: Sam(cfg, rngs=r), lambda m, x: m(x, (12, 18, 24, 23)), (1, 1024, 1024, 3))
+    found = traced(lambda r: SamImageEncoder(cfg, rngs=r), lambda m, x: m(x, (12, 18, 24, 23)), (1, 1024, 1024, 3))
     # The program has the position of a key in its scores as 2 * size more columns, which the mathematics does not ask for; in
     # the global layers not on a CPU, which is one of two branches.
     folded = 2 * cfg.heads * (20 * 70**2 * 14**2 * 28 + 4 * 64**2 * 64**2 * 128 / 2)
@@ -83,13 +83,17 @@ def test_the_encoders_multiply_what_is_counted():
 def test_the_language_model_multiplies_what_is_counted():
     cfg, tokens = LanguageConfig.qwen3_4b(), 1920
     ids = np.zeros((1, tokens), np.int32)
-    found = traced(lambda r: Language(cfg, rngs=r), lambda m, x: m(x, ids, ids), (1, tokens, cfg.width))
+    found = traced(lambda r: LanguageModel(cfg, rngs=r), lambda m, x: m(x, ids, ids), (1, tokens, cfg.width))
     work = flops.language(cfg, tokens)
-    masked_away = work.pairs * (tokens - 1) / (tokens + 1)  # the program multiplies all pairs and masks those behind
+    masked_away = (
+        work.activation_products * (tokens - 1) / (tokens + 1)
+    )  # the program multiplies all pairs and masks those behind
     assert found == pytest.approx(work.forward + masked_away, rel=1e-6)
     window = dataclasses.replace(cfg, sliding_window=100)
     seen = sum(min(i + 1, 100) for i in range(tokens))
-    assert flops.language(window, tokens).pairs == pytest.approx(work.pairs * seen / (tokens * (tokens + 1) / 2))
+    assert flops.language(window, tokens).activation_products == pytest.approx(
+        work.activation_products * seen / (tokens * (tokens + 1) / 2)
+    )
 
 
 def test_connector_and_pixel_decoder_multiply_what_is_counted():
@@ -117,23 +121,23 @@ def test_the_mask_decoder_multiplies_what_is_counted(mode):
     assert found == pytest.approx(flops.decoder(cfg, mode, flops.levels(FULL), passes, rows).forward, rel=0.02)
 
 
-described = functools.cache(lambda cfg: flatten(flowseg.at_rest(flowseg.describe(cfg)[1])))
+described = functools.cache(lambda cfg: flatten_params(flowseg.params_dict(flowseg.abstract_model(cfg)[1])))
 
 
 def parameters(cfg: FlowSegConfig, frozen: tuple[str, ...]):
     """Abstract (trainable, frozen) with the paths that start with one of `frozen` in the latter."""
     flat = described(cfg)
     rests = {path: x for path, x in flat.items() if path.startswith(frozen)}
-    return nest({path: x for path, x in flat.items() if path not in rests}), nest(rests)
+    return unflatten_params({path: x for path, x in flat.items() if path not in rests}), unflatten_params(rests)
 
 
 def cost(cfg: FlowSegConfig, *frozen: str) -> dict[str, float]:
     """Training FLOPs by part over those of the forward pass."""
-    shape = dataclasses.replace(SHAPE, text=cfg.visual_tokens + 40, batch=4)
+    shape = dataclasses.replace(SHAPE, text=cfg.num_visual_tokens + 40, batch=4)
     works = flops.forward(cfg, shape, LossConfig())
     found = flops.step_flops(cfg, shape, LossConfig(), *parameters(cfg, frozen))
     assert found.keys() == works.keys()
-    return {part: found[part] / (4 * (works[part].forward - works[part].decisions) or 1) for part in works}
+    return {part: found[part] / (4 * (works[part].forward - works[part].no_grad_products) or 1) for part in works}
 
 
 def test_training_costs_three_forward_passes_where_everything_learns():
@@ -146,8 +150,8 @@ def test_training_costs_three_forward_passes_where_everything_learns():
 
 def test_a_frozen_part_costs_what_its_gradients_take():
     cfg = small.config()
-    work = flops.language(cfg.llm, cfg.visual_tokens + 40)
-    attention_share = work.pairs / work.forward
+    work = flops.language(cfg.llm, cfg.num_visual_tokens + 40)
+    attention_share = work.activation_products / work.forward
     ratios = cost(cfg, "llm/")  # behind projectors that learn: gradients pass through it
     assert ratios["llm"] == pytest.approx(2 + attention_share)
     assert ratios["head"] == pytest.approx(2)  # tied to the frozen table
@@ -173,12 +177,12 @@ def test_a_table_that_learns_sends_gradients_through_a_frozen_language_model():
 def test_what_a_batch_asks_for_is_counted():
     cfg = dataclasses.replace(FULL, classes=10, named_pass="flow", negatives_group=2)
     base = flops.forward(cfg, SHAPE, LossConfig())
-    more_text = flops.forward(cfg, dataclasses.replace(SHAPE, text=SHAPE.text + 167), LossConfig())
+    more_text = flops.forward(cfg, dataclasses.replace(SHAPE, text=SHAPE.text_length + 167), LossConfig())
     assert base["head"].forward * 2 == pytest.approx(more_text["head"].forward)  # 167 tokens behind the visual ones
     assert base["llm"].forward < more_text["llm"].forward
-    assert flops.forward(cfg, SHAPE, LossConfig(language=0.0))["head"] == Work()
+    assert flops.forward(cfg, SHAPE, LossConfig(language=0.0))["head"] == FlopCount()
     more_phrases = flops.forward(cfg, dataclasses.replace(SHAPE, phrases=10), LossConfig())  # 6 passes become 12
-    assert more_phrases["decoder"].decisions == pytest.approx(2 * base["decoder"].decisions)
+    assert more_phrases["decoder"].no_grad_products == pytest.approx(2 * base["decoder"].no_grad_products)
     assert more_phrases["sam"] == base["sam"]
     half = flops.forward(cfg, SHAPE, LossConfig(points=6272))
-    assert half["masks"].decisions * 2 == pytest.approx(base["masks"].decisions)
+    assert half["masks"].no_grad_products * 2 == pytest.approx(base["masks"].no_grad_products)

@@ -71,16 +71,16 @@ def compiled() -> dict[str, str]:
 
 
 def exchanging(text: str) -> list[hlo.Loop]:
-    return [loop for loop in hlo.traffic(text).loops if loop.collectives]
+    return [loop for loop in hlo.collective_stats(text).loops if loop.collectives]
 
 
 def test_a_collective_outside_loops(compiled):
-    assert hlo.traffic(compiled["summed"]).collectives == (Collective("all-reduce", 4, 1, ()),)
+    assert hlo.collective_stats(compiled["summed"]).collectives == (Collective("all-reduce", 4, 1, ()),)
     assert exchanging(compiled["summed"]) == []
 
 
 def test_collectives_of_a_scan_count_once_a_layer(compiled):
-    traffic = hlo.traffic(compiled["layers"])
+    traffic = hlo.collective_stats(compiled["layers"])
     weight = 16 * 16 * 4
     assert traffic.totals() == {"all-gather": (6, 6 * weight), "reduce-scatter": (6, 6 * weight)}
     assert all(x.loops for x in traffic.collectives)
@@ -88,7 +88,7 @@ def test_collectives_of_a_scan_count_once_a_layer(compiled):
 
 
 def test_inner_loops_multiply(compiled):
-    traffic = hlo.traffic(compiled["nested"])
+    traffic = hlo.collective_stats(compiled["nested"])
     assert traffic.totals() == {"collective-permute": (15, 15 * 16)}
     assert sorted(loop.trip_count for loop in traffic.loops if loop.collectives) == [3, 5]
     (collective,) = traffic.collectives
@@ -98,8 +98,8 @@ def test_inner_loops_multiply(compiled):
 def test_a_loop_of_unknown_length_tells_whether_it_waits_for_others(compiled):
     (loop,) = exchanging(compiled["waiting"])
     assert loop.trip_count is None
-    assert hlo.traffic(compiled["waiting"]).totals() == {"all-reduce": (2, 8)}  # one to decide, one to go on
-    traffic = hlo.traffic(compiled["alone"])
+    assert hlo.collective_stats(compiled["waiting"]).totals() == {"all-reduce": (2, 8)}  # one to decide, one to go on
+    traffic = hlo.collective_stats(compiled["alone"])
     assert [loop.trip_count for loop in traffic.loops] == [None]
     assert exchanging(compiled["alone"]) == []
     assert traffic.totals() == {"all-reduce": (1, 16)}
@@ -107,7 +107,7 @@ def test_a_loop_of_unknown_length_tells_whether_it_waits_for_others(compiled):
 
 def test_of_branches_the_one_that_exchanges_most_counts(compiled):
     for name in ("chosen", "otherwise"):
-        assert hlo.traffic(compiled[name]).totals() == {"all-reduce": (2, 32)}
+        assert hlo.collective_stats(compiled[name]).totals() == {"all-reduce": (2, 32)}
 
 
 def module(body: str, *others: str) -> str:
@@ -150,7 +150,7 @@ TPU = module(
 
 
 def test_the_tpu_compilers_dialect():
-    traffic = hlo.traffic(TPU)
+    traffic = hlo.collective_stats(TPU)
     assert [(loop.name, loop.trip_count) for loop in traffic.loops] == [("while.1", 36)]
     assert traffic.totals() == {
         "all-gather": (36, 36 * 2048 * 128 * 2),
@@ -176,19 +176,19 @@ GPU = module(
 
 
 def test_the_gpu_compilers_dialect():
-    assert hlo.traffic(GPU).totals() == {
+    assert hlo.collective_stats(GPU).totals() == {
         "all-gather": (1, 2048 * 64 * 2),
         "all-reduce": (1, 64),
         "reduce-scatter": (1, (1024 * 256 + 512 * 64) * 2),
     }
-    assert hlo.traffic(GPU).largest_in_a_loop("all-reduce") == 0
+    assert hlo.collective_stats(GPU).largest_in_a_loop("all-reduce") == 0
 
 
 def test_a_known_trip_count_is_taken_from_the_compiler():
     body = "%body (w: s32[]) -> s32[] {\n  %w = s32[] parameter(0)\n  ROOT %r = s32[] all-reduce(%w), to_apply=%add\n}"
     condition = "%cond (w: s32[]) -> pred[] {\n  %w = s32[] parameter(0)\n  ROOT %r = pred[] fusion(%w), calls=%compare\n}"
     loop = '  ROOT %while = s32[] while(%p), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"9"}}'
-    assert hlo.traffic(module(loop, body, condition)).totals() == {"all-reduce": (9, 36)}
+    assert hlo.collective_stats(module(loop, body, condition)).totals() == {"all-reduce": (9, 36)}
 
 
 @pytest.mark.parametrize(
@@ -206,11 +206,11 @@ def test_any_other_condition_is_one_on_data(root):
     )
     body = "%body (w: s32[]) -> s32[] {\n  ROOT %w = s32[] parameter(0)\n}"
     loop = "  ROOT %while = s32[] while(%p), condition=%cond, body=%body"
-    assert hlo.traffic(module(loop, body, condition)).loops[0].trip_count is None
+    assert hlo.collective_stats(module(loop, body, condition)).loops[0].trip_count is None
     counted = condition.replace(root, "compare(%w, %bound), direction=LT")
-    assert hlo.traffic(module(loop, body, counted)).loops[0].trip_count == 7
+    assert hlo.collective_stats(module(loop, body, counted)).loops[0].trip_count == 7
 
 
 def test_other_text_is_refused():
     with pytest.raises(ValueError, match="no HLO text"):
-        hlo.traffic("func.func public @main() {\n}")
+        hlo.collective_stats("func.func public @main() {\n}")

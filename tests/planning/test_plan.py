@@ -74,7 +74,7 @@ def planned(outcome, usable: int | None = 16 * GIB, chip=CHIP) -> plan.PlanRepor
     moments = [abstract(40, 28, spec=divided), abstract(10)] * 2
     state = TrainState(abstract(dtype=jnp.int32), trainable, frozen, moments, abstract(2, dtype=jnp.int32))
     model = small.config()
-    shape = BatchShape(16, model.visual_tokens + 20, 2, 3, 32, 16)
+    shape = BatchShape(16, model.num_visual_tokens + 20, 2, 3, 32, 16)
     program = SimpleNamespace(
         plan=SimpleNamespace(model=model, shape=shape, losses=LossConfig()),
         mesh=SimpleNamespace(shape={"data": 4, "fsdp": 2}),

@@ -14,8 +14,8 @@ from ml_collections import ConfigDict
 from flowseg_jax import cli
 from flowseg_jax.aot import components
 from flowseg_jax.models.config import FlowSegConfig
-from flowseg_jax.ops.portable import portable
-from flowseg_jax.training.program import Program
+from flowseg_jax.ops.portable import without_kernels
+from flowseg_jax.training.program import TrainProgram
 
 
 def config_of(which: str = "all", **optimizer) -> ConfigDict:
@@ -39,8 +39,8 @@ def config_of(which: str = "all", **optimizer) -> ConfigDict:
 )
 def test_the_parts_multiply_what_the_step_does(which, names):
     """Nothing is left out and nothing is there twice, forward and backward."""
-    program = Program.build(config_of(which), jax.devices()[:1])
-    with portable():
+    program = TrainProgram.build(config_of(which), jax.devices()[:1])
+    with without_kernels():
         of_parts = {name: products(jax.make_jaxpr(step)(*given).jaxpr) for name, step, given in components.programs(program)}
         whole = products(jax.make_jaxpr(program.step)(program.state, program.batch).jaxpr)
     assert list(of_parts) == names
@@ -50,7 +50,7 @@ def test_the_parts_multiply_what_the_step_does(which, names):
 
 def test_a_part_is_one_micro_batch_of_one_device():
     config = config_of(accumulate=2)
-    program = Program.build(config, jax.devices()[:1])
+    program = TrainProgram.build(config, jax.devices()[:1])
     (_, _, (_, _, batch, _, _)), *_ = components.programs(program)
     assert batch.images.shape[0] == config.batch_size // 2
 
@@ -68,7 +68,10 @@ def test_every_part_is_compiled_and_reported(capsys):
 @pytest.mark.parametrize("refusal", [None, "Ran out of memory on HBM."])
 def test_the_command_prints_a_table_then_json_and_fails_where_a_part_does_not_fit(monkeypatch, capsys, refusal):
     sizes = (None,) * 4 if refusal else (2**30, 2**31, 3_000_000, 12_345)
-    found = [components.PartReport("sam", *sizes, 12.3, refusal), components.PartReport("llm", 2**30, 0, None, 7, 1.2, None)]
+    found = [
+        components.ComponentReport("sam", *sizes, 12.3, refusal),
+        components.ComponentReport("llm", 2**30, 0, None, 7, 1.2, None),
+    ]
     asked = []
     monkeypatch.setattr(components, "parts", lambda config, name, effort: asked.append((config.seed, name, effort)) or found)
     code = cli.train(["--plan", "--parts", "--topology=v5e:2x4", "--effort=O1", "--json", "--config.seed=5"])

@@ -77,7 +77,7 @@ def test_host_devices_that_jax_has_not_started_with():
 def test_tpus_without_a_tpu(name, count, kind, gib):
     found = open_topology(name)
     assert len(found.devices) == count
-    assert hardware.KINDS[found.devices[0].device_kind].name == kind
+    assert hardware.DEVICE_SPECS[found.devices[0].device_kind].name == kind
     assert found.usable == pytest.approx(gib * hardware.GIB, abs=1)
     assert "nothing was executed" in found.note
 
@@ -93,7 +93,7 @@ def test_gpus_without_a_gpu(monkeypatch):
     found = open_topology("h100:8")
     assert len(found.devices) == 8
     assert len(open_topology("h100:16").devices) == 16
-    assert hardware.KINDS[found.devices[0].device_kind].name == "h100"
+    assert hardware.DEVICE_SPECS[found.devices[0].device_kind].name == "h100"
     assert found.usable == int(84929347584 * 0.75)
     assert "cuDNN" in found.note
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
@@ -101,14 +101,14 @@ def test_gpus_without_a_gpu(monkeypatch):
 
 
 def test_every_topology_family_has_a_peak():
-    assert set(topology.FAMILIES) - {kind.name for kind in hardware.KINDS.values()} == {"cpu"}
+    assert set(topology.FAMILIES) - {kind.name for kind in hardware.DEVICE_SPECS.values()} == {"cpu"}
 
 
-@pytest.mark.parametrize("kind", [kind for kind in hardware.KINDS if kind.startswith("TPU")])
+@pytest.mark.parametrize("kind", [kind for kind in hardware.DEVICE_SPECS if kind.startswith("TPU")])
 def test_the_table_agrees_with_jax_about_tpus(kind):
     cores = 2 if kind in ("TPU v4", "TPU v5", "TPU v5p") else 1  # which JAX takes as one device
     info = tpu_info.get_tpu_info_for_chip(tpu_info.chip_version_from_device_kind(kind), cores)
-    ours = hardware.KINDS[kind]
+    ours = hardware.DEVICE_SPECS[kind]
     assert ours.peak == pytest.approx(cores * info.bf16_ops_per_second, rel=0.01)
     if ours.usable is not None:
         assert 0.9 * info.hbm_capacity_bytes * cores < ours.usable <= info.hbm_capacity_bytes * cores

@@ -12,11 +12,11 @@ import pytest
 import small
 
 from flowseg_jax import sharding
-from flowseg_jax.checkpoints.manifest import flatten, nest
-from flowseg_jax.checkpoints.pretrained import save_model, stream_model
+from flowseg_jax.checkpoints.manifest import flatten_params, unflatten_params
+from flowseg_jax.checkpoints.pretrained import save_pretrained, save_pretrained_streaming
 from flowseg_jax.checkpoints.streaming import LazyArray
 from flowseg_jax.errors import UserError
-from flowseg_jax.losses import LossConfig, divide, training_terms
+from flowseg_jax.losses import LossConfig, loss_terms, normalize_terms
 from flowseg_jax.models import flowseg
 from flowseg_jax.models.boundary import BoundaryConfig
 from flowseg_jax.models.mask_decoder import mask_logits
@@ -36,7 +36,7 @@ def mesh():
 def plain_params():
     """Random numbers: drawing real initial values op by op takes longer than everything else here."""
     rng = np.random.default_rng(0)
-    shapes = flowseg.at_rest(flowseg.describe(PLAIN)[1])
+    shapes = flowseg.params_dict(flowseg.abstract_model(PLAIN)[1])
     params = jax.tree.map(lambda x: (0.2 * rng.normal(size=x.shape)).astype(np.float32), shapes)
     params["pixel_decoder"]["mask_projection"]["kernel"] *= 10  # masks that have edges, or BAR would have nothing to refine
     return params
@@ -46,7 +46,7 @@ def plain_params():
 def plain_directory(plain_params, tmp_path_factory):
     root = tmp_path_factory.mktemp("plain")
     (root / "tokenizer").mkdir()
-    return save_model(root / "model", plain_params, PLAIN.to_dict(), root / "tokenizer", dtype=None)
+    return save_pretrained(root / "model", plain_params, PLAIN.to_dict(), root / "tokenizer", dtype=None)
 
 
 @pytest.fixture(scope="module")
@@ -59,12 +59,12 @@ def same(a, b) -> bool:
 
 
 def test_a_part_of_a_model_and_a_tower_take_their_places(plain_directory, plain_params, tmp_path, mesh, capsys):
-    stored = {name: np.asarray(2 * x) for name, x in flatten(plain_params["llm"]).items()}
+    stored = {name: np.asarray(2 * x) for name, x in flatten_params(plain_params["llm"]).items()}
     lazy = {name: LazyArray(x.shape, x.dtype, lambda x=x: x) for name, x in stored.items()}
-    tower = stream_model(tmp_path / "llm", lazy, None, None, tower={"family": "qwen3", "config": {}})
+    tower = save_pretrained_streaming(tmp_path / "llm", lazy, None, None, tower={"family": "qwen3", "config": {}})
     parts = (f"sam={plain_directory}", f"background={plain_directory}", f"llm={tower}")
-    found = flatten(initial_params(PLAIN, 3, parts, mesh))
-    fresh, plain = flatten(jax.jit(lambda: flowseg.create(PLAIN, 3)[1])()), flatten(plain_params)
+    found = flatten_params(initial_params(PLAIN, 3, parts, mesh))
+    fresh, plain = flatten_params(jax.jit(lambda: flowseg.init_model(PLAIN, 3)[1])()), flatten_params(plain_params)
     for name, x in found.items():
         if name.startswith("llm/"):
             assert same(x, stored[name.removeprefix("llm/")]), name
@@ -81,16 +81,16 @@ def test_an_upgrade_names_what_is_new(upgraded, plain_params, plain_directory, m
     initial_params(FLOW, 6, (str(plain_directory),), mesh)
     fresh = capsys.readouterr().out.split("not found, initialised afresh: ")[1]
     assert {part.split("/")[0] for part in fresh.split(", ")} == {"boundary", "decoder"}
-    found = flatten(upgraded)
-    assert all(same(found[name], x) for name, x in flatten(plain_params).items())
+    found = flatten_params(upgraded)
+    assert all(same(found[name], x) for name, x in flatten_params(plain_params).items())
 
 
 def predictions(cfg, params, features, levels, conditions, segs):
     """What the two models do differently: all predictions of the decoder, and refined masks."""
-    model = flowseg.bind(flowseg.describe(cfg)[0], params)
+    model = flowseg.bind_params(flowseg.abstract_model(cfg)[0], params)
     out = model.decoder(features, levels, 2, conditions, segs)
     masks = mask_logits(out.mask_embeds[-1].reshape(len(features), -1, features.shape[-1]), features)
-    return out.class_logits, out.mask_embeds, model.refine(masks, features)
+    return out.class_logits, out.mask_embeds, model.refine_masks(masks, features)
 
 
 def test_an_upgraded_scaffold_predicts_as_before(upgraded, plain_params):
@@ -112,20 +112,20 @@ def test_an_upgraded_scaffold_predicts_as_before(upgraded, plain_params):
 
 def test_everything_new_learns_by_the_second_step(upgraded):
     """But key biases: a softmax does not change when all its scores do."""
-    graphdef, _ = flowseg.describe(FLOW)
+    graphdef, _ = flowseg.abstract_model(FLOW)
     batch = small.batch(FLOW)
 
     @jax.jit
     def gradient(params):
         def loss(params):
-            model = flowseg.bind(graphdef, params)
-            keys = jax.random.split(jax.random.key(0), len(batch.tokens))
-            return sum(divide(training_terms(model, batch, model(batch), keys, LossConfig(points=0))[0]).values())
+            model = flowseg.bind_params(graphdef, params)
+            keys = jax.random.split(jax.random.key(0), len(batch.input_ids))
+            return sum(normalize_terms(loss_terms(model, batch, model(batch), keys, LossConfig(points=0))[0]).values())
 
         return jax.grad(loss)(params)
 
     first = gradient(upgraded)
-    second = flatten(gradient(jax.tree.map(lambda w, g: w - 1e-3 * jnp.sign(g), upgraded, first)))
+    second = flatten_params(gradient(jax.tree.map(lambda w, g: w - 1e-3 * jnp.sign(g), upgraded, first)))
     new = [n for n in second if n.startswith("boundary/") or n.split("/")[2:3] in (["semantic"], ["refinement"])]
     assert len(new) > 20
     still = [n for n in new if not np.abs(np.asarray(second[n])).max() > 1e-9 and not n.endswith("key/bias")]
@@ -144,11 +144,11 @@ def test_what_does_not_fit_is_refused_before_anything_is_read(plain_directory, p
     assert "decoder/layers/down/bias" not in refused(wider, str(plain_directory))
     assert "decoder/layers/up/bias is (2, 24), the model's is (2, 30)" in refused(wider, str(plain_directory))
     (tmp_path / "tokenizer").mkdir()
-    more = nest({**flatten(plain_params), "llm/extra": np.zeros(3, np.float32)})
-    other = save_model(tmp_path / "more", more, PLAIN.to_dict(), tmp_path / "tokenizer")
+    more = unflatten_params({**flatten_params(plain_params), "llm/extra": np.zeros(3, np.float32)})
+    other = save_pretrained(tmp_path / "more", more, PLAIN.to_dict(), tmp_path / "tokenizer")
     assert "no place for llm/extra (3,)" in refused(PLAIN, str(other))
     assert "holds no boundary" in refused(FLOW, f"boundary={plain_directory}")
-    tower = stream_model(
+    tower = save_pretrained_streaming(
         tmp_path / "sam", {"x": LazyArray((1,), np.dtype("float32"), lambda: np.zeros(1, np.float32))}, None, None,
         tower={"family": "sam", "config": {}},
     )  # fmt: skip

@@ -27,7 +27,7 @@ import small
 from trees import flip, largest
 
 from flowseg_jax import experiment as configs
-from flowseg_jax.checkpoints.pretrained import save_model
+from flowseg_jax.checkpoints.pretrained import save_pretrained
 from flowseg_jax.data import prepare
 from flowseg_jax.models.language import LanguageConfig
 
@@ -70,7 +70,7 @@ def command(tmp_path_factory) -> Command:
     prepared = prepare.prepare(mini.write(root / "layout"), root / "prepared", tokenizer_vocab=300, log=lambda _: None)
     llm = dataclasses.replace(LanguageConfig.tiny(300), width=28, layers=1, head_dim=14, mlp=36)
     cfg = small.lean(negatives_group=1, llm=llm)
-    save_model(root / "start", small.params(cfg), cfg.to_dict(), prepared.tokenizer_directory, dtype=None)
+    save_pretrained(root / "start", small.params(cfg), cfg.to_dict(), prepared.tokenizer_directory, dtype=None)
     config = small.experiment(cfg, small.batch(cfg))
     config.update(steps=STEPS, log_every=1, checkpoint_every=4, init_from=(str(root / "start"),))
     config.data.update(dir=str(prepared.directory), images=0, text=120, phrases=2, masks=4)

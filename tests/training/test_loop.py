@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from flowseg_jax import experiment as configs
 from flowseg_jax.data import prepare, train_examples
 from flowseg_jax.errors import UserError
-from flowseg_jax.evaluation.benchmark import Benchmark, Subject
+from flowseg_jax.evaluation.benchmark import EvalModel, ReferringEvaluation
 from flowseg_jax.models import flowseg
 from flowseg_jax.models.language import LanguageConfig
 from flowseg_jax.synthetic.refcoco_writer import CATEGORIES
@@ -93,7 +93,7 @@ def test_one_compilation_a_run_and_every_step_logged(finished):
 def test_resuming_gives_the_same_losses_to_the_bit(config, finished, tmp_path, capsys):
     workdir, _ = finished
 
-    class Interrupting(loop.Report):
+    class Interrupting(loop.MetricReporter):
         def log(self, step, metrics):
             super().log(step, metrics)
             if step == 4:
@@ -118,7 +118,7 @@ def test_a_changed_model_is_an_error_that_names_the_keys(config, finished):
 
 
 def test_the_trained_model_can_be_evaluated(prepared, finished, tmp_path):
-    benchmark = Benchmark(Subject.load(finished[0] / "model"), prepared, 2)
+    benchmark = ReferringEvaluation(EvalModel.load(finished[0] / "model"), prepared, 2)
     result = benchmark.run("val", tmp_path, pictures=False).result
     assert result["n"] == prepared.splits["val"]["samples"]
     assert result["checkpoint"]["step"] == 6
@@ -152,9 +152,11 @@ def test_values_that_do_not_fit_are_refused(config, tmp_path, key, value, messag
 
 def test_what_is_remarked_of_the_data_is_said(config, monkeypatch, capsys):
     monkeypatch.setattr(
-        train_examples.Rows, "_check", lambda self, member: setattr(self, "remark", "3 of 4 images are without a target")
+        train_examples.TrainExampleBuilder,
+        "_check",
+        lambda self, member: setattr(self, "remark", "3 of 4 images are without a target"),
     )
-    loop.open_train_data(config, program.Program.build(config))
+    loop.open_train_data(config, program.TrainProgram.build(config))
     assert "WARNING: 3 of 4 images are without a target\n" in capsys.readouterr().out
 
 
@@ -164,8 +166,8 @@ def test_the_configs_ask_for_data_that_their_model_can_read(name, monkeypatch):
     monkeypatch.setattr(loop, "ensure_shapes", lambda directory, images, seed, **options: asked.update(options, seed=seed))
     file, _, argument = name.removesuffix(".py").partition(".py:")
     config, _ = configs.load([f"--config=configs/{file}.py" + (f":{argument}" if argument else "")])
-    plan = loop.Plan.read(config)
-    loop.open_data(config)
+    plan = loop.RunConfig.from_config(config)
+    loop.load_dataset(config)
     if config.data.tokenizer:
         assert "tokenizer_vocab" not in asked
     else:
@@ -184,21 +186,21 @@ def test_a_batch_is_learnt_by_heart(config, prepared):
     experiment.steps = steps
     experiment.optimizer.update(learning_rate=3e-3, weight_decay=0.0)
     experiment.optimizer.losses.update(points=64, language=0.1)
-    run = program.Program.build(experiment, jax.devices()[:1])
-    graphdef, params = flowseg.create(cfg, 0)
-    state, batch = small.start(run, params), run.place(batch)
+    run = program.TrainProgram.build(experiment, jax.devices()[:1])
+    graphdef, params = flowseg.init_model(cfg, 0)
+    state, batch = small.start(run, params), run.to_device(batch)
     step = run.step.lower(run.state, run.batch).compile()
     for _ in range(steps):
         state, _ = step(state, batch)
-    found = jax.jit(lambda p, b: flowseg.bind(graphdef, p).segment(b))(state.params, batch)
+    found = jax.jit(lambda p, b: flowseg.bind_params(graphdef, p).predict(b))(state.params, batch)
     query = np.asarray(found.scores).argmax(-1)
     side = found.mask_logits.shape[-1]
-    truth = np.unpackbits(np.asarray(batch.masks), axis=-1).astype(bool)
+    truth = np.unpackbits(np.asarray(batch.packed_masks), axis=-1).astype(bool)
     truth = truth[
         :, :, truth.shape[2] // side // 2 :: truth.shape[2] // side, truth.shape[3] // side // 2 :: truth.shape[3] // side
     ]
     for b in range(2):
         for k in range(2):
             mask = np.asarray(found.mask_logits)[b, k, query[b, k]] > 0
-            wanted = truth[b, int(batch.phrase_mask[b, k])]
+            wanted = truth[b, int(batch.phrase_target[b, k])]
             assert (mask & wanted).sum() / (mask | wanted).sum() > 0.9

@@ -148,7 +148,7 @@ def test_training(config, tmp_path, victim):  # noqa: F811
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_evaluation(tmp_path, victim):
-    data, out = prepare.ensure_shapes(tmp_path / "shapes", 300, 0, log=lambda _: None).directory, tmp_path / "eval"
+    data, out = prepare.load_or_build_shapes(tmp_path / "shapes", 300, 0, log=lambda _: None).directory, tmp_path / "eval"
 
     def launch_both() -> list[subprocess.Popen]:
         environment = os.environ | {

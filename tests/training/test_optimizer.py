@@ -9,23 +9,31 @@ import optax
 import pytest
 import small
 
-from flowseg_jax.checkpoints.manifest import flatten, nest
+from flowseg_jax.checkpoints.manifest import flatten_params, unflatten_params
 from flowseg_jax.errors import UserError
 from flowseg_jax.models import flowseg
-from flowseg_jax.training.optimizer import OptimizerConfig, make_optimizer, merge, multipliers, rest, schedule, split
+from flowseg_jax.training.optimizer import (
+    OptimizerConfig,
+    cast_frozen,
+    lr_multipliers,
+    lr_schedule,
+    make_optimizer,
+    merge_trainable,
+    split_trainable,
+)
 
 
 def test_optimizer_table_is_ordered_and_complete():
-    rates = multipliers(["sam/a", "llm/b"], (("sam/.*", None), (".*", 0.5)))
+    rates = lr_multipliers(["sam/a", "llm/b"], (("sam/.*", None), (".*", 0.5)))
     assert rates == {"sam/a": None, "llm/b": 0.5}
-    trainable, frozen = split({"sam": {"a": 1}, "llm": {"b": 2}}, rates)
+    trainable, frozen = split_trainable({"sam": {"a": 1}, "llm": {"b": 2}}, rates)
     assert (trainable, frozen) == ({"llm": {"b": 2}}, {"sam": {"a": 1}})
     with pytest.raises(UserError, match="no regular expression"):
-        multipliers(["a"], (("(", 1.0),))
+        lr_multipliers(["a"], (("(", 1.0),))
 
 
 def test_learning_rate_warms_up_and_ends_at_zero():
-    rate = schedule(OptimizerConfig(learning_rate=1.0, warmup=0.1), 100)
+    rate = lr_schedule(OptimizerConfig(learning_rate=1.0, warmup=0.1), 100)
     assert float(rate(0)) == pytest.approx(1e-5, rel=1e-2)
     assert float(rate(10)) == pytest.approx(1.0)
     assert float(rate(100)) == pytest.approx(0.0, abs=1e-7)
@@ -33,14 +41,14 @@ def test_learning_rate_warms_up_and_ends_at_zero():
 
 def test_frozen_towers_rest_in_bfloat16_without_a_change_where_they_compute_in_it():
     cfg = small.config()
-    params = {name: jnp.asarray(x) for name, x in flatten(small.params(cfg)).items()}
-    rested = flatten(rest(nest(params), "bfloat16"))
+    params = {name: jnp.asarray(x) for name, x in flatten_params(small.params(cfg)).items()}
+    rested = flatten_params(cast_frozen(unflatten_params(params), "bfloat16"))
     half = {name for name, x in rested.items() if x.dtype == jnp.bfloat16}
     assert {"llm/table", "llm/layers/q/kernel", "sam/window_layers/up/kernel", "siglip/patch/kernel"} <= half
     # What is computed with in float32 stays: norms, biases, positions, and everything outside the towers.
     assert not [name for name in half if not name.endswith(("kernel", "table")) or name.startswith(("decoder", "pixel"))]
-    graphdef, _ = flowseg.describe(cfg)
-    whole, resting = (flowseg.bind(graphdef, nest(x)) for x in (params, rested))
+    graphdef, _ = flowseg.abstract_model(cfg)
+    whole, resting = (flowseg.bind_params(graphdef, unflatten_params(x)) for x in (params, rested))
     images = jnp.asarray(np.random.default_rng(0).normal(size=(1, 16, 16, 3)), jnp.bfloat16)
     assert np.array_equal(whole.siglip(images), resting.siglip(images))
     tokens = jnp.arange(6)[None]
@@ -65,18 +73,18 @@ def test_the_defaults_are_the_scaffold_s():
 
 
 def test_the_first_expression_that_matches_the_whole_path_counts():
-    rates = multipliers(["llm/a", "llm/ab", "x/llm/a"], (("llm/a", None), ("llm/.*", 0.0), (".*", 2.0)))
+    rates = lr_multipliers(["llm/a", "llm/ab", "x/llm/a"], (("llm/a", None), ("llm/.*", 0.0), (".*", 2.0)))
     assert rates == {"llm/a": None, "llm/ab": 0.0, "x/llm/a": 2.0}
     with pytest.raises(UserError, match=r"covers no group for b/x, c; end the table"):
-        multipliers(["a", "b/x", "c"], (("a|b", 1.0),))
-    trainable, frozen = split({"a": 1, "b": 2}, {"a": 0.0, "b": None})  # a rate of 0 still has moments
+        lr_multipliers(["a", "b/x", "c"], (("a|b", 1.0),))
+    trainable, frozen = split_trainable({"a": 1, "b": 2}, {"a": 0.0, "b": None})  # a rate of 0 still has moments
     assert (trainable, frozen) == ({"a": 1}, {"b": 2})
-    assert merge({"a": 1, "c": {"x": 3}}, {"c": {"y": 4}}) == {"a": 1, "c": {"x": 3, "y": 4}}
+    assert merge_trainable({"a": 1, "c": {"x": 3}}, {"c": {"y": 4}}) == {"a": 1, "c": {"x": 3, "y": 4}}
 
 
 @pytest.mark.parametrize(("steps", "share", "peak"), [(3, 0.0, 1), (10, 0.04, 1), (100, 0.256, 26), (1, 1.0, 1), (4, 1.0, 4)])
 def test_where_the_learning_rate_peaks(steps, share, peak):
-    rate = schedule(OptimizerConfig(learning_rate=2.0, warmup=share), steps)
+    rate = lr_schedule(OptimizerConfig(learning_rate=2.0, warmup=share), steps)
     assert float(rate(0)) == pytest.approx(2e-5, rel=1e-2)
     assert float(rate(peak)) == pytest.approx(2.0)
     assert float(rate(peak + 1)) < 1.9999
@@ -89,22 +97,22 @@ def test_three_updates_are_those_of_adamw_by_hand():
         learning_rate=0.3, warmup=0.4, weight_decay=0.07, clip=2.0, b1=0.8, b2=0.6, eps=0.05
     )  # fmt: skip
     rates = {"a": 0.5, "b/x": 2.0, "b/frozen": None}
-    optimizer, rate = make_optimizer(cfg, 5, rates), schedule(cfg, 5)
+    optimizer, rate = make_optimizer(cfg, 5, rates), lr_schedule(cfg, 5)
     rng = np.random.default_rng(0)
     params = {"a": rng.normal(size=3), "b": {"x": rng.normal(size=(2, 2))}}
     state = optimizer.init(jax.tree.map(jnp.asarray, params))
-    own = {name: [np.array(x), 0.0, 0.0] for name, x in flatten(params).items()}
+    own = {name: [np.array(x), 0.0, 0.0] for name, x in flatten_params(params).items()}
     theirs = jax.tree.map(jnp.asarray, params)
     for step, size in enumerate((0.1, 3.0, 5.0)):  # below the largest norm, and above it
         gradients = jax.tree.map(lambda x, size=size: (size * rng.normal(size=x.shape)).astype(np.float32), params)
         updates, state = optimizer.update(gradients, state, theirs)
         theirs = optax.apply_updates(theirs, updates)
-        norm = np.sqrt(sum(np.square(g).sum() for g in flatten(gradients).values()))
-        for name, gradient in flatten(gradients).items():
+        norm = np.sqrt(sum(np.square(g).sum() for g in flatten_params(gradients).values()))
+        for name, gradient in flatten_params(gradients).items():
             x, first, second = own[name]
             gradient = gradient * min(1.0, 2.0 / norm)
             first, second = 0.8 * first + 0.2 * gradient, 0.6 * second + 0.4 * gradient**2
             adam = first / (1 - 0.8 ** (step + 1)) / (np.sqrt(second / (1 - 0.6 ** (step + 1))) + 0.05)
             own[name] = [x - float(rate(step)) * rates[name] * (adam + 0.07 * x), first, second]
-    for name, x in flatten(theirs).items():
+    for name, x in flatten_params(theirs).items():
         np.testing.assert_allclose(x, own[name][0], rtol=1e-4, atol=1e-6, err_msg=name)

@@ -22,11 +22,11 @@ def train(profile, directory, steps=range(1, 7), stop_behind=None):
     x = jnp.eye(8)
     try:
         for step in steps:
-            profiler.before(step)
+            profiler.on_step_start(step)
             if step == stop_behind:
                 raise KeyboardInterrupt
             x, metrics = train_step(x)
-            profiler.after(step, metrics)
+            profiler.on_step_end(step, metrics)
     except KeyboardInterrupt:
         pass
     finally:

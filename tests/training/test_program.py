@@ -13,15 +13,15 @@ import small
 from ml_collections import ConfigDict
 
 from flowseg_jax import experiment as configs
-from flowseg_jax.checkpoints.manifest import flatten
-from flowseg_jax.data.prompts import Prompts
+from flowseg_jax.checkpoints.manifest import flatten_params
+from flowseg_jax.data.prompts import PromptTemplates
 from flowseg_jax.data.train_examples import TrainOptions
 from flowseg_jax.errors import UserError
 from flowseg_jax.losses import LossConfig
 from flowseg_jax.models.semantic_flow import SemanticFlowConfig
 from flowseg_jax.training import program as module
 from flowseg_jax.training.optimizer import OptimizerConfig
-from flowseg_jax.training.program import Plan, Program
+from flowseg_jax.training.program import RunConfig, TrainProgram
 from flowseg_jax.types import BatchShape
 
 CFG = small.lean()
@@ -53,14 +53,18 @@ def experiment(cfg=CFG, **data) -> ConfigDict:
     ],
 )
 def test_all_objects_are_targets_where_a_pass_needs_them(classes, named, asked, objects, generic):
-    options = Plan.read(experiment(dataclasses.replace(CFG, classes=classes, named_pass=named), objects=asked)).options
+    options = RunConfig.from_config(
+        experiment(dataclasses.replace(CFG, classes=classes, named_pass=named), objects=asked)
+    ).options
     assert (options.objects, options.include_generic) == (objects, generic)
 
 
 @pytest.mark.parametrize(("named", "asked", "names"), [("off", 3, 0), ("flow", 3, 3), ("flow", 0, 4), ("plain", 3, 3)])
 def test_room_for_names_and_the_other_sizes_of_a_batch(named, asked, names):
-    plan = Plan.read(experiment(dataclasses.replace(CFG, classes=2, named_pass=named), names=asked))
-    assert plan.shape == BatchShape(batch=6, text=120, phrases=2, masks=4, image=32, vision=16, names=names)
+    plan = RunConfig.from_config(experiment(dataclasses.replace(CFG, classes=2, named_pass=named), names=asked))
+    assert plan.shape == BatchShape(
+        batch=6, text_length=120, max_phrases=2, max_masks=4, sam_size=32, siglip_size=16, max_names=names
+    )
     assert plan.options.negatives == (asked > 0)
 
 
@@ -76,37 +80,39 @@ def test_options_losses_optimizer_and_prompts_are_those_of_the_config():
     )  # fmt: skip
     config.optimizer.losses.update(points=8, vocabulary_chunk=32)
     config.optimizer.losses.importance = 0.5
-    plan = Plan.read(config)
+    plan = RunConfig.from_config(config)
     assert plan.options == TrainOptions(
-        objects="referred", include_generic=False, negatives=True, curriculum=((5, {"color": 1.0}),), explain=0.25,
-        jitter=(0.5, 1.5), square=False, threads=3, workers=2,
+        objects="referred", include_generic=False, negatives=True, curriculum=((5, {"color": 1.0}),), explanation_prob=0.25,
+        lsj_scale_range=(0.5, 1.5), pad_to_square=False, threads=3, workers=2,
     )  # fmt: skip
     wanted = {f.name: 10.0 + n for n, f in enumerate(dataclasses.fields(LossConfig))}
     assert plan.losses == LossConfig(**wanted | {"points": 8, "vocabulary_chunk": 32, "importance": 0.5})
     assert plan.optimizer == OptimizerConfig(
         0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, (("sam/.*", None), (".*", 0.8)), 3, 4, "bfloat16"
     )
-    assert plan.prompts == Prompts(chat="phi3_chat", vary=True)
+    assert plan.prompts == PromptTemplates(chat="phi3_chat", randomize=True)
     assert plan.model == CFG
     assert "losses" in config.optimizer  # the config itself, which is stored with the run, stays whole
 
 
 def test_square_is_for_models_without_a_mask_decoder():
     with pytest.raises(UserError, match=r"data\.square is for models without a mask decoder"):
-        Plan.read(experiment(square=True))
+        RunConfig.from_config(experiment(square=True))
     stage2 = dataclasses.replace(CFG, parts="language", semantic_flow=SemanticFlowConfig(mode="off"), classes=0)
-    assert Plan.read(experiment(stage2, square=True)).options.square is True
-    assert Plan.read(experiment(stage2, masks=CFG.decoder.queries + 1)).shape.masks == 6  # it has no queries to run out of
+    assert RunConfig.from_config(experiment(stage2, square=True)).options.pad_to_square is True
+    assert (
+        RunConfig.from_config(experiment(stage2, masks=CFG.decoder.queries + 1)).shape.max_masks == 6
+    )  # it has no queries to run out of
 
 
 def test_the_smallest_and_largest_values_that_fit():
-    queries, visual = CFG.decoder.queries, CFG.visual_tokens
-    assert Plan.read(experiment(masks=queries, text=visual + 1)).shape.masks == queries
+    queries, visual = CFG.decoder.queries, CFG.num_visual_tokens
+    assert RunConfig.from_config(experiment(masks=queries, text=visual + 1)).shape.max_masks == queries
     with pytest.raises(UserError, match=rf"data\.masks is {queries + 1}, .*model\.decoder\.queries={queries}: lower the one"):
-        Plan.read(experiment(masks=queries + 1))
+        RunConfig.from_config(experiment(masks=queries + 1))
     with pytest.raises(UserError, match=rf"data\.text is {visual}, and an image alone takes {visual} tokens: raise it"):
-        Plan.read(experiment(text=visual))
-    assert Plan.read(experiment(SEGMENTOR, text=1)).shape.text == 1  # it reads no text
+        RunConfig.from_config(experiment(text=visual))
+    assert RunConfig.from_config(experiment(SEGMENTOR, text=1)).shape.text_length == 1  # it reads no text
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +136,7 @@ def built():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "make_train_step", make_train_step)
         patch.setattr(module, "make_optimizer", make_optimizer)
-        return config, Program.build(config, jax.devices()[:1]), seen
+        return config, TrainProgram.build(config, jax.devices()[:1]), seen
 
 
 def test_the_step_is_made_from_what_the_config_says(built):
@@ -143,13 +149,13 @@ def test_the_step_is_made_from_what_the_config_says(built):
     assert (program.division.images, program.division.devices, program.division.parts) == (6, 1, 3)
     assert float(step["schedule"](5)) == pytest.approx(0.5) and float(step["schedule"](50)) == pytest.approx(0, abs=1e-6)
     trainable, frozen = step["specs"]
-    assert flatten(trainable).keys() == flatten(program.state.trainable).keys()
-    assert flatten(frozen).keys() == flatten(program.state.frozen).keys()
+    assert flatten_params(trainable).keys() == flatten_params(program.state.trainable).keys()
+    assert flatten_params(frozen).keys() == flatten_params(program.state.frozen).keys()
 
 
 def test_state_and_batch_are_described_as_they_will_be(built):
     _, program, _ = built
-    frozen, trainable = flatten(program.state.frozen), flatten(program.state.trainable)
+    frozen, trainable = flatten_params(program.state.frozen), flatten_params(program.state.trainable)
     assert {name.split("/")[0] for name in frozen} == {"sam", "llm"}
     assert program.rates["decoder/norm/scale"] == 0.5 and program.rates["background"] == 1.0
     assert {str(x.dtype) for name, x in frozen.items() if name.endswith("kernel")} == {"bfloat16"}
@@ -171,10 +177,10 @@ def test_a_new_run_starts_from_its_seed_and_init_from(built, monkeypatch):
     monkeypatch.setattr(module, "initial_params", initial_params)
     state = program.initial_state(config)
     assert asked == {"cfg": CFG, "seed": 11, "init_from": ("sam=somewhere",), "mesh": program.mesh}
-    whole = flatten(small.params(CFG))
-    for name, x in flatten(state.trainable).items():
+    whole = flatten_params(small.params(CFG))
+    for name, x in flatten_params(state.trainable).items():
         assert np.array_equal(x, whole[name]), name
-    for name, x in flatten(state.frozen).items():
+    for name, x in flatten_params(state.frozen).items():
         assert np.array_equal(x, jnp.asarray(whole[name]).astype(x.dtype)), name
     alike = lambda x, like: (x.shape, x.dtype) == (like.shape, like.dtype)  # noqa: E731
     assert jax.tree.all(jax.tree.map(alike, state, program.state))
@@ -197,7 +203,7 @@ def test_parts_that_share_no_group_of_negatives_are_refused():
     config = experiment()
     config.optimizer.accumulate = 6
     with pytest.raises(UserError, match=r"1 images at a time, .* groups of model\.negatives_group=2"):
-        Program.build(config, jax.devices()[:1])
+        TrainProgram.build(config, jax.devices()[:1])
 
 
 def test_the_step_takes_the_state_for_itself_and_leaves_the_batch(built):

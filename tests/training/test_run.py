@@ -14,8 +14,8 @@ import optax
 import pytest
 
 from flowseg_jax import experiment as configs
-from flowseg_jax.checkpoints.manager import Restored
-from flowseg_jax.data.mixture import Member
+from flowseg_jax.checkpoints.manager import RestoredCheckpoint
+from flowseg_jax.data.mixture import MixtureComponent
 from flowseg_jax.errors import UserError
 from flowseg_jax.training import loop
 from flowseg_jax.training.optimizer import OptimizerConfig
@@ -49,7 +49,7 @@ class Run:
         interrupted: by Ctrl-C.
     """
 
-    def __init__(self, monkeypatch, restored: Restored | None = None, stop: int = 0, interrupted: bool = False):
+    def __init__(self, monkeypatch, restored: RestoredCheckpoint | None = None, stop: int = 0, interrupted: bool = False):
         self.events: list = []
         self.restored = restored
         write = self.events.append
@@ -70,7 +70,7 @@ class Run:
                 write(("checkpoints", Path(workdir).name, policy))
 
             def restore_latest(self, abstract, check):
-                assert abstract == loop.as_tree(run.program.state)
+                assert abstract == loop.state_to_tree(run.program.state)
                 if run.restored:
                     check(run.restored.meta)
                 return run.restored
@@ -193,10 +193,10 @@ def test_a_whole_run_in_order(monkeypatch, tmp_path):
     assert (tmp_path / "run/config.json").read_text() == configs.to_json(config) + "\n"
 
 
-def restored(step: int, **meta) -> Restored:
+def restored(step: int, **meta) -> RestoredCheckpoint:
     """A checkpoint of the run of `config_of()`; `meta` is what differs, None for what it lacks."""
     written = {"config": json.loads(configs.to_json(config_of())), "data": DIGEST} | meta
-    return Restored(step, loop.as_tree(state_of(step)), {k: v for k, v in written.items() if v is not None})
+    return RestoredCheckpoint(step, loop.state_to_tree(state_of(step)), {k: v for k, v in written.items() if v is not None})
 
 
 def test_a_run_goes_on_where_it_was(monkeypatch, tmp_path, capsys):
@@ -301,12 +301,12 @@ def test_what_may_change_does_and_an_older_checkpoint_without_a_digest_goes_on(m
 
 def test_a_state_goes_into_a_tree_and_back():
     state = state_of(3)
-    tree = loop.as_tree(state)
+    tree = loop.state_to_tree(state)
     assert {name: str(value) for name, value in tree.items()} == {
         "step": "3", "trainable": "{'a': np.float32(3.0)}", "frozen": "{'b': np.float32(5.0)}",
         "moments": "[np.int32(103), np.float32(1.0), np.float32(2.0)]", "skipped": "[7 8]",
     }  # fmt: skip
-    again = loop.from_tree(state_of(1), tree)
+    again = loop.state_from_tree(state_of(1), tree)
     assert jax.tree.structure(again) == jax.tree.structure(state)
     assert jax.tree.all(jax.tree.map(np.array_equal, again, state))
 
@@ -327,7 +327,7 @@ def reporting(monkeypatch):
     monkeypatch.setattr(loop, "Throughput", lambda start, batch: lambda step: {"steps_per_second": 4.0, "seen": start + batch})
     writer = SimpleNamespace(write_scalars=lambda *args: written.append(args))
     data = SimpleNamespace(batch=lambda i: SimpleNamespace(example_id=np.array([i])))
-    return loop.Report(program, data, writer, 20), written, asked
+    return loop.MetricReporter(program, data, writer, 20), written, asked
 
 
 def test_metrics_are_written_once_with_speed_and_devices(reporting):
@@ -370,7 +370,7 @@ def test_what_is_trained_is_said(monkeypatch, capsys, peak, line):
     monkeypatch.setattr(loop.devices, "peak_flops", lambda device: {"abacus": peak}[device.device_kind])
     state = SimpleNamespace(trainable={"a": np.zeros(1200)}, frozen={"b": np.zeros((2, 20))})
     mesh = SimpleNamespace(shape={"data": 2, "fsdp": 3}, devices=devices)
-    loop.describe(SimpleNamespace(state=state, mesh=mesh))
+    loop.log_run_summary(SimpleNamespace(state=state, mesh=mesh))
     assert capsys.readouterr().out == f"1,240 parameters, 1,200 of them trained; mesh: data 2, fsdp 3\n{line}"
 
 
@@ -380,13 +380,13 @@ def test_the_model_is_written_with_what_it_was_made_from(monkeypatch, tmp_path, 
     state = state_of(4)
     plan = SimpleNamespace(model=SimpleNamespace(to_dict=lambda: {"the": "model"}), prompts=Profile(1, 2))
     data = SimpleNamespace(digest=DIGEST, tokenizer=SimpleNamespace(name="its directory"))
-    assert loop.export(plan, state, config_of(), data, tmp_path) == tmp_path / "model"
+    assert loop.save_final_model(plan, state, config_of(), data, tmp_path) == tmp_path / "model"
     extra = {"step": 4, "seed": 9, "prompts": {"start": 1, "steps": 2}, "data": DIGEST}
     assert saved["args"] == (tmp_path / "model", {"a": 4, "b": 5}, {"the": "model"}, "its directory", extra)
     assert saved["options"] == {"dtype": None, "overwrite": True}
     assert f"the model of step 4 is in {tmp_path}/model; " in capsys.readouterr().out
     data.tokenizer = None
-    loop.export(plan, state, config_of(), data, tmp_path)
+    loop.save_final_model(plan, state, config_of(), data, tmp_path)
     assert saved["args"][3] is None
 
 
@@ -400,7 +400,7 @@ def test_the_run_is_locked_while_it_lasts(monkeypatch, tmp_path):
         seen.append("out")
 
     monkeypatch.setattr(loop, "locked", locked)
-    monkeypatch.setattr(loop.Program, "build", lambda config: f"program of {config}")
+    monkeypatch.setattr(loop.TrainProgram, "build", lambda config: f"program of {config}")
     monkeypatch.setattr(loop, "run", lambda *args: seen.append(tuple(map(str, args))) or "the model")
     assert loop.train("config", tmp_path / "a", "profile") == "the model"
     run = ("config", "program of config", f"{tmp_path}/a", "profile")
@@ -418,14 +418,16 @@ def test_data_sets_of_a_config_are_opened_mixed_and_said(monkeypatch, capsys):
 
     def mix(pairs, held_out):
         asked.update(pairs=[(str(p.directory), w) for p, w in pairs], held_out=held_out)
-        return tuple(Member(p, "train", tuple(range(p.images)), 10 * (n + 1), 2 * n) for n, (p, _) in enumerate(pairs))
+        return tuple(
+            MixtureComponent(p, "train", tuple(range(p.images)), 10 * (n + 1), 2 * n) for n, (p, _) in enumerate(pairs)
+        )
 
-    monkeypatch.setattr(loop.Prepared, "open", lambda directory: sets[directory])
+    monkeypatch.setattr(loop.PreparedDataset, "open", lambda directory: sets[directory])
     monkeypatch.setattr(loop, "mix", mix)
     monkeypatch.setattr(loop, "held_out_keys", lambda sources: [str(getattr(s, "directory", s)) for s in sources])
     config = config_of()
     config.data.update(sets=(("a", 0.5), ("b", 1.5), ("c", 2.0)), held_out=("list.txt",))
-    assert [str(m.prepared.directory) for m in loop.open_members(config)] == ["a", "b", "c"]
+    assert [str(m.prepared.directory) for m in loop.load_mixture(config)] == ["a", "b", "c"]
     assert asked == {"pairs": [("a", 0.5), ("b", 1.5), ("c", 2.0)], "held_out": ["list.txt", "a", "b", "c"]}
     assert capsys.readouterr().out.splitlines() == [
         "a: 3,000 images, 16.7% of an epoch",
@@ -433,7 +435,7 @@ def test_data_sets_of_a_config_are_opened_mixed_and_said(monkeypatch, capsys):
         "c: 7 images, 50.0% of an epoch, 4 held out for evaluation",
     ]
     config.data.update(sets=(), dir="b", images=0)
-    loop.open_members(config)
+    loop.load_mixture(config)
     assert asked == {"pairs": [("b", 0.0)], "held_out": ["list.txt", "b"]}
     assert capsys.readouterr().out == ""  # one set, of which all is trained on
 
@@ -442,10 +444,10 @@ def test_the_embedded_set_is_made_as_the_config_says(monkeypatch):
     monkeypatch.setattr(loop, "ensure_shapes", lambda *args, **options: (args, options))
     config = config_of()
     config.data.update(dir="d", images=60, seed=4, mix=(("color", 0.75),), tokenizer="")
-    options = {"log": loop.say, "mix": {"color": 0.75}, "tokenizer_vocab": config.model.llm.vocab}
-    assert loop.open_data(config) == (("d", 60, 4), options)
+    options = {"log": loop.log, "mix": {"color": 0.75}, "tokenizer_vocab": config.model.llm.vocab}
+    assert loop.load_dataset(config) == (("d", 60, 4), options)
     config.data.update(mix=(), tokenizer="its own")
-    assert loop.open_data(config) == (("d", 60, 4), {"log": loop.say})
+    assert loop.load_dataset(config) == (("d", 60, 4), {"log": loop.log})
 
 
 @pytest.fixture

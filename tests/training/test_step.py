@@ -13,14 +13,14 @@ import optax
 import pytest
 import small
 
-from flowseg_jax.checkpoints.manifest import flatten
+from flowseg_jax.checkpoints.manifest import flatten_params
 from flowseg_jax.errors import UserError
-from flowseg_jax.losses import LossConfig, denominators, training_terms
+from flowseg_jax.losses import LossConfig, denominators, loss_terms
 from flowseg_jax.models import flowseg
 from flowseg_jax.training import loop
 from flowseg_jax.training import program as module
-from flowseg_jax.training.step import Division
-from flowseg_jax.types import NO_LABEL, NONE
+from flowseg_jax.training.step import BatchPartition
+from flowseg_jax.types import IGNORE_INDEX, PAD
 
 CFG = dataclasses.replace(small.lean(), named_pass="flow", classes=3)
 LOSSES = LossConfig(points=24, vocabulary_chunk=16)
@@ -32,21 +32,21 @@ def batch():
     """Eight images, in pairs that share negatives; the later ones have fewer phrases, objects and labels."""
     batch = small.batch(CFG, images=8)
     phrases, names, classes, labels = (
-        np.array(x) for x in (batch.phrase_mask, batch.object_name, batch.object_class, batch.labels)
+        np.array(x) for x in (batch.phrase_target, batch.object_name, batch.object_category, batch.labels)
     )
-    phrases[5:, 1:] = NONE
-    phrases[7] = NONE
-    names[2, 0] = names[6] = NONE
+    phrases[5:, 1:] = PAD
+    phrases[7] = PAD
+    names[2, 0] = names[6] = PAD
     asked = np.arange(8)[:, None] != [6] * batch.name_valid.shape[1]
-    classes[4:, 1:] = NONE
-    labels[3:5] = NO_LABEL
+    classes[4:, 1:] = PAD
+    labels[3:5] = IGNORE_INDEX
     named = {"object_name": names, "name_valid": asked}
     return dataclasses.replace(batch, phrase_mask=phrases, object_class=classes, labels=labels, **named)
 
 
 @pytest.fixture(scope="module")
 def network():
-    return flowseg.create(CFG, 0)
+    return flowseg.init_model(CFG, 0)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def steps(batch):
         experiment.optimizer.accumulate = accumulate
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(module, "make_optimizer", lambda *_: OPTIMIZER)
-            program = module.Program.build(experiment, jax.devices()[:1])
+            program = module.TrainProgram.build(experiment, jax.devices()[:1])
         return program, jax.jit(program.step.__wrapped__).lower(program.state, program.batch).compile()
 
     return make
@@ -76,7 +76,7 @@ def test_parts_give_the_update_of_the_whole(network, batch, steps):
     assert seen.keys() == seen_in_parts.keys()
     for name, value in seen.items():
         assert float(seen_in_parts[name]) == pytest.approx(float(value), rel=1e-5), name
-    before, whole, parts = (flatten(x) for x in (network[1], whole.trainable, parts.trainable))
+    before, whole, parts = (flatten_params(x) for x in (network[1], whole.trainable, parts.trainable))
     scale = max(np.abs(whole[name] - before[name]).max() for name in before)
     for name, x in whole.items():
         assert np.abs(x - parts[name]).max() <= 1e-5 * scale, name
@@ -84,13 +84,13 @@ def test_parts_give_the_update_of_the_whole(network, batch, steps):
 
 def test_the_batch_alone_gives_the_denominators(batch):
     found = {name: float(count) for name, count in denominators(CFG, batch, LOSSES).items()}
-    assert found.pop("language") == (batch.labels[:, 1:] != NO_LABEL).sum()
+    assert found.pop("language") == (batch.labels[:, 1:] != IGNORE_INDEX).sum()
     q = CFG.decoder.queries
     rows = {"refer": batch.phrase_mask.reshape(-1, 1), "named": batch.object_name, "category": batch.object_class}
     for name, targets in rows.items():  # a row is a pass
-        masks = (targets != NONE).sum()
+        masks = (targets != PAD).sum()
         assert found.pop(f"{name}_mask") == found.pop(f"{name}_dice") == masks
-        background = sum(q - np.count_nonzero(row != NONE) for row in targets if (row != NONE).any())
+        background = sum(q - np.count_nonzero(row != PAD) for row in targets if (row != PAD).any())
         assert found.pop(f"{name}_class") == pytest.approx(masks + 0.1 * background)
     assert not found
 
@@ -99,10 +99,10 @@ def test_a_language_weight_of_zero_leaves_the_vocabulary_out(batch):
     losses = dataclasses.replace(LOSSES, language=0.0)
 
     def terms(params):
-        model = flowseg.bind(flowseg.describe(CFG)[0], params)
-        return training_terms(model, batch, model(batch), jax.random.split(jax.random.key(0), 8), losses)[0]
+        model = flowseg.bind_params(flowseg.abstract_model(CFG)[0], params)
+        return loss_terms(model, batch, model(batch), jax.random.split(jax.random.key(0), 8), losses)[0]
 
-    found = jax.eval_shape(terms, flowseg.at_rest(flowseg.describe(CFG)[1]))
+    found = jax.eval_shape(terms, flowseg.params_dict(flowseg.abstract_model(CFG)[1]))
     assert found.keys() == denominators(CFG, batch, losses).keys()
     assert "language" not in found and "refer_class" in found
 
@@ -110,9 +110,9 @@ def test_a_language_weight_of_zero_leaves_the_vocabulary_out(batch):
 def test_an_update_that_is_not_finite_is_not_made():
     cfg = small.lean(negatives_group=1)
     batch = small.batch(cfg, images=1)
-    program = module.Program.build(small.experiment(cfg, batch), jax.devices()[:1])
+    program = module.TrainProgram.build(small.experiment(cfg, batch), jax.devices()[:1])
     step = jax.jit(program.step.__wrapped__)  # not donating
-    params, batch = small.params(cfg), program.place(batch)
+    params, batch = small.params(cfg), program.to_device(batch)
     state = small.start(program, params | {"background": jnp.full_like(params["background"], jnp.inf)})
     after, metrics = step(state, batch)
     assert jax.tree.all(jax.tree.map(np.array_equal, after.trainable, state.trainable))
@@ -131,11 +131,11 @@ def test_too_many_skipped_updates_name_the_images():
 
 
 def test_a_micro_batch_is_a_run_of_rows_whatever_holds_it():
-    division = Division(images=16, devices=4, parts=2)
-    held = division.rows().reshape(4, 2, division.each)
+    division = BatchPartition(images=16, devices=4, micro_batches=2)
+    held = division.rows().reshape(4, 2, division.per_device_images)
     assert held[:, 0].reshape(-1).tolist() == list(range(8)) and held[:, 1].reshape(-1).tolist() == list(range(8, 16))
     for group in (1, 2, 4, 8):  # within a device, or over two or four of them
-        division.check(group)
+        division.validate(group)
 
 
 @pytest.mark.parametrize(
@@ -148,4 +148,4 @@ def test_a_micro_batch_is_a_run_of_rows_whatever_holds_it():
 )
 def test_a_batch_that_does_not_divide_is_refused(images, devices, parts, group, message):
     with pytest.raises(UserError, match=message):
-        Division(images, devices, parts).check(group)
+        BatchPartition(images, devices, parts).validate(group)

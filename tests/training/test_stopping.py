@@ -14,10 +14,10 @@ import small
 from test_loop import config, lines, prepared  # noqa: F401
 
 from flowseg_jax import experiment as configs
-from flowseg_jax.checkpoints.pretrained import save_model
+from flowseg_jax.checkpoints.pretrained import save_pretrained
 from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.training import loop, program
-from flowseg_jax.training.preemption import Stop
+from flowseg_jax.training.preemption import GracefulStop
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM)
 
@@ -33,11 +33,11 @@ def handlers():
 
 @pytest.mark.parametrize("number", NUMBERS)
 def test_a_signal_is_told_behind_the_step_and_the_handlers_come_back(handlers, number):
-    with pytest.raises(RuntimeError), Stop() as stop:
-        assert not stop.behind(1) and not stop.interrupted
+    with pytest.raises(RuntimeError), GracefulStop() as stop:
+        assert not stop.should_stop(1) and not stop.interrupted
         assert all(signal.getsignal(n) is not handlers[n] for n in NUMBERS)
         os.kill(os.getpid(), number)
-        assert stop.behind(1) and stop.behind(2)
+        assert stop.should_stop(1) and stop.should_stop(2)
         assert stop.interrupted == (number == signal.SIGINT)
         raise RuntimeError
     assert {n: signal.getsignal(n) for n in NUMBERS} == handlers
@@ -57,12 +57,12 @@ def plain_step(*_):
 def test_stopped_continued_and_extended(config, prepared, tmp_path, monkeypatch, capsys, handlers):  # noqa: F811
     config = configs.from_json(configs.to_json(config))
     cfg = FlowSegConfig.from_dict(config.model.to_dict())
-    save_model(tmp_path / "start", small.params(cfg), cfg.to_dict(), prepared.tokenizer_directory, dtype=None)
+    save_pretrained(tmp_path / "start", small.params(cfg), cfg.to_dict(), prepared.tokenizer_directory, dtype=None)
     config.update(steps=4, checkpoint_every=100, init_from=(str(tmp_path / "start"),))
     workdir = tmp_path / "run"
     monkeypatch.setattr(program, "make_train_step", plain_step)
 
-    class Signalled(loop.Report):
+    class Signalled(loop.MetricReporter):
         def log(self, step, metrics):
             super().log(step, metrics)
             if step == 2:

@@ -17,10 +17,10 @@ import pytest
 import small
 
 from flowseg_jax import experiment as configs
-from flowseg_jax.checkpoints.pretrained import save_model
+from flowseg_jax.checkpoints.pretrained import save_pretrained
 from flowseg_jax.data import prepare
-from flowseg_jax.data.dataset import Prepared
-from flowseg_jax.evaluation.benchmark import Benchmark, Subject
+from flowseg_jax.data.dataset import PreparedDataset
+from flowseg_jax.evaluation.benchmark import EvalModel, ReferringEvaluation
 from flowseg_jax.models.language import LanguageConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,7 +36,7 @@ def config(tmp_path_factory):
     config = small.experiment(cfg, small.batch(cfg, images=8), data=2, fsdp=2)
     config.update(steps=4, log_every=1, checkpoint_every=2, init_from=(str(root / "start"),))
     config.data.update(dir=str(prepared.directory), images=0, text=120, masks=4)
-    save_model(root / "start", small.params(cfg), cfg.to_dict(), prepared.tokenizer_directory, dtype=None)
+    save_pretrained(root / "start", small.params(cfg), cfg.to_dict(), prepared.tokenizer_directory, dtype=None)
     return config
 
 
@@ -104,7 +104,8 @@ def test_one_process_goes_on_where_two_stopped(config, tmp_path):
     assert "continuing from the checkpoint of step 2" in finish(launch(config, tmp_path / "two", 4))
     assert_equal(metrics(tmp_path / "two"), expected)
     benchmarks = [
-        Benchmark(Subject.load(tmp_path / run / "model"), Prepared.open(config.data.dir), 2) for run in ("one", "two")
+        ReferringEvaluation(EvalModel.load(tmp_path / run / "model"), PreparedDataset.open(config.data.dir), 2)
+        for run in ("one", "two")
     ]
     one, two = (benchmark.run("val", tmp_path / f"eval{i}", pictures=False).result for i, benchmark in enumerate(benchmarks))
     assert two["n"] == one["n"] and two["ciou"] == pytest.approx(one["ciou"], abs=1e-3)

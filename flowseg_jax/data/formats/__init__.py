@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from flowseg_jax.data.records import Layout, Problems
-from flowseg_jax.errors import UserError, suggest
+from flowseg_jax.data.records import DatasetReader, RecordErrors
+from flowseg_jax.errors import UserError, did_you_mean
 
 # name -> (module, class, options that the name implies). Modules are imported when they are needed.
 _READERS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -37,18 +37,18 @@ def layout_name(name: str) -> str:
     """The name of a layout, aliases resolved. UserError for an unknown one."""
     name = ALIASES.get(name, name)
     if name not in _READERS:
-        raise UserError(f"unknown layout {name!r}{suggest(name, [*_READERS, *ALIASES])}; known: {', '.join(_READERS)}")
+        raise UserError(f"unknown layout {name!r}{did_you_mean(name, [*_READERS, *ALIASES])}; known: {', '.join(_READERS)}")
     return name
 
 
-def reader(name: str) -> Callable[..., Layout]:
+def reader(name: str) -> Callable[..., DatasetReader]:
     """The reader of a layout: called with the root, `problems` and the options that it has."""
     module, cls, options = _READERS[layout_name(name)]
     found = getattr(importlib.import_module(f"{__name__}.{module}"), cls)
     return functools.partial(found, **options)
 
 
-def open_layout(name: str, root: str | Path, problems: Problems | None = None, **options: Any) -> Layout:
+def open_layout(name: str, root: str | Path, problems: RecordErrors | None = None, **options: Any) -> DatasetReader:
     """Opens a data set on disk.
 
     Args:
@@ -65,5 +65,5 @@ def open_layout(name: str, root: str | Path, problems: Problems | None = None, *
     known = inspect.signature(make).parameters
     for key in given:
         if key not in known:
-            raise UserError(f"layout {layout_name(name)} has no option {key!r}{suggest(key, known)}")
+            raise UserError(f"layout {layout_name(name)} has no option {key!r}{did_you_mean(key, known)}")
     return make(root, problems=problems, **given)

@@ -26,8 +26,8 @@ from flowseg_jax.data.formats.reading import (
     read_json,
     root_folder,
 )
-from flowseg_jax.data.records import Annotation, Example, Problems
-from flowseg_jax.errors import UserError, suggest
+from flowseg_jax.data.records import Annotation, Example, RecordErrors
+from flowseg_jax.errors import UserError, did_you_mean
 
 IMAGE_DIRS = (
     "{}",
@@ -69,7 +69,7 @@ def find_files(root: str | Path, kind: str, year: str | int | None) -> tuple[Pat
         if found:
             chosen = max(found) if year is None else str(year)
             if chosen not in found:
-                raise UserError(f"{folder}: no {kind} annotations of the year {chosen}{suggest(chosen, found)}")
+                raise UserError(f"{folder}: no {kind} annotations of the year {chosen}{did_you_mean(chosen, found)}")
             return folder, chosen, found[chosen]
     raise UserError(f"{root}: no annotations/{kind}_{{train,val}}2017.json here; pass the folder that holds annotations/")
 
@@ -79,7 +79,7 @@ class Coco(abc.ABC):
 
     task = "generic"
 
-    def __init__(self, root: str | Path, kind: str, year: str | int | None, images: str | Path | None, problems: Problems):
+    def __init__(self, root: str | Path, kind: str, year: str | int | None, images: str | Path | None, problems: RecordErrors):
         self.root, self.year, files = find_files(root, kind, year)
         self.annotation_files = tuple(files.values())
         self.source = f"coco {kind} {self.year}"
@@ -103,7 +103,7 @@ class Coco(abc.ABC):
             folders = ImageFolders(given or [self.root / usual.format(place) for usual in IMAGE_DIRS])
             self._parts[split] = Part(path, entries, folders, objects, order)
 
-    def _read_categories(self, table: Any, path: Path, problems: Problems) -> None:
+    def _read_categories(self, table: Any, path: Path, problems: RecordErrors) -> None:
         found = by_id(table, "categories", path, problems)
         index = {key: i for i, key in enumerate(sorted(found))}
         names = category_names(found, path)
@@ -114,7 +114,7 @@ class Coco(abc.ABC):
         self._category_index, self.categories = index, names
 
     @abc.abstractmethod
-    def _read_objects(self, table: Any, path: Path, images: dict[int, Any], problems: Problems) -> dict[int, Any]:
+    def _read_objects(self, table: Any, path: Path, images: dict[int, Any], problems: RecordErrors) -> dict[int, Any]:
         """The objects by image id. None for an image with a damaged record: it is left out, as its labels are incomplete."""
 
     def _image_id(self, entry: Any, images: dict[int, Any], where: str) -> int:
@@ -135,7 +135,7 @@ class Coco(abc.ABC):
 
     def _part(self, split: str) -> Part:
         if split not in self._parts:
-            raise UserError(f"{self.root}: unknown {self.source} split {split!r}{suggest(split, self.splits)}")
+            raise UserError(f"{self.root}: unknown {self.source} split {split!r}{did_you_mean(split, self.splits)}")
         return self._parts[split]
 
     def size(self, split: str) -> int:
@@ -170,11 +170,11 @@ class CocoInstances(Coco):
         *,
         images: str | Path | None = None,
         year: str | int | None = None,
-        problems: Problems | None = None,
+        problems: RecordErrors | None = None,
     ):
-        super().__init__(root, "instances", year, images, problems or Problems())
+        super().__init__(root, "instances", year, images, problems or RecordErrors())
 
-    def _read_objects(self, table: Any, path: Path, images: dict[int, Any], problems: Problems) -> dict[int, Any]:
+    def _read_objects(self, table: Any, path: Path, images: dict[int, Any], problems: RecordErrors) -> dict[int, Any]:
         found: dict[int, list[tuple[int, int, bool, str]] | None] = {}
         for key, entry in by_id(table, "annotations", path, problems).items():
             with problems.record():

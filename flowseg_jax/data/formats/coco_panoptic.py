@@ -16,7 +16,7 @@ from flowseg_jax.data import images as pixels
 from flowseg_jax.data import masks
 from flowseg_jax.data.formats.coco_instances import Coco
 from flowseg_jax.data.formats.reading import ImageFolders, by_id, check_work, crowd, field, flag, image_of
-from flowseg_jax.data.records import Annotation, Example, Problems
+from flowseg_jax.data.records import Annotation, Example, RecordErrors
 from flowseg_jax.errors import UserError
 
 
@@ -49,15 +49,15 @@ class CocoPanoptic(Coco):
         things: of each category, whether it is a thing.
     """
 
-    def __init__(self, root: str | Path, *, images: str | Path | None = None, problems: Problems | None = None):
-        super().__init__(root, "panoptic", None, images, problems or Problems())
+    def __init__(self, root: str | Path, *, images: str | Path | None = None, problems: RecordErrors | None = None):
+        super().__init__(root, "panoptic", None, images, problems or RecordErrors())
 
-    def _read_categories(self, table: Any, path: Path, problems: Problems) -> None:
+    def _read_categories(self, table: Any, path: Path, problems: RecordErrors) -> None:
         super()._read_categories(table, path, problems)
-        found = by_id(table, "categories", path, Problems(keep=True))  # what is wrong with the list has been said
+        found = by_id(table, "categories", path, RecordErrors(keep=True))  # what is wrong with the list has been said
         self.things = tuple(flag(found[key], "isthing", f"{path}: category {key}") for key in self._category_index)
 
-    def _read_objects(self, table: Any, path: Path, images: dict[int, Any], problems: Problems) -> dict[int, Any]:
+    def _read_objects(self, table: Any, path: Path, images: dict[int, Any], problems: RecordErrors) -> dict[int, Any]:
         found: dict[int, tuple[str, np.ndarray] | None] = {}
         for i, entry in enumerate(field(table, "annotations", list, str(path))):
             with problems.record():

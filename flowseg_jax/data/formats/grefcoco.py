@@ -13,7 +13,7 @@ from typing import Any
 from flowseg_jax.data.checks import MAX_CHARACTERS
 from flowseg_jax.data.formats.reading import ImageFolders, field, read_json
 from flowseg_jax.data.formats.refcoco import IMAGE_DIRS, Grouped, Instances, find_root, read_pickle
-from flowseg_jax.data.records import Example, Problems
+from flowseg_jax.data.records import Example, RecordErrors
 from flowseg_jax.errors import UserError, quoted
 
 _NEEDS = "a gRefCOCO layout needs instances.json and grefs(<split_by>).json side by side"
@@ -81,9 +81,9 @@ class GRefCoco(Grouped):
         split_by: str | None = None,
         images: str | Path | None = None,
         max_characters: int = MAX_CHARACTERS,
-        problems: Problems | None = None,
+        problems: RecordErrors | None = None,
     ):
-        problems = problems or Problems()
+        problems = problems or RecordErrors()
         root = find_root(root, "grefcoco")
         path = refs_file(root, split_by or "unc")
         folders = ImageFolders.of(root, IMAGE_DIRS, images)

@@ -28,8 +28,8 @@ from flowseg_jax.data import images as pixels
 from flowseg_jax.data import masks
 from flowseg_jax.data.checks import MAX_CHARACTERS, check_said
 from flowseg_jax.data.formats.reading import ImageFolders, hashed_id, image_bytes, visible
-from flowseg_jax.data.records import Annotation, Example, Expression, Problems
-from flowseg_jax.errors import UserError, brief, listed, quoted, suggest
+from flowseg_jax.data.records import Annotation, Example, Expression, RecordErrors
+from flowseg_jax.errors import UserError, brief, did_you_mean, listed, quoted
 from flowseg_jax.system import paths
 
 SCHEMA = "jsonl.schema.json"
@@ -111,9 +111,9 @@ class Jsonl:
         *,
         images: str | Path | None = None,
         max_characters: int = MAX_CHARACTERS,
-        problems: Problems | None = None,
+        problems: RecordErrors | None = None,
     ):
-        problems = problems or Problems()
+        problems = problems or RecordErrors()
         self.path = find_file(root)
         self.source = f"jsonl {self.path.name}"
         self.annotation_files = (self.path,)
@@ -171,7 +171,7 @@ class Jsonl:
     def size(self, split: str) -> int:
         """Number of images of the split."""
         if split not in self._order:
-            raise UserError(f"{self.path}: unknown split {split!r}{suggest(split, self.splits)}")
+            raise UserError(f"{self.path}: unknown split {split!r}{did_you_mean(split, self.splits)}")
         return len(self._order[split])
 
     def image_file(self, split: str, index: int) -> tuple[str, Path]:

@@ -13,9 +13,9 @@ from typing import Any
 
 from flowseg_jax.data.checks import check_said
 from flowseg_jax.data.formats.reading import ImageFolders, field, hashed_id, image_bytes, read_json, root_folder, visible
-from flowseg_jax.data.records import Example, Problems, Turn
+from flowseg_jax.data.records import Example, RecordErrors, Turn
 from flowseg_jax.data.tokenizer import IMAGE
-from flowseg_jax.errors import UserError, listed, quoted, suggest
+from flowseg_jax.errors import UserError, did_you_mean, listed, quoted
 
 KNOWN = ("blip_laion_cc_sbu_558k.json", "llava_v1_5_mix665k.json")
 IMAGE_DIRS = (
@@ -95,9 +95,9 @@ class Llava:
         *,
         images: str | Path | None = None,
         file: str | Path | None = None,
-        problems: Problems | None = None,
+        problems: RecordErrors | None = None,
     ):
-        problems = problems or Problems()
+        problems = problems or RecordErrors()
         root = root_folder(root)
         self.path = chat_file(root, file)
         self.source = f"llava chats {self.path.name}"
@@ -121,7 +121,7 @@ class Llava:
     def size(self, split: str) -> int:
         """Number of samples, those without an image included."""
         if split != "train":
-            raise UserError(f"{self.path}: unknown split {split!r}{suggest(split, self.splits)}")
+            raise UserError(f"{self.path}: unknown split {split!r}{did_you_mean(split, self.splits)}")
         return len(self._samples)
 
     def image_file(self, split: str, index: int) -> tuple[str, Path] | None:

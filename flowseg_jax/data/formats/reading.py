@@ -12,7 +12,7 @@ from typing import Any
 
 from flowseg_jax.data import images
 from flowseg_jax.data.checks import check_said, check_storable, seen_as
-from flowseg_jax.data.records import Problems
+from flowseg_jax.data.records import RecordErrors
 from flowseg_jax.errors import UserError, brief, quoted
 from flowseg_jax.system import paths
 
@@ -95,7 +95,7 @@ def check_work(objects: int, height: int, width: int, where: str) -> None:
         raise UserError(f"{where}: {objects} objects in an image of {height}x{width} (height x width) are too many to draw")
 
 
-def by_id(table: Any, entries: str, path: Path, problems: Problems) -> dict[int, dict[str, Any]]:
+def by_id(table: Any, entries: str, path: Path, problems: RecordErrors) -> dict[int, dict[str, Any]]:
     """The objects of the list `table[entries]` by their id; one that occurs twice is an error, the first one counts."""
     result: dict[int, dict[str, Any]] = {}
     for i, entry in enumerate(field(table, entries, list, str(path))):

@@ -20,9 +20,9 @@ from jaxtyping import UInt8
 from flowseg_jax.data import images, masks
 from flowseg_jax.data.checks import MAX_CHARACTERS, check_said
 from flowseg_jax.data.formats.reading import check_work, field, hashed_id, image_bytes, read_json, root_folder, visible
-from flowseg_jax.data.records import Annotation, Example, Expression, Problems
-from flowseg_jax.errors import UserError, listed, quoted, suggest
-from flowseg_jax.types import NONE
+from flowseg_jax.data.records import Annotation, Example, Expression, RecordErrors
+from flowseg_jax.errors import UserError, did_you_mean, listed, quoted
+from flowseg_jax.types import PAD
 
 SPLITS = ("train", "val", "test")
 TARGET, IGNORE = 1, 255
@@ -37,7 +37,7 @@ def find_root(root: str | Path) -> Path:
     raise UserError(f"{root}: none of the folders {', '.join(SPLITS)} is here; pass the folder that holds them")
 
 
-def _pairs(folder: Path, problems: Problems) -> list[str]:
+def _pairs(folder: Path, problems: RecordErrors) -> list[str]:
     images, jsons = ({path.stem for path in visible(folder, f"*.{ending}")} for ending in ("jpg", "json"))
     names = []
     for name in sorted(images | jsons):
@@ -177,8 +177,8 @@ class ReasonSeg:
     categories: tuple[str, ...] = ()
     source = "reasonseg layout"
 
-    def __init__(self, root: str | Path, *, max_characters: int = MAX_CHARACTERS, problems: Problems | None = None):
-        problems = problems or Problems()
+    def __init__(self, root: str | Path, *, max_characters: int = MAX_CHARACTERS, problems: RecordErrors | None = None):
+        problems = problems or RecordErrors()
         self._max_characters = max_characters
         self._root = find_root(root)
         self._names = {s: _pairs(self._root / s, problems) for s in SPLITS if (self._root / s).is_dir()}
@@ -191,7 +191,7 @@ class ReasonSeg:
             self._read_explanations(path, problems)
         self.annotation_files = tuple(files)
 
-    def _read_explanations(self, path: Path, problems: Problems) -> None:
+    def _read_explanations(self, path: Path, problems: RecordErrors) -> None:
         entries = read_json(path)
         if not isinstance(entries, list):
             raise UserError(f"{path}: expected a list of explanations, got {type(entries).__name__}")
@@ -208,7 +208,9 @@ class ReasonSeg:
     def size(self, split: str) -> int:
         """Number of images of the split, those without a target included."""
         if split not in self._names:
-            raise UserError(f"{self._root}: unknown split {split!r}{suggest(split, self.splits)}; it has {listed(self.splits)}")
+            raise UserError(
+                f"{self._root}: unknown split {split!r}{did_you_mean(split, self.splits)}; it has {listed(self.splits)}"
+            )
         return len(self._names[split])
 
     def image_file(self, split: str, index: int) -> tuple[str, Path]:
@@ -229,9 +231,9 @@ class ReasonSeg:
         if not (mask == TARGET).any():
             notes["images without a target region: left out"] += 1
             return None
-        annotations = [Annotation(0, NONE, masks.encode(mask == TARGET))]
+        annotations = [Annotation(0, PAD, masks.encode(mask == TARGET))]
         if (mask == IGNORE).any():
-            annotations.append(Annotation(1, NONE, masks.encode(mask == IGNORE), ignore=True))
+            annotations.append(Annotation(1, PAD, masks.encode(mask == IGNORE), ignore=True))
         answers = self._answers(split, f"{name}.jpg", texts, notes)
         expressions = tuple(Expression(t, i, 0, (0,), family, a) for i, (t, a) in enumerate(zip(texts, answers, strict=True)))
         number = hashed_id(f"{split}/{name}")  # it does not depend on which others there are

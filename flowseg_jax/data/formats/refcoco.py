@@ -27,8 +27,8 @@ from flowseg_jax.data.formats.reading import (
     read_json,
     root_folder,
 )
-from flowseg_jax.data.records import Annotation, Example, Expression, Problems
-from flowseg_jax.errors import UserError, brief, listed, suggest
+from flowseg_jax.data.records import Annotation, Example, Expression, RecordErrors
+from flowseg_jax.errors import UserError, brief, did_you_mean, listed
 from flowseg_jax.system import paths
 
 # How LISA, X-SAM and Sa2VA call the folder of each data set, and where each of them keeps the images.
@@ -87,7 +87,7 @@ def refs_file(root: Path, split_by: str | None) -> Path:
         raise UserError(f"{root}: no refs(<split_by>).p here; pass the folder that holds instances.json and refs(unc).p")
     if split_by is not None:
         if split_by not in found:
-            raise UserError(f"{root}: no refs({split_by}).p{suggest(split_by, found)}")
+            raise UserError(f"{root}: no refs({split_by}).p{did_you_mean(split_by, found)}")
         return found[split_by]
     for preferred in (*(("unc", "umd") if len(found) > 1 else ()), *found):
         if preferred in found:
@@ -104,7 +104,7 @@ class Instances:
         categories: names, in the order of their ids.
     """
 
-    def __init__(self, path: Path, folders: ImageFolders, problems: Problems, needs: str = _NEEDS):
+    def __init__(self, path: Path, folders: ImageFolders, problems: RecordErrors, needs: str = _NEEDS):
         self.path, self._folders = path, folders
         table = read_json(path, needs)
         self.images = by_id(table, "images", path, problems)
@@ -181,7 +181,7 @@ class Instances:
             other = {}  # how evaluations draw it that do not take the union
             if entry["id"] in referred:
                 parts = entry["segmentation"], height, width, where
-                other = {"once": masks.covered_once(*parts), "filled": masks.filled(*parts)}
+                other = {"once": masks.single_cover(*parts), "filled": masks.fill_polygons(*parts)}
             annotations.append(Annotation(entry["id"], category, rle, crowd(entry, where), **other))
         expressions = tuple(
             Expression(s["sent"].strip(), s["sent_id"], ref_id, tuple(sorted(place[t] for t in targets)), s.get("family", ""))
@@ -212,7 +212,7 @@ class Grouped:
             raise UserError(f"{where}.ref_id: {ref_id} occurs twice")
         refs[ref_id] = ref, targets
 
-    def finish(self, problems: Problems) -> None:
+    def finish(self, problems: RecordErrors) -> None:
         """Raises a UserError if there are no refs, with the first of the problems that they had."""
         if not self._refs:
             raise problems.nothing_left(f"{self._refs_path}: holds no refs")
@@ -228,7 +228,7 @@ class Grouped:
         """Number of images that the split's refs use."""
         if split not in self._order:
             raise UserError(
-                f"{self._refs_path}: unknown split {split!r}{suggest(split, self.splits)}; it has {listed(self.splits)}"
+                f"{self._refs_path}: unknown split {split!r}{did_you_mean(split, self.splits)}; it has {listed(self.splits)}"
             )
         return len(self._order[split])
 
@@ -271,9 +271,9 @@ class RefCoco(Grouped):
         split_by: str | None = None,
         images: str | Path | None = None,
         max_characters: int = MAX_CHARACTERS,
-        problems: Problems | None = None,
+        problems: RecordErrors | None = None,
     ):
-        problems = problems or Problems()
+        problems = problems or RecordErrors()
         root = find_root(root, name)
         path = refs_file(root, split_by)
         super().__init__(Instances(root / "instances.json", ImageFolders.of(root, IMAGE_DIRS, images), problems), path)

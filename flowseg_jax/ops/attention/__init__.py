@@ -16,18 +16,18 @@ import jax
 from jaxtyping import Array, Bool, Float
 
 from flowseg_jax.ops.attention import cudnn, flash, grid, xla
-from flowseg_jax.ops.attention.mask import Rule, Tokens, causal
-from flowseg_jax.ops.portable import kernels
+from flowseg_jax.ops.attention.mask import AttentionMask, TokenInfo, causal_mask
+from flowseg_jax.ops.portable import kernels_allowed
 
-__all__ = ["Rule", "Tokens", "attention", "causal", "grid_attention"]
+__all__ = ["AttentionMask", "TokenInfo", "attention", "causal_mask", "decomposed_rel_pos_attention"]
 
 IMPLEMENTATIONS = ("auto", "xla", "flash", "cudnn")
 # With fewer queries or keys than this, scores are small, and a kernel's blocks are mostly padding.
-KERNEL_TOKENS = 256
+MIN_KERNEL_TOKENS = 256
 
 
 @dataclasses.dataclass(frozen=True)
-class _How:
+class _Static:
     """What is static of one call; `mask` is the structure of the mask, of which the arrays alone are passed on."""
 
     scale: float
@@ -41,7 +41,7 @@ def attention(
     k: Float[Array, "b t g e"],
     v: Float[Array, "b t g f"],
     *,
-    mask: Rule | Bool[Array, "#b #h #s t"] | None = None,
+    mask: AttentionMask | Bool[Array, "#b #h #s t"] | None = None,
     scale: float | None = None,
     chunk: int | None = None,
     impl: str = "auto",
@@ -68,7 +68,7 @@ def attention(
     (b, s, h, e), (t, g) = q.shape, k.shape[1:3]
     if h % g or k.shape != (b, t, g, e) or v.shape[:3] != (b, t, g):
         raise ValueError(f"attention: q {q.shape}, k {k.shape} and v {v.shape} do not fit")
-    if isinstance(mask, Rule):
+    if isinstance(mask, AttentionMask):
         shapes = mask.queries.order.shape, mask.keys.order.shape
         if shapes != ((b, s), (b, t)):
             raise ValueError(f"attention: a rule for queries {shapes[0]} and keys {shapes[1]}, not {(b, s)} and {(b, t)}")
@@ -80,32 +80,32 @@ def attention(
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"attention: impl={impl!r} is unknown (known: {', '.join(IMPLEMENTATIONS)})")
     leaves, structure = jax.tree.flatten(mask)
-    how = _How(e**-0.5 if scale is None else scale, chunk, _without_kernels(impl), structure)
+    how = _Static(e**-0.5 if scale is None else scale, chunk, _without_kernels(impl), structure)
     return _attention(how, q, k, v, leaves)
 
 
 def _without_kernels(impl: str) -> str:
-    return "xla" if impl == "auto" and not kernels() else impl
+    return "xla" if impl == "auto" and not kernels_allowed() else impl
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(how: _How, q: Array, k: Array, v: Array, mask: list[Array]) -> Array:
+def _attention(how: _Static, q: Array, k: Array, v: Array, mask: list[Array]) -> Array:
     return _run("forward", how, q, k, v, mask)[0]
 
 
-def _attention_forward(how: _How, q: Array, k: Array, v: Array, mask: list[Array]) -> tuple[Array, tuple]:
+def _attention_forward(how: _Static, q: Array, k: Array, v: Array, mask: list[Array]) -> tuple[Array, tuple]:
     out, logsum = _run("forward", how, q, k, v, mask)
     return out, (q, k, v, mask, out, logsum)
 
 
-def _attention_backward(how: _How, saved: tuple, cotangent: Array) -> tuple:
+def _attention_backward(how: _Static, saved: tuple, cotangent: Array) -> tuple:
     return *_run("backward", how, *saved, cotangent), None
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
 
 
-def _run(name: str, how: _How, q: Array, k: Array, v: Array, leaves: list[Array], *saved: Array) -> tuple[Array, ...]:
+def _run(name: str, how: _Static, q: Array, k: Array, v: Array, leaves: list[Array], *saved: Array) -> tuple[Array, ...]:
     """`forward` or `backward` of the implementation that the call or the platform asks for."""
     mask = jax.tree.unflatten(how.mask, leaves)
     plain = functools.partial(getattr(xla, name), chunk=how.chunk)
@@ -117,8 +117,8 @@ def _run(name: str, how: _How, q: Array, k: Array, v: Array, leaves: list[Array]
     if how.impl != "auto":
         return call({"xla": plain, **kernels}[how.impl])(q, k, v, mask, *saved)
     fits = {}
-    if min(q.shape[1], k.shape[1]) >= KERNEL_TOKENS:
-        if mask is None or isinstance(mask, Rule):
+    if min(q.shape[1], k.shape[1]) >= MIN_KERNEL_TOKENS:
+        if mask is None or isinstance(mask, AttentionMask):
             fits["tpu"] = call(kernels["flash"])
         if cudnn.takes(q, k, v, mask):
             fits["cuda"] = call(kernels["cudnn"])
@@ -128,7 +128,7 @@ def _run(name: str, how: _How, q: Array, k: Array, v: Array, leaves: list[Array]
 
 
 @jax.custom_vjp
-def grid_attention(
+def decomposed_rel_pos_attention(
     q: Float[Array, "b s h e"],
     k: Float[Array, "b t h e"],
     v: Float[Array, "b t h f"],
@@ -145,7 +145,7 @@ def grid_attention(
 
 def _grid_forward(q: Array, k: Array, v: Array, rows: Array, columns: Array) -> tuple[Array, tuple]:
     def folded(q: Array, k: Array, v: Array, rows: Array, columns: Array) -> tuple[Array, Array]:
-        return _run("forward", _grid_how(), *grid.fold(q, k, rows, columns), v, [])
+        return _run("forward", _grid_how(), *grid.fold_rel_pos(q, k, rows, columns), v, [])
 
     b, s, h, _ = q.shape
     operands = q, k, v, rows, columns
@@ -158,14 +158,14 @@ def _grid_forward(q: Array, k: Array, v: Array, rows: Array, columns: Array) -> 
 
 def _grid_backward(saved: tuple, cotangent: Array) -> tuple:
     q, k, v, rows, columns, out, logsum = saved
-    wide = *grid.fold(q, k, rows, columns), v
+    wide = *grid.fold_rel_pos(q, k, rows, columns), v
     dq, dk, dv = _run("backward", _grid_how(), *wide, [], out, logsum, cotangent)
     e, height = q.shape[-1], rows.shape[-1]
     return dq[..., :e], dk[..., :e], dv, dq[..., e : e + height], dq[..., e + height :]
 
 
-grid_attention.defvjp(_grid_forward, _grid_backward)
+decomposed_rel_pos_attention.defvjp(_grid_forward, _grid_backward)
 
 
-def _grid_how() -> _How:
-    return _How(1.0, None, _without_kernels("auto"), jax.tree.structure(None))
+def _grid_how() -> _Static:
+    return _Static(1.0, None, _without_kernels("auto"), jax.tree.structure(None))

@@ -6,14 +6,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from flowseg_jax.ops.attention.mask import Rule
+from flowseg_jax.ops.attention.mask import AttentionMask
 
 
 def takes(
     q: Float[Array, "b s h e"],
     k: Float[Array, "b t g e"],
     v: Float[Array, "b t g f"],
-    mask: Rule | Bool[Array, "#b #h #s t"] | None,
+    mask: AttentionMask | Bool[Array, "#b #h #s t"] | None,
 ) -> bool:
     """Whether cuDNN is there and computes this, gradients too: JAX refuses by dtype, head width, length and kind of GPU."""
     if q.dtype not in (jnp.bfloat16, jnp.float16):
@@ -29,7 +29,7 @@ def forward(
     q: Float[Array, "b s h e"],
     k: Float[Array, "b t g e"],
     v: Float[Array, "b t g f"],
-    mask: Rule | Bool[Array, "#b #h #s t"] | None,
+    mask: AttentionMask | Bool[Array, "#b #h #s t"] | None,
     scale: float,
 ) -> tuple[Float[Array, "b s h f"], Float[Array, "b h s"]]:
     """The result, and zeros in the place of `xla.forward`'s logarithms, which stay inside cuDNN."""
@@ -41,7 +41,7 @@ def backward(
     q: Float[Array, "b s h e"],
     k: Float[Array, "b t g e"],
     v: Float[Array, "b t g f"],
-    mask: Rule | Bool[Array, "#b #h #s t"] | None,
+    mask: AttentionMask | Bool[Array, "#b #h #s t"] | None,
     scale: float,
     out: Float[Array, "b s h f"],
     logsum: Float[Array, "b h s"],
@@ -51,8 +51,8 @@ def backward(
     return jax.vjp(lambda q, k, v: _attend(q, k, v, mask, scale), q, k, v)[1](cotangent)
 
 
-def _attend(q: Array, k: Array, v: Array, mask: Rule | Array | None, scale: float) -> Array:
-    mask = mask.matrix() if isinstance(mask, Rule) else mask
+def _attend(q: Array, k: Array, v: Array, mask: AttentionMask | Array | None, scale: float) -> Array:
+    mask = mask.materialize() if isinstance(mask, AttentionMask) else mask
     if mask is not None:
         mask = jnp.broadcast_to(mask, (*mask.shape[:2], q.shape[1], mask.shape[3]))
     width = v.shape[3]

@@ -21,10 +21,10 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float
 
-from flowseg_jax.ops.attention.mask import Rule, sees
+from flowseg_jax.ops.attention.mask import AttentionMask, may_attend
 from flowseg_jax.ops.attention.xla import BLOCKED, expected_slope
 from flowseg_jax.ops.collectives import TENSOR_AXIS
-from flowseg_jax.ops.dot import product
+from flowseg_jax.ops.dot import matmul_f32
 
 LANES = 128
 BLOCKS = (512, 384, 256, 128)  # tokens a block: the first of those that pad least
@@ -32,7 +32,7 @@ NOBODY = (np.iinfo(np.int32).min, -1, 0)  # the fields of a token that sees noth
 
 
 def forward(
-    q: Float[Array, "b s h e"], k: Float[Array, "b t g e"], v: Float[Array, "b t g f"], rule: Rule | None, scale: float
+    q: Float[Array, "b s h e"], k: Float[Array, "b t g e"], v: Float[Array, "b t g f"], rule: AttentionMask | None, scale: float
 ) -> tuple[Float[Array, "b s h f"], Float[Array, "b h s"]]:
     """As `xla.forward`, for masks that are a rule."""
     return _on_each_device(functools.partial(_forward, scale), "qkk", "qs", (q, k, v), rule)
@@ -42,7 +42,7 @@ def backward(
     q: Float[Array, "b s h e"],
     k: Float[Array, "b t g e"],
     v: Float[Array, "b t g f"],
-    rule: Rule | None,
+    rule: AttentionMask | None,
     scale: float,
     out: Float[Array, "b s h f"],
     logsum: Float[Array, "b h s"],
@@ -53,7 +53,9 @@ def backward(
     return _on_each_device(functools.partial(_backward, scale), "qkkqss", "qkk", arrays, rule)
 
 
-def _on_each_device(run: Callable, kinds: str, results: str, arrays: Sequence[Array], rule: Rule | None) -> tuple[Array, ...]:
+def _on_each_device(
+    run: Callable, kinds: str, results: str, arrays: Sequence[Array], rule: AttentionMask | None
+) -> tuple[Array, ...]:
     """Runs on the parts of a device: the compiler cannot divide a kernel along the axes of a mesh that are left to it.
 
     `TENSOR_AXIS` divides heads, other axes the batch, each where it fits. `kinds` are "q" and "k" for [batch, tokens, heads,
@@ -159,17 +161,17 @@ class _Step:
 
     def scores(self, q: Array, k: Array) -> Array:
         """float32 [keys, queries]."""
-        scores = product(k, q, 1, 1) * self.scale
+        scores = matmul_f32(k, q, 1, 1) * self.scale
         return scores if self.allowed is None else jnp.where(self.allowed(), scores, BLOCKED)
 
     def slopes(self, q: Array, k: Array, v: Array, cotangent: Array, logsum: Array, mean: Array) -> tuple[Array, Array]:
         """The weights, and the gradients of the products of queries and keys: [keys, queries], ready for the next product."""
         weights = jnp.exp(self.scores(q, k) - logsum)
-        slopes = weights * (product(v, cotangent, 1, 1) - mean) * self.scale
+        slopes = weights * (matmul_f32(v, cotangent, 1, 1) - mean) * self.scale
         return weights.astype(q.dtype), slopes.astype(q.dtype)
 
 
-def _forward(scale: float, q: Array, k: Array, v: Array, rule: Rule | None) -> tuple[Array, Array]:
+def _forward(scale: float, q: Array, k: Array, v: Array, rule: AttentionMask | None) -> tuple[Array, Array]:
     s, f, blocks = q.shape[1], v.shape[3], _Blocks.of(q, k)
     q, k, v = _lay(q, blocks.queries), _lay(k, blocks.keys), _lay(v, blocks.keys)
     out, logsum = _call(
@@ -186,7 +188,7 @@ def _forward(scale: float, q: Array, k: Array, v: Array, rule: Rule | None) -> t
 
 
 def _backward(
-    scale: float, q: Array, k: Array, v: Array, cotangent: Array, logsum: Array, mean: Array, rule: Rule | None
+    scale: float, q: Array, k: Array, v: Array, cotangent: Array, logsum: Array, mean: Array, rule: AttentionMask | None
 ) -> tuple[Array, Array, Array]:
     (s, e), (t, f), blocks = q.shape[1::2], v.shape[1::2], _Blocks.of(q, k)
     q, cotangent = _lay(q, blocks.queries), _lay(cotangent, blocks.queries)
@@ -232,7 +234,7 @@ def _attend(step: _Step, q_ref, k_ref, v_ref, out_ref, logsum_ref, peak_ref, tot
         weights, decay = jnp.exp(scores - peak), jnp.exp(peak_ref[...] - peak)
         peak_ref[...] = peak
         total_ref[...] = total_ref[...] * decay + weights.sum(0, keepdims=True)
-        sum_ref[...] = sum_ref[...] * decay + product(v, weights.astype(v.dtype), 0, 0)
+        sum_ref[...] = sum_ref[...] * decay + matmul_f32(v, weights.astype(v.dtype), 0, 0)
 
     @pl.when(step.last)
     def _():
@@ -253,7 +255,7 @@ def _differentiate_queries(step: _Step, q_ref, k_ref, v_ref, ct_ref, logsum_ref,
     def _():
         k = k_ref[0]
         _, slopes = step.slopes(q_ref[0], k, v_ref[0], ct_ref[0], logsum_ref[0, 0], mean_ref[0, 0])
-        sum_ref[...] += product(slopes, k, 0, 0)
+        sum_ref[...] += matmul_f32(slopes, k, 0, 0)
 
     @pl.when(step.last)
     def _():
@@ -274,8 +276,8 @@ def _differentiate_keys(
     def _():
         q, ct = q_ref[0], ct_ref[0]
         weights, slopes = step.slopes(q, k_ref[0], v_ref[0], ct, logsum_ref[0, 0], mean_ref[0, 0])
-        dk_sum_ref[...] += product(slopes, q, 1, 0)
-        dv_sum_ref[...] += product(weights, ct, 1, 0)
+        dk_sum_ref[...] += matmul_f32(slopes, q, 1, 0)
+        dv_sum_ref[...] += matmul_f32(weights, ct, 1, 0)
 
     @pl.when(step.last)
     def _():
@@ -288,7 +290,7 @@ def _call(
     blocks: _Blocks,
     loops: _Loops,
     scale: float,
-    rule: Rule | None,
+    rule: AttentionMask | None,
     inputs: Sequence[tuple[str, Array]],
     outputs: Sequence[tuple[str, int, jnp.dtype]],
     scratch: Sequence[tuple[int, int]],
@@ -341,7 +343,7 @@ def _call(
             active = active_ref[b, i, j] > 0
             queries = lambda: [queries_ref[0, n : n + 1] for n in range(3)]  # noqa: E731
             keys = lambda: [keys_ref[0, :, n : n + 1] for n in range(3)]  # noqa: E731
-            allowed = lambda: sees(queries(), keys(), rule.window)  # noqa: E731
+            allowed = lambda: may_attend(queries(), keys(), rule.window)  # noqa: E731
         elif blocks.real < t:
             key = lambda: jax.lax.broadcasted_iota(jnp.int32, (blocks.keys, blocks.queries), 0)  # noqa: E731
             allowed = lambda: key() < blocks.real - j * blocks.keys  # noqa: E731
@@ -364,14 +366,14 @@ def _call(
     return [x.reshape(shapes[kind]) for x, (kind, *_) in zip(found, outputs, strict=True)]
 
 
-def _describe(rule: Rule, blocks: _Blocks) -> tuple[Array, Array, Array]:
+def _describe(rule: AttentionMask, blocks: _Blocks) -> tuple[Array, Array, Array]:
     """Which blocks of queries see anything in which blocks of keys, int32 [batch, rows, columns], and the tokens of both as
     rows [batch, 3, queries] and columns [batch, keys, 3]."""
     queries, keys = (
         jnp.stack([_pad(x, 1, size, fill) for x, fill in zip(jax.tree.leaves(tokens), NOBODY, strict=True)], axis)
         for tokens, size, axis in ((rule.queries, blocks.queries, 1), (rule.keys, blocks.keys, 2))
     )
-    matrix = sees([queries[:, n, :, None] for n in range(3)], [keys[:, None, :, n] for n in range(3)], rule.window)
+    matrix = may_attend([queries[:, n, :, None] for n in range(3)], [keys[:, None, :, n] for n in range(3)], rule.window)
     blockwise = matrix.reshape(-1, blocks.rows, blocks.queries, blocks.columns, blocks.keys)
     return blockwise.any((2, 4)).astype(jnp.int32), queries, keys
 

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from flowseg_jax.ops.dot import product
+from flowseg_jax.ops.dot import matmul_f32
 
 # Float32 scores of a chunk of queries: 32 queries of SAM's global attention. Twice as many take XLA:CPU half as long again.
 CHUNK_BYTES = 8 * 2**20
 
 
-def fold(
+def fold_rel_pos(
     q: Float[Array, "b s h e"],
     k: Float[Array, "b t h e"],
     rows: Float[Array, "b s h y"],
@@ -51,12 +51,12 @@ def _image(q: Array, k: Array, v: Array, rows: Array, columns: Array) -> tuple[A
 
     def attend(chunk: tuple[Array, Array, Array]) -> tuple[Array, Array]:
         q, rows, columns = chunk
-        scores = product(q, k, 2, 2, batch=1).reshape(h, size, rows.shape[-1], columns.shape[-1])
+        scores = matmul_f32(q, k, 2, 2, batch=1).reshape(h, size, rows.shape[-1], columns.shape[-1])
         scores = (scores + rows[..., None] + columns[..., None, :]).reshape(h, size, -1)
         peak = scores.max(-1, keepdims=True)
         weights = jnp.exp(scores - peak)
         total = weights.sum(-1, keepdims=True)
-        out = product(weights.astype(v.dtype), v, 2, 1, batch=1) / total
+        out = matmul_f32(weights.astype(v.dtype), v, 2, 1, batch=1) / total
         return out.astype(v.dtype), peak + jnp.log(total)
 
     def split(x: Array) -> Array:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Int
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Tokens:
+class TokenInfo:
     """What a rule knows of each token.
 
     Attributes:
@@ -28,7 +28,7 @@ class Tokens:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Rule:
+class AttentionMask:
     """Which keys each query may attend to; a query that may attend to none gets zeros.
 
     Attributes:
@@ -37,18 +37,18 @@ class Rule:
         window: a key is seen less than so many positions back; None: from anywhere.
     """
 
-    queries: Tokens
-    keys: Tokens
+    queries: TokenInfo
+    keys: TokenInfo
     window: int | None = dataclasses.field(default=None, metadata={"static": True})
 
-    def matrix(self) -> Bool[Array, "b 1 s t"]:
+    def materialize(self) -> Bool[Array, "b 1 s t"]:
         """The rule written out."""
         queries = [x[:, None, :, None] for x in jax.tree.leaves(self.queries)]
         keys = [x[:, None, None, :] for x in jax.tree.leaves(self.keys)]
-        return sees(queries, keys, self.window)
+        return may_attend(queries, keys, self.window)
 
 
-def sees(query: Sequence[Array], key: Sequence[Array], window: int | None) -> Array:
+def may_attend(query: Sequence[Array], key: Sequence[Array], window: int | None) -> Array:
     """The rule itself, elementwise: the fields of `Tokens` of queries and of keys, which broadcast against each other."""
     order, segment, position = query
     key_order, key_segment, key_position = key
@@ -56,8 +56,8 @@ def sees(query: Sequence[Array], key: Sequence[Array], window: int | None) -> Ar
     return allowed if window is None else allowed & (position - key_position < window)
 
 
-def causal(segments: Int[Array, "b n"], positions: Int[Array, "b n"], window: int | None = None) -> Rule:
+def causal_mask(segments: Int[Array, "b n"], positions: Int[Array, "b n"], window: int | None = None) -> AttentionMask:
     """The rule among the tokens of one row, read in the order in which they stand."""
     order = jnp.broadcast_to(jnp.arange(segments.shape[1], dtype=jnp.int32), segments.shape)
-    tokens = Tokens(order, segments, positions)
-    return Rule(tokens, tokens, window)
+    tokens = TokenInfo(order, segments, positions)
+    return AttentionMask(tokens, tokens, window)

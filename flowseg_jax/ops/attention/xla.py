@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from flowseg_jax.ops.attention.mask import Rule
-from flowseg_jax.ops.dot import TILE, einsum, product
+from flowseg_jax.ops.attention.mask import AttentionMask
+from flowseg_jax.ops.dot import TILE, einsum, matmul_f32
 
 # Above WHOLE_BYTES of float32 scores, queries are processed in chunks of CHUNK_BYTES of them a batch element (128 queries of
 # SAM's global attention): near a CPU's cache size, which is faster than larger chunks.
@@ -20,7 +20,7 @@ WHOLE_BYTES = 512 * 2**20
 CHUNK_BYTES = 32 * 2**20
 BLOCKED = -1e30  # score of a key that must not be attended to: finite, so that a row of them has no NaN
 
-Mask = Rule | Bool[Array, "#b #h #s t"] | None
+Mask = AttentionMask | Bool[Array, "#b #h #s t"] | None
 
 
 def forward(
@@ -90,7 +90,7 @@ def _attend(q: Array, mask: Array | None, k: Array, v: Array, scale: float) -> t
     peak = scores.max(-1, keepdims=True)
     weights = jnp.exp(scores - peak)
     total = weights.sum(-1, keepdims=True)
-    out = product(weights.astype(v.dtype), v, 2, 1, batch=1) / total
+    out = matmul_f32(weights.astype(v.dtype), v, 2, 1, batch=1) / total
     logsum = peak + jnp.log(total)
     if mask is not None:
         out, logsum = jnp.where(peak > BLOCKED, out, 0.0), jnp.where(peak > BLOCKED, logsum, -BLOCKED)
@@ -107,19 +107,19 @@ def _differentiate(
     q = queries[0]
     weights = jnp.exp(_scores(q, mask, k, scale) - _flat(queries[2]))  # 0 where blocked, for a query without keys too
     flat, cotangent, mean = _flat(q), _flat(queries[1]), _flat(queries[3])
-    dv = product(weights.astype(v.dtype), cotangent, 1, 1, batch=1)
-    slopes = (weights * (product(cotangent, v, 2, 2, batch=1) - mean) * scale).astype(k.dtype)
-    dq = product(slopes, k, 2, 1, batch=1).astype(q.dtype).reshape(q.shape)
-    return dq, product(slopes, flat, 1, 1, batch=1), dv
+    dv = matmul_f32(weights.astype(v.dtype), cotangent, 1, 1, batch=1)
+    slopes = (weights * (matmul_f32(cotangent, v, 2, 2, batch=1) - mean) * scale).astype(k.dtype)
+    dq = matmul_f32(slopes, k, 2, 1, batch=1).astype(q.dtype).reshape(q.shape)
+    return dq, matmul_f32(slopes, flat, 1, 1, batch=1), dv
 
 
 def _scores(q: Array, mask: Array | None, k: Array, scale: float) -> Array:
     """float32 [b*g, r*s, t]."""
     if mask is None:
-        return product(_flat(q), k, 2, 2, batch=1) * scale
+        return matmul_f32(_flat(q), k, 2, 2, batch=1) * scale
     # Masked while batch and heads are two axes: over one of both the TPU compiler writes the mask to memory for every head.
     b, g, r, s, e = q.shape
-    scores = product(q.reshape(b, g, r * s, e), k.reshape(b, g, -1, e), 3, 3, batch=2) * scale
+    scores = matmul_f32(q.reshape(b, g, r * s, e), k.reshape(b, g, -1, e), 3, 3, batch=2) * scale
     return jnp.where(mask, scores.reshape(b, g, r, s, -1), BLOCKED).reshape(b * g, r * s, -1)
 
 
@@ -148,7 +148,7 @@ def _grouped_mask(mask: Mask, groups: int) -> Array | None:
     """As [#b, #g, #r, #s, t]."""
     if mask is None:
         return None
-    mask = mask.matrix() if isinstance(mask, Rule) else mask
+    mask = mask.materialize() if isinstance(mask, AttentionMask) else mask
     heads = (groups, mask.shape[1] // groups) if mask.shape[1] > 1 else (1, 1)
     return mask.reshape(mask.shape[0], *heads, *mask.shape[2:])
 

@@ -24,10 +24,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from flowseg_jax.errors import UserError, suggest
+from flowseg_jax.errors import UserError, did_you_mean
 from flowseg_jax.ops.msda import dense, gather, kernel
 from flowseg_jax.ops.msda.chunks import Shapes
-from flowseg_jax.ops.portable import kernels
+from flowseg_jax.ops.portable import kernels_allowed
 
 CHUNK_BYTES = 32 * 2**20  # float32 samples an image above which queries are processed in chunks of that many
 FORMULATIONS = {
@@ -44,7 +44,7 @@ def check_implementation(name: str, field: str) -> None:
     """Raises a UserError about `field` unless `msda` takes this as its `impl`."""
     known = ("auto", *IMPLEMENTATIONS)
     if name not in known:
-        raise UserError(f"{field} is {name!r}{suggest(name, known)}; known are {', '.join(known)}")
+        raise UserError(f"{field} is {name!r}{did_you_mean(name, known)}; known are {', '.join(known)}")
 
 
 def msda(
@@ -98,7 +98,7 @@ def _select(impl: str, shapes: Shapes, value: Array) -> dict[str, str]:
         return {"cpu": "interpreted", "default": "pallas"}
     if impl != "auto":
         return {"default": impl}
-    fits = kernels() and kernel.resident_bytes(shapes, value.shape[-1], value.dtype.itemsize) <= kernel.RESIDENT_BYTES
+    fits = kernels_allowed() and kernel.resident_bytes(shapes, value.shape[-1], value.dtype.itemsize) <= kernel.RESIDENT_BYTES
     return {"cpu": "xla", "tpu": "pallas" if fits else "packed", "default": "packed"}
 
 
