@@ -159,7 +159,7 @@ def _language(name: str, table: Table, **layouts: Table) -> CheckpointFamily:
     tiny = dataclasses.replace(LanguageConfig.tiny(8), family=name, qk_norm=name == "qwen3")
     tables = {"hf": table, **layouts}
     return CheckpointFamily(
-        name, LanguageConfig, LanguageModel, {key: _only(value) for key, value in tables.items()}, lambda: tiny, resizable_vocab=True
+        name, LanguageConfig, LanguageModel, {k: _only(v) for k, v in tables.items()}, lambda: tiny, resizable_vocab=True
     )  # fmt: skip
 
 

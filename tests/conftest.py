@@ -32,7 +32,9 @@ import pytest
 # Shape annotations are checked in every call that a test makes. A NumPy array is as good as a JAX array there.
 jaxtyping.Array = typing.Union[jax.Array, np.ndarray]  # noqa: UP007 (jaxtyping takes a typing.Union)
 if os.environ.get("FLOWSEG_TYPECHECK", "1") != "0":
-    jaxtyping.install_import_hook(["flowseg_jax.ops", "flowseg_jax.models"], "typecheck.check")
+    import tests.helpers.typecheck  # noqa: F401 (the hook names it)
+
+    jaxtyping.install_import_hook(["flowseg_jax.ops", "flowseg_jax.models"], "tests.helpers.typecheck.check")
 
 jax.config.update("jax_default_matmul_precision", "float32")
 

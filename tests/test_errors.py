@@ -173,7 +173,8 @@ def test_importing_the_package_installs_nothing():
     code = """
     import logging, sys, threading, signal
     before = sys.excepthook, sys.unraisablehook, threading.excepthook, signal.getsignal(signal.SIGINT)
-    import flowseg_jax.cli, flowseg_jax.inference.segmentor, flowseg_jax.training.loop, flowseg_jax.checkpoints.manager, flowseg_jax.data.workers
+    import flowseg_jax.cli, flowseg_jax.inference.segmentor, flowseg_jax.training.loop
+    import flowseg_jax.checkpoints.manager, flowseg_jax.data.workers
     assert before == (sys.excepthook, sys.unraisablehook, threading.excepthook, signal.getsignal(signal.SIGINT))
     from flowseg_jax.system.traces import LOGGERS
     ours = [f for name in LOGGERS for f in logging.getLogger(name).filters if "flowseg" in getattr(f, "__module__", "")]

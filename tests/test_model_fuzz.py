@@ -18,8 +18,6 @@ from pathlib import Path
 
 import jax
 import pytest
-import small
-from trees import abstract_of, make_params, make_state
 
 from flowseg_jax.checkpoints import manager, pretrained
 from flowseg_jax.checkpoints.manifest import checksums
@@ -29,6 +27,8 @@ from flowseg_jax.evaluation import audit, results
 from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.reports import evaluation
 from flowseg_jax.system import json_files
+from tests.helpers import small
+from tests.helpers.trees import abstract_of, make_params, make_state
 
 SHORT, LONG = 40, 600  # inputs of each fuzzer
 SECONDS = 60.0  # of processor time: what takes longer hangs

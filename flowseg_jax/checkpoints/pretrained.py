@@ -4,7 +4,7 @@ Everything has a checksum: every array, because Orbax notices a truncated file a
 tokenizer, and the config itself. A directory is made under a temporary name beside its place and appears complete or not at
 all.
 
-    python -m flowseg_jax.checkpoints.pretrained DIR     # accepts config.json and tokenizer as they are now: renews their checksums
+    python -m flowseg_jax.checkpoints.pretrained DIR     # accepts config.json and tokenizer as they are: new checksums
 """
 
 from __future__ import annotations

@@ -155,8 +155,8 @@ class TrainExampleBuilder:
             worst = max(entries, key=lambda e: len(e.categories))
             if len(worst.categories) > shape.max_masks:
                 raise UserError(
-                    f"{where}: {worst.file_name} has {len(worst.categories)} objects, the batch has room for {shape.max_masks}: "
-                    "raise data.masks"
+                    f"{where}: {worst.file_name} has {len(worst.categories)} objects, the batch has room for "
+                    f"{shape.max_masks}: raise data.masks"
                 )
         if self.task == "generic":
             self._check_targets(entries, where)
@@ -173,7 +173,8 @@ class TrainExampleBuilder:
             needed = self._bound.generic([self._name_lengths[worst]])
             if needed > shape.text_length:
                 raise UserError(
-                    f"{where}: to name {self._categories[worst]!r} takes {needed} tokens, data.text is {shape.text_length}: raise it"
+                    f"{where}: to name {self._categories[worst]!r} takes {needed} tokens, data.text is "
+                    f"{shape.text_length}: raise it"
                 )
         if self.task == "chat" and self._bound.prefix >= shape.text_length:
             raise UserError(

@@ -1,4 +1,4 @@
-"""`python -m flowseg_jax.inference.export`: a model as a `jax.export` artefact, which runs where jax is and this package is not.
+"""`python -m flowseg_jax.inference.export`: a model as a `jax.export` artefact, which runs where JAX is, without this package.
 
 Two programs, each lowered for all platforms: `see` looks at images once, `ask` segments what expressions name in them. Weights
 are arguments, so they are stored once for both, in the dtype that the checkpoint has them in. Text comes as token ids alone:

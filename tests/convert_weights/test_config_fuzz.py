@@ -18,7 +18,6 @@ import signal
 
 import numpy as np
 import pytest
-import tiny_checkpoints as tiny
 import torch
 import transformers
 from flax import nnx
@@ -27,6 +26,7 @@ from convert_weights import job as jobs
 from convert_weights.convert import get_family, import_params
 from flowseg_jax.errors import UserError
 from flowseg_jax.models import hf_keys
+from tests.helpers import tiny_checkpoints as tiny
 
 FAMILIES = ("qwen3", "phi3", "llama", "siglip2", "sam", "mask2former")
 LONG = "x" * 100_000

@@ -11,7 +11,6 @@ import re
 
 import numpy as np
 import pytest
-import tiny_checkpoints as tiny
 import torch
 import transformers
 from transformers.generation import GenerationConfig
@@ -26,6 +25,7 @@ from convert_weights import configs
 from flowseg_jax.errors import UserError
 from flowseg_jax.models import hf_keys
 from flowseg_jax.models.language import LanguageConfig
+from tests.helpers import tiny_checkpoints as tiny
 
 t = transformers
 # Keys, the class that has them, its network, and classes that the same network reads for parts that we leave out.

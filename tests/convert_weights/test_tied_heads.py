@@ -8,7 +8,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.torch
-import tiny_checkpoints as tiny
 import torch
 import transformers
 
@@ -16,6 +15,7 @@ from convert_weights import cli, configs
 from convert_weights.convert import import_params
 from flowseg_jax.checkpoints import pretrained
 from flowseg_jax.errors import UserError
+from tests.helpers import tiny_checkpoints as tiny
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"

@@ -9,12 +9,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-import tiny_checkpoints as tiny
 import torch
 
 from convert_weights import cli, torch_source
 from convert_weights.sources import open_source
 from flowseg_jax.errors import UserError
+from tests.helpers import tiny_checkpoints as tiny
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4" * 64 + b"\nsize 4967215360\n"
 A, B, C, D = (np.full((2, 3), i, np.float32) for i in range(4))

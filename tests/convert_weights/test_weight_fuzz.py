@@ -21,7 +21,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
-import tiny_checkpoints as tiny
 import torch
 
 from convert_weights import configs
@@ -30,6 +29,7 @@ from convert_weights.names import unwrapped
 from convert_weights.sources import open_source
 from flowseg_jax.checkpoints.manifest import flatten_params
 from flowseg_jax.errors import UserError
+from tests.helpers import tiny_checkpoints as tiny
 
 SECONDS = 20  # more than this is a hang
 CLEAR, NONE, TRACE, HANG, SILENT = "clear errors", "no effect", "traces", "hangs", "silent changes"

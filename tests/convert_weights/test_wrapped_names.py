@@ -5,11 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 
-import hf_convert
 import numpy as np
 import pytest
 import safetensors.numpy
-import tiny_checkpoints as tiny
 import torch
 
 from convert_weights import cli
@@ -19,6 +17,8 @@ from convert_weights.names import unwrapped
 from convert_weights.sources import ArraySource
 from flowseg_jax.checkpoints import pretrained
 from flowseg_jax.errors import UserError
+from tests.helpers import hf_convert
+from tests.helpers import tiny_checkpoints as tiny
 
 
 def renamed(tensors, prefix, old=""):

@@ -4,10 +4,8 @@ import json
 import pickle
 from collections import Counter
 
-import minicoco as mini
 import numpy as np
 import pytest
-from minirefcoco import box, box_mask, entry
 from PIL import Image
 
 from flowseg_jax.data import masks
@@ -16,6 +14,8 @@ from flowseg_jax.data.formats.coco_instances import CocoInstances
 from flowseg_jax.data.formats.coco_panoptic import CocoPanoptic
 from flowseg_jax.data.records import RecordErrors, examples
 from flowseg_jax.errors import UserError
+from tests.helpers import minicoco as mini
+from tests.helpers.minirefcoco import box, box_mask, entry
 
 READERS = {"panoptic": CocoPanoptic, "instances": CocoInstances}
 BOTH = pytest.mark.parametrize("kind", READERS)

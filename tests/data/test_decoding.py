@@ -12,8 +12,6 @@ import warnings
 import zlib
 from collections import Counter
 
-import minillava
-import minireasonseg
 import numpy as np
 import pytest
 from PIL import Image, ImageOps, PngImagePlugin
@@ -25,6 +23,7 @@ from flowseg_jax.data.records import Annotation
 from flowseg_jax.errors import UserError
 from flowseg_jax.inference import inputs
 from flowseg_jax.types import BatchShape
+from tests.helpers import minillava, minireasonseg
 
 RAMP = np.linspace(0, 1, 20 * 30).reshape(20, 30)
 

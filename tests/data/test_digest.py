@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
-import minicoco
-import minirefcoco as mini
 import pytest
 
 from flowseg_jax.data import prepare, shards
 from flowseg_jax.data.records import Annotation, Example, Expression, Turn
+from tests.helpers import minicoco
+from tests.helpers import minirefcoco as mini
 
 EXAMPLE = Example(
     3,

@@ -21,17 +21,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import minicoco
-import minigrefcoco
-import minillava
-import minireasonseg
-import minirefcoco
 import pytest
 from PIL import Image
 
 from flowseg_jax.data.formats import open_layout
 from flowseg_jax.data.records import RecordErrors, examples
 from flowseg_jax.errors import UserError
+from tests.helpers import minicoco, minigrefcoco, minillava, minireasonseg, minirefcoco
 
 LAYOUTS = ("refcoco", "grefcoco", "reasonseg", "coco-panoptic", "coco-instances", "llava", "jsonl")
 WRONG: tuple[Any, ...] = (

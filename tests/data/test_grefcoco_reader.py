@@ -3,13 +3,13 @@
 import json
 from collections import Counter
 
-import minigrefcoco as mini
-import minirefcoco
 import pytest
 
 from flowseg_jax.data.formats.grefcoco import GRefCoco
 from flowseg_jax.data.records import RecordErrors, examples, make_samples
 from flowseg_jax.errors import UserError
+from tests.helpers import minigrefcoco as mini
+from tests.helpers import minirefcoco
 
 CROWD_NOTE = "crowd regions among the objects of a ref: not part of its target"
 TWICE_NOTE = "objects that a ref names twice: taken once"

@@ -7,17 +7,14 @@ import shutil
 import sys
 from collections import Counter
 
-import minicoco
-import minigrefcoco
-import minillava
-import minireasonseg
-import minirefcoco as mini
 import pytest
 
 from flowseg_jax.data import checksums, masks, prepare
 from flowseg_jax.data.dataset import PreparedDataset
 from flowseg_jax.data.formats import jsonl, open_layout, reading
 from flowseg_jax.errors import UserError
+from tests.helpers import minicoco, minigrefcoco, minillava, minireasonseg
+from tests.helpers import minirefcoco as mini
 
 
 def quiet(_):

@@ -6,8 +6,6 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from minicoco import png
-from minirefcoco import box, box_mask, compressed, jpeg, uncompressed
 from PIL import Image
 
 from flowseg_jax.data import masks
@@ -16,6 +14,8 @@ from flowseg_jax.data.formats.jsonl import Jsonl, parse, validator
 from flowseg_jax.data.formats.llava import hashed_id
 from flowseg_jax.data.records import RecordErrors, examples, make_samples
 from flowseg_jax.errors import UserError
+from tests.helpers.minicoco import png
+from tests.helpers.minirefcoco import box, box_mask, compressed, jpeg, uncompressed
 
 PICTURE = Image.fromarray(np.full((40, 60, 3), 90, np.uint8))
 BOX = box_mask(40, 60, 5, 5, 25, 25)
@@ -175,7 +175,7 @@ READING = {
     "counts": ({"size": [40, 60], "counts": [7]}, r":1: mask: run lengths add up to 7, not to height x width = 2400"),
     "PNG missing": ("no.png", r"mine\.jsonl:1: mask: image 'no\.png' is missing \(looked in"),
     "PNG outside": ("../no.png", r"mine\.jsonl:1: mask: '\.\./no\.png' leads out"),
-    "PNG of other size": ("small.png", r":1: mask: .*small\.png is 39x60 \(height x width\), its image 40x60"),
+    "PNG of other size": ("tests.helpers.small.png", r":1: mask: .*small\.png is 39x60 \(height x width\), its image 40x60"),
     "PNG empty": ("empty.png", r"mine\.jsonl:1: mask: empty, yet expressions refer to it"),
     "JPEG": ("jpeg.png", r"jpeg\.png: expected a PNG mask, got JPEG"),
     "PNG damaged": ("cut.png", r"cut\.png: truncated or damaged image"),
@@ -186,7 +186,7 @@ READING = {
 def test_errors_of_masks(tmp_path, case):
     mask, message = READING[case]
     whole = png(Image.fromarray(BOX))
-    (tmp_path / "small.png").write_bytes(png(Image.fromarray(BOX[:-1])))
+    (tmp_path / "tests.helpers.small.png").write_bytes(png(Image.fromarray(BOX[:-1])))
     (tmp_path / "empty.png").write_bytes(png(Image.fromarray(BOX * 0)))
     (tmp_path / "jpeg.png").write_bytes(jpeg(Image.fromarray(BOX * 255)))
     (tmp_path / "cut.png").write_bytes(whole[:50])

@@ -11,11 +11,9 @@ from __future__ import annotations
 import re
 from collections import Counter
 
-import judged_sets
 import numpy as np
 import pytest
 import tokenizers
-from judged_sets import CATEGORIES, Truth
 from PIL import Image
 
 from flowseg_jax.data import prepare
@@ -25,6 +23,8 @@ from flowseg_jax.data.tokenizer import load_tokenizer
 from flowseg_jax.data.train_dataset import TrainDataset
 from flowseg_jax.data.train_examples import TrainOptions
 from flowseg_jax.types import BatchShape
+from tests.helpers import judged_sets
+from tests.helpers.judged_sets import CATEGORIES, Truth
 
 SIDE, VISION, SLOTS, K = 40, 24, 5, 4  # pixels, pixels, visual slots, phrases
 NUMBERS = sorted(CATEGORIES)  # a category's place is that of its id

@@ -14,13 +14,7 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
-import minicoco
-import minigrefcoco
-import minillava
-import minireasonseg
-import minirefcoco
 import pytest
-from test_fuzz import LAYOUTS, mutate, own_data
 
 from flowseg_jax.data import masks, prepare, validate
 from flowseg_jax.data.__main__ import main
@@ -35,6 +29,8 @@ from flowseg_jax.data.train_dataset import TrainDataset
 from flowseg_jax.data.train_examples import TrainOptions
 from flowseg_jax.errors import UserError
 from flowseg_jax.types import BatchShape
+from tests.data.test_fuzz import LAYOUTS, mutate, own_data
+from tests.helpers import minicoco, minigrefcoco, minillava, minireasonseg, minirefcoco
 
 SHAPE = BatchShape(batch=2, text_length=2000, max_phrases=3, max_masks=6, sam_size=32, siglip_size=16, max_names=4)
 POISON = {  # what a text becomes -> what is said of it

@@ -3,15 +3,15 @@
 import pickle
 from collections import Counter
 
-import minillava as mini
 import pytest
-from minirefcoco import jpeg
 from PIL import Image
 
 from flowseg_jax.data.formats import open_layout
 from flowseg_jax.data.formats.llava import Llava, hashed_id, turns_of, without_mark
 from flowseg_jax.data.records import RecordErrors, Turn, examples
 from flowseg_jax.errors import UserError
+from tests.helpers import minillava as mini
+from tests.helpers.minirefcoco import jpeg
 
 
 def chats(layout, notes=None):

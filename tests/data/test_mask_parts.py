@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from minirefcoco import box_mask, uncompressed
 from pycocotools import mask as coco
 
 from flowseg_jax.data import masks
+from tests.helpers.minirefcoco import box_mask, uncompressed
 
 HEIGHT, WIDTH = 50, 60
 

@@ -6,8 +6,6 @@ import json
 import math
 from collections import Counter
 
-import minicoco
-import minirefcoco
 import numpy as np
 import pytest
 from PIL import Image
@@ -17,6 +15,7 @@ from flowseg_jax.data.leakage import name_key
 from flowseg_jax.data.mixture import MixtureComponent, SampleOrder, build_mixture, held_out_keys, repeat_factor_counts
 from flowseg_jax.data.train_dataset import TrainDataset
 from flowseg_jax.errors import UserError
+from tests.helpers import minicoco, minirefcoco
 
 
 def quiet(_):

@@ -6,12 +6,12 @@ import pickletools
 import resource
 import struct
 
-import minirefcoco as mini
 import pytest
 
 from flowseg_jax.data.formats import plain_pickle
 from flowseg_jax.data.formats.refcoco import read_pickle
 from flowseg_jax.errors import UserError
+from tests.helpers import minirefcoco as mini
 
 PLAIN = [{"a": [1, -(2**40), 2.5, True, None, "é", "x" * 70000], "b": (), "c": (1, (2, 3, 4, 5)), "": {}}] * 2
 

@@ -14,9 +14,6 @@ import signal
 from collections import Counter
 from pathlib import Path
 
-import minigrefcoco
-import minillava
-import minirefcoco as mini
 import numpy as np
 import pytest
 
@@ -25,6 +22,8 @@ from flowseg_jax.data.dataset import METADATA, PreparedDataset
 from flowseg_jax.data.formats.refcoco import RefCoco
 from flowseg_jax.data.records import Annotation, Example, Expression
 from flowseg_jax.errors import UserError
+from tests.helpers import minigrefcoco, minillava
+from tests.helpers import minirefcoco as mini
 
 LONGEST = 60  # seconds that a case may take before it counts as a hang
 

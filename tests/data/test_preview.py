@@ -5,7 +5,6 @@ from __future__ import annotations
 import html.parser
 import io
 
-import minirefcoco as mini
 import numpy as np
 import pytest
 from PIL import Image
@@ -14,6 +13,7 @@ from flowseg_jax.data import formats, masks, preview
 from flowseg_jax.data.__main__ import main
 from flowseg_jax.data.records import Annotation, Example, Expression, RecordErrors, Turn
 from flowseg_jax.errors import UserError
+from tests.helpers import minirefcoco as mini
 
 
 class Page(html.parser.HTMLParser):

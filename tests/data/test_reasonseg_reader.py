@@ -4,7 +4,6 @@ import pickle
 from collections import Counter
 
 import cv2
-import minireasonseg as mini
 import numpy as np
 import pytest
 
@@ -13,6 +12,7 @@ from flowseg_jax.data.formats.reading import hashed_id
 from flowseg_jax.data.formats.reasonseg import IGNORE, TARGET, ReasonSeg, paint
 from flowseg_jax.data.records import RecordErrors, examples
 from flowseg_jax.errors import UserError
+from tests.helpers import minireasonseg as mini
 
 ROTATED_NOTE = "images with an EXIF rotation, read as they are stored"
 TURNED_NOTE = "images turned as their EXIF says"

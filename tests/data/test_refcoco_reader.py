@@ -4,7 +4,6 @@ import os
 import pickle
 from collections import Counter
 
-import minirefcoco as mini
 import numpy as np
 import pytest
 
@@ -12,6 +11,7 @@ from flowseg_jax.data import masks
 from flowseg_jax.data.formats.refcoco import RefCoco
 from flowseg_jax.data.records import examples, make_ref_samples, make_samples
 from flowseg_jax.errors import UserError
+from tests.helpers import minirefcoco as mini
 
 
 def read(layout, split):

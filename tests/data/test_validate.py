@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 
-import minirefcoco as mini
 import pytest
 
 from flowseg_jax.data import published, validate
@@ -12,6 +11,7 @@ from flowseg_jax.data.__main__ import main
 from flowseg_jax.data.leakage import coco_number
 from flowseg_jax.data.records import Example, RecordErrors
 from flowseg_jax.errors import UserError
+from tests.helpers import minirefcoco as mini
 
 
 @pytest.fixture(autouse=True)

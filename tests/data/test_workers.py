@@ -13,7 +13,6 @@ import sys
 import time
 from pathlib import Path
 
-import minirefcoco as mini
 import numpy as np
 import pytest
 
@@ -24,6 +23,7 @@ from flowseg_jax.data.train_dataset import TrainDataset, open_tokenizer
 from flowseg_jax.data.train_examples import TrainOptions
 from flowseg_jax.errors import UserError
 from flowseg_jax.types import BatchShape
+from tests.helpers import minirefcoco as mini
 
 SHAPE = BatchShape(batch=2, text_length=260, max_phrases=4, max_masks=3, sam_size=32, siglip_size=16, max_names=3)
 SHARED_MEMORY = Path("/dev/shm")

@@ -10,9 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import minirefcoco as mini
 import pytest
-import small
 
 from flowseg_jax import cli
 from flowseg_jax.checkpoints.pretrained import save_pretrained
@@ -20,6 +18,8 @@ from flowseg_jax.data import prepare
 from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation import audit
 from flowseg_jax.models.language import LanguageConfig
+from tests.helpers import minirefcoco as mini
+from tests.helpers import small
 
 ROOT = Path(__file__).resolve().parents[2]
 

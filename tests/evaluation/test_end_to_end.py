@@ -9,10 +9,7 @@ import sys
 from pathlib import Path
 
 import jax.numpy as jnp
-import judge
 import pytest
-import small
-import wild
 from flax import nnx
 
 from flowseg_jax.data.__main__ import main as data_main
@@ -25,6 +22,7 @@ from flowseg_jax.evaluation.benchmark import EvalModel, ReferringEvaluation
 from flowseg_jax.evaluation.evaluator import Evaluator
 from flowseg_jax.models import flowseg
 from flowseg_jax.models.language import KVCache
+from tests.helpers import judge, small, wild
 
 SIDE, CELL, QUERIES, BELOW = 64, 2, 6, 0.3
 ROOT = Path(__file__).resolve().parents[2]

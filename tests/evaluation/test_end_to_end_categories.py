@@ -10,11 +10,8 @@ import json
 
 import cv2
 import jax
-import judge
 import numpy as np
 import pytest
-import small
-import wild
 from pycocotools import mask as coco
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -22,6 +19,7 @@ from pycocotools.cocoeval import COCOeval
 from flowseg_jax.data import prepare
 from flowseg_jax.data.prompts import PromptTemplates
 from flowseg_jax.evaluation import fusion, generic
+from tests.helpers import judge, small, wild
 
 SIDE = 64
 NAMES = [one["name"] for one in sorted(wild.KINDS, key=lambda one: one["id"])]

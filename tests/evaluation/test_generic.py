@@ -8,10 +8,8 @@ import json
 from fractions import Fraction
 
 import jax
-import minicoco as mini
 import numpy as np
 import pytest
-import small
 import torch
 
 from flowseg_jax.checkpoints.pretrained import save_pretrained
@@ -28,6 +26,8 @@ from flowseg_jax.models import flowseg
 from flowseg_jax.models.semantic_flow import SemanticFlowConfig
 from flowseg_jax.synthetic import multi_task
 from flowseg_jax.synthetic.scene import REFERENCE_SIZE
+from tests.helpers import minicoco as mini
+from tests.helpers import small
 
 PADDED, GRID = 96, (24, 24)
 ORIGINALS = [(60, 100), (131, 70), (96, 96)]

@@ -8,7 +8,6 @@ import json
 import re
 import time
 
-import fake_segmentor as fake
 import jax
 import numpy as np
 import pytest
@@ -21,6 +20,7 @@ from flowseg_jax.evaluation import audit, examples, metrics, protocols, runner
 from flowseg_jax.evaluation.evaluator import Evaluator
 from flowseg_jax.models import flowseg
 from flowseg_jax.types import PromptQueries
+from tests.helpers import fake_segmentor as fake
 
 SCENES = fake.scenes()
 

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import small
 
 from flowseg_jax.checkpoints.manifest import flatten_params, unflatten_params
 from flowseg_jax.errors import UserError
@@ -20,6 +19,7 @@ from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.models.language import LanguageConfig
 from flowseg_jax.models.semantic_flow import SemanticFlowConfig
 from flowseg_jax.types import ExpressionQueries, ImageInputs
+from tests.helpers import small
 
 LOSSES = LossConfig(points=24, vocabulary_chunk=16)
 OFF = SemanticFlowConfig(mode="off")

@@ -5,18 +5,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-import hf_convert
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from flax import nnx
-from test_language import LENGTHS, REFERENCES, ROPE, SIZES, config_of, model_of, padded_rows, params_of
 
 from flowseg_jax.models.generate import SpecialTokenIds, generate, pair_seg_with_phrases
 from flowseg_jax.models.language import KVCache, LanguageConfig, LanguageModel
 from flowseg_jax.types import PromptQueries
+from tests.helpers import hf_convert
+from tests.models.test_language import LENGTHS, REFERENCES, ROPE, SIZES, config_of, model_of, padded_rows, params_of
 
 NEW = 6  # tokens to generate
 

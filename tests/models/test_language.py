@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import dataclasses
 
-import hf_convert
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausa
 
 from flowseg_jax.errors import UserError
 from flowseg_jax.models.language import LanguageConfig, LanguageModel
+from tests.helpers import hf_convert
 
 SIZES = dict(
     vocab_size=71,

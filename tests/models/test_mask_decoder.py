@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 
-import hf_convert
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +17,7 @@ from convert_weights.convert import import_params
 from convert_weights.families import Mask2Former, Mask2FormerConfig
 from flowseg_jax.models.mask_decoder import DecoderConfig, mask_logits
 from flowseg_jax.models.pixel_decoder import PixelDecoderConfig
+from tests.helpers import hf_convert
 
 WIDTH, MASK_WIDTH, QUERIES, LAYERS, CLASSES = 32, 20, 7, 5, 4
 CHANNELS = (12, 10, 6)

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import small
 
 from flowseg_jax.checkpoints.manifest import flatten_params, unflatten_params
 from flowseg_jax.errors import UserError
 from flowseg_jax.losses import LossConfig, denominators, loss_terms, normalize_terms
 from flowseg_jax.models import flowseg
 from flowseg_jax.models.semantic_flow import SemanticFlowConfig
+from tests.helpers import small
 
 LOSSES = LossConfig(points=24, vocabulary_chunk=16)
 LANGUAGE = {"llm", "siglip", "visual_projector", "seg_projector"}

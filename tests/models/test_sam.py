@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import dataclasses
 
-import hf_convert
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +15,7 @@ from flowseg_jax.errors import UserError
 from flowseg_jax.models.sam import SamConfig, SamImageEncoder
 from flowseg_jax.ops.attention import grid
 from flowseg_jax.ops.attention import xla as attention_module
+from tests.helpers import hf_convert
 
 # 58 pixels hold 9 patches of 6 with a remainder; windows of 4 leave 3 rows of padding.
 HF = dict(hidden_size=24, mlp_dim=52, num_attention_heads=3, image_size=58, patch_size=6, window_size=4)

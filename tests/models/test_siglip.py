@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import dataclasses
 
-import hf_convert
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +12,7 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from flowseg_jax.errors import UserError
 from flowseg_jax.models.siglip import SiglipConfig, SiglipVisionEncoder
+from tests.helpers import hf_convert
 
 # No two sizes agree, and 45 pixels hold 6 patches of 7 with a remainder.
 HF = dict(hidden_size=24, intermediate_size=52, num_hidden_layers=3, num_attention_heads=3, image_size=45, patch_size=7)

@@ -8,7 +8,6 @@ import json
 import jax
 import numpy as np
 import pytest
-import small
 from flax import nnx
 
 from flowseg_jax import sharding
@@ -20,6 +19,7 @@ from flowseg_jax.evaluation.evaluator import Evaluator
 from flowseg_jax.evaluation.runner import evaluate
 from flowseg_jax.models import flowseg
 from flowseg_jax.types import IMAGE_TOKEN_INDEX, PAD
+from tests.helpers import small
 
 CFG = small.lean()
 PHRASES, LENGTH, SCENES = 2, 5, 11
@@ -75,7 +75,7 @@ class Data:
             ids = [PAD, *[0] * (LENGTH - 2), PAD], [*[PAD] * (LENGTH - 1), 0]
             encode = lambda t, k, ids=ids: collate.TokenizedConversation(
                 t, t, *([k if i == 0 else PAD for i in one] for one in ids)
-            )  # noqa: E731
+            )
             said.append([encode(t, k) for k, (_, t) in enumerate(here)])
             samples.append(
                 [Sample(place, f"{place}.jpg", place, place, n, f"{place} {n}", "", (0,), 1, f"{place} {n}") for n, _ in here]

@@ -8,13 +8,13 @@ import jax
 import numpy as np
 import optax
 import pytest
-import small
 
 from flowseg_jax import sharding
 from flowseg_jax.aot import hlo
 from flowseg_jax.checkpoints.manifest import flatten_params
 from flowseg_jax.training import program as module
 from flowseg_jax.training.program import TrainProgram
+from tests.helpers import small
 
 AXES = ("data", "fsdp", "tensor")
 WHOLE, LEAN = small.config(negatives_group=4), small.lean(negatives_group=4)

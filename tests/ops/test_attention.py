@@ -10,7 +10,6 @@ import jaxtyping
 import numpy as np
 import pytest
 import torch
-import tpu
 from jax.experimental import pallas as pl
 
 from flowseg_jax.ops.attention import (
@@ -24,6 +23,7 @@ from flowseg_jax.ops.attention import (
     grid,
     xla,
 )
+from tests.helpers import tpu
 
 B, S, T, H, E, F = 2, 7, 9, 4, 8, 6
 

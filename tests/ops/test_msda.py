@@ -13,11 +13,11 @@ import jaxtyping
 import numpy as np
 import pytest
 import torch
-import tpu
 
 from flowseg_jax.errors import UserError
 from flowseg_jax.ops import msda as module
 from flowseg_jax.ops.msda import IMPLEMENTATIONS, check_implementation, kernel
+from tests.helpers import tpu
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "units_ops.npz"
 SHAPES = ((3, 5), (6, 4), (7, 8))

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-import tpu
 
 from flowseg_jax.ops.points import (
     _running_count,
@@ -20,6 +19,7 @@ from flowseg_jax.ops.points import (
     sample_points,
     uncertain_points,
 )
+from tests.helpers import tpu
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "units_ops.npz"
 N, HEIGHT, WIDTH, P = 3, 5, 9, 40

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from test_full_disk import disk  # noqa: F401
-from test_two_processes import config, launch, metrics  # noqa: F401
 
 from flowseg_jax import experiment as configs
+from tests.cli.test_full_disk import disk  # noqa: F401
+from tests.training.test_two_processes import config, launch, metrics  # noqa: F401
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(5000)]
 

@@ -21,15 +21,15 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import minirefcoco as mini
 import pytest
-import small
-from trees import flip, largest
 
 from flowseg_jax import experiment as configs
 from flowseg_jax.checkpoints.pretrained import save_pretrained
 from flowseg_jax.data import prepare
 from flowseg_jax.models.language import LanguageConfig
+from tests.helpers import minirefcoco as mini
+from tests.helpers import small
+from tests.helpers.trees import flip, largest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 STEPS = 24

@@ -6,10 +6,8 @@ import dataclasses
 import json
 
 import jax
-import minirefcoco as mini
 import numpy as np
 import pytest
-import small
 from ml_collections import ConfigDict
 
 from flowseg_jax import experiment as configs
@@ -20,6 +18,8 @@ from flowseg_jax.models import flowseg
 from flowseg_jax.models.language import LanguageConfig
 from flowseg_jax.synthetic.refcoco_writer import CATEGORIES
 from flowseg_jax.training import loop, program
+from tests.helpers import minirefcoco as mini
+from tests.helpers import small
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,11 @@ import time
 from pathlib import Path
 
 import pytest
-from test_two_processes import ROOT, config, finish, launch, pair  # noqa: F401
 
 from flowseg_jax import experiment as configs
 from flowseg_jax.data import prepare
 from flowseg_jax.system import process_watch
+from tests.training.test_two_processes import ROOT, config, finish, launch, pair  # noqa: F401
 
 WITHIN = 30.0  # seconds until the others have ended; `watch.OWN_END` and a busy machine's time to start and stop
 PATIENCE = 600  # seconds for what takes as long as the machine is busy

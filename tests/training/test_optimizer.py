@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import small
 
 from flowseg_jax.checkpoints.manifest import flatten_params, unflatten_params
 from flowseg_jax.errors import UserError
@@ -21,6 +20,7 @@ from flowseg_jax.training.optimizer import (
     merge_trainable,
     split_trainable,
 )
+from tests.helpers import small
 
 
 def test_optimizer_table_is_ordered_and_complete():

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import small
 from ml_collections import ConfigDict
 
 from flowseg_jax import experiment as configs
@@ -23,6 +22,7 @@ from flowseg_jax.training import program as module
 from flowseg_jax.training.optimizer import OptimizerConfig
 from flowseg_jax.training.program import RunConfig, TrainProgram
 from flowseg_jax.types import BatchShape
+from tests.helpers import small
 
 CFG = small.lean()
 SEGMENTOR = dataclasses.replace(

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import small
 
 from flowseg_jax.checkpoints.manifest import flatten_params
 from flowseg_jax.errors import UserError
@@ -21,6 +20,7 @@ from flowseg_jax.training import loop
 from flowseg_jax.training import program as module
 from flowseg_jax.training.step import BatchPartition
 from flowseg_jax.types import IGNORE_INDEX, PAD
+from tests.helpers import small
 
 CFG = dataclasses.replace(small.lean(), named_pass="flow", classes=3)
 LOSSES = LossConfig(points=24, vocabulary_chunk=16)

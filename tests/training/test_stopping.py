@@ -10,14 +10,14 @@ import signal
 import jax
 import jax.numpy as jnp
 import pytest
-import small
-from test_loop import config, lines, prepared  # noqa: F401
 
 from flowseg_jax import experiment as configs
 from flowseg_jax.checkpoints.pretrained import save_pretrained
 from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.training import loop, program
 from flowseg_jax.training.preemption import GracefulStop
+from tests.helpers import small
+from tests.training.test_loop import config, lines, prepared  # noqa: F401
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM)
 

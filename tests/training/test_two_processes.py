@@ -12,9 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-import minirefcoco as mini
 import pytest
-import small
 
 from flowseg_jax import experiment as configs
 from flowseg_jax.checkpoints.pretrained import save_pretrained
@@ -22,6 +20,8 @@ from flowseg_jax.data import prepare
 from flowseg_jax.data.dataset import PreparedDataset
 from flowseg_jax.evaluation.benchmark import EvalModel, ReferringEvaluation
 from flowseg_jax.models.language import LanguageConfig
+from tests.helpers import minirefcoco as mini
+from tests.helpers import small
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -1,0 +1,117 @@
+"""The commands: files in, JSON and a page with pictures out; a mistake is one line."""
+
+from __future__ import annotations
+
+import html.parser
+import json
+
+import numpy as np
+import pytest
+
+from flowseg_jax.analysis.__main__ import main
+from flowseg_jax.errors import UserError
+from flowseg_jax.evaluation.examples import GallerySample
+from flowseg_jax.reports import evaluation
+from tests.helpers.answers import record, write
+
+
+class Page(html.parser.HTMLParser):
+    """Which elements are open at the end, which pictures are linked, and the text."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.open, self.images, self.text = [], [], ""
+        self.feed(path.read_text())
+        assert self.open == []
+        assert all((path.parent / image).is_file() for image in self.images)
+
+    def handle_starttag(self, tag, attrs):
+        if tag == "img":
+            self.images.append(dict(attrs)["src"])
+        elif tag not in ("meta", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data + "\n"
+
+
+@pytest.fixture
+def results(tmp_path):
+    """Two evaluations of the same samples; B's kept pictures. A shuffled-text control of B."""
+    a = [record(1, 0, iou=10, oracle=90, rank=2, family="<b>"), record(2, 0, iou=90), record(3, 0, iou=70, score=None)]
+    b = [record(1, 0, iou=80, family="<b>"), record(2, 0, iou=20, oracle=85, rank=1), record(3, 0, iou=30)]
+    control = [record(i, 0, iou=5, score=0.1 * i, text="another <i>") for i in (1, 2, 3)]
+    files = [write(tmp_path / name, rows) for name, rows in (("a/val.jsonl", a), ("b/val.jsonl", b))]
+    blank = np.zeros((20, 30), bool)
+    shown = [GallerySample(r | {"iou": 0.1, "best_iou": 0.9}, np.zeros((20, 30, 3), np.uint8), blank, blank, blank) for r in b]
+    evaluation.save_pictures(tmp_path / "b", "val", {"failed": shown[:2]})
+    return (*files, write(tmp_path / "b/val_shuffled.jsonl", control))
+
+
+def test_oracle(results):
+    _, second, _ = results
+    assert main(["oracle", str(second)]) == 0
+    out = second.parent / "diagnose"
+    page, found = Page(out / "oracle_val.html"), json.loads((out / "oracle_val.json").read_text())
+    assert found["errors"]["selection"]["n"] == 1 and found["errors"]["generation"]["n"] == 1
+    assert len(page.images) == 1 and "selected 20.0, oracle 85.0, rank of the best 2; 2.jpg" in page.text
+    assert "<b>" in page.text
+
+
+def test_rescue(results, tmp_path):
+    first, second, _ = results
+    assert main(["rescue", str(first), str(second), "--out", str(tmp_path / "out")]) == 0
+    page, found = Page(tmp_path / "out/rescue_a_b_val.html"), json.loads((tmp_path / "out/rescue_a_b_val.json").read_text())
+    assert found["groups"]["all"]["A below 0.5"]["rescued"] == 100 and found["groups"]["<b>"]["all"]["n"] == 1
+    assert len(page.images) == 2 and "IoU 10.0 in A, 80.0 in B" in page.text and "IoU 90.0 in A, 20.0 in B" in page.text
+
+
+def test_negatives(results, capsys):
+    first, _, control = results
+    assert main(["negatives", str(first), str(control), "--false-alarms=0.4"]) == 0
+    found = json.loads((first.parent / "diagnose/negatives_val.json").read_text())
+    assert found["no_target_below"] == 0.200001 and found["shuffled"] == 3
+    assert "--no-target-below=0.200001: 33.3 % false alarms on 3 absent, 66.7 % of 3" in capsys.readouterr().out
+    assert "Some of them do fit their new image" in Page(first.parent / "diagnose/negatives_val.html").text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["oracle", "nowhere.jsonl"], r"nowhere\.jsonl: cannot be read .*name the \.jsonl that eval\.py wrote"),
+        (["oracle", "{file}", "--image", "3"], "unrecognized arguments: --image 3; see python -m flowseg_jax.analysis --help"),
+        (["oracl", "{file}"], "invalid choice: 'oracl'"),
+        (["rescue", "{file}"], "required: B"),
+        (["rescue", "{file}", "{control}"], "not the same samples"),
+        (["negatives", "{control}"], "val_shuffled.jsonl is a shuffled-text control: name the results on real sentences"),
+        (["negatives", "{file}", "{file}"], "val.jsonl is no shuffled-text control: make one with eval.py --shuffle-text"),
+        (["negatives", "{file}"], "every sentence refers to something"),
+        (["negatives", "{file}", "{control}", "--false-alarms=10"], "--false-alarms is 10"),
+        (["layers", "--checkpoint", "nowhere"], "nowhere"),
+    ],
+)
+def test_mistakes(results, arguments, message):
+    names = {"file": results[0], "control": results[2]}
+    with pytest.raises(UserError, match=message):
+        main([argument.format(**names) for argument in arguments])
+
+
+def test_files_of_an_older_version_and_damaged_indices(results):
+    first, second, _ = results
+    rows = [json.loads(line) for line in first.read_text().splitlines()]
+    del rows[1]["best_rank"]
+    with pytest.raises(UserError, match=r"val\.jsonl:2: a sample without best_rank; evaluate again"):
+        main(["oracle", str(write(first, rows))])
+    (second.parent / "pictures/val/index.json").write_text("[{}]")
+    with pytest.raises(UserError, match=r"index\.json cannot be read"):
+        main(["oracle", str(second)])
+
+
+def test_results_stay_readable_for_the_report(results):
+    """What a diagnostic leaves beside the results is not taken for a result."""
+    _, second, _ = results
+    main(["oracle", str(second)])
+    assert evaluation.read_row("b", second.parent).results == {}

@@ -1,0 +1,188 @@
+"""The decoder that shows its layers is the model's own, and what is measured from it is what the evaluation finds."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from flowseg_jax.analysis import boundary, layer_trace
+from flowseg_jax.analysis import runner as source
+from flowseg_jax.data.eval_dataset import EvalBatch, QueryRound
+from flowseg_jax.data.records import Sample
+from flowseg_jax.errors import UserError
+from flowseg_jax.evaluation import runner
+from flowseg_jax.evaluation.evaluator import Evaluator
+from flowseg_jax.models import flowseg
+from flowseg_jax.models.mask_decoder import DecoderConfig, MaskDecoder
+from flowseg_jax.models.semantic_flow import Conditions, SemanticFlowConfig
+from flowseg_jax.types import ExpressionQueries, ImageInputs
+from tests.helpers import small
+
+WIDTH, IMAGES, PASSES, ROWS = 12, 2, 3, 4
+CFG = DecoderConfig(width=WIDTH, queries=5, layers=4, heads=3, ffn=20, query_std=1.0, remat="none")
+
+
+@pytest.mark.parametrize("flow", [("sr_cr", "post"), ("sr", "residual"), ("off", "post")], ids=lambda flow: "-".join(flow))
+def test_decoding_with_everything_seen_is_the_decoder(flow, rng):
+    decoder = MaskDecoder(CFG, SemanticFlowConfig(*flow), rngs=nnx.Rngs(0))
+    for _, node in nnx.iter_graph(decoder):
+        if isinstance(node, nnx.Variable):
+            node[...] = node[...] + jnp.asarray(0.3 * rng.normal(size=node.shape), jnp.float32)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+    features, levels = draw(IMAGES, 8, 10, WIDTH), tuple(draw(IMAGES, y, y + 1, WIDTH) for y in (2, 4, 8))
+    passes = IMAGES * PASSES
+    own, valid = rng.random((2, passes, ROWS)) < 0.6
+    own[:, 0], own[0] = True, False  # the first pass is language-free
+    conditions = Conditions(draw(passes, ROWS, WIDTH), jnp.asarray(own), jnp.asarray(valid | own))
+    arguments = (features, levels, PASSES, conditions, draw(passes, WIDTH))
+    expected = decoder(*arguments)
+    found = layer_trace.decode_with_trace(decoder, *arguments)
+    for name in ("queries", "mask_embeds", "class_logits"):
+        np.testing.assert_allclose(getattr(found, name), getattr(expected, name), rtol=1e-5, atol=1e-5)
+    assert found.conditions.shape == (CFG.layers + 1, passes, ROWS, WIDTH)
+    np.testing.assert_array_equal(found.conditions[0], conditions.embeds)
+    moved = np.abs(np.diff(found.conditions, axis=0)).max((0, 2, 3)) > 1e-3
+    assert moved[1:].all() == moved[1:].any() == (flow[0] == "sr_cr")
+    gate = np.asarray(found.gate)
+    assert np.isnan(gate[0]).all() and np.isnan(gate[1:]).all() == (flow[0] == "off")
+    if flow[0] != "off":
+        assert ((gate[1:] > 0) & (gate[1:] < 1)).all() and gate[1:].std() > 1e-3
+
+
+def test_the_gate_is_the_one_that_mixes(rng):
+    decoder = MaskDecoder(CFG, SemanticFlowConfig(), rngs=nnx.Rngs(0))
+    semantic = jax.tree.map(lambda w: w[2], nnx.to_pure_dict(nnx.split(decoder.layers.semantic)[1]))
+    semantic = nnx.merge(nnx.split(decoder.layers.semantic)[0], semantic)
+    semantic.gate.kernel[...] = jnp.asarray(rng.normal(size=semantic.gate.kernel.shape), jnp.float32)
+    q_vis, embeds = (jnp.asarray(rng.normal(size=(2, n, WIDTH)), jnp.float32) for n in (5, ROWS))
+    position, yes = jnp.asarray(rng.normal(size=(5, WIDTH)), jnp.float32), jnp.ones((2, ROWS), bool)
+    gate, q_sem = layer_trace.gate_of(semantic, q_vis, position, embeds, Conditions(embeds, yes, yes))
+    mixed = q_sem + gate * (q_vis - q_sem)
+    np.testing.assert_allclose(mixed, semantic(q_vis, position, embeds, yes), rtol=1e-5, atol=1e-6)
+
+
+class Data(list):
+    """Batches behind one prefix that know how many samples they hold."""
+
+    prefix = np.zeros(0, np.int32)
+
+    @property
+    def samples(self):
+        return sum(len(row) for batch in self for asked in batch.rounds for row in asked.samples)
+
+
+@pytest.fixture(scope="module")
+def model():
+    cfg = small.lean()
+    params = small.params(cfg)
+    params["boundary"]["alpha"] = np.full_like(params["boundary"]["alpha"], 3.0)
+    return cfg, flowseg.abstract_model(cfg)[0], params
+
+
+@pytest.fixture(scope="module")
+def data(model):
+    cfg, *_ = model
+    rng = np.random.default_rng(3)
+    batch, sizes = small.batch(cfg), [(40, 30), (64, 48)]
+    samples = [[Sample(b, f"{b}.png", 10 * b + k, 0, k, f"s{k}", "", (0,), 1, f"s{k}") for k in range(2)] for b in range(2)]
+    y, x = np.mgrid[:64, :48]
+    truth = [np.array([(x[:h, :w] < 9 + 9 * k) & (y[:h, :w] > 5) for k in range(2)]) for h, w in sizes]
+    ignored = [np.zeros((1, *size), bool) for size in sizes]
+    ignored[0][:, :4] = True
+    images = [rng.integers(0, 255, (*size, 3)).astype(np.uint8) for size in sizes]
+    behind = 1 + cfg.visual_tokens
+    fields = {name: getattr(batch, name)[:, behind:] for name in ("tokens", "positions", "segments", "phrase_ids", "seg_ids")}
+    asked = QueryRound(ExpressionQueries(**fields, query_valid=np.ones((2, 2), bool)), samples, truth, truth)
+    views = ImageInputs(batch.sam_images, batch.resized_hw, batch.siglip_images)
+    data = Data([EvalBatch(views, [asked], [0, 1], ignored, images, sizes, (128, 128))])
+    data.prefix = batch.input_ids[0, :behind]
+    return data
+
+
+@pytest.fixture(scope="module")
+def records(model, data):
+    """What the evaluation says of the same samples."""
+    _, graphdef, params = model
+    return runner.evaluate(Evaluator(graphdef), params, lambda **_: data, split="val").records
+
+
+@pytest.fixture(scope="module")
+def traced(model, data):
+    _, graphdef, params = model
+    return list(source.measure(graphdef, params, data, layer_trace.layer_trace, "layers"))
+
+
+@pytest.fixture(scope="module")
+def refined(model, data):
+    _, graphdef, params = model
+    return list(source.measure(graphdef, params, data, boundary.before_and_after, "bar"))
+
+
+def test_the_last_prediction_is_the_evaluation(model, records, traced):
+    layers_count = model[0].decoder.layers
+    for record, m in zip(records, traced, strict=True):
+        assert m.sample.sentence == record["sentence"] and m.values["selected"].shape == (layers_count + 1,)
+        assert (m.values["selected"][-1], m.values["best"][-1]) == (record["query"], record["best_query"])
+        assert (m.values["margin"] > 0).all() and m.masks.shape == (2 * layers_count + 2, record["height"], record["width"])
+        assert m.values["drift"][0] == m.values["step"][0] == 0 and m.values["step"][1] == m.values["drift"][1] > 0
+        assert (np.abs(m.values["cosine_best"]) <= 1).all()
+
+
+def test_before_and_after_bar(records, traced, refined):
+    """After BAR stands what the evaluation counts; before it, what the last layer predicts."""
+    for record, flow, m in zip(records, traced, refined, strict=True):
+        assert m.iou[1] == record["iou"]
+        np.testing.assert_array_equal(m.masks[0], flow.masks[-2])
+        counted = ~m.ignored
+        for mask, iou in zip(m.masks, m.iou, strict=True):
+            expected = (mask & m.truth & counted).sum() / ((mask | m.truth) & counted).sum()
+            assert iou == pytest.approx(expected)
+        assert 0 < m.values["band"] <= 1 and 0 <= m.values["mask"] <= 1
+    assert any((m.masks[0] != m.masks[1]).any() for m in refined)
+
+
+def test_means_over_samples(traced):
+    rows = layer_trace.summarise(traced)
+    assert [row["prediction"] for row in rows] == list(range(len(rows)))
+    assert rows[0]["gate"] is None and rows[-1]["settled"] == 100
+    for name in ("margin", "cosine_selected", "cosine_best", "drift"):
+        assert rows[1][name] == pytest.approx(np.mean([m.values[name][1] for m in traced]))
+    assert rows[1]["iou_best"] == pytest.approx(100 * np.mean([m.iou[3] for m in traced]))
+    assert rows[2]["iou_selected"] == pytest.approx(100 * np.mean([m.iou[4] for m in traced]))
+
+
+def test_pages(model, traced, refined, tmp_path):
+    cfg, _, params = model
+    mark = types.SimpleNamespace(subject=types.SimpleNamespace(cfg=cfg, params=params))
+
+    def asked(measured):
+        return types.SimpleNamespace(measure=lambda *_: iter(measured), split="val", about={"images": 2}, benchmark=mark)
+
+    (tmp_path / "layers_val").mkdir()
+    (tmp_path / "layers_val" / "7_of-an-earlier-run.png").write_bytes(b"")
+    page = layer_trace.run(asked(traced), tmp_path).read_text()
+    assert page.count("<img") == 2 == len(list((tmp_path / "layers_val").iterdir()))  # one of each image
+    result = json.loads((tmp_path / "layers_val.json").read_text())
+    assert result["n"] == 4 and result["groups"]["all"] == layer_trace.summarise(traced)
+    page = boundary.run(asked(refined), tmp_path).read_text()
+    assert page.count("<img") == 4 == len(list((tmp_path / "bar_val").iterdir()))
+    result = json.loads((tmp_path / "bar_val.json").read_text())
+    assert result["alpha"] == 3.0 and result["groups"]["all"] == boundary.summarise(
+        [boundary.with_boundary(m) for m in refined]
+    )
+    mark.subject.cfg = dataclasses.replace(cfg, boundary=dataclasses.replace(cfg.boundary, enabled=False))
+    with pytest.raises(UserError, match="no boundary refinement"):
+        boundary.run(asked(refined), tmp_path)
+
+
+def test_no_samples_are_refused(model):
+    _, graphdef, params = model
+    with pytest.raises(UserError, match="holds no expression to measure"):
+        next(source.measure(graphdef, params, Data(), layer_trace.layer_trace, "layers"))

@@ -1,0 +1,246 @@
+"""`train.py --plan`: what is reported, verdicts and exit codes, and the real step planned by the command for eight devices."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from flowseg_jax import cli
+from flowseg_jax import experiment as configs
+from flowseg_jax.aot import plan
+from flowseg_jax.aot.topology import Topology
+from flowseg_jax.errors import UserError
+from flowseg_jax.losses import LossConfig
+from flowseg_jax.system.hardware import GIB
+from flowseg_jax.training.step import TrainState
+from flowseg_jax.types import BatchShape
+from tests.helpers import small, tpu
+
+ROOT = Path(__file__).resolve().parents[2]
+CHIP = SimpleNamespace(device_kind="TPU v5 lite")
+
+
+def abstract(*shape: int, spec: tuple = (), dtype=jnp.float32) -> jax.ShapeDtypeStruct:
+    sharding = NamedSharding(AbstractMesh((4, 2), ("data", "fsdp")), PartitionSpec(*spec))
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+
+class FakeStep:
+    """A step whose compilation ends as it is told to."""
+
+    def __init__(self, outcome):
+        self.outcome = outcome
+
+    def lower(self, *arguments):
+        return self
+
+    def compile(self):
+        if isinstance(self.outcome, Exception):
+            raise self.outcome
+        return self.outcome
+
+
+def executable(arguments: int, temporaries: int) -> SimpleNamespace:
+    sizes = SimpleNamespace(
+        argument_size_in_bytes=arguments,
+        temp_size_in_bytes=temporaries,
+        output_size_in_bytes=arguments + 8,
+        alias_size_in_bytes=arguments,
+    )
+    text = (
+        "HloModule m\n\nENTRY %main (p: f32[8]) -> f32[8] {\n  %p = f32[8]{0} parameter(0)\n"
+        "  ROOT %r = f32[8]{0} all-reduce(%p), to_apply=%add\n}"
+    )
+    return SimpleNamespace(memory_analysis=lambda: sizes, as_text=lambda: text)
+
+
+def planned(outcome, usable: int | None = 16 * GIB, chip=CHIP) -> plan.PlanReport:
+    """The report on a model of three parameters, two of them trained, on 4 x 2 devices."""
+    divided = ("fsdp",)
+    trainable = {"llm": {"table": abstract(40, 28, spec=divided)}, "sam": {"patch": abstract(10)}}
+    frozen = {"llm": {"head": abstract(6, dtype=jnp.bfloat16)}}
+    moments = [abstract(40, 28, spec=divided), abstract(10)] * 2
+    state = TrainState(abstract(dtype=jnp.int32), trainable, frozen, moments, abstract(2, dtype=jnp.int32))
+    model = small.config()
+    shape = BatchShape(16, model.num_visual_tokens + 20, 2, 3, 32, 16)
+    program = SimpleNamespace(
+        plan=SimpleNamespace(model=model, shape=shape, losses=LossConfig()),
+        mesh=SimpleNamespace(shape={"data": 4, "fsdp": 2}),
+        state=state,
+        batch={"tokens": abstract(16, 100, spec=(("data", "fsdp"),), dtype=jnp.int32)},
+        step=FakeStep(outcome),
+    )
+    return plan.report(program, Topology("v5e:2x4", (chip,) * 8, usable, "not executed"), "O1")
+
+
+def test_sizes_are_those_of_one_device():
+    report = planned(executable(2000, 3000))
+    weights = (40 * 28 // 2 + 10) * 4
+    assert report.memory.parameters == weights + 6 * 2
+    assert report.memory.moments == 2 * weights
+    assert report.memory.batch == 2 * 100 * 4
+    assert report.memory.needed == 2000 + 3000 + 8  # what is donated is not counted twice
+    assert report.parameters == {"llm": {"trained": 1120, "frozen": 6}, "sam": {"trained": 10, "frozen": 0}}
+    assert report.traffic.totals() == {"all-reduce": (1, 32)}
+
+
+def test_step_time_is_at_forty_percent_of_all_devices_peak():
+    report = planned(executable(1, 1))
+    assert report.step_seconds == pytest.approx(sum(report.flops.values()) / (0.4 * 197e12 * 8))
+    assert planned(executable(1, 1), chip=SimpleNamespace(device_kind="cpu")).step_seconds is None
+
+
+@pytest.mark.parametrize(
+    ("needed", "usable", "fits", "words"),
+    [
+        (10 * GIB, 16 * GIB, True, "fits, 6.00 GiB to spare"),
+        (18 * GIB, 16 * GIB, False, "does not fit, 2.00 GiB too much"),
+        (18 * GIB, None, True, "compiles, 18.00 GiB a device"),
+    ],
+)
+def test_the_verdict_is_needed_against_usable(needed, usable, fits, words):
+    report = planned(executable(needed // 2, needed - needed // 2), usable)
+    assert report.fits is fits
+    assert report.verdict() == words
+    assert report.text().endswith(f"verdict: {words}")
+    found = json.loads(json.dumps(report.to_json()))
+    assert found["compiled"] and found["fits"] is fits
+    assert found["bytes_per_device"] == needed + 8
+
+
+@pytest.mark.parametrize(
+    ("words", "needed"),
+    [
+        (
+            "Ran out of memory on HBM, the total memory required for HLO temporaries (124.70G) exceeds available HBM (15.75G).",
+            124.7 * GIB,
+        ),
+        ("Ran out of memory in memory space hbm. Used 512.5M of 400.0M hbm. Exceeded hbm capacity by 112.5M.", 512.5 * 2**20),
+        ("Ran out of memory on HBM.", None),
+    ],
+)
+def test_a_program_that_the_compiler_refuses_does_not_fit(words, needed):
+    report = planned(jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {words}\nAllocations:\n"))
+    assert not report.fits
+    assert report.memory.needed == (None if needed is None else round(needed))
+    assert report.verdict() == f"does not fit. The compiler: {words}"
+    found = json.loads(json.dumps(report.to_json()))
+    assert (found["compiled"], found["fits"], found["bytes_per_device"]) == (False, False, report.memory.needed)
+    assert "verdict" in report.text()
+
+
+@pytest.mark.parametrize("words", ["INTERNAL: something else", "RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem"])
+def test_another_failure_of_the_compiler_is_no_verdict(words):
+    with pytest.raises(jax.errors.JaxRuntimeError, match=words):
+        planned(jax.errors.JaxRuntimeError(words))
+
+
+def test_effort_is_set_for_the_compiler_alone():
+    before = jax.config.jax_optimization_level
+    with plan.compiler_effort("O2"):
+        assert jax.config.jax_optimization_level == "O2"
+        assert not jax.config.jax_enable_compilation_cache  # compile_seconds would be those of reading a file
+    assert jax.config.jax_optimization_level == before
+    assert jax.config.jax_enable_compilation_cache
+
+
+@pytest.mark.parametrize(("fits", "code"), [(True, 0), (False, 1)])
+def test_the_command_prints_json_last_and_exits_by_the_verdict(monkeypatch, capsys, fits, code):
+    report = planned(executable(1, 1 if fits else 17 * GIB))
+    asked = []
+    monkeypatch.setattr(plan, "plan", lambda config, name, effort: asked.append((config.seed, name, effort)) or report)
+    arguments = ["--plan", "--topology=v5e:2x4", "--json", "--config.seed=5", "--effort=default", "--workdir=/proc/nowhere"]
+    assert cli.train(arguments) == code
+    assert asked == [(5, "v5e:2x4", "default")]
+    *_, verdict, last = capsys.readouterr().out.splitlines()
+    assert verdict.startswith("verdict: ")
+    assert json.loads(last)["fits"] is fits
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--topology=v5e:4x4"], "belong to --plan"),
+        (["--json"], "belong to --plan"),
+        (["--plan", "--topology=v9:4x4"], "--topology=v9:4x4: unknown"),
+        (["--plan", "--effort=O9"], "--effort=O9: choose O0, O1, O2, O3, default"),
+        (["--plan", "--config.mesh.data=3"], "does not fit 1 device"),
+    ],
+)
+def test_what_each_mistake_says(argv, message):
+    with pytest.raises(UserError, match=message):
+        cli.train(argv)
+
+
+def smallest_config() -> ConfigDict:
+    """As little to compile as there can be with every tower present."""
+    model = small.config(negatives_group=1, classes=0, named_pass="off")
+    model = dataclasses.replace(
+        model,
+        decoder=dataclasses.replace(model.decoder, layers=1),
+        boundary=dataclasses.replace(model.boundary, enabled=False),
+    )
+    config = configs.read("configs/shapes_tiny.py")
+    config.model = ConfigDict(model.to_dict())
+    config.update(batch_size=8, steps=10)
+    config.data.update(text=60, phrases=2, masks=3)
+    config.optimizer.update(groups=((r"sam/.*", None), (".*", 1.0)))
+    config.optimizer.losses.update(vocabulary_chunk=16)
+    config.mesh.update(data=2, fsdp=4)
+    return config
+
+
+def run_command(topology: str, directory: Path) -> tuple[int, str, dict]:
+    config = directory / "config.json"
+    config.write_text(configs.to_json(smallest_config()))
+    command = [sys.executable, "train.py", f"--config={config}", "--plan", f"--topology={topology}", "--json"]
+    environment = {name: value for name, value in os.environ.items() if name not in ("FLOWSEG_DEVICES", "JAX_PLATFORMS")}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.returncode, done.stdout, json.loads(done.stdout.splitlines()[-1])
+
+
+def check_plan(found: dict, output: str) -> None:
+    assert found["compiled"] and found["fits"]
+    assert found["bytes_per_device"] > found["memory"]["arguments"] > 0
+    assert found["compile_seconds"] > 0
+    assert found["parameters"]["sam"]["trained"] == 0 < found["parameters"]["sam"]["frozen"]
+    assert found["parameters"]["llm"]["frozen"] == 0 < found["parameters"]["llm"]["trained"]
+    assert found["collectives"]["all-reduce"]["count"] > 0
+    assert found["data_dependent_loops_with_collectives"] == []  # the matcher waits for nobody
+    assert "nothing was executed" in output
+
+
+@pytest.mark.slow
+def test_the_command_plans_the_real_step(tmp_path):
+    code, output, found = run_command("cpu:8", tmp_path)
+    assert code == 0
+    check_plan(found, output)
+    assert (found["devices"], found["mesh"]) == (8, {"data": 2, "fsdp": 4, "tensor": 1})
+    assert found["step_seconds_at_mfu_0.4"] is None
+    assert "effort O0" in output and "40% MFU: n/a" in output
+    given = sum(found["memory"][name] for name in ("parameters", "moments", "batch"))
+    assert found["memory"]["arguments"] == pytest.approx(given, abs=256)  # counters come on top, what is not used goes
+
+
+@tpu.needs_libtpu
+@pytest.mark.parametrize("topology", ["v5e:2x4"])
+@pytest.mark.slow
+def test_the_command_plans_the_real_step_for_tpus(tmp_path, topology):
+    code, output, found = run_command(topology, tmp_path)
+    assert code == 0
+    check_plan(found, output)
+    assert found["device_kind"] == "TPU v5 lite"
+    assert found["step_seconds_at_mfu_0.4"] > 0
+    assert found["memory"]["usable"] == int(15.75 * GIB)

@@ -1,0 +1,173 @@
+"""The tables over the names and shapes of the real, full-size checkpoints; no weights, nothing is allocated."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import re
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from convert_weights import configs
+from convert_weights.convert import Exported, get_family
+from convert_weights.families import FAMILIES, Mask2FormerConfig
+from convert_weights.plan import detect_family, make_plan
+from convert_weights.sources import Entry
+from flowseg_jax.models.config import FlowSegConfig
+from flowseg_jax.models.language import LanguageConfig
+from flowseg_jax.models.mask_decoder import DecoderConfig
+from flowseg_jax.models.pixel_decoder import PixelDecoderConfig
+from flowseg_jax.models.sam import SamConfig
+from flowseg_jax.models.semantic_flow import SemanticFlowConfig
+from flowseg_jax.models.siglip import SiglipConfig
+from tests.helpers.tiny_checkpoints import expand
+
+MANIFESTS = Path(__file__).parents[2] / "convert_weights" / "manifests"
+BF16 = np.dtype(ml_dtypes.bfloat16)
+
+SMOLLM2 = {
+    "model_type": "llama",
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e5,
+    "tie_word_embeddings": True,
+}
+MASK2FORMER = Mask2FormerConfig(
+    PixelDecoderConfig.mask2former((1536, 768, 384, 192), levels=3), DecoderConfig(), 133
+)  # fmt: skip
+TOWERS = {
+    "qwen3_4b": ("qwen3", dataclasses.replace(LanguageConfig.qwen3_4b(), vocab=151936)),
+    "qwen3_1b7": ("qwen3", dataclasses.replace(LanguageConfig.qwen3_1b7(), vocab=151936)),
+    "phi3_mini": ("phi3", dataclasses.replace(LanguageConfig.phi3_mini(), vocab=32064)),
+    "smollm2_135m": ("llama", LanguageConfig.from_hf(SMOLLM2)),
+    "siglip2_so400m_14_384": ("siglip2", SiglipConfig.so400m_14_384()),
+    "sam_vit_large": ("sam", SamConfig.vit_large()),
+    "mask2former_swin_large_coco": ("mask2former", MASK2FORMER),
+}
+XSAM = {
+    "xsam_phi3_mini": (LanguageConfig.phi3_mini, 1356, 4_624_248_065),
+    "xsam_qwen3_1b7": (LanguageConfig.qwen3_1b7, 1472, 2_818_008_321),
+    "xsam_qwen3_4b": (LanguageConfig.qwen3_4b, 1560, 5_204_961_025),
+}
+
+
+class Abstract:
+    """Tensors of which only names and shapes exist."""
+
+    def __init__(self, name: str):
+        self.name = name
+        self.entries = {
+            n: Entry(tuple(s), BF16) for n, s in expand(json.loads((MANIFESTS / f"{name}.json").read_text())["shapes"])
+        }
+
+    def read(self, *_):
+        raise AssertionError("no tensor is read")
+
+
+@pytest.mark.parametrize("name", [path.stem for path in sorted(MANIFESTS.glob("*.json"))])
+def test_totals(name):
+    manifest = json.loads((MANIFESTS / f"{name}.json").read_text())
+    tensors = list(expand(manifest["shapes"]))
+    assert len({n for n, _ in tensors}) == len(tensors) == manifest["tensors"]
+    assert sum(math.prod(shape) for _, shape in tensors) == manifest["values"]
+    if name in XSAM:
+        assert (manifest["tensors"], manifest["values"]) == XSAM[name][1:]
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_towers(name):
+    family, cfg = TOWERS[name]
+    source = Abstract(name)
+    plan = make_plan(get_family(family), cfg, source)
+    assert detect_family(source.entries) == family
+    assert plan.layout == "hf"
+    assert plan.fresh == (("decoder/logit_scale",) if family == "mask2former" else ())
+    assert {target.dtype for target in plan.targets if target.pieces} == {BF16}
+    if family in ("qwen3", "phi3", "llama"):
+        assert not plan.ignored
+        cut = dataclasses.replace(cfg, vocab=cfg.vocab - 100)  # X-SAM's resize
+        assert make_plan(get_family(family), cut, source).resized["table"] == (cfg.vocab, cfg.vocab - 100)
+
+
+@pytest.mark.parametrize("mode", ["off", "sr_cr"])
+@pytest.mark.parametrize("name", XSAM)
+def test_xsam(name, mode):
+    source = Abstract(name)
+    shapes = configs.Shapes(source.entries, name)
+    cfg = configs.xsam_from_shapes(shapes, None, None, mode, "bfloat16")
+    full = FlowSegConfig.full(XSAM[name][0]())
+    assert dataclasses.replace(cfg, semantic_flow=full.semantic_flow, boundary=full.boundary) == full
+    plan = make_plan(get_family("xsam"), cfg, source)
+    assert detect_family(source.entries) == "xsam"
+    groups = {re.match(r"(decoder/layers/(semantic|refinement)|boundary)/", name).group(1) for name in plan.fresh}
+    assert groups == (set() if mode == "off" else {"decoder/layers/semantic", "decoder/layers/refinement", "boundary"})
+    unused = {re.sub(r"\d+", "#", n) for n in plan.ignored}
+    assert all(
+        re.match(r"llm\.lm_head|segmentor\.(encoder\.neck|shared_image)|vision_encoder.*(head|post_layernorm)", n)
+        for n in unused
+    )
+    assert set(plan.twins) == ({"llm.lm_head.weight"} if cfg.llm.tie_embeddings else set())
+
+
+@pytest.mark.parametrize("layout", ["main", "aaai"])
+def test_what_is_exported_is_what_was_imported(layout):
+    source = Abstract("xsam_phi3_mini")
+    family = get_family("xsam")
+    cfg = configs.xsam_from_shapes(configs.Shapes(source.entries, ""), None, None, "off", "bfloat16")
+    ours = Abstract("xsam_phi3_mini")
+    ours.entries = {name: Entry(shape, BF16) for name, shape in family.shapes(cfg).items()}
+    exported = Exported(family, cfg, ours, layout).entries
+    if layout == "aaai":
+        exported = {
+            name.replace("visual_encoder.", "vision_encoder.").replace("segmentor.logit", "segmentor.class_predictor.logit"): x
+            for name, x in exported.items()
+        }
+    unused = make_plan(family, cfg, source).ignored
+    assert exported == {name: x for name, x in source.entries.items() if name not in unused}
+
+
+def test_four_levels_have_no_fpn_stage():
+    three = configs.xsam_from_shapes(configs.Shapes(Abstract("xsam_qwen3_1b7").entries, ""), None, None, "off", "bfloat16")
+    four = dataclasses.replace(
+        three,
+        connector=dataclasses.replace(three.connector, channels=(1024,) * 4, scales=(4, 2, 1, 0.5)),
+        connector_layers=(6, 12, 18, 24),
+        pixel_decoder=PixelDecoderConfig.mask2former((2048, 1024, 512, 256)),
+        decoder=DecoderConfig(levels=4),
+    )
+    family = get_family("xsam")
+    ours = Abstract("xsam_qwen3_1b7")
+    ours.entries = {name: Entry(shape, BF16) for name, shape in family.shapes(four).items()}
+    names = Exported(family, four, ours).entries
+    assert not [name for name in names if "adapter" in name or "layer_1" in name]
+    assert names["seg_connector.model.0.model.4.weight"].shape == (4096, 512, 1, 1)
+    source = Abstract("xsam_qwen3_1b7")
+    source.entries = names
+    assert configs.xsam_from_shapes(configs.Shapes(names, ""), None, None, "off", "bfloat16") == four
+    assert not make_plan(family, four, source).fresh
+
+
+@pytest.mark.parametrize(("family", "layout"), [(f.name, layout) for f in FAMILIES.values() for layout in f.layouts])
+def test_every_parameter_has_exactly_one_place_in_every_layout(family, layout):
+    family = get_family(family)
+    cfg = family.example_config()
+    if isinstance(cfg, FlowSegConfig):
+        cfg = dataclasses.replace(cfg, semantic_flow=SemanticFlowConfig(norm="post"), classes=3)
+    ours = Abstract("xsam_qwen3_1b7")
+    ours.entries = {name: Entry(shape, BF16) for name, shape in family.shapes(cfg).items()}
+    exported = Exported(family, cfg, ours, layout)
+    pieces = list(itertools.chain.from_iterable(exported._pieces.values()))
+    covered = sum(math.prod(piece.shape) for piece in pieces)
+    unnamed = ("decoder/logit_scale",) if family.name == "mask2former" else ()
+    assert {piece.target for piece in pieces} == set(ours.entries) - set(unnamed)
+    assert covered == sum(math.prod(e.shape) for name, e in ours.entries.items() if name not in unnamed)

@@ -1,0 +1,320 @@
+"""Preparation: what is stored comes back, atomically, without TensorFlow."""
+
+import json
+import shutil
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from flowseg_jax.data import prepare
+from flowseg_jax.data.__main__ import main
+from flowseg_jax.data.dataset import FORMAT, PreparedDataset
+from flowseg_jax.data.formats.refcoco import RefCoco
+from flowseg_jax.data.records import examples, make_ref_samples, make_samples
+from flowseg_jax.errors import UserError
+from tests.helpers import minirefcoco as mini
+
+LISTING = [
+    "SHA256SUMS",
+    "data/dataset_info.json",
+    "data/features.json",
+    "data/flowseg-train.array_record-00000-of-00001",
+    "index/train.jsonl",
+    "metadata.json",
+    "tokenizer/tokenizer.json",
+    "tokenizer/tokenizer_config.json",
+]
+
+
+def quiet(_):
+    pass
+
+
+@pytest.fixture(scope="module")
+def layout(tmp_path_factory):
+    return mini.write(tmp_path_factory.mktemp("layout") / "refcoco")
+
+
+@pytest.fixture(scope="module")
+def prepared(layout, tmp_path_factory):
+    lines = []
+    out = tmp_path_factory.mktemp("prepared") / "mini"
+    result = prepare.prepare(layout, out, tokenizer_vocab=300, log=lines.append)
+    assert "train: 3 images" in lines and any("note: 1 objects with an empty mask" in line for line in lines)
+    return result
+
+
+def test_round_trip(layout, prepared):
+    reader = RefCoco(layout)
+    assert tuple(prepared.splits) == reader.splits and prepared.categories == reader.categories
+    for split in reader.splits:
+        source = prepared.source(split)
+        assert [source[i] for i in range(len(source))] == list(examples(reader, split))
+
+
+def test_index_agrees_with_the_records(prepared):
+    for split in prepared.splits:
+        source, index = prepared.source(split), prepared.index(split)
+        assert len(source) == len(index)
+        for i, entry in enumerate(index):
+            assert (source[i].image_id, source[i].file_name) == (entry.image_id, entry.file_name)
+            assert entry.samples and entry.samples == make_samples(source[i])
+            assert entry.refs == make_ref_samples(source[i]) == entry.by_ref.samples
+    assert [e.categories for e in prepared.index("train")] == [(1, 0), (0, 1), (0, -1)]  # the crowd has none
+    assert prepared.families("train") == ("attribute", "ordinal", "relation")
+    assert prepared.splits["train"] == {"images": 3, "refs": 5, "sentences": 16, "samples": 15}
+
+
+def test_metadata_and_digest(layout, prepared, tmp_path):
+    assert prepared.tokenizer_directory.is_dir()
+    again = prepare.prepare(layout, tmp_path / "a", log=quiet)
+    assert again.digest == prepared.digest and again.tokenizer_directory is None
+    instances, refs = mini.damaged(lambda i, r: r[0]["sentences"][0].update(sent="another dog"))
+    other = prepare.prepare(mini.write(tmp_path / "l", instances=instances, refs=refs), tmp_path / "b", log=quiet)
+    assert other.digest != prepared.digest
+
+
+def test_only_some_splits(layout, tmp_path):
+    assert list(prepare.prepare(layout, tmp_path / "x", splits=["val"], log=quiet).splits) == ["val"]
+    with pytest.raises(UserError, match=r"unknown split 'vall' \(did you mean 'val'\?\); it has train, val, testA"):
+        prepare.prepare(layout, tmp_path / "y", splits=["vall"], log=quiet)
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def break_image(root):
+    path = root / "images" / "COCO_train2014_000000000005.jpg"
+    path.write_bytes(path.read_bytes()[:300])
+
+
+def remove_image(root):
+    (root / "images" / "COCO_train2014_000000000001.jpg").unlink()
+
+
+@pytest.mark.parametrize(("damage", "message"), [(break_image, "truncated or damaged"), (remove_image, "is missing")])
+def test_nothing_is_left_behind(tmp_path, damage, message):
+    root = mini.write(tmp_path / "layout")
+    damage(root)
+    with pytest.raises(UserError, match=message):
+        prepare.prepare(root, tmp_path / "out" / "mini", log=quiet)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def lose_image(root):
+    """Image 4 is moved away; a function puts it back."""
+    path = root / "images" / "COCO_train2014_000000000004.jpg"
+    path.rename(root / "kept.jpg")
+    return lambda: (root / "kept.jpg").rename(path)
+
+
+def test_continues_behind_finished_shards(tmp_path, monkeypatch):
+    root, lines, read = mini.write(tmp_path / "layout"), [], []
+    put_back = lose_image(root)
+    with pytest.raises(UserError, match="image 'COCO_train2014_000000000004.jpg' is missing"):
+        prepare.prepare(root, tmp_path / "out", log=quiet)
+    assert not (tmp_path / "out").exists() and len(list((tmp_path / ".out.partial" / "shards").glob("*.json"))) == 2
+    put_back()
+    example = RefCoco.example
+    monkeypatch.setattr(RefCoco, "example", lambda self, split, *rest: read.append(split) or example(self, split, *rest))
+    prepared = prepare.prepare(root, tmp_path / "out", log=lines.append)
+    assert read == ["testA"] and "continuing: 2 of 3 shards are written already" in lines
+    assert prepared.digest == prepare.prepare(root, tmp_path / "again", log=quiet).digest
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["again", "layout", "out"]
+
+
+def test_other_annotations_begin_anew(tmp_path):
+    root = mini.write(tmp_path / "layout")
+    put_back = lose_image(root)
+    with pytest.raises(UserError, match="is missing"):
+        prepare.prepare(root, tmp_path / "out", log=quiet)
+    put_back()
+    instances, refs = mini.damaged(lambda i, r: r[0]["sentences"][0].update(sent="another dog"))
+    mini.write(root, instances=instances, refs=refs)
+    assert any(s.sentence == "another dog" for e in prepare.prepare(root, tmp_path / "out").index("train") for s in e.samples)
+
+
+def test_damaged_records_are_listed_where_that_is_wanted(tmp_path):
+    def damage(instances, refs):
+        refs[1]["ann_id"] = 999
+        mini.entry(instances["annotations"], 51)["segmentation"] = [[1, 2, float("nan"), 4, 5, 6]]
+
+    instances, refs = mini.damaged(damage)
+    root, lines = mini.write(tmp_path / "layout", instances=instances, refs=refs), []
+    (root / "images" / "COCO_train2014_000000000004.jpg").write_bytes(b"no image")
+    with pytest.raises(UserError, match="has no annotation 999"):
+        prepare.prepare(root, tmp_path / "out", log=quiet)
+    with pytest.raises(UserError, match="split 'testA': nothing is left of its examples"):
+        prepare.prepare(root, tmp_path / "out", on_error="record", log=quiet)
+    prepared = prepare.prepare(root, tmp_path / "out", splits=["train", "val"], on_error="record", log=lines.append)
+    assert prepared.metadata["problems"] == 2 and [e.image_id for e in prepared.index("train")] == [1, 2]
+    listed = (tmp_path / "out" / "problems.txt").read_text().splitlines()
+    assert len(listed) == 2 and "annotation 999" in listed[0] and "polygon coordinate nan" in listed[1]
+    said = f"{tmp_path / 'out' / 'problems.txt'} lists the records that are left out; 2 damaged: {listed[0]}; {listed[1]}"
+    assert said in lines
+    with pytest.raises(UserError, match="on_error is 'ignore': choose stop or record"):
+        prepare.prepare(root, tmp_path / "x", on_error="ignore", log=quiet)
+
+
+def test_processes_write_what_one_writes(layout, prepared, tmp_path, monkeypatch):
+    monkeypatch.setattr("flowseg_jax.data.shards.EXAMPLES", 1)
+    several = prepare.prepare(layout, tmp_path / "out", processes=2, log=quiet)
+    assert several.splits == prepared.splits and several.metadata["notes"] == prepared.metadata["notes"]
+    for split in prepared.splits:
+        assert several.index(split) == prepared.index(split)
+        ours, theirs = several.source(split), prepared.source(split)
+        assert [ours[i] for i in range(len(ours))] == [theirs[i] for i in range(len(theirs))]
+    assert len(list((tmp_path / "out" / "data").glob("*-train.array_record-*"))) == 3
+
+
+def test_what_fails_in_a_process_is_its_own_error(tmp_path, monkeypatch):
+    monkeypatch.setattr("flowseg_jax.data.shards.EXAMPLES", 1)
+    root = mini.write(tmp_path / "layout")
+    break_image(root)
+    with pytest.raises(UserError, match=r"COCO_train2014_000000000005\.jpg: truncated or damaged image"):
+        prepare.prepare(root, tmp_path / "out", processes=2, log=quiet)
+
+
+def test_a_mark_in_a_sentence_is_an_error(tmp_path):
+    instances, refs = mini.damaged(lambda i, r: r[0]["sentences"][0].update(sent="dog <seg> cat"))
+    with pytest.raises(UserError, match=r"refs\(unc\)\.p: ref 1\.sentences\[0\]\.sent: contains the mark '<SEG>'"):
+        prepare.prepare(mini.write(tmp_path / "l", instances=instances, refs=refs), tmp_path / "out", log=quiet)
+
+
+def test_existing_directories_and_unknown_layouts(layout, prepared, tmp_path):
+    with pytest.raises(UserError, match="exists already; remove it to prepare again"):
+        prepare.prepare(layout, prepared.directory, log=quiet)
+    (tmp_path / "empty").mkdir()
+    prepare.prepare(layout, tmp_path / "empty", splits=["val"], log=quiet)
+    with pytest.raises(UserError, match=r"unknown layout 'refcoc' \(did you mean 'refcoco'"):
+        prepare.prepare(layout, tmp_path / "z", layout="refcoc", log=quiet)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        prepare.prepare(layout, tmp_path / "file" / "x", log=quiet)
+
+
+def test_opening_what_is_not_prepared(prepared, tmp_path):
+    with pytest.raises(UserError, match=r"not a prepared data set \(no metadata\.json\); make one with"):
+        PreparedDataset.open(tmp_path)
+    (tmp_path / "metadata.json").write_text(json.dumps({**prepared.metadata, "format": 0}))
+    with pytest.raises(UserError, match=f"prepared in format 0, this version reads {FORMAT}; remove it and prepare it again"):
+        PreparedDataset.open(tmp_path)
+    with pytest.raises(UserError, match="unknown split 'trian'"):
+        prepared.index("trian")
+
+
+def test_command_line(layout, tmp_path, capsys):
+    assert main(["prepare", "--source", str(layout), "--out", str(tmp_path / "out"), "--splits", "val"]) == 0
+    said = capsys.readouterr().out
+    assert "val: 1 images" in said and "Download" not in said
+    command = [
+        sys.executable,
+        "-m",
+        "flowseg_jax.data",
+        "prepare",
+        "--source",
+        str(tmp_path / "gone"),
+        "--out",
+        str(tmp_path / "b"),
+    ]
+    failed = subprocess.run(command, capture_output=True, text=True)
+    assert failed.returncode == 2 and failed.stderr == f"error: {tmp_path / 'gone'}: no such folder\n"
+
+
+def test_no_tensorflow_no_torch():
+    code = (
+        "import sys, flowseg_jax.data.prepare, flowseg_jax.data.train_dataset, flowseg_jax.data.tokenizer\n"
+        "bad = {'tensorflow', 'torch'} & set(sys.modules); assert not bad, bad"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+class TestEnsureShapes:
+    @pytest.fixture
+    def generated(self, monkeypatch):
+        """Replaces the generator by the miniature layout; counts its calls."""
+        from flowseg_jax.synthetic import generator
+
+        calls = []
+
+        def generate(out, images, seed, *, workers=None, report=print, **options):
+            calls.append((images, seed, options))
+            mini.write(out)
+
+        monkeypatch.setattr(generator, "generate", generate)
+        return calls
+
+    def test_makes_it_once(self, generated, tmp_path):
+        first = prepare.load_or_build_shapes(tmp_path / "s", 20, 3, tokenizer_vocab=300, log=quiet, objects=(4, 6))
+        again = prepare.load_or_build_shapes(tmp_path / "s", 20, 3, tokenizer_vocab=300, log=quiet, objects=(4, 6))
+        assert generated == [(20, 3, {"objects": (4, 6)})] and first.digest == again.digest
+        assert first.tokenizer_directory.is_dir()
+        with pytest.raises(UserError, match=r"holds a shapes set made otherwise \(seed 3 -> 4\); remove it or name another"):
+            prepare.load_or_build_shapes(tmp_path / "s", 20, 4, tokenizer_vocab=300, log=quiet, objects=(4, 6))
+
+    def test_several_at_once_make_it_once(self, generated, tmp_path):
+        results, errors = [], []
+
+        def ask():
+            try:
+                results.append(prepare.load_or_build_shapes(tmp_path / "s", 20, 3, tokenizer_vocab=300, log=quiet).digest)
+            except Exception as error:  # reported below: a thread would swallow it
+                errors.append(error)
+
+        threads = [threading.Thread(target=ask) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not errors and len(results) == 3 and len(set(results)) == 1 and len(generated) == 1
+
+    def test_failure_leaves_nothing(self, monkeypatch, tmp_path):
+        from flowseg_jax.synthetic import generator
+
+        def generate(out, images, seed, **options):
+            break_image(mini.write(out))
+
+        monkeypatch.setattr(generator, "generate", generate)
+        with pytest.raises(UserError, match="truncated"):
+            prepare.load_or_build_shapes(tmp_path / "s", 20, 3, log=quiet)
+        assert [p.name for p in tmp_path.iterdir() if not p.name.endswith(".lock")] == []
+
+    def test_leavings_of_a_killed_process_are_removed(self, generated, tmp_path):
+        (tmp_path / ".s.12345.partial" / "refcoco-like").mkdir(parents=True)
+        prepare.load_or_build_shapes(tmp_path / "s", 20, 3, tokenizer_vocab=300, log=quiet)
+        assert sorted(p.name for p in tmp_path.iterdir()) == [".s.lock", "s"]
+
+    def test_foreign_directory(self, tmp_path):
+        (tmp_path / "s").mkdir()
+        (tmp_path / "s" / "thesis.txt").write_text("do not touch")
+        with pytest.raises(UserError, match="exists but is not a shapes set made by this command"):
+            prepare.load_or_build_shapes(tmp_path / "s", 20, 3, log=quiet)
+
+    def test_the_real_generator(self, tmp_path):
+        prepared = prepare.load_or_build_shapes(tmp_path / "s", 16, 1, log=quiet, workers=1)
+        assert set(prepared.splits) == {"train", "val", "testA", "testB"} and prepared.families("train")
+        source, index = prepared.source("train"), prepared.index("train")
+        assert [source[i].image_id for i in range(len(source))] == [entry.image_id for entry in index]  # stored in order
+
+
+def test_images_elsewhere_named_by_a_path(layout, tmp_path):
+    """Also where it is interrupted: what images were named is part of the request that the same command continues."""
+    moved = tmp_path / "moved"
+    shutil.copytree(layout, moved)
+    (folder,) = {path.parent for path in moved.rglob("*.jpg")}
+    shutil.move(folder, tmp_path / "elsewhere")
+    with pytest.raises(UserError):
+        prepare.prepare(moved, tmp_path / "out", log=quiet)
+    result = prepare.prepare(moved, tmp_path / "out", images=tmp_path / "elsewhere", log=quiet)
+    usual = prepare.prepare(layout, tmp_path / "usual", log=quiet)
+    assert result.digest == usual.digest and [result.source("train")[i].image for i in range(3)] == [
+        usual.source("train")[i].image for i in range(3)
+    ]
+
+
+def test_a_finished_directory_holds_these_files_and_no_others(layout, tmp_path):
+    out = tmp_path / "out"
+    prepare.prepare(layout, out, splits=["train"], tokenizer_vocab=300, log=quiet)
+    found = sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
+    assert found == LISTING
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]

@@ -1,0 +1,1 @@
+"""What the tests share: small models and data, stand-ins, judges of their own."""

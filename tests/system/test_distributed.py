@@ -1,0 +1,133 @@
+"""Two processes with two devices each write together what one process reads, and agree on what is damaged."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from flowseg_jax.checkpoints.manager import CheckpointManager
+from flowseg_jax.checkpoints.manifest import checksums
+from flowseg_jax.checkpoints.pretrained import load_pretrained
+from tests.helpers.trees import abstract_of
+
+PROGRAM = """
+import json, sys
+from pathlib import Path
+import jax
+process, port, workdir = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=process)
+import jax.numpy as jnp
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from flowseg_jax.checkpoints.manager import Checkpoints
+from flowseg_jax.errors import UserError
+from flowseg_jax.checkpoints.manifest import checksums
+from flowseg_jax.checkpoints.pretrained import load_model, save_model
+from tests.helpers.trees import abstract_of, largest
+
+mesh = jax.make_mesh((4,), ("fsdp",), axis_types=(AxisType.Auto,))
+split, whole = (NamedSharding(mesh, PartitionSpec(*names)) for names in (("fsdp",), ()))
+
+def make(step):
+    w = jax.random.normal(jax.random.key(step), (64, 64), jnp.bfloat16)
+    return {"w": w, "step": jnp.asarray(step)}
+
+create = jax.jit(make, static_argnums=0, out_shardings={"w": split, "step": whole})
+state = create(3)
+assert not state["w"].is_fully_addressable
+with Checkpoints(workdir, best=("loss", "min")) as checkpoints:
+    for step in (1, 2, 3):
+        checkpoints.save(step, create(step), {"config": {}}, {"loss": state["step"]})
+    checkpoints.wait()
+    if process == 0:  # what process 1 wrote, and will read, of the last one
+        largest(workdir / "checkpoints" / "3" / "state" / "ocdbt.process_1").write_bytes(b"spoilt")
+    multihost_utils.sync_global_devices("spoilt")
+    restored = checkpoints.restore_latest(abstract_of(state))
+    assert checkpoints.latest_step == restored.step == 2
+
+model = save_model(workdir / "model", {"w": state["w"]}, {}, workdir / "tokenizer", dtype=None)
+loaded = load_model(model, abstract_of({"w": state["w"]})).params
+if process == 0:
+    (workdir / "tokenizer" / "tokenizer.json").unlink()
+    (workdir / "tokenizer").rmdir()
+multihost_utils.sync_global_devices("no tokenizer")
+refusal = None
+try:
+    save_model(model, {"w": state["w"]}, {}, workdir / "tokenizer", overwrite=True)
+except UserError as error:
+    refusal = str(error)
+print("RESULT", json.dumps([checksums(restored.state), checksums(loaded), refusal]))
+multihost_utils.sync_global_devices("end")
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("two")
+    (directory / "tokenizer").mkdir()
+    (directory / "tokenizer" / "tokenizer.json").write_text("{}")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def outputs(workdir):
+    """What each of the two processes printed."""
+    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=2"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "XLA_FLAGS": flags}
+    port = str(free_port())
+    command = [sys.executable, "-c", textwrap.dedent(PROGRAM)]
+    processes = [
+        subprocess.Popen(
+            [*command, str(i), port, str(workdir)], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        for i in range(2)
+    ]
+    try:
+        printed = [process.communicate(timeout=120)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(printed)
+    return printed
+
+
+def results(outputs):
+    return [json.loads(line.removeprefix("RESULT ")) for text in outputs for line in text.splitlines() if "RESULT" in line]
+
+
+def expected(step):
+    return {"w": jax.random.normal(jax.random.key(step), (64, 64), jnp.bfloat16), "step": jnp.asarray(step)}
+
+
+def test_both_processes_read_the_same_and_only_one_speaks(outputs):
+    first, second = results(outputs)
+    assert first == second
+    assert first[0] == checksums(expected(2))
+    assert first[1] == checksums({"w": expected(3)["w"]})
+    spoken = [[line for line in text.splitlines() if "is damaged" in line] for text in outputs]
+    assert [len(lines) for lines in spoken] == [1, 0]
+    assert "set aside as 3.damaged" in spoken[0][0]
+
+
+def test_one_process_reads_what_two_wrote(outputs, workdir):
+    like = abstract_of(expected(2))
+    with CheckpointManager(workdir) as checkpoints:
+        restored = checkpoints.restore_latest(like)
+    assert restored.step == 2
+    assert checksums(restored.state) == checksums(expected(2))
+    assert checksums(load_pretrained(workdir / "model", dtype=None).params) == checksums({"w": expected(3)["w"]})
+    assert sorted(path.name for path in workdir.iterdir()) == ["checkpoints", "model"]
