@@ -25,7 +25,7 @@ from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.models.connectors import ConnectorConfig
 from flowseg_jax.models.flowseg import SAM_MEAN, SAM_STD
 from flowseg_jax.models.language import LanguageConfig
-from flowseg_jax.models.mask_decoder import DecoderConfig
+from flowseg_jax.models.mask_decoder import MaskDecoderConfig
 from flowseg_jax.models.pixel_decoder import PixelDecoderConfig
 from flowseg_jax.models.sam import SamConfig
 from flowseg_jax.models.siglip import SiglipConfig
@@ -37,14 +37,14 @@ Tensors = dict[str, torch.Tensor]
 def sam_config(cfg: SamConfig) -> SamVisionConfig:
     config = SamVisionConfig(
         hidden_size=cfg.width,
-        num_hidden_layers=cfg.layers,
-        num_attention_heads=cfg.heads,
+        num_hidden_layers=cfg.num_hidden_layers,
+        num_attention_heads=cfg.num_attention_heads,
         image_size=cfg.image_size,
         patch_size=cfg.patch_size,
-        layer_norm_eps=cfg.eps,
-        window_size=cfg.window,
-        global_attn_indexes=list(cfg.global_layers),
-        mlp_dim=cfg.mlp,
+        layer_norm_eps=cfg.layer_norm_eps,
+        window_size=cfg.window_size,
+        global_attn_indexes=list(cfg.global_attn_indexes),
+        mlp_dim=cfg.mlp_dim,
     )
     config._attn_implementation = "sdpa"
     return config
@@ -52,13 +52,13 @@ def sam_config(cfg: SamConfig) -> SamVisionConfig:
 
 def siglip_config(cfg: SiglipConfig) -> SiglipVisionConfig:
     config = SiglipVisionConfig(
-        hidden_size=cfg.width,
-        intermediate_size=cfg.mlp,
-        num_hidden_layers=cfg.layers,
-        num_attention_heads=cfg.heads,
+        hidden_size=cfg.hidden_size,
+        intermediate_size=cfg.intermediate_size,
+        num_hidden_layers=cfg.num_hidden_layers,
+        num_attention_heads=cfg.num_attention_heads,
         image_size=cfg.image_size,
         patch_size=cfg.patch_size,
-        layer_norm_eps=cfg.eps,
+        layer_norm_eps=cfg.layer_norm_eps,
     )
     config._attn_implementation = "sdpa"
     return config
@@ -66,32 +66,32 @@ def siglip_config(cfg: SiglipConfig) -> SiglipVisionConfig:
 
 def qwen3_config(cfg: LanguageConfig) -> Qwen3Config:
     config = Qwen3Config(
-        vocab_size=cfg.vocab,
-        hidden_size=cfg.width,
-        intermediate_size=cfg.mlp,
-        num_hidden_layers=cfg.layers,
-        num_attention_heads=cfg.heads,
-        num_key_value_heads=cfg.kv_heads,
+        vocab_size=cfg.vocab_size,
+        hidden_size=cfg.hidden_size,
+        intermediate_size=cfg.intermediate_size,
+        num_hidden_layers=cfg.num_hidden_layers,
+        num_attention_heads=cfg.num_attention_heads,
+        num_key_value_heads=cfg.num_key_value_heads,
         head_dim=cfg.head_dim,
-        rms_norm_eps=cfg.eps,
+        rms_norm_eps=cfg.rms_norm_eps,
         rope_parameters={"rope_type": "default", "rope_theta": cfg.rope_theta},
-        tie_word_embeddings=cfg.tie_embeddings,
+        tie_word_embeddings=cfg.tie_word_embeddings,
     )
     config._attn_implementation = "sdpa"
     return config
 
 
-def mask2former_config(pixel: PixelDecoderConfig, decoder: DecoderConfig) -> Mask2FormerConfig:
+def mask2former_config(pixel: PixelDecoderConfig, decoder: MaskDecoderConfig) -> Mask2FormerConfig:
     return Mask2FormerConfig(
-        feature_size=pixel.width,
-        mask_feature_size=pixel.mask_width,
-        hidden_dim=decoder.width,
-        encoder_layers=pixel.layers,
-        encoder_feedforward_dim=pixel.ffn,
-        num_attention_heads=decoder.heads,
-        dim_feedforward=decoder.ffn,
-        decoder_layers=decoder.layers + 1,
-        num_queries=decoder.queries,
+        feature_size=pixel.embed_dim,
+        mask_feature_size=pixel.mask_dim,
+        hidden_dim=decoder.embed_dim,
+        encoder_layers=pixel.num_layers,
+        encoder_feedforward_dim=pixel.mlp_dim,
+        num_attention_heads=decoder.num_heads,
+        dim_feedforward=decoder.mlp_dim,
+        decoder_layers=decoder.num_layers + 1,
+        num_queries=decoder.num_queries,
         dropout=0.0,
     )
 
@@ -125,7 +125,7 @@ class Connector(nn.Module):
     def __init__(self, cfg: ConnectorConfig):
         super().__init__()
         levels = zip(cfg.channels, cfg.scales, strict=True)
-        self.model = nn.ModuleList([ConnectorLevel(width, cfg.hidden, scale) for width, scale in levels])
+        self.model = nn.ModuleList([ConnectorLevel(width, cfg.hidden_channels, scale) for width, scale in levels])
         self.order = cfg.low_to_high_order
 
     def forward(self, maps: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -176,10 +176,10 @@ class Boundary(nn.Module):
 
     def __init__(self, width: int, cfg: BoundaryConfig):
         super().__init__()
-        self.compress = nn.Conv2d(width, cfg.channels, 1)
-        self.refine = nn.Conv2d(1 + cfg.channels, 1, 3, padding=1)
+        self.compress = nn.Conv2d(width, cfg.hidden_channels, 1)
+        self.refine = nn.Conv2d(1 + cfg.hidden_channels, 1, 3, padding=1)
         self.alpha = nn.Parameter(torch.zeros(1))
-        self.kernel, self.eps = cfg.kernel, cfg.eps
+        self.kernel, self.eps = cfg.kernel_size, cfg.threshold
 
     def forward(self, masks: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         """Masks [N, h, w] of one image, features [1, D, h, w]."""
@@ -214,35 +214,37 @@ class FlowSegTorch(nn.Module):
 
     def __init__(self, cfg: FlowSegConfig, tensors: Tensors, wrap: Callable[[Any], Any] = lambda layer: layer):
         super().__init__()
-        self.cfg, width = cfg, cfg.decoder.width
+        self.cfg, width = cfg, cfg.mask_decoder.embed_dim
         text, vision, mask = qwen3_config(cfg.llm), siglip_config(cfg.siglip), sam_config(cfg.sam)
-        decoders = mask2former_config(cfg.pixel_decoder, cfg.decoder)
+        decoders = mask2former_config(cfg.pixel_decoder, cfg.mask_decoder)
         with torch.device("meta"):
             self.sam = nn.Module()
             self.sam.patch_embed = sam.SamPatchEmbeddings(mask)
             self.sam.pos_embed = nn.Parameter(torch.zeros(1, cfg.sam.grid_size, cfg.sam.grid_size, cfg.sam.width))
-            windows = (0 if i in cfg.sam.global_layers else cfg.sam.window for i in range(cfg.sam.layers))
+            windows = (0 if i in cfg.sam.global_attn_indexes else cfg.sam.window_size for i in range(cfg.sam.num_hidden_layers))
             self.sam.layers = nn.ModuleList([sam.SamVisionLayer(mask, window) for window in windows])
             self.siglip = nn.Module()
             self.siglip.embeddings = nn.Module()
             self.siglip.embeddings.patch_embedding = nn.Conv2d(
-                3, cfg.siglip.width, cfg.siglip.patch_size, cfg.siglip.patch_size
+                3, cfg.siglip.hidden_size, cfg.siglip.patch_size, cfg.siglip.patch_size
             )
-            self.siglip.embeddings.position_embedding = nn.Embedding(cfg.siglip.num_patches, cfg.siglip.width)
+            self.siglip.embeddings.position_embedding = nn.Embedding(cfg.siglip.num_patches, cfg.siglip.hidden_size)
             self.siglip.encoder = nn.Module()
-            self.siglip.encoder.layers = nn.ModuleList([siglip.SiglipEncoderLayer(vision) for _ in range(cfg.siglip.layers)])
+            self.siglip.encoder.layers = nn.ModuleList(
+                [siglip.SiglipEncoderLayer(vision) for _ in range(cfg.siglip.num_hidden_layers)]
+            )
             self.llm = nn.Module()
-            self.llm.embed_tokens = nn.Embedding(cfg.llm.vocab, cfg.llm.width)
-            self.llm.layers = nn.ModuleList([qwen3.Qwen3DecoderLayer(text, i) for i in range(cfg.llm.layers)])
-            self.llm.norm = qwen3.Qwen3RMSNorm(cfg.llm.width, cfg.llm.eps)
-            self.visual_projector = projector(cfg.siglip.width, cfg.llm.width, cfg.llm.width)
-            self.seg_projector = projector(4 * cfg.sam.width, cfg.llm.width, cfg.llm.width)
-            self.llm_projector = projector(cfg.llm.width, width, width)
+            self.llm.embed_tokens = nn.Embedding(cfg.llm.vocab_size, cfg.llm.hidden_size)
+            self.llm.layers = nn.ModuleList([qwen3.Qwen3DecoderLayer(text, i) for i in range(cfg.llm.num_hidden_layers)])
+            self.llm.norm = qwen3.Qwen3RMSNorm(cfg.llm.hidden_size, cfg.llm.rms_norm_eps)
+            self.visual_projector = projector(cfg.siglip.hidden_size, cfg.llm.hidden_size, cfg.llm.hidden_size)
+            self.seg_projector = projector(4 * cfg.sam.width, cfg.llm.hidden_size, cfg.llm.hidden_size)
+            self.llm_projector = projector(cfg.llm.hidden_size, width, width)
             self.connector = Connector(cfg.connector)
             self.pixel_decoder = mask2former.Mask2FormerPixelDecoder(decoders, list(cfg.pixel_decoder.channels[::-1]))
             self.decoder = mask2former.Mask2FormerTransformerModule(width, decoders)
-            self.decoder.decoder.layers = nn.ModuleList([FlowLayer(decoders) for _ in range(cfg.decoder.layers)])
-            self.boundary = Boundary(cfg.pixel_decoder.mask_width, cfg.boundary)
+            self.decoder.decoder.layers = nn.ModuleList([FlowLayer(decoders) for _ in range(cfg.mask_decoder.num_layers)])
+            self.boundary = Boundary(cfg.pixel_decoder.mask_dim, cfg.boundary)
             self.background = nn.Embedding(1, width)
             self.logit_scale = nn.Parameter(torch.zeros(1))
         self.load_state_dict({ours: tensors[theirs] for theirs, ours in renamed(tensors).items()}, assign=True)
@@ -262,13 +264,13 @@ class FlowSegTorch(nn.Module):
         states = [x]
         for layer in self._sam:
             states.append(layer(states[-1]))
-        shuffled = pixel_shuffle(states[cfg.sam.layers - 1], 0.5)
+        shuffled = pixel_shuffle(states[cfg.sam.num_hidden_layers - 1], 0.5)
         y = self.siglip.embeddings.patch_embedding(batch["vision_images"].permute(0, 3, 1, 2) / 127.5 - 1)
         y = y.flatten(2).transpose(1, 2) + self.siglip.embeddings.position_embedding.weight
         for layer in self._siglip:
             y = layer(y, None)
         tokens = torch.cat([self.visual_projector(y), self.seg_projector(shuffled.flatten(1, 2))], 1)
-        features = self.connector([states[i] for i in cfg.connector_layers])
+        features = self.connector([states[i] for i in cfg.connector_hidden_layers])
         decoded = self._pixel(features[::-1])
         return tokens, decoded.mask_features, list(decoded.multi_scale_features)
 
@@ -298,7 +300,7 @@ class FlowSegTorch(nn.Module):
             queries = module.decoder.layernorm(x)
             masks = torch.einsum("qpd,dhw->pqhw", module.decoder.mask_predictor.mask_embedder(queries), features[0])
             cosine = F.normalize(queries, dim=-1).transpose(0, 1) @ F.normalize(conditions, dim=-1).permute(1, 2, 0)
-            limit = self.cfg.decoder.logit_clamp
+            limit = self.cfg.mask_decoder.logit_clamp
             out.classes.append((cosine * self.logit_scale.exp()).clamp(-limit, limit))
             out.masks.append(masks)
             if number == len(self._flow):

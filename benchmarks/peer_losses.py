@@ -44,11 +44,11 @@ def matched(
     """The query of each pass's one target: class logits [K, Q, N], masks [K, Q, h, w], truth [K, H, W], points [1, k, 2]."""
     queries = []
     for number in range(len(classes)):
-        cost = -cfg.class_ * classes[number].softmax(-1)[:, number : number + 1]
+        cost = -cfg.class_weight * classes[number].softmax(-1)[:, number : number + 1]
         found = sample_point(masks[number][:, None], points.expand(masks.shape[1], -1, -1), align_corners=False)[:, 0]
         wanted = sample_point(truth[number][None, None], points, align_corners=False)[:, 0]
-        cost = cost + cfg.mask * pair_wise_sigmoid_cross_entropy_loss(found, wanted)
-        cost = cost + cfg.dice * pair_wise_dice_loss(found, wanted)
+        cost = cost + cfg.mask_weight * pair_wise_sigmoid_cross_entropy_loss(found, wanted)
+        cost = cost + cfg.dice_weight * pair_wise_dice_loss(found, wanted)
         queries.append(int(linear_sum_assignment(cost.numpy())[0][0]))
     return queries
 
@@ -58,20 +58,20 @@ def segmentation_loss(
 ) -> torch.Tensor:
     """Class, mask and dice losses of all predictions; pass k has target k. BAR refines the last prediction's masks."""
     total, count = torch.zeros(()), len(truth)
-    keep = int(cfg.importance * cfg.points)
+    keep = int(cfg.importance_sample_ratio * cfg.num_points)
     for level, (classes, masks) in enumerate(zip(out.classes, out.masks, strict=True)):
         shared, candidates, extra = points[level]
         queries = matched(classes, masks, truth, shared, cfg)
         labels = torch.full(classes.shape[:2], classes.shape[2] - 1)
         labels[torch.arange(count), queries] = torch.arange(count)
         weight = torch.ones(classes.shape[2])
-        weight[-1] = cfg.background
-        total = total + cfg.class_gain * cfg.class_ * F.cross_entropy(classes.transpose(1, 2), labels, weight)
+        weight[-1] = cfg.no_object_weight
+        total = total + cfg.class_loss_scale * cfg.class_weight * F.cross_entropy(classes.transpose(1, 2), labels, weight)
         chosen = masks[torch.arange(count), queries]
         if level == len(out.masks) - 1:
             chosen = model.boundary(chosen, features)
         bce, dice = point_terms(chosen, truth, candidates, extra, keep)
-        total = total + (cfg.mask * bce + cfg.dice * dice) / count
+        total = total + (cfg.mask_weight * bce + cfg.dice_weight * dice) / count
     return total
 
 
@@ -94,4 +94,4 @@ def training_loss(
     own = torch.cat([torch.eye(count, dtype=torch.bool), torch.ones(count, 1, dtype=torch.bool)], 1)
     out = model.decode(features, levels, conditions, segs, own)
     found = segmentation_loss(model, out, features, truth, points, cfg)
-    return found + cfg.language * language_loss(model, hidden, batch["labels"])
+    return found + cfg.language_weight * language_loss(model, hidden, batch["labels"])

@@ -115,7 +115,7 @@ def random_batch(shape: BatchShape, model: FlowSegConfig, seed: int = 0) -> Batc
         )
     batch = empty_batch(shape, 0)
     used = prefix + conversations * length
-    batch.input_ids[:, :used] = rng.integers(0, model.llm.vocab, (shape.batch, used))
+    batch.input_ids[:, :used] = rng.integers(0, model.llm.vocab_size, (shape.batch, used))
     batch.input_ids[:, 1:prefix] = IMAGE_TOKEN_INDEX
     batch.segment_ids[:, :prefix] = 0
     batch.position_ids[:, :prefix] = np.arange(prefix)
@@ -137,7 +137,7 @@ def random_batch(shape: BatchShape, model: FlowSegConfig, seed: int = 0) -> Batc
     batch.packed_masks[:] = np.packbits(coarse[:, :, pixels][:, :, :, pixels], axis=-1)
     batch.mask_valid[:] = True
     batch.phrase_target[:] = np.arange(shape.max_phrases) % shape.max_masks
-    batch.object_category[:] = rng.integers(0, max(model.classes, 1), (shape.batch, shape.max_masks))
+    batch.object_category[:] = rng.integers(0, max(model.num_classes, 1), (shape.batch, shape.max_masks))
     batch.object_name[:] = np.arange(shape.max_masks)
     if hasattr(batch, "name_valid"):  # earlier versions, which this one is measured against, have none
         batch.name_valid[:] = True

@@ -34,7 +34,7 @@ def get_config(checkpoint: str = "") -> ConfigDict:
     config = shapes_tiny()
     config.init_from = (checkpoint,)
     config.steps = 150
-    config.batch_size = max(4, model.negatives_group)
+    config.batch_size = max(4, model.negatives_group_size)
     config.log_every = 10
     config.checkpoint_every = 50
     config.model = ConfigDict(model.to_dict())
@@ -45,6 +45,6 @@ def get_config(checkpoint: str = "") -> ConfigDict:
     config.data.objects = "referred"
     config.data.update(phrases=PHRASES, masks=PHRASES, text=model.num_visual_tokens + 8 + PHRASES * TOKENS)
     config.optimizer.groups = (("(llm|llm_projector)/.*", 1.0), (".*", None))
-    config.optimizer.learning_rate = 2e-4 if model.decoder.width < 256 else 2e-5
+    config.optimizer.learning_rate = 2e-4 if model.mask_decoder.embed_dim < 256 else 2e-5
     config.optimizer.losses.update(language=0.0, points=0 if model.sam.image_size < 256 else 12544)
     return config

@@ -25,7 +25,7 @@ from flowseg_jax.models.boundary import BoundaryConfig
 from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.models.connectors import ConnectorConfig
 from flowseg_jax.models.language import LanguageConfig
-from flowseg_jax.models.mask_decoder import DecoderConfig
+from flowseg_jax.models.mask_decoder import MaskDecoderConfig
 from flowseg_jax.models.pixel_decoder import PixelDecoderConfig
 from flowseg_jax.models.sam import SamConfig
 from flowseg_jax.models.semantic_flow import SemanticFlowConfig
@@ -98,7 +98,7 @@ def tower_config(family: str, values: Mapping[str, Any]) -> Any:
 def language_config(values: Mapping[str, Any]) -> LanguageConfig:
     """The config of whichever language model this is; says what it does not read. Raises a UserError for another model."""
     cfg = LanguageConfig.from_hf(values)
-    _say_notes(cfg.family, values)
+    _say_notes(cfg.model_type, values)
     return cfg
 
 
@@ -154,22 +154,22 @@ def mask2former_config(config: Mapping[str, Any]) -> Mask2FormerConfig:
     pixel = PixelDecoderConfig(
         tuple(backbone["embed_dim"] * 2**i for i in reversed(range(stages))),
         strides[::-1],
-        width=width,
-        mask_width=mask_width,
-        layers=values["encoder_layers"],
-        heads=heads,
-        ffn=values["encoder_feedforward_dim"],
-        levels=3,
+        embed_dim=width,
+        mask_dim=mask_width,
+        num_layers=values["encoder_layers"],
+        num_heads=heads,
+        mlp_dim=values["encoder_feedforward_dim"],
+        num_levels=3,
         common_stride=values["common_stride"],
     )
-    decoder = DecoderConfig(
-        width=width,
-        queries=values["num_queries"],
-        layers=values["decoder_layers"] - 1,
-        heads=heads,
-        ffn=values["dim_feedforward"],
-        levels=3,
-        mask_width=None if mask_width == width else mask_width,
+    decoder = MaskDecoderConfig(
+        embed_dim=width,
+        num_queries=values["num_queries"],
+        num_layers=values["decoder_layers"] - 1,
+        num_heads=heads,
+        mlp_dim=values["dim_feedforward"],
+        num_levels=3,
+        mask_dim=None if mask_width == width else mask_width,
     )
     labels = values["id2label"]
     return Mask2FormerConfig(pixel, decoder, len(labels) if labels else values["num_labels"])
@@ -204,11 +204,11 @@ def sam_from_shapes(shapes: Shapes, prefix: str = "segmentor.encoder.") -> SamCo
         image_size=grid * patch,
         patch_size=patch,
         width=width,
-        layers=layers,
-        heads=width // tables[0][1],
-        mlp=shapes[f"{prefix}{blocks}.0.mlp.lin1.weight"][0],
-        window=windows.pop() if windows else 1,
-        global_layers=tuple(i for i, whole in enumerate(is_global) if whole),
+        num_hidden_layers=layers,
+        num_attention_heads=width // tables[0][1],
+        mlp_dim=shapes[f"{prefix}{blocks}.0.mlp.lin1.weight"][0],
+        window_size=windows.pop() if windows else 1,
+        global_attn_indexes=tuple(i for i, whole in enumerate(is_global) if whole),
     )
 
 
@@ -218,7 +218,7 @@ def connector_from_shapes(shapes: Shapes, sam: SamConfig) -> tuple[ConnectorConf
     hidden, width = shapes["seg_connector.model.0.model.0.weight"][:2]
     scales = tuple(shapes[f"seg_connector.model.{i}.model.4.weight"][0] / width for i in range(levels))
     scales = tuple(int(scale) if scale == int(scale) else scale for scale in scales)
-    return ConnectorConfig((width,) * levels, hidden, scales), quarters(sam.layers, levels)
+    return ConnectorConfig((width,) * levels, hidden, scales), quarters(sam.num_hidden_layers, levels)
 
 
 def quarters(layers: int, levels: int) -> tuple[int, ...]:
@@ -226,9 +226,9 @@ def quarters(layers: int, levels: int) -> tuple[int, ...]:
     return tuple(round(layers * i / 4) for i in range(1, 5))[-levels:]
 
 
-def decoders_from_shapes(shapes: Shapes, channels: Sequence[int]) -> tuple[PixelDecoderConfig, DecoderConfig]:
+def decoders_from_shapes(shapes: Shapes, channels: Sequence[int]) -> tuple[PixelDecoderConfig, MaskDecoderConfig]:
     """Both decoders with 8 heads (X-SAM's number); the points a head samples follow from it."""
-    pixel, decoder, heads = "segmentor.pixel_decoder.", "segmentor.decoder.", PixelDecoderConfig.heads
+    pixel, decoder, heads = "segmentor.pixel_decoder.", "segmentor.decoder.", PixelDecoderConfig.num_heads
     levels, width = shapes[f"{pixel}level_embed"]
     samples = shapes[f"{pixel}encoder.layers.0.self_attn.attention_weights.weight"][0]
     mask_width = shapes[f"{pixel}mask_projection.weight"][0]
@@ -237,21 +237,21 @@ def decoders_from_shapes(shapes: Shapes, channels: Sequence[int]) -> tuple[Pixel
         PixelDecoderConfig(
             tuple(channels),
             STRIDES[: len(channels)],
-            width=width,
-            mask_width=mask_width,
-            layers=shapes.count(f"{pixel}encoder.layers."),
-            heads=heads,
-            points=max(samples // (heads * levels), 1),
-            ffn=shapes[f"{pixel}encoder.layers.0.fc1.weight"][0],
+            embed_dim=width,
+            mask_dim=mask_width,
+            num_layers=shapes.count(f"{pixel}encoder.layers."),
+            num_heads=heads,
+            num_points=max(samples // (heads * levels), 1),
+            mlp_dim=shapes[f"{pixel}encoder.layers.0.fc1.weight"][0],
         ),
-        DecoderConfig(
-            width=query_width,
-            queries=queries,
-            layers=shapes.count(f"{decoder}decoder.layers."),
-            heads=heads,
-            ffn=shapes[f"{decoder}decoder.layers.0.fc1.weight"][0],
-            levels=levels,
-            mask_width=None if mask_width == query_width else mask_width,
+        MaskDecoderConfig(
+            embed_dim=query_width,
+            num_queries=queries,
+            num_layers=shapes.count(f"{decoder}decoder.layers."),
+            num_heads=heads,
+            mlp_dim=shapes[f"{decoder}decoder.layers.0.fc1.weight"][0],
+            num_levels=levels,
+            mask_dim=None if mask_width == query_width else mask_width,
         ),
     )
 
@@ -261,9 +261,13 @@ def llm_from_shapes(shapes: Shapes, chosen: LanguageConfig | None) -> LanguageCo
     vocab, width = shapes["llm.model.embed_tokens.weight"]
     layers = shapes.count("llm.model.layers.")
     known = [chosen] if chosen is not None else [make() for make in LLMS.values()]
-    fitting = [cfg for cfg in known if (cfg.width, cfg.layers) == (width, layers)]
+    fitting = [cfg for cfg in known if (cfg.hidden_size, cfg.num_hidden_layers) == (width, layers)]
     if not fitting:
-        asked = f"--llm has width {known[0].width} and {known[0].layers}" if chosen is not None else "no preset has these"
+        asked = (
+            f"--llm has width {known[0].hidden_size} and {known[0].num_hidden_layers}"
+            if chosen is not None
+            else "no preset has these"
+        )
         raise UserError(
             f"the checkpoint's language model has width {width} and {layers} layers, {asked}; "
             "give --llm DIR with its config.json"
@@ -277,10 +281,10 @@ def siglip_from_shapes(shapes: Shapes, chosen: SiglipConfig | None, vision: str)
     base = chosen or SiglipConfig.so400m_14_384()
     width, _, _, patch = shapes[f"{prefix}embeddings.patch_embedding.weight"]
     tokens = shapes[f"{prefix}embeddings.position_embedding.weight"][0]
-    if (base.width, base.patch_size, base.num_patches) != (width, patch, tokens):
+    if (base.hidden_size, base.patch_size, base.num_patches) != (width, patch, tokens):
         raise UserError(
             f"the checkpoint's vision encoder has width {width}, patches of {patch} and {tokens} tokens, the config has "
-            f"{base.width}, {base.patch_size} and {base.num_patches}; give --siglip DIR with its config.json"
+            f"{base.hidden_size}, {base.patch_size} and {base.num_patches}; give --siglip DIR with its config.json"
         )
     mlp = shapes[f"{prefix}encoder.layers.0.mlp.fc1.weight"][0]
     return dataclasses.replace(base, layers=shapes.count(f"{prefix}encoder.layers."), mlp=mlp)
@@ -321,8 +325,8 @@ def xsam_from_shapes(
         llm=llm_from_shapes(shapes, llm),
         connector=connector,
         pixel_decoder=pixel,
-        decoder=dataclasses.replace(decoder, logit_clamp=500.0 if aaai else 50.0),
-        connector_layers=layers,
+        mask_decoder=dataclasses.replace(decoder, logit_clamp=500.0 if aaai else 50.0),
+        connector_hidden_layers=layers,
         semantic_flow=SemanticFlowConfig(mode=mode, norm="post" if mode == "off" else "residual"),
         boundary=BoundaryConfig(enabled=mode != "off"),
         dtype=dtype,
@@ -337,7 +341,7 @@ def joined_config(
         scales = ConnectorConfig.sam_large().scales
         connector = ConnectorConfig((sam.width,) * len(scales), sam.width // 2, scales)
         pixel = PixelDecoderConfig.mask2former(connector.out_channels)
-        stage1 = Stage1Config(sam, connector, quarters(sam.layers, len(scales)), pixel, DecoderConfig(), 0)
+        stage1 = Stage1Config(sam, connector, quarters(sam.num_hidden_layers, len(scales)), pixel, MaskDecoderConfig(), 0)
     elif stage1.sam != sam:
         raise UserError(f"the segmentor's mask encoder is {stage1.sam}, the given one {sam}: leave sam= out")
     return FlowSegConfig(
@@ -346,8 +350,8 @@ def joined_config(
         llm=llm,
         connector=stage1.connector,
         pixel_decoder=stage1.pixel_decoder,
-        decoder=stage1.decoder,
-        connector_layers=stage1.connector_layers,
+        mask_decoder=stage1.decoder,
+        connector_hidden_layers=stage1.connector_layers,
         semantic_flow=SemanticFlowConfig(mode=mode),
         boundary=BoundaryConfig(enabled=mode != "off"),
         dtype=dtype,
@@ -414,21 +418,25 @@ def to_hf(family: str, cfg: Any) -> dict[str, Any] | None:
         }
     if isinstance(cfg, LanguageConfig):
         classes = {"qwen3": "Qwen3ForCausalLM", "phi3": "Phi3ForCausalLM", "llama": "LlamaForCausalLM"}
-        windows = {"sliding_window": cfg.sliding_window} if cfg.family == "phi3" else {}
+        windows = {"sliding_window": cfg.sliding_window} if cfg.model_type == "phi3" else {}
         # A Phi-3 has no separate width of a head: transformers computes it.
-        widths = {"head_dim": cfg.head_dim} if cfg.family != "phi3" or cfg.head_dim * cfg.heads != cfg.width else {}
+        widths = (
+            {"head_dim": cfg.head_dim}
+            if cfg.model_type != "phi3" or cfg.head_dim * cfg.num_attention_heads != cfg.hidden_size
+            else {}
+        )
         return {
-            "model_type": cfg.family,
-            "architectures": [classes[cfg.family]],
-            "vocab_size": cfg.vocab,
-            "hidden_size": cfg.width,
-            "num_hidden_layers": cfg.layers,
-            "num_attention_heads": cfg.heads,
-            "num_key_value_heads": cfg.kv_heads,
-            "intermediate_size": cfg.mlp,
-            "rms_norm_eps": cfg.eps,
+            "model_type": cfg.model_type,
+            "architectures": [classes[cfg.model_type]],
+            "vocab_size": cfg.vocab_size,
+            "hidden_size": cfg.hidden_size,
+            "num_hidden_layers": cfg.num_hidden_layers,
+            "num_attention_heads": cfg.num_attention_heads,
+            "num_key_value_heads": cfg.num_key_value_heads,
+            "intermediate_size": cfg.intermediate_size,
+            "rms_norm_eps": cfg.rms_norm_eps,
             "rope_theta": cfg.rope_theta,
-            "tie_word_embeddings": cfg.tie_embeddings,
+            "tie_word_embeddings": cfg.tie_word_embeddings,
             "hidden_act": "silu",
             **widths,
             **windows,

@@ -22,7 +22,7 @@ from flowseg_jax.models.connectors import ConnectorConfig, SegConnector
 from flowseg_jax.models.flowseg import FlowSeg, params_dict
 from flowseg_jax.models.language import LanguageConfig, LanguageModel
 from flowseg_jax.models.layers import Linear
-from flowseg_jax.models.mask_decoder import DecoderConfig, MaskDecoder
+from flowseg_jax.models.mask_decoder import MaskDecoder, MaskDecoderConfig
 from flowseg_jax.models.pixel_decoder import PixelDecoder, PixelDecoderConfig
 from flowseg_jax.models.sam import SamConfig, SamImageEncoder
 from flowseg_jax.models.semantic_flow import SemanticFlowConfig
@@ -34,7 +34,7 @@ class Mask2FormerConfig:
     """The parts of a Mask2Former that we have, its backbone left out; `classes` counts without "no object"."""
 
     pixel_decoder: PixelDecoderConfig
-    decoder: DecoderConfig
+    decoder: MaskDecoderConfig
     classes: int
 
 
@@ -42,7 +42,7 @@ class Mask2Former(nnx.Module):
     def __init__(self, cfg: Mask2FormerConfig, *, rngs: nnx.Rngs):
         self.pixel_decoder = PixelDecoder(cfg.pixel_decoder, rngs=rngs)
         self.decoder = MaskDecoder(cfg.decoder, SemanticFlowConfig(mode="off"), rngs=rngs)
-        self.category_head = Linear(cfg.decoder.width, cfg.classes + 1, rngs=rngs)
+        self.category_head = Linear(cfg.decoder.embed_dim, cfg.classes + 1, rngs=rngs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Stage1Config:
     connector: ConnectorConfig
     connector_layers: tuple[int, ...]
     pixel_decoder: PixelDecoderConfig
-    decoder: DecoderConfig
+    decoder: MaskDecoderConfig
     classes: int
 
 
@@ -63,7 +63,7 @@ class Stage1(nnx.Module):
         self.connector = SegConnector(cfg.connector, rngs=rngs)
         self.pixel_decoder = PixelDecoder(cfg.pixel_decoder, rngs=rngs)
         self.decoder = MaskDecoder(cfg.decoder, SemanticFlowConfig(mode="off"), rngs=rngs)
-        self.category_head = Linear(cfg.decoder.width, cfg.classes + 1, rngs=rngs)
+        self.category_head = Linear(cfg.decoder.embed_dim, cfg.classes + 1, rngs=rngs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,7 +271,7 @@ FAMILIES: dict[str, CheckpointFamily] = {
                     _rest(r"model\.pixel_level_module\.encoder\..*", r"criterion\..*"),
                 )
             },
-            lambda: Mask2FormerConfig(PixelDecoderConfig.tiny(), DecoderConfig.tiny(), 3),
+            lambda: Mask2FormerConfig(PixelDecoderConfig.tiny(), MaskDecoderConfig.tiny(), 3),
             newly_initialized=(r"decoder/logit_scale",),
         ),
         CheckpointFamily(
@@ -284,7 +284,7 @@ FAMILIES: dict[str, CheckpointFamily] = {
                 ConnectorConfig.tiny(),
                 (2, 3, 4),
                 PixelDecoderConfig.tiny(),
-                DecoderConfig.tiny(),
+                MaskDecoderConfig.tiny(),
                 3,
             ),
             newly_initialized=(r"decoder/logit_scale",),

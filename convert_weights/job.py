@@ -123,8 +123,8 @@ def open_conversion(request: ConversionRequest) -> Iterator[ConversionJob]:
         elif count is not None and family.resizable_vocab:
             cfg = dataclasses.replace(cfg, llm=dataclasses.replace(cfg.llm, vocab=count))
         cfg = configs.override(cfg, request.settings)
-        if count is not None and isinstance(cfg, LanguageConfig) and cfg.vocab < count:
-            raise UserError(f"vocab={cfg.vocab} has no row for each of the tokenizer's {count} ids: leave --set vocab out")
+        if count is not None and isinstance(cfg, LanguageConfig) and cfg.vocab_size < count:
+            raise UserError(f"vocab={cfg.vocab_size} has no row for each of the tokenizer's {count} ids: leave --set vocab out")
         if request.out is not None and not family.tower and tokenizer is None:
             raise UserError(f"{family.name} needs its language model's tokenizer: give --tokenizer DIR")
         extra: dict[str, Any] = {"converted": {"family": family.name, "seed": request.seed}}
@@ -132,9 +132,9 @@ def open_conversion(request: ConversionRequest) -> Iterator[ConversionJob]:
             extra["prompts"] = {"chat": chat.chat}
             if tokenizer is not None:
                 load_tokenizer(tokenizer, needed=chat.special_tokens)
-                if count != cfg.llm.vocab:
+                if count != cfg.llm.vocab_size:
                     raise UserError(
-                        f"the tokenizer has {count} ids with its segmentation tokens, the checkpoint's table {cfg.llm.vocab} "
+                        f"the tokenizer has {count} ids with its segmentation tokens, the checkpoint's table {cfg.llm.vocab_size} "
                         "rows: give the tokenizer of its language model"
                     )
         plan = make_plan(family, cfg, source, request.dtype)
@@ -304,10 +304,13 @@ def _tokenizer(
 
 def _chat(cfg: LanguageConfig) -> str:
     """The template that X-SAM uses with a language model (scaffold 1.2); SmolLM2 was trained with Qwen's marks."""
-    if cfg.family == "phi3":
+    if cfg.model_type == "phi3":
         return "phi3_chat"
     small = LanguageConfig.qwen3_1b7()
-    thinks = cfg.family == "qwen3" and (cfg.width, cfg.layers) == (small.width, small.layers)
+    thinks = cfg.model_type == "qwen3" and (cfg.hidden_size, cfg.num_hidden_layers) == (
+        small.hidden_size,
+        small.num_hidden_layers,
+    )
     return "qwen3_wothinking" if thinks else "qwen3_instruct"
 
 

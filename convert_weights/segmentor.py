@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from convert_weights.table import Row, Table, conv, linear, norm, numbered
 from flowseg_jax.models.connectors import ConnectorConfig
-from flowseg_jax.models.mask_decoder import DecoderConfig
+from flowseg_jax.models.mask_decoder import MaskDecoderConfig
 from flowseg_jax.models.pixel_decoder import PixelDecoderConfig
 
 PROJECTOR = Table((*linear("model.0", "up"), *linear("model.2", "down")))
@@ -36,7 +36,7 @@ def _pixel_axes(cfg: PixelDecoderConfig) -> dict:
     # adapter_1 and layer_1 belong to the finest map, our stages go from low to high resolution.
     stages = cfg.fpn_stages
     return {
-        "layer": numbered("layer", cfg.layers),
+        "layer": numbered("layer", cfg.num_layers),
         "level": numbered("level", cfg.encoder_levels),
         "adapter": [{"adapter": stages - stage, "stage": stage} for stage in range(stages)],
     }
@@ -73,8 +73,8 @@ def _attention(source: str, target: str) -> tuple[Row, ...]:
     )
 
 
-def _decoder_axes(cfg: DecoderConfig) -> dict:
-    return {"layer": numbered("layer", cfg.layers), "mlp": numbered("mlp", 3)}
+def _decoder_axes(cfg: MaskDecoderConfig) -> dict:
+    return {"layer": numbered("layer", cfg.num_layers), "mlp": numbered("mlp", 3)}
 
 
 _LAYER = "decoder.layers.{layer}."

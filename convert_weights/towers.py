@@ -70,7 +70,7 @@ LLAMA_GGUF = Table(
 
 def language(cfg: LanguageConfig) -> Table:
     """The table of a language model's family."""
-    return {"qwen3": QWEN3, "phi3": PHI3, "llama": LLAMA}[cfg.family]
+    return {"qwen3": QWEN3, "phi3": PHI3, "llama": LLAMA}[cfg.model_type]
 
 
 # SiglipVisionModel (and SigLIP2 of fixed resolution), without the prefix `vision_model.`.
@@ -103,7 +103,7 @@ SIGLIP = Table(
 
 def _sam_layers(cfg: SamConfig) -> dict:
     # Window and global layers are two stacks, their position tables differ in size.
-    return {"layer": [{"layer": i, "stack": cfg.stack_and_index(i)[0]} for i in range(cfg.layers)]}
+    return {"layer": [{"layer": i, "stack": cfg.stack_and_index(i)[0]} for i in range(cfg.num_hidden_layers)]}
 
 
 # Modules that only other parts of a whole SAM have, and the encoder's neck, which we do not read.

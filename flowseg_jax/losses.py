@@ -53,24 +53,26 @@ class LossConfig:
         vocabulary_chunk: tokens whose logits exist at a time.
     """
 
-    language: float = 1.0
-    class_: float = 2.0
-    class_gain: float = 1.0
-    mask: float = 5.0
-    dice: float = 5.0
-    background: float = 0.1
-    points: int = 12544
-    oversample: float = 3.0
-    importance: float = 0.75
-    named: float = 1.0
-    category: float = 1.0
-    vocabulary_chunk: int = 512
+    language_weight: float = 1.0
+    class_weight: float = 2.0
+    class_loss_scale: float = 1.0
+    mask_weight: float = 5.0
+    dice_weight: float = 5.0
+    no_object_weight: float = 0.1
+    num_points: int = 12544
+    oversample_ratio: float = 3.0
+    importance_sample_ratio: float = 0.75
+    generic_weight: float = 1.0
+    closed_vocab_weight: float = 1.0
+    logits_chunk_size: int = 512
 
     def __post_init__(self):
-        if not 0 <= self.importance <= 1 or int(self.oversample * self.points) < int(self.importance * self.points):
+        if not 0 <= self.importance_sample_ratio <= 1 or int(self.oversample_ratio * self.num_points) < int(
+            self.importance_sample_ratio * self.num_points
+        ):
             raise UserError(
-                f"losses: importance={self.importance} of points={self.points} cannot be chosen from oversample="
-                f"{self.oversample} candidates each: importance lies in [0, 1], oversample is at least as large"
+                f"losses: importance={self.importance_sample_ratio} of points={self.num_points} cannot be chosen from oversample="
+                f"{self.oversample_ratio} candidates each: importance lies in [0, 1], oversample is at least as large"
             )
 
 
@@ -104,7 +106,7 @@ def match_cost(
     bce = (jax.nn.softplus(logits).sum(-1)[None] - matmul_f32(targets, logits, 1, 1)) / k
     p = jax.nn.sigmoid(logits)
     dice = 1 - (2 * matmul_f32(targets, p, 1, 1) + 1) / (targets.sum(-1)[:, None] + p.sum(-1)[None] + 1)
-    return cfg.mask * bce + cfg.dice * dice - cfg.class_ * probability.T[jnp.maximum(labels, 0)]
+    return cfg.mask_weight * bce + cfg.dice_weight * dice - cfg.class_weight * probability.T[jnp.maximum(labels, 0)]
 
 
 def class_loss(
@@ -181,13 +183,13 @@ class PointSamples:
     @classmethod
     def draw(cls, keys: PRNGKeyArray, masks: int, cfg: LossConfig) -> PointSamples:
         """One key an image, so that an image's points do not depend on how the batch is split over devices."""
-        candidates = int(cfg.oversample * cfg.points)
-        extra = cfg.points - int(cfg.importance * cfg.points)
+        candidates = int(cfg.oversample_ratio * cfg.num_points)
+        extra = cfg.num_points - int(cfg.importance_sample_ratio * cfg.num_points)
 
         def image(key: PRNGKeyArray) -> tuple[Array, Array, Array]:
             of_matcher, of_masks = jax.random.split(key)
             drawn = jax.random.uniform(of_masks, (masks, candidates + extra, 2))  # at once: generators take long to compile
-            return jax.random.uniform(of_matcher, (1, cfg.points, 2)), drawn[:, :candidates], drawn[:, candidates:]
+            return jax.random.uniform(of_matcher, (1, cfg.num_points, 2)), drawn[:, :candidates], drawn[:, candidates:]
 
         return cls(*jax.vmap(image)(keys))
 
@@ -296,7 +298,7 @@ def sample_matched_masks(
         jnp.concatenate([getattr(x, which) for x in points], 1).reshape(b * n, -1, 2) for which in ("candidates", "extra")
     )
     uncertain = sample_points(jax.lax.stop_gradient(flat), candidates)
-    chosen = uncertain_points(uncertain, candidates, extra, cfg.points - extra.shape[1])
+    chosen = uncertain_points(uncertain, candidates, extra, cfg.num_points - extra.shape[1])
     # Places along the last axis: a TPU fills an array whose last axis has two with 126 lanes of nothing.
     chosen = jnp.moveaxis(checkpoint_name(jnp.moveaxis(chosen, -1, 0), POINTS_CHECKPOINT_NAME), 0, -1)
     truth = jnp.take_along_axis(packed, index[..., None, None], axis=1).reshape(b * n, *packed.shape[2:])
@@ -334,7 +336,7 @@ def layer_losses(
     for name, passes in kinds.items():
         flat = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
         of_classes = flat(passes.class_logits), flat(targets[name].labels), flat(assigned[name]), flat(targets[name].pass_valid)
-        total, weight = class_loss(*of_classes, cfg.background)
+        total, weight = class_loss(*of_classes, cfg.no_object_weight)
         sums[name] = {"class": total, "class_weight": weight}
         # Only the matched masks, gathered by a one-hot product.
         embeds = passes.mask_embeds
@@ -380,7 +382,7 @@ def deep_supervision_terms(
         if passes.points is None or isinstance(passes.points, PointSamples):
             return passes
         slots = targets[name].masks.shape[1] * targets[name].masks.shape[2]
-        return dataclasses.replace(passes, points=PointSamples.draw(passes.points, slots, cfg) if cfg.points else None)
+        return dataclasses.replace(passes, points=PointSamples.draw(passes.points, slots, cfg) if cfg.num_points else None)
 
     kinds = {name: dataclasses.replace(passes, points=of_all_levels(passes.points)) for name, passes in kinds.items()}
 
@@ -401,9 +403,9 @@ def deep_supervision_terms(
     start = {name: dict.fromkeys(("class", "class_weight", "mask", "dice"), jnp.zeros((), jnp.float32)) for name in kinds}
     body = jax.checkpoint(body, policy=jax.checkpoint_policies.save_only_these_names(POINTS_CHECKPOINT_NAME), prevent_cse=False)
     sums, _ = jax.lax.scan(body, start, (kinds, assigned, jnp.arange(j) == j - 1))
-    weights, terms = {"class": cfg.class_gain * cfg.class_, "mask": cfg.mask, "dice": cfg.dice}, {}
+    weights, terms = {"class": cfg.class_loss_scale * cfg.class_weight, "mask": cfg.mask_weight, "dice": cfg.dice_weight}, {}
     for name, passes in kinds.items():
-        counts = targets[name].denominators(name, passes.class_logits.shape[-2], cfg.background)
+        counts = targets[name].denominators(name, passes.class_logits.shape[-2], cfg.no_object_weight)
         terms |= {f"{name}_{kind}": (w * sums[name][kind], counts[f"{name}_{kind}"]) for kind, w in weights.items()}
     return terms, {name: found[-1] for name, found in assigned.items()}
 
@@ -458,11 +460,11 @@ def loss_terms(
     b, k = batch.phrase_target.shape
     terms: LossTerms = {}
     # Not at weight 0: a vocabulary is expensive, and a frozen language model has nothing to learn from it.
-    if cfg.language and out.hidden_states is not None:
+    if cfg.language_weight and out.hidden_states is not None:
         total, count = next_token_loss(
-            out.hidden_states, out.lm_head, batch.labels, cfg.vocabulary_chunk, first=max(1, model.cfg.num_visual_tokens)
+            out.hidden_states, out.lm_head, batch.labels, cfg.logits_chunk_size, first=max(1, model.cfg.num_visual_tokens)
         )
-        terms["language"] = cfg.language * total, count
+        terms["language"] = cfg.language_weight * total, count
     watched: LossTerms = {}
     if out.decoder_output is None:
         return terms, watched
@@ -479,16 +481,16 @@ def loss_terms(
 
     passes_of, targets = {}, {}
     if logits is not None:
-        targets["refer"] = referring_targets(batch.phrase_target, model.cfg.negatives_group, peers.batch_offset(b))
+        targets["refer"] = referring_targets(batch.phrase_target, model.cfg.negatives_group_size, peers.batch_offset(b))
         passes_of["refer"] = PassPredictions(logits[:, :, :k], embeds[:, :, :k], points["refer"])
-    if logits is not None and model.cfg.named_pass != "off":
+    if logits is not None and model.cfg.generic_pass != "off":
         targets["named"] = named_targets(batch)
         passes_of["named"] = PassPredictions(logits[:, :, k : k + 1], embeds[:, :, k : k + 1], points["named"])
     if out.category_logits is not None:
         targets["category"] = category_targets(batch)
         passes_of["category"] = PassPredictions(out.category_logits[:, :, None], embeds[:, :, -1:], points["category"])
     found, assigned = deep_supervision_terms(passes_of, targets, out.mask_features, batch.packed_masks, cfg, refine)
-    weights = {"refer": 1.0, "named": cfg.named, "category": cfg.category}
+    weights = {"refer": 1.0, "named": cfg.generic_weight, "category": cfg.closed_vocab_weight}
     terms |= {term: (weights[term.split("_")[0]] * total, count) for term, (total, count) in found.items()}
 
     if "refer" in targets:
@@ -513,16 +515,16 @@ def denominators(model: FlowSegConfig, batch: Batch, cfg: LossConfig) -> dict[st
     Known beforehand, they let parts of a batch be differentiated one after the other and still be divided once.
     """
     found, kinds = {}, {}
-    if cfg.language and model.has_language_model:
+    if cfg.language_weight and model.has_language_model:
         found["language"] = (batch.labels[:, 1:] != IGNORE_INDEX).sum(dtype=jnp.float32)
     if model.has_language_model and model.has_mask_decoder:
-        kinds["refer"] = referring_targets(batch.phrase_target, model.negatives_group)
-    if model.named_pass != "off" and model.has_mask_decoder:
+        kinds["refer"] = referring_targets(batch.phrase_target, model.negatives_group_size)
+    if model.generic_pass != "off" and model.has_mask_decoder:
         kinds["named"] = named_targets(batch)
-    if model.classes and model.has_mask_decoder:
+    if model.num_classes and model.has_mask_decoder:
         kinds["category"] = category_targets(batch)
     for name, targets in kinds.items():
-        found |= targets.denominators(name, model.decoder.queries, cfg.background)
+        found |= targets.denominators(name, model.mask_decoder.num_queries, cfg.no_object_weight)
     return found
 
 

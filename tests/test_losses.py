@@ -92,7 +92,7 @@ def test_mask_losses_equal_the_recorded_ones(units):
             jnp.zeros(len(targets), int),
             jnp.asarray(logits),
             jnp.asarray(targets),
-            LossConfig(class_=0),
+            LossConfig(class_weight=0),
         )
     )
     expected = 5 * units["mask_loss/pair_bce"] + 5 * units["mask_loss/pair_dice"]
@@ -152,7 +152,7 @@ def test_without_points_every_pixel_of_the_grid_counts(level):
     dice = (1 - (2 * (p * pairs[1]).sum(-1) + 1) / (p.sum(-1) + pairs[1].sum(-1) + 1)).sum()
     assert float(found.sums["mask"]) == pytest.approx(bce, rel=1e-5)
     assert float(found.sums["dice"]) == pytest.approx(dice, rel=1e-5)
-    weight = inputs["targets"].denominators("refer", 3, LossConfig().background)["refer_class"]
+    weight = inputs["targets"].denominators("refer", 3, LossConfig().no_object_weight)["refer_class"]
     assert float(found.sums["class_weight"]) == pytest.approx(float(weight)) == pytest.approx(2.1)
 
 
@@ -167,7 +167,7 @@ def test_the_class_gain_changes_the_class_loss_and_nothing_else(level):
     rest = {name: inputs[name] for name in ("features", "packed", "targets")}
 
     def terms(gain: float):
-        return terms_of_one_kind(**stacked, **rest, cfg=LossConfig(points=0, class_gain=gain))
+        return terms_of_one_kind(**stacked, **rest, cfg=LossConfig(num_points=0, class_loss_scale=gain))
 
     (plain, assigned), (more, same) = terms(1.0), terms(1e4)
     assert (np.asarray(assigned) == np.asarray(same)).all()
@@ -199,7 +199,7 @@ def test_levels_are_matched_together_as_one_by_one(level, monkeypatch):
         name: jnp.asarray(rng.normal(size=(3, *inputs[name].shape)), jnp.float32) for name in ("class_logits", "mask_embeds")
     }
     rest = {name: inputs[name] for name in ("features", "packed", "targets")}
-    cfg = LossConfig(points=0)
+    cfg = LossConfig(num_points=0)
 
     @jax.jit
     def together(class_logits, mask_embeds):
@@ -211,7 +211,7 @@ def test_levels_are_matched_together_as_one_by_one(level, monkeypatch):
     terms, assigned = together(**stacked)
     np.testing.assert_array_equal(assigned, alone[-1].assigned)
     assert len({tuple(np.asarray(x.assigned).ravel()) for x in alone}) > 1  # else mixed-up levels would not show
-    for kind, weight in (("class", cfg.class_), ("mask", cfg.mask), ("dice", cfg.dice)):
+    for kind, weight in (("class", cfg.class_weight), ("mask", cfg.mask_weight), ("dice", cfg.dice_weight)):
         assert float(terms[f"x_{kind}"][0]) == pytest.approx(weight * sum(float(x.sums[kind]) for x in alone), rel=1e-5)
     assert solved == [(3, 1, 1, 2, 3)]
 
@@ -219,7 +219,7 @@ def test_levels_are_matched_together_as_one_by_one(level, monkeypatch):
 @pytest.mark.parametrize("wrong", [{"oversample": 0.5}, {"importance": 1.5}, {"importance": -0.1}])
 def test_points_that_cannot_be_chosen_are_refused(wrong):
     with pytest.raises(UserError, match="losses: importance=.* points=16 cannot be chosen from oversample="):
-        LossConfig(points=16, **wrong)
+        LossConfig(num_points=16, **wrong)
 
 
 @pytest.fixture
@@ -243,7 +243,9 @@ def test_kinds_of_passes_lose_together_what_they_lose_apart(two_kinds, points):
 
     @jax.jit
     def run(kinds):
-        return deep_supervision_terms(kinds, {name: targets[name] for name in kinds}, *rest, LossConfig(points=points), None)
+        return deep_supervision_terms(
+            kinds, {name: targets[name] for name in kinds}, *rest, LossConfig(num_points=points), None
+        )
 
     terms, assigned = run(kinds)
     assert set(terms) == {f"{name}_{term}" for name in kinds for term in ("class", "mask", "dice")}
@@ -256,7 +258,7 @@ def test_kinds_of_passes_lose_together_what_they_lose_apart(two_kinds, points):
 
 def test_only_the_last_level_is_refined(two_kinds):
     kinds, targets, features, packed = two_kinds
-    cfg = LossConfig(points=0)
+    cfg = LossConfig(num_points=0)
 
     def refine(masks, features):
         return masks + features.sum((1, 2, 3))[:, None, None, None]
@@ -267,7 +269,7 @@ def test_only_the_last_level_is_refined(two_kinds):
         level = {name: PassPredictions(x.class_logits[i], x.mask_embeds[i], None) for name, x in kinds.items()}
         levels.append(layer_losses(level, targets, features, packed, cfg, refine if i == 2 else None))
     for name in kinds:
-        expected = cfg.mask * sum(float(level[name].sums["mask"]) for level in levels)
+        expected = cfg.mask_weight * sum(float(level[name].sums["mask"]) for level in levels)
         assert float(terms[f"{name}_mask"][0]) == pytest.approx(expected, rel=1e-5)
 
 
@@ -276,7 +278,7 @@ def test_points_are_chosen_once(two_kinds):
     kinds, targets, *rest = two_kinds
 
     def total(features):
-        terms, _ = deep_supervision_terms(kinds, targets, features, rest[1], LossConfig(points=40), None)
+        terms, _ = deep_supervision_terms(kinds, targets, features, rest[1], LossConfig(num_points=40), None)
         return sum(value for value, _ in terms.values())
 
     text = jax.jit(jax.value_and_grad(total)).lower(rest[0]).compile().as_text()

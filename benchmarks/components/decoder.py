@@ -27,17 +27,17 @@ class _Layer:
     """One layer in both frameworks, and its inputs: queries, their positions, the finest level and its positions, a mask."""
 
     def __init__(self, sizes: Sizes):
-        decoder = dataclasses.replace(sizes.model.decoder, layers=1)
+        decoder = dataclasses.replace(sizes.model.mask_decoder, layers=1)
         cfg = Mask2FormerConfig(dataclasses.replace(sizes.model.pixel_decoder, layers=1), decoder, 1)
-        params, width = parameters("mask2former", cfg), decoder.width
+        params, width = parameters("mask2former", cfg), decoder.embed_dim
         with torch.device("meta"):
             layer = mask2former.Mask2FormerMaskedAttentionDecoderLayer(peer.mask2former_config(cfg.pixel_decoder, decoder))
         self.layer = load(layer, exported("mask2former", params, cfg), "model.transformer_module.decoder.layers.0.")
-        self.heads = decoder.heads
+        self.heads = decoder.num_heads
         pixels = shapes_of(sizes)[-1][0] ** 2
-        self.inputs = random(1, decoder.queries, width), random(1, pixels, width, seed=1)
-        self.places = random(decoder.queries, width, seed=2), random(pixels, width, seed=3)
-        self.allowed = random(1, decoder.queries, pixels, seed=4) > 0
+        self.inputs = random(1, decoder.num_queries, width), random(1, pixels, width, seed=1)
+        self.places = random(decoder.num_queries, width, seed=2), random(pixels, width, seed=3)
+        self.allowed = random(1, decoder.num_queries, pixels, seed=4) > 0
         self.params = placed(params["decoder"]["layers"])
         self._graphdef = nnx.split(bind(module("mask2former", cfg), params).decoder.layers)[0]
 
@@ -109,7 +109,7 @@ def decoder_layer_grad(sizes: Sizes, dtype: str) -> Pair:
 def bar(sizes: Sizes, dtype: str) -> Pair:
     """Smooth masks, whose boundaries are a small part of them. A pixel exactly on the threshold of the band may fall either
     way; there is none."""
-    cfg, width, side = sizes.model.boundary, sizes.model.pixel_decoder.mask_width, shapes_of(sizes)[-1][0]
+    cfg, width, side = sizes.model.boundary, sizes.model.pixel_decoder.mask_dim, shapes_of(sizes)[-1][0]
     rng = jax.random.key(0)
     coarse = 8 * jax.random.normal(rng, (1, MASKS, max(4, side // 16), max(4, side // 16)))
     masks = jax.image.resize(coarse, (1, MASKS, side, side), "linear")

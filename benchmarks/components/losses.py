@@ -56,7 +56,7 @@ def point_losses_grad(sizes: Sizes, dtype: str) -> Pair:
 
 
 def matcher(sizes: Sizes, dtype: str) -> Pair:
-    queries = sizes.model.decoder.queries
+    queries = sizes.model.mask_decoder.num_queries
     targets = min(TARGETS, queries)
     cost = random(LEVELS, targets, queries)
     exists = jnp.ones((LEVELS, targets), bool)

@@ -34,14 +34,14 @@ def _core(sizes: Sizes) -> tuple[Shapes, Inputs]:
     centre, where the derivative jumps and either side is right."""
     cfg, shapes = sizes.model.pixel_decoder, shapes_of(sizes)
     rng = np.random.default_rng(0)
-    n, heads, levels, points = sum(h * w for h, w in shapes), cfg.heads, len(shapes), cfg.points
+    n, heads, levels, points = sum(h * w for h, w in shapes), cfg.num_heads, len(shapes), cfg.num_points
     size = np.array([(w, h) for h, w in shapes])[:, None]
     pixel = np.asarray(reference_points(shapes))[:, None, None, None] * size + rng.normal(0, 3, (n, heads, levels, points, 2))
     whole = np.floor(pixel)
     locations = (whole + np.clip(pixel - whole, 0.02, 0.98) + 0.5) / size
     weights = rng.random((1, n, heads, levels, points), np.float32)
     weights /= weights.sum((3, 4), keepdims=True)
-    value = random(1, n, heads, cfg.width // heads, seed=1)
+    value = random(1, n, heads, cfg.embed_dim // heads, seed=1)
     return shapes, (value, jnp.asarray(locations[None], jnp.float32), jnp.asarray(weights))
 
 
@@ -59,7 +59,7 @@ def msda(sizes: Sizes, dtype: str) -> Pair:
 
 def msda_grad(sizes: Sizes, dtype: str) -> Pair:
     shapes, inputs = _core(sizes)
-    width = sizes.model.pixel_decoder.width
+    width = sizes.model.pixel_decoder.embed_dim
     cotangent = random(1, inputs[0].shape[1], width, seed=2)
 
     @jax.jit
@@ -82,13 +82,13 @@ def msda_grad(sizes: Sizes, dtype: str) -> Pair:
 
 def pixel_decoder_layer(sizes: Sizes, dtype: str) -> Pair:
     cfg = dataclasses.replace(sizes.model.pixel_decoder, layers=1)
-    whole = Mask2FormerConfig(cfg, dataclasses.replace(sizes.model.decoder, layers=1), 1)
+    whole = Mask2FormerConfig(cfg, dataclasses.replace(sizes.model.mask_decoder, layers=1), 1)
     params, shapes = parameters("mask2former", whole), shapes_of(sizes)
     with torch.device("meta"):
         layer = mask2former.Mask2FormerPixelDecoderEncoderLayer(peer.mask2former_config(cfg, whole.decoder))
     layer = load(layer, exported("mask2former", params, whole), "model.pixel_level_module.decoder.encoder.layers.0.")
     n = sum(h * w for h, w in shapes)
-    x, positions, reference = random(1, n, cfg.width), random(n, cfg.width, seed=1), reference_points(shapes)
+    x, positions, reference = random(1, n, cfg.embed_dim), random(n, cfg.embed_dim, seed=1), reference_points(shapes)
     weights, graphdef = placed(params), module("mask2former", whole)
 
     @jax.jit

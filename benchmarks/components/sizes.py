@@ -54,7 +54,7 @@ def cut(model: FlowSegConfig, sam: int, siglip: int, llm: int, pixel: int, decod
         siglip=replace(model.siglip, layers=siglip),
         llm=replace(model.llm, layers=llm),
         pixel_decoder=replace(model.pixel_decoder, layers=pixel),
-        decoder=replace(model.decoder, layers=decoder),
+        decoder=replace(model.mask_decoder, layers=decoder),
         connector_layers=tuple(max(1, sam - 2 + i) for i in range(3)),
     )
 
@@ -80,7 +80,7 @@ def asked(model: FlowSegConfig, expressions: int, words: int, seed: int = 0) -> 
     side, vision = model.sam.image_size, model.siglip.image_size
     shape = BatchShape(1, start + expressions * words, expressions, expressions, side, vision)
     batch = empty_batch(shape, 0)
-    batch.input_ids[:] = rng.integers(0, model.llm.vocab, batch.input_ids.shape)
+    batch.input_ids[:] = rng.integers(0, model.llm.vocab_size, batch.input_ids.shape)
     batch.input_ids[:, 1:start] = IMAGE_TOKEN_INDEX
     batch.segment_ids[:, :start] = 0
     batch.position_ids[:, :start] = np.arange(start)

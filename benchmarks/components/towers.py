@@ -27,7 +27,7 @@ def _sam(cfg: SamConfig, stack: str, dtype: str) -> Pair:
     params = parameters("sam", cfg)
     tensors = exported("sam", params, cfg)
     with torch.device("meta"):
-        layer = sam_model.SamVisionLayer(peer.sam_config(cfg), 0 if cfg.global_layers else cfg.window)
+        layer = sam_model.SamVisionLayer(peer.sam_config(cfg), 0 if cfg.global_attn_indexes else cfg.window_size)
     layer = load(layer, tensors, "vision_encoder.layers.0.", dtype)
     x = random(1, cfg.grid_size, cfg.grid_size, cfg.width, dtype=dtype)
     y, weights, graphdef = to_torch(x), placed(params, dtype), module("sam", cfg)
@@ -57,7 +57,7 @@ def siglip(sizes: Sizes, dtype: str) -> Pair:
     with torch.device("meta"):
         layer = siglip_model.SiglipEncoderLayer(peer.siglip_config(cfg))
     layer = load(layer, exported("siglip2", params, cfg), "vision_model.encoder.layers.0.", dtype)
-    x = random(1, cfg.num_patches, cfg.width, dtype=dtype)
+    x = random(1, cfg.num_patches, cfg.hidden_size, dtype=dtype)
     y, weights, graphdef = to_torch(x), placed(params, dtype), module("siglip2", cfg)
 
     @jax.jit
@@ -80,7 +80,7 @@ class _Qwen:
         tensors, config = exported("qwen3", params, self.cfg), peer.qwen3_config(self.cfg)
         with torch.device("meta"):
             layer = qwen3.Qwen3DecoderLayer(config, 0)
-            norm = qwen3.Qwen3RMSNorm(self.cfg.width, self.cfg.eps)
+            norm = qwen3.Qwen3RMSNorm(self.cfg.hidden_size, self.cfg.rms_norm_eps)
         self.layer = load(layer, tensors, "model.layers.0.", dtype)
         self.norm = load(norm, tensors, "model.norm.", dtype)
         self.rotary = qwen3.Qwen3RotaryEmbedding(config)
@@ -89,7 +89,7 @@ class _Qwen:
 
 def llm_prefill(sizes: Sizes, dtype: str) -> Pair:
     qwen, length = _Qwen(sizes, dtype), sizes.prompt
-    x = random(1, length, qwen.cfg.width, dtype=dtype)
+    x = random(1, length, qwen.cfg.hidden_size, dtype=dtype)
     positions, segments = jnp.arange(length)[None], jnp.zeros((1, length), int)
 
     @jax.jit
@@ -108,8 +108,8 @@ def llm_decode(sizes: Sizes, dtype: str) -> Pair:
     """The cache is full, so that a call leaves it as it was: ours has no slot for the new token, theirs is cut back."""
     qwen, past = _Qwen(sizes, dtype), sizes.prompt
     cfg = qwen.cfg
-    keys, values = (random(1, past, cfg.kv_heads, cfg.head_dim, seed=i, dtype=dtype) for i in (1, 2))
-    x = random(1, 1, cfg.width, dtype=dtype)
+    keys, values = (random(1, past, cfg.num_key_value_heads, cfg.head_dim, seed=i, dtype=dtype) for i in (1, 2))
+    x = random(1, 1, cfg.hidden_size, dtype=dtype)
     here = jnp.full((1, 1), past)
     cache = KVCache(keys[None], values[None], jnp.arange(past)[None], jnp.zeros((1, past), int))
 

@@ -131,7 +131,7 @@ def full_depth(cfg: FlowSegConfig, words: int) -> dict[str, float]:
     def work(model: FlowSegConfig, expressions: int) -> float:
         sides = model.sam.image_size, model.siglip.image_size
         shape = BatchShape(1, prefix(model) + expressions * words, expressions, expressions, *sides)
-        parts = flops.forward(model, shape, LossConfig(language=0.0))
+        parts = flops.forward(model, shape, LossConfig(language_weight=0.0))
         return sum(part.forward for name, part in parts.items() if name != "masks")  # of training: matching and its targets
 
     factor = {number: work(whole, number) / work(cfg, number) for number in (1, EXPRESSIONS)}
@@ -162,7 +162,7 @@ class _Training:
         losses, cfg = self.program.plan.losses, self.program.plan.model
         key = jax.random.fold_in(jax.random.key(self.config.seed), 0)
         referring = jax.random.split(jax.random.fold_in(key, 0), 3)[0]
-        levels = jax.random.split(referring, cfg.decoder.layers + 1)[:, None]
+        levels = jax.random.split(referring, cfg.mask_decoder.num_layers + 1)[:, None]
         count = self.program.plan.shape.max_phrases
         return jax.vmap(lambda keys: PointSamples.draw(keys, count, losses))(levels)
 

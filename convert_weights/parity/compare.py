@@ -111,7 +111,7 @@ def compare_training(
     if not batch.mask_valid.any():
         report.explain(run.file, unsure, "the fixture has no target masks of these samples")
         return
-    passes, levels = training.referring_passes(batch), cfg.decoder.layers + 1
+    passes, levels = training.referring_passes(batch), cfg.mask_decoder.num_layers + 1
     recording = training.read_points(recorded, passes, (*batch.phrase_target.shape, 1), levels)
     if recording is None:
         report.explain(run.file, unsure, "not all random points that the losses were taken at are recorded")
@@ -165,7 +165,7 @@ def compare_stage1(fixture: Fixture, samples: list[Sample], report: Report) -> N
             ours = images.unpack_masks(batch.packed_masks[b, batch.mask_valid[b]])
             report.compare(STAGE1, f"target/image{b}_masks", ours, recorded[f"target/image{b}_masks"], "exact")
 
-    passes, levels, m = training.category_passes(batch), cfg.decoder.layers + 1, batch.mask_valid.shape[1]
+    passes, levels, m = training.category_passes(batch), cfg.mask_decoder.num_layers + 1, batch.mask_valid.shape[1]
     recording = training.read_points(recorded, passes, (len(chosen), 1, m), levels) if labelled else None
     points = training.blank_points(losses, levels, len(chosen), m) if recording is None else recording.points
     kinds = {"refer": training.blank_points(losses, levels, len(chosen), 1), "category": points}

@@ -23,7 +23,7 @@ from flowseg_jax.models.boundary import BoundaryConfig
 from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.models.connectors import ConnectorConfig
 from flowseg_jax.models.language import LanguageConfig
-from flowseg_jax.models.mask_decoder import DecoderConfig
+from flowseg_jax.models.mask_decoder import MaskDecoderConfig
 from flowseg_jax.models.pixel_decoder import PixelDecoderConfig
 from flowseg_jax.models.sam import SamConfig
 from flowseg_jax.models.semantic_flow import SemanticFlowConfig
@@ -229,13 +229,13 @@ class Fixture:
     def losses(self) -> LossConfig:
         """Weights and sampling of the recorded training runs."""
         return LossConfig(
-            class_=self.segmentor("class_weight", 2.0),
-            mask=self.segmentor("mask_weight", 5.0),
-            dice=self.segmentor("dice_weight", 5.0),
-            background=self.segmentor("no_object_weight", 0.1),
-            points=self.segmentor("train_num_points", 12544),
-            oversample=self.segmentor("oversample_ratio", 3.0),
-            importance=self.segmentor("importance_sample_ratio", 0.75),
+            class_weight=self.segmentor("class_weight", 2.0),
+            mask_weight=self.segmentor("mask_weight", 5.0),
+            dice_weight=self.segmentor("dice_weight", 5.0),
+            no_object_weight=self.segmentor("no_object_weight", 0.1),
+            num_points=self.segmentor("train_num_points", 12544),
+            oversample_ratio=self.segmentor("oversample_ratio", 3.0),
+            importance_sample_ratio=self.segmentor("importance_sample_ratio", 0.75),
         )
 
     def model(self, *, images: int = 1, clamp: float = 50.0, classes: int = 0) -> FlowSegConfig:
@@ -263,7 +263,7 @@ class Fixture:
         llm = LanguageConfig.from_hf(self.value("llm_config"))
         connector = ConnectorConfig(
             channels=(sam.width,) * levels,
-            hidden=self.value("connector_hidden_dim"),
+            hidden_channels=self.value("connector_hidden_dim"),
             scales=tuple(self.value("connector_scale_factor")[-levels:]),
         )
         width, heads = self.segmentor("hidden_dim"), self.segmentor("num_attention_heads")
@@ -278,29 +278,29 @@ class Fixture:
             pixel_decoder=PixelDecoderConfig(
                 channels=tuple(self.segmentor("feature_channels")[::-1]),
                 strides=tuple(self.segmentor("feature_strides", [4, 8, 16, 32])[-levels:][::-1]),
-                width=width,
-                mask_width=self.segmentor("mask_feature_size"),
-                layers=self.segmentor("encoder_layers"),
-                heads=heads,
-                ffn=self.segmentor("encoder_feedforward_dim"),
+                embed_dim=width,
+                mask_dim=self.segmentor("mask_feature_size"),
+                num_layers=self.segmentor("encoder_layers"),
+                num_heads=heads,
+                mlp_dim=self.segmentor("encoder_feedforward_dim"),
                 common_stride=self.segmentor("common_stride", 4),
                 remat="none",
             ),
-            decoder=DecoderConfig(
-                width=width,
-                queries=self.segmentor("num_queries"),
-                layers=self.segmentor("decoder_layers") - 1,
-                heads=heads,
-                ffn=self.segmentor("dim_feedforward"),
-                levels=levels,
-                mask_width=self.segmentor("mask_feature_size"),
+            mask_decoder=MaskDecoderConfig(
+                embed_dim=width,
+                num_queries=self.segmentor("num_queries"),
+                num_layers=self.segmentor("decoder_layers") - 1,
+                num_heads=heads,
+                mlp_dim=self.segmentor("dim_feedforward"),
+                num_levels=levels,
+                mask_dim=self.segmentor("mask_feature_size"),
                 logit_clamp=clamp,
                 remat="none",
             ),
-            connector_layers=tuple(self.value("extra_select_layers")[-levels:]),
+            connector_hidden_layers=tuple(self.value("extra_select_layers")[-levels:]),
             semantic_flow=SemanticFlowConfig(mode="off"),
             boundary=BoundaryConfig(enabled=False),
-            classes=classes,
-            negatives_group=images,
+            num_classes=classes,
+            negatives_group_size=images,
             exclude_same_target=False,
         )

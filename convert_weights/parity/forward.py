@@ -66,15 +66,15 @@ def observe_images(model: FlowSeg, batch: Batch) -> tuple[dict[str, Array], tupl
     _, later = scan_layers(model.siglip.layers, lambda layer, x, _: (layer(x),) * 2, vision)
     vision = [vision, *later]
     seen |= {f"siglip/hidden_states_{i}": x for i, x in enumerate(vision)}
-    seen["visual_projector/out"] = model.visual_projector(vision[cfg.siglip.layers - 1])
+    seen["visual_projector/out"] = model.visual_projector(vision[cfg.siglip.num_hidden_layers - 1])
 
-    states = model.sam(normalize_sam_images(batch.sam_images, batch.resized_hw), tuple(range(cfg.sam.layers + 1)))
+    states = model.sam(normalize_sam_images(batch.sam_images, batch.resized_hw), tuple(range(cfg.sam.num_hidden_layers + 1)))
     seen |= {f"sam/hidden_states_{i}": x for i, x in enumerate(states)}
-    seen["seg_projector/in"] = states[cfg.sam.layers - 1]
-    shuffled = pixel_shuffle(pad_to_multiple(states[cfg.sam.layers - 1]), 0.5)
+    seen["seg_projector/in"] = states[cfg.sam.num_hidden_layers - 1]
+    shuffled = pixel_shuffle(pad_to_multiple(states[cfg.sam.num_hidden_layers - 1]), 0.5)
     seen["seg_projector/out"] = model.seg_projector(shuffled.reshape(shuffled.shape[0], -1, shuffled.shape[-1]))
 
-    maps = model.connector(tuple(states[i] for i in cfg.connector_layers))
+    maps = model.connector(tuple(states[i] for i in cfg.connector_hidden_layers))
     for place, j in enumerate(cfg.connector.low_to_high_order):
         seen[f"seg_connector/out_{j}"] = channels_first(maps[place])
     found, levels = observe_pixel_decoder(model.pixel_decoder, maps)
@@ -120,9 +120,9 @@ def observe_decoder(
     seen = {"decoder/query_init": x, "decoder/query_pos": jnp.broadcast_to(position, x.shape)}
     embeds = conditions.embeds
     graphdef, stacked = nnx.split(decoder.layers)
-    for i in range(cfg.layers):
+    for i in range(cfg.num_layers):
         layer = nnx.merge(graphdef, jax.tree.map(lambda w, i=i: w[i], nnx.to_pure_dict(stacked)))
-        memory = memories[i % cfg.levels]
+        memory = memories[i % cfg.num_levels]
         allowed = decoder.attention_mask(decoder.prediction_heads(x, embeds, conditions)[1], memory)
         q_vis = layer.cross_attention_block(x, position, memory.values, memory.positions, allowed)
         found = layer.refine_and_self_attend(q_vis, position, embeds, conditions)
@@ -140,7 +140,7 @@ def observe(model: FlowSeg, batch: Batch) -> Observed:
     images["pixel_decoder/mask_features"] = channels_first(out.mask_features)
     visual = jnp.concatenate([images["visual_projector/out"], images["seg_projector/out"]], 1)
     tokens = observe_language(model, batch, visual)
-    tokens[f"llm/hidden_states_{cfg.llm.layers}"] = out.hidden_states
+    tokens[f"llm/hidden_states_{cfg.llm.num_hidden_layers}"] = out.hidden_states
     tokens["llm/logits_at_labels"] = out.hidden_states[:, -LOGIT_POSITIONS:] @ out.lm_head.weight.T
     tokens["llm_projector/out"] = projected = model.llm_projector(out.hidden_states)
     total, count = next_token_loss(out.hidden_states, out.lm_head, batch.labels, out.hidden_states.shape[1])
@@ -151,7 +151,7 @@ def observe(model: FlowSeg, batch: Batch) -> Observed:
     passes["decoder/seg_embeds"] = segs[:, None]
     columns = {"class/cond_embeds": out.conditions.embeds}
     features = jnp.repeat(out.mask_features, k, 0)
-    for j in range(cfg.decoder.layers + 1):
+    for j in range(cfg.mask_decoder.num_layers + 1):
         passes[f"decoder/pred{j}_query_ln"] = out.decoder_output.queries[j]
         passes[f"decoder/pred{j}_mask_logits"] = mask_logits(out.decoder_output.mask_embeds[j], features)
         columns[f"class/pred{j}_logits"] = out.decoder_output.class_logits[j]

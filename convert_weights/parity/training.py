@@ -107,8 +107,12 @@ def read_points(recorded: Arrays, passes: list[Pass], shape: tuple[int, int, int
 
 def blank_points(cfg: LossConfig, levels: int, images: int, slots: int) -> PointSamples:
     """Points for passes whose losses nobody reads: `slots` targets an image."""
-    extra = cfg.points - int(cfg.importance * cfg.points)
-    counts = {"matcher": (1, cfg.points), "candidates": (slots, int(cfg.oversample * cfg.points)), "extra": (slots, extra)}
+    extra = cfg.num_points - int(cfg.importance_sample_ratio * cfg.num_points)
+    counts = {
+        "matcher": (1, cfg.num_points),
+        "candidates": (slots, int(cfg.oversample_ratio * cfg.num_points)),
+        "extra": (slots, extra),
+    }
     return PointSamples(**{name: np.full((levels, images, *count, 2), 0.5, np.float32) for name, count in counts.items()})
 
 
@@ -166,7 +170,7 @@ def train(
         out = model(batch)
         terms, _ = loss_terms(model, batch, out, points, cfg)
         terms = normalize_terms(terms)
-        logits, embeds, targets = supervised(out, batch, kind, model.cfg.negatives_group)
+        logits, embeds, targets = supervised(out, batch, kind, model.cfg.negatives_group_size)
         levels = jax.lax.map(
             lambda level: layer_losses({kind: level}, {kind: targets}, out.mask_features, batch.packed_masks, cfg)[kind],
             PassPredictions(logits, embeds, points[kind]),
@@ -206,9 +210,9 @@ def compare_losses(
     for j in range(count):
         suffix = "" if j == count - 1 else f"_{j}"
         sums = {name: float(value[j]) for name, value in levels.sums.items()}
-        ours[f"loss_cls{suffix}"] = cfg.class_ * sums["class"] / sums["class_weight"]
-        ours[f"loss_mask{suffix}"] = cfg.mask * sums["mask"] / max(masks, 1)
-        ours[f"loss_dice{suffix}"] = cfg.dice * sums["dice"] / max(masks, 1)
+        ours[f"loss_cls{suffix}"] = cfg.class_weight * sums["class"] / sums["class_weight"]
+        ours[f"loss_mask{suffix}"] = cfg.mask_weight * sums["mask"] / max(masks, 1)
+        ours[f"loss_dice{suffix}"] = cfg.dice_weight * sums["dice"] / max(masks, 1)
     for name, value in ours.items():
         if f"loss/{name}" in recorded:
             report.compare(file, f"loss/{name}", value, recorded[f"loss/{name}"], "loss")
@@ -265,7 +269,7 @@ def vanishes(parameter: str, model: FlowSegConfig) -> bool:
 
     A bias of all keys shifts every score of a softmax alike; a bias that is a GroupNorm's only channel is subtracted again.
     """
-    alone = model.pixel_decoder.width == model.pixel_decoder.groups
+    alone = model.pixel_decoder.embed_dim == model.pixel_decoder.norm_groups
     return parameter.endswith("k_proj.bias") or (alone and bool(re.search(r"input_projections\.\d+\.0\.bias$", parameter)))
 
 

@@ -17,7 +17,7 @@ from flowseg_jax.evaluation.metrics import summarise
 from flowseg_jax.losses import LossConfig, match_cost, point_losses
 from flowseg_jax.models.connectors import ConnectorLevel, pad_to_multiple, pixel_shuffle
 from flowseg_jax.models.flowseg import append_background, pool_spans, referring_conditions
-from flowseg_jax.models.mask_decoder import DecoderConfig, DecoderLayer, cosine_logits
+from flowseg_jax.models.mask_decoder import DecoderLayer, MaskDecoderConfig, cosine_logits
 from flowseg_jax.models.pixel_decoder import sine_position_embedding
 from flowseg_jax.models.semantic_flow import Conditions, SemanticFlowConfig
 from flowseg_jax.ops.msda import msda
@@ -100,8 +100,8 @@ class Units:
             logits, targets = (jnp.asarray(x) for x in found)
             nothing = jnp.zeros((len(logits), 1)), jnp.zeros(len(targets), jnp.int32)
             for name, cfg in (
-                ("pair_bce", LossConfig(class_=0, mask=1, dice=0)),
-                ("pair_dice", LossConfig(class_=0, mask=0, dice=1)),
+                ("pair_bce", LossConfig(class_weight=0, mask_weight=1, dice_weight=0)),
+                ("pair_dice", LossConfig(class_weight=0, mask_weight=0, dice_weight=1)),
             ):
                 self.add(f"mask_loss/{name}", match_cost(*nothing, logits, targets, cfg).T, "loss")
             bce, dice = point_losses(logits[: len(targets)], targets, jnp.ones(len(targets), bool))
@@ -210,7 +210,7 @@ def layer_params(arrays: Arrays) -> dict[str, Any]:
 def run_text_layer(arrays: Arrays, heads: int) -> dict[str, np.ndarray]:
     """The recorded layer as ours: SR in its `post` form with the gate at language, pass by pass (each has its positions)."""
     ffn, width = arrays["w/fc1.weight"].shape
-    cfg, flow = DecoderConfig(width=width, heads=heads, ffn=ffn), SemanticFlowConfig(mode="sr", norm="post")
+    cfg, flow = MaskDecoderConfig(embed_dim=width, num_heads=heads, mlp_dim=ffn), SemanticFlowConfig(mode="sr", norm="post")
     layer = with_params(lambda: DecoderLayer(cfg, flow, rngs=nnx.Rngs(0)), layer_params(arrays))
 
     def one(query, position, memory, memory_position, text, blocked, padded):

@@ -112,7 +112,7 @@ def decode_with_trace(
         )
         return carry, ((*prediction, embeds), gate)
 
-    steps = (jnp.arange(decoder.cfg.layers), nnx.to_pure_dict(stacked))
+    steps = (jnp.arange(decoder.cfg.num_layers), nnx.to_pure_dict(stacked))
     (x, embeds), (seen, gates) = jax.lax.scan(body, (x, embeds), steps)
     last = (*decoder.prediction_heads(x, embeds, conditions), embeds)
     seen = [jnp.concatenate([before, value[None]]) for before, value in zip(seen, last, strict=True)]

@@ -81,9 +81,9 @@ class EvalModel:
             loaded = load_pretrained(directory, unflatten_params(shapes))
         prompts = PromptTemplates.of_model(loaded.extra, directory)
         tokenizer = load_tokenizer(loaded.tokenizer_dir, needed=prompts.special_tokens)
-        if tokenizer.vocab > cfg.llm.vocab:
+        if tokenizer.vocab > cfg.llm.vocab_size:
             raise UserError(
-                f"{directory}: the tokenizer has {tokenizer.vocab} ids, the model's embedding table {cfg.llm.vocab}"
+                f"{directory}: the tokenizer has {tokenizer.vocab} ids, the model's embedding table {cfg.llm.vocab_size}"
             )
         partition = unflatten_params({path: sharding.spec for path, sharding in shardings.items()})
         answer = None

@@ -95,7 +95,7 @@ def score_categories(
         names = flowseg.pool_spans(projected, batch.phrase_ids, count * size).reshape(b * count, size, -1)
         exists = batch.name_valid.reshape(b * count, size)
         conditions = flowseg.append_background(names, exists, exists, model.background[...])
-        if cfg.named_pass == "plain":
+        if cfg.generic_pass == "plain":
             conditions = dataclasses.replace(conditions, own=jnp.zeros_like(conditions.attend_mask))
         # A conversation's <SEG> bears the number of its first name.
         segs = flowseg.pool_spans(projected, batch.seg_ids, count * size)[:, ::size].reshape(b * count, -1)
@@ -343,11 +343,11 @@ class GenericEvaluation:
         if self.data.task != "generic":
             raise UserError(f"{self.data.directory}: {self.data.task} data has no categories to evaluate on")
         if not self.cfg.has_mask_decoder:
-            raise UserError(f"the model holds only the parts {self.cfg.parts!r}: it makes no masks")
-        if not self.cfg.has_language_model and self.cfg.classes != len(self.data.categories):
+            raise UserError(f"the model holds only the parts {self.cfg.components!r}: it makes no masks")
+        if not self.cfg.has_language_model and self.cfg.num_classes != len(self.data.categories):
             raise UserError(
                 f"{self.data.directory}: has {len(self.data.categories)} categories, the model's linear head has "
-                f"{self.cfg.classes} (model.classes): evaluate it on the data set that it was trained on"
+                f"{self.cfg.num_classes} (model.classes): evaluate it on the data set that it was trained on"
             )
         if self.names < 0:
             raise UserError(f"names a conversation must not be negative, got {self.names}")

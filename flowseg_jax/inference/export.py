@@ -214,8 +214,10 @@ def _export(directory: str | os.PathLike[str], target: Path, room: ExportShapes,
     backend = getattr(tokenizer.hf, "backend_tokenizer", None)
     if backend is None:
         raise UserError(f"{directory}: its tokenizer is not a fast one, which alone can be written as tokenizer.json")
-    if tokenizer.vocab > cfg.llm.vocab:
-        raise UserError(f"{directory}: the tokenizer has {tokenizer.vocab} ids, the model's embedding table {cfg.llm.vocab}")
+    if tokenizer.vocab > cfg.llm.vocab_size:
+        raise UserError(
+            f"{directory}: the tokenizer has {tokenizer.vocab} ids, the model's embedding table {cfg.llm.vocab_size}"
+        )
     below = loaded.extra.get("no_target_below", 0.0)
     expect(number(below, least=0, most=1), below, f"{directory}/config.json: extra.no_target_below", "a number from 0 to 1")
     wording = PromptTokens.of(prompts, tokenizer, cfg.num_visual_tokens)

@@ -337,8 +337,10 @@ def load(directory: str | os.PathLike[str]) -> Segmentor:
     loaded = pretrained.load_pretrained(directory, flowseg.params_dict(abstract))
     prompts = PromptTemplates.of_model(loaded.extra, directory)
     tokenizer = load_tokenizer(loaded.tokenizer_dir, needed=prompts.special_tokens)
-    if tokenizer.vocab > cfg.llm.vocab:
-        raise UserError(f"{directory}: the tokenizer has {tokenizer.vocab} ids, the model's embedding table {cfg.llm.vocab}")
+    if tokenizer.vocab > cfg.llm.vocab_size:
+        raise UserError(
+            f"{directory}: the tokenizer has {tokenizer.vocab} ids, the model's embedding table {cfg.llm.vocab_size}"
+        )
     below = loaded.extra.get("no_target_below", 0.0)
     expect(number(below, least=0, most=1), below, f"{directory}/config.json: extra.no_target_below", "a number from 0 to 1")
     return Segmentor(

@@ -34,16 +34,16 @@ class BoundaryConfig:
     """
 
     enabled: bool = True
-    kernel: int = 3
-    eps: float = 0.1
-    channels: int = 16
-    identity: str = "alpha"
+    kernel_size: int = 3
+    threshold: float = 0.1
+    hidden_channels: int = 16
+    identity_init: str = "alpha"
 
     def __post_init__(self):
-        if self.kernel < 3 or self.kernel % 2 == 0:
-            raise ValueError(f"boundary.kernel is {self.kernel}: it must be odd and at least 3")
-        if self.identity not in ("alpha", "conv"):
-            raise ValueError(f"boundary.identity is {self.identity!r}: choose alpha or conv")
+        if self.kernel_size < 3 or self.kernel_size % 2 == 0:
+            raise ValueError(f"boundary.kernel is {self.kernel_size}: it must be odd and at least 3")
+        if self.identity_init not in ("alpha", "conv"):
+            raise ValueError(f"boundary.identity is {self.identity_init!r}: choose alpha or conv")
 
 
 def conv3x3_to_one_channel(tap: Callable[[int, int], Float[Array, "*b h w"]]) -> Float[Array, "*b h w"]:
@@ -62,11 +62,13 @@ class BoundaryRefinement(nnx.Module):
 
     def __init__(self, width: int, cfg: BoundaryConfig, *, rngs: nnx.Rngs):
         init = nnx.initializers.xavier_uniform()
-        self.compress = Conv(width, cfg.channels, 1, rngs=rngs, init=init)
+        self.compress = Conv(width, cfg.hidden_channels, 1, rngs=rngs, init=init)
         # f_refine is one 3x3 convolution of [mask || features] to one channel; channel 0 is the mask.
-        self.refine = Conv(1 + cfg.channels, 1, 3, padding=1, rngs=rngs, init=zeros if cfg.identity == "conv" else init)
-        self.alpha = make_param(rngs, zeros if cfg.identity == "alpha" else nnx.initializers.ones, (1,), (None,))
-        self.kernel, self.eps = cfg.kernel, cfg.eps
+        self.refine = Conv(
+            1 + cfg.hidden_channels, 1, 3, padding=1, rngs=rngs, init=zeros if cfg.identity_init == "conv" else init
+        )
+        self.alpha = make_param(rngs, zeros if cfg.identity_init == "alpha" else nnx.initializers.ones, (1,), (None,))
+        self.kernel, self.eps = cfg.kernel_size, cfg.threshold
 
     def __call__(self, masks: Float[Array, "b n h w"], features: Float[Array, "b h w d"]) -> Float[Array, "b n h w"]:
         """Refines mask logits [B, N, h, w] with the mask features [B, h, w, D] of their images; float32 in and out."""

@@ -11,7 +11,7 @@ from flowseg_jax.errors import UserError
 from flowseg_jax.models.boundary import BoundaryConfig
 from flowseg_jax.models.connectors import ConnectorConfig
 from flowseg_jax.models.language import LanguageConfig
-from flowseg_jax.models.mask_decoder import DecoderConfig
+from flowseg_jax.models.mask_decoder import MaskDecoderConfig
 from flowseg_jax.models.pixel_decoder import PixelDecoderConfig
 from flowseg_jax.models.sam import SamConfig
 from flowseg_jax.models.semantic_flow import SemanticFlowConfig
@@ -40,38 +40,40 @@ class FlowSegConfig:
     llm: LanguageConfig
     connector: ConnectorConfig
     pixel_decoder: PixelDecoderConfig
-    decoder: DecoderConfig
-    connector_layers: tuple[int, ...]
+    mask_decoder: MaskDecoderConfig
+    connector_hidden_layers: tuple[int, ...]
     semantic_flow: SemanticFlowConfig = dataclasses.field(default_factory=SemanticFlowConfig)
     boundary: BoundaryConfig = dataclasses.field(default_factory=BoundaryConfig)
-    classes: int = 0
-    named_pass: str = "off"
-    negatives_group: int = 4
+    num_classes: int = 0
+    generic_pass: str = "off"
+    negatives_group_size: int = 4
     exclude_same_target: bool = False
     dtype: str = "float32"
-    parts: str = "all"
+    components: str = "all"
 
     def __post_init__(self):
-        if len(self.connector_layers) != len(self.connector.scales):
+        if len(self.connector_hidden_layers) != len(self.connector.scales):
             raise ValueError("connector_layers and connector.scales must have one entry for each map")
         if self.connector.out_channels != tuple(self.pixel_decoder.channels):
             raise ValueError(
                 f"the connector puts out {self.connector.out_channels} channels, "
                 f"pixel_decoder.channels is {self.pixel_decoder.channels}"
             )
-        if self.pixel_decoder.encoder_levels != self.decoder.levels:
+        if self.pixel_decoder.encoder_levels != self.mask_decoder.num_levels:
             raise ValueError(
-                f"the pixel decoder gives {self.pixel_decoder.encoder_levels} levels, decoder.levels is {self.decoder.levels}"
+                f"the pixel decoder gives {self.pixel_decoder.encoder_levels} levels, decoder.levels is {self.mask_decoder.num_levels}"
             )
-        if self.pixel_decoder.width != self.decoder.width:
+        if self.pixel_decoder.embed_dim != self.mask_decoder.embed_dim:
             raise ValueError("pixel_decoder.width and decoder.width must be equal")
-        if self.pixel_decoder.mask_width != (self.decoder.mask_width or self.decoder.width):
+        if self.pixel_decoder.mask_dim != (self.mask_decoder.mask_dim or self.mask_decoder.embed_dim):
             raise ValueError("pixel_decoder.mask_width and decoder.mask_width (if unset, decoder.width) must be equal")
-        if self.named_pass not in ("off", "flow", "plain"):
-            raise ValueError(f"named_pass is {self.named_pass!r}: choose off, flow or plain")
-        if self.parts not in ("all", "segmentor", "language"):
-            raise ValueError(f"parts is {self.parts!r}: choose all, segmentor or language")
-        if self.parts == "segmentor" and (not self.classes or self.named_pass != "off" or self.semantic_flow.mode != "off"):
+        if self.generic_pass not in ("off", "flow", "plain"):
+            raise ValueError(f"named_pass is {self.generic_pass!r}: choose off, flow or plain")
+        if self.components not in ("all", "segmentor", "language"):
+            raise ValueError(f"parts is {self.components!r}: choose all, segmentor or language")
+        if self.components == "segmentor" and (
+            not self.num_classes or self.generic_pass != "off" or self.semantic_flow.mode != "off"
+        ):
             raise ValueError(
                 "a segmentor without language needs classes for its linear head, named_pass off and semantic_flow.mode off"
             )
@@ -79,18 +81,18 @@ class FlowSegConfig:
     @property
     def has_mask_decoder(self) -> bool:
         """Whether it has a mask decoder."""
-        return self.parts != "language"
+        return self.components != "language"
 
     @property
     def has_language_model(self) -> bool:
         """Whether it has a language model."""
-        return self.parts != "segmentor"
+        return self.components != "segmentor"
 
     def require_full_model(self, where: str) -> None:
         """Raises a UserError unless the model can be asked for something: without language, or without masks, it cannot."""
-        if self.parts != "all":
+        if self.components != "all":
             raise UserError(
-                f"{where}: holds only the parts {self.parts!r} of a model, made to start the next stage of training from "
+                f"{where}: holds only the parts {self.components!r} of a model, made to start the next stage of training from "
                 "(init_from); it answers no expressions"
             )
 
@@ -111,7 +113,7 @@ class FlowSegConfig:
             llm=LanguageConfig.tiny(vocab),
             connector=ConnectorConfig.tiny(),
             pixel_decoder=PixelDecoderConfig.tiny(),
-            decoder=DecoderConfig.tiny(),
+            decoder=MaskDecoderConfig.tiny(),
             connector_layers=(2, 3, 4),
             semantic_flow=SemanticFlowConfig(gate_bias=3.0),
             classes=classes,
@@ -129,7 +131,7 @@ class FlowSegConfig:
             llm=llm,
             connector=ConnectorConfig.sam_large(),
             pixel_decoder=PixelDecoderConfig.mask2former(),
-            decoder=DecoderConfig(),
+            decoder=MaskDecoderConfig(),
             connector_layers=(12, 18, 24),
             dtype="bfloat16",
         )

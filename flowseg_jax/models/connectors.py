@@ -27,7 +27,7 @@ class ConnectorConfig:
     """
 
     channels: tuple[int, ...]
-    hidden: int
+    hidden_channels: int
     scales: tuple[float, ...] = (2, 1, 0.5)
 
     def __post_init__(self):
@@ -165,7 +165,7 @@ class SegConnector(nnx.Module):
         self.cfg = cfg
         self.levels = nnx.List(
             [
-                ConnectorLevel(width, cfg.hidden, scale, cfg.pad_multiple, rngs=rngs)
+                ConnectorLevel(width, cfg.hidden_channels, scale, cfg.pad_multiple, rngs=rngs)
                 for width, scale in zip(cfg.channels, cfg.scales, strict=True)
             ]
         )

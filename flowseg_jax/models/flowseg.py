@@ -223,24 +223,24 @@ class FlowSeg(nnx.Module):
 
     def __init__(self, cfg: FlowSegConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
-        width = cfg.decoder.width
+        width = cfg.mask_decoder.embed_dim
         self.sam = SamImageEncoder(cfg.sam, rngs=rngs)
         if cfg.has_language_model:
             self.siglip = SiglipVisionEncoder(cfg.siglip, rngs=rngs)
             self.llm = LanguageModel(cfg.llm, rngs=rngs)
-            self.visual_projector = MlpProjector(cfg.siglip.width, cfg.llm.width, cfg.llm.width, rngs=rngs)
-            self.seg_projector = MlpProjector(4 * cfg.sam.width, cfg.llm.width, cfg.llm.width, rngs=rngs)
+            self.visual_projector = MlpProjector(cfg.siglip.hidden_size, cfg.llm.hidden_size, cfg.llm.hidden_size, rngs=rngs)
+            self.seg_projector = MlpProjector(4 * cfg.sam.width, cfg.llm.hidden_size, cfg.llm.hidden_size, rngs=rngs)
         if cfg.has_language_model and cfg.has_mask_decoder:
-            self.llm_projector = MlpProjector(cfg.llm.width, width, width, rngs=rngs)
+            self.llm_projector = MlpProjector(cfg.llm.hidden_size, width, width, rngs=rngs)
         if cfg.has_mask_decoder:
             self.connector = SegConnector(cfg.connector, rngs=rngs)
             self.pixel_decoder = PixelDecoder(cfg.pixel_decoder, rngs=rngs)
-            self.decoder = MaskDecoder(cfg.decoder, cfg.semantic_flow, rngs=rngs)
+            self.decoder = MaskDecoder(cfg.mask_decoder, cfg.semantic_flow, rngs=rngs)
             refines = cfg.boundary.enabled
-            self.boundary = BoundaryRefinement(cfg.pixel_decoder.mask_width, cfg.boundary, rngs=rngs) if refines else None
+            self.boundary = BoundaryRefinement(cfg.pixel_decoder.mask_dim, cfg.boundary, rngs=rngs) if refines else None
         if cfg.has_language_model and cfg.has_mask_decoder:
             self.background = make_param(rngs, normal_init(1.0), (1, width), (None, None))
-        self.category_head = Linear(width, cfg.classes + 1, rngs=rngs) if cfg.classes and cfg.has_mask_decoder else None
+        self.category_head = Linear(width, cfg.num_classes + 1, rngs=rngs) if cfg.num_classes and cfg.has_mask_decoder else None
 
     def encode_image(self, batch: Batch | ImageInputs) -> ImageFeatures:
         """Runs both encoders, both projectors, the connector and the pixel decoder, as far as there are: once an image."""
@@ -252,7 +252,7 @@ class FlowSeg(nnx.Module):
     def sam_hidden_states(self, batch: Batch | ImageInputs) -> tuple[Float[Array, "b _ _ c"], ...]:
         """SAM's hidden states: those that the connector reads, if there is one, then the last but one."""
         cfg = self.cfg
-        select = (*(cfg.connector_layers if cfg.has_mask_decoder else ()), cfg.sam.layers - 1)
+        select = (*(cfg.connector_hidden_layers if cfg.has_mask_decoder else ()), cfg.sam.num_hidden_layers - 1)
         with jax.named_scope("sam"):
             return self.sam(normalize_sam_images(batch.sam_images, batch.resized_hw).astype(cfg.dtype), select)
 
@@ -260,7 +260,9 @@ class FlowSeg(nnx.Module):
         """SigLIP's tokens for the LLM, then SAM's, from its last hidden state but one."""
         cfg = self.cfg
         with jax.named_scope("siglip"):
-            vision = self.siglip(normalize_siglip_images(batch.siglip_images).astype(cfg.dtype), layers=cfg.siglip.layers - 1)
+            vision = self.siglip(
+                normalize_siglip_images(batch.siglip_images).astype(cfg.dtype), layers=cfg.siglip.num_hidden_layers - 1
+            )
         with jax.named_scope("projectors"):
             b = before_last.shape[0]
             shuffled = pixel_shuffle(pad_to_multiple(before_last), 0.5)
@@ -325,16 +327,16 @@ class FlowSeg(nnx.Module):
                 out = self.decoder(features.mask_features, features.multi_scale_features, 1)
             categories = self.category_head(out.queries).astype(jnp.float32)
             return TrainingOutput(None, None, features.mask_features, out, None, categories)
-        group = cfg.negatives_group
+        group = cfg.negatives_group_size
         phrases, phrase_mask = (peers.gather_group(x, group) for x in (reading.condition_embeds[:, :k], batch.phrase_target))
         referring = referring_conditions(phrases, self.background[...], phrase_mask, group, cfg.exclude_same_target)
         mine = peers.batch_offset(b) % group * k if b % group else 0
         parts = [jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, mine, b * k), referring)]
         segs = [reading.seg_embeds[:, :k].reshape(b * k, -1)]
-        if cfg.named_pass != "off":
+        if cfg.generic_pass != "off":
             exists = batch.name_valid
             named = append_background(reading.condition_embeds[:, k:], exists, exists, self.background[...])
-            if cfg.named_pass == "plain":
+            if cfg.generic_pass == "plain":
                 named = dataclasses.replace(named, own=jnp.zeros_like(named.attend_mask))
             parts.append(named)
             segs.append(reading.seg_embeds[:, k])

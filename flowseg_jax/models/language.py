@@ -52,28 +52,30 @@ class LanguageConfig:
             small one drowns the words: what a phrase is pooled to is then the image, and all phrases of an image look alike.
     """
 
-    family: str
-    vocab: int
-    width: int
-    layers: int
-    heads: int
-    kv_heads: int
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
     head_dim: int
-    mlp: int
+    intermediate_size: int
     rope_theta: float
-    eps: float
+    rms_norm_eps: float
     qk_norm: bool
-    tie_embeddings: bool
+    tie_word_embeddings: bool
     sliding_window: int | None = None
     remat: str = "full"
-    init_std: float = 0.02
-    embedding_std: float = 0.02
+    initializer_range: float = 0.02
+    embedding_initializer_range: float = 0.02
 
     def __post_init__(self):
-        if self.family not in ARCHITECTURES:
-            raise UserError(f"language model: family={self.family!r} is unknown (known: {', '.join(ARCHITECTURES)})")
-        if self.heads % self.kv_heads:
-            raise UserError(f"language model: kv_heads={self.kv_heads} does not divide heads={self.heads}")
+        if self.model_type not in ARCHITECTURES:
+            raise UserError(f"language model: family={self.model_type!r} is unknown (known: {', '.join(ARCHITECTURES)})")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise UserError(
+                f"language model: kv_heads={self.num_key_value_heads} does not divide heads={self.num_attention_heads}"
+            )
         if self.head_dim % 2:
             raise UserError(f"language model: head_dim={self.head_dim} must be even (rotary embedding)")
 
@@ -231,7 +233,7 @@ class KVCache:
 
     @classmethod
     def empty(cls, cfg: LanguageConfig, rows: int, slots: int, dtype: jnp.dtype) -> KVCache:
-        zeros = jnp.zeros((cfg.layers, rows, slots, cfg.kv_heads, cfg.head_dim), dtype)
+        zeros = jnp.zeros((cfg.num_hidden_layers, rows, slots, cfg.num_key_value_heads, cfg.head_dim), dtype)
         return cls(zeros, zeros, jnp.zeros((rows, slots), jnp.int32), jnp.full((rows, slots), -1, jnp.int32))
 
     @property
@@ -280,20 +282,20 @@ class TransformerBlock(nnx.Module):
 
     def __init__(self, cfg: LanguageConfig, *, rngs: nnx.Rngs):
         def linear(d_in: int, d_out: int, *axes: str) -> Linear:
-            return Linear(d_in, d_out, rngs=rngs, axes=axes, bias=False, init=normal_init(cfg.init_std))
+            return Linear(d_in, d_out, rngs=rngs, axes=axes, bias=False, init=normal_init(cfg.initializer_range))
 
-        w, e = cfg.width, cfg.head_dim
-        self.norm1 = RMSNorm(w, rngs=rngs, eps=cfg.eps)
-        self.q = linear(w, cfg.heads * e, "embed", "heads")
-        self.k = linear(w, cfg.kv_heads * e, "embed", "heads")
-        self.v = linear(w, cfg.kv_heads * e, "embed", "heads")
-        self.o = linear(cfg.heads * e, w, "heads", "embed")
-        self.q_norm = RMSNorm(e, rngs=rngs, eps=cfg.eps) if cfg.qk_norm else None
-        self.k_norm = RMSNorm(e, rngs=rngs, eps=cfg.eps) if cfg.qk_norm else None
-        self.norm2 = RMSNorm(w, rngs=rngs, eps=cfg.eps)
-        self.gate = linear(w, cfg.mlp, "embed", "mlp")
-        self.up = linear(w, cfg.mlp, "embed", "mlp")
-        self.down = linear(cfg.mlp, w, "mlp", "embed")
+        w, e = cfg.hidden_size, cfg.head_dim
+        self.norm1 = RMSNorm(w, rngs=rngs, eps=cfg.rms_norm_eps)
+        self.q = linear(w, cfg.num_attention_heads * e, "embed", "heads")
+        self.k = linear(w, cfg.num_key_value_heads * e, "embed", "heads")
+        self.v = linear(w, cfg.num_key_value_heads * e, "embed", "heads")
+        self.o = linear(cfg.num_attention_heads * e, w, "heads", "embed")
+        self.q_norm = RMSNorm(e, rngs=rngs, eps=cfg.rms_norm_eps) if cfg.qk_norm else None
+        self.k_norm = RMSNorm(e, rngs=rngs, eps=cfg.rms_norm_eps) if cfg.qk_norm else None
+        self.norm2 = RMSNorm(w, rngs=rngs, eps=cfg.rms_norm_eps)
+        self.gate = linear(w, cfg.intermediate_size, "embed", "mlp")
+        self.up = linear(w, cfg.intermediate_size, "embed", "mlp")
+        self.down = linear(cfg.intermediate_size, w, "mlp", "embed")
         self.head_dim = e
 
     def __call__(
@@ -328,11 +330,11 @@ class LanguageModel(nnx.Module):
     """The language model, from embeddings to normalised hidden states; the logits are `hidden @ unembedding().rows.T`."""
 
     def __init__(self, cfg: LanguageConfig, *, rngs: nnx.Rngs):
-        shape, axes = (cfg.vocab, cfg.width), ("vocab", "embed")
-        self.table = make_param(rngs, normal_init(cfg.embedding_std), shape, axes)
-        self.layers = stack_layers(lambda r: TransformerBlock(cfg, rngs=r), cfg.layers, rngs)
-        self.norm = RMSNorm(cfg.width, rngs=rngs, eps=cfg.eps)
-        self.head = None if cfg.tie_embeddings else make_param(rngs, normal_init(0.02), shape, axes)
+        shape, axes = (cfg.vocab_size, cfg.hidden_size), ("vocab", "embed")
+        self.table = make_param(rngs, normal_init(cfg.embedding_initializer_range), shape, axes)
+        self.layers = stack_layers(lambda r: TransformerBlock(cfg, rngs=r), cfg.num_hidden_layers, rngs)
+        self.norm = RMSNorm(cfg.hidden_size, rngs=rngs, eps=cfg.rms_norm_eps)
+        self.head = None if cfg.tie_word_embeddings else make_param(rngs, normal_init(0.02), shape, axes)
         self.cfg = cfg
 
     def embed(self, tokens: Int[Array, "b t"], dtype: jnp.dtype | None = None) -> Float[Array, "b t w"]:

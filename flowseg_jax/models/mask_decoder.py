@@ -27,7 +27,7 @@ from flowseg_jax.ops.resize import resize
 
 
 @dataclasses.dataclass(frozen=True)
-class DecoderConfig:
+class MaskDecoderConfig:
     """Sizes of the query decoder (X-SAM's defaults: Mask2Former, 200 queries, 9 layers).
 
     Attributes:
@@ -47,25 +47,25 @@ class DecoderConfig:
         remat: rematerialisation policy of a layer.
     """
 
-    width: int = 256
-    queries: int = 200
-    layers: int = 9
-    heads: int = 8
-    ffn: int = 2048
-    levels: int = 3
-    mask_width: int | None = None
-    query_std: float = 0.02
-    mask_std: float = 0.02
+    embed_dim: int = 256
+    num_queries: int = 200
+    num_layers: int = 9
+    num_heads: int = 8
+    mlp_dim: int = 2048
+    num_levels: int = 3
+    mask_dim: int | None = None
+    query_init_std: float = 0.02
+    mask_init_std: float = 0.02
     logit_scale: float = 2.6593
     logit_clamp: float = 50.0
     remat: str = "full"
 
     def __post_init__(self):
-        if self.width % self.heads or self.width % 4:
-            raise UserError(f"decoder.width {self.width} must be a multiple of 4 and of heads ({self.heads})")
+        if self.embed_dim % self.num_heads or self.embed_dim % 4:
+            raise UserError(f"decoder.width {self.embed_dim} must be a multiple of 4 and of heads ({self.num_heads})")
 
     @classmethod
-    def tiny(cls) -> DecoderConfig:
+    def tiny(cls) -> MaskDecoderConfig:
         return cls(width=64, queries=16, layers=3, heads=2, ffn=256, query_std=1.0, mask_std=0.12, remat="none")
 
 
@@ -111,17 +111,17 @@ def cosine_logits(
 class DecoderLayer(nnx.Module):
     """Post-norm: visual cross-attention, SR, self-attention, feed-forward, CR."""
 
-    def __init__(self, cfg: DecoderConfig, flow: SemanticFlowConfig, *, rngs: nnx.Rngs):
-        self.cross = MultiHeadAttention(cfg.width, cfg.heads, rngs=rngs)
-        self.cross_norm = LayerNorm(cfg.width, rngs=rngs)
+    def __init__(self, cfg: MaskDecoderConfig, flow: SemanticFlowConfig, *, rngs: nnx.Rngs):
+        self.cross = MultiHeadAttention(cfg.embed_dim, cfg.num_heads, rngs=rngs)
+        self.cross_norm = LayerNorm(cfg.embed_dim, rngs=rngs)
         on, both = flow.mode != "off", flow.mode == "sr_cr"
-        self.semantic = SemanticRefinement(cfg.width, cfg.heads, flow, rngs=rngs) if on else None
-        self.self_attention = MultiHeadAttention(cfg.width, cfg.heads, rngs=rngs, fused_init=False)
-        self.self_norm = LayerNorm(cfg.width, rngs=rngs)
-        self.up = Linear(cfg.width, cfg.ffn, rngs=rngs)
-        self.down = Linear(cfg.ffn, cfg.width, rngs=rngs)
-        self.ffn_norm = LayerNorm(cfg.width, rngs=rngs)
-        self.refinement = ConditionRefinement(cfg.width, cfg.heads, flow, rngs=rngs) if both else None
+        self.semantic = SemanticRefinement(cfg.embed_dim, cfg.num_heads, flow, rngs=rngs) if on else None
+        self.self_attention = MultiHeadAttention(cfg.embed_dim, cfg.num_heads, rngs=rngs, fused_init=False)
+        self.self_norm = LayerNorm(cfg.embed_dim, rngs=rngs)
+        self.up = Linear(cfg.embed_dim, cfg.mlp_dim, rngs=rngs)
+        self.down = Linear(cfg.mlp_dim, cfg.embed_dim, rngs=rngs)
+        self.ffn_norm = LayerNorm(cfg.embed_dim, rngs=rngs)
+        self.refinement = ConditionRefinement(cfg.embed_dim, cfg.num_heads, flow, rngs=rngs) if both else None
 
     def cross_attention_block(
         self,
@@ -182,17 +182,17 @@ class LevelMemory:
 class MaskDecoder(nnx.Module):
     """All layers, the shared prediction heads and the learned queries (scaffold: X-SAM's Mask2Former decoder)."""
 
-    def __init__(self, cfg: DecoderConfig, flow: SemanticFlowConfig, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: MaskDecoderConfig, flow: SemanticFlowConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
-        query, mask = normal_init(cfg.query_std), normal_init(cfg.mask_std)
-        self.query_content = make_param(rngs, query, (cfg.queries, cfg.width), (None, None))
-        self.query_position = make_param(rngs, query, (cfg.queries, cfg.width), (None, None))
-        self.level_embed = make_param(rngs, normal_init(0.02), (cfg.levels, cfg.width), (None, None))
-        self.layers = stack_layers(lambda r: DecoderLayer(cfg, flow, rngs=r), cfg.layers, rngs)
-        self.norm = LayerNorm(cfg.width, rngs=rngs)
-        self.mask_mlp_0 = Linear(cfg.width, cfg.width, rngs=rngs, init=mask)
-        self.mask_mlp_1 = Linear(cfg.width, cfg.width, rngs=rngs, init=mask)
-        self.mask_mlp_2 = Linear(cfg.width, cfg.mask_width or cfg.width, rngs=rngs, init=mask)
+        query, mask = normal_init(cfg.query_init_std), normal_init(cfg.mask_init_std)
+        self.query_content = make_param(rngs, query, (cfg.num_queries, cfg.embed_dim), (None, None))
+        self.query_position = make_param(rngs, query, (cfg.num_queries, cfg.embed_dim), (None, None))
+        self.level_embed = make_param(rngs, normal_init(0.02), (cfg.num_levels, cfg.embed_dim), (None, None))
+        self.layers = stack_layers(lambda r: DecoderLayer(cfg, flow, rngs=r), cfg.num_layers, rngs)
+        self.norm = LayerNorm(cfg.embed_dim, rngs=rngs)
+        self.mask_mlp_0 = Linear(cfg.embed_dim, cfg.embed_dim, rngs=rngs, init=mask)
+        self.mask_mlp_1 = Linear(cfg.embed_dim, cfg.embed_dim, rngs=rngs, init=mask)
+        self.mask_mlp_2 = Linear(cfg.embed_dim, cfg.mask_dim or cfg.embed_dim, rngs=rngs, init=mask)
         self.logit_scale = make_param(rngs, nnx.initializers.constant(cfg.logit_scale), (1,), (None,))
 
     def mask_embed(self, queries: Float[Array, "*b d"]) -> Float[Array, "*b f"]:
@@ -210,7 +210,7 @@ class MaskDecoder(nnx.Module):
 
     def init_queries(self, passes: int, seg_embeds: Float[Array, "p d"] | None, dtype: jnp.dtype) -> Float[Array, "p q d"]:
         """The queries before the first layer: learned content plus S."""
-        x = jnp.broadcast_to(self.query_content[...].astype(dtype), (passes, self.cfg.queries, self.cfg.width))
+        x = jnp.broadcast_to(self.query_content[...].astype(dtype), (passes, self.cfg.num_queries, self.cfg.embed_dim))
         return x if seg_embeds is None else x + seg_embeds.astype(dtype)[:, None]
 
     def prediction_heads(
@@ -249,8 +249,8 @@ class MaskDecoder(nnx.Module):
             seg_embeds: S, added to every query of its pass; zeros for a pass without.
         """
         cfg, b = self.cfg, mask_features.shape[0]
-        if len(levels) != cfg.levels:
-            raise ValueError(f"the decoder expects {cfg.levels} levels, got {len(levels)}")
+        if len(levels) != cfg.num_levels:
+            raise ValueError(f"the decoder expects {cfg.num_levels} levels, got {len(levels)}")
         dtype = mask_features.dtype
         position = self.query_position[...].astype(dtype)
         x = self.init_queries(b * passes, seg_embeds, dtype)
@@ -274,7 +274,7 @@ class MaskDecoder(nnx.Module):
                 layer.refine_and_self_attend(q_vis, position, embeds, conditions), embeds, conditions
             ), prediction
 
-        steps = (jnp.arange(cfg.layers), nnx.to_pure_dict(stacked))
+        steps = (jnp.arange(cfg.num_layers), nnx.to_pure_dict(stacked))
         (x, embeds), outputs = jax.lax.scan(remat(body, cfg.remat), (x, embeds), steps)
         last = self.prediction_heads(x, embeds, conditions)
         queries, mask_embeds, logits = jax.tree.map(lambda ys, y: jnp.concatenate([ys, y[None]]), outputs, last)

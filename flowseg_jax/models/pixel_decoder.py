@@ -48,20 +48,20 @@ class PixelDecoderConfig:
 
     channels: tuple[int, ...]
     strides: tuple[int, ...]
-    width: int = 256
-    mask_width: int = 256
-    layers: int = 6
-    heads: int = 8
-    points: int = 4
-    ffn: int = 1024
-    levels: int | None = None
+    embed_dim: int = 256
+    mask_dim: int = 256
+    num_layers: int = 6
+    num_heads: int = 8
+    num_points: int = 4
+    mlp_dim: int = 1024
+    num_levels: int | None = None
     common_stride: int = 4
-    groups: int = 32
+    norm_groups: int = 32
     remat: str = "full"
-    msda: str = "auto"
+    deformable_attention_impl: str = "auto"
 
     def __post_init__(self):
-        check_implementation(self.msda, "pixel_decoder.msda")
+        check_implementation(self.deformable_attention_impl, "pixel_decoder.msda")
         if not self.channels or len(self.channels) != len(self.strides):
             raise UserError(
                 f"pixel_decoder: {len(self.channels)} channels {self.channels} and {len(self.strides)} strides {self.strides}; "
@@ -70,11 +70,11 @@ class PixelDecoderConfig:
         if any(low < high for low, high in zip(self.strides, self.strides[1:], strict=False)):
             raise UserError(f"pixel_decoder.strides {self.strides} must go from low to high resolution (largest first)")
         if not 1 <= self.encoder_levels <= len(self.channels):
-            raise UserError(f"pixel_decoder.levels is {self.levels} with {len(self.channels)} feature maps")
-        if self.width % 4 or self.width % self.heads or self.width % self.groups:
+            raise UserError(f"pixel_decoder.levels is {self.num_levels} with {len(self.channels)} feature maps")
+        if self.embed_dim % 4 or self.embed_dim % self.num_heads or self.embed_dim % self.norm_groups:
             raise UserError(
-                f"pixel_decoder.width {self.width} must be a multiple of 4, of heads ({self.heads}) "
-                f"and of groups ({self.groups})"
+                f"pixel_decoder.width {self.embed_dim} must be a multiple of 4, of heads ({self.num_heads}) "
+                f"and of groups ({self.norm_groups})"
             )
         if self.fpn_stages > len(self.channels):
             raise UserError(
@@ -105,7 +105,7 @@ class PixelDecoderConfig:
     @property
     def encoder_levels(self) -> int:
         """L, the number of levels in the encoder and in the output."""
-        return len(self.channels) if self.levels is None else self.levels
+        return len(self.channels) if self.num_levels is None else self.num_levels
 
     @property
     def fpn_stages(self) -> int:
@@ -162,21 +162,21 @@ class DeformableAttention(nnx.Module):
     """Multi-scale deformable self-attention (HF `Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention`)."""
 
     def __init__(self, cfg: PixelDecoderConfig, *, rngs: nnx.Rngs):
-        self.heads, self.levels, self.points = cfg.heads, cfg.encoder_levels, cfg.points
-        self.impl = cfg.msda
+        self.heads, self.levels, self.points = cfg.num_heads, cfg.encoder_levels, cfg.num_points
+        self.impl = cfg.deformable_attention_impl
         samples = self.heads * self.levels * self.points
         grid = init_sampling_offsets(self.heads, self.levels, self.points)
         # Both matrices start Xavier-uniform, not at zero as in Deformable DETR: that is what X-SAM trains from (scaffold 2.6).
         self.offsets = Linear(
-            cfg.width,
+            cfg.embed_dim,
             2 * samples,
             rngs=rngs,
             axes=("embed", "heads"),
             bias_init=lambda key, shape, dtype=jnp.float32: jnp.asarray(grid, dtype),
         )
-        self.weights = Linear(cfg.width, samples, rngs=rngs, axes=("embed", "heads"))
-        self.value = Linear(cfg.width, cfg.width, rngs=rngs, axes=("embed", "heads"))
-        self.output = Linear(cfg.width, cfg.width, rngs=rngs, axes=("heads", "embed"))
+        self.weights = Linear(cfg.embed_dim, samples, rngs=rngs, axes=("embed", "heads"))
+        self.value = Linear(cfg.embed_dim, cfg.embed_dim, rngs=rngs, axes=("embed", "heads"))
+        self.output = Linear(cfg.embed_dim, cfg.embed_dim, rngs=rngs, axes=("heads", "embed"))
 
     def __call__(
         self, x: Float[Array, "b n d"], positions: Float[Array, "n d"], reference: Float[Array, "n 2"], shapes: Shapes
@@ -198,10 +198,10 @@ class EncoderLayer(nnx.Module):
 
     def __init__(self, cfg: PixelDecoderConfig, *, rngs: nnx.Rngs):
         self.attention = DeformableAttention(cfg, rngs=rngs)
-        self.norm1 = LayerNorm(cfg.width, rngs=rngs)
-        self.up = Linear(cfg.width, cfg.ffn, rngs=rngs, axes=("embed", "mlp"))
-        self.down = Linear(cfg.ffn, cfg.width, rngs=rngs, axes=("mlp", "embed"))
-        self.norm2 = LayerNorm(cfg.width, rngs=rngs)
+        self.norm1 = LayerNorm(cfg.embed_dim, rngs=rngs)
+        self.up = Linear(cfg.embed_dim, cfg.mlp_dim, rngs=rngs, axes=("embed", "mlp"))
+        self.down = Linear(cfg.mlp_dim, cfg.embed_dim, rngs=rngs, axes=("mlp", "embed"))
+        self.norm2 = LayerNorm(cfg.embed_dim, rngs=rngs)
 
     def __call__(
         self, x: Float[Array, "b n d"], positions: Float[Array, "n d"], reference: Float[Array, "n 2"], shapes: Shapes
@@ -214,8 +214,8 @@ class ConvGroupNorm(nnx.Module):
     """Convolution followed by GroupNorm."""
 
     def __init__(self, cfg: PixelDecoderConfig, d_in: int, kernel: int, *, bias: bool, rngs: nnx.Rngs):
-        self.conv = Conv(d_in, cfg.width, kernel, padding=kernel // 2, rngs=rngs, axes=("embed", None), bias=bias)
-        self.norm = GroupNorm(cfg.width, cfg.groups, rngs=rngs)
+        self.conv = Conv(d_in, cfg.embed_dim, kernel, padding=kernel // 2, rngs=rngs, axes=("embed", None), bias=bias)
+        self.norm = GroupNorm(cfg.embed_dim, cfg.norm_groups, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b h w d"]:
         return self.norm(self.conv(x))
@@ -234,16 +234,16 @@ class PixelDecoder(nnx.Module):
         self.cfg = cfg
         levels, stages = cfg.encoder_levels, cfg.fpn_stages
         self.projections = nnx.List([ConvGroupNorm(cfg, c, 1, bias=True, rngs=rngs) for c in cfg.channels[:levels]])
-        self.level_embed = make_param(rngs, zeros, (levels, cfg.width), (None, None))
-        self.layers = stack_layers(lambda r: EncoderLayer(cfg, rngs=r), cfg.layers, rngs)
+        self.level_embed = make_param(rngs, zeros, (levels, cfg.embed_dim), (None, None))
+        self.layers = stack_layers(lambda r: EncoderLayer(cfg, rngs=r), cfg.num_layers, rngs)
         finest = cfg.channels[len(cfg.channels) - stages :]
         self.lateral = nnx.List([ConvGroupNorm(cfg, c, 1, bias=False, rngs=rngs) for c in finest])
-        self.fuse = nnx.List([ConvGroupNorm(cfg, cfg.width, 3, bias=False, rngs=rngs) for _ in finest])
-        self.mask_projection = Conv(cfg.width, cfg.mask_width, 1, rngs=rngs, axes=("embed", None))
+        self.fuse = nnx.List([ConvGroupNorm(cfg, cfg.embed_dim, 3, bias=False, rngs=rngs) for _ in finest])
+        self.mask_projection = Conv(cfg.embed_dim, cfg.mask_dim, 1, rngs=rngs, axes=("embed", None))
 
     def positions(self, shapes: Shapes) -> Float[Array, "n d"]:
         """Sine positions plus the level's learned embedding, flattened over all levels, float32."""
-        maps = [sine_position_embedding(h, w, self.cfg.width).reshape(h * w, -1) for h, w in shapes]
+        maps = [sine_position_embedding(h, w, self.cfg.embed_dim).reshape(h * w, -1) for h, w in shapes]
         return jnp.concatenate([table + self.level_embed[i] for i, table in enumerate(maps)])
 
     def encode(self, maps: tuple[Float[Array, "b _ _ d"], ...]) -> tuple[Float[Array, "b _ _ d"], ...]:

@@ -47,29 +47,33 @@ class SamConfig:
 
     image_size: int
     patch_size: int
-    width: int
-    layers: int
-    heads: int
-    mlp: int
-    window: int
-    global_layers: tuple[int, ...]
-    eps: float = 1e-6
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    mlp_dim: int
+    window_size: int
+    global_attn_indexes: tuple[int, ...]
+    layer_norm_eps: float = 1e-6
     remat: str = "full"
-    position_init: str = "normal"
+    pos_embed_init: str = "normal"
 
     def __post_init__(self):
-        object.__setattr__(self, "global_layers", tuple(sorted(set(self.global_layers))))
-        if self.width % self.heads:
-            raise UserError(f"SAM: heads={self.heads} does not divide width={self.width}")
+        object.__setattr__(self, "global_layers", tuple(sorted(set(self.global_attn_indexes))))
+        if self.hidden_size % self.num_attention_heads:
+            raise UserError(f"SAM: heads={self.num_attention_heads} does not divide width={self.hidden_size}")
         if self.image_size < self.patch_size:
             raise UserError(f"SAM: image_size={self.image_size} is smaller than patch_size={self.patch_size}")
-        if self.window < 1:
-            raise UserError(f"SAM: window={self.window} must be at least 1 (list every layer in global_layers for no windows)")
-        if self.position_init not in ("normal", "sine"):
-            raise UserError(f"SAM: position_init={self.position_init!r} is unknown (known: normal, sine)")
-        for i in self.global_layers:
-            if not 0 <= i < self.layers:
-                raise UserError(f"SAM: global_layers={self.global_layers} names layer {i}, there are {self.layers} (0-based)")
+        if self.window_size < 1:
+            raise UserError(
+                f"SAM: window={self.window_size} must be at least 1 (list every layer in global_layers for no windows)"
+            )
+        if self.pos_embed_init not in ("normal", "sine"):
+            raise UserError(f"SAM: position_init={self.pos_embed_init!r} is unknown (known: normal, sine)")
+        for i in self.global_attn_indexes:
+            if not 0 <= i < self.num_hidden_layers:
+                raise UserError(
+                    f"SAM: global_layers={self.global_attn_indexes} names layer {i}, there are {self.num_hidden_layers} (0-based)"
+                )
 
     @property
     def grid_size(self) -> int:
@@ -78,8 +82,8 @@ class SamConfig:
 
     def stack_and_index(self, layer: int) -> tuple[str, int]:
         """Where layer `layer` is stored: the stack ("window_layers" or "global_layers") and the index in it."""
-        before = sum(i < layer for i in self.global_layers)
-        return ("global_layers", before) if layer in self.global_layers else ("window_layers", layer - before)
+        before = sum(i < layer for i in self.global_attn_indexes)
+        return ("global_layers", before) if layer in self.global_attn_indexes else ("window_layers", layer - before)
 
     @classmethod
     def vit_large(cls) -> SamConfig:
@@ -151,18 +155,18 @@ class SamBlock(nnx.Module):
     """
 
     def __init__(self, cfg: SamConfig, size: int, *, rngs: nnx.Rngs):
-        w, e = cfg.width, cfg.width // cfg.heads
-        self.norm1 = LayerNorm(w, rngs=rngs, eps=cfg.eps)
+        w, e = cfg.hidden_size, cfg.hidden_size // cfg.num_attention_heads
+        self.norm1 = LayerNorm(w, rngs=rngs, eps=cfg.layer_norm_eps)
         self.q = Linear(w, w, rngs=rngs, axes=("embed", "heads"))
         self.k = Linear(w, w, rngs=rngs, axes=("embed", "heads"))
         self.v = Linear(w, w, rngs=rngs, axes=("embed", "heads"))
         self.o = Linear(w, w, rngs=rngs, axes=("heads", "embed"))
         self.rel_pos_h = make_param(rngs, zeros, (2 * size - 1, e), (None, None))
         self.rel_pos_w = make_param(rngs, zeros, (2 * size - 1, e), (None, None))
-        self.norm2 = LayerNorm(w, rngs=rngs, eps=cfg.eps)
-        self.up = Linear(w, cfg.mlp, rngs=rngs, axes=("embed", "mlp"))
-        self.down = Linear(cfg.mlp, w, rngs=rngs, axes=("mlp", "embed"))
-        self.size, self.heads = size, cfg.heads
+        self.norm2 = LayerNorm(w, rngs=rngs, eps=cfg.layer_norm_eps)
+        self.up = Linear(w, cfg.mlp_dim, rngs=rngs, axes=("embed", "mlp"))
+        self.down = Linear(cfg.mlp_dim, w, rngs=rngs, axes=("mlp", "embed"))
+        self.size, self.heads = size, cfg.num_attention_heads
 
     def attend(self, x: Float[Array, "n s s w"]) -> Float[Array, "n s s w"]:
         """Self-attention of every square on its own."""
@@ -196,13 +200,15 @@ class SamImageEncoder(nnx.Module):
     """The mask encoder. Window and global layers are two stacks (their relative position tables differ in size)."""
 
     def __init__(self, cfg: SamConfig, *, rngs: nnx.Rngs):
-        n_global = len(cfg.global_layers)
-        n_window = cfg.layers - n_global
-        self.patch = Conv(3, cfg.width, cfg.patch_size, rngs=rngs, stride=cfg.patch_size, axes=(None, "embed"))
+        n_global = len(cfg.global_attn_indexes)
+        n_window = cfg.num_hidden_layers - n_global
+        self.patch = Conv(3, cfg.hidden_size, cfg.patch_size, rngs=rngs, stride=cfg.patch_size, axes=(None, "embed"))
         sine = lambda key, shape, dtype: 0.5 * sine_position_embedding(*shape).astype(dtype)  # noqa: E731
-        position = sine if cfg.position_init == "sine" else normal_init(0.02)
-        self.position = make_param(rngs, position, (cfg.grid_size, cfg.grid_size, cfg.width), (None, None, "embed"))
-        self.window_layers = stack_layers(lambda r: SamBlock(cfg, cfg.window, rngs=r), n_window, rngs) if n_window else None
+        position = sine if cfg.pos_embed_init == "sine" else normal_init(0.02)
+        self.position = make_param(rngs, position, (cfg.grid_size, cfg.grid_size, cfg.hidden_size), (None, None, "embed"))
+        self.window_layers = (
+            stack_layers(lambda r: SamBlock(cfg, cfg.window_size, rngs=r), n_window, rngs) if n_window else None
+        )
         self.global_layers = stack_layers(lambda r: SamBlock(cfg, cfg.grid_size, rngs=r), n_global, rngs) if n_global else None
         self.cfg = cfg
 
@@ -223,9 +229,9 @@ class SamImageEncoder(nnx.Module):
         cfg = self.cfg
         if images.shape[1:] != (cfg.image_size, cfg.image_size, 3):
             raise ValueError(f"SAM of image_size {cfg.image_size} got images {images.shape}")
-        if not select or not all(-cfg.layers - 1 <= i <= cfg.layers for i in select):
-            raise ValueError(f"SAM has hidden states 0 to {cfg.layers}, asked for {select}")
-        select = tuple(i % (cfg.layers + 1) for i in select)
+        if not select or not all(-cfg.num_hidden_layers - 1 <= i <= cfg.num_hidden_layers for i in select):
+            raise ValueError(f"SAM has hidden states 0 to {cfg.num_hidden_layers}, asked for {select}")
+        select = tuple(i % (cfg.num_hidden_layers + 1) for i in select)
         x = self.patch(images)
         states = {0: x + gathered_weight(self.position, x.dtype)}
         period = self._period(select)
@@ -239,11 +245,11 @@ class SamImageEncoder(nnx.Module):
     def _period(self, select: tuple[int, ...]) -> int | None:
         """Layers a block, if the tower is equal blocks of window layers closed by a global one and `select` fits them."""
         cfg = self.cfg
-        blocks = len(cfg.global_layers)
-        if blocks < 2 or cfg.layers % blocks or max(select) < cfg.layers:
+        blocks = len(cfg.global_attn_indexes)
+        if blocks < 2 or cfg.num_hidden_layers % blocks or max(select) < cfg.num_hidden_layers:
             return None
-        period = cfg.layers // blocks
-        regular = cfg.global_layers == tuple(range(period - 1, cfg.layers, period))
+        period = cfg.num_hidden_layers // blocks
+        regular = cfg.global_attn_indexes == tuple(range(period - 1, cfg.num_hidden_layers, period))
         return period if regular and all(i % period in (0, period - 1) for i in select) else None
 
     def _periodic(self, x: Array, select: tuple[int, ...], period: int) -> dict[int, Array]:
@@ -251,7 +257,7 @@ class SamImageEncoder(nnx.Module):
         inner = any(i % period for i in select)  # is the input of a global layer asked for?
         stacks = [s for s in (self.window_layers, self.global_layers) if s is not None]
         graphdefs, params = zip(*(nnx.split(s) for s in stacks), strict=True)
-        blocks = self.cfg.layers // period
+        blocks = self.cfg.num_hidden_layers // period
         params = jax.tree.map(lambda w: w.reshape(blocks, -1, *w.shape[1:]), tuple(nnx.to_pure_dict(p) for p in params))
 
         def block(x, params):

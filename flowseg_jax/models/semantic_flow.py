@@ -57,7 +57,7 @@ class SemanticFlowConfig:
     mode: str = "sr_cr"
     norm: str = "post"
     gate_bias: float = 0.0
-    zero_refinement: bool = True
+    zero_init_condition_refinement: bool = True
 
     def __post_init__(self):
         if self.mode not in ("off", "sr", "sr_cr"):
@@ -101,7 +101,7 @@ class ConditionRefinement(nnx.Module):
     """
 
     def __init__(self, width: int, heads: int, cfg: SemanticFlowConfig, *, rngs: nnx.Rngs):
-        self.attention = MultiHeadAttention(width, heads, rngs=rngs, zero_output=cfg.zero_refinement)
+        self.attention = MultiHeadAttention(width, heads, rngs=rngs, zero_output=cfg.zero_init_condition_refinement)
 
     def __call__(
         self,

@@ -36,16 +36,16 @@ class SiglipConfig:
 
     image_size: int
     patch_size: int
-    width: int
-    layers: int
-    heads: int
-    mlp: int
-    eps: float = 1e-6
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    layer_norm_eps: float = 1e-6
     remat: str = "full"
 
     def __post_init__(self):
-        if self.width % self.heads:
-            raise UserError(f"SigLIP: heads={self.heads} does not divide width={self.width}")
+        if self.hidden_size % self.num_attention_heads:
+            raise UserError(f"SigLIP: heads={self.num_attention_heads} does not divide width={self.hidden_size}")
         if self.image_size < self.patch_size:
             raise UserError(f"SigLIP: image_size={self.image_size} is smaller than patch_size={self.patch_size}")
 
@@ -88,16 +88,16 @@ class SiglipBlock(nnx.Module):
     """One pre-norm encoder layer: unmasked self-attention, then a GELU(tanh) feed-forward part."""
 
     def __init__(self, cfg: SiglipConfig, *, rngs: nnx.Rngs):
-        w = cfg.width
-        self.norm1 = LayerNorm(w, rngs=rngs, eps=cfg.eps)
+        w = cfg.hidden_size
+        self.norm1 = LayerNorm(w, rngs=rngs, eps=cfg.layer_norm_eps)
         self.q = Linear(w, w, rngs=rngs, axes=("embed", "heads"))
         self.k = Linear(w, w, rngs=rngs, axes=("embed", "heads"))
         self.v = Linear(w, w, rngs=rngs, axes=("embed", "heads"))
         self.o = Linear(w, w, rngs=rngs, axes=("heads", "embed"))
-        self.norm2 = LayerNorm(w, rngs=rngs, eps=cfg.eps)
-        self.up = Linear(w, cfg.mlp, rngs=rngs, axes=("embed", "mlp"))
-        self.down = Linear(cfg.mlp, w, rngs=rngs, axes=("mlp", "embed"))
-        self.heads = cfg.heads
+        self.norm2 = LayerNorm(w, rngs=rngs, eps=cfg.layer_norm_eps)
+        self.up = Linear(w, cfg.intermediate_size, rngs=rngs, axes=("embed", "mlp"))
+        self.down = Linear(cfg.intermediate_size, w, rngs=rngs, axes=("mlp", "embed"))
+        self.heads = cfg.num_attention_heads
 
     def __call__(self, x: Float[Array, "b p w"]) -> Float[Array, "b p w"]:
         y = self.norm1(x)
@@ -110,9 +110,11 @@ class SiglipVisionEncoder(nnx.Module):
     """The vision encoder."""
 
     def __init__(self, cfg: SiglipConfig, *, rngs: nnx.Rngs):
-        self.patch = Conv(3, cfg.width, cfg.patch_size, rngs=rngs, stride=cfg.patch_size, axes=(None, "embed"))
-        self.position = make_param(rngs, normal_init(cfg.width**-0.5), (cfg.num_patches, cfg.width), (None, "embed"))
-        self.layers = stack_layers(lambda r: SiglipBlock(cfg, rngs=r), cfg.layers, rngs)
+        self.patch = Conv(3, cfg.hidden_size, cfg.patch_size, rngs=rngs, stride=cfg.patch_size, axes=(None, "embed"))
+        self.position = make_param(
+            rngs, normal_init(cfg.hidden_size**-0.5), (cfg.num_patches, cfg.hidden_size), (None, "embed")
+        )
+        self.layers = stack_layers(lambda r: SiglipBlock(cfg, rngs=r), cfg.num_hidden_layers, rngs)
         self.cfg = cfg
 
     def __call__(self, images: Float[Array, "b v v 3"], *, layers: int | None = None) -> Float[Array, "b p w"]:
@@ -131,10 +133,10 @@ class SiglipVisionEncoder(nnx.Module):
         cfg = self.cfg
         if images.shape[1:] != (cfg.image_size, cfg.image_size, 3):
             raise ValueError(f"SigLIP of image_size {cfg.image_size} got images {images.shape}")
-        layers = cfg.layers if layers is None else layers
-        if not 0 <= layers <= cfg.layers:
-            raise ValueError(f"SigLIP has {cfg.layers} layers, asked for {layers}")
-        x = self.patch(images).reshape(images.shape[0], cfg.num_patches, cfg.width)
+        layers = cfg.num_hidden_layers if layers is None else layers
+        if not 0 <= layers <= cfg.num_hidden_layers:
+            raise ValueError(f"SigLIP has {cfg.num_hidden_layers} layers, asked for {layers}")
+        x = self.patch(images).reshape(images.shape[0], cfg.num_patches, cfg.hidden_size)
         x = x + gathered_weight(self.position, x.dtype)
         if not layers:
             return x

@@ -17,7 +17,7 @@ from flowseg_jax.losses import LossConfig
 from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.models.connectors import ConnectorConfig
 from flowseg_jax.models.language import LanguageConfig
-from flowseg_jax.models.mask_decoder import DecoderConfig
+from flowseg_jax.models.mask_decoder import MaskDecoderConfig
 from flowseg_jax.models.pixel_decoder import PixelDecoderConfig
 from flowseg_jax.models.sam import SamConfig
 from flowseg_jax.models.siglip import SiglipConfig
@@ -95,35 +95,38 @@ def sam(cfg: SamConfig, last: int) -> FlopCount:
     def layer(size: int) -> FlopCount:
         seen = (-(-grid // size) * size) ** 2  # the last windows are filled up
         projections = 4 * _linear(seen, width, width) + 2 * _linear(seen, width, size)
-        return FlopCount(projections + 2 * _linear(grid**2, width, cfg.mlp), _attention(seen, size**2, width))
+        return FlopCount(projections + 2 * _linear(grid**2, width, cfg.mlp_dim), _attention(seen, size**2, width))
 
-    whole = sum(i < last for i in cfg.global_layers)
+    whole = sum(i < last for i in cfg.global_attn_indexes)
     patches = FlopCount(_linear(grid**2, 3 * cfg.patch_size**2, width))
-    return patches + layer(cfg.window) * (last - whole) + layer(grid) * whole
+    return patches + layer(cfg.window_size) * (last - whole) + layer(grid) * whole
 
 
 def siglip(cfg: SiglipConfig, layers: int) -> FlopCount:
-    tokens, width = cfg.num_patches, cfg.width
-    weights = 4 * _linear(tokens, width, width) + 2 * _linear(tokens, width, cfg.mlp)
+    tokens, width = cfg.num_patches, cfg.hidden_size
+    weights = 4 * _linear(tokens, width, width) + 2 * _linear(tokens, width, cfg.intermediate_size)
     patches = FlopCount(_linear(tokens, 3 * cfg.patch_size**2, width))
     return patches + FlopCount(weights, _attention(tokens, tokens, width)) * layers
 
 
 def language(cfg: LanguageConfig, tokens: int) -> FlopCount:
     """The layers without the head, over `tokens` in a row. Conversations packed into segments see less than is counted."""
-    queries, keys = cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
+    queries, keys = cfg.num_attention_heads * cfg.head_dim, cfg.num_key_value_heads * cfg.head_dim
     window = min(cfg.sliding_window or tokens, tokens)
     pairs = window * (window + 1) / 2 + (tokens - window) * window
-    projections = 2 * _linear(tokens, cfg.width, queries) + 2 * _linear(tokens, cfg.width, keys)
-    return FlopCount(projections + 3 * _linear(tokens, cfg.width, cfg.mlp), _attention(pairs, 1, queries)) * cfg.layers
+    projections = 2 * _linear(tokens, cfg.hidden_size, queries) + 2 * _linear(tokens, cfg.hidden_size, keys)
+    return (
+        FlopCount(projections + 3 * _linear(tokens, cfg.hidden_size, cfg.intermediate_size), _attention(pairs, 1, queries))
+        * cfg.num_hidden_layers
+    )
 
 
 def connector(cfg: ConnectorConfig, grid: int) -> FlopCount:
     rows = (-(-grid // cfg.pad_multiple) * cfg.pad_multiple) ** 2
     total = 0.0
     for width, scale in zip(cfg.channels, cfg.scales, strict=True):
-        total += _linear(rows, width, cfg.hidden) + _linear(rows, 9 * cfg.hidden, cfg.hidden)
-        total += _linear(rows, cfg.hidden, width * scale)
+        total += _linear(rows, width, cfg.hidden_channels) + _linear(rows, 9 * cfg.hidden_channels, cfg.hidden_channels)
+        total += _linear(rows, cfg.hidden_channels, width * scale)
     return FlopCount(total)
 
 
@@ -140,79 +143,79 @@ def mask_pixels(cfg: PixelDecoderConfig, levels: tuple[int, ...]) -> int:
 
 
 def pixel_decoder(cfg: PixelDecoderConfig, levels: tuple[int, ...]) -> FlopCount:
-    encoded, width = cfg.encoder_levels, cfg.width
-    tokens, samples = sum(levels[:encoded]), cfg.heads * encoded * cfg.points
+    encoded, width = cfg.encoder_levels, cfg.embed_dim
+    tokens, samples = sum(levels[:encoded]), cfg.num_heads * encoded * cfg.num_points
     total = sum(_linear(pixels, c, width) for pixels, c in zip(levels[:encoded], cfg.channels, strict=False))
-    layer = 2 * _linear(tokens, width, width) + _linear(tokens, width, 3 * samples) + 2 * _linear(tokens, width, cfg.ffn)
-    total += layer * cfg.layers
+    layer = 2 * _linear(tokens, width, width) + _linear(tokens, width, 3 * samples) + 2 * _linear(tokens, width, cfg.mlp_dim)
+    total += layer * cfg.num_layers
     first = len(levels) - cfg.fpn_stages
     for pixels, channels in zip(levels[first:], cfg.channels[first:], strict=True):
         total += _linear(pixels, channels, width) + _linear(pixels, 9 * width, width)
-    return FlopCount(total + _linear(mask_pixels(cfg, levels), width, cfg.mask_width))
+    return FlopCount(total + _linear(mask_pixels(cfg, levels), width, cfg.mask_dim))
 
 
 def decoder(
-    cfg: DecoderConfig, flow: str, levels: tuple[int, ...], passes: int, conditions: int, classes: int = 0
+    cfg: MaskDecoderConfig, flow: str, levels: tuple[int, ...], passes: int, conditions: int, classes: int = 0
 ) -> FlopCount:
     """All layers and predictions of `passes` passes over an image with so many conditions each.
 
     Keys and values of the memory are projected once an image; attention masks are decisions.
     """
-    d, queries, named = cfg.width, passes * cfg.queries, passes * conditions
-    mask_width = cfg.mask_width or d
+    d, queries, named = cfg.embed_dim, passes * cfg.num_queries, passes * conditions
+    mask_width = cfg.mask_dim or d
 
     def attention(rows: float, keys_of: float, pairs: float) -> FlopCount:
         return FlopCount(2 * _linear(rows, d, d) + 2 * _linear(keys_of, d, d), _attention(pairs, 1, d))
 
-    layer = attention(queries, queries, queries * cfg.queries)  # among the queries of a pass
-    layer += FlopCount(2 * _linear(queries, d, cfg.ffn))
+    layer = attention(queries, queries, queries * cfg.num_queries)  # among the queries of a pass
+    layer += FlopCount(2 * _linear(queries, d, cfg.mlp_dim))
     if flow != "off":
         layer += attention(queries, named, queries * conditions) + FlopCount(_linear(queries, 2 * d, d))
     if flow == "sr_cr":
         layer += attention(named, queries, queries * conditions)
     predictions = FlopCount(2 * _linear(queries, d, d) + _linear(queries, d, mask_width), 2.0 * queries * conditions * d)
     if classes:
-        predictions += FlopCount(_linear(cfg.queries, d, classes + 1))
-    total = layer * cfg.layers + predictions * (cfg.layers + 1)
-    for i in range(cfg.layers):
-        pixels = levels[i % cfg.levels]
+        predictions += FlopCount(_linear(cfg.num_queries, d, classes + 1))
+    total = layer * cfg.num_layers + predictions * (cfg.num_layers + 1)
+    for i in range(cfg.num_layers):
+        pixels = levels[i % cfg.num_levels]
         total += attention(queries, pixels, queries * pixels) + FlopCount(no_grad_products=2.0 * queries * pixels * mask_width)
     return total
 
 
-def masks(cfg: DecoderConfig, pixels: int, passes: int, targets: int, points: int) -> FlopCount:
+def masks(cfg: MaskDecoderConfig, pixels: int, passes: int, targets: int, points: int) -> FlopCount:
     """The masks of the matched queries, and what all queries of all passes are at the matcher's points (0: every pixel)."""
-    width = cfg.mask_width or cfg.width
+    width = cfg.mask_dim or cfg.embed_dim
     matched = 2.0 * targets * pixels * width
-    return FlopCount(0.0, matched, 2.0 * passes * cfg.queries * (points or pixels) * width) * (cfg.layers + 1)
+    return FlopCount(0.0, matched, 2.0 * passes * cfg.num_queries * (points or pixels) * width) * (cfg.num_layers + 1)
 
 
 def forward(model: FlowSegConfig, shape: BatchShape, losses: LossConfig) -> dict[str, FlopCount]:
     """The forward pass of training over one image, by part."""
-    llm, width = model.llm.width, model.decoder.width
-    named, categories = model.named_pass != "off", bool(model.classes)
+    llm, width = model.llm.hidden_size, model.mask_decoder.embed_dim
+    named, categories = model.generic_pass != "off", bool(model.num_classes)
     phrases = shape.max_phrases if model.has_language_model else 0
     passes = phrases + named + categories
-    rows = 1 + max(model.negatives_group * phrases, shape.max_names if named else 0) if model.has_language_model else 0
+    rows = 1 + max(model.negatives_group_size * phrases, shape.max_names if named else 0) if model.has_language_model else 0
     targets = phrases + (named + categories) * shape.max_masks
     side, maps = (model.sam.grid_size + 1) // 2, levels(model)
-    head = _linear(shape.text_length - model.num_visual_tokens, llm, model.llm.vocab) if losses.language else 0.0
+    head = _linear(shape.text_length - model.num_visual_tokens, llm, model.llm.vocab_size) if losses.language_weight else 0.0
 
     def projector(tokens: float, d_in: int, d_out: int) -> FlopCount:
         return FlopCount(_linear(tokens, d_in, d_out) + _linear(tokens, d_out, d_out))
 
     works = {
-        "sam": sam(model.sam, max(*model.connector_layers, model.sam.layers - 1)),
-        "siglip": siglip(model.siglip, model.siglip.layers - 1),
-        "visual_projector": projector(model.siglip.num_patches, model.siglip.width, llm),
+        "sam": sam(model.sam, max(*model.connector_hidden_layers, model.sam.num_hidden_layers - 1)),
+        "siglip": siglip(model.siglip, model.siglip.num_hidden_layers - 1),
+        "visual_projector": projector(model.siglip.num_patches, model.siglip.hidden_size, llm),
         "seg_projector": projector(side**2, 4 * model.sam.width, llm),
         "llm": language(model.llm, shape.text_length),
         "head": FlopCount(head),  # of the text behind the visual tokens
         "llm_projector": projector(shape.text_length, llm, width),
         "connector": connector(model.connector, model.sam.grid_size),
         "pixel_decoder": pixel_decoder(model.pixel_decoder, maps),
-        "decoder": decoder(model.decoder, model.semantic_flow.mode, maps, passes, rows, model.classes),
-        "masks": masks(model.decoder, mask_pixels(model.pixel_decoder, maps), passes, targets, losses.points),
+        "decoder": decoder(model.mask_decoder, model.semantic_flow.mode, maps, passes, rows, model.num_classes),
+        "masks": masks(model.mask_decoder, mask_pixels(model.pixel_decoder, maps), passes, targets, losses.num_points),
     }
     without = (
         () if model.has_language_model else ("siglip", "visual_projector", "seg_projector", "llm", "head", "llm_projector")
@@ -244,7 +247,7 @@ def step_flops(model: FlowSegConfig, shape: BatchShape, losses: LossConfig, trai
     sizes: dict[str, list[int]] = {part: [0, 0] for part in INPUTS}
     for learns, tree in ((1, trainable), (0, frozen)):
         for path, x in flatten_params(tree).items():
-            for part in part_of(path, model.llm.tie_embeddings):
+            for part in part_of(path, model.llm.tie_word_embeddings):
                 sizes[part][learns] += x.size
     trained = {part: learns / max(learns + rests, 1) for part, (rests, learns) in sizes.items()}
 

@@ -85,9 +85,11 @@ def open_train_data(config: ConfigDict, program: TrainProgram) -> TrainDataset:
     if model.has_language_model:
         own = [member.prepared for member in members if member.prepared.tokenizer_directory]
         tokenizer = open_tokenizer((own or [members[0].prepared])[0], plan.prompts, config.data.tokenizer)
-        if tokenizer.vocab > model.llm.vocab:
-            raise UserError(f"model.llm.vocab is {model.llm.vocab}, the tokenizer {tokenizer.name} has {tokenizer.vocab} ids")
-    if model.classes:
+        if tokenizer.vocab > model.llm.vocab_size:
+            raise UserError(
+                f"model.llm.vocab is {model.llm.vocab_size}, the tokenizer {tokenizer.name} has {tokenizer.vocab} ids"
+            )
+    if model.num_classes:
         known = {m.prepared.categories: m.prepared.directory for m in members if m.prepared.task in ("referring", "generic")}
         if len(known) > 1:
             raise UserError(
@@ -95,8 +97,8 @@ def open_train_data(config: ConfigDict, program: TrainProgram) -> TrainDataset:
                 "one list: train on one of them, or without the head"
             )
         for categories, directory in known.items():
-            if len(categories) > model.classes:
-                raise UserError(f"model.classes is {model.classes}, {directory} has {len(categories)} categories")
+            if len(categories) > model.num_classes:
+                raise UserError(f"model.classes is {model.num_classes}, {directory} has {len(categories)} categories")
     data = TrainDataset(
         members,
         plan.shape,

@@ -59,10 +59,10 @@ class RunConfig:
         optimizer = config.optimizer.to_dict()
         losses = LossConfig(**optimizer.pop("losses"))
         data = config.data
-        objects = data.objects if model.classes or model.named_pass != "off" else "referred"
+        objects = data.objects if model.num_classes or model.generic_pass != "off" else "referred"
         options = TrainOptions(
             objects=objects,
-            include_generic=model.named_pass != "off" and objects == "all",
+            include_generic=model.generic_pass != "off" and objects == "all",
             negatives=data.names > 0,
             curriculum=tuple((until, dict(weights)) for until, weights in data.curriculum),
             explanation_prob=data.explain,
@@ -71,18 +71,20 @@ class RunConfig:
             threads=data.threads,
             workers=data.workers,
         )
-        names = 0 if model.named_pass == "off" else data.names or data.masks
+        names = 0 if model.generic_pass == "off" else data.names or data.masks
         sides = model.sam.image_size, model.siglip.image_size
         shape = BatchShape(config.batch_size, data.text, data.phrases, data.masks, *sides, names)
-        if config.batch_size % model.negatives_group:
-            raise UserError(f"batch_size {config.batch_size} is no multiple of model.negatives_group {model.negatives_group}")
-        if data.square and model.parts == "all":
+        if config.batch_size % model.negatives_group_size:
+            raise UserError(
+                f"batch_size {config.batch_size} is no multiple of model.negatives_group {model.negatives_group_size}"
+            )
+        if data.square and model.components == "all":
             raise UserError(
                 "data.square is for models without a mask decoder (stage 2): evaluation and prediction stretch images"
             )
-        if model.has_mask_decoder and data.masks > model.decoder.queries:
+        if model.has_mask_decoder and data.masks > model.mask_decoder.num_queries:
             raise UserError(
-                f"data.masks is {data.masks}, and a target takes one of the model.decoder.queries={model.decoder.queries}: "
+                f"data.masks is {data.masks}, and a target takes one of the model.decoder.queries={model.mask_decoder.num_queries}: "
                 "lower the one or raise the other"
             )
         if model.has_language_model and data.text <= model.num_visual_tokens:
@@ -128,7 +130,7 @@ class TrainProgram:
         mesh = parallel.make_mesh(config.mesh.to_dict(), devices)
         ways = math.prod(mesh.shape[axis] for axis in parallel.BATCH_AXES)
         division = BatchPartition(plan.shape.batch, ways, plan.optimizer.accumulate)
-        division.validate(plan.model.negatives_group)
+        division.validate(plan.model.negatives_group_size)
 
         whole, described = flowseg.abstract_model(plan.model)
         graphdef = parallel.mark_fsdp_axes(nnx.merge(whole, described), mesh)

@@ -20,13 +20,13 @@ from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation import runner
 from flowseg_jax.evaluation.evaluator import Evaluator
 from flowseg_jax.models import flowseg
-from flowseg_jax.models.mask_decoder import DecoderConfig, MaskDecoder
+from flowseg_jax.models.mask_decoder import MaskDecoder, MaskDecoderConfig
 from flowseg_jax.models.semantic_flow import Conditions, SemanticFlowConfig
 from flowseg_jax.types import ExpressionQueries, ImageInputs
 from tests.helpers import small
 
 WIDTH, IMAGES, PASSES, ROWS = 12, 2, 3, 4
-CFG = DecoderConfig(width=WIDTH, queries=5, layers=4, heads=3, ffn=20, query_std=1.0, remat="none")
+CFG = MaskDecoderConfig(embed_dim=WIDTH, num_queries=5, num_layers=4, num_heads=3, mlp_dim=20, query_init_std=1.0, remat="none")
 
 
 @pytest.mark.parametrize("flow", [("sr_cr", "post"), ("sr", "residual"), ("off", "post")], ids=lambda flow: "-".join(flow))
@@ -46,7 +46,7 @@ def test_decoding_with_everything_seen_is_the_decoder(flow, rng):
     found = layer_trace.decode_with_trace(decoder, *arguments)
     for name in ("queries", "mask_embeds", "class_logits"):
         np.testing.assert_allclose(getattr(found, name), getattr(expected, name), rtol=1e-5, atol=1e-5)
-    assert found.conditions.shape == (CFG.layers + 1, passes, ROWS, WIDTH)
+    assert found.conditions.shape == (CFG.num_layers + 1, passes, ROWS, WIDTH)
     np.testing.assert_array_equal(found.conditions[0], conditions.embeds)
     moved = np.abs(np.diff(found.conditions, axis=0)).max((0, 2, 3)) > 1e-3
     assert moved[1:].all() == moved[1:].any() == (flow[0] == "sr_cr")

@@ -227,9 +227,13 @@ def test_one_expression_of_several_is_the_row_that_would_stand_alone():
 def test_full_size_is_the_papers_with_1753_visual_tokens():
     full = SIZES["full"]
     assert full.model.num_visual_tokens == 1753 and full.prompt == 1800
-    assert (full.seven.sam.layers, full.seven.siglip.layers, full.seven.llm.layers) == (4, 5, 6)
-    assert (full.seven.pixel_decoder.layers, full.seven.decoder.layers, full.seven.llm.vocab) == (1, 2, 8192)
-    assert full.seven.llm.width == 2560 and full.seven.sam.global_layers == (3,)
+    assert (full.seven.sam.num_hidden_layers, full.seven.siglip.num_hidden_layers, full.seven.llm.num_hidden_layers) == (
+        4,
+        5,
+        6,
+    )
+    assert (full.seven.pixel_decoder.num_layers, full.seven.mask_decoder.num_layers, full.seven.llm.vocab_size) == (1, 2, 8192)
+    assert full.seven.llm.hidden_size == 2560 and full.seven.sam.global_attn_indexes == (3,)
 
 
 def test_startup_is_a_table(monkeypatch, capsys):

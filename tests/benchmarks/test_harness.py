@@ -254,7 +254,7 @@ def test_the_random_batch_is_whole():
     assert ((batch.input_ids == IMAGE_TOKEN_INDEX).sum(1) == cfg.num_visual_tokens).all()
     text = batch.input_ids[batch.input_ids != IMAGE_TOKEN_INDEX]
     assert text.min() >= 0
-    assert text.max() < cfg.llm.vocab
+    assert text.max() < cfg.llm.vocab_size
     for row in range(4):
         assert set(batch.phrase_ids[row]) == {-1, 0, 1, 2, 3, 4}  # two phrases and the names of three masks
         assert set(batch.seg_ids[row]) == {-1, 0, 1, 2}  # one output a conversation

@@ -264,7 +264,7 @@ def test_a_whole_model_from_its_towers(tmp_path, hf):
     run("flowseg", f"llm={tmp_path / 'llm'}", f"siglip={tmp_path / 'siglip'}", f"sam={hf('sam')}", out, *small)
     loaded = pretrained.load_pretrained(out, dtype=None)
     cfg = FlowSegConfig.from_dict(loaded.model_config)
-    assert (cfg.connector_layers, cfg.llm.vocab, cfg.semantic_flow.mode) == ((2, 4, 5), 262, "sr_cr")
+    assert (cfg.connector_hidden_layers, cfg.llm.vocab_size, cfg.semantic_flow.mode) == ((2, 4, 5), 262, "sr_cr")
     for part in ("siglip", "llm"):
         alone = pretrained.load_pretrained(tmp_path / part, dtype=None, towers=True).params
         assert equal(loaded.params[part], alone)

@@ -20,7 +20,7 @@ from convert_weights.plan import detect_family, make_plan
 from convert_weights.sources import Entry
 from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.models.language import LanguageConfig
-from flowseg_jax.models.mask_decoder import DecoderConfig
+from flowseg_jax.models.mask_decoder import MaskDecoderConfig
 from flowseg_jax.models.pixel_decoder import PixelDecoderConfig
 from flowseg_jax.models.sam import SamConfig
 from flowseg_jax.models.semantic_flow import SemanticFlowConfig
@@ -43,7 +43,7 @@ SMOLLM2 = {
     "tie_word_embeddings": True,
 }
 MASK2FORMER = Mask2FormerConfig(
-    PixelDecoderConfig.mask2former((1536, 768, 384, 192), levels=3), DecoderConfig(), 133
+    PixelDecoderConfig.mask2former((1536, 768, 384, 192), levels=3), MaskDecoderConfig(), 133
 )  # fmt: skip
 TOWERS = {
     "qwen3_4b": ("qwen3", dataclasses.replace(LanguageConfig.qwen3_4b(), vocab=151936)),
@@ -116,7 +116,7 @@ def test_xsam(name, mode):
         re.match(r"llm\.lm_head|segmentor\.(encoder\.neck|shared_image)|vision_encoder.*(head|post_layernorm)", n)
         for n in unused
     )
-    assert set(plan.twins) == ({"llm.lm_head.weight"} if cfg.llm.tie_embeddings else set())
+    assert set(plan.twins) == ({"llm.lm_head.weight"} if cfg.llm.tie_word_embeddings else set())
 
 
 @pytest.mark.parametrize("layout", ["main", "aaai"])
@@ -143,7 +143,7 @@ def test_four_levels_have_no_fpn_stage():
         connector=dataclasses.replace(three.connector, channels=(1024,) * 4, scales=(4, 2, 1, 0.5)),
         connector_layers=(6, 12, 18, 24),
         pixel_decoder=PixelDecoderConfig.mask2former((2048, 1024, 512, 256)),
-        decoder=DecoderConfig(levels=4),
+        decoder=MaskDecoderConfig(num_levels=4),
     )
     family = get_family("xsam")
     ours = Abstract("xsam_qwen3_1b7")

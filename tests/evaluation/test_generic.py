@@ -567,7 +567,7 @@ def test_several_conversations_are_asked_as_if_each_stood_alone(prepared):
     alone = generic.CategoryPrompts.of(second)
     find = jax.jit(lambda p, b: generic.score_categories(flowseg.bind_params(ours.graphdef, p), b, alone))
     want, want_logits = find(ours.params, rows(prepared, cfg, alone))
-    q = cfg.decoder.queries
+    q = cfg.mask_decoder.num_queries
     np.testing.assert_allclose(scores[:, q:, 5:], want, atol=1e-5)
     np.testing.assert_allclose(logits[:, q:], want_logits, atol=1e-4)
     assert not np.asarray(scores[:, q:, :5]).any() and not np.asarray(scores[:, :q, 5:]).any()

@@ -33,7 +33,7 @@ def ran(tmp_path_factory):
     def tiny(cls, vocab: int = 512, classes: int = 0) -> FlowSegConfig:
         llm = dataclasses.replace(LanguageConfig.tiny(vocab), width=28, layers=1, head_dim=14, mlp=36)
         lean = small.lean(negatives_group=1, llm=llm)
-        return dataclasses.replace(lean, decoder=dataclasses.replace(lean.decoder, queries=12))
+        return dataclasses.replace(lean, decoder=dataclasses.replace(lean.mask_decoder, queries=12))
 
     size = stages.Size(shapes=40, reasonseg=10, panoptic=16, chat=16, steps=(40, 40, 2), evaluated=0)
     with pytest.MonkeyPatch.context() as patch:
@@ -69,7 +69,7 @@ def test_each_stage_hands_on_what_it_has(ran):
 def test_every_stage_has_a_config_for_every_language_model(stage, llm):
     config = configs.read(f"configs/{stage}.py:{llm}")
     plan = RunConfig.from_config(config)
-    assert plan.model.parts == {"stage1": "segmentor", "stage2": "language", "stage3": "all"}[stage[:6]]
+    assert plan.model.components == {"stage1": "segmentor", "stage2": "language", "stage3": "all"}[stage[:6]]
     if llm == "tiny":
         return
     # The scaffold's recipe (xsam_scaffold.md 3.3), with FlowSeg's two epochs of stage 3.
@@ -93,7 +93,7 @@ def test_every_stage_has_a_config_for_every_language_model(stage, llm):
     assert lr_multipliers(list(multiplied), optimizer.groups) == multiplied
     if stage == "stage3_mixed":
         images = sum(SETS.values())
-        assert plan.model.negatives_group == 8 and config.steps > 2 * images // 64 and plan.shape.max_names == 128
+        assert plan.model.negatives_group_size == 8 and config.steps > 2 * images // 64 and plan.shape.max_names == 128
 
 
 def test_an_unknown_language_model_is_named():
@@ -116,4 +116,4 @@ def test_a_lesson_is_a_data_set_of_ones_own(tmp_path):
     with pytest.raises(UserError, match="mine: cannot be made"):
         toy_dataset.write(tmp_path / "mine")
     plan = RunConfig.from_config(configs.read("configs/finetune.py"))
-    assert plan.model.classes == 0 and plan.model.named_pass == "off" and plan.options.objects == "referred"
+    assert plan.model.num_classes == 0 and plan.model.generic_pass == "off" and plan.options.objects == "referred"

@@ -110,7 +110,7 @@ def sam(a: Arrays, cfg: SamConfig) -> dict:
         }
 
     stacks: dict[str, list[dict]] = {}
-    for i in range(cfg.layers):
+    for i in range(cfg.num_hidden_layers):
         name, index = cfg.stack_and_index(i)
         assert len(stacks.setdefault(name, [])) == index
         stacks[name].append(layer(i))

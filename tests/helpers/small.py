@@ -15,7 +15,7 @@ from flowseg_jax.models import flowseg
 from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.models.connectors import ConnectorConfig
 from flowseg_jax.models.language import LanguageConfig
-from flowseg_jax.models.mask_decoder import DecoderConfig
+from flowseg_jax.models.mask_decoder import MaskDecoderConfig
 from flowseg_jax.models.pixel_decoder import PixelDecoderConfig
 from flowseg_jax.models.sam import SamConfig
 from flowseg_jax.models.siglip import SiglipConfig
@@ -31,26 +31,36 @@ def config(**changes) -> FlowSegConfig:
     """Widths differ from each other on purpose; no layer count equals another."""
     base = FlowSegConfig(
         sam=SamConfig(32, 8, 24, 2, 2, 32, 3, (1,), remat="none"),
-        siglip=SiglipConfig(image_size=16, patch_size=8, width=20, layers=2, heads=2, mlp=24, remat="none"),
+        siglip=SiglipConfig(
+            image_size=16,
+            patch_size=8,
+            hidden_size=20,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=24,
+            remat="none",
+        ),
         llm=dataclasses.replace(LanguageConfig.tiny(VOCAB), width=28, layers=1, head_dim=14, mlp=36),
-        connector=ConnectorConfig(channels=(24, 24, 24), hidden=12),
+        connector=ConnectorConfig(channels=(24, 24, 24), hidden_channels=12),
         pixel_decoder=PixelDecoderConfig(
             channels=(48, 24, 12),
             strides=(32, 16, 8),
-            width=16,
-            mask_width=16,
-            layers=1,
-            heads=2,
-            points=2,
-            ffn=24,
-            groups=4,
+            embed_dim=16,
+            mask_dim=16,
+            num_layers=1,
+            num_heads=2,
+            num_points=2,
+            mlp_dim=24,
+            norm_groups=4,
             remat="none",
         ),
-        decoder=DecoderConfig(width=16, queries=5, layers=4, heads=2, ffn=24, query_std=1.0, remat="none"),
-        connector_layers=(1, 1, 2),
-        classes=3,
-        named_pass="flow",
-        negatives_group=2,
+        mask_decoder=MaskDecoderConfig(
+            embed_dim=16, num_queries=5, num_layers=4, num_heads=2, mlp_dim=24, query_init_std=1.0, remat="none"
+        ),
+        connector_hidden_layers=(1, 1, 2),
+        num_classes=3,
+        generic_pass="flow",
+        negatives_group_size=2,
         exclude_same_target=True,
     )
     return dataclasses.replace(base, **changes)
@@ -60,10 +70,10 @@ def lean(**changes) -> FlowSegConfig:
     """Half the program to compile: referring passes only, one level of features, two decoder layers."""
     whole = config()
     return config(
-        connector=ConnectorConfig(channels=(24,), hidden=12, scales=(1,)),
+        connector=ConnectorConfig(channels=(24,), hidden_channels=12, scales=(1,)),
         connector_layers=(2,),
         pixel_decoder=dataclasses.replace(whole.pixel_decoder, channels=(24,), strides=(8,), common_stride=8),
-        decoder=dataclasses.replace(whole.decoder, layers=2, levels=1),
+        decoder=dataclasses.replace(whole.mask_decoder, layers=2, levels=1),
         classes=0,
         named_pass="off",
         **changes,
@@ -139,9 +149,9 @@ def batch(cfg: FlowSegConfig, *, images: int = 2, phrases: int = 2, masks: int =
         packed_masks=np.packbits(soft > 0.6, axis=-1),
         mask_valid=np.ones((images, masks), bool),
         phrase_target=(np.arange(images * phrases).reshape(images, phrases) % masks).astype(np.int32),
-        object_category=rng.integers(0, max(cfg.classes, 1), (images, masks)).astype(np.int32),
+        object_category=rng.integers(0, max(cfg.num_classes, 1), (images, masks)).astype(np.int32),
         object_name=np.broadcast_to(np.arange(masks, dtype=np.int32), (images, masks)).copy(),
-        name_valid=np.ones((images, 0 if cfg.named_pass == "off" else masks), bool),
+        name_valid=np.ones((images, 0 if cfg.generic_pass == "off" else masks), bool),
         example_id=np.arange(images, dtype=np.int32),
     )
 

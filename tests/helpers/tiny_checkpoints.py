@@ -17,7 +17,7 @@ from flowseg_jax.models.boundary import BoundaryConfig
 from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.models.connectors import ConnectorConfig
 from flowseg_jax.models.language import LanguageConfig
-from flowseg_jax.models.mask_decoder import DecoderConfig
+from flowseg_jax.models.mask_decoder import MaskDecoderConfig
 from flowseg_jax.models.pixel_decoder import PixelDecoderConfig
 from flowseg_jax.models.sam import SamConfig
 from flowseg_jax.models.semantic_flow import SemanticFlowConfig
@@ -32,9 +32,11 @@ XSAM = FlowSegConfig(
     siglip=SiglipConfig(56, 14, 32, 3, 2, 64),
     llm=LanguageConfig("qwen3", 264, 64, 2, 4, 2, 16, 112, 1e6, 1e-6, True, True),
     connector=ConnectorConfig((48, 48, 48), 24),
-    connector_layers=(2, 3, 4),
-    pixel_decoder=PixelDecoderConfig((96, 48, 24), (32, 16, 8), width=64, mask_width=64, layers=2, heads=4, ffn=96),
-    decoder=DecoderConfig(width=64, queries=20, layers=3, heads=4, ffn=128),
+    connector_hidden_layers=(2, 3, 4),
+    pixel_decoder=PixelDecoderConfig(
+        (96, 48, 24), (32, 16, 8), embed_dim=64, mask_dim=64, num_layers=2, num_heads=4, mlp_dim=96
+    ),
+    mask_decoder=MaskDecoderConfig(embed_dim=64, num_queries=20, num_layers=3, num_heads=4, mlp_dim=128),
     semantic_flow=SemanticFlowConfig(mode="off"),
     boundary=BoundaryConfig(enabled=False),
 )

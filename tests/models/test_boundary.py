@@ -12,7 +12,7 @@ from flowseg_jax.models.boundary import BoundaryConfig, BoundaryRefinement
 
 
 def make(**changes) -> BoundaryRefinement:
-    return BoundaryRefinement(6, BoundaryConfig(channels=3, **changes), rngs=nnx.Rngs(0))
+    return BoundaryRefinement(6, BoundaryConfig(hidden_channels=3, **changes), rngs=nnx.Rngs(0))
 
 
 def inputs(rng):

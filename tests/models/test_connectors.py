@@ -99,7 +99,7 @@ def test_padding_of_odd_sizes(units):
 @pytest.mark.parametrize("scale", [0.5, 2])
 def test_one_level_with_odd_sizes_is_xsams(units, scale):
     prefix = f"conv_connector/scale{scale}/"
-    cfg = ConnectorConfig(channels=(8,), hidden=6, scales=(scale,))
+    cfg = ConnectorConfig(channels=(8,), hidden_channels=6, scales=(scale,))
     connector = empty(lambda: SegConnector(cfg, rngs=nnx.Rngs(0)))
     load_level(connector.levels[0], units, f"{prefix}model.")
     (out,) = run(connector, (jnp.asarray(units[f"{prefix}in_nhwc"]),))
@@ -107,7 +107,7 @@ def test_one_level_with_odd_sizes_is_xsams(units, scale):
 
 
 def test_connector_is_xsams(pyramid):
-    cfg = ConnectorConfig(channels=(48, 48, 48), hidden=24)
+    cfg = ConnectorConfig(channels=(48, 48, 48), hidden_channels=24)
     connector = empty(lambda: SegConnector(cfg, rngs=nnx.Rngs(0)))
     for j in range(3):
         load_level(connector.levels[j], pyramid, f"weights/seg_connector.model.{j}.model.")
@@ -145,7 +145,7 @@ def test_projector_values_and_gradients_against_torch():
 
 def test_widths_and_sizes_that_all_differ():
     """Four maps of different widths, given in no particular order of scale, on an odd non-square grid."""
-    cfg = ConnectorConfig(channels=(8, 12, 20, 16), hidden=10, scales=(0.5, 4, 1, 2))
+    cfg = ConnectorConfig(channels=(8, 12, 20, 16), hidden_channels=10, scales=(0.5, 4, 1, 2))
     connector = empty(lambda: SegConnector(cfg, rngs=nnx.Rngs(0)))
     maps = tuple(jnp.ones((2, 5, 7, c), jnp.bfloat16) for c in cfg.channels)
     out = jax.eval_shape(connector, maps)
@@ -158,13 +158,13 @@ def test_widths_and_sizes_that_all_differ():
 
 def test_levels_stay_aligned_when_one_needs_more_padding():
     """With a scale of 1/4 every map is padded to a multiple of 4, so that all levels cover the same area."""
-    cfg = ConnectorConfig(channels=(8, 8), hidden=6, scales=(1, 0.25))
+    cfg = ConnectorConfig(channels=(8, 8), hidden_channels=6, scales=(1, 0.25))
     out = jax.eval_shape(empty(lambda: SegConnector(cfg, rngs=nnx.Rngs(0))), (jnp.ones((1, 6, 5, 8)),) * 2)
     assert [x.shape for x in out] == [(1, 2, 2, 32), (1, 8, 8, 8)]
 
 
 def test_initial_values_and_names():
-    connector = SegConnector(ConnectorConfig(channels=(64, 64, 64), hidden=48), rngs=nnx.Rngs(0))
+    connector = SegConnector(ConnectorConfig(channels=(64, 64, 64), hidden_channels=48), rngs=nnx.Rngs(0))
     for level in connector.levels:
         for conv in (level.conv1, level.conv2, level.conv3):
             assert conv.bias is None
@@ -193,4 +193,4 @@ def test_full_size_has_xsams_shapes():
 )
 def test_config_errors(fields):
     with pytest.raises(UserError):
-        ConnectorConfig(hidden=4, **fields)
+        ConnectorConfig(hidden_channels=4, **fields)

@@ -21,7 +21,7 @@ from flowseg_jax.models.semantic_flow import SemanticFlowConfig
 from flowseg_jax.types import ExpressionQueries, ImageInputs
 from tests.helpers import small
 
-LOSSES = LossConfig(points=24, vocabulary_chunk=16)
+LOSSES = LossConfig(num_points=24, logits_chunk_size=16)
 OFF = SemanticFlowConfig(mode="off")
 
 

@@ -72,7 +72,7 @@ def test_right_padded_rows_equal_hugging_face(reference):
         expected = run_reference(reference, tokens, real)
         # Hugging Face's last state is normalised, the others are not.
         states = [*(reference.model.norm(x) for x in expected.hidden_states[:-1]), expected.hidden_states[-1]]
-    for layers in range(1, cfg.layers + 1):
+    for layers in range(1, cfg.num_hidden_layers + 1):
         part = dataclasses.replace(cfg, layers=layers)
         model = model_of(part, params_of(arrays, part))
         hidden = jax.jit(lambda t, model=model: model(model.embed(t), positions, segments))(tokens)
@@ -85,9 +85,9 @@ def test_right_padded_rows_equal_hugging_face(reference):
 
 def test_gradients_equal_hugging_face(reference):
     cfg = config_of(reference)
-    cfg = dataclasses.replace(cfg, remat={"qwen3": "full", "phi3": "none", "llama": "dots"}[cfg.family])
+    cfg = dataclasses.replace(cfg, remat={"qwen3": "full", "phi3": "none", "llama": "dots"}[cfg.model_type])
     tokens, real, positions, segments = padded_rows()
-    probe = np.random.default_rng(1).normal(size=(2, 13, cfg.vocab)).astype(np.float32) * real[..., None]
+    probe = np.random.default_rng(1).normal(size=(2, 13, cfg.vocab_size)).astype(np.float32) * real[..., None]
     reference.zero_grad()
     (run_reference(reference, tokens, real).logits * torch.tensor(probe)).sum().backward()
     graphdef, _ = nnx.split(nnx.eval_shape(lambda: LanguageModel(cfg, rngs=nnx.Rngs(0))))
@@ -107,7 +107,7 @@ def test_conversations_behind_one_prefix_equal_separate_runs(reference):
     model = model_of(cfg, params_of(hf_convert.weights(reference), cfg))
     rng = np.random.default_rng(2)
     prefix, talks = 6, (4, 7, 3)
-    embeds = rng.normal(size=(1, prefix + sum(talks) + 2, cfg.width)).astype(np.float32)
+    embeds = rng.normal(size=(1, prefix + sum(talks) + 2, cfg.hidden_size)).astype(np.float32)
     parts = [np.arange(prefix)] + [prefix + np.arange(n) for n in talks] + [np.zeros(2, int)]
     ids = [0] * prefix + [i + 1 for i, n in enumerate(talks) for _ in range(n)] + [-1] * 2
     segments = np.array(ids)[None]
@@ -123,11 +123,11 @@ def test_conversations_behind_one_prefix_equal_separate_runs(reference):
 def test_more_padding_changes_nothing():
     cfg = LanguageConfig.tiny(50)
     model = LanguageModel(cfg, rngs=nnx.Rngs(0))
-    embeds = np.random.default_rng(3).normal(size=(1, 8, cfg.width)).astype(np.float32)
+    embeds = np.random.default_rng(3).normal(size=(1, 8, cfg.hidden_size)).astype(np.float32)
     positions, segments = np.arange(8)[None], np.array([[0, 0, 0, 1, 1, 2, 2, 2]])
     call = jax.jit(model.__call__)
     short = call(embeds, positions, segments)
-    junk = np.full((1, 5, cfg.width), 1e3, np.float32)
+    junk = np.full((1, 5, cfg.hidden_size), 1e3, np.float32)
     long = call(
         np.concatenate([embeds, junk], 1),
         np.concatenate([positions, np.zeros((1, 5), int)], 1),

@@ -15,7 +15,7 @@ from transformers.models.mask2former import modeling_mask2former as hf
 
 from convert_weights.convert import import_params
 from convert_weights.families import Mask2Former, Mask2FormerConfig
-from flowseg_jax.models.mask_decoder import DecoderConfig, mask_logits
+from flowseg_jax.models.mask_decoder import MaskDecoderConfig, mask_logits
 from flowseg_jax.models.pixel_decoder import PixelDecoderConfig
 from tests.helpers import hf_convert
 
@@ -23,7 +23,7 @@ WIDTH, MASK_WIDTH, QUERIES, LAYERS, CLASSES = 32, 20, 7, 5, 4
 CHANNELS = (12, 10, 6)
 CFG = Mask2FormerConfig(
     PixelDecoderConfig.mask2former(CHANNELS, width=WIDTH, mask_width=MASK_WIDTH, layers=1, heads=2, ffn=28),
-    DecoderConfig(width=WIDTH, queries=QUERIES, layers=LAYERS, heads=2, ffn=44, mask_width=MASK_WIDTH),
+    MaskDecoderConfig(embed_dim=WIDTH, num_queries=QUERIES, num_layers=LAYERS, num_heads=2, mlp_dim=44, mask_dim=MASK_WIDTH),
     CLASSES,
 )
 LEVELS = ((3, 4), (5, 7), (10, 13))  # the last has the masks' size; five layers read the levels 0 1 2 0 1

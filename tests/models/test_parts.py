@@ -16,7 +16,7 @@ from flowseg_jax.models import flowseg
 from flowseg_jax.models.semantic_flow import SemanticFlowConfig
 from tests.helpers import small
 
-LOSSES = LossConfig(points=24, vocabulary_chunk=16)
+LOSSES = LossConfig(num_points=24, logits_chunk_size=16)
 LANGUAGE = {"llm", "siglip", "visual_projector", "seg_projector"}
 MASKS = {"connector", "pixel_decoder", "decoder", "boundary", "category_head"}
 

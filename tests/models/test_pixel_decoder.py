@@ -56,7 +56,7 @@ def from_torch(cfg: PixelDecoderConfig, weights: dict[str, np.ndarray], prefix: 
     norms = {"norm1": "self_attn_layer_norm", "norm2": "final_layer_norm"}
     for ours, theirs in (matrices | norms).items():
         for kind in ("weight", "bias"):
-            names = [f"{prefix}encoder.layers.{i}.{theirs}.{kind}" for i in range(cfg.layers)]
+            names = [f"{prefix}encoder.layers.{i}.{theirs}.{kind}" for i in range(cfg.num_layers)]
             value = np.stack([weights[name].T for name in names])
             leaf = "bias" if kind == "bias" else "scale" if ours in norms else "kernel"
             out[f"layers/{ours}/{leaf}"] = value
@@ -228,7 +228,15 @@ def test_four_maps_give_masks_the_size_of_the_finest():
 
 
 SMALL = PixelDecoderConfig(
-    channels=(12, 8), strides=(16, 8), width=64, mask_width=20, layers=3, heads=4, points=3, ffn=40, remat="none"
+    channels=(12, 8),
+    strides=(16, 8),
+    embed_dim=64,
+    mask_dim=20,
+    num_layers=3,
+    num_heads=4,
+    num_points=3,
+    mlp_dim=40,
+    remat="none",
 )
 
 
@@ -295,7 +303,9 @@ def test_images_of_a_batch_are_independent(small_params, small_features):
 
 
 def test_initial_values():
-    cfg = PixelDecoderConfig(channels=(48, 40, 36), strides=(32, 16, 8), width=64, mask_width=24, layers=2, heads=8, ffn=96)
+    cfg = PixelDecoderConfig(
+        channels=(48, 40, 36), strides=(32, 16, 8), embed_dim=64, mask_dim=24, num_layers=2, num_heads=8, mlp_dim=96
+    )
     params = flatten(jax.jit(lambda: nnx.to_pure_dict(nnx.state(PixelDecoder(cfg, rngs=nnx.Rngs(0)))))())
     for name, x in params.items():
         x = np.asarray(x)

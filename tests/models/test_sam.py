@@ -69,7 +69,7 @@ def test_every_hidden_state_equals_hugging_face(pattern):
     layers, global_layers = PATTERNS[pattern]
     reference = build_reference(layers, global_layers)
     cfg = SamConfig.from_hf(reference.config.to_dict())
-    assert cfg.grid_size == 9 and cfg.global_layers == global_layers
+    assert cfg.grid_size == 9 and cfg.global_attn_indexes == global_layers
     model = hf_convert.build(lambda: SamImageEncoder(cfg, rngs=nnx.Rngs(0)), hf_convert.sam(hf_convert.weights(reference), cfg))
     images = images_of(58)
     _, states = run_reference(reference, images)
@@ -137,7 +137,7 @@ def test_gradients_equal_hugging_face(pattern, remat):
 def test_global_attention_never_holds_scores_or_bias_of_all_queries(monkeypatch):
     """With chunked attention no array of the whole tower is as large as all scores: the relative positions add none."""
     cfg = dataclasses.replace(SamConfig.tiny(), layers=1, heads=4, global_layers=(0,))
-    largest = cfg.heads * cfg.grid_size**4
+    largest = cfg.num_attention_heads * cfg.grid_size**4
     monkeypatch.setattr(attention_module, "WHOLE_BYTES", largest)
     monkeypatch.setattr(attention_module, "CHUNK_BYTES", largest)
     monkeypatch.setattr(grid, "CHUNK_BYTES", largest)
@@ -180,8 +180,14 @@ def test_every_parameter_names_its_axes():
 
 def test_from_hf_falls_back_to_the_class_defaults():
     cfg = SamConfig.from_hf({"vision_config": {}})
-    assert (cfg.width, cfg.layers, cfg.mlp, cfg.window, cfg.global_layers) == (768, 12, 3072, 14, (2, 5, 8, 11))
-    assert SamConfig.from_hf({"window_size": 0, "num_hidden_layers": 3, "hidden_size": 24}).global_layers == (0, 1, 2)
+    assert (cfg.width, cfg.num_hidden_layers, cfg.mlp_dim, cfg.window_size, cfg.global_attn_indexes) == (
+        768,
+        12,
+        3072,
+        14,
+        (2, 5, 8, 11),
+    )
+    assert SamConfig.from_hf({"window_size": 0, "num_hidden_layers": 3, "hidden_size": 24}).global_attn_indexes == (0, 1, 2)
 
 
 def test_wrong_use_is_refused():

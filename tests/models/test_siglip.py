@@ -94,7 +94,14 @@ def test_every_parameter_names_its_axes():
 
 def test_from_hf_falls_back_to_the_class_defaults():
     cfg = SiglipConfig.from_hf({"vision_config": {"image_size": 384}})
-    assert (cfg.image_size, cfg.patch_size, cfg.width, cfg.layers, cfg.heads, cfg.mlp) == (384, 16, 768, 12, 12, 3072)
+    assert (
+        cfg.image_size,
+        cfg.patch_size,
+        cfg.hidden_size,
+        cfg.num_hidden_layers,
+        cfg.num_attention_heads,
+        cfg.intermediate_size,
+    ) == (384, 16, 768, 12, 12, 3072)
 
 
 def test_wrong_use_is_refused(cfg, params):

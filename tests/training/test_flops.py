@@ -36,7 +36,7 @@ SHAPE = BatchShape(4, 1920, 4, 16, 1024, 384)
 def test_known_sizes_in_gflop_an_image():
     """The roofline of the scaffold at 896 tokens, from its layer sizes; its pixel decoder ends at a quarter of the image."""
     pyramid = PixelDecoderConfig.mask2former((2048, 1024, 512, 256), levels=3)
-    decoder = flops.decoder(FULL.decoder, "off", flops.levels(FULL), 1, 1)
+    decoder = flops.decoder(FULL.mask_decoder, "off", flops.levels(FULL), 1, 1)
     whole_masks = 10 * 2 * 200 * 256**2 * 256  # the scaffold computes every query's mask after every layer
     found = {
         "sam": flops.sam(FULL.sam, 24).forward,
@@ -76,14 +76,14 @@ def test_the_encoders_multiply_what_is_counted():
     found = traced(lambda r: SamImageEncoder(cfg, rngs=r), lambda m, x: m(x, (12, 18, 24, 23)), (1, 1024, 1024, 3))
     # The program has the position of a key in its scores as 2 * size more columns, which the mathematics does not ask for; in
     # the global layers not on a CPU, which is one of two branches.
-    folded = 2 * cfg.heads * (20 * 70**2 * 14**2 * 28 + 4 * 64**2 * 64**2 * 128 / 2)
+    folded = 2 * cfg.num_attention_heads * (20 * 70**2 * 14**2 * 28 + 4 * 64**2 * 64**2 * 128 / 2)
     assert found == pytest.approx(flops.sam(cfg, 24).forward + folded, rel=2e-3)
 
 
 def test_the_language_model_multiplies_what_is_counted():
     cfg, tokens = LanguageConfig.qwen3_4b(), 1920
     ids = np.zeros((1, tokens), np.int32)
-    found = traced(lambda r: LanguageModel(cfg, rngs=r), lambda m, x: m(x, ids, ids), (1, tokens, cfg.width))
+    found = traced(lambda r: LanguageModel(cfg, rngs=r), lambda m, x: m(x, ids, ids), (1, tokens, cfg.hidden_size))
     work = flops.language(cfg, tokens)
     masked_away = (
         work.activation_products * (tokens - 1) / (tokens + 1)
@@ -109,7 +109,7 @@ def test_connector_and_pixel_decoder_multiply_what_is_counted():
 
 @pytest.mark.parametrize("mode", ["off", "sr", "sr_cr"])
 def test_the_mask_decoder_multiplies_what_is_counted(mode):
-    cfg, passes, rows = FULL.decoder, 5, 17
+    cfg, passes, rows = FULL.mask_decoder, 5, 17
     flow = dataclasses.replace(FULL.semantic_flow, mode=mode)
     yes = np.ones((passes, rows), bool)
 
@@ -180,9 +180,9 @@ def test_what_a_batch_asks_for_is_counted():
     more_text = flops.forward(cfg, dataclasses.replace(SHAPE, text=SHAPE.text_length + 167), LossConfig())
     assert base["head"].forward * 2 == pytest.approx(more_text["head"].forward)  # 167 tokens behind the visual ones
     assert base["llm"].forward < more_text["llm"].forward
-    assert flops.forward(cfg, SHAPE, LossConfig(language=0.0))["head"] == FlopCount()
+    assert flops.forward(cfg, SHAPE, LossConfig(language_weight=0.0))["head"] == FlopCount()
     more_phrases = flops.forward(cfg, dataclasses.replace(SHAPE, phrases=10), LossConfig())  # 6 passes become 12
     assert more_phrases["decoder"].no_grad_products == pytest.approx(2 * base["decoder"].no_grad_products)
     assert more_phrases["sam"] == base["sam"]
-    half = flops.forward(cfg, SHAPE, LossConfig(points=6272))
+    half = flops.forward(cfg, SHAPE, LossConfig(num_points=6272))
     assert half["masks"].no_grad_products * 2 == pytest.approx(base["masks"].no_grad_products)

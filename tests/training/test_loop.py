@@ -171,8 +171,8 @@ def test_the_configs_ask_for_data_that_their_model_can_read(name, monkeypatch):
     if config.data.tokenizer:
         assert "tokenizer_vocab" not in asked
     else:
-        assert asked["tokenizer_vocab"] == plan.model.llm.vocab
-        assert plan.model.classes == len(CATEGORIES)
+        assert asked["tokenizer_vocab"] == plan.model.llm.vocab_size
+        assert plan.model.num_classes == len(CATEGORIES)
     assert (asked["seed"] != 0) == (name == "shapes_shipped") == ("mix" in asked)  # the benchmark itself stays unseen
 
 

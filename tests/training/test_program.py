@@ -101,12 +101,12 @@ def test_square_is_for_models_without_a_mask_decoder():
     stage2 = dataclasses.replace(CFG, parts="language", semantic_flow=SemanticFlowConfig(mode="off"), classes=0)
     assert RunConfig.from_config(experiment(stage2, square=True)).options.pad_to_square is True
     assert (
-        RunConfig.from_config(experiment(stage2, masks=CFG.decoder.queries + 1)).shape.max_masks == 6
+        RunConfig.from_config(experiment(stage2, masks=CFG.mask_decoder.num_queries + 1)).shape.max_masks == 6
     )  # it has no queries to run out of
 
 
 def test_the_smallest_and_largest_values_that_fit():
-    queries, visual = CFG.decoder.queries, CFG.num_visual_tokens
+    queries, visual = CFG.mask_decoder.num_queries, CFG.num_visual_tokens
     assert RunConfig.from_config(experiment(masks=queries, text=visual + 1)).shape.max_masks == queries
     with pytest.raises(UserError, match=rf"data\.masks is {queries + 1}, .*model\.decoder\.queries={queries}: lower the one"):
         RunConfig.from_config(experiment(masks=queries + 1))

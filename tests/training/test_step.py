@@ -23,7 +23,7 @@ from flowseg_jax.types import IGNORE_INDEX, PAD
 from tests.helpers import small
 
 CFG = dataclasses.replace(small.lean(), named_pass="flow", classes=3)
-LOSSES = LossConfig(points=24, vocabulary_chunk=16)
+LOSSES = LossConfig(num_points=24, logits_chunk_size=16)
 OPTIMIZER = optax.sgd(1.0, momentum=0.5)
 
 
@@ -85,7 +85,7 @@ def test_parts_give_the_update_of_the_whole(network, batch, steps):
 def test_the_batch_alone_gives_the_denominators(batch):
     found = {name: float(count) for name, count in denominators(CFG, batch, LOSSES).items()}
     assert found.pop("language") == (batch.labels[:, 1:] != IGNORE_INDEX).sum()
-    q = CFG.decoder.queries
+    q = CFG.mask_decoder.num_queries
     rows = {"refer": batch.phrase_mask.reshape(-1, 1), "named": batch.object_name, "category": batch.object_class}
     for name, targets in rows.items():  # a row is a pass
         masks = (targets != PAD).sum()

@@ -27,10 +27,15 @@ GOLDEN = Path(__file__).resolve().parents[2] / "golden" / "xsam"
 def test_the_committed_model():
     """Qwen3 with three levels: one FPN stage, masks of stride 8."""
     cfg = Fixture(GOLDEN).model(images=2, clamp=500.0)
-    assert (cfg.llm.family, cfg.llm.qk_norm, cfg.llm.tie_embeddings, cfg.llm.sliding_window) == ("qwen3", True, True, None)
-    assert cfg.connector_layers == (2, 3, 4) and cfg.connector.scales == (2, 1, 0.5)
+    assert (cfg.llm.model_type, cfg.llm.qk_norm, cfg.llm.tie_word_embeddings, cfg.llm.sliding_window) == (
+        "qwen3",
+        True,
+        True,
+        None,
+    )
+    assert cfg.connector_hidden_layers == (2, 3, 4) and cfg.connector.scales == (2, 1, 0.5)
     assert cfg.pixel_decoder.channels == (96, 48, 24) and cfg.pixel_decoder.fpn_stages == 1
-    assert (cfg.decoder.layers, cfg.decoder.logit_clamp, cfg.negatives_group) == (3, 500.0, 2)
+    assert (cfg.mask_decoder.num_layers, cfg.mask_decoder.logit_clamp, cfg.negatives_group_size) == (3, 500.0, 2)
     assert cfg.semantic_flow.mode == "off" and not cfg.boundary.enabled and cfg.dtype == "float32"
 
 
