@@ -36,7 +36,7 @@ Tensors = dict[str, torch.Tensor]
 
 def sam_config(cfg: SamConfig) -> SamVisionConfig:
     config = SamVisionConfig(
-        hidden_size=cfg.width,
+        hidden_size=cfg.hidden_size,
         num_hidden_layers=cfg.num_hidden_layers,
         num_attention_heads=cfg.num_attention_heads,
         image_size=cfg.image_size,
@@ -220,7 +220,7 @@ class FlowSegTorch(nn.Module):
         with torch.device("meta"):
             self.sam = nn.Module()
             self.sam.patch_embed = sam.SamPatchEmbeddings(mask)
-            self.sam.pos_embed = nn.Parameter(torch.zeros(1, cfg.sam.grid_size, cfg.sam.grid_size, cfg.sam.width))
+            self.sam.pos_embed = nn.Parameter(torch.zeros(1, cfg.sam.grid_size, cfg.sam.grid_size, cfg.sam.hidden_size))
             windows = (0 if i in cfg.sam.global_attn_indexes else cfg.sam.window_size for i in range(cfg.sam.num_hidden_layers))
             self.sam.layers = nn.ModuleList([sam.SamVisionLayer(mask, window) for window in windows])
             self.siglip = nn.Module()
@@ -238,7 +238,7 @@ class FlowSegTorch(nn.Module):
             self.llm.layers = nn.ModuleList([qwen3.Qwen3DecoderLayer(text, i) for i in range(cfg.llm.num_hidden_layers)])
             self.llm.norm = qwen3.Qwen3RMSNorm(cfg.llm.hidden_size, cfg.llm.rms_norm_eps)
             self.visual_projector = projector(cfg.siglip.hidden_size, cfg.llm.hidden_size, cfg.llm.hidden_size)
-            self.seg_projector = projector(4 * cfg.sam.width, cfg.llm.hidden_size, cfg.llm.hidden_size)
+            self.seg_projector = projector(4 * cfg.sam.hidden_size, cfg.llm.hidden_size, cfg.llm.hidden_size)
             self.llm_projector = projector(cfg.llm.hidden_size, width, width)
             self.connector = Connector(cfg.connector)
             self.pixel_decoder = mask2former.Mask2FormerPixelDecoder(decoders, list(cfg.pixel_decoder.channels[::-1]))

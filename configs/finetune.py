@@ -28,7 +28,7 @@ def get_config(checkpoint: str = "") -> ConfigDict:
     stored = read_model_config(checkpoint)
     # Categories and names are those of the checkpoint's own training data: here, expressions alone are learned.
     model = dataclasses.replace(
-        FlowSegConfig.from_dict(stored["model"], f"{checkpoint}/config.json: model"), classes=0, named_pass="off"
+        FlowSegConfig.from_dict(stored["model"], f"{checkpoint}/config.json: model"), num_classes=0, generic_pass="off"
     )
     model.require_full_model(checkpoint)
     config = shapes_tiny()

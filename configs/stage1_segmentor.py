@@ -21,11 +21,11 @@ def get_config(size: str = "qwen3_4b") -> ConfigDict:
     config, model = stage(size)
     model = dataclasses.replace(
         model,
-        parts="segmentor",
-        classes=9 if size == "tiny" else 133,
-        named_pass="off",
+        components="segmentor",
+        num_classes=9 if size == "tiny" else 133,
+        generic_pass="off",
         semantic_flow=SemanticFlowConfig(mode="off"),
-        negatives_group=1,
+        negatives_group_size=1,
     )
     config.data.tokenizer = ""
     config.data.update(text=8, phrases=1)  # nothing is said

@@ -21,7 +21,7 @@ IMAGES = 558_128
 
 def get_config(llm: str = "qwen3_4b") -> ConfigDict:
     config, model = stage(llm)
-    model = dataclasses.replace(model, parts="language", named_pass="off", negatives_group=1)
+    model = dataclasses.replace(model, components="vlm", generic_pass="off", negatives_group_size=1)
     config.data.update(phrases=1, masks=1, square=True)
     config.optimizer.losses.language = 1.0
     if llm == "tiny":

@@ -51,7 +51,7 @@ def stage(llm: str) -> tuple[ConfigDict, FlowSegConfig]:
         config.checkpoint_every = 100
         config.data.tokenizer = TINY_TOKENIZER
         config.optimizer.losses.class_gain = 1.0
-        return config, dataclasses.replace(FlowSegConfig.tiny(TINY_VOCAB), named_pass="off")
+        return config, dataclasses.replace(FlowSegConfig.tiny(TINY_VOCAB), generic_pass="off")
     config.log_every = 10
     config.checkpoint_every = 500
     config.data.tokenizer = f"weights/{llm}/tokenizer"
@@ -64,7 +64,7 @@ def stage(llm: str) -> tuple[ConfigDict, FlowSegConfig]:
 
 def get_config(llm: str = "qwen3_4b") -> ConfigDict:
     config, model = stage(llm)
-    model = dataclasses.replace(model, named_pass="flow", exclude_same_target=True)
+    model = dataclasses.replace(model, generic_pass="with_flow", exclude_same_target=True)
     # Stage 1's SAM last: stage 2's copy of it rests in bfloat16.
     config.init_from = ("runs/stage2_align/model", "runs/stage1_segmentor/model")
     config.data.objects = "referred"
@@ -74,7 +74,7 @@ def get_config(llm: str = "qwen3_4b") -> ConfigDict:
         config.data.sets = tuple((directory, 0.0) for directory in TINY_SETS)
         config.data.update(phrases=6, masks=12, names=10, text=420)
     else:
-        model = dataclasses.replace(model, negatives_group=8)
+        model = dataclasses.replace(model, negatives_group_size=8)
         config.batch_size = 64
         config.steps = 2 * sum(repeat_factor_counts(list(SETS.values()))) // config.batch_size  # two epochs
         config.data.sets = tuple((directory, 0.0) for directory in SETS)

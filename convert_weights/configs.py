@@ -203,7 +203,7 @@ def sam_from_shapes(shapes: Shapes, prefix: str = "segmentor.encoder.") -> SamCo
     return SamConfig(
         image_size=grid * patch,
         patch_size=patch,
-        width=width,
+        hidden_size=width,
         num_hidden_layers=layers,
         num_attention_heads=width // tables[0][1],
         mlp_dim=shapes[f"{prefix}{blocks}.0.mlp.lin1.weight"][0],
@@ -213,7 +213,7 @@ def sam_from_shapes(shapes: Shapes, prefix: str = "segmentor.encoder.") -> SamCo
 
 
 def connector_from_shapes(shapes: Shapes, sam: SamConfig) -> tuple[ConnectorConfig, tuple[int, ...]]:
-    """The connector, and the layers that it reads: the last quarters of the encoder, as X-SAM has them (scaffold 2.2)."""
+    """The connector, and the layers that it reads: the last quarters of the encoder, as X-SAM has them."""
     levels = shapes.count("seg_connector.model.")
     hidden, width = shapes["seg_connector.model.0.model.0.weight"][:2]
     scales = tuple(shapes[f"seg_connector.model.{i}.model.4.weight"][0] / width for i in range(levels))
@@ -272,7 +272,7 @@ def llm_from_shapes(shapes: Shapes, chosen: LanguageConfig | None) -> LanguageCo
             f"the checkpoint's language model has width {width} and {layers} layers, {asked}; "
             "give --llm DIR with its config.json"
         )
-    return dataclasses.replace(fitting[0], vocab=vocab)
+    return dataclasses.replace(fitting[0], vocab_size=vocab)
 
 
 def siglip_from_shapes(shapes: Shapes, chosen: SiglipConfig | None, vision: str) -> SiglipConfig:
@@ -287,7 +287,7 @@ def siglip_from_shapes(shapes: Shapes, chosen: SiglipConfig | None, vision: str)
             f"{base.hidden_size}, {base.patch_size} and {base.num_patches}; give --siglip DIR with its config.json"
         )
     mlp = shapes[f"{prefix}encoder.layers.0.mlp.fc1.weight"][0]
-    return dataclasses.replace(base, layers=shapes.count(f"{prefix}encoder.layers."), mlp=mlp)
+    return dataclasses.replace(base, num_hidden_layers=shapes.count(f"{prefix}encoder.layers."), intermediate_size=mlp)
 
 
 def stage1_from_shapes(shapes: Shapes) -> Stage1Config:
@@ -336,10 +336,10 @@ def xsam_from_shapes(
 def joined_config(
     llm: LanguageConfig, siglip: SiglipConfig, sam: SamConfig, stage1: Stage1Config | None, mode: str, dtype: str
 ) -> FlowSegConfig:
-    """A FlowSeg around towers, with X-SAM's connector and decoders: those of `stage1`, or full-sized ones."""
+    """A FlowSeg around encoders and a language model; connector and decoders are those of `stage1`, or X-SAM's full-sized ones."""
     if stage1 is None:
         scales = ConnectorConfig.sam_large().scales
-        connector = ConnectorConfig((sam.width,) * len(scales), sam.width // 2, scales)
+        connector = ConnectorConfig((sam.hidden_size,) * len(scales), sam.hidden_size // 2, scales)
         pixel = PixelDecoderConfig.mask2former(connector.out_channels)
         stage1 = Stage1Config(sam, connector, quarters(sam.num_hidden_layers, len(scales)), pixel, MaskDecoderConfig(), 0)
     elif stage1.sam != sam:
@@ -359,7 +359,7 @@ def joined_config(
 
 
 def override(cfg: Any, settings: Sequence[str]) -> Any:
-    """The config with `KEY=VALUE`s set; keys are dotted (`decoder.heads=4`), values are Python literals or bare words.
+    """The config with `KEY=VALUE`s set; keys are dotted (`mask_decoder.num_heads=4`), values are Python literals or bare words.
 
     Raises:
         UserError: no such key, or values that do not fit each other.
@@ -372,7 +372,7 @@ def override(cfg: Any, settings: Sequence[str]) -> Any:
         for parent in parents:
             node = node.get(parent) if isinstance(node, dict) else None
         if not equals or not isinstance(node, dict) or last not in node:
-            raise UserError(f"--set {setting}: expected KEY=VALUE with a key of the config (say decoder.heads=4)")
+            raise UserError(f"--set {setting}: expected KEY=VALUE with a key of the config (say mask_decoder.num_heads=4)")
         try:
             node[last] = ast.literal_eval(text)
         except (ValueError, SyntaxError):
@@ -388,33 +388,33 @@ def rebuild(kind: type, values: Mapping[str, Any]) -> Any:
 
 
 def to_hf(family: str, cfg: Any) -> dict[str, Any] | None:
-    """Hugging Face's `config.json` of an exported tower, or None where its class needs more than a tower."""
+    """Hugging Face's `config.json` of an exported encoder or language model, or None where its class needs more than that."""
     if family == "siglip2":
         return {
             "model_type": "siglip_vision_model",
             "architectures": ["SiglipVisionModel"],
-            "hidden_size": cfg.width,
-            "intermediate_size": cfg.mlp,
-            "num_hidden_layers": cfg.layers,
-            "num_attention_heads": cfg.heads,
+            "hidden_size": cfg.hidden_size,
+            "intermediate_size": cfg.intermediate_size,
+            "num_hidden_layers": cfg.num_hidden_layers,
+            "num_attention_heads": cfg.num_attention_heads,
             "image_size": cfg.image_size,
             "patch_size": cfg.patch_size,
-            "layer_norm_eps": cfg.eps,
+            "layer_norm_eps": cfg.layer_norm_eps,
             "hidden_act": "gelu_pytorch_tanh",
         }
     if family == "sam":
         return {
             "model_type": "sam_vision_model",
             "architectures": ["SamVisionModel"],
-            "hidden_size": cfg.width,
-            "mlp_dim": cfg.mlp,
-            "num_hidden_layers": cfg.layers,
-            "num_attention_heads": cfg.heads,
+            "hidden_size": cfg.hidden_size,
+            "mlp_dim": cfg.mlp_dim,
+            "num_hidden_layers": cfg.num_hidden_layers,
+            "num_attention_heads": cfg.num_attention_heads,
             "image_size": cfg.image_size,
             "patch_size": cfg.patch_size,
-            "window_size": cfg.window,
-            "global_attn_indexes": list(cfg.global_layers),
-            "layer_norm_eps": cfg.eps,
+            "window_size": cfg.window_size,
+            "global_attn_indexes": list(cfg.global_attn_indexes),
+            "layer_norm_eps": cfg.layer_norm_eps,
         }
     if isinstance(cfg, LanguageConfig):
         classes = {"qwen3": "Qwen3ForCausalLM", "phi3": "Phi3ForCausalLM", "llama": "LlamaForCausalLM"}

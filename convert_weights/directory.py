@@ -48,8 +48,8 @@ class ModelDirectory:
         else:
             model = fields.read(FAMILIES["flowseg"].config, config["model"], f"{directory}/config.json: model")
             prefix = "" if not family.tower else WITHIN.get(family.name, "?")
-            if prefix == "?" or (prefix == "llm/" and model.llm.family != family.name):
-                held = f", its language model is {model.llm.family}" if prefix == "llm/" else ""
+            if prefix == "?" or (prefix == "llm/" and model.llm.model_type != family.name):
+                held = f", its language model is {model.llm.model_type}" if prefix == "llm/" else ""
                 raise UserError(f"{directory} holds a whole model{held}: {family.name} cannot be taken out of it")
             self.cfg = {"llm/": model.llm, "siglip/": model.siglip, "sam/": model.sam}.get(prefix, model)
         stored = {n: kind for n, kind in config["manifest"].items() if n.startswith(prefix)}

@@ -12,7 +12,7 @@ import jax
 from flax import nnx
 from jax.sharding import AbstractMesh
 
-from convert_weights import segmentor, towers
+from convert_weights import encoders, segmentor
 from convert_weights.ops import Shape
 from convert_weights.table import Row, Section, Table, linear, unnumbered
 from flowseg_jax import sharding
@@ -41,7 +41,7 @@ class Mask2FormerConfig:
 class Mask2Former(nnx.Module):
     def __init__(self, cfg: Mask2FormerConfig, *, rngs: nnx.Rngs):
         self.pixel_decoder = PixelDecoder(cfg.pixel_decoder, rngs=rngs)
-        self.decoder = MaskDecoder(cfg.decoder, SemanticFlowConfig(mode="off"), rngs=rngs)
+        self.mask_decoder = MaskDecoder(cfg.decoder, SemanticFlowConfig(mode="off"), rngs=rngs)
         self.category_head = Linear(cfg.decoder.embed_dim, cfg.classes + 1, rngs=rngs)
 
 
@@ -62,7 +62,7 @@ class Stage1(nnx.Module):
         self.sam = SamImageEncoder(cfg.sam, rngs=rngs)
         self.connector = SegConnector(cfg.connector, rngs=rngs)
         self.pixel_decoder = PixelDecoder(cfg.pixel_decoder, rngs=rngs)
-        self.decoder = MaskDecoder(cfg.decoder, SemanticFlowConfig(mode="off"), rngs=rngs)
+        self.mask_decoder = MaskDecoder(cfg.decoder, SemanticFlowConfig(mode="off"), rngs=rngs)
         self.category_head = Linear(cfg.decoder.embed_dim, cfg.classes + 1, rngs=rngs)
 
 
@@ -156,7 +156,7 @@ def _rest(*ignore: str) -> Section:
 
 
 def _language(name: str, table: Table, **layouts: Table) -> CheckpointFamily:
-    tiny = dataclasses.replace(LanguageConfig.tiny(8), family=name, qk_norm=name == "qwen3")
+    tiny = dataclasses.replace(LanguageConfig.tiny(8), model_type=name, qk_norm=name == "qwen3")
     tables = {"hf": table, **layouts}
     return CheckpointFamily(
         name, LanguageConfig, LanguageModel, {k: _only(v) for k, v in tables.items()}, lambda: tiny, resizable_vocab=True
@@ -172,16 +172,16 @@ def _decoders(source_pixel: str, source_decoder: str, head: tuple[Row, ...], cat
     """The mask decoder, whose class heads are named apart from it."""
     return (
         Section(segmentor.PIXEL_DECODER, source_pixel, "pixel_decoder/", lambda cfg: cfg.pixel_decoder),
-        Section(segmentor.DECODER, source_decoder, "decoder/", lambda cfg: cfg.decoder),
+        Section(segmentor.DECODER, source_decoder, "mask_decoder/", lambda cfg: cfg.decoder),
         Section(Table((*head, *category))),
     )
 
 
 def _segmentor(logit_scale: str, predictor: str) -> tuple[Section, ...]:
     """X-SAM's segmentor: mask encoder, connector, decoders, class head."""
-    scale = (Row(logit_scale, "decoder/logit_scale"),)
+    scale = (Row(logit_scale, "mask_decoder/logit_scale"),)
     return (
-        Section(towers.SAM, "segmentor.encoder.", "sam/", lambda cfg: cfg.sam),
+        Section(encoders.SAM, "segmentor.encoder.", "sam/", lambda cfg: cfg.sam),
         Section(segmentor.CONNECTOR, "seg_connector.", "connector/", lambda cfg: cfg.connector),
         *_decoders(
             "segmentor.pixel_decoder.", "segmentor.decoder.", scale, linear(predictor, "category_head")
@@ -197,13 +197,13 @@ _AAAI = _segmentor("segmentor.logit_scale", "segmentor.class_predictor")
 def _xsam(vision: str, parts: tuple[Section, ...], *more: Section) -> Callable[[FlowSegConfig], tuple[Section, ...]]:
     def sections(cfg: FlowSegConfig) -> tuple[Section, ...]:
         return (
-            Section(towers.language(cfg.llm), "llm.", "llm/", lambda cfg: cfg.llm),
-            Section(towers.SIGLIP, f"{vision}.vision_model.", "siglip/", lambda cfg: cfg.siglip),
+            Section(encoders.language(cfg.llm), "llm.", "llm/", lambda cfg: cfg.llm),
+            Section(encoders.SIGLIP, f"{vision}.vision_model.", "siglip/", lambda cfg: cfg.siglip),
             *under(Section(segmentor.PROJECTOR), source="visual_projector.", target="visual_projector/"),
             *under(Section(segmentor.PROJECTOR), source="seg_projector.", target="seg_projector/"),
             *under(Section(segmentor.PROJECTOR), source="llm_projector.", target="llm_projector/"),
             *parts,
-            Section(Table((Row("bg_embeds.weight", "background"),))),
+            Section(Table((Row("bg_embeds.weight", "background_embed"),))),
             Section(segmentor.BOUNDARY, "segmentor.boundary.", "boundary/"),
             *more,
         )
@@ -217,9 +217,9 @@ _HEAD = _rest(r"segmentor\.class_predictor\.(predictor\.)?(weight|bias)")
 _FLOWSEG_LAYOUTS = {"main": _xsam("vision_encoder", _MAIN, _HEAD), "aaai": _xsam("visual_encoder", _AAAI, _HEAD)}
 # What FlowSeg adds to X-SAM, and the linear head of its closed-vocabulary pass.
 _ADDED = (
-    r"decoder/layers/semantic/(attention|norm)/",
-    r"decoder/layers/semantic/gate/",
-    r"decoder/layers/refinement/",
+    r"mask_decoder/layers/semantic_refinement/(attn|norm)/",
+    r"mask_decoder/layers/semantic_refinement/gate/",
+    r"mask_decoder/layers/condition_refinement/",
     r"boundary/",
     r"category_head/",
 )
@@ -230,23 +230,23 @@ _JOINTS = (
     r"llm_projector/",
     r"connector/",
     r"pixel_decoder/",
-    r"decoder/logit_scale",
-    r"decoder/",
-    r"background",
+    r"mask_decoder/logit_scale",
+    r"mask_decoder/",
+    r"background_embed",
 )
 _M2F_HEAD = linear("class_predictor", "category_head")
 
 FAMILIES: dict[str, CheckpointFamily] = {
     family.name: family
     for family in (
-        _language("qwen3", towers.QWEN3),
-        _language("phi3", towers.PHI3),
-        _language("llama", towers.LLAMA, gguf=towers.LLAMA_GGUF),
+        _language("qwen3", encoders.QWEN3),
+        _language("phi3", encoders.PHI3),
+        _language("llama", encoders.LLAMA, gguf=encoders.LLAMA_GGUF),
         CheckpointFamily(
             "siglip2",
             SiglipConfig,
             SiglipVisionEncoder,
-            {"hf": _inside(towers.SIGLIP, "vision_model."), "encoder": _only(towers.SIGLIP)},
+            {"hf": _inside(encoders.SIGLIP, "vision_model."), "encoder": _only(encoders.SIGLIP)},
             SiglipConfig.tiny,
         ),
         CheckpointFamily(
@@ -254,10 +254,10 @@ FAMILIES: dict[str, CheckpointFamily] = {
             SamConfig,
             SamImageEncoder,
             {
-                "hf": _inside(towers.SAM, "vision_encoder."),
-                "encoder": _only(towers.SAM),
-                "meta": _inside(towers.SAM_META, "image_encoder."),
-                "meta_encoder": _only(towers.SAM_META),
+                "hf": _inside(encoders.SAM, "vision_encoder."),
+                "encoder": _only(encoders.SAM),
+                "meta": _inside(encoders.SAM_META, "image_encoder."),
+                "meta_encoder": _only(encoders.SAM_META),
             },
             SamConfig.tiny,
         ),
@@ -272,7 +272,7 @@ FAMILIES: dict[str, CheckpointFamily] = {
                 )
             },
             lambda: Mask2FormerConfig(PixelDecoderConfig.tiny(), MaskDecoderConfig.tiny(), 3),
-            newly_initialized=(r"decoder/logit_scale",),
+            newly_initialized=(r"mask_decoder/logit_scale",),
         ),
         CheckpointFamily(
             "xsam_stage1",
@@ -287,7 +287,7 @@ FAMILIES: dict[str, CheckpointFamily] = {
                 MaskDecoderConfig.tiny(),
                 3,
             ),
-            newly_initialized=(r"decoder/logit_scale",),
+            newly_initialized=(r"mask_decoder/logit_scale",),
         ),
         CheckpointFamily(
             "xsam", FlowSegConfig, FlowSeg, _XSAM_LAYOUTS, FlowSegConfig.tiny, newly_initialized=_ADDED, tower=False

@@ -119,9 +119,9 @@ def open_conversion(request: ConversionRequest) -> Iterator[ConversionJob]:
         tokenizer, extended = _tokenizer(request, base, source, Path(scratch), template)
         count = None if extended is None else extended.rows
         if count is not None and isinstance(cfg, LanguageConfig):
-            cfg = dataclasses.replace(cfg, vocab=count)
+            cfg = dataclasses.replace(cfg, vocab_size=count)
         elif count is not None and family.resizable_vocab:
-            cfg = dataclasses.replace(cfg, llm=dataclasses.replace(cfg.llm, vocab=count))
+            cfg = dataclasses.replace(cfg, llm=dataclasses.replace(cfg.llm, vocab_size=count))
         cfg = configs.override(cfg, request.settings)
         if count is not None and isinstance(cfg, LanguageConfig) and cfg.vocab_size < count:
             raise UserError(f"vocab={cfg.vocab_size} has no row for each of the tokenizer's {count} ids: leave --set vocab out")
@@ -134,11 +134,11 @@ def open_conversion(request: ConversionRequest) -> Iterator[ConversionJob]:
                 load_tokenizer(tokenizer, needed=chat.special_tokens)
                 if count != cfg.llm.vocab_size:
                     raise UserError(
-                        f"the tokenizer has {count} ids with its segmentation tokens, the checkpoint's table {cfg.llm.vocab_size} "
-                        "rows: give the tokenizer of its language model"
+                        f"the tokenizer has {count} ids with its segmentation tokens, the checkpoint's table "
+                        f"{cfg.llm.vocab_size} rows: give the tokenizer of its language model"
                     )
         plan = make_plan(family, cfg, source, request.dtype)
-        asked = any(setting.startswith(("vocab=", "llm.vocab=")) for setting in request.settings)
+        asked = any(setting.startswith(("vocab_size=", "llm.vocab_size=")) for setting in request.settings)
         if extended is None and plan.resized and not asked:  # only a tokenizer, or the user, says that rows are padding
             name, (found, rows) = next(iter(plan.resized.items()))
             raise UserError(

@@ -1,4 +1,4 @@
-"""The tables of what joins the towers and of the mask decoder, under the names of X-SAM (scaffold 6), a port of Hugging Face's.
+"""The tables of the connectors and of the mask decoder, under the names of X-SAM, a port of Hugging Face's.
 
 What FlowSeg adds has no name there. Its text cross-attention is our SR's attention and keeps X-SAM's names; gate, CR and BAR
 are named in the same style, so that a whole FlowSeg can be exported and read back.
@@ -11,7 +11,7 @@ from flowseg_jax.models.connectors import ConnectorConfig
 from flowseg_jax.models.mask_decoder import MaskDecoderConfig
 from flowseg_jax.models.pixel_decoder import PixelDecoderConfig
 
-PROJECTOR = Table((*linear("model.0", "up"), *linear("model.2", "down")))
+PROJECTOR = Table((*linear("model.0", "linear_1"), *linear("model.2", "linear_2")))
 
 
 def _connector_levels(cfg: ConnectorConfig) -> dict:
@@ -45,20 +45,20 @@ def _pixel_axes(cfg: PixelDecoderConfig) -> dict:
 PIXEL_DECODER = Table(
     (
         Row("level_embed", "level_embed"),
-        *conv("input_projections.{level}.0", "projections/{level}/conv"),
-        *norm("input_projections.{level}.1", "projections/{level}/norm"),
-        *linear("encoder.layers.{layer}.self_attn.sampling_offsets", "layers/attention/offsets"),
-        *linear("encoder.layers.{layer}.self_attn.attention_weights", "layers/attention/weights"),
-        *linear("encoder.layers.{layer}.self_attn.value_proj", "layers/attention/value"),
-        *linear("encoder.layers.{layer}.self_attn.output_proj", "layers/attention/output"),
-        *norm("encoder.layers.{layer}.self_attn_layer_norm", "layers/norm1"),
-        *linear("encoder.layers.{layer}.fc1", "layers/up"),
-        *linear("encoder.layers.{layer}.fc2", "layers/down"),
-        *norm("encoder.layers.{layer}.final_layer_norm", "layers/norm2"),
-        *conv("adapter_{adapter}.0", "lateral/{stage}/conv", bias=False),
-        *norm("adapter_{adapter}.1", "lateral/{stage}/norm"),
-        *conv("layer_{adapter}.0", "fuse/{stage}/conv", bias=False),
-        *norm("layer_{adapter}.1", "fuse/{stage}/norm"),
+        *conv("input_projections.{level}.0", "input_projections/{level}/conv"),
+        *norm("input_projections.{level}.1", "input_projections/{level}/norm"),
+        *linear("encoder.layers.{layer}.self_attn.sampling_offsets", "layers/self_attn/sampling_offsets"),
+        *linear("encoder.layers.{layer}.self_attn.attention_weights", "layers/self_attn/attention_weights"),
+        *linear("encoder.layers.{layer}.self_attn.value_proj", "layers/self_attn/value_proj"),
+        *linear("encoder.layers.{layer}.self_attn.output_proj", "layers/self_attn/output_proj"),
+        *norm("encoder.layers.{layer}.self_attn_layer_norm", "layers/self_attn_layer_norm"),
+        *linear("encoder.layers.{layer}.fc1", "layers/fc1"),
+        *linear("encoder.layers.{layer}.fc2", "layers/fc2"),
+        *norm("encoder.layers.{layer}.final_layer_norm", "layers/final_layer_norm"),
+        *conv("adapter_{adapter}.0", "lateral_convs/{stage}/conv", bias=False),
+        *norm("adapter_{adapter}.1", "lateral_convs/{stage}/norm"),
+        *conv("layer_{adapter}.0", "output_convs/{stage}/conv", bias=False),
+        *norm("layer_{adapter}.1", "output_convs/{stage}/norm"),
         *conv("mask_projection", "mask_projection"),
     ),
     _pixel_axes,
@@ -68,8 +68,8 @@ PIXEL_DECODER = Table(
 def _attention(source: str, target: str) -> tuple[Row, ...]:
     """torch.nn.MultiheadAttention: the three in-projections are one matrix."""
     return (
-        *linear(f"{source}.in_proj", f"{target}/query {target}/key {target}/value", suffix="_"),
-        *linear(f"{source}.out_proj", f"{target}/output"),
+        *linear(f"{source}.in_proj", f"{target}/q_proj {target}/k_proj {target}/v_proj", suffix="_"),
+        *linear(f"{source}.out_proj", f"{target}/out_proj"),
     )
 
 
@@ -80,27 +80,27 @@ def _decoder_axes(cfg: MaskDecoderConfig) -> dict:
 _LAYER = "decoder.layers.{layer}."
 DECODER = Table(
     (
-        Row("queries_embedder.weight", "query_position"),
-        Row("queries_features.weight", "query_content"),
+        Row("queries_embedder.weight", "queries_embedder"),
+        Row("queries_features.weight", "queries_features"),
         Row("level_embed.weight", "level_embed"),
-        *_attention(_LAYER + "cross_attn", "layers/cross"),
-        *norm(_LAYER + "cross_attn_layer_norm", "layers/cross_norm"),
-        *linear(_LAYER + "self_attn.q_proj", "layers/self_attention/query"),
-        *linear(_LAYER + "self_attn.k_proj", "layers/self_attention/key"),
-        *linear(_LAYER + "self_attn.v_proj", "layers/self_attention/value"),
-        *linear(_LAYER + "self_attn.out_proj", "layers/self_attention/output"),
-        *norm(_LAYER + "self_attn_layer_norm", "layers/self_norm"),
-        *linear(_LAYER + "fc1", "layers/up"),
-        *linear(_LAYER + "fc2", "layers/down"),
-        *norm(_LAYER + "final_layer_norm", "layers/ffn_norm"),
-        *norm("decoder.layernorm", "norm"),
-        *linear("decoder.mask_predictor.mask_embedder.{mlp}.0", "mask_mlp_{mlp}"),
+        *_attention(_LAYER + "cross_attn", "layers/cross_attn"),
+        *norm(_LAYER + "cross_attn_layer_norm", "layers/cross_attn_layer_norm"),
+        *linear(_LAYER + "self_attn.q_proj", "layers/self_attn/q_proj"),
+        *linear(_LAYER + "self_attn.k_proj", "layers/self_attn/k_proj"),
+        *linear(_LAYER + "self_attn.v_proj", "layers/self_attn/v_proj"),
+        *linear(_LAYER + "self_attn.out_proj", "layers/self_attn/out_proj"),
+        *norm(_LAYER + "self_attn_layer_norm", "layers/self_attn_layer_norm"),
+        *linear(_LAYER + "fc1", "layers/fc1"),
+        *linear(_LAYER + "fc2", "layers/fc2"),
+        *norm(_LAYER + "final_layer_norm", "layers/final_layer_norm"),
+        *norm("decoder.layernorm", "layernorm"),
+        *linear("decoder.mask_predictor.mask_embedder.{mlp}.0", "mask_embedder/{mlp}"),
         # SR and CR
-        *_attention(_LAYER + "text_cross_attn", "layers/semantic/attention"),
-        *norm(_LAYER + "text_cross_attn_layer_norm", "layers/semantic/norm"),
-        *linear(_LAYER + "text_gate", "layers/semantic/gate"),
-        *_attention(_LAYER + "condition_cross_attn", "layers/refinement/attention"),
+        *_attention(_LAYER + "text_cross_attn", "layers/semantic_refinement/attn"),
+        *norm(_LAYER + "text_cross_attn_layer_norm", "layers/semantic_refinement/norm"),
+        *linear(_LAYER + "text_gate", "layers/semantic_refinement/gate"),
+        *_attention(_LAYER + "condition_cross_attn", "layers/condition_refinement/attn"),
     ),
     _decoder_axes,
 )
-BOUNDARY = Table((*conv("compress", "compress"), *conv("refine", "refine"), Row("alpha", "alpha")))
+BOUNDARY = Table((*conv("compress", "feature_proj"), *conv("refine", "refine_conv"), Row("alpha", "alpha")))

@@ -71,8 +71,9 @@ class LossConfig:
             self.importance_sample_ratio * self.num_points
         ):
             raise UserError(
-                f"losses: importance={self.importance_sample_ratio} of points={self.num_points} cannot be chosen from oversample="
-                f"{self.oversample_ratio} candidates each: importance lies in [0, 1], oversample is at least as large"
+                f"losses: importance_sample_ratio={self.importance_sample_ratio} of num_points={self.num_points} cannot be "
+                f"chosen from oversample_ratio={self.oversample_ratio} candidates each: importance_sample_ratio lies in [0, 1], "
+                "oversample_ratio is at least as large"
             )
 
 

@@ -48,7 +48,7 @@ def test_every_value_of_every_field():
 @pytest.mark.parametrize(
     ("place", "value", "message"),
     [
-        ("sam.width", 0, "model.sam.width is 0, expected a whole number from 1 to 1000000"),
+        ("sam.hidden_size", 0, "model.sam.hidden_size is 0, expected a whole number from 1 to 1000000"),
         ("sam.heads", 0, "model.sam.heads is 0, expected a whole number from 1 to 4096"),
         ("sam.image_size", 10**9, "model.sam.image_size is 1000000000, expected a whole number from 1 to 16384"),
         ("llm.rope_theta", float("nan"), "model.llm.rope_theta is nan, expected a number from 1 to 1e.12"),

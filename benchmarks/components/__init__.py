@@ -87,12 +87,14 @@ COMPONENTS: dict[str, Component] = {
     component.name: component
     for component in (
         Component(
-            "sam_window", "towers", "SAM ViT-L window block, 64 x 64 patches", _one(1.15, 1.0), dtypes=(FLOAT32, BFLOAT16)
+            "sam_window", "encoders", "SAM ViT-L window block, 64 x 64 patches", _one(1.15, 1.0), dtypes=(FLOAT32, BFLOAT16)
         ),
-        Component("sam_global", "towers", "SAM ViT-L global block, 4,096 patches", _one(1.3, 1.0), dtypes=(FLOAT32, BFLOAT16)),
-        Component("siglip", "towers", "SigLIP2-so400m block, 729 patches", **_both(1.3, 1.1, 2.0, 1.6)),
-        Component("llm_prefill", "towers", "Qwen3-4B block, a prompt of 1,800 tokens", **_both(1.3, 1.1, 2.0, 1.6)),
-        Component("llm_decode", "towers", "Qwen3-4B block, one token behind 1,800 cached", **_both(1.3, 1.1, 2.0, 1.6)),
+        Component(
+            "sam_global", "encoders", "SAM ViT-L global block, 4,096 patches", _one(1.3, 1.0), dtypes=(FLOAT32, BFLOAT16)
+        ),
+        Component("siglip", "encoders", "SigLIP2-so400m block, 729 patches", **_both(1.3, 1.1, 2.0, 1.6)),
+        Component("llm_prefill", "encoders", "Qwen3-4B block, a prompt of 1,800 tokens", **_both(1.3, 1.1, 2.0, 1.6)),
+        Component("llm_decode", "encoders", "Qwen3-4B block, one token behind 1,800 cached", **_both(1.3, 1.1, 2.0, 1.6)),
         Component("pixel_decoder_layer", "msda", "layer of the pixel decoder, 21,504 tokens"),
         Component("msda", "msda", "deformable attention alone, 21,504 queries", _one(0.5, 0.4)),
         Component("msda_grad", "msda", "the same and its three gradients", _one(0.7, 0.5)),

@@ -27,8 +27,8 @@ class _Layer:
     """One layer in both frameworks, and its inputs: queries, their positions, the finest level and its positions, a mask."""
 
     def __init__(self, sizes: Sizes):
-        decoder = dataclasses.replace(sizes.model.mask_decoder, layers=1)
-        cfg = Mask2FormerConfig(dataclasses.replace(sizes.model.pixel_decoder, layers=1), decoder, 1)
+        decoder = dataclasses.replace(sizes.model.mask_decoder, num_layers=1)
+        cfg = Mask2FormerConfig(dataclasses.replace(sizes.model.pixel_decoder, num_layers=1), decoder, 1)
         params, width = parameters("mask2former", cfg), decoder.embed_dim
         with torch.device("meta"):
             layer = mask2former.Mask2FormerMaskedAttentionDecoderLayer(peer.mask2former_config(cfg.pixel_decoder, decoder))

@@ -81,8 +81,8 @@ def msda_grad(sizes: Sizes, dtype: str) -> Pair:
 
 
 def pixel_decoder_layer(sizes: Sizes, dtype: str) -> Pair:
-    cfg = dataclasses.replace(sizes.model.pixel_decoder, layers=1)
-    whole = Mask2FormerConfig(cfg, dataclasses.replace(sizes.model.mask_decoder, layers=1), 1)
+    cfg = dataclasses.replace(sizes.model.pixel_decoder, num_layers=1)
+    whole = Mask2FormerConfig(cfg, dataclasses.replace(sizes.model.mask_decoder, num_layers=1), 1)
     params, shapes = parameters("mask2former", whole), shapes_of(sizes)
     with torch.device("meta"):
         layer = mask2former.Mask2FormerPixelDecoderEncoderLayer(peer.mask2former_config(cfg, whole.decoder))

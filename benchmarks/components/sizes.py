@@ -50,20 +50,22 @@ def cut(model: FlowSegConfig, sam: int, siglip: int, llm: int, pixel: int, decod
     replace = dataclasses.replace
     return replace(
         model,
-        sam=replace(model.sam, layers=sam, global_layers=(sam - 1,)),
-        siglip=replace(model.siglip, layers=siglip),
-        llm=replace(model.llm, layers=llm),
-        pixel_decoder=replace(model.pixel_decoder, layers=pixel),
-        decoder=replace(model.mask_decoder, layers=decoder),
-        connector_layers=tuple(max(1, sam - 2 + i) for i in range(3)),
+        sam=replace(model.sam, num_hidden_layers=sam, global_attn_indexes=(sam - 1,)),
+        siglip=replace(model.siglip, num_hidden_layers=siglip),
+        llm=replace(model.llm, num_hidden_layers=llm),
+        pixel_decoder=replace(model.pixel_decoder, num_layers=pixel),
+        mask_decoder=replace(model.mask_decoder, num_layers=decoder),
+        connector_hidden_layers=tuple(max(1, sam - 2 + i) for i in range(3)),
     )
 
 
 def _sizes() -> dict[str, Sizes]:
-    qwen = dataclasses.replace(LanguageConfig.qwen3_4b(), vocab=VOCABULARY)
-    full = dataclasses.replace(FlowSegConfig.full(qwen), dtype="float32", negatives_group=1)
-    tiny = dataclasses.replace(FlowSegConfig.tiny(64), named_pass="off", exclude_same_target=False)
-    tiny = dataclasses.replace(tiny, pixel_decoder=dataclasses.replace(tiny.pixel_decoder, points=4))  # HF has no other number
+    qwen = dataclasses.replace(LanguageConfig.qwen3_4b(), vocab_size=VOCABULARY)
+    full = dataclasses.replace(FlowSegConfig.full(qwen), dtype="float32", negatives_group_size=1)
+    tiny = dataclasses.replace(FlowSegConfig.tiny(64), generic_pass="off", exclude_same_target=False)
+    tiny = dataclasses.replace(
+        tiny, pixel_decoder=dataclasses.replace(tiny.pixel_decoder, num_points=4)
+    )  # HF has no other number
     small = cut(tiny, 2, 3, 1, 1, 2)
     # The LLM does not read SigLIP's last layer: of three, two run.
     whole, seven = cut(full, 2, 3, 2, 2, 2), cut(full, 4, 5, 6, 1, 2)

@@ -123,8 +123,10 @@ def full_depth(cfg: FlowSegConfig, words: int) -> dict[str, float]:
     blocks = STACKS["sam"] // 4
     whole = replace(
         cfg,
-        sam=replace(cfg.sam, layers=STACKS["sam"], global_layers=tuple(range(blocks - 1, STACKS["sam"], blocks))),
-        connector_layers=(12, 18, 24),
+        sam=replace(
+            cfg.sam, num_hidden_layers=STACKS["sam"], global_attn_indexes=tuple(range(blocks - 1, STACKS["sam"], blocks))
+        ),
+        connector_hidden_layers=(12, 18, 24),
         **{name: replace(getattr(cfg, name), layers=layers) for name, layers in STACKS.items() if name != "sam"},
     )
 

@@ -262,7 +262,7 @@ class Fixture:
         siglip = SiglipConfig.from_hf(self.value("siglip"))
         llm = LanguageConfig.from_hf(self.value("llm_config"))
         connector = ConnectorConfig(
-            channels=(sam.width,) * levels,
+            channels=(sam.hidden_size,) * levels,
             hidden_channels=self.value("connector_hidden_dim"),
             scales=tuple(self.value("connector_scale_factor")[-levels:]),
         )

@@ -408,7 +408,7 @@ def load_pretrained(
 def _has_tokenizer(config: Mapping[str, Any]) -> bool:
     """Whether it is a model with language: a tower may lack a tokenizer, and so may a segmentor."""
     model = config.get("model")
-    return config.get("tower") is None and not (isinstance(model, dict) and model.get("parts") == "segmentor")
+    return config.get("tower") is None and not (isinstance(model, dict) and model.get("components") == "segmentor")
 
 
 def _cast_floats(tree: Tree, dtype: str | None) -> Tree:

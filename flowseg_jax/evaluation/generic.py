@@ -85,8 +85,8 @@ def score_categories(
 ) -> tuple[Float[Array, "b n c"], Float[Array, "b n h w"]]:
     """Scores and refined mask logits of all candidates of images whose rows ask `questions` (`GenericData`).
 
-    N is the number of queries, times the number of conversations. SR and CR act as in training (`named_pass`); without a named
-    pass in training, as in "flow".
+    N is the number of queries, times the number of conversations. SR and CR act as in training (`generic_pass`); without an
+    open-vocabulary pass in training, as in "with_flow".
     """
     cfg, features = model.cfg, model.look(batch)
     b, count, size, total = len(batch.sam_images), questions.count, questions.size, len(questions.categories)
@@ -95,7 +95,7 @@ def score_categories(
         names = flowseg.pool_spans(projected, batch.phrase_ids, count * size).reshape(b * count, size, -1)
         exists = batch.name_valid.reshape(b * count, size)
         conditions = flowseg.append_background(names, exists, exists, model.background[...])
-        if cfg.generic_pass == "plain":
+        if cfg.generic_pass == "without_flow":
             conditions = dataclasses.replace(conditions, own=jnp.zeros_like(conditions.attend_mask))
         # A conversation's <SEG> bears the number of its first name.
         segs = flowseg.pool_spans(projected, batch.seg_ids, count * size)[:, ::size].reshape(b * count, -1)

@@ -25,12 +25,15 @@ from flowseg_jax.ops.morphology import boundary_band
 
 @dataclasses.dataclass(frozen=True)
 class BoundaryConfig:
-    """Attributes:
-    enabled: without it no parameter exists and masks pass unchanged.
-    kernel: side of the morphological window, in mask-logit pixels.
-    eps: threshold on the morphological gradient of the probabilities (paper: 0.1).
-    channels: width of the compressed pixel features.
-    identity: what makes the module start as the identity: "alpha" = 0, or a zero last "conv" (never both: no gradient).
+    """Sizes and switches of BAR.
+
+    Attributes:
+        enabled: without it no parameter exists and masks pass unchanged.
+        kernel_size: side of the morphological window, in mask-logit pixels.
+        threshold: on the morphological gradient of the probabilities (paper: epsilon = 0.1).
+        hidden_channels: width of the compressed pixel features.
+        identity_init: what makes the module start as the identity: "alpha" = 0, or a zero last "conv" (never both: no
+            gradient).
     """
 
     enabled: bool = True
@@ -41,9 +44,9 @@ class BoundaryConfig:
 
     def __post_init__(self):
         if self.kernel_size < 3 or self.kernel_size % 2 == 0:
-            raise ValueError(f"boundary.kernel is {self.kernel_size}: it must be odd and at least 3")
+            raise ValueError(f"boundary.kernel_size is {self.kernel_size}: it must be odd and at least 3")
         if self.identity_init not in ("alpha", "conv"):
-            raise ValueError(f"boundary.identity is {self.identity_init!r}: choose alpha or conv")
+            raise ValueError(f"boundary.identity_init is {self.identity_init!r}: choose alpha or conv")
 
 
 def conv3x3_to_one_channel(tap: Callable[[int, int], Float[Array, "*b h w"]]) -> Float[Array, "*b h w"]:
@@ -62,9 +65,9 @@ class BoundaryRefinement(nnx.Module):
 
     def __init__(self, width: int, cfg: BoundaryConfig, *, rngs: nnx.Rngs):
         init = nnx.initializers.xavier_uniform()
-        self.compress = Conv(width, cfg.hidden_channels, 1, rngs=rngs, init=init)
+        self.feature_proj = Conv(width, cfg.hidden_channels, 1, rngs=rngs, init=init)
         # f_refine is one 3x3 convolution of [mask || features] to one channel; channel 0 is the mask.
-        self.refine = Conv(
+        self.refine_conv = Conv(
             1 + cfg.hidden_channels, 1, 3, padding=1, rngs=rngs, init=zeros if cfg.identity_init == "conv" else init
         )
         self.alpha = make_param(rngs, zeros if cfg.identity_init == "alpha" else nnx.initializers.ones, (1,), (None,))
@@ -76,11 +79,11 @@ class BoundaryRefinement(nnx.Module):
         edge = jax.lax.stop_gradient(boundary_band(jax.nn.sigmoid(masks), self.kernel, self.eps))
         # The convolution is linear in its channels: the features' share is computed once an image, not once a mask. And to one
         # channel it is a product with its nine taps, each moved to its place: compilers need long for convolutions this thin.
-        kernel, compressed = self.refine.kernel[..., 0], self.compress(features)
+        kernel, compressed = self.refine_conv.kernel[..., 0], self.feature_proj(features)
         # Sixteen rows for nine taps: XLA's GPU compiler finds no tiles for nine.
         rows = jnp.pad(kernel[:, :, 1:].reshape(9, -1), ((0, 7), (0, 0))).astype(compressed.dtype)
         of_features = einsum("bhwc,tc->tbhw", compressed, rows)
         shared = conv3x3_to_one_channel(lambda y, x: of_features[3 * y + x])
         own = conv3x3_to_one_channel(lambda y, x: masks * kernel[y, x, 0])
-        delta = jnp.tanh(own + shared[:, None] + self.refine.bias[...]) * self.alpha[...]
+        delta = jnp.tanh(own + shared[:, None] + self.refine_conv.bias[...]) * self.alpha[...]
         return jnp.where(edge > 0, masks + delta, masks)

@@ -23,16 +23,18 @@ class FlowSegConfig:
     """The whole model.
 
     Attributes:
-        sam, siglip, llm, connector, pixel_decoder, decoder, semantic_flow, boundary: configs of the parts.
-        connector_layers: SAM hidden states that feed the connector, shallow to deep, one a level (connector.scales in the
-            same order).
-        classes: categories of the linear class head (0: none); it adds the pass by category to training.
-        named_pass: "off", "flow" or "plain": the pass in which every object is a named phrase, with or without SR and CR.
-        negatives_group: images whose phrases are each other's negatives (the batch must be a multiple).
+        sam, siglip, llm, connector, pixel_decoder, mask_decoder, semantic_flow, boundary: configs of the
+            components.
+        connector_hidden_layers: SAM hidden states that feed the connector, shallow to deep, one per level
+            (connector.scales in the same order).
+        num_classes: categories of the linear class head (0: none); it adds the closed-vocabulary pass to training.
+        generic_pass: "off", "with_flow" or "without_flow": the open-vocabulary pass, in which the name of every object is a
+            condition, with or without SR and CR.
+        negatives_group_size: images whose phrases are each other's negatives (the batch must be a multiple).
         exclude_same_target: phrases of one image that refer to the same object are not each other's negatives.
         dtype: what the network computes in; parameters are float32.
-        parts: "all"; "segmentor": SAM, connector and mask decoder with the linear head, without language (stage 1); "language":
-            both encoders, their projectors and the language model, without a mask decoder (stage 2).
+        components: "full"; "segmentor": SAM, connector and mask decoder with the linear head, without language (stage 1);
+            "vlm": both encoders, their projectors and the language model, without a mask decoder (stage 2).
     """
 
     sam: SamConfig
@@ -49,11 +51,11 @@ class FlowSegConfig:
     negatives_group_size: int = 4
     exclude_same_target: bool = False
     dtype: str = "float32"
-    components: str = "all"
+    components: str = "full"
 
     def __post_init__(self):
         if len(self.connector_hidden_layers) != len(self.connector.scales):
-            raise ValueError("connector_layers and connector.scales must have one entry for each map")
+            raise ValueError("connector_hidden_layers and connector.scales must have one entry for each map")
         if self.connector.out_channels != tuple(self.pixel_decoder.channels):
             raise ValueError(
                 f"the connector puts out {self.connector.out_channels} channels, "
@@ -61,27 +63,31 @@ class FlowSegConfig:
             )
         if self.pixel_decoder.encoder_levels != self.mask_decoder.num_levels:
             raise ValueError(
-                f"the pixel decoder gives {self.pixel_decoder.encoder_levels} levels, decoder.levels is {self.mask_decoder.num_levels}"
+                f"the pixel decoder gives {self.pixel_decoder.encoder_levels} levels, "
+                f"mask_decoder.num_levels is {self.mask_decoder.num_levels}"
             )
         if self.pixel_decoder.embed_dim != self.mask_decoder.embed_dim:
-            raise ValueError("pixel_decoder.width and decoder.width must be equal")
+            raise ValueError("pixel_decoder.embed_dim and mask_decoder.embed_dim must be equal")
         if self.pixel_decoder.mask_dim != (self.mask_decoder.mask_dim or self.mask_decoder.embed_dim):
-            raise ValueError("pixel_decoder.mask_width and decoder.mask_width (if unset, decoder.width) must be equal")
-        if self.generic_pass not in ("off", "flow", "plain"):
-            raise ValueError(f"named_pass is {self.generic_pass!r}: choose off, flow or plain")
-        if self.components not in ("all", "segmentor", "language"):
-            raise ValueError(f"parts is {self.components!r}: choose all, segmentor or language")
+            raise ValueError(
+                "pixel_decoder.mask_dim and mask_decoder.mask_dim (if unset, mask_decoder.embed_dim) must be equal"
+            )
+        if self.generic_pass not in ("off", "with_flow", "without_flow"):
+            raise ValueError(f"generic_pass is {self.generic_pass!r}: choose off, with_flow or without_flow")
+        if self.components not in ("full", "segmentor", "vlm"):
+            raise ValueError(f"components is {self.components!r}: choose full, segmentor or vlm")
         if self.components == "segmentor" and (
             not self.num_classes or self.generic_pass != "off" or self.semantic_flow.mode != "off"
         ):
             raise ValueError(
-                "a segmentor without language needs classes for its linear head, named_pass off and semantic_flow.mode off"
+                "a segmentor without language needs num_classes for its linear head, generic_pass off and "
+                "semantic_flow.mode off"
             )
 
     @property
     def has_mask_decoder(self) -> bool:
         """Whether it has a mask decoder."""
-        return self.components != "language"
+        return self.components != "vlm"
 
     @property
     def has_language_model(self) -> bool:
@@ -89,11 +95,11 @@ class FlowSegConfig:
         return self.components != "segmentor"
 
     def require_full_model(self, where: str) -> None:
-        """Raises a UserError unless the model can be asked for something: without language, or without masks, it cannot."""
-        if self.components != "all":
+        """Raises a UserError unless the model can segment: without language, or without masks, it cannot."""
+        if self.components != "full":
             raise UserError(
-                f"{where}: holds only the parts {self.components!r} of a model, made to start the next stage of training from "
-                "(init_from); it answers no expressions"
+                f"{where}: holds only the components {self.components!r} of a model, made to start the next stage of "
+                "training from (init_from); it answers no expressions"
             )
 
     @property
@@ -105,20 +111,20 @@ class FlowSegConfig:
         return self.siglip.num_patches + side * side
 
     @classmethod
-    def tiny(cls, vocab: int = 512, classes: int = 0) -> FlowSegConfig:
+    def tiny(cls, vocab_size: int = 512, num_classes: int = 0) -> FlowSegConfig:
         """Trains from scratch on two cores: 96-pixel images, 24x24 masks, about 1.5 M parameters."""
         return cls(
             sam=SamConfig.tiny(),
             siglip=SiglipConfig.tiny(),
-            llm=LanguageConfig.tiny(vocab),
+            llm=LanguageConfig.tiny(vocab_size),
             connector=ConnectorConfig.tiny(),
             pixel_decoder=PixelDecoderConfig.tiny(),
-            decoder=MaskDecoderConfig.tiny(),
-            connector_layers=(2, 3, 4),
+            mask_decoder=MaskDecoderConfig.tiny(),
+            connector_hidden_layers=(2, 3, 4),
             semantic_flow=SemanticFlowConfig(gate_bias=3.0),
-            classes=classes,
-            named_pass="plain",
-            negatives_group=1,
+            num_classes=num_classes,
+            generic_pass="without_flow",
+            negatives_group_size=1,
             exclude_same_target=True,
         )
 
@@ -131,8 +137,8 @@ class FlowSegConfig:
             llm=llm,
             connector=ConnectorConfig.sam_large(),
             pixel_decoder=PixelDecoderConfig.mask2former(),
-            decoder=MaskDecoderConfig(),
-            connector_layers=(12, 18, 24),
+            mask_decoder=MaskDecoderConfig(),
+            connector_hidden_layers=(12, 18, 24),
             dtype="bfloat16",
         )
 

@@ -43,12 +43,12 @@ class ConnectorConfig:
 
     @classmethod
     def sam_large(cls) -> ConnectorConfig:
-        """Layers 12, 18, 24 of SAM ViT-L become maps of stride 8, 16, 32 (scaffold 2.2)."""
-        return cls(channels=(1024, 1024, 1024), hidden=512)
+        """Layers 12, 18, 24 of SAM ViT-L become maps of stride 8, 16, 32."""
+        return cls(channels=(1024, 1024, 1024), hidden_channels=512)
 
     @classmethod
     def tiny(cls) -> ConnectorConfig:
-        return cls(channels=(96, 96, 96), hidden=48)
+        return cls(channels=(96, 96, 96), hidden_channels=48)
 
     @property
     def low_to_high_order(self) -> tuple[int, ...]:
@@ -87,7 +87,7 @@ def pixel_shuffle(x: Float[Array, "b h w c"], scale: float) -> Float[Array, "b y
     """Trades channels for resolution: [B, h, w, C] -> [B, h*scale, w*scale, C/scale^2].
 
     The order of channels is that of InternVL and X-SAM, not that of `torch.nn.PixelShuffle`, and its two directions are no
-    inverses of each other: shrinking numbers a block's pixels row by row, enlarging column by column (scaffold 2.2).
+    inverses of each other: shrinking numbers a block's pixels row by row, enlarging column by column.
 
     Args:
         x: NHWC map.
@@ -117,13 +117,13 @@ def pad_to_multiple(x: Float[Array, "b h w c"], multiple: int = 2) -> Float[Arra
 
 
 class MlpProjector(nnx.Module):
-    """Linear - GELU(erf) - Linear with biases, PyTorch's default initial values (scaffold 1.5, 1.6, 2.6)."""
+    """Linear - GELU(erf) - Linear with biases, PyTorch's default initial values (X-SAM's `DynamicProjector`)."""
 
     def __init__(self, d_in: int, hidden: int, d_out: int, *, rngs: nnx.Rngs):
-        self.up = Linear(
+        self.linear_1 = Linear(
             d_in, hidden, rngs=rngs, axes=("embed", "mlp"), init=torch_default_init(d_in), bias_init=torch_default_init(d_in)
         )
-        self.down = Linear(
+        self.linear_2 = Linear(
             hidden,
             d_out,
             rngs=rngs,
@@ -133,7 +133,7 @@ class MlpProjector(nnx.Module):
         )
 
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
-        return self.down(gelu(self.up(x)))
+        return self.linear_2(gelu(self.linear_1(x)))
 
 
 class ConnectorLevel(nnx.Module):
@@ -159,7 +159,7 @@ class ConnectorLevel(nnx.Module):
 
 
 class SegConnector(nnx.Module):
-    """Encoder hidden states -> feature pyramid (scaffold 2.2). `levels[i]` belongs to the i-th incoming map."""
+    """Encoder hidden states -> feature pyramid. `levels[i]` belongs to the i-th incoming map."""
 
     def __init__(self, cfg: ConnectorConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg

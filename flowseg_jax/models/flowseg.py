@@ -128,7 +128,7 @@ class MaskCandidates:
 
 
 def normalize_sam_images(images: UInt8[Array, "b s s 3"], scaled_size: Int[Array, "b 2"]) -> Float[Array, "b s s 3"]:
-    """The mask encoder's input in float32: padding is the mean colour, as the scaffold pads after normalising (1.1)."""
+    """The mask encoder's input in float32: padding is the mean colour, as X-SAM pads after normalising."""
     side = jnp.arange(images.shape[1])
     inside = (side < scaled_size[:, :1])[:, :, None] & (side < scaled_size[:, 1:])[:, None, :]
     pixels = (images.astype(jnp.float32) / 255 - jnp.array(SAM_MEAN)) / jnp.array(SAM_STD)
@@ -229,17 +229,17 @@ class FlowSeg(nnx.Module):
             self.siglip = SiglipVisionEncoder(cfg.siglip, rngs=rngs)
             self.llm = LanguageModel(cfg.llm, rngs=rngs)
             self.visual_projector = MlpProjector(cfg.siglip.hidden_size, cfg.llm.hidden_size, cfg.llm.hidden_size, rngs=rngs)
-            self.seg_projector = MlpProjector(4 * cfg.sam.width, cfg.llm.hidden_size, cfg.llm.hidden_size, rngs=rngs)
+            self.seg_projector = MlpProjector(4 * cfg.sam.hidden_size, cfg.llm.hidden_size, cfg.llm.hidden_size, rngs=rngs)
         if cfg.has_language_model and cfg.has_mask_decoder:
             self.llm_projector = MlpProjector(cfg.llm.hidden_size, width, width, rngs=rngs)
         if cfg.has_mask_decoder:
             self.connector = SegConnector(cfg.connector, rngs=rngs)
             self.pixel_decoder = PixelDecoder(cfg.pixel_decoder, rngs=rngs)
-            self.decoder = MaskDecoder(cfg.mask_decoder, cfg.semantic_flow, rngs=rngs)
+            self.mask_decoder = MaskDecoder(cfg.mask_decoder, cfg.semantic_flow, rngs=rngs)
             refines = cfg.boundary.enabled
             self.boundary = BoundaryRefinement(cfg.pixel_decoder.mask_dim, cfg.boundary, rngs=rngs) if refines else None
         if cfg.has_language_model and cfg.has_mask_decoder:
-            self.background = make_param(rngs, normal_init(1.0), (1, width), (None, None))
+            self.background_embed = make_param(rngs, normal_init(1.0), (1, width), (None, None))
         self.category_head = Linear(width, cfg.num_classes + 1, rngs=rngs) if cfg.num_classes and cfg.has_mask_decoder else None
 
     def encode_image(self, batch: Batch | ImageInputs) -> ImageFeatures:
@@ -324,19 +324,19 @@ class FlowSeg(nnx.Module):
         b, k = batch.phrase_target.shape
         if reading is None:
             with jax.named_scope("decoder"):
-                out = self.decoder(features.mask_features, features.multi_scale_features, 1)
+                out = self.mask_decoder(features.mask_features, features.multi_scale_features, 1)
             categories = self.category_head(out.queries).astype(jnp.float32)
             return TrainingOutput(None, None, features.mask_features, out, None, categories)
         group = cfg.negatives_group_size
         phrases, phrase_mask = (peers.gather_group(x, group) for x in (reading.condition_embeds[:, :k], batch.phrase_target))
-        referring = referring_conditions(phrases, self.background[...], phrase_mask, group, cfg.exclude_same_target)
+        referring = referring_conditions(phrases, self.background_embed[...], phrase_mask, group, cfg.exclude_same_target)
         mine = peers.batch_offset(b) % group * k if b % group else 0
         parts = [jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, mine, b * k), referring)]
         segs = [reading.seg_embeds[:, :k].reshape(b * k, -1)]
         if cfg.generic_pass != "off":
             exists = batch.name_valid
-            named = append_background(reading.condition_embeds[:, k:], exists, exists, self.background[...])
-            if cfg.generic_pass == "plain":
+            named = append_background(reading.condition_embeds[:, k:], exists, exists, self.background_embed[...])
+            if cfg.generic_pass == "without_flow":
                 named = dataclasses.replace(named, own=jnp.zeros_like(named.attend_mask))
             parts.append(named)
             segs.append(reading.seg_embeds[:, k])
@@ -349,7 +349,7 @@ class FlowSeg(nnx.Module):
         conditions = interleave_passes([pad_conditions(part, rows) for part in parts], b)
         passes = conditions.own.shape[0] // b
         with jax.named_scope("decoder"):
-            out = self.decoder(
+            out = self.mask_decoder(
                 features.mask_features, features.multi_scale_features, passes, conditions, interleave_passes(segs, b)
             )
         categories = None
@@ -411,9 +411,9 @@ class FlowSeg(nnx.Module):
         """
         b, k, _ = phrases.shape
         yes = jnp.ones((b * k, 1), bool)
-        conditions = append_background(phrases.reshape(b * k, 1, -1), yes, yes, self.background[...])
+        conditions = append_background(phrases.reshape(b * k, 1, -1), yes, yes, self.background_embed[...])
         with jax.named_scope("decoder"):
-            out = self.decoder(mask_features, levels, k, conditions, segs.reshape(b * k, -1))
+            out = self.mask_decoder(mask_features, levels, k, conditions, segs.reshape(b * k, -1))
         scores = jax.nn.softmax(out.class_logits[-1], -1)[..., 0].reshape(b, k, -1)
         embeds = out.mask_embeds[-1].reshape(b, -1, out.mask_embeds.shape[-1])
         masks = mask_logits(embeds, mask_features)

@@ -32,24 +32,25 @@ class LanguageConfig:
     """Sizes of the language model.
 
     Attributes:
-        family: "qwen3", "phi3" or "llama"; names the checkpoint layout, the network follows from the other fields.
-        vocab: rows of the embedding table (V).
-        width: model width (W).
-        layers: number of layers.
-        heads: query heads (H).
-        kv_heads: key and value heads (G); must divide `heads`.
+        model_type: "qwen3", "phi3" or "llama"; names the checkpoint layout, the network follows from the other fields.
+        vocab_size: rows of the embedding table (V).
+        hidden_size: model width (W).
+        num_hidden_layers: number of layers.
+        num_attention_heads: query heads (H).
+        num_key_value_heads: key and value heads (G); must divide `num_attention_heads`.
         head_dim: width of a head (E), even; H * E need not be W.
-        mlp: hidden width of the gated feed-forward part.
+        intermediate_size: hidden width of the gated feed-forward part.
         rope_theta: base of the rotary frequencies.
-        eps: RMSNorm epsilon.
+        rms_norm_eps: RMSNorm epsilon.
         qk_norm: whether queries and keys are RMS-normalised per head before the rotation (Qwen3).
-        tie_embeddings: whether the unembedding is the embedding table.
+        tie_word_embeddings: whether the language head is the embedding table.
         sliding_window: a token sees keys less than this many positions back, its own included; None for all.
         remat: rematerialisation policy of a layer: "none", "full" or "dots".
-        init_std: standard deviation of the layers' initial matrices (HF `initializer_range`). For widths near a hundred, 0.02
-            leaves every layer close to the identity.
-        embedding_std: standard deviation of the table's initial values (pretrained models 0.02). Behind many visual tokens a
-            small one drowns the words: what a phrase is pooled to is then the image, and all phrases of an image look alike.
+        initializer_range: standard deviation of the layers' initial matrices. For widths near a hundred, 0.02 leaves every
+            layer close to the identity.
+        embedding_initializer_range: standard deviation of the table's initial values (pretrained models 0.02). After many
+            visual tokens a small one drowns the words: what a phrase is pooled to is then the image, and all phrases of an
+            image look alike.
     """
 
     model_type: str
@@ -71,10 +72,11 @@ class LanguageConfig:
 
     def __post_init__(self):
         if self.model_type not in ARCHITECTURES:
-            raise UserError(f"language model: family={self.model_type!r} is unknown (known: {', '.join(ARCHITECTURES)})")
+            raise UserError(f"language model: model_type={self.model_type!r} is unknown (known: {', '.join(ARCHITECTURES)})")
         if self.num_attention_heads % self.num_key_value_heads:
             raise UserError(
-                f"language model: kv_heads={self.num_key_value_heads} does not divide heads={self.num_attention_heads}"
+                f"language model: num_key_value_heads={self.num_key_value_heads} does not divide "
+                f"num_attention_heads={self.num_attention_heads}"
             )
         if self.head_dim % 2:
             raise UserError(f"language model: head_dim={self.head_dim} must be even (rotary embedding)")
@@ -83,41 +85,48 @@ class LanguageConfig:
     def qwen3_4b(cls) -> LanguageConfig:
         """Qwen3-4B-Instruct-2507 with the table cut to the tokenizer and the three segmentation tokens."""
         return cls(
-            family="qwen3",
-            vocab=151672,
-            width=2560,
-            layers=36,
-            heads=32,
-            kv_heads=8,
+            model_type="qwen3",
+            vocab_size=151672,
+            hidden_size=2560,
+            num_hidden_layers=36,
+            num_attention_heads=32,
+            num_key_value_heads=8,
             head_dim=128,
-            mlp=9728,
+            intermediate_size=9728,
             rope_theta=5e6,
-            eps=1e-6,
+            rms_norm_eps=1e-6,
             qk_norm=True,
-            tie_embeddings=True,
+            tie_word_embeddings=True,
         )
 
     @classmethod
     def qwen3_1b7(cls) -> LanguageConfig:
         """Qwen3-1.7B with the table cut to the tokenizer and the three segmentation tokens."""
-        return dataclasses.replace(cls.qwen3_4b(), width=2048, layers=28, heads=16, mlp=6144, rope_theta=1e6)
+        return dataclasses.replace(
+            cls.qwen3_4b(),
+            hidden_size=2048,
+            num_hidden_layers=28,
+            num_attention_heads=16,
+            intermediate_size=6144,
+            rope_theta=1e6,
+        )
 
     @classmethod
     def phi3_mini(cls) -> LanguageConfig:
         """Phi-3-mini-4k-instruct with the table cut to the tokenizer and the three segmentation tokens."""
         return cls(
-            family="phi3",
-            vocab=32014,
-            width=3072,
-            layers=32,
-            heads=32,
-            kv_heads=32,
+            model_type="phi3",
+            vocab_size=32014,
+            hidden_size=3072,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            num_key_value_heads=32,
             head_dim=96,
-            mlp=8192,
+            intermediate_size=8192,
             rope_theta=1e4,
-            eps=1e-5,
+            rms_norm_eps=1e-5,
             qk_norm=False,
-            tie_embeddings=False,
+            tie_word_embeddings=False,
             sliding_window=2047,
         )
 
@@ -125,38 +134,38 @@ class LanguageConfig:
     def smollm2_135m(cls) -> LanguageConfig:
         """SmolLM2-135M-Instruct with the three segmentation tokens: a pretrained model that a laptop can run."""
         return cls(
-            family="llama",
-            vocab=49155,
-            width=576,
-            layers=30,
-            heads=9,
-            kv_heads=3,
+            model_type="llama",
+            vocab_size=49155,
+            hidden_size=576,
+            num_hidden_layers=30,
+            num_attention_heads=9,
+            num_key_value_heads=3,
             head_dim=64,
-            mlp=1536,
+            intermediate_size=1536,
             rope_theta=1e5,
-            eps=1e-5,
+            rms_norm_eps=1e-5,
             qk_norm=False,
-            tie_embeddings=True,
+            tie_word_embeddings=True,
         )
 
     @classmethod
-    def tiny(cls, vocab: int) -> LanguageConfig:
+    def tiny(cls, vocab_size: int) -> LanguageConfig:
         return cls(
-            family="qwen3",
-            vocab=vocab,
-            width=96,
-            layers=2,
-            heads=2,
-            kv_heads=1,
+            model_type="qwen3",
+            vocab_size=vocab_size,
+            hidden_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
             head_dim=48,
-            mlp=256,
+            intermediate_size=256,
             rope_theta=1e4,
-            eps=1e-6,
+            rms_norm_eps=1e-6,
             qk_norm=True,
-            tie_embeddings=True,
+            tie_word_embeddings=True,
             remat="none",
-            init_std=0.1,
-            embedding_std=0.5,
+            initializer_range=0.1,
+            embedding_initializer_range=0.5,
         )
 
     @classmethod
@@ -180,18 +189,18 @@ class LanguageConfig:
         if values["head_dim"] is None and width % heads:
             raise UserError(f"{keys.name}: num_attention_heads={heads} does not divide hidden_size={width}")
         return cls(
-            family=family,
-            vocab=values["vocab_size"],
-            width=width,
-            layers=layers,
-            heads=heads,
-            kv_heads=values["num_key_value_heads"] or heads,
+            model_type=family,
+            vocab_size=values["vocab_size"],
+            hidden_size=width,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=values["num_key_value_heads"] or heads,
             head_dim=values["head_dim"] or width // heads,
-            mlp=values["intermediate_size"],
+            intermediate_size=values["intermediate_size"],
             rope_theta=hf_keys.rope_theta(values, keys.name),
-            eps=values["rms_norm_eps"],
+            rms_norm_eps=values["rms_norm_eps"],
             qk_norm=family == "qwen3",
-            tie_embeddings=values["tie_word_embeddings"],
+            tie_word_embeddings=values["tie_word_embeddings"],
             sliding_window=values.get("sliding_window"),
         )
 
@@ -277,25 +286,17 @@ class KVCache:
 KeyValuePair = tuple[Float[Array, "b _ g e"], Float[Array, "b _ g e"]]
 
 
-class TransformerBlock(nnx.Module):
-    """One pre-norm layer: grouped-query attention with rotary positions, then a SiLU-gated feed-forward part. No biases."""
+class SelfAttention(nnx.Module):
+    """Grouped-query attention with rotary positions and, if configured, RMS-normalised queries and keys. No biases."""
 
     def __init__(self, cfg: LanguageConfig, *, rngs: nnx.Rngs):
-        def linear(d_in: int, d_out: int, *axes: str) -> Linear:
-            return Linear(d_in, d_out, rngs=rngs, axes=axes, bias=False, init=normal_init(cfg.initializer_range))
-
         w, e = cfg.hidden_size, cfg.head_dim
-        self.norm1 = RMSNorm(w, rngs=rngs, eps=cfg.rms_norm_eps)
-        self.q = linear(w, cfg.num_attention_heads * e, "embed", "heads")
-        self.k = linear(w, cfg.num_key_value_heads * e, "embed", "heads")
-        self.v = linear(w, cfg.num_key_value_heads * e, "embed", "heads")
-        self.o = linear(cfg.num_attention_heads * e, w, "heads", "embed")
+        self.q_proj = _linear(cfg, w, cfg.num_attention_heads * e, "embed", "heads", rngs=rngs)
+        self.k_proj = _linear(cfg, w, cfg.num_key_value_heads * e, "embed", "heads", rngs=rngs)
+        self.v_proj = _linear(cfg, w, cfg.num_key_value_heads * e, "embed", "heads", rngs=rngs)
+        self.o_proj = _linear(cfg, cfg.num_attention_heads * e, w, "heads", "embed", rngs=rngs)
         self.q_norm = RMSNorm(e, rngs=rngs, eps=cfg.rms_norm_eps) if cfg.qk_norm else None
         self.k_norm = RMSNorm(e, rngs=rngs, eps=cfg.rms_norm_eps) if cfg.qk_norm else None
-        self.norm2 = RMSNorm(w, rngs=rngs, eps=cfg.rms_norm_eps)
-        self.gate = linear(w, cfg.intermediate_size, "embed", "mlp")
-        self.up = linear(w, cfg.intermediate_size, "embed", "mlp")
-        self.down = linear(cfg.intermediate_size, w, "mlp", "embed")
         self.head_dim = e
 
     def __call__(
@@ -303,20 +304,56 @@ class TransformerBlock(nnx.Module):
         x: Float[Array, "b t w"],
         cos: Float[Array, "b t r"],
         sin: Float[Array, "b t r"],
-        rule: AttentionMask,
+        mask: AttentionMask,
         past: KeyValuePair | None = None,
     ) -> tuple[Float[Array, "b t w"], KeyValuePair]:
-        """Attends to `past` (if any), then the new tokens, as `rule` says; returns the new tokens' keys and values too."""
-        y = self.norm1(x)
-        q, k, v = (f(y).reshape(*y.shape[:2], -1, self.head_dim) for f in (self.q, self.k, self.v))
+        """Attends to `past` (if any), then the new tokens, as `mask` allows; returns the new tokens' keys and values too."""
+        q, k, v = (f(x).reshape(*x.shape[:2], -1, self.head_dim) for f in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         keys, values = (k, v) if past is None else (jnp.concatenate([past[0], k], 1), jnp.concatenate([past[1], v], 1))
-        y = attention(q, keys, values, mask=rule)
-        x = x + self.o(y.reshape(*x.shape[:2], -1))
-        y = self.norm2(x)
-        return x + self.down(jax.nn.silu(self.gate(y)) * self.up(y)), (k, v)
+        y = attention(q, keys, values, mask=mask)
+        return self.o_proj(y.reshape(*x.shape[:2], -1)), (k, v)
+
+
+class MLP(nnx.Module):
+    """The SiLU-gated feed-forward part. No biases."""
+
+    def __init__(self, cfg: LanguageConfig, *, rngs: nnx.Rngs):
+        self.gate_proj = _linear(cfg, cfg.hidden_size, cfg.intermediate_size, "embed", "mlp", rngs=rngs)
+        self.up_proj = _linear(cfg, cfg.hidden_size, cfg.intermediate_size, "embed", "mlp", rngs=rngs)
+        self.down_proj = _linear(cfg, cfg.intermediate_size, cfg.hidden_size, "mlp", "embed", rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b t w"]) -> Float[Array, "b t w"]:
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class TransformerBlock(nnx.Module):
+    """One pre-norm layer: self-attention, then the feed-forward part (HF `Qwen3DecoderLayer`)."""
+
+    def __init__(self, cfg: LanguageConfig, *, rngs: nnx.Rngs):
+        self.input_layernorm = RMSNorm(cfg.hidden_size, rngs=rngs, eps=cfg.rms_norm_eps)
+        self.self_attn = SelfAttention(cfg, rngs=rngs)
+        self.post_attention_layernorm = RMSNorm(cfg.hidden_size, rngs=rngs, eps=cfg.rms_norm_eps)
+        self.mlp = MLP(cfg, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "b t w"],
+        cos: Float[Array, "b t r"],
+        sin: Float[Array, "b t r"],
+        mask: AttentionMask,
+        past: KeyValuePair | None = None,
+    ) -> tuple[Float[Array, "b t w"], KeyValuePair]:
+        """As `SelfAttention`: the layer's output, and the new tokens' keys and values."""
+        y, new = self.self_attn(self.input_layernorm(x), cos, sin, mask, past)
+        x = x + y
+        return x + self.mlp(self.post_attention_layernorm(x)), new
+
+
+def _linear(cfg: LanguageConfig, d_in: int, d_out: int, *axes: str, rngs: nnx.Rngs) -> Linear:
+    return Linear(d_in, d_out, rngs=rngs, axes=axes, bias=False, init=normal_init(cfg.initializer_range))
 
 
 def _vocabulary(table: nnx.Param, dtype: jnp.dtype | None) -> ShardedEmbedding:
@@ -327,23 +364,23 @@ def _vocabulary(table: nnx.Param, dtype: jnp.dtype | None) -> ShardedEmbedding:
 
 
 class LanguageModel(nnx.Module):
-    """The language model, from embeddings to normalised hidden states; the logits are `hidden @ unembedding().rows.T`."""
+    """The language model, from embeddings to normalised hidden states; the logits are `hidden @ lm_head_weight().weight.T`."""
 
     def __init__(self, cfg: LanguageConfig, *, rngs: nnx.Rngs):
         shape, axes = (cfg.vocab_size, cfg.hidden_size), ("vocab", "embed")
-        self.table = make_param(rngs, normal_init(cfg.embedding_initializer_range), shape, axes)
+        self.embed_tokens = make_param(rngs, normal_init(cfg.embedding_initializer_range), shape, axes)
         self.layers = stack_layers(lambda r: TransformerBlock(cfg, rngs=r), cfg.num_hidden_layers, rngs)
         self.norm = RMSNorm(cfg.hidden_size, rngs=rngs, eps=cfg.rms_norm_eps)
-        self.head = None if cfg.tie_word_embeddings else make_param(rngs, normal_init(0.02), shape, axes)
+        self.lm_head = None if cfg.tie_word_embeddings else make_param(rngs, normal_init(0.02), shape, axes)
         self.cfg = cfg
 
     def embed(self, tokens: Int[Array, "b t"], dtype: jnp.dtype | None = None) -> Float[Array, "b t w"]:
         """Table rows of the tokens, in `dtype` or the table's. Placeholder ids (< 0) read row 0; the caller overwrites them."""
-        return embedding_lookup(_vocabulary(self.table, dtype), tokens)
+        return embedding_lookup(_vocabulary(self.embed_tokens, dtype), tokens)
 
     def lm_head_weight(self, dtype: jnp.dtype | None = None) -> ShardedEmbedding:
         """The matrix of the language head, [V, W]; the embedding table itself when tied. In `dtype` or its own."""
-        return _vocabulary(self.table if self.head is None else self.head, dtype)
+        return _vocabulary(self.embed_tokens if self.lm_head is None else self.lm_head, dtype)
 
     def __call__(
         self, embeds: Float[Array, "b t w"], positions: Int[Array, "b t"], segments: Int[Array, "b t"]
@@ -359,8 +396,8 @@ class LanguageModel(nnx.Module):
         Returns:
             [B, T, W], hidden states after the final norm (HF's `hidden_states[-1]`).
         """
-        rule = causal_mask(segments, positions, self.cfg.sliding_window)
-        return self._run(embeds, positions, rule, None, keep=False)[0]
+        mask = causal_mask(segments, positions, self.cfg.sliding_window)
+        return self._run(embeds, positions, mask, None, keep=False)[0]
 
     def prefill(
         self, embeds: Float[Array, "b t w"], positions: Int[Array, "b t"], segments: Int[Array, "b t"], slots: int
@@ -373,8 +410,8 @@ class LanguageModel(nnx.Module):
         b, t = segments.shape
         if slots < t:
             raise ValueError(f"a cache of {slots} slots cannot hold {t} tokens")
-        rule = causal_mask(segments, positions, self.cfg.sliding_window)
-        hidden, new = self._run(embeds, positions, rule, None, keep=True)
+        mask = causal_mask(segments, positions, self.cfg.sliding_window)
+        hidden, new = self._run(embeds, positions, mask, None, keep=True)
         return hidden, KVCache.empty(self.cfg, b, slots, embeds.dtype).update(*new, positions, segments)
 
     def extend(
@@ -394,24 +431,24 @@ class LanguageModel(nnx.Module):
         Returns:
             [B, T, W], hidden states of the new tokens after the final norm; the cache with the new tokens.
         """
-        rule = causal_mask(segments, positions, self.cfg.sliding_window)
+        mask = causal_mask(segments, positions, self.cfg.sliding_window)
         earlier = TokenInfo(
             jnp.full_like(cache.segment_ids, -1), cache.segment_ids, cache.positions
         )  # read before all new ones
-        keys = jax.tree.map(lambda *x: jnp.concatenate(x, 1), earlier, rule.keys)
-        rule = dataclasses.replace(rule, keys=keys)
-        hidden, new = self._run(embeds, positions, rule, (cache.keys, cache.values), keep=True)
+        keys = jax.tree.map(lambda *x: jnp.concatenate(x, 1), earlier, mask.keys)
+        mask = dataclasses.replace(mask, keys=keys)
+        hidden, new = self._run(embeds, positions, mask, (cache.keys, cache.values), keep=True)
         return hidden, cache.update(*new, positions, segments)
 
     def _run(
-        self, x: Float[Array, "b t w"], positions: Int[Array, "b t"], rule: AttentionMask, past: Any, *, keep: bool
+        self, x: Float[Array, "b t w"], positions: Int[Array, "b t"], mask: AttentionMask, past: Any, *, keep: bool
     ) -> tuple[Float[Array, "b t w"], Any]:
         """All layers over the new tokens; `past` is the cached keys and values of all layers, or None. Returns the normalised
         hidden states and, if asked to keep them, the new keys and values of all layers."""
         cos, sin = rope_cos_sin(positions, self.cfg.head_dim, self.cfg.rope_theta)
 
         def body(layer: TransformerBlock, x: Array, past: KeyValuePair | None) -> tuple[Array, KeyValuePair | None]:
-            x, new = layer(x, cos, sin, rule, past)
+            x, new = layer(x, cos, sin, mask, past)
             return x, new if keep else None
 
         x, new = scan_layers(self.layers, body, x, past, policy=self.cfg.remat)

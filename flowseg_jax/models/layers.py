@@ -179,7 +179,7 @@ class MultiHeadAttention(nnx.Module):
     """Multi-head attention with biases, as `torch.nn.MultiheadAttention` (its fused in-projection kept as three matrices).
 
     Weights are small and stay replicated: no sharded axis names. `fused_init` draws q, k and v as the rows of one
-    Xavier-uniform [3D, D] matrix, as torch does; otherwise each is Xavier-uniform on its own (the scaffold's self-attention).
+    Xavier-uniform [3D, D] matrix, as torch does; otherwise each is Xavier-uniform on its own (X-SAM's self-attention).
     """
 
     def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs, fused_init: bool = True, zero_output: bool = False):
@@ -187,11 +187,11 @@ class MultiHeadAttention(nnx.Module):
             raise ValueError(f"{heads} heads do not divide width {width}")
         bound = math.sqrt(6 / (4 * width if fused_init else 2 * width))
         init = lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)  # noqa: E731
-        self.query = Linear(width, width, rngs=rngs, init=init)
-        self.key = Linear(width, width, rngs=rngs, init=init)
-        self.value = Linear(width, width, rngs=rngs, init=init)
-        self.output = Linear(width, width, rngs=rngs, init=zeros if zero_output else xavier)
-        self.heads = heads
+        self.q_proj = Linear(width, width, rngs=rngs, init=init)
+        self.k_proj = Linear(width, width, rngs=rngs, init=init)
+        self.v_proj = Linear(width, width, rngs=rngs, init=init)
+        self.out_proj = Linear(width, width, rngs=rngs, init=zeros if zero_output else xavier)
+        self.num_heads = heads
 
     def __call__(
         self,
@@ -205,7 +205,7 @@ class MultiHeadAttention(nnx.Module):
         b, s, d = query.shape
 
         def split(x: Array) -> Array:
-            return x.reshape(b, x.shape[1], self.heads, d // self.heads)
+            return x.reshape(b, x.shape[1], self.num_heads, d // self.num_heads)
 
-        out = attention(split(self.query(query)), split(self.key(key)), split(self.value(value)), mask=mask)
-        return self.output(out.reshape(b, s, d))
+        out = attention(split(self.q_proj(query)), split(self.k_proj(key)), split(self.v_proj(value)), mask=mask)
+        return self.out_proj(out.reshape(b, s, d))

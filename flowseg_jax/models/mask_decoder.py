@@ -31,16 +31,16 @@ class MaskDecoderConfig:
     """Sizes of the query decoder (X-SAM's defaults: Mask2Former, 200 queries, 9 layers).
 
     Attributes:
-        width: D, of queries, conditions and memory.
-        queries: Q.
-        layers: number of decoder layers; layer i reads level i mod L.
-        heads: attention heads of every attention of a layer.
-        ffn: hidden width of the feed-forward network.
-        levels: L, the number of memory levels.
-        mask_width: width of the mask features; None: that of the queries.
-        query_std: standard deviation of the learned queries' and their positions' initial values (X-SAM 0.02). S is added to
-            the queries: trained from scratch, queries much smaller than S start out all alike.
-        mask_std: standard deviation of the mask embedding's three initial matrices (X-SAM 0.02). Trained from scratch at a
+        embed_dim: D, the width of queries, conditions and memory.
+        num_queries: Q.
+        num_layers: number of decoder layers; layer i reads level i mod L.
+        num_heads: attention heads of every attention of a layer.
+        mlp_dim: hidden width of the feed-forward network.
+        num_levels: L, the number of memory levels.
+        mask_dim: width of the mask features; None: that of the queries.
+        query_init_std: standard deviation of the learned queries' and their positions' initial values (X-SAM 0.02). S is
+            added to the queries: trained from scratch, queries much smaller than S start out all alike.
+        mask_init_std: standard deviation of the mask embedding's three initial matrices (X-SAM 0.02). Trained from scratch at a
             small width, three such matrices in a row leave next to no mask, and no gradient to what it is made from.
         logit_scale: initial value of the learned log scale of the cosine class head.
         logit_clamp: class logits are clipped to plus or minus this (X-SAM main 50, AAAI 500).
@@ -62,11 +62,22 @@ class MaskDecoderConfig:
 
     def __post_init__(self):
         if self.embed_dim % self.num_heads or self.embed_dim % 4:
-            raise UserError(f"decoder.width {self.embed_dim} must be a multiple of 4 and of heads ({self.num_heads})")
+            raise UserError(
+                f"mask_decoder.embed_dim {self.embed_dim} must be a multiple of 4 and of num_heads ({self.num_heads})"
+            )
 
     @classmethod
     def tiny(cls) -> MaskDecoderConfig:
-        return cls(width=64, queries=16, layers=3, heads=2, ffn=256, query_std=1.0, mask_std=0.12, remat="none")
+        return cls(
+            embed_dim=64,
+            num_queries=16,
+            num_layers=3,
+            num_heads=2,
+            mlp_dim=256,
+            query_init_std=1.0,
+            mask_init_std=0.12,
+            remat="none",
+        )
 
 
 @jax.tree_util.register_dataclass
@@ -112,16 +123,16 @@ class DecoderLayer(nnx.Module):
     """Post-norm: visual cross-attention, SR, self-attention, feed-forward, CR."""
 
     def __init__(self, cfg: MaskDecoderConfig, flow: SemanticFlowConfig, *, rngs: nnx.Rngs):
-        self.cross = MultiHeadAttention(cfg.embed_dim, cfg.num_heads, rngs=rngs)
-        self.cross_norm = LayerNorm(cfg.embed_dim, rngs=rngs)
+        self.cross_attn = MultiHeadAttention(cfg.embed_dim, cfg.num_heads, rngs=rngs)
+        self.cross_attn_layer_norm = LayerNorm(cfg.embed_dim, rngs=rngs)
         on, both = flow.mode != "off", flow.mode == "sr_cr"
-        self.semantic = SemanticRefinement(cfg.embed_dim, cfg.num_heads, flow, rngs=rngs) if on else None
-        self.self_attention = MultiHeadAttention(cfg.embed_dim, cfg.num_heads, rngs=rngs, fused_init=False)
-        self.self_norm = LayerNorm(cfg.embed_dim, rngs=rngs)
-        self.up = Linear(cfg.embed_dim, cfg.mlp_dim, rngs=rngs)
-        self.down = Linear(cfg.mlp_dim, cfg.embed_dim, rngs=rngs)
-        self.ffn_norm = LayerNorm(cfg.embed_dim, rngs=rngs)
-        self.refinement = ConditionRefinement(cfg.embed_dim, cfg.num_heads, flow, rngs=rngs) if both else None
+        self.semantic_refinement = SemanticRefinement(cfg.embed_dim, cfg.num_heads, flow, rngs=rngs) if on else None
+        self.self_attn = MultiHeadAttention(cfg.embed_dim, cfg.num_heads, rngs=rngs, fused_init=False)
+        self.self_attn_layer_norm = LayerNorm(cfg.embed_dim, rngs=rngs)
+        self.fc1 = Linear(cfg.embed_dim, cfg.mlp_dim, rngs=rngs)
+        self.fc2 = Linear(cfg.mlp_dim, cfg.embed_dim, rngs=rngs)
+        self.final_layer_norm = LayerNorm(cfg.embed_dim, rngs=rngs)
+        self.condition_refinement = ConditionRefinement(cfg.embed_dim, cfg.num_heads, flow, rngs=rngs) if both else None
 
     def cross_attention_block(
         self,
@@ -134,8 +145,8 @@ class DecoderLayer(nnx.Module):
         """Masked cross-attention of all passes of an image to its memory: Q_vis."""
         b, (p, q, d) = memory.shape[0], x.shape
         flat = (x + position).reshape(b, p // b * q, d)
-        out = self.cross(flat, memory + memory_position, memory, mask=allowed.reshape(b, 1, p // b * q, -1))
-        return self.cross_norm(x + out.reshape(p, q, d))
+        out = self.cross_attn(flat, memory + memory_position, memory, mask=allowed.reshape(b, 1, p // b * q, -1))
+        return self.cross_attn_layer_norm(x + out.reshape(p, q, d))
 
     def refine_and_self_attend(
         self,
@@ -146,9 +157,9 @@ class DecoderLayer(nnx.Module):
     ) -> Float[Array, "p q d"]:
         """SR, then self-attention among the queries of a pass: Q_s."""
         x = q_vis
-        if conditions is not None and self.semantic is not None:
-            x = self.semantic(x, position, embeds, conditions.attend_mask)
-        return self.self_norm(x + self.self_attention(x + position, x + position, x))
+        if conditions is not None and self.semantic_refinement is not None:
+            x = self.semantic_refinement(x, position, embeds, conditions.attend_mask)
+        return self.self_attn_layer_norm(x + self.self_attn(x + position, x + position, x))
 
     def feed_forward_and_refine_conditions(
         self,
@@ -157,9 +168,11 @@ class DecoderLayer(nnx.Module):
         conditions: Conditions | None,
     ) -> tuple[Float[Array, "p q d"], Float[Array, "p n d"] | None]:
         """Feed-forward network, and CR from Q_s; returns the queries and C(l)."""
-        x = self.ffn_norm(found + self.down(jax.nn.relu(self.up(found))))
-        if conditions is not None and self.refinement is not None:
-            embeds = self.refinement(embeds, found, conditions.valid_mask & conditions.attend_mask.any(-1, keepdims=True))
+        x = self.final_layer_norm(found + self.fc2(jax.nn.relu(self.fc1(found))))
+        if conditions is not None and self.condition_refinement is not None:
+            embeds = self.condition_refinement(
+                embeds, found, conditions.valid_mask & conditions.attend_mask.any(-1, keepdims=True)
+            )
         return x, embeds
 
 
@@ -171,7 +184,7 @@ class LevelMemory:
     Attributes:
         values: [B, S, D], the encoded level plus its learned embedding.
         positions: [S, D], added to the keys.
-        features: [B, S, F], the mask features at this level's size, without gradient: what attention masks are made from.
+        mask_features: [B, S, F], the mask features at this level's size, without gradient: what attention masks are made from.
     """
 
     values: Float[Array, "b s d"]
@@ -180,23 +193,24 @@ class LevelMemory:
 
 
 class MaskDecoder(nnx.Module):
-    """All layers, the shared prediction heads and the learned queries (scaffold: X-SAM's Mask2Former decoder)."""
+    """All layers, the shared prediction heads and the learned queries (X-SAM's Mask2Former decoder)."""
 
     def __init__(self, cfg: MaskDecoderConfig, flow: SemanticFlowConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
         query, mask = normal_init(cfg.query_init_std), normal_init(cfg.mask_init_std)
-        self.query_content = make_param(rngs, query, (cfg.num_queries, cfg.embed_dim), (None, None))
-        self.query_position = make_param(rngs, query, (cfg.num_queries, cfg.embed_dim), (None, None))
+        self.queries_features = make_param(rngs, query, (cfg.num_queries, cfg.embed_dim), (None, None))
+        self.queries_embedder = make_param(rngs, query, (cfg.num_queries, cfg.embed_dim), (None, None))
         self.level_embed = make_param(rngs, normal_init(0.02), (cfg.num_levels, cfg.embed_dim), (None, None))
         self.layers = stack_layers(lambda r: DecoderLayer(cfg, flow, rngs=r), cfg.num_layers, rngs)
-        self.norm = LayerNorm(cfg.embed_dim, rngs=rngs)
-        self.mask_mlp_0 = Linear(cfg.embed_dim, cfg.embed_dim, rngs=rngs, init=mask)
-        self.mask_mlp_1 = Linear(cfg.embed_dim, cfg.embed_dim, rngs=rngs, init=mask)
-        self.mask_mlp_2 = Linear(cfg.embed_dim, cfg.mask_dim or cfg.embed_dim, rngs=rngs, init=mask)
+        self.layernorm = LayerNorm(cfg.embed_dim, rngs=rngs)
+        widths = (cfg.embed_dim, cfg.embed_dim, cfg.mask_dim or cfg.embed_dim)
+        self.mask_embedder = nnx.List([Linear(cfg.embed_dim, width, rngs=rngs, init=mask) for width in widths])
         self.logit_scale = make_param(rngs, nnx.initializers.constant(cfg.logit_scale), (1,), (None,))
 
     def mask_embed(self, queries: Float[Array, "*b d"]) -> Float[Array, "*b f"]:
-        return self.mask_mlp_2(jax.nn.relu(self.mask_mlp_1(jax.nn.relu(self.mask_mlp_0(queries)))))
+        """The third layer of an MLP over normalised queries; a mask is its product with the mask features."""
+        first, second, third = self.mask_embedder
+        return third(jax.nn.relu(second(jax.nn.relu(first(queries)))))
 
     def prepare_level(self, index: int, level: Float[Array, "b y x d"], mask_features: Float[Array, "b h w f"]) -> LevelMemory:
         """Prepares level `index` (0 = lowest resolution)."""
@@ -210,14 +224,14 @@ class MaskDecoder(nnx.Module):
 
     def init_queries(self, passes: int, seg_embeds: Float[Array, "p d"] | None, dtype: jnp.dtype) -> Float[Array, "p q d"]:
         """The queries before the first layer: learned content plus S."""
-        x = jnp.broadcast_to(self.query_content[...].astype(dtype), (passes, self.cfg.num_queries, self.cfg.embed_dim))
+        x = jnp.broadcast_to(self.queries_features[...].astype(dtype), (passes, self.cfg.num_queries, self.cfg.embed_dim))
         return x if seg_embeds is None else x + seg_embeds.astype(dtype)[:, None]
 
     def prediction_heads(
         self, x: Float[Array, "p q d"], embeds: Float[Array, "p n d"] | None, conditions: Conditions | None
     ) -> tuple[Float[Array, "p q d"], Float[Array, "p q f"], Float[Array, "p q n"] | None]:
         """Normalised queries, their mask embeddings and class logits against C (None without conditions)."""
-        queries, logits = self.norm(x), None
+        queries, logits = self.layernorm(x), None
         if conditions is not None:
             logits = cosine_logits(queries, embeds, conditions.valid_mask, self.logit_scale[...], self.cfg.logit_clamp)
         return queries, self.mask_embed(queries), logits
@@ -252,7 +266,7 @@ class MaskDecoder(nnx.Module):
         if len(levels) != cfg.num_levels:
             raise ValueError(f"the decoder expects {cfg.num_levels} levels, got {len(levels)}")
         dtype = mask_features.dtype
-        position = self.query_position[...].astype(dtype)
+        position = self.queries_embedder[...].astype(dtype)
         x = self.init_queries(b * passes, seg_embeds, dtype)
         embeds = None if conditions is None else conditions.embeds.astype(dtype)
         memories = [self.prepare_level(index, level, mask_features) for index, level in enumerate(levels)]

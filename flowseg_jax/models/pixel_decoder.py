@@ -1,7 +1,7 @@
 """The pixel decoder: a feature pyramid in, the levels the mask decoder attends to and the map that masks are read from out.
 
-Mask2Former's multi-scale deformable encoder with an FPN on top, as Hugging Face's `Mask2FormerPixelDecoder` and X-SAM have it
-(scaffold 2.3). Levels are ordered LOW to HIGH resolution throughout, maps are NHWC. Positions, sampling coordinates and the
+Mask2Former's multi-scale deformable encoder with an FPN on top, as Hugging Face's `Mask2FormerPixelDecoder` and X-SAM have it.
+Levels are ordered LOW to HIGH resolution throughout, maps are NHWC. Positions, sampling coordinates and the
 softmax over the sampled points are float32; the rest computes in the dtype of the features.
 """
 
@@ -33,17 +33,18 @@ class PixelDecoderConfig:
         channels: width of each incoming map, low to high resolution.
         strides: nominal stride of each incoming map, low to high resolution. They decide one thing only: how many FPN stages
             follow the encoder, log2(finest encoder stride / common_stride).
-        width: model width D, a multiple of 4.
-        mask_width: width of the mask features.
-        layers: encoder layers.
-        heads: attention heads.
-        points: sampled points a head and level.
-        ffn: hidden width of the feed-forward layers.
-        levels: how many maps, counted from the lowest resolution, enter the encoder; None: all.
+        embed_dim: model width D, a multiple of 4.
+        mask_dim: width of the mask features.
+        num_layers: encoder layers.
+        num_heads: attention heads.
+        num_points: sampled points per head and level.
+        mlp_dim: hidden width of the feed-forward layers.
+        num_levels: how many maps, counted from the lowest resolution, enter the encoder; None: all.
         common_stride: nominal stride at which the FPN ends.
-        groups: groups of the GroupNorms.
+        norm_groups: groups of the GroupNorms.
         remat: rematerialisation policy of the encoder layers ("none", "full", "dots").
-        msda: formulation of deformable attention (`ops.msda`): "auto", "xla", "packed", "tent" or "pallas".
+        deformable_attention_impl: formulation of deformable attention (`ops.msda`): "auto", "gather", "packed_gather",
+            "dense" or "pallas".
     """
 
     channels: tuple[int, ...]
@@ -61,7 +62,7 @@ class PixelDecoderConfig:
     deformable_attention_impl: str = "auto"
 
     def __post_init__(self):
-        check_implementation(self.deformable_attention_impl, "pixel_decoder.msda")
+        check_implementation(self.deformable_attention_impl, "pixel_decoder.deformable_attention_impl")
         if not self.channels or len(self.channels) != len(self.strides):
             raise UserError(
                 f"pixel_decoder: {len(self.channels)} channels {self.channels} and {len(self.strides)} strides {self.strides}; "
@@ -70,11 +71,11 @@ class PixelDecoderConfig:
         if any(low < high for low, high in zip(self.strides, self.strides[1:], strict=False)):
             raise UserError(f"pixel_decoder.strides {self.strides} must go from low to high resolution (largest first)")
         if not 1 <= self.encoder_levels <= len(self.channels):
-            raise UserError(f"pixel_decoder.levels is {self.num_levels} with {len(self.channels)} feature maps")
+            raise UserError(f"pixel_decoder.num_levels is {self.num_levels} with {len(self.channels)} feature maps")
         if self.embed_dim % 4 or self.embed_dim % self.num_heads or self.embed_dim % self.norm_groups:
             raise UserError(
-                f"pixel_decoder.width {self.embed_dim} must be a multiple of 4, of heads ({self.num_heads}) "
-                f"and of groups ({self.norm_groups})"
+                f"pixel_decoder.embed_dim {self.embed_dim} must be a multiple of 4, of num_heads ({self.num_heads}) "
+                f"and of norm_groups ({self.norm_groups})"
             )
         if self.fpn_stages > len(self.channels):
             raise UserError(
@@ -93,12 +94,12 @@ class PixelDecoderConfig:
         return cls(
             channels=(192, 96, 48),
             strides=(32, 16, 8),
-            width=64,
-            mask_width=64,
-            layers=1,
-            heads=2,
-            points=2,
-            ffn=128,
+            embed_dim=64,
+            mask_dim=64,
+            num_layers=1,
+            num_heads=2,
+            num_points=2,
+            mlp_dim=128,
             remat="none",
         )
 
@@ -120,7 +121,7 @@ def sine_position_embedding(height: int, width: int, dim: int) -> Float[Array, "
     10000^(-2i/(dim/2)), positions 1..n scaled to (0, 2 pi] (HF `Mask2FormerSinePositionEmbedding`, normalize=True).
     """
     if dim % 4:
-        raise ValueError(f"sine_positions: dim {dim} is not a multiple of 4")
+        raise ValueError(f"sine_position_embedding: dim {dim} is not a multiple of 4")
     half = dim // 2
     frequency = 10000.0 ** (-2 * (np.arange(half) // 2) / half)
 
@@ -162,52 +163,52 @@ class DeformableAttention(nnx.Module):
     """Multi-scale deformable self-attention (HF `Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention`)."""
 
     def __init__(self, cfg: PixelDecoderConfig, *, rngs: nnx.Rngs):
-        self.heads, self.levels, self.points = cfg.num_heads, cfg.encoder_levels, cfg.num_points
+        self.num_heads, self.num_levels, self.num_points = cfg.num_heads, cfg.encoder_levels, cfg.num_points
         self.impl = cfg.deformable_attention_impl
-        samples = self.heads * self.levels * self.points
-        grid = init_sampling_offsets(self.heads, self.levels, self.points)
-        # Both matrices start Xavier-uniform, not at zero as in Deformable DETR: that is what X-SAM trains from (scaffold 2.6).
-        self.offsets = Linear(
+        samples = self.num_heads * self.num_levels * self.num_points
+        grid = init_sampling_offsets(self.num_heads, self.num_levels, self.num_points)
+        # Both matrices start Xavier-uniform, not at zero as in Deformable DETR: that is what X-SAM trains from.
+        self.sampling_offsets = Linear(
             cfg.embed_dim,
             2 * samples,
             rngs=rngs,
             axes=("embed", "heads"),
             bias_init=lambda key, shape, dtype=jnp.float32: jnp.asarray(grid, dtype),
         )
-        self.weights = Linear(cfg.embed_dim, samples, rngs=rngs, axes=("embed", "heads"))
-        self.value = Linear(cfg.embed_dim, cfg.embed_dim, rngs=rngs, axes=("embed", "heads"))
-        self.output = Linear(cfg.embed_dim, cfg.embed_dim, rngs=rngs, axes=("heads", "embed"))
+        self.attention_weights = Linear(cfg.embed_dim, samples, rngs=rngs, axes=("embed", "heads"))
+        self.value_proj = Linear(cfg.embed_dim, cfg.embed_dim, rngs=rngs, axes=("embed", "heads"))
+        self.output_proj = Linear(cfg.embed_dim, cfg.embed_dim, rngs=rngs, axes=("heads", "embed"))
 
     def __call__(
         self, x: Float[Array, "b n d"], positions: Float[Array, "n d"], reference: Float[Array, "n 2"], shapes: Shapes
     ) -> Float[Array, "b n d"]:
         b, n, d = x.shape
-        value = self.value(x).reshape(b, n, self.heads, d // self.heads)
+        value = self.value_proj(x).reshape(b, n, self.num_heads, d // self.num_heads)
         # float32 from here on: half precision would move the sampling points by visible fractions of a pixel.
         query = x.astype(jnp.float32) + positions
-        offsets = self.offsets(query).reshape(b, n, self.heads, self.levels, self.points, 2)
+        offsets = self.sampling_offsets(query).reshape(b, n, self.num_heads, self.num_levels, self.num_points, 2)
         sizes = jnp.asarray([(width, height) for height, width in shapes], jnp.float32)
         locations = reference[:, None, None, None] + offsets / sizes[:, None]
-        weights = self.weights(query).reshape(b, n, self.heads, self.levels * self.points)
-        weights = jax.nn.softmax(weights).reshape(b, n, self.heads, self.levels, self.points)
-        return self.output(msda(value, shapes, locations, weights, impl=self.impl).astype(x.dtype))
+        weights = self.attention_weights(query).reshape(b, n, self.num_heads, self.num_levels * self.num_points)
+        weights = jax.nn.softmax(weights).reshape(b, n, self.num_heads, self.num_levels, self.num_points)
+        return self.output_proj(msda(value, shapes, locations, weights, impl=self.impl).astype(x.dtype))
 
 
 class EncoderLayer(nnx.Module):
     """Post-norm: deformable attention, residual, LayerNorm; ReLU feed-forward, residual, LayerNorm."""
 
     def __init__(self, cfg: PixelDecoderConfig, *, rngs: nnx.Rngs):
-        self.attention = DeformableAttention(cfg, rngs=rngs)
-        self.norm1 = LayerNorm(cfg.embed_dim, rngs=rngs)
-        self.up = Linear(cfg.embed_dim, cfg.mlp_dim, rngs=rngs, axes=("embed", "mlp"))
-        self.down = Linear(cfg.mlp_dim, cfg.embed_dim, rngs=rngs, axes=("mlp", "embed"))
-        self.norm2 = LayerNorm(cfg.embed_dim, rngs=rngs)
+        self.self_attn = DeformableAttention(cfg, rngs=rngs)
+        self.self_attn_layer_norm = LayerNorm(cfg.embed_dim, rngs=rngs)
+        self.fc1 = Linear(cfg.embed_dim, cfg.mlp_dim, rngs=rngs, axes=("embed", "mlp"))
+        self.fc2 = Linear(cfg.mlp_dim, cfg.embed_dim, rngs=rngs, axes=("mlp", "embed"))
+        self.final_layer_norm = LayerNorm(cfg.embed_dim, rngs=rngs)
 
     def __call__(
         self, x: Float[Array, "b n d"], positions: Float[Array, "n d"], reference: Float[Array, "n 2"], shapes: Shapes
     ) -> Float[Array, "b n d"]:
-        x = self.norm1(x + self.attention(x, positions, reference, shapes))
-        return self.norm2(x + self.down(jax.nn.relu(self.up(x))))
+        x = self.self_attn_layer_norm(x + self.self_attn(x, positions, reference, shapes))
+        return self.final_layer_norm(x + self.fc2(jax.nn.relu(self.fc1(x))))
 
 
 class ConvGroupNorm(nnx.Module):
@@ -227,18 +228,18 @@ class PixelDecoder(nnx.Module):
     An FPN stage takes one of the finest maps that came in, low to high resolution, adds the upsampled result so far and applies
     a 3x3 convolution. With three maps of stride 32, 16, 8 the one stage therefore reads the stride-8 map again, and masks have
     stride 8; with a fourth, encoded map of stride 4 there is no stage, and masks have stride 4; with a fourth map that is not
-    encoded (`levels=3`, the original Mask2Former) the stage brings masks to stride 4.
+    encoded (`num_levels=3`, the original Mask2Former) the stage brings masks to stride 4.
     """
 
     def __init__(self, cfg: PixelDecoderConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
         levels, stages = cfg.encoder_levels, cfg.fpn_stages
-        self.projections = nnx.List([ConvGroupNorm(cfg, c, 1, bias=True, rngs=rngs) for c in cfg.channels[:levels]])
+        self.input_projections = nnx.List([ConvGroupNorm(cfg, c, 1, bias=True, rngs=rngs) for c in cfg.channels[:levels]])
         self.level_embed = make_param(rngs, zeros, (levels, cfg.embed_dim), (None, None))
         self.layers = stack_layers(lambda r: EncoderLayer(cfg, rngs=r), cfg.num_layers, rngs)
         finest = cfg.channels[len(cfg.channels) - stages :]
-        self.lateral = nnx.List([ConvGroupNorm(cfg, c, 1, bias=False, rngs=rngs) for c in finest])
-        self.fuse = nnx.List([ConvGroupNorm(cfg, cfg.embed_dim, 3, bias=False, rngs=rngs) for _ in finest])
+        self.lateral_convs = nnx.List([ConvGroupNorm(cfg, c, 1, bias=False, rngs=rngs) for c in finest])
+        self.output_convs = nnx.List([ConvGroupNorm(cfg, cfg.embed_dim, 3, bias=False, rngs=rngs) for _ in finest])
         self.mask_projection = Conv(cfg.embed_dim, cfg.mask_dim, 1, rngs=rngs, axes=("embed", None))
 
     def positions(self, shapes: Shapes) -> Float[Array, "n d"]:
@@ -269,7 +270,7 @@ class PixelDecoder(nnx.Module):
             features: one map [B, h, w, channels[i]] a level, low to high resolution; sizes need no fixed ratio.
 
         Returns:
-            mask features [B, h, w, mask_width], and the encoded levels, low to high resolution, each [B, h, w, width].
+            mask features [B, h, w, mask_dim], and the encoded levels, low to high resolution, each [B, h, w, embed_dim].
 
         Raises:
             ValueError: the number of maps or a map's channels differ from the config.
@@ -277,11 +278,13 @@ class PixelDecoder(nnx.Module):
         found = tuple(x.shape[-1] for x in features)
         if found != tuple(self.cfg.channels):
             raise ValueError(f"PixelDecoder: maps of {found} channels, configured for {tuple(self.cfg.channels)}")
-        levels = self.encode(tuple(project(x) for project, x in zip(self.projections, features, strict=False)))
+        levels = self.encode(tuple(project(x) for project, x in zip(self.input_projections, features, strict=False)))
         top = levels[-1]
-        for lateral, fuse, x in zip(self.lateral, self.fuse, features[len(features) - len(self.lateral) :], strict=True):
-            side = lateral(x)
+        for lateral_conv, output_conv, x in zip(
+            self.lateral_convs, self.output_convs, features[len(features) - len(self.lateral_convs) :], strict=True
+        ):
+            side = lateral_conv(x)
             if top.shape[1:3] != side.shape[1:3]:
                 top = jnp.moveaxis(resize(jnp.moveaxis(top, -1, 1), side.shape[1:3]), 1, -1).astype(side.dtype)
-            top = jax.nn.relu(fuse(side + top))
+            top = jax.nn.relu(output_conv(side + top))
         return self.mask_projection(top), levels

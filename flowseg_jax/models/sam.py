@@ -32,17 +32,17 @@ class SamConfig:
     Attributes:
         image_size: side of the square input (S), pixels; a remainder that fills no patch is ignored.
         patch_size: side of a patch, pixels.
-        width: model width (W).
-        layers: number of layers.
-        heads: attention heads; must divide `width`.
-        mlp: hidden width of the feed-forward part.
-        window: side of an attention window in patches; need not divide the grid.
-        global_layers: 0-based indices of the layers that attend over the whole grid, in any pattern.
-        eps: LayerNorm epsilon.
+        hidden_size: model width (W).
+        num_hidden_layers: number of layers.
+        num_attention_heads: attention heads; must divide `hidden_size`.
+        mlp_dim: hidden width of the feed-forward part.
+        window_size: side of an attention window in patches; need not divide the grid.
+        global_attn_indexes: 0-based indices of the layers that attend over the whole grid, in any pattern.
+        layer_norm_eps: LayerNorm epsilon.
         remat: rematerialisation policy of a layer: "none", "full" or "dots".
-        position_init: what the learned position embedding starts from: "normal" (standard deviation 0.02) or "sine" (half of
-            Mask2Former's sine table). Trained from scratch, features that hardly know their place
-            cannot tell look-alikes apart.
+        pos_embed_init: what the learned position embedding starts from: "normal" (standard deviation 0.02) or "sine" (half of
+            Mask2Former's sine table). Trained from scratch, features that hardly know their place cannot tell look-alikes
+            apart.
     """
 
     image_size: int
@@ -58,26 +58,30 @@ class SamConfig:
     pos_embed_init: str = "normal"
 
     def __post_init__(self):
-        object.__setattr__(self, "global_layers", tuple(sorted(set(self.global_attn_indexes))))
+        object.__setattr__(self, "global_attn_indexes", tuple(sorted(set(self.global_attn_indexes))))
         if self.hidden_size % self.num_attention_heads:
-            raise UserError(f"SAM: heads={self.num_attention_heads} does not divide width={self.hidden_size}")
+            raise UserError(
+                f"SAM: num_attention_heads={self.num_attention_heads} does not divide hidden_size={self.hidden_size}"
+            )
         if self.image_size < self.patch_size:
             raise UserError(f"SAM: image_size={self.image_size} is smaller than patch_size={self.patch_size}")
         if self.window_size < 1:
             raise UserError(
-                f"SAM: window={self.window_size} must be at least 1 (list every layer in global_layers for no windows)"
+                f"SAM: window_size={self.window_size} must be at least 1 "
+                "(list every layer in global_attn_indexes for no windows)"
             )
         if self.pos_embed_init not in ("normal", "sine"):
-            raise UserError(f"SAM: position_init={self.pos_embed_init!r} is unknown (known: normal, sine)")
+            raise UserError(f"SAM: pos_embed_init={self.pos_embed_init!r} is unknown (known: normal, sine)")
         for i in self.global_attn_indexes:
             if not 0 <= i < self.num_hidden_layers:
                 raise UserError(
-                    f"SAM: global_layers={self.global_attn_indexes} names layer {i}, there are {self.num_hidden_layers} (0-based)"
+                    f"SAM: global_attn_indexes={self.global_attn_indexes} names layer {i}, "
+                    f"there are {self.num_hidden_layers} (0-based)"
                 )
 
     @property
     def grid_size(self) -> int:
-        """Patches a side (g)."""
+        """Patches per side (g)."""
         return self.image_size // self.patch_size
 
     def stack_and_index(self, layer: int) -> tuple[str, int]:
@@ -91,12 +95,12 @@ class SamConfig:
         return cls(
             image_size=1024,
             patch_size=16,
-            width=1024,
-            layers=24,
-            heads=16,
-            mlp=4096,
-            window=14,
-            global_layers=(5, 11, 17, 23),
+            hidden_size=1024,
+            num_hidden_layers=24,
+            num_attention_heads=16,
+            mlp_dim=4096,
+            window_size=14,
+            global_attn_indexes=(5, 11, 17, 23),
         )
 
     @classmethod
@@ -104,14 +108,14 @@ class SamConfig:
         return cls(
             image_size=96,
             patch_size=8,
-            width=96,
-            layers=4,
-            heads=2,
-            mlp=384,
-            window=6,
-            global_layers=(1, 3),
+            hidden_size=96,
+            num_hidden_layers=4,
+            num_attention_heads=2,
+            mlp_dim=384,
+            window_size=6,
+            global_attn_indexes=(1, 3),
             remat="none",
-            position_init="sine",
+            pos_embed_init="sine",
         )
 
     @classmethod
@@ -128,14 +132,14 @@ class SamConfig:
         return cls(
             image_size=values["image_size"],
             patch_size=values["patch_size"],
-            width=width,
-            layers=layers,
-            heads=values["num_attention_heads"],
-            mlp=int(width * values["mlp_ratio"]) if mlp is None else mlp,
+            hidden_size=width,
+            num_hidden_layers=layers,
+            num_attention_heads=values["num_attention_heads"],
+            mlp_dim=int(width * values["mlp_ratio"]) if mlp is None else mlp,
             # In SAM's config a window of 0 means that every layer is global.
-            window=window or 1,
-            global_layers=tuple(values["global_attn_indexes"]) if window else tuple(range(layers)),
-            eps=values["layer_norm_eps"],
+            window_size=window or 1,
+            global_attn_indexes=tuple(values["global_attn_indexes"]) if window else tuple(range(layers)),
+            layer_norm_eps=values["layer_norm_eps"],
         )
 
 
@@ -148,52 +152,69 @@ def gather_rel_pos(table: Float[Array, "r e"], size: int) -> Float[Array, "q k e
     return einsum("qkr,re->qke", jax.nn.one_hot(offset, 2 * size - 1, dtype=table.dtype), table).astype(table.dtype)
 
 
-class SamBlock(nnx.Module):
-    """One pre-norm layer with attention over squares of `size` x `size` patches and an erf-GELU feed-forward part.
+class SamAttention(nnx.Module):
+    """Self-attention over squares of `size` x `size` patches with decomposed relative positions (HF `SamVisionAttention`).
 
-    SAM's logits are `scale q.k + q.Rh[y_q, y_k] + q.Rw[x_q, x_k]`, the last two with the unscaled query: `grid_attention`.
+    The logits are `scale q.k + q.Rh[y_q, y_k] + q.Rw[x_q, x_k]`, the last two with the unscaled query.
     """
 
     def __init__(self, cfg: SamConfig, size: int, *, rngs: nnx.Rngs):
         w, e = cfg.hidden_size, cfg.hidden_size // cfg.num_attention_heads
-        self.norm1 = LayerNorm(w, rngs=rngs, eps=cfg.layer_norm_eps)
-        self.q = Linear(w, w, rngs=rngs, axes=("embed", "heads"))
-        self.k = Linear(w, w, rngs=rngs, axes=("embed", "heads"))
-        self.v = Linear(w, w, rngs=rngs, axes=("embed", "heads"))
-        self.o = Linear(w, w, rngs=rngs, axes=("heads", "embed"))
+        self.q_proj = Linear(w, w, rngs=rngs, axes=("embed", "heads"))
+        self.k_proj = Linear(w, w, rngs=rngs, axes=("embed", "heads"))
+        self.v_proj = Linear(w, w, rngs=rngs, axes=("embed", "heads"))
+        self.proj = Linear(w, w, rngs=rngs, axes=("heads", "embed"))
         self.rel_pos_h = make_param(rngs, zeros, (2 * size - 1, e), (None, None))
         self.rel_pos_w = make_param(rngs, zeros, (2 * size - 1, e), (None, None))
-        self.norm2 = LayerNorm(w, rngs=rngs, eps=cfg.layer_norm_eps)
-        self.up = Linear(w, cfg.mlp_dim, rngs=rngs, axes=("embed", "mlp"))
-        self.down = Linear(cfg.mlp_dim, w, rngs=rngs, axes=("mlp", "embed"))
-        self.size, self.heads = size, cfg.num_attention_heads
+        self.num_heads = cfg.num_attention_heads
 
-    def attend(self, x: Float[Array, "n s s w"]) -> Float[Array, "n s s w"]:
-        """Self-attention of every square on its own."""
+    def __call__(self, x: Float[Array, "n s s w"]) -> Float[Array, "n s s w"]:
+        """Every square attends on its own."""
         n, s, _, w = x.shape
-        q, k, v = (f(x).reshape(n, s, s, self.heads, -1) for f in (self.q, self.k, self.v))
+        q, k, v = (f(x).reshape(n, s, s, self.num_heads, -1) for f in (self.q_proj, self.k_proj, self.v_proj))
         rows = einsum("nyxhe,yke->nyxhk", q, gather_rel_pos(self.rel_pos_h[...].astype(x.dtype), s))
         columns = einsum("nyxhe,xke->nyxhk", q, gather_rel_pos(self.rel_pos_w[...].astype(x.dtype), s))
         operands = q * q.shape[-1] ** -0.5, k, v, rows.astype(x.dtype), columns.astype(x.dtype)
-        return self.o(
-            decomposed_rel_pos_attention(*(a.reshape(n, s * s, self.heads, -1) for a in operands)).reshape(n, s, s, w)
-        )
+        y = decomposed_rel_pos_attention(*(a.reshape(n, s * s, self.num_heads, -1) for a in operands))
+        return self.proj(y.reshape(n, s, s, w))
+
+
+class SamMLP(nnx.Module):
+    """Linear - GELU(erf) - Linear."""
+
+    def __init__(self, cfg: SamConfig, *, rngs: nnx.Rngs):
+        self.lin1 = Linear(cfg.hidden_size, cfg.mlp_dim, rngs=rngs, axes=("embed", "mlp"))
+        self.lin2 = Linear(cfg.mlp_dim, cfg.hidden_size, rngs=rngs, axes=("mlp", "embed"))
+
+    def __call__(self, x: Float[Array, "*b w"]) -> Float[Array, "*b w"]:
+        return self.lin2(gelu(self.lin1(x)))
+
+
+class SamBlock(nnx.Module):
+    """One pre-norm layer: attention inside windows of `size` x `size` patches, or over the whole grid, then the MLP."""
+
+    def __init__(self, cfg: SamConfig, size: int, *, rngs: nnx.Rngs):
+        self.layer_norm1 = LayerNorm(cfg.hidden_size, rngs=rngs, eps=cfg.layer_norm_eps)
+        self.attn = SamAttention(cfg, size, rngs=rngs)
+        self.layer_norm2 = LayerNorm(cfg.hidden_size, rngs=rngs, eps=cfg.layer_norm_eps)
+        self.mlp = SamMLP(cfg, rngs=rngs)
+        self.size = size
 
     def __call__(self, x: Float[Array, "b g g w"]) -> Float[Array, "b g g w"]:
-        y = self.norm1(x)
+        y = self.layer_norm1(x)
         b, g, _, w = y.shape
         if g == self.size:
-            y = self.attend(y)
+            y = self.attn(y)
         else:
             # Zeros fill the last windows AFTER the norm and are attended to like any patch: SAM was trained that way.
             n = -(-g // self.size)
             y = jnp.pad(y, ((0, 0), (0, n * self.size - g), (0, n * self.size - g), (0, 0)))
             y = y.reshape(b, n, self.size, n, self.size, w).swapaxes(2, 3).reshape(-1, self.size, self.size, w)
-            y = self.attend(y)
+            y = self.attn(y)
             y = y.reshape(b, n, n, self.size, self.size, w).swapaxes(2, 3)
             y = y.reshape(b, n * self.size, n * self.size, w)[:, :g, :g]
         x = x + y
-        return x + self.down(gelu(self.up(self.norm2(x))))
+        return x + self.mlp(self.layer_norm2(x))
 
 
 class SamImageEncoder(nnx.Module):
@@ -202,10 +223,10 @@ class SamImageEncoder(nnx.Module):
     def __init__(self, cfg: SamConfig, *, rngs: nnx.Rngs):
         n_global = len(cfg.global_attn_indexes)
         n_window = cfg.num_hidden_layers - n_global
-        self.patch = Conv(3, cfg.hidden_size, cfg.patch_size, rngs=rngs, stride=cfg.patch_size, axes=(None, "embed"))
+        self.patch_embed = Conv(3, cfg.hidden_size, cfg.patch_size, rngs=rngs, stride=cfg.patch_size, axes=(None, "embed"))
         sine = lambda key, shape, dtype: 0.5 * sine_position_embedding(*shape).astype(dtype)  # noqa: E731
         position = sine if cfg.pos_embed_init == "sine" else normal_init(0.02)
-        self.position = make_param(rngs, position, (cfg.grid_size, cfg.grid_size, cfg.hidden_size), (None, None, "embed"))
+        self.pos_embed = make_param(rngs, position, (cfg.grid_size, cfg.grid_size, cfg.hidden_size), (None, None, "embed"))
         self.window_layers = (
             stack_layers(lambda r: SamBlock(cfg, cfg.window_size, rngs=r), n_window, rngs) if n_window else None
         )
@@ -232,8 +253,8 @@ class SamImageEncoder(nnx.Module):
         if not select or not all(-cfg.num_hidden_layers - 1 <= i <= cfg.num_hidden_layers for i in select):
             raise ValueError(f"SAM has hidden states 0 to {cfg.num_hidden_layers}, asked for {select}")
         select = tuple(i % (cfg.num_hidden_layers + 1) for i in select)
-        x = self.patch(images)
-        states = {0: x + gathered_weight(self.position, x.dtype)}
+        x = self.patch_embed(images)
+        states = {0: x + gathered_weight(self.pos_embed, x.dtype)}
         period = self._period(select)
         states |= self._periodic(states[0], select, period) if period else self._runs(states[0], select)
         return tuple(states[i] for i in select)

@@ -47,11 +47,11 @@ class SemanticFlowConfig:
     """Switches of the semantic flow.
 
     Attributes:
-        mode: "off" (the plain scaffold), "sr", or "sr_cr" (FlowSeg).
-        norm: "post": Q_sem = LN(Q_vis + MHA), as the scaffold's layers. "residual": Q_sem = Q_vis + MHA, no norm, output
-            projection starting at zero, so that a converted scaffold checkpoint predicts at step 0 what the scaffold predicts.
+        mode: "off" (plain X-SAM), "sr", or "sr_cr" (FlowSeg).
+        norm: "post": Q_sem = LN(Q_vis + MHA), as X-SAM's layers. "residual": Q_sem = Q_vis + MHA, no norm, output
+            projection starting at zero, so that a converted X-SAM checkpoint predicts at step 0 what X-SAM predicts.
         gate_bias: initial bias of the gate; 0 mixes both halves evenly, positive values start near vision.
-        zero_refinement: CR's output projection starts at zero, so that C(l) = C(0) at step 0.
+        zero_init_condition_refinement: CR's output projection starts at zero, so that C(l) = C(0) at step 0.
     """
 
     mode: str = "sr_cr"
@@ -71,7 +71,7 @@ class SemanticRefinement(nnx.Module):
 
     def __init__(self, width: int, heads: int, cfg: SemanticFlowConfig, *, rngs: nnx.Rngs):
         residual = cfg.norm == "residual"
-        self.attention = MultiHeadAttention(width, heads, rngs=rngs, zero_output=residual)
+        self.attn = MultiHeadAttention(width, heads, rngs=rngs, zero_output=residual)
         self.norm = None if residual else LayerNorm(width, rngs=rngs)
         self.gate = Linear(
             2 * width, width, rngs=rngs, init=zeros, bias_init=nnx.initializers.constant(cfg.gate_bias), axes=(None, None)
@@ -85,7 +85,7 @@ class SemanticRefinement(nnx.Module):
         own: Bool[Array, "p n"],
     ) -> Float[Array, "p q d"]:
         mask = jnp.broadcast_to(own[:, None, None, :], (own.shape[0], 1, q_vis.shape[1], own.shape[1]))
-        q_sem = q_vis + self.attention(q_vis + position, conditions, conditions, mask=mask)
+        q_sem = q_vis + self.attn(q_vis + position, conditions, conditions, mask=mask)
         if self.norm is not None:
             q_sem = self.norm(q_sem)
         gate = jax.nn.sigmoid(self.gate(jnp.concatenate([q_vis, q_sem], -1)))
@@ -101,7 +101,7 @@ class ConditionRefinement(nnx.Module):
     """
 
     def __init__(self, width: int, heads: int, cfg: SemanticFlowConfig, *, rngs: nnx.Rngs):
-        self.attention = MultiHeadAttention(width, heads, rngs=rngs, zero_output=cfg.zero_init_condition_refinement)
+        self.attn = MultiHeadAttention(width, heads, rngs=rngs, zero_output=cfg.zero_init_condition_refinement)
 
     def __call__(
         self,
@@ -109,4 +109,4 @@ class ConditionRefinement(nnx.Module):
         queries: Float[Array, "p q d"],
         refine: Bool[Array, "p n"],
     ) -> Float[Array, "p n d"]:
-        return jnp.where(refine[..., None], conditions + self.attention(conditions, queries, queries), conditions)
+        return jnp.where(refine[..., None], conditions + self.attn(conditions, queries, queries), conditions)

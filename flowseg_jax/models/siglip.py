@@ -26,11 +26,11 @@ class SiglipConfig:
     Attributes:
         image_size: side of the square input (V), pixels; a remainder that fills no patch is ignored.
         patch_size: side of a patch, pixels.
-        width: model width (W).
-        layers: encoder layers held; the caller chooses how many of them run.
-        heads: attention heads; must divide `width`.
-        mlp: hidden width of the feed-forward part.
-        eps: LayerNorm epsilon.
+        hidden_size: model width (W).
+        num_hidden_layers: encoder layers held; the caller chooses how many of them run.
+        num_attention_heads: attention heads; must divide `hidden_size`.
+        intermediate_size: hidden width of the feed-forward part.
+        layer_norm_eps: LayerNorm epsilon.
         remat: rematerialisation policy of a layer: "none", "full" or "dots".
     """
 
@@ -45,23 +45,40 @@ class SiglipConfig:
 
     def __post_init__(self):
         if self.hidden_size % self.num_attention_heads:
-            raise UserError(f"SigLIP: heads={self.num_attention_heads} does not divide width={self.hidden_size}")
+            raise UserError(
+                f"SigLIP: num_attention_heads={self.num_attention_heads} does not divide hidden_size={self.hidden_size}"
+            )
         if self.image_size < self.patch_size:
             raise UserError(f"SigLIP: image_size={self.image_size} is smaller than patch_size={self.patch_size}")
 
     @property
     def num_patches(self) -> int:
-        """Patches an image (P)."""
+        """Patches per image (P)."""
         return (self.image_size // self.patch_size) ** 2
 
     @classmethod
     def so400m_14_384(cls) -> SiglipConfig:
         """SigLIP2-so400m-patch14-384: 729 tokens of width 1152."""
-        return cls(image_size=384, patch_size=14, width=1152, layers=27, heads=16, mlp=4304)
+        return cls(
+            image_size=384,
+            patch_size=14,
+            hidden_size=1152,
+            num_hidden_layers=27,
+            num_attention_heads=16,
+            intermediate_size=4304,
+        )
 
     @classmethod
     def tiny(cls) -> SiglipConfig:
-        return cls(image_size=48, patch_size=8, width=64, layers=3, heads=4, mlp=256, remat="none")
+        return cls(
+            image_size=48,
+            patch_size=8,
+            hidden_size=64,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            intermediate_size=256,
+            remat="none",
+        )
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> SiglipConfig:
@@ -76,12 +93,39 @@ class SiglipConfig:
         return cls(
             image_size=values["image_size"],
             patch_size=values["patch_size"],
-            width=values["hidden_size"],
-            layers=values["num_hidden_layers"],
-            heads=values["num_attention_heads"],
-            mlp=values["intermediate_size"],
-            eps=values["layer_norm_eps"],
+            hidden_size=values["hidden_size"],
+            num_hidden_layers=values["num_hidden_layers"],
+            num_attention_heads=values["num_attention_heads"],
+            intermediate_size=values["intermediate_size"],
+            layer_norm_eps=values["layer_norm_eps"],
         )
+
+
+class SiglipAttention(nnx.Module):
+    """Unmasked multi-head self-attention with biases."""
+
+    def __init__(self, cfg: SiglipConfig, *, rngs: nnx.Rngs):
+        w = cfg.hidden_size
+        self.q_proj = Linear(w, w, rngs=rngs, axes=("embed", "heads"))
+        self.k_proj = Linear(w, w, rngs=rngs, axes=("embed", "heads"))
+        self.v_proj = Linear(w, w, rngs=rngs, axes=("embed", "heads"))
+        self.out_proj = Linear(w, w, rngs=rngs, axes=("heads", "embed"))
+        self.num_heads = cfg.num_attention_heads
+
+    def __call__(self, x: Float[Array, "b p w"]) -> Float[Array, "b p w"]:
+        q, k, v = (f(x).reshape(*x.shape[:2], self.num_heads, -1) for f in (self.q_proj, self.k_proj, self.v_proj))
+        return self.out_proj(attention(q, k, v).reshape(x.shape))
+
+
+class SiglipMLP(nnx.Module):
+    """Linear - GELU(tanh) - Linear."""
+
+    def __init__(self, cfg: SiglipConfig, *, rngs: nnx.Rngs):
+        self.fc1 = Linear(cfg.hidden_size, cfg.intermediate_size, rngs=rngs, axes=("embed", "mlp"))
+        self.fc2 = Linear(cfg.intermediate_size, cfg.hidden_size, rngs=rngs, axes=("mlp", "embed"))
+
+    def __call__(self, x: Float[Array, "b p w"]) -> Float[Array, "b p w"]:
+        return self.fc2(gelu_tanh(self.fc1(x)))
 
 
 class SiglipBlock(nnx.Module):
@@ -89,29 +133,22 @@ class SiglipBlock(nnx.Module):
 
     def __init__(self, cfg: SiglipConfig, *, rngs: nnx.Rngs):
         w = cfg.hidden_size
-        self.norm1 = LayerNorm(w, rngs=rngs, eps=cfg.layer_norm_eps)
-        self.q = Linear(w, w, rngs=rngs, axes=("embed", "heads"))
-        self.k = Linear(w, w, rngs=rngs, axes=("embed", "heads"))
-        self.v = Linear(w, w, rngs=rngs, axes=("embed", "heads"))
-        self.o = Linear(w, w, rngs=rngs, axes=("heads", "embed"))
-        self.norm2 = LayerNorm(w, rngs=rngs, eps=cfg.layer_norm_eps)
-        self.up = Linear(w, cfg.intermediate_size, rngs=rngs, axes=("embed", "mlp"))
-        self.down = Linear(cfg.intermediate_size, w, rngs=rngs, axes=("mlp", "embed"))
-        self.heads = cfg.num_attention_heads
+        self.layer_norm1 = LayerNorm(w, rngs=rngs, eps=cfg.layer_norm_eps)
+        self.self_attn = SiglipAttention(cfg, rngs=rngs)
+        self.layer_norm2 = LayerNorm(w, rngs=rngs, eps=cfg.layer_norm_eps)
+        self.mlp = SiglipMLP(cfg, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b p w"]) -> Float[Array, "b p w"]:
-        y = self.norm1(x)
-        q, k, v = (f(y).reshape(*y.shape[:2], self.heads, -1) for f in (self.q, self.k, self.v))
-        x = x + self.o(attention(q, k, v).reshape(y.shape))
-        return x + self.down(gelu_tanh(self.up(self.norm2(x))))
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
 
 
 class SiglipVisionEncoder(nnx.Module):
     """The vision encoder."""
 
     def __init__(self, cfg: SiglipConfig, *, rngs: nnx.Rngs):
-        self.patch = Conv(3, cfg.hidden_size, cfg.patch_size, rngs=rngs, stride=cfg.patch_size, axes=(None, "embed"))
-        self.position = make_param(
+        self.patch_embedding = Conv(3, cfg.hidden_size, cfg.patch_size, rngs=rngs, stride=cfg.patch_size, axes=(None, "embed"))
+        self.position_embedding = make_param(
             rngs, normal_init(cfg.hidden_size**-0.5), (cfg.num_patches, cfg.hidden_size), (None, "embed")
         )
         self.layers = stack_layers(lambda r: SiglipBlock(cfg, rngs=r), cfg.num_hidden_layers, rngs)
@@ -122,7 +159,8 @@ class SiglipVisionEncoder(nnx.Module):
 
         Args:
             images: [B, V, V, 3], already normalised; its dtype is the dtype computed in.
-            layers: how many layers to run, None for all. HF's `hidden_states[-2]` is `cfg.layers - 1`; 0 gives the embeddings.
+            layers: how many layers to run, None for all. HF's `hidden_states[-2]` is
+                `cfg.num_hidden_layers - 1`; 0 gives the embeddings.
 
         Returns:
             [B, P, W], the output of that layer, row-major over the patches, no final norm.
@@ -136,8 +174,8 @@ class SiglipVisionEncoder(nnx.Module):
         layers = cfg.num_hidden_layers if layers is None else layers
         if not 0 <= layers <= cfg.num_hidden_layers:
             raise ValueError(f"SigLIP has {cfg.num_hidden_layers} layers, asked for {layers}")
-        x = self.patch(images).reshape(images.shape[0], cfg.num_patches, cfg.hidden_size)
-        x = x + gathered_weight(self.position, x.dtype)
+        x = self.patch_embedding(images).reshape(images.shape[0], cfg.num_patches, cfg.hidden_size)
+        x = x + gathered_weight(self.position_embedding, x.dtype)
         if not layers:
             return x
         return scan_layers(self.layers, lambda layer, x, _: (layer(x), None), x, policy=cfg.remat, stop=layers)[0]

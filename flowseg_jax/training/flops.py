@@ -90,7 +90,7 @@ def _attention(queries: float, keys: float, width: float) -> float:
 
 def sam(cfg: SamConfig, last: int) -> FlopCount:
     """Layers 1 to `last`. The relative positions are a product of every query with two tables."""
-    grid, width = cfg.grid_size, cfg.width
+    grid, width = cfg.grid_size, cfg.hidden_size
 
     def layer(size: int) -> FlopCount:
         seen = (-(-grid // size) * size) ** 2  # the last windows are filled up
@@ -208,7 +208,7 @@ def forward(model: FlowSegConfig, shape: BatchShape, losses: LossConfig) -> dict
         "sam": sam(model.sam, max(*model.connector_hidden_layers, model.sam.num_hidden_layers - 1)),
         "siglip": siglip(model.siglip, model.siglip.num_hidden_layers - 1),
         "visual_projector": projector(model.siglip.num_patches, model.siglip.hidden_size, llm),
-        "seg_projector": projector(side**2, 4 * model.sam.width, llm),
+        "seg_projector": projector(side**2, 4 * model.sam.hidden_size, llm),
         "llm": language(model.llm, shape.text_length),
         "head": FlopCount(head),  # of the text behind the visual tokens
         "llm_projector": projector(shape.text_length, llm, width),

@@ -58,7 +58,7 @@ def load_dataset(config: ConfigDict) -> PreparedDataset:
     if data.images:
         options = {"mix": dict(data.mix)} if data.mix else {}
         if not data.tokenizer:
-            options["tokenizer_vocab"] = config.model.llm.vocab
+            options["tokenizer_vocab"] = config.model.llm.vocab_size
         return load_or_build_shapes(data.dir, data.images, data.seed, log=log, **options)
     return PreparedDataset.open(data.dir)
 
@@ -87,7 +87,7 @@ def open_train_data(config: ConfigDict, program: TrainProgram) -> TrainDataset:
         tokenizer = open_tokenizer((own or [members[0].prepared])[0], plan.prompts, config.data.tokenizer)
         if tokenizer.vocab > model.llm.vocab_size:
             raise UserError(
-                f"model.llm.vocab is {model.llm.vocab_size}, the tokenizer {tokenizer.name} has {tokenizer.vocab} ids"
+                f"model.llm.vocab_size is {model.llm.vocab_size}, the tokenizer {tokenizer.name} has {tokenizer.vocab} ids"
             )
     if model.num_classes:
         known = {m.prepared.categories: m.prepared.directory for m in members if m.prepared.task in ("referring", "generic")}

@@ -78,13 +78,14 @@ class RunConfig:
             raise UserError(
                 f"batch_size {config.batch_size} is no multiple of model.negatives_group {model.negatives_group_size}"
             )
-        if data.square and model.components == "all":
+        if data.square and model.components == "full":
             raise UserError(
                 "data.square is for models without a mask decoder (stage 2): evaluation and prediction stretch images"
             )
         if model.has_mask_decoder and data.masks > model.mask_decoder.num_queries:
             raise UserError(
-                f"data.masks is {data.masks}, and a target takes one of the model.decoder.queries={model.mask_decoder.num_queries}: "
+                f"data.masks is {data.masks}, and a target takes one of the "
+                f"model.mask_decoder.num_queries={model.mask_decoder.num_queries}: "
                 "lower the one or raise the other"
             )
         if model.has_language_model and data.text <= model.num_visual_tokens:

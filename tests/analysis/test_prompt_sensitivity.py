@@ -28,7 +28,7 @@ def benchmark(tmp_path_factory):
     prepared = prepare.prepare(mini.write(root / "layout"), root / "prepared", tokenizer_vocab=300, log=lambda _: None)
     tokenizer = open_tokenizer(prepared, PromptTemplates())
     cfg = small.lean()
-    cfg = dataclasses.replace(cfg, llm=dataclasses.replace(cfg.llm, vocab=tokenizer.vocab))
+    cfg = dataclasses.replace(cfg, llm=dataclasses.replace(cfg.llm, vocab_size=tokenizer.vocab))
     evaluator = Evaluator(flowseg.abstract_model(cfg)[0])
     return ReferringEvaluation(
         EvalModel(cfg, evaluator, small.params(cfg), {"digest": "0"}, tokenizer, PromptTemplates()), prepared, 2

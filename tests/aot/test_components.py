@@ -22,8 +22,8 @@ def config_of(which: str = "all", **optimizer) -> ConfigDict:
     config = test_plan.smallest_config()
     model = FlowSegConfig.from_dict(config.model.to_dict())
     if which == "segmentor":
-        model = dataclasses.replace(model, classes=3, semantic_flow=dataclasses.replace(model.semantic_flow, mode="off"))
-    config.model = ConfigDict(dataclasses.replace(model, parts=which).to_dict())
+        model = dataclasses.replace(model, num_classes=3, semantic_flow=dataclasses.replace(model.semantic_flow, mode="off"))
+    config.model = ConfigDict(dataclasses.replace(model, components=which).to_dict())
     config.mesh.update(data=1, fsdp=1)
     config.optimizer.update(groups=((".*", 1.0),), **optimizer)
     return config

@@ -188,7 +188,7 @@ def smallest_config() -> ConfigDict:
     model = small.config(negatives_group=1, classes=0, named_pass="off")
     model = dataclasses.replace(
         model,
-        decoder=dataclasses.replace(model.mask_decoder, layers=1),
+        mask_decoder=dataclasses.replace(model.mask_decoder, num_layers=1),
         boundary=dataclasses.replace(model.boundary, enabled=False),
     )
     config = configs.read("configs/shapes_tiny.py")

@@ -83,7 +83,7 @@ def test_a_language_model_with_our_marks(tmp_path, hf, capsys):
     run("qwen3", source, tmp_path / "out")
     loaded = pretrained.load_pretrained(tmp_path / "out", dtype=None, towers=True)
     cfg = LanguageConfig.from_hf(json.loads((source / "config.json").read_text()))
-    cfg = dataclasses.replace(cfg, vocab=262)  # 259 ids and the three marks, though the table has 280 rows
+    cfg = dataclasses.replace(cfg, vocab_size=262)  # 259 ids and the three marks, though the table has 280 rows
     assert loaded.tower == {"family": "qwen3", "config": dataclasses.asdict(cfg)}
     tensors = {
         name: x.view(torch.uint16).numpy().view(BF16)

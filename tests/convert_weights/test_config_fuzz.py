@@ -155,7 +155,11 @@ class Checkpoint:
                     -2
                 ]
             wanted = wanted.numpy()
-            mine = ours(image, layers=cfg.layers - 1) if self.family == "siglip2" else ours(image, (cfg.layers - 1,))[0]
+            mine = (
+                ours(image, layers=cfg.num_hidden_layers - 1)
+                if self.family == "siglip2"
+                else ours(image, (cfg.num_hidden_layers - 1,))[0]
+            )
         return float(np.abs(np.asarray(mine).reshape(-1) - wanted.reshape(-1)).max()) < 1e-4 * max(
             1.0, float(abs(wanted).max())
         )

@@ -43,12 +43,12 @@ SMOLLM2 = {
     "tie_word_embeddings": True,
 }
 MASK2FORMER = Mask2FormerConfig(
-    PixelDecoderConfig.mask2former((1536, 768, 384, 192), levels=3), MaskDecoderConfig(), 133
+    PixelDecoderConfig.mask2former((1536, 768, 384, 192), num_levels=3), MaskDecoderConfig(), 133
 )  # fmt: skip
 TOWERS = {
-    "qwen3_4b": ("qwen3", dataclasses.replace(LanguageConfig.qwen3_4b(), vocab=151936)),
-    "qwen3_1b7": ("qwen3", dataclasses.replace(LanguageConfig.qwen3_1b7(), vocab=151936)),
-    "phi3_mini": ("phi3", dataclasses.replace(LanguageConfig.phi3_mini(), vocab=32064)),
+    "qwen3_4b": ("qwen3", dataclasses.replace(LanguageConfig.qwen3_4b(), vocab_size=151936)),
+    "qwen3_1b7": ("qwen3", dataclasses.replace(LanguageConfig.qwen3_1b7(), vocab_size=151936)),
+    "phi3_mini": ("phi3", dataclasses.replace(LanguageConfig.phi3_mini(), vocab_size=32064)),
     "smollm2_135m": ("llama", LanguageConfig.from_hf(SMOLLM2)),
     "siglip2_so400m_14_384": ("siglip2", SiglipConfig.so400m_14_384()),
     "sam_vit_large": ("sam", SamConfig.vit_large()),
@@ -95,8 +95,8 @@ def test_towers(name):
     assert {target.dtype for target in plan.targets if target.pieces} == {BF16}
     if family in ("qwen3", "phi3", "llama"):
         assert not plan.ignored
-        cut = dataclasses.replace(cfg, vocab=cfg.vocab - 100)  # X-SAM's resize
-        assert make_plan(get_family(family), cut, source).resized["table"] == (cfg.vocab, cfg.vocab - 100)
+        cut = dataclasses.replace(cfg, vocab_size=cfg.vocab_size - 100)  # X-SAM's resize
+        assert make_plan(get_family(family), cut, source).resized["table"] == (cfg.vocab_size, cfg.vocab_size - 100)
 
 
 @pytest.mark.parametrize("mode", ["off", "sr_cr"])
@@ -162,7 +162,7 @@ def test_every_parameter_has_exactly_one_place_in_every_layout(family, layout):
     family = get_family(family)
     cfg = family.example_config()
     if isinstance(cfg, FlowSegConfig):
-        cfg = dataclasses.replace(cfg, semantic_flow=SemanticFlowConfig(norm="post"), classes=3)
+        cfg = dataclasses.replace(cfg, semantic_flow=SemanticFlowConfig(norm="post"), num_classes=3)
     ours = Abstract("xsam_qwen3_1b7")
     ours.entries = {name: Entry(shape, BF16) for name, shape in family.shapes(cfg).items()}
     exported = Exported(family, cfg, ours, layout)

@@ -32,9 +32,11 @@ def test_a_tower_is_what_the_hand_written_map_makes_of_it(family):
         names = {name.removeprefix("vision_encoder."): x for name, x in tensors.items()}
         expected = hf_convert.sam(names, cfg)
     elif family == "siglip2":
-        expected = hf_convert.siglip(tensors, cfg.layers)
+        expected = hf_convert.siglip(tensors, cfg.num_hidden_layers)
     else:
-        expected = hf_convert.language(tensors, cfg.layers, cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim)
+        expected = hf_convert.language(
+            tensors, cfg.num_hidden_layers, cfg.num_attention_heads * cfg.head_dim, cfg.num_key_value_heads * cfg.head_dim
+        )
     assert tiny.equal(ours, expected)
 
 
@@ -79,7 +81,7 @@ def test_xsam_and_its_older_names():
 
 
 def test_xsam_with_phi3_and_a_fused_matrix():
-    llm = dataclasses.replace(tiny.XSAM.llm, family="phi3", qk_norm=False, tie_embeddings=False)
+    llm = dataclasses.replace(tiny.XSAM.llm, model_type="phi3", qk_norm=False, tie_word_embeddings=False)
     cfg = dataclasses.replace(tiny.XSAM, llm=llm)
     ours = import_params("xsam", tiny.xsam_tensors(), tiny.XSAM)
     ours["llm"]["head"] = ours["llm"]["table"] + 1
@@ -176,14 +178,14 @@ def test_a_tied_head_in_integers_is_another_matrix():
 def test_the_vocabulary_is_cut_or_grown_as_xsam_does():
     tensors, cfg = tiny.arrays("phi3")
     table, head = tensors["model.embed_tokens.weight"], tensors["lm_head.weight"]
-    cut = import_params("phi3", tensors, dataclasses.replace(cfg, vocab=262))
+    cut = import_params("phi3", tensors, dataclasses.replace(cfg, vocab_size=262))
     assert np.array_equal(cut["table"], table[:262])
     assert np.array_equal(cut["head"], head[:262])
-    grown = import_params("phi3", tensors, dataclasses.replace(cfg, vocab=283))
+    grown = import_params("phi3", tensors, dataclasses.replace(cfg, vocab_size=283))
     assert np.array_equal(grown["table"][:280], table)
     assert np.allclose(grown["table"][280:], table.mean(0), atol=1e-7)
     with pytest.raises(UserError, match=r"expected \(262, 64\) for llm.model.embed_tokens.weight \(264, 64\)"):
-        llm = dataclasses.replace(tiny.XSAM.llm, vocab=262)  # X-SAM's table has its size already
+        llm = dataclasses.replace(tiny.XSAM.llm, vocab_size=262)  # X-SAM's table has its size already
         import_params("xsam", tiny.xsam_tensors(), dataclasses.replace(tiny.XSAM, llm=llm))
 
 
@@ -206,7 +208,7 @@ def test_the_rotary_order_of_llama_cpp():
     ours = import_params("llama", tensors, cfg)
     gguf = export_params("llama", ours, cfg, layout="gguf")
     q = tensors["model.layers.2.self_attn.q_proj.weight"]
-    theirs = q.reshape(cfg.heads, 2, cfg.head_dim // 2, -1).swapaxes(1, 2).reshape(q.shape)
+    theirs = q.reshape(cfg.num_attention_heads, 2, cfg.head_dim // 2, -1).swapaxes(1, 2).reshape(q.shape)
     assert np.array_equal(gguf["blk.2.attn_q.weight"], theirs)
     assert np.array_equal(gguf["blk.2.attn_v.weight"], tensors["model.layers.2.self_attn.v_proj.weight"])
     assert tiny.equal(import_params("llama", gguf, cfg), ours)

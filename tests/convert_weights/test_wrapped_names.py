@@ -152,7 +152,7 @@ def segment_anything():
         "image_encoder.neck.3.bias": theirs["neck.layer_norm2.bias"],
     }
     same = {name: name for name in ("attn.qkv", "attn.proj", "mlp.lin1", "mlp.lin2")}
-    for i in range(cfg.layers):
+    for i in range(cfg.num_hidden_layers):
         for new, old in {"norm1": "layer_norm1", "norm2": "layer_norm2", **same}.items():
             for leaf in ("weight", "bias"):
                 meta[f"image_encoder.blocks.{i}.{new}.{leaf}"] = theirs[f"layers.{i}.{old}.{leaf}"]

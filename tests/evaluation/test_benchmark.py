@@ -31,7 +31,12 @@ def place(tmp_path_factory):
     layout = mini.write(root / "layout")
     prepared = prepare.prepare(layout, root / "data" / "refcoco", tokenizer_vocab=300, log=lambda _: None)
     cfg = small.lean()
-    cfg = dataclasses.replace(cfg, llm=dataclasses.replace(LanguageConfig.tiny(300), width=28, layers=1, head_dim=14, mlp=36))
+    cfg = dataclasses.replace(
+        cfg,
+        llm=dataclasses.replace(
+            LanguageConfig.tiny(300), hidden_size=28, num_hidden_layers=1, head_dim=14, intermediate_size=36
+        ),
+    )
     save_pretrained(root / "model", small.params(cfg), cfg.to_dict(), prepared.tokenizer_directory, dtype=None)
     return root
 

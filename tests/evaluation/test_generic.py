@@ -379,8 +379,8 @@ def validation(prepared, batch):
 
 def model(prepared, **changes):
     """A random model with a word for each id of the set's tokenizer, and with a boundary refinement that does something."""
-    llm = dataclasses.replace(small.config().llm, vocab=load_tokenizer(prepared.tokenizer_directory).vocab)
-    return dataclasses.replace(small.lean(negatives_group=1, llm=llm), **changes)
+    llm = dataclasses.replace(small.config().llm, vocab_size=load_tokenizer(prepared.tokenizer_directory).vocab)
+    return dataclasses.replace(small.lean(negatives_group_size=1, llm=llm), **changes)
 
 
 @functools.cache  # what one test compiles, another uses

@@ -31,9 +31,11 @@ def ran(tmp_path_factory):
     root, said = tmp_path_factory.mktemp("stages"), []
 
     def tiny(cls, vocab: int = 512, classes: int = 0) -> FlowSegConfig:
-        llm = dataclasses.replace(LanguageConfig.tiny(vocab), width=28, layers=1, head_dim=14, mlp=36)
-        lean = small.lean(negatives_group=1, llm=llm)
-        return dataclasses.replace(lean, decoder=dataclasses.replace(lean.mask_decoder, queries=12))
+        llm = dataclasses.replace(
+            LanguageConfig.tiny(vocab), hidden_size=28, num_hidden_layers=1, head_dim=14, intermediate_size=36
+        )
+        lean = small.lean(negatives_group_size=1, llm=llm)
+        return dataclasses.replace(lean, mask_decoder=dataclasses.replace(lean.mask_decoder, num_queries=12))
 
     size = stages.Size(shapes=40, reasonseg=10, panoptic=16, chat=16, steps=(40, 40, 2), evaluated=0)
     with pytest.MonkeyPatch.context() as patch:

@@ -40,7 +40,9 @@ def config(**changes) -> FlowSegConfig:
             intermediate_size=24,
             remat="none",
         ),
-        llm=dataclasses.replace(LanguageConfig.tiny(VOCAB), width=28, layers=1, head_dim=14, mlp=36),
+        llm=dataclasses.replace(
+            LanguageConfig.tiny(VOCAB), hidden_size=28, num_hidden_layers=1, head_dim=14, intermediate_size=36
+        ),
         connector=ConnectorConfig(channels=(24, 24, 24), hidden_channels=12),
         pixel_decoder=PixelDecoderConfig(
             channels=(48, 24, 12),
@@ -59,7 +61,7 @@ def config(**changes) -> FlowSegConfig:
         ),
         connector_hidden_layers=(1, 1, 2),
         num_classes=3,
-        generic_pass="flow",
+        generic_pass="with_flow",
         negatives_group_size=2,
         exclude_same_target=True,
     )
@@ -73,7 +75,7 @@ def lean(**changes) -> FlowSegConfig:
         connector=ConnectorConfig(channels=(24,), hidden_channels=12, scales=(1,)),
         connector_layers=(2,),
         pixel_decoder=dataclasses.replace(whole.pixel_decoder, channels=(24,), strides=(8,), common_stride=8),
-        decoder=dataclasses.replace(whole.mask_decoder, layers=2, levels=1),
+        decoder=dataclasses.replace(whole.mask_decoder, num_layers=2, num_levels=1),
         classes=0,
         named_pass="off",
         **changes,

@@ -51,7 +51,7 @@ def tokenizer_directory(tmp_path_factory):
 def model_directory(tokenizer_directory, tmp_path_factory):
     """A small model of random numbers, stored in bfloat16, whose boundary refinement does something."""
     cfg = small.lean()
-    cfg = dataclasses.replace(cfg, llm=dataclasses.replace(cfg.llm, vocab=load_tokenizer(tokenizer_directory).vocab))
+    cfg = dataclasses.replace(cfg, llm=dataclasses.replace(cfg.llm, vocab_size=load_tokenizer(tokenizer_directory).vocab))
     params = small.params(cfg)
     params["boundary"]["alpha"] = np.full((1,), 2.0, np.float32)
     extra = {"prompts": {"question": 1}, "step": 7}
@@ -162,7 +162,7 @@ def test_mistakes(model_directory, tokenizer_directory, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("")
     fails("full exists", out=tmp_path / "full")
-    cfg = small.lean(parts="language")
+    cfg = small.lean(components="vlm")
     language = save_pretrained(tmp_path / "language", {"x": np.zeros(1)}, cfg.to_dict(), tokenizer_directory)
     fails("holds only the parts 'language'", checkpoint=language)
 

@@ -460,7 +460,7 @@ def taught(tokenizer_directory):
     """A tiny FlowSeg whose language head is solved for: it gives the answers above about `picture()`, word by word."""
     tokenizer, prompts = load_tokenizer(tokenizer_directory), PromptTemplates(randomize=False)
     cfg = FlowSegConfig.tiny(vocab=tokenizer.vocab)
-    cfg = dataclasses.replace(cfg, llm=dataclasses.replace(cfg.llm, tie_embeddings=False))
+    cfg = dataclasses.replace(cfg, llm=dataclasses.replace(cfg.llm, tie_word_embeddings=False))
     graphdef, _ = flowseg.abstract_model(cfg)
     params = random_params(cfg)
     params["llm"]["table"] = np.random.default_rng(1).normal(size=params["llm"]["table"].shape).astype(np.float32)

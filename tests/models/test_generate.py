@@ -74,9 +74,9 @@ def test_logits_from_a_cache_equal_the_run_without_and_hugging_face(pair, sizes)
 def test_padding_of_one_chunk_is_filled_by_the_next(pair):
     """Rows of lengths 2 and 5, read as padded chunks of 3 each, equal unpadded rows."""
     _, model = pair
-    embeds = np.random.default_rng(5).normal(size=(2, 5, model.cfg.width)).astype(np.float32)
+    embeds = np.random.default_rng(5).normal(size=(2, 5, model.cfg.hidden_size)).astype(np.float32)
     expected = jax.jit(model.__call__)(embeds, np.broadcast_to(np.arange(5), (2, 5)), np.zeros((2, 5), int))
-    junk = np.full((2, 3, model.cfg.width), 9.0, np.float32)
+    junk = np.full((2, 3, model.cfg.hidden_size), 9.0, np.float32)
     first, second = junk.copy(), junk.copy()
     first[0, :1], second[0, :1] = embeds[0, :1], embeds[0, 1:2]
     first[1], second[1, :2] = embeds[1, :3], embeds[1, 3:]
@@ -98,7 +98,7 @@ def test_expressions_behind_a_shared_prefix_equal_the_packed_run(pair):
     rng = np.random.default_rng(2)
     images, prefix, talks = 2, (6, 4), (4, 1, 3)
     longest, count = max(talks), len(talks)
-    embeds = rng.normal(size=(images, max(prefix) + sum(talks), model.cfg.width)).astype(np.float32)
+    embeds = rng.normal(size=(images, max(prefix) + sum(talks), model.cfg.hidden_size)).astype(np.float32)
     index = np.broadcast_to(np.arange(max(prefix)), (images, max(prefix)))
     head = np.where(index < np.array(prefix)[:, None], 0, -1)
     ids = np.repeat(np.arange(count), talks)
@@ -114,7 +114,7 @@ def test_expressions_behind_a_shared_prefix_equal_the_packed_run(pair):
     behind, _ = jax.jit(model.extend)(cache, texts, tail, tail_ids)
     assert hf_convert.error(behind, expected) < 1e-5
 
-    rows = rng.normal(size=(images, count, longest, model.cfg.width)).astype(np.float32)
+    rows = rng.normal(size=(images, count, longest, model.cfg.hidden_size)).astype(np.float32)
     rows[:, ids, within] = texts
     flat = rows.reshape(images * count, longest, -1)
     positions = np.repeat(prefix, count)[:, None] + np.arange(longest)
@@ -126,7 +126,7 @@ def test_expressions_behind_a_shared_prefix_equal_the_packed_run(pair):
 
 def test_slots_beyond_the_need_and_junk_in_empty_ones_change_nothing(tiny):
     rng = np.random.default_rng(3)
-    embeds = rng.normal(size=(1, 7, tiny.cfg.width)).astype(np.float32)
+    embeds = rng.normal(size=(1, 7, tiny.cfg.hidden_size)).astype(np.float32)
     positions, segments = np.arange(7)[None], np.array([[0, 0, 0, 1, 1, 2, 2]])
 
     @functools.partial(jax.jit, static_argnums=0)
@@ -140,7 +140,7 @@ def test_slots_beyond_the_need_and_junk_in_empty_ones_change_nothing(tiny):
 
 
 def test_append_by_hand():
-    cfg = dataclasses.replace(LanguageConfig.tiny(50), layers=1, kv_heads=1, head_dim=2)
+    cfg = dataclasses.replace(LanguageConfig.tiny(50), num_hidden_layers=1, num_key_value_heads=1, head_dim=2)
     cache = KVCache.empty(cfg, 2, 3, jnp.dtype(jnp.bfloat16))
     assert cache.keys.dtype == jnp.bfloat16 and cache.lengths.tolist() == [0, 0]
 
@@ -164,7 +164,7 @@ def test_append_by_hand():
 
 def test_a_cache_smaller_than_the_prompt_is_refused(tiny):
     with pytest.raises(ValueError, match="3 slots cannot hold 4 tokens"):
-        tiny.prefill(jnp.zeros((1, 4, tiny.cfg.width)), jnp.zeros((1, 4), int), jnp.zeros((1, 4), int), 3)
+        tiny.prefill(jnp.zeros((1, 4, tiny.cfg.hidden_size)), jnp.zeros((1, 4), int), jnp.zeros((1, 4), int), 3)
 
 
 # ------------------------------------------------------------------------------------------------------ greedy decoding
@@ -243,14 +243,14 @@ def test_one_program_serves_all_prompts_of_a_shape(tiny):
     run = compiled(tiny, list(range(50)))  # every token ends a row
     rng = np.random.default_rng(0)
     for lengths in ([4, 2], [1, 4], [0, 0]):
-        embeds = rng.normal(size=(2, 4, tiny.cfg.width)).astype(np.float32)
+        embeds = rng.normal(size=(2, 4, tiny.cfg.hidden_size)).astype(np.float32)
         out = run(embeds, np.array(lengths))
         assert out.lengths.tolist() == [min(n, 1) for n in lengths]
     assert run._cache_size() == 1
 
 
 def test_decoding_in_bfloat16(tiny):
-    embeds = jnp.asarray(np.random.default_rng(1).normal(size=(1, 4, tiny.cfg.width)), jnp.bfloat16)
+    embeds = jnp.asarray(np.random.default_rng(1).normal(size=(1, 4, tiny.cfg.hidden_size)), jnp.bfloat16)
     out = compiled(tiny, [])(embeds, jnp.array([4]))
     assert out.hidden.dtype == out.prompt_hidden.dtype == jnp.bfloat16 and out.lengths.tolist() == [NEW]
 

@@ -46,7 +46,9 @@ def config_of(reference):
 
 
 def params_of(arrays, cfg):
-    return hf_convert.language(arrays, cfg.layers, cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim)
+    return hf_convert.language(
+        arrays, cfg.num_hidden_layers, cfg.num_attention_heads * cfg.head_dim, cfg.num_key_value_heads * cfg.head_dim
+    )
 
 
 def model_of(cfg, params):
@@ -73,7 +75,7 @@ def test_right_padded_rows_equal_hugging_face(reference):
         # Hugging Face's last state is normalised, the others are not.
         states = [*(reference.model.norm(x) for x in expected.hidden_states[:-1]), expected.hidden_states[-1]]
     for layers in range(1, cfg.num_hidden_layers + 1):
-        part = dataclasses.replace(cfg, layers=layers)
+        part = dataclasses.replace(cfg, num_hidden_layers=layers)
         model = model_of(part, params_of(arrays, part))
         hidden = jax.jit(lambda t, model=model: model(model.embed(t), positions, segments))(tokens)
         assert hf_convert.error(hidden[real], states[layers].numpy()[real]) < 1e-5, f"after layer {layers}"
@@ -202,7 +204,7 @@ def test_from_hf_reads_published_configs():
         attention_bias=False,
         hidden_act="silu",
     )
-    assert LanguageConfig.from_hf(qwen) == dataclasses.replace(LanguageConfig.qwen3_4b(), vocab=151936)
+    assert LanguageConfig.from_hf(qwen) == dataclasses.replace(LanguageConfig.qwen3_4b(), vocab_size=151936)
     phi = dict(
         model_type="phi3",
         vocab_size=32064,
@@ -219,7 +221,7 @@ def test_from_hf_reads_published_configs():
         attention_bias=False,
         hidden_act="silu",
     )
-    assert LanguageConfig.from_hf(phi) == dataclasses.replace(LanguageConfig.phi3_mini(), vocab=32064)
+    assert LanguageConfig.from_hf(phi) == dataclasses.replace(LanguageConfig.phi3_mini(), vocab_size=32064)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from tests.helpers import hf_convert
 WIDTH, MASK_WIDTH, QUERIES, LAYERS, CLASSES = 32, 20, 7, 5, 4
 CHANNELS = (12, 10, 6)
 CFG = Mask2FormerConfig(
-    PixelDecoderConfig.mask2former(CHANNELS, width=WIDTH, mask_width=MASK_WIDTH, layers=1, heads=2, ffn=28),
+    PixelDecoderConfig.mask2former(CHANNELS, embed_dim=WIDTH, mask_dim=MASK_WIDTH, num_layers=1, num_heads=2, mlp_dim=28),
     MaskDecoderConfig(embed_dim=WIDTH, num_queries=QUERIES, num_layers=LAYERS, num_heads=2, mlp_dim=44, mask_dim=MASK_WIDTH),
     CLASSES,
 )

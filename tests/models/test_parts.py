@@ -53,7 +53,7 @@ def parts_of(params, cfg):
 @pytest.mark.parametrize("parts", ["segmentor", "language"])
 def test_a_part_computes_what_it_computes_in_the_whole(whole, parts):
     cfg, params, batch, (losses, *_) = whole
-    part = dataclasses.replace(cfg, parts=parts)
+    part = dataclasses.replace(cfg, components=parts)
     kept, towers = parts_of(params, part)
     assert towers == {"sam"} | (LANGUAGE if parts == "language" else MASKS)
     if parts == "segmentor":  # nothing that is said is looked at
@@ -78,17 +78,17 @@ def none_said(batch, length):
 def test_what_does_not_fit_together_is_refused():
     cfg = small.config()
     with pytest.raises(ValueError, match="parts is 'half': choose all, segmentor or language"):
-        dataclasses.replace(cfg, parts="half")
+        dataclasses.replace(cfg, components="half")
     with pytest.raises(ValueError, match="needs classes for its linear head, named_pass off and semantic_flow.mode off"):
-        dataclasses.replace(cfg, parts="segmentor")
+        dataclasses.replace(cfg, components="segmentor")
     with pytest.raises(
         UserError, match=r"m: holds only the parts 'language' of a model.*\(init_from\); it answers no expressions"
     ):
-        dataclasses.replace(cfg, parts="language").require_full_model("m")
+        dataclasses.replace(cfg, components="vlm").require_full_model("m")
     cfg.require_full_model("m")
 
 
 def test_a_segmentor_has_no_visual_tokens(whole):
     cfg, *_ = whole
-    assert dataclasses.replace(cfg, parts="segmentor").visual_tokens == 0
-    assert dataclasses.replace(cfg, parts="language").visual_tokens == cfg.visual_tokens > 0
+    assert dataclasses.replace(cfg, components="segmentor").visual_tokens == 0
+    assert dataclasses.replace(cfg, components="vlm").visual_tokens == cfg.visual_tokens > 0

@@ -106,7 +106,7 @@ def test_sine_positions_are_xsams():
 
 
 def test_every_stage_is_xsams(golden):
-    cfg = PixelDecoderConfig.mask2former((96, 48, 24), width=64, mask_width=64, layers=2, heads=4, ffn=96)
+    cfg = PixelDecoderConfig.mask2former((96, 48, 24), embed_dim=64, mask_dim=64, num_layers=2, num_heads=4, mlp_dim=96)
     weights = {k: v for k, v in golden.items() if k.startswith("weights/pixel_decoder.")}
     graphdef, params = build(cfg, weights, "weights/pixel_decoder.")
     features = tuple(jnp.asarray(nhwc(golden[f"seg_connector/{j}"])) for j in (2, 1, 0))
@@ -178,7 +178,7 @@ def run_both(case: str):
             offset = 1.0 if parameter.ndim == 1 and "norm" in name and name.endswith("weight") else 0.0
             parameter.copy_(torch.randn_like(parameter) * scale + offset)
     cfg = PixelDecoderConfig.mask2former(
-        channels, width=width, mask_width=mask_width, layers=2, heads=3, ffn=56, remat="full", **changes
+        channels, embed_dim=width, mask_dim=mask_width, num_layers=2, num_heads=3, mlp_dim=56, remat="full", **changes
     )
     graphdef, params = build(cfg, {name: p.detach().numpy() for name, p in theirs.named_parameters()})
 

@@ -136,7 +136,7 @@ def test_gradients_equal_hugging_face(pattern, remat):
 
 def test_global_attention_never_holds_scores_or_bias_of_all_queries(monkeypatch):
     """With chunked attention no array of the whole tower is as large as all scores: the relative positions add none."""
-    cfg = dataclasses.replace(SamConfig.tiny(), layers=1, heads=4, global_layers=(0,))
+    cfg = dataclasses.replace(SamConfig.tiny(), num_hidden_layers=1, num_attention_heads=4, global_attn_indexes=(0,))
     largest = cfg.num_attention_heads * cfg.grid_size**4
     monkeypatch.setattr(attention_module, "WHOLE_BYTES", largest)
     monkeypatch.setattr(attention_module, "CHUNK_BYTES", largest)
@@ -180,7 +180,7 @@ def test_every_parameter_names_its_axes():
 
 def test_from_hf_falls_back_to_the_class_defaults():
     cfg = SamConfig.from_hf({"vision_config": {}})
-    assert (cfg.width, cfg.num_hidden_layers, cfg.mlp_dim, cfg.window_size, cfg.global_attn_indexes) == (
+    assert (cfg.hidden_size, cfg.num_hidden_layers, cfg.mlp_dim, cfg.window_size, cfg.global_attn_indexes) == (
         768,
         12,
         3072,

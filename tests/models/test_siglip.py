@@ -30,7 +30,7 @@ def cfg(reference):
 
 @pytest.fixture(scope="module")
 def params(reference, cfg):
-    return hf_convert.siglip(hf_convert.weights(reference), cfg.layers)
+    return hf_convert.siglip(hf_convert.weights(reference), cfg.num_hidden_layers)
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +46,8 @@ def run_reference(reference, images):
 def test_hidden_states_equal_hugging_face(reference, cfg, params, images):
     model = hf_convert.build(lambda: SiglipVisionEncoder(cfg, rngs=nnx.Rngs(0)), params)
     _, hidden = run_reference(reference, images)
-    assert len(hidden) == cfg.layers + 1
-    actual = jax.jit(lambda x: [model(x, layers=i) for i in (*range(cfg.layers + 1), None)])(images)
+    assert len(hidden) == cfg.num_hidden_layers + 1
+    actual = jax.jit(lambda x: [model(x, layers=i) for i in (*range(cfg.num_hidden_layers + 1), None)])(images)
     for i, (a, e) in enumerate(zip(actual, (*hidden, hidden[-1]), strict=True)):
         assert hf_convert.error(a, e.detach().numpy()) < 1e-5, f"layer {i}"
 
@@ -60,10 +60,10 @@ def test_gradients_equal_hugging_face(reference, cfg, params, images, remat):
     (hidden[-2] * torch.tensor(probe)).sum().backward()
     make = lambda: SiglipVisionEncoder(dataclasses.replace(cfg, remat=remat), rngs=nnx.Rngs(0))  # noqa: E731
     graphdef, _ = nnx.split(nnx.eval_shape(make))
-    loss = lambda p, x: (nnx.merge(graphdef, p)(x, layers=cfg.layers - 1) * probe).sum()  # noqa: E731
+    loss = lambda p, x: (nnx.merge(graphdef, p)(x, layers=cfg.num_hidden_layers - 1) * probe).sum()  # noqa: E731
     by_params, by_images = jax.jit(jax.grad(loss, (0, 1)))(params, jnp.asarray(images))
     assert hf_convert.error(by_images, pixels.grad.permute(0, 2, 3, 1).numpy()) < 1e-4
-    worst = hf_convert.tree_error(by_params, hf_convert.siglip(hf_convert.gradients(reference), cfg.layers))
+    worst = hf_convert.tree_error(by_params, hf_convert.siglip(hf_convert.gradients(reference), cfg.num_hidden_layers))
     assert worst[0] < 1e-4, worst
 
 
@@ -108,7 +108,7 @@ def test_wrong_use_is_refused(cfg, params):
     with pytest.raises(UserError, match="hidden_act"):
         SiglipConfig.from_hf({"hidden_act": "quick_gelu"})
     with pytest.raises(UserError, match="heads=5"):
-        dataclasses.replace(cfg, heads=5)
+        dataclasses.replace(cfg, num_attention_heads=5)
     with pytest.raises(UserError, match="patch_size"):
         dataclasses.replace(cfg, patch_size=64)
     model = hf_convert.build(lambda: SiglipVisionEncoder(cfg, rngs=nnx.Rngs(0)), params)

@@ -73,9 +73,10 @@ class Data:
         for place, *_, tokens in group:
             here = list(enumerate(tokens))[part]
             ids = [PAD, *[0] * (LENGTH - 2), PAD], [*[PAD] * (LENGTH - 1), 0]
-            encode = lambda t, k, ids=ids: collate.TokenizedConversation(
-                t, t, *([k if i == 0 else PAD for i in one] for one in ids)
-            )
+
+            def encode(t, k, ids=ids):
+                return collate.TokenizedConversation(t, t, *([k if i == 0 else PAD for i in one] for one in ids))
+
             said.append([encode(t, k) for k, (_, t) in enumerate(here)])
             samples.append(
                 [Sample(place, f"{place}.jpg", place, place, n, f"{place} {n}", "", (0,), 1, f"{place} {n}") for n, _ in here]

@@ -35,7 +35,7 @@ SHAPE = BatchShape(4, 1920, 4, 16, 1024, 384)
 
 def test_known_sizes_in_gflop_an_image():
     """The roofline of the scaffold at 896 tokens, from its layer sizes; its pixel decoder ends at a quarter of the image."""
-    pyramid = PixelDecoderConfig.mask2former((2048, 1024, 512, 256), levels=3)
+    pyramid = PixelDecoderConfig.mask2former((2048, 1024, 512, 256), num_levels=3)
     decoder = flops.decoder(FULL.mask_decoder, "off", flops.levels(FULL), 1, 1)
     whole_masks = 10 * 2 * 200 * 256**2 * 256  # the scaffold computes every query's mask after every layer
     found = {
@@ -168,14 +168,14 @@ def test_a_frozen_part_costs_what_its_gradients_take():
 
 
 def test_a_table_that_learns_sends_gradients_through_a_frozen_language_model():
-    untied = dataclasses.replace(small.config(), llm=dataclasses.replace(small.config().llm, tie_embeddings=False))
+    untied = dataclasses.replace(small.config(), llm=dataclasses.replace(small.config().llm, tie_word_embeddings=False))
     rest = ("sam", "siglip", "visual_projector", "seg_projector", "llm/layers", "llm/norm", "llm/head")
     assert cost(untied, *rest)["llm"] > 2
     assert cost(untied, *rest, "llm/table")["llm"] == pytest.approx(1)
 
 
 def test_what_a_batch_asks_for_is_counted():
-    cfg = dataclasses.replace(FULL, classes=10, named_pass="flow", negatives_group=2)
+    cfg = dataclasses.replace(FULL, num_classes=10, generic_pass="with_flow", negatives_group_size=2)
     base = flops.forward(cfg, SHAPE, LossConfig())
     more_text = flops.forward(cfg, dataclasses.replace(SHAPE, text=SHAPE.text_length + 167), LossConfig())
     assert base["head"].forward * 2 == pytest.approx(more_text["head"].forward)  # 167 tokens behind the visual ones

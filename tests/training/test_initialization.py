@@ -140,7 +140,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_read(plain_directory, p
 
     assert "no part 'samm' (did you mean 'sam'?)" in refused(PLAIN, f"samm={plain_directory}")
     assert "no model directory" in refused(PLAIN, str(tmp_path / "nowhere"))
-    wider = dataclasses.replace(PLAIN, decoder=dataclasses.replace(PLAIN.mask_decoder, ffn=30))
+    wider = dataclasses.replace(PLAIN, mask_decoder=dataclasses.replace(PLAIN.mask_decoder, mlp_dim=30))
     assert "decoder/layers/down/bias" not in refused(wider, str(plain_directory))
     assert "decoder/layers/up/bias is (2, 24), the model's is (2, 30)" in refused(wider, str(plain_directory))
     (tmp_path / "tokenizer").mkdir()

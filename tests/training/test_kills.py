@@ -68,8 +68,8 @@ class Command:
 def command(tmp_path_factory) -> Command:
     root = tmp_path_factory.mktemp("data")
     prepared = prepare.prepare(mini.write(root / "layout"), root / "prepared", tokenizer_vocab=300, log=lambda _: None)
-    llm = dataclasses.replace(LanguageConfig.tiny(300), width=28, layers=1, head_dim=14, mlp=36)
-    cfg = small.lean(negatives_group=1, llm=llm)
+    llm = dataclasses.replace(LanguageConfig.tiny(300), hidden_size=28, num_hidden_layers=1, head_dim=14, intermediate_size=36)
+    cfg = small.lean(negatives_group_size=1, llm=llm)
     save_pretrained(root / "start", small.params(cfg), cfg.to_dict(), prepared.tokenizer_directory, dtype=None)
     config = small.experiment(cfg, small.batch(cfg))
     config.update(steps=STEPS, log_every=1, checkpoint_every=4, init_from=(str(root / "start"),))

@@ -31,8 +31,13 @@ def prepared(tmp_path_factory):
 @pytest.fixture(scope="module")
 def config(prepared) -> ConfigDict:
     config = configs.read("configs/shapes_tiny.py")
-    cfg = dataclasses.replace(small.lean(negatives_group=1), classes=len(prepared.categories))
-    cfg = dataclasses.replace(cfg, llm=dataclasses.replace(LanguageConfig.tiny(300), width=28, layers=1, head_dim=14, mlp=36))
+    cfg = dataclasses.replace(small.lean(negatives_group_size=1), classes=len(prepared.categories))
+    cfg = dataclasses.replace(
+        cfg,
+        llm=dataclasses.replace(
+            LanguageConfig.tiny(300), hidden_size=28, num_hidden_layers=1, head_dim=14, intermediate_size=36
+        ),
+    )
     config.model = ConfigDict(cfg.to_dict())
     config.update(steps=6, log_every=1, checkpoint_every=2, batch_size=2)
     config.data.update(dir=str(prepared.directory), images=0, text=120, phrases=2, masks=4)
@@ -136,7 +141,7 @@ def test_the_trained_model_can_be_evaluated(prepared, finished, tmp_path):
         ("mesh.data", 5, "does not fit 1 device"),
         ("optimizer.groups", (("llm/.*", 1.0),), "covers no group for background"),
         ("model.classes", 1, "model.classes is 1"),
-        ("model.llm.vocab", 299, r"model.llm.vocab is 299, the tokenizer .* has 300 ids"),
+        ("model.llm.vocab_size", 299, r"model.llm.vocab_size is 299, the tokenizer .* has 300 ids"),
         ("data.tokenizer", "nowhere", "nowhere: no such tokenizer directory"),
     ],
 )

@@ -54,14 +54,14 @@ def experiment(cfg=CFG, **data) -> ConfigDict:
 )
 def test_all_objects_are_targets_where_a_pass_needs_them(classes, named, asked, objects, generic):
     options = RunConfig.from_config(
-        experiment(dataclasses.replace(CFG, classes=classes, named_pass=named), objects=asked)
+        experiment(dataclasses.replace(CFG, num_classes=classes, generic_pass=named), objects=asked)
     ).options
     assert (options.objects, options.include_generic) == (objects, generic)
 
 
 @pytest.mark.parametrize(("named", "asked", "names"), [("off", 3, 0), ("flow", 3, 3), ("flow", 0, 4), ("plain", 3, 3)])
 def test_room_for_names_and_the_other_sizes_of_a_batch(named, asked, names):
-    plan = RunConfig.from_config(experiment(dataclasses.replace(CFG, classes=2, named_pass=named), names=asked))
+    plan = RunConfig.from_config(experiment(dataclasses.replace(CFG, num_classes=2, generic_pass=named), names=asked))
     assert plan.shape == BatchShape(
         batch=6, text_length=120, max_phrases=2, max_masks=4, sam_size=32, siglip_size=16, max_names=names
     )
@@ -98,7 +98,7 @@ def test_options_losses_optimizer_and_prompts_are_those_of_the_config():
 def test_square_is_for_models_without_a_mask_decoder():
     with pytest.raises(UserError, match=r"data\.square is for models without a mask decoder"):
         RunConfig.from_config(experiment(square=True))
-    stage2 = dataclasses.replace(CFG, parts="language", semantic_flow=SemanticFlowConfig(mode="off"), classes=0)
+    stage2 = dataclasses.replace(CFG, components="vlm", semantic_flow=SemanticFlowConfig(mode="off"), num_classes=0)
     assert RunConfig.from_config(experiment(stage2, square=True)).options.pad_to_square is True
     assert (
         RunConfig.from_config(experiment(stage2, masks=CFG.mask_decoder.num_queries + 1)).shape.max_masks == 6

@@ -444,7 +444,7 @@ def test_the_embedded_set_is_made_as_the_config_says(monkeypatch):
     monkeypatch.setattr(loop, "ensure_shapes", lambda *args, **options: (args, options))
     config = config_of()
     config.data.update(dir="d", images=60, seed=4, mix=(("color", 0.75),), tokenizer="")
-    options = {"log": loop.log, "mix": {"color": 0.75}, "tokenizer_vocab": config.model.llm.vocab}
+    options = {"log": loop.log, "mix": {"color": 0.75}, "tokenizer_vocab": config.model.llm.vocab_size}
     assert loop.load_dataset(config) == (("d", 60, 4), options)
     config.data.update(mix=(), tokenizer="its own")
     assert loop.load_dataset(config) == (("d", 60, 4), {"log": loop.log})

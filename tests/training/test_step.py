@@ -108,7 +108,7 @@ def test_a_language_weight_of_zero_leaves_the_vocabulary_out(batch):
 
 
 def test_an_update_that_is_not_finite_is_not_made():
-    cfg = small.lean(negatives_group=1)
+    cfg = small.lean(negatives_group_size=1)
     batch = small.batch(cfg, images=1)
     program = module.TrainProgram.build(small.experiment(cfg, batch), jax.devices()[:1])
     step = jax.jit(program.step.__wrapped__)  # not donating

@@ -31,8 +31,13 @@ def config(tmp_path_factory):
     """A run of four steps on miniature data, saved behind the second; it starts from parameters that cost nothing to draw."""
     root = tmp_path_factory.mktemp("run")
     prepared = prepare.prepare(mini.write(root / "layout"), root / "prepared", tokenizer_vocab=300, log=lambda _: None)
-    cfg = small.lean(negatives_group=4)
-    cfg = dataclasses.replace(cfg, llm=dataclasses.replace(LanguageConfig.tiny(300), width=28, layers=1, head_dim=14, mlp=36))
+    cfg = small.lean(negatives_group_size=4)
+    cfg = dataclasses.replace(
+        cfg,
+        llm=dataclasses.replace(
+            LanguageConfig.tiny(300), hidden_size=28, num_hidden_layers=1, head_dim=14, intermediate_size=36
+        ),
+    )
     config = small.experiment(cfg, small.batch(cfg, images=8), data=2, fsdp=2)
     config.update(steps=4, log_every=1, checkpoint_every=2, init_from=(str(root / "start"),))
     config.data.update(dir=str(prepared.directory), images=0, text=120, masks=4)

@@ -42,7 +42,7 @@ def test_the_committed_model():
 def test_another_model(phi3):
     """Every size arrives where it belongs."""
     cfg = phi3.model(images=2, classes=4)
-    assert (cfg.llm.family, cfg.llm.sliding_window, cfg.llm.head_dim) == ("phi3", 90, 10)
+    assert (cfg.llm.model_type, cfg.llm.sliding_window, cfg.llm.head_dim) == ("phi3", 90, 10)
     assert cfg.sam.grid == 13 and cfg.visual_tokens == 25 + 7 * 7
     assert cfg.pixel_decoder.strides == (32, 16, 8, 4) and cfg.pixel_decoder.fpn_stages == 0
     assert cfg.connector_layers == (5, 2, 3, 4)

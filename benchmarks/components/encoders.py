@@ -29,7 +29,7 @@ def _sam(cfg: SamConfig, stack: str, dtype: str) -> Pair:
     with torch.device("meta"):
         layer = sam_model.SamVisionLayer(peer.sam_config(cfg), 0 if cfg.global_attn_indexes else cfg.window_size)
     layer = load(layer, tensors, "vision_encoder.layers.0.", dtype)
-    x = random(1, cfg.grid_size, cfg.grid_size, cfg.width, dtype=dtype)
+    x = random(1, cfg.grid_size, cfg.grid_size, cfg.hidden_size, dtype=dtype)
     y, weights, graphdef = to_torch(x), placed(params, dtype), module("sam", cfg)
 
     @jax.jit
@@ -44,15 +44,15 @@ def _sam(cfg: SamConfig, stack: str, dtype: str) -> Pair:
 
 
 def sam_window(sizes: Sizes, dtype: str) -> Pair:
-    return _sam(dataclasses.replace(sizes.model.sam, layers=1, global_layers=()), "window_layers", dtype)
+    return _sam(dataclasses.replace(sizes.model.sam, num_hidden_layers=1, global_attn_indexes=()), "window_layers", dtype)
 
 
 def sam_global(sizes: Sizes, dtype: str) -> Pair:
-    return _sam(dataclasses.replace(sizes.model.sam, layers=1, global_layers=(0,)), "global_layers", dtype)
+    return _sam(dataclasses.replace(sizes.model.sam, num_hidden_layers=1, global_attn_indexes=(0,)), "global_layers", dtype)
 
 
 def siglip(sizes: Sizes, dtype: str) -> Pair:
-    cfg = dataclasses.replace(sizes.model.siglip, layers=1)
+    cfg = dataclasses.replace(sizes.model.siglip, num_hidden_layers=1)
     params = parameters("siglip2", cfg)
     with torch.device("meta"):
         layer = siglip_model.SiglipEncoderLayer(peer.siglip_config(cfg))
@@ -75,7 +75,7 @@ class _Qwen:
     """One layer of Qwen3 with its final norm, in both frameworks."""
 
     def __init__(self, sizes: Sizes, dtype: str):
-        self.cfg: LanguageConfig = dataclasses.replace(sizes.model.llm, layers=1, vocab=8)
+        self.cfg: LanguageConfig = dataclasses.replace(sizes.model.llm, num_hidden_layers=1, vocab_size=8)
         params = parameters("qwen3", self.cfg)
         tensors, config = exported("qwen3", params, self.cfg), peer.qwen3_config(self.cfg)
         with torch.device("meta"):
