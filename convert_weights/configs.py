@@ -336,7 +336,7 @@ def xsam_from_shapes(
 def joined_config(
     llm: LanguageConfig, siglip: SiglipConfig, sam: SamConfig, stage1: Stage1Config | None, mode: str, dtype: str
 ) -> FlowSegConfig:
-    """A FlowSeg around encoders and a language model; connector and decoders are those of `stage1`, or X-SAM's full-sized ones."""
+    """A FlowSeg around encoders and a language model, with the connector and decoders of `stage1`, or the full-sized ones."""
     if stage1 is None:
         scales = ConnectorConfig.sam_large().scales
         connector = ConnectorConfig((sam.hidden_size,) * len(scales), sam.hidden_size // 2, scales)

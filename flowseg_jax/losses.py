@@ -72,8 +72,8 @@ class LossConfig:
         ):
             raise UserError(
                 f"losses: importance_sample_ratio={self.importance_sample_ratio} of num_points={self.num_points} cannot be "
-                f"chosen from oversample_ratio={self.oversample_ratio} candidates each: importance_sample_ratio lies in [0, 1], "
-                "oversample_ratio is at least as large"
+                f"chosen from oversample_ratio={self.oversample_ratio} candidates each: importance_sample_ratio lies in "
+                "[0, 1], oversample_ratio is at least as large"
             )
 
 

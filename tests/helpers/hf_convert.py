@@ -80,17 +80,17 @@ def _stack(layers: list[dict]) -> dict:
 def siglip(a: Arrays, layers: int) -> dict:
     def layer(i: int) -> dict:
         p = f"encoder.layers.{i}."
-        names = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.out_proj"}
-        names |= {"up": "mlp.fc1", "down": "mlp.fc2"}
-        return {n: _linear(a, p + hf) for n, hf in names.items()} | {
-            "norm1": _norm(a, p + "layer_norm1"),
-            "norm2": _norm(a, p + "layer_norm2"),
+        return {
+            "self_attn": {n: _linear(a, f"{p}self_attn.{n}") for n in ("q_proj", "k_proj", "v_proj", "out_proj")},
+            "mlp": {n: _linear(a, f"{p}mlp.{n}") for n in ("fc1", "fc2")},
+            "layer_norm1": _norm(a, p + "layer_norm1"),
+            "layer_norm2": _norm(a, p + "layer_norm2"),
         }
 
     a = {name.removeprefix("vision_model."): x for name, x in a.items()}
     return {
-        "patch": _conv(a, "embeddings.patch_embedding"),
-        "position": a["embeddings.position_embedding.weight"],
+        "patch_embedding": _conv(a, "embeddings.patch_embedding"),
+        "position_embedding": a["embeddings.position_embedding.weight"],
         "layers": _stack([layer(i) for i in range(layers)]),
     }
 
@@ -99,14 +99,17 @@ def sam(a: Arrays, cfg: SamConfig) -> dict:
     def layer(i: int) -> dict:
         p = f"layers.{i}."
         w, b = np.split(a[p + "attn.qkv.weight"], 3), np.split(a[p + "attn.qkv.bias"], 3)
-        return {n: {"kernel": w[j].T, "bias": b[j]} for j, n in enumerate("qkv")} | {
-            "o": _linear(a, p + "attn.proj"),
-            "rel_pos_h": a[p + "attn.rel_pos_h"],
-            "rel_pos_w": a[p + "attn.rel_pos_w"],
-            "norm1": _norm(a, p + "layer_norm1"),
-            "norm2": _norm(a, p + "layer_norm2"),
-            "up": _linear(a, p + "mlp.lin1"),
-            "down": _linear(a, p + "mlp.lin2"),
+        projections = {f"{n}_proj": {"kernel": w[j].T, "bias": b[j]} for j, n in enumerate("qkv")}
+        return {
+            "attn": projections
+            | {
+                "proj": _linear(a, p + "attn.proj"),
+                "rel_pos_h": a[p + "attn.rel_pos_h"],
+                "rel_pos_w": a[p + "attn.rel_pos_w"],
+            },
+            "mlp": {n: _linear(a, f"{p}mlp.{n}") for n in ("lin1", "lin2")},
+            "layer_norm1": _norm(a, p + "layer_norm1"),
+            "layer_norm2": _norm(a, p + "layer_norm2"),
         }
 
     stacks: dict[str, list[dict]] = {}
@@ -114,7 +117,7 @@ def sam(a: Arrays, cfg: SamConfig) -> dict:
         name, index = cfg.stack_and_index(i)
         assert len(stacks.setdefault(name, [])) == index
         stacks[name].append(layer(i))
-    return {"patch": _conv(a, "patch_embed.projection"), "position": a["pos_embed"][0]} | {
+    return {"patch_embed": _conv(a, "patch_embed.projection"), "pos_embed": a["pos_embed"][0]} | {
         name: _stack(layers) for name, layers in stacks.items()
     }
 
@@ -126,19 +129,24 @@ def language(a: Arrays, layers: int, q_width: int, kv_width: int) -> dict:
         p = f"model.layers.{i}."
         if p + "self_attn.qkv_proj.weight" in a:
             qkv = np.split(a[p + "self_attn.qkv_proj.weight"], [q_width, q_width + kv_width])
-            matrices = dict(zip("qkv", qkv, strict=True))
-            matrices |= dict(zip(("gate", "up"), np.split(a[p + "mlp.gate_up_proj.weight"], 2), strict=True))
+            attention = dict(zip("qkv", qkv, strict=True))
+            mlp = dict(zip(("gate", "up"), np.split(a[p + "mlp.gate_up_proj.weight"], 2), strict=True))
         else:
-            matrices = {n: a[f"{p}self_attn.{n}_proj.weight"] for n in "qkv"}
-            matrices |= {n: a[f"{p}mlp.{n}_proj.weight"] for n in ("gate", "up")}
-        matrices |= {"o": a[p + "self_attn.o_proj.weight"], "down": a[p + "mlp.down_proj.weight"]}
-        norms = {"norm1": "input_layernorm", "norm2": "post_attention_layernorm"}
-        norms |= {n: f"self_attn.{n}" for n in ("q_norm", "k_norm") if f"{p}self_attn.{n}.weight" in a}
-        return {n: {"kernel": m.T} for n, m in matrices.items()} | {n: _norm(a, p + hf) for n, hf in norms.items()}
+            attention = {n: a[f"{p}self_attn.{n}_proj.weight"] for n in "qkv"}
+            mlp = {n: a[f"{p}mlp.{n}_proj.weight"] for n in ("gate", "up")}
+        attention["o"], mlp["down"] = a[p + "self_attn.o_proj.weight"], a[p + "mlp.down_proj.weight"]
+        norms = [n for n in ("q_norm", "k_norm") if f"{p}self_attn.{n}.weight" in a]
+        return {
+            "input_layernorm": _norm(a, p + "input_layernorm"),
+            "self_attn": {f"{n}_proj": {"kernel": m.T} for n, m in attention.items()}
+            | {n: _norm(a, f"{p}self_attn.{n}") for n in norms},
+            "post_attention_layernorm": _norm(a, p + "post_attention_layernorm"),
+            "mlp": {f"{n}_proj": {"kernel": m.T} for n, m in mlp.items()},
+        }
 
-    head = {"head": a["lm_head.weight"]} if "lm_head.weight" in a else {}
+    head = {"lm_head": a["lm_head.weight"]} if "lm_head.weight" in a else {}
     return head | {
-        "table": a["model.embed_tokens.weight"],
+        "embed_tokens": a["model.embed_tokens.weight"],
         "layers": _stack([layer(i) for i in range(layers)]),
         "norm": _norm(a, "model.norm"),
     }

@@ -73,11 +73,11 @@ def lean(**changes) -> FlowSegConfig:
     whole = config()
     return config(
         connector=ConnectorConfig(channels=(24,), hidden_channels=12, scales=(1,)),
-        connector_layers=(2,),
+        connector_hidden_layers=(2,),
         pixel_decoder=dataclasses.replace(whole.pixel_decoder, channels=(24,), strides=(8,), common_stride=8),
-        decoder=dataclasses.replace(whole.mask_decoder, num_layers=2, num_levels=1),
-        classes=0,
-        named_pass="off",
+        mask_decoder=dataclasses.replace(whole.mask_decoder, num_layers=2, num_levels=1),
+        num_classes=0,
+        generic_pass="off",
         **changes,
     )
 
@@ -88,7 +88,7 @@ def experiment(cfg: FlowSegConfig, batch: Batch, **mesh: int) -> ConfigDict:
     experiment.model = ConfigDict(cfg.to_dict())
     experiment.update(batch_size=len(batch.input_ids), steps=10)
     experiment.data.update(text=batch.input_ids.shape[1], phrases=batch.phrase_target.shape[1], masks=batch.mask_valid.shape[1])
-    experiment.optimizer.losses.update(language=1.0, class_gain=1.0, points=24, vocabulary_chunk=16)
+    experiment.optimizer.losses.update(language_weight=1.0, class_loss_scale=1.0, num_points=24, logits_chunk_size=16)
     experiment.mesh.update({"data": 1, **mesh})
     return experiment
 
@@ -165,7 +165,8 @@ def pad(x: Batch, *, text: int = 0, phrases: int = 0, masks: int = 0, names: int
     fields = {
         name: wide(getattr(x, name), text, fill)
         for name, fill in (
-            ("tokens", 7), ("positions", 3), ("segments", PAD), ("labels", IGNORE_INDEX), ("phrase_ids", PAD), ("seg_ids", PAD)
+            ("input_ids", 7), ("position_ids", 3), ("segment_ids", PAD),
+            ("labels", IGNORE_INDEX), ("phrase_ids", PAD), ("seg_ids", PAD),
         )
     }  # fmt: skip
     # Names are numbered behind the phrases, so more room for phrases moves them.
@@ -174,10 +175,10 @@ def pad(x: Batch, *, text: int = 0, phrases: int = 0, masks: int = 0, names: int
     return dataclasses.replace(
         x,
         **fields,
-        phrase_mask=wide(x.phrase_target, phrases, PAD),
-        masks=np.pad(x.packed_masks, ((0, 0), (0, masks), (0, 0), (0, 0)), constant_values=255),
+        phrase_target=wide(x.phrase_target, phrases, PAD),
+        packed_masks=np.pad(x.packed_masks, ((0, 0), (0, masks), (0, 0), (0, 0)), constant_values=255),
         mask_valid=wide(x.mask_valid, masks, False),
-        object_class=wide(x.object_category, masks, PAD),
+        object_category=wide(x.object_category, masks, PAD),
         object_name=wide(x.object_name, masks, PAD),
         name_valid=wide(x.name_valid, names, False),
     )
