@@ -35,7 +35,7 @@ from typing import Any
 from benchmarks import components, ratio, table
 from flowseg_jax.cli import Parser, positive
 from flowseg_jax.errors import UserError, did_you_mean
-from flowseg_jax.writers import heartbeat, log
+from flowseg_jax.system.console import heartbeat, log
 
 REGRESSED, FAILED = 1, 2  # exit codes; the third is `ratio.TOO_BUSY`
 # OpenMP's threads, PyTorch's, spin behind their work and would take the cores from our next call.

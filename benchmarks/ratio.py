@@ -27,7 +27,7 @@ from benchmarks import load
 from flowseg_jax.checkpoints.storage import provenance
 from flowseg_jax.cli import positive
 from flowseg_jax.errors import UserError
-from flowseg_jax.writers import log
+from flowseg_jax.system.console import log
 
 CONTENDED = 0.2  # cores of foreign load, above which a sample is not clean
 ENOUGH = 3  # clean samples that make a median

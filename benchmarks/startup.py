@@ -31,8 +31,8 @@ from benchmarks.table import ROOT
 from flowseg_jax.cli import Parser
 from flowseg_jax.errors import UserError
 from flowseg_jax.system import host
+from flowseg_jax.system.console import heartbeat, log
 from flowseg_jax.system.hardware import GIB
-from flowseg_jax.writers import heartbeat, log
 
 EXPRESSIONS = 4
 STAGES = ("import", "trace", "compile", "state", "first step")

@@ -38,7 +38,7 @@ from flowseg_jax import experiment as configs
 from flowseg_jax.checkpoints.manager import CheckpointManager
 from flowseg_jax.cli import Parser, positive
 from flowseg_jax.errors import UserError
-from flowseg_jax.writers import heartbeat
+from flowseg_jax.system.console import heartbeat
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -13,7 +13,7 @@ from convert_weights.plan import ConversionPlan, ParamTarget
 from flowseg_jax.cli import Parser
 from flowseg_jax.errors import UserError
 from flowseg_jax.system import host
-from flowseg_jax.writers import log
+from flowseg_jax.system.console import log
 
 USAGE = """%(prog)s FAMILY SOURCE OUT [options]
        %(prog)s flowseg llm=DIR siglip=DIR sam=DIR [segmentor=FILE] OUT [options]

@@ -30,7 +30,7 @@ from flowseg_jax.models.pixel_decoder import PixelDecoderConfig
 from flowseg_jax.models.sam import SamConfig
 from flowseg_jax.models.semantic_flow import SemanticFlowConfig
 from flowseg_jax.models.siglip import SiglipConfig
-from flowseg_jax.writers import log
+from flowseg_jax.system.console import log
 
 LLMS = {
     "qwen3_4b": LanguageConfig.qwen3_4b,

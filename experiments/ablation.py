@@ -42,8 +42,8 @@ from flowseg_jax.evaluation import metrics
 from flowseg_jax.evaluation.audit import INTERVAL, RESAMPLES, read_records
 from flowseg_jax.evaluation.benchmark import EvalModel, ReferringEvaluation
 from flowseg_jax.system import host
+from flowseg_jax.system.console import log
 from flowseg_jax.training import loop
-from flowseg_jax.writers import log
 
 RUNS, SEEDS, SPLIT = Path("runs/ablation"), (0, 1, 2), "val"
 VARIANTS = {  # argument of the config -> what the tables call it; each adds one thing to the one before

@@ -23,8 +23,8 @@ from flowseg_jax.evaluation.benchmark import EvalModel, ReferringEvaluation
 from flowseg_jax.models import flowseg
 from flowseg_jax.reports import evaluation
 from flowseg_jax.system import host
+from flowseg_jax.system.console import duration, heartbeat, log
 from flowseg_jax.training import loop
-from flowseg_jax.writers import duration, heartbeat, log
 
 WORKDIR = Path("runs/demo")
 STEPS = 1100  # of training from scratch: at most twelve minutes on two cores

@@ -28,8 +28,8 @@ from flowseg_jax.data.dataset import PreparedDataset
 from flowseg_jax.evaluation.benchmark import EvalModel, ReferringEvaluation
 from flowseg_jax.synthetic import multi_task
 from flowseg_jax.system import host
+from flowseg_jax.system.console import duration, log
 from flowseg_jax.training import loop
-from flowseg_jax.writers import duration, log
 
 DATA, RUNS = Path("data/stages"), Path("runs/stages")
 LAYOUTS = {"reasonseg": "reasonseg", "coco-panoptic": "panoptic", "llava": "chat"}  # layout -> our name

@@ -111,12 +111,11 @@ def joined_processes(arguments: argparse.Namespace) -> Iterator[None]:
     if not arguments.distributed and explicit == (None, None, None):
         yield
         return
-    from flowseg_jax import writers
-    from flowseg_jax.system import distributed
+    from flowseg_jax.system import console, distributed
 
     with distributed.joined(*explicit):
         if not distributed.is_primary():
-            writers.mute_console()
+            console.mute_console()
         yield
 
 
@@ -131,7 +130,7 @@ def add_plan_flags(parser: argparse.ArgumentParser) -> None:
 def plan(config: ConfigDict, arguments: argparse.Namespace) -> int:
     """Prints what a run would need; 1 if it does not fit."""
     from flowseg_jax.aot.plan import plan as make
-    from flowseg_jax.writers import log
+    from flowseg_jax.system.console import log
 
     topology, effort = arguments.topology or "cpu:1", arguments.effort or "O0"
     if arguments.parts:
@@ -307,7 +306,7 @@ def predict(argv: Sequence[str] | None = None) -> int:
     from flowseg_jax.inference import batch as run
     from flowseg_jax.inference import outputs
     from flowseg_jax.inference import segmentor as prediction
-    from flowseg_jax.writers import heartbeat, log
+    from flowseg_jax.system.console import heartbeat, log
 
     directory = model_directory(arguments)
     read_model_config(directory)  # mistakes are told at once, not after loading

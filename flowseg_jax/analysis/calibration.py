@@ -29,8 +29,8 @@ from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation import metrics
 from flowseg_jax.evaluation.examples import FAILED
 from flowseg_jax.reports import plots
+from flowseg_jax.system.console import log
 from flowseg_jax.types import PAD
-from flowseg_jax.writers import log
 
 BINS = 10  # of the reliability table
 POINTS = 50  # of the ROC that are written, at most

@@ -18,7 +18,7 @@ from flowseg_jax.evaluation import audit, results
 from flowseg_jax.reports import html as page
 from flowseg_jax.reports import overlay, pictures
 from flowseg_jax.reports.html import Html, html, join
-from flowseg_jax.writers import log
+from flowseg_jax.system.console import log
 
 
 def write(out: Path, name: str, title: str, about: Sequence[str], result: Mapping[str, Any], body: Sequence[Html]) -> Path:

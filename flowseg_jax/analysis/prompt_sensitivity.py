@@ -20,7 +20,7 @@ from flowseg_jax.analysis.runner import AnalysisRunner
 from flowseg_jax.data.prompts import REFERRING_ANSWERS, REFERRING_QUESTIONS
 from flowseg_jax.evaluation import runner
 from flowseg_jax.reports import plots
-from flowseg_jax.writers import log
+from flowseg_jax.system.console import log
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from flowseg_jax.evaluation import metrics, postprocess
 from flowseg_jax.evaluation.benchmark import ReferringEvaluation
 from flowseg_jax.models import flowseg
 from flowseg_jax.ops.portable import without_kernels
+from flowseg_jax.system.console import heartbeat
 from flowseg_jax.types import ExpressionQueries
-from flowseg_jax.writers import heartbeat
 
 # (model, seen, questions, truth on the grid [B, K, h, w], share of image [B, h, w])
 # -> ({name: [B, K, ...]}, mask logits [B, K, N, h, w])

@@ -24,12 +24,12 @@ from flowseg_jax.losses import LossConfig, loss_terms
 from flowseg_jax.models.flowseg import FlowSeg, ImageFeatures, TextFeatures, TrainingOutput, bind_params
 from flowseg_jax.ops.collectives import DataParallelGroup
 from flowseg_jax.sharding import BATCH_AXES, replicated
+from flowseg_jax.system.console import heartbeat
 from flowseg_jax.system.hardware import GIB
 from flowseg_jax.training.optimizer import Params, merge_trainable
 from flowseg_jax.training.program import TrainProgram
 from flowseg_jax.training.step import shard_map_axes, shard_map_spec
 from flowseg_jax.types import Batch
-from flowseg_jax.writers import heartbeat
 
 PEERS = DataParallelGroup(BATCH_AXES)
 

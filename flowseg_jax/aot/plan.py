@@ -22,10 +22,10 @@ from flowseg_jax.aot.topology import Topology, open_topology
 from flowseg_jax.aot.tpu_cost import CostEstimate, cycles
 from flowseg_jax.checkpoints.manifest import flatten_params
 from flowseg_jax.errors import UserError
+from flowseg_jax.system.console import heartbeat
 from flowseg_jax.system.hardware import GIB, peak_flops
 from flowseg_jax.training import flops
 from flowseg_jax.training.program import TrainProgram
-from flowseg_jax.writers import heartbeat
 
 # How hard XLA optimises. The lower levels take a fraction of the time of "default", with memory within a few percent of it.
 XLA_OPT_LEVELS = ("O0", "O1", "O2", "O3", "default")

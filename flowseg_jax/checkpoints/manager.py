@@ -24,9 +24,9 @@ from flowseg_jax.checkpoints.manifest import Tree, check_arrays, check_manifest,
 from flowseg_jax.checkpoints.storage import cast_like, provenance, read_error, resolve_path, short_reason, with_stored_dtypes
 from flowseg_jax.errors import UserError, did_you_mean
 from flowseg_jax.system import json_files
+from flowseg_jax.system.console import log
 from flowseg_jax.system.distributed import collective_try, is_primary
 from flowseg_jax.system.traces import unsaid
-from flowseg_jax.writers import log
 
 __all__ = ["CheckpointManager", "RestoredCheckpoint", "config_diff"]
 

@@ -39,7 +39,7 @@ Log = Callable[[str], None]
 
 
 def _say(text: str) -> None:
-    from flowseg_jax.writers import log  # not in the workers, which say nothing
+    from flowseg_jax.system.console import log  # not in the workers, which say nothing
 
     log(text)
 

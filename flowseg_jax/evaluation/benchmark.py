@@ -28,7 +28,7 @@ from flowseg_jax.models import flowseg, generate
 from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.reports import evaluation as report
 from flowseg_jax.system import distributed
-from flowseg_jax.writers import heartbeat
+from flowseg_jax.system.console import heartbeat
 
 CONTROL_SEED = 0
 GALLERY = 6  # pictures of each kind

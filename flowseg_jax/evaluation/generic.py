@@ -49,8 +49,8 @@ from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.models.flowseg import FlowSeg
 from flowseg_jax.models.mask_decoder import mask_logits
 from flowseg_jax.system import distributed, host
+from flowseg_jax.system.console import duration, heartbeat, log
 from flowseg_jax.types import Batch, BatchShape
-from flowseg_jax.writers import duration, heartbeat, log
 
 TEXT_STEP = 16  # text lengths are multiples of it, so that similar data sets share compilations
 

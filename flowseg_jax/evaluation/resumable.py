@@ -11,8 +11,8 @@ from typing import Any
 from flowseg_jax.checkpoints import storage
 from flowseg_jax.errors import UserError
 from flowseg_jax.system import distributed, json_files
+from flowseg_jax.system.console import log
 from flowseg_jax.system.json_files import number
-from flowseg_jax.writers import log
 
 Records = dict[int, list[dict[str, Any]]]
 

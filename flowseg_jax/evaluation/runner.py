@@ -27,8 +27,8 @@ from flowseg_jax.evaluation.evaluator import Evaluator
 from flowseg_jax.evaluation.examples import GallerySample
 from flowseg_jax.evaluation.resumable import ResumableRecords
 from flowseg_jax.system import distributed, host, paths
+from flowseg_jax.system.console import duration, heartbeat, log
 from flowseg_jax.types import PAD
-from flowseg_jax.writers import duration, heartbeat, log
 
 HEARTBEAT = 8.0  # seconds of silence until a line of progress
 

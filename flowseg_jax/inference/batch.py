@@ -18,7 +18,7 @@ from flowseg_jax.inference.inputs import PredictionJob
 from flowseg_jax.inference.outputs import PredictionWriter, Unwritable
 from flowseg_jax.inference.segmentor import EncodedImage, GeneratedAnswer, Prediction, PreprocessedImage, Segmentor
 from flowseg_jax.inference.selection import empty_prediction
-from flowseg_jax.writers import duration, heartbeat, log
+from flowseg_jax.system.console import duration, heartbeat, log
 
 RUNS, ENOUGH = 5, 2.0  # a latency is the median of so many runs, or of as many as so many seconds hold
 

@@ -44,9 +44,9 @@ from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.models.language import KVCache
 from flowseg_jax.ops.portable import without_kernels
 from flowseg_jax.system import locks
+from flowseg_jax.system.console import heartbeat, log
 from flowseg_jax.system.json_files import expect, number
 from flowseg_jax.types import IMAGE_TOKEN_INDEX, PAD, ExpressionQueries, ImageInputs
-from flowseg_jax.writers import heartbeat, log
 
 FORMAT = "flowseg_jax export"
 FORMAT_VERSION = 1

@@ -22,7 +22,7 @@ from flowseg_jax.checkpoints.pretrained import load_pretrained, read_model_confi
 from flowseg_jax.errors import UserError, did_you_mean, listed
 from flowseg_jax.models import flowseg
 from flowseg_jax.models.config import FlowSegConfig
-from flowseg_jax.writers import log
+from flowseg_jax.system.console import log
 
 # Where a converted tower stands in a model. Families that are not listed name their parameters as a whole model does.
 COMPONENT_PREFIX = {"qwen3": "llm", "phi3": "llm", "llama": "llm", "siglip2": "siglip", "sam": "sam"}

@@ -24,15 +24,16 @@ from flowseg_jax.data.train_dataset import TrainDataset, open_tokenizer
 from flowseg_jax.errors import UserError
 from flowseg_jax.experiment import to_json
 from flowseg_jax.system import hardware, host
+from flowseg_jax.system.console import heartbeat, log
 from flowseg_jax.system.distributed import is_primary, locked
 from flowseg_jax.system.json_files import expect, number
 from flowseg_jax.training import flops
+from flowseg_jax.training.metric_writers import Throughput, create_writer
 from flowseg_jax.training.optimizer import OptimizerConfig, lr_schedule
 from flowseg_jax.training.preemption import GracefulStop
 from flowseg_jax.training.profiling import Profile, Profiler
 from flowseg_jax.training.program import RunConfig, TrainProgram
 from flowseg_jax.training.step import TrainState
-from flowseg_jax.writers import Throughput, create_writer, heartbeat, log
 
 # What the same run may change between two starts; anything else would be another run.
 RESUMABLE_KEYS = (

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from flowseg_jax.errors import UserError
-from flowseg_jax.writers import log
+from flowseg_jax.system.console import log
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ from flowseg_jax.checkpoints.manager import CheckpointManager
 from flowseg_jax.checkpoints.pretrained import load_pretrained, save_pretrained
 from flowseg_jax.checkpoints.storage import prepare_workdir, resolve_path
 from flowseg_jax.errors import UserError
-from flowseg_jax.writers import JsonlWriter, create_writer
+from flowseg_jax.training.metric_writers import JsonlWriter, create_writer
 from tests.helpers import fake_gcs
 from tests.helpers.trees import abstract_of, make_params, make_state, same
 
@@ -100,7 +100,7 @@ def test_metrics_are_replaced_as_a_whole(bucket, monkeypatch):
     writer.write_scalars(4, {"loss": 0.0})
     writer.close()
     assert steps() == [1, 2, 3, 4]
-    monkeypatch.setattr("flowseg_jax.writers.UPLOAD_SECONDS", 0.0)
+    monkeypatch.setattr("flowseg_jax.training.metric_writers.UPLOAD_SECONDS", 0.0)
     writer = JsonlWriter(path, start_step=2)
     assert steps() == [1, 2]
     writer.write_scalars(3, {"loss": 1.0})

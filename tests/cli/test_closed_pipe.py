@@ -15,13 +15,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 WORKS = """
 import sys, pathlib
-from flowseg_jax import errors, writers
+from flowseg_jax import errors
+from flowseg_jax.system import console
 def main():
     for step in range(200):
-        writers.say(f"step {step} " + "x" * 1000)
+        console.log(f"step {step} " + "x" * 1000)
     pathlib.Path(sys.argv[1]).write_text(str(step))
     return int(sys.argv[2])
-errors.run(main)
+errors.run_cli(main)
 """
 PRINTS = """
 import sys, pathlib
@@ -30,11 +31,11 @@ def main():
     for step in range(200):
         print("x" * 1000)
     pathlib.Path(sys.argv[1]).write_text("end")
-errors.run(main)
+errors.run_cli(main)
 """
 SHORT = """
 from flowseg_jax import errors
-errors.run(lambda: print("x"))
+errors.run_cli(lambda: print("x"))
 """
 
 

@@ -1,15 +1,15 @@
 from __future__ import annotations
 
 import json
-import re
-import time
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
-from flowseg_jax import writers
 from flowseg_jax.errors import UserError
+from flowseg_jax.training import metric_writers
 
 
 def rows(path):
@@ -18,7 +18,7 @@ def rows(path):
 
 def test_jsonl_keeps_every_digit_and_is_flushed_at_once(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    writer = writers.JsonlWriter(path)
+    writer = metric_writers.JsonlWriter(path)
     loss = np.float32(0.1) + np.float32(1e-7)
     writer.write_scalars(10, {"loss": loss, "learning_rate": 1 / 3, "skipped": 2})
     (row,) = rows(path)  # the writer is still open
@@ -36,21 +36,21 @@ def test_jsonl_keeps_every_digit_and_is_flushed_at_once(tmp_path):
 
 def test_jsonl_resume_has_each_step_once(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    writer = writers.JsonlWriter(path)
+    writer = metric_writers.JsonlWriter(path)
     for step in (10, 20, 30, 40):
         writer.write_scalars(step, {"loss": step / 7})
     writer.close()
     with path.open("a") as file:
         file.write('{"step": 50, "lo')  # killed while it wrote
-    resumed = writers.JsonlWriter(path, start_step=25)
+    resumed = metric_writers.JsonlWriter(path, start_step=25)
     assert [row["step"] for row in rows(path)] == [10, 20]
     resumed.write_scalars(30, {"loss": 1.0})
     resumed.close()
     assert [row["step"] for row in rows(path)] == [10, 20, 30]
     assert rows(path)[0]["loss"] == 10 / 7
     with pytest.raises(ValueError, match="already logged"):
-        writers.JsonlWriter(path, start_step=30).write_scalars(30, {"loss": 1.0})
-    writers.JsonlWriter(path).close()  # a run that starts over
+        metric_writers.JsonlWriter(path, start_step=30).write_scalars(30, {"loss": 1.0})
+    metric_writers.JsonlWriter(path).close()  # a run that starts over
     assert rows(path) == []
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
@@ -58,11 +58,11 @@ def test_jsonl_resume_has_each_step_once(tmp_path):
 def test_jsonl_in_an_impossible_place(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot write .*metrics.jsonl"):
-        writers.JsonlWriter(tmp_path / "file" / "metrics.jsonl")
+        metric_writers.JsonlWriter(tmp_path / "file" / "metrics.jsonl")
 
 
 def test_progress_line(capsys):
-    writers.ProgressWriter(2000).write_scalars(
+    metric_writers.ProgressWriter(2000).write_scalars(
         20,
         {
             "loss_mask": 0.5,
@@ -76,17 +76,10 @@ def test_progress_line(capsys):
     assert line == "step   20/2000  loss 3.142 mask 0.5  lr 1.00e-04  2 steps/s  16 examples/s  16:30 left\n"
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0.4, "0 s"), (59.6, "1:00"), (185, "3:05"), (7384, "2:03:04"), (266584, "3d 2:03:04"), (np.inf, "?")]
-)
-def test_duration(seconds, text):
-    assert writers.duration(seconds) == text
-
-
 def test_throughput_counts_since_it_was_last_asked(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(writers.time, "perf_counter", lambda: now[0])
-    rate = writers.Throughput(step=10, batch_size=8)
+    monkeypatch.setattr(metric_writers.time, "perf_counter", lambda: now[0])
+    rate = metric_writers.Throughput(step=10, batch_size=8)
     now[0] = 105.0
     assert rate(20) == {"steps_per_second": 2.0, "examples_per_second": 16.0}
     now[0] = 106.0
@@ -104,8 +97,8 @@ def events(directory):
 
 
 def test_all_writers_together(tmp_path, capsys):
-    writer = writers.create_writer(tmp_path, steps=4, start_step=0)
-    assert isinstance(writer, writers.metric_writers.MetricWriter)
+    writer = metric_writers.create_writer(tmp_path, steps=4, start_step=0)
+    assert isinstance(writer, metric_writers.clu_metric_writers().MetricWriter)
     for step in (1, 2):
         writer.write_scalars(step, {"loss": 1.0 / step})
     writer.write_images(2, {"picture": np.zeros((4, 5, 3), np.uint8)})
@@ -130,42 +123,31 @@ def test_all_writers_together(tmp_path, capsys):
 
 
 def test_only_the_primary_process_writes(tmp_path):
-    writer = writers.create_writer(tmp_path, steps=4, primary=False)
+    writer = metric_writers.create_writer(tmp_path, steps=4, primary=False)
     writer.write_scalars(1, {"loss": 1.0})
     writer.close()
     assert list(tmp_path.iterdir()) == []
 
 
 def test_clu_default_writer_is_free_of_tensorflow(tmp_path):
-    writer = writers.metric_writers.create_default_writer(tmp_path)
-    writers.metric_writers.write_values(writer, 3, {"loss": 0.25})
+    writer = metric_writers.clu_metric_writers().create_default_writer(tmp_path)
+    metric_writers.clu_metric_writers().write_values(writer, 3, {"loss": 0.25})
     writer.close()
     assert (3, "loss") in [(event.step, value.tag) for event in events(tmp_path) for value in event.summary.value]
 
 
-def test_heartbeat_breaks_the_silence_and_only_the_silence(capsys):
-    with writers.heartbeat("compiling", every=0.1) as beat:
-        time.sleep(0.15)
-        beat.message = "still compiling"
-        time.sleep(0.2)
-    lines = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(r"compiling \.\.\. \d s", lines[0])
-    assert re.fullmatch(r"still compiling \.\.\. \d s", lines[1])
-    assert re.fullmatch(r"still compiling: done in \d s", lines[-1])
-    with writers.heartbeat("quick", every=0.2):
-        pass
-    with writers.heartbeat("talking", every=0.4):
-        for _ in range(8):
-            time.sleep(0.08)
-            writers.log("step")
-    assert set(capsys.readouterr().out.splitlines()) == {"step"}
+def test_importing_the_package_changes_nothing_in_clu_and_imports_none_of_it():
+    code = "import sys, flowseg_jax.training.loop; print([name for name in sys.modules if name.split('.')[0] == 'clu'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 
-def test_heartbeat_ends_with_an_error(capsys):
-    with pytest.raises(ZeroDivisionError), writers.heartbeat("failing", every=0.05):
-        time.sleep(0.08)
-        raise ZeroDivisionError
-    before = capsys.readouterr().out
-    time.sleep(0.12)
-    assert "done" not in before
-    assert capsys.readouterr().out == ""
+def test_nothing_stands_in_for_a_module_of_clu_afterwards():
+    code = """
+import sys
+from flowseg_jax.training.metric_writers import TensorBoardWriter, clu_metric_writers
+assert clu_metric_writers().SummaryWriter is TensorBoardWriter
+print("clu.metric_writers.summary_writer" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

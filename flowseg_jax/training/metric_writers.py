@@ -1,17 +1,16 @@
-"""Where metrics go: the terminal, `metrics.jsonl` and TensorBoard, all behind CLU's `MetricWriter`; and signs of life.
+"""Where metrics go: the terminal, `metrics.jsonl` and TensorBoard, all through CLU's `MetricWriter`.
 
-CLU's `metric_writers` imports TensorFlow for one class, its `SummaryWriter`. `_import_metric_writers` puts a TensorBoard writer
-over tensorboardX in that class's place before the package is imported, so that all of CLU works without TensorFlow. It does so
-even where TensorFlow is installed: that would reserve the accelerator's memory in a JAX process.
+CLU's `metric_writers` imports TensorFlow for one class, its `SummaryWriter`. `clu_metric_writers` imports CLU without it, when
+the first run needs a writer and not before.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import sys
-import threading
 import time
 import types
 from collections.abc import Iterator, Mapping
@@ -21,21 +20,39 @@ import numpy as np
 from etils import epath
 
 from flowseg_jax.checkpoints.storage import is_remote, resolve_path, short_reason
-from flowseg_jax.errors import UserError, mute, tell
+from flowseg_jax.errors import UserError
 from flowseg_jax.system import json_files
+from flowseg_jax.system.console import duration, log
 from flowseg_jax.system.json_files import number
 
-HEARTBEAT_SECONDS = 10.0
 UPLOAD_SECONDS = 30.0  # between two uploads of a metrics.jsonl that is an object in a store
 RATES = ("learning_rate", "steps_per_second", "examples_per_second")  # scalars that the terminal shows in its own columns
 
-_print_lock = threading.Lock()
-_silent = False
-_last_print = time.monotonic()
+
+@functools.cache
+def clu_metric_writers() -> types.ModuleType:
+    """`clu.metric_writers`, without TensorFlow.
+
+    While CLU is imported, `TensorBoardWriter` stands where its `SummaryWriter` does, also where TensorFlow is installed: that
+    would reserve the accelerator's memory in a JAX process. Afterwards `sys.modules` is as before.
+    """
+    name = "clu.metric_writers.summary_writer"
+    if "clu.metric_writers" in sys.modules:  # somebody else has imported all of it
+        from clu import metric_writers
+    else:
+        sys.modules[name] = stand_in = types.ModuleType(name)
+        stand_in.SummaryWriter = TensorBoardWriter
+        try:
+            from clu import metric_writers
+        finally:
+            del sys.modules[name]
+    for writer in (TensorBoardWriter, ScalarWriter):
+        metric_writers.MetricWriter.register(writer)
+    return metric_writers
 
 
 class TensorBoardWriter:
-    """A CLU `MetricWriter` (registered as one below) that writes TensorBoard event files with tensorboardX."""
+    """A CLU `MetricWriter` that writes TensorBoard event files with tensorboardX."""
 
     def __init__(self, logdir: str | os.PathLike):
         from tensorboardX import SummaryWriter
@@ -88,22 +105,7 @@ class TensorBoardWriter:
         self._writer.close()
 
 
-def _import_metric_writers() -> types.ModuleType:
-    name = "clu.metric_writers.summary_writer"
-    if name not in sys.modules:
-        module = types.ModuleType(name)
-        module.SummaryWriter = TensorBoardWriter
-        sys.modules[name] = module
-    from clu import metric_writers
-
-    metric_writers.MetricWriter.register(TensorBoardWriter)
-    return metric_writers
-
-
-metric_writers = _import_metric_writers()
-
-
-class ScalarWriter(metric_writers.MetricWriter):
+class ScalarWriter:
     """A writer of scalars: everything else that CLU can write is none of its business."""
 
     def write_summaries(self, step, values, metadata=None):
@@ -299,6 +301,7 @@ def create_writer(
     The first two write at once; TensorBoard is written by a thread of its own. On a process that is not the primary one nothing
     is written. `close()` it at the end.
     """
+    metric_writers = clu_metric_writers()
     if not primary:
         return metric_writers.MultiWriter([])
     directory = resolve_path(workdir)
@@ -306,77 +309,6 @@ def create_writer(
     if tensorboard:
         writers.append(metric_writers.AsyncWriter(TensorBoardWriter(directory / "tensorboard")))
     return metric_writers.MultiWriter(writers)
-
-
-def log(text: str) -> None:
-    """Prints a line at once. Everything that a command reports while it runs goes through here, so that `heartbeat` knows."""
-    global _last_print
-    text = text.encode("utf-8", "backslashreplace").decode()  # the name of a file may be no text
-    with _print_lock:
-        if not _silent:
-            try:
-                print(text, flush=True)
-            except BrokenPipeError:  # `train.py | head`: the work is what is written to disk, and goes on
-                mute_console()
-                mute(sys.stdout)
-                tell("nobody reads what is printed any more: going on in silence")
-        _last_print = time.monotonic()
-
-
-def mute_console() -> None:
-    """Lets `say` print nothing from now on, for a process that another one speaks for."""
-    global _silent
-    _silent = True
-
-
-class ProgressHeartbeat:
-    """What a heartbeat prints; assign `message` to keep it true."""
-
-    def __init__(self, message: str):
-        self.message = message
-
-
-@contextlib.contextmanager
-def heartbeat(message: str, every: float = HEARTBEAT_SECONDS) -> Iterator[ProgressHeartbeat]:
-    """Prints `message` with the elapsed time from a daemon thread whenever nothing was said for `every` seconds.
-
-    Heartbeats nest: the inner one's line keeps the outer one quiet. Work that takes less than `every` prints nothing, longer
-    work ends with a line that says how long it took.
-    """
-    beat, stop, printed, started = ProgressHeartbeat(message), threading.Event(), threading.Event(), time.monotonic()
-
-    def run() -> None:
-        wake = started + every
-        while not stop.wait(max(wake - time.monotonic(), 0.0)):
-            now = time.monotonic()
-            silent_since = max(_last_print, started)
-            if now - silent_since >= every:
-                printed.set()
-                log(f"{beat.message} ... {duration(now - started)}")
-                silent_since = now
-            wake = silent_since + every
-
-    thread = threading.Thread(target=run, name="heartbeat", daemon=True)
-    thread.start()
-    try:
-        yield beat
-    finally:
-        stop.set()
-        thread.join()
-    if printed.is_set():
-        log(f"{beat.message}: done in {duration(time.monotonic() - started)}")
-
-
-def duration(seconds: float) -> str:
-    """`12 s`, `3:05`, `2:03:04`, `3d 2:03:04`."""
-    if not np.isfinite(seconds):
-        return "?"
-    whole = round(max(seconds, 0.0))
-    if whole < 60:
-        return f"{whole} s"
-    minutes, hours, days = whole // 60 % 60, whole // 3600 % 24, whole // 86400
-    text = f"{minutes}:{whole % 60:02d}" if whole < 3600 else f"{hours}:{minutes:02d}:{whole % 60:02d}"
-    return f"{days}d {text}" if days else text
 
 
 def _number(value: Any) -> int | float:
