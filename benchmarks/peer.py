@@ -1,6 +1,7 @@
 """FlowSeg in PyTorch, the peer of the whole model: Hugging Face's modules, and X-SAM's and the paper's formulas between them.
 
-Towers, pixel decoder and decoder layers are transformers' own (`sdpa` attention); connector and projectors are plain PyTorch
+Components, pixel decoder and decoder layers are transformers' own (`sdpa` attention); connector and projectors are plain
+PyTorch
 after X-SAM (scaffold 1.5, 2.2), SR, CR and BAR after the paper's equations. As in X-SAM, every decoder pass has a copy of its
 image's memory, and attention masks are resized masks of all queries. Parameters have the names that `convert_weights` exports.
 """

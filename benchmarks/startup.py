@@ -1,6 +1,6 @@
 """How long it takes until a training run has made its first step, and what memory that needs on the host.
 
-    python -m benchmarks startup                 # tiny, and full width with two layers a tower
+    python -m benchmarks startup                 # tiny, and full width with two layers a component
     python -m benchmarks startup tiny --json=FILE
 
 Three runs of each size, each a process of its own: without the persistent compilation cache, with an empty one, and with a full

@@ -4,7 +4,7 @@
     python train.py --config=configs/finetune.py --workdir=runs/mine                      # from the shipped tiny model
     python train.py --config=configs/finetune.py:MODEL --config.data.dir=DIR --workdir=runs/mine
 
-Only what reads learns: a few images teach words, and would make the towers that see forget more than they can learn. With
+Only what reads learns: a few images teach words, and would make the components that see forget more than they can learn. With
 thousands of images unlike those that the model knows, let everything learn: --config.optimizer.groups='((".*", 1.0),)'.
 """
 

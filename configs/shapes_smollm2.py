@@ -4,8 +4,8 @@
     python train.py --config=configs/shapes_smollm2.py            # the language model is frozen
     python train.py --config=configs/shapes_smollm2.py:full       # all of it learns
 
-A language model of this size costs two cores seconds a step, too much to learn to see from nothing beside it: the vision towers
-and the mask decoder start from the shipped tiny model, and what joins them to the language model is new.
+A language model of this size costs two cores seconds a step, too much to learn to see from nothing beside it: the vision
+components and the mask decoder start from the shipped tiny model, and what joins them to the language model is new.
 """
 
 import dataclasses

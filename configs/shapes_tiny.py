@@ -13,7 +13,7 @@ def get_config() -> ConfigDict:
     config.log_every = 20
     config.checkpoint_every = 200
     config.checkpoint = ConfigDict({"keep": 2, "keep_every": 0, "best": ()})  # the last, every n-th, (metric, "min" or "max")
-    config.init_from = ()  # ([tower=]DIR, ...), models and towers to start from; empty: random initialisation
+    config.init_from = ()  # ([component=]DIR, ...), models and components to start from; empty: random initialisation
 
     config.model = ConfigDict(FlowSegConfig.tiny(vocab=512, num_classes=384).to_dict())
 
@@ -50,7 +50,7 @@ def get_config() -> ConfigDict:
     config.optimizer.groups = ((".*", 1.0),)
     config.optimizer.accumulate = 1  # parts of a batch that are differentiated one after the other
     config.optimizer.skip_limit = 10  # updates in a row that may fail to be finite
-    config.optimizer.frozen_dtype = "float32"  # what the matrices of frozen towers rest in
+    config.optimizer.frozen_dtype = "float32"  # what the matrices of frozen components rest in
     config.optimizer.losses = ConfigDict(
         {
             "language": 0.1,

@@ -1,7 +1,7 @@
 """The config of a conversion: read from `config.json` beside the weights, or from the shapes of the tensors.
 
-Hugging Face writes a config beside a tower. X-SAM writes none: what tensors cannot tell (numbers of heads, RoPE, the side of
-SigLIP's image) comes from presets that must agree with the shapes, and any value can be set by name.
+Hugging Face writes a config beside a component. X-SAM writes none: what tensors cannot tell (numbers of heads, RoPE, the side
+of SigLIP's image) comes from presets that must agree with the shapes, and any value can be set by name.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ MODEL_TYPES = {  # what config.json may call a family, where that is not the fam
 
 
 def tower_config(family: str, values: Mapping[str, Any]) -> Any:
-    """A tower's config from Hugging Face's; says what it does not read.
+    """A component's config from Hugging Face's; says what it does not read.
 
     Raises:
         UserError: it belongs to another family, or names a feature that is not supported.

@@ -36,7 +36,7 @@ def import_params(
     Args:
         family_name: a key of `families.FAMILIES`.
         tensors: arrays by name, or a source of them.
-        cfg: `FlowSegConfig` for xsam and flowseg, the tower's config for a tower.
+        cfg: `FlowSegConfig` for xsam and flowseg, the component's config for a component.
         dtype: what all parameters become; None keeps each one's own.
         seed: of the parameters that the checkpoint may lack (`Family.fresh`).
 

@@ -16,12 +16,12 @@ from flowseg_jax.checkpoints.pretrained import read_model_config
 from flowseg_jax.checkpoints.streaming import chunk_slices
 from flowseg_jax.errors import UserError
 
-# Where a tower lies in a whole model.
+# Where a component lies in a whole model.
 WITHIN = {"qwen3": "llm/", "phi3": "llm/", "llama": "llm/", "siglip2": "siglip/", "sam": "sam/"}
 
 
 class ModelDirectory:
-    """The parameters of a model or tower directory under their flat names.
+    """The parameters of a model or component directory under their flat names.
 
     Args:
         directory: written by `save_model`, `stream_model` or training.
@@ -39,15 +39,15 @@ class ModelDirectory:
 
     def __init__(self, directory: str | os.PathLike[str], family: CheckpointFamily):
         self.name, self._path = str(directory), Path(directory).absolute()
-        config = read_model_config(self._path, towers=True)
-        tower, prefix = config.get("tower"), ""
-        if tower is not None:
-            if tower["family"] != family.name:
-                raise UserError(f"{directory} holds a tower of the family {tower['family']}, not {family.name}")
-            self.cfg = fields.read(family.config, tower["config"], f"{directory}/config.json: tower.config")
+        config = read_model_config(self._path, allow_component=True)
+        component, prefix = config.get("component"), ""
+        if component is not None:
+            if component["family"] != family.name:
+                raise UserError(f"{directory} holds a component of the family {component['family']}, not {family.name}")
+            self.cfg = fields.read(family.config, component["config"], f"{directory}/config.json: component.config")
         else:
             model = fields.read(FAMILIES["flowseg"].config, config["model"], f"{directory}/config.json: model")
-            prefix = "" if not family.tower else WITHIN.get(family.name, "?")
+            prefix = "" if not family.component else WITHIN.get(family.name, "?")
             if prefix == "?" or (prefix == "llm/" and model.llm.model_type != family.name):
                 held = f", its language model is {model.llm.model_type}" if prefix == "llm/" else ""
                 raise UserError(f"{directory} holds a whole model{held}: {family.name} cannot be taken out of it")

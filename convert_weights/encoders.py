@@ -1,4 +1,4 @@
-"""The tables of the towers, under the names that Hugging Face's classes give them."""
+"""The tables of the components, under the names that Hugging Face's classes give them."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ def export_directory(
 ) -> Path:
     """Exports a model directory: safetensors, `config.json` and, with a language model, the tokenizer.
 
-    `config.json` is Hugging Face's for a tower; for a whole model it holds our config, from which xsam and flowseg are read
+    `config.json` is Hugging Face's for a component; for a whole model it holds our config, from which xsam and flowseg are read
     back. OUT appears complete or not at all. In memory are one shard (`MAX_SHARD`) and the parameters that a tensor is made of.
 
     Args:
@@ -71,7 +71,7 @@ def _export(
         config = to_hf(family.name, directory.cfg)
         if config is not None and directory.tokenizer is not None:
             config |= _special_ids(directory.tokenizer)
-        if not family.tower:
+        if not family.component:
             config = {"model_type": "flowseg", "flowseg": directory.cfg.to_dict()}
         if config is not None:
             (fresh / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

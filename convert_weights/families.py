@@ -77,7 +77,7 @@ class CheckpointFamily:
         layouts: {layout: config -> its sections}; the one that fits a file best is taken, the first one is exported.
         fresh: patterns of our paths, each naming a group of parameters. A group of which a checkpoint holds nothing is
             initialised as in a new model; of a group that it holds in part, the rest is missing.
-        tower: it is a part of a model and cannot run by itself.
+        component: it is a part of a model and cannot run by itself.
         resizes: the vocabulary of the file may be longer or shorter than the config's.
         example: a config, to know the family's names by.
     """
@@ -88,7 +88,7 @@ class CheckpointFamily:
     layouts: Mapping[str, Callable[[Any], tuple[Section, ...]]]
     example_config: Callable[[], Any]
     newly_initialized: tuple[str, ...] = ()
-    tower: bool = True
+    component: bool = True
     resizable_vocab: bool = False
 
     def shapes(self, cfg: Any) -> dict[str, Shape]:
@@ -164,7 +164,7 @@ def _language(name: str, table: Table, **layouts: Table) -> CheckpointFamily:
 
 
 def _inside(table: Table, prefix: str) -> Callable[[Any], tuple[Section, ...]]:
-    """A tower inside a whole model of its class: what is ignored lies beside it as well."""
+    """A component inside a whole model of its class: what is ignored lies beside it as well."""
     return lambda cfg: (Section(table, prefix), _rest(*table.ignore))
 
 
@@ -223,7 +223,7 @@ _ADDED = (
     r"boundary/",
     r"category_head/",
 )
-# What a model that is put together from its towers has nothing for.
+# What a model that is put together from its components has nothing for.
 _JOINTS = (
     r"visual_projector/",
     r"seg_projector/",
@@ -290,7 +290,7 @@ FAMILIES: dict[str, CheckpointFamily] = {
             newly_initialized=(r"mask_decoder/logit_scale",),
         ),
         CheckpointFamily(
-            "xsam", FlowSegConfig, FlowSeg, _XSAM_LAYOUTS, FlowSegConfig.tiny, newly_initialized=_ADDED, tower=False
+            "xsam", FlowSegConfig, FlowSeg, _XSAM_LAYOUTS, FlowSegConfig.tiny, newly_initialized=_ADDED, component=False
         ),
         CheckpointFamily(
             "flowseg",
@@ -299,7 +299,7 @@ FAMILIES: dict[str, CheckpointFamily] = {
             _FLOWSEG_LAYOUTS,
             FlowSegConfig.tiny,
             newly_initialized=(*_ADDED, *_JOINTS),
-            tower=False,
+            component=False,
             resizable_vocab=True,
         ),
     )

@@ -32,7 +32,7 @@ from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.models.language import LanguageConfig
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
-# Where a tower's names stand in a whole model: (what they begin with alone, what they begin with there).
+# Where a component's names stand in a whole model: (what they begin with alone, what they begin with there).
 PLACES = {
     "llm": ("", "llm."),
     "siglip": ("vision_model.", "vision_encoder.vision_model."),
@@ -111,7 +111,7 @@ def open_conversion(request: ConversionRequest) -> Iterator[ConversionJob]:
     if request.out is not None:
         require_empty_directory(request.out, request.overwrite)
     with tempfile.TemporaryDirectory(prefix="convert_weights-") as scratch:
-        make = _towers_together if family.name == "flowseg" else _xsam if family.name == "xsam" else _tower
+        make = _joined if family.name == "flowseg" else _xsam if family.name == "xsam" else _component
         source, cfg, base = make(family, request)
         chat = PromptTemplates(request.chat or _chat(cfg.llm)) if isinstance(cfg, FlowSegConfig) else None
         # X-SAM writes whatever bos there is, whether or not the language model's own template does.
@@ -125,7 +125,7 @@ def open_conversion(request: ConversionRequest) -> Iterator[ConversionJob]:
         cfg = configs.override(cfg, request.settings)
         if count is not None and isinstance(cfg, LanguageConfig) and cfg.vocab_size < count:
             raise UserError(f"vocab={cfg.vocab_size} has no row for each of the tokenizer's {count} ids: leave --set vocab out")
-        if request.out is not None and not family.tower and tokenizer is None:
+        if request.out is not None and not family.component and tokenizer is None:
             raise UserError(f"{family.name} needs its language model's tokenizer: give --tokenizer DIR")
         extra: dict[str, Any] = {"converted": {"family": family.name, "seed": request.seed}}
         if isinstance(cfg, FlowSegConfig):
@@ -155,14 +155,14 @@ def write(job: ConversionJob, request: ConversionRequest, progress: Callable[[st
     """Streams a prepared conversion into its directory."""
     family, cfg = job.plan.family, job.plan.cfg
     assert request.out is not None
-    tower = {"family": family.name, "config": _plain(dataclasses.asdict(cfg))} if family.tower else None
+    component = {"family": family.name, "config": _plain(dataclasses.asdict(cfg))} if family.component else None
     return save_pretrained_streaming(
         request.out,
         job.arrays(request.seed),
-        None if family.tower else cfg.to_dict(),
+        None if family.component else cfg.to_dict(),
         job.tokenizer,
         job.extra,
-        tower=tower,
+        component=component,
         overwrite=request.overwrite,
         progress=progress,
     )
@@ -175,8 +175,8 @@ def check(job: ConversionJob, request: ConversionRequest, progress: Callable[[st
         progress(name)
 
 
-def _tower(family: CheckpointFamily, request: ConversionRequest) -> tuple[TensorSource, Any, Path | None]:
-    """Source, config and where a tokenizer may lie, of a tower."""
+def _component(family: CheckpointFamily, request: ConversionRequest) -> tuple[TensorSource, Any, Path | None]:
+    """Source, config and where a tokenizer may lie, of a component."""
     path = resolve_source(str(request.source))
     source, own = _open(path, family)
     if own is not None:
@@ -212,25 +212,27 @@ def _xsam(family: CheckpointFamily, request: ConversionRequest) -> tuple[TensorS
     return source, configs.xsam_from_shapes(shapes, llm, siglip, request.mode or "off", _compute(source)), beside.parent
 
 
-def _towers_together(family: CheckpointFamily, request: ConversionRequest) -> tuple[TensorSource, FlowSegConfig, Path | None]:
+def _joined(family: CheckpointFamily, request: ConversionRequest) -> tuple[TensorSource, FlowSegConfig, Path | None]:
     if not isinstance(request.source, dict):
-        raise UserError("flowseg is put together from towers: flowseg llm=DIR siglip=DIR sam=DIR [segmentor=FILE] OUT")
+        raise UserError("flowseg is put together from components: flowseg llm=DIR siglip=DIR sam=DIR [segmentor=FILE] OUT")
     parts = dict(request.source)
     for part in parts:
         if part not in PLACES:
             raise UserError(f"flowseg has no part {part!r} (known: {', '.join(PLACES)})")
     lacking = [part for part in ("llm", "siglip", "sam") if part not in parts and not (part == "sam" and "segmentor" in parts)]
     if lacking:
-        raise UserError(f"flowseg needs {', '.join(f'{part}=DIR' for part in lacking)}: nothing is made up for a missing tower")
+        raise UserError(
+            f"flowseg needs {', '.join(f'{part}=DIR' for part in lacking)}: nothing is made up for a missing component"
+        )
     if "sam" in parts and "segmentor" in parts:
         raise UserError("both sam= and segmentor= hold a mask encoder: leave sam= out")
     opened, cfgs, tokenizer = [], {}, None
     for part, path in parts.items():
         name = {"siglip": "siglip2", "segmentor": "xsam_stage1"}.get(part, part)
-        tower = FAMILIES[_llm_family(resolve_source(path)) if part == "llm" else name]
-        source, cfgs[part], base = _tower(tower, dataclasses.replace(request, source=path, config=None))
+        component = FAMILIES[_llm_family(resolve_source(path)) if part == "llm" else name]
+        source, cfgs[part], base = _component(component, dataclasses.replace(request, source=path, config=None))
         if part == "sam" and _meta_prefix(source) is not None:
-            source = in_layout(tower, cfgs[part], source, "hf")
+            source = in_layout(component, cfgs[part], source, "hf")
         opened.append((part, source))
         tokenizer = base if part == "llm" else tokenizer
     old_names = any("segmentor.class_predictor.weight" in source.entries for _, source in opened)
@@ -268,8 +270,8 @@ def _llm_family(path: Path) -> str:
             f"{path}: convert a GGUF by itself first (python -m convert_weights llama ...), then give its directory"
         )
     values = configs.hf_config(None, path)
-    # A tower of ours, a whole model of ours, Hugging Face's language model, and one of its models with pictures.
-    places = (("tower", "family"), ("model", "llm", "family"), ("model_type",), ("text_config", "model_type"))
+    # A component of ours, a whole model of ours, Hugging Face's language model, and one of its models with pictures.
+    places = (("component", "family"), ("model", "llm", "family"), ("model_type",), ("text_config", "model_type"))
     named = [_at(values, place) for place in places]
     found = next((name for name in named if name in hf_keys.LANGUAGE), None)
     if found is None:

@@ -22,7 +22,7 @@ class Op:
 
     Attributes:
         source_shape: the PyTorch shape that belongs to a parameter's shape.
-        to_ours, to_source: (array, the tower's config) -> a view or a copy in the other layout.
+        to_ours, to_source: (array, the component's config) -> a view or a copy in the other layout.
         by_rows: nothing moves: a run of the tensor's rows is a run of ours.
         resizes: the first axis counts tokens, and a table of another length can be cut or grown to fit.
     """

@@ -27,7 +27,7 @@ class Row:
 
     Attributes:
         source: pattern of the PyTorch name.
-        targets: our path, or several with spaces between them for a fused tensor; without the tower's prefix.
+        targets: our path, or several with spaces between them for a fused tensor; without the component's prefix.
         op: name in `ops.OPS`.
     """
 
@@ -38,7 +38,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """The names of one tower.
+    """The names of one component.
 
     Attributes:
         rows: see `Row`. A row whose target the config does not have (an untied head, say) is skipped.

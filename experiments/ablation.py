@@ -3,11 +3,11 @@
     baseline -> +SR -> +SR+CR -> +SR+CR+BAR, each trained with several seeds, evaluated on all of `val`, compared pair by pair
 
 Every run has the same steps, scenes, data order and learning rate (`configs/shapes_ablation.py`). From nothing, the minutes
-that a run has end before selection leaves chance (docs/results.md). So every run starts from the same towers, those of the
+that a run has end before selection leaves chance (docs/results.md). So every run starts from the same components, those of the
 shipped model, frozen: both encoders, their projectors, the language model, the connector and the pixel decoder, everything in
 front of the mask decoder, none of which has a parameter of SR, CR or BAR. Whatever reads them is new in every run: the
-projector of C and S, the background row, and the mask decoder with the variant's parts. The towers were trained together with
-a full model; this is the same for all variants, but it may suit those that are like it.
+projector of C and S, the background row, and the mask decoder with the variant's parts. The components were trained together
+with a full model; this is the same for all variants, but it may suit those that are like it.
 
 Intervals hold 95 % of the resamples of the images, the same images for every run; they say nothing about the seeds. What the
 seeds say stands beside them: the standard deviation, and for a difference how many seeds agree with its sign. A seed draws the

@@ -104,8 +104,8 @@ COMPONENTS: dict[str, Component] = {
         Component("point_losses_grad", "losses", "point selection, BCE and dice of 32 masks, and the gradient", _one(1.3, 1.0)),
         Component("matcher", "losses", "10 levels of 32 targets and 200 queries", peer="scipy"),
         Component("resize", "losses", "50 masks, 128 to 1,024 pixels"),
-        Component("forward", "whole", "image and one expression to masks, two layers a tower", _one(1.1, 0.95)),
-        Component("train_step", "whole", "train step, one image, four expressions, two layers a tower", _one(1.2, 1.0)),
+        Component("forward", "whole", "image and one expression to masks, two layers a component", _one(1.1, 0.95)),
+        Component("train_step", "whole", "train step, one image, four expressions, two layers a component", _one(1.2, 1.0)),
         Component("seven_expressions", "whole", "one image, seven expressions: image pass shared", _one(0.25, 0.18)),
         Component("seven_shared", "whole", "the same beside our own path one by one", _one(0.2), peer="one by one"),
     )

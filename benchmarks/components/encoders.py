@@ -1,4 +1,4 @@
-"""Single blocks of the three towers, in inference."""
+"""Single blocks of the three components, in inference."""
 
 from __future__ import annotations
 

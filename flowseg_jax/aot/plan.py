@@ -68,7 +68,7 @@ class PlanReport:
         device_kind, devices, mesh: what the step was compiled for.
         batch_size: images a step.
         effort: of the compiler.
-        parameters: {tower: {"trained": count, "frozen": count}}.
+        parameters: {component: {"trained": count, "frozen": count}}.
         memory: bytes a device.
         flops: a step, by part of the model.
         step_seconds: a step at `MFU` of peak arithmetic; None without a peak.
@@ -115,7 +115,7 @@ class PlanReport:
             "fits": self.fits,
             "bytes_per_device": self.memory.needed,
             "memory": dataclasses.asdict(self.memory),
-            "parameters": {tower: dict(counts) for tower, counts in self.parameters.items()},
+            "parameters": {component: dict(counts) for component, counts in self.parameters.items()},
             "flops": dict(self.flops),
             "step_seconds_at_mfu_0.4": self.step_seconds,
             "collectives": {kind: {"count": count, "bytes": size} for kind, (count, size) in collectives.items()},
@@ -262,17 +262,17 @@ def _bytes_on_one_device(tree: Any) -> int:
 
 
 def _towers(trainable: Any, frozen: Any) -> dict[str, dict[str, int]]:
-    towers: dict[str, dict[str, int]] = {}
+    components: dict[str, dict[str, int]] = {}
     for kind, tree in (("trained", trainable), ("frozen", frozen)):
         for path, x in flatten_params(tree).items():
-            counts = towers.setdefault(path.split("/")[0], {"trained": 0, "frozen": 0})
+            counts = components.setdefault(path.split("/")[0], {"trained": 0, "frozen": 0})
             counts[kind] += x.size
-    return dict(sorted(towers.items(), key=lambda item: -sum(item[1].values())))
+    return dict(sorted(components.items(), key=lambda item: -sum(item[1].values())))
 
 
-def _parameter_lines(towers: Mapping[str, Mapping[str, int]]) -> list[str]:
-    total = {kind: sum(counts[kind] for counts in towers.values()) for kind in ("trained", "frozen")}
-    rows = [("parameters", {"trained": "trained", "frozen": "frozen"}), *towers.items(), ("all", total)]
+def _parameter_lines(components: Mapping[str, Mapping[str, int]]) -> list[str]:
+    total = {kind: sum(counts[kind] for counts in components.values()) for kind in ("trained", "frozen")}
+    rows = [("parameters", {"trained": "trained", "frozen": "frozen"}), *components.items(), ("all", total)]
     show = lambda x: x if isinstance(x, str) else f"{x:,}"  # noqa: E731
     return [f"  {name:<18}{show(counts['trained']):>16}{show(counts['frozen']):>16}" for name, counts in rows]
 

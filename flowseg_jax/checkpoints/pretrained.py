@@ -1,4 +1,4 @@
-"""Model directories: what can be run. A model's config, its tokenizer and its parameters, or one converted tower's.
+"""Model directories: what can be run. A model's config, its tokenizer and its parameters, or one converted component's.
 
 Everything has a checksum: every array, because Orbax notices a truncated file and not a changed byte, every file of the
 tokenizer, and the config itself. A directory is made under a temporary name beside its place and appears complete or not at
@@ -76,15 +76,15 @@ TOKENIZER = "tokenizer_checksums"  # the key of config.json
 class PretrainedModel:
     """A model directory in memory: parameters, the dict for `FlowSegConfig.from_dict`, the tokenizer's directory, the rest.
 
-    `tower` is None for a model; for a tower it holds its `family` and `config`, `model_config` is empty, and there may be no
-    tokenizer.
+    `component` is None for a model; for a component it holds its `family` and `config`, `model_config` is empty, and there may
+    be no tokenizer.
     """
 
     params: Tree
     model_config: dict[str, Any]
     tokenizer_dir: Path
     extra: dict[str, Any]
-    tower: dict[str, Any] | None = None
+    component: dict[str, Any] | None = None
 
 
 def save_pretrained(
@@ -129,7 +129,7 @@ def save_pretrained_streaming(
     tokenizer_dir: str | os.PathLike | None,
     extra: Mapping[str, Any] | None = None,
     *,
-    tower: Mapping[str, Any] | None = None,
+    component: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     progress: Callable[[str], None] = lambda name: None,
 ) -> epath.Path:
@@ -137,15 +137,15 @@ def save_pretrained_streaming(
 
     Args:
         arrays: by flat name ("llm/table").
-        model_config: of a model; None for a tower.
-        tokenizer_dir: as in `save_model`; a tower may have none.
-        tower: of a tower, its `family` and `config`.
+        model_config: of a model; None for a component.
+        tokenizer_dir: as in `save_model`; a component may have none.
+        component: of a component, its `family` and `config`.
         progress: called with the name of each array once it is made.
 
     Raises:
         UserError: as `save_model`, and what making an array raises.
     """
-    kind = {"model": dict(model_config)} if tower is None else {"model": {}, "tower": dict(tower)}
+    kind = {"model": dict(model_config)} if component is None else {"model": {}, "component": dict(component)}
     kinds = {name: [list(lazy.shape), str(lazy.dtype)] for name, lazy in arrays.items()}
     with locked(directory, beside=True):
         return _write_model(
@@ -226,11 +226,11 @@ def require_empty_directory(directory: str | os.PathLike, overwrite: bool = Fals
         raise UserError(f"{target} exists: remove it or choose another name")
 
 
-def read_model_config(directory: str | os.PathLike, *, towers: bool = False) -> dict[str, Any]:
+def read_model_config(directory: str | os.PathLike, *, allow_component: bool = False) -> dict[str, Any]:
     """The whole `config.json` of a model directory, checked: `model`, `extra`, `manifest`, `checksums`, versions, revision.
 
     Args:
-        towers: accept the directory of a tower as well, which has `tower` in place of `model`.
+        allow_component: accept the directory of a component as well, which has `component` in place of `model`.
     """
     path = resolve_path(directory)
     if not path.is_dir():
@@ -247,16 +247,20 @@ def read_model_config(directory: str | os.PathLike, *, towers: bool = False) -> 
             f"{path / 'config.json'} has changed since it was saved (its checksum differs): restore it, or, if the change is "
             f"meant, {accept}"
         )
-    tower = config.get("tower")
+    component = config.get("component")
     lacking = [key for key in ("model", "extra", "manifest", "checksums") if not isinstance(config.get(key), dict)]
     needed = ("params", "tokenizer") if _has_tokenizer(config) else ("params",)
     lacking += [name for name in needed if not (path / name).is_dir()]
     if lacking:
         raise UserError(f"model directory {path} is incomplete: it lacks {', '.join(lacking)}")
     check_arrays(config["manifest"], config["checksums"], str(path / "config.json"))
-    if tower is not None:
-        ok = isinstance(tower, dict) and isinstance(tower.get("family"), str) and isinstance(tower.get("config"), dict)
-        expect(ok, tower, f"{path / 'config.json'}: tower", "its family and config")
+    if component is not None:
+        ok = (
+            isinstance(component, dict)
+            and isinstance(component.get("family"), str)
+            and isinstance(component.get("config"), dict)
+        )
+        expect(ok, component, f"{path / 'config.json'}: component", "its family and config")
     kept, there = config.get(TOKENIZER), _tokenizer_checksums(path)
     expect(isinstance(kept, dict), kept, f"{path / 'config.json'}: {TOKENIZER}", "a group of keys")
     if kept != there:
@@ -265,9 +269,9 @@ def read_model_config(directory: str | os.PathLike, *, towers: bool = False) -> 
             f"{path / 'tokenizer'} has changed since it was saved ({json_files.short(names[0])} is not the file of then): "
             f"restore it, or, if the change is meant, {accept}"
         )
-    if tower is not None and not towers:
+    if component is not None and not allow_component:
         raise UserError(
-            f"{path} holds a tower ({tower['family'][:40]}), not a whole model: build one around it by "
+            f"{path} holds a component ({component['family'][:40]}), not a whole model: build one around it by "
             "python -m convert_weights flowseg llm=DIR siglip=DIR sam=DIR OUT"
         )
     return config
@@ -346,7 +350,7 @@ def seal(directory: str | os.PathLike) -> epath.Path:
         part.replace(path / "config.json")
     except OSError as error:
         raise UserError(f"{path / 'config.json'} cannot be written: {short_reason(error)}") from None
-    read_model_config(path, towers=True)
+    read_model_config(path, allow_component=True)
     return path
 
 
@@ -359,7 +363,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def load_pretrained(
-    directory: str | os.PathLike, abstract: Tree | None = None, dtype: str | None = "float32", *, towers: bool = False
+    directory: str | os.PathLike, abstract: Tree | None = None, dtype: str | None = "float32", *, allow_component: bool = False
 ) -> PretrainedModel:
     """Reads a model directory and verifies every array.
 
@@ -368,13 +372,13 @@ def load_pretrained(
         abstract: parameters as `jax.ShapeDtypeStruct`s, with shardings where there is a mesh; they are read straight into that
             form, and compared with it first. Without it they come as NumPy arrays.
         dtype: without `abstract`, what floating-point parameters are cast to; None leaves them as they are stored.
-        towers: read the directory of a tower as well.
+        allow_component: read the directory of a component as well.
 
     Raises:
         UserError: no such directory, not a model directory, damaged, or parameters that do not fit `abstract`.
     """
     path = resolve_path(directory)
-    config = read_model_config(path, towers=towers)
+    config = read_model_config(path, allow_component=allow_component)
     stored = config["manifest"]
     if abstract is not None:
         check_manifest(manifest(abstract), stored, f"model directory {path}")
@@ -402,13 +406,13 @@ def load_pretrained(
     params = cast_like(params, abstract) if abstract is not None else _cast_floats(params, dtype)
     tokenizer = path / "tokenizer"
     tokenizer = local_directory(tokenizer) if _has_tokenizer(config) else Path(tokenizer)
-    return PretrainedModel(params, config["model"], tokenizer, config["extra"], config.get("tower"))
+    return PretrainedModel(params, config["model"], tokenizer, config["extra"], config.get("component"))
 
 
 def _has_tokenizer(config: Mapping[str, Any]) -> bool:
-    """Whether it is a model with language: a tower may lack a tokenizer, and so may a segmentor."""
+    """Whether it is a model with language: a component may lack a tokenizer, and so may a segmentor."""
     model = config.get("model")
-    return config.get("tower") is None and not (isinstance(model, dict) and model.get("components") == "segmentor")
+    return config.get("component") is None and not (isinstance(model, dict) and model.get("components") == "segmentor")
 
 
 def _cast_floats(tree: Tree, dtype: str | None) -> Tree:

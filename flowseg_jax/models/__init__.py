@@ -1,1 +1,1 @@
-"""What the network is: one file a tower, `flowseg.py` for the whole."""
+"""What the network is: one file a component, `flowseg.py` for the whole."""

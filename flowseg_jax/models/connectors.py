@@ -1,4 +1,4 @@
-"""What joins the towers: token projectors, pixel shuffle and the segmentation connector.
+"""What joins the components: token projectors, pixel shuffle and the segmentation connector.
 
 The segmentation connector turns hidden states of the mask encoder, all on one grid, into the feature pyramid that the pixel
 decoder reads, as X-SAM does. All maps are NHWC.

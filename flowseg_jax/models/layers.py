@@ -1,4 +1,4 @@
-"""The few layers all towers are made of, with logical axis names on every parameter.
+"""The few layers all components are made of, with logical axis names on every parameter.
 
 A parameter is `nnx.Param(value, axes=(...))`: one logical axis name (or None) a dimension. `parallel.py` turns the names into
 shardings; nothing here knows about meshes. Parameters are float32; `dtype` is what a layer computes in. Matrix products

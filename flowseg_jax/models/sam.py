@@ -264,7 +264,7 @@ class SamImageEncoder(nnx.Module):
         return scan_layers(layers, body, x, policy=self.cfg.remat, start=start, stop=stop)[0]
 
     def _period(self, select: tuple[int, ...]) -> int | None:
-        """Layers a block, if the tower is equal blocks of window layers closed by a global one and `select` fits them."""
+        """Layers a block, if the component is equal blocks of window layers closed by a global one and `select` fits them."""
         cfg = self.cfg
         blocks = len(cfg.global_attn_indexes)
         if blocks < 2 or cfg.num_hidden_layers % blocks or max(select) < cfg.num_hidden_layers:
@@ -274,7 +274,7 @@ class SamImageEncoder(nnx.Module):
         return period if regular and all(i % period in (0, period - 1) for i in select) else None
 
     def _periodic(self, x: Array, select: tuple[int, ...], period: int) -> dict[int, Array]:
-        """One scan over the blocks: the whole tower is compiled as one block."""
+        """One scan over the blocks: the whole component is compiled as one block."""
         inner = any(i % period for i in select)  # is the input of a global layer asked for?
         stacks = [s for s in (self.window_layers, self.global_layers) if s is not None]
         graphdefs, params = zip(*(nnx.split(s) for s in stacks), strict=True)

@@ -1,6 +1,7 @@
-"""What a run starts from: fresh parameters, and those of earlier models and converted towers in their places.
+"""What a run starts from: fresh parameters, and those of earlier models and converted components in their places.
 
-`init_from` is a tuple of `[tower=]DIR`; a later entry replaces what an earlier one brought. Nothing is matched by guesswork: an
+`init_from` is a tuple of `[component=]DIR`; a later entry replaces what an earlier one brought. Nothing is matched by
+guesswork: an
 array of another shape is an error, an array that the model has no place for is one too (but for the parts that models differ
 in on purpose), and every parameter that no entry brought is named.
 """
@@ -24,7 +25,7 @@ from flowseg_jax.models import flowseg
 from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.system.console import log
 
-# Where a converted tower stands in a model. Families that are not listed name their parameters as a whole model does.
+# Where a converted component stands in a model. Families that are not listed name their parameters as a whole model does.
 COMPONENT_PREFIX = {"qwen3": "llm", "phi3": "llm", "llama": "llm", "siglip2": "siglip", "sam": "sam"}
 # Parts that a source may have without the model: switched off here, or of another stage.
 OPTIONAL_PARAMS = re.compile(r"(category_head|boundary|decoder/layers/(semantic|refinement))/")
@@ -36,7 +37,7 @@ class InitSource:
 
     Attributes:
         text: as the user wrote it.
-        directory: the model directory or the tower's.
+        directory: the model directory or the component's.
         stored: its manifest, {name: [shape, dtype]}.
         places: {our name: its name} of what it brings.
         unused: names of optional parts that the model lacks.
@@ -53,24 +54,24 @@ class InitSource:
         """Matches an entry with the model's parameters, `shapes`; nothing large is read.
 
         Raises:
-            UserError: no such directory or tower, or arrays that the model has no place for: ten of them and the count.
+            UserError: no such directory or component, or arrays that the model has no place for: ten of them and the count.
         """
-        tower, equals, path = text.partition("=")
-        if not equals or not tower.isidentifier():
-            tower, path = "", text
-        towers = {name.split("/")[0] for name in shapes}
-        if tower and tower not in towers:
-            raise UserError(f"init_from {text!r}: the model has no part {tower!r}{did_you_mean(tower, towers)}")
-        config = read_model_config(path, towers=True)
-        stored, family = config["manifest"], (config.get("tower") or {}).get("family")
+        component, equals, path = text.partition("=")
+        if not equals or not component.isidentifier():
+            component, path = "", text
+        components = {name.split("/")[0] for name in shapes}
+        if component and component not in components:
+            raise UserError(f"init_from {text!r}: the model has no part {component!r}{did_you_mean(component, components)}")
+        config = read_model_config(path, allow_component=True)
+        stored, family = config["manifest"], (config.get("component") or {}).get("family")
         place = COMPONENT_PREFIX.get(family, "")
-        if place and tower and tower != place:
-            raise UserError(f"init_from {text!r}: {path} is a {family} tower and belongs to {place}")
+        if place and component and component != place:
+            raise UserError(f"init_from {text!r}: {path} is a {family} component and belongs to {place}")
         names = {f"{place}/{name}" if place else name: name for name in stored}
-        if tower:
-            names = {ours: name for ours, name in names.items() if ours.split("/")[0] == tower}
+        if component:
+            names = {ours: name for ours, name in names.items() if ours.split("/")[0] == component}
         if not names:
-            raise UserError(f"init_from {text!r}: {path} holds no {tower or 'parameters'}")
+            raise UserError(f"init_from {text!r}: {path} holds no {component or 'parameters'}")
         unused = tuple(ours for ours in names if ours not in shapes and OPTIONAL_PARAMS.match(ours))
         faults = [f"no place for {ours} {tuple(stored[n][0])}" for ours, n in names.items() if ours not in {*shapes, *unused}]
         places = {ours: name for ours, name in names.items() if ours in shapes}
@@ -91,7 +92,7 @@ class InitSource:
             name: abstract[ours[name]] if name in ours else jax.ShapeDtypeStruct(shape, kind, sharding=whole)
             for name, (shape, kind) in self.stored.items()
         }
-        found = flatten_params(load_pretrained(self.directory, unflatten_params(like), towers=True).params)
+        found = flatten_params(load_pretrained(self.directory, unflatten_params(like), allow_component=True).params)
         return {our: found[name] for our, name in self.places.items()}
 
 
@@ -100,7 +101,7 @@ def initial_params(cfg: FlowSegConfig, seed: int, init_from: Sequence[str], mesh
 
     Args:
         seed: of fresh parameters; they do not depend on what else is read.
-        init_from: `[tower=]DIR`, in the order in which they are applied.
+        init_from: `[component=]DIR`, in the order in which they are applied.
 
     Raises:
         UserError: an entry that does not fit, before anything is read.

@@ -28,8 +28,8 @@ class OptimizerConfig:
         matches the whole path counts, and a parameter that none matches is an error.
     accumulate: parts of a device's images that are differentiated one after the other, to save memory; the update is the same.
     skip_limit: updates in a row that may be skipped because they are not finite; more stop the run.
-    frozen_dtype: what the matrices of frozen towers (SAM, SigLIP, the language model) rest in, "float32" or "bfloat16". They
-        are cast to the compute dtype before every use, so where the model computes in bfloat16 the numbers stay the same.
+    frozen_dtype: what the matrices of frozen components (SAM, SigLIP, the language model) rest in, "float32" or "bfloat16".
+        They are cast to the compute dtype before every use, so where the model computes in bfloat16 the numbers stay the same.
     """
 
     learning_rate: float = 4e-5
@@ -83,7 +83,7 @@ ENCODER_KERNELS = re.compile(r"(sam|siglip|llm)/(.*/)?(kernel|table|head)")
 
 
 def cast_frozen(frozen: Params, dtype: str) -> Params:
-    """The frozen parameters as they are kept: the matrices of the towers in `dtype`, all else as it is."""
+    """The frozen parameters as they are kept: the matrices of the components in `dtype`, all else as it is."""
     cast = lambda path, x: x.astype(dtype) if ENCODER_KERNELS.fullmatch(path) else x  # noqa: E731
     return unflatten_params({path: cast(path, x) for path, x in flatten_params(frozen).items()})
 

@@ -184,7 +184,7 @@ def test_what_each_mistake_says(argv, message):
 
 
 def smallest_config() -> ConfigDict:
-    """As little to compile as there can be with every tower present."""
+    """As little to compile as there can be with every component present."""
     model = small.config(negatives_group=1, classes=0, named_pass="off")
     model = dataclasses.replace(
         model,

@@ -154,7 +154,7 @@ def test_spaces_order_and_hidden_files_are_no_change(tmp_path, tokenizer):
         ({"manifest": {"a/w": [[60, 100], "float33"]}}, r"config\.json: manifest\.a/w is .*, expected a shape and a dtype"),
         ({"manifest": {"a/w": [[1 << 60], "float32"]}}, r"config\.json: manifest\.a/w is .*, expected a shape and a dtype"),
         ({"checksums": {}}, r"config\.json: checksums\.\S+ is None, expected a number of 32 bits"),
-        ({"tower": 3}, r"config\.json: tower is 3, expected its family and config"),
+        ({"component": 3}, r"config\.json: component is 3, expected its family and config"),
     ],
 )
 def test_what_no_array_can_be_is_one_line_even_if_its_checksum_is_right(tmp_path, tokenizer, changes, message):

@@ -58,7 +58,7 @@ def hf(tmp_path):
 
 @pytest.fixture
 def xsam(tmp_path):
-    """A directory with an X-SAM checkpoint as its authors write it, and the configs of its towers."""
+    """A directory with an X-SAM checkpoint as its authors write it, and the configs of its components."""
     state = {name: torch.from_numpy(x).to(torch.bfloat16) for name, x in tiny.xsam_tensors().items()}
     (tmp_path / "xsam").mkdir()
     torch.save({"state_dict": state}, tmp_path / "xsam" / "pytorch_model.bin")
@@ -81,10 +81,10 @@ def leftovers(tmp_path):
 def test_a_language_model_with_our_marks(tmp_path, hf, capsys):
     source = hf("qwen3")
     run("qwen3", source, tmp_path / "out")
-    loaded = pretrained.load_pretrained(tmp_path / "out", dtype=None, towers=True)
+    loaded = pretrained.load_pretrained(tmp_path / "out", dtype=None, allow_component=True)
     cfg = LanguageConfig.from_hf(json.loads((source / "config.json").read_text()))
     cfg = dataclasses.replace(cfg, vocab_size=262)  # 259 ids and the three marks, though the table has 280 rows
-    assert loaded.tower == {"family": "qwen3", "config": dataclasses.asdict(cfg)}
+    assert loaded.component == {"family": "qwen3", "config": dataclasses.asdict(cfg)}
     tensors = {
         name: x.view(torch.uint16).numpy().view(BF16)
         for name, x in tiny.huggingface("qwen3").to(torch.bfloat16).state_dict().items()
@@ -97,10 +97,10 @@ def test_a_language_model_with_our_marks(tmp_path, hf, capsys):
     assert "layers/q/kernel (3, 24, 32) bfloat16 <- model.layers.{0-2}.self_attn.q_proj.weight" in printed
     assert "resized table: 280 rows in the checkpoint, 262 here" in printed
     assert "peak memory" in printed
-    stored = pretrained.read_model_config(tmp_path / "out", towers=True)
+    stored = pretrained.read_model_config(tmp_path / "out", allow_component=True)
     assert stored["checksums"] == checksums(loaded.params)
     assert stored["manifest"] == manifest(loaded.params)
-    with pytest.raises(UserError, match=r"out holds a tower \(qwen3\), not a whole model: build one"):
+    with pytest.raises(UserError, match=r"out holds a component \(qwen3\), not a whole model: build one"):
         pretrained.load_pretrained(tmp_path / "out")
     assert leftovers(tmp_path) == ["out"]
 
@@ -123,7 +123,7 @@ def test_export_and_back(tmp_path, hf):
     for name, x in exported.items():  # the marks have cut both tables to the tokenizer
         assert np.array_equal(x, original[name][: len(x)])
     run("phi3", tmp_path / "out2", tmp_path / "out3")
-    assert equal(*(pretrained.load_pretrained(tmp_path / f"out{i}", dtype=None, towers=True).params for i in (1, 3)))
+    assert equal(*(pretrained.load_pretrained(tmp_path / f"out{i}", dtype=None, allow_component=True).params for i in (1, 3)))
     import transformers
 
     theirs = transformers.Phi3ForCausalLM.from_pretrained(tmp_path / "out2")
@@ -157,7 +157,7 @@ def test_an_export_of_several_shards(tmp_path, hf, monkeypatch):
     assert index["metadata"]["total_size"] == total
     assert index["weight_map"].keys() == original.keys()
     run("qwen3", tmp_path / "out2", tmp_path / "out3")
-    assert equal(*(pretrained.load_pretrained(tmp_path / f"out{i}", dtype=None, towers=True).params for i in (1, 3)))
+    assert equal(*(pretrained.load_pretrained(tmp_path / f"out{i}", dtype=None, allow_component=True).params for i in (1, 3)))
     import transformers
 
     theirs = transformers.Qwen3ForCausalLM.from_pretrained(tmp_path / "out2").state_dict()
@@ -205,7 +205,7 @@ def test_xsam_becomes_a_model_that_runs(tmp_path, xsam, capsys):
     added = flatten_params(upgraded.params).keys() - flatten_params(loaded.params).keys()
     assert set(fresh) == added == set(upgraded.extra["converted"]["fresh"])
     assert upgraded.model_config["semantic_flow"]["norm"] == "residual"
-    run("qwen3", tmp_path / "out4", tmp_path / "out5", "--export")  # a tower out of a whole model
+    run("qwen3", tmp_path / "out4", tmp_path / "out5", "--export")  # a component out of a whole model
     table = safetensors.numpy.load_file(tmp_path / "out5" / "model.safetensors")["model.embed_tokens.weight"]
     assert np.array_equal(table, tensors["llm.model.embed_tokens.weight"])
 
@@ -260,19 +260,19 @@ def test_a_whole_model_from_its_towers(tmp_path, hf):
         "pixel_decoder.ffn=8",
     ]
     small += ["--set", "pixel_decoder.layers=1"]
-    # one tower as its authors publish it, two of our own directories
+    # one component as its authors publish it, two of our own directories
     run("flowseg", f"llm={tmp_path / 'llm'}", f"siglip={tmp_path / 'siglip'}", f"sam={hf('sam')}", out, *small)
     loaded = pretrained.load_pretrained(out, dtype=None)
     cfg = FlowSegConfig.from_dict(loaded.model_config)
     assert (cfg.connector_hidden_layers, cfg.llm.vocab_size, cfg.semantic_flow.mode) == ((2, 4, 5), 262, "sr_cr")
     for part in ("siglip", "llm"):
-        alone = pretrained.load_pretrained(tmp_path / part, dtype=None, towers=True).params
+        alone = pretrained.load_pretrained(tmp_path / part, dtype=None, allow_component=True).params
         assert equal(loaded.params[part], alone)
     fresh = set(loaded.extra["converted"]["fresh"])
     assert {name.split("/")[0] for name in fresh} == set(loaded.params) - {"siglip", "llm", "sam"}
     new = flatten_params(flowseg.init_model(cfg, 0)[1])
     assert all(np.allclose(flatten_params(loaded.params)[name], new[name], rtol=1e-5, atol=1e-7) for name in fresh)
-    with pytest.raises(UserError, match="flowseg needs siglip=DIR: nothing is made up for a missing tower"):
+    with pytest.raises(UserError, match="flowseg needs siglip=DIR: nothing is made up for a missing component"):
         run("flowseg", f"llm={tmp_path / 'llm'}", f"sam={tmp_path / 'hf_sam'}", tmp_path / "out2")
     with pytest.raises(UserError, match="flowseg has no part 'lm'"):
         run("flowseg", f"lm={tmp_path / 'llm'}", tmp_path / "out2")
@@ -322,7 +322,7 @@ def test_for_a_mesh_no_chunk_lies_in_two_devices_parts(tmp_path, hf, monkeypatch
     assert shards["layers/q/kernel"] == (3, 12, 16)  # [L, embed, heads]
     assert across(tmp_path / "out1") == []
     assert across(tmp_path / "out2")
-    assert equal(*(pretrained.load_pretrained(tmp_path / f"out{i}", dtype=None, towers=True).params for i in (1, 2)))
+    assert equal(*(pretrained.load_pretrained(tmp_path / f"out{i}", dtype=None, allow_component=True).params for i in (1, 2)))
     for text, message in (("fsdp=two", "got 'fsdp=two'"), ("model=2", "mesh.model: unknown axis"), ("fsdp=0", "at least 1")):
         with pytest.raises(UserError, match=message):
             run("qwen3", source, tmp_path / "out3", "--mesh", text)
@@ -330,13 +330,13 @@ def test_for_a_mesh_no_chunk_lies_in_two_devices_parts(tmp_path, hf, monkeypatch
 
 
 def checkpoint_tower(directory) -> dict:
-    return pretrained.read_model_config(directory, towers=True)["tower"]["config"]
+    return pretrained.read_model_config(directory, allow_component=True)["component"]["config"]
 
 
 def chunks(directory) -> dict[str, tuple[int, ...]]:
     """The shape of the stored pieces of each array, as TensorStore reads it."""
     found = {}
-    for name in pretrained.read_model_config(directory, towers=True)["manifest"]:
+    for name in pretrained.read_model_config(directory, allow_component=True)["manifest"]:
         place = {"driver": "ocdbt", "base": (directory / "params").as_uri() + "/", "path": name.replace("/", ".") + "/"}
         store = ts.open({"driver": "zarr", "kvstore": place}, open=True).result()
         found[name] = store.chunk_layout.read_chunk.shape or ()

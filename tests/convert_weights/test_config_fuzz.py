@@ -93,7 +93,7 @@ class Checkpoint:
         known = hf_keys.LANGUAGE.get(family) or {"siglip2": hf_keys.SIGLIP, "sam": hf_keys.SAM}.get(family, hf_keys.MASK2FORMER)
         inside = {"rope_parameters": hf_keys.ROPE, "backbone_config": hf_keys.SWIN}
         more = [(group, key) for group, keys in inside.items() if group in known.read for key in sorted(keys.known)]
-        rest = ["text_config", "vision_config", "is_causal", "tower", "model", "flowseg", "mystery"]
+        rest = ["text_config", "vision_config", "is_causal", "component", "model", "flowseg", "mystery"]
         return [(key,) for key in sorted({*known.known, *self.config, *rest})] + more
 
     def changed(self, path: tuple[str, ...], value) -> str:

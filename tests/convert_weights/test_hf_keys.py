@@ -144,7 +144,7 @@ def test_a_key_that_is_read_changes_the_config_or_is_an_error(family):
 
 
 def outputs(family: str, model: torch.nn.Module) -> np.ndarray:
-    """What a network of transformers computes of fixed inputs, as far as it is in our tower."""
+    """What a network of transformers computes of fixed inputs, as far as it is in our component."""
     rng = np.random.default_rng(0)
     with torch.no_grad():
         if family in hf_keys.LANGUAGE:
@@ -180,7 +180,7 @@ def test_a_key_without_effect_has_none_in_transformers(family):
         other = type(model)(type(model.config).from_dict(config | change)).eval()
         state = other.state_dict()
         same = {name: x for name, x in weights.items() if name in state and x.shape == state[name].shape}
-        assert all("neck" in name or "head" in name for name in weights.keys() ^ same.keys())  # not in our towers
+        assert all("neck" in name or "head" in name for name in weights.keys() ^ same.keys())  # not in our components
         other.load_state_dict(same, strict=False)
         assert np.array_equal(outputs(family, other), want)
 

@@ -45,12 +45,12 @@ def theirs(file):
 def converted(file, tmp_path_factory):
     out = tmp_path_factory.mktemp("smollm2") / "out"
     assert cli.main(["llama", str(file), str(out)]) == 0
-    return pretrained.load_pretrained(out, towers=True)
+    return pretrained.load_pretrained(out, allow_component=True)
 
 
 @pytest.fixture(scope="module")
 def ours(converted):
-    cfg = LanguageConfig(**converted.tower["config"])
+    cfg = LanguageConfig(**converted.component["config"])
     assert dataclasses.replace(cfg, remat="full") == LanguageConfig.smollm2_135m()
     graphdef, state = nnx.split(nnx.eval_shape(lambda: LanguageModel(cfg, rngs=nnx.Rngs(0))))
     nnx.replace_by_pure_dict(state, converted.params)

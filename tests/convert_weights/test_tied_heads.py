@@ -102,7 +102,7 @@ def test_only_rows_of_words_count(tmp_path):
     tensors[HEAD][259:] = 0
     safetensors.torch.save_file(tensors, source / "model.safetensors")
     assert cli.main(["qwen3", str(source), str(tmp_path / "out")]) == 0
-    params = pretrained.load_pretrained(tmp_path / "out", dtype=None, towers=True).params
+    params = pretrained.load_pretrained(tmp_path / "out", dtype=None, allow_component=True).params
     assert "head" not in params and np.array_equal(params["table"], tensors[TABLE][:262].numpy())
     tensors[HEAD][258] = 0
     safetensors.torch.save_file(tensors, source / "model.safetensors")
@@ -119,5 +119,5 @@ def test_a_directory_that_transformers_ties_stays_tied(tmp_path):
     theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "hf")
     assert theirs.lm_head.weight is theirs.model.embed_tokens.weight
     assert cli.main(["llama", str(tmp_path / "hf"), str(tmp_path / "out")]) == 0
-    loaded = pretrained.load_pretrained(tmp_path / "out", dtype=None, towers=True)
-    assert loaded.tower["config"]["tie_embeddings"] and "head" not in loaded.params
+    loaded = pretrained.load_pretrained(tmp_path / "out", dtype=None, allow_component=True)
+    assert loaded.component["config"]["tie_embeddings"] and "head" not in loaded.params

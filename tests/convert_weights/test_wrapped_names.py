@@ -191,8 +191,8 @@ def test_metas_own_sam_from_its_file(tmp_path, prefix):
     meta, theirs, cfg = segment_anything()
     torch.save({prefix + name: torch.from_numpy(x) for name, x in meta.items()}, tmp_path / "sam_vit_t.pth")
     assert cli.main(["sam", str(tmp_path / "sam_vit_t.pth"), str(tmp_path / "out")]) == 0
-    loaded = pretrained.load_pretrained(tmp_path / "out", dtype=None, towers=True)
-    assert loaded.tower["config"] == json.loads(json.dumps(dataclasses.asdict(cfg)))
+    loaded = pretrained.load_pretrained(tmp_path / "out", dtype=None, allow_component=True)
+    assert loaded.component["config"] == json.loads(json.dumps(dataclasses.asdict(cfg)))
     assert tiny.equal(loaded.params, hf_convert.sam(theirs, cfg))
     if not prefix:
         cli.main(["sam", str(tmp_path / "out"), str(tmp_path / "back"), "--export", "--layout", "meta"])

@@ -54,8 +54,8 @@ def parts_of(params, cfg):
 def test_a_part_computes_what_it_computes_in_the_whole(whole, parts):
     cfg, params, batch, (losses, *_) = whole
     part = dataclasses.replace(cfg, components=parts)
-    kept, towers = parts_of(params, part)
-    assert towers == {"sam"} | (LANGUAGE if parts == "language" else MASKS)
+    kept, components = parts_of(params, part)
+    assert components == {"sam"} | (LANGUAGE if parts == "language" else MASKS)
     if parts == "segmentor":  # nothing that is said is looked at
         batch = dataclasses.replace(batch, tokens=batch.tokens[:, :4], **none_said(batch, 4))
     found, seen, counts = losses_of(part, kept, batch)

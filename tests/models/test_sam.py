@@ -135,7 +135,7 @@ def test_gradients_equal_hugging_face(pattern, remat):
 
 
 def test_global_attention_never_holds_scores_or_bias_of_all_queries(monkeypatch):
-    """With chunked attention no array of the whole tower is as large as all scores: the relative positions add none."""
+    """With chunked attention no array of the whole component is as large as all scores: the relative positions add none."""
     cfg = dataclasses.replace(SamConfig.tiny(), num_hidden_layers=1, num_attention_heads=4, global_attn_indexes=(0,))
     largest = cfg.num_attention_heads * cfg.grid_size**4
     monkeypatch.setattr(attention_module, "WHOLE_BYTES", largest)

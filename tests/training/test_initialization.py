@@ -1,4 +1,5 @@
-"""Starting from earlier models and towers: what is read, what stays fresh, and that an upgraded scaffold predicts as before."""
+"""Starting from earlier models and components: what is read, what stays fresh, and that an upgraded scaffold predicts as
+before."""
 
 from __future__ import annotations
 
@@ -61,8 +62,8 @@ def same(a, b) -> bool:
 def test_a_part_of_a_model_and_a_tower_take_their_places(plain_directory, plain_params, tmp_path, mesh, capsys):
     stored = {name: np.asarray(2 * x) for name, x in flatten_params(plain_params["llm"]).items()}
     lazy = {name: LazyArray(x.shape, x.dtype, lambda x=x: x) for name, x in stored.items()}
-    tower = save_pretrained_streaming(tmp_path / "llm", lazy, None, None, tower={"family": "qwen3", "config": {}})
-    parts = (f"sam={plain_directory}", f"background={plain_directory}", f"llm={tower}")
+    component = save_pretrained_streaming(tmp_path / "llm", lazy, None, None, component={"family": "qwen3", "config": {}})
+    parts = (f"sam={plain_directory}", f"background={plain_directory}", f"llm={component}")
     found = flatten_params(initial_params(PLAIN, 3, parts, mesh))
     fresh, plain = flatten_params(jax.jit(lambda: flowseg.init_model(PLAIN, 3)[1])()), flatten_params(plain_params)
     for name, x in found.items():
@@ -73,7 +74,7 @@ def test_a_part_of_a_model_and_a_tower_take_their_places(plain_directory, plain_
         else:
             np.testing.assert_allclose(x, fresh[name], rtol=1e-6, atol=1e-7, err_msg=name)
     said = capsys.readouterr().out
-    assert f"init_from llm={tower}: {len(stored)} parameters" in said
+    assert f"init_from llm={component}: {len(stored)} parameters" in said
     assert "siglip/patch/{bias,kernel}" in said.split("not found, initialised afresh: ")[1]
 
 
@@ -148,8 +149,8 @@ def test_what_does_not_fit_is_refused_before_anything_is_read(plain_directory, p
     other = save_pretrained(tmp_path / "more", more, PLAIN.to_dict(), tmp_path / "tokenizer")
     assert "no place for llm/extra (3,)" in refused(PLAIN, str(other))
     assert "holds no boundary" in refused(FLOW, f"boundary={plain_directory}")
-    tower = save_pretrained_streaming(
+    component = save_pretrained_streaming(
         tmp_path / "sam", {"x": LazyArray((1,), np.dtype("float32"), lambda: np.zeros(1, np.float32))}, None, None,
-        tower={"family": "sam", "config": {}},
+        component={"family": "sam", "config": {}},
     )  # fmt: skip
-    assert "is a sam tower and belongs to sam" in refused(PLAIN, f"llm={tower}")
+    assert "is a sam component and belongs to sam" in refused(PLAIN, f"llm={component}")

@@ -45,7 +45,7 @@ def test_frozen_towers_rest_in_bfloat16_without_a_change_where_they_compute_in_i
     rested = flatten_params(cast_frozen(unflatten_params(params), "bfloat16"))
     half = {name for name, x in rested.items() if x.dtype == jnp.bfloat16}
     assert {"llm/table", "llm/layers/q/kernel", "sam/window_layers/up/kernel", "siglip/patch/kernel"} <= half
-    # What is computed with in float32 stays: norms, biases, positions, and everything outside the towers.
+    # What is computed with in float32 stays: norms, biases, positions, and everything outside the components.
     assert not [name for name in half if not name.endswith(("kernel", "table")) or name.startswith(("decoder", "pixel"))]
     graphdef, _ = flowseg.abstract_model(cfg)
     whole, resting = (flowseg.bind_params(graphdef, unflatten_params(x)) for x in (params, rested))
