@@ -68,7 +68,7 @@ __all__ = [
 ]
 
 FORMAT = "flowseg_jax model"
-FORMAT_VERSION = 2  # 1: without checksums of config and tokenizer
+FORMAT_VERSION = 3  # 1: without checksums of config and tokenizer; 1 and 2: other names (`checkpoints.upgrade`)
 TOKENIZER = "tokenizer_checksums"  # the key of config.json
 
 
@@ -237,19 +237,44 @@ def read_model_config(directory: str | os.PathLike, *, allow_component: bool = F
         raise UserError(f"no model directory {path}")
     config = _read_json(path)
     accept = f"accept it by `python -m flowseg_jax.checkpoints.pretrained {path}`"
+    if _is_earlier(config):
+        raise UserError(
+            f"{path} has format version {config['format_version']}, with the names of an earlier flowseg_jax: write it anew by "
+            f"`python -m flowseg_jax.checkpoints.upgrade {path} NEW`"
+        )
     if (version := config.get("format_version")) != FORMAT_VERSION:
-        if version == 1 and not isinstance(version, bool):
-            raise UserError(f"{path} has format version 1, without checksums of its config and tokenizer: {accept}")
         found = json_files.short(version)
         raise UserError(f"{path} has format version {found}, this flowseg_jax reads {FORMAT_VERSION}: convert it again")
-    if config.get(ITSELF) != json_files.checksum(config):
+    component = config.get("component")
+    _check_config(path, config, component, "component", _has_tokenizer(config), accept)
+    if component is not None and not allow_component:
+        raise UserError(
+            f"{path} holds a component ({component['family'][:40]}), not a whole model: build one around it by "
+            "python -m convert_weights flowseg llm=DIR siglip=DIR sam=DIR OUT"
+        )
+    return config
+
+
+def _is_earlier(config: Mapping[str, Any]) -> bool:
+    version = config.get("format_version")
+    return isinstance(version, int) and not isinstance(version, bool) and 1 <= version < FORMAT_VERSION
+
+
+def _check_config(
+    path: epath.Path, config: Mapping[str, Any], component: Any, key: str, has_tokenizer: bool, accept: str
+) -> None:
+    """Raises a UserError unless `config` is whole and fits the files beside it. `component` stands under `key` in it.
+
+    The checksums of the config itself and of the tokenizer exist since format 2.
+    """
+    sealed = config["format_version"] > 1
+    if sealed and config.get(ITSELF) != json_files.checksum(config):
         raise UserError(
             f"{path / 'config.json'} has changed since it was saved (its checksum differs): restore it, or, if the change is "
             f"meant, {accept}"
         )
-    component = config.get("component")
     lacking = [key for key in ("model", "extra", "manifest", "checksums") if not isinstance(config.get(key), dict)]
-    needed = ("params", "tokenizer") if _has_tokenizer(config) else ("params",)
+    needed = ("params", "tokenizer") if has_tokenizer else ("params",)
     lacking += [name for name in needed if not (path / name).is_dir()]
     if lacking:
         raise UserError(f"model directory {path} is incomplete: it lacks {', '.join(lacking)}")
@@ -260,7 +285,9 @@ def read_model_config(directory: str | os.PathLike, *, allow_component: bool = F
             and isinstance(component.get("family"), str)
             and isinstance(component.get("config"), dict)
         )
-        expect(ok, component, f"{path / 'config.json'}: component", "its family and config")
+        expect(ok, component, f"{path / 'config.json'}: {key}", "its family and config")
+    if not sealed:
+        return
     kept, there = config.get(TOKENIZER), _tokenizer_checksums(path)
     expect(isinstance(kept, dict), kept, f"{path / 'config.json'}: {TOKENIZER}", "a group of keys")
     if kept != there:
@@ -269,12 +296,27 @@ def read_model_config(directory: str | os.PathLike, *, allow_component: bool = F
             f"{path / 'tokenizer'} has changed since it was saved ({json_files.short(names[0])} is not the file of then): "
             f"restore it, or, if the change is meant, {accept}"
         )
-    if component is not None and not allow_component:
-        raise UserError(
-            f"{path} holds a component ({component['family'][:40]}), not a whole model: build one around it by "
-            "python -m convert_weights flowseg llm=DIR siglip=DIR sam=DIR OUT"
-        )
-    return config
+
+
+def read_earlier(directory: str | os.PathLike) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The config and the arrays {flat name: array} of a model directory of an earlier format, under the names it has.
+
+    Raises:
+        UserError: no such directory, one of today's format, or a damaged one.
+    """
+    path = resolve_path(directory)
+    if not path.is_dir():
+        raise UserError(f"no model directory {path}")
+    config = _read_json(path)
+    if not _is_earlier(config):
+        found = json_files.short(config.get("format_version"))
+        raise UserError(f"{path} has format version {found}: only directories of the formats 1 to {FORMAT_VERSION - 1} are old")
+    component, model = config.get("tower"), config.get("model")
+    has_tokenizer = component is None and not (isinstance(model, dict) and model.get("parts") == "segmentor")
+    _check_config(path, config, component, "tower", has_tokenizer, "undo the change")
+    stored = config["manifest"]
+    item = unflatten_params({name: jax.ShapeDtypeStruct(tuple(shape), kind) for name, (shape, kind) in stored.items()})
+    return config, flatten_params(_read_params(path, item, config["checksums"], on_devices=False))
 
 
 def _read_json(path: epath.Path) -> dict[str, Any]:
@@ -342,7 +384,7 @@ def seal(directory: str | os.PathLike) -> epath.Path:
     if not path.is_dir():
         raise UserError(f"no model directory {path}")
     config = _read_json(path)
-    if config.get("format_version") not in (1, FORMAT_VERSION):
+    if config.get("format_version") != FORMAT_VERSION:
         raise UserError(f"{path} has format version {json_files.short(config.get('format_version'))}: convert it again")
     try:
         part = path / "config.json.part"
@@ -386,8 +428,18 @@ def load_pretrained(
     else:
         item = unflatten_params({name: jax.ShapeDtypeStruct(tuple(shape), kind) for name, (shape, kind) in stored.items()})
 
+    params = _read_params(path, item, config["checksums"], on_devices=abstract is not None)
+    params = cast_like(params, abstract) if abstract is not None else _cast_floats(params, dtype)
+    tokenizer = path / "tokenizer"
+    tokenizer = local_directory(tokenizer) if _has_tokenizer(config) else Path(tokenizer)
+    return PretrainedModel(params, config["model"], tokenizer, config["extra"], config.get("component"))
+
+
+def _read_params(path: epath.Path, item: Tree, sums: Mapping[str, int], *, on_devices: bool) -> dict[str, Any]:
+    """The arrays of a model directory, verified; `item`: their names, shapes, dtypes and, on devices, shardings."""
+
     def read() -> Tree:
-        if abstract is not None:
+        if on_devices:
             restore = ocp.checkpoint_utils.construct_restore_args(item)
         else:
             restore = jax.tree.map(lambda x: ocp.RestoreArgs(restore_type=np.ndarray, dtype=x.dtype), item)
@@ -399,14 +451,10 @@ def load_pretrained(
         params, fault = collective_try(read, read_error)
         settle(fault)
     if not fault:
-        _, fault = collective_try(lambda: verify(params, config["checksums"]), read_error)
+        _, fault = collective_try(lambda: verify(params, sums), read_error)
     if fault:
         raise UserError(f"model directory {path} is damaged: {fault}")
-    params = unflatten_params(flatten_params(params))
-    params = cast_like(params, abstract) if abstract is not None else _cast_floats(params, dtype)
-    tokenizer = path / "tokenizer"
-    tokenizer = local_directory(tokenizer) if _has_tokenizer(config) else Path(tokenizer)
-    return PretrainedModel(params, config["model"], tokenizer, config["extra"], config.get("component"))
+    return unflatten_params(flatten_params(params))
 
 
 def _has_tokenizer(config: Mapping[str, Any]) -> bool:

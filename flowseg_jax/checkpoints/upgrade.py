@@ -1,0 +1,219 @@
+"""Model directories of earlier formats: the same arrays under today's names.
+
+    python -m flowseg_jax.checkpoints.upgrade OLD NEW
+
+Up to format 2, parameters and config fields had names of their own; since format 3 they have Hugging Face's. The tables below
+are the whole difference. No value changes, and what was saved with the model (step, prompts, revision) stays.
+"""
+
+from __future__ import annotations
+
+if __name__ == "__main__":  # before the imports, so that a Ctrl-C while they last is as clean as later
+    from flowseg_jax.errors import run_cli
+
+    run_cli("flowseg_jax.checkpoints.upgrade:main")
+
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+from flowseg_jax.checkpoints import pretrained
+from flowseg_jax.checkpoints.manifest import unflatten_params
+from flowseg_jax.checkpoints.streaming import LazyArray
+from flowseg_jax.errors import UserError
+
+# (pattern, replacement), applied in order to every parameter path; a path that no pattern matches keeps its name.
+_ATTENTION = ((r"/query/", "/q_proj/"), (r"/key/", "/k_proj/"), (r"/value/", "/v_proj/"), (r"/output/", "/out_proj/"))
+LANGUAGE_MODEL = (
+    (r"^table$", "embed_tokens"),
+    (r"^head$", "lm_head"),
+    (r"^layers/norm1/", "layers/input_layernorm/"),
+    (r"^layers/norm2/", "layers/post_attention_layernorm/"),
+    (r"^layers/([qkvo])/", r"layers/self_attn/\1_proj/"),
+    (r"^layers/([qk]_norm)/", r"layers/self_attn/\1/"),
+    (r"^layers/(gate|up|down)/", r"layers/mlp/\1_proj/"),
+)
+SIGLIP = (
+    (r"^patch/", "patch_embedding/"),
+    (r"^position$", "position_embedding"),
+    (r"^layers/norm([12])/", r"layers/layer_norm\1/"),
+    (r"^layers/([qkv])/", r"layers/self_attn/\1_proj/"),
+    (r"^layers/o/", "layers/self_attn/out_proj/"),
+    (r"^layers/up/", "layers/mlp/fc1/"),
+    (r"^layers/down/", "layers/mlp/fc2/"),
+)
+SAM = (
+    (r"^patch/", "patch_embed/"),
+    (r"^position$", "pos_embed"),
+    (r"_layers/norm([12])/", r"_layers/layer_norm\1/"),
+    (r"_layers/([qkv])/", r"_layers/attn/\1_proj/"),
+    (r"_layers/o/", "_layers/attn/proj/"),
+    (r"_layers/rel_pos_", "_layers/attn/rel_pos_"),
+    (r"_layers/up/", "_layers/mlp/lin1/"),
+    (r"_layers/down/", "_layers/mlp/lin2/"),
+)
+PROJECTOR = ((r"^up/", "linear_1/"), (r"^down/", "linear_2/"))
+PIXEL_DECODER = (
+    (r"^projections/", "input_projections/"),
+    (r"^lateral/", "lateral_convs/"),
+    (r"^fuse/", "output_convs/"),
+    (r"^layers/attention/offsets/", "layers/self_attn/sampling_offsets/"),
+    (r"^layers/attention/weights/", "layers/self_attn/attention_weights/"),
+    (r"^layers/attention/value/", "layers/self_attn/value_proj/"),
+    (r"^layers/attention/output/", "layers/self_attn/output_proj/"),
+    (r"^layers/norm1/", "layers/self_attn_layer_norm/"),
+    (r"^layers/norm2/", "layers/final_layer_norm/"),
+    (r"^layers/up/", "layers/fc1/"),
+    (r"^layers/down/", "layers/fc2/"),
+)
+MASK_DECODER = (
+    (r"^query_position$", "queries_embedder"),
+    (r"^query_content$", "queries_features"),
+    (r"^norm/", "layernorm/"),
+    (r"^mask_mlp_(\d)/", r"mask_embedder/\1/"),
+    *_ATTENTION,
+    (r"^layers/cross/", "layers/cross_attn/"),
+    (r"^layers/cross_norm/", "layers/cross_attn_layer_norm/"),
+    (r"^layers/self_attention/", "layers/self_attn/"),
+    (r"^layers/self_norm/", "layers/self_attn_layer_norm/"),
+    (r"^layers/ffn_norm/", "layers/final_layer_norm/"),
+    (r"^layers/up/", "layers/fc1/"),
+    (r"^layers/down/", "layers/fc2/"),
+    (r"^layers/semantic/attention/", "layers/semantic_refinement/attn/"),
+    (r"^layers/semantic/", "layers/semantic_refinement/"),
+    (r"^layers/refinement/attention/", "layers/condition_refinement/attn/"),
+)
+BOUNDARY = ((r"^compress/", "feature_proj/"), (r"^refine/", "refine_conv/"))
+# {name in a whole model: (today's name, patterns below it)}
+COMPONENTS = {
+    "llm": ("llm", LANGUAGE_MODEL),
+    "siglip": ("siglip", SIGLIP),
+    "sam": ("sam", SAM),
+    "visual_projector": ("visual_projector", PROJECTOR),
+    "seg_projector": ("seg_projector", PROJECTOR),
+    "llm_projector": ("llm_projector", PROJECTOR),
+    "pixel_decoder": ("pixel_decoder", PIXEL_DECODER),
+    "decoder": ("mask_decoder", MASK_DECODER),
+    "boundary": ("boundary", BOUNDARY),
+    "background": ("background_embed", ()),
+}
+# {family of a component's directory: the patterns of its names}; the others name their parameters as a whole model does.
+FAMILIES = {"qwen3": LANGUAGE_MODEL, "phi3": LANGUAGE_MODEL, "llama": LANGUAGE_MODEL, "siglip2": SIGLIP, "sam": SAM}
+
+_ENCODER = {"width": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads"}
+_DECODER = {"width": "embed_dim", "layers": "num_layers", "heads": "num_heads", "ffn": "mlp_dim", "levels": "num_levels"}
+_LLM = {
+    "family": "model_type",
+    "vocab": "vocab_size",
+    "kv_heads": "num_key_value_heads",
+    "mlp": "intermediate_size",
+    "eps": "rms_norm_eps",
+    "tie_embeddings": "tie_word_embeddings",
+    "init_std": "initializer_range",
+    "embedding_std": "embedding_initializer_range",
+}
+# {section of a model's config: {old field: today's}}; "" is the model itself.
+FIELDS: dict[str, dict[str, str]] = {
+    "": {
+        "decoder": "mask_decoder",
+        "connector_layers": "connector_hidden_layers",
+        "classes": "num_classes",
+        "named_pass": "generic_pass",
+        "negatives_group": "negatives_group_size",
+        "parts": "components",
+    },
+    "sam": _ENCODER
+    | {
+        "mlp": "mlp_dim",
+        "window": "window_size",
+        "global_layers": "global_attn_indexes",
+        "eps": "layer_norm_eps",
+        "position_init": "pos_embed_init",
+    },
+    "siglip": _ENCODER | {"mlp": "intermediate_size", "eps": "layer_norm_eps"},
+    "llm": _ENCODER | _LLM,
+    "connector": {"hidden": "hidden_channels"},
+    "pixel_decoder": _DECODER
+    | {
+        "mask_width": "mask_dim",
+        "points": "num_points",
+        "groups": "norm_groups",
+        "msda": "deformable_attention_impl",
+    },
+    "mask_decoder": _DECODER
+    | {"queries": "num_queries", "mask_width": "mask_dim", "query_std": "query_init_std", "mask_std": "mask_init_std"},
+    "semantic_flow": {"zero_refinement": "zero_init_condition_refinement"},
+    "boundary": {"kernel": "kernel_size", "eps": "threshold", "channels": "hidden_channels", "identity": "identity_init"},
+}
+VALUES = {
+    "components": {"all": "full", "language": "vlm"},
+    "generic_pass": {"flow": "with_flow", "plain": "without_flow"},
+    "deformable_attention_impl": {"xla": "gather", "packed": "packed_gather", "tent": "dense"},
+}
+PROMPTS = {"vary": "randomize"}
+
+
+def parameter_name(old: str, family: str | None = None) -> str:
+    """Today's path of a parameter of format 2; `family` is that of a component's directory, None for a whole model."""
+    first, _, rest = old.partition("/")
+    if family in FAMILIES:
+        return _substitute(old, FAMILIES[family])
+    new, patterns = COMPONENTS.get(first, (first, ()))
+    return f"{new}/{_substitute(rest, patterns)}" if rest else new
+
+
+def _substitute(name: str, patterns: Sequence[tuple[str, str]]) -> str:
+    for pattern, replacement in patterns:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def model_config(old: Mapping[str, Any], section: str = "") -> dict[str, Any]:
+    """A model's config, or one section's, with today's field names and values; what is not in the tables stays."""
+    new = {}
+    for key, value in old.items():
+        key = FIELDS.get(section, {}).get(key, key)
+        if isinstance(value, Mapping) and not section:
+            value = model_config(value, key)
+        elif isinstance(value, str):
+            value = VALUES.get(key, {}).get(value, value)
+        new[key] = value
+    return new
+
+
+def upgrade(old: str | os.PathLike, new: str | os.PathLike) -> epath.Path:
+    """Writes the model directory `old`, of format 1 or 2, in today's format to `new`.
+
+    Raises:
+        UserError: `old` is no model directory of an earlier format or is damaged, or `new` exists.
+    """
+    pretrained.require_empty_directory(new)
+    config, arrays = pretrained.read_earlier(old)
+    component = config.get("tower")
+    family = component["family"] if component else None
+    params = {parameter_name(name, family): value for name, value in arrays.items()}
+    if component is not None:
+        section = "llm" if family in ("qwen3", "phi3", "llama") else {"siglip2": "siglip", "sam": "sam"}.get(family, "")
+        component = {"family": family, "config": model_config(component["config"], section)}
+    extra = dict(config["extra"])
+    if isinstance(prompts := extra.get("prompts"), Mapping):
+        extra["prompts"] = {PROMPTS.get(key, key): value for key, value in prompts.items()}
+    extra["upgraded_from"] = {key: config.get(key) for key in ("format_version", "versions", "revision")}
+    if component is None:
+        tokenizer = epath.Path(old) / "tokenizer"
+        tokenizer = tokenizer if tokenizer.is_dir() else None
+        return pretrained.save_pretrained(new, unflatten_params(params), model_config(config["model"]), tokenizer, extra, None)
+    arrays = {name: LazyArray(x.shape, x.dtype, lambda x=x: x) for name, x in params.items()}
+    return pretrained.save_pretrained_streaming(new, arrays, None, None, extra, component=component)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    directories = list(sys.argv[1:] if argv is None else argv)
+    if len(directories) != 2 or any(d.startswith("-") for d in directories):
+        raise UserError("expected two model directories: python -m flowseg_jax.checkpoints.upgrade OLD NEW")
+    print(f"{upgrade(*directories)}: the model of {directories[0]} in format {pretrained.FORMAT_VERSION}")
+    return 0
