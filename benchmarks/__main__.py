@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import components, ratio, table
-from flowseg_jax.cli import Parser, positive
+from flowseg_jax.cli.parser import Parser, positive
 from flowseg_jax.errors import UserError, did_you_mean
 from flowseg_jax.system.console import heartbeat, log
 

@@ -32,7 +32,7 @@ from PIL import Image
 from benchmarks import ratio
 from benchmarks.worker import Worker, serve
 from flowseg_jax import experiment as configs
-from flowseg_jax.cli import Parser, positive
+from flowseg_jax.cli.parser import Parser, positive
 from flowseg_jax.data import images, masks, prepare
 from flowseg_jax.data.dataset import PreparedDataset
 from flowseg_jax.data.mixture import build_mixture

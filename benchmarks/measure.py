@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import components, ratio
-from flowseg_jax.cli import Parser, positive
+from flowseg_jax.cli.parser import Parser, positive
 from flowseg_jax.errors import UserError
 from flowseg_jax.system import host
 from flowseg_jax.system.hardware import GIB

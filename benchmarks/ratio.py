@@ -25,7 +25,7 @@ import numpy as np
 
 from benchmarks import load
 from flowseg_jax.checkpoints.storage import provenance
-from flowseg_jax.cli import positive
+from flowseg_jax.cli.parser import positive
 from flowseg_jax.errors import UserError
 from flowseg_jax.system.console import log
 

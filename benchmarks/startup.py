@@ -28,7 +28,7 @@ from typing import Any
 
 from benchmarks import load, ratio
 from benchmarks.table import ROOT
-from flowseg_jax.cli import Parser
+from flowseg_jax.cli.parser import Parser
 from flowseg_jax.errors import UserError
 from flowseg_jax.system import host
 from flowseg_jax.system.console import heartbeat, log

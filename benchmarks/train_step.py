@@ -36,7 +36,7 @@ from benchmarks.step import TrainStep
 from benchmarks.worker import Worker
 from flowseg_jax import experiment as configs
 from flowseg_jax.checkpoints.manager import CheckpointManager
-from flowseg_jax.cli import Parser, positive
+from flowseg_jax.cli.parser import Parser, positive
 from flowseg_jax.errors import UserError
 from flowseg_jax.system.console import heartbeat
 

@@ -1,6 +1,6 @@
 """Your own expressions, from any trained model. See docs/data.md.
 
-    python -m flowseg_jax.data prepare --layout jsonl --source my.jsonl --out data/mine
+    flowseg data prepare --layout jsonl --source my.jsonl --out data/mine
     python train.py --config=configs/finetune.py --workdir=runs/mine                      # from the shipped tiny model
     python train.py --config=configs/finetune.py:MODEL --config.data.dir=DIR --workdir=runs/mine
 

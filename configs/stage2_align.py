@@ -3,7 +3,7 @@
     python train.py --config=configs/stage2_align.py            # around Qwen3-4B; or :qwen3_1b7, :phi3_mini
     python train.py --config=configs/stage2_align.py:tiny       # two cores, miniature data
 
-It starts from stage 1's SAM and from converted components (`convert_weights siglip2 SRC weights/siglip2`, `convert_weights
+It starts from stage 1's SAM and from converted components (`flowseg convert siglip2 SRC weights/siglip2`, `flowseg convert
 qwen3
 SRC weights/qwen3_4b`). One epoch of LLaVA-558k, batch and rates are the scaffold's. A tiny language model has read nothing
 before: at that size it learns here too.

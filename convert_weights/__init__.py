@@ -1,4 +1,4 @@
-"""Checkpoints of PyTorch as model directories, and back: `python -m convert_weights FAMILY SOURCE OUT`.
+"""Checkpoints of PyTorch as model directories, and back: `flowseg convert FAMILY SOURCE OUT`.
 
 One declarative table a family (`components`, `segmentor`, put together in `families`) pairs PyTorch's names with our
 parameters; import and export read the same table. In Python: `convert.import_params`, `convert.export_params`.

@@ -312,9 +312,7 @@ def xsam_from_shapes(
         dtype: what the network computes in.
     """
     if "llm.model.embed_tokens.weight" not in shapes and "segmentor.encoder.pos_embed" in shapes:
-        raise UserError(
-            "a checkpoint of X-SAM's first stage (no language model): use python -m convert_weights xsam_stage1 ..."
-        )
+        raise UserError("a checkpoint of X-SAM's first stage (no language model): use flowseg convert xsam_stage1 ...")
     aaai = "visual_encoder.vision_model.embeddings.patch_embedding.weight" in shapes
     sam = sam_from_shapes(shapes)
     connector, layers = connector_from_shapes(shapes, sam)

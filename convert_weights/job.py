@@ -266,9 +266,7 @@ def _llm_family(path: Path) -> str:
     if not is_model_directory(path):
         open_source(path)  # an adapter alone, or the shards of a training run, say so; they may have no config.json
     if path.suffix == ".gguf" or (path.is_dir() and list(path.glob("*.gguf")) and not (path / "config.json").is_file()):
-        raise UserError(
-            f"{path}: convert a GGUF by itself first (python -m convert_weights llama ...), then give its directory"
-        )
+        raise UserError(f"{path}: convert a GGUF by itself first (flowseg convert llama ...), then give its directory")
     values = configs.hf_config(None, path)
     # A component of ours, a whole model of ours, Hugging Face's language model, and one of its models with pictures.
     places = (("component", "family"), ("model", "llm", "family"), ("model_type",), ("text_config", "model_type"))

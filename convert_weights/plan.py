@@ -219,8 +219,7 @@ def _report(family: CheckpointFamily, source: TensorSource, faults: list[tuple[s
     looks = detect_family(source.entries)
     if looks is not None and not same_family(looks, family.name):
         return (
-            f"{source.name} looks like a checkpoint of the family {looks}, not {family.name}: "
-            f"use python -m convert_weights {looks} ..."
+            f"{source.name} looks like a checkpoint of the family {looks}, not {family.name}: use flowseg convert {looks} ..."
         )
     groups = collapse_layer_names(faults)
     shown = "; ".join(f"{kind} {plain(name)} {plain(str(shape))}" for kind, name, shape in groups[:SHOWN])

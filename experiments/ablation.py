@@ -34,9 +34,9 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from flowseg_jax import cli
 from flowseg_jax import experiment as configs
 from flowseg_jax.checkpoints import storage
+from flowseg_jax.cli.parser import Parser
 from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation import metrics
 from flowseg_jax.evaluation.audit import INTERVAL, RESAMPLES, read_records
@@ -246,7 +246,7 @@ def ablate(read: Callable[[str], ConfigDict], seeds: Sequence[int], runs: Path) 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = cli.Parser(prog="python -m experiments.ablation", description="The paper's ablation at tiny size.")
+    parser = Parser(prog="python -m experiments.ablation", description="The paper's ablation at tiny size.")
     parser.add_argument("--runs", metavar="DIR", type=Path, default=RUNS, help=f"where it lands, default {RUNS}")
     parser.add_argument("--seeds", metavar="N,N", default=",".join(map(str, SEEDS)), help="default: %(default)s")
     arguments = parser.parse_args(sys.argv[1:] if argv is None else argv)
@@ -255,7 +255,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError:
         raise UserError(f"--seeds takes integers, 0,1,2, got {arguments.seeds!r}") from None
     read = lambda variant: configs.read(f"configs/shapes_ablation.py:{variant}")  # noqa: E731
-    cli.use_host_devices(read("baseline").batch_size)
+    host.use_host_devices(read("baseline").batch_size)
     host.enable_compilation_cache()
     ablate(read, seeds, arguments.runs)
     return 0

@@ -16,8 +16,8 @@ import dataclasses
 import time
 from pathlib import Path
 
-from flowseg_jax import cli
 from flowseg_jax import experiment as configs
+from flowseg_jax.checkpoints.find import SHIPPED_MODEL
 from flowseg_jax.errors import run_cli
 from flowseg_jax.evaluation.benchmark import EvalModel, ReferringEvaluation
 from flowseg_jax.models import flowseg
@@ -40,7 +40,7 @@ def main() -> int:
 
     config, _ = configs.load([f"--config.steps={STEPS}", "--config.checkpoint_every=100"])
     plan = loop.RunConfig.from_config(config)
-    cli.use_host_devices(config.batch_size // config.model.negatives_group)
+    host.use_host_devices(config.batch_size // config.model.negatives_group)
     host.enable_compilation_cache()
     rows: list[evaluation.ReportRow] = []
     about = [
@@ -59,7 +59,7 @@ def main() -> int:
     prepared = loop.load_dataset(config)
 
     stage("the shipped model: evaluated, with pictures")
-    shipped = ReferringEvaluation(EvalModel.load(cli.SHIPPED), prepared)
+    shipped = ReferringEvaluation(EvalModel.load(SHIPPED_MODEL), prepared)
     for split in SPLITS:
         shipped.run(split, WORKDIR / "eval_shipped", images=IMAGES)
     shipped.run("val", WORKDIR / "eval_shipped", shuffle_text=True, images=IMAGES)

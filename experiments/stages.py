@@ -21,7 +21,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flowseg_jax import cli
 from flowseg_jax import experiment as configs
 from flowseg_jax.data import prepare as builders
 from flowseg_jax.data.dataset import PreparedDataset
@@ -106,7 +105,7 @@ def main(data: Path = DATA, runs: Path = RUNS, size: Size = Size()) -> Outcome:
         relocate(cfg, data)
         return loop.train(cfg, runs / name)
 
-    cli.use_host_devices(8)
+    host.use_host_devices(8)
     host.enable_compilation_cache()  # both runs of stage 3 are one program
     stage("miniature data sets in the layouts of RefCOCO, ReasonSeg, COCO panoptic and LLaVA")
     prepare(data, size)

@@ -13,7 +13,8 @@ from jax.sharding import PartitionSpec
 
 from flowseg_jax import experiment as configs
 from flowseg_jax import sharding
-from flowseg_jax.aot.shardings import main, shardings
+from flowseg_jax.aot.shardings import shardings
+from flowseg_jax.cli.main import main as flowseg
 from flowseg_jax.errors import UserError
 from flowseg_jax.models.config import FlowSegConfig
 
@@ -22,7 +23,7 @@ GOLDEN = Path(__file__).parent / "golden" / "shardings"
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in GOLDEN.glob("*.json")))
 def test_the_committed_manifest(name):
-    """`python -m flowseg_jax.aot.shardings` writes it anew; look at what moved before committing it."""
+    """`flowseg plan --shardings` writes it anew; look at what moved before committing it."""
     experiment, _, mesh = name.partition("-")
     sizes = {axis: int(size) for axis, size in (part.split("_") for part in mesh.split("-"))}
     cfg = FlowSegConfig.from_dict(configs.read(f"configs/{experiment}.py").model.to_dict())
@@ -30,10 +31,12 @@ def test_the_committed_manifest(name):
 
 
 def test_the_command_prints_the_manifest(capsys):
-    assert main(["--config=configs/shapes_tiny.py", "fsdp=8"]) == 0
+    assert flowseg(["plan", "--config=shapes_tiny", "--shardings=fsdp=8"]) == 0
     assert json.loads(capsys.readouterr().out) == json.loads((GOLDEN / "shapes_tiny-fsdp_8.json").read_text())
-    with pytest.raises(UserError, match="expected AXIS=SIZE"):
-        main(["fsdp"])
+    with pytest.raises(
+        UserError, match="--shardings: axes of a mesh and their sizes are written as fsdp=8,tensor=2; got 'fsdp='"
+    ):
+        flowseg(["plan", "--shardings=fsdp"])
 
 
 def test_each_mesh_axis_is_used_once_and_tensor_chooses_first():

@@ -1,1 +1,1 @@
-"""Numeric parity with X-SAM's PyTorch code: `python -m convert_weights.parity DIR` compares a recorded fixture's arrays."""
+"""Numeric parity with X-SAM's PyTorch code: `flowseg parity DIR` compares a recorded fixture's arrays."""

@@ -1,1 +1,1 @@
-"""What a model gets wrong, and where: the commands of `python -m flowseg_jax.analysis`."""
+"""What a model gets wrong, and where: the commands of `flowseg analyze`."""

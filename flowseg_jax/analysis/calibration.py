@@ -148,7 +148,7 @@ def run(file: Path, control: Path | None, out: Path, rate: float) -> Path:
         records += others
     result = summarise(records, rate)
     log(
-        f"--no-target-below={result['no_target_below']}: {result['false_alarms']:.1f} % false alarms on"
+        f"--no-target-threshold={result['no_target_below']}: {result['false_alarms']:.1f} % false alarms on"
         f" {result['absent']} absent, {result['kept']:.1f} % of {result['present']} present kept, AUC {result['auc']:.1f} %"
     )
     about = [f"{result['present']} sentences that refer to something, {result['absent']} that do not: {file}"]
@@ -164,7 +164,7 @@ def run(file: Path, control: Path | None, out: Path, rate: float) -> Path:
     body = [
         page.heading("Threshold", f"At most {100 * rate:g} % false alarms wanted."),
         page.table(
-            ["", "--no-target-below", "false alarms", "present kept", "AUC"],
+            ["", "--no-target-threshold", "false alarms", "present kept", "AUC"],
             [["", f"{result['no_target_below']}", result["false_alarms"], result["kept"], result["auc"]]],
         ),
         plots.lines(

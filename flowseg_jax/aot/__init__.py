@@ -1,1 +1,1 @@
-"""What a run will need, before anyone pays for it: `train.py --plan`."""
+"""What a run will need, before anyone pays for it: `flowseg plan`."""

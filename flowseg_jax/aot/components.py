@@ -1,4 +1,4 @@
-"""`train.py --plan --parts`: each part of the train step, forward and backward, compiled by itself.
+"""`flowseg plan --by-component`: each part of the train step, forward and backward, compiled by itself.
 
 The step's cost to the compiler is a sum that its own report does not divide. So each part is made a program of its own, on the
 same mesh, with the same parts of the parameters and the shapes that it has in the step: what reaches it from other parts, and

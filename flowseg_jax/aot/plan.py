@@ -1,4 +1,4 @@
-"""`train.py --plan`: the real train step, compiled for devices that need not be there, and what that says about a run.
+"""`flowseg plan`: the real train step, compiled for devices that need not be there, and what that says about a run.
 
 State and batch exist as shapes only. The step is lowered and compiled as in training; the compiler's own buffer assignment says
 whether it fits, its optimised program which collectives run.
@@ -175,7 +175,7 @@ def plan(config: ConfigDict, topology: str, *, effort: str = "O0") -> PlanReport
 def prepare(config: ConfigDict, topology: str, effort: str) -> tuple[TrainProgram, Topology]:
     """The program to compile and the devices to compile it for; raises as `plan`."""
     if effort not in XLA_OPT_LEVELS:
-        raise UserError(f"--effort={effort}: choose {', '.join(XLA_OPT_LEVELS)}")
+        raise UserError(f"--xla-opt-level={effort}: choose {', '.join(XLA_OPT_LEVELS)}")
     found = open_topology(topology)
     with heartbeat(f"building the train step for {topology}"):
         return TrainProgram.build(config, found.devices), found

@@ -4,23 +4,17 @@ Everything has a checksum: every array, because Orbax notices a truncated file a
 tokenizer, and the config itself. A directory is made under a temporary name beside its place and appears complete or not at
 all.
 
-    python -m flowseg_jax.checkpoints.pretrained DIR     # accepts config.json and tokenizer as they are: new checksums
+    flowseg seal DIR     # accepts config.json and tokenizer as they are: new checksums
 """
 
 from __future__ import annotations
-
-if __name__ == "__main__":  # before the imports, so that a Ctrl-C while they last is as clean as later
-    from flowseg_jax.errors import run_cli
-
-    run_cli("flowseg_jax.checkpoints.pretrained:main")
 
 import contextlib
 import dataclasses
 import hashlib
 import json
 import os
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -236,11 +230,11 @@ def read_model_config(directory: str | os.PathLike, *, allow_component: bool = F
     if not path.is_dir():
         raise UserError(f"no model directory {path}")
     config = _read_json(path)
-    accept = f"accept it by `python -m flowseg_jax.checkpoints.pretrained {path}`"
+    accept = f"accept it by `flowseg seal {path}`"
     if _is_earlier(config):
         raise UserError(
             f"{path} has format version {config['format_version']}, with the names of an earlier flowseg_jax: write it anew by "
-            f"`python -m flowseg_jax.checkpoints.upgrade {path} NEW`"
+            f"`flowseg upgrade {path} NEW`"
         )
     if (version := config.get("format_version")) != FORMAT_VERSION:
         found = json_files.short(version)
@@ -250,7 +244,7 @@ def read_model_config(directory: str | os.PathLike, *, allow_component: bool = F
     if component is not None and not allow_component:
         raise UserError(
             f"{path} holds a component ({component['family'][:40]}), not a whole model: build one around it by "
-            "python -m convert_weights flowseg llm=DIR siglip=DIR sam=DIR OUT"
+            "flowseg convert flowseg llm=DIR siglip=DIR sam=DIR OUT"
         )
     return config
 
@@ -394,14 +388,6 @@ def seal(directory: str | os.PathLike) -> epath.Path:
         raise UserError(f"{path / 'config.json'} cannot be written: {short_reason(error)}") from None
     read_model_config(path, allow_component=True)
     return path
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    directories = list(sys.argv[1:] if argv is None else argv)
-    if len(directories) != 1 or directories[0].startswith("-"):
-        raise UserError("expected one model directory: python -m flowseg_jax.checkpoints.pretrained DIR")
-    print(f"{seal(directories[0])}: config.json and tokenizer are accepted as they are")
-    return 0
 
 
 def load_pretrained(

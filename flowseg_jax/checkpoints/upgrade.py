@@ -1,6 +1,6 @@
 """Model directories of earlier formats: the same arrays under today's names.
 
-    python -m flowseg_jax.checkpoints.upgrade OLD NEW
+    flowseg upgrade OLD NEW
 
 Up to format 2, parameters and config fields had names of their own; since format 3 they have Hugging Face's. The tables below
 are the whole difference. No value changes, and what was saved with the model (step, prompts, revision) stays.
@@ -8,15 +8,9 @@ are the whole difference. No value changes, and what was saved with the model (s
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # before the imports, so that a Ctrl-C while they last is as clean as later
-    from flowseg_jax.errors import run_cli
-
-    run_cli("flowseg_jax.checkpoints.upgrade:main")
-
 import os
 import re
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
@@ -24,7 +18,6 @@ from etils import epath
 from flowseg_jax.checkpoints import pretrained
 from flowseg_jax.checkpoints.manifest import unflatten_params
 from flowseg_jax.checkpoints.streaming import LazyArray
-from flowseg_jax.errors import UserError
 
 # (pattern, replacement), applied in order to every parameter path; a path that no pattern matches keeps its name.
 _ATTENTION = ((r"/query/", "/q_proj/"), (r"/key/", "/k_proj/"), (r"/value/", "/v_proj/"), (r"/output/", "/out_proj/"))
@@ -209,11 +202,3 @@ def upgrade(old: str | os.PathLike, new: str | os.PathLike) -> epath.Path:
         return pretrained.save_pretrained(new, unflatten_params(params), model_config(config["model"]), tokenizer, extra, None)
     arrays = {name: LazyArray(x.shape, x.dtype, lambda x=x: x) for name, x in params.items()}
     return pretrained.save_pretrained_streaming(new, arrays, None, None, extra, component=component)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    directories = list(sys.argv[1:] if argv is None else argv)
-    if len(directories) != 2 or any(d.startswith("-") for d in directories):
-        raise UserError("expected two model directories: python -m flowseg_jax.checkpoints.upgrade OLD NEW")
-    print(f"{upgrade(*directories)}: the model of {directories[0]} in format {pretrained.FORMAT_VERSION}")
-    return 0

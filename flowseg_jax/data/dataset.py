@@ -187,7 +187,7 @@ class PreparedDataset:
         if not (directory / METADATA).exists():
             raise UserError(
                 f"{directory}: not a prepared data set (no {METADATA}); make one with "
-                f"`python -m flowseg_jax.data prepare --layout LAYOUT --source DIR --out {directory}`"
+                f"`flowseg data prepare --layout LAYOUT --source DIR --out {directory}`"
             )
         prepared = cls(directory, _metadata(directory / METADATA))
         prepared.check_files()

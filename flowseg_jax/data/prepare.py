@@ -174,7 +174,7 @@ def _write(
                 if not finished:
                     log(f"{done} of {total} images")
         except BrokenProcessPool:
-            raise UserError("a process died while it prepared, perhaps for want of memory: try fewer --processes") from None
+            raise UserError("a process died while it prepared, perhaps for want of memory: try fewer --num-workers") from None
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

@@ -47,7 +47,7 @@ class Tokenizer:
             if len(ids) != 1 or hf.convert_ids_to_tokens(ids[0]) == hf.unk_token:
                 raise UserError(
                     f"{name}: the tokenizer has no single id for {token!r} (got {ids}); "
-                    f"add it with `python -m flowseg_jax.data tokenizer --source {name} --out DIR`"
+                    f"add it with `flowseg data add-special-tokens --source {name} --out DIR`"
                 )
             if other := _also_has(vocabulary, ids[0], token):
                 raise UserError(

@@ -1,7 +1,7 @@
 """What a results file says, recomputed from its samples, and whether one model is better than another.
 
-python -m flowseg_jax.evaluation audit FILE.jsonl
-python -m flowseg_jax.evaluation compare A.jsonl B.jsonl
+flowseg analyze audit FILE.jsonl
+flowseg analyze compare A.jsonl B.jsonl
 """
 
 from __future__ import annotations

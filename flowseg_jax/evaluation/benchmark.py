@@ -206,7 +206,7 @@ def parse_benchmarks(benchmarks: str, root: Path) -> list[tuple[str, PreparedDat
             raise UserError(f"--benchmark: {entry!r} is not NAME/SPLIT, for instance refcoco/val")
         if name in LAYOUTS and name not in prepared:
             raise UserError(
-                f"{root / name}: the benchmark {name} is not prepared; make it with `python -m flowseg_jax.data prepare "
+                f"{root / name}: the benchmark {name} is not prepared; make it with `flowseg data prepare "
                 f"--layout {name} --source DIR --out {root / name}`"
             )
         if name not in prepared:

@@ -1,4 +1,4 @@
-"""`python -m flowseg_jax.inference.export`: a model as a `jax.export` artefact, which runs where JAX is, without this package.
+"""`flowseg export`: a model as a `jax.export` artefact, which runs where JAX is, without this package.
 
 Two programs, each lowered for all platforms: `see` looks at images once, `ask` segments what expressions name in them. Weights
 are arguments, so they are stored once for both, in the dtype that the checkpoint has them in. Text comes as token ids alone:
@@ -6,11 +6,6 @@ spans, positions and segments are found by the marks inside the program. `docs/e
 """
 
 from __future__ import annotations
-
-if __name__ == "__main__":  # before the imports, so that a Ctrl-C while they last is as clean as later
-    from flowseg_jax.errors import run_cli
-
-    run_cli("flowseg_jax.inference.export:main")
 
 import contextlib
 import dataclasses
@@ -29,7 +24,6 @@ from jax import export as jax_export
 from jaxtyping import Array, Int
 from safetensors import SafetensorError
 
-from flowseg_jax import cli
 from flowseg_jax.checkpoints.manifest import check_manifest, flatten_params, manifest, unflatten_params
 from flowseg_jax.checkpoints.pretrained import load_pretrained, read_model_config, require_empty_directory
 from flowseg_jax.checkpoints.storage import cast_like, provenance
@@ -44,7 +38,7 @@ from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.models.language import KVCache
 from flowseg_jax.ops.portable import without_kernels
 from flowseg_jax.system import locks
-from flowseg_jax.system.console import heartbeat, log
+from flowseg_jax.system.console import heartbeat
 from flowseg_jax.system.json_files import expect, number
 from flowseg_jax.types import IMAGE_TOKEN_INDEX, PAD, ExpressionQueries, ImageInputs
 
@@ -280,25 +274,3 @@ def _describe(name: str, program: jax_export.Exported) -> dict[str, Any]:
         "inputs": manifest(inputs),
         "outputs": manifest(outputs),
     }
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = cli.Parser(
-        prog="python -m flowseg_jax.inference.export", description="Exports a model as programs that run without us."
-    )
-    cli.add_model_flags(parser)
-    parser.add_argument("--out", metavar="DIR", required=True, help="the directory to make")
-    parser.add_argument(
-        "--batch", type=int, default=ExportShapes.batch, metavar="B", help="images at a time, default %(default)s"
-    )
-    parser.add_argument(
-        "--phrases", type=int, default=ExportShapes.phrases, metavar="K", help="expressions an image, default %(default)s"
-    )
-    parser.add_argument(
-        "--text", type=int, default=ExportShapes.text, metavar="T", help="token ids an image, default %(default)s"
-    )
-    parser.add_argument("--platforms", default=",".join(PLATFORMS), metavar="LIST", help="default %(default)s")
-    arguments = parser.parse_args(argv)
-    room = ExportShapes(arguments.batch, arguments.phrases, arguments.text)
-    log(str(export(cli.model_directory(arguments), arguments.out, room, arguments.platforms.split(","))))
-    return 0

@@ -99,7 +99,7 @@ class GeneratedAnswer:
 class Segmentor:
     """A model that is ready to answer; sentences of similar length and images of a similar size share their compilations.
 
-    Every method that answers takes the fields of `Selection` as keywords: `top_k`, `all_above`, `no_target_below`.
+    Every method that answers takes the fields of `Selection` as keywords: `top_k`, `score_threshold`, `no_target_threshold`.
 
     Args:
         graphdef, params: the model (`models.flowseg.create`).
@@ -107,7 +107,7 @@ class Segmentor:
         image, vision: sides S and V of its two square inputs, pixels.
         visual_tokens: slots that an image takes in the prompt.
         prompts: its chat template (None: the default one); the fixed wording is used.
-        no_target_below: what `Selection.no_target_below` is where it is not given.
+        no_target_below: what `SelectionConfig.no_target_threshold` is where it is not given.
     """
 
     def __init__(
@@ -236,7 +236,7 @@ class Segmentor:
     def _selection(self, selection: dict[str, Any]) -> SelectionConfig:
         chosen_by = SelectionConfig(**selection)
         if chosen_by.no_target_threshold is None:
-            chosen_by = dataclasses.replace(chosen_by, no_target_below=self._no_target_below)
+            chosen_by = dataclasses.replace(chosen_by, no_target_threshold=self._no_target_below)
         return chosen_by
 
     def _candidates_of(self, look: EncodedImage, texts: Sequence[str], count: int) -> list[list[Candidate]]:

@@ -39,10 +39,10 @@ class SelectionConfig:
     """What of the candidates is the answer.
 
     Attributes:
-        top_k: without `all_above`, so many candidates are kept; the best one is the answer.
-        all_above: in [0, 1]; all candidates with at least this score are kept, and their union is the answer. An empty one is
-            left out, and so is one whose IoU with a better one that is kept is at least DUPLICATE. None: `top_k`.
-        no_target_below: in [0, 1]; the answer is nothing where the best score is below. 0: never; None: the model's own.
+        top_k: without `score_threshold`, so many candidates are kept; the best one is the answer.
+        score_threshold: in [0, 1]; all candidates with at least this score are kept, and their union is the answer. An empty one is
+            left out, and so is one whose IoU with a better one that is kept is at least NMS_IOU. None: `top_k`.
+        no_target_threshold: in [0, 1]; the answer is nothing where the best score is below. 0: never; None: the model's own.
     """
 
     top_k: int = 5
@@ -52,7 +52,7 @@ class SelectionConfig:
     def __post_init__(self):
         if self.top_k < 1:
             raise UserError(f"top_k is {self.top_k}: at least one candidate is needed")
-        for name in ("all_above", "no_target_below"):
+        for name in ("score_threshold", "no_target_threshold"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise UserError(f"{name} is {value}: scores are from 0 to 1")

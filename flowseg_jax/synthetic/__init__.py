@@ -1,6 +1,6 @@
 """The `shapes` benchmark: generated scenes of look-alike objects with expressions that single one out.
 
-    python -m flowseg_jax.data shapes --out data/shapes --images 6000 --seed 0
+    flowseg data make-shapes --out data/shapes --num-images 6000 --seed 0
 
 The result is a RefCOCO directory like any other. `scene` says what stands where, `render` paints it, `expressions` finds what
 can be said, `generator` puts sets together, `writer` knows the layout, and `checker` reads an expression back and finds its

@@ -1,6 +1,6 @@
 """Miniature companions of the `shapes` benchmark: the same kind of scenes in the layouts of the other data sets.
 
-    python -m flowseg_jax.data companions --out data/companions --seed 0
+    flowseg data make-multitask --out data/companions --seed 0
 
     OUT/reasonseg/  ReasonSeg: {train,val,test}/NAME.jpg and NAME.json, explanatory/train.json
     OUT/coco/       COCO panoptic: annotations/panoptic_{train,val}2017.json and their PNG folders, {train,val}2017/

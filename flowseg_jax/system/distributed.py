@@ -13,7 +13,7 @@ from jax._src import distributed
 from jax.experimental import multihost_utils
 
 from flowseg_jax.errors import UserError
-from flowseg_jax.system import locks, process_watch
+from flowseg_jax.system import console, locks, process_watch
 
 T = TypeVar("T")
 FAULT_BYTES = 1024  # of a fault's text, which is exchanged as an array
@@ -108,18 +108,34 @@ def joined(coordinator: str | None = None, count: int | None = None, index: int 
     watching.end()
 
 
+@contextlib.contextmanager
+def joined_if(wanted: bool, coordinator: str | None, count: int | None, index: int | None) -> Iterator[None]:
+    """`joined` where it is `wanted`; all processes but the first then print nothing."""
+    if not wanted:
+        yield
+        return
+    with joined(coordinator, count, index):
+        if not is_primary():
+            console.mute_console()
+        yield
+
+
 def _join(coordinator: str | None, count: int | None, index: int | None) -> process_watch.Watch:
-    given = {"--coordinator": coordinator, "--processes": count, "--process": index}
+    given = {"--coordinator": coordinator, "--num-processes": count, "--process-id": index}
     missing = [flag for flag, value in given.items() if value is None]
     if 0 < len(missing) < len(given):
-        raise UserError(f"{', '.join(missing)} missing: give --coordinator, --processes and --process, or --distributed alone")
+        raise UserError(
+            f"{', '.join(missing)} missing: give --coordinator, --num-processes and --process-id, or --distributed alone"
+        )
     if not missing and (":" not in coordinator or not 0 <= index < count):
-        raise UserError(f"--coordinator={coordinator} --processes={count} --process={index}: HOST:PORT, and a process below N")
+        raise UserError(
+            f"--coordinator={coordinator} --num-processes={count} --process-id={index}: HOST:PORT, and a process below N"
+        )
     try:
         with process_watch.service_beside():
             jax.distributed.initialize(coordinator, count, index)
     except (RuntimeError, ValueError) as error:
-        hint = "" if coordinator else "; name --coordinator, --processes and --process"
+        hint = "" if coordinator else "; name --coordinator, --num-processes and --process-id"
         raise UserError(f"the processes could not be joined: {str(error).splitlines()[0]}{hint}") from None
     job = distributed.global_state
     host = job.coordinator_address.rpartition(":")[0].strip("[]")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import platform
@@ -28,11 +29,20 @@ def memory_line() -> str:
     return f"peak host memory {peak_memory() / GIB:.1f} GiB"
 
 
+def use_host_devices(batch: int) -> None:
+    """Without an accelerator, splits the batch over the CPU's cores: one host device a core, as many as divide the batch."""
+    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(RuntimeError):  # JAX runs already: whoever started it has chosen
+        jax.config.update("jax_num_cpu_devices", max(n for n in range(1, cores + 1) if batch % n == 0))
+
+
 def enable_compilation_cache() -> None:
     """Turns JAX's persistent compilation cache on, in a folder of the user's own, unless the environment says where or not to.
 
     `JAX_COMPILATION_CACHE_DIR` names another folder or bucket, `JAX_ENABLE_COMPILATION_CACHE=false` turns the cache off, and
-    `JAX_COMPILATION_CACHE_MAX_SIZE` replaces `KEPT`. Call it before anything is compiled. Where no folder can be made, no
+    `JAX_COMPILATION_CACHE_MAX_SIZE` replaces `CACHE_BYTES`. Call it before anything is compiled. Where no folder can be made, no
     program is kept.
     """
     if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:

@@ -1,4 +1,4 @@
-"""Names that files give us, before they become paths: the one place where that is decided.
+"""Where the package's own files are; names that files give us, before they become paths: the one place where that is decided.
 
 Whoever wrote an annotation file or the metadata of a prepared set may be hostile. A name that is absolute, goes up with `..`
 or holds a NUL must not lead to a file elsewhere, and one that no file system takes must be said in words.
@@ -10,6 +10,10 @@ import re
 from pathlib import Path, PurePosixPath
 
 from flowseg_jax.errors import UserError, quoted
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+# What holds `configs/` and `checkpoints/shapes_tiny/`: the repository in a checkout, the package itself where it is installed.
+ROOT = _PACKAGE if (_PACKAGE / "configs" / "shapes_tiny.py").is_file() else _PACKAGE.parent
 
 _LONGEST = 255  # bytes of a part of a path, on all usual file systems
 _LONGEST_PATH = 4095  # bytes of a whole path

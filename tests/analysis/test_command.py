@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 
-from flowseg_jax.analysis.__main__ import main
+from flowseg_jax.cli.analyze import main
 from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation.examples import GallerySample
 from flowseg_jax.reports import evaluation
@@ -54,43 +54,49 @@ def results(tmp_path):
 def test_oracle(results):
     _, second, _ = results
     assert main(["oracle", str(second)]) == 0
-    out = second.parent / "diagnose"
+    out = second.parent / "analysis"
     page, found = Page(out / "oracle_val.html"), json.loads((out / "oracle_val.json").read_text())
     assert found["errors"]["selection"]["n"] == 1 and found["errors"]["generation"]["n"] == 1
     assert len(page.images) == 1 and "selected 20.0, oracle 85.0, rank of the best 2; 2.jpg" in page.text
     assert "<b>" in page.text
 
 
-def test_rescue(results, tmp_path):
+def test_compare_failures(results, tmp_path):
     first, second, _ = results
-    assert main(["rescue", str(first), str(second), "--out", str(tmp_path / "out")]) == 0
+    assert main(["compare-failures", str(first), str(second), "--out", str(tmp_path / "out")]) == 0
     page, found = Page(tmp_path / "out/rescue_a_b_val.html"), json.loads((tmp_path / "out/rescue_a_b_val.json").read_text())
     assert found["groups"]["all"]["A below 0.5"]["rescued"] == 100 and found["groups"]["<b>"]["all"]["n"] == 1
     assert len(page.images) == 2 and "IoU 10.0 in A, 80.0 in B" in page.text and "IoU 90.0 in A, 20.0 in B" in page.text
 
 
-def test_negatives(results, capsys):
+def test_calibrate_no_target(results, capsys):
     first, _, control = results
-    assert main(["negatives", str(first), str(control), "--false-alarms=0.4"]) == 0
-    found = json.loads((first.parent / "diagnose/negatives_val.json").read_text())
+    assert main(["calibrate-no-target", str(first), str(control), "--false-alarms=0.4"]) == 0
+    found = json.loads((first.parent / "analysis/negatives_val.json").read_text())
     assert found["no_target_below"] == 0.200001 and found["shuffled"] == 3
-    assert "--no-target-below=0.200001: 33.3 % false alarms on 3 absent, 66.7 % of 3" in capsys.readouterr().out
-    assert "Some of them do fit their new image" in Page(first.parent / "diagnose/negatives_val.html").text
+    assert "--no-target-threshold=0.200001: 33.3 % false alarms on 3 absent, 66.7 % of 3" in capsys.readouterr().out
+    assert "Some of them do fit their new image" in Page(first.parent / "analysis/negatives_val.html").text
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["oracle", "nowhere.jsonl"], r"nowhere\.jsonl: cannot be read .*name the \.jsonl that eval\.py wrote"),
-        (["oracle", "{file}", "--image", "3"], "unrecognized arguments: --image 3; see python -m flowseg_jax.analysis --help"),
-        (["oracl", "{file}"], "invalid choice: 'oracl'"),
-        (["rescue", "{file}"], "required: B"),
-        (["rescue", "{file}", "{control}"], "not the same samples"),
-        (["negatives", "{control}"], "val_shuffled.jsonl is a shuffled-text control: name the results on real sentences"),
-        (["negatives", "{file}", "{file}"], "val.jsonl is no shuffled-text control: make one with eval.py --shuffle-text"),
-        (["negatives", "{file}"], "every sentence refers to something"),
-        (["negatives", "{file}", "{control}", "--false-alarms=10"], "--false-alarms is 10"),
-        (["layers", "--checkpoint", "nowhere"], "nowhere"),
+        (["oracle", "{file}", "--image", "3"], "there is no flag --image .*; see flowseg analyze oracle --help"),
+        (["oracl", "{file}"], "no command 'oracl' \\(did you mean 'oracle'\\?\\)"),
+        (["compare-failures", "{file}"], "required: B"),
+        (["compare-failures", "{file}", "{control}"], "not the same samples"),
+        (
+            ["calibrate-no-target", "{control}"],
+            "val_shuffled.jsonl is a shuffled-text control: name the results on real sentences",
+        ),
+        (
+            ["calibrate-no-target", "{file}", "{file}"],
+            "val.jsonl is no shuffled-text control: make one with eval.py --shuffle-text",
+        ),
+        (["calibrate-no-target", "{file}"], "every sentence refers to something"),
+        (["calibrate-no-target", "{file}", "{control}", "--false-alarms=10"], "--false-alarms is 10"),
+        (["layer-trace", "--checkpoint", "nowhere"], "nowhere"),
     ],
 )
 def test_mistakes(results, arguments, message):

@@ -1,4 +1,4 @@
-"""`train.py --plan --parts`: the parts are the step, and what the command says of them."""
+"""`flowseg plan --by-component`: the parts are the step, and what the command says of them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import jax
 import pytest
 from ml_collections import ConfigDict
 
-from flowseg_jax import cli
 from flowseg_jax.aot import components
+from flowseg_jax.cli.main import main as flowseg
 from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.ops.portable import without_kernels
 from flowseg_jax.training.program import TrainProgram
@@ -74,7 +74,7 @@ def test_the_command_prints_a_table_then_json_and_fails_where_a_part_does_not_fi
     ]
     asked = []
     monkeypatch.setattr(components, "parts", lambda config, name, effort: asked.append((config.seed, name, effort)) or found)
-    code = cli.train(["--plan", "--parts", "--topology=v5e:2x4", "--effort=O1", "--json", "--config.seed=5"])
+    code = flowseg(["plan", "--by-component", "--topology=v5e:2x4", "--xla-opt-level=O1", "--json", "--config.seed=5"])
     assert (code, asked) == (int(refusal is not None), [(5, "v5e:2x4", "O1")])
     *_, sam, llm, together, last = capsys.readouterr().out.splitlines()
     expected = ["does", "not", "fit"] if refusal else ["1.00", "GiB", "2.00", "GiB", "3", "12,345"]

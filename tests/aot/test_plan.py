@@ -1,4 +1,4 @@
-"""`train.py --plan`: what is reported, verdicts and exit codes, and the real step planned by the command for eight devices."""
+"""`flowseg plan`: what is reported, verdicts and exit codes, and the real step planned by the command for eight devices."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ import pytest
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from flowseg_jax import cli
 from flowseg_jax import experiment as configs
 from flowseg_jax.aot import plan
 from flowseg_jax.aot.topology import Topology
+from flowseg_jax.cli.main import main as flowseg
 from flowseg_jax.errors import UserError
 from flowseg_jax.losses import LossConfig
 from flowseg_jax.system.hardware import GIB
@@ -160,9 +160,17 @@ def test_the_command_prints_json_last_and_exits_by_the_verdict(monkeypatch, caps
     report = planned(executable(1, 1 if fits else 17 * GIB))
     asked = []
     monkeypatch.setattr(plan, "plan", lambda config, name, effort: asked.append((config.seed, name, effort)) or report)
-    arguments = ["--plan", "--topology=v5e:2x4", "--json", "--config.seed=5", "--effort=default", "--workdir=/proc/nowhere"]
-    assert cli.train(arguments) == code
-    assert asked == [(5, "v5e:2x4", "default")]
+    arguments = [
+        "--plan",
+        "--topology=v5e:2x4",
+        "--json",
+        "--config.seed=5",
+        "--xla-opt-level=default",
+        "--workdir=/proc/nowhere",
+    ]
+    assert flowseg(["plan", *arguments]) == code
+    assert flowseg(["train", "--plan", *arguments]) == code
+    assert asked == [(5, "v5e:2x4", "default")] * 2
     *_, verdict, last = capsys.readouterr().out.splitlines()
     assert verdict.startswith("verdict: ")
     assert json.loads(last)["fits"] is fits
@@ -171,16 +179,16 @@ def test_the_command_prints_json_last_and_exits_by_the_verdict(monkeypatch, caps
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--topology=v5e:4x4"], "belong to --plan"),
-        (["--json"], "belong to --plan"),
-        (["--plan", "--topology=v9:4x4"], "--topology=v9:4x4: unknown"),
-        (["--plan", "--effort=O9"], "--effort=O9: choose O0, O1, O2, O3, default"),
-        (["--plan", "--config.mesh.data=3"], "does not fit 1 device"),
+        (["train", "--topology=v5e:4x4"], "there is no flag --topology"),
+        (["train", "--json"], "there is no flag --json"),
+        (["plan", "--topology=v9:4x4"], "--topology=v9:4x4: unknown"),
+        (["plan", "--xla-opt-level=O9"], "--xla-opt-level=O9: choose O0, O1, O2, O3, default"),
+        (["plan", "--config.mesh.data=3"], "does not fit 1 device"),
     ],
 )
 def test_what_each_mistake_says(argv, message):
     with pytest.raises(UserError, match=message):
-        cli.train(argv)
+        flowseg(argv)
 
 
 def smallest_config() -> ConfigDict:

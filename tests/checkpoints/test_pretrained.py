@@ -11,6 +11,7 @@ import pytest
 
 from flowseg_jax.checkpoints import pretrained
 from flowseg_jax.checkpoints.manifest import check_params, manifest
+from flowseg_jax.cli.main import main as flowseg
 from flowseg_jax.errors import UserError
 from tests.helpers.trees import abstract_of, flip, largest, make_params, same
 
@@ -131,10 +132,10 @@ def edited(path, **changes):
 def test_config_and_tokenizer_are_as_they_were_saved_or_are_accepted(tmp_path, tokenizer, spoil, message, capsys):
     path = pretrained.save_pretrained(tmp_path / "model", make_params(), {"rope_theta": 1e6}, tokenizer)
     spoil(path)
-    with pytest.raises(UserError, match=message + r".*accept it by `python -m flowseg_jax\.model_directory .*/model`") as error:
+    with pytest.raises(UserError, match=message + r".*accept it by `flowseg seal .*/model`") as error:
         pretrained.load_pretrained(path)
     assert "\n" not in str(error.value)
-    assert pretrained.main([str(path)]) == 0
+    assert flowseg(["seal", str(path)]) == 0
     assert capsys.readouterr().out == f"{path}: config.json and tokenizer are accepted as they are\n"
     pretrained.load_pretrained(path)
 

@@ -7,10 +7,10 @@ import json
 import jax.numpy as jnp
 import pytest
 
-from flowseg_jax import cli
 from flowseg_jax.checkpoints.manager import CheckpointManager
 from flowseg_jax.checkpoints.pretrained import load_pretrained, save_pretrained
 from flowseg_jax.checkpoints.storage import prepare_workdir, resolve_path
+from flowseg_jax.cli.main import main as flowseg
 from flowseg_jax.errors import UserError
 from flowseg_jax.training.metric_writers import JsonlWriter, create_writer
 from tests.helpers import fake_gcs
@@ -41,7 +41,7 @@ def test_a_bucket_without_its_client(monkeypatch):
 
     monkeypatch.setattr("fsspec.get_filesystem_class", missing)
     with pytest.raises(UserError, match=r"gs://bucket/run: buckets need the extra gcs \(pip install gcsfs"):
-        cli.evaluate(["--workdir=gs://bucket/run"])
+        flowseg(["eval", "--workdir=gs://bucket/run"])
 
 
 def test_a_workdir_that_cannot_be_written(bucket, monkeypatch):

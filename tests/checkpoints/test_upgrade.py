@@ -42,7 +42,7 @@ def old(tmp_path_factory):
 
 def test_a_whole_model_of_format_2_fits_todays_network_value_by_value(old, tmp_path):
     path, arrays = old
-    with pytest.raises(UserError, match=r"has format version 2, .* `python -m flowseg_jax.checkpoints.upgrade .* NEW`"):
+    with pytest.raises(UserError, match=r"has format version 2, .* `flowseg upgrade .* NEW`"):
         pretrained.load_pretrained(path)
     model = pretrained.load_pretrained(upgrade.upgrade(path, tmp_path / "new"), dtype=None)
     abstract = flowseg.params_dict(flowseg.abstract_model(FlowSegConfig.from_dict(model.model_config))[1])

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from flowseg_jax import cli
+from flowseg_jax.checkpoints.find import SHIPPED_MODEL, model_name
+from flowseg_jax.cli.main import main as flowseg
 from flowseg_jax.errors import UserError, run_cli
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,26 +27,26 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("command", "argv", "message"),
+    ("argv", "message"),
     [
-        (cli.train, ["--workdir=/proc/nowhere"], "workdir /proc/nowhere cannot be written"),
-        (cli.train, ["--wrkdir=x"], "unrecognized arguments"),
-        (cli.train, ["--config=configs/none.py"], "configs/none.py"),
-        (cli.evaluate, ["--data=nowhere"], "nowhere: not a prepared data set"),
-        (cli.evaluate, ["--checkpoint=a", "--workdir=b"], "give one of them"),
-        (cli.evaluate, ["--workdir=nowhere"], "holds no trained model"),
-        (cli.evaluate, ["--checkpoint=nowhere"], "no model directory .*nowhere"),
-        (cli.evaluate, ["--batch-size=0"], "--batch-size: '0' is not a whole number from 1"),
-        (cli.evaluate, ["--images=-2"], "--images: '-2' is not a whole number from 1"),
-        (cli.evaluate, ["--fsdp=0"], "--fsdp: '0' is not"),
-        (cli.evaluate, ["--no-target-below=nan"], "--no-target-below: 'nan' is not a number between 0 and 1"),
-        (cli.predict, ["--text=x"], "--image"),
-        (cli.predict, ["--image=x.png", "--text=x", "--checkpoint=nowhere"], "no model directory"),
+        (["train", "--workdir=/proc/nowhere"], "workdir /proc/nowhere cannot be written"),
+        (["train", "--wrkdir=x"], "there is no flag --wrkdir \\(did you mean '--workdir'\\?\\); see flowseg train --help"),
+        (["train", "--config=configs/none.py"], "configs/none.py"),
+        (["eval", "--data=nowhere"], "nowhere: not a prepared data set"),
+        (["eval", "--checkpoint=a", "--workdir=b"], "give one of them"),
+        (["eval", "--workdir=nowhere"], "holds no trained model"),
+        (["eval", "--checkpoint=nowhere"], "no model directory .*nowhere"),
+        (["eval", "--batch-size=0"], "--batch-size: '0' is not a whole number from 1"),
+        (["eval", "--max-images=-2"], "--max-images: '-2' is not a whole number from 1"),
+        (["eval", "--fsdp=0"], "--fsdp: '0' is not"),
+        (["eval", "--no-target-threshold=nan"], "--no-target-threshold: 'nan' is not a number between 0 and 1"),
+        (["predict", "--text=x"], "--image"),
+        (["predict", "--image=x.png", "--text=x", "--checkpoint=nowhere"], "no model directory"),
     ],
 )
-def test_what_each_mistake_says(command, argv, message):
+def test_what_each_mistake_says(argv, message):
     with pytest.raises(UserError, match=message):
-        command(argv)
+        flowseg(argv)
 
 
 def test_exit_codes():
@@ -59,4 +60,4 @@ def test_exit_codes():
 
 
 def test_results_of_two_runs_lie_apart():
-    assert cli.model_name(Path("runs/mine/model")) == "mine" and cli.model_name(cli.SHIPPED) == "shapes_tiny"
+    assert model_name(Path("runs/mine/model")) == "mine" and model_name(SHIPPED_MODEL) == "shapes_tiny"

@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flowseg_jax import cli, errors
+from flowseg_jax import errors
 from flowseg_jax.checkpoints import storage
 from flowseg_jax.checkpoints.pretrained import load_pretrained, save_pretrained
+from flowseg_jax.cli.main import main as flowseg
 from flowseg_jax.data import prepare
 from flowseg_jax.data.tokenizer import train_tokenizer
 from flowseg_jax.errors import UserError
@@ -205,11 +206,11 @@ def test_predict_train_and_eval_say_it_before_they_load_anything(disk, tmp_path)
     Image.fromarray(np.zeros((40, 60, 3), np.uint8)).save(image)
     prepared = prepare.prepare(mini.write(tmp_path / "layout"), tmp_path / "prepared", log=quiet)
     with pytest.raises(UserError, match="out cannot be written: Read-only file system"):
-        cli.predict([f"--image={image}", "--text=it", f"--out={disk.path / 'out'}"])
+        flowseg(["predict", f"--image={image}", "--text=it", f"--out={disk.path / 'out'}"])
     with pytest.raises(UserError, match="run cannot be written: Read-only file system; choose another with --workdir"):
         storage.prepare_workdir(disk.path / "run")
     with pytest.raises(UserError, match="eval cannot be written: Read-only file system"):
-        cli.evaluate([f"--out={disk.path / 'eval'}", f"--data={prepared.directory}", "--split=val"])
+        flowseg(["eval", f"--out={disk.path / 'eval'}", f"--data={prepared.directory}", "--split=val"])
 
 
 def test_the_tables_of_a_prediction_have_no_half_a_line(disk, tmp_path):

@@ -1,4 +1,4 @@
-"""`python -m convert_weights` from files to a model directory and back; nothing is left of what fails."""
+"""`flowseg convert` from files to a model directory and back; nothing is left of what fails."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ import torch
 import transformers
 from safetensors.numpy import save_file
 
-from convert_weights import cli, export
+from convert_weights import export
 from convert_weights.convert import get_family, import_params
 from flowseg_jax import sharding
 from flowseg_jax.checkpoints import pretrained, streaming
 from flowseg_jax.checkpoints.manifest import checksums, flatten_params, manifest
+from flowseg_jax.cli import convert
 from flowseg_jax.data.tokenizer import load_tokenizer
 from flowseg_jax.errors import UserError
 from flowseg_jax.models import flowseg
@@ -71,7 +72,7 @@ def xsam(tmp_path):
 
 
 def run(*arguments) -> int:
-    return cli.main([str(argument) for argument in arguments])
+    return convert.main([str(argument) for argument in arguments])
 
 
 def leftovers(tmp_path):

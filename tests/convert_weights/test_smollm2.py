@@ -16,8 +16,8 @@ import pytest
 import torch
 from flax import nnx
 
-from convert_weights import cli
 from flowseg_jax.checkpoints import pretrained
+from flowseg_jax.cli import convert
 from flowseg_jax.data.tokenizer import load_tokenizer
 from flowseg_jax.models.generate import generate
 from flowseg_jax.models.language import LanguageConfig, LanguageModel
@@ -44,7 +44,7 @@ def theirs(file):
 @pytest.fixture(scope="module")
 def converted(file, tmp_path_factory):
     out = tmp_path_factory.mktemp("smollm2") / "out"
-    assert cli.main(["llama", str(file), str(out)]) == 0
+    assert convert.main(["llama", str(file), str(out)]) == 0
     return pretrained.load_pretrained(out, allow_component=True)
 
 

@@ -11,9 +11,10 @@ import safetensors.torch
 import torch
 import transformers
 
-from convert_weights import cli, configs
+from convert_weights import configs
 from convert_weights.convert import import_params
 from flowseg_jax.checkpoints import pretrained
+from flowseg_jax.cli import convert
 from flowseg_jax.errors import UserError
 from tests.helpers import tiny_checkpoints as tiny
 
@@ -101,13 +102,13 @@ def test_only_rows_of_words_count(tmp_path):
     tensors[HEAD] = tensors[TABLE].clone()
     tensors[HEAD][259:] = 0
     safetensors.torch.save_file(tensors, source / "model.safetensors")
-    assert cli.main(["qwen3", str(source), str(tmp_path / "out")]) == 0
+    assert convert.main(["qwen3", str(source), str(tmp_path / "out")]) == 0
     params = pretrained.load_pretrained(tmp_path / "out", dtype=None, allow_component=True).params
     assert "head" not in params and np.array_equal(params["table"], tensors[TABLE][:262].numpy())
     tensors[HEAD][258] = 0
     safetensors.torch.save_file(tensors, source / "model.safetensors")
     with pytest.raises(UserError, match=r"in 1 of 259 rows"):
-        cli.main(["qwen3", str(source), "--check"])
+        convert.main(["qwen3", str(source), "--check"])
 
 
 def test_a_directory_that_transformers_ties_stays_tied(tmp_path):
@@ -118,6 +119,6 @@ def test_a_directory_that_transformers_ties_stays_tied(tmp_path):
     (tmp_path / "hf" / "config.json").write_text(json.dumps(model.config.to_dict()))
     theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "hf")
     assert theirs.lm_head.weight is theirs.model.embed_tokens.weight
-    assert cli.main(["llama", str(tmp_path / "hf"), str(tmp_path / "out")]) == 0
+    assert convert.main(["llama", str(tmp_path / "hf"), str(tmp_path / "out")]) == 0
     loaded = pretrained.load_pretrained(tmp_path / "out", dtype=None, allow_component=True)
     assert loaded.component["config"]["tie_embeddings"] and "head" not in loaded.params

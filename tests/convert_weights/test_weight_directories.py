@@ -11,8 +11,9 @@ import pytest
 import safetensors.numpy
 import torch
 
-from convert_weights import cli, torch_source
+from convert_weights import torch_source
 from convert_weights.sources import open_source
+from flowseg_jax.cli import convert
 from flowseg_jax.errors import UserError
 from tests.helpers import tiny_checkpoints as tiny
 
@@ -100,10 +101,10 @@ def test_an_adapter_is_never_left_out_without_a_word(tmp_path):
     with pytest.raises(UserError, match=r"holds an adapter \(adapter_config.json, .*\) and no model: merge the adapter first"):
         open_source(tmp_path)
     with pytest.raises(UserError, match="and no model: merge the adapter first"):
-        cli.main(["flowseg", f"llm={tmp_path}", "siglip=x", "sam=y", "--check"])
+        convert.main(["flowseg", f"llm={tmp_path}", "siglip=x", "sam=y", "--check"])
     (tmp_path / "adapter_config.json").unlink()
     with pytest.raises(UserError, match="and no model: merge the adapter first"):
-        cli.main(["qwen3", str(tmp_path), "--check"])
+        convert.main(["qwen3", str(tmp_path), "--check"])
 
 
 @pytest.fixture
@@ -127,7 +128,7 @@ def qwen(tmp_path):
 def test_an_adapter_by_its_names(qwen, inside):
     path = qwen(lambda t: t | {f"base_model.model.model.layers.0.self_attn.q_proj.{inside}": A})
     with pytest.raises(UserError, match=r"holds an adapter \(1 of 36 tensors: .*\): merge the adapter first"):
-        cli.main(["qwen3", str(path), "--check"])
+        convert.main(["qwen3", str(path), "--check"])
 
 
 @pytest.mark.parametrize("beside", ["qweight", "SCB", "weight_scale_inv", "absmax", "quant_state.bitsandbytes__nf4", "g_idx"])
@@ -135,7 +136,7 @@ def test_quantised_weights_by_their_names(qwen, beside):
     name = f"model.layers.0.self_attn.q_proj.{'weight.' if 'quant' in beside or 'abs' in beside else ''}{beside}"
     path = qwen(lambda t: t | {name: np.zeros(3, np.uint8)})
     with pytest.raises(UserError, match=r"holds quantised weights \(1 of 36 tensors: .*\): dequantise it first"):
-        cli.main(["qwen3", str(path), "--check"])
+        convert.main(["qwen3", str(path), "--check"])
 
 
 @pytest.mark.parametrize(
@@ -148,7 +149,7 @@ def test_quantised_weights_by_their_names(qwen, beside):
 def test_quantised_weights_by_their_config(qwen, config):
     path = qwen(config=config)
     with pytest.raises(UserError, match=r"quantization_config \(bitsandbytes\) says .* dequantise it first"):
-        cli.main(["qwen3", str(path), "--check"])
+        convert.main(["qwen3", str(path), "--check"])
 
 
 def test_zero_shards_and_distributed_checkpoints_have_their_remedy(tmp_path):
@@ -173,7 +174,7 @@ def test_zero_shards_and_distributed_checkpoints_have_their_remedy(tmp_path):
 def test_placeholders_of_zero_3_have_their_remedy(qwen):
     path = qwen(lambda tensors: {name: np.zeros(0, np.float32) for name in tensors})
     with pytest.raises(UserError, match=r"most of its tensors are empty: DeepSpeed's ZeRO-3 .* zero_to_fp32.py") as caught:
-        cli.main(["qwen3", str(path), "--check"])
+        convert.main(["qwen3", str(path), "--check"])
     assert str(caught.value).count("expected") == 10
     assert "; and 3 more such lines, 35 tensors in all" in str(caught.value)
 
@@ -187,7 +188,7 @@ def test_git_lfs_pointers(qwen, name):
         (path / "model.safetensors").unlink()
     (path / name).write_bytes(POINTER)
     with pytest.raises(UserError, match=rf"{name} is a git-lfs pointer, not the file itself: run `git lfs pull`"):
-        cli.main(["qwen3", str(path), "--check"])
+        convert.main(["qwen3", str(path), "--check"])
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.gguf", "model.pth", "model-00001-of-00001.safetensors"])

@@ -10,12 +10,12 @@ import pytest
 import safetensors.numpy
 import torch
 
-from convert_weights import cli
 from convert_weights import job as jobs
 from convert_weights.convert import export_params, get_family, import_params, in_layout
 from convert_weights.names import unwrapped
 from convert_weights.sources import ArraySource
 from flowseg_jax.checkpoints import pretrained
+from flowseg_jax.cli import convert
 from flowseg_jax.errors import UserError
 from tests.helpers import hf_convert
 from tests.helpers import tiny_checkpoints as tiny
@@ -190,12 +190,12 @@ def test_metas_own_sam_from_its_file(tmp_path, prefix):
     """`sam_vit_l_0b3195.pth` has no config beside it: all sizes are in the shapes."""
     meta, theirs, cfg = segment_anything()
     torch.save({prefix + name: torch.from_numpy(x) for name, x in meta.items()}, tmp_path / "sam_vit_t.pth")
-    assert cli.main(["sam", str(tmp_path / "sam_vit_t.pth"), str(tmp_path / "out")]) == 0
+    assert convert.main(["sam", str(tmp_path / "sam_vit_t.pth"), str(tmp_path / "out")]) == 0
     loaded = pretrained.load_pretrained(tmp_path / "out", dtype=None, allow_component=True)
     assert loaded.component["config"] == json.loads(json.dumps(dataclasses.asdict(cfg)))
     assert tiny.equal(loaded.params, hf_convert.sam(theirs, cfg))
     if not prefix:
-        cli.main(["sam", str(tmp_path / "out"), str(tmp_path / "back"), "--export", "--layout", "meta"])
+        convert.main(["sam", str(tmp_path / "out"), str(tmp_path / "back"), "--export", "--layout", "meta"])
         back = safetensors.numpy.load_file(tmp_path / "back" / "model.safetensors")
         assert all(np.array_equal(x, meta[name]) for name, x in back.items())
 
@@ -220,7 +220,7 @@ def test_what_is_said_on_the_way(tmp_path, capsys):
     tiny.save_tokenizer(tmp_path)
     torch.save({f"_orig_mod.{n}": torch.from_numpy(x) for n, x in tiny.state(model).items()}, tmp_path / "pytorch_model.bin")
     (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {}}))
-    cli.main(["qwen3", str(tmp_path), "--check"])
+    convert.main(["qwen3", str(tmp_path), "--check"])
     printed = capsys.readouterr().out
     assert "note: taken: pytorch_model.bin; not used beside it: pytorch_model.bin.index.json" in printed
     assert "_orig_mod. taken out of the names" in printed

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps, PngImagePlugin
 
+from flowseg_jax.cli.data import main
 from flowseg_jax.data import collate, images, masks
-from flowseg_jax.data.__main__ import main
 from flowseg_jax.data.formats import open_layout
 from flowseg_jax.data.records import Annotation
 from flowseg_jax.errors import UserError

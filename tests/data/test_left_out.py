@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from flowseg_jax.cli.data import main
 from flowseg_jax.data import masks, prepare, validate
-from flowseg_jax.data.__main__ import main
 from flowseg_jax.data.dataset import PreparedDataset
 from flowseg_jax.data.eval_dataset import EvalDataset
 from flowseg_jax.data.formats import open_layout

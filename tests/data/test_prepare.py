@@ -8,8 +8,8 @@ import threading
 
 import pytest
 
+from flowseg_jax.cli.data import main
 from flowseg_jax.data import prepare
-from flowseg_jax.data.__main__ import main
 from flowseg_jax.data.dataset import FORMAT, PreparedDataset
 from flowseg_jax.data.formats.refcoco import RefCoco
 from flowseg_jax.data.records import examples, make_ref_samples, make_samples
@@ -210,7 +210,8 @@ def test_command_line(layout, tmp_path, capsys):
     command = [
         sys.executable,
         "-m",
-        "flowseg_jax.data",
+        "flowseg_jax",
+        "data",
         "prepare",
         "--source",
         str(tmp_path / "gone"),

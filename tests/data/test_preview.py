@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from flowseg_jax.cli.data import main
 from flowseg_jax.data import formats, masks, preview
-from flowseg_jax.data.__main__ import main
 from flowseg_jax.data.records import Annotation, Example, Expression, RecordErrors, Turn
 from flowseg_jax.errors import UserError
 from tests.helpers import minirefcoco as mini

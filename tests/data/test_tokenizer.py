@@ -95,9 +95,7 @@ def foreign(path, special=("<|im_start|>", "<|im_end|>"), **options):
 
 def test_tokenizer_without_seg_is_refused_and_can_be_extended(tmp_path):
     plain = foreign(tmp_path / "plain")
-    with pytest.raises(
-        UserError, match=r"no single id for '<SEG>' .*add it with `python -m flowseg_jax.data tokenizer"
-    ) as caught:
+    with pytest.raises(UserError, match=r"no single id for '<SEG>' .*add it with `flowseg data add-special-tokens") as caught:
         load_tokenizer(plain)
     assert "\n" not in str(caught.value)
     before = len(AutoTokenizer.from_pretrained(str(plain)))

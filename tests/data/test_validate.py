@@ -6,8 +6,8 @@ import json
 
 import pytest
 
+from flowseg_jax.cli.data import main
 from flowseg_jax.data import published, validate
-from flowseg_jax.data.__main__ import main
 from flowseg_jax.data.leakage import coco_number
 from flowseg_jax.data.records import Example, RecordErrors
 from flowseg_jax.errors import UserError

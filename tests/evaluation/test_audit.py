@@ -7,9 +7,9 @@ import json
 import numpy as np
 import pytest
 
+from flowseg_jax.cli.analyze import main
 from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation import audit, metrics
-from flowseg_jax.evaluation.__main__ import main
 from flowseg_jax.evaluation.protocols import LISA, XSAM
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from flowseg_jax import cli
 from flowseg_jax.checkpoints.pretrained import save_pretrained
+from flowseg_jax.cli.main import main as flowseg
 from flowseg_jax.data import prepare
 from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation import audit
@@ -53,7 +53,7 @@ def flags(place, *more):
 
 def test_benchmarks_by_name(place, tmp_path, capsys):
     benchmarks = "--benchmark=refcoco/val,refcoco/testA"
-    cli.evaluate(flags(place, benchmarks, f"--out={tmp_path}", "--protocol=psalm", "--save-masks"))
+    flowseg(["eval", *flags(place, benchmarks, f"--out={tmp_path}", "--protocol=psalm", "--save-masks")])
     for split in ("val", "testA"):
         result = json.loads((tmp_path / "refcoco" / f"{split}.json").read_text())
         records = audit.read_records(tmp_path / "refcoco" / f"{split}.jsonl")
@@ -85,7 +85,7 @@ def test_benchmarks_by_name(place, tmp_path, capsys):
 )
 def test_what_cannot_be_evaluated_is_said_at_once(place, tmp_path, wrong, message):
     with pytest.raises(UserError, match=message):
-        cli.evaluate(flags(place, f"--out={tmp_path}", *wrong))
+        flowseg(["eval", *flags(place, f"--out={tmp_path}", *wrong)])
     assert not list(tmp_path.iterdir())
 
 
@@ -97,8 +97,8 @@ def test_two_processes_evaluate_as_one(place, tmp_path):
     def start(*more):
         return subprocess.Popen([*common, *more], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
-    joined = [f"--coordinator=127.0.0.1:{free_port()}", "--processes=2"]
-    runs = [start(f"--out={tmp_path / 'two'}", *joined, f"--process={i}") for i in (0, 1)]
+    joined = [f"--coordinator=127.0.0.1:{free_port()}", "--num-processes=2"]
+    runs = [start(f"--out={tmp_path / 'two'}", *joined, f"--process-id={i}") for i in (0, 1)]
     runs.append(start(f"--out={tmp_path / 'one'}"))
     said = [run.communicate(timeout=250)[0] for run in runs]
     assert [run.returncode for run in runs] == [0, 0, 0], "\n".join(said)

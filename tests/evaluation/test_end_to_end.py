@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from flowseg_jax.data.__main__ import main as data_main
+from flowseg_jax.cli.analyze import main as evaluation_main
+from flowseg_jax.cli.data import main as data_main
 from flowseg_jax.data.dataset import PreparedDataset
 from flowseg_jax.data.prompts import PromptTemplates
 from flowseg_jax.data.train_dataset import open_tokenizer
 from flowseg_jax.evaluation import audit, protocols
-from flowseg_jax.evaluation.__main__ import main as evaluation_main
 from flowseg_jax.evaluation.benchmark import EvalModel, ReferringEvaluation
 from flowseg_jax.evaluation.evaluator import Evaluator
 from flowseg_jax.models import flowseg
@@ -177,7 +177,7 @@ def test_the_commands_say_what_the_judge_says(prepared, tmp_path, layout, protoc
     """The same with the shipped checkpoint, by eval.py in a process of its own."""
     root, data = prepared(layout)
     flags = [f"--data={data.directory}", "--split=val", "--save-masks", f"--protocol={protocol}", f"--out={tmp_path}"]
-    command = [sys.executable, "eval.py", *flags, f"--no-target-below={below}"]
+    command = [sys.executable, "eval.py", *flags, f"--no-target-threshold={below}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     records = [json.loads(line) for line in (tmp_path / "val.jsonl").read_text().splitlines()]

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from flowseg_jax.checkpoints.pretrained import save_pretrained
+from flowseg_jax.cli.analyze import main as evaluation_main
 from flowseg_jax.data import images, masks, prepare
 from flowseg_jax.data.dataset import PreparedDataset
 from flowseg_jax.data.prompts import PromptTemplates
@@ -20,7 +21,6 @@ from flowseg_jax.data.records import Annotation, Example
 from flowseg_jax.data.tokenizer import load_tokenizer
 from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation import fusion, generic, panoptic, postprocess
-from flowseg_jax.evaluation.__main__ import main as evaluation_main
 from flowseg_jax.evaluation.panoptic import Segments
 from flowseg_jax.models import flowseg
 from flowseg_jax.models.semantic_flow import SemanticFlowConfig
@@ -516,8 +516,8 @@ def test_an_audit_makes_the_tables_again(prepared, tmp_path, capsys):
     assert "instance, n 6, AP " in audited(tmp_path / "val.jsonl", capsys)
     ours.run("val", tmp_path)  # without masks
     assert set(json.loads(audited(tmp_path / "val.jsonl", capsys, "--json"))) == {"panoptic", "semantic"}
-    with pytest.raises(UserError, match="leave --no-target-below out"):
-        audited(tmp_path / "val.jsonl", capsys, "--no-target-below=0.5")
+    with pytest.raises(UserError, match="leave --no-target-threshold out"):
+        audited(tmp_path / "val.jsonl", capsys, "--no-target-threshold=0.5")
     first, *rest = (tmp_path / "val.jsonl").read_text().splitlines(keepends=True)
     for change in (
         {"missed": [99]},

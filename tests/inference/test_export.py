@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from flowseg_jax.checkpoints.pretrained import save_pretrained
+from flowseg_jax.cli.main import main as flowseg
 from flowseg_jax.data import collate
 from flowseg_jax.data.prompts import PromptTemplates
 from flowseg_jax.data.tokenizer import load_tokenizer, train_tokenizer
@@ -151,7 +152,7 @@ def test_questions_are_found_in_token_ids(tokenizer_directory):
 def test_mistakes(model_directory, tokenizer_directory, tmp_path):
     def fails(message, *flags, checkpoint=model_directory, out=tmp_path / "out"):
         with pytest.raises(UserError, match=message):
-            export.main([f"--checkpoint={checkpoint}", f"--out={out}", *flags])
+            flowseg(["export", f"--checkpoint={checkpoint}", f"--out={out}", *flags])
         assert not (tmp_path / "out").exists()
 
     fails("unknown platform 'gpu'", "--platforms=cpu,gpu")

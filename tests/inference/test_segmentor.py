@@ -16,8 +16,8 @@ from flax import nnx
 from PIL import Image
 from pycocotools import mask as coco
 
-from flowseg_jax import cli
 from flowseg_jax.checkpoints.pretrained import save_pretrained, seal
+from flowseg_jax.cli.main import main as flowseg
 from flowseg_jax.data import collate
 from flowseg_jax.data.prompts import Conversation, PromptTemplates
 from flowseg_jax.data.records import Turn
@@ -310,7 +310,7 @@ def command(monkeypatch, model):
     monkeypatch.setattr(predict, "load", lambda directory: model)
 
     def run_it(out, *flags):
-        code = cli.predict([f"--out={out}", *flags])
+        code = flowseg(["predict", f"--out={out}", *flags])
         table = out / "predictions.jsonl"
         return code, [json.loads(line) for line in table.read_text().splitlines()] if table.exists() else []
 
@@ -367,8 +367,8 @@ def test_one_image_alone_and_in_a_folder(folder, model_directory, monkeypatch, t
     segmentor = predict.load(model_directory)
     monkeypatch.setattr(predict, "load", lambda directory: segmentor)
     texts = ["--text=it", "--text=the red circle"]
-    assert cli.predict([f"--image={folder}", *texts, f"--out={tmp_path / 'many'}", "--save=rle"]) == 1
-    assert cli.predict([f"--image={folder / 'c.png'}", *texts, f"--out={tmp_path / 'one'}"]) == 0
+    assert flowseg(["predict", f"--image={folder}", *texts, f"--out={tmp_path / 'many'}", "--save=rle"]) == 1
+    assert flowseg(["predict", f"--image={folder / 'c.png'}", *texts, f"--out={tmp_path / 'one'}"]) == 0
     lines = [json.loads(line) for line in (tmp_path / "many" / "predictions.jsonl").read_text().splitlines()]
     many = [{**line, "files": None} for line in lines if line["image"].endswith("c.png")]
     alone = [json.loads((tmp_path / "one" / f"c_{name}.json").read_text()) for name in ("it", "the-red-circle")]
@@ -417,8 +417,8 @@ def test_mistakes_in_a_jsonl(command, tmp_path, line, message):
         (["--input=IN/empty.jsonl"], "has no line"),
         (["--input=IN/empty.jsonl", "--text=x"], "its own texts"),
         (["--image=IN/a.png", "--text=x", "--save=overlay,rl"], "'rl'.*did you mean 'rle'"),
-        (["--image=IN/a.png", "--text=x", "--top-k=2", "--all-above=0.5"], "give one of them"),
-        (["--image=IN/a.png", "--text=x", "--all-above=2"], "all_above is 2"),
+        (["--image=IN/a.png", "--text=x", "--top-k=2", "--score-threshold=0.5"], "give one of them"),
+        (["--image=IN/a.png", "--text=x", "--score-threshold=2"], "all_above is 2"),
         (["--image=IN/a.png", "--text=x", "--max-tokens=3"], "--max-tokens belongs to"),
         (["--image=IN/a.png", "--text=x", "--chat=y"], "give one of them"),
         (["--image=IN/a.png", "--text=a <p> b"], "--text: .*<p>"),
@@ -551,7 +551,7 @@ def test_the_command_tells_what_the_model_wrote(taught, monkeypatch, tmp_path, c
     monkeypatch.setattr(predict, "load", lambda directory: taught[0])
     Image.fromarray(picture()).save(tmp_path / "x.png")
     texts = [f"--text={text}" for text in ASKED]
-    assert cli.predict([f"--image={tmp_path / 'x.png'}", "--generate", *texts, f"--out={tmp_path / 'out'}"]) == 0
+    assert flowseg(["predict", f"--image={tmp_path / 'x.png'}", "--generate", *texts, f"--out={tmp_path / 'out'}"]) == 0
     files = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "out").glob("*.json")}
     assert sorted(files) == ["x_it", "x_it_2", "x_that", "x_the-red-circle"]
     assert [files[name]["phrase"] for name in ("x_it", "x_it_2")] == ["the star", "it"]
@@ -559,7 +559,14 @@ def test_the_command_tells_what_the_model_wrote(taught, monkeypatch, tmp_path, c
     assert (none["failure"], none["found"], none["score"], none["area"]) == ("no <SEG>", False, None, 0)
     assert not decode(none).any() and "there" in capsys.readouterr().out
     assert sorted(path.stem for path in (tmp_path / "out").glob("*.png")) == ["x_it", "x_it_2", "x_the-red-circle"]
-    cli.predict([f"--image={tmp_path / 'x.png'}", *(f"--chat={question}" for question in CHATS), f"--out={tmp_path / 'chat'}"])
+    flowseg(
+        [
+            "predict",
+            f"--image={tmp_path / 'x.png'}",
+            *(f"--chat={question}" for question in CHATS),
+            f"--out={tmp_path / 'chat'}",
+        ]
+    )
     files = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "chat").glob("*.json")}
     assert squeezed(files["x_what-do-you-see"]["answer"]) == "apicture." and "failure" not in files["x_what-do-you-see"]
     assert [path.stem for path in (tmp_path / "chat").glob("*.png")] == ["x_where-is-it"]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flowseg_jax.analysis.__main__ import main
+from flowseg_jax.cli.analyze import main
 from flowseg_jax.data import masks, preview
 from flowseg_jax.data.records import Annotation, Expression, RecordErrors, Turn
 from flowseg_jax.data.records import Example as Sample
@@ -140,7 +140,7 @@ def test_pictures_and_diagnoses_escape_every_text_of_a_sample(tmp_path):
         write(folder / "val.jsonl", rows)
         evaluation.save_pictures(folder, "val", {"failed": [picture(**changes)]})
         (folder / "val.json").write_text(json.dumps(table()))
-        for arguments in (["oracle", str(folder / "val.jsonl")], ["rescue", *[str(folder / "val.jsonl")] * 2]):
+        for arguments in (["oracle", str(folder / "val.jsonl")], ["compare-failures", *[str(folder / "val.jsonl")] * 2]):
             assert main([*arguments, "--out", str(folder / "out")]) == 0
         texts = [path.read_text() for path in sorted((folder / "out").glob("*.html"))]
         texts.append(evaluation.write(folder / "report.html", [evaluation.read_row("m", folder)], title="t").read_text())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import collections
 import json
 import math
@@ -15,11 +14,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from flowseg_jax.cli import data
 from flowseg_jax.data import masks
 from flowseg_jax.data.formats import open_layout
 from flowseg_jax.data.records import DatasetReader, Example, examples
 from flowseg_jax.errors import UserError
-from flowseg_jax.synthetic import cli, multi_task
+from flowseg_jax.synthetic import multi_task
 from flowseg_jax.synthetic.scene import COLOURS, SHAPES, TEXTURES, is_held_out
 
 Object = dict[str, Any]
@@ -459,12 +459,8 @@ def test_bad_requests_are_user_errors(tmp_path: Path):
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    parser = argparse.ArgumentParser()
-    cli.add_parser(parser.add_subparsers())
-
     def run(*more: str) -> int:
-        args = parser.parse_args(["companions", "--out", str(tmp_path / "x"), "--seed", "4", *more])
-        return args.run(args)
+        return data.main(["make-multitask", "--out", str(tmp_path / "x"), "--seed", "4", *more])
 
     for scale in ("0", "-1", "nan", "inf"):
         with pytest.raises(UserError, match="--scale"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import ast
 import collections
 import itertools
@@ -17,8 +16,9 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco
 
+from flowseg_jax.cli import data
 from flowseg_jax.errors import UserError
-from flowseg_jax.synthetic import checker, cli, generate, generator, refcoco_writer
+from flowseg_jax.synthetic import checker, generate, generator, refcoco_writer
 from flowseg_jax.synthetic import polygons as outline
 from flowseg_jax.synthetic.expressions import FAMILIES
 from flowseg_jax.synthetic.render import PAINT
@@ -281,15 +281,19 @@ def test_bad_requests_are_user_errors(tmp_path: Path):
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    parser = argparse.ArgumentParser()
-    cli.add_parser(parser.add_subparsers())
-    line = ["shapes", "--out", str(tmp_path / "x"), "--images", "16", "--seed", "4", "--workers", "1", "--preset", "hard"]
-    args = parser.parse_args(line)
-    assert args.run(args) == 0
+    line = ["make-shapes", f"--out={tmp_path / 'x'}", "--num-images=16", "--seed=4", "--num-workers=1", "--preset=hard"]
+    assert data.main(line) == 0
     assert "two-hop" in capsys.readouterr().out and (tmp_path / "x" / "refs(unc).p").exists()
-    assert cli.parse_mix(["attribute=.5", "two-hop=1"]) == {"attribute": 0.5, "two-hop": 1.0}
+
+
+def test_the_mix_of_a_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    asked = []
+    monkeypatch.setattr(generator, "generate", lambda *arguments, **options: asked.append(options["mix"]))
+    line = ["make-shapes", f"--out={tmp_path / 'x'}", "--num-images=16", "--mix"]
+    assert data.main([*line, "attribute=.5", "two-hop=1"]) == 0
+    assert asked == [{"attribute": 0.5, "two-hop": 1.0}]
     with pytest.raises(UserError, match="FAMILY=SHARE"):
-        cli.parse_mix(["attribute"])
+        data.main([*line, "attribute"])
 
 
 # The checker itself: a scene and answers written by hand.

@@ -115,8 +115,8 @@ def test_a_preparation_is_refused_while_another_one_runs(tmp_path):
 def test_every_command_that_writes_is_refused(tmp_path, monkeypatch):
     """Before it reads or computes anything: what they are given does not exist."""
     from convert_weights.export import export_directory
-    from flowseg_jax import cli
     from flowseg_jax.checkpoints.pretrained import save_pretrained, save_pretrained_streaming
+    from flowseg_jax.cli.main import main as flowseg
     from flowseg_jax.inference import export
     from flowseg_jax.training import loop
 
@@ -126,8 +126,8 @@ def test_every_command_that_writes_is_refused(tmp_path, monkeypatch):
     out = tmp_path / "out"
     inside = {
         "train": lambda: loop.train(None, out),
-        "eval": lambda: cli.evaluate([f"--data={prepared}", f"--out={out}"]),
-        "predict": lambda: cli.predict([f"--image={tmp_path / 'x.png'}", "--text=it", f"--out={out}"]),
+        "eval": lambda: flowseg(["eval", f"--data={prepared}", f"--out={out}"]),
+        "predict": lambda: flowseg(["predict", f"--image={tmp_path / 'x.png'}", "--text=it", f"--out={out}"]),
     }
     beside = {
         "export": lambda: export.export("nowhere", out),

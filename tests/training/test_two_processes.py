@@ -71,7 +71,7 @@ def pair() -> list[tuple[str, ...]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    return [(f"--coordinator={address}", "--processes=2", f"--process={index}") for index in range(2)]
+    return [(f"--coordinator={address}", "--num-processes=2", f"--process-id={index}") for index in range(2)]
 
 
 def train_both(config, tmp_path, devices: int) -> list[dict]:

@@ -1,4 +1,4 @@
-"""`python -m convert_weights.parity` on the committed recording of X-SAM, and on damaged copies of it."""
+"""`flowseg parity` on the committed recording of X-SAM, and on damaged copies of it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from convert_weights.parity.__main__ import main
+from flowseg_jax.cli.parity import main
 from flowseg_jax.errors import UserError
 
 GOLDEN = Path(__file__).resolve().parents[2] / "golden" / "xsam"
@@ -204,6 +204,6 @@ def test_mistakes_are_one_line(tmp_path):
 def test_exit_codes(tmp_path):
     """As a command: 2 and one line for a user's mistake."""
     done = subprocess.run(
-        [sys.executable, "-m", "convert_weights.parity", str(tmp_path)], capture_output=True, text=True, cwd=GOLDEN.parents[2]
+        [sys.executable, "-m", "flowseg_jax", "parity", str(tmp_path)], capture_output=True, text=True, cwd=GOLDEN.parents[2]
     )
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1

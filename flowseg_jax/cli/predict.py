@@ -1,0 +1,95 @@
+"""`flowseg predict`: segments what sentences name, in an image, a folder of them or a JSONL."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flowseg_jax.cli.parser import Parser, add_model_flags
+from flowseg_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from flowseg_jax.inference.inputs import PredictionJob
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = Parser(
+        prog="flowseg predict", description="Segments what sentences name, in an image, a folder of them or a JSONL."
+    )
+    add_model_flags(parser)
+    parser.add_argument("--image", metavar="FILE|DIR", help="an image, or a folder of them")
+    parser.add_argument("--input", metavar="JSONL", help='instead: lines {"image": path, "text": one or a list}')
+    parser.add_argument("--text", action="append", metavar="TEXT", help="what to segment; may be repeated")
+    parser.add_argument(
+        "--generate", action="store_true", help="the model writes its answers, with any number of masks, itself"
+    )
+    parser.add_argument(
+        "--chat", action="append", metavar="QUESTION", help="instead of --text: a free question; may be repeated"
+    )
+    parser.add_argument(
+        "--max-tokens", type=int, metavar="N", help="with --generate or --chat: length of an answer, default 128"
+    )
+    parser.add_argument("--top-k", type=int, metavar="N", help="candidates in the JSON, default 5")
+    parser.add_argument(
+        "--score-threshold", type=float, metavar="SCORE", help="instead: all with this score, their union the answer"
+    )
+    parser.add_argument(
+        "--no-target-threshold", type=float, metavar="SCORE", help="best scores below mean that there is no such thing"
+    )
+    parser.add_argument("--save", default="overlay,rle", metavar="KINDS", help="of overlay,rle,png; default overlay,rle")
+    parser.add_argument("--out", metavar="DIR", default="runs/predictions", help="default runs/predictions")
+    arguments = parser.parse_args(argv)
+    from flowseg_jax.system import host
+
+    host.enable_compilation_cache()
+    from flowseg_jax.checkpoints.find import find_model
+    from flowseg_jax.checkpoints.pretrained import read_model_config
+    from flowseg_jax.inference import batch, outputs, segmentor
+    from flowseg_jax.system.console import heartbeat, log
+
+    directory = find_model(arguments.checkpoint, arguments.workdir)
+    read_model_config(directory)  # mistakes are told at once, not after loading
+    jobs = _jobs(arguments)
+    if arguments.top_k is not None and arguments.score_threshold is not None:
+        raise UserError("--top-k and --score-threshold both say which candidates are kept: give one of them")
+    options = {key: getattr(arguments, key) for key in ("top_k", "score_threshold", "no_target_threshold")}
+    options = {key: value for key, value in options.items() if value is not None}
+    segmentor.SelectionConfig(**options)
+    writes = arguments.generate or bool(arguments.chat)
+    if arguments.max_tokens is not None:
+        if not writes:
+            raise UserError("--max-tokens belongs to --generate and --chat: add one of them, or leave it out")
+        options["max_new_tokens"] = arguments.max_tokens
+    many = bool(arguments.input) or Path(arguments.image).is_dir()
+    writer = outputs.PredictionWriter(arguments.out, outputs.kinds(arguments.save), table=many)
+    with writer:
+        with heartbeat("loading"):
+            model = segmentor.load(directory)
+        method = model.chat if arguments.chat else model.generate if writes else model.predict
+        respond = functools.partial(method, **options)
+        done = batch.run(model, jobs, respond, writer, strict=not many)
+    log("\n".join(map(str, done.paths)) if not many else f"{Path(arguments.out) / outputs.TABLE}")
+    if done.last and not writes:
+        log(batch.latency(model, *done.last, respond))
+    return 1 if done.failed else 0
+
+
+def _jobs(arguments: argparse.Namespace) -> list[PredictionJob]:
+    """What `--image` or `--input` and `--text` or `--chat` ask for."""
+    from flowseg_jax.inference import inputs
+
+    texts = arguments.chat or arguments.text
+    if bool(arguments.image) == bool(arguments.input):
+        raise UserError("give --image=FILE, --image=DIR or --input=FILE.jsonl, one of them")
+    if arguments.chat and (arguments.text or arguments.generate):
+        raise UserError("--chat asks free questions, --text and --generate segment: give one of them")
+    if arguments.input:
+        if texts:
+            raise UserError("--input has its own texts: leave --text and --chat out")
+        return inputs.jobs_from_jsonl(arguments.input)
+    if not texts:
+        raise UserError('--text is missing: say what to segment, as in --text="the red circle"')
+    return inputs.jobs_from_images(arguments.image, texts, "--chat" if arguments.chat else "--text")

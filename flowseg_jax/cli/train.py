@@ -1,0 +1,58 @@
+"""`flowseg train`: trains a model; the same command resumes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from flowseg_jax.cli.parser import Parser, add_process_flags, process_group
+
+DEFAULT_CONFIG = "shapes_tiny"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if "--plan" in argv:
+        from flowseg_jax.cli import plan
+
+        return plan.main([argument for argument in argv if argument != "--plan"])
+    parser = Parser(prog="flowseg train", description="Trains FlowSeg; the same command resumes.")
+    add_config_flag(parser)
+    parser.add_argument("--workdir", metavar="DIR", help="where the run lives, default runs/<name of the config>; may be gs://")
+    parser.add_argument("--profile", metavar="START:STEPS", help="trace STEPS steps after step START into <workdir>/profile")
+    parser.add_argument("--plan", action="store_true", help="do not train: the same as `flowseg plan` with the other flags")
+    add_process_flags(parser)
+    if {"-h", "--help"} & set(argv):
+        parser.parse_args(["--help"])
+    from flowseg_jax import experiment
+
+    config, rest = experiment.load(argv)
+    arguments = parser.parse_args(rest)
+    from flowseg_jax.system import host
+
+    host.use_host_devices(config.batch_size // max(1, config.model.negatives_group * config.optimizer.accumulate))
+    host.enable_compilation_cache()
+    with process_group(arguments):
+        from flowseg_jax.training.loop import train
+        from flowseg_jax.training.profiling import Profile
+
+        profile = None if arguments.profile is None else Profile.parse(arguments.profile)
+        train(config, arguments.workdir or Path("runs") / config_name(argv), profile)
+    return 0
+
+
+def add_config_flag(parser: Parser) -> None:
+    """`--config`, for the help; `experiment.load` reads it and takes it out of the arguments."""
+    parser.add_argument(
+        "--config",
+        metavar="CONFIG",
+        help=f"experiment, by name or by path, default {DEFAULT_CONFIG}; --config.KEY=VALUE overrides",
+    )
+
+
+def config_name(argv: Sequence[str]) -> str:
+    """What a run is called: the name of its config, without folder, ending and argument."""
+    following = [*argv[1:], ""]
+    chosen = [a.partition("=")[2] or b for a, b in zip(argv, following, strict=True) if a.partition("=")[0] == "--config"]
+    return Path((chosen or [DEFAULT_CONFIG])[0].split(":")[0]).stem
