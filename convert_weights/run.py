@@ -34,10 +34,11 @@ def convert(request: ConversionRequest, *, check: bool = False) -> None:
         progress = lambda name: log(_line(targets[name]))  # noqa: E731
         (jobs.check if check else jobs.write)(job, request, progress)
         _summary(job.plan)
+    seconds = time.monotonic() - started
     values = sum(math.prod(target.shape) for target in targets.values())
     largest = max(math.prod(target.shape) * target.dtype.itemsize for target in targets.values())
     log(
-        f"{'checked' if check else request.out}: {len(targets)} arrays, {values:,} values in {time.monotonic() - started:.0f} s; "
+        f"{'checked' if check else request.out}: {len(targets)} arrays, {values:,} values in {seconds:.0f} s; "
         f"peak memory {host.peak_memory() >> 20} MiB ({before >> 20} before, largest array {largest >> 20})"
     )
 

@@ -20,11 +20,8 @@ from flowseg_jax.errors import UserError, listed, plain
 from flowseg_jax.system import traces
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ("train.py", "eval.py", "predict.py", "convert_weights/__main__.py")
-COMMANDS += tuple(
-    f"flowseg_jax/{name}.py" for name in ("demo", "stages", "ablation", "export", "model_directory", "planning/shardings")
-)
-COMMANDS += tuple(f"flowseg_jax/{name}/__main__.py" for name in ("data", "diagnose", "evaluation", "parity"))
+COMMANDS = ("train.py", "eval.py", "predict.py", "flowseg_jax/__main__.py")
+COMMANDS += tuple(f"experiments/{name}.py" for name in ("demo", "stages", "ablation"))
 COMMANDS += tuple(f"benchmarks/{name}.py" for name in ("__main__", "input", "measure", "startup", "train_step"))
 
 
@@ -32,7 +29,7 @@ def command(tmp_path, code: str, **environment: str) -> subprocess.CompletedProc
     """Runs a command that is a module of its own; its traces go to `tmp_path`/traces."""
     (tmp_path / "traces").mkdir(exist_ok=True)
     (tmp_path / "the_command.py").write_text(textwrap.dedent(code))
-    start = "from flowseg_jax.errors import run; run('the_command:main')"
+    start = "from flowseg_jax.errors import run_cli; run_cli('the_command:main')"
     paths = os.pathsep.join((str(tmp_path), str(ROOT)))
     environment = os.environ | {"PYTHONPATH": paths, "TMPDIR": str(tmp_path / "traces")} | environment
     listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a suite in the background ignores Ctrl-C
@@ -173,7 +170,7 @@ def test_importing_the_package_installs_nothing():
     code = """
     import logging, sys, threading, signal
     before = sys.excepthook, sys.unraisablehook, threading.excepthook, signal.getsignal(signal.SIGINT)
-    import flowseg_jax.cli, flowseg_jax.inference.segmentor, flowseg_jax.training.loop
+    import flowseg_jax.cli.main, flowseg_jax.inference.segmentor, flowseg_jax.training.loop
     import flowseg_jax.checkpoints.manager, flowseg_jax.data.workers
     assert before == (sys.excepthook, sys.unraisablehook, threading.excepthook, signal.getsignal(signal.SIGINT))
     from flowseg_jax.system.traces import LOGGERS
@@ -191,9 +188,9 @@ def first_statements(file: Path) -> list[ast.stmt]:
 
 
 def test_every_command_is_run_before_anything_is_imported():
-    """A file that is started hands its command to `errors.run` by name, before its own imports."""
+    """A file that is started hands its command to `errors.run_cli` by name, before its own imports."""
     found = set()
-    for folder in (".", "flowseg_jax", "convert_weights", "benchmarks"):
+    for folder in (".", "flowseg_jax", "convert_weights", "experiments", "benchmarks"):
         for file in (ROOT / folder).glob("*.py") if folder == "." else (ROOT / folder).rglob("*.py"):
             statements = first_statements(file)
             guards = [s for s in statements if isinstance(s, ast.If) and ast.unparse(s.test) == "__name__ == '__main__'"]
@@ -201,13 +198,13 @@ def test_every_command_is_run_before_anything_is_imported():
                 continue
             found.add(file.relative_to(ROOT).as_posix())
             code = ast.unparse(guards[0])
-            (name,) = re.findall(r"run\('([\w.]+):\w+'\)", code)
+            (name,) = re.findall(r"run_cli\('([\w.]+):\w+'\)", code)
             own = file.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
             before = statements[: statements.index(guards[0])]
             if name == own:
                 assert before == [], file
             else:
-                assert [ast.unparse(s) for s in before] == ["from flowseg_jax.errors import run"], file
+                assert [ast.unparse(s) for s in before] == ["from flowseg_jax.errors import run_cli"], file
     assert found == set(COMMANDS)
 
 

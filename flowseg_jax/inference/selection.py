@@ -40,8 +40,8 @@ class SelectionConfig:
 
     Attributes:
         top_k: without `score_threshold`, so many candidates are kept; the best one is the answer.
-        score_threshold: in [0, 1]; all candidates with at least this score are kept, and their union is the answer. An empty one is
-            left out, and so is one whose IoU with a better one that is kept is at least NMS_IOU. None: `top_k`.
+        score_threshold: in [0, 1]; all candidates with at least this score are kept, and their union is the answer. An empty
+            one is left out, and so is one whose IoU with a better one that is kept is at least NMS_IOU. None: `top_k`.
         no_target_threshold: in [0, 1]; the answer is nothing where the best score is below. 0: never; None: the model's own.
     """
 

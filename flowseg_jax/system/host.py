@@ -42,8 +42,8 @@ def enable_compilation_cache() -> None:
     """Turns JAX's persistent compilation cache on, in a folder of the user's own, unless the environment says where or not to.
 
     `JAX_COMPILATION_CACHE_DIR` names another folder or bucket, `JAX_ENABLE_COMPILATION_CACHE=false` turns the cache off, and
-    `JAX_COMPILATION_CACHE_MAX_SIZE` replaces `CACHE_BYTES`. Call it before anything is compiled. Where no folder can be made, no
-    program is kept.
+    `JAX_COMPILATION_CACHE_MAX_SIZE` replaces `CACHE_BYTES`. Call it before anything is compiled. Where no folder can be made,
+    no program is kept.
     """
     if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
         return

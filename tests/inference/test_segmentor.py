@@ -17,7 +17,7 @@ from PIL import Image
 from pycocotools import mask as coco
 
 from flowseg_jax.checkpoints.pretrained import save_pretrained, seal
-from flowseg_jax.cli.main import main as flowseg
+from flowseg_jax.cli.main import main as run_flowseg
 from flowseg_jax.data import collate
 from flowseg_jax.data.prompts import Conversation, PromptTemplates
 from flowseg_jax.data.records import Turn
@@ -310,7 +310,7 @@ def command(monkeypatch, model):
     monkeypatch.setattr(predict, "load", lambda directory: model)
 
     def run_it(out, *flags):
-        code = flowseg(["predict", f"--out={out}", *flags])
+        code = run_flowseg(["predict", f"--out={out}", *flags])
         table = out / "predictions.jsonl"
         return code, [json.loads(line) for line in table.read_text().splitlines()] if table.exists() else []
 
@@ -367,8 +367,8 @@ def test_one_image_alone_and_in_a_folder(folder, model_directory, monkeypatch, t
     segmentor = predict.load(model_directory)
     monkeypatch.setattr(predict, "load", lambda directory: segmentor)
     texts = ["--text=it", "--text=the red circle"]
-    assert flowseg(["predict", f"--image={folder}", *texts, f"--out={tmp_path / 'many'}", "--save=rle"]) == 1
-    assert flowseg(["predict", f"--image={folder / 'c.png'}", *texts, f"--out={tmp_path / 'one'}"]) == 0
+    assert run_flowseg(["predict", f"--image={folder}", *texts, f"--out={tmp_path / 'many'}", "--save=rle"]) == 1
+    assert run_flowseg(["predict", f"--image={folder / 'c.png'}", *texts, f"--out={tmp_path / 'one'}"]) == 0
     lines = [json.loads(line) for line in (tmp_path / "many" / "predictions.jsonl").read_text().splitlines()]
     many = [{**line, "files": None} for line in lines if line["image"].endswith("c.png")]
     alone = [json.loads((tmp_path / "one" / f"c_{name}.json").read_text()) for name in ("it", "the-red-circle")]
@@ -551,7 +551,7 @@ def test_the_command_tells_what_the_model_wrote(taught, monkeypatch, tmp_path, c
     monkeypatch.setattr(predict, "load", lambda directory: taught[0])
     Image.fromarray(picture()).save(tmp_path / "x.png")
     texts = [f"--text={text}" for text in ASKED]
-    assert flowseg(["predict", f"--image={tmp_path / 'x.png'}", "--generate", *texts, f"--out={tmp_path / 'out'}"]) == 0
+    assert run_flowseg(["predict", f"--image={tmp_path / 'x.png'}", "--generate", *texts, f"--out={tmp_path / 'out'}"]) == 0
     files = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "out").glob("*.json")}
     assert sorted(files) == ["x_it", "x_it_2", "x_that", "x_the-red-circle"]
     assert [files[name]["phrase"] for name in ("x_it", "x_it_2")] == ["the star", "it"]
