@@ -42,7 +42,7 @@ REGRESSED, FAILED = 1, 2  # exit codes; the third is `ratio.TOO_BUSY`
 PEACEFUL = {"GOMP_SPINCOUNT": "20000"}
 
 
-def run_cli(component: components.Component, dtype: str, arguments: argparse.Namespace) -> dict[str, Any]:
+def run_component(component: components.Component, dtype: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """One component in its own process.
 
     Raises:
@@ -144,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for component, dtype in work:
         try:
             with heartbeat(f"{component.name} {dtype}"):
-                result = run_cli(component, dtype, arguments)
+                result = run_component(component, dtype, arguments)
         except UserError as error:
             failures[f"{component.name} {dtype}"] = str(error)
             log(f"{component.name:20} {dtype:8}  {error}")

@@ -1,6 +1,6 @@
 """One error type for everything a user can put right, and how a command ends whatever happens.
 
-A `UserError` carries one clear line: what is wrong, where (file, field, parameter, shape) and the remedy. `run` prints that
+A `UserError` carries one clear line: what is wrong, where (file, field, parameter, shape) and the remedy. `run_cli` prints that
 line and ends the process with exit code 2. Any other exception is a mistake of ours: it is one line too, with exit code 1, and
 its stack trace is kept in a file that the line names. `FLOWSEG_TRACEBACK=1` prints stack traces.
 """

@@ -2,7 +2,7 @@
 
 Traces come from more places than an exception that ends a command: threads, destructors, and libraries that log the errors of
 their own threads and event loops, often a hundred times what is then raised once. `install` catches all of these. Only commands
-call it (`errors.run`, and the workers that they start); importing this package changes nothing.
+call it (`errors.run_cli`, and the workers that they start); importing this package changes nothing.
 """
 
 from __future__ import annotations

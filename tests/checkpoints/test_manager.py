@@ -196,8 +196,8 @@ def test_restores_into_another_dtype(tmp_path):
 def test_killed_while_saving_leaves_the_older_checkpoint(tmp_path):
     code = f"""
     import jax.numpy as jnp, os, signal
-    from flowseg_jax import checkpoint
-    checkpoints = checkpoint.Checkpoints({str(tmp_path)!r})
+    from flowseg_jax.checkpoints.manager import CheckpointManager
+    checkpoints = CheckpointManager({str(tmp_path)!r})
     checkpoints.save(1, {{"w": jnp.full(100, 1.0)}}, {{}})
     checkpoints.wait()
     checkpoints.save(2, {{"w": jnp.full(20_000_000, 2.0)}}, {{}})

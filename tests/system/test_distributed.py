@@ -27,10 +27,10 @@ jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=proc
 import jax.numpy as jnp
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from flowseg_jax.checkpoints.manager import Checkpoints
+from flowseg_jax.checkpoints.manager import CheckpointManager
 from flowseg_jax.errors import UserError
 from flowseg_jax.checkpoints.manifest import checksums
-from flowseg_jax.checkpoints.pretrained import load_model, save_model
+from flowseg_jax.checkpoints.pretrained import load_pretrained, save_pretrained
 from tests.helpers.trees import abstract_of, largest
 
 mesh = jax.make_mesh((4,), ("fsdp",), axis_types=(AxisType.Auto,))
@@ -43,7 +43,7 @@ def make(step):
 create = jax.jit(make, static_argnums=0, out_shardings={"w": split, "step": whole})
 state = create(3)
 assert not state["w"].is_fully_addressable
-with Checkpoints(workdir, best=("loss", "min")) as checkpoints:
+with CheckpointManager(workdir, best=("loss", "min")) as checkpoints:
     for step in (1, 2, 3):
         checkpoints.save(step, create(step), {"config": {}}, {"loss": state["step"]})
     checkpoints.wait()
@@ -53,15 +53,15 @@ with Checkpoints(workdir, best=("loss", "min")) as checkpoints:
     restored = checkpoints.restore_latest(abstract_of(state))
     assert checkpoints.latest_step == restored.step == 2
 
-model = save_model(workdir / "model", {"w": state["w"]}, {}, workdir / "tokenizer", dtype=None)
-loaded = load_model(model, abstract_of({"w": state["w"]})).params
+model = save_pretrained(workdir / "model", {"w": state["w"]}, {}, workdir / "tokenizer", dtype=None)
+loaded = load_pretrained(model, abstract_of({"w": state["w"]})).params
 if process == 0:
     (workdir / "tokenizer" / "tokenizer.json").unlink()
     (workdir / "tokenizer").rmdir()
 multihost_utils.sync_global_devices("no tokenizer")
 refusal = None
 try:
-    save_model(model, {"w": state["w"]}, {}, workdir / "tokenizer", overwrite=True)
+    save_pretrained(model, {"w": state["w"]}, {}, workdir / "tokenizer", overwrite=True)
 except UserError as error:
     refusal = str(error)
 print("RESULT", json.dumps([checksums(restored.state), checksums(loaded), refusal]))

@@ -36,7 +36,7 @@ def main():
         if what != "end":
             time.sleep(600)
 
-errors.run(main)
+errors.run_cli(main)
 """
 
 
