@@ -46,5 +46,5 @@ def get_config(checkpoint: str = "") -> ConfigDict:
     config.data.update(phrases=PHRASES, masks=PHRASES, text=model.num_visual_tokens + 8 + PHRASES * TOKENS)
     config.optimizer.groups = (("(llm|llm_projector)/.*", 1.0), (".*", None))
     config.optimizer.learning_rate = 2e-4 if model.mask_decoder.embed_dim < 256 else 2e-5
-    config.optimizer.losses.update(language=0.0, points=0 if model.sam.image_size < 256 else 12544)
+    config.optimizer.losses.update(language_weight=0.0, num_points=0 if model.sam.image_size < 256 else 12544)
     return config

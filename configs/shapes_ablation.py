@@ -38,5 +38,5 @@ def get_config(variant: str = "sr_cr_bar") -> ConfigDict:
     config.init_from = tuple(f"{part}={TOWERS}" for part in SHARED)
     config.data.tokenizer = f"{TOWERS}/tokenizer"
     config.optimizer.groups = ((f"({'|'.join(SHARED)})/.*", None), (".*", 1.0))
-    config.optimizer.losses.language = 0.0
+    config.optimizer.losses.language_weight = 0.0
     return config

@@ -36,7 +36,7 @@ def get_config(learns: str = "frozen") -> ConfigDict:
     config.data.text = 336
     if learns == "frozen":
         config.optimizer.groups = (("llm/.*", None), (".*", 1.0))
-        config.optimizer.losses.language = 0.0
+        config.optimizer.losses.language_weight = 0.0
     else:
         config.optimizer.groups = (("llm/.*", 0.04), (".*", 1.0))
     return config

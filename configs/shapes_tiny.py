@@ -53,18 +53,18 @@ def get_config() -> ConfigDict:
     config.optimizer.frozen_dtype = "float32"  # what the matrices of frozen components rest in
     config.optimizer.losses = ConfigDict(
         {
-            "language": 0.1,
-            "class_": 2.0,
-            "class_gain": 4.0,
-            "mask": 5.0,
-            "dice": 5.0,
-            "background": 0.1,
-            "points": 0,
-            "oversample": 3.0,
-            "importance": 0.75,
-            "named": 1.0,
-            "category": 1.0,
-            "vocabulary_chunk": 4096,
+            "language_weight": 0.1,
+            "class_weight": 2.0,
+            "class_loss_scale": 4.0,
+            "mask_weight": 5.0,
+            "dice_weight": 5.0,
+            "no_object_weight": 0.1,
+            "num_points": 0,
+            "oversample_ratio": 3.0,
+            "importance_sample_ratio": 0.75,
+            "generic_weight": 1.0,
+            "closed_vocab_weight": 1.0,
+            "logits_chunk_size": 4096,
         }
     )
 

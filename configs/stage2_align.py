@@ -24,7 +24,7 @@ def get_config(llm: str = "qwen3_4b") -> ConfigDict:
     config, model = stage(llm)
     model = dataclasses.replace(model, components="vlm", generic_pass="off", negatives_group_size=1)
     config.data.update(phrases=1, masks=1, square=True)
-    config.optimizer.losses.language = 1.0
+    config.optimizer.losses.language_weight = 1.0
     if llm == "tiny":
         config.init_from = ("sam=runs/stage1_segmentor/model",)
         config.steps = 300

@@ -50,14 +50,14 @@ def stage(llm: str) -> tuple[ConfigDict, FlowSegConfig]:
         config.log_every = 10
         config.checkpoint_every = 100
         config.data.tokenizer = TINY_TOKENIZER
-        config.optimizer.losses.class_gain = 1.0
+        config.optimizer.losses.class_loss_scale = 1.0
         return config, dataclasses.replace(FlowSegConfig.tiny(TINY_VOCAB), generic_pass="off")
     config.log_every = 10
     config.checkpoint_every = 500
     config.data.tokenizer = f"weights/{llm}/tokenizer"
     config.data.chat = "phi3_chat" if llm == "phi3_mini" else "qwen3_instruct"
     config.optimizer.b2 = 0.999
-    config.optimizer.losses.update(language=1.0, class_gain=1.0, points=12544, vocabulary_chunk=512)
+    config.optimizer.losses.update(language_weight=1.0, class_loss_scale=1.0, num_points=12544, logits_chunk_size=512)
     config.mesh.update(data=1, fsdp=-1)
     return config, FlowSegConfig.full(LANGUAGE_MODELS[llm]())
 

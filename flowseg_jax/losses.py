@@ -233,7 +233,7 @@ def downsample_packed_masks(packed: UInt8[Array, "b m s s8"], size: tuple[int, i
     b, m, s, _ = packed.shape
     height, width = size
     if s % height or s % width:
-        raise ValueError(f"losses.points=0 needs a mask grid that divides the image: {s} pixels, a grid of {size}")
+        raise ValueError(f"losses.num_points=0 needs a mask grid that divides the image: {s} pixels, a grid of {size}")
     bits = jnp.unpackbits(packed, axis=-1, count=s).astype(jnp.float32)
     return bits.reshape(b, m, height, s // height, width, s // width).mean((3, 5)).reshape(b, m, -1)
 

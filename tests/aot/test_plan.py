@@ -204,7 +204,7 @@ def smallest_config() -> ConfigDict:
     config.update(batch_size=8, steps=10)
     config.data.update(text=60, phrases=2, masks=3)
     config.optimizer.update(groups=((r"sam/.*", None), (".*", 1.0)))
-    config.optimizer.losses.update(vocabulary_chunk=16)
+    config.optimizer.losses.update(logits_chunk_size=16)
     config.mesh.update(data=2, fsdp=4)
     return config
 

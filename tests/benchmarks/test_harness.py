@@ -272,7 +272,7 @@ def small_config() -> ConfigDict:
     config.model = ConfigDict(model.to_dict())
     config.batch_size = 4
     config.data.update(text=1 + model.num_visual_tokens + 3 * 6, phrases=2, masks=3)
-    config.optimizer.losses.update(points=24, vocabulary_chunk=64)
+    config.optimizer.losses.update(num_points=24, logits_chunk_size=64)
     return config
 
 

@@ -41,7 +41,7 @@ def config(prepared) -> ConfigDict:
     config.model = ConfigDict(cfg.to_dict())
     config.update(steps=6, log_every=1, checkpoint_every=2, batch_size=2)
     config.data.update(dir=str(prepared.directory), images=0, text=120, phrases=2, masks=4)
-    config.optimizer.losses.update(points=24, vocabulary_chunk=64)
+    config.optimizer.losses.update(num_points=24, logits_chunk_size=64)
     return config
 
 
@@ -190,7 +190,7 @@ def test_a_batch_is_learnt_by_heart(config, prepared):
     experiment = small.experiment(cfg, batch)
     experiment.steps = steps
     experiment.optimizer.update(learning_rate=3e-3, weight_decay=0.0)
-    experiment.optimizer.losses.update(points=64, language=0.1)
+    experiment.optimizer.losses.update(num_points=64, language_weight=0.1)
     run = program.TrainProgram.build(experiment, jax.devices()[:1])
     graphdef, params = flowseg.init_model(cfg, 0)
     state, batch = small.start(run, params), run.to_device(batch)

@@ -78,8 +78,8 @@ def test_options_losses_optimizer_and_prompts_are_those_of_the_config():
             "losses": {field.name: 10.0 + n for n, field in enumerate(dataclasses.fields(LossConfig))},
         }
     )  # fmt: skip
-    config.optimizer.losses.update(points=8, vocabulary_chunk=32)
-    config.optimizer.losses.importance = 0.5
+    config.optimizer.losses.update(num_points=8, logits_chunk_size=32)
+    config.optimizer.losses.importance_sample_ratio = 0.5
     plan = RunConfig.from_config(config)
     assert plan.options == TrainOptions(
         objects="referred", include_generic=False, negatives=True, curriculum=((5, {"color": 1.0}),), explanation_prob=0.25,

@@ -58,14 +58,14 @@ class Run:
             plan=SimpleNamespace(optimizer=OPTIMIZER),
             state=state_of(-1),
             batch=batch,
-            place=lambda batch: f"placed {batch}",
+            to_device=lambda batch: f"placed {batch}",
             initial_state=lambda config: write(("initial", config.seed)) or state_of(0),
             step=SimpleNamespace(lower=self.lower),
         )
         self.data = SimpleNamespace(digest=DIGEST, iterate=self.iterate)
         run = self
 
-        class Checkpoints(contextlib.AbstractContextManager):
+        class CheckpointManager(contextlib.AbstractContextManager):
             def __init__(self, workdir, **policy):
                 write(("checkpoints", Path(workdir).name, policy))
 
@@ -86,17 +86,17 @@ class Run:
             def __exit__(self, *_):
                 write("checkpoints closed")
 
-        class Stop(contextlib.AbstractContextManager):
-            def behind(self, step):
+        class GracefulStop(contextlib.AbstractContextManager):
+            def should_stop(self, step):
                 write(("stop?", step))
                 return step == stop
 
             def __exit__(self, *_):
                 write("handlers back")
 
-        Stop.interrupted = interrupted
+        GracefulStop.interrupted = interrupted
 
-        class Report:
+        class MetricReporter:
             def __init__(self, program, data, writer, start):
                 assert (program, data) == (run.program, run.data)
                 write(("report", start))
@@ -104,32 +104,32 @@ class Run:
             def log(self, step, metrics):
                 write(("log", step, metrics))
 
-            def read(self):
-                write("read")
+            def flush(self):
+                write("flush metrics")
 
         class Profiler:
             def __init__(self, profile, directory):
                 write(("profiler", profile, Path(directory).name))
 
-            def before(self, step):
-                write(("before", step))
+            def on_step_start(self, step):
+                write(("step starts", step))
 
-            def after(self, step, metrics):
-                write(("after", step, metrics))
+            def on_step_end(self, step, metrics):
+                write(("step ends", step, metrics))
 
             def close(self):
                 write("profiler closed")
 
         writer = SimpleNamespace(flush=lambda: write("flush"), close=lambda: write("writer closed"))
         for name, part in {
-            "Checkpoints": Checkpoints,
-            "Stop": Stop,
-            "Report": Report,
+            "CheckpointManager": CheckpointManager,
+            "GracefulStop": GracefulStop,
+            "MetricReporter": MetricReporter,
             "Profiler": Profiler,
             "open_train_data": lambda config, program: self.data,
-            "describe": lambda program: write("describe"),
+            "log_run_summary": lambda program: write("summary"),
             "create_writer": lambda workdir, **options: write(("writer", Path(workdir).name, options)) or writer,
-            "export": lambda plan, state, config, data, workdir: write(("export", int(state.step))) or "the model",
+            "save_final_model": lambda plan, state, config, data, workdir: write(("model", int(state.step))) or "the model",
         }.items():
             monkeypatch.setattr(loop, name, part)
 
@@ -166,12 +166,12 @@ def test_a_whole_run_in_order(monkeypatch, tmp_path):
 
     def step(n, *between, last=False):
         log = [("log", n, f"metrics {n}")] if n % 2 == 0 or last else []
-        begin = [("before", n), ("step", n, f"placed batch {n - 1}"), "read"]
-        return [*begin, *log, ("after", n, f"metrics {n}"), ("stop?", n), *between]
+        begin = [("step starts", n), ("step", n, f"placed batch {n - 1}"), "flush metrics"]
+        return [*begin, *log, ("step ends", n, f"metrics {n}"), ("stop?", n), *between]
 
-    save = lambda n: ["read", "flush", ("save", n, position(n), f"metrics {n}")]  # noqa: E731
+    save = lambda n: ["flush metrics", "flush", ("save", n, position(n), f"metrics {n}")]  # noqa: E731
     assert run.events == [
-        "describe",
+        "summary",
         ("checkpoints", "run", {"keep": 3, "keep_every": 7, "best": ("loss", "min")}),
         ("initial", 9),
         ("writer", "run", {"steps": 5, "start_step": 0, "primary": True}),
@@ -188,7 +188,7 @@ def test_a_whole_run_in_order(monkeypatch, tmp_path):
         "batches closed",
         "handlers back",
         "checkpoints closed",
-        ("export", 5),
+        ("model", 5),
     ]
     assert (tmp_path / "run/config.json").read_text() == configs.to_json(config) + "\n"
 
@@ -211,7 +211,7 @@ def test_a_run_goes_on_where_it_was(monkeypatch, tmp_path, capsys):
 def test_a_finished_run_compiles_nothing_and_writes_its_model(monkeypatch, tmp_path):
     run = Run(monkeypatch, restored(5))
     assert run(config_of(), tmp_path) == "the model"
-    assert not run.of("compile", "step", "save") and run.of("export") == [("export", 5)]
+    assert not run.of("compile", "step", "save") and run.of("model") == [("model", 5)]
 
 
 def test_more_steps_are_said_with_the_learning_rates(monkeypatch, tmp_path, capsys):
@@ -254,7 +254,7 @@ def test_a_stop_saves_waits_and_ends(monkeypatch, tmp_path, capsys, interrupted,
     assert stopped.value.args == code
     tail = run.events[run.events.index(("stop?", 2)) :]
     saved = ("save", 2, {"data_position": 2, "data": DIGEST}, "metrics 2")
-    assert tail[:5] == [("stop?", 2), "read", "flush", saved, "wait"]
+    assert tail[:5] == [("stop?", 2), "flush metrics", "flush", saved, "wait"]
     assert set(tail[5:]) == {"profiler closed", "writer closed", "batches closed", "handlers back", "checkpoints closed"}
     said = capsys.readouterr().out
     assert said == f"stopped: the state of step 2 is saved in {tmp_path}; the same command continues\n"
@@ -285,7 +285,7 @@ def test_another_run_is_refused_and_its_config_stays(monkeypatch, tmp_path, chan
     run = Run(monkeypatch, restored(3, **meta))
     with pytest.raises(UserError, match=message):
         run(config_of(**changes), tmp_path)
-    assert (tmp_path / "config.json").read_text() == "as it was" and not run.of("writer", "step", "export")
+    assert (tmp_path / "config.json").read_text() == "as it was" and not run.of("writer", "step", "model")
 
 
 def test_what_may_change_does_and_an_older_checkpoint_without_a_digest_goes_on(monkeypatch, tmp_path):
@@ -322,8 +322,8 @@ def reporting(monkeypatch):
     )
     asked = []
     monkeypatch.setattr(loop.flops, "step_flops", lambda *args: asked.append(args) or {"x": 30.0, "y": 70.0})
-    monkeypatch.setattr(loop.devices, "mfu", lambda *args: asked.append(args) or 0.25)
-    monkeypatch.setattr(loop.devices, "memory_in_use", lambda ds: {"in_use": 1, "peak": 3 * 2**30, "limit": 7})
+    monkeypatch.setattr(loop.hardware, "mfu", lambda *args: asked.append(args) or 0.25)
+    monkeypatch.setattr(loop.hardware, "memory_in_use", lambda ds: {"in_use": 1, "peak": 3 * 2**30, "limit": 7})
     monkeypatch.setattr(loop, "Throughput", lambda start, batch: lambda step: {"steps_per_second": 4.0, "seen": start + batch})
     writer = SimpleNamespace(write_scalars=lambda *args: written.append(args))
     data = SimpleNamespace(batch=lambda i: SimpleNamespace(example_id=np.array([i])))
@@ -332,27 +332,27 @@ def reporting(monkeypatch):
 
 def test_metrics_are_written_once_with_speed_and_devices(reporting):
     report, written, asked = reporting
-    report.read()
+    report.flush()
     assert not written
     report.log(21, {"loss": np.float32(1.5), "skipped_in_a_row": np.int32(4)})
     assert not written  # a step later
-    report.read()
-    report.read()
+    report.flush()
+    report.flush()
     known = {"loss": 1.5, "skipped_in_a_row": 4.0, "steps_per_second": 4.0, "seen": 28, "mfu": 0.25, "memory_gib": 3.0}
     assert written == [(21, known)]
     assert asked == [("m", SimpleNamespace(batch=8), "l", "t", "f"), (100.0, 0.25, ["d0", "d1"])]
     report.log(22, {"skipped_in_a_row": 5})
     with pytest.raises(UserError, match=r"the last 5 updates up to step 22 .*skip_limit is 4; .*batches: 19; 20; 21$"):
-        report.read()
+        report.flush()
     assert written[1][0] == 22  # what is wrong stands in the metrics
 
 
 def test_what_devices_do_not_tell_is_left_out(reporting, monkeypatch):
     report, written, _ = reporting
-    monkeypatch.setattr(loop.devices, "mfu", lambda *_: None)
-    monkeypatch.setattr(loop.devices, "memory_in_use", lambda _: {"peak": None})
+    monkeypatch.setattr(loop.hardware, "mfu", lambda *_: None)
+    monkeypatch.setattr(loop.hardware, "memory_in_use", lambda _: {"peak": None})
     report.log(1, {"skipped_in_a_row": 0})
-    report.read()
+    report.flush()
     assert written[0][1].keys() == {"skipped_in_a_row", "steps_per_second", "seen"}
 
 
@@ -367,7 +367,7 @@ def test_two_skipped_updates_in_a_row_name_two_batches():
 @pytest.mark.parametrize(("peak", "line"), [(None, "MFU and device memory: n/a on abacus\n"), (1e12, "")])
 def test_what_is_trained_is_said(monkeypatch, capsys, peak, line):
     devices = np.array([[SimpleNamespace(device_kind="abacus")]])
-    monkeypatch.setattr(loop.devices, "peak_flops", lambda device: {"abacus": peak}[device.device_kind])
+    monkeypatch.setattr(loop.hardware, "peak_flops", lambda device: {"abacus": peak}[device.device_kind])
     state = SimpleNamespace(trainable={"a": np.zeros(1200)}, frozen={"b": np.zeros((2, 20))})
     mesh = SimpleNamespace(shape={"data": 2, "fsdp": 3}, devices=devices)
     loop.log_run_summary(SimpleNamespace(state=state, mesh=mesh))
@@ -376,7 +376,7 @@ def test_what_is_trained_is_said(monkeypatch, capsys, peak, line):
 
 def test_the_model_is_written_with_what_it_was_made_from(monkeypatch, tmp_path, capsys):
     saved = {}
-    monkeypatch.setattr(loop, "save_model", lambda *args, **options: saved.update(args=args, options=options) or args[0])
+    monkeypatch.setattr(loop, "save_pretrained", lambda *args, **options: saved.update(args=args, options=options) or args[0])
     state = state_of(4)
     plan = SimpleNamespace(model=SimpleNamespace(to_dict=lambda: {"the": "model"}), prompts=Profile(1, 2))
     data = SimpleNamespace(digest=DIGEST, tokenizer=SimpleNamespace(name="its directory"))
@@ -423,7 +423,7 @@ def test_data_sets_of_a_config_are_opened_mixed_and_said(monkeypatch, capsys):
         )
 
     monkeypatch.setattr(loop.PreparedDataset, "open", lambda directory: sets[directory])
-    monkeypatch.setattr(loop, "mix", mix)
+    monkeypatch.setattr(loop, "build_mixture", mix)
     monkeypatch.setattr(loop, "held_out_keys", lambda sources: [str(getattr(s, "directory", s)) for s in sources])
     config = config_of()
     config.data.update(sets=(("a", 0.5), ("b", 1.5), ("c", 2.0)), held_out=("list.txt",))
@@ -441,7 +441,7 @@ def test_data_sets_of_a_config_are_opened_mixed_and_said(monkeypatch, capsys):
 
 
 def test_the_embedded_set_is_made_as_the_config_says(monkeypatch):
-    monkeypatch.setattr(loop, "ensure_shapes", lambda *args, **options: (args, options))
+    monkeypatch.setattr(loop, "load_or_build_shapes", lambda *args, **options: (args, options))
     config = config_of()
     config.data.update(dir="d", images=60, seed=4, mix=(("color", 0.75),), tokenizer="")
     options = {"log": loop.log, "mix": {"color": 0.75}, "tokenizer_vocab": config.model.llm.vocab_size}
@@ -454,7 +454,7 @@ def test_the_embedded_set_is_made_as_the_config_says(monkeypatch):
 def opening(monkeypatch):
     """`open_train_data` of (members, model, tokenizer): the arguments of the data, and which set gave the tokenizer."""
 
-    def opened(members, classes=0, speaks=True, vocab=300, own=300):
+    def opened(members, classes=0, language=True, vocab=300, own=300):
         asked = {}
         tokenizer = SimpleNamespace(vocab=own, name="tok")
 
@@ -466,15 +466,17 @@ def opening(monkeypatch):
             asked.update(args=args, options=options)
             return SimpleNamespace(remarks=["one", "two"])
 
-        monkeypatch.setattr(loop, "open_members", lambda config: members)
+        monkeypatch.setattr(loop, "load_mixture", lambda config: members)
         monkeypatch.setattr(loop, "open_tokenizer", open_tokenizer)
-        monkeypatch.setattr(loop, "TrainData", train_data)
-        model = SimpleNamespace(speaks=speaks, classes=classes, llm=SimpleNamespace(vocab=vocab), visual_tokens=17)
+        monkeypatch.setattr(loop, "TrainDataset", train_data)
+        model = SimpleNamespace(
+            has_language_model=language, num_classes=classes, llm=SimpleNamespace(vocab_size=vocab), num_visual_tokens=17
+        )
         plan = SimpleNamespace(model=model, prompts="prompts", shape="shape", options="options")
         config = config_of()
         config.data.tokenizer = "elsewhere"
-        loop.open_train_data(config, SimpleNamespace(plan=plan, rows=lambda: [1, 3]))
-        asked["same"] = asked["options"].pop("tokenizer") is (tokenizer if speaks else None)
+        loop.open_train_data(config, SimpleNamespace(plan=plan, local_rows=lambda: [1, 3]))
+        asked["same"] = asked["options"].pop("tokenizer") is (tokenizer if language else None)
         return asked
 
     return opened
@@ -494,7 +496,7 @@ def test_the_data_are_opened_with_what_the_plan_says(opening, capsys):
     assert asked["options"] == {"visual_tokens": 17, "options": "options", "rows": [1, 3]}
     assert capsys.readouterr().out == "WARNING: one\nWARNING: two\n"
     assert opening(members[:1])["tokenizer"][0] == "a"
-    asked = opening(members, speaks=False, own=999)
+    asked = opening(members, language=False, own=999)
     assert "tokenizer" not in asked and asked["same"]
 
 
