@@ -31,7 +31,7 @@ def get_config(variant: str = "sr_cr_bar") -> ConfigDict:
     model = FlowSegConfig.from_dict(config.model.to_dict())
     flow, boundary = dataclasses.replace(model.semantic_flow, mode=mode), dataclasses.replace(model.boundary, enabled=refines)
     config.model = ConfigDict(dataclasses.replace(model, semantic_flow=flow, boundary=boundary).to_dict())
-    config.model.classes = 0
+    config.model.num_classes = 0
     config.steps = 500
     config.log_every = 50
     config.checkpoint_every = 200

@@ -15,7 +15,7 @@ def get_config() -> ConfigDict:
     config.checkpoint = ConfigDict({"keep": 2, "keep_every": 0, "best": ()})  # the last, every n-th, (metric, "min" or "max")
     config.init_from = ()  # ([component=]DIR, ...), models and components to start from; empty: random initialisation
 
-    config.model = ConfigDict(FlowSegConfig.tiny(vocab=512, num_classes=384).to_dict())
+    config.model = ConfigDict(FlowSegConfig.tiny(vocab_size=512, num_classes=384).to_dict())
 
     config.data = ConfigDict()
     config.data.dir = "data/shapes"  # generated and prepared once if it is missing

@@ -203,7 +203,7 @@ def random_params(cfg):
 @pytest.fixture(scope="module")
 def model_directory(tokenizer_directory, tmp_path_factory):
     """A tiny FlowSeg of random numbers."""
-    cfg = FlowSegConfig.tiny(vocab=load_tokenizer(tokenizer_directory).vocab)
+    cfg = FlowSegConfig.tiny(vocab_size=load_tokenizer(tokenizer_directory).vocab)
     params = random_params(cfg)
     directory = tmp_path_factory.mktemp("model") / "tiny"
     return save_pretrained(directory, params, cfg.to_dict(), tokenizer_directory, extra={"prompts": {"question": 1}})
@@ -459,7 +459,7 @@ CHATS = {"what do you see?": "a picture.", "where is it?": "<p>it</p> <SEG>.", "
 def taught(tokenizer_directory):
     """A tiny FlowSeg whose language head is solved for: it gives the answers above about `picture()`, word by word."""
     tokenizer, prompts = load_tokenizer(tokenizer_directory), PromptTemplates(randomize=False)
-    cfg = FlowSegConfig.tiny(vocab=tokenizer.vocab)
+    cfg = FlowSegConfig.tiny(vocab_size=tokenizer.vocab)
     cfg = dataclasses.replace(cfg, llm=dataclasses.replace(cfg.llm, tie_word_embeddings=False))
     graphdef, _ = flowseg.abstract_model(cfg)
     params = random_params(cfg)

@@ -31,7 +31,7 @@ def prepared(tmp_path_factory):
 @pytest.fixture(scope="module")
 def config(prepared) -> ConfigDict:
     config = configs.read("configs/shapes_tiny.py")
-    cfg = dataclasses.replace(small.lean(negatives_group_size=1), classes=len(prepared.categories))
+    cfg = dataclasses.replace(small.lean(negatives_group_size=1), num_classes=len(prepared.categories))
     cfg = dataclasses.replace(
         cfg,
         llm=dataclasses.replace(
@@ -46,8 +46,8 @@ def config(prepared) -> ConfigDict:
 
 
 def lines(workdir) -> list[dict]:
-    train_examples = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if "per_second" not in k} for row in train_examples]
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if "per_second" not in k} for row in rows]
 
 
 def counted(config: ConfigDict, workdir) -> int:
@@ -80,8 +80,8 @@ def finished(config, tmp_path_factory):
 def test_one_compilation_a_run_and_every_step_logged(finished):
     workdir, traced = finished
     assert traced == 1
-    train_examples = lines(workdir)
-    assert [row["step"] for row in train_examples] == [1, 2, 3, 4, 5, 6]
+    rows = lines(workdir)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert {
         "loss",
         "loss_language",
@@ -89,9 +89,9 @@ def test_one_compilation_a_run_and_every_step_logged(finished):
         "loss_refer_mask",
         "loss_refer_dice",
         "learning_rate",
-    } <= train_examples[0].keys()
-    parts = sum(value for name, value in train_examples[0].items() if name.startswith("loss_"))
-    assert train_examples[0]["loss"] == pytest.approx(parts, rel=1e-5)
+    } <= rows[0].keys()
+    parts = sum(value for name, value in rows[0].items() if name.startswith("loss_"))
+    assert rows[0]["loss"] == pytest.approx(parts, rel=1e-5)
     assert (workdir / "tensorboard").is_dir()
 
 
@@ -105,7 +105,7 @@ def test_resuming_gives_the_same_losses_to_the_bit(config, finished, tmp_path, c
                 raise RuntimeError("killed")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "Report", Interrupting)
+        patch.setattr(loop, "MetricReporter", Interrupting)
         with pytest.raises(RuntimeError, match="killed"):
             loop.train(config, tmp_path)
     longer_log = configs.from_json(configs.to_json(config))
@@ -117,8 +117,8 @@ def test_resuming_gives_the_same_losses_to_the_bit(config, finished, tmp_path, c
 
 def test_a_changed_model_is_an_error_that_names_the_keys(config, finished):
     changed = configs.from_json(configs.to_json(config))
-    changed.model.decoder.queries = 6
-    with pytest.raises(UserError, match=r"other values of model\.decoder\.queries"):
+    changed.model.mask_decoder.num_queries = 6
+    with pytest.raises(UserError, match=r"other values of model\.mask_decoder\.num_queries"):
         loop.train(changed, finished[0])
 
 
@@ -168,7 +168,9 @@ def test_what_is_remarked_of_the_data_is_said(config, monkeypatch, capsys):
 @pytest.mark.parametrize("name", ["shapes_tiny", "shapes_shipped", "shapes_smollm2", "shapes_smollm2.py:full"])
 def test_the_configs_ask_for_data_that_their_model_can_read(name, monkeypatch):
     asked = {}
-    monkeypatch.setattr(loop, "ensure_shapes", lambda directory, images, seed, **options: asked.update(options, seed=seed))
+    monkeypatch.setattr(
+        loop, "load_or_build_shapes", lambda directory, images, seed, **options: asked.update(options, seed=seed)
+    )
     file, _, argument = name.removesuffix(".py").partition(".py:")
     config, _ = configs.load([f"--config=configs/{file}.py" + (f":{argument}" if argument else "")])
     plan = loop.RunConfig.from_config(config)

@@ -26,7 +26,7 @@ from tests.helpers import small
 
 CFG = small.lean()
 SEGMENTOR = dataclasses.replace(
-    small.config(), parts="segmentor", named_pass="off", semantic_flow=SemanticFlowConfig(mode="off")
+    small.config(), components="segmentor", generic_pass="off", semantic_flow=SemanticFlowConfig(mode="off")
 )
 
 
@@ -45,11 +45,11 @@ def experiment(cfg=CFG, **data) -> ConfigDict:
     [
         (0, "off", "all", "referred", False),
         (3, "off", "all", "all", False),
-        (0, "flow", "all", "all", True),
-        (3, "plain", "all", "all", True),
+        (0, "with_flow", "all", "all", True),
+        (3, "without_flow", "all", "all", True),
         (3, "off", "referred", "referred", False),
-        (0, "flow", "referred", "referred", False),
-        (3, "flow", "referred", "referred", False),
+        (0, "with_flow", "referred", "referred", False),
+        (3, "with_flow", "referred", "referred", False),
     ],
 )
 def test_all_objects_are_targets_where_a_pass_needs_them(classes, named, asked, objects, generic):
@@ -59,7 +59,9 @@ def test_all_objects_are_targets_where_a_pass_needs_them(classes, named, asked, 
     assert (options.objects, options.include_generic) == (objects, generic)
 
 
-@pytest.mark.parametrize(("named", "asked", "names"), [("off", 3, 0), ("flow", 3, 3), ("flow", 0, 4), ("plain", 3, 3)])
+@pytest.mark.parametrize(
+    ("named", "asked", "names"), [("off", 3, 0), ("with_flow", 3, 3), ("with_flow", 0, 4), ("without_flow", 3, 3)]
+)
 def test_room_for_names_and_the_other_sizes_of_a_batch(named, asked, names):
     plan = RunConfig.from_config(experiment(dataclasses.replace(CFG, num_classes=2, generic_pass=named), names=asked))
     assert plan.shape == BatchShape(
@@ -86,7 +88,7 @@ def test_options_losses_optimizer_and_prompts_are_those_of_the_config():
         lsj_scale_range=(0.5, 1.5), pad_to_square=False, threads=3, workers=2,
     )  # fmt: skip
     wanted = {f.name: 10.0 + n for n, f in enumerate(dataclasses.fields(LossConfig))}
-    assert plan.losses == LossConfig(**wanted | {"points": 8, "vocabulary_chunk": 32, "importance": 0.5})
+    assert plan.losses == LossConfig(**wanted | {"num_points": 8, "logits_chunk_size": 32, "importance_sample_ratio": 0.5})
     assert plan.optimizer == OptimizerConfig(
         0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, (("sam/.*", None), (".*", 0.8)), 3, 4, "bfloat16"
     )
@@ -108,7 +110,9 @@ def test_square_is_for_models_without_a_mask_decoder():
 def test_the_smallest_and_largest_values_that_fit():
     queries, visual = CFG.mask_decoder.num_queries, CFG.num_visual_tokens
     assert RunConfig.from_config(experiment(masks=queries, text=visual + 1)).shape.max_masks == queries
-    with pytest.raises(UserError, match=rf"data\.masks is {queries + 1}, .*model\.decoder\.queries={queries}: lower the one"):
+    with pytest.raises(
+        UserError, match=rf"data\.masks is {queries + 1}, .*model\.mask_decoder\.num_queries={queries}: lower the one"
+    ):
         RunConfig.from_config(experiment(masks=queries + 1))
     with pytest.raises(UserError, match=rf"data\.text is {visual}, and an image alone takes {visual} tokens: raise it"):
         RunConfig.from_config(experiment(text=visual))
@@ -131,7 +135,7 @@ def built():
 
     config = experiment()
     config.optimizer.update(accumulate=3, frozen_dtype="bfloat16", learning_rate=0.5, warmup=0.1)
-    config.optimizer.groups = (("sam/.*|llm/.*", None), ("decoder/.*", 0.5), (".*", 1.0))
+    config.optimizer.groups = (("sam/.*|llm/.*", None), ("mask_decoder/.*", 0.5), (".*", 1.0))
     config.init_from = ("sam=somewhere",)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "make_train_step", make_train_step)
@@ -142,11 +146,11 @@ def built():
 def test_the_step_is_made_from_what_the_config_says(built):
     _, program, seen = built
     plan, step = program.plan, seen["step"]
-    assert seen["optimizer"] == (plan.optimizer, 50, program.rates)
+    assert seen["optimizer"] == (plan.optimizer, 50, program.lr_multipliers)
     assert (step["cfg"], step["losses"], step["seed"]) == (plan.model, plan.losses, 11)
     assert step["optimizer"] is program.optimizer and step["mesh"] is program.mesh and step["graphdef"] is program.graphdef
     assert step["division"] is program.division
-    assert (program.division.images, program.division.devices, program.division.parts) == (6, 1, 3)
+    assert (program.division.images, program.division.devices, program.division.micro_batches) == (6, 1, 3)
     assert float(step["schedule"](5)) == pytest.approx(0.5) and float(step["schedule"](50)) == pytest.approx(0, abs=1e-6)
     trainable, frozen = step["specs"]
     assert flatten_params(trainable).keys() == flatten_params(program.state.trainable).keys()
@@ -157,13 +161,13 @@ def test_state_and_batch_are_described_as_they_will_be(built):
     _, program, _ = built
     frozen, trainable = flatten_params(program.state.frozen), flatten_params(program.state.trainable)
     assert {name.split("/")[0] for name in frozen} == {"sam", "llm"}
-    assert program.rates["decoder/norm/scale"] == 0.5 and program.rates["background"] == 1.0
+    assert program.lr_multipliers["mask_decoder/norm/scale"] == 0.5 and program.lr_multipliers["background"] == 1.0
     assert {str(x.dtype) for name, x in frozen.items() if name.endswith("kernel")} == {"bfloat16"}
     assert {str(x.dtype) for x in trainable.values()} == {"float32"}
     assert (program.state.skipped.shape, program.state.step.shape) == ((2,), ())
-    assert program.batch.example_id.dtype == np.int32 and program.batch.tokens.shape == (6, 120)
-    assert program.batch.images.shape == (6, 32, 32, 3) and program.batch.vision_images.shape == (6, 16, 16, 3)
-    assert program.rows() == [0, 1, 2, 3, 4, 5]
+    assert program.batch.example_id.dtype == np.int32 and program.batch.input_ids.shape == (6, 120)
+    assert program.batch.sam_images.shape == (6, 32, 32, 3) and program.batch.siglip_images.shape == (6, 16, 16, 3)
+    assert program.local_rows() == [0, 1, 2, 3, 4, 5]
 
 
 def test_a_new_run_starts_from_its_seed_and_init_from(built, monkeypatch):
@@ -194,7 +198,7 @@ def test_a_batch_is_placed_as_it_is_but_for_its_long_ids(built):
     rng = np.random.default_rng(0)
     draw = lambda x: rng.integers(0, 2, x.shape).astype(x.dtype)  # noqa: E731
     batch = jax.tree.map(draw, program.batch)
-    placed = program.place(dataclasses.replace(batch, example_id=batch.example_id.astype(np.int64)))
+    placed = program.to_device(dataclasses.replace(batch, example_id=batch.example_id.astype(np.int64)))
     assert jax.tree.all(jax.tree.map(np.array_equal, placed, batch))
     assert jax.tree.all(jax.tree.map(lambda x, like: x.dtype == like.dtype, placed, program.batch))
 

@@ -22,7 +22,7 @@ from flowseg_jax.training.step import BatchPartition
 from flowseg_jax.types import IGNORE_INDEX, PAD
 from tests.helpers import small
 
-CFG = dataclasses.replace(small.lean(), named_pass="flow", classes=3)
+CFG = dataclasses.replace(small.lean(), generic_pass="with_flow", num_classes=3)
 LOSSES = LossConfig(num_points=24, logits_chunk_size=16)
 OPTIMIZER = optax.sgd(1.0, momentum=0.5)
 
@@ -41,7 +41,7 @@ def batch():
     classes[4:, 1:] = PAD
     labels[3:5] = IGNORE_INDEX
     named = {"object_name": names, "name_valid": asked}
-    return dataclasses.replace(batch, phrase_mask=phrases, object_class=classes, labels=labels, **named)
+    return dataclasses.replace(batch, phrase_target=phrases, object_category=classes, labels=labels, **named)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def test_parts_give_the_update_of_the_whole(network, batch, steps):
     made = []
     for parts in (1, 4):
         program, step = steps(parts)
-        made.append(step(small.start(program, network[1]), program.place(batch)))
+        made.append(step(small.start(program, network[1]), program.to_device(batch)))
     (whole, seen), (parts, seen_in_parts) = made
     assert seen.keys() == seen_in_parts.keys()
     for name, value in seen.items():
@@ -86,7 +86,7 @@ def test_the_batch_alone_gives_the_denominators(batch):
     found = {name: float(count) for name, count in denominators(CFG, batch, LOSSES).items()}
     assert found.pop("language") == (batch.labels[:, 1:] != IGNORE_INDEX).sum()
     q = CFG.mask_decoder.num_queries
-    rows = {"refer": batch.phrase_mask.reshape(-1, 1), "named": batch.object_name, "category": batch.object_class}
+    rows = {"refer": batch.phrase_target.reshape(-1, 1), "named": batch.object_name, "category": batch.object_category}
     for name, targets in rows.items():  # a row is a pass
         masks = (targets != PAD).sum()
         assert found.pop(f"{name}_mask") == found.pop(f"{name}_dice") == masks
@@ -96,7 +96,7 @@ def test_the_batch_alone_gives_the_denominators(batch):
 
 
 def test_a_language_weight_of_zero_leaves_the_vocabulary_out(batch):
-    losses = dataclasses.replace(LOSSES, language=0.0)
+    losses = dataclasses.replace(LOSSES, language_weight=0.0)
 
     def terms(params):
         model = flowseg.bind_params(flowseg.abstract_model(CFG)[0], params)
