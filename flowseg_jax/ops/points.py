@@ -1,8 +1,11 @@
 """Sampling maps at points, as torch's `grid_sample(mode="bilinear", padding_mode="zeros", align_corners=False)` does.
 
 A point is (x, y) in [0, 1], the image's outer edges; the centre of pixel i of n lies at (i + 0.5) / n. Each point reads its
-four neighbouring pixels, a neighbour outside the map counting as zero. The four reads stay four gathers whose results are
-added, which XLA fuses into one loop; one gather summed over an axis of four is an order of magnitude slower on CPU.
+four neighbouring pixels, a neighbour outside the map counting as zero.
+
+There are two forms. On CPUs and GPUs the four reads are four gathers whose results are added, which XLA fuses into one loop;
+one gather summed over an axis of four is an order of magnitude slower on CPU. A TPU reads scalars one by one, about 14 cycles
+each, and has matrix units that are idle meanwhile: there a read is a product, with a row of weights for each point.
 """
 
 from __future__ import annotations
@@ -50,20 +53,40 @@ def pixel_corners(x: Float[Array, "*b"], y: Float[Array, "*b"], height: int, wid
 def sample_points(maps: Float[Array, "n h w"], points: Float[Array, "n p 2"]) -> Float[Array, "n p"]:
     """Bilinear samples of each map at its own points, in float32.
 
-    The gradient of the maps adds each point's share to four pixels: a scatter. The TPU compiler sorts millions of indices for
-    it, so there it is a product of two tents instead, one along each axis (`_spread`).
+    The gradient of the maps adds each point's share to four pixels: a scatter. On TPUs both directions are products with two
+    tents instead, one along each axis: bilinear sampling reads pixel (y, x) with the weight tent(y - y_p) tent(x - x_p).
     """
     return _read(maps, points)
 
 
 def _read(maps: Float[Array, "n h w"], points: Float[Array, "n p 2"]) -> Float[Array, "n p"]:
+    return jax.lax.platform_dependent(maps, points, tpu=_read_by_products, default=_gather)
+
+
+def _tents(at: Float[Array, "*p"], size: int) -> Float[Array, "*p size"]:
+    """The weight of each of `size` pixels along one axis for a point at `at`."""
+    return jnp.maximum(1 - jnp.abs(at.astype(jnp.float32)[..., None] * size - 0.5 - jnp.arange(size)), 0)
+
+
+def _read_by_products(maps: Float[Array, "n h w"], points: Float[Array, "n p 2"]) -> Float[Array, "n p"]:
+    """`_gather` without a gather, one map at a time: the weights of all maps at once would be gigabytes."""
+    _, h, w = maps.shape
+
+    def one(operands: tuple[Array, Array]) -> Array:
+        pixels, at = operands
+        return (matmul_f32(_tents(at[1], h), pixels.astype(jnp.float32), 1, 0) * _tents(at[0], w)).sum(-1)
+
+    return jax.lax.map(one, (maps, jnp.moveaxis(points, -1, 1)))
+
+
+def _gather(maps: Float[Array, "n h w"], points: Float[Array, "n p 2"]) -> Float[Array, "n p"]:
     n, h, w = maps.shape
     flat = maps.reshape(n, h * w)
     return sum(weight * _take(flat, row * w + column) for row, column, weight in corners(points, h, w))
 
 
 def _scatter(points: Float[Array, "n p 2"], cotangent: Float[Array, "n p"], h: int, w: int) -> Float[Array, "n h w"]:
-    """`_read` transposed. One axis of places: with an axis for the maps, as JAX transposes, it takes a CPU twice as long."""
+    """`_gather` transposed. One axis of places: with an axis for the maps, as JAX transposes, it takes a CPU twice as long."""
     n = len(points)
     first, out = jnp.arange(n)[:, None] * h * w, jnp.zeros(n * h * w, jnp.float32)
     for row, column, weight in corners(points, h, w):
@@ -72,12 +95,8 @@ def _scatter(points: Float[Array, "n p 2"], cotangent: Float[Array, "n p"], h: i
 
 
 def _spread(points: Float[Array, "n p 2"], cotangent: Float[Array, "n p"], h: int, w: int) -> Float[Array, "n h w"]:
-    """`_scatter` without a scatter: pixel (y, x) gets tent(y - y_p) tent(x - x_p) of every point p."""
-
-    def tents(at: Float[Array, "n p"], size: int) -> Float[Array, "n p size"]:
-        return jnp.maximum(1 - jnp.abs(at.astype(jnp.float32)[..., None] * size - 0.5 - jnp.arange(size)), 0)
-
-    return matmul_f32(tents(points[..., 1], h) * cotangent[..., None], tents(points[..., 0], w), 1, 1, batch=1)
+    """`_scatter` without a scatter."""
+    return matmul_f32(_tents(points[..., 1], h) * cotangent[..., None], _tents(points[..., 0], w), 1, 1, batch=1)
 
 
 def _sample_forward(maps: Array, points: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -119,14 +138,40 @@ def sample_packed_masks(
     Only the bytes that the points need are read: the masks are never unpacked. `width` is the masks' in pixels, None where it
     fills the bytes.
     """
+    width = masks.shape[2] * 8 if width is None else width
+    forms = (functools.partial(form, width=width) for form in (_packed_by_products, _packed_gather))
+    by_products, gather = forms
+    return jax.lax.platform_dependent(masks, points, tpu=by_products, default=gather)
+
+
+def _packed_gather(masks: UInt8[Array, "n s bytes"], points: Float[Array, "n p 2"], width: int) -> Float[Array, "n p"]:
     n, h, nbytes = masks.shape
-    width = nbytes * 8 if width is None else width
     flat = masks.reshape(n, h * nbytes)
     out = 0.0
     for row, column, weight in corners(points, h, width):
         byte = _take(flat, row * nbytes + column // 8)
         out += weight * (byte >> (7 - column % 8).astype(jnp.uint8) & 1)
     return out
+
+
+def _packed_by_products(masks: UInt8[Array, "n s bytes"], points: Float[Array, "n p 2"], width: int) -> Float[Array, "n p"]:
+    """`_packed_gather` without a gather, one mask at a time. A 0/1 row picks a point's row of bytes: a sum of one term, and a
+    byte is exact in bfloat16. A second such sum, over the row, picks the byte."""
+    _, h, nbytes = masks.shape
+
+    def one(operands: tuple[Array, Array]) -> Array:
+        mask, at = operands[0].astype(jnp.bfloat16), operands[1].T
+        rows: dict[int, Array] = {}
+        out = 0.0
+        for corner, (row, column, weight) in enumerate(corners(at, h, width)):
+            if corner // 2 not in rows:  # the corners come row by row
+                rows[corner // 2] = matmul_f32(jax.nn.one_hot(row, h, dtype=jnp.bfloat16), mask, 1, 0)
+            chosen = jnp.arange(nbytes) == (column // 8)[:, None]
+            byte = jnp.where(chosen, rows[corner // 2], 0).sum(1).astype(jnp.int32)
+            out += weight * (byte >> (7 - column % 8) & 1)
+        return out
+
+    return jax.lax.map(one, (masks, jnp.moveaxis(points, -1, 1)))
 
 
 def uncertain_points(
@@ -170,8 +215,17 @@ def _of_smallest(magnitude: Float[Array, "n c"], candidates: Float[Array, "n c 2
     start = jnp.zeros((n, count), bool), jnp.ones((n, count), bool), jnp.full((n, 1), keep)
     stays, alike, room = jax.lax.fori_loop(0, 31, decide, start)
     stays |= alike & (_running_count(alike) <= room)  # ties: the first
-    # Where the j-th that stays is: the first candidate at which j have been counted. Counts never fall, and places that come
-    # in order need not be sorted by a compiler; place 0 is for what comes before the first.
+    compact, by_products = functools.partial(_compact, keep=keep), functools.partial(_compact_by_products, keep=keep)
+    return jax.lax.platform_dependent(stays, candidates, tpu=by_products, default=compact)
+
+
+def _compact(stays: Bool[Array, "n c"], candidates: Float[Array, "n c 2"], keep: int) -> Float[Array, "n {keep} 2"]:
+    """The `keep` candidates that stay, in the order in which they come.
+
+    Where the j-th is: the first candidate at which j have been counted. Counts never fall, and places that come in order need
+    not be sorted by a compiler; place 0 is for what comes before the first.
+    """
+    n, count = stays.shape
     counted = _running_count(stays)
     first = jnp.full((n, keep + 1), count, jnp.int32)
     at = jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32), (n, count))
@@ -179,13 +233,44 @@ def _of_smallest(magnitude: Float[Array, "n c"], candidates: Float[Array, "n c 2
     return jnp.take_along_axis(candidates, first[:, 1:, None], axis=1, mode="promise_in_bounds")
 
 
+def _compact_by_products(
+    stays: Bool[Array, "n c"], candidates: Float[Array, "n c 2"], keep: int, block: int = 256
+) -> Float[Array, "n {keep} 2"]:
+    """`_compact` without a scatter or a gather: the block in which j have been counted, then the place inside it.
+
+    A 0/1 row picks the block: sums of one term, exact in float32, and in bfloat16 for counts of at most 256.
+    """
+    padded = jnp.pad(stays, ((0, 0), (0, -stays.shape[1] % block))).reshape(len(stays), -1, block)
+    within = _count_within(padded)
+    ends = jnp.cumsum(within[..., -1].astype(jnp.int32), 1)
+    values = jnp.pad(candidates, ((0, 0), (0, padded[0].size - stays.shape[1]), (0, 0))).reshape(*padded.shape, 2)
+    wanted = jnp.arange(1, keep + 1)
+
+    def one(operands: tuple[Array, Array, Array]) -> Array:
+        within, ends, values = operands
+        before = ends < wanted[:, None]  # [keep, blocks]
+        pick = jax.nn.one_hot(before.sum(1), len(ends), dtype=jnp.float32)
+        counts = matmul_f32(pick.astype(jnp.bfloat16), within.astype(jnp.bfloat16), 1, 0)
+        earlier = jnp.where(before, ends, 0).max(1)
+        place = (counts < (wanted - earlier)[:, None]).sum(1)
+        here = jnp.arange(block) == place[:, None]
+        axes = (matmul_f32(pick, values[..., axis], 1, 0) for axis in range(2))
+        return jnp.stack([jnp.where(here, x, 0).sum(1) for x in axes], -1)
+
+    return jax.lax.map(one, (within, ends, values))
+
+
 def _running_count(flags: Bool[Array, "n c"], block: int = 64) -> Int[Array, "n c"]:
     """`jnp.cumsum(flags, 1)`. A product counts within blocks, exactly: a CPU takes less than half the time for it."""
     n, c = flags.shape
-    blocks = jnp.pad(flags, ((0, 0), (0, -c % block))).reshape(n, -1, block).astype(jnp.float32)
-    within = matmul_f32(blocks, jnp.triu(jnp.ones((block, block), jnp.float32)), 2, 0)
+    within = _count_within(jnp.pad(flags, ((0, 0), (0, -c % block))).reshape(n, -1, block))
     blocks_before = jnp.cumsum(within[..., -1], 1) - within[..., -1]
     return (within + blocks_before[..., None]).reshape(n, -1)[:, :c].astype(jnp.int32)
+
+
+def _count_within(blocks: Bool[Array, "n b k"]) -> Float[Array, "n b k"]:
+    """Inclusive counts along the last axis."""
+    return matmul_f32(blocks.astype(jnp.float32), jnp.triu(jnp.ones((blocks.shape[-1],) * 2, jnp.float32)), 2, 0)
 
 
 def _take(flat: Array, index: Int[Array, "n p"]) -> Array:

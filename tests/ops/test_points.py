@@ -11,6 +11,12 @@ import pytest
 import torch
 
 from flowseg_jax.ops.points import (
+    _compact,
+    _compact_by_products,
+    _gather,
+    _packed_by_products,
+    _packed_gather,
+    _read_by_products,
     _running_count,
     _scatter,
     _spread,
@@ -156,26 +162,67 @@ def test_points_are_chosen_without_a_sort():
     assert "top_k" not in text and "stablehlo.sort" not in text
 
 
-def test_the_gradient_without_a_scatter_is_the_gradient():
-    """What is compiled for TPUs, with points in, on the edge of and far outside the map."""
+def edges() -> np.ndarray:
+    """Points in, on the edge of and far outside the map."""
     points = inputs()[1]
     points[0, :6] = [[0, 0], [1, 1], [0.5 / WIDTH, 0.5 / HEIGHT], [1e30, 0.5], [0.5, -1e30], [1 - 0.5 / WIDTH, 0.5]]
+    return points
+
+
+def test_the_gradient_without_a_scatter_is_the_gradient():
+    """What is compiled for TPUs."""
+    points = edges()
     cotangent = np.random.default_rng(1).standard_normal((N, P)).astype(np.float32)
     want = _scatter(points, cotangent, HEIGHT, WIDTH)
     got = jax.jit(_spread, static_argnums=(2, 3))(points, cotangent, HEIGHT, WIDTH)
     assert relative(got, want) < 1e-6
 
 
+def test_reading_by_products_is_reading():
+    """What is compiled for TPUs: values, and gradients of maps and points."""
+    maps, points = inputs()[0], edges()
+    cotangent = np.random.default_rng(1).standard_normal((N, P)).astype(np.float32)
+    points[0, :6] += 1e-3  # a tent has no slope at its top and its foot
+    want, want_vjp = jax.vjp(_gather, maps, points)
+    got, got_vjp = jax.vjp(jax.jit(_read_by_products), maps, points)
+    assert relative(got, want) < 3e-6
+    for mine, theirs in zip(got_vjp(cotangent), want_vjp(cotangent), strict=True):
+        assert relative(mine, theirs) < 1e-5
+
+
+@pytest.mark.parametrize("side", [13, 16, 100])
+def test_packed_masks_by_products_are_the_same_bits(side):
+    rng = np.random.default_rng(7)
+    packed = np.packbits(rng.integers(0, 2, (N, side, side)).astype(np.uint8), axis=-1)
+    points = np.concatenate([rng.uniform(-0.1, 1.1, (N, 200, 2)).astype(np.float32), edges()], 1)
+    got = jax.jit(_packed_by_products, static_argnums=2)(packed, points, side)
+    np.testing.assert_allclose(got, _packed_gather(packed, points, side), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("count", "keep"), [(30, 1), (256, 256), (257, 100), (1000, 250), (1000, 999)])
+def test_compacting_by_products_moves_every_bit(count, keep):
+    rng = np.random.default_rng(8)
+    stays = np.zeros((N, count), bool)
+    for i in range(N):
+        stays[i, rng.choice(count, keep, replace=False)] = True
+    stays[0] = np.arange(count) < keep  # all of them in the first blocks
+    candidates = rng.random((N, count, 2)).astype(np.float32)
+    want = np.stack([c[s] for c, s in zip(candidates, stays, strict=True)])
+    for form in (_compact, _compact_by_products):
+        np.testing.assert_array_equal(jax.jit(form, static_argnums=2)(stays, candidates, keep), want)
+
+
 @tpu.needs_libtpu
 @pytest.mark.parametrize("n", [20, 160])
-def test_nothing_is_sorted_on_tpu(n):
-    """Choosing points, reading maps at them and the gradient, at the size of training with few and with many masks."""
+def test_tpus_neither_sort_nor_gather_nor_scatter(n):
+    """Choosing points, reading maps and packed masks at them and the gradient, at the size of training."""
     program = f"""
-from flowseg_jax.ops.points import sample, uncertain_points
-def loss(maps, candidates, extra):
-    chosen = uncertain_points(sample(jax.lax.stop_gradient(maps), candidates), candidates, extra, 9408)
-    return (sample(maps, chosen) ** 2).sum()
+from flowseg_jax.ops.points import sample_packed_masks, sample_points, uncertain_points
+def loss(maps, masks, candidates, extra):
+    chosen = uncertain_points(sample_points(jax.lax.stop_gradient(maps), candidates), candidates, extra, 9408)
+    return ((sample_points(maps, chosen) - sample_packed_masks(masks, chosen)) ** 2).sum()
 function = jax.grad(loss)
-arguments = [array(jnp.float32, {n}, *shape) for shape in ((256, 256), (37632, 2), (3136, 2))]
+arguments = [array(jnp.float32, {n}, 128, 128), array(jnp.uint8, {n}, 1024, 128)]
+arguments += [array(jnp.float32, {n}, count, 2) for count in (37632, 3136)]
 """
-    assert tpu.compiled("v5e:2x2", program, ("sort",)) == ([0], False)
+    assert tpu.compiled("v5e:2x2", program, ("sort", "gather", "scatter")) == ([0, 0, 0], False)
