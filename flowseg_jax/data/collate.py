@@ -226,7 +226,7 @@ def pack_conversations(
 def empty_batch(shape: BatchShape, pad: int) -> Batch:
     """A batch of nothing but padding."""
     b, t, k, m, s = shape.batch, shape.text_length, shape.max_phrases, shape.max_masks, shape.sam_size
-    none = {key: np.full((b, t), PAD, np.int32) for key in ("segments", "phrase_ids", "seg_ids")}
+    none = {key: np.full((b, t), PAD, np.int32) for key in ("segment_ids", "phrase_ids", "seg_ids")}
     return Batch(
         sam_images=np.zeros((b, s, s, 3), np.uint8),
         resized_hw=np.full((b, 2), s, np.int32),

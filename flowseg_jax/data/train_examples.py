@@ -104,7 +104,9 @@ class DecodedImage:
 
     @classmethod
     def of(cls, example: Example, pixels: ProcessedImage) -> DecodedImage:
-        annotations = tuple(dataclasses.replace(a, rle="", once="", filled="") for a in example.annotations)  # packed now
+        annotations = tuple(
+            dataclasses.replace(a, rle="", rle_single_cover="", rle_filled_polygons="") for a in example.annotations
+        )  # packed now
         return cls(example.image_id, example.file_name, annotations, make_samples(example), example.turns, pixels)
 
 

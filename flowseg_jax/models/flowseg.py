@@ -337,7 +337,7 @@ class FlowSeg(nnx.Module):
             exists = batch.name_valid
             named = append_background(reading.condition_embeds[:, k:], exists, exists, self.background_embed[...])
             if cfg.generic_pass == "without_flow":
-                named = dataclasses.replace(named, own=jnp.zeros_like(named.attend_mask))
+                named = dataclasses.replace(named, attend_mask=jnp.zeros_like(named.attend_mask))
             parts.append(named)
             segs.append(reading.seg_embeds[:, k])
         if self.category_head is not None:
@@ -345,9 +345,9 @@ class FlowSeg(nnx.Module):
             blank = jnp.zeros((b, 1, reading.condition_embeds.shape[-1]), reading.condition_embeds.dtype)
             parts.append(Conditions(blank, none, ~none))
             segs.append(jnp.zeros_like(reading.seg_embeds[:, k]))
-        rows = max(part.own.shape[1] for part in parts)
+        rows = max(part.attend_mask.shape[1] for part in parts)
         conditions = interleave_passes([pad_conditions(part, rows) for part in parts], b)
-        passes = conditions.own.shape[0] // b
+        passes = conditions.attend_mask.shape[0] // b
         with jax.named_scope("decoder"):
             out = self.mask_decoder(
                 features.mask_features, features.multi_scale_features, passes, conditions, interleave_passes(segs, b)

@@ -35,8 +35,8 @@ INPUTS = {
     "head": ("llm",),
     "llm_projector": ("llm",),
     "pixel_decoder": ("connector",),
-    "decoder": ("pixel_decoder", "llm_projector"),
-    "masks": ("decoder", "pixel_decoder"),
+    "mask_decoder": ("pixel_decoder", "llm_projector"),
+    "masks": ("mask_decoder", "pixel_decoder"),
 }
 
 
@@ -154,7 +154,7 @@ def pixel_decoder(cfg: PixelDecoderConfig, levels: tuple[int, ...]) -> FlopCount
     return FlopCount(total + _linear(mask_pixels(cfg, levels), width, cfg.mask_dim))
 
 
-def decoder(
+def mask_decoder(
     cfg: MaskDecoderConfig, flow: str, levels: tuple[int, ...], passes: int, conditions: int, classes: int = 0
 ) -> FlopCount:
     """All layers and predictions of `passes` passes over an image with so many conditions each.
@@ -214,24 +214,24 @@ def forward(model: FlowSegConfig, shape: BatchShape, losses: LossConfig) -> dict
         "llm_projector": projector(shape.text_length, llm, width),
         "connector": connector(model.connector, model.sam.grid_size),
         "pixel_decoder": pixel_decoder(model.pixel_decoder, maps),
-        "decoder": decoder(model.mask_decoder, model.semantic_flow.mode, maps, passes, rows, model.num_classes),
+        "mask_decoder": mask_decoder(model.mask_decoder, model.semantic_flow.mode, maps, passes, rows, model.num_classes),
         "masks": masks(model.mask_decoder, mask_pixels(model.pixel_decoder, maps), passes, targets, losses.num_points),
     }
     without = (
         () if model.has_language_model else ("siglip", "visual_projector", "seg_projector", "llm", "head", "llm_projector")
     )
-    without += () if model.has_mask_decoder else ("llm_projector", "connector", "pixel_decoder", "decoder", "masks")
+    without += () if model.has_mask_decoder else ("llm_projector", "connector", "pixel_decoder", "mask_decoder", "masks")
     return {part: work for part, work in works.items() if part not in without}
 
 
 def part_of(path: str, tied: bool) -> tuple[str, ...]:
     """The parts that a parameter belongs to; the table of a language model with tied embeddings is also its head."""
     top = path.split("/")[0]
-    if path.startswith("llm/table"):
+    if path.startswith("llm/embed_tokens"):
         return ("embedding", "head") if tied else ("embedding",)
-    if path.startswith("llm/head"):
+    if path.startswith("llm/lm_head"):
         return ("head",)
-    return ({"boundary": "masks", "background": "decoder", "category_head": "decoder"}.get(top, top),)
+    return ({"boundary": "masks", "background_embed": "mask_decoder", "category_head": "mask_decoder"}.get(top, top),)
 
 
 def step_flops(model: FlowSegConfig, shape: BatchShape, losses: LossConfig, trainable: Any, frozen: Any) -> dict[str, float]:

@@ -28,7 +28,7 @@ from flowseg_jax.system.console import log
 # Where a converted component stands in a model. Families that are not listed name their parameters as a whole model does.
 COMPONENT_PREFIX = {"qwen3": "llm", "phi3": "llm", "llama": "llm", "siglip2": "siglip", "sam": "sam"}
 # Parts that a source may have without the model: switched off here, or of another stage.
-OPTIONAL_PARAMS = re.compile(r"(category_head|boundary|decoder/layers/(semantic|refinement))/")
+OPTIONAL_PARAMS = re.compile(r"(category_head|boundary|mask_decoder/layers/(semantic|condition)_refinement)/")
 
 
 @dataclasses.dataclass(frozen=True)

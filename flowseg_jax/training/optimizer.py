@@ -79,7 +79,7 @@ def split_trainable(params: Params, rates: dict[str, float | None]) -> tuple[Par
     return unflatten_params(trainable), unflatten_params(frozen)
 
 
-ENCODER_KERNELS = re.compile(r"(sam|siglip|llm)/(.*/)?(kernel|table|head)")
+ENCODER_KERNELS = re.compile(r"(sam|siglip|llm)/(.*/)?(kernel|embed_tokens|lm_head)")
 
 
 def cast_frozen(frozen: Params, dtype: str) -> Params:

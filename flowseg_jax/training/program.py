@@ -76,7 +76,7 @@ class RunConfig:
         shape = BatchShape(config.batch_size, data.text, data.phrases, data.masks, *sides, names)
         if config.batch_size % model.negatives_group_size:
             raise UserError(
-                f"batch_size {config.batch_size} is no multiple of model.negatives_group {model.negatives_group_size}"
+                f"batch_size {config.batch_size} is no multiple of model.negatives_group_size {model.negatives_group_size}"
             )
         if data.square and model.components == "full":
             raise UserError(

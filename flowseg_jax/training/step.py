@@ -90,7 +90,7 @@ class BatchPartition:
             raise UserError(
                 f"batch_size {self.images} in optimizer.accumulate={self.micro_batches} part(s) on {self.devices} device(s) is "
                 f"{self.images // self.micro_batches} images at a time, {self.per_device_images} a device: "
-                f"that does not divide into groups of model.negatives_group={group}; "
+                f"that does not divide into groups of model.negatives_group_size={group}; "
                 f"make batch_size a multiple of {math.lcm(share, group * self.micro_batches)}"
             )
 

@@ -36,7 +36,7 @@ SHAPE = BatchShape(4, 1920, 4, 16, 1024, 384)
 def test_known_sizes_in_gflop_an_image():
     """The roofline of the scaffold at 896 tokens, from its layer sizes; its pixel decoder ends at a quarter of the image."""
     pyramid = PixelDecoderConfig.mask2former((2048, 1024, 512, 256), num_levels=3)
-    decoder = flops.decoder(FULL.mask_decoder, "off", flops.levels(FULL), 1, 1)
+    decoder = flops.mask_decoder(FULL.mask_decoder, "off", flops.levels(FULL), 1, 1)
     whole_masks = 10 * 2 * 200 * 256**2 * 256  # the scaffold computes every query's mask after every layer
     found = {
         "sam": flops.sam(FULL.sam, 24).forward,
@@ -118,7 +118,7 @@ def test_the_mask_decoder_multiplies_what_is_counted(mode):
 
     shapes = [(1, side, side, 256) for side in (128, 32, 64, 128)]
     found = traced(lambda r: MaskDecoder(cfg, flow, rngs=r), call, *shapes, (passes, rows, 256))
-    assert found == pytest.approx(flops.decoder(cfg, mode, flops.levels(FULL), passes, rows).forward, rel=0.02)
+    assert found == pytest.approx(flops.mask_decoder(cfg, mode, flops.levels(FULL), passes, rows).forward, rel=0.02)
 
 
 described = functools.cache(lambda cfg: flatten_params(flowseg.params_dict(flowseg.abstract_model(cfg)[1])))
@@ -133,7 +133,7 @@ def parameters(cfg: FlowSegConfig, frozen: tuple[str, ...]):
 
 def cost(cfg: FlowSegConfig, *frozen: str) -> dict[str, float]:
     """Training FLOPs by part over those of the forward pass."""
-    shape = dataclasses.replace(SHAPE, text=cfg.num_visual_tokens + 40, batch=4)
+    shape = dataclasses.replace(SHAPE, text_length=cfg.num_visual_tokens + 40, batch=4)
     works = flops.forward(cfg, shape, LossConfig())
     found = flops.step_flops(cfg, shape, LossConfig(), *parameters(cfg, frozen))
     assert found.keys() == works.keys()
@@ -143,7 +143,7 @@ def cost(cfg: FlowSegConfig, *frozen: str) -> dict[str, float]:
 def test_training_costs_three_forward_passes_where_everything_learns():
     ratios = cost(small.config())
     ratios.pop("masks")
-    decisions = ratios.pop("decoder")
+    decisions = ratios.pop("mask_decoder")
     assert ratios == pytest.approx(dict.fromkeys(ratios, 3.0))
     assert decisions > 3  # attention masks are computed once more
 
@@ -169,20 +169,20 @@ def test_a_frozen_part_costs_what_its_gradients_take():
 
 def test_a_table_that_learns_sends_gradients_through_a_frozen_language_model():
     untied = dataclasses.replace(small.config(), llm=dataclasses.replace(small.config().llm, tie_word_embeddings=False))
-    rest = ("sam", "siglip", "visual_projector", "seg_projector", "llm/layers", "llm/norm", "llm/head")
+    rest = ("sam", "siglip", "visual_projector", "seg_projector", "llm/layers", "llm/norm", "llm/lm_head")
     assert cost(untied, *rest)["llm"] > 2
-    assert cost(untied, *rest, "llm/table")["llm"] == pytest.approx(1)
+    assert cost(untied, *rest, "llm/embed_tokens")["llm"] == pytest.approx(1)
 
 
 def test_what_a_batch_asks_for_is_counted():
     cfg = dataclasses.replace(FULL, num_classes=10, generic_pass="with_flow", negatives_group_size=2)
     base = flops.forward(cfg, SHAPE, LossConfig())
-    more_text = flops.forward(cfg, dataclasses.replace(SHAPE, text=SHAPE.text_length + 167), LossConfig())
+    more_text = flops.forward(cfg, dataclasses.replace(SHAPE, text_length=SHAPE.text_length + 167), LossConfig())
     assert base["head"].forward * 2 == pytest.approx(more_text["head"].forward)  # 167 tokens behind the visual ones
     assert base["llm"].forward < more_text["llm"].forward
     assert flops.forward(cfg, SHAPE, LossConfig(language_weight=0.0))["head"] == FlopCount()
-    more_phrases = flops.forward(cfg, dataclasses.replace(SHAPE, phrases=10), LossConfig())  # 6 passes become 12
-    assert more_phrases["decoder"].no_grad_products == pytest.approx(2 * base["decoder"].no_grad_products)
+    more_phrases = flops.forward(cfg, dataclasses.replace(SHAPE, max_phrases=10), LossConfig())  # 6 passes become 12
+    assert more_phrases["mask_decoder"].no_grad_products == pytest.approx(2 * base["mask_decoder"].no_grad_products)
     assert more_phrases["sam"] == base["sam"]
     half = flops.forward(cfg, SHAPE, LossConfig(num_points=6272))
     assert half["masks"].no_grad_products * 2 == pytest.approx(base["masks"].no_grad_products)

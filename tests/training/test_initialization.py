@@ -63,25 +63,25 @@ def test_a_part_of_a_model_and_a_tower_take_their_places(plain_directory, plain_
     stored = {name: np.asarray(2 * x) for name, x in flatten_params(plain_params["llm"]).items()}
     lazy = {name: LazyArray(x.shape, x.dtype, lambda x=x: x) for name, x in stored.items()}
     component = save_pretrained_streaming(tmp_path / "llm", lazy, None, None, component={"family": "qwen3", "config": {}})
-    parts = (f"sam={plain_directory}", f"background={plain_directory}", f"llm={component}")
+    parts = (f"sam={plain_directory}", f"background_embed={plain_directory}", f"llm={component}")
     found = flatten_params(initial_params(PLAIN, 3, parts, mesh))
     fresh, plain = flatten_params(jax.jit(lambda: flowseg.init_model(PLAIN, 3)[1])()), flatten_params(plain_params)
     for name, x in found.items():
         if name.startswith("llm/"):
             assert same(x, stored[name.removeprefix("llm/")]), name
-        elif name.startswith("sam/") or name == "background":
+        elif name.startswith("sam/") or name == "background_embed":
             assert same(x, plain[name]), name
         else:
             np.testing.assert_allclose(x, fresh[name], rtol=1e-6, atol=1e-7, err_msg=name)
     said = capsys.readouterr().out
     assert f"init_from llm={component}: {len(stored)} parameters" in said
-    assert "siglip/patch/{bias,kernel}" in said.split("not found, initialised afresh: ")[1]
+    assert "siglip/patch_embedding/{bias,kernel}" in said.split("not found, initialised afresh: ")[1]
 
 
 def test_an_upgrade_names_what_is_new(upgraded, plain_params, plain_directory, mesh, capsys):
     initial_params(FLOW, 6, (str(plain_directory),), mesh)
     fresh = capsys.readouterr().out.split("not found, initialised afresh: ")[1]
-    assert {part.split("/")[0] for part in fresh.split(", ")} == {"boundary", "decoder"}
+    assert {part.split("/")[0] for part in fresh.split(", ")} == {"boundary", "mask_decoder"}
     found = flatten_params(upgraded)
     assert all(same(found[name], x) for name, x in flatten_params(plain_params).items())
 
@@ -89,7 +89,7 @@ def test_an_upgrade_names_what_is_new(upgraded, plain_params, plain_directory, m
 def predictions(cfg, params, features, levels, conditions, segs):
     """What the two models do differently: all predictions of the decoder, and refined masks."""
     model = flowseg.bind_params(flowseg.abstract_model(cfg)[0], params)
-    out = model.decoder(features, levels, 2, conditions, segs)
+    out = model.mask_decoder(features, levels, 2, conditions, segs)
     masks = mask_logits(out.mask_embeds[-1].reshape(len(features), -1, features.shape[-1]), features)
     return out.class_logits, out.mask_embeds, model.refine_masks(masks, features)
 
@@ -127,9 +127,13 @@ def test_everything_new_learns_by_the_second_step(upgraded):
 
     first = gradient(upgraded)
     second = flatten_params(gradient(jax.tree.map(lambda w, g: w - 1e-3 * jnp.sign(g), upgraded, first)))
-    new = [n for n in second if n.startswith("boundary/") or n.split("/")[2:3] in (["semantic"], ["refinement"])]
+    new = [
+        n
+        for n in second
+        if n.startswith("boundary/") or n.split("/")[2:3] in (["semantic_refinement"], ["condition_refinement"])
+    ]
     assert len(new) > 20
-    still = [n for n in new if not np.abs(np.asarray(second[n])).max() > 1e-9 and not n.endswith("key/bias")]
+    still = [n for n in new if not np.abs(np.asarray(second[n])).max() > 1e-9 and not n.endswith("k_proj/bias")]
     assert not still
 
 
@@ -142,8 +146,8 @@ def test_what_does_not_fit_is_refused_before_anything_is_read(plain_directory, p
     assert "no part 'samm' (did you mean 'sam'?)" in refused(PLAIN, f"samm={plain_directory}")
     assert "no model directory" in refused(PLAIN, str(tmp_path / "nowhere"))
     wider = dataclasses.replace(PLAIN, mask_decoder=dataclasses.replace(PLAIN.mask_decoder, mlp_dim=30))
-    assert "decoder/layers/down/bias" not in refused(wider, str(plain_directory))
-    assert "decoder/layers/up/bias is (2, 24), the model's is (2, 30)" in refused(wider, str(plain_directory))
+    assert "mask_decoder/layers/fc2/bias" not in refused(wider, str(plain_directory))
+    assert "mask_decoder/layers/fc1/bias is (2, 24), the model's is (2, 30)" in refused(wider, str(plain_directory))
     (tmp_path / "tokenizer").mkdir()
     more = unflatten_params({**flatten_params(plain_params), "llm/extra": np.zeros(3, np.float32)})
     other = save_pretrained(tmp_path / "more", more, PLAIN.to_dict(), tmp_path / "tokenizer")

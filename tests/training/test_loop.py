@@ -133,14 +133,14 @@ def test_the_trained_model_can_be_evaluated(prepared, finished, tmp_path):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("batch_size", 3, "no multiple of model.negatives_group 2"),
+        ("batch_size", 3, "no multiple of model.negatives_group_size 2"),
         ("optimizer.accumulate", 4, "batch_size 2 cannot be split over 1 device.* make it a multiple of 4"),
         ("optimizer.frozen_dtype", "half", "frozen_dtype is 'half': choose float32 or bfloat16"),
         ("optimizer.accumulate", 0, "accumulate=0 must be at least 1"),
         ("data.text", 20, "more than the text length 20"),
         ("mesh.data", 5, "does not fit 1 device"),
-        ("optimizer.groups", (("llm/.*", 1.0),), "covers no group for background"),
-        ("model.classes", 1, "model.classes is 1"),
+        ("optimizer.groups", (("llm/.*", 1.0),), "covers no group for background_embed"),
+        ("model.num_classes", 1, "model.num_classes is 1"),
         ("model.llm.vocab_size", 299, r"model.llm.vocab_size is 299, the tokenizer .* has 300 ids"),
         ("data.tokenizer", "nowhere", "nowhere: no such tokenizer directory"),
     ],
@@ -148,7 +148,7 @@ def test_the_trained_model_can_be_evaluated(prepared, finished, tmp_path):
 def test_values_that_do_not_fit_are_refused(config, tmp_path, key, value, message):
     changed = configs.from_json(configs.to_json(config))
     if "group" in message and key == "batch_size":
-        changed.model.negatives_group = 2
+        changed.model.negatives_group_size = 2
     changed.update_from_flattened_dict({key: value})
     with pytest.raises(UserError, match=message):
         loop.train(changed, tmp_path)

@@ -161,7 +161,7 @@ def test_state_and_batch_are_described_as_they_will_be(built):
     _, program, _ = built
     frozen, trainable = flatten_params(program.state.frozen), flatten_params(program.state.trainable)
     assert {name.split("/")[0] for name in frozen} == {"sam", "llm"}
-    assert program.lr_multipliers["mask_decoder/norm/scale"] == 0.5 and program.lr_multipliers["background"] == 1.0
+    assert program.lr_multipliers["mask_decoder/layernorm/scale"] == 0.5 and program.lr_multipliers["background_embed"] == 1.0
     assert {str(x.dtype) for name, x in frozen.items() if name.endswith("kernel")} == {"bfloat16"}
     assert {str(x.dtype) for x in trainable.values()} == {"float32"}
     assert (program.state.skipped.shape, program.state.step.shape) == ((2,), ())
@@ -206,7 +206,7 @@ def test_a_batch_is_placed_as_it_is_but_for_its_long_ids(built):
 def test_parts_that_share_no_group_of_negatives_are_refused():
     config = experiment()
     config.optimizer.accumulate = 6
-    with pytest.raises(UserError, match=r"1 images at a time, .* groups of model\.negatives_group=2"):
+    with pytest.raises(UserError, match=r"1 images at a time, .* groups of model\.negatives_group_size=2"):
         TrainProgram.build(config, jax.devices()[:1])
 
 

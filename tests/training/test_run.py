@@ -501,12 +501,12 @@ def test_the_data_are_opened_with_what_the_plan_says(opening, capsys):
 
 
 def test_ids_and_categories_that_the_model_has_no_room_for(opening):
-    with pytest.raises(UserError, match=r"model\.llm\.vocab is 300, the tokenizer tok has 301 ids"):
+    with pytest.raises(UserError, match=r"model\.llm\.vocab_size is 300, the tokenizer tok has 301 ids"):
         opening((member("a"),), own=301)
     two = ("x", "y")
     opening((member("a", categories=two), member("b", categories=two), member("c", task="chat", categories=())), classes=2)
     opening((member("a", categories=two), member("b", task="generic", categories=("z",))), classes=0)
-    with pytest.raises(UserError, match=r"model\.classes is 1, a has 2 categories"):
+    with pytest.raises(UserError, match=r"model\.num_classes is 1, a has 2 categories"):
         opening((member("a", categories=two),), classes=1)
     with pytest.raises(UserError, match="a and b have other categories, and the linear head"):
         opening((member("a", categories=two), member("b", task="generic", categories=("x", "z"))), classes=9)

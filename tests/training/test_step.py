@@ -113,14 +113,14 @@ def test_an_update_that_is_not_finite_is_not_made():
     program = module.TrainProgram.build(small.experiment(cfg, batch), jax.devices()[:1])
     step = jax.jit(program.step.__wrapped__)  # not donating
     params, batch = small.params(cfg), program.to_device(batch)
-    state = small.start(program, params | {"background": jnp.full_like(params["background"], jnp.inf)})
+    state = small.start(program, params | {"background_embed": jnp.full_like(params["background_embed"], jnp.inf)})
     after, metrics = step(state, batch)
     assert jax.tree.all(jax.tree.map(np.array_equal, after.trainable, state.trainable))
     assert jax.tree.all(jax.tree.map(np.array_equal, after.opt_state, state.opt_state))
     assert (int(after.step), after.skipped.tolist(), int(metrics["skipped_in_a_row"])) == (1, [1, 1], 1)
     healed, _ = step(dataclasses.replace(after, trainable=small.start(program, params).trainable), batch)
     assert healed.skipped.tolist() == [1, 0]
-    assert not np.array_equal(healed.trainable["background"], params["background"])
+    assert not np.array_equal(healed.trainable["background_embed"], params["background_embed"])
 
 
 def test_too_many_skipped_updates_name_the_images():
@@ -142,7 +142,13 @@ def test_a_micro_batch_is_a_run_of_rows_whatever_holds_it():
     ("images", "devices", "parts", "group", "message"),
     [
         (8, 3, 1, 1, "cannot be split over 3 device.* a multiple of 3"),
-        (8, 1, 4, 4, "2 images at a time, 2 a device: that does not divide into groups of model.negatives_group=4.* of 16"),
+        (
+            8,
+            1,
+            4,
+            4,
+            "2 images at a time, 2 a device: that does not divide into groups of model.negatives_group_size=4.* of 16",
+        ),
         (24, 4, 1, 4, "24 images at a time, 6 a device"),
     ],
 )
