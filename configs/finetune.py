@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import dataclasses
 
+from flowseg_jax.configs.shapes_tiny import get_config as shapes_tiny
 from ml_collections import ConfigDict
 
-from configs.shapes_tiny import get_config as shapes_tiny
 from flowseg_jax.checkpoints.pretrained import read_model_config
-from flowseg_jax.experiment import ROOT
 from flowseg_jax.models.config import FlowSegConfig
+from flowseg_jax.system.paths import ROOT
 
 PHRASES, TOKENS = 4, 56  # asked of one image; for the text of each
 

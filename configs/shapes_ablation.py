@@ -7,9 +7,9 @@
 
 import dataclasses
 
+from flowseg_jax.configs.shapes_tiny import get_config as shapes_tiny
 from ml_collections import ConfigDict
 
-from configs.shapes_tiny import get_config as shapes_tiny
 from flowseg_jax.errors import UserError, did_you_mean
 from flowseg_jax.models.config import FlowSegConfig
 

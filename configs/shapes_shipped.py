@@ -3,9 +3,8 @@
 The scenes are drawn from another seed than the benchmark's, which stays unseen: `eval.py` evaluates on `data/shapes`.
 """
 
+from flowseg_jax.configs.shapes_tiny import get_config as shapes_tiny
 from ml_collections import ConfigDict
-
-from configs.shapes_tiny import get_config as shapes_tiny
 
 
 def get_config() -> ConfigDict:

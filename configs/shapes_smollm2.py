@@ -10,9 +10,9 @@ components and the mask decoder start from the shipped tiny model, and what join
 
 import dataclasses
 
+from flowseg_jax.configs.shapes_tiny import get_config as shapes_tiny
 from ml_collections import ConfigDict
 
-from configs.shapes_tiny import get_config as shapes_tiny
 from flowseg_jax.errors import UserError
 from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.models.language import LanguageConfig

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 
+from flowseg_jax.configs.stage3_mixed import SETS, stage
 from ml_collections import ConfigDict
 
-from configs.stage3_mixed import SETS, stage
 from flowseg_jax.models.semantic_flow import SemanticFlowConfig
 
 

@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from flowseg_jax.configs.stage3_mixed import stage
 from ml_collections import ConfigDict
-
-from configs.stage3_mixed import stage
 
 IMAGES = 558_128
 

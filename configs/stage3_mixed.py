@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import dataclasses
 
+from flowseg_jax.configs.shapes_tiny import get_config as shapes_tiny
 from ml_collections import ConfigDict
 
-from configs.shapes_tiny import get_config as shapes_tiny
 from flowseg_jax.data.mixture import repeat_factor_counts
 from flowseg_jax.errors import UserError, did_you_mean
 from flowseg_jax.models.config import FlowSegConfig

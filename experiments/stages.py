@@ -86,7 +86,7 @@ def prepare(data: Path, size: Size) -> None:
             PreparedDataset.open(out) if out.exists() else builders.prepare(raw / FOLDERS[layout], out, layout=layout, log=log)
         )
     if not (data / "tokenizer").exists():
-        from configs.stage3_mixed import TINY_VOCAB
+        from flowseg_jax.configs.stage3_mixed import TINY_VOCAB
 
         texts = list(itertools.chain.from_iterable(builders.tokenizer_corpus(prepared) for prepared in sets))
         builders.train_dataset_tokenizer(texts, data / "tokenizer", TINY_VOCAB)

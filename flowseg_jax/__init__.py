@@ -1,23 +1,37 @@
 """FlowSeg in JAX and Flax: language-conditioned segmentation with bidirectional semantic flow.
 
-`models/flowseg.py` is the whole network, `training/loop.py` a training run, `evaluation/benchmark.py` an evaluation.
+    import flowseg_jax
+    segmentor = flowseg_jax.load(DIRECTORY)                 # of a model that was trained here or converted
+    (prediction,) = segmentor.segment("image.png", ["the red circle"])
+
+`models/flowseg.py` is the whole network, `training/loop.py` a training run, `evaluation/benchmark.py` an evaluation. Whatever is
+named here is imported when it is used: `import flowseg_jax` imports neither JAX nor Flax.
 """
 
 from __future__ import annotations
 
-import os
-from typing import TYPE_CHECKING
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["FlowSegConfig", "Segmentor", "__version__", "load"]
 
 if TYPE_CHECKING:
-    from flowseg_jax.inference.segmentor import Segmentor
+    from flowseg_jax.inference.segmentor import Segmentor, load
+    from flowseg_jax.models.config import FlowSegConfig
+
+_MODULES = {
+    "FlowSegConfig": "flowseg_jax.models.config",
+    "Segmentor": "flowseg_jax.inference.segmentor",
+    "load": "flowseg_jax.inference.segmentor",
+}
 
 
-def load(directory: str | os.PathLike[str]) -> Segmentor:
-    """The segmentor of a model directory, trained here or written by `convert_weights`: `load(DIR).segment(image, texts)`.
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)
 
-    Raises:
-        UserError: not a model directory, a damaged one, or one whose tokenizer does not fit the model.
-    """
-    from flowseg_jax.inference import segmentor  # here, so that importing the package stays cheap
 
-    return segmentor.load(directory)
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,6 +1,6 @@
-"""Experiment configs: ml_collections files, `--config=FILE --config.a.b=value` on the command line, JSON in checkpoints.
+"""Experiment configs: ml_collections files, `--config=NAME --config.a.b=value` on the command line, JSON in checkpoints.
 
-A config file defines `get_config()` (or `get_config(arg)`, called with ARG for `--config=FILE:ARG`) and returns a ConfigDict
+A config file defines `get_config()` (or `get_config(arg)`, called with ARG for `--config=NAME:ARG`) and returns a ConfigDict
 with exactly the top-level keys of `TOP_LEVEL`. Sequences are tuples, so that a config survives JSON unchanged.
 
 The command line is parsed here and not by `ml_collections.config_flags`: that reports a typo through absl's global flags with
@@ -20,8 +20,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from flowseg_jax.errors import UserError
+from flowseg_jax.errors import UserError, did_you_mean
 from flowseg_jax.system import json_files
+from flowseg_jax.system.paths import ROOT
 
 TOP_LEVEL = (
     "seed",
@@ -37,16 +38,16 @@ TOP_LEVEL = (
     "mesh",
 )
 POSITIVE = ("batch_size", "log_every", "checkpoint_every")
-ROOT = Path(__file__).resolve().parent.parent  # where configs/ stands, in a checkout and in an installation alike
 
 
-def load(argv: Sequence[str], default: str = "configs/shapes_tiny.py") -> tuple[ConfigDict, list[str]]:
+def load(argv: Sequence[str], default: str = "shapes_tiny") -> tuple[ConfigDict, list[str]]:
     """The config that a command line asks for, and the arguments that are not about it.
 
     Args:
-        argv: arguments without the program's name. `--config=FILE` or `--config FILE` chooses the file (`.py`, or the `.json`
-            that `to_json` wrote); `--config.a.b=value` or `--config.a.b value` overrides one key, parsed by its default's type.
-        default: the file without `--config`.
+        argv: arguments without the program's name. `--config=NAME` or `--config NAME` chooses a config of `configs/` by its
+            name, or any file by its path (`.py`, or the `.json` that `to_json` wrote); `--config.a.b=value` or
+            `--config.a.b value` overrides one key, parsed by its default's type.
+        default: the config without `--config`.
 
     Returns:
         The locked config and the remaining arguments, in order.
@@ -82,14 +83,14 @@ def load(argv: Sequence[str], default: str = "configs/shapes_tiny.py") -> tuple[
 
 
 def read(source: str) -> ConfigDict:
-    """The config of `FILE` or `FILE:ARG`; a relative path is also looked for beside the package."""
+    """The config of `NAME`, `FILE`, `NAME:ARG` or `FILE:ARG`: a name of `configs/`, or a path, also one beside `configs/`."""
     path, arg = _find(source), None
     if path is None and ":" in source:
         source, arg = source.rsplit(":", 1)
         path = _find(source)
     if path is None:
-        near = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "configs").glob("*.py") if p.name != "__init__.py")
-        raise UserError(f"no config file {source}" + (f"; the configs that come along: {', '.join(near)}" if near else ""))
+        names = [path.stem for path in (ROOT / "configs").glob("[!_]*.py")]
+        raise UserError(f"no config {source}{did_you_mean(Path(source).stem, names)}")
     if path.suffix == ".json":
         try:
             config = from_json(path.read_text(encoding="utf-8"))
@@ -165,7 +166,7 @@ def from_json(text: str) -> ConfigDict:
 
 
 def _find(source: str) -> Path | None:
-    for path in (Path(source), ROOT / source):
+    for path in (Path(source), ROOT / source, ROOT / "configs" / f"{source}.py"):
         if path.is_file():
             return path
     return None

@@ -141,8 +141,18 @@ def test_a_broken_file_is_named_with_the_line(tmp_path, text, message):
 
 
 def test_a_missing_file_lists_the_configs(tmp_path):
-    with pytest.raises(UserError, match=r"no config file .*nope.py; the configs that come along: .*configs/shapes_tiny.py"):
+    with pytest.raises(UserError, match=r"no config .*nope.py \(known: .*shapes_tiny, .*stage3_mixed\)"):
         config_lib.load(["--config", str(tmp_path / "nope.py")])
+    with pytest.raises(UserError, match=r"no config shapes_tyni \(did you mean 'shapes_tiny'\?\)"):
+        config_lib.load(["--config=shapes_tyni"])
+
+
+@pytest.mark.parametrize(("name", "path"), [("shapes_tiny", "configs/shapes_tiny.py"), ("stage3_mixed:tiny", "configs/stage3_mixed.py:tiny")])
+def test_a_config_is_chosen_by_name_and_by_path_from_anywhere(tmp_path, monkeypatch, name, path):
+    monkeypatch.chdir(tmp_path)
+    by_name, rest = config_lib.load([f"--config={name}", "--config.seed=3"])
+    assert rest == [] and by_name.seed == 3
+    assert config_lib.to_json(by_name) == config_lib.to_json(config_lib.load([f"--config={path}", "--config.seed=3"])[0])
 
 
 def test_top_level_keys_are_fixed(tmp_path):
