@@ -75,7 +75,7 @@ def open_topology(name: str) -> Topology:
 
 def _tpu(name: str) -> Topology:
     if importlib.util.find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in os.environ:
-        raise UserError(f"--topology={name} needs libtpu, the TPU compiler: pip install 'flowseg-jax[tpu]' (or 'jax[tpu]')")
+        raise UserError(f"--topology={name} needs libtpu, the TPU compiler: pip install 'jax[tpu]=={jax.__version__}'")
     for key, value in TPU_ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     try:
@@ -93,7 +93,7 @@ def _gpu(name: str, count: int) -> Topology:
     if importlib.util.find_spec("jax_cuda12_plugin") is None:
         packages = " ".join(f"jax-cuda12-{part}=={jax.__version__}" for part in ("plugin", "pjrt"))
         raise UserError(
-            f"--topology={name} needs JAX's CUDA plugin: pip install 'flowseg-jax[cuda12]' or, to plan only, {packages}"
+            f"--topology={name} needs JAX's CUDA plugin: pip install 'jax[cuda12]=={jax.__version__}' or, to plan only, {packages}"
         )
     target = importlib.resources.files("flowseg_jax.aot").joinpath("h100_target_config.txtpb").read_text()
     hosts, each = (1, count) if count <= GPUS_PER_HOST else (count // GPUS_PER_HOST, GPUS_PER_HOST)

@@ -40,11 +40,11 @@ def test_an_unknown_name_is_told_what_is_known(name, message):
 @pytest.mark.parametrize(
     ("name", "module", "remedy"),
     [
-        ("v5e:4x4", "libtpu", r"pip install 'flowseg-jax\[tpu\]'"),
+        ("v5e:4x4", "libtpu", r"pip install 'jax\[tpu\]==[\d.]+'"),
         (
             "h100:8",
             "jax_cuda12_plugin",
-            r"flowseg-jax\[cuda12\]' or, to plan only, jax-cuda12-plugin==[\d.]+ jax-",
+            r"jax\[cuda12\]==[\d.]+' or, to plan only, jax-cuda12-plugin==[\d.]+ jax-",
         ),
     ],
 )
