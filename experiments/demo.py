@@ -40,7 +40,7 @@ def main() -> int:
 
     config, _ = configs.load([f"--config.steps={STEPS}", "--config.checkpoint_every=100"])
     plan = loop.RunConfig.from_config(config)
-    host.use_host_devices(config.batch_size // config.model.negatives_group)
+    host.use_host_devices(config.batch_size // config.model.negatives_group_size)
     host.enable_compilation_cache()
     rows: list[evaluation.ReportRow] = []
     about = [

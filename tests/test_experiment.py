@@ -147,7 +147,9 @@ def test_a_missing_file_lists_the_configs(tmp_path):
         config_lib.load(["--config=shapes_tyni"])
 
 
-@pytest.mark.parametrize(("name", "path"), [("shapes_tiny", "configs/shapes_tiny.py"), ("stage3_mixed:tiny", "configs/stage3_mixed.py:tiny")])
+@pytest.mark.parametrize(
+    ("name", "path"), [("shapes_tiny", "configs/shapes_tiny.py"), ("stage3_mixed:tiny", "configs/stage3_mixed.py:tiny")]
+)
 def test_a_config_is_chosen_by_name_and_by_path_from_anywhere(tmp_path, monkeypatch, name, path):
     monkeypatch.chdir(tmp_path)
     by_name, rest = config_lib.load([f"--config={name}", "--config.seed=3"])

@@ -161,7 +161,6 @@ def test_the_command_prints_json_last_and_exits_by_the_verdict(monkeypatch, caps
     asked = []
     monkeypatch.setattr(plan, "plan", lambda config, name, effort: asked.append((config.seed, name, effort)) or report)
     arguments = [
-        "--plan",
         "--topology=v5e:2x4",
         "--json",
         "--config.seed=5",

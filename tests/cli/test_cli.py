@@ -16,12 +16,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_a_mistake_is_one_line_and_exit_code_2(tmp_path):
-    command = [sys.executable, "train.py", "--config.model.decoder.queres=3", f"--workdir={tmp_path / 'run'}"]
+    command = [sys.executable, "train.py", "--config.model.mask_decoder.num_queres=3", f"--workdir={tmp_path / 'run'}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=150)
     assert done.returncode == 2
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert len(errors) == 1
-    assert "model.decoder.queries" in errors[0]
+    assert "model.mask_decoder.num_queries" in errors[0]
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
 

@@ -7,8 +7,8 @@ import json
 
 import numpy as np
 import pytest
-
 from flowseg_jax.configs.stage3_mixed import SETS
+
 from experiments import stages
 from flowseg_jax import experiment as configs
 from flowseg_jax.checkpoints.manifest import flatten_params
