@@ -1,8 +1,8 @@
-"""`flowseg plan --by-component`: each part of the train step, forward and backward, compiled by itself.
+"""`flowseg plan --by-component`: each component of the train step, forward and backward, compiled by itself.
 
-The step's cost to the compiler is a sum that its own report does not divide. So each part is made a program of its own, on the
-same mesh, with the same parts of the parameters and the shapes that it has in the step: what reaches it from other parts, and
-the gradient that comes back to it, are arguments.
+The compiler reports one sum for the whole step. So each component is compiled as a program of its own, on the same mesh, with
+its parameters sharded and shaped as in the step. What it receives from other components, and the gradient that comes back to
+it, are arguments of that program.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ PEERS = DataParallelGroup(BATCH_AXES)
 
 @dataclasses.dataclass(frozen=True)
 class ComponentReport:
-    """One part, forward and backward.
+    """One component, forward and backward.
 
     Attributes:
-        name: of the part.
-        arguments, temporaries: bytes on one device; None if the compiler gave up. What parts hand each other is among the
-            arguments of both, so they add up to more than the step's.
-        cycles: the compiler's own estimate; None if it gave up, or makes none.
-        hlo_lines: of the optimised program; None if the compiler gave up.
+        name: of the component.
+        arguments, temporaries: bytes on one device; None if the compiler refused. What components pass to each other is among
+            the arguments of both, so their sum is larger than the step's.
+        cycles: the compiler's own estimate; None if it refused, or makes none.
+        hlo_lines: of the optimised program; None if the compiler refused.
         compile_seconds: wall time.
-        refusal: the compiler's words if it gave up for want of memory.
+        refusal: the compiler's words if it refused for want of memory.
     """
 
     name: str
@@ -57,40 +57,41 @@ class ComponentReport:
     refusal: str | None
 
 
-Leaves = dict[str, list[Any]]  # what parts gave, as bare arrays
-# A part: (model, batch, what other parts gave, losses) -> what it gives. Everything is one device's.
+Leaves = dict[str, list[Any]]  # the outputs of components, as bare arrays
+# A component: (model, batch, outputs of other components, losses) -> its output. Everything is one device's.
 Run = Callable[[FlowSeg, Batch, dict[str, Any], LossConfig], Any]
 
 
 def _llm(model: FlowSeg, batch: Batch, given: dict[str, Any], losses: LossConfig) -> tuple[TextFeatures | None, Any]:
     """The language model and its loss."""
-    reading = model.encode_text(batch, given["siglip"]) if model.cfg.has_mask_decoder else None
-    hidden = model.run_llm(batch, given["siglip"]) if reading is None else reading.hidden_states
+    text = model.encode_text(batch, given["siglip"]) if model.cfg.has_mask_decoder else None
+    hidden = model.run_llm(batch, given["siglip"]) if text is None else text.hidden_states
     out = TrainingOutput(hidden, model.llm.lm_head_weight(hidden.dtype), None, None, None, None)
     terms, _ = loss_terms(model, batch, out, {}, losses, PEERS)
-    return reading, [total for total, _ in terms.values()]
+    return text, [total for total, _ in terms.values()]
 
 
-def _decoder(model: FlowSeg, batch: Batch, given: dict[str, Any], losses: LossConfig) -> TrainingOutput:
+def _mask_decoder(model: FlowSeg, batch: Batch, given: dict[str, Any], losses: LossConfig) -> TrainingOutput:
     features = ImageFeatures(None, *given["pixel_decoder"])
-    reading = given["llm"][0] if model.cfg.has_language_model else None
-    return dataclasses.replace(model.decode_training_passes(batch, features, reading, PEERS), hidden=None, vocabulary=None)
+    text = given["llm"][0] if model.cfg.has_language_model else None
+    out = model.decode_training_passes(batch, features, text, PEERS)
+    return dataclasses.replace(out, hidden_states=None, lm_head=None)
 
 
 def _losses(model: FlowSeg, batch: Batch, given: dict[str, Any], losses: LossConfig) -> list[Any]:
     """Matching, losses of masks and classes, and BAR."""
     keys = jax.random.split(jax.random.key(0), batch.phrase_target.shape[0])
     with jax.named_scope("losses"):
-        terms, _ = loss_terms(model, batch, given["decoder"], keys, losses, PEERS)
+        terms, _ = loss_terms(model, batch, given["mask_decoder"], keys, losses, PEERS)
     return [total for total, _ in terms.values()]
 
 
 @dataclasses.dataclass(frozen=True)
-class _Part:
+class _Component:
     """Attributes:
     owns: its parameters, by the first word of their paths.
-    reads: the parts it reads from.
-    needs: what a model with this part does, as `FlowSegConfig` calls it: "segments", "speaks"; None: every model has it.
+    reads: the components whose outputs it reads.
+    needs: the property of `FlowSegConfig` that says whether a model has it; None: every model does.
     run: what it does.
     """
 
@@ -100,28 +101,30 @@ class _Part:
     run: Run
 
 
-PARTS = {
-    "sam": _Part(("sam",), (), None, lambda model, batch, given, losses: model.sam_hidden_states(batch)),
-    "siglip": _Part(
+COMPONENTS = {
+    "sam": _Component(("sam",), (), None, lambda model, batch, given, losses: model.sam_hidden_states(batch)),
+    "siglip": _Component(
         ("siglip", "visual_projector", "seg_projector"),
         ("sam",),
-        "speaks",
+        "has_language_model",
         lambda model, batch, given, losses: model.project_visual_tokens(batch, given["sam"][-1]),
     ),
-    "pixel_decoder": _Part(
+    "pixel_decoder": _Component(
         ("connector", "pixel_decoder"),
         ("sam",),
-        "segments",
+        "has_mask_decoder",
         lambda model, batch, given, losses: model.pixel_features(tuple(given["sam"][:-1])),
     ),
-    "llm": _Part(("llm", "llm_projector"), ("siglip",), "speaks", _llm),
-    "decoder": _Part(("decoder", "background", "category_head"), ("pixel_decoder", "llm"), "segments", _decoder),
-    "losses": _Part(("boundary",), ("decoder",), "segments", _losses),
+    "llm": _Component(("llm", "llm_projector"), ("siglip",), "has_language_model", _llm),
+    "mask_decoder": _Component(
+        ("mask_decoder", "background_embed", "category_head"), ("pixel_decoder", "llm"), "has_mask_decoder", _mask_decoder
+    ),
+    "losses": _Component(("boundary",), ("mask_decoder",), "has_mask_decoder", _losses),
 }
 
 
-def parts(config: ConfigDict, topology: str, *, effort: str = "O0") -> list[ComponentReport]:
-    """Compiles the parts of a config's step one after the other, those that its model has, the optimizer last.
+def compile_components(config: ConfigDict, topology: str, *, effort: str = "O0") -> list[ComponentReport]:
+    """Compiles the components of a config's step one after the other, those that its model has, the optimizer last.
 
     Raises:
         UserError: as `aot.plan.plan`.
@@ -157,7 +160,7 @@ def _measured(program: TrainProgram, effort: str) -> Iterator[ComponentReport]:
 
 def table(reports: Sequence[ComponentReport]) -> str:
     """The reports for people."""
-    rows = [("part", "compiled in", "arguments", "temporaries", "million cycles", "lines of HLO")]
+    rows = [("component", "compiled in", "arguments", "temporaries", "million cycles", "lines of HLO")]
     for x in reports:
         if x.refusal is not None:
             rows.append((x.name, f"{x.compile_seconds:.0f} s", "does not fit", "", "", ""))
@@ -172,40 +175,46 @@ def table(reports: Sequence[ComponentReport]) -> str:
 
 
 def programs(program: TrainProgram) -> Iterator[tuple[str, Any, tuple]]:
-    """(name, jitted function, abstract arguments) of every part of a program's step: what a device does in one micro-batch."""
+    """(name, jitted function, abstract arguments) of every component of the step: what a device does in one micro-batch."""
     model, state, mesh, losses = program.plan.model, program.state, program.mesh, program.plan.losses
     specs = jax.tree.map(lambda x: shard_map_spec(x.sharding.spec, mesh), (state.trainable, state.frozen))
     batch = _of_one_micro_batch(program)
     given: Leaves = {}
     structures: dict[str, Any] = {}
-    for name, part in PARTS.items():
-        if part.needs and not getattr(model, part.needs):
+    for name, component in COMPONENTS.items():
+        if component.needs and not getattr(model, component.needs):
             continue
-        inputs = {other: given[other] for other in part.reads if other in given}
+        inputs = {other: given[other] for other in component.reads if other in given}
 
-        def forward(trainable: Params, frozen: Params, batch: Batch, inputs: Leaves, name=name, run=part.run) -> list[Any]:
-            """The part, from and to bare arrays: what they belong to need not take abstract ones."""
+        def forward(trainable: Params, frozen: Params, batch: Batch, inputs: Leaves, name=name, run=component.run) -> list[Any]:
+            """The component, from and to bare arrays: their containers need not take abstract ones."""
             inputs = {other: structures[other].unflatten(leaves) for other, leaves in inputs.items()}
             out = run(bind_params(program.graphdef, merge_trainable(trainable, frozen)), batch, inputs, losses)
             leaves, structures[name] = jax.tree.flatten(out)
             return leaves
 
         def both(
-            trainable: Params, frozen: Params, batch: Batch, inputs: Leaves, cotangents: Any, owns=part.owns, forward=forward
+            trainable: Params,
+            frozen: Params,
+            batch: Batch,
+            inputs: Leaves,
+            cotangents: Any,
+            owns=component.owns,
+            forward=forward,
         ) -> Any:
-            """What the part gives, and its gradients: of its own parameters, and of what it was given."""
+            """The output of the component, and its gradients: of its own parameters, and of its inputs."""
             mine = {key: tree for key, tree in trainable.items() if key in owns}
             floats, join = _floats(inputs)
             give = lambda mine, floats: _floats(forward(trainable | mine, frozen, batch, join(floats)))[0]  # noqa: E731
             out, pull = jax.vjp(give, mine, floats)
             return out, pull(cotangents)
 
-        # What parts hand each other is given as one device has it, under the name of an array that is the same on all.
+        # What components pass to each other is given as one device has it, as an array that is the same on all devices.
         shared = functools.partial(jax.shard_map, mesh=mesh, axis_names=shard_map_axes(mesh), check_vma=False)
         takes, same = (*specs, PartitionSpec(BATCH_AXES), PartitionSpec()), PartitionSpec()
         found = jax.eval_shape(shared(forward, in_specs=takes, out_specs=same), state.trainable, state.frozen, batch, inputs)
         given[name] = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), found)
-        owned = {key: tree for key, tree in specs[0].items() if key in part.owns}
+        owned = {key: tree for key, tree in specs[0].items() if key in component.owns}
         step = shared(both, in_specs=(*takes, same), out_specs=(same, (owned, same)))
         cotangents = _floats(given[name])[0]
         yield name, jax.jit(step), (state.trainable, state.frozen, batch, inputs, cotangents)

@@ -42,9 +42,9 @@ class Memory:
 
     Attributes:
         parameters, moments, batch: what the step is given, from shapes and shardings.
-        arguments: the same as the compiler lays it out; None if it gave up.
-        temporaries: activations, gradients and workspace; None if it gave up.
-        outputs: results that take no argument's place; None if it gave up.
+        arguments: the same as the compiler lays it out; None if it refused.
+        temporaries: activations, gradients and workspace; None if it refused.
+        outputs: results that take no argument's place; None if it refused.
         needed: all that must fit at once; for a program that the compiler refused its own figure, None if it gave none.
         usable: what a program may use; None where there is nothing to judge by.
     """
@@ -72,10 +72,10 @@ class PlanReport:
         memory: bytes a device.
         flops: a step, by part of the model.
         step_seconds: a step at `MFU` of peak arithmetic; None without a peak.
-        traffic: collectives; None if the compiler gave up.
-        cycles: the compiler's own estimates; None if it gave up, or makes none.
+        traffic: collectives; None if the compiler refused.
+        cycles: the compiler's own estimates; None if it refused, or makes none.
         lower_seconds, compile_seconds: wall time.
-        refusal: the compiler's words if it gave up for want of memory.
+        refusal: the compiler's words if it refused for want of memory.
     """
 
     topology: str
@@ -203,7 +203,7 @@ def report(program: TrainProgram, topology: Topology, effort: str) -> PlanReport
         mesh=dict(program.mesh.shape),
         batch_size=shape.batch,
         effort=effort,
-        parameters=_towers(state.trainable, state.frozen),
+        parameters=_parameters_by_component(state.trainable, state.frozen),
         memory=_memory(program, compiled, refusal, topology.usable),
         flops=by_part,
         step_seconds=peak and flops.total(by_part) / (MFU * peak * len(topology.devices)),
@@ -261,7 +261,7 @@ def _bytes_on_one_device(tree: Any) -> int:
     return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def _towers(trainable: Any, frozen: Any) -> dict[str, dict[str, int]]:
+def _parameters_by_component(trainable: Any, frozen: Any) -> dict[str, dict[str, int]]:
     components: dict[str, dict[str, int]] = {}
     for kind, tree in (("trained", trainable), ("frozen", frozen)):
         for path, x in flatten_params(tree).items():

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from flowseg_jax.aot.hlo import KINDS, Instruction, Module, array_bytes
 
 # The first of these that a fusion contains is its kind.
-MARKS = {
+OPCODES_BY_KIND = {
     "collectives": KINDS,
     "sorts": ("sort",),
     "scatters": ("scatter", "select-and-scatter"),
@@ -27,17 +27,17 @@ MARKS = {
 MOVING = frozenset("copy transpose reshape bitcast slice pad concatenate dynamic-slice dynamic-update-slice broadcast".split())
 ELEMENTWISE, MOVEMENT, KERNELS = "elementwise", "data movement", "kernels"
 # Nothing is computed by these; a start has the cost, and its end none.
-FREE = frozenset(
+FREE_OPCODES = frozenset(
     "parameter constant tuple get-tuple-element bitcast after-all opt-barrier iota partition-id replica-id domain "
     "add-dependency".split()
 )
 # `jax.named_scope`s of the train step; the innermost one counts.
-PARTS = (
-    *("sam", "siglip", "projectors", "connector", "pixel_decoder", "llm", "decoder", "boundary", "matcher", "losses"),
+SCOPES = (
+    *("sam", "siglip", "projectors", "connector", "pixel_decoder", "llm", "mask_decoder", "boundary", "matcher", "losses"),
     *("sum_gradients", "optimizer"),
 )
 SCALAR = 8  # bytes of the largest result that counts as a loop's bookkeeping, where it has no estimate
-SANE = 10**13  # cycles of one instruction; at low effort the compiler writes some without meaning
+MAX_CYCLES = 10**13  # cycles of one instruction; at low effort the compiler writes some without meaning
 
 _ESTIMATE = re.compile(r'"estimated_cycles":"(\d+)"')
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
@@ -50,8 +50,8 @@ class Cost:
     """One instruction.
 
     Attributes:
-        kind: a key of `MARKS`, or one of ELEMENTWISE, MOVEMENT, KERNELS.
-        part: one of `PARTS` with " forward", " again" (rematerialised) or " backward"; "other" for what has no scope.
+        kind: a key of `OPCODES_BY_KIND`, or one of ELEMENTWISE, MOVEMENT, KERNELS.
+        part: one of `SCOPES` with " forward", " again" (rematerialised) or " backward"; "other" for what has no scope.
         label: the opcode, or what a custom call calls.
         cycles: of one execution; None where the compiler gives no estimate.
         executions: in one run of the program; a loop of unknown length counts once, and each of n branches 1 / n: the decoder's
@@ -126,7 +126,7 @@ def _walk(module: Module, computation: str, executions: float) -> Iterator[Cost]
                 yield from _walk(module, name, executions / len(names))
         elif x.opcode == "call":
             yield from _walk(module, x.called("to_apply"), executions)
-        elif not (x.opcode in FREE or x.opcode.endswith(("-done", "-update")) or "AllocateBuffer" in x.attributes):
+        elif not (x.opcode in FREE_OPCODES or x.opcode.endswith(("-done", "-update")) or "AllocateBuffer" in x.attributes):
             cost = _cost(module, x, executions)
             if cost.cycles is not None or cost.kind != ELEMENTWISE or array_bytes(x.type) > SCALAR:
                 yield cost
@@ -137,17 +137,17 @@ def _cost(module: Module, x: Instruction, executions: float) -> Cost:
     found = int(estimate[1]) if estimate else 0
     op_name = name[1] if name else ""
     label = target[1] if target else x.opcode.removesuffix("-start")
-    return Cost(_kind(module, x), _part(op_name), label, found if 0 < found < SANE else None, executions, op_name)
+    return Cost(_kind(module, x), _part(op_name), label, found if 0 < found < MAX_CYCLES else None, executions, op_name)
 
 
 def _kind(module: Module, x: Instruction) -> str:
     if x.opcode == "custom-call":
         return KERNELS
     inside = _opcodes(module, x)
-    for kind, marks in MARKS.items():
-        if inside & set(marks):
+    for kind, opcodes in OPCODES_BY_KIND.items():
+        if inside & set(opcodes):
             return kind
-    return MOVEMENT if inside <= MOVING | FREE else ELEMENTWISE
+    return MOVEMENT if inside <= MOVING | FREE_OPCODES else ELEMENTWISE
 
 
 def _opcodes(module: Module, x: Instruction) -> set[str]:
@@ -159,7 +159,7 @@ def _opcodes(module: Module, x: Instruction) -> set[str]:
 
 
 def _part(op_name: str) -> str:
-    scope = next((word for word in reversed(_WORDS.findall(op_name)) if word in PARTS), None)
+    scope = next((word for word in reversed(_WORDS.findall(op_name)) if word in SCOPES), None)
     if scope is None:
         return "other"
     direction = "again" if "rematted_computation" in op_name else "backward" if "transpose(" in op_name else "forward"

@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.by_component:
         from flowseg_jax.aot import components
 
-        reports = components.parts(config, arguments.topology, effort=arguments.xla_opt_level)
+        reports = components.compile_components(config, arguments.topology, effort=arguments.xla_opt_level)
         log(components.table(reports))
         if arguments.json:
             log(json.dumps([dataclasses.asdict(report) for report in reports]))

@@ -323,7 +323,7 @@ class FlowSeg(nnx.Module):
         cfg = self.cfg
         b, k = batch.phrase_target.shape
         if reading is None:
-            with jax.named_scope("decoder"):
+            with jax.named_scope("mask_decoder"):
                 out = self.mask_decoder(features.mask_features, features.multi_scale_features, 1)
             categories = self.category_head(out.queries).astype(jnp.float32)
             return TrainingOutput(None, None, features.mask_features, out, None, categories)
@@ -348,7 +348,7 @@ class FlowSeg(nnx.Module):
         rows = max(part.attend_mask.shape[1] for part in parts)
         conditions = interleave_passes([pad_conditions(part, rows) for part in parts], b)
         passes = conditions.attend_mask.shape[0] // b
-        with jax.named_scope("decoder"):
+        with jax.named_scope("mask_decoder"):
             out = self.mask_decoder(
                 features.mask_features, features.multi_scale_features, passes, conditions, interleave_passes(segs, b)
             )
@@ -412,7 +412,7 @@ class FlowSeg(nnx.Module):
         b, k, _ = phrases.shape
         yes = jnp.ones((b * k, 1), bool)
         conditions = append_background(phrases.reshape(b * k, 1, -1), yes, yes, self.background_embed[...])
-        with jax.named_scope("decoder"):
+        with jax.named_scope("mask_decoder"):
             out = self.mask_decoder(mask_features, levels, k, conditions, segs.reshape(b * k, -1))
         scores = jax.nn.softmax(out.class_logits[-1], -1)[..., 0].reshape(b, k, -1)
         embeds = out.mask_embeds[-1].reshape(b, -1, out.mask_embeds.shape[-1])

@@ -94,8 +94,8 @@ def open_train_data(config: ConfigDict, program: TrainProgram) -> TrainDataset:
         known = {m.prepared.categories: m.prepared.directory for m in members if m.prepared.task in ("referring", "generic")}
         if len(known) > 1:
             raise UserError(
-                f"{' and '.join(map(str, known.values()))} have other categories, and the linear head (model.num_classes) knows "
-                "one list: train on one of them, or without the head"
+                f"{' and '.join(map(str, known.values()))} have other categories, and the linear head (model.num_classes) "
+                "knows one list: train on one of them, or without the head"
             )
         for categories, directory in known.items():
             if len(categories) > model.num_classes:

@@ -1,4 +1,4 @@
-"""`flowseg plan --by-component`: the parts are the step, and what the command says of them."""
+"""`flowseg plan --by-component`: the components are the step, and what the command says of them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.aot import test_plan
 from tests.helpers.counting import products
 
 
-def config_of(which: str = "all", **optimizer) -> ConfigDict:
+def config_of(which: str = "full", **optimizer) -> ConfigDict:
     config = test_plan.smallest_config()
     model = FlowSegConfig.from_dict(config.model.to_dict())
     if which == "segmentor":
@@ -32,48 +32,52 @@ def config_of(which: str = "all", **optimizer) -> ConfigDict:
 @pytest.mark.parametrize(
     ("which", "names"),
     [
-        ("all", ["sam", "siglip", "pixel_decoder", "llm", "decoder", "losses", "optimizer"]),
-        ("segmentor", ["sam", "pixel_decoder", "decoder", "losses", "optimizer"]),
-        ("language", ["sam", "siglip", "llm", "optimizer"]),
+        ("full", ["sam", "siglip", "pixel_decoder", "llm", "mask_decoder", "losses", "optimizer"]),
+        ("segmentor", ["sam", "pixel_decoder", "mask_decoder", "losses", "optimizer"]),
+        ("vlm", ["sam", "siglip", "llm", "optimizer"]),
     ],
 )
-def test_the_parts_multiply_what_the_step_does(which, names):
+def test_the_components_multiply_what_the_step_does(which, names):
     """Nothing is left out and nothing is there twice, forward and backward."""
     program = TrainProgram.build(config_of(which), jax.devices()[:1])
     with without_kernels():
-        of_parts = {name: products(jax.make_jaxpr(step)(*given).jaxpr) for name, step, given in components.programs(program)}
+        by_component = {
+            name: products(jax.make_jaxpr(step)(*given).jaxpr) for name, step, given in components.programs(program)
+        }
         whole = products(jax.make_jaxpr(program.step)(program.state, program.batch).jaxpr)
-    assert list(of_parts) == names
-    assert of_parts.pop("optimizer") == 0 < min(of_parts.values())
-    assert sum(of_parts.values()) == pytest.approx(whole, rel=1e-9)
+    assert list(by_component) == names
+    assert by_component.pop("optimizer") == 0 < min(by_component.values())
+    assert sum(by_component.values()) == pytest.approx(whole, rel=1e-9)
 
 
-def test_a_part_is_one_micro_batch_of_one_device():
+def test_a_component_is_one_micro_batch_of_one_device():
     config = config_of(accumulate=2)
     program = TrainProgram.build(config, jax.devices()[:1])
     (_, _, (_, _, batch, _, _)), *_ = components.programs(program)
-    assert batch.images.shape[0] == config.batch_size // 2
+    assert batch.sam_images.shape[0] == config.batch_size // 2
 
 
-def test_every_part_is_compiled_and_reported(capsys):
-    config = config_of("language")
-    reports = components.parts(config, "cpu:1")
+def test_every_component_is_compiled_and_reported(capsys):
+    config = config_of("vlm")
+    reports = components.compile_components(config, "cpu:1")
     assert [x.name for x in reports] == ["sam", "siglip", "llm", "optimizer"]
     assert all(x.refusal is None and min(x.arguments, x.temporaries, x.hlo_lines) > 0 for x in reports)
     head, *rows, together = components.table(reports).splitlines()
-    assert head.split()[0] == "part" and [row.split()[0] for row in rows] == [x.name for x in reports]
+    assert head.split()[0] == "component" and [row.split()[0] for row in rows] == [x.name for x in reports]
     assert together.split() == ["together", f"{sum(x.compile_seconds for x in reports):.0f}", "s"]
 
 
 @pytest.mark.parametrize("refusal", [None, "Ran out of memory on HBM."])
-def test_the_command_prints_a_table_then_json_and_fails_where_a_part_does_not_fit(monkeypatch, capsys, refusal):
+def test_the_command_prints_a_table_then_json_and_fails_where_a_component_does_not_fit(monkeypatch, capsys, refusal):
     sizes = (None,) * 4 if refusal else (2**30, 2**31, 3_000_000, 12_345)
     found = [
         components.ComponentReport("sam", *sizes, 12.3, refusal),
         components.ComponentReport("llm", 2**30, 0, None, 7, 1.2, None),
     ]
     asked = []
-    monkeypatch.setattr(components, "parts", lambda config, name, effort: asked.append((config.seed, name, effort)) or found)
+    monkeypatch.setattr(
+        components, "compile_components", lambda config, name, effort: asked.append((config.seed, name, effort)) or found
+    )
     code = flowseg(["plan", "--by-component", "--topology=v5e:2x4", "--xla-opt-level=O1", "--json", "--config.seed=5"])
     assert (code, asked) == (int(refusal is not None), [(5, "v5e:2x4", "O1")])
     *_, sam, llm, together, last = capsys.readouterr().out.splitlines()

@@ -68,8 +68,8 @@ def executable(arguments: int, temporaries: int) -> SimpleNamespace:
 def planned(outcome, usable: int | None = 16 * GIB, chip=CHIP) -> plan.PlanReport:
     """The report on a model of three parameters, two of them trained, on 4 x 2 devices."""
     divided = ("fsdp",)
-    trainable = {"llm": {"table": abstract(40, 28, spec=divided)}, "sam": {"patch": abstract(10)}}
-    frozen = {"llm": {"head": abstract(6, dtype=jnp.bfloat16)}}
+    trainable = {"llm": {"embed_tokens": abstract(40, 28, spec=divided)}, "sam": {"patch_embed": abstract(10)}}
+    frozen = {"llm": {"lm_head": abstract(6, dtype=jnp.bfloat16)}}
     moments = [abstract(40, 28, spec=divided), abstract(10)] * 2
     state = TrainState(abstract(dtype=jnp.int32), trainable, frozen, moments, abstract(2, dtype=jnp.int32))
     model = small.config()
@@ -78,7 +78,7 @@ def planned(outcome, usable: int | None = 16 * GIB, chip=CHIP) -> plan.PlanRepor
         plan=SimpleNamespace(model=model, shape=shape, losses=LossConfig()),
         mesh=SimpleNamespace(shape={"data": 4, "fsdp": 2}),
         state=state,
-        batch={"tokens": abstract(16, 100, spec=(("data", "fsdp"),), dtype=jnp.int32)},
+        batch={"input_ids": abstract(16, 100, spec=(("data", "fsdp"),), dtype=jnp.int32)},
         step=FakeStep(outcome),
     )
     return plan.report(program, Topology("v5e:2x4", (chip,) * 8, usable, "not executed"), "O1")
@@ -192,7 +192,7 @@ def test_what_each_mistake_says(argv, message):
 
 def smallest_config() -> ConfigDict:
     """As little to compile as there can be with every component present."""
-    model = small.config(negatives_group=1, classes=0, named_pass="off")
+    model = small.config(negatives_group_size=1, num_classes=0, generic_pass="off")
     model = dataclasses.replace(
         model,
         mask_decoder=dataclasses.replace(model.mask_decoder, num_layers=1),

@@ -181,7 +181,7 @@ class Instances:
             other = {}  # how evaluations draw it that do not take the union
             if entry["id"] in referred:
                 parts = entry["segmentation"], height, width, where
-                other = {"once": masks.single_cover(*parts), "filled": masks.fill_polygons(*parts)}
+                other = {"rle_single_cover": masks.single_cover(*parts), "rle_filled_polygons": masks.fill_polygons(*parts)}
             annotations.append(Annotation(entry["id"], category, rle, crowd(entry, where), **other))
         expressions = tuple(
             Expression(s["sent"].strip(), s["sent_id"], ref_id, tuple(sorted(place[t] for t in targets)), s.get("family", ""))
