@@ -4,8 +4,8 @@
     segmentor = flowseg_jax.load(DIRECTORY)                 # of a model that was trained here or converted
     (prediction,) = segmentor.segment("image.png", ["the red circle"])
 
-`models/flowseg.py` is the whole network, `training/loop.py` a training run, `evaluation/benchmark.py` an evaluation. Whatever is
-named here is imported when it is used: `import flowseg_jax` imports neither JAX nor Flax.
+`models/flowseg.py` is the whole network, `training/loop.py` a training run, `evaluation/benchmark.py` an evaluation. What this
+module names is imported when it is used: `import flowseg_jax` imports neither JAX nor Flax.
 """
 
 from __future__ import annotations

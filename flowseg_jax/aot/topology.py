@@ -93,7 +93,8 @@ def _gpu(name: str, count: int) -> Topology:
     if importlib.util.find_spec("jax_cuda12_plugin") is None:
         packages = " ".join(f"jax-cuda12-{part}=={jax.__version__}" for part in ("plugin", "pjrt"))
         raise UserError(
-            f"--topology={name} needs JAX's CUDA plugin: pip install 'jax[cuda12]=={jax.__version__}' or, to plan only, {packages}"
+            f"--topology={name} needs JAX's CUDA plugin: pip install 'jax[cuda12]=={jax.__version__}' or, "
+            f"to plan only, {packages}"
         )
     target = importlib.resources.files("flowseg_jax.aot").joinpath("h100_target_config.txtpb").read_text()
     hosts, each = (1, count) if count <= GPUS_PER_HOST else (count // GPUS_PER_HOST, GPUS_PER_HOST)

@@ -185,7 +185,7 @@ class EvalDataset:
     ):
         self.tokenizer = tokenizer or open_tokenizer(prepared, prompts)
         self.split = split
-        self._prompts = dataclasses.replace(prompts, vary=False)
+        self._prompts = dataclasses.replace(prompts, randomize=False)
         self._shape = BatchShape(batch, 0, PHRASE_BUCKETS[-1], 0, *sides)
         self._rows = range(batch) if rows is None else rows
         self._read = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)

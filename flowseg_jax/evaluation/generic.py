@@ -161,7 +161,7 @@ class GenericDataset:
         max_images: int | None = None,
         skip: Collection[int] = (),
     ):
-        prompts = dataclasses.replace(prompts, vary=False)
+        prompts = dataclasses.replace(prompts, randomize=False)
         self._source = prepared.source(split)
         self._places = [place for place in range(len(prepared.index(split)[:max_images])) if place not in skip]
         self.images = len(self._places)

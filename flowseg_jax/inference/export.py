@@ -88,7 +88,7 @@ class PromptTokens:
     @classmethod
     def of(cls, prompts: PromptTemplates, tokenizer: Tokenizer, visual_tokens: int) -> PromptTokens:
         """The fixed wording of a model's prompts. A mark splits the text, so that the parts do not depend on the expression."""
-        (conversation,) = collate.make_conversations(dataclasses.replace(prompts, vary=False), ["it"])
+        (conversation,) = collate.make_conversations(dataclasses.replace(prompts, randomize=False), ["it"])
         said = collate.encode_conversation(conversation, prompts, tokenizer, "the wording").tokens
         start, end = said.index(tokenizer.phrase_start), said.index(tokenizer.phrase_end)
         prefix = collate.encode_prefix(prompts, tokenizer, visual_tokens)

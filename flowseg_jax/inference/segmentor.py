@@ -123,7 +123,7 @@ class Segmentor:
         no_target_below: float = 0.0,
     ):
         self._params, self._tokenizer, self._no_target_below = params, tokenizer, no_target_below
-        self._prompts = dataclasses.replace(prompts or PromptTemplates(), vary=False)
+        self._prompts = dataclasses.replace(prompts or PromptTemplates(), randomize=False)
         self._shape = BatchShape(1, 0, PHRASE_BUCKETS[-1], 0, image, vision)
         self._prefix = np.array(collate.encode_prefix(self._prompts, tokenizer, visual_tokens), np.int32)
         marks = generate.SpecialTokenIds(tokenizer.phrase_start, tokenizer.phrase_end, tokenizer.seg)
