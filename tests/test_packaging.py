@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -12,7 +13,6 @@ import venv
 import zipfile
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
@@ -41,19 +41,10 @@ def test_the_public_api_has_nothing_else():
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        "--no-build-isolation",
-        "--wheel-dir",
-        folder,
-        ROOT,
-    ]
-    subprocess.run(command, check=True)
+    # With what the extra `test` installs the build needs no network; without it, pip fetches the build's requirements.
+    offline = importlib.util.find_spec("hatchling") and importlib.util.find_spec("hatch_requirements_txt")
+    options = ["--quiet", "--no-deps", *["--no-build-isolation"] * bool(offline)]
+    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, "--wheel-dir", folder, ROOT], check=True)
     (file,) = folder.iterdir()
     return file
 
@@ -105,6 +96,6 @@ def test_the_wheel_predicts_in_an_empty_folder(wheel, tmp_path):
     assert all(Path(line).is_relative_to(packages) for line in done.stdout.splitlines())
     flowseg("predict", "--image=image.png", "--text=the red circle")
     (found,) = (folder / "runs/predictions").glob("*.json")
-    answer = json.loads(found.read_text())["masks"] if False else json.loads(found.read_text())
-    assert np.isfinite(answer["score"]) if "score" in answer else answer
+    answer = json.loads(found.read_text())
+    assert answer["found"] and answer["area"] > 0 and answer["score"] > 0.5
     assert json.loads(flowseg("plan", "--config=stage3_mixed:tiny", "--shardings=fsdp=8"))

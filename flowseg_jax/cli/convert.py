@@ -11,7 +11,7 @@ from flowseg_jax.errors import UserError
 USAGE = """%(prog)s FAMILY SOURCE OUT [options]
        %(prog)s flowseg llm=DIR siglip=DIR sam=DIR [segmentor=FILE] OUT [options]
        %(prog)s FAMILY MODEL_DIRECTORY OUT --export"""
-FAMILIES = "qwen3, phi3, llama, siglip2, sam, segmentor, xsam, flowseg"
+FAMILIES = "qwen3, phi3, llama, siglip2, sam, mask2former, xsam_stage1, xsam, flowseg"
 DTYPES = ("bfloat16", "float16", "float32")
 
 

@@ -6,16 +6,16 @@ from collections.abc import Sequence
 
 from flowseg_jax.cli.parser import Parser, add_model_flags
 
-PLATFORMS = "cpu,tpu,cuda"
+BATCH, PHRASES, TEXT, PLATFORMS = 1, 8, 256, "cpu,tpu,cuda"  # as in `inference.export`, which imports JAX
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="flowseg export", description="Exports a model as programs that run without this package.")
     add_model_flags(parser)
     parser.add_argument("--out", metavar="DIR", required=True, help="the directory to make")
-    parser.add_argument("--batch", type=int, default=1, metavar="B", help="images at a time, default %(default)s")
-    parser.add_argument("--phrases", type=int, default=8, metavar="K", help="expressions per image, default %(default)s")
-    parser.add_argument("--text", type=int, default=256, metavar="T", help="token ids per image, default %(default)s")
+    parser.add_argument("--batch", type=int, default=BATCH, metavar="B", help="images at a time, default %(default)s")
+    parser.add_argument("--phrases", type=int, default=PHRASES, metavar="K", help="expressions per image, default %(default)s")
+    parser.add_argument("--text", type=int, default=TEXT, metavar="T", help="token ids per image, default %(default)s")
     parser.add_argument("--platforms", default=PLATFORMS, metavar="LIST", help="default %(default)s")
     arguments = parser.parse_args(argv)
     from flowseg_jax.checkpoints.find import find_model
