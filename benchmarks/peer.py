@@ -260,13 +260,13 @@ class FlowSegTorch(nn.Module):
     def look(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
         """Visual tokens [1, V, W], mask features [1, D, h, w], levels [1, D, y, x] low to high."""
         cfg = self.cfg
-        pixels = (batch["images"] / 255 - torch.tensor(SAM_MEAN)) / torch.tensor(SAM_STD)
+        pixels = (batch["sam_images"] / 255 - torch.tensor(SAM_MEAN)) / torch.tensor(SAM_STD)
         x = self.sam.patch_embed(pixels.permute(0, 3, 1, 2)) + self.sam.pos_embed
         states = [x]
         for layer in self._sam:
             states.append(layer(states[-1]))
         shuffled = pixel_shuffle(states[cfg.sam.num_hidden_layers - 1], 0.5)
-        y = self.siglip.embeddings.patch_embedding(batch["vision_images"].permute(0, 3, 1, 2) / 127.5 - 1)
+        y = self.siglip.embeddings.patch_embedding(batch["siglip_images"].permute(0, 3, 1, 2) / 127.5 - 1)
         y = y.flatten(2).transpose(1, 2) + self.siglip.embeddings.position_embedding.weight
         for layer in self._siglip:
             y = layer(y, None)
@@ -277,13 +277,13 @@ class FlowSegTorch(nn.Module):
 
     def listen(self, batch: dict[str, torch.Tensor], visual: torch.Tensor) -> torch.Tensor:
         """Hidden states [1, T, W] behind the final norm. Without a mask in the batch, attention is causal."""
-        tokens = batch["tokens"]
+        tokens = batch["input_ids"]
         start = int((tokens[0] == IMAGE_TOKEN_INDEX).nonzero()[0])
         words = self.llm.embed_tokens(torch.cat([tokens[:, :start], tokens[:, start + visual.shape[1] :]], 1))
         x = torch.cat([words[:, :start], visual, words[:, start:]], 1)
-        angles = self.rotary(x, batch["positions"])
+        angles = self.rotary(x, batch["position_ids"])
         for layer in self._llm:
-            x = layer(x, attention_mask=batch.get("visible"), position_embeddings=angles, position_ids=batch["positions"])
+            x = layer(x, attention_mask=batch.get("visible"), position_embeddings=angles, position_ids=batch["position_ids"])
         return self.llm.norm(x)
 
     def decode(
@@ -350,7 +350,7 @@ def renamed(tensors: Tensors) -> dict[str, str]:
 
 def torch_batch(batch: Batch) -> dict[str, torch.Tensor]:
     """What the network reads of a batch; `visible` only where several conversations stand behind the image."""
-    names = ("images", "vision_images", "tokens", "positions", "phrase_ids", "seg_ids", "labels")
+    names = ("sam_images", "siglip_images", "input_ids", "position_ids", "phrase_ids", "seg_ids", "labels")
     out = {name: torch.from_numpy(np.array(getattr(batch, name))) for name in names}
     out |= {name: out[name].long() for name in names[2:]}
     if batch.segment_ids.max() > 1:

@@ -92,10 +92,10 @@ def accumulate(config: ConfigDict, parts: int, tolerance: float, rounds: int) ->
     Raises:
         UserError: the batch cannot be divided so.
     """
-    if config.batch_size % (parts * config.model.negatives_group):
+    if config.batch_size % (parts * config.model.negatives_group_size):
         raise UserError(
-            f"--parts={parts}: batch_size {config.batch_size} is no multiple of {parts} x model.negatives_group "
-            f"{config.model.negatives_group}"
+            f"--parts={parts}: batch_size {config.batch_size} is no multiple of {parts} x model.negatives_group_size "
+            f"{config.model.negatives_group_size}"
         )
     candidates = {}
     for count in (1, parts):

@@ -49,18 +49,18 @@ def test_every_value_of_every_field():
     ("place", "value", "message"),
     [
         ("sam.hidden_size", 0, "model.sam.hidden_size is 0, expected a whole number from 1 to 1000000"),
-        ("sam.heads", 0, "model.sam.heads is 0, expected a whole number from 1 to 4096"),
+        ("sam.num_attention_heads", 0, "model.sam.num_attention_heads is 0, expected a whole number from 1 to 4096"),
         ("sam.image_size", 10**9, "model.sam.image_size is 1000000000, expected a whole number from 1 to 16384"),
         ("llm.rope_theta", float("nan"), "model.llm.rope_theta is nan, expected a number from 1 to 1e.12"),
-        ("llm.width", "abc", "model.llm.width is 'abc', expected a whole number"),
-        ("llm.layers", 2.0, "model.llm.layers is 2.0, expected a whole number"),
+        ("llm.hidden_size", "abc", "model.llm.hidden_size is 'abc', expected a whole number"),
+        ("llm.num_hidden_layers", 2.0, "model.llm.num_hidden_layers is 2.0, expected a whole number"),
         ("llm.qk_norm", 1, "model.llm.qk_norm is 1, expected true or false"),
         ("llm.remat", "some", "model.llm.remat is 'some', expected one of none, full, dots"),
         ("dtype", "float8", "model.dtype is 'float8', expected one of float32, bfloat16"),
-        ("decoder", 3, "model.decoder is 3, expected a group of keys"),
-        ("decoder.heads", 3, r"decoder.width 64 must be a multiple of 4 and of heads \(3\)"),
+        ("mask_decoder", 3, "model.mask_decoder is 3, expected a group of keys"),
+        ("mask_decoder.num_heads", 3, r"mask_decoder.embed_dim 64 must be a multiple of 4 and of num_heads \(3\)"),
         ("connector.channels", [96, "a", 96], r"model.connector.channels\[1\] is 'a'"),
-        ("sam.global_layers", [10**6], r"model.sam.global_layers\[0\] is 1000000"),
+        ("sam.global_attn_indexes", [10**6], r"model.sam.global_attn_indexes\[0\] is 1000000"),
     ],
 )
 def test_what_each_says(place, value, message):
@@ -69,10 +69,10 @@ def test_what_each_says(place, value, message):
 
 
 def test_keys():
-    with pytest.raises(UserError, match=r"model.sam: missing width$"):
-        FlowSegConfig.from_dict(TINY | {"sam": {k: v for k, v in TINY["sam"].items() if k != "width"}})
-    with pytest.raises(UserError, match=r"model.sam.widht: unknown key \(did you mean 'width'\?\)"):
-        FlowSegConfig.from_dict(put(("sam", "widht"), 3))
+    with pytest.raises(UserError, match=r"model.sam: missing hidden_size$"):
+        FlowSegConfig.from_dict(TINY | {"sam": {k: v for k, v in TINY["sam"].items() if k != "hidden_size"}})
+    with pytest.raises(UserError, match=r"model.sam.hiden_size: unknown key \(did you mean 'hidden_size'\?\)"):
+        FlowSegConfig.from_dict(put(("sam", "hiden_size"), 3))
     assert FlowSegConfig.from_dict(json.loads(json.dumps(TINY))) == FlowSegConfig.tiny()
 
 

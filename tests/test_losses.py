@@ -207,7 +207,9 @@ def test_levels_are_matched_together_as_one_by_one(level, monkeypatch):
 
     alone = [of_one_kind(**{k: v[i] for k, v in stacked.items()}, **rest, cfg=cfg) for i in range(3)]
     solved = []
-    monkeypatch.setattr(losses, "match", lambda cost, valid: solved.append(cost.shape) or batched_hungarian(cost, valid))
+    monkeypatch.setattr(
+        losses, "batched_hungarian", lambda cost, valid: solved.append(cost.shape) or batched_hungarian(cost, valid)
+    )
     terms, assigned = together(**stacked)
     np.testing.assert_array_equal(assigned, alone[-1].assigned)
     assert len({tuple(np.asarray(x.assigned).ravel()) for x in alone}) > 1  # else mixed-up levels would not show
@@ -216,9 +218,13 @@ def test_levels_are_matched_together_as_one_by_one(level, monkeypatch):
     assert solved == [(3, 1, 1, 2, 3)]
 
 
-@pytest.mark.parametrize("wrong", [{"oversample": 0.5}, {"importance": 1.5}, {"importance": -0.1}])
+@pytest.mark.parametrize(
+    "wrong", [{"oversample_ratio": 0.5}, {"importance_sample_ratio": 1.5}, {"importance_sample_ratio": -0.1}]
+)
 def test_points_that_cannot_be_chosen_are_refused(wrong):
-    with pytest.raises(UserError, match="losses: importance=.* points=16 cannot be chosen from oversample="):
+    with pytest.raises(
+        UserError, match="losses: importance_sample_ratio=.* num_points=16 cannot be chosen from oversample_ratio="
+    ):
         LossConfig(num_points=16, **wrong)
 
 

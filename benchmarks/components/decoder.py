@@ -38,13 +38,15 @@ class _Layer:
         self.inputs = random(1, decoder.num_queries, width), random(1, pixels, width, seed=1)
         self.places = random(decoder.num_queries, width, seed=2), random(pixels, width, seed=3)
         self.allowed = random(1, decoder.num_queries, pixels, seed=4) > 0
-        self.params = placed(params["decoder"]["layers"])
-        self._graphdef = nnx.split(bind(module("mask2former", cfg), params).decoder.layers)[0]
+        self.params = placed(params["mask_decoder"]["layers"])
+        self._graphdef = nnx.split(bind(module("mask2former", cfg), params).mask_decoder.layers)[0]
 
     def ours(self, params: Any, x: jax.Array, memory: jax.Array) -> jax.Array:
         def body(layer, x, _):
-            vision = layer.attend(x, self.places[0], memory, self.places[1], self.allowed)
-            return layer.conclude(layer.converse(vision, self.places[0], None, None), None, None)[0], None
+            vision = layer.cross_attention_block(x, self.places[0], memory, self.places[1], self.allowed)
+            return layer.feed_forward_and_refine_conditions(
+                layer.refine_and_self_attend(vision, self.places[0], None, None), None, None
+            )[0], None
 
         return scan_layers(nnx.merge(self._graphdef, params), body, x)[0]
 
@@ -121,9 +123,9 @@ def bar(sizes: Sizes, dtype: str) -> Pair:
 
     def theirs(wrap: Wrap) -> Call:
         boundary = peer.Boundary(width, cfg)
-        for name in ("compress", "refine"):
-            getattr(boundary, name).weight.data = to_torch(params[name]["kernel"]).permute(3, 2, 0, 1).contiguous()
-            getattr(boundary, name).bias.data = to_torch(params[name]["bias"])
+        for name, convolution in (("feature_proj", boundary.compress), ("refine_conv", boundary.refine)):
+            convolution.weight.data = to_torch(params[name]["kernel"]).permute(3, 2, 0, 1).contiguous()
+            convolution.bias.data = to_torch(params[name]["bias"])
         boundary.alpha.data = to_torch(params["alpha"])
         refine, given = wrap(boundary), (to_torch(masks)[0], to_torch(features).permute(0, 3, 1, 2).contiguous())
         return inference(lambda: refine(*given)[None])

@@ -41,7 +41,7 @@ def parameters(family: str, cfg: Any, seed: int = 0) -> dict[str, Any]:
             return 1 + np.float32(0.1) * noise
         if leaf == "logit_scale":
             return np.full(shape, 2.6593, np.float32)
-        if leaf.startswith("query") or leaf in ("background", "table"):
+        if leaf.startswith("queries_") or leaf in ("background_embed", "embed_tokens"):
             return noise
         return np.float32(0.1) * noise
 

@@ -76,7 +76,7 @@ SIZES = _sizes()
 
 
 def asked(model: FlowSegConfig, expressions: int, words: int, seed: int = 0) -> Batch:
-    """One image and expressions about it, packed behind it; each refers to a mask of its own."""
+    """One image and expressions about it, packed after it; each refers to a mask of its own."""
     rng = np.random.default_rng(seed)
     start = prefix(model)
     side, vision = model.sam.image_size, model.siglip.image_size
@@ -111,11 +111,11 @@ def one_of(batch: Batch, number: int, words: int) -> Batch:
     renumbered = lambda ids: np.where(ids[:, keep] == number, 0, -1).astype(ids.dtype)  # noqa: E731
     return dataclasses.replace(
         batch,
-        **{name: getattr(batch, name)[:, keep] for name in ("tokens", "positions", "labels")},
-        segments=np.minimum(batch.segment_ids[:, keep], 1),
+        **{name: getattr(batch, name)[:, keep] for name in ("input_ids", "position_ids", "labels")},
+        segment_ids=np.minimum(batch.segment_ids[:, keep], 1),
         phrase_ids=renumbered(batch.phrase_ids),
         seg_ids=renumbered(batch.seg_ids),
-        phrase_mask=batch.phrase_target[:, number : number + 1],
+        phrase_target=batch.phrase_target[:, number : number + 1],
     )
 
 
@@ -132,7 +132,7 @@ def experiment(cfg: FlowSegConfig, batch: Batch, points: int) -> ConfigDict:
     config.model = ConfigDict(cfg.to_dict())
     config.update(batch_size=1, steps=1000)
     config.data.update(text=batch.input_ids.shape[1], phrases=batch.phrase_target.shape[1], masks=batch.mask_valid.shape[1])
-    config.optimizer.losses.update(language=1.0, class_gain=1.0, points=points, vocabulary_chunk=512)
+    config.optimizer.losses.update(language_weight=1.0, class_loss_scale=1.0, num_points=points, logits_chunk_size=512)
     config.optimizer.groups = ((".*", 1.0),)
     config.mesh.update(data=1, fsdp=1)
     return config

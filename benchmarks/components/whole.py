@@ -28,7 +28,7 @@ from flowseg_jax.types import PAD, Batch, BatchShape, ExpressionQueries, ImageIn
 # A pixel whose mask logit is zero up to rounding may be attended to on one side and not on the other.
 TOLERANCE = 1e-3
 EXPRESSIONS, TRAINED = 7, 4
-STACKS = {"sam": 24, "siglip": 27, "llm": 36, "pixel_decoder": 6, "decoder": 9}  # layers of the whole model
+STACKS = {"sam": 24, "siglip": 27, "llm": 36, "pixel_decoder": 6, "mask_decoder": 9}  # layers of the whole model
 
 
 class Answer:
@@ -39,11 +39,11 @@ class Answer:
 
     def __init__(self, graphdef: Any, params: Any):
         self._params = placed(params)
-        self._see = jax.jit(lambda params, views, prefix: bind(graphdef, params).see(views, prefix))
+        self._see = jax.jit(lambda params, views, prefix: bind(graphdef, params).prefill_image(views, prefix))
 
         @jax.jit
         def ask(params: Any, seen: ImageCache, questions: ExpressionQueries) -> tuple[jax.Array, jax.Array]:
-            found = bind(graphdef, params).ask(seen, questions)
+            found = bind(graphdef, params).predict_cached(seen, questions)
             return found.scores[0], found.mask_logits[0]
 
         self._ask = ask
@@ -59,7 +59,9 @@ def _network(cfg: FlowSegConfig) -> tuple[dict[str, Any], Any]:
 def _on_device(batch: Batch, cfg: FlowSegConfig) -> tuple[ImageInputs, jax.Array, ExpressionQueries]:
     """A batch of one image as what is seen and what is asked."""
     start = prefix(cfg)
-    fields = {name: getattr(batch, name)[:, start:] for name in ("tokens", "positions", "segments", "phrase_ids", "seg_ids")}
+    fields = {
+        name: getattr(batch, name)[:, start:] for name in ("input_ids", "position_ids", "segment_ids", "phrase_ids", "seg_ids")
+    }
     asked = ExpressionQueries(**fields, query_valid=batch.phrase_target != PAD)
     seen = ImageInputs(batch.sam_images, batch.resized_hw, batch.siglip_images)
     return jax.tree.map(jnp.asarray, (seen, batch.input_ids[0, :start], asked))
@@ -127,7 +129,8 @@ def full_depth(cfg: FlowSegConfig, words: int) -> dict[str, float]:
             cfg.sam, num_hidden_layers=STACKS["sam"], global_attn_indexes=tuple(range(blocks - 1, STACKS["sam"], blocks))
         ),
         connector_hidden_layers=(12, 18, 24),
-        **{name: replace(getattr(cfg, name), layers=layers) for name, layers in STACKS.items() if name != "sam"},
+        **{name: replace(getattr(cfg, name), num_hidden_layers=STACKS[name]) for name in ("siglip", "llm")},
+        **{name: replace(getattr(cfg, name), num_layers=STACKS[name]) for name in ("pixel_decoder", "mask_decoder")},
     )
 
     def work(model: FlowSegConfig, expressions: int) -> float:

@@ -17,7 +17,7 @@ from flowseg_jax.training.program import TrainProgram
 from tests.helpers import small
 
 AXES = ("data", "fsdp", "tensor")
-WHOLE, LEAN = small.config(negatives_group=4), small.lean(negatives_group_size=4)
+WHOLE, LEAN = small.config(negatives_group_size=4), small.lean(negatives_group_size=4)
 
 
 @pytest.fixture(autouse=True, scope="module")

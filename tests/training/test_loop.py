@@ -186,7 +186,7 @@ def test_the_configs_ask_for_data_that_their_model_can_read(name, monkeypatch):
 @pytest.mark.slow
 def test_a_batch_is_learnt_by_heart(config, prepared):
     """Four hundred steps on the same two images: every target is found, and selected, with IoU above 0.9."""
-    cfg = small.config(named_pass="off", classes=3, negatives_group=1)
+    cfg = small.config(generic_pass="off", num_classes=3, negatives_group_size=1)
     batch = small.batch(cfg)
     steps = 400
     experiment = small.experiment(cfg, batch)
