@@ -141,7 +141,12 @@ def test_config_keys_exist(page):
     assert named - keys - {"key", "a.b", "mesh"} == set()
 
 
-def test_citation_is_valid_yaml():
+def test_every_page_is_in_the_navigation_of_the_site():
+    named = set(re.findall(r": (\w+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
+    assert named == {path.name for path in (ROOT / "docs").glob("*.md")} | {"index.md", "contributing.md", "changelog.md"}
+
+
+def test_the_citation_names_the_paper():
     text = (ROOT / "CITATION.cff").read_text()
     assert "FlowSeg: Dynamic Semantic Guidance for LLM-Conditioned Segmentation" in text
     assert "2605.29461" in text
