@@ -31,7 +31,7 @@ from flowseg_jax.types import IGNORE_INDEX, IMAGE_TOKEN_INDEX, PAD, Batch, Batch
 class TokenizedConversation:
     """A tokenised conversation without its prefix; equally long lists with the meaning of `Batch`'s fields."""
 
-    tokens: list[int]
+    input_ids: list[int]
     labels: list[int]
     phrase_ids: list[int]
     seg_ids: list[int]
@@ -65,8 +65,8 @@ class TrainExample:
         name: what to call it in errors.
         pixels: the image's pixels; `masks` are its targets (m of them).
         conversations: what is said, in order.
-        phrase_mask: for each referring phrase the index of its target mask, NOTHING for one that refers to nothing.
-        object_class: category of each target for the linear head, NONE without one.
+        phrase_target: for each referring phrase the index of its target mask, NOTHING for one that refers to nothing.
+        object_category: category of each target for the linear head, NONE without one.
         object_name: generic name that each target bears, NONE without one.
         names: how many names the generic conversation asks for.
         example_id: the image's id.
@@ -75,8 +75,8 @@ class TrainExample:
     name: str
     pixels: ProcessedImage
     conversations: Sequence[Conversation]
-    phrase_mask: Sequence[int]
-    object_class: Sequence[int]
+    phrase_target: Sequence[int]
+    object_category: Sequence[int]
     object_name: Sequence[int]
     example_id: int
     names: int = 0
@@ -191,35 +191,35 @@ def pack_conversations(
         start: position at which each conversation starts; None: len(prefix).
 
     Returns:
-        int32 [T] arrays `tokens`, `positions`, `segments`, `labels`, `phrase_ids`, `seg_ids`.
+        int32 [T] arrays `input_ids`, `position_ids`, `segment_ids`, `labels`, `phrase_ids`, `seg_ids`.
 
     Raises:
         UserError: the text does not fit.
         ValueError: a visual slot somewhere else than at the end of the prefix: losses skip what stands before that.
     """
     slots = prefix.count(IMAGE_TOKEN_INDEX)
-    if IMAGE_TOKEN_INDEX in prefix[: len(prefix) - slots] or any(IMAGE_TOKEN_INDEX in c.tokens for c in conversations):
+    if IMAGE_TOKEN_INDEX in prefix[: len(prefix) - slots] or any(IMAGE_TOKEN_INDEX in c.input_ids for c in conversations):
         raise ValueError(f"{name}: the visual slots must be one run at the end of the prefix")
     start = len(prefix) if start is None else start
-    used = len(prefix) + sum(len(c.tokens) for c in conversations)
+    used = len(prefix) + sum(len(c.input_ids) for c in conversations)
     if used > length:
         raise UserError(
             f"{name}: needs {used} tokens ({len(prefix)} of them before the text), more than the text length {length}; "
             "raise data.text or ask fewer phrases per image"
         )
-    out = {key: np.full(length, PAD, np.int32) for key in ("segments", "phrase_ids", "seg_ids")}
-    out |= {"tokens": np.full(length, pad, np.int32), "labels": np.full(length, IGNORE_INDEX, np.int32)}
-    out["positions"] = np.zeros(length, np.int32)
+    out = {key: np.full(length, PAD, np.int32) for key in ("segment_ids", "phrase_ids", "seg_ids")}
+    out |= {"input_ids": np.full(length, pad, np.int32), "labels": np.full(length, IGNORE_INDEX, np.int32)}
+    out["position_ids"] = np.zeros(length, np.int32)
     at = len(prefix)
-    out["tokens"][:at] = prefix
-    out["segments"][:at] = 0
-    out["positions"][:at] = np.arange(at)
+    out["input_ids"][:at] = prefix
+    out["segment_ids"][:at] = 0
+    out["position_ids"][:at] = np.arange(at)
     for number, conversation in enumerate(conversations, 1):
-        here = slice(at, at := at + len(conversation.tokens))
-        for key in ("tokens", "labels", "phrase_ids", "seg_ids"):
+        here = slice(at, at := at + len(conversation.input_ids))
+        for key in ("input_ids", "labels", "phrase_ids", "seg_ids"):
             out[key][here] = getattr(conversation, key)
-        out["segments"][here] = number
-        out["positions"][here] = np.arange(start, start + len(conversation.tokens))
+        out["segment_ids"][here] = number
+        out["position_ids"][here] = np.arange(start, start + len(conversation.input_ids))
     return out
 
 
@@ -250,7 +250,7 @@ def truncate_conversations(chats: Sequence[TokenizedConversation], room: int) ->
     kept = []
     for chat in chats:
         kept.append(TokenizedConversation(*(getattr(chat, field.name)[:room] for field in dataclasses.fields(chat))))
-        room -= len(kept[-1].tokens)
+        room -= len(kept[-1].input_ids)
     return kept
 
 
@@ -268,7 +268,7 @@ def collate(
     batch = empty_batch(shape, 0 if tokenizer is None else tokenizer.pad)
     prefix = [] if tokenizer is None else encode_prefix(prompts, tokenizer, visual_tokens)
     for b, row in enumerate(rows):
-        phrases, targets = len(row.phrase_mask), len(row.pixels.masks)
+        phrases, targets = len(row.phrase_target), len(row.pixels.masks)
         if phrases > shape.max_phrases or targets > shape.max_masks or row.names > shape.max_names:
             raise UserError(
                 f"{row.name}: {phrases} phrases, {targets} masks and {row.names} names, "
@@ -285,8 +285,8 @@ def collate(
         batch.siglip_images[b] = row.pixels.siglip_image
         batch.packed_masks[b, :targets] = row.pixels.masks
         batch.mask_valid[b, :targets] = True
-        batch.phrase_target[b, :phrases] = row.phrase_mask
-        batch.object_category[b, :targets] = row.object_class
+        batch.phrase_target[b, :phrases] = row.phrase_target
+        batch.object_category[b, :targets] = row.object_category
         batch.object_name[b, :targets] = row.object_name
         batch.name_valid[b, : row.names] = True
         batch.example_id[b] = row.example_id
@@ -337,7 +337,9 @@ def collate_queries(
     b, k, t = shape
     arrays = [pack_conversations((), row, t, pad, name, start) for row, name in zip(rows, names, strict=True)]
     arrays += [pack_conversations((), (), t, pad, "", start)] * (b - len(rows))
-    stacked = {key: np.stack([a[key] for a in arrays]) for key in ("tokens", "positions", "segments", "phrase_ids", "seg_ids")}
+    stacked = {
+        key: np.stack([a[key] for a in arrays]) for key in ("input_ids", "position_ids", "segment_ids", "phrase_ids", "seg_ids")
+    }
     counts = np.array([len(row) for row in rows] + [0] * (b - len(rows)))
     return ExpressionQueries(**stacked, query_valid=np.arange(k) < counts[:, None])
 

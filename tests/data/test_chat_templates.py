@@ -87,7 +87,7 @@ def ours(tokenizer, prompts: PromptTemplates, texts: int) -> list[int]:
     prefix = collate.encode_prefix(prompts, tokenizer, 1)
     if not turns:
         return [*prefix, *collate.encode_question(Conversation((Turn(WORDS[0], ""),)), prompts, tokenizer)]
-    return [*prefix, *collate.encode_conversation(Conversation(tuple(turns)), prompts, tokenizer, "it").tokens]
+    return [*prefix, *collate.encode_conversation(Conversation(tuple(turns)), prompts, tokenizer, "it").input_ids]
 
 
 def theirs(directory, template: str | None, texts: int) -> list[int]:
@@ -112,7 +112,7 @@ def test_tokens_are_those_of_apply_chat_template(tmp_path, kind):
     _, bos, chat, writes, first = KINDS[kind]
     directory = save(tmp_path, kind, as_jinja(chat, bos=writes))
     for name, candidate in CHAT_TEMPLATES.items():
-        if candidate.special_tokens != chat.marks:
+        if candidate.special_tokens != chat.special_tokens:
             continue
         prompts = PromptTemplates(name)
         tokenizer = load_tokenizer(directory, needed=prompts.special_tokens)

@@ -93,7 +93,7 @@ def test_packed_conversations_are_what_each_is_alone(tokenizer):
     for k, phrase in enumerate(PHRASES):
         alone = dataclasses.replace(row(names=()), conversations=[PROMPTS.referring(phrase, k)])
         single = collate.collate([alone], SHAPE, PROMPTS, tokenizer, VISUAL)
-        for key in ("tokens", "positions", "labels", "phrase_ids", "seg_ids"):
+        for key in ("input_ids", "position_ids", "labels", "phrase_ids", "seg_ids"):
             mine = getattr(packed, key)[0][np.isin(packed.segment_ids[0], (0, k + 1))]
             np.testing.assert_array_equal(mine, getattr(single, key)[0][single.segment_ids[0] != PAD], err_msg=key)
 
@@ -101,10 +101,10 @@ def test_packed_conversations_are_what_each_is_alone(tokenizer):
 def test_more_padding_changes_nothing_real(tokenizer):
     rows = [row(), row(PHRASES[:1], names=(), seed=1)]
     small = fields(collate.collate(rows, SHAPE, PROMPTS, tokenizer, VISUAL))
-    wide = dataclasses.replace(SHAPE, batch=3, text=200, masks=6)
+    wide = dataclasses.replace(SHAPE, batch=3, text_length=200, max_masks=6)
     large = fields(collate.collate(rows, wide, PROMPTS, tokenizer, VISUAL))
-    fill = {"segments": PAD, "phrase_ids": PAD, "seg_ids": PAD, "labels": IGNORE_INDEX, "tokens": tokenizer.pad}
-    fill |= {"phrase_mask": PAD, "object_class": PAD, "object_name": PAD, "example_id": PAD, "scaled_size": 32}
+    fill = {"segment_ids": PAD, "phrase_ids": PAD, "seg_ids": PAD, "labels": IGNORE_INDEX, "input_ids": tokenizer.pad}
+    fill |= {"phrase_target": PAD, "object_category": PAD, "object_name": PAD, "example_id": PAD, "resized_hw": 32}
     for key, value in small.items():
         inside = tuple(slice(0, n) for n in value.shape)
         np.testing.assert_array_equal(large[key][inside], value, err_msg=key)
@@ -112,10 +112,10 @@ def test_more_padding_changes_nothing_real(tokenizer):
         rest[inside] = False
         assert (large[key][rest] == fill.get(key, 0)).all(), key
     # More room for phrases moves only the numbers of the generic names, which count from K.
-    more = fields(collate.collate([row(first=5)], dataclasses.replace(SHAPE, phrases=5), PROMPTS, tokenizer, VISUAL))
+    more = fields(collate.collate([row(first=5)], dataclasses.replace(SHAPE, max_phrases=5), PROMPTS, tokenizer, VISUAL))
     for key in ("phrase_ids", "seg_ids"):
         np.testing.assert_array_equal(np.where(more[key] >= 5, more[key] - 2, more[key])[0], small[key][0])
-    np.testing.assert_array_equal(more["tokens"][0], small["tokens"][0])
+    np.testing.assert_array_equal(more["input_ids"][0], small["input_ids"][0])
 
 
 def test_pixels_and_targets(tokenizer):
@@ -132,9 +132,9 @@ def test_pixels_and_targets(tokenizer):
     assert batch.example_id.tolist() == [7, PAD]
     dtypes = {key: str(value.dtype) for key, value in fields(batch).items()}
     assert dtypes == {
-        **dict.fromkeys(("images", "vision_images", "masks"), "uint8"),
-        **dict.fromkeys(("tokens", "positions", "segments", "labels", "phrase_ids", "seg_ids"), "int32"),
-        **dict.fromkeys(("scaled_size", "phrase_mask", "object_class", "object_name"), "int32"),
+        **dict.fromkeys(("sam_images", "siglip_images", "packed_masks"), "uint8"),
+        **dict.fromkeys(("input_ids", "position_ids", "segment_ids", "labels", "phrase_ids", "seg_ids"), "int32"),
+        **dict.fromkeys(("resized_hw", "phrase_target", "object_category", "object_name"), "int32"),
         **dict.fromkeys(("mask_valid", "name_valid"), "bool"),
         "example_id": "int64",
     }
@@ -153,7 +153,7 @@ def test_several_turns(tokenizer):
         ("Here: <SEG>.<|im_end|>", True),
     ]
     want = [(t, t if loss else IGNORE_INDEX) for text, loss in parts for t in tokenizer.encode(text)]
-    assert list(zip(encoded.tokens, encoded.labels, strict=True)) == want
+    assert list(zip(encoded.input_ids, encoded.labels, strict=True)) == want
     assert [p for p in dict.fromkeys(encoded.phrase_ids) if p != PAD] == [4, 2]
     assert [s for s in encoded.seg_ids if s != PAD] == [4, 2]
 
@@ -175,18 +175,18 @@ def test_overflow_is_an_error_that_names_the_example(tokenizer):
     with pytest.raises(
         UserError, match=r"image 0: needs \d+ tokens \(13 of them before the text\), more than the text length 60"
     ):
-        collate.collate([row()], dataclasses.replace(SHAPE, text=60), PROMPTS, tokenizer, VISUAL)
+        collate.collate([row()], dataclasses.replace(SHAPE, text_length=60), PROMPTS, tokenizer, VISUAL)
     with pytest.raises(UserError, match="image 0: 3 phrases, 3 masks and 0 names, but the batch has room for 3, 2 and 0"):
-        collate.collate([row()], dataclasses.replace(SHAPE, masks=2), PROMPTS, tokenizer, VISUAL)
+        collate.collate([row()], dataclasses.replace(SHAPE, max_masks=2), PROMPTS, tokenizer, VISUAL)
     with pytest.raises(ValueError, match="2 rows do not fit a batch of 1"):
         collate.collate([row(), row()], dataclasses.replace(SHAPE, batch=1), PROMPTS, tokenizer, VISUAL)
 
 
 def test_the_exact_length_fits(tokenizer):
     used = int((collate.collate([row()], SHAPE, PROMPTS, tokenizer, VISUAL).segment_ids[0] != PAD).sum())
-    collate.collate([row()], dataclasses.replace(SHAPE, text=used), PROMPTS, tokenizer, VISUAL)
+    collate.collate([row()], dataclasses.replace(SHAPE, text_length=used), PROMPTS, tokenizer, VISUAL)
     with pytest.raises(UserError, match="image 0"):
-        collate.collate([row()], dataclasses.replace(SHAPE, text=used - 1), PROMPTS, tokenizer, VISUAL)
+        collate.collate([row()], dataclasses.replace(SHAPE, text_length=used - 1), PROMPTS, tokenizer, VISUAL)
 
 
 @pytest.mark.parametrize(
@@ -200,10 +200,10 @@ def test_length_bound_is_exact_for_a_fixed_wording_and_never_too_small(tokenizer
             conversations = [prompts.referring(p, k, rng) for k, p in enumerate(PHRASES)]
             conversations += [prompts.generic(names, 3, rng)] if names else []
             encoded = [collate.encode_conversation(c, prompts, tokenizer, "x") for c in conversations]
-            used = len(collate.encode_prefix(prompts, tokenizer, VISUAL)) + sum(len(e.tokens) for e in encoded)
+            used = len(collate.encode_prefix(prompts, tokenizer, VISUAL)) + sum(len(e.input_ids) for e in encoded)
             limit = bound.upper_bound(bound.phrase_lengths(PHRASES), bound.phrase_lengths(names))
             assert used <= limit
-            if not prompts.vary:
+            if not prompts.randomize:
                 assert limit - used <= 4  # the generic wording is rounded up
 
 
@@ -228,7 +228,7 @@ def test_questions_are_the_conversations_behind_the_prefix(tokenizer):
     assert found.query_valid.tolist() == [[True, True, False, False], [True, False, False, False], [False] * 4]
     for b, row in enumerate(said):
         whole = collate.pack_conversations(prefix, row, 90 + len(prefix), tokenizer.pad, "x")
-        for key in ("tokens", "positions", "segments", "phrase_ids", "seg_ids"):
+        for key in ("input_ids", "position_ids", "segment_ids", "phrase_ids", "seg_ids"):
             np.testing.assert_array_equal(getattr(found, key)[b], whole[key][len(prefix) :])
     assert (found.input_ids[2] == tokenizer.pad).all() and (found.segment_ids[2] == PAD).all()
     with pytest.raises(UserError, match="b: needs .* tokens .*, more than the text length 9"):

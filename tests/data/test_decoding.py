@@ -356,7 +356,7 @@ def test_the_longest_shapes_take_no_more_memory_than_a_large_picture(tmp_path):
         Image.new("L", size, 99).save(tmp_path / name, compress_level=1)
     code = f"""
 import resource
-from flowseg_jax.data import batching, images
+from flowseg_jax.data import collate, images
 from flowseg_jax.types import BatchShape
 from flowseg_jax.data.records import Annotation
 from pycocotools import mask as coco
@@ -370,8 +370,8 @@ for name in ("tall.png", "wide.png", "thin.png"):
     rle = coco.frPyObjects(dict(size=size, counts=[0, size[0] * size[1]]), *size)["counts"].decode()
     for square in (False, True):
         shape = BatchShape(1, 8, 1, 1, 256, 384)
-        pixels = batching.prepare_pixels(image, [Annotation(1, 0, rle)] * 3, shape, square=square)
-        assert pixels.vision.shape == (384, 384, 3) and pixels.masks.shape == (3, 256, 32)
+        pixels = collate.prepare_pixels(image, [Annotation(1, 0, rle)] * 3, shape, square=square)
+        assert pixels.siglip_image.shape == (384, 384, 3) and pixels.masks.shape == (3, 256, 32)
         assert pixels.masks.any(axis=(1, 2)).all()
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -58,7 +58,7 @@ def test_every_field_of_an_example_counts():
 
 
 def test_text_that_moves_from_one_field_to_the_next_counts():
-    moved = dataclasses.replace(EXAMPLE.annotations[0], rle="rleo", once="ne")
+    moved = dataclasses.replace(EXAMPLE.annotations[0], rle="rleo", rle_single_cover="ne")
     changed = dataclasses.replace(EXAMPLE, annotations=(moved, *EXAMPLE.annotations[1:]))
     assert shards.content(changed) != shards.content(EXAMPLE)
 
@@ -81,7 +81,9 @@ def test_a_mask_that_only_one_protocol_draws_counts(tmp_path):
 
     sets = [prepared(tmp_path / name, **at(y)) for name, y in (("a", 6.0), ("b", 5.9), ("c", 6.0))]
     masks = [one.source("val")[0].annotations for one in sets]
-    (union, filled), (union2, filled2) = ([{*(getattr(a, key) for a in m)} for key in ("rle", "filled")] for m in masks[:2])
+    (union, filled), (union2, filled2) = (
+        [{*(getattr(a, key) for a in m)} for key in ("rle", "rle_filled_polygons")] for m in masks[:2]
+    )
     assert union == union2 and filled != filled2
     assert sets[0].digest != sets[1].digest and sets[0].digest == sets[2].digest
 

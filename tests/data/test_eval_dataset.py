@@ -46,7 +46,7 @@ def asked(data):
         for part in batch.rounds:
             for b, (place, samples, truths) in enumerate(zip(batch.places, part.samples, part.truth, strict=True)):
                 for k, (sample, truth) in enumerate(zip(samples, truths, strict=True)):
-                    tokens = part.questions.tokens[b][part.questions.segments[b] == k + 1]
+                    tokens = part.questions.input_ids[b][part.questions.segment_ids[b] == k + 1]
                     assert (place, counts[place]) not in found
                     found[place, counts[place]] = sample, truth, tokens.tolist()
                     counts[place] += 1
@@ -72,16 +72,16 @@ def test_conversations_stand_behind_the_prefix(evaluate):
     for batch in data:
         for part in batch.rounds:
             q = part.questions
-            assert not (q.tokens == IMAGE_TOKEN_INDEX).any()
+            assert not (q.input_ids == IMAGE_TOKEN_INDEX).any()
             for b, samples in enumerate(part.samples):
-                assert q.asked[b].tolist() == [True] * len(samples) + [False] * (q.asked.shape[1] - len(samples))
+                assert q.query_valid[b].tolist() == [True] * len(samples) + [False] * (q.query_valid.shape[1] - len(samples))
                 for k in range(len(samples)):
-                    here = q.segments[b] == k + 1
-                    assert q.positions[b][here].tolist() == list(range(len(data.prefix), len(data.prefix) + here.sum()))
+                    here = q.segment_ids[b] == k + 1
+                    assert q.position_ids[b][here].tolist() == list(range(len(data.prefix), len(data.prefix) + here.sum()))
                     assert (q.phrase_ids[b][q.seg_ids[b] != PAD] == PAD).all()
-                    assert (q.seg_ids[b] == k).sum() == 1 and set(q.segments[b][q.phrase_ids[b] == k]) == {k + 1}
+                    assert (q.seg_ids[b] == k).sum() == 1 and set(q.segment_ids[b][q.phrase_ids[b] == k]) == {k + 1}
             missing = slice(len(part.samples), None)
-            assert not q.asked[missing].any() and (q.segments[missing] == PAD).all()
+            assert not q.query_valid[missing].any() and (q.segment_ids[missing] == PAD).all()
 
 
 @pytest.mark.parametrize("options", [{"batch": 3}, {"batch": 1}, {"threads": 4}])
@@ -97,8 +97,8 @@ def test_processes_share_the_rows(evaluate):
     whole, first, second = (asked(evaluate(batch=3, **rows)) for rows in ({}, {"rows": [0, 2]}, {"rows": [1]}))
     assert first.keys() | second.keys() == whole.keys() and not first.keys() & second.keys() and first and second
     for a, b in zip(evaluate(batch=3, rows=[0, 2]), evaluate(batch=3, rows=[1]), strict=True):
-        assert a.bucket == b.bucket and len(a.views.images) == 2 and len(b.views.images) == 1
-        shapes = [[part.questions.tokens.shape[1:] for part in one.rounds] for one in (a, b)]
+        assert a.bucket == b.bucket and len(a.views.sam_images) == 2 and len(b.views.sam_images) == 1
+        shapes = [[part.questions.input_ids.shape[1:] for part in one.rounds] for one in (a, b)]
         assert shapes[0] == shapes[1]
 
 

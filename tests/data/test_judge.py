@@ -30,19 +30,28 @@ SIDE, VISION, SLOTS, K = 40, 24, 5, 4  # pixels, pixels, visual slots, phrases
 NUMBERS = sorted(CATEGORIES)  # a category's place is that of its id
 IM_END, SEG, OPEN, CLOSE = "<|im_end|>", "<SEG>", "<p>", "</p>"
 STAGES = {  # name: (layouts, room for names, options)
-    "stage 1": (("coco-panoptic", "coco-instances"), 0, {"jitter": (0.1, 2.0)}),
+    "stage 1": (("coco-panoptic", "coco-instances"), 0, {"lsj_scale_range": (0.1, 2.0)}),
     "stage 1, whole images": (("coco-panoptic", "coco-instances"), 0, {}),
-    "stage 2": (("llava",), 0, {"square": True}),
+    "stage 2": (("llava",), 0, {"pad_to_square": True}),
     "stage 3": (
         ("refcoco", "grefcoco", "reasonseg", "coco-panoptic", "coco-instances", "llava", "jsonl"),
         6,
-        {"objects": "referred", "negatives": True, "jitter": (0.5, 1.5)},
+        {"objects": "referred", "negatives": True, "lsj_scale_range": (0.5, 1.5)},
     ),
     "all objects and their names": (("refcoco", "grefcoco", "jsonl"), 6, {"objects": "all", "include_generic": True}),
-    "finetune": (("jsonl",), 0, {"objects": "referred", "square": True}),
+    "finetune": (("jsonl",), 0, {"objects": "referred", "pad_to_square": True}),
 }
 
-FIELDS = ("images", "vision_images", "masks", "tokens", "labels", "phrase_mask", "phrase_ids", "seg_ids")
+FIELDS = (
+    "sam_images",
+    "siglip_images",
+    "packed_masks",
+    "input_ids",
+    "labels",
+    "phrase_target",
+    "phrase_ids",
+    "seg_ids",
+)
 
 
 @pytest.fixture(scope="module")
@@ -108,8 +117,8 @@ def find(batch, b: int, truths: list[Truth]) -> tuple[Truth, Placement]:
             continue
         for longest in (SIDE, *(n for n in range(SIDE // 10, 2 * SIDE + 1) if n != SIDE)):
             place = Placement(truth, longest)
-            if place.cut == tuple(batch.scaled_size[b]):
-                if np.array_equal(place.place(truth.rgb, Image.Resampling.BILINEAR), batch.images[b]):
+            if place.cut == tuple(batch.resized_hw[b]):
+                if np.array_equal(place.place(truth.rgb, Image.Resampling.BILINEAR), batch.sam_images[b]):
                     found.append((truth, place))
                     break
     assert len(found) == 1, f"{len(found)} pictures fit"
@@ -138,17 +147,17 @@ class Reader:
 
     def conversations(self, batch, b: int) -> list[dict]:
         """Question and answer of each turn of each conversation, its phrases and outputs by number; checks what surrounds."""
-        tokens, segments, labels = batch.tokens[b], batch.segments[b], batch.labels[b]
+        tokens, segments, labels = batch.input_ids[b], batch.segment_ids[b], batch.labels[b]
         prefix = int((segments == 0).sum())
         assert self.text(tokens[: prefix - SLOTS]) == "<|im_start|>user" and (tokens[prefix - SLOTS : prefix] == -200).all()
-        assert (labels[segments <= 0] == -100).all() and (batch.positions[b][:prefix] == np.arange(prefix)).all()
+        assert (labels[segments <= 0] == -100).all() and (batch.position_ids[b][:prefix] == np.arange(prefix)).all()
         found = []
         used = int((segments >= 0).sum())
         assert (segments[:used] >= 0).all() and (segments[used:] == -1).all()
         assert (tokens[used:] == self.id("<|endoftext|>")).all()
         for number in range(1, int(segments.max()) + 1):
             here = np.flatnonzero(segments == number)
-            assert (np.diff(here) == 1).all() and (batch.positions[b][here] == prefix + np.arange(len(here))).all()
+            assert (np.diff(here) == 1).all() and (batch.position_ids[b][here] == prefix + np.arange(len(here))).all()
             taught = labels[here] != -100
             assert (labels[here][taught] == tokens[here][taught]).all()
             runs = np.split(here, np.flatnonzero(np.diff(taught)) + 1)
@@ -181,16 +190,16 @@ class Judge:
 
     def row(self, batch, b: int) -> None:
         truth, place = find(batch, b, self.truths)
-        judge_vision(batch.vision_images[b], truth.rgb, self.options.get("square", False))
+        judge_vision(batch.siglip_images[b], truth.rgb, self.options.get("pad_to_square", False))
         valid = batch.mask_valid[b]
         count = int(valid.sum())
-        assert valid[:count].all() and not batch.masks[b][~valid].any()
-        masks = np.unpackbits(batch.masks[b, :count], axis=-1)[..., :SIDE]
+        assert valid[:count].all() and not batch.packed_masks[b][~valid].any()
+        masks = np.unpackbits(batch.packed_masks[b, :count], axis=-1)[..., :SIDE]
         whole = max(place.size) == SIDE
         said = [] if self.reader is None else self.reader.conversations(batch, b)
         self.seen[truth.layout] += 1
         if truth.turns:
-            assert count == 0 and (batch.phrase_mask[b] == -1).all()
+            assert count == 0 and (batch.phrase_target[b] == -1).all()
             self.chat(said, truth.turns)
         elif truth.phrases:
             self.referring(batch, b, truth, place, masks, said)
@@ -215,7 +224,7 @@ class Judge:
         for one in asked:
             ((k, text),) = one["phrases"].items()
             assert one["outputs"] == [k] and text in truth.phrases, text
-            at = int(batch.phrase_mask[b, k])
+            at = int(batch.phrase_target[b, k])
             meant = truth.phrases[text]
             if at == -2:
                 assert () in meant
@@ -231,12 +240,12 @@ class Judge:
                 assert answer.endswith(" ".join(truth.answers[text].split()))
                 self.seen["explained"] += 1
             self.seen["phrases"] += 1
-        assert (batch.phrase_mask[b, len(asked) :] == -1).all() and len({*map(str, asked)}) == len(asked)
+        assert (batch.phrase_target[b, len(asked) :] == -1).all() and len({*map(str, asked)}) == len(asked)
         assert len(masks) == len(set(wanted)), "targets that nobody asked for"
         if everything:
             for i, (mask, category, _) in enumerate(truth.objects):
                 assert place.is_mask(masks[i], mask, True)
-                assert category is None or batch.object_class[b, i] == NUMBERS.index(category)
+                assert category is None or batch.object_category[b, i] == NUMBERS.index(category)
         if named:
             self.names_of(batch, b, truth, named, [i for i, _ in enumerate(truth.objects)])
 
@@ -263,7 +272,7 @@ class Judge:
         for got in masks:
             hits = [i for i in free if i not in order and place.is_mask(got, truth.objects[i][0], whole)]
             assert hits, "a target that is no object"
-            same = [i for i in hits if batch.object_class[b, len(order)] in (-1, NUMBERS.index(truth.objects[i][1]))]
+            same = [i for i in hits if batch.object_category[b, len(order)] in (-1, NUMBERS.index(truth.objects[i][1]))]
             order.append(same[0])
         missed = [i for i in free if i not in order]
         visible = [i for i in missed if place.place(truth.objects[i][0].astype(np.uint8), Image.Resampling.NEAREST).any()]
@@ -272,9 +281,9 @@ class Judge:
                 self.names_of_generic(batch, b, truth, said, order, visible)
         else:
             assert not visible, "an object that is no target"
-            assert [int(c) for c in batch.object_class[b, : len(order)]] == [
+            assert [int(c) for c in batch.object_category[b, : len(order)]] == [
                 NUMBERS.index(truth.objects[i][1]) for i in order
-            ] or (batch.object_class[b] == -1).all()
+            ] or (batch.object_category[b] == -1).all()
         self.seen["objects"] += len(order)
 
     def names_of_generic(self, batch, b, truth, said, order, visible) -> None:

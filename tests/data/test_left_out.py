@@ -295,7 +295,7 @@ def test_longer_texts_where_they_are_wanted(tmp_path, tokenizer):
     with pytest.raises(UserError, match=r"a\.jpg: may need \d+ tokens, more than the text length 600; raise data.text"):
         TrainDataset(
             build_mixture([(prepared, 0.0)]),
-            dataclasses.replace(SHAPE, text=600),
+            dataclasses.replace(SHAPE, text_length=600),
             PromptTemplates(),
             0,
             visual_tokens=6,

@@ -269,8 +269,8 @@ GOOD = Example(
 )
 RECORDS = {
     "a mask that does not fill the image": ({"rle": "000"}, "run lengths add up to 0, not to height x width = 25"),
-    "a mask that is longer": ({"once": "i3"}, "a run longer than the 25 pixels"),
-    "a mask of no letters": ({"filled": "\x01"}, "a character that is none of a code"),
+    "a mask that is longer": ({"rle_single_cover": "i3"}, "a run longer than the 25 pixels"),
+    "a mask of no letters": ({"rle_filled_polygons": "\x01"}, "a character that is none of a code"),
     "no mask": ({"rle": ""}, "an object without a mask"),
     "a category that is not there": ({"category": 2}, "there is no category 2"),
     "a category below none": ({"category": -2}, "there is no category -2"),

@@ -64,7 +64,7 @@ def same(a, b):
 
 def phrases(batch, b, tokenizer):
     """The phrases of a row, decoded from its spans."""
-    spans = [batch.tokens[b][batch.phrase_ids[b] == k][1:-1] for k in range(batch.phrase_mask.shape[1])]
+    spans = [batch.input_ids[b][batch.phrase_ids[b] == k][1:-1] for k in range(batch.phrase_target.shape[1])]
     return [tokenizer.hf.decode(s).strip() for s in spans if len(s)]
 
 
@@ -105,13 +105,13 @@ def test_seed_and_epoch_change_order_and_phrases(train, tokenizer):
 
 
 def test_wordings_vary_unless_fixed(train):
-    drawn = {train().batch(i).tokens[0].tobytes() for i in range(20)}
+    drawn = {train().batch(i).input_ids[0].tobytes() for i in range(20)}
     one = train(prompts=FIXED, max_phrases=1)
     by_phrase = {}
     for i in range(30):
         batch = one.batch(i)
-        span = batch.tokens[0][batch.phrase_ids[0] == 0].tobytes()
-        by_phrase.setdefault(span, set()).add(batch.tokens[0].tobytes())
+        span = batch.input_ids[0][batch.phrase_ids[0] == 0].tobytes()
+        by_phrase.setdefault(span, set()).add(batch.input_ids[0].tobytes())
     assert len(drawn) > 15 and all(len(v) == 1 for v in by_phrase.values())
 
 
@@ -127,14 +127,14 @@ def test_phrases_point_at_their_masks(train, prepared, tokenizer):
             full = masks.decode([a.rle for a in example.annotations], example.height, example.width)
             for k, phrase in enumerate(phrases(batch, b, tokenizer)):
                 want = images.pack_masks(full[list(truth[phrase])], 32)[0]
-                np.testing.assert_array_equal(batch.masks[b, batch.phrase_mask[b, k]], want)
+                np.testing.assert_array_equal(batch.packed_masks[b, batch.phrase_target[b, k]], want)
                 checked += 1
             assert batch.mask_valid[b].sum() == len(example.annotations)
             classes = [PAD if a.crowd else a.category for a in example.annotations]
-            assert batch.object_class[b, : len(classes)].tolist() == classes
+            assert batch.object_category[b, : len(classes)].tolist() == classes
             fitted, scaled = images.resize_and_pad(images.decode(example.image, name="x"), 32)
-            np.testing.assert_array_equal(batch.images[b], fitted)
-            assert tuple(batch.scaled_size[b]) == scaled
+            np.testing.assert_array_equal(batch.sam_images[b], fitted)
+            assert tuple(batch.resized_hw[b]) == scaled
     assert checked > 30
 
 
@@ -144,11 +144,11 @@ def test_generic_conversation_names_the_kinds_in_the_image(train, prepared, toke
     for step in range(10):
         batch = data.batch(step)
         for b in range(2):
-            classes, bears = batch.object_class[b], batch.object_name[b]
+            classes, bears = batch.object_category[b], batch.object_name[b]
             names = {}
             assert batch.name_valid[b].sum() == len(set(bears) - {PAD})
             for k in range(SHAPE.max_names):
-                span = batch.tokens[b][batch.phrase_ids[b] == SHAPE.max_phrases + k]
+                span = batch.input_ids[b][batch.phrase_ids[b] == SHAPE.max_phrases + k]
                 if len(span):
                     names[k] = tokenizer.hf.decode(span[1:-1]).strip()
             assert set(names.values()) == {prepared.categories[c] for c in classes if c != PAD}
@@ -161,13 +161,13 @@ def test_generic_conversation_names_the_kinds_in_the_image(train, prepared, toke
 
 
 def test_referred_objects_only(train, tokenizer):
-    data = train(objects="referred", shape=dataclasses.replace(SHAPE, masks=1), max_phrases=1)
+    data = train(objects="referred", shape=dataclasses.replace(SHAPE, max_masks=1), max_phrases=1)
     everything = train()
     for step in range(6):
         batch, full = data.batch(step), everything.batch(step)
-        assert batch.mask_valid.all() and (batch.phrase_mask[:, 0] == 0).all()
+        assert batch.mask_valid.all() and (batch.phrase_target[:, 0] == 0).all()
         for b in range(2):
-            assert any(np.array_equal(batch.masks[b, 0], m) for m in full.masks[b])
+            assert any(np.array_equal(batch.packed_masks[b, 0], m) for m in full.packed_masks[b])
 
 
 def test_curriculum_draws_by_family_until_its_step(train, tokenizer):
@@ -217,11 +217,11 @@ def test_rows_that_the_global_batch_does_not_have_are_refused(train, rows):
 
 def test_everything_that_is_said_stands_behind_the_visual_slots(train, tokenizer):
     """What lets the losses leave out the first `visual_tokens` positions."""
-    data = train(shape=dataclasses.replace(SHAPE, text=320), include_generic=True)
+    data = train(shape=dataclasses.replace(SHAPE, text_length=320), include_generic=True)
     for step in range(10):
         batch = data.batch(step)
         for b in range(2):
-            (slots,) = np.nonzero(batch.tokens[b] == IMAGE_TOKEN_INDEX)
+            (slots,) = np.nonzero(batch.input_ids[b] == IMAGE_TOKEN_INDEX)
             assert len(slots) == VISUAL and (np.diff(slots) == 1).all()
             said = (batch.labels[b] != IGNORE_INDEX) | (batch.phrase_ids[b] != PAD) | (batch.seg_ids[b] != PAD)
             assert np.flatnonzero(said)[0] > slots[-1] >= VISUAL - 1
@@ -258,26 +258,26 @@ def test_too_small_shapes_are_refused_before_training(train):
     with pytest.raises(
         UserError, match=r"000000000005\.jpg: may need \d+ tokens, more than the text length 60; raise data.text"
     ):
-        train(shape=dataclasses.replace(SHAPE, text=60))
+        train(shape=dataclasses.replace(SHAPE, text_length=60))
     with pytest.raises(UserError, match="has 2 objects, but the batch has room for 1 masks; raise data.masks or set"):
-        train(shape=dataclasses.replace(SHAPE, masks=1))
+        train(shape=dataclasses.replace(SHAPE, max_masks=1))
     with pytest.raises(UserError, match="has objects of 2 kinds, but the batch has room for 1 names; raise data.names"):
-        train(shape=dataclasses.replace(SHAPE, names=1), include_generic=True)
+        train(shape=dataclasses.replace(SHAPE, max_names=1), include_generic=True)
     with pytest.raises(UserError, match="room for 2 masks, fewer than its 4 phrases"):
-        train(shape=dataclasses.replace(SHAPE, masks=2), objects="referred")
+        train(shape=dataclasses.replace(SHAPE, max_masks=2), objects="referred")
 
 
 def test_the_smallest_accepted_text_length_never_overflows(train):
     def fits(text):
         try:
-            return train(shape=dataclasses.replace(SHAPE, text=text), include_generic=True)
+            return train(shape=dataclasses.replace(SHAPE, text_length=text), include_generic=True)
         except UserError:
             return None
 
     smallest = next(t for t in range(20, 400) if fits(t))
     data, used = fits(smallest), 0
     for step in range(60):
-        used = max(used, int((data.batch(step).segments != PAD).sum(1).max()))
+        used = max(used, int((data.batch(step).segment_ids != PAD).sum(1).max()))
     assert used <= smallest
 
 

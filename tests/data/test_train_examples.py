@@ -62,14 +62,14 @@ def train(sets):
 
 def text(batch, b, sets):
     """What is said in a row, without the image."""
-    said = batch.tokens[b][(batch.segments[b] != PAD) & (batch.tokens[b] >= 0)]
+    said = batch.input_ids[b][(batch.segment_ids[b] != PAD) & (batch.input_ids[b] >= 0)]
     return sets["tokenizer"].hf.decode(said)
 
 
 def rows(data, steps):
     for step in range(steps):
         batch = data.batch(step)
-        yield from ((batch, b) for b in range(len(batch.tokens)))
+        yield from ((batch, b) for b in range(len(batch.input_ids)))
 
 
 def test_a_phrase_for_several_objects_has_their_union_and_one_for_none_has_nothing(train, sets):
@@ -80,17 +80,17 @@ def test_a_phrase_for_several_objects_has_their_union_and_one_for_none_has_nothi
         example = stored[int(batch.example_id[b])]
         truth = {e.text.lower(): e.annotations for e in example.expressions}
         full = masks.decode([a.rle for a in example.annotations], example.height, example.width)
-        for k, target in enumerate(batch.phrase_mask[b]):
+        for k, target in enumerate(batch.phrase_target[b]):
             if target == PAD:
                 continue
-            span = batch.tokens[b][batch.phrase_ids[b] == k][1:-1]
+            span = batch.input_ids[b][batch.phrase_ids[b] == k][1:-1]
             wanted = truth[sets["tokenizer"].hf.decode(span).strip()]
             kinds.add(min(len(wanted), 2))
             if not wanted:
                 assert target == NO_TARGET
                 continue
             union = full[list(wanted)].any(0).astype(np.uint8)
-            np.testing.assert_array_equal(batch.masks[b, target], images.pack_masks(union[None], SHAPE.sam_size)[0])
+            np.testing.assert_array_equal(batch.packed_masks[b, target], images.pack_masks(union[None], SHAPE.sam_size)[0])
     assert kinds == {0, 1, 2}
 
 
@@ -100,14 +100,14 @@ def test_reasoning_asks_whole_questions_and_explains_some(train, sets):
     families = {s.sentence: s.family for e in sets["reasonseg"].index("train") for s in e.samples}
     assert answers and set(families.values()) == {"short", "long"}
     count = 0
-    for batch, b in rows(train("reasonseg", explain=0.5), 30):
+    for batch, b in rows(train("reasonseg", explanation_prob=0.5), 30):
         said = text(batch, b, sets)
         explained += any(answer in said for answer in answers)
         if "long" in {families[p] for p in families if p in said}:
             assert any(part in said for part in long)
         count += 1
     assert 0.1 < explained / count < 0.95
-    never = [text(batch, b, sets) for batch, b in rows(train("reasonseg", explain=0.0), 10)]
+    never = [text(batch, b, sets) for batch, b in rows(train("reasonseg", explanation_prob=0.0), 10)]
     assert not any(answer in said for said in never for answer in answers)
 
 
@@ -129,15 +129,15 @@ def test_generic_names_what_is_there_and_what_is_not(train, sets):
     kinds = {e.image_id: {prepared.categories[c] for c in e.categories if c != PAD} for e in prepared.index("train")}
     for batch, b in rows(train("coco-panoptic", negatives=True), 20):
         there, count = kinds[int(batch.example_id[b])], int(batch.name_valid[b].sum())
-        spans = [batch.tokens[b][batch.phrase_ids[b] == SHAPE.max_phrases + k][1:-1] for k in range(count)]
+        spans = [batch.input_ids[b][batch.phrase_ids[b] == SHAPE.max_phrases + k][1:-1] for k in range(count)]
         names = [sets["tokenizer"].hf.decode(span).strip() for span in spans]
         assert len(set(names)) == count <= SHAPE.max_names and set(names) <= set(prepared.categories)
         assert there & set(names) == there  # all fit here
         absent += len(set(names) - there)
         for m in np.flatnonzero(batch.mask_valid[b]):
             name = names[batch.object_name[b, m]]
-            assert name in there and prepared.categories[batch.object_class[b, m]] == name
-        assert (batch.phrase_mask[b] == PAD).all()
+            assert name in there and prepared.categories[batch.object_category[b, m]] == name
+        assert (batch.phrase_target[b] == PAD).all()
     assert absent > 10
     assert all(b.name_valid[r].sum() == len(kinds[int(b.example_id[r])]) for b, r in rows(train("coco-panoptic"), 6))
 
@@ -146,15 +146,15 @@ def test_generic_names_as_many_kinds_as_fit(train, sets):
     """With room for one mask, a kind with one object is named and the others are not asked for."""
     full = max(len(e.categories) for e in sets["coco-panoptic"].index("train"))
     kinds = {e.image_id: e.categories for e in sets["coco-panoptic"].index("train")}
-    for batch, b in rows(train("coco-panoptic", shape=dataclasses.replace(SHAPE, masks=1)), 10):
+    for batch, b in rows(train("coco-panoptic", shape=dataclasses.replace(SHAPE, max_masks=1)), 10):
         assert batch.mask_valid[b].sum() <= 1 < full
         assert set(batch.object_name[b][batch.mask_valid[b]]) == set(range(int(batch.name_valid[b].sum())))
         whole = batch.mask_valid[b].sum() == sum(c != PAD for c in kinds[int(batch.example_id[b])])
-        assert whole == (batch.object_class[b][batch.mask_valid[b]] != PAD).any()  # the linear head sees all objects or none
+        assert whole == (batch.object_category[b][batch.mask_valid[b]] != PAD).any()  # the linear head sees all objects or none
     with pytest.raises(UserError, match=r"to name '.*' takes \d+ tokens, data.text is 30"):
-        train("coco-panoptic", shape=dataclasses.replace(SHAPE, text=30))
+        train("coco-panoptic", shape=dataclasses.replace(SHAPE, text_length=30))
     with pytest.raises(UserError, match=r"has \d objects, the batch has room for 1: raise data.masks"):
-        train("coco-panoptic", shape=dataclasses.replace(SHAPE, masks=1, names=0))
+        train("coco-panoptic", shape=dataclasses.replace(SHAPE, max_masks=1, max_names=0))
 
 
 def coco_with(tmp_path, *images):
@@ -187,14 +187,16 @@ def test_a_set_of_which_nothing_fits_is_refused(train, sets, tmp_path, monkeypat
     with pytest.raises(
         UserError, match=r"prepared: in every image each kind has more objects than .* 2, .* data.masks to 3 or"
     ):
-        train("full", "llava", shape=dataclasses.replace(SHAPE, masks=2))  # one of several is no better
-    data = train("full", shape=dataclasses.replace(SHAPE, masks=3))
+        train("full", "llava", shape=dataclasses.replace(SHAPE, max_masks=2))  # one of several is no better
+    data = train("full", shape=dataclasses.replace(SHAPE, max_masks=3))
     said = "2 of 3 images are without a target: they have nothing but crowds, or of each kind more objects than data.masks, 3"
     assert data.remarks == [f"{prepared.directory}: {said}"]
     seen = {int(b.example_id[i]): int(b.mask_valid[i].sum()) for b, i in rows(data, 6)}
     assert seen == {1: 3, 2: 0, 3: 0}  # the remark counts what the batches hold
     assert (
-        train("full", "llava", shape=dataclasses.replace(SHAPE, masks=9)).remarks[0].startswith(f"{prepared.directory}: 1 of 3")
+        train("full", "llava", shape=dataclasses.replace(SHAPE, max_masks=9))
+        .remarks[0]
+        .startswith(f"{prepared.directory}: 1 of 3")
     )
     assert train("coco-panoptic").remarks == []
 
@@ -203,16 +205,16 @@ def test_a_set_of_nothing_but_crowds_is_refused(train, sets, tmp_path, monkeypat
     monkeypatch.setitem(sets, "crowds", coco_with(tmp_path, (-2, -1), (0, -1)))
     for names in (4, 0):
         with pytest.raises(UserError, match="no image has an object that is neither a crowd nor to be ignored"):
-            train("crowds", shape=dataclasses.replace(SHAPE, names=names))
+            train("crowds", shape=dataclasses.replace(SHAPE, max_names=names))
 
 
 def test_chats_need_room_behind_the_image(train):
     prefix = train("llava")._rows[0]._bound.prefix
-    assert (train("llava", shape=dataclasses.replace(SHAPE, text=prefix + 1)).batch(0).segments[0] != PAD).all()
+    assert (train("llava", shape=dataclasses.replace(SHAPE, text_length=prefix + 1)).batch(0).segment_ids[0] != PAD).all()
     with pytest.raises(
         UserError, match=rf"the image takes {prefix} tokens, .* no room for a chat in data.text, {prefix}: raise"
     ):
-        train("llava", shape=dataclasses.replace(SHAPE, text=prefix))
+        train("llava", shape=dataclasses.replace(SHAPE, text_length=prefix))
 
 
 def test_marks_of_the_tokenizer_are_found_before_training(train, sets, monkeypatch):
@@ -225,19 +227,22 @@ def test_marks_of_the_tokenizer_are_found_before_training(train, sets, monkeypat
         UserError, match=r"coco-panoptic-prepared: category 'person': the expression 'person' contains 'person'"
     ):
         train("coco-panoptic")
-    train("coco-panoptic", shape=dataclasses.replace(SHAPE, names=0))  # where no name is said, none is in the way
+    train("coco-panoptic", shape=dataclasses.replace(SHAPE, max_names=0))  # where no name is said, none is in the way
 
 
 def test_chat_teaches_its_answers_and_is_cut_where_the_text_ends(train, sets):
     source = sets["llava"].source("train")
     answers = [turn.answer for i in range(len(source)) for turn in source[i].turns]
-    for batch, b in rows(train("llava", shape=dataclasses.replace(SHAPE, text=600)), 6):
+    for batch, b in rows(train("llava", shape=dataclasses.replace(SHAPE, text_length=600)), 6):
         labels = batch.labels[b][batch.labels[b] != IGNORE_INDEX]
         said = sets["tokenizer"].hf.decode(labels)
         assert any(answer in said for answer in answers) and "user" not in said
-        assert not batch.mask_valid[b].any() and (batch.phrase_mask[b] == PAD).all() and not batch.name_valid[b].any()
+        assert not batch.mask_valid[b].any() and (batch.phrase_target[b] == PAD).all() and not batch.name_valid[b].any()
         assert (batch.seg_ids[b] == PAD).all() and (batch.phrase_ids[b] == PAD).all()
-    used = [(batch.segments[b] != PAD).sum() for batch, b in rows(train("llava", shape=dataclasses.replace(SHAPE, text=24)), 6)]
+    used = [
+        (batch.segment_ids[b] != PAD).sum()
+        for batch, b in rows(train("llava", shape=dataclasses.replace(SHAPE, text_length=24)), 6)
+    ]
     assert max(used) == 24
 
 
@@ -246,7 +251,7 @@ def test_a_curriculum_is_about_the_data_sets_that_have_its_families(train, sets)
     data = train("refcoco", "reasonseg", curriculum=((10, {"attribute": 1.0}),))
     asked = dict.fromkeys(("referring", "reasoning"), 0)
     for batch, b in rows(data, 9):
-        number = int((batch.phrase_mask[b] != PAD).sum())
+        number = int((batch.phrase_target[b] != PAD).sum())
         reasoning = any(e.image_id == batch.example_id[b] for e in sets["reasonseg"].index("train"))
         asked["reasoning" if reasoning else "referring"] += number
         if not reasoning:
@@ -263,8 +268,10 @@ def test_a_crowd_is_not_named_as_absent(train, sets):
     names = sets["coco-panoptic"].categories
     assert any(crowds.values())
     for batch, b in rows(train("coco-panoptic", negatives=True), 20):
-        kinds = {names[c] for c in batch.object_class[b][batch.mask_valid[b]]}
-        spans = [batch.tokens[b][batch.phrase_ids[b] == SHAPE.max_phrases + k][1:-1] for k in range(batch.name_valid[b].sum())]
+        kinds = {names[c] for c in batch.object_category[b][batch.mask_valid[b]]}
+        spans = [
+            batch.input_ids[b][batch.phrase_ids[b] == SHAPE.max_phrases + k][1:-1] for k in range(batch.name_valid[b].sum())
+        ]
         absent = {sets["tokenizer"].hf.decode(span).strip() for span in spans} - kinds
         assert not absent & {names[c] for c in crowds[int(batch.example_id[b])]}
 
@@ -272,10 +279,10 @@ def test_a_crowd_is_not_named_as_absent(train, sets):
 def test_tasks_share_a_batch(train, sets):
     names = ("refcoco", "reasonseg", "coco-panoptic", "llava")
     data = train(*names, shape=dataclasses.replace(SHAPE, batch=8), negatives=True)
-    assert data.epoch == sum(member.slots for member in data.members) and len(data.members) == 4
+    assert data.epoch == sum(member.samples_per_epoch for member in data.members) and len(data.members) == 4
     seen = set()
     for batch, b in rows(data, 6):
-        if (batch.phrase_mask[b] != PAD).any():
+        if (batch.phrase_target[b] != PAD).any():
             seen.add("phrases")
         elif batch.name_valid[b].any():
             seen.add("names")
@@ -285,7 +292,7 @@ def test_tasks_share_a_batch(train, sets):
 
 
 def test_without_language_there_are_masks_and_classes_alone(sets):
-    shape = dataclasses.replace(SHAPE, names=0, text=4)
+    shape = dataclasses.replace(SHAPE, max_names=0, text_length=4)
     members = build_mixture([(sets["coco-panoptic"], 0.0)])
     data = TrainDataset(members, shape, PromptTemplates(), 0, visual_tokens=0, tokenizer=None)
     batch = data.batch(0)
@@ -297,19 +304,19 @@ def test_without_language_there_are_masks_and_classes_alone(sets):
 
 def test_jitter_scales_cuts_and_keeps_masks_on_their_objects(sets, train):
     plain = {int(b.example_id[r]): b for b, r in rows(train("coco-panoptic"), 6)}
-    data = train("coco-panoptic", jitter=(0.3, 3.0))
+    data = train("coco-panoptic", lsj_scale_range=(0.3, 3.0))
     sizes, fewer = set(), 0
     for batch, b in rows(data, 40):
-        height, width = batch.scaled_size[b]
+        height, width = batch.resized_hw[b]
         sizes.add((int(height), int(width)))
-        assert not batch.images[b, height:].any() and not batch.images[b, :, width:].any()
-        here = images.unpack_masks(batch.masks[b][batch.mask_valid[b]])
+        assert not batch.sam_images[b, height:].any() and not batch.sam_images[b, :, width:].any()
+        here = images.unpack_masks(batch.packed_masks[b][batch.mask_valid[b]])
         assert here.any((1, 2)).all()  # what was cut off is no target
         assert not here[:, height:].any() and not here[:, :, width:].any()
         fewer += len(here) < sum(plain[int(batch.example_id[b])].mask_valid[0])
     assert len(sizes) > 20
-    again = train("coco-panoptic", jitter=(0.3, 3.0)).batch(7)
-    np.testing.assert_array_equal(again.images, data.batch(7).images)
+    again = train("coco-panoptic", lsj_scale_range=(0.3, 3.0)).batch(7)
+    np.testing.assert_array_equal(again.sam_images, data.batch(7).sam_images)
 
 
 def test_the_jitter_is_the_scaffolds():
@@ -341,11 +348,11 @@ def test_square_keeps_the_aspect():
 @pytest.mark.parametrize("square", [False, True])
 def test_a_batch_holds_the_picture_padded_to_a_square_only_where_that_is_asked(train, square):
     """The whole way from `TrainOptions.square` to the vision encoder's input, on a picture that is not square."""
-    data = train("llava", square=square)
+    data = train("llava", pad_to_square=square)
     picture = np.full((20, 30, 3), 90, np.uint8)  # as all of them are
     h, w = (11, 16) if square else (16, 16)
     for batch, b in rows(data, 4):
-        vision = batch.vision_images[b].astype(int)
+        vision = batch.siglip_images[b].astype(int)
         assert abs(vision[8] - picture[0, 0]).max() < 12
         assert (vision[0] == 127).all() == square and (vision[-1] == 127).all() == square
         assert abs((abs(vision - 127).max(-1) > 15).sum() - h * w) <= 16
