@@ -49,6 +49,6 @@ for i, text in enumerate(texts):
     score = float(answer["scores"][0, i, query])
     if not np.isfinite(score):
         sys.exit(f"{text!r}: the score of the selected candidate is no number")
-    mask = (rows @ answer["logits"][0, i] @ cols.T > 0) & (score >= about["no_target_below"])
+    mask = (rows @ answer["logits"][0, i] @ cols.T > 0) & (score >= about["no_target_threshold"])
     Image.fromarray(mask).save(f"{out}_{i}.png")
     print(json.dumps({"text": text, "query": query, "score": score, "area": int(mask.sum())}))

@@ -234,7 +234,7 @@ def fuzz_results(root, inputs):
         "family": "a",
         "failed": False,
     }
-    record |= {"failure": "", "score": 0.5, "no_target_below": 0.0, "file_name": "1.jpg", "best_score": None}
+    record |= {"failure": "", "score": 0.5, "no_target_threshold": 0.0, "file_name": "1.jpg", "best_score": None}
     record |= {"query": 1, "best_query": 2, "best_rank": 0, "iou": 0.5, "best_iou": 0.5}
     index = [{"kind": "good", "file": "1.png", "record": record}]
 

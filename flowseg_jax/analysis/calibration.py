@@ -87,7 +87,7 @@ def summarise(records: Sequence[Mapping[str, Any]], rate: float) -> dict[str, An
         rate: the false-alarm rate that is wanted at most, in (0, 1).
 
     Returns:
-        present, absent and of the latter `shuffled`: counts; no_target_below: the threshold; false_alarms and kept at it; auc:
+        present, absent and of the latter `shuffled`: counts; no_target_threshold: the threshold; false_alarms and kept at it; auc:
         how often a present sample scores higher than an absent one (a tie counts half); roc: [t, false alarms, kept] (t None:
         everything is refused); reliability (see there) with calibration_error: mean distance between score and share of right
         ones over the present samples. Percent, except thresholds.
@@ -118,7 +118,7 @@ def summarise(records: Sequence[Mapping[str, Any]], rate: float) -> dict[str, An
         "absent": len(absent),
         "shuffled": sum(r["text"] != r["sentence"] for r in absent),
         "wanted_false_alarms": 100 * rate,
-        "no_target_below": t,
+        "no_target_threshold": t,
         "false_alarms": 100 * float((absent_scores >= t).mean()),
         "kept": 100 * float((present_scores >= t).mean()),
         "auc": 100 * auc,
@@ -148,7 +148,7 @@ def run(file: Path, control: Path | None, out: Path, rate: float) -> Path:
         records += others
     result = summarise(records, rate)
     log(
-        f"--no-target-threshold={result['no_target_below']}: {result['false_alarms']:.1f} % false alarms on"
+        f"--no-target-threshold={result['no_target_threshold']}: {result['false_alarms']:.1f} % false alarms on"
         f" {result['absent']} absent, {result['kept']:.1f} % of {result['present']} present kept, AUC {result['auc']:.1f} %"
     )
     about = [f"{result['present']} sentences that refer to something, {result['absent']} that do not: {file}"]
@@ -165,7 +165,7 @@ def run(file: Path, control: Path | None, out: Path, rate: float) -> Path:
         page.heading("Threshold", f"At most {100 * rate:g} % false alarms wanted."),
         page.table(
             ["", "--no-target-threshold", "false alarms", "present kept", "AUC"],
-            [["", f"{result['no_target_below']}", result["false_alarms"], result["kept"], result["auc"]]],
+            [["", f"{result['no_target_threshold']}", result["false_alarms"], result["kept"], result["auc"]]],
         ),
         plots.lines(
             {"ROC": [(false, kept) for _, false, kept in result["roc"]]},

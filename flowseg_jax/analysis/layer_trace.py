@@ -135,7 +135,7 @@ def layer_trace(
     b, k = questions.query_valid.shape
     phrases, segs = model.encode_text_cached(seen, questions)
     yes = jnp.ones((b * k, 1), bool)
-    conditions = append_background(phrases.reshape(b * k, 1, -1), yes, yes, model.background[...])
+    conditions = append_background(phrases.reshape(b * k, 1, -1), yes, yes, model.background_embed[...])
     flow = decode_with_trace(
         model.decoder, seen.mask_features, seen.multi_scale_features, k, conditions, segs.reshape(b * k, -1)
     )

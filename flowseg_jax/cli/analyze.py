@@ -83,7 +83,7 @@ def audit(argv: Sequence[str]) -> int:
     else:
         records = audit.samples(arguments.file, records)
         if threshold is not None:
-            records = [record | {"no_target_below": threshold} for record in records]
+            records = [record | {"no_target_threshold": threshold} for record in records]
         found, render = audit.tables(records), audit.render
     print(json.dumps(found, indent=1) if arguments.json else render(found))
     return 0

@@ -19,9 +19,9 @@ from flowseg_jax.evaluation.protocols import IOU_THRESHOLDS, PROTOCOLS, Protocol
 from flowseg_jax.system import json_files
 
 NEEDED = ("image_id", "ann_id", "sentence_id", "text", "text_form", "sentence", "family", "count", "failed", "failure")
-NEEDED += ("area", "score", "no_target_below")
+NEEDED += ("area", "score", "no_target_threshold")
 NEEDED += tuple(
-    f"{of}{raster}{what}" for of in ("", "oracle_") for raster in ("", "once_") for what in ("intersection", "union")
+    f"{of}{raster}{what}" for of in ("", "oracle_") for raster in ("", "single_cover_") for what in ("intersection", "union")
 )
 RESAMPLES, INTERVAL = 10_000, (2.5, 97.5)
 _COLUMNS = {"ciou": "cIoU", "giou": "gIoU", "oracle_ciou": "o-cIoU", "oracle_giou": "o-gIoU"}  # o-: the oracle's

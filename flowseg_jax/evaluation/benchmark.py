@@ -106,14 +106,14 @@ class ReferringEvaluation:
         data: the data set.
         batch: images at a time; rounded up to a multiple of the devices.
         protocol: named protocol.
-        no_target_below: see `runner.evaluate`.
+        no_target_threshold: see `runner.evaluate`.
     """
 
     subject: EvalModel
     data: PreparedDataset
     batch: int = 8
     protocol: str = "xsam"
-    no_target_below: float = 0.0
+    no_target_threshold: float = 0.0
 
     def run(
         self,
@@ -154,7 +154,7 @@ class ReferringEvaluation:
                 "answer": f"written, at most {subject.answer_tokens} tokens" if subject.answer_tokens else "given",
                 "prompt": {"question": subject.prompts.question, "answer": subject.prompts.answer},
             },
-            no_target_below=self.no_target_below,
+            no_target_threshold=self.no_target_threshold,
             gallery=GALLERY if pictures else 0,
             save_masks=save_masks,
         )

@@ -41,7 +41,7 @@ def _join(parts: tuple[Any, Any]) -> flowseg.ImageCache:
     return flowseg.ImageCache(mask_features, levels, KVCache(*keys_values, *places))
 
 
-Answer = Callable[[flowseg.FlowSeg, flowseg.ImageCache, PromptQueries], tuple[flowseg.MaskCandidates, jax.Array]]
+AnswerFn = Callable[[flowseg.FlowSeg, flowseg.ImageCache, PromptQueries], tuple[flowseg.MaskCandidates, jax.Array]]
 
 
 class Evaluator:
@@ -58,7 +58,7 @@ class Evaluator:
         compiles: function name -> number of compilations so far.
     """
 
-    def __init__(self, graphdef: nnx.GraphDef, mesh: Mesh | None = None, partition: Any = WHOLE, answer: Answer | None = None):
+    def __init__(self, graphdef: nnx.GraphDef, mesh: Mesh | None = None, partition: Any = WHOLE, answer: AnswerFn | None = None):
         self.mesh = sharding.make_mesh({"data": -1}) if mesh is None else mesh
         self.compiles: collections.Counter[str] = collections.Counter()
         self._partition = partition
@@ -73,7 +73,7 @@ class Evaluator:
             if isinstance(questions, PromptQueries):
                 found, answered = answer(model, _join(seen), questions)
             else:
-                found, answered = model.predict_cached(_join(seen), questions), questions.asked
+                found, answered = model.predict_cached(_join(seen), questions), questions.query_valid
             chosen = postprocess.select_masks(found.scores, found.mask_logits, truth, inside)
             query = jnp.where(answered[..., None], chosen.query, PAD)
             logits = postprocess.refine(model, chosen.logits, found.mask_features)

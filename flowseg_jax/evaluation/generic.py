@@ -88,22 +88,22 @@ def score_categories(
     N is the number of queries, times the number of conversations. SR and CR act as in training (`generic_pass`); without an
     open-vocabulary pass in training, as in "with_flow".
     """
-    cfg, features = model.cfg, model.look(batch)
+    cfg, features = model.cfg, model.encode_image(batch)
     b, count, size, total = len(batch.sam_images), questions.count, questions.size, len(questions.categories)
     if cfg.has_language_model:
         projected = model.llm_projector(model.run_llm(batch, features.visual_tokens))
         names = flowseg.pool_spans(projected, batch.phrase_ids, count * size).reshape(b * count, size, -1)
         exists = batch.name_valid.reshape(b * count, size)
-        conditions = flowseg.append_background(names, exists, exists, model.background[...])
+        conditions = flowseg.append_background(names, exists, exists, model.background_embed[...])
         if cfg.generic_pass == "without_flow":
-            conditions = dataclasses.replace(conditions, own=jnp.zeros_like(conditions.attend_mask))
+            conditions = dataclasses.replace(conditions, attend_mask=jnp.zeros_like(conditions.attend_mask))
         # A conversation's <SEG> bears the number of its first name.
         segs = flowseg.pool_spans(projected, batch.seg_ids, count * size)[:, ::size].reshape(b * count, -1)
-        out = model.decoder(features.mask_features, features.multi_scale_features, count, conditions, segs)
+        out = model.mask_decoder(features.mask_features, features.multi_scale_features, count, conditions, segs)
         logits = out.class_logits[-1]
     else:
         count, size = 1, total
-        out = model.decoder(features.mask_features, features.multi_scale_features, 1)
+        out = model.mask_decoder(features.mask_features, features.multi_scale_features, 1)
         logits = model.category_head(out.queries[-1]).astype(jnp.float32)
     own = jax.nn.softmax(logits, -1)[..., :-1].reshape(b, count, -1, size)
     # A candidate's scores stand in the place of its own conversation; not a product, which would round them.

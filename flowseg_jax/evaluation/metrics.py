@@ -17,7 +17,7 @@ The oracle's cIoU may lie below the model's: a higher IoU of a small object can 
 intersection. It is therefore not what a gap is measured with.
 
 The rule of generalised referring segmentation (ReLA), in which some samples refer to nothing. "No target" is predicted where
-the selected mask is empty or its score lies below the record's `no_target_below`:
+the selected mask is empty or its score lies below the record's `no_target_threshold`:
 
     sample refers to   predicted     I                     U                     IoU   counts for
     nothing            no target     0                     0                     1     N-acc (share of the samples to nothing)
@@ -71,19 +71,19 @@ def has_no_target(record: Record) -> bool:
 
 def predicts_no_target(record: Record) -> bool:
     """Whether "no target" is the answer: the selected mask is empty or scored below the threshold. A failure is no answer."""
-    return not record["failed"] and (record["area"] == 0 or record["score"] < record["no_target_below"])
+    return not record["failed"] and (record["area"] == 0 or record["score"] < record["no_target_threshold"])
 
 
 def intersection_union(record: Record, protocol: Protocol = XSAM, of: Literal["", "oracle_"] = "") -> tuple[int, int]:
     """(I, U) by the protocol, of the record's selected mask, or "oracle_" of the better candidate."""
-    raster = "once_" if protocol.raster == "sum" else ""
+    raster = "single_cover_" if protocol.raster == "sum" else ""
     i, u = record[f"{of}{raster}intersection"], record[f"{of}{raster}union"]
     if of == "" and record["failed"]:
         return 0, u
     if protocol.no_target == "gres" and predicts_no_target(record):
         if has_no_target(record):
             return 0, 0
-        refused = record["score"] < record["no_target_below"]
+        refused = record["score"] < record["no_target_threshold"]
         return (i, u) if of and not refused else (0, u)
     return i, u
 
@@ -212,9 +212,9 @@ def summarise(records: Iterable[Record], protocol: Protocol = XSAM) -> dict[str,
     Args:
         records: one mapping a sample with `intersection`, `union`, `oracle_intersection`, `oracle_union` (pixels), `failed`
             (bool), `failure` (`Failure`), `family` (str; "" = of no family). A protocol that counts sentences needs `count`;
-            a summed raster `once_intersection`, `once_union`, `oracle_once_intersection`, `oracle_once_union`; a rule for
+            a summed raster `single_cover_intersection`, `single_cover_union`, `oracle_single_cover_intersection`, `oracle_single_cover_union`; a rule for
             samples that refer to nothing `ann_id`, and "gres" also `area` (pixels of the selected mask), `score` and
-            `no_target_below`.
+            `no_target_threshold`.
         protocol: what is counted and how.
 
     Returns:

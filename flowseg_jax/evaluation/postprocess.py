@@ -207,7 +207,7 @@ def top_k_masks(scores: Float[Array, "b k q"], logits: Float[Array, "b k q h w"]
 def refine(model: Any, logits: Float[Array, "b k n h w"], mask_features: Float[Array, "b h w f"]) -> Float[Array, "b k n h w"]:
     """BAR on the candidates that are used, by the model's `refine`."""
     b, k, n, *grid = logits.shape
-    return model.refine(logits.reshape(b, k * n, *grid), mask_features).reshape(logits.shape)
+    return model.refine_masks(logits.reshape(b, k * n, *grid), mask_features).reshape(logits.shape)
 
 
 @jax.tree_util.register_dataclass
@@ -217,12 +217,12 @@ class GroundTruth:
 
     Attributes:
         union: uint8 [B, K, H, W // 8], objects as the union of their parts.
-        once: uint8 [B, K, H, W // 8], without the pixels that several parts cover.
+        single_cover: uint8 [B, K, H, W // 8], without the pixels that several parts cover.
         ignored: uint8 [B, 1, H, W // 8], pixels that count for nothing.
     """
 
     union: UInt8[Array, "b k H W8"]
-    once: UInt8[Array, "b k H W8"]
+    single_cover: UInt8[Array, "b k H W8"]
     ignored: UInt8[Array, "b 1 H W8"]
 
     @classmethod
@@ -239,7 +239,7 @@ class FullSizeMasks:
     Attributes:
         masks: uint8 [B, K, N, H, W // 8], packed along the width, zero beyond the image.
         intersection, union: int32 [B, K, N], pixels that are not ignored, with the truth of the phrase.
-        once_intersection, once_union: int32 [B, K, N], the same with `Truth.once`.
+        single_cover_intersection, single_cover_union: int32 [B, K, N], the same with `GroundTruth.single_cover`.
         area: int32 [B, K, N], pixels of the mask that are not ignored.
         finite: bool [B, K, N]; False where the logits held NaN or infinity: the mask is then empty.
     """
@@ -247,8 +247,8 @@ class FullSizeMasks:
     masks: UInt8[Array, "b k n H W8"]
     intersection: Int[Array, "b k n"]
     union: Int[Array, "b k n"]
-    once_intersection: Int[Array, "b k n"]
-    once_union: Int[Array, "b k n"]
+    single_cover_intersection: Int[Array, "b k n"]
+    single_cover_union: Int[Array, "b k n"]
     area: Int[Array, "b k n"]
     finite: Bool[Array, "b k n"]
 
@@ -277,4 +277,4 @@ def upsample_and_count(logits: Float[Array, "b k n h w"], where: ResizeMatrices,
         wanted = wanted[:, :, None]
         return _count(masks & wanted & counted), _count((masks | wanted) & counted)
 
-    return FullSizeMasks(masks, *counts(truth.union), *counts(truth.once), _count(masks & counted), finite)
+    return FullSizeMasks(masks, *counts(truth.union), *counts(truth.single_cover), _count(masks & counted), finite)

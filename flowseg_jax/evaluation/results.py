@@ -17,7 +17,7 @@ _FIGURES = ("ciou", "giou", "oracle_ciou", "oracle_giou", "selection_gap")
 _KINDS = {
     **dict.fromkeys(("text", "sentence", "family", "file_name", "failure", "text_form"), "a text"),
     **dict.fromkeys(("image_id", "ann_id", "sentence_id"), "a number or a text"),
-    **dict.fromkeys(("score", "best_score", "no_target_below", "iou", "best_iou"), "a number or null"),
+    **dict.fromkeys(("score", "best_score", "no_target_threshold", "iou", "best_iou"), "a number or null"),
     **dict.fromkeys(("area", "count", "truth_area"), "a count"),
     **dict.fromkeys(("query", "best_query", "best_rank"), "a whole number"),
     "failed": "true or false",

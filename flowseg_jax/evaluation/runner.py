@@ -78,7 +78,7 @@ def evaluate(
     protocol: protocols.Protocol = protocols.XSAM,
     shuffle_text: bool = False,
     about: Mapping[str, Any] | None = None,
-    no_target_below: float = 0.0,
+    no_target_threshold: float = 0.0,
     gallery: int = 0,
     save_masks: bool = False,
 ) -> EvalResult:
@@ -95,7 +95,7 @@ def evaluate(
             sentences while its truth stays. The files are called `<split>_shuffled`.
         about: written beside the numbers, the checkpoint's digest and step above all. Partial results of another `about` are
             not continued.
-        no_target_below: a selected score below it means "no target" (protocol "grefcoco"); scores lie in [0, 1], so 0 is never.
+        no_target_threshold: a selected score below it means "no target" (protocol "grefcoco"); scores lie in [0, 1], so 0 is never.
         gallery: how many examples of each kind to return.
         save_masks: add the selected mask and the best candidate's to each line of `<split>.jsonl`, as COCO's compressed
             run-length codes `rle` and `best_rle`.
@@ -105,8 +105,8 @@ def evaluate(
         ValueError: `shuffle_text` says something else than the data.
     """
     name = f"{paths.check_name(split, 'split')}_shuffled" if shuffle_text else paths.check_name(split, "split")
-    about = {"shuffled_text": shuffle_text, "no_target_below": no_target_below, **(about or {})}
-    record_of = functools.partial(_record, protocol=protocol, no_target_below=no_target_below)
+    about = {"shuffled_text": shuffle_text, "no_target_threshold": no_target_threshold, **(about or {})}
+    record_of = functools.partial(_record, protocol=protocol, no_target_threshold=no_target_threshold)
     params = evaluator.place(params)
     before, begin = evaluator.compiles.total(), time.monotonic()
     with ResumableRecords.open(
@@ -288,15 +288,16 @@ def _record(
     counted: Mapping[str, np.ndarray],
     *,
     protocol: protocols.Protocol,
-    no_target_below: float,
+    no_target_threshold: float,
 ) -> dict[str, Any]:
     """One line of the JSONL. Every array is [2]: the selected mask and the best candidate."""
     pairs = {
         raster: [(int(counted[f"{raster}intersection"][n]), int(counted[f"{raster}union"][n])) for n in (0, 1)]
-        for raster in ("", "once_")
+        for raster in ("", "single_cover_")
     }
-    (selected, best), (once, best_once) = pairs[""], pairs["once_"]
-    oracle, oracle_once = metrics.best_of(selected, best), metrics.best_of(once, best_once)
+    (selected, best), (single_cover, best_single_cover) = pairs[""], pairs["single_cover_"]
+    oracle = metrics.best_of(selected, best)
+    oracle_single_cover = metrics.best_of(single_cover, best_single_cover)
     record = {
         "image_id": int(sample.image_id),
         "file_name": sample.file_name,
@@ -312,8 +313,8 @@ def _record(
         "width": int(size[1]),
         "intersection": selected[0],
         "union": selected[1],
-        "once_intersection": once[0],
-        "once_union": once[1],
+        "single_cover_intersection": single_cover[0],
+        "single_cover_union": single_cover[1],
         "query": int(query[0]),
         "score": _number(score[0]),
         "best_query": int(query[1]),
@@ -323,17 +324,17 @@ def _record(
         "best_union": best[1],
         "oracle_intersection": oracle[0],
         "oracle_union": oracle[1],
-        "oracle_once_intersection": oracle_once[0],
-        "oracle_once_union": oracle_once[1],
+        "oracle_single_cover_intersection": oracle_single_cover[0],
+        "oracle_single_cover_union": oracle_single_cover[1],
         "area": int(counted["area"][0]),
         "truth_area": selected[0] + selected[1] - int(counted["area"][0]),
-        "no_target_below": no_target_below,
+        "no_target_threshold": no_target_threshold,
         "failed": not bool(counted["finite"][0]),
         "failure": "" if counted["finite"][0] else "no <SEG>" if query[0] == PAD else "non-finite",
     }
     record["iou"] = metrics.sample_iou(record, protocol)
     both_empty = 0.0 if record["failed"] else protocol.both_empty
-    record["best_iou"] = metrics.iou(*(best_once if protocol.raster == "sum" else best), both_empty)
+    record["best_iou"] = metrics.iou(*(best_single_cover if protocol.raster == "sum" else best), both_empty)
     record["oracle_iou"] = metrics.oracle_iou(record, protocol)
     return record
 

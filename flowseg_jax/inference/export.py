@@ -212,8 +212,8 @@ def _export(directory: str | os.PathLike[str], target: Path, room: ExportShapes,
         raise UserError(
             f"{directory}: the tokenizer has {tokenizer.vocab} ids, the model's embedding table {cfg.llm.vocab_size}"
         )
-    below = loaded.extra.get("no_target_below", 0.0)
-    expect(number(below, least=0, most=1), below, f"{directory}/config.json: extra.no_target_below", "a number from 0 to 1")
+    below = loaded.extra.get("no_target_threshold", 0.0)
+    expect(number(below, least=0, most=1), below, f"{directory}/config.json: extra.no_target_threshold", "a number from 0 to 1")
     wording = PromptTokens.of(prompts, tokenizer, cfg.num_visual_tokens)
     if room.text < (least := len(wording.before) + len(wording.after) + 3):
         raise UserError(f"text is {room.text}: even the shortest expression takes {least} tokens")
@@ -231,7 +231,7 @@ def _export(directory: str | os.PathLike[str], target: Path, room: ExportShapes,
         "image": cfg.sam.image_size,
         "vision": cfg.siglip.image_size,
         "wording": wording.to_json(),
-        "no_target_below": below,
+        "no_target_threshold": below,
         "reserved": [mark.lower() for mark in tokenizer.reserved if mark.strip()],
         "programs": {name: _describe(name, program) for name, program in programs.items()},
     }

@@ -107,7 +107,7 @@ class Segmentor:
         image, vision: sides S and V of its two square inputs, pixels.
         visual_tokens: slots that an image takes in the prompt.
         prompts: its chat template (None: the default one); the fixed wording is used.
-        no_target_below: what `SelectionConfig.no_target_threshold` is where it is not given.
+        no_target_threshold: what `SelectionConfig.no_target_threshold` is where it is not given.
     """
 
     def __init__(
@@ -120,9 +120,9 @@ class Segmentor:
         vision: int,
         visual_tokens: int,
         prompts: PromptTemplates | None = None,
-        no_target_below: float = 0.0,
+        no_target_threshold: float = 0.0,
     ):
-        self._params, self._tokenizer, self._no_target_below = params, tokenizer, no_target_below
+        self._params, self._tokenizer, self._no_target_threshold = params, tokenizer, no_target_threshold
         self._prompts = dataclasses.replace(prompts or PromptTemplates(), randomize=False)
         self._shape = BatchShape(1, 0, PHRASE_BUCKETS[-1], 0, image, vision)
         self._prefix = np.array(collate.encode_prefix(self._prompts, tokenizer, visual_tokens), np.int32)
@@ -236,7 +236,7 @@ class Segmentor:
     def _selection(self, selection: dict[str, Any]) -> SelectionConfig:
         chosen_by = SelectionConfig(**selection)
         if chosen_by.no_target_threshold is None:
-            chosen_by = dataclasses.replace(chosen_by, no_target_threshold=self._no_target_below)
+            chosen_by = dataclasses.replace(chosen_by, no_target_threshold=self._no_target_threshold)
         return chosen_by
 
     def _candidates_of(self, look: EncodedImage, texts: Sequence[str], count: int) -> list[list[Candidate]]:
@@ -325,7 +325,7 @@ def _rounds(texts: Sequence[Any]) -> list[Sequence[Any]]:
 def load(directory: str | os.PathLike[str]) -> Segmentor:
     """The segmentor of a model directory (`model_directory.save_model`).
 
-    Of its `extra`, "prompts" holds the fields of `Prompts`, and "no_target_below" the score below which the answer is "nothing"
+    Of its `extra`, "prompts" holds the fields of `Prompts`, and "no_target_threshold" the score below which the answer is "nothing"
     (`Selection`), if it has one.
 
     Raises:
@@ -341,8 +341,8 @@ def load(directory: str | os.PathLike[str]) -> Segmentor:
         raise UserError(
             f"{directory}: the tokenizer has {tokenizer.vocab} ids, the model's embedding table {cfg.llm.vocab_size}"
         )
-    below = loaded.extra.get("no_target_below", 0.0)
-    expect(number(below, least=0, most=1), below, f"{directory}/config.json: extra.no_target_below", "a number from 0 to 1")
+    below = loaded.extra.get("no_target_threshold", 0.0)
+    expect(number(below, least=0, most=1), below, f"{directory}/config.json: extra.no_target_threshold", "a number from 0 to 1")
     return Segmentor(
         graphdef,
         loaded.params,
@@ -351,5 +351,5 @@ def load(directory: str | os.PathLike[str]) -> Segmentor:
         vision=cfg.siglip.image_size,
         visual_tokens=cfg.num_visual_tokens,
         prompts=prompts,
-        no_target_below=float(below),
+        no_target_threshold=float(below),
     )

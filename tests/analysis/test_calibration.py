@@ -46,7 +46,7 @@ def test_by_hand():
     rows += [absent(0.6), shuffled(0.2), absent(0.1, i=1), shuffled(0.85, i=4)]
     found = calibration.summarise(rows, 0.25)
     assert (found["present"], found["absent"], found["shuffled"]) == (4, 4, 2)
-    assert found["no_target_below"] == pytest.approx(0.600001)
+    assert found["no_target_threshold"] == pytest.approx(0.600001)
     assert (found["false_alarms"], found["kept"]) == (25, 50)
     pairs = [(p, a) for p in (0.9, 0.8, 0.3, -1) for a in (0.6, 0.2, 0.1, 0.85)]
     assert found["auc"] == pytest.approx(100 * np.mean([p > a for p, a in pairs]))

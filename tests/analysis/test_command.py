@@ -73,7 +73,7 @@ def test_calibrate_no_target(results, capsys):
     first, _, control = results
     assert main(["calibrate-no-target", str(first), str(control), "--false-alarms=0.4"]) == 0
     found = json.loads((first.parent / "analysis/negatives_val.json").read_text())
-    assert found["no_target_below"] == 0.200001 and found["shuffled"] == 3
+    assert found["no_target_threshold"] == 0.200001 and found["shuffled"] == 3
     assert "--no-target-threshold=0.200001: 33.3 % false alarms on 3 absent, 66.7 % of 3" in capsys.readouterr().out
     assert "Some of them do fit their new image" in Page(first.parent / "analysis/negatives_val.html").text
 

@@ -28,15 +28,15 @@ def record(image, sentence, pair, once=None, *, count=1, family="", failed=False
         "failure": "non-finite" if failed else "",
         "area": pair[1],
         "score": 0.5,
-        "no_target_below": 0.0,
+        "no_target_threshold": 0.0,
         "intersection": pair[0],
         "union": pair[1],
-        "once_intersection": once[0],
-        "once_union": once[1],
+        "single_cover_intersection": once[0],
+        "single_cover_union": once[1],
         "oracle_intersection": oracle[0],
         "oracle_union": oracle[1],
-        "oracle_once_intersection": oracle[0],
-        "oracle_once_union": oracle[1],
+        "oracle_single_cover_intersection": oracle[0],
+        "oracle_single_cover_union": oracle[1],
     }
 
 
@@ -161,7 +161,7 @@ def test_files_that_are_no_results(tmp_path, text, message):
     ("change", "message"),
     [
         ({"intersection": "1"}, "x.jsonl:2: intersection '1' and union 100 are no areas; evaluate again"),
-        ({"oracle_once_intersection": 101}, "x.jsonl:2: oracle_once_intersection 101 and oracle_once_union 100 are no areas"),
+        ({"oracle_single_cover_intersection": 101}, "x.jsonl:2: oracle_single_cover_intersection 101 and oracle_single_cover_union 100 are no areas"),
         ({"score": "high"}, "x.jsonl:2: score is 'high'"),
     ],
 )

@@ -43,14 +43,14 @@ class Painter(flowseg.FlowSeg):
     def __init__(self):
         self.gain = nnx.Param(jnp.full((1,), 8.0))
 
-    def see(self, views, prefix):
+    def prefill_image(self, views, prefix):
         b, grid = views.sam_images.shape[0], SIDE // CELL
         cells = views.sam_images.astype(jnp.float32).reshape(b, grid, CELL, grid, CELL, 3).mean((2, 4)) / 255
         features = jnp.stack([cells.max(-1), cells[..., 2] - cells[..., 0]], -1)
         none = jnp.zeros((b, 1), jnp.int32)
         return flowseg.ImageCache(features, (), KVCache(*[jnp.zeros((1, b, 1, 1, 1))] * 2, none, none))
 
-    def ask(self, seen, questions):
+    def predict_cached(self, seen, questions):
         b, k = questions.query_valid.shape
         light, blue = seen.mask_features[..., 0], seen.mask_features[..., 1].max((1, 2)) > 0.2
         thresholds = jnp.array([0.1, 0.25, 0.4, 0.55, 0.7, 1.2])
@@ -63,7 +63,7 @@ class Painter(flowseg.FlowSeg):
         scores *= (signature[..., None] % 4 + 1) / 4  # some questions have low scores alone
         return flowseg.MaskCandidates(scores, jnp.broadcast_to(logits, (b, k, *logits.shape[2:])), seen.mask_features)
 
-    def refine(self, mask_logits, mask_features):
+    def refine_masks(self, mask_logits, mask_features):
         return mask_logits
 
 
@@ -203,9 +203,9 @@ def test_the_files_hold_what_they_should(evaluated):
     assert sum(r["iou"] > 0.5 for _, r in every) > 10 and sum(0 < r["iou"] < 0.5 for _, r in every) > 10
     assert sum(r["oracle_iou"] > r["iou"] for _, r in every) > 30
     for key in ("intersection", "union"):
-        assert sum(r[key] != r[f"once_{key}"] for _, r in every) > 20
+        assert sum(r[key] != r[f"single_cover_{key}"] for _, r in every) > 20
         assert sum(r[key] != r[f"best_{key}"] for _, r in every) > 20
-        assert sum(r[f"oracle_{key}"] != r[f"oracle_once_{key}"] for _, r in every) > 20
+        assert sum(r[f"oracle_{key}"] != r[f"oracle_single_cover_{key}"] for _, r in every) > 20
     instances = json.loads((evaluated("grefcoco", "grefcoco")[0] / "instances.json").read_text())["annotations"]
     assert {type(a["segmentation"][0]).__name__ for a in instances if isinstance(a["segmentation"], list)} == {"list", "dict"}
     assert sum(a["iscrowd"] for a in instances) >= 2

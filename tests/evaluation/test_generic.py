@@ -356,8 +356,8 @@ def perfect(prepared, split="val", side=REFERENCE_SIZE):
     known = {source[i].image_id: source[i] for i in range(len(source))}
 
     def propose(batch):
-        scores = np.full((len(batch.images), 12, len(prepared.categories)), 1e-4, np.float32)
-        logits = np.full((len(batch.images), 12, side, side), -20, np.float32)
+        scores = np.full((len(batch.sam_images), 12, len(prepared.categories)), 1e-4, np.float32)
+        logits = np.full((len(batch.sam_images), 12, side, side), -20, np.float32)
         for b, number in enumerate(batch.example_id):
             if number in known:
                 one = known[int(number)]
@@ -385,7 +385,7 @@ def model(prepared, **changes):
 
 @functools.cache  # what one test compiles, another uses
 def benchmark(prepared, cfg, **options):
-    tokenizer = load_tokenizer(prepared.tokenizer_directory) if cfg.speaks else None
+    tokenizer = load_tokenizer(prepared.tokenizer_directory) if cfg.has_language_model else None
     graphdef, params = flowseg.abstract_model(cfg)[0], small.params(cfg)
     return generic.GenericEvaluation(
         cfg, graphdef, params, {"digest": "d"}, prepared, tokenizer, PromptTemplates(), batch=4, **options
@@ -451,10 +451,10 @@ def test_numbers_that_are_none_fail_and_are_counted(prepared):
 
 
 LOW = fusion.Thresholds(0.1, 0.3)
-SEGMENTOR = {"parts": "segmentor", "classes": 9, "semantic_flow": SemanticFlowConfig(mode="off")}
+SEGMENTOR = {"components": "segmentor", "num_classes": 9, "semantic_flow": SemanticFlowConfig(mode="off")}
 
 
-@pytest.mark.parametrize("changes", [{"named_pass": "flow"}, SEGMENTOR], ids=["named", "segmentor"])
+@pytest.mark.parametrize("changes", [{"generic_pass": "with_flow"}, SEGMENTOR], ids=["named", "segmentor"])
 def test_an_untrained_model_is_evaluated(prepared, tmp_path, capsys, changes):
     ours = benchmark(prepared, model(prepared, **changes), thresholds=LOW)
     found = ours.run("val", tmp_path)
@@ -481,7 +481,7 @@ def audited(path, capsys, *flags):
 
 
 def test_a_damaged_image_loses_nothing_and_the_next_start_goes_on(prepared, tmp_path, monkeypatch, capsys):
-    ours = benchmark(prepared, model(prepared, named_pass="flow"), thresholds=LOW)
+    ours = benchmark(prepared, model(prepared, generic_pass="with_flow"), thresholds=LOW)
     decode = images.decode
     ours.run("val", tmp_path / "whole", save_masks=True)
     source, seen = prepared.source("val"), []
@@ -507,7 +507,7 @@ def test_a_damaged_image_loses_nothing_and_the_next_start_goes_on(prepared, tmp_
 
 
 def test_an_audit_makes_the_tables_again(prepared, tmp_path, capsys):
-    ours = benchmark(prepared, model(prepared, named_pass="flow"), thresholds=LOW)
+    ours = benchmark(prepared, model(prepared, generic_pass="with_flow"), thresholds=LOW)
     result = ours.run("val", tmp_path, save_masks=True).result
     tables = json.loads(audited(tmp_path / "val.jsonl", capsys, "--json"))
     assert set(tables) == {"panoptic", "semantic", "instance"}
@@ -542,24 +542,24 @@ def rows(prepared, cfg, questions):
     return data.batch(0).batch
 
 
-@pytest.mark.parametrize("named_pass", ["flow", "plain"])
-def test_candidates_are_those_of_the_named_pass_of_training(prepared, named_pass):
-    cfg = model(prepared, named_pass=named_pass)
+@pytest.mark.parametrize("generic_pass", ["with_flow", "without_flow"])
+def test_candidates_are_those_of_the_generic_pass_of_training(prepared, generic_pass):
+    cfg = model(prepared, generic_pass=generic_pass)
     ours = benchmark(prepared, cfg, thresholds=LOW)
     batch = rows(prepared, cfg, generic.CategoryPrompts.of(prepared.categories))
     scores, logits = ours._candidates(ours.params, batch)
     taught = jax.jit(lambda p, b: flowseg.bind_params(ours.graphdef, p)(b))(ours.params, small.pad(batch, phrases=1, text=8))
     passes = lambda x: x[-1].reshape(4, 2, *x.shape[2:])[:, 1]  # noqa: E731 (behind the referring pass)
-    want = jax.nn.softmax(passes(taught.decoder.class_logits), -1)[..., : scores.shape[-1]]
+    want = jax.nn.softmax(passes(taught.decoder_output.class_logits), -1)[..., : scores.shape[-1]]
     np.testing.assert_allclose(scores, want, atol=1e-5)
-    raw = np.einsum("bnd,bhwd->bnhw", passes(taught.decoder.mask_embeds), taught.mask_features)
+    raw = np.einsum("bnd,bhwd->bnhw", passes(taught.decoder_output.mask_embeds), taught.mask_features)
     refined = flowseg.bind_params(ours.graphdef, ours.params).refine_masks(raw, taught.mask_features)
     np.testing.assert_allclose(logits, refined, atol=1e-4)
     assert np.abs(raw - refined).max() > 1e-3
 
 
 def test_several_conversations_are_asked_as_if_each_stood_alone(prepared):
-    cfg = model(prepared, named_pass="flow")
+    cfg = model(prepared, generic_pass="with_flow")
     ours, whole = benchmark(prepared, cfg, names=5), generic.CategoryPrompts.of(prepared.categories, 5)
     scores, logits = ours._candidates(ours.params, rows(prepared, cfg, whole))
     first, second = whole.chunks()
@@ -585,11 +585,11 @@ def test_questions_are_as_few_as_they_can_be():
 
 
 def test_what_cannot_be_evaluated_is_told(prepared):
-    cfg = model(prepared, named_pass="flow")
+    cfg = model(prepared, generic_pass="with_flow")
     with pytest.raises(UserError, match=r"has 9 categories, the model's linear head has 3 \(model.classes\)"):
-        refused(prepared, model(prepared, **{**SEGMENTOR, "classes": 3}))
+        refused(prepared, model(prepared, **{**SEGMENTOR, "num_classes": 3}))
     with pytest.raises(UserError, match="holds only the parts 'language': it makes no masks"):
-        refused(prepared, model(prepared, parts="language"))
+        refused(prepared, model(prepared, components="vlm"))
     with pytest.raises(UserError, match="must not be negative, got -1"):
         refused(prepared, cfg, names=-1)
     with pytest.raises(UserError, match="unknown split 'vla'"):

@@ -21,7 +21,7 @@ from flowseg_jax.evaluation.protocols import PROTOCOLS
 from flowseg_jax.types import PAD
 
 CASES, BATCH, SIDE = 1000, 100, 48
-NO_TARGET_BELOW = 0.3
+NO_TARGET_THRESHOLD = 0.3
 
 
 def polygon(rng, h, w):
@@ -128,16 +128,16 @@ def ours(cases, filled):
         found = jax.device_get(restore()(logits, where, postprocess.GroundTruth(**packed)))
         for b, c in enumerate(part):
             pairs = [(int(found.intersection[b, 0, n]), int(found.union[b, 0, n])) for n in (0, 1)]
-            once = [(int(found.once_intersection[b, 0, n]), int(found.once_union[b, 0, n])) for n in (0, 1)]
+            once = [(int(found.single_cover_intersection[b, 0, n]), int(found.single_cover_union[b, 0, n])) for n in (0, 1)]
             record = {key: c[key] for key in ("score", "count", "family")}
             record |= {"ann_id": 0 if c["objects"] else PAD, "area": int(found.area[b, 0, 0])}
             record |= {"failed": not found.finite[b, 0, 0], "failure": "" if found.finite[b, 0, 0] else "non-finite"}
-            record |= {"text_form": "joined" if filled else "lower", "no_target_below": NO_TARGET_BELOW}
+            record |= {"text_form": "joined" if filled else "lower", "no_target_threshold": NO_TARGET_THRESHOLD}
             for name, (i, u) in (
                 ("", pairs[0]),
-                ("once_", once[0]),
+                ("single_cover_", once[0]),
                 ("oracle_", metrics.best_of(*pairs)),
-                ("oracle_once_", metrics.best_of(*once)),
+                ("oracle_single_cover_", metrics.best_of(*once)),
             ):
                 record |= {f"{name}intersection": i, f"{name}union": u}
             records.append(record)
@@ -176,7 +176,7 @@ def expected(cases, name):
         as_one = lambda pair: pair[0] / pair[1] if pair[1] else 1.0  # noqa: E731
         best = other if as_one(other) > as_one((both, either)) else (both, either)
         value, reachable = as_one((both, either)), as_one(best)
-        silent = c["finite"] and (not selected.any() or c["score"] < NO_TARGET_BELOW)
+        silent = c["finite"] and (not selected.any() or c["score"] < NO_TARGET_THRESHOLD)
         if name == "grefcoco":
             if not c["objects"]:
                 value = 1.0 if silent else 0.0
@@ -185,7 +185,7 @@ def expected(cases, name):
             else:
                 value = 0.0 if silent or not either else both / either
                 both = 0 if silent else both
-                refused = c["finite"] and c["score"] < NO_TARGET_BELOW
+                refused = c["finite"] and c["score"] < NO_TARGET_THRESHOLD
                 best = (0, best[1]) if refused else best
                 reachable = best[0] / best[1] if best[1] else 0.0
         if not c["finite"]:

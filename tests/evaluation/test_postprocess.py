@@ -220,9 +220,9 @@ def test_ignored_pixels_count_for_nothing_and_overlaps_drop_out_of_the_sum():
     found = jax.jit(post.upsample_and_count)(logits, where, post.GroundTruth(pack(union), pack(once), pack(ignored)))
     for k in range(2):
         mask = post.unpack_mask(np.asarray(found.masks)[0, k, 0], original)
-        for name, truth in (("", union[k]), ("once_", once[k])):
+        for name, truth in (("", union[k]), ("single_cover_", once[k])):
             kept = ~ignored[0]
             assert getattr(found, f"{name}intersection")[0, k, 0] == (mask & truth & kept).sum()
             assert getattr(found, f"{name}union")[0, k, 0] == ((mask | truth) & kept).sum()
         assert found.area[0, k, 0] == (mask & kept).sum() < mask.sum()
-    assert (found.once_union != found.union).any() or (found.once_intersection != found.intersection).any()
+    assert (found.single_cover_union != found.union).any() or (found.single_cover_intersection != found.intersection).any()

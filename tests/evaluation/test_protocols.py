@@ -23,12 +23,12 @@ def record(pair, area=None, *, nothing=False, score=0.9, below=0.0, failure="", 
         "family": "",
         "count": 1,
         "score": score,
-        "no_target_below": below,
+        "no_target_threshold": below,
         "area": pair[1] if area is None else area,
         "failed": bool(failure),
         "failure": failure,
     }
-    for name in ("", "once_", "oracle_", "oracle_once_"):
+    for name in ("", "single_cover_", "oracle_", "oracle_single_cover_"):
         plain |= {f"{name}intersection": pair[0], f"{name}union": pair[1]}
     return plain | fields
 
@@ -60,7 +60,7 @@ def test_xsam_counts_every_distinct_sentence():
 
 
 def test_lisa_counts_every_sentence_against_the_sum_of_the_parts():
-    found = metrics.summarise([record((80, 100), count=2, once_intersection=60), record((30, 60))], LISA)
+    found = metrics.summarise([record((80, 100), count=2, single_cover_intersection=60), record((30, 60))], LISA)
     # twice 60 / 100 (the overlap of 20 pixels is no truth), once 30 / 60
     want = approx(n=3, ciou=100 * (2 * 60 + 30) / (2 * 100 + 60), giou=100 * (2 * 0.6 + 0.5) / 3)
     assert {key: found[key] for key in want} == want
@@ -160,7 +160,7 @@ def test_the_rendered_table_has_the_columns_that_there_are():
 @pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=PROTOCOLS)
 def test_two_models_are_compared_by_every_protocol(protocol):
     first = [r | {"image_id": i, "text_form": protocol.text} for i, r in enumerate(rows(below=0.5))]
-    second = [r | {"intersection": r["intersection"] // 2, "once_intersection": r["intersection"] // 2} for r in first]
+    second = [r | {"intersection": r["intersection"] // 2, "single_cover_intersection": r["intersection"] // 2} for r in first]
     found = audit.compare(first, second, protocol, resamples=20)
     for name in ("ciou", "giou"):
         assert found[name].first == pytest.approx(metrics.summarise(first, protocol)[name])

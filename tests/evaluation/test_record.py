@@ -14,8 +14,8 @@ SAMPLE = Sample(3, "three.jpg", 31, 5, 71, "a red dog", "attribute", (0,), 2, "a
 COUNTED = {  # [selected mask, best candidate]
     "intersection": [30, 40],
     "union": [70, 60],
-    "once_intersection": [20, 25],
-    "once_union": [80, 50],
+    "single_cover_intersection": [20, 25],
+    "single_cover_union": [80, 50],
     "area": [35, 44],
     "finite": [True, True],
 }
@@ -31,7 +31,7 @@ def record(protocol=protocols.XSAM, **changed):
         np.array([0, 1]),
         counted,
         protocol=protocol,
-        no_target_below=0.125,
+        no_target_threshold=0.125,
     )
 
 
@@ -52,8 +52,8 @@ def test_every_number_is_of_its_raster_and_its_mask():
         "width": 12,
         "intersection": 30,
         "union": 70,
-        "once_intersection": 20,
-        "once_union": 80,
+        "single_cover_intersection": 20,
+        "single_cover_union": 80,
         "query": 2,
         "score": 0.75,
         "best_query": 4,
@@ -63,11 +63,11 @@ def test_every_number_is_of_its_raster_and_its_mask():
         "best_union": 60,
         "oracle_intersection": 40,
         "oracle_union": 60,
-        "oracle_once_intersection": 25,
-        "oracle_once_union": 50,
+        "oracle_single_cover_intersection": 25,
+        "oracle_single_cover_union": 50,
         "area": 35,
         "truth_area": 65,  # 30 + 70 - 35
-        "no_target_below": 0.125,
+        "no_target_threshold": 0.125,
         "failed": False,
         "failure": "",
         "iou": 30 / 70,
@@ -81,7 +81,7 @@ def test_the_oracle_keeps_a_selection_that_is_better_raster_by_raster():
     """By the union the selected mask is the better one, by the sum the other candidate."""
     made = record(intersection=[50, 40], union=[60, 70])
     assert (made["oracle_intersection"], made["oracle_union"]) == (50, 60)
-    assert (made["oracle_once_intersection"], made["oracle_once_union"]) == (25, 50)
+    assert (made["oracle_single_cover_intersection"], made["oracle_single_cover_union"]) == (25, 50)
     assert (made["best_intersection"], made["best_union"]) == (40, 70)
 
 

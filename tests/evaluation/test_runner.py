@@ -41,12 +41,12 @@ def one_by_one(scenes):
     model = nnx.merge(graphdef, params)
     rows = []
     for batch in fake.EvalData(scenes, 1):
-        seen = model.see(batch.views, np.array(fake.PREFIX))
+        seen = model.prefill_image(batch.views, np.array(fake.PREFIX))
         for asked in batch.rounds:
-            found = model.ask(seen, jax.device_put(asked.questions))
+            found = model.predict_cached(seen, jax.device_put(asked.questions))
             for k in range(len(asked.samples[0])):
                 query = int(np.argmax(np.asarray(found.scores)[0, k]))
-                logits = np.asarray(model.refine(found.mask_logits[:, k, query : query + 1], found.mask_features))
+                logits = np.asarray(model.refine_masks(found.mask_logits[:, k, query : query + 1], found.mask_features))
                 full = interpolate(torch.tensor(logits), (fake.SIDE,) * 2)
                 h, w = batch.views.resized_hw[0]
                 full = interpolate(full[..., :h, :w], batch.sizes[0])[0, 0].numpy()
@@ -89,7 +89,7 @@ def test_oracle_is_at_least_as_good_as_the_selection(evaluator):
 def test_files_hold_what_recomputes_them(evaluator, tmp_path, capsys):
     run(evaluator)  # so that nothing is left to compile
     about = {"checkpoint": {"digest": "abc", "step": 7}, "prompt": {"question": 2, "answer": 1}}
-    found = run(evaluator, out=tmp_path / "eval", about=about, no_target_below=0.25)
+    found = run(evaluator, out=tmp_path / "eval", about=about, no_target_threshold=0.25)
     result = json.loads((tmp_path / "eval" / "val.json").read_text())
     assert result == found.result
     assert set(result) >= {"protocol", "n", "ciou", "giou", "oracle_ciou", "selection_gap", "p_at", "families"}
@@ -98,9 +98,9 @@ def test_files_hold_what_recomputes_them(evaluator, tmp_path, capsys):
     assert set(result["families"]) == {"attribute", "relation"}
     records = [json.loads(line) for line in (tmp_path / "eval" / "val.jsonl").read_text().splitlines()]
     assert metrics.summarise(records).items() <= result.items()
-    assert result["prompt"] == {"question": 2, "answer": 1} and result["no_target_below"] == 0.25
+    assert result["prompt"] == {"question": 2, "answer": 1} and result["no_target_threshold"] == 0.25
     for r in records:
-        assert r["text_form"] == "lower" and r["no_target_below"] == 0.25 and r["failure"] == ""
+        assert r["text_form"] == "lower" and r["no_target_threshold"] == 0.25 and r["failure"] == ""
         assert r["area"] + r["truth_area"] == r["intersection"] + r["union"] and r["truth_area"] >= r["intersection"]
     truths = [int(t.sum()) for _, _, masks in SCENES for t in masks]
     assert [r["truth_area"] for r in records] == truths
@@ -164,7 +164,7 @@ def test_sentences_that_refer_to_nothing_are_counted_after_the_asked_protocol(ev
         )
         for image, row, truth in SCENES
     ]
-    found = run(evaluator, scenes=scenes, protocol=protocols.GREFCOCO, no_target_below=-20.0, out=tmp_path)
+    found = run(evaluator, scenes=scenes, protocol=protocols.GREFCOCO, no_target_threshold=-20.0, out=tmp_path)
     assert found.result["protocol"] == "grefcoco" and found.result["n"] == 13
     assert (
         0 < found.result["n_acc"] < 100 and 0 < found.result["t_acc"] < 100 and found.result["n_acc"] != found.result["t_acc"]
@@ -173,7 +173,7 @@ def test_sentences_that_refer_to_nothing_are_counted_after_the_asked_protocol(ev
     assert f"N-acc {found.result['n_acc']:.2f}" in capsys.readouterr().out
     audited = audit.tables(audit.read_records(tmp_path / "val.jsonl"))
     assert audited["grefcoco"].items() <= found.result.items()
-    plain = run(evaluator, scenes=scenes, no_target_below=-20.0)
+    plain = run(evaluator, scenes=scenes, no_target_threshold=-20.0)
     assert plain.result["also"]["grefcoco"].items() <= audited["grefcoco"].items()
     assert {name: table["ciou"] for name, table in audit.tables(plain.records).items()} == {
         name: table["ciou"] for name, table in audited.items()

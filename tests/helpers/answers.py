@@ -23,17 +23,17 @@ def record(image=1, sentence=0, *, iou, oracle=None, rank=0, score=0.5, family="
         "count": 1,
         "area": SIZE,
         "truth_area": iou,
-        "no_target_below": 0.0,
+        "no_target_threshold": 0.0,
         "failed": False,
         "failure": "",
         "score": score,
         "best_rank": rank,
         "intersection": iou,
         "union": SIZE,
-        "once_intersection": iou,
-        "once_union": SIZE,
+        "single_cover_intersection": iou,
+        "single_cover_union": SIZE,
     }
-    for raster in ("", "once_"):
+    for raster in ("", "single_cover_"):
         fields |= {f"oracle_{raster}intersection": oracle, f"oracle_{raster}union": SIZE}
     return fields | changes
 

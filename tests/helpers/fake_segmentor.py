@@ -26,14 +26,14 @@ class FakeSegmentor(flowseg.FlowSeg):
     def __init__(self, *, rngs: nnx.Rngs):
         self.gain = nnx.Param(jnp.full((1,), 8.0))
 
-    def see(self, views, prefix):
+    def prefill_image(self, views, prefix):
         b, grid = views.sam_images.shape[0], SIDE // CELL
         gray = views.sam_images.astype(jnp.float32).mean(-1).reshape(b, grid, CELL, grid, CELL).mean((2, 4)) / 255
         nothing = jnp.zeros((b, 1), jnp.int32)
         keys = jnp.full((1, b, 1, 1, 1), prefix.sum(), jnp.float32)
         return flowseg.ImageCache(gray[..., None], (), KVCache(keys, keys, nothing, nothing))
 
-    def ask(self, seen, questions):
+    def predict_cached(self, seen, questions):
         b, k = questions.query_valid.shape
         thresholds = (jnp.arange(QUERIES) + 0.5) / QUERIES
         logits = self.gain[0] * (seen.mask_features[..., 0][:, None, None] - thresholds[None, None, :, None, None])
@@ -45,7 +45,7 @@ class FakeSegmentor(flowseg.FlowSeg):
         scores = -jnp.abs(thresholds * 100 - (signature % 100)[..., None])
         return flowseg.MaskCandidates(scores, logits, seen.mask_features)
 
-    def refine(self, mask_logits, mask_features):
+    def refine_masks(self, mask_logits, mask_features):
         return mask_logits + 0.3 * jnp.moveaxis(mask_features, -1, 1)
 
 

@@ -210,11 +210,11 @@ def record(row: Row, protocol: str, below: float) -> dict:
         "width": truth.shape[1],
         "area": row.area,
         "truth_area": int(truth.sum()),
-        "no_target_below": below,
+        "no_target_threshold": below,
         "failed": row.failed,
         "failure": "non-finite" if row.failed else "",
     }
-    for name, key in (("", drawn), ("once_", "sum")):
+    for name, key in (("", drawn), ("single_cover_", "sum")):
         selected, best = row.pairs[key]
         oracle = best if ratio(*best) > ratio(*selected) else selected
         named = [(name, selected), (f"oracle_{name}", oracle)] + [("best_", best)] * (not name)

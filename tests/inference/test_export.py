@@ -96,8 +96,8 @@ def test_the_script_answers_as_the_segmentor_does_without_the_package(model_dire
 def test_a_threshold_travels_with_the_export(exported, photo, tmp_path):
     shutil.copytree(exported, tmp_path / "strict")
     about = json.loads((exported / "export.json").read_text())
-    assert about["no_target_below"] == 0.0
-    (tmp_path / "strict" / "export.json").write_text(json.dumps(about | {"no_target_below": 1.0}))
+    assert about["no_target_threshold"] == 0.0
+    (tmp_path / "strict" / "export.json").write_text(json.dumps(about | {"no_target_threshold": 1.0}))
     done = alone(tmp_path / "strict", photo, tmp_path / "mask", TEXTS[0])
     assert json.loads(done.stdout)["area"] == 0, done.stderr
     assert not np.array(Image.open(tmp_path / "mask_0.png")).any()

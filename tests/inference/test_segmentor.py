@@ -42,14 +42,14 @@ class Thresholds(flowseg.FlowSeg):
     def __init__(self):
         self.gain = nnx.Param(jnp.ones((1,)))
 
-    def see(self, views, prefix):
+    def prefill_image(self, views, prefix):
         b = views.sam_images.shape[0]
         gray = (
             views.sam_images.astype(jnp.float32).mean(-1).reshape(b, GRID, SIDE // GRID, GRID, SIDE // GRID).mean((2, 4)) / 255
         )
         return flowseg.ImageCache(gray[..., None], (), KVCache.empty(LanguageConfig.tiny(8), b, 1, jnp.dtype("float32")))
 
-    def ask(self, seen, questions):
+    def predict_cached(self, seen, questions):
         thresholds = (jnp.arange(QUERIES) + 1.0) / 5
         logits = self.gain[0] * (seen.mask_features[..., 0][:, None, None] - thresholds[None, None, :, None, None])
         k = questions.query_valid.shape[1]
@@ -58,7 +58,7 @@ class Thresholds(flowseg.FlowSeg):
         logits = jnp.broadcast_to(logits, (*scores.shape, *logits.shape[-2:]))
         return flowseg.MaskCandidates(scores, logits, seen.mask_features)
 
-    def refine(self, mask_logits, mask_features):
+    def refine_masks(self, mask_logits, mask_features):
         return mask_logits + 0.01 * jnp.moveaxis(mask_features, -1, 1)
 
 
@@ -249,8 +249,8 @@ def test_a_threshold_of_the_model_directory(model_directory, tmp_path):
     directory = tmp_path / "model"
     shutil.copytree(model_directory, directory)
     config = json.loads((directory / "config.json").read_text())
-    for below, problem in ((1.0, None), ("high", "no_target_below .* 'high'"), (2, "no_target_below .* 2")):
-        config["extra"]["no_target_below"] = below
+    for below, problem in ((1.0, None), ("high", "no_target_threshold .* 'high'"), (2, "no_target_threshold .* 2")):
+        config["extra"]["no_target_threshold"] = below
         (directory / "config.json").write_text(json.dumps(config))
         seal(directory)
         if problem:
@@ -260,7 +260,7 @@ def test_a_threshold_of_the_model_directory(model_directory, tmp_path):
         segmentor = predict.load(directory)
         look = segmentor.encode_image(Image.fromarray(picture()))
         assert not segmentor.predict(look, ["it"])[0].found
-        assert segmentor.predict(look, ["it"], no_target_below=0)[0].mask.any(), "what is asked for wins"
+        assert segmentor.predict(look, ["it"], no_target_threshold=0)[0].mask.any(), "what is asked for wins"
 
 
 # ------------------------------------------------------------------------------------------------------- candidates to answers
@@ -285,17 +285,17 @@ def answer_of(candidates, **selection):
 def test_what_is_the_answer():
     nested = bands(60, 0, 99)
     assert answer_of(nested).mask.sum() == 7 * 40 and len(answer_of(nested).candidates) == 3
-    union = answer_of(nested, all_above=0.8)
+    union = answer_of(nested, score_threshold=0.8)
     assert union.mask.all() and [c.query for c in union.candidates] == [0, 1]
-    assert answer_of(nested, no_target_below=0.9).found
-    for selection in ({"no_target_below": 0.91}, {"all_above": 0.91}, {"no_target_below": 0.91, "all_above": 0.1}):
+    assert answer_of(nested, no_target_threshold=0.9).found
+    for selection in ({"no_target_threshold": 0.91}, {"score_threshold": 0.91}, {"no_target_threshold": 0.91, "score_threshold": 0.1}):
         none = answer_of(nested, **selection)
         assert (none.found, none.mask.any(), none.score) == (False, False, 0.9)
         assert none.to_json()["area"] == 0 and none.to_json()["found"] is False
     assert "rle" not in json.dumps(answer_of(nested).to_json(rle=False))
 
 
-@pytest.mark.parametrize("selection", [{"top_k": 0}, {"all_above": 1.1}, {"no_target_below": -0.1}, {"all_above": np.nan}])
+@pytest.mark.parametrize("selection", [{"top_k": 0}, {"score_threshold": 1.1}, {"no_target_threshold": -0.1}, {"score_threshold": np.nan}])
 def test_selections_that_make_no_sense(selection):
     with pytest.raises(UserError, match=f"{next(iter(selection))} is"):
         SelectionConfig(**selection)
@@ -418,7 +418,7 @@ def test_mistakes_in_a_jsonl(command, tmp_path, line, message):
         (["--input=IN/empty.jsonl", "--text=x"], "its own texts"),
         (["--image=IN/a.png", "--text=x", "--save=overlay,rl"], "'rl'.*did you mean 'rle'"),
         (["--image=IN/a.png", "--text=x", "--top-k=2", "--score-threshold=0.5"], "give one of them"),
-        (["--image=IN/a.png", "--text=x", "--score-threshold=2"], "all_above is 2"),
+        (["--image=IN/a.png", "--text=x", "--score-threshold=2"], "score_threshold is 2"),
         (["--image=IN/a.png", "--text=x", "--max-tokens=3"], "--max-tokens belongs to"),
         (["--image=IN/a.png", "--text=x", "--chat=y"], "give one of them"),
         (["--image=IN/a.png", "--text=a <p> b"], "--text: .*<p>"),
@@ -435,7 +435,7 @@ def test_mistakes_of_the_call(command, folder, tmp_path, flags, message):
 
 def test_the_latency_line_compiles_nothing(model, folder, capsys):
     ready, texts = model.prepare(folder / "a.png"), ["it", "the red circle"]
-    model.ask(model.look(ready), texts)
+    model.ask(model.encode_image(ready), texts)
     before = model._ask._cache_size(), model._see._cache_size()
     line = batch.latency(model, ready, texts, model.ask)
     number = r"(\d+\.\d)"
@@ -508,11 +508,11 @@ def squeezed(text):
 
 def test_an_answer_that_it_writes_is_the_one_that_it_is_handed(taught):
     segmentor = taught[0]
-    look = segmentor.look(Image.fromarray(picture()))
+    look = segmentor.encode_image(Image.fromarray(picture()))
     several, one, none = segmentor.generate(look, ["it", "the red circle", "that"], top_k=3)
     assert squeezed(one.text) == "<SEG>." and one.complete and len(one.predictions) == 1
     assert one.predictions[0].phrase == "the red circle"
-    assert_alike(one.predictions[0], segmentor.ask(look, ["the red circle"], top_k=3)[0])
+    assert_alike(one.predictions[0], segmentor.predict(look, ["the red circle"], top_k=3)[0])
     assert squeezed(several.text) == squeezed(TWO) and [p.phrase for p in several.predictions] == ["the star", "it"]
     assert squeezed(none.text) == "thereisnone." and none.complete and not none.predictions
     assert (none.failure, one.failure) == ("no <SEG>", None)
@@ -523,7 +523,7 @@ def test_an_answer_that_it_writes_is_the_one_that_it_is_handed(taught):
 def test_each_seg_has_the_phrase_that_the_answer_gives_it(taught):
     """Against the same words handed over, the spans of the answer numbered 0 and 1, that of the question left over."""
     segmentor, params, graphdef, tokenizer = taught
-    look = segmentor.look(Image.fromarray(picture()))
+    look = segmentor.encode_image(Image.fromarray(picture()))
     prompts = PromptTemplates(randomize=False)
     turn = Turn(prompts.referring("it", 0).turns[0].question, TWO)
     encoded = collate.encode_conversation(Conversation((turn,), (2, 0, 1), (0, 1)), prompts, tokenizer, "x")
@@ -538,7 +538,7 @@ def test_each_seg_has_the_phrase_that_the_answer_gives_it(taught):
 
 def test_chat(taught):
     segmentor = taught[0]
-    look = segmentor.look(Image.fromarray(picture()))
+    look = segmentor.encode_image(Image.fromarray(picture()))
     words, grounded, nameless = segmentor.chat(look, list(CHATS))
     assert [squeezed(a.text) for a in (words, grounded, nameless)] == [squeezed(answer) for answer in CHATS.values()]
     assert [p.phrase for p in grounded.predictions] == ["it"] and not words.predictions
@@ -574,7 +574,7 @@ def test_the_command_tells_what_the_model_wrote(taught, monkeypatch, tmp_path, c
 
 def test_an_evaluation_counts_what_it_did_not_write_as_failed(taught):
     segmentor, params, graphdef, tokenizer = taught
-    look = segmentor.look(Image.fromarray(picture()))
+    look = segmentor.encode_image(Image.fromarray(picture()))
     prompts = PromptTemplates(randomize=False)
     texts = ["that", "the red circle"]
     ids = [tokenizer.encode(prompts.referring(text, 0).turns[0].question + prompts.template.assistant_prefix) for text in texts]
@@ -590,6 +590,6 @@ def test_an_evaluation_counts_what_it_did_not_write_as_failed(taught):
     found, has_seg = answer(params, look.seen)
     assert has_seg.tolist() == [[False, True, False, False]]
     assert np.isnan(found.scores[0, 0]).all()
-    best = segmentor.ask(look, ["the red circle"], top_k=1)[0].candidates[0]
+    best = segmentor.predict(look, ["the red circle"], top_k=1)[0].candidates[0]
     assert int(found.scores[0, 1].argmax()) == best.query
     np.testing.assert_allclose(found.scores[0, 1].max(), best.score, rtol=1e-4)
