@@ -21,26 +21,32 @@ def bilinear(n, m):  # float32 [m, n]: the matrix that resizes n samples to m
 export, file, out, *texts = sys.argv[1:]
 root = pathlib.Path(export)
 about = json.loads((root / "export.json").read_text())
-see, ask = (jax.export.deserialize(bytearray((root / about["programs"][n]["file"]).read_bytes())) for n in ("see", "ask"))
+if about["format_version"] != 2:
+    sys.exit(
+        f"{export}: an export of format {about['format_version']}, this script reads format 2: export the checkpoint again"
+    )
+programs = {name: bytearray((root / entry["file"]).read_bytes()) for name, entry in about["programs"].items()}
+encode_image, predict = (jax.export.deserialize(programs[name]) for name in ("encode_image", "predict"))
 weights, tokenizer = jax.device_put(load_file(root / "weights.safetensors")), Tokenizer.from_file(str(root / "tokenizer.json"))
-side, vision, wording, (b, k, t) = about["image"], about["vision"], about["wording"], about["room"].values()
+side, siglip_side, prompt, (b, k, t) = about["sam_size"], about["siglip_size"], about["prompt"], about["shapes"].values()
 
-ids, tokens = [], np.full((b, t), -1, np.int32)
+ids, input_ids = [], np.full((b, t), -1, np.int32)
 for phrase in (" ".join(text.lower().split()) for text in texts):
     if not phrase or any(mark in phrase for mark in about["reserved"]):
-        sys.exit(f"cannot ask for {phrase!r}: it is empty or contains a mark of the tokenizer")
-    ids += wording["before"] + tokenizer.encode(f"<p>{phrase}</p>", add_special_tokens=False).ids + wording["after"] + [-1]
+        sys.exit(f"cannot ask for {phrase!r}: it is empty or contains a special token")
+    ids += prompt["before"] + tokenizer.encode(f"<p>{phrase}</p>", add_special_tokens=False).ids + prompt["after"] + [-1]
 if len(texts) > k or len(ids) > t:
     sys.exit(f"{len(texts)} expressions of {len(ids)} token ids: the export has room for {k} of {t}")
-tokens[0, : len(ids)] = ids
+input_ids[0, : len(ids)] = ids
 
 image = ImageOps.exif_transpose(Image.open(file)).convert("RGB")
 h, w = (max(int(n * side / max(image.size) + 0.5), 1) for n in (image.height, image.width))
-images, small = np.zeros((b, side, side, 3), np.uint8), np.zeros((b, vision, vision, 3), np.uint8)
+images, siglip_images = np.zeros((b, side, side, 3), np.uint8), np.zeros((b, siglip_side, siglip_side, 3), np.uint8)
 images[0, :h, :w] = image.resize((w, h), Image.Resampling.BILINEAR)
-small[0] = image.resize((vision, vision), Image.Resampling.BILINEAR)
-seen = see.call(weights, images=images, scaled_size=np.full((b, 2), (h, w), np.int32), vision_images=small)
-answer = jax.device_get(ask.call(weights, seen=seen, tokens=tokens))
+siglip_images[0] = image.resize((siglip_side, siglip_side), Image.Resampling.BILINEAR)
+resized_hw = np.full((b, 2), (h, w), np.int32)
+encoded = encode_image.call(weights, sam_images=images, resized_hw=resized_hw, siglip_images=siglip_images)
+answer = jax.device_get(predict.call(weights, image=encoded, input_ids=input_ids))
 
 rows = bilinear(h, image.height) @ bilinear(answer["logits"].shape[2], side)[:h]
 cols = bilinear(w, image.width) @ bilinear(answer["logits"].shape[3], side)[:w]

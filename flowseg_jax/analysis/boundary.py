@@ -100,7 +100,7 @@ def summarise(measured: Sequence[SampleResult]) -> dict[str, Any]:
 
 
 def run(source: AnalysisRunner, out: Path) -> Path:
-    """Writes `bar_<split>.json` and `.html`; returns the page. Raises UserError for a model without BAR."""
+    """Writes `boundary_<split>.json` and `.html`; returns the page. Raises UserError for a model without BAR."""
     if not source.benchmark.subject.cfg.boundary.enabled:
         raise UserError("the model has no boundary refinement (model.boundary.enabled is False): there is nothing to diagnose")
     measured, most = [], []
@@ -127,11 +127,11 @@ def run(source: AnalysisRunner, out: Path) -> Path:
         page.heading("Change of IoU", "Samples by IoU after BAR minus IoU before, in points."),
         plots.bars([(f"{m:.2g}", float(n)) for m, n in zip(middles, counts, strict=True)], x="points", y="samples"),
         page.heading("Examples", "From the samples that gained most to those that lost most."),
-        page.gallery(_thumbnails(most[::-1], out, f"bar_{source.split}"), out),
+        page.gallery(_thumbnails(most[::-1], out, f"boundary_{source.split}"), out),
     ]
     about = [f"{len(measured)} samples of {source.split}, {source.about['images'] or 'all'} images."]
     result = {**source.about, "alpha": alpha, "groups": groups}
-    return page.write(out, f"bar_{source.split}", f"Boundary refinement: {source.split}", about, result, body)
+    return page.write(out, f"boundary_{source.split}", f"Boundary refinement: {source.split}", about, result, body)
 
 
 def _thumbnails(measured: Sequence[SampleResult], out: Path, name: str) -> list[page.Thumbnail]:

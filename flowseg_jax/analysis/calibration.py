@@ -87,7 +87,7 @@ def summarise(records: Sequence[Mapping[str, Any]], rate: float) -> dict[str, An
         rate: the false-alarm rate that is wanted at most, in (0, 1).
 
     Returns:
-        present, absent and of the latter `shuffled`: counts; no_target_threshold: the threshold; false_alarms and kept at it; auc:
+        present, absent and of the latter `shuffled`: counts; no_target_threshold; false_alarms and kept at it; auc:
         how often a present sample scores higher than an absent one (a tie counts half); roc: [t, false alarms, kept] (t None:
         everything is refused); reliability (see there) with calibration_error: mean distance between score and share of right
         ones over the present samples. Percent, except thresholds.
@@ -129,7 +129,7 @@ def summarise(records: Sequence[Mapping[str, Any]], rate: float) -> dict[str, An
 
 
 def run(file: Path, control: Path | None, out: Path, rate: float) -> Path:
-    """Writes `negatives_<split>.json` and `.html`, prints the threshold, returns the page.
+    """Writes `calibration_<split>.json` and `.html`, prints the threshold, returns the page.
 
     Args:
         file: `<split>.jsonl` of real sentences, sentences without a target among them or not.
@@ -204,4 +204,4 @@ def run(file: Path, control: Path | None, out: Path, rate: float) -> Path:
             [[f"{r['low']:.1f}–{r['high']:.1f}", r["n"], r["score"], r["right"]] for r in result["reliability"]],
         ),
     ]
-    return page.write(out, f"negatives_{file.stem}", f"No such object: {file.stem}", about, result, body)
+    return page.write(out, f"calibration_{file.stem}", f"No such object: {file.stem}", about, result, body)

@@ -69,12 +69,12 @@ def summarise(measured: Sequence[SampleResult]) -> dict[str, Any]:
 
 
 def run(source: AnalysisRunner, out: Path) -> Path:
-    """Writes `carriers_<split>.json` and `.html`; returns the page.
+    """Writes `embedding_swap_<split>.json` and `.html`; returns the page.
 
     Raises:
         UserError: no image is asked for two different objects.
     """
-    measured = [m.figures() for m in source.measure(swapped, "carriers")]
+    measured = [m.figures() for m in source.measure(swapped, "embedding swap")]
     paired = [m for m in measured if m.values["other"] >= 0]
     if not paired:
         raise UserError(f"no image of {source.split} is asked for two different objects: there is nothing to exchange")
@@ -88,5 +88,5 @@ def run(source: AnalysisRunner, out: Path) -> Path:
         "expression about another object beside them."
     ]
     return page.write(
-        out, f"carriers_{source.split}", f"C and S: {source.split}", about, {**source.about, "groups": groups}, body
+        out, f"embedding_swap_{source.split}", f"C and S: {source.split}", about, {**source.about, "groups": groups}, body
     )

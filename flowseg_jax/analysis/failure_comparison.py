@@ -105,7 +105,7 @@ def summarise(
 
 
 def run(first: Path, second: Path, out: Path) -> Path:
-    """Writes `rescue_<A>_<B>.json` and `.html` for two `<split>.jsonl` of the same samples; returns the page."""
+    """Writes `failure_comparison_<A>_<B>.json` and `.html` for two `<split>.jsonl` of the same samples; returns the page."""
     a, b = (page.read_records(path, []) for path in (first, second))
     result = summarise(a, b)
     iou = np.array([[metrics.sample_iou(record) for record in row] for row in audit.pair(a, b)])
@@ -126,7 +126,7 @@ def run(first: Path, second: Path, out: Path) -> Path:
         "A model that is only wrong elsewhere rescues many failures too: read the rate beside its reverse.",
     ]
     result = {"a": str(first), "b": str(second), "groups": result}
-    name = f"rescue_{first.parent.name}_{second.parent.name}_{first.stem}"
+    name = f"failure_comparison_{first.parent.name}_{second.parent.name}_{first.stem}"
     return page.write(out, name, f"Rescue: {first.stem}", about, result, body)
 
 

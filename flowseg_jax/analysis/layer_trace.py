@@ -1,17 +1,17 @@
 """What each decoder layer does with the condition and with the choice.
 
-Prediction j of J = L + 1 stands behind j layers; prediction 0 is made of the queries before any layer. C(j) is the sentence's
+Prediction j of J = L + 1 is made after j layers; prediction 0 is made of the queries before any layer. C(j) is the sentence's
 condition there, bg(j) the background row, q a query as the class head sees it. The head selects by cos(q, C) - cos(q, bg).
 
     margin           that difference for the highest query minus that for the runner-up, in cosines
     cosine selected  cos(q, C(j)) of the query with the highest score of prediction j
     cosine best      the same of the query whose mask is nearest to the truth in prediction j
-    settled          share of the samples whose selected query is the one that is selected at the end
+    agreement        share of the samples whose selected query is the one that is selected at the end
     gate             mean of SR's gate of layer j over queries and channels: 1 keeps vision, 0 takes language
     step, drift      |C(j) - C(j-1)| and |C(j) - C(0)|, as shares of |C(0)|: what CR has changed
     IoU selected, IoU best    of these queries' masks before BAR, at the original size
 
-The model does not carry C(j) and the gates out of its scan; `decode` runs the decoder's own layers once more for them.
+The model does not carry C(j) and the gates out of its scan; `decode_with_trace` runs the decoder's own layers for them.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def gate_of(
     """SR's gate and Q_sem, as `SemanticRefinement` computes them from Q_vis and C; it puts out Q_sem + gate (Q_vis - Q_sem)."""
     own = conditions.attend_mask
     mask = jnp.broadcast_to(own[:, None, None, :], (own.shape[0], 1, q_vis.shape[1], own.shape[1]))
-    q_sem = q_vis + semantic.attention(q_vis + position, embeds, embeds, mask=mask)
+    q_sem = q_vis + semantic.attn(q_vis + position, embeds, embeds, mask=mask)
     if semantic.norm is not None:
         q_sem = semantic.norm(q_sem)
     return jax.nn.sigmoid(semantic.gate(jnp.concatenate([q_vis, q_sem], -1))), q_sem
@@ -86,7 +86,7 @@ def decode_with_trace(
 ) -> DecoderTrace:
     """`MaskDecoder.__call__` with the same arguments, from the same layers, that also yields C(j) and the gates."""
     dtype = mask_features.dtype
-    position = decoder.query_position[...].astype(dtype)
+    position = decoder.queries_embedder[...].astype(dtype)
     x = decoder.init_queries(mask_features.shape[0] * passes, seg_embeds, dtype)
     embeds = conditions.embeds.astype(dtype)
     memories = [decoder.prepare_level(index, level, mask_features) for index, level in enumerate(levels)]
@@ -105,8 +105,8 @@ def decode_with_trace(
 
         q_vis = jax.lax.switch(index % len(memories), [lambda memory=memory: attend(memory) for memory in memories])
         gate = nothing
-        if layer.semantic is not None:
-            gate = gate_of(layer.semantic, q_vis, position, embeds, conditions)[0].astype(jnp.float32).mean((1, 2))
+        if layer.semantic_refinement is not None:
+            gate = gate_of(layer.semantic_refinement, q_vis, position, embeds, conditions)[0].astype(jnp.float32).mean((1, 2))
         carry = layer.feed_forward_and_refine_conditions(
             layer.refine_and_self_attend(q_vis, position, embeds, conditions), embeds, conditions
         )
@@ -137,7 +137,7 @@ def layer_trace(
     yes = jnp.ones((b * k, 1), bool)
     conditions = append_background(phrases.reshape(b * k, 1, -1), yes, yes, model.background_embed[...])
     flow = decode_with_trace(
-        model.decoder, seen.mask_features, seen.multi_scale_features, k, conditions, segs.reshape(b * k, -1)
+        model.mask_decoder, seen.mask_features, seen.multi_scale_features, k, conditions, segs.reshape(b * k, -1)
     )
     cosines = jnp.einsum("jpqd,jpnd->jpqn", _unit(flow.queries), _unit(flow.conditions))
     highest, _ = jax.lax.top_k(cosines[..., 0] - cosines[..., -1], 2)
@@ -175,7 +175,7 @@ def _unit(x: Array) -> Array:
 
 
 def summarise(measured: Sequence[SampleResult]) -> list[dict[str, Any]]:
-    """One mapping a prediction: means over the samples of the figures (None: not defined), settled and IoUs in percent."""
+    """One mapping a prediction: means over the samples of the figures (None: not defined), agreement and IoUs in percent."""
     values = {name: np.array([m.values[name] for m in measured], np.float64) for name in (*FIGURES, "selected")}
     iou = 100 * np.array([m.iou for m in measured]).reshape(len(measured), -1, 2).mean(0)
     rows = []
@@ -184,14 +184,14 @@ def summarise(measured: Sequence[SampleResult]) -> list[dict[str, Any]]:
         for name in FIGURES:
             mean = values[name][:, j].mean()
             row[name] = float(mean) if np.isfinite(mean) else None
-        row["settled"] = 100 * float((values["selected"][:, j] == values["selected"][:, -1]).mean())
+        row["agreement"] = 100 * float((values["selected"][:, j] == values["selected"][:, -1]).mean())
         row["iou_selected"], row["iou_best"] = map(float, iou[j])
         rows.append(row)
     return rows
 
 
 def run(source: AnalysisRunner, out: Path) -> Path:
-    """Writes `layers_<split>.json` and `.html`; returns the page."""
+    """Writes `layer_trace_<split>.json` and `.html`; returns the page."""
     measured, shown = [], {}
     for m in source.measure(layer_trace, "layers"):
         if len(shown) < EXAMPLES:
@@ -202,16 +202,16 @@ def run(source: AnalysisRunner, out: Path) -> Path:
     last = rows[-1]["prediction"]
     plot = lambda names, y, **more: plots.lines(  # noqa: E731
         {label: [(r["prediction"], r[key]) for r in rows] for label, key in names.items()},
-        x="layers behind the prediction",
+        x="layers before the prediction",
         y=y,
         x_range=(0, last),
         whole=True,
         **more,
     )
-    columns = (*FIGURES, "settled", "iou_selected", "iou_best")
+    columns = (*FIGURES, "agreement", "iou_selected", "iou_best")
     body = [
         page.heading("Masks", "Mean IoU of the selected and of the best query of each prediction, before BAR, percent."),
-        plot({"best": "iou_best", "selected": "iou_selected", "settled": "settled"}, "percent", y_range=(0, 100)),
+        plot({"best": "iou_best", "selected": "iou_selected", "agreement": "agreement"}, "percent", y_range=(0, 100)),
         page.heading("Choice", "Cosine between the condition C(j) and a query; margin of the highest over the runner-up."),
         plot({"cosine selected": "cosine_selected", "cosine best": "cosine_best", "margin": "margin"}, "cosine"),
         page.heading("Semantic flow", "SR's mean gate (1 keeps vision, 0 takes language); CR's step and drift, in |C(0)|."),
@@ -227,7 +227,7 @@ def run(source: AnalysisRunner, out: Path) -> Path:
             page.heading("IoU of the selected query by family"),
             plots.lines(
                 {name: [(r["prediction"], r["iou_selected"]) for r in each] for name, each in groups.items() if name != "all"},
-                x="layers behind the prediction",
+                x="layers before the prediction",
                 y="percent",
                 x_range=(0, last),
                 y_range=(0, 100),
@@ -236,15 +236,15 @@ def run(source: AnalysisRunner, out: Path) -> Path:
         ]
     body += [
         page.heading("Examples", "The selected mask of each prediction."),
-        page.gallery(_thumbnails(list(shown.values()), out, f"layers_{source.split}"), out),
+        page.gallery(_thumbnails(list(shown.values()), out, f"layer_trace_{source.split}"), out),
     ]
     about = [f"{len(measured)} samples of {source.split}, {source.about['images'] or 'all'} images."]
     result = {**source.about, "n": len(measured), "groups": groups}
-    return page.write(out, f"layers_{source.split}", f"Layer by layer: {source.split}", about, result, body)
+    return page.write(out, f"layer_trace_{source.split}", f"Layer by layer: {source.split}", about, result, body)
 
 
 def _shown(name: str, value: float | None) -> str:
-    return page.shown(value if value is None or name in ("settled", "iou_selected", "iou_best") else f"{value:.3f}")
+    return page.shown(value if value is None or name in ("agreement", "iou_selected", "iou_best") else f"{value:.3f}")
 
 
 def _thumbnails(measured: Sequence[SampleResult], out: Path, name: str) -> list[page.Thumbnail]:

@@ -1,8 +1,8 @@
-"""How much a result depends on the wording of the question and of the forced answer.
+"""How much a result depends on the prompt template of the question and of the given answer.
 
 The same samples are evaluated once with every pair of a question and an answer of `data.prompts`. Published numbers come from
-one wording, or from wordings drawn at random; the spread over all of them says how much a difference between two models must
-exceed to be about the models. Choosing the best wording here and reporting its number would be fitting to the split.
+one prompt template, or from templates drawn at random; the spread over all of them says how much a difference between two models
+must exceed to be about the models. Choosing the best prompt template here and reporting its number would be fitting to the split.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from flowseg_jax.system.console import log
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """{"ciou", "giou": mean, sd (of the wordings, n - 1), lowest, highest} over wordings; None for the sd of one."""
+    """{"ciou", "giou": mean, sd (of the prompt templates, n - 1), lowest, highest} over templates; None for the sd of one."""
     result = {}
     for name in ("ciou", "giou"):
         values = np.array([row[name] for row in rows])
@@ -33,10 +33,10 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def evaluate(source: AnalysisRunner, wordings: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
+def evaluate(source: AnalysisRunner, templates: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
     """One mapping a (question, answer): its indices, n, cIoU, gIoU and `same`, the share of samples with the first's query."""
     subject, rows, first = source.benchmark.subject, [], None
-    for question, answer in wordings:
+    for question, answer in templates:
         prompts = dataclasses.replace(subject.prompts, question=question, answer=answer)
         log(f"question {question}: {REFERRING_QUESTIONS[question]}  answer {answer}: {REFERRING_ANSWERS[answer]}")
         data = functools.partial(source.benchmark.open, source.split, images=source.images, prompts=prompts)
@@ -49,7 +49,7 @@ def evaluate(source: AnalysisRunner, wordings: Sequence[tuple[int, int]]) -> lis
 
 
 def run(source: AnalysisRunner, out: Path) -> Path:
-    """Writes `prompts_<split>.json` and `.html`; returns the page."""
+    """Writes `prompt_sensitivity_<split>.json` and `.html`; returns the page."""
     fixed = source.benchmark.subject.prompts
     every = [(q, a) for q in range(len(REFERRING_QUESTIONS)) for a in range(len(REFERRING_ANSWERS))]
     rows = evaluate(source, sorted(every, key=lambda pair: pair != (fixed.question, fixed.answer)))
@@ -57,9 +57,12 @@ def run(source: AnalysisRunner, out: Path) -> Path:
     spread["questions, model's answer"] = summarise([r for r in rows if r["answer"] == fixed.answer])
     spread["answers, model's question"] = summarise([r for r in rows if r["question"] == fixed.question])
     body = [
-        page.heading("Spread", "Over wordings, percent; sd with n - 1."),
+        page.heading("Spread", "Over prompt templates, percent; sd with n - 1."),
         page.table(
-            ["wordings", *(f"{name} {key}" for name in ("cIoU", "gIoU") for key in ("mean", "sd", "lowest", "highest"))],
+            [
+                "prompt templates",
+                *(f"{name} {key}" for name in ("cIoU", "gIoU") for key in ("mean", "sd", "lowest", "highest")),
+            ],
             [
                 [name, *(_two(each[figure][key]) for figure in ("ciou", "giou") for key in ("mean", "sd", "lowest", "highest"))]
                 for name, each in spread.items()
@@ -71,22 +74,26 @@ def run(source: AnalysisRunner, out: Path) -> Path:
     for key, title, about in (
         ("ciou", "cIoU", "Percent."),
         ("giou", "gIoU", "Percent."),
-        ("same", "Same query", "Share of the samples in which the query of the model's own wording is selected, percent."),
+        (
+            "same",
+            "Same query",
+            "Share of the samples in which the query of the model's own prompt template is selected, percent.",
+        ),
     ):
         cells = [[by_pair[q, a][key] for a in answers] for q in questions]
         names = [str(q) for q in questions], [str(a) for a in answers]
         body += [page.heading(title, about), plots.heat(cells, *names, x="answer", y="question", digits=1)]
     body += [
-        page.heading("Wordings"),
+        page.heading("Prompt templates"),
         page.table(["", "question"], [[str(i), REFERRING_QUESTIONS[i]] for i in questions]),
         page.table(["", "answer"], [[str(i), REFERRING_ANSWERS[i]] for i in answers]),
     ]
     about = [
-        f"{rows[0]['n']} samples of {source.split}, {source.about['images'] or 'all'} images, {len(rows)} wordings; the model's"
+        f"{rows[0]['n']} samples of {source.split}, {source.about['images'] or 'all'} images, {len(rows)} templates; the model's"
         f" own are question {fixed.question} and answer {fixed.answer}."
     ]
-    result = {**source.about, "spread": spread, "wordings": rows}
-    return page.write(out, f"prompts_{source.split}", f"Wordings: {source.split}", about, result, body)
+    result = {**source.about, "spread": spread, "templates": rows}
+    return page.write(out, f"prompt_sensitivity_{source.split}", f"Prompt templates: {source.split}", about, result, body)
 
 
 def _two(value: float | None) -> str:

@@ -18,7 +18,7 @@ from flowseg_jax.ops.portable import without_kernels
 from flowseg_jax.system.console import heartbeat
 from flowseg_jax.types import ExpressionQueries
 
-# (model, seen, questions, truth on the grid [B, K, h, w], share of image [B, h, w])
+# (model, image cache, queries, truth on the grid [B, K, h, w], share of image [B, h, w])
 # -> ({name: [B, K, ...]}, mask logits [B, K, N, h, w])
 AnalysisFn = Callable[
     [flowseg.FlowSeg, flowseg.ImageCache, ExpressionQueries, jax.Array, jax.Array], tuple[dict[str, jax.Array], jax.Array]
@@ -78,7 +78,7 @@ class AnalysisRunner:
         """Runs a diagnostic's function over all samples, jitted, and brings its masks to the original sizes.
 
         Args:
-            function: see `Function`; it is traced.
+            function: see `AnalysisFn`; it is traced.
             name: of the diagnostic, for the line of progress.
 
         Raises:
@@ -89,13 +89,13 @@ class AnalysisRunner:
 
 
 def measure(graphdef: Any, params: Any, data: Any, function: AnalysisFn, name: str) -> Iterator[SampleResult]:
-    """`Source.measure` for any model and any data with the interface of `EvalData`."""
+    """`AnalysisRunner.measure` for any model and any data with the interface of `EvalDataset`."""
     if not data.samples:
         raise UserError("the split holds no expression to measure; prepare it, or choose another split")
 
     # Where there are several devices, the compiler divides these two, and it cannot divide a kernel.
     @jax.jit
-    def see(params, views, prefix):
+    def encode_image(params, views, prefix):
         with without_kernels():
             return flowseg.bind_params(graphdef, params).prefill_image(views, prefix)
 
@@ -107,18 +107,18 @@ def measure(graphdef: Any, params: Any, data: Any, function: AnalysisFn, name: s
     on_grid = jax.jit(lambda truth, where: (postprocess.truth_on_grid(truth, where), postprocess.image_on_grid(where)))
     restore = jax.jit(postprocess.upsample_and_count)
     done = 0
-    with heartbeat(f"diagnose {name}: compiling") as beat:
+    with heartbeat(f"analyze {name}: compiling") as beat:
         for batch in data:
-            seen = see(params, batch.views, data.prefix)
-            rows, side = batch.views.images.shape[:2]
+            cache = encode_image(params, batch.views, data.prefix)
+            rows, side = batch.views.sam_images.shape[:2]
             where = postprocess.geometry(
-                batch.views.scaled_size, batch.sizes, grid=seen.mask_features.shape[1:3], padded_size=side, bucket=batch.bucket
+                batch.views.resized_hw, batch.sizes, grid=cache.mask_features.shape[1:3], padded_size=side, bucket=batch.bucket
             )
             for asked in batch.rounds:
                 pack = lambda masks, count: postprocess.pack_truth(masks, rows, count, where.bucket)  # noqa: B023, E731
                 phrases = asked.questions.query_valid.shape[1]
                 truth = postprocess.GroundTruth(pack(asked.truth, phrases), pack(asked.once, phrases), pack(batch.ignored, 1))
-                values, logits = run(params, seen, asked.questions, *on_grid(truth.union, where))
+                values, logits = run(params, cache, asked.questions, *on_grid(truth.union, where))
                 values, restored = jax.device_get((values, restore(logits, where, truth)))
                 for b, samples in enumerate(asked.samples):
                     for k, sample in enumerate(samples):
@@ -132,7 +132,7 @@ def measure(graphdef: Any, params: Any, data: Any, function: AnalysisFn, name: s
                             batch.images[b],
                         )
                 done += sum(len(samples) for samples in asked.samples)
-            beat.message = f"diagnose {name}: {done}/{data.samples} samples"
+            beat.message = f"analyze {name}: {done}/{data.samples} samples"
 
 
 def _ious(restored: postprocess.FullSizeMasks, at: tuple[int, int]) -> np.ndarray:

@@ -58,7 +58,9 @@ class Evaluator:
         compiles: function name -> number of compilations so far.
     """
 
-    def __init__(self, graphdef: nnx.GraphDef, mesh: Mesh | None = None, partition: Any = WHOLE, answer: AnswerFn | None = None):
+    def __init__(
+        self, graphdef: nnx.GraphDef, mesh: Mesh | None = None, partition: Any = WHOLE, answer: AnswerFn | None = None
+    ):
         self.mesh = sharding.make_mesh({"data": -1}) if mesh is None else mesh
         self.compiles: collections.Counter[str] = collections.Counter()
         self._partition = partition

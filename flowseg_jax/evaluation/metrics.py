@@ -212,7 +212,7 @@ def summarise(records: Iterable[Record], protocol: Protocol = XSAM) -> dict[str,
     Args:
         records: one mapping a sample with `intersection`, `union`, `oracle_intersection`, `oracle_union` (pixels), `failed`
             (bool), `failure` (`Failure`), `family` (str; "" = of no family). A protocol that counts sentences needs `count`;
-            a summed raster `single_cover_intersection`, `single_cover_union`, `oracle_single_cover_intersection`, `oracle_single_cover_union`; a rule for
+            a summed raster `single_cover_intersection`, `single_cover_union` and the same with `oracle_` before; a rule for
             samples that refer to nothing `ann_id`, and "gres" also `area` (pixels of the selected mask), `score` and
             `no_target_threshold`.
         protocol: what is counted and how.

@@ -95,7 +95,8 @@ def evaluate(
             sentences while its truth stays. The files are called `<split>_shuffled`.
         about: written beside the numbers, the checkpoint's digest and step above all. Partial results of another `about` are
             not continued.
-        no_target_threshold: a selected score below it means "no target" (protocol "grefcoco"); scores lie in [0, 1], so 0 is never.
+        no_target_threshold: a selected score below it means "no target" (protocol "grefcoco"); scores lie in [0, 1], so at 0
+            this is never so.
         gallery: how many examples of each kind to return.
         save_masks: add the selected mask and the best candidate's to each line of `<split>.jsonl`, as COCO's compressed
             run-length codes `rle` and `best_rle`.

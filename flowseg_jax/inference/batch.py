@@ -62,7 +62,7 @@ def run(
         segmentor.validate_texts(job.texts, job.where)
     failed, paths, last, started = 0, [], None, time.monotonic()
     with heartbeat(f"predict: 0/{len(jobs)} images, loading and compiling") as beat:
-        for number, (job, ready) in enumerate(_prepared(segmentor, jobs), 1):
+        for number, (job, ready) in enumerate(_preprocessed(segmentor, jobs), 1):
             try:
                 predictions = _predictions(segmentor, job, ready, respond)
                 paths += [path for prediction in predictions for path in writer.write(prediction)]
@@ -93,23 +93,23 @@ def run(
     return RunSummary(answered, failed, paths, last)
 
 
-def _prepared(
+def _preprocessed(
     segmentor: Segmentor, jobs: Sequence[PredictionJob]
 ) -> Iterator[tuple[PredictionJob, PreprocessedImage | Exception]]:
     """Each job with its image, or with what is wrong with it; a thread is one image ahead."""
 
-    def prepare(job: PredictionJob) -> PreprocessedImage | Exception:
+    def preprocess(job: PredictionJob) -> PreprocessedImage | Exception:
         try:
             return segmentor.preprocess(job.image)
         except Exception as error:
             return error
 
     with ThreadPoolExecutor(1) as thread:
-        coming = thread.submit(prepare, jobs[0])
+        coming = thread.submit(preprocess, jobs[0])
         for here, job in enumerate(jobs):
             ready = coming.result()
             if here + 1 < len(jobs):
-                coming = thread.submit(prepare, jobs[here + 1])
+                coming = thread.submit(preprocess, jobs[here + 1])
             yield job, ready
 
 
@@ -120,15 +120,15 @@ def _predictions(
         raise ready
     for note in ready.notes:
         log(f"note: {ready.name}: {note}")
-    look, predictions = segmentor.encode_image(ready), []
-    for response in respond(look, job.texts):
+    encoded, predictions = segmentor.encode_image(ready), []
+    for response in respond(encoded, job.texts):
         if isinstance(response, Prediction):
             predictions.append(response)
             continue
         cut = "" if response.complete else " ... (cut: --max-tokens)"
-        log(f"{look.name}: {response.question}\n  {response.text}{cut}")
+        log(f"{encoded.name}: {response.question}\n  {response.text}{cut}")
         predictions += response.predictions or [
-            empty_prediction(look.name, response.question, look.image, response.text, response.failure)
+            empty_prediction(encoded.name, response.question, encoded.image, response.text, response.failure)
         ]
     return predictions
 
@@ -136,15 +136,15 @@ def _predictions(
 def latency(segmentor: Segmentor, ready: PreprocessedImage, texts: Sequence[str], respond: PredictFn) -> str:
     """A line with what an image and what an expression cost once everything is compiled.
 
-    Looking runs from the decoded and resized image to the end of what the expressions share. Asking runs from the texts to
+    Encoding runs from the decoded and resized image to the end of what the expressions share. Predicting runs from the texts to
     masks at the original size in memory, all texts of the image together; each is charged its share.
     """
-    look = segmentor.encode_image(ready)
-    looking = _median(lambda: jax.block_until_ready(segmentor.encode_image(ready).seen))
-    each = _median(lambda: respond(look, texts)) / len(texts)
+    encoded = segmentor.encode_image(ready)
+    encoding = _median(lambda: jax.block_until_ready(segmentor.encode_image(ready).cache))
+    each = _median(lambda: respond(encoded, texts)) / len(texts)
     return (
-        f"warm latency: first expression {looking + each:.1f} ms, each further one {each:.1f} ms;"
-        f" looking at an image {looking:.1f} ms (medians after compilation; {len(texts)} asked together)"
+        f"warm latency: first expression {encoding + each:.1f} ms, each further one {each:.1f} ms;"
+        f" encoding an image {encoding:.1f} ms (medians after compilation; {len(texts)} asked together)"
     )
 
 

@@ -1,8 +1,8 @@
 """`flowseg export`: a model as a `jax.export` artefact, which runs where JAX is, without this package.
 
-Two programs, each lowered for all platforms: `see` looks at images once, `ask` segments what expressions name in them. Weights
-are arguments, so they are stored once for both, in the dtype that the checkpoint has them in. Text comes as token ids alone:
-spans, positions and segments are found by the marks inside the program. `docs/export.md` describes the directory.
+Two programs, each lowered for all platforms: `encode_image` encodes images once, `predict` segments what expressions name in
+them. Weights are arguments, so they are stored once for both, in the dtype that the checkpoint has them in. Text comes as token
+ids alone: the program finds spans, positions and segments by the special tokens. `docs/export.md` describes the directory.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ from flowseg_jax.data.tokenizer import Tokenizer, load_tokenizer
 from flowseg_jax.errors import UserError, did_you_mean, not_writable
 from flowseg_jax.evaluation import postprocess
 from flowseg_jax.evaluation.benchmark import params_digest
+from flowseg_jax.inference.selection import stored_no_target_threshold
 from flowseg_jax.models import flowseg
 from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.models.language import KVCache
 from flowseg_jax.ops.portable import without_kernels
 from flowseg_jax.system import locks
 from flowseg_jax.system.console import heartbeat
-from flowseg_jax.system.json_files import expect, number
 from flowseg_jax.types import IMAGE_TOKEN_INDEX, PAD, ExpressionQueries, ImageInputs
 
 FORMAT = "flowseg_jax export"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 PLATFORMS = ("cpu", "tpu", "cuda")
-END = PAD  # stands behind each conversation, and in what is left of the room
+END = PAD  # stands after each conversation, and in what is left of the text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,9 +73,9 @@ class PromptTokens:
     """Everything said around an expression, as token ids.
 
     Attributes:
-        prefix: in front of all conversations, the image's slots at its end; part of `see`.
-        before, after: a conversation is `before`, the expression between its marks, `after`.
-        phrase_start, phrase_end, seg: the marks that the programs look for.
+        prefix: in front of all conversations, the image's slots at its end; part of `encode_image`.
+        before, after: a conversation is `before`, the expression between `<p>` and `</p>`, `after`.
+        phrase_start, phrase_end, seg: the special tokens that the programs look for.
     """
 
     prefix: Sequence[int]
@@ -87,9 +87,9 @@ class PromptTokens:
 
     @classmethod
     def of(cls, prompts: PromptTemplates, tokenizer: Tokenizer, visual_tokens: int) -> PromptTokens:
-        """The fixed wording of a model's prompts. A mark splits the text, so that the parts do not depend on the expression."""
+        """A model's fixed prompt template. A special token splits the text, so the parts do not depend on the expression."""
         (conversation,) = collate.make_conversations(dataclasses.replace(prompts, randomize=False), ["it"])
-        said = collate.encode_conversation(conversation, prompts, tokenizer, "the wording").tokens
+        said = collate.encode_conversation(conversation, prompts, tokenizer, "the prompt template").input_ids
         start, end = said.index(tokenizer.phrase_start), said.index(tokenizer.phrase_end)
         prefix = collate.encode_prefix(prompts, tokenizer, visual_tokens)
         return cls(prefix, said[:start], said[end + 1 :], tokenizer.phrase_start, tokenizer.phrase_end, tokenizer.seg)
@@ -100,23 +100,23 @@ class PromptTokens:
         return dataclasses.asdict(self) | {"prefix": text, "visual_tokens": len(self.prefix) - len(text)}
 
 
-def questions(tokens: Int[Array, "b t"], phrases: int, wording: PromptTokens) -> ExpressionQueries:
-    """What is asked, from token ids alone: conversations one after the other, `END` behind each and in the rest of the room.
+def queries_from_tokens(input_ids: Int[Array, "b t"], phrases: int, prompt: PromptTokens) -> ExpressionQueries:
+    """The queries, from token ids alone: conversations one after the other, `END` after each and in the rest of the text.
 
-    The result is that of `batching.questions`, but for the slots that the ends take.
+    The result is that of `collate.collate_queries`, but for the slots that the ends take.
     """
-    real = tokens != END
-    at = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    real = input_ids != END
+    at = jnp.arange(input_ids.shape[1], dtype=jnp.int32)
     number = jnp.where(real, jnp.cumsum(~real, 1, dtype=jnp.int32), PAD)
     first = jax.lax.cummax(jnp.where(real, 0, at + 1), axis=1)
-    starts, ends = tokens == wording.phrase_start, tokens == wording.phrase_end
-    inside = jnp.cumsum(starts, 1) > jnp.cumsum(ends, 1) - ends  # both marks belong to the span
+    starts, ends = input_ids == prompt.phrase_start, input_ids == prompt.phrase_end
+    inside = jnp.cumsum(starts, 1) > jnp.cumsum(ends, 1) - ends  # both ends belong to the span
     return ExpressionQueries(
-        input_ids=jnp.where(real, tokens, 0),
-        position_ids=jnp.where(real, len(wording.prefix) + at - first, 0),
+        input_ids=jnp.where(real, input_ids, 0),
+        position_ids=jnp.where(real, len(prompt.prefix) + at - first, 0),
         segment_ids=jnp.where(real, number + 1, PAD),
         phrase_ids=jnp.where(real & inside, number, PAD),
-        seg_ids=jnp.where(tokens == wording.seg, number, PAD),
+        seg_ids=jnp.where(input_ids == prompt.seg, number, PAD),
         query_valid=(number[:, None] == jnp.arange(phrases)[:, None]).any(-1),
     )
 
@@ -124,57 +124,61 @@ def questions(tokens: Int[Array, "b t"], phrases: int, wording: PromptTokens) ->
 def lower(
     cfg: FlowSegConfig,
     weights: Mapping[str, jax.ShapeDtypeStruct],
-    wording: PromptTokens,
-    room: ExportShapes,
+    prompt: PromptTokens,
+    shapes: ExportShapes,
     platforms: Sequence[str] = PLATFORMS,
 ) -> dict[str, jax_export.Exported]:
-    """The programs `see` and `ask`, lowered for the platforms; that takes neither the hardware nor the weights.
+    """The programs `encode_image` and `predict`, lowered for the platforms; that takes neither the hardware nor the weights.
 
     Both take the weights first, a flat dict by name, and everything else by keyword; `docs/export.md` says what.
     """
     graphdef, abstract = flowseg.abstract_model(cfg)
     abstract = flowseg.params_dict(abstract)
-    prefix = np.array(wording.prefix, np.int32)
+    prefix = np.array(prompt.prefix, np.int32)
 
     def model(weights: Mapping[str, Array]) -> flowseg.FlowSeg:
         return flowseg.bind_params(graphdef, cast_like(unflatten_params(weights), abstract))
 
-    def see(weights, *, images, scaled_size, vision_images):
-        seen = model(weights).prefill_image(ImageInputs(images, scaled_size, vision_images), prefix)
+    def encode_image(weights, *, sam_images, resized_hw, siglip_images):
+        cache = model(weights).prefill_image(ImageInputs(sam_images, resized_hw, siglip_images), prefix)
         # Plain containers: whoever loads the program knows no class of ours.
-        return {"mask_features": seen.mask_features, "levels": seen.multi_scale_features, "cache": vars(seen.kv_cache)}
+        return {
+            "mask_features": cache.mask_features,
+            "multi_scale_features": cache.multi_scale_features,
+            "kv_cache": vars(cache.kv_cache),
+        }
 
-    def ask(weights, *, seen, tokens):
-        network, asked = model(weights), questions(tokens, room.phrases, wording)
+    def predict(weights, *, image, input_ids):
+        network, queries = model(weights), queries_from_tokens(input_ids, shapes.phrases, prompt)
         found = network.predict_cached(
-            flowseg.ImageCache(seen["mask_features"], seen["levels"], KVCache(**seen["cache"])), asked
+            flowseg.ImageCache(image["mask_features"], image["multi_scale_features"], KVCache(**image["kv_cache"])), queries
         )
         chosen = postprocess.top_k_masks(found.scores, found.mask_logits, 1)
         logits = postprocess.refine(network, chosen.logits, found.mask_features)
         return {
             "scores": found.scores,
-            "query": jnp.where(asked.query_valid, chosen.query[..., 0], PAD),
+            "query": jnp.where(queries.query_valid, chosen.query[..., 0], PAD),
             "logits": logits[:, :, 0],
         }
 
-    side, vision = cfg.sam.image_size, cfg.siglip.image_size
-    views = {
-        "images": jax.ShapeDtypeStruct((room.batch, side, side, 3), jnp.uint8),
-        "scaled_size": jax.ShapeDtypeStruct((room.batch, 2), jnp.int32),
-        "vision_images": jax.ShapeDtypeStruct((room.batch, vision, vision, 3), jnp.uint8),
+    sam_size, siglip_size = cfg.sam.image_size, cfg.siglip.image_size
+    inputs = {
+        "sam_images": jax.ShapeDtypeStruct((shapes.batch, sam_size, sam_size, 3), jnp.uint8),
+        "resized_hw": jax.ShapeDtypeStruct((shapes.batch, 2), jnp.int32),
+        "siglip_images": jax.ShapeDtypeStruct((shapes.batch, siglip_size, siglip_size, 3), jnp.uint8),
     }
-    tokens = jax.ShapeDtypeStruct((room.batch, room.text), jnp.int32)
+    input_ids = jax.ShapeDtypeStruct((shapes.batch, shapes.text), jnp.int32)
     with without_kernels():
-        looks = jax_export.export(jax.jit(see), platforms=platforms)(weights, **views)
-        seen = jax.tree.unflatten(looks.out_tree, [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in looks.out_avals])
-        asks = jax_export.export(jax.jit(ask), platforms=platforms)(weights, seen=seen, tokens=tokens)
-    return {"see": looks, "ask": asks}
+        encoder = jax_export.export(jax.jit(encode_image), platforms=platforms)(weights, **inputs)
+        image = jax.tree.unflatten(encoder.out_tree, [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in encoder.out_avals])
+        predictor = jax_export.export(jax.jit(predict), platforms=platforms)(weights, image=image, input_ids=input_ids)
+    return {"encode_image": encoder, "predict": predictor}
 
 
 def export(
     directory: str | os.PathLike[str],
     out: str | os.PathLike[str],
-    room: ExportShapes | None = None,
+    shapes: ExportShapes | None = None,
     platforms: Sequence[str] = PLATFORMS,
 ) -> Path:
     """Exports a model directory; the result appears complete or not at all.
@@ -182,19 +186,19 @@ def export(
     Args:
         directory: a model directory.
         out: the directory to make; must not exist.
-        room: the programs' static sizes; None: the default ones.
+        shapes: the programs' static sizes; None: the default ones.
         platforms: of `PLATFORMS`, for which the programs are lowered.
 
     Raises:
         UserError: an unknown platform, an `out` that exists or cannot be written, a model directory that is missing, damaged or
-            cannot answer expressions, a tokenizer without a `tokenizer.json`, a room in which no expression fits.
+            cannot answer expressions, a tokenizer without a `tokenizer.json`, a text length in which no expression fits.
     """
-    room, target, platforms = room or ExportShapes(), Path(out).absolute(), _known(platforms)
+    shapes, target, platforms = shapes or ExportShapes(), Path(out).absolute(), _known(platforms)
     with locks.held(target, beside=True):
-        return _export(directory, target, room, platforms)
+        return _export(directory, target, shapes, platforms)
 
 
-def _export(directory: str | os.PathLike[str], target: Path, room: ExportShapes, platforms: Sequence[str]) -> Path:
+def _export(directory: str | os.PathLike[str], target: Path, shapes: ExportShapes, platforms: Sequence[str]) -> Path:
     require_empty_directory(target)
     stored = read_model_config(directory)
     cfg = FlowSegConfig.from_dict(stored["model"], f"{directory}/config.json: model")
@@ -212,27 +216,26 @@ def _export(directory: str | os.PathLike[str], target: Path, room: ExportShapes,
         raise UserError(
             f"{directory}: the tokenizer has {tokenizer.vocab} ids, the model's embedding table {cfg.llm.vocab_size}"
         )
-    below = loaded.extra.get("no_target_threshold", 0.0)
-    expect(number(below, least=0, most=1), below, f"{directory}/config.json: extra.no_target_threshold", "a number from 0 to 1")
-    wording = PromptTokens.of(prompts, tokenizer, cfg.num_visual_tokens)
-    if room.text < (least := len(wording.before) + len(wording.after) + 3):
-        raise UserError(f"text is {room.text}: even the shortest expression takes {least} tokens")
+    no_target_threshold = stored_no_target_threshold(loaded.extra, directory)
+    prompt = PromptTokens.of(prompts, tokenizer, cfg.num_visual_tokens)
+    if shapes.text < (least := len(prompt.before) + len(prompt.after) + 3):
+        raise UserError(f"text is {shapes.text}: even the shortest expression takes {least} tokens")
     weights = flatten_params(loaded.params)
     with heartbeat(f"lowering for {', '.join(platforms)}"):
         kinds = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in weights.items()}
-        programs = lower(cfg, kinds, wording, room, platforms)
+        programs = lower(cfg, kinds, prompt, shapes, platforms)
     about = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "checkpoint": {"digest": params_digest(stored), "step": loaded.extra.get("step")},
         **provenance(),
         "platforms": platforms,
-        "room": dataclasses.asdict(room),
-        "image": cfg.sam.image_size,
-        "vision": cfg.siglip.image_size,
-        "wording": wording.to_json(),
-        "no_target_threshold": below,
-        "reserved": [mark.lower() for mark in tokenizer.reserved if mark.strip()],
+        "shapes": dataclasses.asdict(shapes),
+        "sam_size": cfg.sam.image_size,
+        "siglip_size": cfg.siglip.image_size,
+        "prompt": prompt.to_json(),
+        "no_target_threshold": no_target_threshold,
+        "reserved": [token.lower() for token in tokenizer.reserved if token.strip()],
         "programs": {name: _describe(name, program) for name, program in programs.items()},
     }
     fresh = target.with_name(f".{target.name}.tmp-{os.getpid()}")

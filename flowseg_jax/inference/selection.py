@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from jaxtyping import Bool, UInt8
 
 from flowseg_jax.data import masks
 from flowseg_jax.errors import UserError
+from flowseg_jax.system.json_files import expect, number
 
 NMS_IOU = 0.8  # a candidate whose IoU with a better one is at least this shows the same thing
 
@@ -102,6 +104,20 @@ class Prediction:
             for described in (result, *kept):
                 del described["rle"]
         return result
+
+
+def stored_no_target_threshold(extra: Mapping[str, Any], directory: str | os.PathLike[str]) -> float:
+    """`SelectionConfig.no_target_threshold` as the `extra` of a model directory's config.json has it, by default 0.
+
+    Raises:
+        UserError: it is no number from 0 to 1, or stands there by its old name.
+    """
+    where = f"{directory}/config.json: extra"
+    if "no_target_below" in extra:
+        raise UserError(f"{where}.no_target_below: it is called no_target_threshold now; rename it")
+    value = extra.get("no_target_threshold", 0.0)
+    expect(number(value, least=0, most=1), value, f"{where}.no_target_threshold", "a number from 0 to 1")
+    return float(value)
 
 
 def _described(mask: Bool[np.ndarray, "y x"]) -> dict[str, Any]:

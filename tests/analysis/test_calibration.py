@@ -83,7 +83,7 @@ def test_a_control_may_share_a_sentence_with_its_image(tmp_path):
     rows = [shuffled(0.2, i=0), record(1, 2, iou=0, score=0.8), shuffled(0.1, i=2)]
     control.write_text("".join(json.dumps(row) + "\n" for row in rows))
     calibration.run(real, control, tmp_path / "out", 0.1)
-    found = json.loads((tmp_path / "out" / "negatives_val.json").read_text())
+    found = json.loads((tmp_path / "out" / "calibration_val.json").read_text())
     assert (found["present"], found["absent"]) == (3, 2)
     with pytest.raises(UserError, match="is no shuffled-text control"):
         calibration.run(real, real, tmp_path / "out", 0.1)

@@ -64,7 +64,10 @@ def test_oracle(results):
 def test_compare_failures(results, tmp_path):
     first, second, _ = results
     assert main(["compare-failures", str(first), str(second), "--out", str(tmp_path / "out")]) == 0
-    page, found = Page(tmp_path / "out/rescue_a_b_val.html"), json.loads((tmp_path / "out/rescue_a_b_val.json").read_text())
+    page, found = (
+        Page(tmp_path / "out/failure_comparison_a_b_val.html"),
+        json.loads((tmp_path / "out/failure_comparison_a_b_val.json").read_text()),
+    )
     assert found["groups"]["all"]["A below 0.5"]["rescued"] == 100 and found["groups"]["<b>"]["all"]["n"] == 1
     assert len(page.images) == 2 and "IoU 10.0 in A, 80.0 in B" in page.text and "IoU 90.0 in A, 20.0 in B" in page.text
 
@@ -72,10 +75,10 @@ def test_compare_failures(results, tmp_path):
 def test_calibrate_no_target(results, capsys):
     first, _, control = results
     assert main(["calibrate-no-target", str(first), str(control), "--false-alarms=0.4"]) == 0
-    found = json.loads((first.parent / "analysis/negatives_val.json").read_text())
+    found = json.loads((first.parent / "analysis/calibration_val.json").read_text())
     assert found["no_target_threshold"] == 0.200001 and found["shuffled"] == 3
     assert "--no-target-threshold=0.200001: 33.3 % false alarms on 3 absent, 66.7 % of 3" in capsys.readouterr().out
-    assert "Some of them do fit their new image" in Page(first.parent / "analysis/negatives_val.html").text
+    assert "Some of them do fit their new image" in Page(first.parent / "analysis/calibration_val.html").text
 
 
 @pytest.mark.parametrize(

@@ -44,8 +44,15 @@ def test_one_two_or_none_are_exchanged(truth):
             mask_features=mask_features,
         )
 
-    model = SimpleNamespace(hear=lambda *_: (phrases, segs), candidates=candidates, refine=lambda masks, features: masks + 100)
-    seen, questions = SimpleNamespace(mask_features=None, levels=None), SimpleNamespace(asked=jnp.asarray(ASKED))
+    model = SimpleNamespace(
+        encode_text_cached=lambda *_: (phrases, segs),
+        decode_masks=candidates,
+        refine_masks=lambda masks, features: masks + 100,
+    )
+    seen, questions = (
+        SimpleNamespace(mask_features=None, multi_scale_features=None),
+        SimpleNamespace(query_valid=jnp.asarray(ASKED)),
+    )
     values, masks = embedding_swap.swapped(model, seen, questions, jnp.asarray(truth), jnp.ones((1, 4, 4)))
     assert masks.shape == (1, 5, 4, 2, 2)
     assert masks[0, :4, :, 0, 0].tolist() == [

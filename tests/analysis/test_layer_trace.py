@@ -58,8 +58,8 @@ def test_decoding_with_everything_seen_is_the_decoder(flow, rng):
 
 def test_the_gate_is_the_one_that_mixes(rng):
     decoder = MaskDecoder(CFG, SemanticFlowConfig(), rngs=nnx.Rngs(0))
-    semantic = jax.tree.map(lambda w: w[2], nnx.to_pure_dict(nnx.split(decoder.layers.semantic)[1]))
-    semantic = nnx.merge(nnx.split(decoder.layers.semantic)[0], semantic)
+    semantic = jax.tree.map(lambda w: w[2], nnx.to_pure_dict(nnx.split(decoder.layers.semantic_refinement)[1]))
+    semantic = nnx.merge(nnx.split(decoder.layers.semantic_refinement)[0], semantic)
     semantic.gate.kernel[...] = jnp.asarray(rng.normal(size=semantic.gate.kernel.shape), jnp.float32)
     q_vis, embeds = (jnp.asarray(rng.normal(size=(2, n, WIDTH)), jnp.float32) for n in (5, ROWS))
     position, yes = jnp.asarray(rng.normal(size=(5, WIDTH)), jnp.float32), jnp.ones((2, ROWS), bool)
@@ -69,7 +69,7 @@ def test_the_gate_is_the_one_that_mixes(rng):
 
 
 class Data(list):
-    """Batches behind one prefix that know how many samples they hold."""
+    """Batches after one prefix that know how many samples they hold."""
 
     prefix = np.zeros(0, np.int32)
 
@@ -97,12 +97,14 @@ def data(model):
     ignored = [np.zeros((1, *size), bool) for size in sizes]
     ignored[0][:, :4] = True
     images = [rng.integers(0, 255, (*size, 3)).astype(np.uint8) for size in sizes]
-    behind = 1 + cfg.visual_tokens
-    fields = {name: getattr(batch, name)[:, behind:] for name in ("tokens", "positions", "segments", "phrase_ids", "seg_ids")}
+    after = 1 + cfg.num_visual_tokens
+    fields = {
+        name: getattr(batch, name)[:, after:] for name in ("input_ids", "position_ids", "segment_ids", "phrase_ids", "seg_ids")
+    }
     asked = QueryRound(ExpressionQueries(**fields, query_valid=np.ones((2, 2), bool)), samples, truth, truth)
     views = ImageInputs(batch.sam_images, batch.resized_hw, batch.siglip_images)
     data = Data([EvalBatch(views, [asked], [0, 1], ignored, images, sizes, (128, 128))])
-    data.prefix = batch.input_ids[0, :behind]
+    data.prefix = batch.input_ids[0, :after]
     return data
 
 
@@ -126,7 +128,7 @@ def refined(model, data):
 
 
 def test_the_last_prediction_is_the_evaluation(model, records, traced):
-    layers_count = model[0].decoder.layers
+    layers_count = model[0].mask_decoder.num_layers
     for record, m in zip(records, traced, strict=True):
         assert m.sample.sentence == record["sentence"] and m.values["selected"].shape == (layers_count + 1,)
         assert (m.values["selected"][-1], m.values["best"][-1]) == (record["query"], record["best_query"])
@@ -151,7 +153,7 @@ def test_before_and_after_bar(records, traced, refined):
 def test_means_over_samples(traced):
     rows = layer_trace.summarise(traced)
     assert [row["prediction"] for row in rows] == list(range(len(rows)))
-    assert rows[0]["gate"] is None and rows[-1]["settled"] == 100
+    assert rows[0]["gate"] is None and rows[-1]["agreement"] == 100
     for name in ("margin", "cosine_selected", "cosine_best", "drift"):
         assert rows[1][name] == pytest.approx(np.mean([m.values[name][1] for m in traced]))
     assert rows[1]["iou_best"] == pytest.approx(100 * np.mean([m.iou[3] for m in traced]))
@@ -165,15 +167,15 @@ def test_pages(model, traced, refined, tmp_path):
     def asked(measured):
         return types.SimpleNamespace(measure=lambda *_: iter(measured), split="val", about={"images": 2}, benchmark=mark)
 
-    (tmp_path / "layers_val").mkdir()
-    (tmp_path / "layers_val" / "7_of-an-earlier-run.png").write_bytes(b"")
+    (tmp_path / "layer_trace_val").mkdir()
+    (tmp_path / "layer_trace_val" / "7_of-an-earlier-run.png").write_bytes(b"")
     page = layer_trace.run(asked(traced), tmp_path).read_text()
-    assert page.count("<img") == 2 == len(list((tmp_path / "layers_val").iterdir()))  # one of each image
-    result = json.loads((tmp_path / "layers_val.json").read_text())
+    assert page.count("<img") == 2 == len(list((tmp_path / "layer_trace_val").iterdir()))  # one of each image
+    result = json.loads((tmp_path / "layer_trace_val.json").read_text())
     assert result["n"] == 4 and result["groups"]["all"] == layer_trace.summarise(traced)
     page = boundary.run(asked(refined), tmp_path).read_text()
-    assert page.count("<img") == 4 == len(list((tmp_path / "bar_val").iterdir()))
-    result = json.loads((tmp_path / "bar_val.json").read_text())
+    assert page.count("<img") == 4 == len(list((tmp_path / "boundary_val").iterdir()))
+    result = json.loads((tmp_path / "boundary_val.json").read_text())
     assert result["alpha"] == 3.0 and result["groups"]["all"] == boundary.summarise(
         [boundary.with_boundary(m) for m in refined]
     )

@@ -1,4 +1,4 @@
-"""The spread over wordings: every wording asks the same samples in the same shapes, and each row is its own evaluation."""
+"""The spread over templates: every prompt template asks the same samples in the same shapes, each row is an evaluation."""
 
 from __future__ import annotations
 
@@ -35,22 +35,22 @@ def benchmark(tmp_path_factory):
     )
 
 
-def test_all_wordings_ask_the_same_samples(benchmark):
+def test_all_templates_ask_the_same_samples(benchmark):
     first = benchmark.open("train")
     for question, answer in ((0, 0), (6, 3), (len(REFERRING_QUESTIONS) - 1, len(REFERRING_ANSWERS) - 1)):
         other = benchmark.open("train", prompts=PromptTemplates(question=question, answer=answer))
         ours, theirs = (sorted(batch.places) for batch in (first.batch(0), other.batch(0)))
         assert other.samples == first.samples and ours == theirs
-        ours, theirs = (data.batch(0).rounds[0].questions.tokens for data in (first, other))
+        ours, theirs = (data.batch(0).rounds[0].questions.input_ids for data in (first, other))
         assert np.array_equal(ours, theirs) == ((question, answer) == (0, 0))
 
 
-def test_a_wording_is_an_evaluation(benchmark, capsys):
+def test_a_template_is_an_evaluation(benchmark, capsys):
     rows = prompt_sensitivity.evaluate(runner.AnalysisRunner(benchmark, "train", images=2), [(0, 0), (7, 4), (0, 0)])
     assert [(r["question"], r["answer"]) for r in rows] == [(0, 0), (7, 4), (0, 0)]
     assert rows[0] == rows[2] and rows[0]["same"] == 100 and rows[0]["n"] == rows[1]["n"] > 0
     assert rows[0]["giou"] != rows[1]["giou"]
-    assert " 0 compilations" in capsys.readouterr().out  # the first wording's programs serve the third
+    assert " 0 compilations" in capsys.readouterr().out  # the first prompt template's programs serve the third
 
 
 def test_spread_by_hand():
@@ -62,18 +62,18 @@ def test_spread_by_hand():
     assert prompt_sensitivity.summarise([{"ciou": 60.0, "giou": 1.0}])["ciou"]["sd"] is None
 
 
-def test_the_page_shows_every_wording(monkeypatch, tmp_path):
-    """Numbers that say which wording they are of, so that a cell in the wrong place would show."""
+def test_the_page_shows_every_template(monkeypatch, tmp_path):
+    """Numbers that say which prompt template they are of, so that a cell in the wrong place would show."""
 
-    def evaluate(_, wordings):
-        assert wordings[0] == (2, 1)  # the model's own first: the others are compared with it
-        return [{"question": q, "answer": a, "n": 9, "ciou": 10.0 * q + a, "giou": 50.0, "same": 100.0} for q, a in wordings]
+    def evaluate(_, templates):
+        assert templates[0] == (2, 1)  # the model's own first: the others are compared with it
+        return [{"question": q, "answer": a, "n": 9, "ciou": 10.0 * q + a, "giou": 50.0, "same": 100.0} for q, a in templates]
 
     monkeypatch.setattr(prompt_sensitivity, "evaluate", evaluate)
     mark = types.SimpleNamespace(subject=types.SimpleNamespace(prompts=PromptTemplates(question=2, answer=1)))
     page = prompt_sensitivity.run(types.SimpleNamespace(benchmark=mark, split="val", about={"images": None}), tmp_path)
-    result = json.loads((tmp_path / "prompts_val.json").read_text())
-    assert len(result["wordings"]) == len(REFERRING_QUESTIONS) * len(REFERRING_ANSWERS)
+    result = json.loads((tmp_path / "prompt_sensitivity_val.json").read_text())
+    assert len(result["templates"]) == len(REFERRING_QUESTIONS) * len(REFERRING_ANSWERS)
     assert result["spread"]["answers, model's question"]["ciou"]["mean"] == 22  # 20 .. 24
     assert result["spread"]["questions, model's answer"]["ciou"]["highest"] == 71
     cells = [part.partition("</text>")[0] for part in page.read_text().split(">") if "</text" in part]

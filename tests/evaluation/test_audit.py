@@ -161,7 +161,10 @@ def test_files_that_are_no_results(tmp_path, text, message):
     ("change", "message"),
     [
         ({"intersection": "1"}, "x.jsonl:2: intersection '1' and union 100 are no areas; evaluate again"),
-        ({"oracle_single_cover_intersection": 101}, "x.jsonl:2: oracle_single_cover_intersection 101 and oracle_single_cover_union 100 are no areas"),
+        (
+            {"oracle_single_cover_intersection": 101},
+            "x.jsonl:2: oracle_single_cover_intersection 101 and oracle_single_cover_union 100 are no areas",
+        ),
         ({"score": "high"}, "x.jsonl:2: score is 'high'"),
     ],
 )

@@ -79,7 +79,13 @@ def test_no_gap_is_negative(name):
         both, other_both, other_area = (int(rng.integers(0, n + 1)) for n in (min(truth, area), min(truth, 3), 3))
         other = (other_both, truth + max(other_area, other_both) - other_both)
         row = record((both, truth + area - both), other, failed=bool(rng.random() < 0.1))
-        row |= {"ann_id": -1 if nothing else 7, "area": area, "score": float(rng.random()), "no_target_threshold": 0.3, "count": 2}
+        row |= {
+            "ann_id": -1 if nothing else 7,
+            "area": area,
+            "score": float(rng.random()),
+            "no_target_threshold": 0.3,
+            "count": 2,
+        }
         row |= {f"{of}single_cover_{what}": row[f"{of}{what}"] for of in ("", "oracle_") for what in ("intersection", "union")}
         protocol = protocols.get_protocol(name)
         gaps.append(metrics.oracle_iou(row, protocol) - metrics.sample_iou(row, protocol))

@@ -136,9 +136,9 @@ def counted(monkeypatch, rng):
         return Evaluated(model, json.loads((model.parent / "config.json").read_text())["steps"])
 
     monkeypatch.setattr(loop, "train", train)
-    monkeypatch.setattr(loop, "open_data", lambda config: "data")
+    monkeypatch.setattr(loop, "load_dataset", lambda config: "data")
     monkeypatch.setattr(ablation.EvalModel, "load", lambda model: model)
-    monkeypatch.setattr(ablation, "Benchmark", benchmark)
+    monkeypatch.setattr(ablation, "ReferringEvaluation", benchmark)
     return calls
 
 
@@ -178,7 +178,7 @@ def test_a_run_of_another_config_is_not_taken_for_finished(counted, tmp_path):
     assert len(counted["evaluate"]) == 4
 
 
-def test_variants_differ_in_one_thing_and_share_their_towers():
+def test_variants_differ_in_one_thing_and_share_their_encoders():
     """What every variant learns is what the one before learns and one part more; all else comes from the shipped model."""
     learned = {}
     for variant in ablation.VARIANTS:
@@ -191,9 +191,9 @@ def test_variants_differ_in_one_thing_and_share_their_towers():
         brought = {name for text in config.init_from for name in InitSource.open(text, shapes).places}
         assert brought == {name for name, rate in rates.items() if rate is None}
         learned[variant] = set(shapes) - brought
-    assert {name.split("/")[0] for name in learned["baseline"]} == {"decoder", "llm_projector", "background"}
+    assert {name.split("/")[0] for name in learned["baseline"]} == {"mask_decoder", "llm_projector", "background_embed"}
     names = list(ablation.VARIANTS)
-    for before, after, part in zip(names, names[1:], ("/semantic/", "/refinement/", "boundary/"), strict=False):
+    for before, after, part in zip(names, names[1:], ("/semantic_refinement/", "/condition_refinement/", "boundary/"), strict=False):
         assert learned[before] < learned[after] and all(part in f"/{name}" for name in learned[after] - learned[before])
     with pytest.raises(UserError, match=r"no variant 'sr_bar' of the ablation \(did you mean"):
         read("sr_bar")

@@ -41,7 +41,7 @@ def ran(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FlowSegConfig, "tiny", classmethod(tiny))
         for module in ("experiments.stages", "flowseg_jax.training.loop", "flowseg_jax.training.initialization"):
-            patch.setattr(f"{module}.say", said.append)
+            patch.setattr(f"{module}.log", said.append)
         outcome = stages.main(root / "data", root / "runs", size)
     return outcome, root / "runs", said
 
@@ -57,11 +57,11 @@ def test_what_stages_1_and_2_minimise_falls(ran):
 def test_each_stage_hands_on_what_it_has(ran):
     _, runs, said = ran
     parts = {name: load_pretrained(runs / name / "model").params for name in ("stage1", "stage2", "stage3")}
-    assert "llm" not in parts["stage1"] and "decoder" not in parts["stage2"] and {"llm", "decoder"} <= set(parts["stage3"])
+    assert "llm" not in parts["stage1"] and "mask_decoder" not in parts["stage2"] and {"llm", "mask_decoder"} <= set(parts["stage3"])
     sam = [flatten_params(parts[name]["sam"]) for name in ("stage1", "stage2")]
     assert all(np.array_equal(sam[0][path], sam[1][path]) for path in sam[0])  # frozen in stage 2
     fresh = [line for line in said if line.startswith("not found, initialised afresh: ")]
-    assert len(fresh) == 2 and "background" in fresh[1] and "decoder/layers/semantic" in fresh[1]
+    assert len(fresh) == 2 and "background" in fresh[1] and "mask_decoder/layers/semantic_refinement" in fresh[1]
     assert "sam/" not in fresh[1] and "llm/" not in fresh[1] and "pixel_decoder" not in fresh[1]
     assert any("stage1/model: " in line and "not used: category_head" in line for line in said)
 
@@ -71,20 +71,20 @@ def test_each_stage_hands_on_what_it_has(ran):
 def test_every_stage_has_a_config_for_every_language_model(stage, llm):
     config = configs.read(f"configs/{stage}.py:{llm}")
     plan = RunConfig.from_config(config)
-    assert plan.model.components == {"stage1": "segmentor", "stage2": "language", "stage3": "all"}[stage[:6]]
+    assert plan.model.components == {"stage1": "segmentor", "stage2": "vlm", "stage3": "full"}[stage[:6]]
     if llm == "tiny":
         return
     # The scaffold's recipe (xsam_scaffold.md 3.3), with FlowSeg's two epochs of stage 3.
     recipe = {
-        "stage1_segmentor": (64, 36 * 118_287 // 64, 1e-4, 0.05, 0.01, {"sam/patch/kernel": 0.1, "connector/x": 1.0}),
-        "stage2_align": (256, 558_128 // 256, 1e-3, 0.0, 1.0, {"llm/table": None, "sam/x": None, "seg_projector/x": 1.0}),
+        "stage1_segmentor": (64, 36 * 118_287 // 64, 1e-4, 0.05, 0.01, {"sam/patch_embed/kernel": 0.1, "connector/x": 1.0}),
+        "stage2_align": (256, 558_128 // 256, 1e-3, 0.0, 1.0, {"llm/embed_tokens": None, "sam/x": None, "seg_projector/x": 1.0}),
         "stage3_mixed": (
             64,
             config.steps,
             4e-5,
             0.05,
             1.0,
-            {"siglip/x": 0.1, "sam/x": 0.1, "llm/table": 1.0, "decoder/x": 1.0},
+            {"siglip/x": 0.1, "sam/x": 0.1, "llm/embed_tokens": 1.0, "mask_decoder/x": 1.0},
         ),
     }
     batch, steps, rate, decay, clip, multiplied = recipe[stage]

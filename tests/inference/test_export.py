@@ -38,7 +38,7 @@ except ImportError:
     runpy.run_path(sys.argv.pop(1), run_name="__main__")
 """
 TEXTS = ["The  red circle", "it", "that blue star left of the red circle"]
-ROOM = export.ExportShapes(batch=2, phrases=4, text=200)
+SHAPES = export.ExportShapes(batch=2, phrases=4, text=200)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def model_directory(tokenizer_directory, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def exported(model_directory, tmp_path_factory):
-    return export.export(model_directory, tmp_path_factory.mktemp("export") / "out", ROOM)
+    return export.export(model_directory, tmp_path_factory.mktemp("export") / "out", SHAPES)
 
 
 @pytest.fixture(scope="module")
@@ -103,8 +103,17 @@ def test_a_threshold_travels_with_the_export(exported, photo, tmp_path):
     assert not np.array(Image.open(tmp_path / "mask_0.png")).any()
 
 
+def test_an_export_of_the_first_format_is_refused_in_one_line(exported, photo, tmp_path):
+    shutil.copytree(exported, tmp_path / "old")
+    about = json.loads((exported / "export.json").read_text())
+    (tmp_path / "old" / "export.json").write_text(json.dumps(about | {"format_version": 1}))
+    done = alone(tmp_path / "old", photo, tmp_path / "mask", "it")
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    assert "format 1, this script reads format 2: export the checkpoint again" in done.stderr
+
+
 def test_what_the_script_refuses(exported, photo, tmp_path):
-    for texts, message in ((["a <SEG> b"], "contains a mark"), (TEXTS * 2, "has room for 4 of 200")):
+    for texts, message in ((["a <SEG> b"], "contains a special token"), (TEXTS * 2, "has room for 4 of 200")):
         done = alone(exported, photo, tmp_path / "mask", *texts)
         assert done.returncode == 1 and message in done.stderr
     assert not list(tmp_path.iterdir())
@@ -112,39 +121,39 @@ def test_what_the_script_refuses(exported, photo, tmp_path):
 
 def test_the_directory_describes_itself(model_directory, exported):
     assert sorted(path.name for path in exported.iterdir()) == [
-        "ask.jax_export", "export.json", "see.jax_export", "tokenizer.json", "weights.safetensors"
+        "encode_image.jax_export", "export.json", "predict.jax_export", "tokenizer.json", "weights.safetensors"
     ]  # fmt: skip
     about = json.loads((exported / "export.json").read_text())
     assert about["platforms"] == ["cpu", "tpu", "cuda"] and about["checkpoint"]["step"] == 7
-    inputs = about["programs"]["see"]["inputs"]
-    assert inputs["images"] == [[2, 32, 32, 3], "uint8"] and inputs["vision_images"] == [[2, 16, 16, 3], "uint8"]
-    assert about["programs"]["ask"]["inputs"]["tokens"] == [[2, 200], "int32"]
-    assert about["programs"]["ask"]["outputs"]["query"] == [[2, 4], "int32"]
+    inputs = about["programs"]["encode_image"]["inputs"]
+    assert inputs["sam_images"] == [[2, 32, 32, 3], "uint8"] and inputs["siglip_images"] == [[2, 16, 16, 3], "uint8"]
+    assert about["programs"]["predict"]["inputs"]["input_ids"] == [[2, 200], "int32"]
+    assert about["programs"]["predict"]["outputs"]["query"] == [[2, 4], "int32"]
     stored = json.loads((model_directory / "config.json").read_text())["manifest"]
     weights = export.safetensors.numpy.load_file(exported / "weights.safetensors")
     assert export.manifest(weights) == stored and {str(x.dtype) for x in weights.values()} == {"bfloat16"}
-    for name in ("see", "ask"):
+    for name in ("encode_image", "predict"):
         program = export.jax_export.deserialize(bytearray((exported / f"{name}.jax_export").read_bytes()))
         assert program.platforms == ("cpu", "tpu", "cuda") and not program.disabled_safety_checks
 
 
-def test_questions_are_found_in_token_ids(tokenizer_directory):
-    """As the batching makes them on the host, but for the slots of the ends."""
+def test_queries_are_found_in_token_ids(tokenizer_directory):
+    """As the batching makes them on the host, but for the places of the ends."""
     tokenizer, prompts = load_tokenizer(tokenizer_directory), PromptTemplates(randomize=False)
-    wording = export.PromptTokens.of(prompts, tokenizer, 4)
+    prompt = export.PromptTokens.of(prompts, tokenizer, 4)
     said = [collate.encode_conversation(c, prompts, tokenizer, "") for c in collate.make_conversations(prompts, TEXTS)]
     phrases = [tokenizer.encode(f"<p>{' '.join(text.lower().split())}</p>") for text in TEXTS]
-    ids = [[*wording.before, *phrase, *wording.after] for phrase in phrases]
-    assert ids == [one.tokens for one in said]
+    ids = [[*prompt.before, *phrase, *prompt.after] for phrase in phrases]
+    assert ids == [one.input_ids for one in said]
     row = [token for one in ids for token in (*one, export.END)]
     tokens = np.full((2, len(row) + 3), export.END, np.int32)  # the second image is asked nothing
     tokens[0, : len(row)] = row
-    found = export.questions(tokens, 4, wording)
+    found = export.queries_from_tokens(tokens, 4, prompt)
     shape = (2, 4, len(row) - len(ids))
-    want = collate.collate_queries([said], shape, len(wording.prefix), tokenizer.pad, [""])
-    for name in ("tokens", "positions", "segments", "phrase_ids", "seg_ids"):
+    want = collate.collate_queries([said], shape, len(prompt.prefix), tokenizer.pad, [""])
+    for name in ("input_ids", "position_ids", "segment_ids", "phrase_ids", "seg_ids"):
         np.testing.assert_array_equal(np.array(getattr(found, name))[0][tokens[0] != export.END], getattr(want, name)[0], name)
-    for name in ("segments", "phrase_ids", "seg_ids"):
+    for name in ("segment_ids", "phrase_ids", "seg_ids"):
         assert (np.array(getattr(found, name))[tokens == export.END] == -1).all()
     np.testing.assert_array_equal(found.query_valid, want.query_valid)
 
@@ -165,7 +174,7 @@ def test_mistakes(model_directory, tokenizer_directory, tmp_path):
     fails("full exists", out=tmp_path / "full")
     cfg = small.lean(components="vlm")
     language = save_pretrained(tmp_path / "language", {"x": np.zeros(1)}, cfg.to_dict(), tokenizer_directory)
-    fails("holds only the parts 'language'", checkpoint=language)
+    fails("holds only the components 'vlm'", checkpoint=language)
 
 
 def test_programs_have_no_kernels_but_models_do():

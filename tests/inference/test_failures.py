@@ -67,7 +67,7 @@ def failing(original, error):
 def test_whatever_a_picture_raises(command, model, tmp_path, monkeypatch, capsys, where, error):  # noqa: F811
     pictures(tmp_path / "in", b"a.png", b"b.png", b"c.png")
     owner, name = {
-        "decoding": (model, "prepare"),
+        "decoding": (model, "preprocess"),
         "asking": (model, "_candidates_of"),
         "drawing": (overlay, "overlay"),
         "writing": (Image.Image, "save"),

@@ -73,7 +73,9 @@ def segmentor(tokenizer_directory, gain=1.0):
     graphdef, state = nnx.split(Thresholds())
     params = nnx.to_pure_dict(state)
     params["gain"] = params["gain"] * gain
-    return predict.Segmentor(graphdef, params, load_tokenizer(tokenizer_directory), image=SIDE, vision=16, visual_tokens=4)
+    return predict.Segmentor(
+        graphdef, params, load_tokenizer(tokenizer_directory), sam_size=SIDE, siglip_size=16, visual_tokens=4
+    )
 
 
 @pytest.fixture(scope="module")
@@ -258,9 +260,9 @@ def test_a_threshold_of_the_model_directory(model_directory, tmp_path):
                 predict.load(directory)
             continue
         segmentor = predict.load(directory)
-        look = segmentor.encode_image(Image.fromarray(picture()))
-        assert not segmentor.predict(look, ["it"])[0].found
-        assert segmentor.predict(look, ["it"], no_target_threshold=0)[0].mask.any(), "what is asked for wins"
+        encoded = segmentor.encode_image(Image.fromarray(picture()))
+        assert not segmentor.predict(encoded, ["it"])[0].found
+        assert segmentor.predict(encoded, ["it"], no_target_threshold=0)[0].mask.any(), "what is asked for wins"
 
 
 # ------------------------------------------------------------------------------------------------------- candidates to answers
@@ -288,14 +290,20 @@ def test_what_is_the_answer():
     union = answer_of(nested, score_threshold=0.8)
     assert union.mask.all() and [c.query for c in union.candidates] == [0, 1]
     assert answer_of(nested, no_target_threshold=0.9).found
-    for selection in ({"no_target_threshold": 0.91}, {"score_threshold": 0.91}, {"no_target_threshold": 0.91, "score_threshold": 0.1}):
+    for selection in (
+        {"no_target_threshold": 0.91},
+        {"score_threshold": 0.91},
+        {"no_target_threshold": 0.91, "score_threshold": 0.1},
+    ):
         none = answer_of(nested, **selection)
         assert (none.found, none.mask.any(), none.score) == (False, False, 0.9)
         assert none.to_json()["area"] == 0 and none.to_json()["found"] is False
     assert "rle" not in json.dumps(answer_of(nested).to_json(rle=False))
 
 
-@pytest.mark.parametrize("selection", [{"top_k": 0}, {"score_threshold": 1.1}, {"no_target_threshold": -0.1}, {"score_threshold": np.nan}])
+@pytest.mark.parametrize(
+    "selection", [{"top_k": 0}, {"score_threshold": 1.1}, {"no_target_threshold": -0.1}, {"score_threshold": np.nan}]
+)
 def test_selections_that_make_no_sense(selection):
     with pytest.raises(UserError, match=f"{next(iter(selection))} is"):
         SelectionConfig(**selection)
@@ -434,14 +442,14 @@ def test_mistakes_of_the_call(command, folder, tmp_path, flags, message):
 
 
 def test_the_latency_line_compiles_nothing(model, folder, capsys):
-    ready, texts = model.prepare(folder / "a.png"), ["it", "the red circle"]
-    model.ask(model.encode_image(ready), texts)
-    before = model._ask._cache_size(), model._see._cache_size()
-    line = batch.latency(model, ready, texts, model.ask)
+    ready, texts = model.preprocess(folder / "a.png"), ["it", "the red circle"]
+    model.predict(model.encode_image(ready), texts)
+    before = model._predict._cache_size(), model._prefill._cache_size()
+    line = batch.latency(model, ready, texts, model.predict)
     number = r"(\d+\.\d)"
-    found = re.match(f"warm latency: first expression {number} ms, each further one {number} ms; looking .* {number} ms", line)
-    first, further, look = map(float, found.groups())
-    assert abs(first - further - look) < 0.11 and before == (model._ask._cache_size(), model._see._cache_size())
+    found = re.match(f"warm latency: first expression {number} ms, each further one {number} ms; encoding .* {number} ms", line)
+    first, further, encoding = map(float, found.groups())
+    assert abs(first - further - encoding) < 0.11 and before == (model._predict._cache_size(), model._prefill._cache_size())
 
 
 # --------------------------------------------------------------------------------------- answers that the model writes itself
@@ -463,22 +471,22 @@ def taught(tokenizer_directory):
     cfg = dataclasses.replace(cfg, llm=dataclasses.replace(cfg.llm, tie_word_embeddings=False))
     graphdef, _ = flowseg.abstract_model(cfg)
     params = random_params(cfg)
-    params["llm"]["table"] = np.random.default_rng(1).normal(size=params["llm"]["table"].shape).astype(np.float32)
+    params["llm"]["embed_tokens"] = np.random.default_rng(1).normal(size=params["llm"]["embed_tokens"].shape).astype(np.float32)
     make = functools.partial(
         predict.Segmentor,
         graphdef,
         tokenizer=tokenizer,
-        image=96,
-        vision=cfg.siglip.image_size,
+        sam_size=96,
+        siglip_size=cfg.siglip.image_size,
         visual_tokens=cfg.num_visual_tokens,
     )
-    seen = make(params).encode_image(Image.fromarray(picture())).seen
+    seen = make(params).encode_image(Image.fromarray(picture())).cache
 
     @jax.jit
     def read(seen, questions):
         llm = flowseg.bind_params(graphdef, params).llm
-        embeds = llm.embed(questions.tokens, seen.cache.keys.dtype)
-        return llm.extend(seen.cache, embeds, questions.positions, questions.segments)[0]
+        embeds = llm.embed(questions.input_ids, seen.kv_cache.keys.dtype)
+        return llm.extend(seen.kv_cache, embeds, questions.position_ids, questions.segment_ids)[0]
 
     questions = {prompts.referring(text, 0).turns[0].question: answer for text, answer in ASKED.items()} | CHATS
     hidden, follows = [], []
@@ -492,7 +500,7 @@ def taught(tokenizer_directory):
         hidden.append(np.asarray(read(seen, packed))[0, len(asked) - 1 : len(asked + said) - 1])
         follows += said
     wanted = 20.0 * np.eye(tokenizer.vocab)[follows]
-    params["llm"]["head"] = np.linalg.lstsq(np.concatenate(hidden).astype(float), wanted, rcond=None)[0].T.astype(np.float32)
+    params["llm"]["lm_head"] = np.linalg.lstsq(np.concatenate(hidden).astype(float), wanted, rcond=None)[0].T.astype(np.float32)
     return make(params), params, graphdef, tokenizer
 
 
@@ -508,43 +516,43 @@ def squeezed(text):
 
 def test_an_answer_that_it_writes_is_the_one_that_it_is_handed(taught):
     segmentor = taught[0]
-    look = segmentor.encode_image(Image.fromarray(picture()))
-    several, one, none = segmentor.generate(look, ["it", "the red circle", "that"], top_k=3)
+    encoded = segmentor.encode_image(Image.fromarray(picture()))
+    several, one, none = segmentor.generate(encoded, ["it", "the red circle", "that"], top_k=3)
     assert squeezed(one.text) == "<SEG>." and one.complete and len(one.predictions) == 1
     assert one.predictions[0].phrase == "the red circle"
-    assert_alike(one.predictions[0], segmentor.predict(look, ["the red circle"], top_k=3)[0])
+    assert_alike(one.predictions[0], segmentor.predict(encoded, ["the red circle"], top_k=3)[0])
     assert squeezed(several.text) == squeezed(TWO) and [p.phrase for p in several.predictions] == ["the star", "it"]
     assert squeezed(none.text) == "thereisnone." and none.complete and not none.predictions
     assert (none.failure, one.failure) == ("no <SEG>", None)
-    cut = segmentor.generate(look, ["that"], max_new_tokens=2)[0]
+    cut = segmentor.generate(encoded, ["that"], max_new_tokens=2)[0]
     assert not cut.complete and squeezed("thereisnone.").startswith(squeezed(cut.text))
 
 
 def test_each_seg_has_the_phrase_that_the_answer_gives_it(taught):
     """Against the same words handed over, the spans of the answer numbered 0 and 1, that of the question left over."""
     segmentor, params, graphdef, tokenizer = taught
-    look = segmentor.encode_image(Image.fromarray(picture()))
+    encoded = segmentor.encode_image(Image.fromarray(picture()))
     prompts = PromptTemplates(randomize=False)
     turn = Turn(prompts.referring("it", 0).turns[0].question, TWO)
     encoded = collate.encode_conversation(Conversation((turn,), (2, 0, 1), (0, 1)), prompts, tokenizer, "x")
-    prefix = look.seen.cache.positions.shape[1]
+    prefix = encoded.cache.kv_cache.positions.shape[1]
     questions = collate.collate_queries([[encoded]], (1, 4, 64), prefix, 0, ["x"])
-    found = jax.jit(lambda params: flowseg.bind_params(graphdef, params).predict_cached(look.seen, questions))(params)
+    found = jax.jit(lambda params: flowseg.bind_params(graphdef, params).predict_cached(encoded.cache, questions))(params)
     best = postprocess.top_k_masks(found.scores, found.mask_logits, 3)
-    for k, prediction in enumerate(segmentor.generate(look, ["it"], top_k=3)[0].predictions):
+    for k, prediction in enumerate(segmentor.generate(encoded, ["it"], top_k=3)[0].predictions):
         assert [c.query for c in prediction.candidates] == best.query[0, k].tolist()
         np.testing.assert_allclose([c.score for c in prediction.candidates], best.score[0, k], rtol=1e-4)
 
 
 def test_chat(taught):
     segmentor = taught[0]
-    look = segmentor.encode_image(Image.fromarray(picture()))
-    words, grounded, nameless = segmentor.chat(look, list(CHATS))
+    encoded = segmentor.encode_image(Image.fromarray(picture()))
+    words, grounded, nameless = segmentor.chat(encoded, list(CHATS))
     assert [squeezed(a.text) for a in (words, grounded, nameless)] == [squeezed(answer) for answer in CHATS.values()]
     assert [p.phrase for p in grounded.predictions] == ["it"] and not words.predictions
     assert not nameless.predictions, "a <SEG> that stands for no phrase has no mask"
     with pytest.raises(UserError, match="max_new_tokens is 0"):
-        segmentor.chat(look, ["show me"], max_new_tokens=0)
+        segmentor.chat(encoded, ["show me"], max_new_tokens=0)
 
 
 def test_the_command_tells_what_the_model_wrote(taught, monkeypatch, tmp_path, capsys):
@@ -574,7 +582,7 @@ def test_the_command_tells_what_the_model_wrote(taught, monkeypatch, tmp_path, c
 
 def test_an_evaluation_counts_what_it_did_not_write_as_failed(taught):
     segmentor, params, graphdef, tokenizer = taught
-    look = segmentor.encode_image(Image.fromarray(picture()))
+    encoded = segmentor.encode_image(Image.fromarray(picture()))
     prompts = PromptTemplates(randomize=False)
     texts = ["that", "the red circle"]
     ids = [tokenizer.encode(prompts.referring(text, 0).turns[0].question + prompts.template.assistant_prefix) for text in texts]
@@ -587,9 +595,9 @@ def test_an_evaluation_counts_what_it_did_not_write_as_failed(taught):
         model = flowseg.bind_params(graphdef, params)
         return generate.generate_and_segment(model, seen, asked, marks=marks, max_new_tokens=8, eos=eos)
 
-    found, has_seg = answer(params, look.seen)
+    found, has_seg = answer(params, encoded.cache)
     assert has_seg.tolist() == [[False, True, False, False]]
     assert np.isnan(found.scores[0, 0]).all()
-    best = segmentor.predict(look, ["the red circle"], top_k=1)[0].candidates[0]
+    best = segmentor.predict(encoded, ["the red circle"], top_k=1)[0].candidates[0]
     assert int(found.scores[0, 1].argmax()) == best.query
     np.testing.assert_allclose(found.scores[0, 1].max(), best.score, rtol=1e-4)

@@ -64,7 +64,7 @@ def test_three_hundred_calls_of_random_sizes_and_texts(capsys):
         programs.append(len(compiled))
     with capsys.disabled():
         print(f"\nafter 100, 200, 300, 600 and 900 calls: {memory} MiB resident, {programs} compilations; {len(shapes)} shapes")
-    assert segmentor._restore._cache_size() == len(shapes) <= 4 * 6 * 6
-    assert segmentor._see._cache_size() == 1 and segmentor._ask._cache_size() <= 4 * 12
+    assert segmentor._upsample._cache_size() == len(shapes) <= 4 * 6 * 6
+    assert segmentor._prefill._cache_size() == 1 and segmentor._predict._cache_size() <= 4 * 12
     assert programs[2] == programs[3] == programs[4] <= 4 * 6 * 6 + 4 * 12 + 20
     assert memory[4] - memory[3] < 32, memory
