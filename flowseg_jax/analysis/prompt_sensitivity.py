@@ -1,8 +1,8 @@
 """How much a result depends on the prompt template of the question and of the given answer.
 
 The same samples are evaluated once with every pair of a question and an answer of `data.prompts`. Published numbers come from
-one prompt template, or from templates drawn at random; the spread over all of them says how much a difference between two models
-must exceed to be about the models. Choosing the best prompt template here and reporting its number would be fitting to the split.
+one prompt template, or from templates drawn at random. The spread over all of them says how much a difference between two
+models must exceed to be about the models. Choosing the best template here and reporting its number would fit the split.
 """
 
 from __future__ import annotations
@@ -89,8 +89,8 @@ def run(source: AnalysisRunner, out: Path) -> Path:
         page.table(["", "answer"], [[str(i), REFERRING_ANSWERS[i]] for i in answers]),
     ]
     about = [
-        f"{rows[0]['n']} samples of {source.split}, {source.about['images'] or 'all'} images, {len(rows)} templates; the model's"
-        f" own are question {fixed.question} and answer {fixed.answer}."
+        f"{rows[0]['n']} samples of {source.split}, {source.about['images'] or 'all'} images, {len(rows)} templates; the"
+        f" model's own are question {fixed.question} and answer {fixed.answer}."
     ]
     result = {**source.about, "spread": spread, "templates": rows}
     return page.write(out, f"prompt_sensitivity_{source.split}", f"Prompt templates: {source.split}", about, result, body)

@@ -193,7 +193,8 @@ def test_variants_differ_in_one_thing_and_share_their_encoders():
         learned[variant] = set(shapes) - brought
     assert {name.split("/")[0] for name in learned["baseline"]} == {"mask_decoder", "llm_projector", "background_embed"}
     names = list(ablation.VARIANTS)
-    for before, after, part in zip(names, names[1:], ("/semantic_refinement/", "/condition_refinement/", "boundary/"), strict=False):
+    parts = ("/semantic_refinement/", "/condition_refinement/", "boundary/")
+    for before, after, part in zip(names, names[1:], parts, strict=False):
         assert learned[before] < learned[after] and all(part in f"/{name}" for name in learned[after] - learned[before])
     with pytest.raises(UserError, match=r"no variant 'sr_bar' of the ablation \(did you mean"):
         read("sr_bar")

@@ -57,7 +57,8 @@ def test_what_stages_1_and_2_minimise_falls(ran):
 def test_each_stage_hands_on_what_it_has(ran):
     _, runs, said = ran
     parts = {name: load_pretrained(runs / name / "model").params for name in ("stage1", "stage2", "stage3")}
-    assert "llm" not in parts["stage1"] and "mask_decoder" not in parts["stage2"] and {"llm", "mask_decoder"} <= set(parts["stage3"])
+    assert "llm" not in parts["stage1"] and "mask_decoder" not in parts["stage2"]
+    assert {"llm", "mask_decoder"} <= set(parts["stage3"])
     sam = [flatten_params(parts[name]["sam"]) for name in ("stage1", "stage2")]
     assert all(np.array_equal(sam[0][path], sam[1][path]) for path in sam[0])  # frozen in stage 2
     fresh = [line for line in said if line.startswith("not found, initialised afresh: ")]
@@ -74,10 +75,17 @@ def test_every_stage_has_a_config_for_every_language_model(stage, llm):
     assert plan.model.components == {"stage1": "segmentor", "stage2": "vlm", "stage3": "full"}[stage[:6]]
     if llm == "tiny":
         return
-    # The scaffold's recipe (xsam_scaffold.md 3.3), with FlowSeg's two epochs of stage 3.
+    # X-SAM's recipe, with FlowSeg's two epochs of stage 3.
     recipe = {
         "stage1_segmentor": (64, 36 * 118_287 // 64, 1e-4, 0.05, 0.01, {"sam/patch_embed/kernel": 0.1, "connector/x": 1.0}),
-        "stage2_align": (256, 558_128 // 256, 1e-3, 0.0, 1.0, {"llm/embed_tokens": None, "sam/x": None, "seg_projector/x": 1.0}),
+        "stage2_align": (
+            256,
+            558_128 // 256,
+            1e-3,
+            0.0,
+            1.0,
+            {"llm/embed_tokens": None, "sam/x": None, "seg_projector/x": 1.0},
+        ),
         "stage3_mixed": (
             64,
             config.steps,
