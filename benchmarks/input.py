@@ -74,7 +74,7 @@ def write_pictures(directory: Path) -> Path:
 
 
 class Ours:
-    """One epoch of `TrainData` a call."""
+    """One epoch of `TrainDataset` per call."""
 
     def __init__(self, prepared: Path):
         data = PreparedDataset.open(prepared)
