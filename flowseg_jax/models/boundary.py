@@ -76,7 +76,7 @@ class BoundaryRefinement(nnx.Module):
     def __call__(self, masks: Float[Array, "b n h w"], features: Float[Array, "b h w d"]) -> Float[Array, "b n h w"]:
         """Refines mask logits [B, N, h, w] with the mask features [B, h, w, D] of their images; float32 in and out."""
         masks = masks.astype(jnp.float32)
-        edge = jax.lax.stop_gradient(boundary_band(jax.nn.sigmoid(masks), self.kernel, self.eps))
+        band = self.band(masks)
         # The convolution is linear in its channels: the features' share is computed once an image, not once a mask. And to one
         # channel it is a product with its nine taps, each moved to its place: compilers need long for convolutions this thin.
         kernel, compressed = self.refine_conv.kernel[..., 0], self.feature_proj(features)
@@ -86,4 +86,8 @@ class BoundaryRefinement(nnx.Module):
         shared = conv3x3_to_one_channel(lambda y, x: of_features[3 * y + x])
         own = conv3x3_to_one_channel(lambda y, x: masks * kernel[y, x, 0])
         delta = jnp.tanh(own + shared[:, None] + self.refine_conv.bias[...]) * self.alpha[...]
-        return jnp.where(edge > 0, masks + delta, masks)
+        return jnp.where(band > 0, masks + delta, masks)
+
+    def band(self, masks: Float[Array, "*b h w"]) -> Float[Array, "*b h w"]:
+        """B, 1 where mask logits may change and 0 elsewhere: where the probabilities rise or fall. Without a gradient."""
+        return jax.lax.stop_gradient(boundary_band(jax.nn.sigmoid(masks), self.kernel, self.eps))

@@ -383,9 +383,12 @@ class FlowSeg(nnx.Module):
             _, cache = self.llm.prefill(embeds, place, jnp.zeros_like(place), length)
         return ImageCache(features.mask_features, features.multi_scale_features, cache)
 
-    def predict_cached(self, seen: ImageCache, questions: ExpressionQueries) -> MaskCandidates:
-        """All candidates of every phrase about images that have been seen; the numbers are those of `segment`."""
-        return self.decode_masks(seen.mask_features, seen.multi_scale_features, *self.encode_text_cached(seen, questions))
+    def predict_cached(
+        self, seen: ImageCache, questions: ExpressionQueries, out: dict[str, Any] | None = None
+    ) -> MaskCandidates:
+        """All candidates of every phrase about encoded images, the numbers of `predict`; `out` as in `decode_masks`."""
+        texts = self.encode_text_cached(seen, questions)
+        return self.decode_masks(seen.mask_features, seen.multi_scale_features, *texts, out)
 
     def encode_text_cached(
         self, seen: ImageCache, questions: ExpressionQueries
@@ -404,18 +407,22 @@ class FlowSeg(nnx.Module):
         levels: tuple[Float[Array, "b _ _ d"], ...],
         phrases: Float[Array, "b k d"],
         segs: Float[Array, "b k d"],
+        out: dict[str, Any] | None = None,
     ) -> MaskCandidates:
         """All candidates of phrases (C) and outputs (S) that belong together one by one.
 
-        A phrase is scored against the background alone: a conversation is its own group.
+        A phrase is scored against the background alone: a conversation is its own group. `out`, if given, gets the decoder's
+        intermediates (`MaskDecoder.__call__`) and its predictions after every layer, `decoder_output`.
         """
         b, k, _ = phrases.shape
         yes = jnp.ones((b * k, 1), bool)
         conditions = append_background(phrases.reshape(b * k, 1, -1), yes, yes, self.background_embed[...])
         with jax.named_scope("mask_decoder"):
-            out = self.mask_decoder(mask_features, levels, k, conditions, segs.reshape(b * k, -1))
-        scores = jax.nn.softmax(out.class_logits[-1], -1)[..., 0].reshape(b, k, -1)
-        embeds = out.mask_embeds[-1].reshape(b, -1, out.mask_embeds.shape[-1])
+            found = self.mask_decoder(mask_features, levels, k, conditions, segs.reshape(b * k, -1), out)
+        if out is not None:
+            out["decoder_output"] = found
+        scores = jax.nn.softmax(found.class_logits[-1], -1)[..., 0].reshape(b, k, -1)
+        embeds = found.mask_embeds[-1].reshape(b, -1, found.mask_embeds.shape[-1])
         masks = mask_logits(embeds, mask_features)
         return MaskCandidates(scores, masks.reshape(*scores.shape, *masks.shape[2:]), mask_features)
 

@@ -11,6 +11,7 @@ which they compute only the masks they need (`mask_logits`).
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -154,11 +155,12 @@ class DecoderLayer(nnx.Module):
         position: Float[Array, "q d"],
         embeds: Float[Array, "p n d"] | None,
         conditions: Conditions | None,
+        out: dict[str, Array] | None = None,
     ) -> Float[Array, "p q d"]:
-        """SR, then self-attention among the queries of a pass: Q_s."""
+        """SR, then self-attention among the queries of a pass: Q_s. `out` as in `SemanticRefinement`."""
         x = q_vis
         if conditions is not None and self.semantic_refinement is not None:
-            x = self.semantic_refinement(x, position, embeds, conditions.attend_mask)
+            x = self.semantic_refinement(x, position, embeds, conditions.attend_mask, out)
         return self.self_attn_layer_norm(x + self.self_attn(x + position, x + position, x))
 
     def feed_forward_and_refine_conditions(
@@ -252,15 +254,23 @@ class MaskDecoder(nnx.Module):
         passes: int,
         conditions: Conditions | None = None,
         seg_embeds: Float[Array, "p d"] | None = None,
+        out: dict[str, Any] | None = None,
     ) -> DecoderOutput:
-        """Decodes `passes` passes an image (P = B * passes, the passes of an image adjacent).
+        """Decodes `passes` passes per image (P = B * passes, the passes of an image adjacent).
 
         Args:
             mask_features: [B, h, w, F].
             levels: memory maps, low to high resolution.
-            passes: R, decoder passes an image.
+            passes: R, decoder passes per image.
             conditions: of all P passes; None for a language-free decoder call.
             seg_embeds: S, added to every query of its pass; zeros for a pass without.
+            out: if given, gets the intermediates (nothing is computed for them otherwise):
+                memories: list of `LevelMemory`. query_init [P, Q, D], query_pos [Q, D].
+                conditions [J, P, N, D]: C(j), with conditions.
+                attention_mask [L, P, Q, S']: where each query may attend, S' the positions of the largest level; those that the
+                    layer's level does not have are False.
+                after_cross_attn, after_self_attn, after_mlp [L, P, Q, D]: the queries in and after each layer.
+                gate [L, P, Q, D]: of SR, with SR and conditions.
         """
         cfg, b = self.cfg, mask_features.shape[0]
         if len(levels) != cfg.num_levels:
@@ -271,27 +281,39 @@ class MaskDecoder(nnx.Module):
         embeds = None if conditions is None else conditions.embeds.astype(dtype)
         memories = [self.prepare_level(index, level, mask_features) for index, level in enumerate(levels)]
         graphdef, stacked = nnx.split(self.layers)
+        largest = max(len(memory.positions) for memory in memories)
 
         def body(carry, inputs):
             x, embeds = carry
             index, params = inputs
             layer = nnx.merge(graphdef, params)
             prediction = self.prediction_heads(x, embeds, conditions)
+            kept: dict[str, Array] | None = None if out is None else {}
 
-            def attend(memory: LevelMemory) -> Array:
+            def attend(memory: LevelMemory) -> tuple[Array, Array | None]:
                 allowed = self.attention_mask(prediction[1], memory)
-                return layer.cross_attention_block(x, position, memory.values, memory.positions, allowed)
+                q_vis = layer.cross_attention_block(x, position, memory.values, memory.positions, allowed)
+                missing = largest - allowed.shape[-1]
+                return q_vis, None if kept is None else jnp.pad(allowed, ((0, 0), (0, 0), (0, missing)))
 
             branches = [lambda memory=memory: attend(memory) for memory in memories]
-            q_vis = jax.lax.switch(index % len(branches), branches)
-            return layer.feed_forward_and_refine_conditions(
-                layer.refine_and_self_attend(q_vis, position, embeds, conditions), embeds, conditions
-            ), prediction
+            q_vis, allowed = jax.lax.switch(index % len(branches), branches)
+            found = layer.refine_and_self_attend(q_vis, position, embeds, conditions, kept)
+            carry = layer.feed_forward_and_refine_conditions(found, embeds, conditions)
+            if kept is not None:
+                kept |= {"attention_mask": allowed, "after_cross_attn": q_vis, "after_self_attn": found, "after_mlp": carry[0]}
+                kept |= {} if embeds is None else {"conditions": embeds}
+            return carry, (prediction, kept)
 
         steps = (jnp.arange(cfg.num_layers), nnx.to_pure_dict(stacked))
-        (x, embeds), outputs = jax.lax.scan(remat(body, cfg.remat), (x, embeds), steps)
+        start = x
+        (x, embeds), (outputs, kept) = jax.lax.scan(remat(body, cfg.remat), (x, embeds), steps)
         last = self.prediction_heads(x, embeds, conditions)
         queries, mask_embeds, logits = jax.tree.map(lambda ys, y: jnp.concatenate([ys, y[None]]), outputs, last)
+        if out is not None:
+            out |= kept | {"memories": memories, "query_init": start, "query_pos": position}
+            if embeds is not None:
+                out["conditions"] = jnp.concatenate([kept["conditions"], embeds[None]])
         return DecoderOutput(queries, mask_embeds, logits)
 
     @staticmethod

@@ -83,12 +83,16 @@ class SemanticRefinement(nnx.Module):
         position: Float[Array, "q d"],
         conditions: Float[Array, "p n d"],
         own: Bool[Array, "p n"],
+        out: dict[str, Array] | None = None,
     ) -> Float[Array, "p q d"]:
+        """The queries with language in them; `out`, if given, gets `gate` [P, Q, D]: 1 keeps vision, 0 takes language."""
         mask = jnp.broadcast_to(own[:, None, None, :], (own.shape[0], 1, q_vis.shape[1], own.shape[1]))
         q_sem = q_vis + self.attn(q_vis + position, conditions, conditions, mask=mask)
         if self.norm is not None:
             q_sem = self.norm(q_sem)
         gate = jax.nn.sigmoid(self.gate(jnp.concatenate([q_vis, q_sem], -1)))
+        if out is not None:
+            out["gate"] = gate
         # Written as a correction of Q_sem: exact where both agree, which the warm start relies on.
         fused = q_sem + gate * (q_vis - q_sem)
         return jnp.where(own.any(-1)[:, None, None], fused, q_vis)
