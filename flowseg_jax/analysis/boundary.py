@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import cv2
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
@@ -26,7 +25,6 @@ from flowseg_jax.analysis.runner import AnalysisRunner, SampleResult
 from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation import metrics, postprocess
 from flowseg_jax.models.flowseg import FlowSeg, ImageCache
-from flowseg_jax.ops.morphology import boundary_band
 from flowseg_jax.reports import plots
 from flowseg_jax.types import ExpressionQueries
 
@@ -50,7 +48,7 @@ def before_and_after(
     before = postprocess.top_k_masks(found.scores, found.mask_logits, 1).logits[:, :, 0]
     after = model.refine_masks(before, found.mask_features)
     area = lambda cells: (cells * inside[:, None]).sum((-2, -1))  # noqa: E731
-    edge = boundary_band(jax.nn.sigmoid(before), model.boundary.kernel, model.boundary.eps)
+    edge = model.boundary.band(before)
     whole = area(jnp.ones_like(before))
     return {"band": area(edge) / whole, "mask": area(before > 0) / whole}, jnp.stack([before, after], 2)
 

@@ -11,12 +11,11 @@ condition there, bg(j) the background row, q a query as the class head sees it. 
     step, drift      |C(j) - C(j-1)| and |C(j) - C(0)|, as shares of |C(0)|: what CR has changed
     IoU selected, IoU best    of these queries' masks before BAR, at the original size
 
-The model does not carry C(j) and the gates out of its scan; `decode_with_trace` runs the decoder's own layers for them.
+C(j) and the gates are intermediates that the mask decoder gives on request (`MaskDecoder.__call__`).
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,99 +23,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Float
 
 from flowseg_jax.analysis import page
 from flowseg_jax.analysis.runner import AnalysisRunner, SampleResult
 from flowseg_jax.evaluation import postprocess
-from flowseg_jax.models.flowseg import FlowSeg, ImageCache, append_background
-from flowseg_jax.models.mask_decoder import LevelMemory, MaskDecoder, mask_logits
-from flowseg_jax.models.semantic_flow import Conditions, SemanticRefinement
+from flowseg_jax.models.flowseg import FlowSeg, ImageCache
+from flowseg_jax.models.mask_decoder import mask_logits
 from flowseg_jax.reports import plots
 from flowseg_jax.types import ExpressionQueries
 
 EXAMPLES = 6  # on the page
 FIGURES = ("margin", "cosine_selected", "cosine_best", "gate", "step", "drift")
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class DecoderTrace:
-    """The decoder's predictions with what it computes on the way; J = L + 1 predictions, P passes.
-
-    Attributes:
-        queries: [J, P, Q, D], as the heads see them.
-        mask_embeds: [J, P, Q, F].
-        class_logits: [J, P, Q, N].
-        conditions: [J, P, N, D], C(j).
-        gate: float32 [J, P], mean of SR's gate over queries and channels; NaN before the first layer and without SR.
-    """
-
-    queries: Float[Array, "j p q d"]
-    mask_embeds: Float[Array, "j p q f"]
-    class_logits: Float[Array, "j p q n"]
-    conditions: Float[Array, "j p n d"]
-    gate: Float[Array, "j p"]
-
-
-def gate_of(
-    semantic: SemanticRefinement,
-    q_vis: Float[Array, "p q d"],
-    position: Float[Array, "q d"],
-    embeds: Float[Array, "p n d"],
-    conditions: Conditions,
-) -> tuple[Float[Array, "p q d"], Float[Array, "p q d"]]:
-    """SR's gate and Q_sem, as `SemanticRefinement` computes them from Q_vis and C; it puts out Q_sem + gate (Q_vis - Q_sem)."""
-    own = conditions.attend_mask
-    mask = jnp.broadcast_to(own[:, None, None, :], (own.shape[0], 1, q_vis.shape[1], own.shape[1]))
-    q_sem = q_vis + semantic.attn(q_vis + position, embeds, embeds, mask=mask)
-    if semantic.norm is not None:
-        q_sem = semantic.norm(q_sem)
-    return jax.nn.sigmoid(semantic.gate(jnp.concatenate([q_vis, q_sem], -1))), q_sem
-
-
-def decode_with_trace(
-    decoder: MaskDecoder,
-    mask_features: Float[Array, "b h w f"],
-    levels: Sequence[Float[Array, "b _ _ d"]],
-    passes: int,
-    conditions: Conditions,
-    seg_embeds: Float[Array, "p d"],
-) -> DecoderTrace:
-    """`MaskDecoder.__call__` with the same arguments, from the same layers, that also yields C(j) and the gates."""
-    dtype = mask_features.dtype
-    position = decoder.queries_embedder[...].astype(dtype)
-    x = decoder.init_queries(mask_features.shape[0] * passes, seg_embeds, dtype)
-    embeds = conditions.embeds.astype(dtype)
-    memories = [decoder.prepare_level(index, level, mask_features) for index, level in enumerate(levels)]
-    graphdef, stacked = nnx.split(decoder.layers)
-    nothing = jnp.full(x.shape[0], jnp.nan, jnp.float32)
-
-    def body(carry, inputs):
-        x, embeds = carry
-        index, params = inputs
-        layer = nnx.merge(graphdef, params)
-        prediction = decoder.prediction_heads(x, embeds, conditions)
-
-        def attend(memory: LevelMemory) -> Array:
-            allowed = decoder.attention_mask(prediction[1], memory)
-            return layer.cross_attention_block(x, position, memory.values, memory.positions, allowed)
-
-        q_vis = jax.lax.switch(index % len(memories), [lambda memory=memory: attend(memory) for memory in memories])
-        gate = nothing
-        if layer.semantic_refinement is not None:
-            gate = gate_of(layer.semantic_refinement, q_vis, position, embeds, conditions)[0].astype(jnp.float32).mean((1, 2))
-        carry = layer.feed_forward_and_refine_conditions(
-            layer.refine_and_self_attend(q_vis, position, embeds, conditions), embeds, conditions
-        )
-        return carry, ((*prediction, embeds), gate)
-
-    steps = (jnp.arange(decoder.cfg.num_layers), nnx.to_pure_dict(stacked))
-    (x, embeds), (seen, gates) = jax.lax.scan(body, (x, embeds), steps)
-    last = (*decoder.prediction_heads(x, embeds, conditions), embeds)
-    seen = [jnp.concatenate([before, value[None]]) for before, value in zip(seen, last, strict=True)]
-    return DecoderTrace(*seen, jnp.concatenate([nothing[None], gates]))
 
 
 def layer_trace(
@@ -133,20 +51,17 @@ def layer_trace(
         of prediction 0, of prediction 1, ...
     """
     b, k = questions.query_valid.shape
-    phrases, segs = model.encode_text_cached(seen, questions)
-    yes = jnp.ones((b * k, 1), bool)
-    conditions = append_background(phrases.reshape(b * k, 1, -1), yes, yes, model.background_embed[...])
-    flow = decode_with_trace(
-        model.mask_decoder, seen.mask_features, seen.multi_scale_features, k, conditions, segs.reshape(b * k, -1)
-    )
-    cosines = jnp.einsum("jpqd,jpnd->jpqn", _unit(flow.queries), _unit(flow.conditions))
+    out: dict[str, Any] = {}
+    model.predict_cached(seen, questions, out)
+    decoded = out["decoder_output"]
+    cosines = jnp.einsum("jpqd,jpnd->jpqn", _unit(decoded.queries), _unit(out["conditions"]))
     highest, _ = jax.lax.top_k(cosines[..., 0] - cosines[..., -1], 2)
-    own = flow.conditions[:, :, 0].astype(jnp.float32)
+    own = out["conditions"][:, :, 0].astype(jnp.float32)
     length = jnp.linalg.norm(own[0], axis=-1)
     moved = lambda before: jnp.linalg.norm(own - before, axis=-1) / length  # noqa: E731
     figures = {
         "margin": highest[..., 0] - highest[..., 1],
-        "gate": flow.gate,
+        "gate": mean_gate(out, len(own), b * k),
         "step": moved(jnp.concatenate([own[:1], own[:-1]])),
         "drift": moved(own[:1]),
     }
@@ -158,8 +73,8 @@ def layer_trace(
         masks = mask_logits(embeds.reshape(b, -1, embeds.shape[-1]), seen.mask_features)
         return postprocess.select_masks(score, masks.reshape(*score.shape, *masks.shape[2:]), truth, inside)
 
-    scores = jax.nn.softmax(flow.class_logits, -1)[..., 0]
-    chosen = jax.lax.map(choose, (flow.mask_embeds, scores.reshape(-1, b, k, scores.shape[-1])))
+    scores = jax.nn.softmax(decoded.class_logits, -1)[..., 0]
+    chosen = jax.lax.map(choose, (decoded.mask_embeds, scores.reshape(-1, b, k, scores.shape[-1])))
     queries = chosen.query.reshape(-1, b * k, 2)
     picked = jnp.take_along_axis(cosines[..., 0], queries, -1)
     for n, name in enumerate(("selected", "best")):
@@ -167,6 +82,12 @@ def layer_trace(
     by_sample = {name: jnp.moveaxis(value, 0, -1).reshape(b, k, -1) for name, value in figures.items()}
     logits = jnp.moveaxis(chosen.logits, 0, 2)  # [b, k, j, 2, h, w]
     return by_sample, logits.reshape(b, k, -1, *logits.shape[4:])
+
+
+def mean_gate(out: dict[str, Any], predictions: int, passes: int) -> Float[Array, "j p"]:
+    """SR's gate, its mean over queries and channels; NaN before the first layer and without SR."""
+    nothing = jnp.full((predictions, passes), jnp.nan, jnp.float32)
+    return nothing.at[1:].set(out["gate"].astype(jnp.float32).mean((2, 3))) if "gate" in out else nothing
 
 
 def _unit(x: Array) -> Array:
