@@ -242,41 +242,52 @@ class FlowSeg(nnx.Module):
             self.background_embed = make_param(rngs, normal_init(1.0), (1, width), (None, None))
         self.category_head = Linear(width, cfg.num_classes + 1, rngs=rngs) if cfg.num_classes and cfg.has_mask_decoder else None
 
-    def encode_image(self, batch: Batch | ImageInputs) -> ImageFeatures:
+    def encode_image(self, batch: Batch | ImageInputs, out: dict[str, Any] | None = None) -> ImageFeatures:
         """Runs both encoders, both projectors, the connector and the pixel decoder, as far as there are: once an image."""
-        *features, before_last = self.sam_hidden_states(batch)
-        tokens = self.project_visual_tokens(batch, before_last) if self.cfg.has_language_model else None
-        mask_features, levels = self.pixel_features(tuple(features)) if self.cfg.has_mask_decoder else (None, ())
+        *features, before_last = self.sam_hidden_states(batch, out)
+        tokens = self.project_visual_tokens(batch, before_last, out) if self.cfg.has_language_model else None
+        mask_features, levels = self.pixel_features(tuple(features), out) if self.cfg.has_mask_decoder else (None, ())
         return ImageFeatures(tokens, mask_features, levels)
 
-    def sam_hidden_states(self, batch: Batch | ImageInputs) -> tuple[Float[Array, "b _ _ c"], ...]:
-        """SAM's hidden states: those that the connector reads, if there is one, then the last but one."""
+    def sam_hidden_states(
+        self, batch: Batch | ImageInputs, out: dict[str, Any] | None = None
+    ) -> tuple[Float[Array, "b _ _ c"], ...]:
+        """SAM's hidden states: those that the connector reads, if there is one, then the last but one; all in `out`."""
         cfg = self.cfg
         select = (*(cfg.connector_hidden_layers if cfg.has_mask_decoder else ()), cfg.sam.num_hidden_layers - 1)
         with jax.named_scope("sam"):
-            return self.sam(normalize_sam_images(batch.sam_images, batch.resized_hw).astype(cfg.dtype), select)
+            images = normalize_sam_images(batch.sam_images, batch.resized_hw).astype(cfg.dtype)
+            if out is None:
+                return self.sam(images, select)
+            out["sam/hidden_states"] = self.sam(images, tuple(range(cfg.sam.num_hidden_layers + 1)))
+            return tuple(out["sam/hidden_states"][i] for i in select)
 
-    def project_visual_tokens(self, batch: Batch | ImageInputs, before_last: Float[Array, "b y x c"]) -> Float[Array, "b v e"]:
+    def project_visual_tokens(
+        self, batch: Batch | ImageInputs, before_last: Float[Array, "b y x c"], out: dict[str, Any] | None = None
+    ) -> Float[Array, "b v e"]:
         """SigLIP's tokens for the LLM, then SAM's, from its last hidden state but one."""
         cfg = self.cfg
         with jax.named_scope("siglip"):
-            vision = self.siglip(
-                normalize_siglip_images(batch.siglip_images).astype(cfg.dtype), layers=cfg.siglip.num_hidden_layers - 1
-            )
+            images = normalize_siglip_images(batch.siglip_images).astype(cfg.dtype)
+            vision = self.siglip(images, layers=cfg.siglip.num_hidden_layers - 1, out=out)
         with jax.named_scope("projectors"):
             b = before_last.shape[0]
             shuffled = pixel_shuffle(pad_to_multiple(before_last), 0.5)
-            seen = [self.visual_projector(vision), self.seg_projector(shuffled.reshape(b, -1, shuffled.shape[-1]))]
-            return jnp.concatenate(seen, 1)
+            tokens = [self.visual_projector(vision), self.seg_projector(shuffled.reshape(b, -1, shuffled.shape[-1]))]
+            if out is not None:
+                out["visual_projector"], out["seg_projector"] = tokens
+            return jnp.concatenate(tokens, 1)
 
     def pixel_features(
-        self, features: tuple[Float[Array, "b y x c"], ...]
+        self, features: tuple[Float[Array, "b y x c"], ...], out: dict[str, Any] | None = None
     ) -> tuple[Float[Array, "b h w f"], tuple[Float[Array, "b _ _ d"], ...]]:
         """SAM's hidden states, shallow to deep, to mask features and memory maps: the connector and the pixel decoder."""
         with jax.named_scope("connector"):
             maps = self.connector(features)
+        if out is not None:
+            out["connector"] = maps
         with jax.named_scope("pixel_decoder"):
-            return self.pixel_decoder(maps)
+            return self.pixel_decoder(maps, out)
 
     def merge_visual_tokens(self, tokens: Int[Array, "b t"], visual: Float[Array, "b v e"]) -> Float[Array, "b t e"]:
         """The LLM's input: embedded tokens, with an image's visual tokens in its slots, which are one run or none.
@@ -295,38 +306,56 @@ class FlowSeg(nnx.Module):
         text = jnp.where(before[..., None], jnp.pad(text, ((0, 0), (0, v), (0, 0))), jnp.pad(text, ((0, 0), (v, 0), (0, 0))))
         return jnp.where(is_visual[..., None], images, text)
 
-    def run_llm(self, batch: Batch, visual: Float[Array, "b v e"]) -> Float[Array, "b t e"]:
+    def run_llm(self, batch: Batch, visual: Float[Array, "b v e"], out: dict[str, Any] | None = None) -> Float[Array, "b t e"]:
         """Runs the LLM over the prompts with the visual tokens spliced in."""
         with jax.named_scope("llm"):
-            return self.llm(self.merge_visual_tokens(batch.input_ids, visual), batch.position_ids, batch.segment_ids)
+            return self.llm(self.merge_visual_tokens(batch.input_ids, visual), batch.position_ids, batch.segment_ids, out)
 
-    def encode_text(self, batch: Batch, visual: Float[Array, "b v e"]) -> TextFeatures:
+    def encode_text(self, batch: Batch, visual: Float[Array, "b v e"], out: dict[str, Any] | None = None) -> TextFeatures:
         """Runs the LLM, and pools C and S from its last hidden states."""
-        hidden = self.run_llm(batch, visual)
+        hidden = self.run_llm(batch, visual, out)
         projected = self.llm_projector(hidden)
+        if out is not None:
+            out["llm_projector"] = projected
         k, g = batch.phrase_target.shape[1], batch.name_valid.shape[1]
         return TextFeatures(hidden, pool_spans(projected, batch.phrase_ids, k + g), pool_spans(projected, batch.seg_ids, k + 1))
 
-    def __call__(self, batch: Batch, peers: DataParallelGroup = SINGLE_DEVICE) -> TrainingOutput:
-        """The teacher-forced forward of training; `peers` have the other parts of the batch."""
-        features = self.encode_image(batch)
+    def __call__(
+        self, batch: Batch, peers: DataParallelGroup = SINGLE_DEVICE, out: dict[str, Any] | None = None
+    ) -> TrainingOutput:
+        """The teacher-forced forward of training.
+
+        Args:
+            batch: examples.
+            peers: the devices that have the other parts of the batch.
+            out: if given, gets what the components compute on the way, under their names; nothing is computed for it
+                otherwise. `sam/hidden_states`, `siglip/hidden_states` and `llm/hidden_states` count as Hugging Face does;
+                `visual_projector`, `seg_projector`, `connector`, `llm_projector` are outputs; the rest is described where it is
+                made (`PixelDecoder.__call__`, `MaskDecoder.__call__`).
+        """
+        features = self.encode_image(batch, out)
         if not self.cfg.has_mask_decoder:
-            hidden = self.run_llm(batch, features.visual_tokens)
+            hidden = self.run_llm(batch, features.visual_tokens, out)
             return TrainingOutput(hidden, self.llm.lm_head_weight(hidden.dtype), None, None, None, None)
-        reading = self.encode_text(batch, features.visual_tokens) if self.cfg.has_language_model else None
-        return self.decode_training_passes(batch, features, reading, peers)
+        reading = self.encode_text(batch, features.visual_tokens, out) if self.cfg.has_language_model else None
+        return self.decode_training_passes(batch, features, reading, peers, out)
 
     def decode_training_passes(
-        self, batch: Batch, features: ImageFeatures, reading: TextFeatures | None, peers: DataParallelGroup = SINGLE_DEVICE
+        self,
+        batch: Batch,
+        features: ImageFeatures,
+        reading: TextFeatures | None,
+        peers: DataParallelGroup = SINGLE_DEVICE,
+        out: dict[str, Any] | None = None,
     ) -> TrainingOutput:
         """All passes of the mask decoder that training supervises; without an LLM (no `reading`) the pass by category alone."""
         cfg = self.cfg
         b, k = batch.phrase_target.shape
         if reading is None:
             with jax.named_scope("mask_decoder"):
-                out = self.mask_decoder(features.mask_features, features.multi_scale_features, 1)
-            categories = self.category_head(out.queries).astype(jnp.float32)
-            return TrainingOutput(None, None, features.mask_features, out, None, categories)
+                decoded = self.mask_decoder(features.mask_features, features.multi_scale_features, 1, out=out)
+            categories = self.category_head(decoded.queries).astype(jnp.float32)
+            return TrainingOutput(None, None, features.mask_features, decoded, None, categories)
         group = cfg.negatives_group_size
         phrases, phrase_mask = (peers.gather_group(x, group) for x in (reading.condition_embeds[:, :k], batch.phrase_target))
         referring = referring_conditions(phrases, self.background_embed[...], phrase_mask, group, cfg.exclude_same_target)
@@ -349,15 +378,15 @@ class FlowSeg(nnx.Module):
         conditions = interleave_passes([pad_conditions(part, rows) for part in parts], b)
         passes = conditions.attend_mask.shape[0] // b
         with jax.named_scope("mask_decoder"):
-            out = self.mask_decoder(
-                features.mask_features, features.multi_scale_features, passes, conditions, interleave_passes(segs, b)
+            decoded = self.mask_decoder(
+                features.mask_features, features.multi_scale_features, passes, conditions, interleave_passes(segs, b), out
             )
         categories = None
         if self.category_head is not None:
-            by_image = out.queries.reshape(out.queries.shape[0], b, passes, *out.queries.shape[2:])
+            by_image = decoded.queries.reshape(decoded.queries.shape[0], b, passes, *decoded.queries.shape[2:])
             categories = self.category_head(by_image[:, :, -1]).astype(jnp.float32)
         vocabulary = self.llm.lm_head_weight(reading.hidden_states.dtype)
-        return TrainingOutput(reading.hidden_states, vocabulary, features.mask_features, out, conditions, categories)
+        return TrainingOutput(reading.hidden_states, vocabulary, features.mask_features, decoded, conditions, categories)
 
     def predict(self, batch: Batch) -> MaskCandidates:
         """All candidates of every phrase, in one pass over the rows that training sees."""

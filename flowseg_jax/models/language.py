@@ -383,7 +383,11 @@ class LanguageModel(nnx.Module):
         return _vocabulary(self.embed_tokens if self.lm_head is None else self.lm_head, dtype)
 
     def __call__(
-        self, embeds: Float[Array, "b t w"], positions: Int[Array, "b t"], segments: Int[Array, "b t"]
+        self,
+        embeds: Float[Array, "b t w"],
+        positions: Int[Array, "b t"],
+        segments: Int[Array, "b t"],
+        out: dict[str, Any] | None = None,
     ) -> Float[Array, "b t w"]:
         """Runs the layers.
 
@@ -392,12 +396,14 @@ class LanguageModel(nnx.Module):
             positions: int [B, T], rotary positions.
             segments: int [B, T]; 0 = prefix seen by all, 1.. = conversations that do not see each other, -1 = padding (never
                 seen; what comes out there has no meaning).
+            out: if given, gets `llm/hidden_states`, a list in HF's counting: 0 = embeddings, the last one after the final norm.
 
         Returns:
             [B, T, W], hidden states after the final norm (HF's `hidden_states[-1]`).
         """
         mask = causal_mask(segments, positions, self.cfg.sliding_window)
-        return self._run(embeds, positions, mask, None, keep=False)[0]
+        hidden, _ = self._run(embeds, positions, mask, None, keep=False, out=out)
+        return hidden
 
     def prefill(
         self, embeds: Float[Array, "b t w"], positions: Int[Array, "b t"], segments: Int[Array, "b t"], slots: int
@@ -441,15 +447,25 @@ class LanguageModel(nnx.Module):
         return hidden, cache.update(*new, positions, segments)
 
     def _run(
-        self, x: Float[Array, "b t w"], positions: Int[Array, "b t"], mask: AttentionMask, past: Any, *, keep: bool
+        self,
+        x: Float[Array, "b t w"],
+        positions: Int[Array, "b t"],
+        mask: AttentionMask,
+        past: Any,
+        *,
+        keep: bool,
+        out: dict[str, Any] | None = None,
     ) -> tuple[Float[Array, "b t w"], Any]:
         """All layers over the new tokens; `past` is the cached keys and values of all layers, or None. Returns the normalised
         hidden states and, if asked to keep them, the new keys and values of all layers."""
         cos, sin = rope_cos_sin(positions, self.cfg.head_dim, self.cfg.rope_theta)
 
-        def body(layer: TransformerBlock, x: Array, past: KeyValuePair | None) -> tuple[Array, KeyValuePair | None]:
-            x, new = layer(x, cos, sin, mask, past)
-            return x, new if keep else None
+        def body(layer: TransformerBlock, x: Array, past: KeyValuePair | None) -> tuple[Array, Any]:
+            y, new = layer(x, cos, sin, mask, past)
+            return y, (new if keep else None, None if out is None else x)
 
-        x, new = scan_layers(self.layers, body, x, past, policy=self.cfg.remat)
-        return self.norm(x), new
+        x, (new, states) = scan_layers(self.layers, body, x, past, policy=self.cfg.remat)
+        hidden = self.norm(x)
+        if out is not None:
+            out["llm/hidden_states"] = [*states, hidden]
+        return hidden, new

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -247,27 +248,34 @@ class PixelDecoder(nnx.Module):
         maps = [sine_position_embedding(h, w, self.cfg.embed_dim).reshape(h * w, -1) for h, w in shapes]
         return jnp.concatenate([table + self.level_embed[i] for i, table in enumerate(maps)])
 
-    def encode(self, maps: tuple[Float[Array, "b _ _ d"], ...]) -> tuple[Float[Array, "b _ _ d"], ...]:
-        """Runs the deformable encoder over projected maps of one width; returns maps of the same sizes."""
+    def encode(
+        self, maps: tuple[Float[Array, "b _ _ d"], ...], out: dict[str, Any] | None = None
+    ) -> tuple[Float[Array, "b _ _ d"], ...]:
+        """The deformable encoder over projected maps of one width; returns maps of the same sizes. `out` as in the call."""
         shapes = tuple(x.shape[1:3] for x in maps)
         x = jnp.concatenate([x.reshape(x.shape[0], -1, x.shape[-1]) for x in maps], axis=1)
         positions, reference = self.positions(shapes), reference_points(shapes)
 
-        def body(layer: EncoderLayer, x: Array, _) -> tuple[Array, None]:
-            return layer(x, positions, reference, shapes), None
+        def body(layer: EncoderLayer, x: Array, _) -> tuple[Array, Array | None]:
+            x = layer(x, positions, reference, shapes)
+            return x, None if out is None else x
 
-        x, _ = scan_layers(self.layers, body, x, policy=self.cfg.remat)
+        x, states = scan_layers(self.layers, body, x, policy=self.cfg.remat)
+        if out is not None:
+            out |= {"pixel_decoder/positions": positions, "pixel_decoder/encoder_layers": list(states)}
         ends = np.cumsum([h * w for h, w in shapes])[:-1].tolist()
         parts = jnp.split(x, ends, axis=1)
         return tuple(part.reshape(part.shape[0], h, w, -1) for part, (h, w) in zip(parts, shapes, strict=True))
 
     def __call__(
-        self, features: tuple[Float[Array, "b _ _ _"], ...]
+        self, features: tuple[Float[Array, "b _ _ _"], ...], out: dict[str, Any] | None = None
     ) -> tuple[Float[Array, "b h w m"], tuple[Float[Array, "b _ _ d"], ...]]:
         """Decodes a pyramid.
 
         Args:
             features: one map [B, h, w, channels[i]] a level, low to high resolution; sizes need no fixed ratio.
+            out: if given, gets the intermediates: `pixel_decoder/input_projections`, `pixel_decoder/positions` [N, D],
+                `pixel_decoder/encoder_layers` (a list of [B, N, D]) and `pixel_decoder/multi_scale_features`.
 
         Returns:
             mask features [B, h, w, mask_dim], and the encoded levels, low to high resolution, each [B, h, w, embed_dim].
@@ -278,7 +286,10 @@ class PixelDecoder(nnx.Module):
         found = tuple(x.shape[-1] for x in features)
         if found != tuple(self.cfg.channels):
             raise ValueError(f"PixelDecoder: maps of {found} channels, configured for {tuple(self.cfg.channels)}")
-        levels = self.encode(tuple(project(x) for project, x in zip(self.input_projections, features, strict=False)))
+        projected = tuple(project(x) for project, x in zip(self.input_projections, features, strict=False))
+        levels = self.encode(projected, out)
+        if out is not None:
+            out |= {"pixel_decoder/input_projections": projected, "pixel_decoder/multi_scale_features": levels}
         top = levels[-1]
         for lateral_conv, output_conv, x in zip(
             self.lateral_convs, self.output_convs, features[len(features) - len(self.lateral_convs) :], strict=True

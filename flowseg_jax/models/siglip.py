@@ -154,13 +154,16 @@ class SiglipVisionEncoder(nnx.Module):
         self.layers = stack_layers(lambda r: SiglipBlock(cfg, rngs=r), cfg.num_hidden_layers, rngs)
         self.cfg = cfg
 
-    def __call__(self, images: Float[Array, "b v v 3"], *, layers: int | None = None) -> Float[Array, "b p w"]:
+    def __call__(
+        self, images: Float[Array, "b v v 3"], *, layers: int | None = None, out: dict[str, Any] | None = None
+    ) -> Float[Array, "b p w"]:
         """Encodes normalised images.
 
         Args:
             images: [B, V, V, 3], already normalised; its dtype is the dtype computed in.
             layers: how many layers to run, None for all. HF's `hidden_states[-2]` is
                 `cfg.num_hidden_layers - 1`; 0 gives the embeddings.
+            out: if given, all layers are run, and it gets `siglip/hidden_states`, a list in HF's counting: 0 = embeddings.
 
         Returns:
             [B, P, W], the output of that layer, row-major over the patches, no final norm.
@@ -176,6 +179,10 @@ class SiglipVisionEncoder(nnx.Module):
             raise ValueError(f"SigLIP has {cfg.num_hidden_layers} layers, asked for {layers}")
         x = self.patch_embedding(images).reshape(images.shape[0], cfg.num_patches, cfg.hidden_size)
         x = x + gathered_weight(self.position_embedding, x.dtype)
+        if out is not None:
+            _, states = scan_layers(self.layers, lambda layer, x, _: (layer(x),) * 2, x, policy=cfg.remat)
+            out["siglip/hidden_states"] = [x, *states]
+            return out["siglip/hidden_states"][layers]
         if not layers:
             return x
         return scan_layers(self.layers, lambda layer, x, _: (layer(x), None), x, policy=cfg.remat, stop=layers)[0]

@@ -91,7 +91,7 @@ def test_the_gate_is_the_one_that_mixes(rng):
         out: dict = {}
         values[name] = np.asarray(semantic(q_vis, position, embeds, yes, out))
         assert np.unique(out["gate"]).tolist() == [{"vision": 1, "language": 0, "even": 0.5}[name]]
-    np.testing.assert_array_equal(values["vision"], q_vis)
+    np.testing.assert_allclose(values["vision"], q_vis, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(values["even"], (values["vision"] + values["language"]) / 2, rtol=1e-5, atol=1e-6)
 
 
