@@ -1,7 +1,6 @@
 """The forward pass, array by array: the product's modules run on a batch, everything they compute under X-SAM's names.
 
-`FlowSeg.__call__` and `FlowSeg.segment` give what they return. What they keep to themselves is observed by running the same
-modules step by step.
+`FlowSeg.__call__` and `FlowSeg.predict` give what they return, and their intermediates on request.
 """
 
 from __future__ import annotations
@@ -9,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -22,14 +22,8 @@ from convert_weights.parity.preprocessing import Sample
 from convert_weights.parity.report import Report
 from flowseg_jax.evaluation import postprocess
 from flowseg_jax.losses import next_token_loss
-from flowseg_jax.models.connectors import pad_to_multiple, pixel_shuffle
-from flowseg_jax.models.flowseg import FlowSeg, bind_params, normalize_sam_images, normalize_siglip_images, pool_spans
-from flowseg_jax.models.language import rope_cos_sin
-from flowseg_jax.models.mask_decoder import MaskDecoder, mask_logits
-from flowseg_jax.models.pixel_decoder import PixelDecoder, reference_points
-from flowseg_jax.models.semantic_flow import Conditions
-from flowseg_jax.models.stack import scan_layers
-from flowseg_jax.ops.attention import causal_mask
+from flowseg_jax.models.flowseg import FlowSeg, bind_params, pool_spans
+from flowseg_jax.models.mask_decoder import mask_logits
 from flowseg_jax.ops.resize import resize
 from flowseg_jax.types import PAD, Batch
 
@@ -59,104 +53,55 @@ def channels_first(x: Array) -> Array:
     return jnp.moveaxis(x, -1, 1)
 
 
-def observe_images(model: FlowSeg, batch: Batch) -> tuple[dict[str, Array], tuple[Array, ...]]:
-    """Encoders, projectors, connector and pixel decoder; also the encoded levels."""
-    cfg, seen = model.cfg, {}
-    vision = model.siglip(normalize_siglip_images(batch.siglip_images), layers=0)
-    _, later = scan_layers(model.siglip.layers, lambda layer, x, _: (layer(x),) * 2, vision)
-    vision = [vision, *later]
-    seen |= {f"siglip/hidden_states_{i}": x for i, x in enumerate(vision)}
-    seen["visual_projector/out"] = model.visual_projector(vision[cfg.siglip.num_hidden_layers - 1])
-
-    states = model.sam(normalize_sam_images(batch.sam_images, batch.resized_hw), tuple(range(cfg.sam.num_hidden_layers + 1)))
-    seen |= {f"sam/hidden_states_{i}": x for i, x in enumerate(states)}
-    seen["seg_projector/in"] = states[cfg.sam.num_hidden_layers - 1]
-    shuffled = pixel_shuffle(pad_to_multiple(states[cfg.sam.num_hidden_layers - 1]), 0.5)
-    seen["seg_projector/out"] = model.seg_projector(shuffled.reshape(shuffled.shape[0], -1, shuffled.shape[-1]))
-
-    maps = model.connector(tuple(states[i] for i in cfg.connector_hidden_layers))
-    for place, j in enumerate(cfg.connector.low_to_high_order):
-        seen[f"seg_connector/out_{j}"] = channels_first(maps[place])
-    found, levels = observe_pixel_decoder(model.pixel_decoder, maps)
-    return seen | found, levels
-
-
-def observe_pixel_decoder(decoder: PixelDecoder, maps: tuple[Array, ...]) -> tuple[dict[str, Array], tuple[Array, ...]]:
-    """The encoder layer by layer."""
-    projected = [project(x) for project, x in zip(decoder.projections, maps, strict=False)]
-    seen = {f"pixel_decoder/input_projection_{i}": channels_first(x) for i, x in enumerate(projected)}
-    shapes = tuple(x.shape[1:3] for x in projected)
-    positions, reference = decoder.positions(shapes), reference_points(shapes)
-    seen["pixel_decoder/encoder_position_embeddings"] = jnp.broadcast_to(positions, (maps[0].shape[0], *positions.shape))
-    x = jnp.concatenate([x.reshape(x.shape[0], -1, x.shape[-1]) for x in projected], 1)
-    _, layers = scan_layers(decoder.layers, lambda layer, x, _: (layer(x, positions, reference, shapes),) * 2, x)
-    seen |= {f"pixel_decoder/encoder_layer_{i}": y for i, y in enumerate(layers)}
-    levels = decoder.encode(tuple(projected))
-    seen |= {f"pixel_decoder/multi_scale_{i}": channels_first(level) for i, level in enumerate(levels)}
-    return seen, levels
-
-
-def observe_language(model: FlowSeg, batch: Batch, visual: Array) -> dict[str, Array]:
-    """The LLM's input and its layers; the last hidden state is the model's own."""
-    llm, embeds = model.llm, model.merge_visual_tokens(batch.input_ids, visual)
-    cos, sin = rope_cos_sin(batch.position_ids, llm.cfg.head_dim, llm.cfg.rope_theta)
-    rule = causal_mask(batch.segment_ids, batch.position_ids, llm.cfg.sliding_window)
-    _, layers = scan_layers(llm.layers, lambda layer, x, _: (layer(x, cos, sin, rule)[0],) * 2, embeds)
-    states = [embeds, *layers[:-1]]
-    return {"llm/inputs_embeds": embeds} | {f"llm/hidden_states_{i}": x for i, x in enumerate(states)}
-
-
-def observe_decoder(
-    decoder: MaskDecoder, mask_features: Array, levels: tuple[Array, ...], passes: int, conditions: Conditions, segs: Array
-) -> tuple[dict[str, Array], dict[str, Array]]:
-    """The query decoder layer by layer: (per image, per pass)."""
-    cfg, b = decoder.cfg, mask_features.shape[0]
-    x = decoder.init_queries(b * passes, segs, mask_features.dtype)
-    position = decoder.query_position[...]
-    memories = [decoder.prepare_level(i, level, mask_features) for i, level in enumerate(levels)]
-    images = {f"decoder/memory_{i}": memory.values for i, memory in enumerate(memories)}
-    for i, memory in enumerate(memories):
-        images[f"decoder/memory_pos_{i}"] = jnp.broadcast_to(memory.positions, (b, *memory.positions.shape))
-    seen = {"decoder/query_init": x, "decoder/query_pos": jnp.broadcast_to(position, x.shape)}
-    embeds = conditions.embeds
-    graphdef, stacked = nnx.split(decoder.layers)
-    for i in range(cfg.num_layers):
-        layer = nnx.merge(graphdef, jax.tree.map(lambda w, i=i: w[i], nnx.to_pure_dict(stacked)))
-        memory = memories[i % cfg.num_levels]
-        allowed = decoder.attention_mask(decoder.prediction_heads(x, embeds, conditions)[1], memory)
-        q_vis = layer.cross_attention_block(x, position, memory.values, memory.positions, allowed)
-        found = layer.refine_and_self_attend(q_vis, position, embeds, conditions)
-        x, embeds = layer.feed_forward_and_refine_conditions(found, embeds, conditions)
-        steps = {"attn_mask": ~allowed, "after_cross": q_vis, "after_self": found, "out": x}
-        seen |= {f"decoder/layer{i}_{name}": value for name, value in steps.items()}
-    return images, seen
-
-
 def observe(model: FlowSeg, batch: Batch) -> Observed:
-    """Everything a forward pass over referring phrases computes."""
-    cfg, k = model.cfg, batch.phrase_target.shape[1]
-    out = model(batch)
-    images, levels = observe_images(model, batch)
-    images["pixel_decoder/mask_features"] = channels_first(out.mask_features)
-    visual = jnp.concatenate([images["visual_projector/out"], images["seg_projector/out"]], 1)
-    tokens = observe_language(model, batch, visual)
-    tokens[f"llm/hidden_states_{cfg.llm.num_hidden_layers}"] = out.hidden_states
-    tokens["llm/logits_at_labels"] = out.hidden_states[:, -LOGIT_POSITIONS:] @ out.lm_head.weight.T
-    tokens["llm_projector/out"] = projected = model.llm_projector(out.hidden_states)
-    total, count = next_token_loss(out.hidden_states, out.lm_head, batch.labels, out.hidden_states.shape[1])
+    """Everything a forward pass over referring phrases computes: what the model returns, and its intermediates."""
+    cfg, (b, k) = model.cfg, batch.phrase_target.shape
+    out: dict[str, Any] = {}
+    found = model(batch, out=out)
+    images = {f"siglip/hidden_states_{i}": x for i, x in enumerate(out["siglip/hidden_states"])}
+    images |= {f"sam/hidden_states_{i}": x for i, x in enumerate(out["sam/hidden_states"])}
+    images["seg_projector/in"] = out["sam/hidden_states"][cfg.sam.num_hidden_layers - 1]
+    images |= {f"{name}/out": out[name] for name in ("visual_projector", "seg_projector")}
+    for place, j in enumerate(cfg.connector.low_to_high_order):
+        images[f"seg_connector/out_{j}"] = channels_first(out["connector"][place])
+    images |= _maps("pixel_decoder/input_projection", out["pixel_decoder/input_projections"])
+    positions = out["pixel_decoder/positions"]
+    images["pixel_decoder/encoder_position_embeddings"] = jnp.broadcast_to(positions, (b, *positions.shape))
+    images |= {f"pixel_decoder/encoder_layer_{i}": x for i, x in enumerate(out["pixel_decoder/encoder_layers"])}
+    images |= _maps("pixel_decoder/multi_scale", out["pixel_decoder/multi_scale_features"])
+    images["pixel_decoder/mask_features"] = channels_first(found.mask_features)
+    for i, memory in enumerate(out["memories"]):
+        images[f"decoder/memory_{i}"] = memory.values
+        images[f"decoder/memory_pos_{i}"] = jnp.broadcast_to(memory.positions, (b, *memory.positions.shape))
+
+    states, projected = out["llm/hidden_states"], out["llm_projector"]
+    tokens = {f"llm/hidden_states_{i}": x for i, x in enumerate(states)} | {"llm/inputs_embeds": states[0]}
+    tokens["llm/logits_at_labels"] = found.hidden_states[:, -LOGIT_POSITIONS:] @ found.lm_head.weight.T
+    tokens["llm_projector/out"] = projected
+    total, count = next_token_loss(found.hidden_states, found.lm_head, batch.labels, found.hidden_states.shape[1])
     images["llm/loss"] = total / jnp.maximum(count, 1)
 
     segs = pool_spans(projected, batch.seg_ids, k + 1)[:, :k].reshape(-1, projected.shape[-1])
-    more, passes = observe_decoder(model.decoder, out.mask_features, levels, k, out.conditions, segs)
-    passes["decoder/seg_embeds"] = segs[:, None]
-    columns = {"class/cond_embeds": out.conditions.embeds}
-    features = jnp.repeat(out.mask_features, k, 0)
+    query_init = out["query_init"]
+    passes = {"decoder/seg_embeds": segs[:, None], "decoder/query_init": query_init}
+    passes["decoder/query_pos"] = jnp.broadcast_to(out["query_pos"], query_init.shape)
+    names = {"after_cross": "after_cross_attn", "after_self": "after_self_attn", "out": "after_mlp"}
+    for i in range(cfg.mask_decoder.num_layers):
+        passes |= {f"decoder/layer{i}_{theirs}": out[ours][i] for theirs, ours in names.items()}
+        positions = len(out["memories"][i % cfg.mask_decoder.num_levels].positions)
+        passes[f"decoder/layer{i}_attn_mask"] = ~out["attention_mask"][i][..., :positions]
+    columns = {"class/cond_embeds": found.conditions.embeds}
+    features = jnp.repeat(found.mask_features, k, 0)
     for j in range(cfg.mask_decoder.num_layers + 1):
-        passes[f"decoder/pred{j}_query_ln"] = out.decoder_output.queries[j]
-        passes[f"decoder/pred{j}_mask_logits"] = mask_logits(out.decoder_output.mask_embeds[j], features)
-        columns[f"class/pred{j}_logits"] = out.decoder_output.class_logits[j]
-    columns["out/class_logits"] = out.decoder_output.class_logits[-1]
-    return Observed(images | more, tokens, passes, columns)
+        passes[f"decoder/pred{j}_query_ln"] = found.decoder_output.queries[j]
+        passes[f"decoder/pred{j}_mask_logits"] = mask_logits(found.decoder_output.mask_embeds[j], features)
+        columns[f"class/pred{j}_logits"] = found.decoder_output.class_logits[j]
+    columns["out/class_logits"] = found.decoder_output.class_logits[-1]
+    return Observed(images, tokens, passes, columns)
+
+
+def _maps(name: str, maps: Iterable[Array]) -> dict[str, Array]:
+    return {f"{name}_{i}": channels_first(x) for i, x in enumerate(maps)}
 
 
 @functools.partial(jax.jit, static_argnums=0, compiler_options=COMPILE_FAST)
