@@ -2,7 +2,7 @@
 
 Components, pixel decoder and decoder layers are transformers' own (`sdpa` attention); connector and projectors are plain
 PyTorch
-after X-SAM (scaffold 1.5, 2.2), SR, CR and BAR after the paper's equations. As in X-SAM, every decoder pass has a copy of its
+after X-SAM (its projectors and `model/modules/connector`), SR, CR and BAR after the paper's equations. As in X-SAM, every decoder pass has a copy of its
 image's memory, and attention masks are resized masks of all queries. Parameters have the names that `convert_weights` exports.
 """
 
@@ -98,7 +98,7 @@ def mask2former_config(pixel: PixelDecoderConfig, decoder: MaskDecoderConfig) ->
 
 
 class ConnectorLevel(nn.Module):
-    """One map of the connector (scaffold 2.2); NHWC in, NCHW out."""
+    """One map of X-SAM's `model/modules/connector`; NHWC in, NCHW out."""
 
     def __init__(self, width: int, hidden: int, scale: float):
         super().__init__()
@@ -116,7 +116,7 @@ class ConnectorLevel(nn.Module):
 
 
 def pixel_shuffle(x: torch.Tensor, scale: float) -> torch.Tensor:
-    """X-SAM's, on an NHWC map (scaffold 2.2)."""
+    """X-SAM's connector, on an NHWC map."""
     n, h, w, c = x.shape
     x = x.reshape(n, h, int(w * scale), int(c / scale)).permute(0, 2, 1, 3)
     return x.reshape(n, int(w * scale), int(h * scale), int(c / scale**2)).permute(0, 2, 1, 3)

@@ -1,4 +1,4 @@
-"""The losses of a train step in PyTorch: Hugging Face's functions for Mask2Former, put together as X-SAM does (scaffold 3).
+"""The losses of a train step in PyTorch: Hugging Face's functions for Mask2Former, put together as X-SAM does.
 
 The random points are handed in. Where Hugging Face draws them itself, its functions are called one by one.
 """

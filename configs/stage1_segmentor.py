@@ -3,7 +3,7 @@
     python train.py --config=configs/stage1_segmentor.py         # starts from SAM ViT-L: convert_weights sam SRC weights/sam_l
     python train.py --config=configs/stage1_segmentor.py:tiny    # two cores, miniature data
 
-36 epochs, batch, rates, clipping and large-scale jitter are the scaffold's (16 devices of 4 images).
+36 epochs, batch, rates, clipping and large-scale jitter are X-SAM's (16 devices of 4 images).
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 
 It starts from stage 1's SAM and from converted components (`flowseg convert siglip2 SRC weights/siglip2`, `flowseg convert
 qwen3
-SRC weights/qwen3_4b`). One epoch of LLaVA-558k, batch and rates are the scaffold's. A tiny language model has read nothing
+SRC weights/qwen3_4b`). One epoch of LLaVA-558k, batch and rates are X-SAM's. A tiny language model has read nothing
 before: at that size it learns here too.
 """
 

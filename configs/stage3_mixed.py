@@ -4,8 +4,8 @@
     python train.py --config=configs/stage3_mixed.py:qwen3_1b7          # or phi3_mini, or tiny (two cores, miniature data)
     flowseg plan --config=configs/stage3_mixed.py --topology=v5e:4x4     # memory and collectives, no chip needed
 
-Batch and learning rates are the scaffold's (4 images a device on 16 devices, encoders at a tenth of the rate); two epochs
-and groups of 8 negatives are FlowSeg's. An image brings its 1,753 visual tokens, and behind them up to eight referring
+Batch and learning rates are X-SAM's (4 images a device on 16 devices, encoders at a tenth of the rate); two epochs
+and groups of 8 negatives are FlowSeg's. An image brings its 1,753 visual tokens, and after them up to eight referring
 conversations, a question that names as many of 128 kinds as the text has room for, or a chat.
 """
 

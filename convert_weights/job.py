@@ -303,7 +303,7 @@ def _tokenizer(
 
 
 def _chat(cfg: LanguageConfig) -> str:
-    """The template that X-SAM uses with a language model (scaffold 1.2); SmolLM2 was trained with Qwen's marks."""
+    """The template that X-SAM uses with a language model; SmolLM2 was trained with Qwen's special tokens."""
     if cfg.model_type == "phi3":
         return "phi3_chat"
     small = LanguageConfig.qwen3_1b7()

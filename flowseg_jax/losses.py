@@ -1,7 +1,7 @@
 """What is minimised: next-token loss, and Hungarian-matched class, mask and dice losses on every decoder level.
 
 Each term is kept as a sum and its denominator until the very end, so that micro-batches and devices add up before anything is
-divided. Weights and formulas are the scaffold's (X-SAM, after Mask2Former): 2 class, 5 mask, 5 dice, background weight 0.1,
+divided. Weights and formulas are X-SAM's (after Mask2Former): 2 class, 5 mask, 5 dice, background weight 0.1,
 PointRend points. Three kinds of passes are supervised: referring (one target each), by name and by category (all objects).
 
 A mask is a product of a mask embedding with the mask features. The matcher therefore samples features once at its points

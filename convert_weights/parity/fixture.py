@@ -239,7 +239,7 @@ class Fixture:
         )
 
     def model(self, *, images: int = 1, clamp: float = 50.0, classes: int = 0) -> FlowSegConfig:
-        """The plain scaffold of these sizes: float32, no semantic flow, no boundary refinement.
+        """The plain X-SAM of these sizes: float32, no semantic flow, no boundary refinement.
 
         Args:
             images: batch size; all its phrases are each other's negatives, as in X-SAM.

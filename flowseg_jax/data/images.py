@@ -295,7 +295,7 @@ def resize_to_square(image: Image.Image, side: int) -> UInt8[np.ndarray, "v v 3"
 
 
 def square(image: Image.Image, side: int) -> UInt8[np.ndarray, "v v 3"]:
-    """The vision encoder's input of stage 2: centred on a grey square (127), then resized (the scaffold's `expand2square`).
+    """The vision encoder's input of stage 2: centred on a grey square (127), then resized (X-SAM's `expand2square`).
 
     An image whose square would have more than MAX_PIXELS pixels is scaled down first.
     """
@@ -311,7 +311,7 @@ def square(image: Image.Image, side: int) -> UInt8[np.ndarray, "v v 3"]:
 
 @dataclasses.dataclass(frozen=True)
 class LargeScaleJitter:
-    """One draw of large-scale jitter (scaffold 1.1): the image scaled to fit a square of `scale` times the input's side, then
+    """One draw of X-SAM's large-scale jitter: the image scaled to fit a square of `scale` times the input's side, then
     its centre cut to at most that side; the rest is padding at the bottom and right.
 
     Attributes:

@@ -20,7 +20,7 @@ from flowseg_jax.data.dataset import IndexEntry, PreparedDataset
 from flowseg_jax.data.leakage import COCO_LAYOUTS, coco_number, is_train_split, name_key
 from flowseg_jax.errors import UserError, brief
 
-REPEAT_THRESHOLD = 0.1  # t of the scaffold's repeat-factor rule
+REPEAT_THRESHOLD = 0.1  # t of X-SAM's repeat-factor rule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +53,7 @@ class MixtureComponent:
 
 
 def repeat_factor_counts(sizes: Sequence[int]) -> list[int]:
-    """Slots of each data set by the repeat-factor rule: its images times max(1, sqrt(t / share)), t = 0.1 (scaffold 3.3)."""
+    """Slots of each data set by the repeat-factor rule: its images times max(1, sqrt(t / share)), t = 0.1, as in X-SAM."""
     total = sum(sizes)
     return [int(size * max(1.0, math.sqrt(REPEAT_THRESHOLD * total / size))) for size in sizes]
 

@@ -32,7 +32,7 @@ def hungarian(cost: Float[Array, "m q"], valid: Bool[Array, " m"]) -> Int32[Arra
 
     Args:
         cost: cost of giving query q to target m, M <= Q. Computed in float32 and without a gradient; NaN counts as 0 and
-            everything beyond +-1e10, infinities included, as +-1e10 (scaffold 3.1).
+            everything beyond +-1e10, infinities included, as +-1e10, as in X-SAM's matcher.
         valid: False on padded targets, wherever they stand.
 
     Returns:

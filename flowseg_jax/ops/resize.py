@@ -60,7 +60,7 @@ def apply_matrices(
 def restore_matrices(
     mask_size: tuple[int, int], padded_size: int, scaled: tuple[int, int], original: tuple[int, int], out: tuple[int, int]
 ) -> tuple[Float[np.ndarray, "H h"], Float[np.ndarray, "W w"]]:
-    """The matrices that bring a mask of the padded square input back to the original image (scaffold 4, steps 1 and 2).
+    """The matrices that bring a mask of the padded square input back to the original image, as X-SAM does.
 
     Per axis: upsample the mask to the encoder's input, crop the part that holds the image, resize that to the original size.
 

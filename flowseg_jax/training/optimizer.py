@@ -20,8 +20,8 @@ Params = dict[str, Any]
 class OptimizerConfig:
     """Attributes:
     learning_rate: peak.
-    warmup: share of the steps that warm up linearly from 1e-5 of the peak (the scaffold's start factor).
-    weight_decay: decoupled, on every trainable parameter (the scaffold decays norms and biases too).
+    warmup: share of the steps that warm up linearly from 1e-5 of the peak (X-SAM's start factor).
+    weight_decay: decoupled, on every trainable parameter (X-SAM decays norms and biases too).
     clip: largest global gradient norm.
     b1, b2, eps: of Adam.
     groups: ordered (regular expression on the parameter's path, learning-rate multiplier or None for frozen); the first that

@@ -149,7 +149,7 @@ def test_several_turns(tokenizer):
         (turns[0].question + chat.assistant_prefix, False),
         ("<SEG>.<|im_end|>", True),
         ("\n", False),
-        (chat.user_prefix + "And <p>dog</p>?" + chat.assistant_prefix, False),  # one chunk, as the scaffold tokenises it
+        (chat.user_prefix + "And <p>dog</p>?" + chat.assistant_prefix, False),  # one chunk, as X-SAM tokenises it
         ("Here: <SEG>.<|im_end|>", True),
     ]
     want = [(t, t if loss else IGNORE_INDEX) for text, loss in parts for t in tokenizer.encode(text)]

@@ -319,7 +319,7 @@ def test_jitter_scales_cuts_and_keeps_masks_on_their_objects(sets, train):
     np.testing.assert_array_equal(again.sam_images, data.batch(7).sam_images)
 
 
-def test_the_jitter_is_the_scaffolds():
+def test_the_jitter_is_that_of_xsam():
     """Fits into int(side * s + 0.5), centre-cut to the side; masks by the nearest pixel of the same geometry."""
     picture = np.random.default_rng(0).integers(0, 256, (30, 60, 3)).astype(np.uint8)
     small = images.LargeScaleJitter.of(30, 60, 40, 0.5)

@@ -62,7 +62,7 @@ def xsam_tensors(seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def aaai_names(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The same checkpoint under the names of the branch AAAI26_Archive (scaffold 6)."""
+    """The same checkpoint under the names of X-SAM's branch AAAI26_Archive."""
     swap = {"vision_encoder.": "visual_encoder.", "segmentor.class_predictor.logit_scale": "segmentor.logit_scale"}
     swap["segmentor.class_predictor.predictor."] = "segmentor.class_predictor."
     renamed = {}

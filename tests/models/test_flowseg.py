@@ -141,7 +141,7 @@ def test_mode_off_has_no_parameters_of_the_semantic_flow():
     assert {n.split("/")[2] for n in on - sr} == {"refinement"}
 
 
-def test_residual_with_zero_outputs_starts_as_the_plain_scaffold():
+def test_residual_with_zero_outputs_starts_as_plain_xsam():
     flow = small.config(semantic_flow=SemanticFlowConfig(norm="residual"))
     plain = small.config(semantic_flow=OFF)
     graphdef, params = flowseg.init_model(flow, 3)

@@ -34,10 +34,10 @@ SHAPE = BatchShape(4, 1920, 4, 16, 1024, 384)
 
 
 def test_known_sizes_in_gflop_an_image():
-    """The roofline of the scaffold at 896 tokens, from its layer sizes; its pixel decoder ends at a quarter of the image."""
+    """The roofline of X-SAM at 896 tokens, from its layer sizes; its pixel decoder ends at a quarter of the image."""
     pyramid = PixelDecoderConfig.mask2former((2048, 1024, 512, 256), num_levels=3)
     decoder = flops.mask_decoder(FULL.mask_decoder, "off", flops.levels(FULL), 1, 1)
-    whole_masks = 10 * 2 * 200 * 256**2 * 256  # the scaffold computes every query's mask after every layer
+    whole_masks = 10 * 2 * 200 * 256**2 * 256  # X-SAM computes every query's mask after every layer
     found = {
         "sam": flops.sam(FULL.sam, 24).forward,
         "siglip": flops.siglip(FULL.siglip, 27).forward,

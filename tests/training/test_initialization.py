@@ -1,4 +1,4 @@
-"""Starting from earlier models and components: what is read, what stays fresh, and that an upgraded scaffold predicts as
+"""Starting from earlier models and components: what is read, what stays fresh, and that an upgraded X-SAM predicts as
 before."""
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def predictions(cfg, params, features, levels, conditions, segs):
     return out.class_logits, out.mask_embeds, model.refine_masks(masks, features)
 
 
-def test_an_upgraded_scaffold_predicts_as_before(upgraded, plain_params):
+def test_an_upgraded_xsam_predicts_as_before(upgraded, plain_params):
     rng = np.random.default_rng(1)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
     own, valid = jnp.array([[True, False, True]] * 2), jnp.array([[True, True, True], [True, False, True]])

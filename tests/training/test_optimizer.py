@@ -73,7 +73,7 @@ def test_the_smallest_values_that_there_may_be():
     assert OptimizerConfig(frozen_dtype="bfloat16") != OptimizerConfig()
 
 
-def test_the_defaults_are_the_scaffold_s():
+def test_the_defaults_are_those_of_xsam():
     assert OptimizerConfig() == OptimizerConfig(
         4e-5, 0.03, 0.05, 1.0, 0.9, 0.999, 1e-8, ((".*", 1.0),), accumulate=1, skip_limit=10, frozen_dtype="float32"
     )
