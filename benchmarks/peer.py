@@ -1,9 +1,9 @@
 """FlowSeg in PyTorch, the peer of the whole model: Hugging Face's modules, and X-SAM's and the paper's formulas between them.
 
-Encoders, pixel decoder and decoder layers are transformers' own (`sdpa` attention). Connector and projectors are plain PyTorch after
-X-SAM (`model/modules/connector` and its projectors), SR, CR and BAR after the paper's equations. As in X-SAM, every decoder pass has
-a copy of its image's memory, and attention masks are resized masks of all queries. Parameters have the names that `convert_weights`
-exports.
+Encoders, pixel decoder and decoder layers are transformers' own (`sdpa` attention). Connector and projectors are plain
+PyTorch after X-SAM (`model/modules/connector` and its projectors), SR, CR and BAR after the paper's equations. As in X-SAM,
+every decoder pass has a copy of its image's memory, and attention masks are resized masks of all queries. Parameters have the
+names that `convert_weights` exports.
 """
 
 from __future__ import annotations
