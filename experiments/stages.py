@@ -33,7 +33,7 @@ from flowseg_jax.training import loop
 DATA, RUNS = Path("data/stages"), Path("runs/stages")
 LAYOUTS = {"reasonseg": "reasonseg", "coco-panoptic": "panoptic", "llava": "chat"}  # layout -> our name
 FOLDERS = {"reasonseg": "reasonseg", "coco-panoptic": "coco", "llava": "llava"}  # as `companions` calls them
-VALUES = ("loss_category_mask", "loss_language", "loss_refer_mask")  # what tells whether stages 1, 2 and 3 learn
+VALUES = ("loss_closed_vocab_mask", "loss_language", "loss_referring_mask")  # what tells whether stages 1, 2 and 3 learn
 
 
 @dataclasses.dataclass(frozen=True)

@@ -117,7 +117,9 @@ def compare_training(
         report.explain(run.file, unsure, "not all random points that the losses were taken at are recorded")
         return
     differentiate = any(name.startswith("grad/") for name in recorded)
-    found, gradient = training.train(graphdef, params, batch, {"refer": recording.points}, losses, "refer", differentiate)
+    found, gradient = training.train(
+        graphdef, params, batch, {"referring": recording.points}, losses, "referring", differentiate
+    )
     training.compare_losses(run.file, recorded, found, recording, losses, True, report)
     if gradient is not None:
         training.compare_gradients(run.file, recorded, gradient, cfg, report)
@@ -168,9 +170,9 @@ def compare_stage1(fixture: Fixture, samples: list[Sample], report: Report) -> N
     passes, levels, m = training.category_passes(batch), cfg.mask_decoder.num_layers + 1, batch.mask_valid.shape[1]
     recording = training.read_points(recorded, passes, (len(chosen), 1, m), levels) if labelled else None
     points = training.blank_points(losses, levels, len(chosen), m) if recording is None else recording.points
-    kinds = {"refer": training.blank_points(losses, levels, len(chosen), 1), "category": points}
+    kinds = {"referring": training.blank_points(losses, levels, len(chosen), 1), "closed_vocab": points}
     differentiate = recording is not None and any(name.startswith("grad/") for name in recorded)
-    found, gradient = training.train(graphdef, params, batch, kinds, losses, "category", differentiate)
+    found, gradient = training.train(graphdef, params, batch, kinds, losses, "closed_vocab", differentiate)
     for j in range(levels):
         names = {f"decoder/pred{j}_mask_logits": found.masks[j, :, 0]}
         if len(head) == 2:

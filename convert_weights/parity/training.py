@@ -22,7 +22,7 @@ from flowseg_jax.losses import (
     PassPredictions,
     PointSamples,
     Targets,
-    category_targets,
+    closed_vocab_targets,
     layer_losses,
     loss_terms,
     normalize_terms,
@@ -139,9 +139,9 @@ def supervised(out: TrainingOutput, batch: Batch, kind: str, group: int) -> tupl
     b, k = batch.phrase_target.shape
     split = lambda x: x.reshape(x.shape[0], b, -1, *x.shape[2:])  # noqa: E731
     embeds = split(out.decoder_output.mask_embeds)
-    if kind == "refer":
+    if kind == "referring":
         return split(out.decoder_output.class_logits)[:, :, :k], embeds[:, :, :k], referring_targets(batch.phrase_target, group)
-    return out.category_logits[:, :, None], embeds[:, :, -1:], category_targets(batch)
+    return out.category_logits[:, :, None], embeds[:, :, -1:], closed_vocab_targets(batch)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4, 5, 6), compiler_options=COMPILE_FAST)
@@ -161,7 +161,7 @@ def train(
         batch: what it is run on.
         points: of each kind of pass.
         cfg: weights.
-        kind: whose levels to return, "refer" or "category".
+        kind: whose levels to return, "referring" or "closed_vocab".
         differentiate: whether the gradient is wanted; compiling it takes most of the time.
     """
 

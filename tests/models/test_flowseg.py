@@ -80,7 +80,7 @@ def test_padding_changes_nothing(model, run):
     close(found.scores, found2.scores[:images, :k])
     close(found.mask_logits, found2.mask_logits[:images, :k])
     # The mask terms draw their points per padded mask slot; the class terms and the language term must be the same numbers.
-    for name in ("language", "refer_class", "named_class", "category_class"):
+    for name in ("language", "referring_class", "generic_class", "closed_vocab_class"):
         close(terms[name], terms2[name])
     split = lambda x, n: np.asarray(x).reshape(x.shape[0], n, -1, *x.shape[2:])  # noqa: E731
     queries, queries2 = split(out.decoder.queries, images), split(out2.decoder.queries, 2 * images)[:, :images]

@@ -59,8 +59,8 @@ def test_a_part_computes_what_it_computes_in_the_whole(whole, parts):
     if parts == "segmentor":  # nothing that is said is looked at
         batch = dataclasses.replace(batch, tokens=batch.tokens[:, :4], **none_said(batch, 4))
     found, seen, counts = losses_of(part, kept, batch)
-    wanted = {"language"} if parts == "language" else {f"category_{kind}" for kind in ("class", "mask", "dice")}
-    assert set(found) == wanted and set(seen) == ({"categorised"} if parts == "segmentor" else set())
+    wanted = {"language"} if parts == "language" else {f"closed_vocab_{kind}" for kind in ("class", "mask", "dice")}
+    assert set(found) == wanted and set(seen) == ({"closed_vocab_accuracy"} if parts == "segmentor" else set())
     for name in wanted:
         np.testing.assert_allclose(found[name], losses[name], rtol=2e-6, err_msg=name)
     # The denominators that the step divides by are known beforehand, from the batch alone.

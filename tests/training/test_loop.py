@@ -85,9 +85,9 @@ def test_one_compilation_a_run_and_every_step_logged(finished):
     assert {
         "loss",
         "loss_language",
-        "loss_refer_class",
-        "loss_refer_mask",
-        "loss_refer_dice",
+        "loss_referring_class",
+        "loss_referring_mask",
+        "loss_referring_dice",
         "learning_rate",
     } <= rows[0].keys()
     parts = sum(value for name, value in rows[0].items() if name.startswith("loss_"))

@@ -86,7 +86,11 @@ def test_the_batch_alone_gives_the_denominators(batch):
     found = {name: float(count) for name, count in denominators(CFG, batch, LOSSES).items()}
     assert found.pop("language") == (batch.labels[:, 1:] != IGNORE_INDEX).sum()
     q = CFG.mask_decoder.num_queries
-    rows = {"refer": batch.phrase_target.reshape(-1, 1), "named": batch.object_name, "category": batch.object_category}
+    rows = {
+        "referring": batch.phrase_target.reshape(-1, 1),
+        "generic": batch.object_name,
+        "closed_vocab": batch.object_category,
+    }
     for name, targets in rows.items():  # a row is a pass
         masks = (targets != PAD).sum()
         assert found.pop(f"{name}_mask") == found.pop(f"{name}_dice") == masks
@@ -104,7 +108,7 @@ def test_a_language_weight_of_zero_leaves_the_vocabulary_out(batch):
 
     found = jax.eval_shape(terms, flowseg.params_dict(flowseg.abstract_model(CFG)[1]))
     assert found.keys() == denominators(CFG, batch, losses).keys()
-    assert "language" not in found and "refer_class" in found
+    assert "language" not in found and "referring_class" in found
 
 
 def test_an_update_that_is_not_finite_is_not_made():

@@ -1,4 +1,4 @@
-"""Losses against the recorded values of X-SAM's PyTorch code, and against formulas written out."""
+"""Losses ascalest the recorded values of X-SAM's PyTorch code, and ascalest formulas written out."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from flowseg_jax.ops.matcher import batched_hungarian
 from flowseg_jax.ops.vocabulary import ShardedEmbedding
 from flowseg_jax.types import IGNORE_INDEX, NO_TARGET, PAD
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 @pytest.fixture(scope="module")
@@ -131,11 +131,11 @@ def level(rng):
     ), masks.reshape(1, 2, 4, 6, 6, 4).mean((3, 5))
 
 
-def of_one_kind(class_logits, mask_embeds, targets, cfg, **rest) -> losses.LayerLosses:
+def of_one_type(class_logits, mask_embeds, targets, cfg, **rest) -> losses.LayerLosses:
     return layer_losses({"x": PassPredictions(class_logits, mask_embeds, None)}, {"x": targets}, **rest, cfg=cfg)["x"]
 
 
-def terms_of_one_kind(class_logits, mask_embeds, targets, cfg, **rest):
+def terms_of_one_type(class_logits, mask_embeds, targets, cfg, **rest):
     passes = PassPredictions(class_logits, mask_embeds, jax.random.split(jax.random.key(0), 1))
     terms, assigned = deep_supervision_terms({"x": passes}, {"x": targets}, **rest, cfg=cfg, refine=None)
     return terms, assigned["x"]
@@ -143,7 +143,7 @@ def terms_of_one_kind(class_logits, mask_embeds, targets, cfg, **rest):
 
 def test_without_points_every_pixel_of_the_grid_counts(level):
     inputs, truth = level
-    found = of_one_kind(**inputs, cfg=LossConfig())
+    found = of_one_type(**inputs, cfg=LossConfig())
     assert len(set(np.asarray(found.assigned)[0, 0].tolist())) == 2
     logits = np.einsum("qd,yxd->qyx", inputs["mask_embeds"][0, 0], inputs["features"][0]).reshape(3, -1)
     pairs = logits[np.asarray(found.assigned)[0, 0]], truth[0, [1, 0]].reshape(2, -1)
@@ -152,7 +152,7 @@ def test_without_points_every_pixel_of_the_grid_counts(level):
     dice = (1 - (2 * (p * pairs[1]).sum(-1) + 1) / (p.sum(-1) + pairs[1].sum(-1) + 1)).sum()
     assert float(found.sums["mask"]) == pytest.approx(bce, rel=1e-5)
     assert float(found.sums["dice"]) == pytest.approx(dice, rel=1e-5)
-    weight = inputs["targets"].denominators("refer", 3, LossConfig().no_object_weight)["refer_class"]
+    weight = inputs["targets"].denominators("referring", 3, LossConfig().no_object_weight)["referring_class"]
     assert float(found.sums["class_weight"]) == pytest.approx(float(weight)) == pytest.approx(2.1)
 
 
@@ -161,13 +161,13 @@ def test_a_grid_that_does_not_divide_the_image_is_refused(level):
         downsample_packed_masks(level[0]["packed"], (5, 6))
 
 
-def test_the_class_gain_changes_the_class_loss_and_nothing_else(level):
+def test_the_class_loss_scale_changes_the_class_loss_and_nothing_else(level):
     inputs, _ = level
     stacked = {name: inputs[name][None] for name in ("class_logits", "mask_embeds")}
     rest = {name: inputs[name] for name in ("features", "packed", "targets")}
 
-    def terms(gain: float):
-        return terms_of_one_kind(**stacked, **rest, cfg=LossConfig(num_points=0, class_loss_scale=gain))
+    def terms(scale: float):
+        return terms_of_one_type(**stacked, **rest, cfg=LossConfig(num_points=0, class_loss_scale=scale))
 
     (plain, assigned), (more, same) = terms(1.0), terms(1e4)
     assert (np.asarray(assigned) == np.asarray(same)).all()
@@ -177,12 +177,12 @@ def test_the_class_gain_changes_the_class_loss_and_nothing_else(level):
 
 def test_a_phrase_that_refers_to_nothing_makes_all_its_queries_background(rng):
     """Its class loss counts, its masks do not; a padded phrase counts nothing."""
-    targets = referring_targets(jnp.array([[0, NO_TARGET, PAD]]), group=1)
+    targets = referring_targets(jnp.array([[0, NO_TARGET, PAD]]), group_size=1)
     assert targets.masks[..., 0].tolist() == [[0, PAD, PAD]] and targets.pass_valid.tolist() == [[True, True, False]]
     queries, background = 4, 0.1
-    counts = targets.denominators("refer", queries, background)
-    assert float(counts["refer_mask"]) == 1
-    assert float(counts["refer_class"]) == pytest.approx((1 + 3 * background) + 4 * background)
+    counts = targets.denominators("referring", queries, background)
+    assert float(counts["referring_mask"]) == 1
+    assert float(counts["referring_class"]) == pytest.approx((1 + 3 * background) + 4 * background)
     logits = jnp.asarray(rng.normal(size=(3, queries, 5)), jnp.float32)
     assigned = jnp.array([[2], [PAD], [PAD]])
     total, weight = class_loss(logits, targets.labels[0], assigned, targets.pass_valid[0], background)
@@ -191,8 +191,8 @@ def test_a_phrase_that_refers_to_nothing_makes_all_its_queries_background(rng):
     assert float(total) == pytest.approx(float(expected), rel=1e-5) and float(weight) == pytest.approx(1.7)
 
 
-def test_levels_are_matched_together_as_one_by_one(level, monkeypatch):
-    """The matcher runs once for all levels, and gives and costs what it does for each."""
+def test_layers_are_matched_together_as_one_by_one(level, monkeypatch):
+    """The matcher runs once for all layers, and gives and costs what it does for each."""
     inputs, _ = level
     rng = np.random.default_rng(7)
     stacked = {
@@ -203,16 +203,16 @@ def test_levels_are_matched_together_as_one_by_one(level, monkeypatch):
 
     @jax.jit
     def together(class_logits, mask_embeds):
-        return terms_of_one_kind(class_logits, mask_embeds, **rest, cfg=cfg)
+        return terms_of_one_type(class_logits, mask_embeds, **rest, cfg=cfg)
 
-    alone = [of_one_kind(**{k: v[i] for k, v in stacked.items()}, **rest, cfg=cfg) for i in range(3)]
+    alone = [of_one_type(**{k: v[i] for k, v in stacked.items()}, **rest, cfg=cfg) for i in range(3)]
     solved = []
     monkeypatch.setattr(
-        losses, "batched_hungarian", lambda cost, valid: solved.append(cost.shape) or batched_hungarian(cost, valid)
+        losses.matching, "batched_hungarian", lambda cost, valid: solved.append(cost.shape) or batched_hungarian(cost, valid)
     )
     terms, assigned = together(**stacked)
     np.testing.assert_array_equal(assigned, alone[-1].assigned)
-    assert len({tuple(np.asarray(x.assigned).ravel()) for x in alone}) > 1  # else mixed-up levels would not show
+    assert len({tuple(np.asarray(x.assigned).ravel()) for x in alone}) > 1  # else mixed-up layers would not show
     for kind, weight in (("class", cfg.class_weight), ("mask", cfg.mask_weight), ("dice", cfg.dice_weight)):
         assert float(terms[f"x_{kind}"][0]) == pytest.approx(weight * sum(float(x.sums[kind]) for x in alone), rel=1e-5)
     assert solved == [(3, 1, 1, 2, 3)]
@@ -229,62 +229,67 @@ def test_points_that_cannot_be_chosen_are_refused(wrong):
 
 
 @pytest.fixture
-def two_kinds(rng):
-    """Two images; three referring passes of one target, and a pass of two targets, on three levels."""
+def two_types(rng):
+    """Two images; three referring passes of one target, and a pass of two targets, of three layers."""
     masks = jnp.asarray(np.packbits(rng.random((2, 4, 24, 24)) > 0.5, axis=-1))
     embeds = lambda r: jnp.asarray(rng.normal(size=(3, 2, r, 5, 6)), jnp.float32)  # noqa: E731
     logits = lambda r: jnp.asarray(rng.normal(size=(3, 2, r, 5, 4)), jnp.float32)  # noqa: E731
     keys = jax.random.split(jax.random.key(1), 4).reshape(2, 2)
-    kinds = {"refer": PassPredictions(logits(3), embeds(3), keys[0]), "named": PassPredictions(logits(1), embeds(1), keys[1])}
-    targets = {
-        "refer": referring_targets(jnp.array([[0, 3, PAD], [2, NO_TARGET, 1]]), group=1),
-        "named": losses.object_targets(jnp.array([[0, 1, PAD, PAD], [PAD, 1, 2, 0]]), jnp.array([True, True])),
+    predictions = {
+        "referring": PassPredictions(logits(3), embeds(3), keys[0]),
+        "generic": PassPredictions(logits(1), embeds(1), keys[1]),
     }
-    return kinds, targets, jnp.asarray(rng.normal(size=(2, 8, 8, 6)), jnp.float32), masks
+    targets = {
+        "referring": referring_targets(jnp.array([[0, 3, PAD], [2, NO_TARGET, 1]]), group_size=1),
+        "generic": losses.object_targets(jnp.array([[0, 1, PAD, PAD], [PAD, 1, 2, 0]]), jnp.array([True, True])),
+    }
+    return predictions, targets, jnp.asarray(rng.normal(size=(2, 8, 8, 6)), jnp.float32), masks
 
 
 @pytest.mark.parametrize("points", [0, 40])
-def test_kinds_of_passes_lose_together_what_they_lose_apart(two_kinds, points):
-    kinds, targets, *rest = two_kinds
+def test_types_of_passes_lose_together_what_they_lose_apart(two_types, points):
+    predictions, targets, *rest = two_types
 
     @jax.jit
-    def run(kinds):
+    def run(predictions):
         return deep_supervision_terms(
-            kinds, {name: targets[name] for name in kinds}, *rest, LossConfig(num_points=points), None
+            predictions, {name: targets[name] for name in predictions}, *rest, LossConfig(num_points=points), None
         )
 
-    terms, assigned = run(kinds)
-    assert set(terms) == {f"{name}_{term}" for name in kinds for term in ("class", "mask", "dice")}
-    for name in kinds:
-        alone, of_alone = run({name: kinds[name]})
+    terms, assigned = run(predictions)
+    assert set(terms) == {f"{name}_{term}" for name in predictions for term in ("class", "mask", "dice")}
+    for name in predictions:
+        alone, of_alone = run({name: predictions[name]})
         np.testing.assert_array_equal(assigned[name], of_alone[name])
         for term, expected in alone.items():
             np.testing.assert_allclose(terms[term], expected, rtol=1e-6)
 
 
-def test_only_the_last_level_is_refined(two_kinds):
-    kinds, targets, features, packed = two_kinds
+def test_only_the_last_layer_is_refined(two_types):
+    predictions, targets, features, packed = two_types
     cfg = LossConfig(num_points=0)
 
     def refine(masks, features):
         return masks + features.sum((1, 2, 3))[:, None, None, None]
 
-    terms, _ = jax.jit(lambda kinds: deep_supervision_terms(kinds, targets, features, packed, cfg, refine))(kinds)
+    terms, _ = jax.jit(lambda predictions: deep_supervision_terms(predictions, targets, features, packed, cfg, refine))(
+        predictions
+    )
     levels = []
     for i in range(3):
-        level = {name: PassPredictions(x.class_logits[i], x.mask_embeds[i], None) for name, x in kinds.items()}
+        level = {name: PassPredictions(x.class_logits[i], x.mask_embeds[i], None) for name, x in predictions.items()}
         levels.append(layer_losses(level, targets, features, packed, cfg, refine if i == 2 else None))
-    for name in kinds:
+    for name in predictions:
         expected = cfg.mask_weight * sum(float(level[name].sums["mask"]) for level in levels)
         assert float(terms[f"{name}_mask"][0]) == pytest.approx(expected, rel=1e-5)
 
 
-def test_points_are_chosen_once(two_kinds):
-    """The backward pass predicts masks again, but reads where from what was kept."""
-    kinds, targets, *rest = two_kinds
+def test_points_are_chosen_once(two_types):
+    """The backward pass predicts masks ascale, but reads where from what was kept."""
+    predictions, targets, *rest = two_types
 
     def total(features):
-        terms, _ = deep_supervision_terms(kinds, targets, features, rest[1], LossConfig(num_points=40), None)
+        terms, _ = deep_supervision_terms(predictions, targets, features, rest[1], LossConfig(num_points=40), None)
         return sum(value for value, _ in terms.values())
 
     text = jax.jit(jax.value_and_grad(total)).lower(rest[0]).compile().as_text()
