@@ -61,8 +61,8 @@ def test_where_the_first_label_may_stand_changes_no_loss(rng, first):
     table = ShardedEmbedding.whole(jnp.asarray(rng.normal(size=(11, 5)), jnp.float32))
     labels = rng.integers(0, 11, (2, 29))
     labels[:, :12] = IGNORE_INDEX
-    expected = next_token_loss(hidden, table, jnp.asarray(labels), chunk=7)
-    found = next_token_loss(hidden, table, jnp.asarray(labels), chunk=7, first=first)
+    expected = next_token_loss(hidden, table, jnp.asarray(labels), chunk_size=7)
+    found = next_token_loss(hidden, table, jnp.asarray(labels), chunk_size=7, first=first)
     np.testing.assert_allclose(np.asarray(found), np.asarray(expected), rtol=1e-6)
     assert int(found[1]) == 2 * 17
 
