@@ -69,7 +69,7 @@ def test_stopped_continued_and_extended(config, prepared, tmp_path, monkeypatch,
                 os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "Report", Signalled)
+        patch.setattr(loop, "MetricReporter", Signalled)
         with pytest.raises(SystemExit) as stopped:
             loop.train(config, workdir)
     assert stopped.value.code == 0
