@@ -90,12 +90,12 @@ def _before_program(config: ConfigDict, devices: list[jax.Device]) -> Built:
     plan = loop.RunConfig.from_config(config)
     mesh = sharding.make_mesh(config.mesh.to_dict(), devices)
     graphdef, abstract = flowseg.abstract_model(plan.model)
-    rates = lr_multipliers(list(flatten_params(flowseg.params_dict(abstract))), plan.optimizer.groups)
-    optimizer = make_optimizer(plan.optimizer, config.steps, rates)
-    rate = lr_schedule(plan.optimizer, config.steps)
+    rates = lr_multipliers(list(flatten_params(flowseg.params_dict(abstract))), plan.optimizer.param_groups)
+    optimizer = make_optimizer(plan.optimizer, config.num_steps, rates)
+    rate = lr_schedule(plan.optimizer, config.num_steps)
     state = jax.device_put(loop.initial_state(plan, config, optimizer, rates, mesh), sharding.replicated(mesh))
     step = make_train_step(
-        graphdef, plan.model, plan.losses, optimizer, rate, config.seed, mesh, accumulate=plan.optimizer.accumulate
+        graphdef, plan.model, plan.losses, optimizer, rate, config.seed, mesh, accumulate=plan.optimizer.grad_accum_steps
     )
     return Built(plan, jax.device_put, jax.jit(step, donate_argnums=0), state)
 
@@ -111,7 +111,7 @@ def random_batch(shape: BatchShape, model: FlowSegConfig, seed: int = 0) -> Batc
     length = (shape.text_length - prefix) // conversations  # tokens of each conversation
     if length < max(5, shape.max_masks + 2):
         raise UserError(
-            f"data.text={shape.text_length} has no room for {conversations} conversations and {shape.max_masks} names"
+            f"data.text_length={shape.text_length} has no room for {conversations} conversations and {shape.max_masks} names"
         )
     batch = empty_batch(shape, 0)
     used = prefix + conversations * length

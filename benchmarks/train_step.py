@@ -1,7 +1,7 @@
 """How long a train step takes: beside another revision's, beside itself in parts, beside itself with checkpoints.
 
     python -m benchmarks.train_step --against=REVISION      # this working tree's step and that of a commit, on one device
-    python -m benchmarks.train_step --overhead=accumulate   # optimizer.accumulate=1 and =4, the same batch
+    python -m benchmarks.train_step --overhead=accumulate   # optimizer.grad_accum_steps=1 and =4, the same batch
     python -m benchmarks.train_step --overhead=checkpoint   # 20 steps, without and with a checkpoint written behind every 10th
 
 `--config=FILE` and `--config.KEY=VALUE` choose the step, as for train.py; the batch is random, so no data set is needed.
@@ -99,7 +99,7 @@ def accumulate(config: ConfigDict, parts: int, tolerance: float, rounds: int) ->
         )
     candidates = {}
     for count in (1, parts):
-        config.optimizer.accumulate = count
+        config.optimizer.grad_accum_steps = count
         candidates[f"accumulate={count}"] = TrainStep(config)
     return ratio.compare(candidates, "accumulate=1", tolerance, rounds=rounds)
 

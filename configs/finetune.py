@@ -5,7 +5,7 @@
     python train.py --config=configs/finetune.py:MODEL --config.data.dir=DIR --workdir=runs/mine
 
 Only what reads learns: a few images teach words, and would make the components that see forget more than they can learn. With
-thousands of images unlike those that the model knows, let everything learn: --config.optimizer.groups='((".*", 1.0),)'.
+thousands of images unlike those that the model knows, let everything learn: --config.optimizer.param_groups='((".*", 1.0),)'.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ def get_config(checkpoint: str = "") -> ConfigDict:
     model.require_full_model(checkpoint)
     config = shapes_tiny()
     config.init_from = (checkpoint,)
-    config.steps = 150
+    config.num_steps = 150
     config.batch_size = max(4, model.negatives_group_size)
     config.log_every = 10
     config.checkpoint_every = 50
     config.model = ConfigDict(model.to_dict())
     config.data.dir = "data/mine"
-    config.data.images = 0
+    config.data.shapes_images = 0
     config.data.tokenizer = f"{checkpoint}/tokenizer"
-    config.data.chat = stored["extra"].get("prompts", {}).get("chat", config.data.chat)
+    config.data.chat_template = stored["extra"].get("prompts", {}).get("chat", config.data.chat_template)
     config.data.objects = "referred"
-    config.data.update(phrases=PHRASES, masks=PHRASES, text=model.num_visual_tokens + 8 + PHRASES * TOKENS)
-    config.optimizer.groups = (("(llm|llm_projector)/.*", 1.0), (".*", None))
+    config.data.update(max_phrases=PHRASES, max_masks=PHRASES, text_length=model.num_visual_tokens + 8 + PHRASES * TOKENS)
+    config.optimizer.param_groups = (("(llm|llm_projector)/.*", 1.0), (".*", None))
     config.optimizer.learning_rate = 2e-4 if model.mask_decoder.embed_dim < 256 else 2e-5
     config.optimizer.losses.update(language_weight=0.0, num_points=0 if model.sam.image_size < 256 else 12544)
     return config

@@ -32,11 +32,11 @@ def get_config(variant: str = "sr_cr_bar") -> ConfigDict:
     flow, boundary = dataclasses.replace(model.semantic_flow, mode=mode), dataclasses.replace(model.boundary, enabled=refines)
     config.model = ConfigDict(dataclasses.replace(model, semantic_flow=flow, boundary=boundary).to_dict())
     config.model.num_classes = 0
-    config.steps = 500
+    config.num_steps = 500
     config.log_every = 50
     config.checkpoint_every = 200
     config.init_from = tuple(f"{part}={TOWERS}" for part in SHARED)
     config.data.tokenizer = f"{TOWERS}/tokenizer"
-    config.optimizer.groups = ((f"({'|'.join(SHARED)})/.*", None), (".*", 1.0))
+    config.optimizer.param_groups = ((f"({'|'.join(SHARED)})/.*", None), (".*", 1.0))
     config.optimizer.losses.language_weight = 0.0
     return config

@@ -9,12 +9,12 @@ from ml_collections import ConfigDict
 
 def get_config() -> ConfigDict:
     config = shapes_tiny()
-    config.steps = 9000
+    config.num_steps = 9000
     config.checkpoint_every = 250
     config.data.dir = "data/shapes_shipped"
-    config.data.images = 20_000
+    config.data.shapes_images = 20_000
     config.data.seed = 1
-    config.data.mix = (
+    config.data.shapes_mix = (
         ("attribute", 0.25),
         ("superlative", 0.20),
         ("relation", 0.22),

@@ -25,18 +25,18 @@ def get_config(learns: str = "frozen") -> ConfigDict:
         raise UserError(f"the language model is 'frozen' or 'full', got {learns!r}")
     llm = dataclasses.replace(LanguageConfig.smollm2_135m(), remat="none")
     config = shapes_tiny()
-    config.steps = 250
+    config.num_steps = 250
     config.batch_size = 4
     config.checkpoint_every = 50
     parts = ("siglip", "sam", "connector", "pixel_decoder", "decoder", "boundary", "background")
     config.init_from = (LANGUAGE_MODEL, *(f"{part}={VISION}" for part in parts))
     config.model = ConfigDict(dataclasses.replace(FlowSegConfig.tiny(), llm=llm).to_dict())
     config.data.tokenizer = f"{LANGUAGE_MODEL}/tokenizer"
-    config.data.phrases = 6
-    config.data.text = 336
+    config.data.max_phrases = 6
+    config.data.text_length = 336
     if learns == "frozen":
-        config.optimizer.groups = (("llm/.*", None), (".*", 1.0))
+        config.optimizer.param_groups = (("llm/.*", None), (".*", 1.0))
         config.optimizer.losses.language_weight = 0.0
     else:
-        config.optimizer.groups = (("llm/.*", 0.04), (".*", 1.0))
+        config.optimizer.param_groups = (("llm/.*", 0.04), (".*", 1.0))
     return config

@@ -8,8 +8,8 @@ from flowseg_jax.models.config import FlowSegConfig
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
-    config.steps = 2000
-    config.batch_size = 8  # images; each brings data.phrases referring passes and the passes over all its objects
+    config.num_steps = 2000
+    config.batch_size = 8  # images; each brings data.max_phrases referring passes and the passes over all its objects
     config.log_every = 20
     config.checkpoint_every = 200
     config.checkpoint = ConfigDict({"keep": 2, "keep_every": 0, "best": ()})  # the last, every n-th, (metric, "min" or "max")
@@ -19,37 +19,37 @@ def get_config() -> ConfigDict:
 
     config.data = ConfigDict()
     config.data.dir = "data/shapes"  # generated and prepared once if it is missing
-    config.data.images = 6000
+    config.data.shapes_images = 6000
     config.data.seed = 0
-    config.data.mix = ()  # ((family, share), ...) of the generated expressions; empty: the benchmark's own
-    config.data.sets = ()  # ((directory of a prepared data set, weight), ...) instead of `dir`; all weights 0: by their sizes
+    config.data.shapes_mix = ()  # ((family, share), ...) of the generated expressions; empty: the benchmark's own
+    config.data.mixture = ()  # ((directory of a prepared data set, weight), ...) instead of `dir`; weights all 0: by size
     config.data.held_out = ()  # prepared data sets, or lists of images, whose evaluation images nothing is trained on
     config.data.objects = "all"  # targets of images with expressions: all objects, or "referred" where not all are annotated
-    config.data.phrases = 8
-    config.data.masks = 12
-    config.data.names = 0  # names that a generic question may ask for, absent ones included; 0: the kinds in the image
-    config.data.explain = 0.5  # share of the reasoning questions with an explanation that ask for it
-    config.data.jitter = ()  # (smallest, largest) scale of large-scale jitter of images with categories only
-    config.data.square = False  # pad the vision encoder's image to a square instead of stretching it
-    config.data.text = 368  # tokens an image, the 72 visual ones included
+    config.data.max_phrases = 8
+    config.data.max_masks = 12
+    config.data.max_names = 0  # names that a generic question may ask for, absent ones included; 0: the kinds in the image
+    config.data.explanation_prob = 0.5  # share of the reasoning questions with an explanation that ask for it
+    config.data.lsj_scale_range = ()  # (smallest, largest) scale of large-scale jitter of images with categories only
+    config.data.pad_to_square = False  # pad the vision encoder's image to a square instead of stretching it
+    config.data.text_length = 368  # tokens an image, the 72 visual ones included
     config.data.tokenizer = ""  # its directory; empty: a small one is trained on the data set and comes with it
-    config.data.chat = "qwen3_instruct"
-    config.data.vary_prompts = False
+    config.data.chat_template = "qwen3_instruct"
+    config.data.random_prompts = False
     config.data.curriculum = ()  # ((until_step, {family: weight}), ...)
-    config.data.threads = 1  # that build batches
-    config.data.workers = 0  # processes that do, on hosts with many cores
+    config.data.num_threads = 1  # that build batches
+    config.data.num_workers = 0  # processes that do, on hosts with many cores
 
     config.optimizer = ConfigDict()
     config.optimizer.learning_rate = 1e-3
-    config.optimizer.warmup = 0.03
+    config.optimizer.warmup_fraction = 0.03
     config.optimizer.weight_decay = 0.05
-    config.optimizer.clip = 1.0
+    config.optimizer.max_grad_norm = 1.0
     config.optimizer.b1 = 0.9
     config.optimizer.b2 = 0.98
     config.optimizer.eps = 1e-8
-    config.optimizer.groups = ((".*", 1.0),)
-    config.optimizer.accumulate = 1  # parts of a batch that are differentiated one after the other
-    config.optimizer.skip_limit = 10  # updates in a row that may fail to be finite
+    config.optimizer.param_groups = ((".*", 1.0),)
+    config.optimizer.grad_accum_steps = 1  # parts of a batch that are differentiated one after the other
+    config.optimizer.max_skipped_updates = 10  # updates in a row that may fail to be finite
     config.optimizer.frozen_dtype = "float32"  # what the matrices of frozen components rest in
     config.optimizer.losses = ConfigDict(
         {

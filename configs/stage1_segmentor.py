@@ -28,22 +28,22 @@ def get_config(size: str = "qwen3_4b") -> ConfigDict:
         negatives_group_size=1,
     )
     config.data.tokenizer = ""
-    config.data.update(text=8, phrases=1)  # nothing is said
+    config.data.update(text_length=8, max_phrases=1)  # nothing is said
     if size == "tiny":
-        config.steps = 400
+        config.num_steps = 400
         config.batch_size = 8
         config.data.dir = "data/stages/panoptic"
-        config.data.masks = 12
+        config.data.max_masks = 12
     else:
         config.init_from = ("weights/sam_l",)
         config.batch_size = 64
-        config.steps = 36 * SETS["data/coco_panoptic"] // config.batch_size  # 36 epochs
+        config.num_steps = 36 * SETS["data/coco_panoptic"] // config.batch_size  # 36 epochs
         config.data.dir = "data/coco_panoptic"
         config.data.held_out = ("data/refcoco", "data/refcoco+", "data/refcocog")
-        config.data.masks = 128
-        config.data.jitter = (0.1, 2.0)
+        config.data.max_masks = 128
+        config.data.lsj_scale_range = (0.1, 2.0)
         config.optimizer.learning_rate = 1e-4
-        config.optimizer.clip = 0.01
-        config.optimizer.groups = (("sam/.*", 0.1), (".*", 1.0))
+        config.optimizer.max_grad_norm = 0.01
+        config.optimizer.param_groups = (("sam/.*", 0.1), (".*", 1.0))
     config.model = ConfigDict(model.to_dict())
     return config

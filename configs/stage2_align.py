@@ -22,24 +22,24 @@ IMAGES = 558_128
 def get_config(llm: str = "qwen3_4b") -> ConfigDict:
     config, model = stage(llm)
     model = dataclasses.replace(model, components="vlm", generic_pass="off", negatives_group_size=1)
-    config.data.update(phrases=1, masks=1, square=True)
+    config.data.update(max_phrases=1, max_masks=1, pad_to_square=True)
     config.optimizer.losses.language_weight = 1.0
     if llm == "tiny":
         config.init_from = ("sam=runs/stage1_segmentor/model",)
-        config.steps = 300
+        config.num_steps = 300
         config.batch_size = 8
         config.data.dir = "data/stages/chat"
-        config.data.text = 220
-        config.optimizer.groups = (("sam/.*", None), (".*", 1.0))
+        config.data.text_length = 220
+        config.optimizer.param_groups = (("sam/.*", None), (".*", 1.0))
     else:
         config.init_from = ("sam=runs/stage1_segmentor/model", "weights/siglip2", f"weights/{llm}")
         config.batch_size = 256
-        config.steps = IMAGES // config.batch_size
+        config.num_steps = IMAGES // config.batch_size
         config.data.dir = "data/llava_558k"
-        config.data.text = 2048  # 1,753 visual tokens and a caption
+        config.data.text_length = 2048  # 1,753 visual tokens and a caption
         config.optimizer.learning_rate = 1e-3
         config.optimizer.weight_decay = 0.0
-        config.optimizer.groups = (("(visual|seg)_projector/.*", 1.0), (".*", None))
+        config.optimizer.param_groups = (("(visual|seg)_projector/.*", 1.0), (".*", None))
         config.optimizer.frozen_dtype = "bfloat16"
     config.model = ConfigDict(model.to_dict())
     return config

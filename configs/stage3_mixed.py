@@ -44,8 +44,8 @@ def stage(llm: str) -> tuple[ConfigDict, FlowSegConfig]:
     if llm != "tiny" and llm not in LANGUAGE_MODELS:
         raise UserError(f"no language model {llm!r} for a stage{did_you_mean(llm, [*LANGUAGE_MODELS, 'tiny'])}")
     config = shapes_tiny()
-    config.data.images = 0
-    config.data.vary_prompts = True
+    config.data.shapes_images = 0
+    config.data.random_prompts = True
     if llm == "tiny":
         config.log_every = 10
         config.checkpoint_every = 100
@@ -55,7 +55,7 @@ def stage(llm: str) -> tuple[ConfigDict, FlowSegConfig]:
     config.log_every = 10
     config.checkpoint_every = 500
     config.data.tokenizer = f"weights/{llm}/tokenizer"
-    config.data.chat = "phi3_chat" if llm == "phi3_mini" else "qwen3_instruct"
+    config.data.chat_template = "phi3_chat" if llm == "phi3_mini" else "qwen3_instruct"
     config.optimizer.b2 = 0.999
     config.optimizer.losses.update(language_weight=1.0, class_loss_scale=1.0, num_points=12544, logits_chunk_size=512)
     config.mesh.update(data=1, fsdp=-1)
@@ -69,17 +69,17 @@ def get_config(llm: str = "qwen3_4b") -> ConfigDict:
     config.init_from = ("runs/stage2_align/model", "runs/stage1_segmentor/model")
     config.data.objects = "referred"
     if llm == "tiny":
-        config.steps = 400
+        config.num_steps = 400
         config.batch_size = 8
-        config.data.sets = tuple((directory, 0.0) for directory in TINY_SETS)
-        config.data.update(phrases=6, masks=12, names=10, text=420)
+        config.data.mixture = tuple((directory, 0.0) for directory in TINY_SETS)
+        config.data.update(max_phrases=6, max_masks=12, max_names=10, text_length=420)
     else:
         model = dataclasses.replace(model, negatives_group_size=8)
         config.batch_size = 64
-        config.steps = 2 * sum(repeat_factor_counts(list(SETS.values()))) // config.batch_size  # two epochs
-        config.data.sets = tuple((directory, 0.0) for directory in SETS)
-        config.data.update(phrases=8, masks=32, names=128, text=2304)  # 18 * 128 tokens
+        config.num_steps = 2 * sum(repeat_factor_counts(list(SETS.values()))) // config.batch_size  # two epochs
+        config.data.mixture = tuple((directory, 0.0) for directory in SETS)
+        config.data.update(max_phrases=8, max_masks=32, max_names=128, text_length=2304)  # 18 * 128 tokens
         config.optimizer.learning_rate = 4e-5
-        config.optimizer.groups = ((r"(sam|siglip)/.*", 0.1), (".*", 1.0))
+        config.optimizer.param_groups = ((r"(sam|siglip)/.*", 0.1), (".*", 1.0))
     config.model = ConfigDict(model.to_dict())
     return config

@@ -212,7 +212,7 @@ def finish(config: ConfigDict, workdir: Path) -> Records:
     out, asked = workdir / "eval", json.loads(configs.to_json(config))
     read = lambda path: json.loads(path.read_text()) if path.exists() else None  # noqa: E731
     evaluated = read(out / f"{SPLIT}.json")  # the last file that an evaluation writes
-    if evaluated is None or evaluated["checkpoint"]["step"] != config.steps or read(workdir / "config.json") != asked:
+    if evaluated is None or evaluated["checkpoint"]["step"] != config.num_steps or read(workdir / "config.json") != asked:
         model = loop.train(config, workdir)
         ReferringEvaluation(EvalModel.load(model), loop.load_dataset(config)).run(SPLIT, out, pictures=False)
     return read_records(out / f"{SPLIT}.jsonl")
@@ -234,12 +234,14 @@ def ablate(read: Callable[[str], ConfigDict], seeds: Sequence[int], runs: Path) 
             config.seed = seed
             records[variant][seed] = finish(config, runs / f"{variant}_{seed}")
         comparison = Comparison.of(records)
-        about = f"{config.steps} steps of {config.batch_size} images; seeds {', '.join(map(str, comparison.seeds))}. Percent."
+        about = (
+            f"{config.num_steps} steps of {config.batch_size} images; seeds {', '.join(map(str, comparison.seeds))}. Percent."
+        )
         text = f"{about} Mean over the seeds [95 % of image resamples] ± standard deviation over the seeds.\n\n"
         text += comparison.tables()
         storage.write_text_atomic(runs / "ablation.md", text + "\n")
         storage.write_text_atomic(
-            runs / "ablation.json", json.dumps(comparison.to_json() | {"steps": config.steps}, indent=1) + "\n"
+            runs / "ablation.json", json.dumps(comparison.to_json() | {"steps": config.num_steps}, indent=1) + "\n"
         )
         log("\n" + text)
     return comparison

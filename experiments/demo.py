@@ -38,13 +38,13 @@ def main() -> int:
     def stage(text: str) -> None:
         log(f"\n== [{duration(time.monotonic() - started)}] {text}")
 
-    config, _ = configs.load([f"--config.steps={STEPS}", "--config.checkpoint_every=100"])
+    config, _ = configs.load([f"--config.num_steps={STEPS}", "--config.checkpoint_every=100"])
     plan = loop.RunConfig.from_config(config)
     host.use_host_devices(config.batch_size // config.model.negatives_group_size)
     host.enable_compilation_cache()
     rows: list[evaluation.ReportRow] = []
     about = [
-        f"Training from scratch: {STEPS} steps of {config.batch_size} images with up to {config.data.phrases} expressions each "
+        f"Training from scratch: {STEPS} steps of {config.batch_size} images, up to {config.data.max_phrases} expressions each "
         f"(configs/shapes_tiny.py, seed {config.seed}). All numbers are percent, over the first {IMAGES} images of each split.",
         "Shuffled-text control: every image is asked the sentences of another image; what is left is what needs no reading.",
     ]

@@ -101,7 +101,7 @@ def main(data: Path = DATA, runs: Path = RUNS, size: Size = Size()) -> Outcome:
 
     def train(config: str, name: str, steps: int, init_from: tuple[str, ...]) -> Path:
         cfg = configs.read(f"configs/{config}.py:tiny")
-        cfg.update(steps=steps, init_from=init_from)
+        cfg.update(num_steps=steps, init_from=init_from)
         relocate(cfg, data)
         return loop.train(cfg, runs / name)
 
@@ -146,8 +146,8 @@ def command() -> int:
 def relocate(config: Any, data: Path) -> None:
     """Points a stage's data at `data` instead of the default place."""
     move = lambda path: str(data / Path(path).relative_to(DATA)) if path else path  # noqa: E731
-    config.data.dir = move(config.data.dir) if not config.data.sets else config.data.dir
-    config.data.sets = tuple((move(directory), weight) for directory, weight in config.data.sets)
+    config.data.dir = move(config.data.dir) if not config.data.mixture else config.data.dir
+    config.data.mixture = tuple((move(directory), weight) for directory, weight in config.data.mixture)
     config.data.tokenizer = move(config.data.tokenizer)
 
 

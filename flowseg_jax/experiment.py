@@ -26,7 +26,7 @@ from flowseg_jax.system.paths import ROOT
 
 TOP_LEVEL = (
     "seed",
-    "steps",
+    "num_steps",
     "batch_size",
     "log_every",
     "checkpoint_every",
@@ -108,7 +108,7 @@ def check(config: ConfigDict, source: str) -> None:
     if missing or extra:
         faults = [f"lacks {', '.join(missing)}"] * bool(missing) + [f"has the unknown {', '.join(extra)}"] * bool(extra)
         raise UserError(f"config {source} {' and '.join(faults)} (top-level keys are {', '.join(TOP_LEVEL)})")
-    for key in ("seed", "steps", *POSITIVE):
+    for key in ("seed", "num_steps", *POSITIVE):
         value, least = config[key], int(key in POSITIVE)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise UserError(f"config {source}: {key} must be an integer of at least {least}, got {value!r}")

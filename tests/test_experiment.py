@@ -15,11 +15,11 @@ from ml_collections import ConfigDict, config_dict
 
 def get_config(arg=None):
     c = ConfigDict()
-    c.seed, c.steps, c.batch_size, c.log_every, c.checkpoint_every = 0, 100, 8, 10, 50
+    c.seed, c.num_steps, c.batch_size, c.log_every, c.checkpoint_every = 0, 100, 8, 10, 50
     c.init_from, c.checkpoint = (), ConfigDict({"keep": 2})
     c.model = ConfigDict({"preset": arg or "tiny", "semantic_flow": {"mode": "sr_cr", "norm": "residual"}, "remat": True})
     c.data = ConfigDict({"sizes": [1, 2, 3], "limit": config_dict.placeholder(int), "other": None})
-    c.optimizer = ConfigDict({"learning_rate": 1e-3, "groups": [["llm/.*", None], [".*", 1.0]]})
+    c.optimizer = ConfigDict({"learning_rate": 1e-3, "param_groups": [["llm/.*", None], [".*", 1.0]]})
     c.mesh = ConfigDict({"data": 1})
     c.data.batch = c.get_ref("batch_size")
     return c
@@ -66,8 +66,8 @@ def test_overrides_are_parsed_by_the_type_of_the_default(file):
 
 
 def test_tuples_of_tuples(file):
-    config, _ = load(file, "--config.optimizer.groups=(('llm', None), ('.*', 0.5))", "--config.data.sizes=")
-    assert config.optimizer.groups == (("llm", None), (".*", 0.5))
+    config, _ = load(file, "--config.optimizer.param_groups=(('llm', None), ('.*', 0.5))", "--config.data.sizes=")
+    assert config.optimizer.param_groups == (("llm", None), (".*", 0.5))
     assert config.data.sizes == ()
 
 
@@ -97,7 +97,7 @@ def test_an_unknown_key_without_a_near_one_lists_the_section(file):
     ("override", "message"),
     [
         ("seed=x", "'seed' takes an integer .default 0., got 'x'"),
-        ("steps=1.5", "'steps' takes an integer"),
+        ("num_steps=1.5", "'num_steps' takes an integer"),
         ("model.remat=maybe", "'model.remat' takes true or false"),
         ("optimizer.learning_rate=fast", "'optimizer.learning_rate' takes a number"),
         ("data.sizes=1,b", "'data.sizes' takes a tuple"),

@@ -130,9 +130,11 @@ def experiment(cfg: FlowSegConfig, batch: Batch, points: int) -> ConfigDict:
     """A run of this model on batches of that shape, everything trained."""
     config = configs.read("configs/shapes_tiny.py")
     config.model = ConfigDict(cfg.to_dict())
-    config.update(batch_size=1, steps=1000)
-    config.data.update(text=batch.input_ids.shape[1], phrases=batch.phrase_target.shape[1], masks=batch.mask_valid.shape[1])
+    config.update(batch_size=1, num_steps=1000)
+    config.data.update(
+        text_length=batch.input_ids.shape[1], max_phrases=batch.phrase_target.shape[1], max_masks=batch.mask_valid.shape[1]
+    )
     config.optimizer.losses.update(language_weight=1.0, class_loss_scale=1.0, num_points=points, logits_chunk_size=512)
-    config.optimizer.groups = ((".*", 1.0),)
+    config.optimizer.param_groups = ((".*", 1.0),)
     config.mesh.update(data=1, fsdp=1)
     return config

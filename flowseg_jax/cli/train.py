@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(rest)
     from flowseg_jax.system import host
 
-    host.use_host_devices(config.batch_size // max(1, config.model.negatives_group_size * config.optimizer.accumulate))
+    host.use_host_devices(config.batch_size // max(1, config.model.negatives_group_size * config.optimizer.grad_accum_steps))
     host.enable_compilation_cache()
     with process_group(arguments):
         from flowseg_jax.training.loop import train

@@ -60,7 +60,7 @@ def check_said(text: str, where: str, limit: int | None = MAX_CHARACTERS) -> str
                 raise UserError(f"{where}: contains the mark {mark!r}, which a model would take for one; write it otherwise")
     if limit is not None and len(text) > limit:
         raise UserError(
-            f"{where}: {len(text):,} characters, more than {limit:,}: shorten it, or raise --max-characters here and data.text "
-            "in training"
+            f"{where}: {len(text):,} characters, more than {limit:,}: shorten it, or raise --max-characters here and "
+            "data.text_length in training"
         )
     return text

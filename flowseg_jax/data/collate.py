@@ -205,7 +205,7 @@ def pack_conversations(
     if used > length:
         raise UserError(
             f"{name}: needs {used} tokens ({len(prefix)} of them before the text), more than the text length {length}; "
-            "raise data.text or ask fewer phrases per image"
+            "raise data.text_length or ask fewer phrases per image"
         )
     out = {key: np.full(length, PAD, np.int32) for key in ("segment_ids", "phrase_ids", "seg_ids")}
     out |= {"input_ids": np.full(length, pad, np.int32), "labels": np.full(length, IGNORE_INDEX, np.int32)}
@@ -422,7 +422,7 @@ def check_batch_shape(
         if all_objects and masks_needed > shape.max_masks:
             raise UserError(
                 f"{entry.file_name}: has {masks_needed} objects, but the batch has room for {shape.max_masks} masks; "
-                "raise data.masks or set data.objects='referred'"
+                "raise data.max_masks or set data.objects='referred'"
             )
         each = (length[s.prompt] + bound.answer_length(s.answer) for s in entry.samples)
         longest = sorted(each, reverse=True)[:phrases_at_most]
@@ -430,7 +430,7 @@ def check_batch_shape(
         if len(kinds) > shape.max_names:
             raise UserError(
                 f"{entry.file_name}: has objects of {len(kinds)} kinds, but the batch has room for {shape.max_names} names; "
-                "raise data.names"
+                "raise data.max_names"
             )
         needed = bound.upper_bound(longest, [name_length[c] for c in kinds], task)
         if needed > worst:
@@ -438,5 +438,5 @@ def check_batch_shape(
     if worst > shape.text_length:
         raise UserError(
             f"{worst_entry.file_name}: may need {worst} tokens, more than the text length {shape.text_length}; "
-            "raise data.text or ask fewer phrases per image"
+            "raise data.text_length or ask fewer phrases per image"
         )

@@ -88,7 +88,7 @@ def build_mixture(
     sizes = [len(mine) for _, mine, _ in kept]
     weights = [weight for _, weight in sets]
     if any(weight < 0 for weight in weights) or (any(weights) and not all(weights)):
-        raise UserError(f"data.sets: weights must all be positive, or all be 0 for the repeat-factor rule, got {weights}")
+        raise UserError(f"data.mixture: weights must all be positive, or all be 0 for the repeat-factor rule, got {weights}")
     if len(kept) == 1:
         slots = sizes
     elif any(weights):

@@ -145,7 +145,7 @@ class TrainDataset:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._order = SampleOrder(self.members, self._seed)
-        self._open(self._options.cache_bytes // max(self._options.workers, 1))
+        self._open(self._options.cache_bytes // max(self._options.num_workers, 1))
 
     def _row(self, position: int, step: int) -> TrainExample:
         """Row at `position` of the endless stream of images."""
@@ -169,7 +169,7 @@ class TrainDataset:
         Workers start with the first batch that is asked for. As they import the main module, it must be guarded by
         `if __name__ == "__main__"`.
         """
-        threads, count = self._options.threads, self._options.workers
+        threads, count = self._options.num_threads, self._options.num_workers
         # A worker's batches lie ready behind it, half in its queue and half in this process, not in front of it.
         ahead = threads if count else self._options.prefetch
         steps = grain.MapDataset.range(start_step, 1 << 40).map(self.batch)
@@ -224,7 +224,7 @@ class BatchIterator(Iterator[Batch]):
             if died := re.match(r"Worker process was terminated unexpectedly with exit code (-?\d+)", str(error)):
                 raise UserError(
                     f"a data worker died with exit code {died[1]}; if it ran out of memory (-9) or of shared memory (-7), "
-                    "set data.workers or data.prefetch lower, or make /dev/shm larger"
+                    "set data.num_workers or data.prefetch lower, or make /dev/shm larger"
                 ) from None
             raise
 

@@ -37,14 +37,14 @@ class TrainOptions:
         curriculum: ((until_step, {family: weight}), ...) in rising order: before `until_step`, phrases are drawn in proportion
             to their family's weight and never at weight 0. A family that is not listed has the weight of "*", or 0. Behind the
             last entry all phrases count alike.
-        explain: share of the questions with an explanation that ask for it.
-        jitter: (smallest, largest) scale of large-scale jitter, of images of "generic" data sets; empty for none.
-        square: pad the vision encoder's image to a square instead of stretching it.
+        explanation_prob: share of the questions with an explanation that ask for it.
+        lsj_scale_range: (smallest, largest) scale of large-scale jitter, of images of "generic" data sets; empty for none.
+        pad_to_square: pad the vision encoder's image to a square instead of stretching it.
         cache_bytes: decoded and resized images kept in memory, by all workers together; 0 for none.
-        threads: that build batches, in each process.
+        num_threads: that build batches, in each process.
         prefetch: batches that lie ready, of all workers together; at least two a worker.
-        workers: processes that build batches, where threads of one do not keep up; 0 for none but this one. Neither this nor
-            the three above change results.
+        num_workers: processes that build batches, where threads of one do not keep up; 0 for none but this one. Neither this
+            nor the three above change results.
     """
 
     objects: str = "all"
@@ -56,9 +56,9 @@ class TrainOptions:
     lsj_scale_range: tuple[float, ...] = ()
     pad_to_square: bool = False
     cache_bytes: int = 1 << 29
-    threads: int = 2
+    num_threads: int = 2
     prefetch: int = 8
-    workers: int = 0
+    num_workers: int = 0
 
     def __post_init__(self):
         if self.objects not in ("all", "referred"):
@@ -75,9 +75,9 @@ class TrainOptions:
         if self.lsj_scale_range and not (
             len(self.lsj_scale_range) == 2 and 0 < self.lsj_scale_range[0] <= self.lsj_scale_range[1]
         ):
-            raise UserError(f"data.jitter: expected (smallest, largest) scale or nothing, got {self.lsj_scale_range}")
-        if self.workers < 0:
-            raise UserError(f"data.workers must not be negative, got {self.workers}")
+            raise UserError(f"data.lsj_scale_range: expected (smallest, largest) scale or nothing, got {self.lsj_scale_range}")
+        if self.num_workers < 0:
+            raise UserError(f"data.num_workers must not be negative, got {self.num_workers}")
 
     def weights(self, step: int) -> Mapping[str, float] | None:
         """The families' weights at a step, None where all phrases count alike."""
@@ -158,7 +158,7 @@ class TrainExampleBuilder:
             if len(worst.categories) > shape.max_masks:
                 raise UserError(
                     f"{where}: {worst.file_name} has {len(worst.categories)} objects, the batch has room for "
-                    f"{shape.max_masks}: raise data.masks"
+                    f"{shape.max_masks}: raise data.max_masks"
                 )
         if self.task == "generic":
             self._check_targets(entries, where)
@@ -175,12 +175,12 @@ class TrainExampleBuilder:
             needed = self._bound.generic([self._name_lengths[worst]])
             if needed > shape.text_length:
                 raise UserError(
-                    f"{where}: to name {self._categories[worst]!r} takes {needed} tokens, data.text is "
+                    f"{where}: to name {self._categories[worst]!r} takes {needed} tokens, data.text_length is "
                     f"{shape.text_length}: raise it"
                 )
         if self.task == "chat" and self._bound.prefix >= shape.text_length:
             raise UserError(
-                f"{where}: the image takes {self._bound.prefix} tokens, which leaves no room for a chat in data.text, "
+                f"{where}: the image takes {self._bound.prefix} tokens, which leaves no room for a chat in data.text_length, "
                 f"{shape.text_length}: raise it"
             )
         if self.task in ("referring", "reasoning"):
@@ -201,12 +201,12 @@ class TrainExampleBuilder:
         if min(needed) > room:
             raise UserError(
                 f"{where}: in every image each kind has more objects than the batch has room for, {room}, so nothing would be "
-                f"trained on: raise data.masks to {min(needed)} or more"
+                f"trained on: raise data.max_masks to {min(needed)} or more"
             )
         if without := len(entries) - sum(n <= room for n in needed):
             self.remark = (
                 f"{where}: {without:,} of {len(entries):,} images are without a target: they have nothing but crowds, or of "
-                f"each kind more objects than data.masks, {room}"
+                f"each kind more objects than data.max_masks, {room}"
             )
 
     def decode(self, example: Example, rng: np.random.Generator) -> DecodedImage:

@@ -37,37 +37,37 @@ from flowseg_jax.training.step import TrainState
 
 # What the same run may change between two starts; anything else would be another run.
 RESUMABLE_KEYS = (
-    "steps",
+    "num_steps",
     "log_every",
     "checkpoint_every",
     "checkpoint",
     "mesh",
     "data.dir",
-    "data.sets",
+    "data.mixture",
     "data.held_out",
-    "data.threads",
-    "data.workers",
+    "data.num_threads",
+    "data.num_workers",
     "init_from",
-    "optimizer.accumulate",
-    "optimizer.skip_limit",
+    "optimizer.grad_accum_steps",
+    "optimizer.max_skipped_updates",
 )
 
 
 def load_dataset(config: ConfigDict) -> PreparedDataset:
     """The data set `data.dir` of a config; the embedded `shapes` set is generated and prepared if it is missing."""
     data = config.data
-    if data.images:
-        options = {"mix": dict(data.mix)} if data.mix else {}
+    if data.shapes_images:
+        options = {"mix": dict(data.shapes_mix)} if data.shapes_mix else {}
         if not data.tokenizer:
             options["tokenizer_vocab"] = config.model.llm.vocab_size
-        return load_or_build_shapes(data.dir, data.images, data.seed, log=log, **options)
+        return load_or_build_shapes(data.dir, data.shapes_images, data.seed, log=log, **options)
     return PreparedDataset.open(data.dir)
 
 
 def load_mixture(config: ConfigDict) -> tuple[MixtureComponent, ...]:
     """The data sets that a config trains on, without the images of what it evaluates on."""
     data = config.data
-    sets = [(PreparedDataset.open(directory), weight) for directory, weight in data.sets] or [(load_dataset(config), 0.0)]
+    sets = [(PreparedDataset.open(directory), weight) for directory, weight in data.mixture] or [(load_dataset(config), 0.0)]
     members = build_mixture(sets, held_out=held_out_keys([*data.held_out, *(prepared for prepared, _ in sets)]))
     for member in members:
         left = f", {member.held_out:,} held out for evaluation" if member.held_out else ""
@@ -154,7 +154,7 @@ def run(config: ConfigDict, program: TrainProgram, workdir: Path, profile: Profi
         if restored:
             start, state = restored.step, state_from_tree(program.state, restored.state)
             log(f"continuing from the checkpoint of step {start} in {workdir}")
-            if line := moved_rate(program.plan.optimizer, restored.meta["config"].get("steps"), config.steps, start):
+            if line := moved_rate(program.plan.optimizer, restored.meta["config"].get("num_steps"), config.num_steps, start):
                 log(line)
         else:
             with heartbeat("initialising parameters"):
@@ -163,20 +163,20 @@ def run(config: ConfigDict, program: TrainProgram, workdir: Path, profile: Profi
             write_text_atomic(workdir / "config.json", to_json(config) + "\n")
         stop = stack.enter_context(GracefulStop())
         batches = stack.enter_context(contextlib.closing(data.iterate(start)))
-        writer = create_writer(workdir, steps=config.steps, start_step=start, primary=is_primary())
+        writer = create_writer(workdir, steps=config.num_steps, start_step=start, primary=is_primary())
         stack.callback(writer.close)
         profiler = Profiler(profile, workdir / "profile")
         stack.callback(profiler.close)
-        if start < config.steps:
+        if start < config.num_steps:
             batch = program.to_device(next(batches))
             with heartbeat("compiling the train step"):
                 train_step = program.step.lower(program.state, program.batch).compile()
         report = MetricReporter(program, data, writer, start)
 
-        for step in range(start + 1, config.steps + 1):
+        for step in range(start + 1, config.num_steps + 1):
             profiler.on_step_start(step)
             state, metrics = train_step(state, batch)
-            last = step == config.steps
+            last = step == config.num_steps
             if not last:
                 batch = program.to_device(next(batches))
             report.flush()  # what was logged a step ago: the device never waits for the host
@@ -203,7 +203,7 @@ def moved_rate(optimizer: OptimizerConfig, before: Any, steps: int, start: int) 
         return ""
     old, new = (float(lr_schedule(optimizer, n)(start)) for n in (before, steps))
     return (
-        f"steps is {steps} and was {before}: the schedule is that of {steps} steps from here on; the learning rate of step "
+        f"num_steps is {steps} and was {before}: the schedule is that of {steps} steps from here on; the learning rate of step "
         f"{start + 1} is {new:.2e}, it would have been {old:.2e}"
     )
 
@@ -244,7 +244,7 @@ class MetricReporter:
         memory = hardware.memory_in_use(self._devices)["peak"]
         known = {"mfu": use, "memory_gib": None if memory is None else memory / hardware.GIB}
         self._writer.write_scalars(step, values | speed | {name: x for name, x in known.items() if x is not None})
-        check_skipped(values, step, self._data, self._program.plan.optimizer.skip_limit)
+        check_skipped(values, step, self._data, self._program.plan.optimizer.max_skipped_updates)
 
 
 def check_skipped(values: Mapping[str, float], step: int, data: TrainDataset, limit: int) -> None:
@@ -256,7 +256,8 @@ def check_skipped(values: Mapping[str, float], step: int, data: TrainDataset, li
     if row > limit:
         last = [data.batch(i).example_id.tolist() for i in range(step - min(row, 3), step)]
         raise UserError(
-            f"the last {row} updates up to step {step} were not finite and were skipped, optimizer.skip_limit is {limit}; "
+            f"the last {row} updates up to step {step} were not finite and were skipped, optimizer.max_skipped_updates "
+            f"is {limit}; "
             f"image ids of the last batches: {'; '.join(', '.join(map(str, ids)) for ids in last)}"
         )
 

@@ -20,36 +20,38 @@ Params = dict[str, Any]
 class OptimizerConfig:
     """Attributes:
     learning_rate: peak.
-    warmup: share of the steps that warm up linearly from 1e-5 of the peak (X-SAM's start factor).
+    warmup_fraction: share of the steps that warm up linearly from 1e-5 of the peak (X-SAM's start factor).
     weight_decay: decoupled, on every trainable parameter (X-SAM decays norms and biases too).
-    clip: largest global gradient norm.
+    max_grad_norm: largest global gradient norm.
     b1, b2, eps: of Adam.
-    groups: ordered (regular expression on the parameter's path, learning-rate multiplier or None for frozen); the first that
-        matches the whole path counts, and a parameter that none matches is an error.
-    accumulate: parts of a device's images that are differentiated one after the other, to save memory; the update is the same.
-    skip_limit: updates in a row that may be skipped because they are not finite; more stop the run.
+    param_groups: ordered (regular expression on the parameter's path, learning-rate multiplier or None for frozen); the first
+        that matches the whole path counts, and a parameter that none matches is an error.
+    grad_accum_steps: micro-batches of a device's images that are differentiated one after the other, to save memory; the update
+        is the same.
+    max_skipped_updates: updates in a row that may be skipped because they are not finite; more stop the run.
     frozen_dtype: what the matrices of frozen components (SAM, SigLIP, the language model) rest in, "float32" or "bfloat16".
         They are cast to the compute dtype before every use, so where the model computes in bfloat16 the numbers stay the same.
     """
 
     learning_rate: float = 4e-5
-    warmup: float = 0.03
+    warmup_fraction: float = 0.03
     weight_decay: float = 0.05
-    clip: float = 1.0
+    max_grad_norm: float = 1.0
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
-    groups: tuple[tuple[str, float | None], ...] = ((".*", 1.0),)
-    accumulate: int = 1
-    skip_limit: int = 10
+    param_groups: tuple[tuple[str, float | None], ...] = ((".*", 1.0),)
+    grad_accum_steps: int = 1
+    max_skipped_updates: int = 10
     frozen_dtype: str = "float32"
 
     def __post_init__(self):
         if self.frozen_dtype not in ("float32", "bfloat16"):
             raise UserError(f"optimizer.frozen_dtype is {self.frozen_dtype!r}: choose float32 or bfloat16")
-        if self.accumulate < 1 or self.skip_limit < 0:
+        if self.grad_accum_steps < 1 or self.max_skipped_updates < 0:
             raise UserError(
-                f"optimizer: accumulate={self.accumulate} must be at least 1, skip_limit={self.skip_limit} at least 0"
+                f"optimizer: grad_accum_steps={self.grad_accum_steps} must be at least 1, "
+                f"max_skipped_updates={self.max_skipped_updates} at least 0"
             )
 
 
@@ -62,11 +64,11 @@ def lr_multipliers(paths: list[str], groups: tuple[tuple[str, float | None], ...
     try:
         table = [(re.compile(pattern), value) for pattern, value in groups]
     except re.error as error:
-        raise UserError(f"optimizer.groups: {error.pattern!r} is no regular expression: {error}") from error
+        raise UserError(f"optimizer.param_groups: {error.pattern!r} is no regular expression: {error}") from error
     found = {path: next((v for p, v in table if p.fullmatch(path)), "uncovered") for path in paths}
     if uncovered := [path for path, value in found.items() if value == "uncovered"]:
         raise UserError(
-            f"optimizer.groups covers no group for {', '.join(uncovered)}; end the table with ('.*', 1.0) or (.., None)"
+            f"optimizer.param_groups covers no group for {', '.join(uncovered)}; end the table with ('.*', 1.0) or (.., None)"
         )
     return found
 
@@ -94,7 +96,7 @@ def merge_trainable(trainable: Params, frozen: Params) -> Params:
 
 def lr_schedule(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
     """Learning rate by step: linear warm-up, then cosine to zero at `steps`. Counts steps, never time."""
-    warmup = max(1, round(cfg.warmup * steps))
+    warmup = max(1, round(cfg.warmup_fraction * steps))
     return optax.warmup_cosine_decay_schedule(1e-5 * cfg.learning_rate, cfg.learning_rate, warmup, max(steps, warmup + 1), 0.0)
 
 
@@ -107,7 +109,7 @@ def make_optimizer(cfg: OptimizerConfig, steps: int, rates: dict[str, float | No
         return jax.tree.map(lambda update, factor: update * jnp.asarray(factor, update.dtype), updates, factors), state
 
     return optax.chain(
-        optax.clip_by_global_norm(cfg.clip),
+        optax.clip_by_global_norm(cfg.max_grad_norm),
         optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps),
         optax.add_decayed_weights(cfg.weight_decay),
         optax.GradientTransformation(lambda params: optax.EmptyState(), scale),

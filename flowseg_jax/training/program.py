@@ -63,38 +63,40 @@ class RunConfig:
         options = TrainOptions(
             objects=objects,
             include_generic=model.generic_pass != "off" and objects == "all",
-            negatives=data.names > 0,
+            negatives=data.max_names > 0,
             curriculum=tuple((until, dict(weights)) for until, weights in data.curriculum),
-            explanation_prob=data.explain,
-            lsj_scale_range=data.jitter,
-            pad_to_square=data.square,
-            threads=data.threads,
-            workers=data.workers,
+            explanation_prob=data.explanation_prob,
+            lsj_scale_range=data.lsj_scale_range,
+            pad_to_square=data.pad_to_square,
+            num_threads=data.num_threads,
+            num_workers=data.num_workers,
         )
-        names = 0 if model.generic_pass == "off" else data.names or data.masks
+        names = 0 if model.generic_pass == "off" else data.max_names or data.max_masks
         sides = model.sam.image_size, model.siglip.image_size
-        shape = BatchShape(config.batch_size, data.text, data.phrases, data.masks, *sides, names)
+        shape = BatchShape(config.batch_size, data.text_length, data.max_phrases, data.max_masks, *sides, names)
         if config.batch_size % model.negatives_group_size:
             raise UserError(
                 f"batch_size {config.batch_size} is no multiple of model.negatives_group_size {model.negatives_group_size}"
             )
-        if data.square and model.components == "full":
+        if data.pad_to_square and model.components == "full":
             raise UserError(
-                "data.square is for models without a mask decoder (stage 2): evaluation and prediction stretch images"
+                "data.pad_to_square is for models without a mask decoder (stage 2): evaluation and prediction stretch images"
             )
-        if model.has_mask_decoder and data.masks > model.mask_decoder.num_queries:
+        if model.has_mask_decoder and data.max_masks > model.mask_decoder.num_queries:
             raise UserError(
-                f"data.masks is {data.masks}, and a target takes one of the "
+                f"data.max_masks is {data.max_masks}, and a target takes one of the "
                 f"model.mask_decoder.num_queries={model.mask_decoder.num_queries}: "
                 "lower the one or raise the other"
             )
-        if model.has_language_model and data.text <= model.num_visual_tokens:
-            raise UserError(f"data.text is {data.text}, and an image alone takes {model.num_visual_tokens} tokens: raise it")
+        if model.has_language_model and data.text_length <= model.num_visual_tokens:
+            raise UserError(
+                f"data.text_length is {data.text_length}, and an image alone takes {model.num_visual_tokens} tokens: raise it"
+            )
         return cls(
             model,
             losses,
             OptimizerConfig(**optimizer),
-            PromptTemplates(chat=data.chat, randomize=data.vary_prompts),
+            PromptTemplates(chat=data.chat_template, randomize=data.random_prompts),
             options,
             shape,
         )
@@ -130,15 +132,15 @@ class TrainProgram:
         plan = RunConfig.from_config(config)
         mesh = parallel.make_mesh(config.mesh.to_dict(), devices)
         ways = math.prod(mesh.shape[axis] for axis in parallel.BATCH_AXES)
-        division = BatchPartition(plan.shape.batch, ways, plan.optimizer.accumulate)
+        division = BatchPartition(plan.shape.batch, ways, plan.optimizer.grad_accum_steps)
         division.validate(plan.model.negatives_group_size)
 
         whole, described = flowseg.abstract_model(plan.model)
         graphdef = parallel.mark_fsdp_axes(nnx.merge(whole, described), mesh)
         shardings = flatten_params(parallel.param_shardings(described, mesh))
         flat = flatten_params(flowseg.params_dict(described))
-        rates = lr_multipliers(list(flat), plan.optimizer.groups)
-        optimizer = make_optimizer(plan.optimizer, config.steps, rates)
+        rates = lr_multipliers(list(flat), plan.optimizer.param_groups)
+        optimizer = make_optimizer(plan.optimizer, config.num_steps, rates)
         params = {path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings[path]) for path, x in flat.items()}
         trainable, frozen = split_trainable(unflatten_params(params), rates)
         state = _abstract_state(optimizer, trainable, frozen, plan.optimizer.frozen_dtype, mesh)
@@ -148,7 +150,7 @@ class TrainProgram:
             plan.model,
             plan.losses,
             optimizer,
-            lr_schedule(plan.optimizer, config.steps),
+            lr_schedule(plan.optimizer, config.num_steps),
             config.seed,
             mesh,
             jax.tree.map(lambda x: x.sharding.spec, (trainable, frozen)),

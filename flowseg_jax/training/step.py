@@ -84,12 +84,12 @@ class BatchPartition:
         if self.images % share:
             raise UserError(
                 f"batch_size {self.images} cannot be split over {self.devices} device(s) and "
-                f"optimizer.accumulate={self.micro_batches} part(s): make it a multiple of {share}"
+                f"optimizer.grad_accum_steps={self.micro_batches} part(s): make it a multiple of {share}"
             )
         if self.images // self.micro_batches % group or (self.per_device_images % group and group % self.per_device_images):
             raise UserError(
-                f"batch_size {self.images} in optimizer.accumulate={self.micro_batches} part(s) on {self.devices} device(s) is "
-                f"{self.images // self.micro_batches} images at a time, {self.per_device_images} a device: "
+                f"batch_size {self.images} in optimizer.grad_accum_steps={self.micro_batches} part(s) on {self.devices} "
+                f"device(s) is {self.images // self.micro_batches} images at a time, {self.per_device_images} a device: "
                 f"that does not divide into groups of model.negatives_group_size={group}; "
                 f"make batch_size a multiple of {math.lcm(share, group * self.micro_batches)}"
             )

@@ -25,7 +25,7 @@ def config_of(which: str = "full", **optimizer) -> ConfigDict:
         model = dataclasses.replace(model, num_classes=3, semantic_flow=dataclasses.replace(model.semantic_flow, mode="off"))
     config.model = ConfigDict(dataclasses.replace(model, components=which).to_dict())
     config.mesh.update(data=1, fsdp=1)
-    config.optimizer.update(groups=((".*", 1.0),), **optimizer)
+    config.optimizer.update(param_groups=((".*", 1.0),), **optimizer)
     return config
 
 
@@ -51,7 +51,7 @@ def test_the_components_multiply_what_the_step_does(which, names):
 
 
 def test_a_component_is_one_micro_batch_of_one_device():
-    config = config_of(accumulate=2)
+    config = config_of(grad_accum_steps=2)
     program = TrainProgram.build(config, jax.devices()[:1])
     (_, _, (_, _, batch, _, _)), *_ = components.programs(program)
     assert batch.sam_images.shape[0] == config.batch_size // 2

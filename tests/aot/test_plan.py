@@ -200,9 +200,9 @@ def smallest_config() -> ConfigDict:
     )
     config = configs.read("configs/shapes_tiny.py")
     config.model = ConfigDict(model.to_dict())
-    config.update(batch_size=8, steps=10)
-    config.data.update(text=60, phrases=2, masks=3)
-    config.optimizer.update(groups=((r"sam/.*", None), (".*", 1.0)))
+    config.update(batch_size=8, num_steps=10)
+    config.data.update(text_length=60, max_phrases=2, max_masks=3)
+    config.optimizer.update(param_groups=((r"sam/.*", None), (".*", 1.0)))
     config.optimizer.losses.update(logits_chunk_size=16)
     config.mesh.update(data=2, fsdp=4)
     return config

@@ -262,7 +262,7 @@ def test_the_random_batch_is_whole():
     assert batch.mask_valid.all()
     assert 0 < np.unpackbits(batch.packed_masks).mean() < 1
     np.testing.assert_array_equal(batch.input_ids, again.input_ids)
-    with pytest.raises(UserError, match="data.text=20 has no room"):
+    with pytest.raises(UserError, match="data.text_length=20 has no room"):
         random_batch(BatchShape(4, 20, 2, 3, 32, 16), cfg)
 
 
@@ -271,7 +271,7 @@ def small_config() -> ConfigDict:
     model = small.config()
     config.model = ConfigDict(model.to_dict())
     config.batch_size = 4
-    config.data.update(text=1 + model.num_visual_tokens + 3 * 6, phrases=2, masks=3)
+    config.data.update(text_length=1 + model.num_visual_tokens + 3 * 6, max_phrases=2, max_masks=3)
     config.optimizer.losses.update(num_points=24, logits_chunk_size=64)
     return config
 

@@ -214,12 +214,12 @@ def test_killed_while_saving_leaves_the_older_checkpoint(tmp_path):
 
 
 def test_changed_keys():
-    saved = {"steps": 10, "model": {"width": 8, "sizes": [1, 2], "old": 1}, "optimizer": {"lr": 1.0, "b1": 0.9}}
-    new = {"steps": 20, "model": {"width": 16, "sizes": (1, 2), "new": {"x": 1}}, "optimizer": {"lr": 1, "b1": 0.8}}
+    saved = {"num_steps": 10, "model": {"width": 8, "sizes": [1, 2], "old": 1}, "optimizer": {"lr": 1.0, "b1": 0.9}}
+    new = {"num_steps": 20, "model": {"width": 16, "sizes": (1, 2), "new": {"x": 1}}, "optimizer": {"lr": 1, "b1": 0.8}}
     assert manager.config_diff(saved, saved) == []
-    changed = manager.config_diff(saved, ConfigDict(new), ignore=("steps",))
+    changed = manager.config_diff(saved, ConfigDict(new), ignore=("num_steps",))
     assert sorted(changed) == ["model.new", "model.old", "model.width", "optimizer.b1"]
-    assert manager.config_diff(saved, new, ignore=("steps", "model", "optimizer.b1")) == []
+    assert manager.config_diff(saved, new, ignore=("num_steps", "model", "optimizer.b1")) == []
 
 
 def test_prepare_workdir(tmp_path):

@@ -284,7 +284,9 @@ def test_longer_texts_where_they_are_wanted(tmp_path, tokenizer):
     lines[0]["expressions"][0] = "one " * 600  # 2,399 characters without the space at the end
     (root / "own.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     command = ["prepare", "--layout", "jsonl", "--source", str(root), "--out", str(tmp_path / "out")]
-    with pytest.raises(UserError, match=r"own\.jsonl:1: expressions\[0\]: 2,399 characters, more than 2,000: .* data.text"):
+    with pytest.raises(
+        UserError, match=r"own\.jsonl:1: expressions\[0\]: 2,399 characters, more than 2,000: .* data.text_length"
+    ):
         main(command)
     with pytest.raises(UserError, match="2,399 characters, more than 2,398"):
         main([*command, "--max-characters", "2398"])
@@ -292,7 +294,7 @@ def test_longer_texts_where_they_are_wanted(tmp_path, tokenizer):
         main(["validate", "llava", str(root), "--max-characters", "9"])
     assert main([*command, "--max-characters", "2399"]) == 0
     prepared = PreparedDataset.open(tmp_path / "out")
-    with pytest.raises(UserError, match=r"a\.jpg: may need \d+ tokens, more than the text length 600; raise data.text"):
+    with pytest.raises(UserError, match=r"a\.jpg: may need \d+ tokens, more than the text length 600; raise data.text_length"):
         TrainDataset(
             build_mixture([(prepared, 0.0)]),
             dataclasses.replace(SHAPE, text_length=600),

@@ -77,7 +77,8 @@ def test_resume_from_any_step_gives_the_same_batches(train):
 
 
 @pytest.mark.parametrize(
-    "options", [{"threads": 1, "prefetch": 1}, {"threads": 5, "prefetch": 16}, {"cache_bytes": 0}, {"cache_bytes": 9000}]
+    "options",
+    [{"num_threads": 1, "prefetch": 1}, {"num_threads": 5, "prefetch": 16}, {"cache_bytes": 0}, {"cache_bytes": 9000}],
 )
 def test_threads_and_cache_do_not_change_the_stream(train, options):
     want = [train().batch(i) for i in range(12)]
@@ -244,7 +245,7 @@ def test_visual_slots_elsewhere_are_refused(prefix, said):
 
 
 def test_a_worker_is_sent_neither_images_nor_the_index(train):
-    data = train(cache_bytes=20_000, workers=2)
+    data = train(cache_bytes=20_000, num_workers=2)
     fresh = len(pickle.dumps(data))
     want = data.batch(3)
     sent = pickle.dumps(data)
@@ -256,12 +257,12 @@ def test_a_worker_is_sent_neither_images_nor_the_index(train):
 
 def test_too_small_shapes_are_refused_before_training(train):
     with pytest.raises(
-        UserError, match=r"000000000005\.jpg: may need \d+ tokens, more than the text length 60; raise data.text"
+        UserError, match=r"000000000005\.jpg: may need \d+ tokens, more than the text length 60; raise data.text_length"
     ):
         train(shape=dataclasses.replace(SHAPE, text_length=60))
-    with pytest.raises(UserError, match="has 2 objects, but the batch has room for 1 masks; raise data.masks or set"):
+    with pytest.raises(UserError, match="has 2 objects, but the batch has room for 1 masks; raise data.max_masks or set"):
         train(shape=dataclasses.replace(SHAPE, max_masks=1))
-    with pytest.raises(UserError, match="has objects of 2 kinds, but the batch has room for 1 names; raise data.names"):
+    with pytest.raises(UserError, match="has objects of 2 kinds, but the batch has room for 1 names; raise data.max_names"):
         train(shape=dataclasses.replace(SHAPE, max_names=1), include_generic=True)
     with pytest.raises(UserError, match="room for 2 masks, fewer than its 4 phrases"):
         train(shape=dataclasses.replace(SHAPE, max_masks=2), objects="referred")
@@ -292,8 +293,8 @@ def test_option_errors(prepared, train):
         TrainOptions(curriculum=((5, {"attribute": -1.0}),))
     with pytest.raises(UserError, match=r"no data set has the family 'atribute' \(did you mean 'attribute'"):
         train(curriculum=((5, {"atribute": 1.0}),))
-    with pytest.raises(UserError, match="data.workers must not be negative, got -2"):
-        TrainOptions(workers=-2)
+    with pytest.raises(UserError, match="data.num_workers must not be negative, got -2"):
+        TrainOptions(num_workers=-2)
     with pytest.raises(UserError, match="seed must not be negative, got -1"):
         train(seed=-1)
     with pytest.raises(UserError, match=r"unknown split 'tset'"):

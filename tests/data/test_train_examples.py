@@ -151,9 +151,9 @@ def test_generic_names_as_many_kinds_as_fit(train, sets):
         assert set(batch.object_name[b][batch.mask_valid[b]]) == set(range(int(batch.name_valid[b].sum())))
         whole = batch.mask_valid[b].sum() == sum(c != PAD for c in kinds[int(batch.example_id[b])])
         assert whole == (batch.object_category[b][batch.mask_valid[b]] != PAD).any()  # the linear head sees all objects or none
-    with pytest.raises(UserError, match=r"to name '.*' takes \d+ tokens, data.text is 30"):
+    with pytest.raises(UserError, match=r"to name '.*' takes \d+ tokens, data.text_length is 30"):
         train("coco-panoptic", shape=dataclasses.replace(SHAPE, text_length=30))
-    with pytest.raises(UserError, match=r"has \d objects, the batch has room for 1: raise data.masks"):
+    with pytest.raises(UserError, match=r"has \d objects, the batch has room for 1: raise data.max_masks"):
         train("coco-panoptic", shape=dataclasses.replace(SHAPE, max_masks=1, max_names=0))
 
 
@@ -185,11 +185,13 @@ def test_a_set_of_which_nothing_fits_is_refused(train, sets, tmp_path, monkeypat
     prepared = coco_with(tmp_path, (4, 3), (5, 6), (-2, -1))
     monkeypatch.setitem(sets, "full", prepared)
     with pytest.raises(
-        UserError, match=r"prepared: in every image each kind has more objects than .* 2, .* data.masks to 3 or"
+        UserError, match=r"prepared: in every image each kind has more objects than .* 2, .* data.max_masks to 3 or"
     ):
         train("full", "llava", shape=dataclasses.replace(SHAPE, max_masks=2))  # one of several is no better
     data = train("full", shape=dataclasses.replace(SHAPE, max_masks=3))
-    said = "2 of 3 images are without a target: they have nothing but crowds, or of each kind more objects than data.masks, 3"
+    said = (
+        "2 of 3 images are without a target: they have nothing but crowds, or of each kind more objects than data.max_masks, 3"
+    )
     assert data.remarks == [f"{prepared.directory}: {said}"]
     seen = {int(b.example_id[i]): int(b.mask_valid[i].sum()) for b, i in rows(data, 6)}
     assert seen == {1: 3, 2: 0, 3: 0}  # the remark counts what the batches hold
@@ -212,7 +214,7 @@ def test_chats_need_room_behind_the_image(train):
     prefix = train("llava")._rows[0]._bound.prefix
     assert (train("llava", shape=dataclasses.replace(SHAPE, text_length=prefix + 1)).batch(0).segment_ids[0] != PAD).all()
     with pytest.raises(
-        UserError, match=rf"the image takes {prefix} tokens, .* no room for a chat in data.text, {prefix}: raise"
+        UserError, match=rf"the image takes {prefix} tokens, .* no room for a chat in data.text_length, {prefix}: raise"
     ):
         train("llava", shape=dataclasses.replace(SHAPE, text_length=prefix))
 

@@ -104,7 +104,7 @@ def assert_same(got, want):
 
 
 def test_workers_build_the_same_batches_and_end_when_closed(train):
-    data, before = train(workers=2, threads=2), shared_memory()
+    data, before = train(num_workers=2, num_threads=2), shared_memory()
     with contextlib.closing(data.iterate(3)) as batches:
         for step in (3, 4):  # one from each worker: both are past their imports
             assert_same(next(batches), data.batch(step))
@@ -127,7 +127,7 @@ def test_what_fails_in_a_worker_is_raised_as_without_one(train, tmp_path, monkey
     broken = prepare.prepare(mini.write(tmp_path / "l"), tmp_path / "p", tokenizer_vocab=300, log=lambda _: None)
     said = []
     for workers in (0, 1):
-        with contextlib.closing(train(broken, workers=workers).iterate()) as batches, pytest.raises(UserError) as error:
+        with contextlib.closing(train(broken, num_workers=workers).iterate()) as batches, pytest.raises(UserError) as error:
             next(batches)
         said.append(str(error.value))
     assert said[0] == said[1] and "truncated or damaged image" in said[0]
@@ -135,7 +135,7 @@ def test_what_fails_in_a_worker_is_raised_as_without_one(train, tmp_path, monkey
 
 
 def test_a_worker_that_was_killed_is_an_error(train):
-    data = train(workers=1)
+    data = train(num_workers=1)
     data.batch = lambda step: os.kill(os.getpid(), signal.SIGKILL)
     with (
         contextlib.closing(data.iterate()) as batches,
@@ -147,7 +147,7 @@ def test_a_worker_that_was_killed_is_an_error(train):
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 @pytest.mark.parametrize("moment", ["starting", "reading"])
 def test_workers_die_with_a_trainer_that_is_killed(train, tmp_path, moment):
-    (tmp_path / "data").write_bytes(pickle.dumps(train(workers=2)))
+    (tmp_path / "data").write_bytes(pickle.dumps(train(num_workers=2)))
     (tmp_path / "trainer.py").write_text(TRAINER)
     before = shared_memory()
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}

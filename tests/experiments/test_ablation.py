@@ -133,7 +133,7 @@ def counted(monkeypatch, rng):
             (out / f"{split}.json").write_text(json.dumps({"checkpoint": {"step": self.step}}))
 
     def benchmark(model, data):
-        return Evaluated(model, json.loads((model.parent / "config.json").read_text())["steps"])
+        return Evaluated(model, json.loads((model.parent / "config.json").read_text())["num_steps"])
 
     monkeypatch.setattr(loop, "train", train)
     monkeypatch.setattr(loop, "load_dataset", lambda config: "data")
@@ -166,7 +166,7 @@ def test_finished_runs_are_kept(counted, tmp_path):
 def test_a_run_of_another_config_is_not_taken_for_finished(counted, tmp_path):
     config = read("sr").unlock()
     ablation.finish(config, tmp_path / "sr_0")
-    config.steps += 1
+    config.num_steps += 1
     ablation.finish(config, tmp_path / "sr_0")
     (tmp_path / "sr_0" / "eval" / "val.json").write_text(json.dumps({"checkpoint": {"step": 1}}))  # of an earlier model
     ablation.finish(config, tmp_path / "sr_0")
@@ -187,7 +187,7 @@ def test_variants_differ_in_one_thing_and_share_their_encoders():
         shapes = {
             name: x.shape for name, x in flatten_params(flowseg.params_dict(flowseg.abstract_model(plan.model)[1])).items()
         }
-        rates = lr_multipliers(list(shapes), plan.optimizer.groups)
+        rates = lr_multipliers(list(shapes), plan.optimizer.param_groups)
         brought = {name for text in config.init_from for name in InitSource.open(text, shapes).places}
         assert brought == {name for name, rate in rates.items() if rate is None}
         learned[variant] = set(shapes) - brought

@@ -88,7 +88,7 @@ def test_every_stage_has_a_config_for_every_language_model(stage, llm):
         ),
         "stage3_mixed": (
             64,
-            config.steps,
+            config.num_steps,
             4e-5,
             0.05,
             1.0,
@@ -97,13 +97,13 @@ def test_every_stage_has_a_config_for_every_language_model(stage, llm):
     }
     batch, steps, rate, decay, clip, multiplied = recipe[stage]
     optimizer = plan.optimizer
-    assert (config.batch_size, config.steps) == (batch, steps)
-    assert (optimizer.learning_rate, optimizer.weight_decay, optimizer.clip) == (rate, decay, clip)
-    assert (optimizer.warmup, optimizer.b1, optimizer.b2) == (0.03, 0.9, 0.999)
-    assert lr_multipliers(list(multiplied), optimizer.groups) == multiplied
+    assert (config.batch_size, config.num_steps) == (batch, steps)
+    assert (optimizer.learning_rate, optimizer.weight_decay, optimizer.max_grad_norm) == (rate, decay, clip)
+    assert (optimizer.warmup_fraction, optimizer.b1, optimizer.b2) == (0.03, 0.9, 0.999)
+    assert lr_multipliers(list(multiplied), optimizer.param_groups) == multiplied
     if stage == "stage3_mixed":
         images = sum(SETS.values())
-        assert plan.model.negatives_group_size == 8 and config.steps > 2 * images // 64 and plan.shape.max_names == 128
+        assert plan.model.negatives_group_size == 8 and config.num_steps > 2 * images // 64 and plan.shape.max_names == 128
 
 
 def test_an_unknown_language_model_is_named():

@@ -86,8 +86,10 @@ def experiment(cfg: FlowSegConfig, batch: Batch, **mesh: int) -> ConfigDict:
     """A run of this model on batches of that shape."""
     experiment = configs.read("configs/shapes_tiny.py")
     experiment.model = ConfigDict(cfg.to_dict())
-    experiment.update(batch_size=len(batch.input_ids), steps=10)
-    experiment.data.update(text=batch.input_ids.shape[1], phrases=batch.phrase_target.shape[1], masks=batch.mask_valid.shape[1])
+    experiment.update(batch_size=len(batch.input_ids), num_steps=10)
+    experiment.data.update(
+        text_length=batch.input_ids.shape[1], max_phrases=batch.phrase_target.shape[1], max_masks=batch.mask_valid.shape[1]
+    )
     experiment.optimizer.losses.update(language_weight=1.0, class_loss_scale=1.0, num_points=24, logits_chunk_size=16)
     experiment.mesh.update({"data": 1, **mesh})
     return experiment

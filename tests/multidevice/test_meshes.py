@@ -34,7 +34,7 @@ def trained(cfg, mesh: tuple[int, ...], accumulate: int = 1):
     """(program, text of the compiled step, [metrics of two steps], parameters after them)."""
     batch = small.batch(cfg, images=8)
     config = small.experiment(cfg, batch, **dict(zip(AXES, mesh, strict=True)))
-    config.optimizer.accumulate = accumulate
+    config.optimizer.grad_accum_steps = accumulate
     program = TrainProgram.build(config, jax.devices()[: int(np.prod(mesh))])
     state = small.start(program, small.params(cfg))
     order = program.division.rows()

@@ -72,8 +72,8 @@ def command(tmp_path_factory) -> Command:
     cfg = small.lean(negatives_group_size=1, llm=llm)
     save_pretrained(root / "start", small.params(cfg), cfg.to_dict(), prepared.tokenizer_directory, dtype=None)
     config = small.experiment(cfg, small.batch(cfg))
-    config.update(steps=STEPS, log_every=1, checkpoint_every=4, init_from=(str(root / "start"),))
-    config.data.update(dir=str(prepared.directory), images=0, text=120, phrases=2, masks=4)
+    config.update(num_steps=STEPS, log_every=1, checkpoint_every=4, init_from=(str(root / "start"),))
+    config.data.update(dir=str(prepared.directory), shapes_images=0, text_length=120, max_phrases=2, max_masks=4)
     file = root / "config.json"
     file.write_text(configs.to_json(config))
     return Command(file)

@@ -39,8 +39,8 @@ def config(prepared) -> ConfigDict:
         ),
     )
     config.model = ConfigDict(cfg.to_dict())
-    config.update(steps=6, log_every=1, checkpoint_every=2, batch_size=2)
-    config.data.update(dir=str(prepared.directory), images=0, text=120, phrases=2, masks=4)
+    config.update(num_steps=6, log_every=1, checkpoint_every=2, batch_size=2)
+    config.data.update(dir=str(prepared.directory), shapes_images=0, text_length=120, max_phrases=2, max_masks=4)
     config.optimizer.losses.update(num_points=24, logits_chunk_size=64)
     return config
 
@@ -134,12 +134,12 @@ def test_the_trained_model_can_be_evaluated(prepared, finished, tmp_path):
     ("key", "value", "message"),
     [
         ("batch_size", 3, "no multiple of model.negatives_group_size 2"),
-        ("optimizer.accumulate", 4, "batch_size 2 cannot be split over 1 device.* make it a multiple of 4"),
+        ("optimizer.grad_accum_steps", 4, "batch_size 2 cannot be split over 1 device.* make it a multiple of 4"),
         ("optimizer.frozen_dtype", "half", "frozen_dtype is 'half': choose float32 or bfloat16"),
-        ("optimizer.accumulate", 0, "accumulate=0 must be at least 1"),
-        ("data.text", 20, "more than the text length 20"),
+        ("optimizer.grad_accum_steps", 0, "grad_accum_steps=0 must be at least 1"),
+        ("data.text_length", 20, "more than the text length 20"),
         ("mesh.data", 5, "does not fit 1 device"),
-        ("optimizer.groups", (("llm/.*", 1.0),), "covers no group for background_embed"),
+        ("optimizer.param_groups", (("llm/.*", 1.0),), "covers no group for background_embed"),
         ("model.num_classes", 1, "model.num_classes is 1"),
         ("model.llm.vocab_size", 299, r"model.llm.vocab_size is 299, the tokenizer .* has 300 ids"),
         ("data.tokenizer", "nowhere", "nowhere: no such tokenizer directory"),

@@ -130,7 +130,7 @@ def kill_one(jobs: list[subprocess.Popen], victim: int) -> str:
 @pytest.mark.parametrize("victim", [0, 1])
 def test_training(config, tmp_path, victim):  # noqa: F811
     long = configs.from_json(configs.to_json(config))
-    long.update(steps=100_000, checkpoint_every=2)
+    long.update(num_steps=100_000, checkpoint_every=2)
     long.mesh.data = 1
     workdir = tmp_path / "two"
     jobs = [launch(long, workdir, 1, *flags) for flags in pair()]

@@ -33,7 +33,7 @@ def test_optimizer_table_is_ordered_and_complete():
 
 
 def test_learning_rate_warms_up_and_ends_at_zero():
-    rate = lr_schedule(OptimizerConfig(learning_rate=1.0, warmup=0.1), 100)
+    rate = lr_schedule(OptimizerConfig(learning_rate=1.0, warmup_fraction=0.1), 100)
     assert float(rate(0)) == pytest.approx(1e-5, rel=1e-2)
     assert float(rate(10)) == pytest.approx(1.0)
     assert float(rate(100)) == pytest.approx(0.0, abs=1e-7)
@@ -64,9 +64,12 @@ def test_frozen_towers_rest_in_bfloat16_without_a_change_where_they_compute_in_i
 
 
 def test_the_smallest_values_that_there_may_be():
-    assert (OptimizerConfig(accumulate=1).accumulate, OptimizerConfig(skip_limit=0).skip_limit) == (1, 0)
-    for wrong in ({"accumulate": 0}, {"skip_limit": -1}):
-        with pytest.raises(UserError, match="must be at least 1, skip_limit=-?[0-9]+ at least 0"):
+    assert (
+        OptimizerConfig(grad_accum_steps=1).grad_accum_steps,
+        OptimizerConfig(max_skipped_updates=0).max_skipped_updates,
+    ) == (1, 0)
+    for wrong in ({"grad_accum_steps": 0}, {"max_skipped_updates": -1}):
+        with pytest.raises(UserError, match="must be at least 1, max_skipped_updates=-?[0-9]+ at least 0"):
             OptimizerConfig(**wrong)
     with pytest.raises(UserError, match="frozen_dtype is 'float16': choose float32 or bfloat16"):
         OptimizerConfig(frozen_dtype="float16")
@@ -75,7 +78,17 @@ def test_the_smallest_values_that_there_may_be():
 
 def test_the_defaults_are_those_of_xsam():
     assert OptimizerConfig() == OptimizerConfig(
-        4e-5, 0.03, 0.05, 1.0, 0.9, 0.999, 1e-8, ((".*", 1.0),), accumulate=1, skip_limit=10, frozen_dtype="float32"
+        4e-5,
+        0.03,
+        0.05,
+        1.0,
+        0.9,
+        0.999,
+        1e-8,
+        ((".*", 1.0),),
+        grad_accum_steps=1,
+        max_skipped_updates=10,
+        frozen_dtype="float32",
     )
 
 
@@ -91,7 +104,7 @@ def test_the_first_expression_that_matches_the_whole_path_counts():
 
 @pytest.mark.parametrize(("steps", "share", "peak"), [(3, 0.0, 1), (10, 0.04, 1), (100, 0.256, 26), (1, 1.0, 1), (4, 1.0, 4)])
 def test_where_the_learning_rate_peaks(steps, share, peak):
-    rate = lr_schedule(OptimizerConfig(learning_rate=2.0, warmup=share), steps)
+    rate = lr_schedule(OptimizerConfig(learning_rate=2.0, warmup_fraction=share), steps)
     assert float(rate(0)) == pytest.approx(2e-5, rel=1e-2)
     assert float(rate(peak)) == pytest.approx(2.0)
     assert float(rate(peak + 1)) < 1.9999
@@ -101,7 +114,7 @@ def test_where_the_learning_rate_peaks(steps, share, peak):
 def test_three_updates_are_those_of_adamw_by_hand():
     """Clipping, moments, decay that Adam does not see, multipliers on both, the schedule; every number its own."""
     cfg = OptimizerConfig(
-        learning_rate=0.3, warmup=0.4, weight_decay=0.07, clip=2.0, b1=0.8, b2=0.6, eps=0.05
+        learning_rate=0.3, warmup_fraction=0.4, weight_decay=0.07, max_grad_norm=2.0, b1=0.8, b2=0.6, eps=0.05
     )  # fmt: skip
     rates = {"a": 0.5, "b/x": 2.0, "b/frozen": None}
     optimizer, rate = make_optimizer(cfg, 5, rates), lr_schedule(cfg, 5)

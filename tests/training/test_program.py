@@ -33,8 +33,8 @@ SEGMENTOR = dataclasses.replace(
 def experiment(cfg=CFG, **data) -> ConfigDict:
     config = configs.read("configs/shapes_tiny.py")
     config.model = ConfigDict(cfg.to_dict())
-    config.update(batch_size=6, steps=50, seed=11)
-    config.data.update(text=120, phrases=2, masks=4, names=3)
+    config.update(batch_size=6, num_steps=50, seed=11)
+    config.data.update(text_length=120, max_phrases=2, max_masks=4, max_names=3)
     config.data.update(data)
     config.mesh.data = 1
     return config
@@ -63,7 +63,7 @@ def test_all_objects_are_targets_where_a_pass_needs_them(classes, named, asked, 
     ("named", "asked", "names"), [("off", 3, 0), ("with_flow", 3, 3), ("with_flow", 0, 4), ("without_flow", 3, 3)]
 )
 def test_room_for_names_and_the_other_sizes_of_a_batch(named, asked, names):
-    plan = RunConfig.from_config(experiment(dataclasses.replace(CFG, num_classes=2, generic_pass=named), names=asked))
+    plan = RunConfig.from_config(experiment(dataclasses.replace(CFG, num_classes=2, generic_pass=named), max_names=asked))
     assert plan.shape == BatchShape(
         batch=6, text_length=120, max_phrases=2, max_masks=4, sam_size=32, siglip_size=16, max_names=names
     )
@@ -71,12 +71,15 @@ def test_room_for_names_and_the_other_sizes_of_a_batch(named, asked, names):
 
 
 def test_options_losses_optimizer_and_prompts_are_those_of_the_config():
-    config = experiment(curriculum=((5, {"color": 1.0}),), explain=0.25, jitter=(0.5, 1.5), threads=3, workers=2)
-    config.data.update(chat="phi3_chat", vary_prompts=True)
+    config = experiment(
+        curriculum=((5, {"color": 1.0}),), explanation_prob=0.25, lsj_scale_range=(0.5, 1.5), num_threads=3, num_workers=2
+    )
+    config.data.update(chat_template="phi3_chat", random_prompts=True)
     config.optimizer = ConfigDict(
         {
-            "learning_rate": 0.1, "warmup": 0.2, "weight_decay": 0.3, "clip": 0.4, "b1": 0.5, "b2": 0.6, "eps": 0.7,
-            "groups": (("sam/.*", None), (".*", 0.8)), "accumulate": 3, "skip_limit": 4, "frozen_dtype": "bfloat16",
+            "learning_rate": 0.1, "warmup_fraction": 0.2, "weight_decay": 0.3, "max_grad_norm": 0.4,
+            "b1": 0.5, "b2": 0.6, "eps": 0.7, "param_groups": (("sam/.*", None), (".*", 0.8)),
+            "grad_accum_steps": 3, "max_skipped_updates": 4, "frozen_dtype": "bfloat16",
             "losses": {field.name: 10.0 + n for n, field in enumerate(dataclasses.fields(LossConfig))},
         }
     )  # fmt: skip
@@ -85,7 +88,7 @@ def test_options_losses_optimizer_and_prompts_are_those_of_the_config():
     plan = RunConfig.from_config(config)
     assert plan.options == TrainOptions(
         objects="referred", include_generic=False, negatives=True, curriculum=((5, {"color": 1.0}),), explanation_prob=0.25,
-        lsj_scale_range=(0.5, 1.5), pad_to_square=False, threads=3, workers=2,
+        lsj_scale_range=(0.5, 1.5), pad_to_square=False, num_threads=3, num_workers=2,
     )  # fmt: skip
     wanted = {f.name: 10.0 + n for n, f in enumerate(dataclasses.fields(LossConfig))}
     assert plan.losses == LossConfig(**wanted | {"num_points": 8, "logits_chunk_size": 32, "importance_sample_ratio": 0.5})
@@ -99,24 +102,24 @@ def test_options_losses_optimizer_and_prompts_are_those_of_the_config():
 
 def test_square_is_for_models_without_a_mask_decoder():
     with pytest.raises(UserError, match=r"data\.square is for models without a mask decoder"):
-        RunConfig.from_config(experiment(square=True))
+        RunConfig.from_config(experiment(pad_to_square=True))
     stage2 = dataclasses.replace(CFG, components="vlm", semantic_flow=SemanticFlowConfig(mode="off"), num_classes=0)
-    assert RunConfig.from_config(experiment(stage2, square=True)).options.pad_to_square is True
+    assert RunConfig.from_config(experiment(stage2, pad_to_square=True)).options.pad_to_square is True
     assert (
-        RunConfig.from_config(experiment(stage2, masks=CFG.mask_decoder.num_queries + 1)).shape.max_masks == 6
+        RunConfig.from_config(experiment(stage2, max_masks=CFG.mask_decoder.num_queries + 1)).shape.max_masks == 6
     )  # it has no queries to run out of
 
 
 def test_the_smallest_and_largest_values_that_fit():
     queries, visual = CFG.mask_decoder.num_queries, CFG.num_visual_tokens
-    assert RunConfig.from_config(experiment(masks=queries, text=visual + 1)).shape.max_masks == queries
+    assert RunConfig.from_config(experiment(max_masks=queries, text_length=visual + 1)).shape.max_masks == queries
     with pytest.raises(
         UserError, match=rf"data\.masks is {queries + 1}, .*model\.mask_decoder\.num_queries={queries}: lower the one"
     ):
-        RunConfig.from_config(experiment(masks=queries + 1))
+        RunConfig.from_config(experiment(max_masks=queries + 1))
     with pytest.raises(UserError, match=rf"data\.text is {visual}, and an image alone takes {visual} tokens: raise it"):
-        RunConfig.from_config(experiment(text=visual))
-    assert RunConfig.from_config(experiment(SEGMENTOR, text=1)).shape.text_length == 1  # it reads no text
+        RunConfig.from_config(experiment(text_length=visual))
+    assert RunConfig.from_config(experiment(SEGMENTOR, text_length=1)).shape.text_length == 1  # it reads no text
 
 
 @pytest.fixture(scope="module")
@@ -134,8 +137,8 @@ def built():
         return optimizer(*args)
 
     config = experiment()
-    config.optimizer.update(accumulate=3, frozen_dtype="bfloat16", learning_rate=0.5, warmup=0.1)
-    config.optimizer.groups = (("sam/.*|llm/.*", None), ("mask_decoder/.*", 0.5), (".*", 1.0))
+    config.optimizer.update(grad_accum_steps=3, frozen_dtype="bfloat16", learning_rate=0.5, warmup_fraction=0.1)
+    config.optimizer.param_groups = (("sam/.*|llm/.*", None), ("mask_decoder/.*", 0.5), (".*", 1.0))
     config.init_from = ("sam=somewhere",)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "make_train_step", make_train_step)
@@ -205,7 +208,7 @@ def test_a_batch_is_placed_as_it_is_but_for_its_long_ids(built):
 
 def test_parts_that_share_no_group_of_negatives_are_refused():
     config = experiment()
-    config.optimizer.accumulate = 6
+    config.optimizer.grad_accum_steps = 6
     with pytest.raises(UserError, match=r"1 images at a time, .* groups of model\.negatives_group_size=2"):
         TrainProgram.build(config, jax.devices()[:1])
 

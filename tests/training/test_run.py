@@ -23,7 +23,7 @@ from flowseg_jax.training.profiling import Profile
 from flowseg_jax.training.step import TrainState
 
 DIGEST = "digest of the data"
-OPTIMIZER = OptimizerConfig(learning_rate=1.0, warmup=0.1, skip_limit=4)
+OPTIMIZER = OptimizerConfig(learning_rate=1.0, warmup_fraction=0.1, max_skipped_updates=4)
 
 
 def state_of(step: int) -> TrainState:
@@ -34,7 +34,7 @@ def state_of(step: int) -> TrainState:
 
 def config_of(**changes):
     config = configs.read("configs/shapes_tiny.py")
-    config.update(steps=5, log_every=2, checkpoint_every=3, seed=9)
+    config.update(num_steps=5, log_every=2, checkpoint_every=3, seed=9)
     config.checkpoint.update(keep=3, keep_every=7, best=("loss", "min"))
     config.update(changes)
     return config
@@ -215,21 +215,21 @@ def test_a_finished_run_compiles_nothing_and_writes_its_model(monkeypatch, tmp_p
 
 
 def test_more_steps_are_said_with_the_learning_rates(monkeypatch, tmp_path, capsys):
-    Run(monkeypatch, restored(3))(config_of(steps=10), tmp_path)
+    Run(monkeypatch, restored(3))(config_of(num_steps=10), tmp_path)
     line = capsys.readouterr().out.splitlines()[1]
     assert line.startswith(
-        "steps is 10 and was 5: the schedule is that of 10 steps from here on; the learning rate of step 4 is "
+        "num_steps is 10 and was 5: the schedule is that of 10 steps from here on; the learning rate of step 4 is "
     )
 
 
 def test_what_another_number_of_steps_does_to_the_learning_rate():
     rate = lambda steps, at: f"{0.5 * (1 + math.cos(math.pi * (at - 1) / (steps - 1))):.2e}"  # noqa: E731
-    cfg = OptimizerConfig(learning_rate=1.0, warmup=0.0)
+    cfg = OptimizerConfig(learning_rate=1.0, warmup_fraction=0.0)
     assert loop.moved_rate(cfg, 10, 20, 5) == (
-        "steps is 20 and was 10: the schedule is that of 20 steps from here on; the learning rate of step 6 is "
+        "num_steps is 20 and was 10: the schedule is that of 20 steps from here on; the learning rate of step 6 is "
         f"{rate(20, 5)}, it would have been {rate(10, 5)}"
     )
-    assert loop.moved_rate(cfg, 20, 10, 9).startswith("steps is 10 and was 20: ")
+    assert loop.moved_rate(cfg, 20, 10, 9).startswith("num_steps is 10 and was 20: ")
     for before, steps, start in (
         (10, 10, 5),
         (20, 10, 10),
@@ -289,14 +289,14 @@ def test_another_run_is_refused_and_its_config_stays(monkeypatch, tmp_path, chan
 
 
 def test_what_may_change_does_and_an_older_checkpoint_without_a_digest_goes_on(monkeypatch, tmp_path):
-    config = config_of(steps=6, log_every=1, checkpoint_every=1, init_from=("x",))
+    config = config_of(num_steps=6, log_every=1, checkpoint_every=1, init_from=("x",))
     config.checkpoint.keep = 1
-    config.data.update(dir="elsewhere", threads=3, workers=1, held_out=("a",), sets=(("b", 1.0),))
+    config.data.update(dir="elsewhere", num_threads=3, num_workers=1, held_out=("a",), mixture=(("b", 1.0),))
     config.mesh.update(data=1, fsdp=-1)
-    config.optimizer.update(accumulate=2, skip_limit=3)
+    config.optimizer.update(grad_accum_steps=2, max_skipped_updates=3)
     run = Run(monkeypatch, restored(5, data=None))
     assert run(config, tmp_path) == "the model" and len(run.of("step")) == 1
-    assert json.loads((tmp_path / "config.json").read_text())["steps"] == 6
+    assert json.loads((tmp_path / "config.json").read_text())["num_steps"] == 6
 
 
 def test_a_state_goes_into_a_tree_and_back():
@@ -342,7 +342,7 @@ def test_metrics_are_written_once_with_speed_and_devices(reporting):
     assert written == [(21, known)]
     assert asked == [("m", SimpleNamespace(batch=8), "l", "t", "f"), (100.0, 0.25, ["d0", "d1"])]
     report.log(22, {"skipped_in_a_row": 5})
-    with pytest.raises(UserError, match=r"the last 5 updates up to step 22 .*skip_limit is 4; .*batches: 19; 20; 21$"):
+    with pytest.raises(UserError, match=r"the last 5 updates up to step 22 .*max_skipped_updates is 4; .*batches: 19; 20; 21$"):
         report.flush()
     assert written[1][0] == 22  # what is wrong stands in the metrics
 
@@ -426,7 +426,7 @@ def test_data_sets_of_a_config_are_opened_mixed_and_said(monkeypatch, capsys):
     monkeypatch.setattr(loop, "build_mixture", mix)
     monkeypatch.setattr(loop, "held_out_keys", lambda sources: [str(getattr(s, "directory", s)) for s in sources])
     config = config_of()
-    config.data.update(sets=(("a", 0.5), ("b", 1.5), ("c", 2.0)), held_out=("list.txt",))
+    config.data.update(mixture=(("a", 0.5), ("b", 1.5), ("c", 2.0)), held_out=("list.txt",))
     assert [str(m.prepared.directory) for m in loop.load_mixture(config)] == ["a", "b", "c"]
     assert asked == {"pairs": [("a", 0.5), ("b", 1.5), ("c", 2.0)], "held_out": ["list.txt", "a", "b", "c"]}
     assert capsys.readouterr().out.splitlines() == [
@@ -434,7 +434,7 @@ def test_data_sets_of_a_config_are_opened_mixed_and_said(monkeypatch, capsys):
         "b: 5 images, 33.3% of an epoch, 2 held out for evaluation; it has no evaluation split, so no image is held out for it",
         "c: 7 images, 50.0% of an epoch, 4 held out for evaluation",
     ]
-    config.data.update(sets=(), dir="b", images=0)
+    config.data.update(mixture=(), dir="b", shapes_images=0)
     loop.load_mixture(config)
     assert asked == {"pairs": [("b", 0.0)], "held_out": ["list.txt", "b"]}
     assert capsys.readouterr().out == ""  # one set, of which all is trained on
@@ -443,10 +443,10 @@ def test_data_sets_of_a_config_are_opened_mixed_and_said(monkeypatch, capsys):
 def test_the_embedded_set_is_made_as_the_config_says(monkeypatch):
     monkeypatch.setattr(loop, "load_or_build_shapes", lambda *args, **options: (args, options))
     config = config_of()
-    config.data.update(dir="d", images=60, seed=4, mix=(("color", 0.75),), tokenizer="")
+    config.data.update(dir="d", shapes_images=60, seed=4, shapes_mix=(("color", 0.75),), tokenizer="")
     options = {"log": loop.log, "mix": {"color": 0.75}, "tokenizer_vocab": config.model.llm.vocab_size}
     assert loop.load_dataset(config) == (("d", 60, 4), options)
-    config.data.update(mix=(), tokenizer="its own")
+    config.data.update(shapes_mix=(), tokenizer="its own")
     assert loop.load_dataset(config) == (("d", 60, 4), {"log": loop.log})
 
 

@@ -56,7 +56,7 @@ def steps(batch):
     @functools.cache
     def make(accumulate: int):
         experiment = small.experiment(CFG, batch)
-        experiment.optimizer.accumulate = accumulate
+        experiment.optimizer.grad_accum_steps = accumulate
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(module, "make_optimizer", lambda *_: OPTIMIZER)
             program = module.TrainProgram.build(experiment, jax.devices()[:1])
@@ -130,7 +130,9 @@ def test_an_update_that_is_not_finite_is_not_made():
 def test_too_many_skipped_updates_name_the_images():
     data = SimpleNamespace(batch=lambda step: SimpleNamespace(example_id=np.array([10 * step, 10 * step + 1])))
     loop.check_skipped({"skipped_in_a_row": 2.0}, 7, data, limit=2)
-    with pytest.raises(UserError, match=r"the last 3 updates up to step 7 .*skip_limit is 2; .*: 40, 41; 50, 51; 60, 61$"):
+    with pytest.raises(
+        UserError, match=r"the last 3 updates up to step 7 .*max_skipped_updates is 2; .*: 40, 41; 50, 51; 60, 61$"
+    ):
         loop.check_skipped({"skipped_in_a_row": 3.0}, 7, data, limit=2)
 
 

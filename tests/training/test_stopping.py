@@ -58,7 +58,7 @@ def test_stopped_continued_and_extended(config, prepared, tmp_path, monkeypatch,
     config = configs.from_json(configs.to_json(config))
     cfg = FlowSegConfig.from_dict(config.model.to_dict())
     save_pretrained(tmp_path / "start", small.params(cfg), cfg.to_dict(), prepared.tokenizer_directory, dtype=None)
-    config.update(steps=4, checkpoint_every=100, init_from=(str(tmp_path / "start"),))
+    config.update(num_steps=4, checkpoint_every=100, init_from=(str(tmp_path / "start"),))
     workdir = tmp_path / "run"
     monkeypatch.setattr(program, "make_train_step", plain_step)
 
@@ -80,7 +80,7 @@ def test_stopped_continued_and_extended(config, prepared, tmp_path, monkeypatch,
 
     models = {}
     for start, steps in ((2, 4), (4, 5)):
-        config.steps = steps
+        config.num_steps = steps
         loop.train(config, workdir)
         assert f"continuing from the checkpoint of step {start}" in capsys.readouterr().out
         models[steps] = json.loads((workdir / "model" / "config.json").read_text())

@@ -39,8 +39,8 @@ def config(tmp_path_factory):
         ),
     )
     config = small.experiment(cfg, small.batch(cfg, images=8), data=2, fsdp=2)
-    config.update(steps=4, log_every=1, checkpoint_every=2, init_from=(str(root / "start"),))
-    config.data.update(dir=str(prepared.directory), images=0, text=120, masks=4)
+    config.update(num_steps=4, log_every=1, checkpoint_every=2, init_from=(str(root / "start"),))
+    config.data.update(dir=str(prepared.directory), shapes_images=0, text_length=120, max_masks=4)
     save_pretrained(root / "start", small.params(cfg), cfg.to_dict(), prepared.tokenizer_directory, dtype=None)
     return config
 
@@ -119,7 +119,7 @@ def test_one_process_goes_on_where_two_stopped(config, tmp_path):
 @pytest.mark.slow
 def test_a_signal_to_one_process_ends_both_behind_the_same_step(config, tmp_path):
     endless = configs.from_json(configs.to_json(config))
-    endless.update(steps=100_000, checkpoint_every=100_000)
+    endless.update(num_steps=100_000, checkpoint_every=100_000)
     endless.mesh.data = 1
     halves = [launch(endless, tmp_path / "two", 1, *flags) for flags in pair()]
     deadline = time.monotonic() + 250
