@@ -101,7 +101,7 @@ def test_options_losses_optimizer_and_prompts_are_those_of_the_config():
 
 
 def test_square_is_for_models_without_a_mask_decoder():
-    with pytest.raises(UserError, match=r"data\.square is for models without a mask decoder"):
+    with pytest.raises(UserError, match=r"data\.pad_to_square is for models without a mask decoder"):
         RunConfig.from_config(experiment(pad_to_square=True))
     stage2 = dataclasses.replace(CFG, components="vlm", semantic_flow=SemanticFlowConfig(mode="off"), num_classes=0)
     assert RunConfig.from_config(experiment(stage2, pad_to_square=True)).options.pad_to_square is True
@@ -114,10 +114,10 @@ def test_the_smallest_and_largest_values_that_fit():
     queries, visual = CFG.mask_decoder.num_queries, CFG.num_visual_tokens
     assert RunConfig.from_config(experiment(max_masks=queries, text_length=visual + 1)).shape.max_masks == queries
     with pytest.raises(
-        UserError, match=rf"data\.masks is {queries + 1}, .*model\.mask_decoder\.num_queries={queries}: lower the one"
+        UserError, match=rf"data\.max_masks is {queries + 1}, .*model\.mask_decoder\.num_queries={queries}: lower the one"
     ):
         RunConfig.from_config(experiment(max_masks=queries + 1))
-    with pytest.raises(UserError, match=rf"data\.text is {visual}, and an image alone takes {visual} tokens: raise it"):
+    with pytest.raises(UserError, match=rf"data\.text_length is {visual}, and an image alone takes {visual} tokens: raise it"):
         RunConfig.from_config(experiment(text_length=visual))
     assert RunConfig.from_config(experiment(SEGMENTOR, text_length=1)).shape.text_length == 1  # it reads no text
 
