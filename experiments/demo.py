@@ -69,7 +69,7 @@ def main() -> int:
     stage("an untrained model, for comparison")
     with heartbeat("initialising parameters"):
         _, params = flowseg.init_model(plan.model, config.seed)
-    untrained = dataclasses.replace(shipped.subject, params=params, checkpoint={"digest": None, "step": 0})
+    untrained = dataclasses.replace(shipped.model, params=params, checkpoint={"digest": None, "step": 0})
     mine = ReferringEvaluation(untrained, prepared)
     for split in SPLITS:
         mine.run(split, WORKDIR / "eval_untrained", images=IMAGES, pictures=False)

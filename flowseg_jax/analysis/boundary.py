@@ -99,7 +99,7 @@ def summarise(measured: Sequence[SampleResult]) -> dict[str, Any]:
 
 def run(source: AnalysisRunner, out: Path) -> Path:
     """Writes `boundary_<split>.json` and `.html`; returns the page. Raises UserError for a model without BAR."""
-    if not source.benchmark.subject.cfg.boundary.enabled:
+    if not source.evaluation.model.cfg.boundary.enabled:
         raise UserError("the model has no boundary refinement (model.boundary.enabled is False): there is nothing to diagnose")
     measured, most = [], []
     for m in map(with_boundary, source.measure(before_and_after, "bar")):
@@ -107,7 +107,7 @@ def run(source: AnalysisRunner, out: Path) -> Path:
         most = sorted([*most, m], key=gain)
         most = most[:EXAMPLES] + most[EXAMPLES:][-EXAMPLES:]  # those that lose most, and those that gain most
     groups = {name: summarise(rows) for name, rows in page.groups(measured, family=lambda m: m.sample.family).items()}
-    alpha = float(np.asarray(source.benchmark.subject.params["boundary"]["alpha"]).item())
+    alpha = float(np.asarray(source.evaluation.model.params["boundary"]["alpha"]).item())
     change = [gain(m) for m in measured]
     reach = max(*map(abs, change), 0.1)
     counts, edges = np.histogram(change, 21, (-reach, reach))

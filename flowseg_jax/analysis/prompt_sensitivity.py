@@ -18,7 +18,7 @@ import numpy as np
 from flowseg_jax.analysis import page
 from flowseg_jax.analysis.runner import AnalysisRunner
 from flowseg_jax.data.prompts import REFERRING_ANSWERS, REFERRING_QUESTIONS
-from flowseg_jax.evaluation import runner
+from flowseg_jax.evaluation.tasks import referring
 from flowseg_jax.reports import plots
 from flowseg_jax.system.console import log
 
@@ -35,12 +35,12 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def evaluate(source: AnalysisRunner, templates: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
     """One mapping a (question, answer): its indices, n, cIoU, gIoU and `same`, the share of samples with the first's query."""
-    subject, rows, first = source.benchmark.subject, [], None
+    model, rows, first = source.evaluation.model, [], None
     for question, answer in templates:
-        prompts = dataclasses.replace(subject.prompts, question=question, answer=answer)
+        prompts = dataclasses.replace(model.prompts, question=question, answer=answer)
         log(f"question {question}: {REFERRING_QUESTIONS[question]}  answer {answer}: {REFERRING_ANSWERS[answer]}")
-        data = functools.partial(source.benchmark.open, source.split, images=source.images, prompts=prompts)
-        found = runner.evaluate(subject.evaluator, subject.params, data, split=source.split)
+        data = functools.partial(source.evaluation.open, source.split, images=source.images, prompts=prompts)
+        found = referring.evaluate(model.evaluator, model.params, data, split=source.split)
         queries = [record["query"] for record in found.records]
         first = first or queries
         row = {"question": question, "answer": answer, **{key: found.result[key] for key in ("n", "ciou", "giou")}}
@@ -50,7 +50,7 @@ def evaluate(source: AnalysisRunner, templates: Sequence[tuple[int, int]]) -> li
 
 def run(source: AnalysisRunner, out: Path) -> Path:
     """Writes `prompt_sensitivity_<split>.json` and `.html`; returns the page."""
-    fixed = source.benchmark.subject.prompts
+    fixed = source.evaluation.model.prompts
     every = [(q, a) for q in range(len(REFERRING_QUESTIONS)) for a in range(len(REFERRING_ANSWERS))]
     rows = evaluate(source, sorted(every, key=lambda pair: pair != (fixed.question, fixed.answer)))
     spread = {"all": summarise(rows)}

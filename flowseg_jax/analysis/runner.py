@@ -56,23 +56,23 @@ class AnalysisRunner:
     """A model and the first images of a split.
 
     Attributes:
-        benchmark: the model and the prepared data set.
+        evaluation: the model and the prepared data set.
         split: which split. images: how many of its images, None for all.
     """
 
-    benchmark: ReferringEvaluation
+    evaluation: ReferringEvaluation
     split: str
     images: int | None = None
 
     def __post_init__(self):
-        self.benchmark.data.check_split(self.split)
+        self.evaluation.data.check_split(self.split)
         if self.images is not None and self.images < 1:
             raise UserError(f"--images must be at least 1, got {self.images}")
 
     @property
     def about(self) -> dict[str, Any]:
         """What was measured, as it stands in the JSON."""
-        return {"checkpoint": dict(self.benchmark.subject.checkpoint), "split": self.split, "images": self.images}
+        return {"checkpoint": dict(self.evaluation.model.checkpoint), "split": self.split, "images": self.images}
 
     def measure(self, function: AnalysisFn, name: str) -> Iterator[SampleResult]:
         """Runs a diagnostic's function over all samples, jitted, and brings its masks to the original sizes.
@@ -84,8 +84,8 @@ class AnalysisRunner:
         Raises:
             UserError: the split holds no expression.
         """
-        subject, data = self.benchmark.subject, self.benchmark.open(self.split, images=self.images)
-        return measure(flowseg.abstract_model(subject.cfg)[0], subject.params, data, function, name)
+        model, data = self.evaluation.model, self.evaluation.open(self.split, images=self.images)
+        return measure(flowseg.abstract_model(model.cfg)[0], model.params, data, function, name)
 
 
 def measure(graphdef: Any, params: Any, data: Any, function: AnalysisFn, name: str) -> Iterator[SampleResult]:

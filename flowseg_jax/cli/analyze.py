@@ -72,14 +72,18 @@ def audit(argv: Sequence[str]) -> int:
     other = 'another threshold for "no target" than the evaluation\'s'
     parser.add_argument("--no-target-threshold", type=float, metavar="SCORE", help=other)
     arguments = parser.parse_args(argv)
-    from flowseg_jax.evaluation import audit, panoptic
+    from flowseg_jax.evaluation import audit
+    from flowseg_jax.evaluation.tasks import category_tables
 
     threshold = arguments.no_target_threshold
     records = audit.read_lines(arguments.file)
     if audit.on_categories(records):
         if threshold is not None:
             raise UserError(f"{arguments.file}: results on categories, without expressions: leave --no-target-threshold out")
-        found, render = audit.category_tables(arguments.file, records), lambda found: "\n".join(panoptic.in_words(found))
+        found, render = (
+            audit.category_tables(arguments.file, records),
+            lambda found: "\n".join(category_tables.format_tables(found)),
+        )
     else:
         records = audit.samples(arguments.file, records)
         if threshold is not None:

@@ -50,7 +50,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from flowseg_jax.checkpoints.find import find_model, model_name
     from flowseg_jax.checkpoints.pretrained import read_model_config
     from flowseg_jax.data.dataset import PreparedDataset
-    from flowseg_jax.evaluation import benchmark, generic, protocols
+    from flowseg_jax.evaluation import benchmark, protocols
     from flowseg_jax.system import distributed
     from flowseg_jax.training import loop
 
@@ -71,20 +71,18 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         if prepared.task == "generic":
             _check_generic(prepared.directory, arguments)
 
+    expressions = any(prepared.task != "generic" for _, prepared, _ in chosen)
+
     @functools.cache
     def model() -> benchmark.EvalModel:
         tokens = ANSWER_TOKENS if arguments.generate else 0
-        return benchmark.EvalModel.load(directory, fsdp=arguments.fsdp, answer_tokens=tokens)
-
-    @functools.cache
-    def of_categories(data: Path) -> generic.GenericEvaluation:
-        return generic.GenericEvaluation.of_model(directory, data, batch=arguments.batch_size)
+        return benchmark.EvalModel.load(directory, fsdp=arguments.fsdp, answer_tokens=tokens, expressions=expressions)
 
     options = {"images": arguments.max_images, "save_masks": arguments.save_masks}
     with distributed.locked(out):
         for place, prepared, split in chosen:
             if prepared.task == "generic":
-                of_categories(prepared.directory).run(split, out / place, **options)
+                benchmark.GenericEvaluation(model(), prepared, arguments.batch_size).run(split, out / place, **options)
                 continue
             evaluation = benchmark.ReferringEvaluation(
                 model(), prepared, arguments.batch_size, protocol, arguments.no_target_threshold
@@ -100,13 +98,11 @@ def _check_generic(directory: Path, arguments: argparse.Namespace) -> None:
         "--shuffle-text": arguments.shuffle_text,
         "--no-target-threshold": arguments.no_target_threshold,
         "--generate": arguments.generate,
-        "--fsdp": arguments.fsdp != 1,
-        "--num-processes": arguments.num_processes or arguments.distributed,
     }
     if wrong := [flag for flag, value in given.items() if value]:
         raise UserError(
-            f"{directory}: has categories and no expressions: its protocols are panoptic, semantic and instance, on one "
-            f"process; leave out {', '.join(wrong)}"
+            f"{directory}: has categories and no expressions: its protocols are panoptic, semantic and instance; "
+            f"leave out {', '.join(wrong)}"
         )
 
 

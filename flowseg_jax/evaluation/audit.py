@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from flowseg_jax.errors import UserError
-from flowseg_jax.evaluation import metrics, panoptic, results
+from flowseg_jax.evaluation import metrics, results
 from flowseg_jax.evaluation.protocols import IOU_THRESHOLDS, PROTOCOLS, Protocol
+from flowseg_jax.evaluation.tasks import category_tables as by_category
 from flowseg_jax.system import json_files
 
 NEEDED = ("image_id", "ann_id", "sentence_id", "text", "text_form", "sentence", "family", "count", "failed", "failure")
@@ -102,11 +103,11 @@ def category_tables(path: str | Path, records: Sequence[Mapping[str, Any]]) -> d
         ) from None
     for number, record in enumerate(records, 1):
         try:
-            panoptic.check(record, len(categories))
-            panoptic.tables([record], categories, things)
+            by_category.check(record, len(categories))
+            by_category.tables([record], categories, things)
         except (KeyError, IndexError, TypeError, ValueError, ZeroDivisionError, AttributeError) as error:
             raise UserError(f"{path}:{number}: no counts of {len(categories)} categories ({error!r}); evaluate again") from None
-    return panoptic.tables(records, categories, things)
+    return by_category.tables(records, categories, things)
 
 
 def _impossible(record: Mapping[str, Any]) -> str:

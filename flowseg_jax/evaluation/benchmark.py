@@ -1,29 +1,36 @@
-"""A model and a prepared data set, ready to be evaluated split by split; nothing compiles twice."""
+"""A model and a prepared data set, ready to be evaluated split by split, on all devices; nothing compiles twice."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import jax
 from flax import nnx
 
-from flowseg_jax import sharding as parallel
+from flowseg_jax import sharding
 from flowseg_jax.checkpoints.manifest import flatten_params, unflatten_params
 from flowseg_jax.checkpoints.pretrained import load_pretrained, read_model_config
 from flowseg_jax.data.dataset import METADATA, PreparedDataset
 from flowseg_jax.data.eval_dataset import EvalDataset
 from flowseg_jax.data.formats import LAYOUTS
+from flowseg_jax.data.generic_dataset import CategoryPrompts, GenericDataset
 from flowseg_jax.data.prompts import PromptTemplates
 from flowseg_jax.data.tokenizer import Tokenizer, load_tokenizer
 from flowseg_jax.errors import UserError, did_you_mean
-from flowseg_jax.evaluation import protocols
+from flowseg_jax.evaluation import protocols, runner
 from flowseg_jax.evaluation.evaluator import Evaluator
-from flowseg_jax.evaluation.runner import EvalResult, evaluate
+from flowseg_jax.evaluation.fusion import MASK2FORMER, Thresholds
+from flowseg_jax.evaluation.runner import EvalResult
+from flowseg_jax.evaluation.tasks import referring
+from flowseg_jax.evaluation.tasks.generic import GenericTask
+from flowseg_jax.evaluation.tasks.referring import ReferringResult
 from flowseg_jax.models import flowseg, generate
 from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.reports import evaluation as report
@@ -31,7 +38,7 @@ from flowseg_jax.system import distributed
 from flowseg_jax.system.console import heartbeat
 
 CONTROL_SEED = 0
-GALLERY = 6  # pictures of each kind
+GALLERY = 6  # pictures of each kind of `examples.KINDS`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +50,7 @@ class EvalModel:
         evaluator: its compiled functions.
         params: its parameters; `dataclasses.replace` them by others of the same model to compile nothing again.
         checkpoint: what is written beside the numbers: digest and step.
-        tokenizer, prompts: how expressions become text.
+        tokenizer, prompts: how questions become text; no tokenizer for a model without language.
         answer_tokens: the model writes its answers itself, of at most so many tokens; 0: they are given.
     """
 
@@ -51,65 +58,70 @@ class EvalModel:
     evaluator: Evaluator
     params: dict[str, Any]
     checkpoint: dict[str, Any]
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
     prompts: PromptTemplates
     answer_tokens: int = 0
 
     @classmethod
-    def load(cls, directory: str | Path, *, fsdp: int = 1, answer_tokens: int = 0) -> EvalModel:
+    def load(cls, directory: str | Path, *, fsdp: int = 1, answer_tokens: int = 0, expressions: bool = True) -> EvalModel:
         """Opens a model directory on all devices.
 
         Args:
             directory: the model's.
             fsdp: so many devices share one copy of the parameters.
             answer_tokens: the model writes its answers itself, of at most so many tokens; 0: they are given.
+            expressions: it must answer expressions; else a segmentor without language is enough.
 
         Raises:
-            UserError: it is missing, damaged or no whole model, or `fsdp` does not divide the devices.
+            UserError: it is missing, damaged or lacks a component, or `fsdp` does not divide the devices.
         """
         stored = read_model_config(directory)
         cfg = FlowSegConfig.from_dict(stored["model"], f"{directory}/config.json: model")
-        cfg.require_full_model(str(directory))
-        mesh = parallel.make_mesh({"data": -1, "fsdp": fsdp})
+        if expressions:
+            cfg.require_full_model(str(directory))
+        mesh = sharding.make_mesh({"data": -1, "fsdp": fsdp})
         graphdef, abstract = flowseg.abstract_model(cfg)
-        shardings = flatten_params(parallel.param_shardings(abstract, mesh))
+        places = flatten_params(sharding.param_shardings(abstract, mesh))
         shapes = {
-            path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings[path])
+            path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=places[path])
             for path, x in flatten_params(flowseg.params_dict(abstract)).items()
         }
         with heartbeat(f"loading {directory}"):
             loaded = load_pretrained(directory, unflatten_params(shapes))
         prompts = PromptTemplates.of_model(loaded.extra, directory)
-        tokenizer = load_tokenizer(loaded.tokenizer_dir, needed=prompts.special_tokens)
-        if tokenizer.vocab > cfg.llm.vocab_size:
+        tokenizer = load_tokenizer(loaded.tokenizer_dir, needed=prompts.special_tokens) if cfg.has_language_model else None
+        if tokenizer and tokenizer.vocab > cfg.llm.vocab_size:
             raise UserError(
                 f"{directory}: the tokenizer has {tokenizer.vocab} ids, the model's embedding table {cfg.llm.vocab_size}"
             )
-        partition = unflatten_params({path: sharding.spec for path, sharding in shardings.items()})
+        partition = unflatten_params({path: place.spec for path, place in places.items()})
         answer = None
         if answer_tokens:
-            marks = generate.SpecialTokenIds(tokenizer.phrase_start, tokenizer.phrase_end, tokenizer.seg)
+            special_tokens = generate.SpecialTokenIds(tokenizer.phrase_start, tokenizer.phrase_end, tokenizer.seg)
             answer = functools.partial(
-                generate.generate_and_segment, marks=marks, max_new_tokens=answer_tokens, eos=prompts.eos_ids(tokenizer)
+                generate.generate_and_segment,
+                marks=special_tokens,
+                max_new_tokens=answer_tokens,
+                eos=prompts.eos_ids(tokenizer),
             )
-        evaluator = Evaluator(parallel.mark_fsdp_axes(nnx.merge(graphdef, abstract), mesh), mesh, partition, answer)
+        evaluator = Evaluator(sharding.mark_fsdp_axes(nnx.merge(graphdef, abstract), mesh), mesh, partition, answer)
         checkpoint = {"digest": params_digest(stored), "step": loaded.extra.get("step")}
         return cls(cfg, evaluator, loaded.params, checkpoint, tokenizer, prompts, answer_tokens)
 
 
 @dataclasses.dataclass(frozen=True)
 class ReferringEvaluation:
-    """A subject and a prepared data set: what `eval.py` and the demo run.
+    """A model and a prepared data set of expressions: what `flowseg eval` and the demo run.
 
     Attributes:
-        subject: the model.
+        model: what is evaluated.
         data: the data set.
         batch: images at a time; rounded up to a multiple of the devices.
         protocol: named protocol.
-        no_target_threshold: see `runner.evaluate`.
+        no_target_threshold: see `tasks.referring.evaluate`.
     """
 
-    subject: EvalModel
+    model: EvalModel
     data: PreparedDataset
     batch: int = 8
     protocol: str = "xsam"
@@ -124,35 +136,35 @@ class ReferringEvaluation:
         images: int | None = None,
         pictures: bool = True,
         save_masks: bool = False,
-    ) -> EvalResult:
+    ) -> ReferringResult:
         """Evaluates one split into `out`, with pictures of good, random and failed samples.
 
         Raises:
-            UserError: as `runner.evaluate`; or another process evaluates into `out`.
+            UserError: as `tasks.referring.evaluate`; or another process evaluates into `out`.
         """
         with distributed.locked(out):
             return self._run(split, out, shuffle_text, images, pictures, save_masks)
 
     def _run(
         self, split: str, out: str | Path, shuffle_text: bool, images: int | None, pictures: bool, save_masks: bool
-    ) -> EvalResult:
-        subject, protocol = self.subject, protocols.get_protocol(self.protocol)
+    ) -> ReferringResult:
+        model, protocol = self.model, protocols.get_protocol(self.protocol)
         open_data = functools.partial(self.open, split, images=images, control_seed=CONTROL_SEED if shuffle_text else None)
-        evaluation = evaluate(
-            subject.evaluator,
-            subject.params,
+        evaluation = referring.evaluate(
+            model.evaluator,
+            model.params,
             open_data,
             split=split,
             out=out,
             protocol=protocol,
             shuffle_text=shuffle_text,
             about={
-                "checkpoint": subject.checkpoint,
-                "setup": setup_hash(subject.cfg, subject.prompts, subject.tokenizer),
+                "checkpoint": model.checkpoint,
+                "setup": setup_hash(model.cfg, model.prompts, model.tokenizer),
                 "data": self.data.digest,
                 "images": images,
-                "answer": f"written, at most {subject.answer_tokens} tokens" if subject.answer_tokens else "given",
-                "prompt": {"question": subject.prompts.question, "answer": subject.prompts.answer},
+                "answer": f"written, at most {model.answer_tokens} tokens" if model.answer_tokens else "given",
+                "prompt": {"question": model.prompts.question, "answer": model.prompts.answer},
             },
             no_target_threshold=self.no_target_threshold,
             gallery=GALLERY if pictures else 0,
@@ -165,25 +177,117 @@ class ReferringEvaluation:
     def open(
         self, split: str, *, images: int | None = None, prompts: PromptTemplates | None = None, **options: Any
     ) -> EvalDataset:
-        """This process's share of the split's samples, asked as the protocol asks, by default in the model's wording."""
-        subject, protocol = self.subject, protocols.get_protocol(self.protocol)
+        """This process's share of the split's samples, asked as the protocol asks, by default with the model's templates."""
+        model, protocol = self.model, protocols.get_protocol(self.protocol)
         self.data.check_split(split)
-        devices = subject.evaluator.devices
-        batch = -(-self.batch // devices) * devices
+        batch = model.evaluator.round_up(self.batch)
         return EvalDataset(
             self.data,
             split,
-            subject.tokenizer,
-            sides=(subject.cfg.sam.image_size, subject.cfg.siglip.image_size),
+            model.tokenizer,
+            sides=(model.cfg.sam.image_size, model.cfg.siglip.image_size),
             batch=batch,
-            prompts=prompts or subject.prompts,
-            visual_tokens=subject.cfg.num_visual_tokens,
+            prompts=prompts or model.prompts,
+            visual_tokens=model.cfg.num_visual_tokens,
             max_images=images,
             by_ref=protocol.unit == "ref",
-            generate=subject.answer_tokens > 0,
+            generate=model.answer_tokens > 0,
             filled=protocol.raster == "fill_points",
-            rows=parallel.local_row_indices(batch, subject.evaluator.mesh),
+            rows=sharding.local_row_indices(batch, model.evaluator.mesh),
             **options,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class GenericEvaluation:
+    """A model and a prepared data set with categories.
+
+    Attributes:
+        model: what is evaluated.
+        data: the data set.
+        batch: images at a time; rounded up to a multiple of the devices.
+        names: at most so many category names a conversation; 0: all in one.
+        thresholds: of the panoptic segmentation.
+
+    Raises:
+        UserError: the data set is not a generic one, or the model makes no masks or has another number of categories.
+    """
+
+    model: EvalModel
+    data: PreparedDataset
+    batch: int = 8
+    names: int = 0
+    thresholds: Thresholds = MASK2FORMER
+
+    def __post_init__(self):
+        cfg = self.model.cfg
+        if self.data.task != "generic":
+            raise UserError(f"{self.data.directory}: {self.data.task} data has no categories to evaluate on")
+        if not cfg.has_mask_decoder:
+            raise UserError(f"the model holds only the components {cfg.components!r}: it makes no masks")
+        if not cfg.has_language_model and cfg.num_classes != len(self.data.categories):
+            raise UserError(
+                f"{self.data.directory}: has {len(self.data.categories)} categories, the model's linear head has "
+                f"{cfg.num_classes} (model.num_classes): evaluate it on the data set that it was trained on"
+            )
+        if self.names < 0:
+            raise UserError(f"names a conversation must not be negative, got {self.names}")
+
+    @property
+    def category_prompts(self) -> CategoryPrompts:
+        """How the categories are asked for; one conversation for a model without language."""
+        return CategoryPrompts.of(self.data.categories, self.names if self.model.cfg.has_language_model else 0)
+
+    def run(self, split: str, out: str | Path | None, *, images: int | None = None, save_masks: bool = False) -> EvalResult:
+        """Evaluates one split into `<out>/<split>.json` and `<split>.jsonl`, which are replaced only when complete.
+
+        Args:
+            split: which split.
+            out: a folder; None writes nothing. What an interrupted start left there is continued.
+            images: only the first images of the split.
+            save_masks: add the objects, true and predicted, to each line of `<split>.jsonl` (`tasks.instance.count_objects`).
+
+        Raises:
+            UserError: an unknown split or one without images, a damaged image, or `out` cannot be written or is in use. What
+                was finished is kept.
+        """
+        self.data.check_split(split)
+        model, prompts = self.model, self.category_prompts
+        about = {
+            "split": split,
+            "checkpoint": model.checkpoint,
+            "setup": setup_hash(model.cfg, model.prompts, model.tokenizer),
+            "data": self.data.digest,
+            "images": images,
+            "conversations": prompts.count if model.cfg.has_language_model else 0,
+        }
+        task = GenericTask(model.evaluator, prompts, self.data.things, self.thresholds, save_masks)
+        with contextlib.nullcontext() if out is None else distributed.locked(out):
+            return runner.evaluate(
+                task,
+                model.evaluator.place(model.params),
+                functools.partial(self.open, split, images=images),
+                name=split,
+                out=out,
+                about=about,
+                settings=about | {"thresholds": dataclasses.asdict(self.thresholds)},
+            )
+
+    def open(self, split: str, *, images: int | None = None, skip: Collection[int] = ()) -> GenericDataset:
+        """This process's share of the split's images, all of which are asked for all categories."""
+        model, batch = self.model, self.model.evaluator.round_up(self.batch)
+        return GenericDataset(
+            self.data,
+            split,
+            model.tokenizer,
+            self.category_prompts,
+            batch=batch,
+            sides=(model.cfg.sam.image_size, model.cfg.siglip.image_size),
+            visual_tokens=model.cfg.num_visual_tokens,
+            prompts=model.prompts,
+            max_images=images,
+            skip=skip,
+            rows=sharding.local_row_indices(batch, model.evaluator.mesh),
         )
 
 
@@ -223,7 +327,7 @@ def _hash(value: Any) -> str:
 
 
 def setup_hash(cfg: FlowSegConfig, prompts: PromptTemplates, tokenizer: Tokenizer | None) -> str:
-    """A hash of what numbers depend on beside the weights: the model's config, the wording and the tokenizer."""
+    """A hash of what numbers depend on beside the weights: the model's config, the prompt templates and the tokenizer."""
     return _hash([cfg.to_dict(), dataclasses.asdict(prompts), tokenizer and tokenizer.definition])
 
 

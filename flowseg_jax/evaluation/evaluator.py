@@ -1,15 +1,16 @@
-"""The compiled functions of an evaluation, divided over all devices.
+"""The compiled functions of an evaluation, sharded over all devices.
 
-An image is seen once; every round of expressions about it is asked against what was kept (`models.flowseg.Seen`). Everything
-runs inside `shard_map`: a device computes its own images by the program that one device alone would run, so the numbers do not
-depend on how many there are. Functions that touch original-size pixels are apart from those that do not, so the model compiles
-once for looking and once for each shape of a round, however many image sizes there are.
+An image is encoded once; every round of expressions about it is asked against what was kept (`models.flowseg.ImageCache`).
+Everything runs inside `shard_map`: a device computes its own images by the program that one device alone would run, so the
+numbers do not depend on how many there are. Functions that touch original-size pixels are apart from those that do not, so the
+model compiles once for encoding and once for each shape of a round, however many image sizes there are.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,19 +22,20 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flowseg_jax import sharding
 from flowseg_jax.data.eval_dataset import EvalBatch, QueryRound
-from flowseg_jax.evaluation import postprocess
+from flowseg_jax.data.generic_dataset import CategoryPrompts, GenericBatch
+from flowseg_jax.evaluation import category_scores, fusion, postprocess
 from flowseg_jax.models import flowseg
 from flowseg_jax.models.language import KVCache
-from flowseg_jax.types import PAD, PromptQueries
+from flowseg_jax.types import PAD, Batch, PromptQueries
 
-ROWS, WHOLE = PartitionSpec(sharding.BATCH_AXES), PartitionSpec()
-SEEN = ROWS, PartitionSpec(None, sharding.BATCH_AXES)  # of the two parts below
+BY_IMAGE, REPLICATED = PartitionSpec(sharding.BATCH_AXES), PartitionSpec()
+CACHE = BY_IMAGE, PartitionSpec(None, sharding.BATCH_AXES)  # of the two parts below
 
 
-def _split(seen: flowseg.ImageCache) -> tuple[Any, Any]:
-    """What has its images along the first axis, and what along the second, behind the layers."""
-    cache = seen.kv_cache
-    return (seen.mask_features, seen.multi_scale_features, cache.positions, cache.segment_ids), (cache.keys, cache.values)
+def _split(cache: flowseg.ImageCache) -> tuple[Any, Any]:
+    """What has its images along the first axis, and what along the second, after the layers."""
+    kv = cache.kv_cache
+    return (cache.mask_features, cache.multi_scale_features, kv.positions, kv.segment_ids), (kv.keys, kv.values)
 
 
 def _join(parts: tuple[Any, Any]) -> flowseg.ImageCache:
@@ -48,53 +50,71 @@ class Evaluator:
     """The jitted functions of one model. Reuse it over splits and parameters: nothing compiles twice.
 
     Args:
-        graphdef: the model's; from `parallel.divided` where `fsdp` divides its parameters.
+        graphdef: the model's; from `sharding.mark_fsdp_axes` where `fsdp` shards its parameters.
         mesh: the devices; None: all there are, each with all parameters.
         partition: `PartitionSpec`s of the parameters, a prefix of their tree.
-        answer: how the model answers questions without answers: (model, seen, asked) -> candidates, and whether there is an
-            answer with a mask (`models.generate.answer`); None: it is not asked such.
+        answer: how the model answers questions without answers: (model, image cache, queries) -> candidates, and whether there
+            is an answer with a mask (`models.generate.generate_and_segment`); None: it is not asked such.
 
     Attributes:
         compiles: function name -> number of compilations so far.
     """
 
     def __init__(
-        self, graphdef: nnx.GraphDef, mesh: Mesh | None = None, partition: Any = WHOLE, answer: AnswerFn | None = None
+        self, graphdef: nnx.GraphDef, mesh: Mesh | None = None, partition: Any = REPLICATED, answer: AnswerFn | None = None
     ):
         self.mesh = sharding.make_mesh({"data": -1}) if mesh is None else mesh
         self.compiles: collections.Counter[str] = collections.Counter()
         self._partition = partition
 
-        def see(params, views, prefix):
-            self.compiles["see"] += 1  # runs when traced, that is once a compilation
-            return _split(flowseg.bind_params(graphdef, params).prefill_image(views, prefix))
+        def encode_image(params, inputs, prefix):
+            self.compiles["encode_image"] += 1  # runs when traced, that is once a compilation
+            return _split(flowseg.bind_params(graphdef, params).prefill_image(inputs, prefix))
 
-        def ask(params, seen, questions, truth, inside):
-            self.compiles["ask"] += 1
+        def predict(params, cache, queries, truth, inside):
+            self.compiles["predict"] += 1
             model = flowseg.bind_params(graphdef, params)
-            if isinstance(questions, PromptQueries):
-                found, answered = answer(model, _join(seen), questions)
+            if isinstance(queries, PromptQueries):
+                found, answered = answer(model, _join(cache), queries)
             else:
-                found, answered = model.predict_cached(_join(seen), questions), questions.query_valid
+                found, answered = model.predict_cached(_join(cache), queries), queries.query_valid
             chosen = postprocess.select_masks(found.scores, found.mask_logits, truth, inside)
             query = jnp.where(answered[..., None], chosen.query, PAD)
             logits = postprocess.refine(model, chosen.logits, found.mask_features)
             return dataclasses.replace(chosen, query=query, logits=logits)
 
-        def truth_on_grid(truth, where):
-            self.compiles["truth"] += 1
+        def downsample_truth(truth, where):
+            self.compiles["downsample_truth"] += 1
             return postprocess.truth_on_grid(truth, where), postprocess.image_on_grid(where)
 
-        def restore(logits, where, truth):
-            self.compiles["restore"] += 1
+        def upsample(logits, where, truth):
+            self.compiles["upsample"] += 1
             return postprocess.upsample_and_count(logits, where, truth)
 
-        self._see = self._divide(see, (partition, ROWS, WHOLE), SEEN)
-        self._ask = self._divide(ask, (partition, SEEN, ROWS, ROWS, ROWS), ROWS)
-        self._truth_on_grid = self._divide(truth_on_grid, (ROWS, ROWS), ROWS)
-        self._restore = self._divide(restore, (ROWS, ROWS, ROWS), ROWS)
+        self._encode_image = self._sharded(encode_image, (partition, BY_IMAGE, REPLICATED), CACHE)
+        self._predict = self._sharded(predict, (partition, CACHE, BY_IMAGE, BY_IMAGE, BY_IMAGE), BY_IMAGE)
+        self._downsample_truth = self._sharded(downsample_truth, (BY_IMAGE, BY_IMAGE), BY_IMAGE)
+        self._upsample = self._sharded(upsample, (BY_IMAGE, BY_IMAGE, BY_IMAGE), BY_IMAGE)
 
-    def _divide(self, function: Callable, inputs: Any, outputs: Any) -> Callable:
+        @functools.cache
+        def score_categories(prompts: CategoryPrompts) -> Callable:
+            def score(params, batch):
+                self.compiles["score_categories"] += 1
+                return category_scores.score_categories(flowseg.bind_params(graphdef, params), batch, prompts)
+
+            return self._sharded(score, (partition, BY_IMAGE), BY_IMAGE)
+
+        @functools.cache
+        def fuse(threshold: float | None) -> Callable:
+            def restore(scores, logits, where):
+                self.compiles["fuse"] += 1
+                return fusion.restore(scores, logits, where, threshold)
+
+            return self._sharded(restore, (BY_IMAGE, BY_IMAGE, BY_IMAGE), BY_IMAGE)
+
+        self._score_categories, self._fuse = score_categories, fuse
+
+    def _sharded(self, function: Callable, inputs: Any, outputs: Any) -> Callable:
         mapped = jax.shard_map(function, mesh=self.mesh, in_specs=inputs, out_specs=outputs, check_vma=False)
         return jax.jit(mapped)
 
@@ -103,34 +123,67 @@ class Evaluator:
         """What a number of images must be divisible by."""
         return self.mesh.size
 
+    def round_up(self, batch: int) -> int:
+        """The least number of images from `batch` on that all devices share evenly."""
+        return -(-batch // self.devices) * self.devices
+
+    @property
+    def computing(self) -> bool:
+        """Whether a batch has been computed whole, so that what takes long is not compiling."""
+        return bool(self.compiles["upsample"] or self.compiles["fuse"])
+
     def place(self, params: Any) -> Any:
         """The parameters where they belong; do this once, not for every batch."""
         put = lambda spec, part: jax.device_put(part, NamedSharding(self.mesh, spec))  # noqa: E731
         return jax.tree.map(put, self._partition, params, is_leaf=lambda x: isinstance(x, PartitionSpec))
 
-    def __call__(
+    def _put(self, tree: Any) -> Any:
+        return sharding.to_global_arrays(tree, self.mesh)
+
+    def predict_expressions(
         self, params: Any, prefix: np.ndarray, batch: EvalBatch
     ) -> Iterator[tuple[QueryRound, postprocess.SelectedMasks, postprocess.FullSizeMasks]]:
-        """Dispatches one batch round by round; the arrays that come may still be computing. `Chosen.query` is NONE where the
-        model wrote an answer without a mask.
+        """Dispatches one batch round by round; the arrays that come may still be computing. `SelectedMasks.query` is PAD where
+        the model wrote an answer without a mask.
 
         Args:
             params: from `place`.
             prefix: int32 [P], token ids that every conversation begins with.
             batch: this process's rows.
         """
-        put = lambda tree: sharding.to_global_arrays(tree, self.mesh)  # noqa: E731
         rows, side = batch.views.sam_images.shape[:2]
-        seen = self._see(params, put(batch.views), jax.device_put(prefix, sharding.replicated(self.mesh)))
+        cache = self._encode_image(params, self._put(batch.views), jax.device_put(prefix, sharding.replicated(self.mesh)))
         where = postprocess.geometry(
-            batch.views.resized_hw, batch.sizes, grid=seen[0][0].shape[1:3], padded_size=side, bucket=batch.bucket
+            batch.views.resized_hw, batch.sizes, grid=cache[0][0].shape[1:3], padded_size=side, bucket=batch.bucket
         )
-        ignored = put(postprocess.pack_truth(batch.ignored, rows, 1, where.bucket))
-        where = put(where)
+        ignored = self._put(postprocess.pack_truth(batch.ignored, rows, 1, where.bucket))
+        where = self._put(where)
         for asked in batch.rounds:
-            pack = lambda masks: put(  # noqa: E731
+            pack = lambda masks: self._put(  # noqa: E731
                 postprocess.pack_truth(masks, rows, asked.questions.query_valid.shape[1], where.bucket)  # noqa: B023 (called at once)
             )
             truth = postprocess.GroundTruth(pack(asked.truth), pack(asked.once), ignored)
-            chosen = self._ask(params, seen, put(asked.questions), *self._truth_on_grid(truth.union, where))
-            yield asked, chosen, self._restore(chosen.logits, where, truth)
+            chosen = self._predict(params, cache, self._put(asked.questions), *self._downsample_truth(truth.union, where))
+            yield asked, chosen, self._upsample(chosen.logits, where, truth)
+
+    def predict_categories(
+        self, params: Any, batch: GenericBatch, prompts: CategoryPrompts, threshold: float | None
+    ) -> fusion.FusionOutput:
+        """Dispatches one batch that asks for categories; the arrays that come may still be computing.
+
+        Args:
+            params: from `place`.
+            batch: this process's rows.
+            prompts: how the categories are asked for.
+            threshold: `fusion.Thresholds.score`; None: no labels, masks alone.
+        """
+        scores, logits = self.score_categories(params, batch.inputs, prompts)
+        inputs, grid = batch.inputs, logits.shape[-2:]
+        where = postprocess.geometry(
+            inputs.resized_hw, batch.sizes, grid=grid, padded_size=inputs.sam_images.shape[1], bucket=batch.bucket
+        )
+        return self._fuse(threshold)(scores, logits, self._put(where))
+
+    def score_categories(self, params: Any, inputs: Batch, prompts: CategoryPrompts) -> tuple[jax.Array, jax.Array]:
+        """Scores [B, N, C] and refined mask logits [B, N, h, w] of all candidates; see `category_scores`."""
+        return self._score_categories(prompts)(params, self._put(inputs))

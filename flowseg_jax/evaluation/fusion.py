@@ -23,8 +23,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from flowseg_jax.evaluation import postprocess
-from flowseg_jax.evaluation.panoptic import Segments
 from flowseg_jax.evaluation.postprocess import ResizeMatrices
+from flowseg_jax.evaluation.tasks.panoptic import Segments
 from flowseg_jax.ops.resize import apply_matrices
 
 TOP = 100  # predictions an image for mask AP
@@ -157,7 +157,7 @@ def _label(
     probability: Float[Array, "n W"],
     exists: Bool[Array, " W"],
 ) -> tuple[Int[Array, " W"], Int[Array, " W"], Int[Array, " n"], Int[Array, " n"]]:
-    """`winner` and `semantic` of one row of pixels, and its share of `won` and `kept` (see `Labels`)."""
+    """`winner` and `semantic` of one row of pixels, and its share of `won` and `kept` (see `LabelMaps`)."""
     strongest = jnp.where(taken[:, None], best[:, None] * probability, -1).argmax(0)
     won = (strongest == jnp.arange(len(taken))[:, None]) & taken[:, None] & exists
     kept = won & inside
@@ -182,11 +182,11 @@ def fuse(labels: LabelMaps, things: tuple[bool, ...], size: tuple[int, int], ove
     for n in np.flatnonzero(labels.taken & (labels.kept > 0)):
         if labels.won[n] / labels.area[n] < overlap:
             continue
-        kind = int(labels.category[n])
-        if kind not in stuff:
-            category.append(kind)
-        number[n] = stuff.get(kind, len(category))
-        if not things[kind]:
-            stuff[kind] = int(number[n])
+        found = int(labels.category[n])
+        if found not in stuff:
+            category.append(found)
+        number[n] = stuff.get(found, len(category))
+        if not things[found]:
+            stuff[found] = int(number[n])
     ids = number[labels.winner[: size[0], : size[1]]]
     return Segments(ids, tuple(category), (False,) * len(category))

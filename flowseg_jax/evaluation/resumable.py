@@ -85,7 +85,7 @@ class ResumableRecords:
         """What an interrupted user needs to know."""
         if self._path is None or not self.records:
             return "nothing was written"
-        return f"{len(self.records)} images are done and kept in {self._path}, the same command goes on behind them"
+        return f"{len(self.records)} images are done and kept in {self._path}, the same command continues after them"
 
     def finish(self) -> None:
         """The results are written: the file has done its work."""

@@ -14,8 +14,8 @@ from flowseg_jax.analysis import runner as source
 from flowseg_jax.data.eval_dataset import EvalBatch, QueryRound
 from flowseg_jax.data.records import Sample
 from flowseg_jax.errors import UserError
-from flowseg_jax.evaluation import runner
 from flowseg_jax.evaluation.evaluator import Evaluator
+from flowseg_jax.evaluation.tasks import referring
 from flowseg_jax.models import flowseg
 from flowseg_jax.types import ExpressionQueries, ImageInputs
 from tests.helpers import small
@@ -65,7 +65,7 @@ def data(model):
 def records(model, data):
     """What the evaluation says of the same samples."""
     _, graphdef, params = model
-    return runner.evaluate(Evaluator(graphdef), params, lambda **_: data, split="val").records
+    return referring.evaluate(Evaluator(graphdef), params, lambda **_: data, split="val").records
 
 
 @pytest.fixture(scope="module")
@@ -115,10 +115,10 @@ def test_means_over_samples(traced):
 
 def test_pages(model, traced, refined, tmp_path):
     cfg, _, params = model
-    mark = types.SimpleNamespace(subject=types.SimpleNamespace(cfg=cfg, params=params))
+    evaluation = types.SimpleNamespace(model=types.SimpleNamespace(cfg=cfg, params=params))
 
     def asked(measured):
-        return types.SimpleNamespace(measure=lambda *_: iter(measured), split="val", about={"images": 2}, benchmark=mark)
+        return types.SimpleNamespace(measure=lambda *_: iter(measured), split="val", about={"images": 2}, evaluation=evaluation)
 
     (tmp_path / "layer_trace_val").mkdir()
     (tmp_path / "layer_trace_val" / "7_of-an-earlier-run.png").write_bytes(b"")
@@ -132,7 +132,7 @@ def test_pages(model, traced, refined, tmp_path):
     assert result["alpha"] == 3.0 and result["groups"]["all"] == boundary.summarise(
         [boundary.with_boundary(m) for m in refined]
     )
-    mark.subject.cfg = dataclasses.replace(cfg, boundary=dataclasses.replace(cfg.boundary, enabled=False))
+    evaluation.model.cfg = dataclasses.replace(cfg, boundary=dataclasses.replace(cfg.boundary, enabled=False))
     with pytest.raises(UserError, match="no boundary refinement"):
         boundary.run(asked(refined), tmp_path)
 

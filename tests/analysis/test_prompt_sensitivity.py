@@ -70,8 +70,8 @@ def test_the_page_shows_every_template(monkeypatch, tmp_path):
         return [{"question": q, "answer": a, "n": 9, "ciou": 10.0 * q + a, "giou": 50.0, "same": 100.0} for q, a in templates]
 
     monkeypatch.setattr(prompt_sensitivity, "evaluate", evaluate)
-    mark = types.SimpleNamespace(subject=types.SimpleNamespace(prompts=PromptTemplates(question=2, answer=1)))
-    page = prompt_sensitivity.run(types.SimpleNamespace(benchmark=mark, split="val", about={"images": None}), tmp_path)
+    evaluation = types.SimpleNamespace(model=types.SimpleNamespace(prompts=PromptTemplates(question=2, answer=1)))
+    page = prompt_sensitivity.run(types.SimpleNamespace(evaluation=evaluation, split="val", about={"images": None}), tmp_path)
     result = json.loads((tmp_path / "prompt_sensitivity_val.json").read_text())
     assert len(result["templates"]) == len(REFERRING_QUESTIONS) * len(REFERRING_ANSWERS)
     assert result["spread"]["answers, model's question"]["ciou"]["mean"] == 22  # 20 .. 24

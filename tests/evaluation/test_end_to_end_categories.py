@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import io
 import json
 
 import cv2
-import jax
 import numpy as np
 import pytest
 from pycocotools import mask as coco
@@ -17,9 +15,9 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from flowseg_jax.data import prepare
+from flowseg_jax.data.generic_dataset import CategoryPrompts, GenericDataset
 from flowseg_jax.data.prompts import PromptTemplates
-from flowseg_jax.evaluation import fusion, generic
-from tests.helpers import judge, small, wild
+from tests.helpers import judge, proposals, wild
 
 SIDE = 64
 NAMES = [one["name"] for one in sorted(wild.KINDS, key=lambda one: one["id"])]
@@ -29,7 +27,7 @@ NUMBER = {key: i for i, key in enumerate(sorted(one["id"] for one in wild.KINDS)
 
 def propose(batch):
     """A candidate a kind, where the picture has its colour, sure of it, and half as sure another one in the left half."""
-    pixels = batch.images[:, ::2, ::2].astype(np.float32)
+    pixels = batch.sam_images[:, ::2, ::2].astype(np.float32)
     colours = np.array([wild.COLOURS[[k["name"] for k in wild.KINDS].index(name)] for name in NAMES])
     near = 60 - np.abs(pixels[:, None] - colours[None, :, None, None]).mean(-1)
     left = np.where(np.arange(near.shape[-1]) < near.shape[-1] // 2, near, -20)
@@ -43,12 +41,9 @@ def evaluated(tmp_path_factory):
     root = tmp_path_factory.mktemp("panoptic")
     wild.panoptic(root / "files")
     data = prepare.prepare(root / "files", root / "prepared", layout="coco-panoptic", log=lambda line: None)
-    cfg = small.lean()
-    cfg = dataclasses.replace(cfg, sam=dataclasses.replace(cfg.sam, image_size=SIDE))
-    questions = generic.CategoryPrompts.of(data.categories)
-    images = generic.GenericDataset(data, "val", None, questions, batch=3, cfg=cfg, prompts=PromptTemplates())
-    restore = jax.jit(fusion.restore, static_argnums=3)
-    found = generic.evaluate(propose, images, categories=data.categories, things=data.things, restore=restore, save_masks=True)
+    options = {"batch": 3, "sides": (SIDE, 16), "visual_tokens": 0, "prompts": PromptTemplates()}
+    images = GenericDataset(data, "val", None, CategoryPrompts.of(data.categories), **options)
+    found = proposals.evaluate(propose, images, data.categories, data.things, save_masks=True)
     return root / "files", json.loads(json.dumps(found.result)), json.loads(json.dumps(found.records))
 
 

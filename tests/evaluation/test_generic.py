@@ -16,18 +16,22 @@ from flowseg_jax.checkpoints.pretrained import save_pretrained
 from flowseg_jax.cli.analyze import main as evaluation_main
 from flowseg_jax.data import images, masks, prepare
 from flowseg_jax.data.dataset import PreparedDataset
+from flowseg_jax.data.generic_dataset import CategoryPrompts, GenericDataset
 from flowseg_jax.data.prompts import PromptTemplates
 from flowseg_jax.data.records import Annotation, Example
 from flowseg_jax.data.tokenizer import load_tokenizer
 from flowseg_jax.errors import UserError
-from flowseg_jax.evaluation import fusion, generic, panoptic, postprocess
-from flowseg_jax.evaluation.panoptic import Segments
+from flowseg_jax.evaluation import category_scores, fusion, postprocess
+from flowseg_jax.evaluation.benchmark import EvalModel, GenericEvaluation
+from flowseg_jax.evaluation.evaluator import Evaluator
+from flowseg_jax.evaluation.tasks import instance, panoptic, semantic
+from flowseg_jax.evaluation.tasks.panoptic import Segments
 from flowseg_jax.models import flowseg
 from flowseg_jax.models.semantic_flow import SemanticFlowConfig
 from flowseg_jax.synthetic import multi_task
 from flowseg_jax.synthetic.scene import REFERENCE_SIZE
 from tests.helpers import minicoco as mini
-from tests.helpers import small
+from tests.helpers import proposals, small
 
 PADDED, GRID = 96, (24, 24)
 ORIGINALS = [(60, 100), (131, 70), (96, 96)]
@@ -277,17 +281,17 @@ def test_a_category_that_never_occurs_is_not_averaged():
 def test_two_categories_of_one_name_stay_two():
     names, whole = ["bar", "bar", "sky"], {"matched": [[0, 1, 1], [2, 3, 4]], "missed": [1], "extra": []}
     confusion = {"confusion": [[0, 0, 100], [1, 2, 50], [2, 2, 70]]}
-    semantic = panoptic.semantic_table([confusion], names)
-    assert semantic["miou"] == pytest.approx((100 + 0 + 100 * 70 / 120) / 3) and semantic["categories"] == 3
-    assert [row["iou"] for row in semantic["by_category"].values()] == pytest.approx([100, 0, 100 * 70 / 120])
+    pixels = semantic.semantic_table([confusion], names)
+    assert pixels["miou"] == pytest.approx((100 + 0 + 100 * 70 / 120) / 3) and pixels["categories"] == 3
+    assert [row["iou"] for row in pixels["by_category"].values()] == pytest.approx([100, 0, 100 * 70 / 120])
     table = panoptic.panoptic_table([whole], names, (True, True, False))
     assert table["all"]["categories"] == len(table["by_category"]) == 3 and table["all"]["pq"] == pytest.approx(175 / 3)
     objects = [[c, masks.encode(np.eye(4, 5, k=c, dtype=np.uint8)), False] for c in range(3)]
     found = [[c, 0.9, c] for c in (0, 2)]
     image = {"height": 4, "width": 5, "objects": objects, "masks": [code for _, code, _ in objects], "found": found}
-    instance = panoptic.instance_table([image], names)
-    assert [row["ap"] for row in instance["by_category"].values()] == pytest.approx([100, 0, 100])
-    assert instance["ap"] == pytest.approx(200 / 3)
+    objects_table = instance.instance_table([image], names)
+    assert [row["ap"] for row in objects_table["by_category"].values()] == pytest.approx([100, 0, 100])
+    assert objects_table["ap"] == pytest.approx(200 / 3)
 
 
 def test_miou_equals_sets_of_pixels(rng):
@@ -296,8 +300,8 @@ def test_miou_equals_sets_of_pixels(rng):
         true = partition(rng, (9, 11), 5)
         segments = [(int(rng.integers(3)), bool(rng.random() < 0.3)) for _ in range(true.max())]  # 3 and 4 are never true
         images.append((true, segments, rng.integers(-1, categories, true.shape)))
-    records = [panoptic.count_pixels(p, Segments.of(example(t, s))) for t, s, p in images]
-    table = panoptic.semantic_table(records, list("abcde"))
+    records = [semantic.count_pixels(p, Segments.of(example(t, s))) for t, s, p in images]
+    table = semantic.semantic_table(records, list("abcde"))
     want = {}
     for c in range(3):
         both = either = 0
@@ -321,20 +325,20 @@ def test_mask_ap_by_hand():
     boxes[1][:, :3] = True  # overlaps the first object by 3 of 32
     found = [(0, 0.9, 0), (0, 0.8, 1), (0, 0.7, 2), (0, 0.95, 3), (1, 0.99, 0)]
     size = {"height": ids.shape[0], "width": ids.shape[1]}
-    counted = lambda found: size | panoptic.count_objects(image, found, boxes.__getitem__)  # noqa: E731
-    table = panoptic.instance_table([counted(found)], ["a", "b"], (True, False))
+    counted = lambda found: size | instance.count_objects(image, found, boxes.__getitem__)  # noqa: E731
+    table = instance.instance_table([counted(found)], ["a", "b"], (True, False))
     want = 100 * (51 * 1 + 50 * 2 / 3) / 101  # at recall 0, 0.01, ..., 1
     assert (table["ap"], table["ap50"], table["ap75"]) == pytest.approx((want,) * 3)
     assert table["by_category"] == {"0": {"name": "a", "ap": pytest.approx(want)}}
     assert table["ap_small"] == pytest.approx(want) and table["ap_large"] is None
-    assert panoptic.instance_table([counted([])], ["a", "b"])["ap"] == 0.0
-    assert panoptic.instance_table([], ["a"], (False,))["ap"] is None
+    assert instance.instance_table([counted([])], ["a", "b"])["ap"] == 0.0
+    assert instance.instance_table([], ["a"], (False,))["ap"] is None
 
 
 def test_predictions_of_one_candidate_share_its_mask_and_empty_ones_are_left_out():
     ids = strip("1122")
     found = [(0, 0.5, 7), (1, 0.4, 3), (1, 0.3, 7)]
-    counted = panoptic.count_objects(example(ids, [(0, False), (1, True)]), found, lambda n: ids == (1 if n == 7 else 9))
+    counted = instance.count_objects(example(ids, [(0, False), (1, True)]), found, lambda n: ids == (1 if n == 7 else 9))
     assert [o[0::2] for o in counted["objects"]] == [[0, False], [1, True]]
     assert counted["masks"] == [counted["objects"][0][1]] and counted["found"] == [[0, 0.5, 0], [1, 0.3, 0]]
 
@@ -371,10 +375,10 @@ def perfect(prepared, split="val", side=REFERENCE_SIZE):
 
 def validation(prepared, batch):
     """The data at the size of the images, so that a mask at the encoder's size is the mask."""
-    cfg = small.lean()
-    cfg = dataclasses.replace(cfg, sam=dataclasses.replace(cfg.sam, image_size=REFERENCE_SIZE))
-    questions = generic.CategoryPrompts.of(prepared.categories)
-    return generic.GenericDataset(prepared, "val", None, questions, batch=batch, cfg=cfg, prompts=PromptTemplates())
+    categories, sides = CategoryPrompts.of(prepared.categories), (REFERENCE_SIZE, 16)
+    return GenericDataset(
+        prepared, "val", None, categories, batch=batch, sides=sides, visual_tokens=0, prompts=PromptTemplates()
+    )
 
 
 def model(prepared, **changes):
@@ -386,14 +390,13 @@ def model(prepared, **changes):
 @functools.cache  # what one test compiles, another uses
 def benchmark(prepared, cfg, **options):
     tokenizer = load_tokenizer(prepared.tokenizer_directory) if cfg.has_language_model else None
-    graphdef, params = flowseg.abstract_model(cfg)[0], small.params(cfg)
-    return generic.GenericEvaluation(
-        cfg, graphdef, params, {"digest": "d"}, prepared, tokenizer, PromptTemplates(), batch=4, **options
-    )
+    evaluator = Evaluator(flowseg.abstract_model(cfg)[0])
+    model = EvalModel(cfg, evaluator, small.params(cfg), {"digest": "d"}, tokenizer, PromptTemplates())
+    return GenericEvaluation(model, prepared, batch=4, **options)
 
 
 def refused(prepared, cfg, **options):
-    return generic.GenericEvaluation(cfg, None, {}, {}, prepared, None, PromptTemplates(), **options)
+    return GenericEvaluation(EvalModel(cfg, None, {}, {}, None, PromptTemplates()), prepared, **options)
 
 
 def test_the_prepared_set_knows_its_things(prepared, tmp_path):
@@ -407,17 +410,20 @@ def test_a_model_without_language_is_opened(prepared, tmp_path):
     cfg = model(prepared, **SEGMENTOR)
     params = small.params(cfg)
     save_pretrained(tmp_path / "model", params, cfg.to_dict(), None, {"step": 7}, dtype=None)
-    ours = generic.GenericEvaluation.of_model(tmp_path / "model", prepared.directory, names=4)
-    assert (ours.cfg, ours.tokenizer, ours.names) == (cfg, None, 4)
+    ours = EvalModel.load(tmp_path / "model", expressions=False)
+    assert (ours.cfg, ours.tokenizer) == (cfg, None)
     assert ours.checkpoint["step"] == 7 and len(ours.checkpoint["digest"]) == 16
-    np.testing.assert_array_equal(ours.params["decoder"]["query_content"], params["decoder"]["query_content"])
+    read, written = (each["mask_decoder"]["queries_features"] for each in (ours.params, params))
+    np.testing.assert_array_equal(read, written)
+    assert GenericEvaluation(ours, prepared, names=4).category_prompts.count == 1
+    with pytest.raises(UserError, match="holds only the components 'segmentor'"):
+        EvalModel.load(tmp_path / "model")
 
 
 def test_the_truth_scores_a_hundred(prepared):
     data = validation(prepared, 4)
-    assert len(data) == 2 and data.images == 6  # the last batch is padded
-    options = {"categories": prepared.categories, "restore": restore}
-    evaluation = generic.evaluate(perfect(prepared), data, things=prepared.things, **options)
+    assert len(data) == 2 and data.samples == 6  # the last batch is padded
+    evaluation = proposals.evaluate(perfect(prepared), data, prepared.categories, prepared.things)
     result = evaluation.result
     for part in ("all", "things", "stuff"):
         assert (result["panoptic"][part]["pq"], result["panoptic"][part]["rq"]) == (100, 100)
@@ -426,7 +432,7 @@ def test_the_truth_scores_a_hundred(prepared):
     names = {row["name"] for row in result["instance"]["by_category"].values()}
     assert names <= set(prepared.categories) - {"background"}
     # Without things and stuff, only mask AP.
-    alone = generic.evaluate(perfect(prepared), data, things=None, **options).result
+    alone = proposals.evaluate(perfect(prepared), data, prepared.categories, None).result
     assert alone["instance"]["ap"] == pytest.approx(100) and "panoptic" not in alone and "semantic" not in alone
     assert "background" in {row["name"] for row in alone["instance"]["by_category"].values()}
 
@@ -440,7 +446,7 @@ def test_numbers_that_are_none_fail_and_are_counted(prepared):
         scores[1, 0, 0] = np.inf
         return scores, logits
 
-    evaluation = generic.evaluate(broken, data, categories=prepared.categories, things=prepared.things, restore=restore)
+    evaluation = proposals.evaluate(broken, data, prepared.categories, prepared.things)
     assert evaluation.result["failed"] == 2 and [r["failed"] for r in evaluation.records] == [True] * 2 + [False] * 4
     for record in evaluation.records[:2]:
         assert not record["matched"] and not record["extra"] and record["missed"]
@@ -466,12 +472,12 @@ def test_an_untrained_model_is_evaluated(prepared, tmp_path, capsys, changes):
     assert {p.name for p in tmp_path.iterdir()} == {"val.json", "val.jsonl"}
     again = panoptic.panoptic_table(records, result["categories"], result["things"])
     assert again.items() <= result["panoptic"].items()
-    assert panoptic.semantic_table(records, result["categories"]).items() <= result["semantic"].items()
+    assert semantic.semantic_table(records, result["categories"]).items() <= result["semantic"].items()
     assert any(r["extra"] for r in records) and all(r["confusion"] for r in records)
     printed = capsys.readouterr().out
     assert "panoptic, n 6, PQ " in printed and "semantic, n 6, mIoU " in printed and "instance, n 6, AP " in printed
     assert ours.run("val", None, images=2).records == found.records[:2]
-    assert dict(ours.compiles) == {"model": 1, "restore": 1}
+    assert dict(ours.model.evaluator.compiles) == {"score_categories": 1, "fuse": 1}
 
 
 def audited(path, capsys, *flags):
@@ -500,7 +506,7 @@ def test_a_damaged_image_loses_nothing_and_the_next_start_goes_on(prepared, tmp_
     monkeypatch.setattr(images, "decode", lambda data, *, name: seen.append(name) or decode(data, name=name))
     ours.run("val", tmp_path / "eval", save_masks=True)
     assert seen == [source[place].file_name for place in (4, 5)]
-    assert "going on behind 4 images" in capsys.readouterr().out
+    assert "continuing after 4 images" in capsys.readouterr().out
     for name in ("val.json", "val.jsonl"):
         assert (tmp_path / "eval" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert not (tmp_path / "eval" / "val.partial.jsonl").exists()
@@ -536,37 +542,39 @@ def test_an_audit_makes_the_tables_again(prepared, tmp_path, capsys):
         audited(tmp_path / "val.jsonl", capsys)
 
 
-def rows(prepared, cfg, questions):
-    tokenizer = load_tokenizer(prepared.tokenizer_directory)
-    data = generic.GenericDataset(prepared, "val", tokenizer, questions, batch=4, cfg=cfg, prompts=PromptTemplates())
-    return data.batch(0).batch
+def rows(prepared, cfg, categories):
+    tokenizer, sides = load_tokenizer(prepared.tokenizer_directory), (cfg.sam.image_size, cfg.siglip.image_size)
+    options = {"sides": sides, "visual_tokens": cfg.num_visual_tokens, "prompts": PromptTemplates()}
+    return GenericDataset(prepared, "val", tokenizer, categories, batch=4, **options).batch(0).inputs
 
 
 @pytest.mark.parametrize("generic_pass", ["with_flow", "without_flow"])
 def test_candidates_are_those_of_the_generic_pass_of_training(prepared, generic_pass):
     cfg = model(prepared, generic_pass=generic_pass)
     ours = benchmark(prepared, cfg, thresholds=LOW)
-    batch = rows(prepared, cfg, generic.CategoryPrompts.of(prepared.categories))
-    scores, logits = ours._candidates(ours.params, batch)
-    taught = jax.jit(lambda p, b: flowseg.bind_params(ours.graphdef, p)(b))(ours.params, small.pad(batch, phrases=1, text=8))
+    batch = rows(prepared, cfg, CategoryPrompts.of(prepared.categories))
+    params, graphdef = ours.model.params, flowseg.abstract_model(cfg)[0]
+    scores, logits = ours.model.evaluator.score_categories(params, batch, ours.category_prompts)
+    taught = jax.jit(lambda p, b: flowseg.bind_params(graphdef, p)(b))(params, small.pad(batch, phrases=1, text=8))
     passes = lambda x: x[-1].reshape(4, 2, *x.shape[2:])[:, 1]  # noqa: E731 (behind the referring pass)
     want = jax.nn.softmax(passes(taught.decoder_output.class_logits), -1)[..., : scores.shape[-1]]
     np.testing.assert_allclose(scores, want, atol=1e-5)
     raw = np.einsum("bnd,bhwd->bnhw", passes(taught.decoder_output.mask_embeds), taught.mask_features)
-    refined = flowseg.bind_params(ours.graphdef, ours.params).refine_masks(raw, taught.mask_features)
+    refined = flowseg.bind_params(graphdef, params).refine_masks(raw, taught.mask_features)
     np.testing.assert_allclose(logits, refined, atol=1e-4)
     assert np.abs(raw - refined).max() > 1e-3
 
 
 def test_several_conversations_are_asked_as_if_each_stood_alone(prepared):
     cfg = model(prepared, generic_pass="with_flow")
-    ours, whole = benchmark(prepared, cfg, names=5), generic.CategoryPrompts.of(prepared.categories, 5)
-    scores, logits = ours._candidates(ours.params, rows(prepared, cfg, whole))
+    ours, whole = benchmark(prepared, cfg, names=5), CategoryPrompts.of(prepared.categories, 5)
+    params, graphdef = ours.model.params, flowseg.abstract_model(cfg)[0]
+    scores, logits = ours.model.evaluator.score_categories(params, rows(prepared, cfg, whole), ours.category_prompts)
     first, second = whole.chunks()
     assert (len(first), len(second)) == (5, 4)  # the second one is padded
-    alone = generic.CategoryPrompts.of(second)
-    find = jax.jit(lambda p, b: generic.score_categories(flowseg.bind_params(ours.graphdef, p), b, alone))
-    want, want_logits = find(ours.params, rows(prepared, cfg, alone))
+    alone = CategoryPrompts.of(second)
+    find = jax.jit(lambda p, b: category_scores.score_categories(flowseg.bind_params(graphdef, p), b, alone))
+    want, want_logits = find(params, rows(prepared, cfg, alone))
     q = cfg.mask_decoder.num_queries
     np.testing.assert_allclose(scores[:, q:, 5:], want, atol=1e-5)
     np.testing.assert_allclose(logits[:, q:], want_logits, atol=1e-4)
@@ -574,21 +582,25 @@ def test_several_conversations_are_asked_as_if_each_stood_alone(prepared):
     assert np.asarray(scores[:, :q, :5]).any() and np.abs(logits[:, :q] - logits[:, q:]).max() > 1e-2
 
 
-def test_questions_are_as_few_as_they_can_be():
+def test_conversations_are_as_few_as_they_can_be():
     for count in range(1, 40):
         for at_most in range(count + 3):
-            questions = generic.CategoryPrompts.of(tuple(map(str, range(count))), at_most)
-            chunks = questions.chunks()
-            assert sum(chunks, ()) == questions.categories and len(chunks) == questions.count
+            prompts = CategoryPrompts.of(tuple(map(str, range(count))), at_most)
+            chunks = prompts.chunks()
+            assert sum(chunks, ()) == prompts.categories and len(chunks) == prompts.count
             assert len(chunks) == (-(-count // at_most) if at_most else 1)
-            assert all(0 < len(chunk) <= questions.size <= (at_most or count) for chunk in chunks)
+            assert all(0 < len(chunk) <= prompts.size <= (at_most or count) for chunk in chunks)
+
+
+class Nothing(list):
+    samples = 0
 
 
 def test_what_cannot_be_evaluated_is_told(prepared):
     cfg = model(prepared, generic_pass="with_flow")
-    with pytest.raises(UserError, match=r"has 9 categories, the model's linear head has 3 \(model.classes\)"):
+    with pytest.raises(UserError, match=r"has 9 categories, the model's linear head has 3 \(model.num_classes\)"):
         refused(prepared, model(prepared, **{**SEGMENTOR, "num_classes": 3}))
-    with pytest.raises(UserError, match="holds only the parts 'language': it makes no masks"):
+    with pytest.raises(UserError, match="holds only the components 'vlm': it makes no masks"):
         refused(prepared, model(prepared, components="vlm"))
     with pytest.raises(UserError, match="must not be negative, got -1"):
         refused(prepared, cfg, names=-1)
@@ -599,6 +611,6 @@ def test_what_cannot_be_evaluated_is_told(prepared):
         refused(other, cfg)
     marked = PreparedDataset(prepared.directory, prepared.metadata | {"categories": ["a </p> b", *prepared.categories[1:]]})
     with pytest.raises(UserError, match="contains '</p>', which is a mark"):
-        rows(marked, cfg, generic.CategoryPrompts.of(marked.categories))
+        rows(marked, cfg, CategoryPrompts.of(marked.categories))
     with pytest.raises(UserError, match="holds no image to evaluate"):
-        generic.evaluate(perfect(prepared), [], categories=prepared.categories, things=prepared.things, restore=restore)
+        proposals.evaluate(perfect(prepared), Nothing(), prepared.categories, prepared.things)

@@ -112,7 +112,7 @@ def ours(cases, filled):
         sizes = [c["size"] for c in part]
         where = postprocess.geometry(np.array(sizes, np.int32), sizes, grid=(SIDE, SIDE), padded_size=SIDE, bucket=(48, 48))
         logits = np.full((len(part), 1, 2, SIDE, SIDE), -3.0, np.float32)
-        truth = {"union": [], "once": [], "ignored": []}
+        truth = {"union": [], "single_cover": [], "ignored": []}
         for b, c in enumerate(part):
             h, w = c["size"]
             for n, answer in enumerate(c["answers"]):
@@ -122,7 +122,7 @@ def ours(cases, filled):
             made = example(c)
             objects, (sample,) = ObjectMasks.of(made), make_ref_samples(made)
             truth["union"].append(objects.union(sample, filled)[None])
-            truth["once"].append(objects.covered_once(sample)[None])
+            truth["single_cover"].append(objects.covered_once(sample)[None])
             truth["ignored"].append(objects.ignored)
         packed = {key: postprocess.pack_truth(value, len(part), 1, where.bucket) for key, value in truth.items()}
         found = jax.device_get(restore()(logits, where, postprocess.GroundTruth(**packed)))

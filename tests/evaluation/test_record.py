@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from flowseg_jax.data.records import Sample
-from flowseg_jax.evaluation import protocols, runner
+from flowseg_jax.evaluation import protocols
+from flowseg_jax.evaluation.tasks.referring import ReferringTask
 
 SAMPLE = Sample(3, "three.jpg", 31, 5, 71, "a red dog", "attribute", (0,), 2, "a red dog")
 COUNTED = {  # [selected mask, best candidate]
@@ -23,15 +24,13 @@ COUNTED = {  # [selected mask, best candidate]
 
 def record(protocol=protocols.XSAM, **changed):
     counted = {key: np.array(value) for key, value in (COUNTED | changed).items()}
-    return runner._record(
+    return ReferringTask(None, protocol, no_target_threshold=0.125).record(
         SAMPLE,
         (10, 12),
         np.array([2, 4]),
         np.array([0.75, 0.5]),
         np.array([0, 1]),
         counted,
-        protocol=protocol,
-        no_target_threshold=0.125,
     )
 
 

@@ -18,6 +18,7 @@ from flowseg_jax.data import masks
 from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation import audit, examples, metrics, protocols, runner
 from flowseg_jax.evaluation.evaluator import Evaluator
+from flowseg_jax.evaluation.tasks import referring
 from flowseg_jax.models import flowseg
 from flowseg_jax.types import PromptQueries
 from tests.helpers import fake_segmentor as fake
@@ -32,7 +33,7 @@ def evaluator():
 
 def run(evaluator, batch=2, scenes=SCENES, params=None, control=False, **options):
     data = functools.partial(fake.EvalData, scenes, batch, control)
-    return runner.evaluate(evaluator, params or fake.parts()[1], data, split="val", **options)
+    return referring.evaluate(evaluator, params or fake.parts()[1], data, split="val", **options)
 
 
 def one_by_one(scenes):
@@ -117,8 +118,8 @@ def test_files_hold_what_recomputes_them(evaluator, tmp_path, capsys):
 def test_the_model_compiles_once_whatever_the_sizes():
     evaluator = Evaluator(fake.parts()[0])
     run(evaluator, 1)
-    assert evaluator.compiles["see"] == evaluator.compiles["ask"] == 1
-    assert evaluator.compiles["restore"] == 2  # 128 x 128 and, for the taller images, 320 x 128
+    assert evaluator.compiles["encode_image"] == evaluator.compiles["predict"] == 1
+    assert evaluator.compiles["upsample"] == 2  # 128 x 128 and, for the taller images, 320 x 128
     run(evaluator, 1)
     assert evaluator.compiles.total() == 6
 
@@ -197,14 +198,14 @@ def test_an_answer_without_a_mask_fails_and_says_why(tmp_path, capsys):
         brightness = jax.numpy.broadcast_to(
             seen.mask_features[..., 0][:, None, None], (b, k, 2, fake.SIDE // 4, fake.SIDE // 4)
         )
-        answered = asked.tokens[..., 0] == 1
-        good = answered & (asked.tokens[..., 1] != 4)
+        answered = asked.input_ids[..., 0] == 1
+        good = answered & (asked.input_ids[..., 1] != 4)
         scores = jax.numpy.where(good[..., None], jax.numpy.array([0.2, 0.7]), np.nan)
         return flowseg.MaskCandidates(scores, brightness - 0.5, seen.mask_features), answered
 
     evaluator = Evaluator(fake.parts()[0], answer=answer)
     data = functools.partial(Unanswered, SCENES, 2)
-    found = runner.evaluate(evaluator, fake.parts()[1], data, split="val", out=tmp_path)
+    found = referring.evaluate(evaluator, fake.parts()[1], data, split="val", out=tmp_path)
     said = {
         (r["image_id"], i): r for image in range(1, 6) for i, r in enumerate(r for r in found.records if r["image_id"] == image)
     }
@@ -237,7 +238,7 @@ def test_progress_is_printed_while_a_batch_takes_long(evaluator, monkeypatch, ca
                 time.sleep(0.2)
                 yield batch
 
-    runner.evaluate(evaluator, fake.parts()[1], functools.partial(Slow, SCENES, 2), split="val")
+    referring.evaluate(evaluator, fake.parts()[1], functools.partial(Slow, SCENES, 2), split="val")
     lines = [line for line in capsys.readouterr().out.splitlines() if "/13 samples" in line]
     assert len(lines) >= 3 and lines[0].startswith("evaluate val: 0/13 samples, reading images")
 
@@ -304,7 +305,7 @@ class Damaged(fake.EvalData):
 def test_a_damaged_image_loses_nothing_and_the_next_start_goes_on(evaluator, tmp_path, capsys):
     whole = run(evaluator, 1, out=tmp_path / "whole")
     out, params = tmp_path / "eval", fake.parts()[1]
-    start = functools.partial(runner.evaluate, evaluator, params, split="val", out=out, gallery=2)
+    start = functools.partial(referring.evaluate, evaluator, params, split="val", out=out, gallery=2)
     with pytest.raises(UserError, match=r"3.jpg: truncated or damaged image; 2 images are done and kept in .*partial.jsonl"):
         start(functools.partial(Damaged, SCENES, 1))
     assert {p.name for p in out.iterdir()} == {"val.partial.jsonl"}
@@ -320,7 +321,7 @@ def test_a_damaged_image_loses_nothing_and_the_next_start_goes_on(evaluator, tmp
 
     resumed = start(functools.partial(Noting, SCENES, 1))
     assert seen[:3] == [[2], [3], [4]]
-    assert "going on behind 2 images" in capsys.readouterr().out
+    assert "continuing after 2 images" in capsys.readouterr().out
     same(resumed, whole)
     assert (out / "val.jsonl").read_bytes() == (tmp_path / "whole" / "val.jsonl").read_bytes()
     assert not (out / "val.partial.jsonl").exists()
@@ -329,7 +330,7 @@ def test_a_damaged_image_loses_nothing_and_the_next_start_goes_on(evaluator, tmp
 
 def test_what_another_model_left_is_not_continued(evaluator, tmp_path, capsys):
     with pytest.raises(UserError, match="2 images are done"):
-        runner.evaluate(
+        referring.evaluate(
             evaluator, fake.parts()[1], functools.partial(Damaged, SCENES, 1), split="val", out=tmp_path, about={"model": 1}
         )
     found = run(evaluator, 1, out=tmp_path, about={"model": 2})

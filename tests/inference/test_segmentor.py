@@ -100,7 +100,7 @@ def predict_file(model, image, text, out, **selection):
     """What the command does with one image and one text; the JSON's path."""
     with outputs.PredictionWriter(out, ("overlay", "rle"), table=False) as writer:
         jobs = inputs.jobs_from_images(image, [text], "--text")
-        done = batch.run(model, jobs, functools.partial(model.ask, **selection), writer, strict=True)
+        done = batch.run(model, jobs, functools.partial(model.predict, **selection), writer, strict=True)
     return done.paths[0]
 
 
@@ -534,9 +534,9 @@ def test_each_seg_has_the_phrase_that_the_answer_gives_it(taught):
     encoded = segmentor.encode_image(Image.fromarray(picture()))
     prompts = PromptTemplates(randomize=False)
     turn = Turn(prompts.referring("it", 0).turns[0].question, TWO)
-    encoded = collate.encode_conversation(Conversation((turn,), (2, 0, 1), (0, 1)), prompts, tokenizer, "x")
+    conversation = collate.encode_conversation(Conversation((turn,), (2, 0, 1), (0, 1)), prompts, tokenizer, "x")
     prefix = encoded.cache.kv_cache.positions.shape[1]
-    questions = collate.collate_queries([[encoded]], (1, 4, 64), prefix, 0, ["x"])
+    questions = collate.collate_queries([[conversation]], (1, 4, 64), prefix, 0, ["x"])
     found = jax.jit(lambda params: flowseg.bind_params(graphdef, params).predict_cached(encoded.cache, questions))(params)
     best = postprocess.top_k_masks(found.scores, found.mask_logits, 3)
     for k, prediction in enumerate(segmentor.generate(encoded, ["it"], top_k=3)[0].predictions):
@@ -567,7 +567,7 @@ def test_the_command_tells_what_the_model_wrote(taught, monkeypatch, tmp_path, c
     assert (none["failure"], none["found"], none["score"], none["area"]) == ("no <SEG>", False, None, 0)
     assert not decode(none).any() and "there" in capsys.readouterr().out
     assert sorted(path.stem for path in (tmp_path / "out").glob("*.png")) == ["x_it", "x_it_2", "x_the-red-circle"]
-    flowseg(
+    run_flowseg(
         [
             "predict",
             f"--image={tmp_path / 'x.png'}",

@@ -16,7 +16,7 @@ from flowseg_jax.data import collate, images
 from flowseg_jax.data.eval_dataset import EvalBatch, QueryRound
 from flowseg_jax.data.records import Sample
 from flowseg_jax.evaluation.evaluator import Evaluator
-from flowseg_jax.evaluation.runner import evaluate
+from flowseg_jax.evaluation.tasks.referring import evaluate
 from flowseg_jax.models import flowseg
 from flowseg_jax.types import IMAGE_TOKEN_INDEX, PAD
 from tests.helpers import small

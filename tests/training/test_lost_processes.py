@@ -165,4 +165,4 @@ def test_evaluation(tmp_path, victim):
     finally:
         clean(jobs)
     said = finish(*launch_both())
-    assert "going on behind" in said and (out / "val.json").exists() and not (out / "val.partial.jsonl").exists()
+    assert "continuing after" in said and (out / "val.json").exists() and not (out / "val.partial.jsonl").exists()
