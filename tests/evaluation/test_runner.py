@@ -110,7 +110,7 @@ def test_files_hold_what_recomputes_them(evaluator, tmp_path, capsys):
     assert (
         "13 samples" in printed
         and "0 compilations (so far: " in printed
-        and "1 see" in printed
+        and "1 encode_image" in printed
         and f"cIoU {result['ciou']:.2f}" in printed
     )
 
