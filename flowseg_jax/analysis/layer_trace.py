@@ -28,6 +28,7 @@ from jaxtyping import Array, Float
 from flowseg_jax.analysis import page
 from flowseg_jax.analysis.runner import AnalysisRunner, SampleResult
 from flowseg_jax.evaluation import postprocess
+from flowseg_jax.inference.explanation import layer_figures
 from flowseg_jax.models.flowseg import FlowSeg, ImageCache
 from flowseg_jax.models.mask_decoder import mask_logits
 from flowseg_jax.reports import plots
@@ -54,17 +55,8 @@ def layer_trace(
     out: dict[str, Any] = {}
     model.predict_cached(seen, questions, out)
     decoded = out["decoder_output"]
-    cosines = jnp.einsum("jpqd,jpnd->jpqn", _unit(decoded.queries), _unit(out["conditions"]))
-    highest, _ = jax.lax.top_k(cosines[..., 0] - cosines[..., -1], 2)
-    own = out["conditions"][:, :, 0].astype(jnp.float32)
-    length = jnp.linalg.norm(own[0], axis=-1)
-    moved = lambda before: jnp.linalg.norm(own - before, axis=-1) / length  # noqa: E731
-    figures = {
-        "margin": highest[..., 0] - highest[..., 1],
-        "gate": mean_gate(out, len(own), b * k),
-        "step": moved(jnp.concatenate([own[:1], own[:-1]])),
-        "drift": moved(own[:1]),
-    }
+    figures = layer_figures(out)
+    cosines = figures.pop("cosines")
 
     def choose(
         inputs: tuple[Array, Array],
@@ -76,23 +68,12 @@ def layer_trace(
     scores = jax.nn.softmax(decoded.class_logits, -1)[..., 0]
     chosen = jax.lax.map(choose, (decoded.mask_embeds, scores.reshape(-1, b, k, scores.shape[-1])))
     queries = chosen.query.reshape(-1, b * k, 2)
-    picked = jnp.take_along_axis(cosines[..., 0], queries, -1)
+    picked = jnp.take_along_axis(cosines, queries, -1)
     for n, name in enumerate(("selected", "best")):
         figures[name], figures[f"cosine_{name}"] = queries[..., n], picked[..., n]
     by_sample = {name: jnp.moveaxis(value, 0, -1).reshape(b, k, -1) for name, value in figures.items()}
     logits = jnp.moveaxis(chosen.logits, 0, 2)  # [b, k, j, 2, h, w]
     return by_sample, logits.reshape(b, k, -1, *logits.shape[4:])
-
-
-def mean_gate(out: dict[str, Any], predictions: int, passes: int) -> Float[Array, "j p"]:
-    """SR's gate, its mean over queries and channels; NaN before the first layer and without SR."""
-    nothing = jnp.full((predictions, passes), jnp.nan, jnp.float32)
-    return nothing.at[1:].set(out["gate"].astype(jnp.float32).mean((2, 3))) if "gate" in out else nothing
-
-
-def _unit(x: Array) -> Array:
-    x = x.astype(jnp.float32)
-    return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-24))
 
 
 def summarise(measured: Sequence[SampleResult]) -> list[dict[str, Any]]:

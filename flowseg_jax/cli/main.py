@@ -12,6 +12,7 @@ COMMANDS = {
     "train": Command("flowseg_jax.cli.train:main", "train a model; the same command resumes"),
     "eval": Command("flowseg_jax.cli.eval:main", "evaluate a model on prepared data sets"),
     "predict": Command("flowseg_jax.cli.predict:main", "segment what sentences name in images"),
+    "app": Command("flowseg_jax.cli.app:main", "a page to try a model in the browser"),
     "plan": Command("flowseg_jax.cli.plan:main", "memory, FLOPs and collectives of a training run, without its hardware"),
     "data": Command("flowseg_jax.cli.data:main", "prepare, validate, preview and generate data sets"),
     "convert": Command("flowseg_jax.cli.convert:main", "PyTorch checkpoints to model directories and back"),

@@ -156,13 +156,13 @@ class SelectedMasks:
     rank: Int[Array, "b k n"]
 
 
-def _ranked(scores: Float[Array, "*s"]) -> Float[Array, "*s"]:
+def ranked(scores: Float[Array, "*s"]) -> Float[Array, "*s"]:
     return jnp.where(jnp.isfinite(scores), scores, -jnp.inf)  # NaN would win every argmax
 
 
 def _take(scores: Float[Array, " q"], logits: Float[Array, "q h w"], query: Int[Array, " n"]) -> SelectedMasks:
     score = scores[query]
-    rank = (_ranked(scores)[None] > _ranked(score)[:, None]).sum(-1, dtype=jnp.int32)
+    rank = (ranked(scores)[None] > ranked(score)[:, None]).sum(-1, dtype=jnp.int32)
     used = jnp.where(jnp.isfinite(score)[:, None, None], logits[query], jnp.nan)
     return SelectedMasks(query.astype(jnp.int32), score, used, rank)
 
@@ -191,7 +191,7 @@ def select_masks(
             both, area = jnp.matmul(bits, sides, precision=jax.lax.Precision.HIGHEST).T
             union = area + truth.sum() - both
             overlap = jnp.where(union > 0, both / jnp.maximum(union, 1e-6), 1.0)  # nothing found where nothing is
-            return _take(scores, logits, jnp.stack([jnp.argmax(_ranked(scores)), jnp.argmax(overlap)]))
+            return _take(scores, logits, jnp.stack([jnp.argmax(ranked(scores)), jnp.argmax(overlap)]))
 
         return jax.lax.map(one, (scores, logits, truth))
 
@@ -200,7 +200,7 @@ def select_masks(
 
 def top_k_masks(scores: Float[Array, "b k q"], logits: Float[Array, "b k q h w"], count: int) -> SelectedMasks:
     """The `count` candidates with the highest scores, best first (N = count)."""
-    _, query = jax.lax.top_k(_ranked(scores), count)
+    _, query = jax.lax.top_k(ranked(scores), count)
     return jax.vmap(jax.vmap(_take))(scores, logits, query)
 
 

@@ -17,7 +17,6 @@ from flowseg_jax.errors import UserError
 from flowseg_jax.inference.inputs import PredictionJob
 from flowseg_jax.inference.outputs import PredictionWriter, Unwritable
 from flowseg_jax.inference.segmentor import EncodedImage, GeneratedAnswer, Prediction, PreprocessedImage, Segmentor
-from flowseg_jax.inference.selection import empty_prediction
 from flowseg_jax.system.console import duration, heartbeat, log
 
 RUNS, ENOUGH = 5, 2.0  # a latency is the median of so many runs, or of as many as so many seconds hold
@@ -127,9 +126,7 @@ def _predictions(
             continue
         cut = "" if response.complete else " ... (cut: --max-tokens)"
         log(f"{encoded.name}: {response.question}\n  {response.text}{cut}")
-        predictions += response.predictions or [
-            empty_prediction(encoded.name, response.question, encoded.image, response.text, response.failure)
-        ]
+        predictions += response.or_empty(encoded)
     return predictions
 
 

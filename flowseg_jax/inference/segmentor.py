@@ -19,26 +19,30 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from flowseg_jax.checkpoints import pretrained
+from flowseg_jax.checkpoints.find import SHIPPED_MODEL
 from flowseg_jax.data import collate, images
 from flowseg_jax.data.eval_dataset import PHRASE_BUCKETS, bucket_shape
 from flowseg_jax.data.prompts import PromptTemplates, check_phrase
 from flowseg_jax.data.tokenizer import Tokenizer, load_tokenizer
 from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation import postprocess
+from flowseg_jax.inference.explanation import Explanation, LayerChoice, trace_decoder
 from flowseg_jax.inference.selection import (
     Candidate,
     Prediction,
     SelectionConfig,
+    empty_prediction,
     select_prediction,
     stored_no_target_threshold,
 )
 from flowseg_jax.models import flowseg, generate
 from flowseg_jax.models.config import FlowSegConfig
-from flowseg_jax.types import BatchShape, ImageInputs, PromptQueries
+from flowseg_jax.types import BatchShape, ExpressionQueries, ImageInputs, PromptQueries
 
 __all__ = [
     "Candidate",
     "EncodedImage",
+    "Explanation",
     "GeneratedAnswer",
     "Prediction",
     "PreprocessedImage",
@@ -46,6 +50,9 @@ __all__ = [
     "SelectionConfig",
     "load",
 ]
+
+# A file, an upright image, or uint8 [H, W, 3] or [H, W].
+ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray
 
 ANSWER_TOKENS = 128  # that the model may write, its end included
 
@@ -99,6 +106,10 @@ class GeneratedAnswer:
     complete: bool
     predictions: Sequence[Prediction]
     failure: str | None = None
+
+    def or_empty(self, encoded: EncodedImage) -> Sequence[Prediction]:
+        """The predictions; where there is none, one without a mask that carries the words."""
+        return self.predictions or [empty_prediction(encoded.name, self.question, encoded.image, self.text, self.failure)]
 
 
 class Segmentor:
@@ -159,14 +170,27 @@ class Segmentor:
             lambda params, inputs, prefix: flowseg.bind_params(graphdef, params).prefill_image(inputs, prefix)
         )
         self._predict, self._upsample = jax.jit(predict, static_argnums=3), jax.jit(postprocess.upsample_and_count)
+        self._trace_decoder = jax.jit(
+            lambda params, cache, queries: trace_decoder(flowseg.bind_params(graphdef, params), cache, queries)
+        )
         self._generate_answers = jax.jit(generate_answers, static_argnums=3)
         self._decode_answers = jax.jit(decode_answers, static_argnums=(4, 5))
 
-    def __call__(self, image: Image.Image, text: str, *, name: str = "image", **selection: Any) -> Prediction:
+    @property
+    def num_layers(self) -> int:
+        """L, the number of layers of the mask decoder."""
+        return len(jax.tree.leaves(self._params["mask_decoder"]["layers"])[0])
+
+    @property
+    def no_target_threshold(self) -> float:
+        """The score below which the answer is "not found", where no other is given."""
+        return self._no_target_threshold
+
+    def __call__(self, image: ImageLike, text: str, *, name: str = "image", **selection: Any) -> Prediction:
         """`segment` for one sentence about an upright RGB image in memory."""
         return self.predict(self.encode_image(image, name=name), [text], **selection)[0]
 
-    def segment(self, image: str | os.PathLike[str] | Image.Image, texts: Sequence[str], **selection: Any) -> list[Prediction]:
+    def segment(self, image: ImageLike, texts: Sequence[str], **selection: Any) -> list[Prediction]:
         """Segments what each text names; all texts share the image's encoding.
 
         Args:
@@ -181,13 +205,17 @@ class Segmentor:
         SelectionConfig(**selection)
         return self.predict(self.encode_image(image), texts, **selection)
 
-    def preprocess(self, image: str | os.PathLike[str] | Image.Image, *, name: str = "image") -> PreprocessedImage:
+    def preprocess(self, image: ImageLike, *, name: str = "image") -> PreprocessedImage:
         """Decodes and resizes a file (EXIF rotation applied) or an upright image, on the host alone: a thread may do it.
 
         Raises:
             UserError: a damaged file.
         """
         notes: Counter[str] = Counter()
+        if isinstance(image, np.ndarray):
+            if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3):
+                raise UserError(f"{name}: expected an array uint8 [H, W, 3] or [H, W], got {image.dtype} {list(image.shape)}")
+            image = Image.fromarray(image)
         if isinstance(image, Image.Image):
             image = images.to_rgb(image, name=name, notes=notes)
         else:
@@ -196,9 +224,7 @@ class Segmentor:
         inputs = collate.collate_images([pixels], 1, (self._shape.sam_size, self._shape.siglip_size))
         return PreprocessedImage(name, np.array(image), inputs, tuple(notes))
 
-    def encode_image(
-        self, image: str | os.PathLike[str] | Image.Image | PreprocessedImage, *, name: str = "image"
-    ) -> EncodedImage:
+    def encode_image(self, image: ImageLike | PreprocessedImage, *, name: str = "image") -> EncodedImage:
         """Encodes an image: a file, an upright image, or what `preprocess` made of one; errors as there."""
         ready = image if isinstance(image, PreprocessedImage) else self.preprocess(image, name=name)
         cache = self._prefill(self._params, ready.inputs, self._prefix)
@@ -224,6 +250,40 @@ class Segmentor:
             for part in _rounds(texts)
             for text, found in zip(part, self._candidates_of(encoded, part, chosen_by.count), strict=True)
         ]
+
+    def explain(self, image: ImageLike | EncodedImage, texts: Sequence[str], **selection: Any) -> list[Explanation]:
+        """`predict`, and how each answer came about: what every decoder layer would answer, the gates, and what BAR changed.
+
+        Args:
+            image: as in `segment`, or encoded already.
+            texts, selection: as in `segment`; errors as there.
+        """
+        encoded = image if isinstance(image, EncodedImage) else self.encode_image(image)
+        predictions = self.predict(encoded, texts, **selection)
+        traced = [one for part in _rounds(texts) for one in self._trace(encoded, part)]
+        return [Explanation(prediction, **found) for prediction, found in zip(predictions, traced, strict=True)]
+
+    def _trace(self, encoded: EncodedImage, texts: Sequence[str]) -> Iterator[dict[str, Any]]:
+        """The fields of `Explanation` for as many texts as one round takes."""
+        trace = self._trace_decoder(self._params, encoded.cache, self._queries(encoded, texts))
+        packed = self._upsampled(encoded, trace.masks).masks
+        trace, packed = jax.device_get((trace, packed))
+        inside = zip(trace.all_masks.shape[-2:], encoded.resized_hw[0], strict=True)
+        h, w = (max(1, round(cells * float(side) / self._shape.sam_size)) for cells, side in inside)
+        for k in range(len(texts)):
+            *layers, after, band = (postprocess.unpack_mask(mask, encoded.image.shape[:2]) for mask in packed[0, k])
+            figures = zip(trace.query[k], trace.score[k], trace.margin[k], trace.gate[k], trace.drift[k], layers, strict=True)
+            yield {
+                "layers": [
+                    LayerChoice(int(query), float(score), float(margin), _or_none(gate), float(drift), mask)
+                    for query, score, margin, gate, drift, mask in figures
+                ],
+                "scores": trace.all_scores[k],
+                "mask_logits": trace.all_masks[k, :, :h, :w],
+                "before_boundary": layers[-1],
+                "after_boundary": after,
+                "band": band if "boundary" in self._params else None,
+            }
 
     def generate(
         self, encoded: EncodedImage, texts: Sequence[str], *, max_new_tokens: int = ANSWER_TOKENS, **selection: Any
@@ -252,14 +312,17 @@ class Segmentor:
 
     def _candidates_of(self, encoded: EncodedImage, texts: Sequence[str], count: int) -> list[list[Candidate]]:
         """The best `count` candidates of each text, for as many texts as one round takes."""
+        chosen = self._predict(self._params, encoded.cache, self._queries(encoded, texts), count)
+        return list(self._at_original_size(encoded, chosen, range(len(texts))))
+
+    def _queries(self, encoded: EncodedImage, texts: Sequence[str]) -> ExpressionQueries:
+        """As many texts as one round takes, tokenized."""
         conversations = [
             collate.encode_conversation(conversation, self._prompts, self._tokenizer, encoded.name)
             for conversation in collate.make_conversations(self._prompts, texts)
         ]
         shape = (1, *bucket_shape(len(texts), sum(len(one.input_ids) for one in conversations)))
-        queries = collate.collate_queries([conversations], shape, len(self._prefix), self._tokenizer.pad, [encoded.name])
-        chosen = self._predict(self._params, encoded.cache, queries, count)
-        return list(self._at_original_size(encoded, chosen, range(len(texts))))
+        return collate.collate_queries([conversations], shape, len(self._prefix), self._tokenizer.pad, [encoded.name])
 
     def _generate(
         self,
@@ -310,6 +373,13 @@ class Segmentor:
     def _decode(self, ids: np.ndarray) -> str:
         return self._tokenizer.hf.decode(ids.tolist(), skip_special_tokens=False).strip()
 
+    def _upsampled(self, encoded: EncodedImage, logits: Any) -> postprocess.FullSizeMasks:
+        """Mask logits [1, K, N, h, w] at the image's own size."""
+        size = encoded.image.shape[:2]
+        where = postprocess.geometry(encoded.resized_hw, [size], grid=logits.shape[-2:], padded_size=self._shape.sam_size)
+        blank = np.zeros((1, logits.shape[1], where.bucket[0], where.bucket[1] // 8), np.uint8)
+        return self._upsample(logits, where, postprocess.GroundTruth.plain(blank))
+
     def _at_original_size(
         self, encoded: EncodedImage, chosen: postprocess.SelectedMasks, phrases: Sequence[int]
     ) -> Iterator[list[Candidate]]:
@@ -319,11 +389,7 @@ class Segmentor:
             UserError: the best one is none.
         """
         size = encoded.image.shape[:2]
-        where = postprocess.geometry(
-            encoded.resized_hw, [size], grid=chosen.logits.shape[-2:], padded_size=self._shape.sam_size
-        )
-        blank = np.zeros((1, chosen.query.shape[1], where.bucket[0], where.bucket[1] // 8), np.uint8)
-        restored = self._upsample(chosen.logits, where, postprocess.GroundTruth.plain(blank))
+        restored = self._upsampled(encoded, chosen.logits)
         query, score, packed, finite = jax.device_get((chosen.query, chosen.score, restored.masks, restored.finite))
         for k in phrases:
             if not finite[0, k, 0]:
@@ -336,13 +402,17 @@ class Segmentor:
             ]
 
 
+def _or_none(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
 def _rounds(texts: Sequence[Any]) -> list[Sequence[Any]]:
     most = PHRASE_BUCKETS[-1]
     return [texts[at : at + most] for at in range(0, len(texts), most)]
 
 
-def load(directory: str | os.PathLike[str]) -> Segmentor:
-    """The segmentor of a model directory (`checkpoints.pretrained.save_pretrained`).
+def load(directory: str | os.PathLike[str] | None = None) -> Segmentor:
+    """The segmentor of a model directory (`checkpoints.pretrained.save_pretrained`); None: of the tiny model that is shipped.
 
     Of its `extra`, "prompts" holds the fields of `PromptTemplates`, and "no_target_threshold" the score below which the answer
     is "nothing" (`SelectionConfig`), if it has one.
@@ -350,6 +420,7 @@ def load(directory: str | os.PathLike[str]) -> Segmentor:
     Raises:
         UserError: not a model directory, a damaged one, or one whose tokenizer does not fit the model.
     """
+    directory = SHIPPED_MODEL if directory is None else directory
     cfg = FlowSegConfig.from_dict(pretrained.read_model_config(directory)["model"], f"{directory}/config.json: model")
     cfg.require_full_model(str(directory))
     graphdef, abstract = flowseg.abstract_model(cfg)

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import io
+import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, UInt8
+from PIL import Image
 
 from flowseg_jax.data import masks
 from flowseg_jax.errors import UserError
+from flowseg_jax.reports import overlay
 from flowseg_jax.system.json_files import expect, number
 
 NMS_IOU = 0.8  # a candidate whose IoU with a better one is at least this shows the same thing
@@ -65,7 +70,7 @@ class SelectionConfig:
         return self.top_k if self.score_threshold is None else sys.maxsize
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Prediction:
     """The answer to one sentence.
 
@@ -92,6 +97,57 @@ class Prediction:
     @property
     def found(self) -> bool:
         return bool(self.mask.any())
+
+    def __repr__(self) -> str:
+        score = "" if self.score is None else f", score {self.score:.3f}"
+        what = f"found{score}, {int(self.mask.sum())} pixels" if self.found else f"not found{score}"
+        return f"Prediction({self.text!r} in {self.name}: {what})"
+
+    def _repr_png_(self) -> bytes:
+        """The overlay, for notebooks."""
+        stream = io.BytesIO()
+        Image.fromarray(self.overlay()).save(stream, "PNG")
+        return stream.getvalue()
+
+    def overlay(self, color: tuple[int, int, int] = (214, 64, 159)) -> UInt8[np.ndarray, "y x 3"]:
+        """The image with the mask outlined and everything else faded to grey."""
+        return overlay.overlay(self.image, self.mask, color)
+
+    def save(self, path: str | os.PathLike[str]) -> list[Path]:
+        """Writes the overlay to a `.png`, `to_json` to a `.json`, or both into any other path, a folder; returns what it wrote.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        path = Path(path)
+        stem = f"{Path(self.name).stem}-{overlay.slug(self.text)}"
+        files = [path] if path.suffix in (".png", ".json") else [path / f"{stem}{kind}" for kind in (".png", ".json")]
+        try:
+            files[0].parent.mkdir(parents=True, exist_ok=True)
+            for file in files:
+                if file.suffix == ".png":
+                    Image.fromarray(self.overlay()).save(file)
+                else:
+                    file.write_text(json.dumps(self.to_json()) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
+        return files
+
+    def to_coco(self, image_id: int, category_id: int = 1) -> dict[str, Any]:
+        """A COCO result: image_id, category_id, segmentation (RLE), area, bbox [x, y, width, height] in pixels, score."""
+        rows, columns = (np.flatnonzero(self.mask.any(axis)) for axis in (1, 0))
+        box = [0, 0, 0, 0]
+        if self.found:
+            box = [int(columns[0]), int(rows[0]), int(columns[-1] - columns[0] + 1), int(rows[-1] - rows[0] + 1)]
+        described = _described(self.mask)
+        return {
+            "image_id": image_id,
+            "category_id": category_id,
+            "segmentation": described["rle"],
+            "area": described["area"],
+            "bbox": box,
+            "score": 0.0 if self.score is None else self.score,
+        }
 
     def to_json(self, *, rle: bool = True) -> dict[str, Any]:
         """All but the image; masks as `rle`, COCO's run-length code with compressed counts, or not at all."""

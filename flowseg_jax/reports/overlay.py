@@ -40,10 +40,26 @@ def overlay(
 
     A tint would be lost on a picture of any colours, and would hide what was found.
     """
+    out = fade(image, mask)
+    out[border(mask)] = color
+    return out
+
+
+def fade(image: UInt8[np.ndarray, "y x 3"], mask: Bool[np.ndarray, "y x"]) -> UInt8[np.ndarray, "y x 3"]:
+    """The mask's pixels as they are, all others faded to grey."""
     if image.shape[:2] != mask.shape:
         raise ValueError(f"mask {mask.shape} does not fit image {image.shape}")
     grey = image.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
     out = np.repeat((0.45 * grey + 0.55 * 245)[..., None], 3, -1).astype(np.uint8)
     out[mask] = image[mask]
+    return out
+
+
+def tint(
+    image: UInt8[np.ndarray, "y x 3"], mask: Bool[np.ndarray, "y x"], color: tuple[int, int, int], share: float = 0.35
+) -> UInt8[np.ndarray, "y x 3"]:
+    """The mask's pixels mixed with `share` of a colour, and outlined in it: for several masks on one picture."""
+    out = image.copy()
+    out[mask] = ((1 - share) * image[mask] + share * np.array(color)).astype(np.uint8)
     out[border(mask)] = color
     return out
