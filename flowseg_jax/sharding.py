@@ -1,18 +1,15 @@
-"""Where arrays live: the mesh, the one table from logical axes to mesh axes, and what follows from them.
+"""Sharding: the mesh, the one table from logical axes to mesh axes, and the shardings that follow from them.
 
 The mesh always has the axes `data`, `fsdp` and `tensor`; one device is a mesh of ones, so one program serves a laptop and a
-pod. Batches are split over `data` and `fsdp`. A parameter is divided over `tensor` where a product may be computed in parts,
-and over `fsdp` on the first other axis that may be: its leading one wherever possible, because only along that one does the
-TPU compiler scatter gradients without summing them everywhere first.
+pod. Batches are sharded over `data` and `fsdp`. A parameter is sharded over `tensor` where a product may be computed in parts,
+and over `fsdp` on the first other axis that allows it. That is the leading axis wherever possible: only along that one does
+the TPU compiler scatter gradients without summing them everywhere first.
 """
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import math
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,28 +23,23 @@ from flowseg_jax.models.flowseg import params_dict
 from flowseg_jax.ops.collectives import SHARD_AXIS, squarest_grid
 
 MESH_AXES = ("data", "fsdp", "tensor")
-BATCH_AXES = ("data", "fsdp")  # every device of these has images of its own
+BATCH_AXES = ("data", "fsdp")  # each device along these has images of its own
 
 AnyMesh = Mesh | AbstractMesh
 Rules = Mapping[str, tuple[str, ...]]
 
-# Which mesh axes may divide a logical axis. An axis of the mesh is used once in an array: on the first axis that allows it.
+# Over which mesh axes a logical axis may be sharded. A mesh axis is used once per array: on the first axis that allows it.
 LOGICAL_AXIS_RULES: Rules = {
     "batch": BATCH_AXES,
     "layers": (),
     "embed": ("fsdp",),
     "heads": ("tensor", "fsdp"),
     "mlp": ("tensor", "fsdp"),
-    "vocab": (),  # of any size: `ops.vocabulary` exchanges a device's columns for rows
+    "vocab": (),  # has any size: `ops.vocabulary` exchanges a device's columns for rows
 }
 
-# For parameters whose module names no axes (Flax's own layers): the names of the last axes by the parameter's path.
-PATH_RULES: tuple[tuple[str, tuple[str, ...]], ...] = ((r"(.*/)?kernel", ("embed", "mlp")), (r".*", ()))
-
-# Dividing a small weight costs an exchange and saves nothing: the mask decoder, norms and biases stay whole everywhere.
+# To shard a small weight costs an exchange and saves nothing: the mask decoder, norms and biases are replicated.
 MIN_SHARDED_ELEMENTS = 1 << 20
-
-_active: contextvars.ContextVar[tuple[Mesh, Rules] | None] = contextvars.ContextVar("flowseg_rules", default=None)
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
@@ -68,11 +60,11 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
             f"mesh {dict(zip(MESH_AXES, shape, strict=True))} does not fit {len(devices)} device(s); "
             "set one axis to -1 to use what is left"
         )
-    # `fsdp` is laid out as the grid that `ops.collectives.gather` takes it for, so that its steps are between neighbours.
+    # `fsdp` is laid out as the grid that `ops.collectives.all_gather_2d` expects, so that its steps are between neighbours.
     data, fsdp, tensor = shape
     try:
         grid = mesh_utils.create_device_mesh((data, *squarest_grid(fsdp), tensor), devices, allow_split_physical_axes=True)
-    except NotImplementedError:  # JAX found no layout of such axes on this network: then no order is better than another
+    except NotImplementedError:  # JAX knows no layout of such axes on this network: then no order is better than another
         grid = np.array(devices)
     return Mesh(grid.reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
@@ -91,30 +83,19 @@ def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
     return AbstractMesh(tuple(sizes.get(axis, 1) for axis in MESH_AXES), MESH_AXES)
 
 
-@contextlib.contextmanager
-def use(mesh: Mesh, rules: Rules = LOGICAL_AXIS_RULES) -> Iterator[Mesh]:
-    """Makes mesh and rules current for everything traced inside."""
-    token = _active.set((mesh, rules))
-    try:
-        with jax.set_mesh(mesh):
-            yield mesh
-    finally:
-        _active.reset(token)
-
-
 def partition_spec(
     names: Sequence[str | None], shape: Sequence[int], mesh: AnyMesh, rules: Rules = LOGICAL_AXIS_RULES
 ) -> PartitionSpec:
-    """The partition of one array from its logical axis names; an axis that the mesh does not divide stays whole.
+    """The partition of one array from its logical axis names; an axis that the mesh does not divide is replicated.
 
     Raises:
         ValueError: a name without a rule.
     """
     if unknown := [name for name in names if name is not None and name not in rules]:
         raise ValueError(f"no sharding rule for logical axis {unknown[0]!r}")
-    allowed = [rules[name] if name is not None else () for name in names]
+    allowed = [() if name is None else rules[name] for name in names]
     entries: list[tuple[str, ...]] = [() for _ in names]
-    for axis in reversed(MESH_AXES):  # `tensor` chooses first
+    for axis in reversed(MESH_AXES):  # `tensor` is placed first
         ways = mesh.shape[axis]
         for i, size in enumerate(shape):
             taken = math.prod(mesh.shape[other] for other in entries[i])
@@ -126,24 +107,22 @@ def partition_spec(
 
 
 def param_logical_axes(path: str, variable: nnx.Variable) -> tuple[str | None, ...]:
-    """The logical axis names of a parameter: its own, or those that `PATH_RULES` give to its path."""
-    own = variable.get_metadata().get("axes")
-    if own is not None:
-        return own
-    last = next(names for pattern, names in PATH_RULES if re.fullmatch(pattern, path))
-    last = last[max(0, len(last) - len(variable.shape)) :]
-    return (None,) * (len(variable.shape) - len(last)) + last
+    """The logical axis names of a parameter. Raises ValueError for one that its module gave no names."""
+    axes = variable.get_metadata().get("logical_axes")
+    if axes is None:
+        raise ValueError(f"parameter {path} has no logical axes: make it with flowseg_jax.models.layers.make_param")
+    return axes
 
 
 def _param_spec(path: str, variable: nnx.Variable, mesh: AnyMesh, rules: Rules) -> PartitionSpec:
     names, shape = param_logical_axes(path, variable), variable.shape
-    of_a_layer = [size for name, size in zip(names, shape, strict=True) if name != "layers"]
-    small = math.prod(of_a_layer) < MIN_SHARDED_ELEMENTS
+    layer_shape = [size for name, size in zip(names, shape, strict=True) if name != "layers"]
+    small = math.prod(layer_shape) < MIN_SHARDED_ELEMENTS
     return partition_spec((None,) * len(shape) if small else names, shape, mesh, rules)
 
 
 def param_shardings(state: nnx.State, mesh: AnyMesh, rules: Rules = LOGICAL_AXIS_RULES) -> dict[str, Any]:
-    """Shardings of all parameters, as a nested dict like the parameters at rest; `state` may be abstract."""
+    """The shardings of all parameters, as a nested dict like `params_dict`; `state` may be abstract."""
 
     def place(path: tuple, variable: nnx.Variable) -> NamedSharding:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -153,22 +132,22 @@ def param_shardings(state: nnx.State, mesh: AnyMesh, rules: Rules = LOGICAL_AXIS
 
 
 def mark_fsdp_axes(model: nnx.Module, mesh: AnyMesh, rules: Rules = LOGICAL_AXIS_RULES) -> nnx.GraphDef:
-    """The graph definition of a model that computes inside `shard_map` on its device's parts of the parameters.
+    """The graph definition of a model that computes inside `shard_map` on its device's shards of the parameters.
 
-    Each parameter that `fsdp` divides is marked with the axis it is divided along, counted from the end (so that it holds for
-    one layer of a stack too); `layers.weight` puts the parts together where the parameter is used.
+    Each parameter that is sharded over `fsdp` gets the metadata `fsdp_axis`: the sharded axis, counted from the end (so that it
+    holds for one layer of a stack too). `layers.gathered_weight` gathers the shards where the parameter is used.
     """
     for path, variable in nnx.iter_graph(model):
         if isinstance(variable, nnx.Variable):
             entries = _param_spec("/".join(map(str, path)), variable, mesh, rules)
             at = next((i for i, axes in enumerate(entries) if axes == SHARD_AXIS), None)
             if at is not None:
-                variable.set_metadata(divided=at - len(variable.shape))
+                variable.set_metadata(fsdp_axis=at - len(variable.shape))
     return nnx.split(model)[0]
 
 
 def batch_sharding(mesh: Mesh, rules: Rules = LOGICAL_AXIS_RULES) -> NamedSharding:
-    """Batches are split along their first axis."""
+    """Batches are sharded along their first axis."""
     return NamedSharding(mesh, PartitionSpec(rules["batch"]))
 
 
@@ -177,13 +156,13 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def to_global_arrays(tree: Any, mesh: Mesh) -> Any:
-    """This process's rows of a batch, as its part of arrays that are divided over the mesh along their first axis."""
+    """This process's rows of a batch, as its part of global arrays that are sharded over the mesh along their first axis."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), tree)
 
 
 def local_row_indices(rows: int, mesh: Mesh) -> list[int]:
-    """Which of the rows of such arrays this process holds, ascending, which is the order of `place_rows`."""
+    """Which of the rows of such arrays this process holds, ascending, which is the order of `to_global_arrays`."""
     places = batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()
     return sorted({row for (part,) in places for row in range(rows)[part]})
 
@@ -196,18 +175,3 @@ def to_local_numpy(tree: Any) -> Any:
         return np.concatenate([np.asarray(parts[first]) for first in sorted(parts)])
 
     return jax.tree.map(read, tree)
-
-
-def shard(x: jax.Array, *names: str | None) -> jax.Array:
-    """Constrains an activation by logical axis names; without a mesh there is nothing to say.
-
-    Raises:
-        RuntimeError: a mesh is set but `use` did not set the rules: silently doing nothing would cost memory and speed.
-    """
-    active = _active.get()
-    if active is None:
-        if jax.sharding.get_abstract_mesh().empty:
-            return x
-        raise RuntimeError("a mesh is set without sharding rules: enter it with flowseg_jax.sharding.use")
-    mesh, rules = active
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, partition_spec(names, x.shape, mesh, rules)))

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
@@ -55,26 +54,14 @@ def test_each_mesh_axis_is_used_once_and_tensor_chooses_first():
         spec(("width",), 8)
 
 
-def test_a_module_without_axis_names_falls_back_on_its_path():
+def test_a_parameter_without_axis_names_is_refused():
     class Mixed(nnx.Module):
         def __init__(self, rngs):
             self.own = nnx.Linear(1024, 2048, rngs=rngs)
 
     state = nnx.state(nnx.eval_shape(lambda: Mixed(nnx.Rngs(0))))
-    places = sharding.param_shardings(state, sharding.abstract_mesh({"fsdp": 2, "tensor": 2}))
-    assert places["own"]["kernel"].spec == PartitionSpec("fsdp", "tensor")
-    assert places["own"]["bias"].spec == PartitionSpec(None)
-
-
-def test_an_activation_is_not_left_unplaced_by_accident():
-    x = jnp.ones((2, 4))
-    assert sharding.shard(x, "batch", None) is x  # no mesh, nothing to say
-    mesh = sharding.make_mesh({"data": 1}, jax.devices()[:1])
-    with jax.set_mesh(mesh), pytest.raises(RuntimeError, match="a mesh is set without sharding rules"):
-        sharding.shard(x, "batch", None)
-    with sharding.use(mesh):
-        placed = jax.jit(lambda x: sharding.shard(x, "batch", None))(x)
-    assert placed.sharding.mesh.axis_names == sharding.MESH_AXES
+    with pytest.raises(ValueError, match="parameter own/(kernel|bias) has no logical axes: make it with"):
+        sharding.param_shardings(state, sharding.abstract_mesh({"fsdp": 2, "tensor": 2}))
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 from jax.sharding import NamedSharding, PartitionSpec
 
 from flowseg_jax.errors import UserError, listed, plain
@@ -21,20 +22,13 @@ CHUNK = 1 << 22  # elements that the host's checksum takes at a time
 
 
 def flatten_params(tree: Tree) -> dict[str, Any]:
-    """`{"a/b/0/kernel": leaf}` of any tree."""
+    """`{"a/b/0/kernel": leaf}` of any tree, lists and dataclasses included."""
     return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def unflatten_params(flat: Mapping[str, Any]) -> dict:
-    """The nested dict with `flatten`'s names; all keys are strings, as in parameters at rest."""
-    tree: dict = {}
-    for name, value in flat.items():
-        *parents, last = name.split("/")
-        node = tree
-        for key in parents:
-            node = node.setdefault(key, {})
-        node[last] = value
-    return tree
+    """The nested dict with the names of `flatten_params`; all keys are strings, as in stored parameters."""
+    return traverse_util.unflatten_dict(dict(flat), sep="/")
 
 
 def manifest(tree: Tree) -> dict[str, list]:
@@ -54,11 +48,6 @@ def check_manifest(want: Mapping[str, list], have: Mapping[str, list], source: s
             faults.append(f"{name} is {tuple(have[name][0])}, the model's is {tuple(want[name][0])}")
     if faults:
         raise UserError(f"{source} does not fit the model: {listed(faults, between='; ')}")
-
-
-def check_params(abstract: Tree, params: Tree, source: str = "the checkpoint") -> None:
-    """Raises one UserError for the missing, unexpected and wrongly shaped parameters of `params`: ten and the count."""
-    check_manifest(manifest(abstract), manifest(params), source)
 
 
 def check_arrays(kinds: Any, sums: Any, where: str) -> None:

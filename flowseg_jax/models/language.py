@@ -359,7 +359,9 @@ def _linear(cfg: LanguageConfig, d_in: int, d_out: int, *axes: str, rngs: nnx.Rn
 def _vocabulary(table: nnx.Param, dtype: jnp.dtype | None) -> ShardedEmbedding:
     rows = table[...] if dtype is None else table[...].astype(dtype)
     return (
-        ShardedEmbedding.whole(rows) if table.get_metadata().get("divided") is None else ShardedEmbedding.from_fsdp_shard(rows)
+        ShardedEmbedding.whole(rows)
+        if table.get_metadata().get("fsdp_axis") is None
+        else ShardedEmbedding.from_fsdp_shard(rows)
     )
 
 

@@ -1,7 +1,7 @@
 """The few layers all components are made of, with logical axis names on every parameter.
 
-A parameter is `nnx.Param(value, axes=(...))`: one logical axis name (or None) a dimension. `parallel.py` turns the names into
-shardings; nothing here knows about meshes. Parameters are float32; `dtype` is what a layer computes in. Matrix products
+A parameter is `nnx.Param(value, logical_axes=(...))`: one logical axis name (or None) per dimension. `sharding.py` turns
+the names into shardings; nothing here knows about meshes. Parameters are float32; `dtype` is what a layer computes in. Matrix products
 accumulate in float32 (`ops.dot`); norms take their statistics in float32.
 """
 
@@ -40,16 +40,16 @@ def make_param(rngs: nnx.Rngs, init: Initializer, shape: tuple[int, ...], axes: 
     """A float32 parameter with one logical axis name a dimension."""
     if len(axes) != len(shape):
         raise ValueError(f"axes {axes} do not fit shape {shape}")
-    return nnx.Param(init(rngs.params(), shape, jnp.float32), axes=axes)
+    return nnx.Param(init(rngs.params(), shape, jnp.float32), logical_axes=axes)
 
 
 def gathered_weight(variable: nnx.Param, dtype: jnp.dtype) -> Array:
     """The copy of a parameter that a product is computed with: in the compute dtype, and whole.
 
-    Where devices hold parts of it (`parallel.divided`), they are put together here, after the cast: inside the body of a stack
-    that is one layer at a time, and with rematerialisation again in the backward pass, so that no stack is ever whole.
+    Where devices hold shards of it (`sharding.mark_fsdp_axes`), they are gathered here, after the cast: inside the body of a
+    stack that is one layer at a time, and with rematerialisation again in the backward pass, so that no stack is ever whole.
     """
-    axis = variable.get_metadata().get("divided")
+    axis = variable.get_metadata().get("fsdp_axis")
     x = variable[...].astype(dtype)
     return x if axis is None else all_gather_2d(x, axis)
 

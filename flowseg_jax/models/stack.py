@@ -35,7 +35,7 @@ def stack_layers(make: Callable[[nnx.Rngs], Layer], count: int, rngs: nnx.Rngs) 
     layers = nnx.merge(graphdef, state)
     for _, node in nnx.iter_graph(layers):
         if isinstance(node, nnx.Variable):
-            node.set_metadata(axes=("layers", *node.get_metadata()["axes"]))
+            node.set_metadata(logical_axes=("layers", *node.get_metadata()["logical_axes"]))
     return layers
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from flowseg_jax.checkpoints import pretrained
-from flowseg_jax.checkpoints.manifest import check_params, manifest
+from flowseg_jax.checkpoints.manifest import check_manifest, manifest
 from flowseg_jax.cli.main import main as flowseg
 from flowseg_jax.errors import UserError
 from tests.helpers.trees import abstract_of, flip, largest, make_params, same
@@ -112,10 +112,10 @@ def test_loading_is_strict_both_ways(tmp_path, tokenizer):
     for part in wanted:
         assert part in str(error.value)
     with pytest.raises(UserError, match=r"this does not fit the model: missing a/c \(1,\)"):
-        check_params({"a": {"c": jnp.zeros(1)}}, {}, "this")
-    check_params(abstract_of(make_params()), make_params())
+        check_manifest(manifest({"a": {"c": jnp.zeros(1)}}), {}, "this")
+    check_manifest(manifest(abstract_of(make_params())), manifest(make_params()), "this")
     with pytest.raises(UserError, match=r"missing a/n10 \(1,\).* and 15 more$") as error:  # ten of them and the count
-        check_params({"a": {f"n{i}": jnp.zeros(1) for i in range(10, 35)}}, {}, "this")
+        check_manifest(manifest({"a": {f"n{i}": jnp.zeros(1) for i in range(10, 35)}}), {}, "this")
     assert str(error.value).count("missing") == 10
 
 
