@@ -17,7 +17,7 @@ from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation import audit, results
 from flowseg_jax.reports import html as page
 from flowseg_jax.reports import overlay, pictures
-from flowseg_jax.reports.html import Html, html, join
+from flowseg_jax.reports.html import Html
 from flowseg_jax.system.console import log
 
 
@@ -33,25 +33,22 @@ def write(out: Path, name: str, title: str, about: Sequence[str], result: Mappin
         UserError: the place cannot be written to.
     """
     storage.write_text_atomic(out / f"{name}.json", json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    head = [html("<h1>{}</h1>", title), *(html('<p class="about">{}</p>', line) for line in about)]
-    page.write(out / f"{name}.html", title, [*head, *body])
+    page.write(out / f"{name}.html", "page.html", title=title, body=[page.pieces().head(title, about), *body])
     log(f"{out / name}.html\n{out / name}.json")
     return out / f"{name}.html"
 
 
 def heading(title: str, about: str = "") -> Html:
-    return html("<h2>{}</h2>{}", title, html('<p class="about">{}</p>', about) if about else "")
+    return page.pieces().heading(title, about)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> Html:
     """A table whose first column names its rows; figures as `shown`."""
-    cells = join(html("<th>{}</th>", name) for name in head)
-    line = lambda first, *rest: html("<tr><th>{}</th>{}</tr>", first, join(html("<td>{}</td>", shown(v)) for v in rest))  # noqa: E731
-    return html("<table><thead><tr>{}</tr></thead><tbody>{}</tbody></table>", cells, join(line(*row) for row in rows))
+    return page.pieces().table(head, [[first, *map(shown, rest)] for first, *rest in rows])
 
 
 def shown(value: Any) -> str:
-    """A figure as people read it: one digit behind the point, None as a dash."""
+    """A figure as people read it: one digit after the point, None as a dash."""
     if value is None:
         return "–"
     return f"{value:.1f}" if isinstance(value, float) else str(value)
@@ -69,21 +66,17 @@ class Thumbnail:
 
 def gallery(thumbnails: Iterable[Thumbnail], base: Path) -> Html:
     """The thumbnails of a page in the folder `base`, linked relative to it."""
-    figures = []
-    for each in thumbnails:
-        family = html('<span class="family">{}</span>', each.family) if each.family else ""
-        figures.append(
-            html(
-                '<figure><figcaption class="said">“{}”{}</figcaption><img loading="lazy" src="{}" alt="{}">'
-                '<figcaption class="note">{}</figcaption></figure>',
-                each.said,
-                family,
-                Path(os.path.relpath(each.file, base)).as_posix(),
-                each.said,
-                each.note,
-            )
-        )
-    return html('<div class="gallery">{}</div>', join(figures))
+    figures = [
+        {
+            "said": each.said,
+            "family": each.family,
+            "meant": "",
+            "source": Path(os.path.relpath(each.file, base)).as_posix(),
+            "notes": [each.note],
+        }
+        for each in thumbnails
+    ]
+    return page.pieces().gallery(figures)
 
 
 def picture(
@@ -127,7 +120,7 @@ def read_records(path: Path, needed: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def kept_pictures(path: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """(picture, record) of the samples that the evaluation behind a `<split>.jsonl` kept pictures of; none if it kept none."""
+    """(picture, record) of the samples that the evaluation of a `<split>.jsonl` kept pictures of; none if it kept none."""
     folder = path.parent / "pictures" / path.stem
     found = results.read_pictures(folder, ("file_name", "best_rank"))
     audit.samples(folder / results.PICTURES, [record for _, _, record in found])

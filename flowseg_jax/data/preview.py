@@ -129,7 +129,7 @@ def preview(
             body.append(html('<div class="gallery">{}</div>', join(cards, "\n")))
     except OSError as error:
         raise UserError(f"cannot write the preview to {out}: {error.strerror}; choose a folder you can write to") from error
-    page.write(out / "index.html", title, body)
+    page.write(out / "index.html", "page.html", title=title, body=body)
     return out / "index.html"
 
 

@@ -20,7 +20,6 @@ from flowseg_jax.evaluation.examples import KINDS, GallerySample
 from flowseg_jax.evaluation.results import PICTURES, read_pictures, read_table
 from flowseg_jax.reports import html as page
 from flowseg_jax.reports import overlay, pictures
-from flowseg_jax.reports.html import Html, html, join
 
 _HEADINGS = {"good": "Good", "random": "Random", "failed": "Failed"}
 _NOTES = {
@@ -39,7 +38,6 @@ _COLUMNS = (
     ("0.7", "P@0.7", "share of samples with IoU of at least 0.7"),
     ("0.9", "P@0.9", "share of samples with IoU of at least 0.9"),
 )
-_TABLE = "<table><thead><tr><th>{}</th>{}</tr></thead><tbody>{}</tbody></table>"
 _GRES_COLUMNS = (
     ("n_acc", "N-acc", "share of the samples to nothing for which nothing is predicted"),
     ("t_acc", "T-acc", "share of the samples to something for which something is predicted"),
@@ -116,16 +114,18 @@ def write(path: Path | str, rows: Sequence[ReportRow], *, title: str, about: Seq
     """
     path = Path(path)
     splits = list(dict.fromkeys(split for row in rows for split in row.results))
-    body = [html("<h1>{}</h1>", title), *(html('<p class="about">{}</p>', line) for line in about)]
-    body += [html("<h2>Results</h2>"), _definitions(rows), *(_table(rows, split) for split in splits)]
-    if any(result["families"] for row in rows for result in row.results.values()):
-        body.append(html("<h2>By expression family</h2>"))
-        body.append(html('<p class="about">cIoU, with the oracle\'s behind it; n in the heading.</p>'))
-        body += [_families(rows, split) for split in splits]
-    for row in rows:
-        for split, folder in row.pictures.items():
-            body.append(_gallery(row.label, split, folder, path.parent))
-    page.write(path, title, body)
+    results = [result for row in rows for result in row.results.values()]
+    page.write(
+        path,
+        "report.html",
+        title=title,
+        about=about,
+        protocols=", ".join(sorted({result["protocol"] for result in results})) or "none",
+        columns=_columns(results),
+        tables=[_table(rows, split) for split in splits],
+        families=[_families(rows, split) for split in splits] if any(result["families"] for result in results) else None,
+        galleries=[_gallery(row.label, split, folder, path.parent) for row in rows for split, folder in row.pictures.items()],
+    )
     return path
 
 
@@ -159,16 +159,9 @@ def _figure_text(value: Any) -> str:
     return f"{value:.1f}" if isinstance(value, float) else str(value)
 
 
-def _definitions(rows: Sequence[ReportRow]) -> Html:
-    protocols = ", ".join(sorted({result["protocol"] for row in rows for result in row.results.values()})) or "none"
-    columns = _columns([result for row in rows for result in row.results.values()])
-    terms = join((html("<b>{}</b> {}", name, meaning) for _, name, meaning in columns), "; ")
-    return html('<p class="about">Protocol {}. All figures in percent at the original image size: {}.</p>', protocols, terms)
-
-
-def _table(rows: Sequence[ReportRow], split: str) -> Html:
+def _table(rows: Sequence[ReportRow], split: str) -> dict[str, Any]:
+    """What the template shows of a split: its columns, and label, detail and cells of each row."""
     columns = _columns([row.results[split] for row in rows if split in row.results])
-    head = join(html('<th title="{}">{}</th>', meaning, name) for _, name, meaning in columns)
     lines = []
     for row in rows:
         if split not in row.results:
@@ -178,64 +171,47 @@ def _table(rows: Sequence[ReportRow], split: str) -> Html:
         detail = [row.note, f"step {step}" if step is not None else "", f"checkpoint {digest[:12]}" if digest else ""]
         detail += [f"prompt {prompt['question']}, answer {prompt['answer']}" if (prompt := result.get("prompt")) else ""]
         detail += [f"{result['failed']} failed" if result["failed"] else ""]
-        cells = join(html("<td>{}</td>", cell) for cell in _cells(result, columns))
-        line = '<tr><th>{}<div class="note">{}</div></th>{}</tr>'
-        lines.append(html(line, row.label, ", ".join(d for d in detail if d), cells))
-    return html(_TABLE, split, head, join(lines))
+        shown = ", ".join(part for part in detail if part)
+        lines.append({"label": row.label, "detail": shown, "cells": _cells(result, columns)})
+    return {"split": split, "columns": columns, "rows": lines}
 
 
-def _families(rows: Sequence[ReportRow], split: str) -> Html:
+def _families(rows: Sequence[ReportRow], split: str) -> dict[str, Any]:
+    """What the template shows of a split's families: n of each, and of each row (cIoU, the oracle's) or None."""
     with_families = [row for row in rows if row.results.get(split, {}).get("families")]
     counts: dict[str, int] = {}
     for row in with_families:
         for family, figures in row.results[split]["families"].items():
             counts.setdefault(family, figures["n"])
-    if not counts:
-        return html("")
-    head = join(html('<th>{}<div class="note">n {}</div></th>', family, n) for family, n in counts.items())
     lines = []
     for row in with_families:
-        cells = []
-        for family in counts:
-            figures = row.results[split]["families"].get(family)
-            shown = (_figure_text(figures["ciou"]), _figure_text(figures["oracle_ciou"])) if figures else None
-            cells.append(html('<td>{} <span class="of">{}</span></td>', *shown) if shown else html("<td></td>"))
-        lines.append(html("<tr><th>{}</th>{}</tr>", row.label, join(cells)))
-    return html(_TABLE, split, head, join(lines))
+        found = [row.results[split]["families"].get(family) for family in counts]
+        cells = [figures and (_figure_text(figures["ciou"]), _figure_text(figures["oracle_ciou"])) for figures in found]
+        lines.append((row.label, cells))
+    return {"split": split, "counts": counts, "rows": lines}
 
 
-def _gallery(label: str, split: str, folder: Path, base: Path) -> Html:
-    index = read_pictures(folder)
-    parts = [html("<h2>Examples: {}, {}</h2>", label, split)]
+def _gallery(label: str, split: str, folder: Path, base: Path) -> dict[str, Any]:
+    index, kinds = read_pictures(folder), []
     for kind in KINDS:
-        rows = [(file, record) for of, file, record in index if of == kind]
-        if not rows:
-            continue
-        parts.append(html('<h3 class="{}">{}</h3><p class="about">{}</p>', kind, _HEADINGS[kind], _NOTES[kind]))
-        figures = [_figure(record, os.path.relpath(file, base)) for file, record in rows]
-        parts.append(html('<div class="gallery">{}</div>', join(figures, "\n")))
-    return join(parts, "\n")
+        figures = [_figure(record, os.path.relpath(file, base)) for of, file, record in index if of == kind]
+        if figures:
+            kinds.append((kind, _HEADINGS[kind], _NOTES[kind], figures))
+    return {"label": label, "split": split, "kinds": kinds}
 
 
-def _figure(record: Mapping[str, Any], source: str) -> Html:
-    family = html('<span class="family">{}</span>', record["family"]) if record["family"] else ""
-    meant = html("<br>truth: “{}”", record["sentence"]) if record["text"] != record["sentence"] else ""
+def _figure(record: Mapping[str, Any], source: str) -> dict[str, Any]:
     scores = (
         f"score {_score(record['score'])} (query {record['query']}), best candidate {_score(record['best_score'])}"
         f" (query {record['best_query']}, rank {record['best_rank'] + 1})"
     )
-    where = f"{record['file_name']}, sentence {record['sentence_id']}"
-    return html(
-        '<figure><figcaption class="said">“{}”{}{}</figcaption><img loading="lazy" src="{}" alt="{}">'
-        '<figcaption class="note">{}<br>{}</figcaption></figure>',
-        record["text"],
-        family,
-        meant,
-        Path(source).as_posix(),
-        record["text"],
-        scores,
-        where,
-    )
+    return {
+        "said": record["text"],
+        "family": record["family"],
+        "meant": record["sentence"] if record["text"] != record["sentence"] else "",
+        "source": Path(source).as_posix(),
+        "notes": [scores, f"{record['file_name']}, sentence {record['sentence_id']}"],
+    }
 
 
 def _score(value: float | None) -> str:

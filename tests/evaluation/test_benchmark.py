@@ -19,7 +19,7 @@ from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation import audit
 from flowseg_jax.models.language import LanguageConfig
 from tests.helpers import minirefcoco as mini
-from tests.helpers import small
+from tests.helpers import small, wild
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -89,19 +89,25 @@ def test_what_cannot_be_evaluated_is_said_at_once(place, tmp_path, wrong, messag
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
-def test_two_processes_evaluate_as_one(place, tmp_path):
+def as_one_and_as_two(place, out: Path, *chosen: str) -> list[str]:
+    """Evaluates as one process into `one` and as two into `two`; what the two said."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    common = [sys.executable, str(ROOT / "eval.py"), *flags(place, "--benchmark=refcoco/train")]
+    common = [sys.executable, str(ROOT / "eval.py"), *flags(place, *chosen)]
 
     def start(*more):
         return subprocess.Popen([*common, *more], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
     joined = [f"--coordinator=127.0.0.1:{free_port()}", "--num-processes=2"]
-    runs = [start(f"--out={tmp_path / 'two'}", *joined, f"--process-id={i}") for i in (0, 1)]
-    runs.append(start(f"--out={tmp_path / 'one'}"))
+    runs = [start(f"--out={out / 'two'}", *joined, f"--process-id={i}") for i in (0, 1)]
+    runs.append(start(f"--out={out / 'one'}"))
     said = [run.communicate(timeout=250)[0] for run in runs]
     assert [run.returncode for run in runs] == [0, 0, 0], "\n".join(said)
+    return said[:2]
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_as_one(place, tmp_path):
+    said = as_one_and_as_two(place, tmp_path, "--benchmark=refcoco/train")
     assert "cIoU" in said[0] and "cIoU" not in said[1]
     two, one = (audit.read_records(tmp_path / name / "refcoco" / "train.jsonl") for name in ("two", "one"))
     for ours, theirs in zip(two, one, strict=True):
@@ -110,3 +116,15 @@ def test_two_processes_evaluate_as_one(place, tmp_path):
     assert sorted(p.name for p in (tmp_path / "two" / "refcoco").rglob("*.png")) == sorted(
         p.name for p in (tmp_path / "one" / "refcoco").rglob("*.png")
     )
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_categories_as_one(place, tmp_path):
+    wild.panoptic(tmp_path / "files")
+    prepare.prepare(tmp_path / "files", place / "data" / "things", layout="coco-panoptic", log=lambda line: None)
+    said = as_one_and_as_two(place, tmp_path, "--benchmark=things/val")
+    assert "panoptic, n" in said[0] and "panoptic, n" not in said[1]
+    two, one = (json.loads((tmp_path / name / "things" / "val.json").read_text()) for name in ("two", "one"))
+    assert two == one and one["n"] > 3
+    two, one = ((tmp_path / name / "things" / "val.jsonl").read_text() for name in ("two", "one"))
+    assert two == one

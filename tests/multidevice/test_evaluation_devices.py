@@ -1,7 +1,8 @@
-"""An evaluation gives the same numbers on any number of devices, with the parameters whole or divided."""
+"""An evaluation gives the same numbers on any number of devices, with the parameters whole or sharded."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 
@@ -12,14 +13,18 @@ from flax import nnx
 
 from flowseg_jax import sharding
 from flowseg_jax.checkpoints.manifest import flatten_params, unflatten_params
-from flowseg_jax.data import collate, images
+from flowseg_jax.data import collate, images, prepare
 from flowseg_jax.data.eval_dataset import EvalBatch, QueryRound
+from flowseg_jax.data.prompts import PromptTemplates
 from flowseg_jax.data.records import Sample
+from flowseg_jax.data.tokenizer import load_tokenizer, train_tokenizer
+from flowseg_jax.evaluation.benchmark import EvalModel, GenericEvaluation
 from flowseg_jax.evaluation.evaluator import Evaluator
+from flowseg_jax.evaluation.fusion import Thresholds
 from flowseg_jax.evaluation.tasks.referring import evaluate
 from flowseg_jax.models import flowseg
 from flowseg_jax.types import IMAGE_TOKEN_INDEX, PAD
-from tests.helpers import small
+from tests.helpers import small, wild
 
 CFG = small.lean()
 PHRASES, LENGTH, SCENES = 2, 5, 11
@@ -93,13 +98,17 @@ def _small_parameters_are_divided_too():
         yield
 
 
-@functools.cache
-def records(devices, fsdp, batch):
-    graphdef, described = flowseg.abstract_model(CFG)
+def evaluator(cfg, devices, fsdp):
+    graphdef, described = flowseg.abstract_model(cfg)
     mesh = sharding.make_mesh({"data": -1, "fsdp": fsdp}, jax.devices()[:devices])
     partition = unflatten_params({k: v.spec for k, v in flatten_params(sharding.param_shardings(described, mesh)).items()})
-    evaluator = Evaluator(sharding.mark_fsdp_axes(nnx.merge(graphdef, described), mesh), mesh, partition)
-    return evaluate(evaluator, small.params(CFG), functools.partial(Data, batch), split="val").records
+    return Evaluator(sharding.mark_fsdp_axes(nnx.merge(graphdef, described), mesh), mesh, partition)
+
+
+@functools.cache
+def records(devices, fsdp, batch):
+    params = small.params(CFG)
+    return evaluate(evaluator(CFG, devices, fsdp), params, functools.partial(Data, batch), split="val").records
 
 
 @pytest.mark.parametrize("devices, fsdp, batch", [(8, 1, 8), (4, 4, 4), (2, 1, 6)])
@@ -117,3 +126,32 @@ def test_the_numbers_say_something():
     assert len({record["query"] for record in found}) > 1 and all(record["union"] for record in found)
     assert any(0 < record["intersection"] < record["union"] for record in found)
     assert json.dumps(found, allow_nan=False)
+
+
+@pytest.fixture(scope="module")
+def categories(tmp_path_factory):
+    """(devices, fsdp, batch) -> the result and the records of a panoptic set; the last batch has a row to spare."""
+    root = tmp_path_factory.mktemp("panoptic")
+    wild.panoptic(root / "files")
+    data = prepare.prepare(root / "files", root / "prepared", layout="coco-panoptic", log=lambda line: None)
+    train_tokenizer(data.categories, root / "tokenizer", vocab=300)
+    tokenizer = load_tokenizer(root / "tokenizer")
+    llm = dataclasses.replace(small.config().llm, vocab_size=tokenizer.vocab)
+    cfg = dataclasses.replace(small.lean(negatives_group_size=1, llm=llm), generic_pass="with_flow")
+
+    @functools.cache
+    def run(devices, fsdp, batch):
+        model = EvalModel(cfg, evaluator(cfg, devices, fsdp), small.params(cfg), {}, tokenizer, PromptTemplates())
+        return GenericEvaluation(model, data, batch, thresholds=Thresholds(0.1, 0.3)).run("val", None, save_masks=True)
+
+    return run
+
+
+@pytest.mark.parametrize("devices, fsdp", [(8, 1), (4, 4)])
+def test_categories_on_any_number_of_devices(categories, devices, fsdp):
+    ours, theirs = categories(devices, fsdp, devices), categories(1, 1, 3)
+    for a, b in zip(ours.records, theirs.records, strict=True):
+        assert [row[2] for row in a.pop("found")] == [row[2] for row in b["found"]]
+        assert a == {key: value for key, value in b.items() if key != "found"}
+    assert ours.result == theirs.result
+    assert any(r["matched"] or r["extra"] for r in theirs.records) and theirs.result["n"] > 3

@@ -218,6 +218,6 @@ def test_html_is_made_in_one_way_only(tmp_path):
     assert html("{}", html("<b>{}</b>", "&")) == "<b>&amp;</b>"
     assert join(["<", html("<br>")], ", ") == "&lt;, <br>"
     assert html("{}{}", True, None) == "TrueNone"
-    page.write(tmp_path / "p.html", "<t>", ["<script>", html("<p>{}</p>", "x")])
+    page.write(tmp_path / "p.html", "page.html", title="<t>", body=["<script>", html("<p>{}</p>", "x")])
     text = (tmp_path / "p.html").read_text()
     assert "<script>" not in text and "<title>&lt;t&gt;</title>" in text and "<p>x</p>" in text
