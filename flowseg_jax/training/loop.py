@@ -161,6 +161,7 @@ def run(config: ConfigDict, program: TrainProgram, workdir: Path, profile: Profi
                 start, state = 0, program.initial_state(config)
         if is_primary():  # not before: a config that is refused leaves the run's own where it is
             write_text_atomic(workdir / "config.json", to_json(config) + "\n")
+            write_text_atomic(workdir / "parameters.txt", parameter_table(program.state))
         stop = stack.enter_context(GracefulStop())
         batches = stack.enter_context(contextlib.closing(data.iterate(start)))
         writer = create_writer(workdir, steps=config.num_steps, start_step=start, primary=is_primary())
@@ -217,6 +218,17 @@ def log_run_summary(program: TrainProgram) -> None:
     device = mesh.devices.flat[0]
     if hardware.peak_flops(device) is None:
         log(f"MFU and device memory: n/a on {device.device_kind}")
+
+
+def parameter_table(state: TrainState) -> str:
+    """The name, shape, dtype and size of every parameter, those that are trained before the frozen ones."""
+    from clu import parameter_overview
+
+    parts = {"trained": state.trainable, "frozen": state.frozen}
+    tables = [
+        f"{name}\n{parameter_overview.get_parameter_overview(part, include_stats=False)}\n" for name, part in parts.items()
+    ]
+    return "\n".join(tables)
 
 
 class MetricReporter:

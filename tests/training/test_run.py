@@ -191,6 +191,8 @@ def test_a_whole_run_in_order(monkeypatch, tmp_path):
         ("model", 5),
     ]
     assert (tmp_path / "run/config.json").read_text() == configs.to_json(config) + "\n"
+    trained, frozen = (tmp_path / "run/parameters.txt").read_text().split("frozen\n")
+    assert trained.startswith("trained\n") and "| a    | ()    | float32 | 1    |" in trained and "| b    |" in frozen
 
 
 def restored(step: int, **meta) -> RestoredCheckpoint:
@@ -269,7 +271,7 @@ def test_only_the_first_process_writes_the_config(monkeypatch, tmp_path):
     monkeypatch.setattr(loop, "is_primary", lambda: False)
     run = Run(monkeypatch)
     run(config_of(), tmp_path)
-    assert not (tmp_path / "config.json").exists() and run.of("writer")[0][2]["primary"] is False
+    assert list(tmp_path.iterdir()) == [] and run.of("writer")[0][2]["primary"] is False
 
 
 @pytest.mark.parametrize(
