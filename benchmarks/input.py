@@ -169,9 +169,9 @@ def images_a_second() -> float:
     config = configs.read("configs/stage3_mixed.py")
     config.mesh.update(data=1, fsdp=1)
     program = TrainProgram.build(config, [jax.devices()[0]])
-    plan, state = program.plan, program.state
-    work = flops.total(flops.step_flops(plan.model, plan.shape, plan.losses, state.trainable, state.frozen))
-    return plan.shape.batch / (work / (MFU * CHIPS * hardware.DEVICE_SPECS[CHIP].peak))
+    run_config, state = program.run_config, program.state
+    work = flops.total(flops.step_flops(run_config.model, run_config.shape, run_config.losses, state.trainable, state.frozen))
+    return run_config.shape.batch / (work / (MFU * CHIPS * hardware.DEVICE_SPECS[CHIP].peak))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

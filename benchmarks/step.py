@@ -1,13 +1,12 @@
 """The train step of a config as a candidate, in this revision of the repository or in another one.
 
-This file is run against older revisions: beyond configs, batches and `Program` it may only use what they have, see
-`_before_program`. As a worker: `python -m benchmarks.step [--config=FILE] [--config.KEY=VALUE ...]`.
+This file is run against other revisions: beyond configs, batches and `TrainProgram` it may only use what they have. As a worker:
+`python -m benchmarks.step [--config=FILE] [--config.KEY=VALUE ...]`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import os
 import sys
 import time
@@ -25,6 +24,7 @@ from flowseg_jax import experiment as configs
 from flowseg_jax.data.collate import empty_batch
 from flowseg_jax.errors import UserError
 from flowseg_jax.models.config import FlowSegConfig
+from flowseg_jax.training.program import TrainProgram
 from flowseg_jax.types import IMAGE_TOKEN_INDEX, Batch, BatchShape
 
 COMPARED = ("loss", "gradient_norm")  # metrics of the first step; they must be the same for times to be comparable
@@ -37,8 +37,8 @@ class TrainStep:
     """
 
     def __init__(self, config: ConfigDict):
-        plan, place, self._step, self.state = build(config)
-        self._batch = place(random_batch(plan.shape, plan.model))
+        run_config, place, self._step, self.state = build(config)
+        self._batch = place(random_batch(run_config.shape, run_config.model))
         self.pid = os.getpid()
         self.state, metrics = self._step(self.state, self._batch)
         self._first = {name: np.asarray(metrics[name]) for name in COMPARED}
@@ -59,45 +59,18 @@ class TrainStep:
 
 
 class Built(NamedTuple):
-    """A config's plan, what puts a batch on the device, the jitted (state, batch) -> (state, metrics), the initial state."""
+    """A run config, what puts a batch on the device, the jitted (state, batch) -> (state, metrics), the initial state."""
 
-    plan: Any
+    run_config: Any
     place: Callable[[Batch], Batch]
     step: Callable[[Any, Batch], tuple[Any, dict[str, jax.Array]]]
     state: Any
 
 
 def build(config: ConfigDict) -> Built:
-    """What a step needs on the first device, however this revision makes it."""
-    devices = jax.devices()[:1]
-    if importlib.util.find_spec("flowseg_jax.training.program") is None:
-        return _before_program(config, devices)
-    from flowseg_jax.training.program import TrainProgram
-
-    program = TrainProgram.build(config, devices)
-    return Built(program.plan, program.to_device, program.step, program.initial_state(config))
-
-
-def _before_program(config: ConfigDict, devices: list[jax.Device]) -> Built:
-    """`build` for revisions in which `training.loop.train` itself put the parts together."""
-    from flowseg_jax import sharding
-    from flowseg_jax.checkpoints.manifest import flatten_params
-    from flowseg_jax.models import flowseg
-    from flowseg_jax.training import loop
-    from flowseg_jax.training.optimizer import lr_multipliers, lr_schedule, make_optimizer
-    from flowseg_jax.training.step import make_train_step
-
-    plan = loop.RunConfig.from_config(config)
-    mesh = sharding.make_mesh(config.mesh.to_dict(), devices)
-    graphdef, abstract = flowseg.abstract_model(plan.model)
-    rates = lr_multipliers(list(flatten_params(flowseg.params_dict(abstract))), plan.optimizer.param_groups)
-    optimizer = make_optimizer(plan.optimizer, config.num_steps, rates)
-    rate = lr_schedule(plan.optimizer, config.num_steps)
-    state = jax.device_put(loop.initial_state(plan, config, optimizer, rates, mesh), sharding.replicated(mesh))
-    step = make_train_step(
-        graphdef, plan.model, plan.losses, optimizer, rate, config.seed, mesh, accumulate=plan.optimizer.grad_accum_steps
-    )
-    return Built(plan, jax.device_put, jax.jit(step, donate_argnums=0), state)
+    """What a step needs on the first device."""
+    program = TrainProgram.build(config, jax.devices()[:1])
+    return Built(program.run_config, program.to_device, program.step, program.initial_state(config))
 
 
 def random_batch(shape: BatchShape, model: FlowSegConfig, seed: int = 0) -> Batch:

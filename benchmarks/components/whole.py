@@ -164,11 +164,11 @@ class _Training:
 
     def points(self) -> PointSamples:
         """The random points of the first step of all levels [J, 1, ...], drawn as the step draws them."""
-        losses, cfg = self.program.plan.losses, self.program.plan.model
+        losses, cfg = self.program.run_config.losses, self.program.run_config.model
         key = jax.random.fold_in(jax.random.key(self.config.seed), 0)
         referring = jax.random.split(jax.random.fold_in(key, 0), 3)[0]
         levels = jax.random.split(referring, cfg.mask_decoder.num_layers + 1)[:, None]
-        count = self.program.plan.shape.max_phrases
+        count = self.program.run_config.shape.max_phrases
         return jax.vmap(lambda keys: PointSamples.draw(keys, count, losses))(levels)
 
 
@@ -178,7 +178,7 @@ def train_step(sizes: Sizes, dtype: str) -> Pair:
     cfg, batch = sizes.whole, asked(sizes.whole, TRAINED, sizes.words)
     params = parameters("flowseg", cfg)
     ours = _Training(params, cfg, batch, sizes.points)
-    plan, drawn, tensors = ours.program.plan, ours.points(), exported("flowseg", params, cfg)
+    run_config, drawn, tensors = ours.program.run_config, ours.points(), exported("flowseg", params, cfg)
     levels = [
         tuple(to_torch(x[level])[0] for x in (drawn.matcher, drawn.candidates, drawn.extra))
         for level in range(len(drawn.matcher))
@@ -188,14 +188,14 @@ def train_step(sizes: Sizes, dtype: str) -> Pair:
     def theirs(wrap: Wrap) -> Call:
         # AdamW writes into its parameters: every mode starts from a copy of its own.
         model = FlowSegTorch(cfg, {name: x.clone() for name, x in tensors.items()}, wrap)
-        opt, given, first = plan.optimizer, torch_batch(batch), {}
+        opt, given, first = run_config.optimizer, torch_batch(batch), {}
         adamw = torch.optim.AdamW(
             model.parameters(), opt.learning_rate, (opt.b1, opt.b2), opt.eps, opt.weight_decay, fused=True
         )
 
         def call() -> dict[str, torch.Tensor]:
             adamw.zero_grad()
-            loss = peer_losses.training_loss(model, given, truth, levels, plan.losses)
+            loss = peer_losses.training_loss(model, given, truth, levels, run_config.losses)
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), opt.clip)
             adamw.step()

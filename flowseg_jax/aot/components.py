@@ -31,7 +31,7 @@ from flowseg_jax.training.program import TrainProgram
 from flowseg_jax.training.step import shard_map_axes, shard_map_spec
 from flowseg_jax.types import Batch
 
-PEERS = DataParallelGroup(BATCH_AXES)
+DP_GROUP = DataParallelGroup(BATCH_AXES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,14 +67,14 @@ def _llm(model: FlowSeg, batch: Batch, given: dict[str, Any], losses: LossConfig
     text = model.encode_text(batch, given["siglip"]) if model.cfg.has_mask_decoder else None
     hidden = model.run_llm(batch, given["siglip"]) if text is None else text.hidden_states
     out = TrainingOutput(hidden, model.llm.lm_head_weight(hidden.dtype), None, None, None, None)
-    terms, _ = loss_terms(model, batch, out, {}, losses, PEERS)
+    terms, _ = loss_terms(model, batch, out, {}, losses, DP_GROUP)
     return text, [total for total, _ in terms.values()]
 
 
 def _mask_decoder(model: FlowSeg, batch: Batch, given: dict[str, Any], losses: LossConfig) -> TrainingOutput:
     features = ImageFeatures(None, *given["pixel_decoder"])
     text = given["llm"][0] if model.cfg.has_language_model else None
-    out = model.decode_training_passes(batch, features, text, PEERS)
+    out = model.decode_training_passes(batch, features, text, DP_GROUP)
     return dataclasses.replace(out, hidden_states=None, lm_head=None)
 
 
@@ -82,7 +82,7 @@ def _losses(model: FlowSeg, batch: Batch, given: dict[str, Any], losses: LossCon
     """Matching, losses of masks and classes, and BAR."""
     keys = jax.random.split(jax.random.key(0), batch.phrase_target.shape[0])
     with jax.named_scope("losses"):
-        terms, _ = loss_terms(model, batch, given["mask_decoder"], keys, losses, PEERS)
+        terms, _ = loss_terms(model, batch, given["mask_decoder"], keys, losses, DP_GROUP)
     return [total for total, _ in terms.values()]
 
 
@@ -176,7 +176,7 @@ def table(reports: Sequence[ComponentReport]) -> str:
 
 def programs(program: TrainProgram) -> Iterator[tuple[str, Any, tuple]]:
     """(name, jitted function, abstract arguments) of every component of the step: what a device does in one micro-batch."""
-    model, state, mesh, losses = program.plan.model, program.state, program.mesh, program.plan.losses
+    model, state, mesh, losses = program.run_config.model, program.state, program.mesh, program.run_config.losses
     specs = jax.tree.map(lambda x: shard_map_spec(x.sharding.spec, mesh), (state.trainable, state.frozen))
     batch = _of_one_micro_batch(program)
     given: Leaves = {}
@@ -223,8 +223,8 @@ def programs(program: TrainProgram) -> Iterator[tuple[str, Any, tuple]]:
 
 
 def _of_one_micro_batch(program: TrainProgram) -> Batch:
-    division = program.division
-    rows = division.per_device_images * division.devices
+    partition = program.partition
+    rows = partition.per_device_images * partition.devices
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=x.sharding), program.batch)
 
 

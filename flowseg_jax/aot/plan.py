@@ -183,7 +183,7 @@ def prepare(config: ConfigDict, topology: str, effort: str) -> tuple[TrainProgra
 
 def report(program: TrainProgram, topology: Topology, effort: str) -> PlanReport:
     """`plan` for a program that is built already."""
-    state, shape = program.state, program.plan.shape
+    state, shape = program.state, program.run_config.shape
     with compiler_effort(effort):
         started = time.perf_counter()
         with heartbeat("tracing and lowering the train step"):
@@ -193,7 +193,7 @@ def report(program: TrainProgram, topology: Topology, effort: str) -> PlanReport
             compiled, refusal = try_to_compile(lowered)
         compiled_at = time.perf_counter()
     text = None if compiled is None else compiled.as_text()
-    by_part = flops.step_flops(program.plan.model, shape, program.plan.losses, state.trainable, state.frozen)
+    by_part = flops.step_flops(program.run_config.model, shape, program.run_config.losses, state.trainable, state.frozen)
     peak = peak_flops(topology.devices[0])
     return PlanReport(
         topology=topology.name,

@@ -81,11 +81,11 @@ def load_mixture(config: ConfigDict) -> tuple[MixtureComponent, ...]:
 
 def open_train_data(config: ConfigDict, program: TrainProgram) -> TrainDataset:
     """This process's share of the batches. Raises a UserError where data sets, tokenizer and model do not fit together."""
-    plan, members = program.plan, load_mixture(config)
-    tokenizer, model = None, plan.model
+    run_config, members = program.run_config, load_mixture(config)
+    tokenizer, model = None, run_config.model
     if model.has_language_model:
         own = [member.prepared for member in members if member.prepared.tokenizer_directory]
-        tokenizer = open_tokenizer((own or [members[0].prepared])[0], plan.prompts, config.data.tokenizer)
+        tokenizer = open_tokenizer((own or [members[0].prepared])[0], run_config.prompts, config.data.tokenizer)
         if tokenizer.vocab > model.llm.vocab_size:
             raise UserError(
                 f"model.llm.vocab_size is {model.llm.vocab_size}, the tokenizer {tokenizer.name} has {tokenizer.vocab} ids"
@@ -102,12 +102,12 @@ def open_train_data(config: ConfigDict, program: TrainProgram) -> TrainDataset:
                 raise UserError(f"model.num_classes is {model.num_classes}, {directory} has {len(categories)} categories")
     data = TrainDataset(
         members,
-        plan.shape,
-        plan.prompts,
+        run_config.shape,
+        run_config.prompts,
         config.seed,
-        visual_tokens=plan.model.num_visual_tokens,
+        visual_tokens=run_config.model.num_visual_tokens,
         tokenizer=tokenizer,
-        options=plan.options,
+        options=run_config.options,
         rows=program.local_rows(),
     )
     for remark in data.remarks:
@@ -154,12 +154,13 @@ def run(config: ConfigDict, program: TrainProgram, workdir: Path, profile: Profi
         if restored:
             start, state = restored.step, state_from_tree(program.state, restored.state)
             log(f"continuing from the checkpoint of step {start} in {workdir}")
-            if line := moved_rate(program.plan.optimizer, restored.meta["config"].get("num_steps"), config.num_steps, start):
+            before = restored.meta["config"].get("num_steps")
+            if line := moved_rate(program.run_config.optimizer, before, config.num_steps, start):
                 log(line)
         else:
             with heartbeat("initialising parameters"):
                 start, state = 0, program.initial_state(config)
-        if is_primary():  # not before: a config that is refused leaves the run's own where it is
+        if is_primary():  # not before: a config that is refused leaves the config of the run as it is
             write_text_atomic(workdir / "config.json", to_json(config) + "\n")
             write_text_atomic(workdir / "parameters.txt", parameter_table(program.state))
         stop = stack.enter_context(GracefulStop())
@@ -180,7 +181,7 @@ def run(config: ConfigDict, program: TrainProgram, workdir: Path, profile: Profi
             last = step == config.num_steps
             if not last:
                 batch = program.to_device(next(batches))
-            report.flush()  # what was logged a step ago: the device never waits for the host
+            report.flush()  # what was logged one step ago: the device never waits for the host
             if step % config.log_every == 0 or last:
                 report.log(step, metrics)
             profiler.on_step_end(step, metrics)
@@ -195,11 +196,11 @@ def run(config: ConfigDict, program: TrainProgram, workdir: Path, profile: Profi
                 checkpoints.wait()
                 log(f"stopped: the state of step {step} is saved in {workdir}; the same command continues")
                 raise KeyboardInterrupt if stop.interrupted else SystemExit(0)
-    return save_final_model(program.plan, state, config, data, workdir)
+    return save_final_model(program.run_config, state, config, data, workdir)
 
 
 def moved_rate(optimizer: OptimizerConfig, before: Any, steps: int, start: int) -> str:
-    """What another number of steps does to the learning rate behind step `start`; "" where it is the same number."""
+    """What another number of steps does to the learning rate after step `start`; "" where it is the same number."""
     if not number(before, whole=True, least=0) or before == steps or start >= steps:
         return ""
     old, new = (float(lr_schedule(optimizer, n)(start)) for n in (before, steps))
@@ -210,7 +211,7 @@ def moved_rate(optimizer: OptimizerConfig, before: Any, steps: int, start: int) 
 
 
 def log_run_summary(program: TrainProgram) -> None:
-    """Says what is about to be trained, and on what."""
+    """Reports what will be trained, and on which devices."""
     trained, frozen = (sum(x.size for x in jax.tree.leaves(part)) for part in (program.state.trainable, program.state.frozen))
     mesh = program.mesh
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
@@ -237,10 +238,9 @@ class MetricReporter:
     def __init__(self, program: TrainProgram, data: TrainDataset, writer: Any, start: int):
         self._program, self._data, self._writer = program, data, writer
         self._pending: tuple[int, Mapping[str, jax.Array]] | None = None
-        plan, self._devices = program.plan, list(program.mesh.devices.flat)
-        state = program.state
-        self._flops = flops.total(flops.step_flops(plan.model, plan.shape, plan.losses, state.trainable, state.frozen))
-        self._throughput = Throughput(start, plan.shape.batch)
+        run, state, self._devices = program.run_config, program.state, list(program.mesh.devices.flat)
+        self._flops = flops.total(flops.step_flops(run.model, run.shape, run.losses, state.trainable, state.frozen))
+        self._throughput = Throughput(start, run.shape.batch)
 
     def log(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
         self._pending = step, metrics
@@ -256,7 +256,7 @@ class MetricReporter:
         memory = hardware.memory_in_use(self._devices)["peak"]
         known = {"mfu": use, "memory_gib": None if memory is None else memory / hardware.GIB}
         self._writer.write_scalars(step, values | speed | {name: x for name, x in known.items() if x is not None})
-        check_skipped(values, step, self._data, self._program.plan.optimizer.max_skipped_updates)
+        check_skipped(values, step, self._data, self._program.run_config.optimizer.max_skipped_updates)
 
 
 def check_skipped(values: Mapping[str, float], step: int, data: TrainDataset, limit: int) -> None:
@@ -290,12 +290,12 @@ def state_from_tree(like: TrainState, tree: Mapping[str, Any]) -> TrainState:
     return TrainState(tree["step"], tree["trainable"], tree["frozen"], opt_state, tree["skipped"])
 
 
-def save_final_model(plan: RunConfig, state: TrainState, config: ConfigDict, data: TrainDataset, workdir: Path) -> Path:
-    """Writes the runnable model `<workdir>/model`; parameters keep the dtypes they rest in."""
+def save_final_model(run_config: RunConfig, state: TrainState, config: ConfigDict, data: TrainDataset, workdir: Path) -> Path:
+    """Writes the runnable model `<workdir>/model`; parameters keep the dtypes that they are stored in."""
     step = int(state.step)
-    prompts = dataclasses.asdict(plan.prompts)
+    prompts = dataclasses.asdict(run_config.prompts)
     extra = {"step": step, "seed": config.seed, "prompts": prompts, "data": data.digest}
-    cfg, tokenizer = plan.model.to_dict(), data.tokenizer and data.tokenizer.name
+    cfg, tokenizer = run_config.model.to_dict(), data.tokenizer and data.tokenizer.name
     target = save_pretrained(workdir / "model", state.params, cfg, tokenizer, extra, dtype=None, overwrite=True)
     log(f"the model of step {step} is in {target}; {host.memory_line()}")
     return target

@@ -1,7 +1,7 @@
 """A config made into one program: the model's description, where everything lives, and the jitted train step.
 
-Nothing is allocated here. Training builds a real state and real batches for the program, `--plan` compiles it for devices that
-are not there.
+Nothing is allocated here. Training builds a real state and real batches for the program; `flowseg plan` compiles it for
+devices that need not be there.
 """
 
 from __future__ import annotations
@@ -105,22 +105,22 @@ class RunConfig:
 @dataclasses.dataclass(frozen=True)
 class TrainProgram:
     """Attributes:
-    plan: the config it is made from.
+    run_config: the config it is made from.
     mesh: the devices.
-    graphdef: of the model as one device computes it (`parallel.divided`).
-    rates: {path: learning-rate multiplier, or None where frozen}.
-    division: of the batch among devices and into micro-batches.
+    graphdef: of the model as one device computes it (`sharding.mark_fsdp_axes`).
+    lr_multipliers: {path: learning-rate multiplier, or None where frozen}.
+    partition: of the batch among devices and into micro-batches.
     optimizer: over the trainable parameters.
     state: abstract, with shardings.
-    batch: abstract, with shardings; its rows in the order of `division.rows()`.
+    batch: abstract, with shardings; its rows in the order of `partition.rows()`.
     step: jitted (state, batch) -> (state, metrics); the state is donated.
     """
 
-    plan: RunConfig
+    run_config: RunConfig
     mesh: Mesh
     graphdef: nnx.GraphDef
     lr_multipliers: Mapping[str, float | None]
-    division: BatchPartition
+    partition: BatchPartition
     optimizer: optax.GradientTransformation
     state: TrainState
     batch: Batch
@@ -129,47 +129,46 @@ class TrainProgram:
     @classmethod
     def build(cls, config: ConfigDict, devices: Sequence[Any] | None = None) -> TrainProgram:
         """Raises UserError where the config's values do not fit together, or not the devices (None: all there are)."""
-        plan = RunConfig.from_config(config)
+        run_config = RunConfig.from_config(config)
         mesh = parallel.make_mesh(config.mesh.to_dict(), devices)
         ways = math.prod(mesh.shape[axis] for axis in parallel.BATCH_AXES)
-        division = BatchPartition(plan.shape.batch, ways, plan.optimizer.grad_accum_steps)
-        division.validate(plan.model.negatives_group_size)
+        partition = BatchPartition(run_config.shape.batch, ways, run_config.optimizer.grad_accum_steps)
+        partition.validate(run_config.model.negatives_group_size)
 
-        whole, described = flowseg.abstract_model(plan.model)
+        whole, described = flowseg.abstract_model(run_config.model)
         graphdef = parallel.mark_fsdp_axes(nnx.merge(whole, described), mesh)
         shardings = flatten_params(parallel.param_shardings(described, mesh))
         flat = flatten_params(flowseg.params_dict(described))
-        rates = lr_multipliers(list(flat), plan.optimizer.param_groups)
-        optimizer = make_optimizer(plan.optimizer, config.num_steps, rates)
+        rates = lr_multipliers(list(flat), run_config.optimizer.param_groups)
+        optimizer = make_optimizer(run_config.optimizer, config.num_steps, rates)
         params = {path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings[path]) for path, x in flat.items()}
         trainable, frozen = split_trainable(unflatten_params(params), rates)
-        state = _abstract_state(optimizer, trainable, frozen, plan.optimizer.frozen_dtype, mesh)
+        state = _abstract_state(optimizer, trainable, frozen, run_config.optimizer.frozen_dtype, mesh)
 
         step = make_train_step(
             graphdef,
-            plan.model,
-            plan.losses,
+            run_config.model,
+            run_config.losses,
             optimizer,
-            lr_schedule(plan.optimizer, config.num_steps),
+            lr_schedule(run_config.optimizer, config.num_steps),
             config.seed,
             mesh,
             jax.tree.map(lambda x: x.sharding.spec, (trainable, frozen)),
-            division,
+            partition,
         )
         out = jax.tree.map(lambda x: x.sharding, state), parallel.replicated(mesh)
         jitted = jax.jit(step, donate_argnums=0, out_shardings=out)
-        batch = _abstract_batch(plan.shape, parallel.batch_sharding(mesh))
-        return cls(plan, mesh, graphdef, rates, division, optimizer, state, batch, jitted)
+        batch = _abstract_batch(run_config.shape, parallel.batch_sharding(mesh))
+        return cls(run_config, mesh, graphdef, rates, partition, optimizer, state, batch, jitted)
 
     def initial_state(self, config: ConfigDict) -> TrainState:
         """Parameters, fresh or from `init_from`, and moments, created where they belong."""
         trainable, frozen = split_trainable(
-            initial_params(self.plan.model, config.seed, config.init_from, self.mesh), self.lr_multipliers
+            initial_params(self.run_config.model, config.seed, config.init_from, self.mesh), self.lr_multipliers
         )
         place = lambda abstract: jax.tree.map(lambda x: x.sharding, abstract)  # noqa: E731
-        frozen = jax.jit(
-            lambda x: cast_frozen(x, self.plan.optimizer.frozen_dtype), donate_argnums=0, out_shardings=place(self.state.frozen)
-        )(frozen)
+        cast = lambda x: cast_frozen(x, self.run_config.optimizer.frozen_dtype)  # noqa: E731
+        frozen = jax.jit(cast, donate_argnums=0, out_shardings=place(self.state.frozen))(frozen)
         moments = jax.jit(self.optimizer.init, out_shardings=place(self.state.opt_state))(trainable)
         zero = jax.jit(
             lambda: (jnp.zeros((), jnp.int32), jnp.zeros(2, jnp.int32)), out_shardings=parallel.replicated(self.mesh)
@@ -179,12 +178,12 @@ class TrainProgram:
 
     def local_rows(self) -> list[int]:
         """The rows of the global batch that this process's devices hold, in the order in which they hold them."""
-        places = self.batch.input_ids.sharding.addressable_devices_indices_map((self.division.images,)).values()
-        mine = sorted({place for (part,) in places for place in range(self.division.images)[part]})
-        return self.division.rows()[mine].tolist()
+        places = self.batch.input_ids.sharding.addressable_devices_indices_map((self.partition.images,)).values()
+        mine = sorted({place for (part,) in places for place in range(self.partition.images)[part]})
+        return self.partition.rows()[mine].tolist()
 
     def to_device(self, batch: Batch) -> Batch:
-        """This process's rows, in the order of `rows`, as its part of the arrays that the step takes."""
+        """This process's rows, in the order of `local_rows`, as its part of the global arrays that the step takes."""
         batch = dataclasses.replace(batch, example_id=batch.example_id.astype("int32"))  # 64 bits stay on the host
         return jax.tree.map(
             lambda x, like: jax.make_array_from_process_local_data(like.sharding, np.asarray(x), like.shape), batch, self.batch
@@ -194,7 +193,7 @@ class TrainProgram:
 def _abstract_state(
     optimizer: optax.GradientTransformation, trainable: Any, frozen: Any, frozen_dtype: str, mesh: Mesh
 ) -> TrainState:
-    """Moments lie where their parameters do; everything else of the optimizer is small and everywhere."""
+    """Moments are sharded like their parameters; the rest of the optimizer's state is small and replicated."""
     whole = parallel.replicated(mesh)
 
     def like(x: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
@@ -207,10 +206,10 @@ def _abstract_state(
         trainable,
         transform_non_params=lambda x: like(x, whole),
     )
-    resting = jax.eval_shape(lambda x: cast_frozen(x, frozen_dtype), frozen)
-    resting = jax.tree.map(lambda x, param: like(x, param.sharding), resting, frozen)
+    stored = jax.eval_shape(lambda x: cast_frozen(x, frozen_dtype), frozen)
+    stored = jax.tree.map(lambda x, param: like(x, param.sharding), stored, frozen)
     count = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=whole)  # noqa: E731
-    return TrainState(count(), trainable, resting, moments, count(2))
+    return TrainState(count(), trainable, stored, moments, count(2))
 
 
 def _abstract_batch(shape: BatchShape, sharding: NamedSharding) -> Batch:

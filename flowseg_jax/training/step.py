@@ -52,15 +52,15 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class BatchPartition:
-    """How the images of a global batch are divided: among devices, and on each into parts taken one after the other.
+    """How the images of a global batch are partitioned: among devices, and on each device into micro-batches.
 
     Attributes:
         images: in the batch (B).
-        devices: that the batch is split over.
-        parts: micro-batches.
+        devices: that the batch is sharded over.
+        micro_batches: per device, taken one after the other.
 
-    A micro-batch is a run of the batch's rows, so which images share negatives depends on neither number. The array that
-    devices hold is therefore in another order than the batch: see `rows`.
+    A micro-batch is a run of consecutive rows of the batch, so which images share negatives depends on neither number. The
+    array that the devices hold is therefore in another order than the batch: see `rows`.
     """
 
     images: int
@@ -84,13 +84,13 @@ class BatchPartition:
         if self.images % share:
             raise UserError(
                 f"batch_size {self.images} cannot be split over {self.devices} device(s) and "
-                f"optimizer.grad_accum_steps={self.micro_batches} part(s): make it a multiple of {share}"
+                f"optimizer.grad_accum_steps={self.micro_batches} micro-batch(es): make it a multiple of {share}"
             )
         if self.images // self.micro_batches % group or (self.per_device_images % group and group % self.per_device_images):
             raise UserError(
-                f"batch_size {self.images} in optimizer.grad_accum_steps={self.micro_batches} part(s) on {self.devices} "
-                f"device(s) is {self.images // self.micro_batches} images at a time, {self.per_device_images} a device: "
-                f"that does not divide into groups of model.negatives_group_size={group}; "
+                f"batch_size {self.images} in optimizer.grad_accum_steps={self.micro_batches} micro-batch(es) on "
+                f"{self.devices} device(s) is {self.images // self.micro_batches} images at a time, "
+                f"{self.per_device_images} a device: that does not divide into groups of model.negatives_group_size={group}; "
                 f"make batch_size a multiple of {math.lcm(share, group * self.micro_batches)}"
             )
 
@@ -104,7 +104,7 @@ def make_train_step(
     seed: int,
     mesh: Mesh,
     specs: tuple[Any, Any],
-    division: BatchPartition,
+    partition: BatchPartition,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The function to jit: (state, batch) -> (state, metrics). Randomness is a function of (seed, step, row of the batch).
 
@@ -113,51 +113,51 @@ def make_train_step(
     layer at a time, and their gradients scattered back; no loop (the matcher's above all) can hide a collective. The `tensor`
     axis, where it has more than one device, is left to the compiler.
 
-    The batch alone says what the losses are divided by, so neither the mesh nor the parts change the update. An update that
-    is not finite is not made: parameters and moments stay as they are, and `TrainState.skipped` counts it.
+    The batch alone says what the losses are divided by, so neither the mesh nor the micro-batches change the update. An update
+    that is not finite is not made: parameters and moments stay as they are, and `TrainState.skipped` counts it.
 
     Args:
-        graphdef: the model's, from `parallel.divided`.
+        graphdef: the model's, from `sharding.mark_fsdp_axes`.
         cfg, losses, optimizer, schedule, seed: of the run.
         mesh: the devices.
         specs: `PartitionSpec`s of the trainable and of the frozen parameters.
-        division: of the batch, whose rows come in the order of `Division.rows`.
+        partition: of the batch, whose rows come in the order of `BatchPartition.rows`.
     """
     specs = jax.tree.map(lambda spec: shard_map_spec(spec, mesh), specs)
     several = [axis for axis in BATCH_AXES if mesh.shape[axis] > 1]  # a sum over one device would still be an all-reduce
     unsummed = jax.tree.map(lambda spec: tuple(axis for axis in several if axis not in _axes(spec)), specs[0])
-    parts, each, peers = division.micro_batches, division.per_device_images, DataParallelGroup(BATCH_AXES)
+    micro_batches, each, dp_group = partition.micro_batches, partition.per_device_images, DataParallelGroup(BATCH_AXES)
 
     def local(trainable: Params, frozen: Params, batch: Batch, key: jax.Array) -> tuple[Params, Metrics]:
         counts = jax.lax.psum(denominators(cfg, batch, losses), BATCH_AXES)
-        row = jnp.arange(parts)[:, None] * (each * division.devices) + peers.batch_offset(each) + jnp.arange(each)
+        row = jnp.arange(micro_batches)[:, None] * (each * partition.devices) + dp_group.batch_offset(each) + jnp.arange(each)
         keys = jax.vmap(jax.vmap(lambda row: jax.random.fold_in(key, row)))(row)
 
         def loss_of(trainable: Params, part: Batch, keys: jax.Array) -> tuple[jax.Array, tuple[Metrics, LossTerms]]:
             model = bind_params(graphdef, merge_trainable(trainable, frozen))
-            out = model(part, peers)
+            out = model(part, dp_group)
             with jax.named_scope("losses"):
-                terms, watched = loss_terms(model, part, out, keys, losses, peers)
+                terms, accuracies = loss_terms(model, part, out, keys, losses, dp_group)
             shares = normalize_terms({name: (total, counts[name]) for name, (total, _) in terms.items()})
-            return sum(shares.values()), (shares, watched)
+            return sum(shares.values()), (shares, accuracies)
 
         def differentiate(part: Batch, keys: jax.Array) -> tuple[Params, tuple[Metrics, LossTerms]]:
             return jax.grad(loss_of, has_aux=True)(trainable, part, keys)
 
-        if parts == 1:
+        if micro_batches == 1:
             found = differentiate(batch, keys[0])
         else:
-            xs = jax.tree.map(lambda x: x.reshape(parts, each, *x.shape[1:]), batch), keys
+            xs = jax.tree.map(lambda x: x.reshape(micro_batches, each, *x.shape[1:]), batch), keys
             shapes = jax.eval_shape(differentiate, *jax.tree.map(lambda x: x[0], xs))
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
             add = lambda total, part: (jax.tree.map(jnp.add, total, differentiate(*part)), None)  # noqa: E731
             found, _ = jax.lax.scan(add, zeros, xs)
-        gradients, seen = found
+        gradients, found_metrics = found
         with jax.named_scope("sum_gradients"):
             gradients = jax.tree.map(lambda x, axes: jax.lax.psum(x, axes) if axes else x, gradients, unsummed)
-        shares, watched = jax.lax.psum(seen, BATCH_AXES)
+        shares, accuracies = jax.lax.psum(found_metrics, BATCH_AXES)
         metrics = {"loss": sum(shares.values())} | {f"loss_{name}": value for name, value in shares.items()}
-        return gradients, metrics | normalize_terms(watched)
+        return gradients, metrics | normalize_terms(accuracies)
 
     shared = jax.shard_map(
         local,
@@ -188,12 +188,12 @@ def make_train_step(
 
 
 def shard_map_axes(mesh: Mesh) -> set[str]:
-    """The mesh axes that the step's `shard_map` takes for itself: all but a `tensor` axis that divides something."""
+    """The mesh axes that the step's `shard_map` takes for itself: all but a `tensor` axis of more than one device."""
     return set(MESH_AXES if mesh.shape["tensor"] == 1 else BATCH_AXES)
 
 
 def _axes(spec: PartitionSpec) -> set[str]:
-    """The mesh axes that a partition uses."""
+    """The mesh axes that a partition spec uses."""
     return {axis for entry in spec if entry for axis in (entry if isinstance(entry, tuple) else (entry,))}
 
 

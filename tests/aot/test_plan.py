@@ -75,7 +75,7 @@ def planned(outcome, usable: int | None = 16 * GIB, chip=CHIP) -> plan.PlanRepor
     model = small.config()
     shape = BatchShape(16, model.num_visual_tokens + 20, 2, 3, 32, 16)
     program = SimpleNamespace(
-        plan=SimpleNamespace(model=model, shape=shape, losses=LossConfig()),
+        run_config=SimpleNamespace(model=model, shape=shape, losses=LossConfig()),
         mesh=SimpleNamespace(shape={"data": 4, "fsdp": 2}),
         state=state,
         batch={"input_ids": abstract(16, 100, spec=(("data", "fsdp"),), dtype=jnp.int32)},

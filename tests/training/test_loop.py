@@ -173,13 +173,13 @@ def test_the_configs_ask_for_data_that_their_model_can_read(name, monkeypatch):
     )
     file, _, argument = name.removesuffix(".py").partition(".py:")
     config, _ = configs.load([f"--config=configs/{file}.py" + (f":{argument}" if argument else "")])
-    plan = loop.RunConfig.from_config(config)
+    run_config = loop.RunConfig.from_config(config)
     loop.load_dataset(config)
     if config.data.tokenizer:
         assert "tokenizer_vocab" not in asked
     else:
-        assert asked["tokenizer_vocab"] == plan.model.llm.vocab_size
-        assert plan.model.num_classes == len(CATEGORIES)
+        assert asked["tokenizer_vocab"] == run_config.model.llm.vocab_size
+        assert run_config.model.num_classes == len(CATEGORIES)
     assert (asked["seed"] != 0) == (name == "shapes_shipped") == ("mix" in asked)  # the benchmark itself stays unseen
 
 

@@ -63,11 +63,11 @@ def test_all_objects_are_targets_where_a_pass_needs_them(classes, named, asked, 
     ("named", "asked", "names"), [("off", 3, 0), ("with_flow", 3, 3), ("with_flow", 0, 4), ("without_flow", 3, 3)]
 )
 def test_room_for_names_and_the_other_sizes_of_a_batch(named, asked, names):
-    plan = RunConfig.from_config(experiment(dataclasses.replace(CFG, num_classes=2, generic_pass=named), max_names=asked))
-    assert plan.shape == BatchShape(
+    run_config = RunConfig.from_config(experiment(dataclasses.replace(CFG, num_classes=2, generic_pass=named), max_names=asked))
+    assert run_config.shape == BatchShape(
         batch=6, text_length=120, max_phrases=2, max_masks=4, sam_size=32, siglip_size=16, max_names=names
     )
-    assert plan.options.negatives == (asked > 0)
+    assert run_config.options.negatives == (asked > 0)
 
 
 def test_options_losses_optimizer_and_prompts_are_those_of_the_config():
@@ -85,18 +85,20 @@ def test_options_losses_optimizer_and_prompts_are_those_of_the_config():
     )  # fmt: skip
     config.optimizer.losses.update(num_points=8, logits_chunk_size=32)
     config.optimizer.losses.importance_sample_ratio = 0.5
-    plan = RunConfig.from_config(config)
-    assert plan.options == TrainOptions(
+    run_config = RunConfig.from_config(config)
+    assert run_config.options == TrainOptions(
         objects="referred", include_generic=False, negatives=True, curriculum=((5, {"color": 1.0}),), explanation_prob=0.25,
         lsj_scale_range=(0.5, 1.5), pad_to_square=False, num_threads=3, num_workers=2,
     )  # fmt: skip
     wanted = {f.name: 10.0 + n for n, f in enumerate(dataclasses.fields(LossConfig))}
-    assert plan.losses == LossConfig(**wanted | {"num_points": 8, "logits_chunk_size": 32, "importance_sample_ratio": 0.5})
-    assert plan.optimizer == OptimizerConfig(
+    assert run_config.losses == LossConfig(
+        **wanted | {"num_points": 8, "logits_chunk_size": 32, "importance_sample_ratio": 0.5}
+    )
+    assert run_config.optimizer == OptimizerConfig(
         0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, (("sam/.*", None), (".*", 0.8)), 3, 4, "bfloat16"
     )
-    assert plan.prompts == PromptTemplates(chat="phi3_chat", randomize=True)
-    assert plan.model == CFG
+    assert run_config.prompts == PromptTemplates(chat="phi3_chat", randomize=True)
+    assert run_config.model == CFG
     assert "losses" in config.optimizer  # the config itself, which is stored with the run, stays whole
 
 
@@ -148,12 +150,12 @@ def built():
 
 def test_the_step_is_made_from_what_the_config_says(built):
     _, program, seen = built
-    plan, step = program.plan, seen["step"]
-    assert seen["optimizer"] == (plan.optimizer, 50, program.lr_multipliers)
-    assert (step["cfg"], step["losses"], step["seed"]) == (plan.model, plan.losses, 11)
+    run_config, step = program.run_config, seen["step"]
+    assert seen["optimizer"] == (run_config.optimizer, 50, program.lr_multipliers)
+    assert (step["cfg"], step["losses"], step["seed"]) == (run_config.model, run_config.losses, 11)
     assert step["optimizer"] is program.optimizer and step["mesh"] is program.mesh and step["graphdef"] is program.graphdef
-    assert step["division"] is program.division
-    assert (program.division.images, program.division.devices, program.division.micro_batches) == (6, 1, 3)
+    assert step["partition"] is program.partition
+    assert (program.partition.images, program.partition.devices, program.partition.micro_batches) == (6, 1, 3)
     assert float(step["schedule"](5)) == pytest.approx(0.5) and float(step["schedule"](50)) == pytest.approx(0, abs=1e-6)
     trainable, frozen = step["specs"]
     assert flatten_params(trainable).keys() == flatten_params(program.state.trainable).keys()

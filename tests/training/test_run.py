@@ -55,7 +55,7 @@ class Run:
         write = self.events.append
         batch = SimpleNamespace()
         self.program = SimpleNamespace(
-            plan=SimpleNamespace(optimizer=OPTIMIZER),
+            run_config=SimpleNamespace(optimizer=OPTIMIZER),
             state=state_of(-1),
             batch=batch,
             to_device=lambda batch: f"placed {batch}",
@@ -129,7 +129,7 @@ class Run:
             "open_train_data": lambda config, program: self.data,
             "log_run_summary": lambda program: write("summary"),
             "create_writer": lambda workdir, **options: write(("writer", Path(workdir).name, options)) or writer,
-            "save_final_model": lambda plan, state, config, data, workdir: write(("model", int(state.step))) or "the model",
+            "save_final_model": lambda run_config, state, *_: write(("model", int(state.step))) or "the model",
         }.items():
             monkeypatch.setattr(loop, name, part)
 
@@ -318,7 +318,7 @@ def reporting(monkeypatch):
     """(Report, what it wrote) of a run whose devices know their peak."""
     written = []
     program = SimpleNamespace(
-        plan=SimpleNamespace(model="m", losses="l", optimizer=OPTIMIZER, shape=SimpleNamespace(batch=8)),
+        run_config=SimpleNamespace(model="m", losses="l", optimizer=OPTIMIZER, shape=SimpleNamespace(batch=8)),
         mesh=SimpleNamespace(devices=np.array([["d0", "d1"]])),
         state=SimpleNamespace(trainable="t", frozen="f"),
     )
@@ -380,15 +380,15 @@ def test_the_model_is_written_with_what_it_was_made_from(monkeypatch, tmp_path, 
     saved = {}
     monkeypatch.setattr(loop, "save_pretrained", lambda *args, **options: saved.update(args=args, options=options) or args[0])
     state = state_of(4)
-    plan = SimpleNamespace(model=SimpleNamespace(to_dict=lambda: {"the": "model"}), prompts=Profile(1, 2))
+    run_config = SimpleNamespace(model=SimpleNamespace(to_dict=lambda: {"the": "model"}), prompts=Profile(1, 2))
     data = SimpleNamespace(digest=DIGEST, tokenizer=SimpleNamespace(name="its directory"))
-    assert loop.save_final_model(plan, state, config_of(), data, tmp_path) == tmp_path / "model"
+    assert loop.save_final_model(run_config, state, config_of(), data, tmp_path) == tmp_path / "model"
     extra = {"step": 4, "seed": 9, "prompts": {"start": 1, "steps": 2}, "data": DIGEST}
     assert saved["args"] == (tmp_path / "model", {"a": 4, "b": 5}, {"the": "model"}, "its directory", extra)
     assert saved["options"] == {"dtype": None, "overwrite": True}
     assert f"the model of step 4 is in {tmp_path}/model; " in capsys.readouterr().out
     data.tokenizer = None
-    loop.save_final_model(plan, state, config_of(), data, tmp_path)
+    loop.save_final_model(run_config, state, config_of(), data, tmp_path)
     assert saved["args"][3] is None
 
 
@@ -474,10 +474,10 @@ def opening(monkeypatch):
         model = SimpleNamespace(
             has_language_model=language, num_classes=classes, llm=SimpleNamespace(vocab_size=vocab), num_visual_tokens=17
         )
-        plan = SimpleNamespace(model=model, prompts="prompts", shape="shape", options="options")
+        run_config = SimpleNamespace(model=model, prompts="prompts", shape="shape", options="options")
         config = config_of()
         config.data.tokenizer = "elsewhere"
-        loop.open_train_data(config, SimpleNamespace(plan=plan, local_rows=lambda: [1, 3]))
+        loop.open_train_data(config, SimpleNamespace(run_config=run_config, local_rows=lambda: [1, 3]))
         asked["same"] = asked["options"].pop("tokenizer") is (tokenizer if language else None)
         return asked
 

@@ -137,11 +137,11 @@ def test_too_many_skipped_updates_name_the_images():
 
 
 def test_a_micro_batch_is_a_run_of_rows_whatever_holds_it():
-    division = BatchPartition(images=16, devices=4, micro_batches=2)
-    held = division.rows().reshape(4, 2, division.per_device_images)
+    partition = BatchPartition(images=16, devices=4, micro_batches=2)
+    held = partition.rows().reshape(4, 2, partition.per_device_images)
     assert held[:, 0].reshape(-1).tolist() == list(range(8)) and held[:, 1].reshape(-1).tolist() == list(range(8, 16))
     for group in (1, 2, 4, 8):  # within a device, or over two or four of them
-        division.validate(group)
+        partition.validate(group)
 
 
 @pytest.mark.parametrize(
