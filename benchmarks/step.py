@@ -1,6 +1,6 @@
 """The train step of a config as a candidate, in this revision of the repository or in another one.
 
-This file is run against other revisions: beyond configs, batches and `TrainProgram` it may only use what they have. As a worker:
+This file is run against other revisions: beyond configs, batches and `TrainProgram` it may use only what they have. A worker:
 `python -m benchmarks.step [--config=FILE] [--config.KEY=VALUE ...]`.
 """
 
