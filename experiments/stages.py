@@ -22,10 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from flowseg_jax import experiment as configs
-from flowseg_jax.data import prepare as builders
 from flowseg_jax.data.dataset import PreparedDataset
+from flowseg_jax.data.prepare import prepare, tokenizer_corpus, train_dataset_tokenizer
 from flowseg_jax.evaluation.benchmark import EvalModel, ReferringEvaluation
 from flowseg_jax.synthetic import multi_task
+from flowseg_jax.synthetic.shapes import load_or_build_shapes
 from flowseg_jax.system import host
 from flowseg_jax.system.console import duration, log
 from flowseg_jax.training import loop
@@ -73,23 +74,21 @@ class Outcome:
         return "\n".join(lines)
 
 
-def prepare(data: Path, size: Size) -> None:
+def prepare_data(data: Path, size: Size) -> None:
     """Makes the miniature data sets and one tokenizer for all of them, as far as they are missing."""
-    shapes = builders.load_or_build_shapes(data / "shapes", size.shapes, 0, log=log)
+    shapes = load_or_build_shapes(data / "shapes", size.shapes, 0, log=log)
     raw = data / "companions"
     if not raw.exists():
         multi_task.write_datasets(raw, reasonseg=size.reasonseg, panoptic=size.panoptic, chat=size.chat, report=log)
     sets = [shapes]
     for layout, name in LAYOUTS.items():
         out = data / name
-        sets.append(
-            PreparedDataset.open(out) if out.exists() else builders.prepare(raw / FOLDERS[layout], out, layout=layout, log=log)
-        )
+        sets.append(PreparedDataset.open(out) if out.exists() else prepare(raw / FOLDERS[layout], out, layout=layout, log=log))
     if not (data / "tokenizer").exists():
         from flowseg_jax.configs.stage3_mixed import TINY_VOCAB
 
-        texts = list(itertools.chain.from_iterable(builders.tokenizer_corpus(prepared) for prepared in sets))
-        builders.train_dataset_tokenizer(texts, data / "tokenizer", TINY_VOCAB)
+        texts = list(itertools.chain.from_iterable(tokenizer_corpus(prepared) for prepared in sets))
+        train_dataset_tokenizer(texts, data / "tokenizer", TINY_VOCAB)
 
 
 def main(data: Path = DATA, runs: Path = RUNS, size: Size = Size()) -> Outcome:
@@ -108,7 +107,7 @@ def main(data: Path = DATA, runs: Path = RUNS, size: Size = Size()) -> Outcome:
     host.use_host_devices(8)
     host.enable_compilation_cache()  # both runs of stage 3 are one program
     stage("miniature data sets in the layouts of RefCOCO, ReasonSeg, COCO panoptic and LLaVA")
-    prepare(data, size)
+    prepare_data(data, size)
 
     first, second, third = size.steps
     stage(f"stage 1, masks of categories, no language: {first} steps")

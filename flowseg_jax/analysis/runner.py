@@ -117,7 +117,9 @@ def measure(graphdef: Any, params: Any, data: Any, function: AnalysisFn, name: s
             for asked in batch.rounds:
                 pack = lambda masks, count: postprocess.pack_truth(masks, rows, count, where.bucket)  # noqa: B023, E731
                 phrases = asked.questions.query_valid.shape[1]
-                truth = postprocess.GroundTruth(pack(asked.truth, phrases), pack(asked.once, phrases), pack(batch.ignored, 1))
+                truth = postprocess.GroundTruth(
+                    pack(asked.truth, phrases), pack(asked.single_cover, phrases), pack(batch.ignored, 1)
+                )
                 values, logits = run(params, cache, asked.questions, *on_grid(truth.union, where))
                 values, restored = jax.device_get((values, restore(logits, where, truth)))
                 for b, samples in enumerate(asked.samples):

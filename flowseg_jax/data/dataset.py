@@ -27,7 +27,7 @@ from flowseg_jax.errors import UserError, brief, did_you_mean, quoted
 from flowseg_jax.system import paths
 from flowseg_jax.types import PAD
 
-FORMAT = 5  # of the files below; raised when they change
+FORMAT = 6  # of the files below; raised when they change
 METADATA = "metadata.json"
 TOKENIZER = "tokenizer"
 
@@ -48,7 +48,7 @@ class IndexEntry:
 
     Attributes:
         image_id, file_name, height, width: the image.
-        picture: a digest of the encoded image.
+        image_digest: a digest of the encoded image.
         categories: category of each object, NONE (-1) for a crowd region and where nothing has a category.
         samples: what can be asked, sorted.
         refs: the same with all sentences of a ref in one (`records.ref_samples`).
@@ -82,7 +82,7 @@ def index_entry(example: Example) -> dict[str, Any]:
         "image_id": example.image_id,
         "file_name": example.file_name,
         "size": [example.height, example.width],
-        "picture": hashlib.sha256(example.image).hexdigest()[:32],
+        "image_digest": hashlib.sha256(example.image).hexdigest()[:32],
         "categories": [PAD if a.crowd or a.ignore else a.category for a in example.annotations],
         "samples": [_line(sample) for sample in make_samples(example)],
         "refs": [_line(sample) for sample in make_ref_samples(example)],
@@ -96,13 +96,13 @@ def _line(s: Sample) -> list[Any]:
 def _entry(line: bytes, categories: int, layout: str) -> IndexEntry:
     """An index line, read back. ValueError, KeyError or TypeError if it is not as `index_entry` makes it."""
     raw = json.loads(line)
-    image, name, picture, (height, width) = raw["image_id"], raw["file_name"], raw["picture"], raw["size"]
+    image, name, digest, (height, width) = raw["image_id"], raw["file_name"], raw["image_digest"], raw["size"]
     classes = tuple(raw["categories"])
     whole = all(type(number) is int and abs(number) < 1 << 62 for number in (image, height, width, *classes))
-    if not (whole and type(name) is type(picture) is str and all(PAD <= c < categories for c in classes)):
+    if not (whole and type(name) is type(digest) is str and all(PAD <= c < categories for c in classes)):
         raise ValueError("an image of another kind")
     asked, refs = (tuple(_sample(image, name, row, len(classes)) for row in raw[key]) for key in ("samples", "refs"))
-    return IndexEntry(image, name, height, width, picture, classes, asked, refs, coco_number(name, layout))
+    return IndexEntry(image, name, height, width, digest, classes, asked, refs, coco_number(name, layout))
 
 
 def _sample(image: int, name: str, row: list[Any], objects: int) -> Sample:

@@ -98,14 +98,16 @@ class QueryRound:
     Attributes:
         questions: what is asked, with the answers unless the model writes them itself (`Asked`).
         samples: the row's samples, sample k is phrase k.
-        truth: bool [k, H, W], the samples' masks at original size; with `filled`, their polygons filled on whole points.
-        once: bool [k, H, W], the same without the pixels that several parts of an object cover (`Annotation.once`).
+        truth: bool [k, H, W], the samples' masks at original size; with `filled_polygons`, their polygons filled on whole
+            points.
+        single_cover: bool [k, H, W], the same without the pixels that several parts of an object cover
+            (`Annotation.rle_single_cover`).
     """
 
     questions: ExpressionQueries | PromptQueries
     samples: list[list[Sample]]
     truth: list[np.ndarray]
-    once: list[np.ndarray]
+    single_cover: list[np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +149,7 @@ class EvalDataset:
             (`Sample.prompt`); its own samples and truth stay.
         by_ref: ask once a ref, with all of its sentences in one (protocols of unit "ref").
         generate: ask without answers: the model writes them itself.
-        filled: hold the answers against polygons filled on whole points (protocols of raster "fill_points").
+        filled_polygons: hold the answers against polygons filled on whole points (protocols of raster "fill_points").
         only: places of the images to evaluate; None for all.
         skip: places of images to leave out.
         rows: which rows of each batch to build, in this order (a process's own); None for all.
@@ -176,7 +178,7 @@ class EvalDataset:
         control_seed: int | None = None,
         by_ref: bool = False,
         generate: bool = False,
-        filled: bool = False,
+        filled_polygons: bool = False,
         only: Collection[int] | None = None,
         skip: Collection[int] = (),
         rows: Sequence[int] | None = None,
@@ -197,7 +199,7 @@ class EvalDataset:
                     "choose a protocol that asks sentence by sentence, such as xsam"
                 )
             entries = [entry.by_ref for entry in entries]
-        self._filled, self._generate = filled, generate
+        self._filled_polygons, self._generate = filled_polygons, generate
         if control_seed is not None:
             entries = _shuffle_text(entries, control_seed, prepared.directory)
         if prepared.task not in ("referring", "reasoning"):
@@ -271,10 +273,10 @@ class EvalDataset:
             questions,
             samples,
             [
-                one.stack(functools.partial(one.union, filled=self._filled), row)
+                one.stack(functools.partial(one.union, filled_polygons=self._filled_polygons), row)
                 for one, row in zip(objects, samples, strict=True)
             ],
-            [one.stack(one.covered_once, row) for one, row in zip(objects, samples, strict=True)],
+            [one.stack(one.sample_single_cover, row) for one, row in zip(objects, samples, strict=True)],
         )
 
     def _read_image(self, place: int) -> tuple[Example, np.ndarray, ProcessedImage]:
@@ -291,14 +293,14 @@ class ObjectMasks:
     """The masks of an image's objects at its original size.
 
     Attributes:
-        whole, once, filled: bool [A, H, W], each object as the union of its parts, where exactly one part covers it, and with
-            its polygons filled on whole points.
+        whole, single_cover, filled_polygons: bool [A, H, W], each object as the union of its parts, where exactly one part
+            covers it, and with its polygons filled on whole points.
         ignored: bool [1, H, W], pixels that count for nothing.
     """
 
     whole: np.ndarray
-    once: np.ndarray
-    filled: np.ndarray
+    single_cover: np.ndarray
+    filled_polygons: np.ndarray
     ignored: np.ndarray
 
     @classmethod
@@ -312,24 +314,24 @@ class ObjectMasks:
             rles = [other or a.rle for other, a in zip(as_drawn, example.annotations, strict=True)]
             return masks.decode(rles, *size).astype(bool)
 
-        once, filled = (
+        single_cover, filled = (
             drawn([a.rle_single_cover for a in example.annotations]),
             drawn([a.rle_filled_polygons for a in example.annotations]),
         )
         ignored = [i for i, a in enumerate(example.annotations) if a.ignore]
-        return cls(whole, once, filled, whole[ignored].any(0, keepdims=True))
+        return cls(whole, single_cover, filled, whole[ignored].any(0, keepdims=True))
 
     def stack(self, draw: Callable[[Sample], np.ndarray], samples: Sequence[Sample]) -> np.ndarray:
         """bool [k, H, W]: what `draw`, one of the methods below, makes of each sample."""
         return np.stack([draw(sample) for sample in samples]) if samples else np.zeros((0, *self.whole.shape[1:]), bool)
 
-    def union(self, sample: Sample, filled: bool = False) -> np.ndarray:
-        """bool [H, W]: what the sample refers to, empty if that is nothing; `filled`: drawn as PSALM draws it."""
-        return (self.filled if filled else self.whole)[list(sample.annotations)].any(0)
+    def union(self, sample: Sample, filled_polygons: bool = False) -> np.ndarray:
+        """bool [H, W]: what the sample refers to, empty if that is nothing; `filled_polygons`: drawn as PSALM draws it."""
+        return (self.filled_polygons if filled_polygons else self.whole)[list(sample.annotations)].any(0)
 
-    def covered_once(self, sample: Sample) -> np.ndarray:
+    def sample_single_cover(self, sample: Sample) -> np.ndarray:
         """The same where the masks of the objects and of their parts, added up, are 1."""
-        return self.once[list(sample.annotations)].sum(0, dtype=np.int32) == 1
+        return self.single_cover[list(sample.annotations)].sum(0, dtype=np.int32) == 1
 
 
 def _shuffle_text(entries: list[IndexEntry], seed: int, where: object) -> list[IndexEntry]:

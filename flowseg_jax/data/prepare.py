@@ -7,7 +7,6 @@ An interrupted preparation leaves that directory, and the same command continues
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import hashlib
 import json
@@ -29,7 +28,7 @@ from flowseg_jax.data.prompts import template_corpus
 from flowseg_jax.data.records import DatasetReader, RecordErrors, damaged
 from flowseg_jax.data.shards import Shard
 from flowseg_jax.data.tokenizer import train_tokenizer
-from flowseg_jax.errors import UserError, not_writable, quoted
+from flowseg_jax.errors import UserError, not_writable
 from flowseg_jax.system import locks
 
 PROGRESS_SECONDS = 5.0
@@ -38,7 +37,8 @@ REQUEST, PROBLEMS = "request.json", "problems.txt"
 Log = Callable[[str], None]
 
 
-def _say(text: str) -> None:
+def log_line(text: str) -> None:
+    """Writes a line of progress to the console."""
     from flowseg_jax.system.console import log  # not in the workers, which say nothing
 
     log(text)
@@ -57,7 +57,7 @@ def prepare(
     tokenizer_vocab: int | None = None,
     on_error: str = "stop",
     processes: int | None = None,
-    log: Log = _say,
+    log: Log = log_line,
 ) -> PreparedDataset:
     """Turns an on-disk layout into a prepared data set.
 
@@ -285,102 +285,3 @@ def _continued(out: Path, request: Mapping[str, Any], log: Log) -> Iterator[Path
         if (why := not_writable(error)) is None and not isinstance(error, OSError):
             raise
         raise UserError(f"{out}: cannot be written ({why or error}); the same command continues") from None
-
-
-@contextlib.contextmanager
-def _atomic_directory(out: Path) -> Iterator[Path]:
-    """A hidden sibling of `out` that becomes `out` when the block ends well and vanishes when it does not."""
-    temporary = out.parent / f".{out.name}.{os.getpid()}.partial"
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror})") from None
-    try:
-        yield temporary
-        try:
-            os.rename(temporary, out)
-        except OSError as error:
-            raise UserError(
-                f"{out}: cannot be put in place ({error.strerror}); did another process write it meanwhile?"
-            ) from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _locked(path: Path, log: Log) -> Iterator[None]:
-    """Holds an exclusive lock on a file; says so while another process holds it."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("w")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
-    with file:
-        said = -PROGRESS_SECONDS
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() - said > PROGRESS_SECONDS:
-                    log(f"waiting for another process to make {path.with_suffix('')}")
-                    said = time.monotonic()
-                time.sleep(0.2)
-        yield
-
-
-def load_or_build_shapes(
-    directory: str | Path,
-    images: int,
-    seed: int,
-    *,
-    tokenizer_vocab: int = 512,
-    workers: int | None = None,
-    log: Log = _say,
-    **options: Any,
-) -> PreparedDataset:
-    """Opens the `shapes` benchmark in `directory`, generating and preparing it first if it is not there.
-
-    Appears complete or not at all; of several processes that ask at once, one makes it and the others wait.
-
-    Args:
-        directory: holds `refcoco-like/` (the generated layout) and `prepared/`.
-        images: number of images over all splits.
-        seed: of the generator.
-        tokenizer_vocab: ids of the tokenizer that is trained on it.
-        workers: processes of the generator; None for the number of cores. Does not change the result.
-        log: receives progress at least every 10 s.
-        **options: passed to `shapes.generator.generate`.
-
-    Raises:
-        UserError: the directory holds a set that was made with other arguments, or something else.
-    """
-    from flowseg_jax.synthetic.generator import generate
-
-    directory = Path(directory)
-    request = {"format": FORMAT, "images": images, "seed": seed, "tokenizer_vocab": tokenizer_vocab, **options}
-    request = json.loads(json.dumps(request))  # as it reads back: tuples become lists
-    stamp = directory / "request.json"
-    with _locked(directory.parent / f".{directory.name}.lock", log):
-        if not directory.exists() or not any(directory.iterdir()):
-            for left in directory.parent.glob(f".{directory.name}.*.partial"):  # of a killed process: the lock is ours
-                shutil.rmtree(left, ignore_errors=True)
-            log(f"making the shapes benchmark in {directory}: {images} images, seed {seed}")
-            with _atomic_directory(directory) as temporary:
-                layout = temporary / "refcoco-like"
-                generate(layout, images, seed, workers=workers, report=log, **options)
-                prepare(layout, temporary / "prepared", tokenizer_vocab=tokenizer_vocab, log=log)
-                (temporary / stamp.name).write_text(json.dumps(request) + "\n")
-    try:
-        made_with = json.loads(stamp.read_text())
-    except (OSError, ValueError, RecursionError):
-        made_with = None
-    if not isinstance(made_with, dict):
-        raise UserError(f"{directory}: exists but is not a shapes set made by this command; name another directory")
-    if made_with != request:
-        changed = sorted(k for k in {*made_with, *request} if made_with.get(k) != request.get(k))
-        detail = ", ".join(f"{k[:40]} {quoted(made_with.get(k))} -> {request.get(k)}" for k in changed[:8])
-        raise UserError(f"{directory}: holds a shapes set made otherwise ({detail}); remove it or name another directory")
-    return PreparedDataset.open(directory / "prepared")

@@ -1,4 +1,4 @@
-"""What every on-disk format is read into: one `Example` an image, with its objects and what is said about it."""
+"""What every on-disk format is read into: one `Example` per image, with its objects and what is said about it."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ class Annotation:
 
     Attributes:
         id: annotation id of the source.
-        category: 0-based index into the layout's category names, NONE (-1) where the layout has no categories.
+        category: 0-based index into the layout's category names, PAD (-1) where the layout has no categories.
         rle: counts of the COCO compressed run-length code of its mask (the union of its parts) at the image's original size.
         crowd: whether the source calls it a crowd region.
         ignore: whether its pixels count for nothing at evaluation.
-        once: counts of the code of the pixels that exactly one of its parts covers; empty where no two parts overlap. That is
-            the mask of evaluations that add the parts up (protocol "lisa").
-        filled: counts of the code of its polygons filled on whole points (`masks.filled`); empty where that is the same mask
-            or there are no polygons. That is the mask of protocol "psalm".
+        rle_single_cover: counts of the code of the pixels that exactly one of its parts covers; empty where no two parts
+            overlap. That is the mask of evaluations that add the parts up (protocol "lisa").
+        rle_filled_polygons: counts of the code of its polygons filled on whole points (`masks.fill_polygons`); empty where that
+            is the same mask or there are no polygons. That is the mask of protocol "psalm".
     """
 
     id: int
@@ -88,7 +88,7 @@ class Sample:
 
     Attributes:
         image_id, file_name: the image.
-        ann_id: id of the first object, NONE (-1) if the sentence refers to nothing.
+        ann_id: id of the first object, PAD (-1) if the sentence refers to nothing.
         ref_id, sentence_id: where the sentence came from (the first of its duplicates).
         sentence: lower-cased, stripped.
         family: kind of expression, empty when the source does not say.
@@ -201,7 +201,7 @@ def damaged(problems: Sequence[str], shown: int = 3, length: int = 240) -> str:
 class DatasetReader(Protocol):
     """An opened on-disk data set: what a reader of `formats/` offers.
 
-    It is opened with `(root, *, problems=Problems(), **options)`, checks its annotation files then, record by record inside
+    It is opened with `(root, *, problems=RecordErrors(), **options)`, checks its annotation files then, record by record inside
     `problems.record()`, and reads images and rasterises masks only in `example`, which is safe in several processes at once.
 
     Attributes:
@@ -241,7 +241,7 @@ class DatasetReader(Protocol):
 def read(layout: DatasetReader, split: str, index: int, notes: Counter[str], problems: RecordErrors) -> Example | None:
     """Example `index` of the split; None if it is left out, by rule or because it is damaged.
 
-    `notes` counts what was special, as `Layout.example` does, but nothing of a damaged example.
+    `notes` counts what was special, as `DatasetReader.example` does, but nothing of a damaged example.
     """
     mine: Counter[str] = Counter()
     with problems.record():

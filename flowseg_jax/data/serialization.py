@@ -39,8 +39,8 @@ def features() -> Any:
             "ann_rle": sequence(text),
             "ann_iscrowd": sequence(np.bool_),
             "ann_ignore": sequence(np.bool_),
-            "ann_once": sequence(text),
-            "ann_filled": sequence(text),
+            "ann_rle_single_cover": sequence(text),
+            "ann_rle_filled_polygons": sequence(text),
             "sentence_text": sequence(text),
             "sentence_id": sequence(np.int64),
             "sentence_ref": sequence(np.int64),
@@ -67,8 +67,8 @@ def to_record(example: Example) -> dict[str, Any]:
         "ann_rle": [a.rle for a in example.annotations],
         "ann_iscrowd": [a.crowd for a in example.annotations],
         "ann_ignore": [a.ignore for a in example.annotations],
-        "ann_once": [a.rle_single_cover for a in example.annotations],
-        "ann_filled": [a.rle_filled_polygons for a in example.annotations],
+        "ann_rle_single_cover": [a.rle_single_cover for a in example.annotations],
+        "ann_rle_filled_polygons": [a.rle_filled_polygons for a in example.annotations],
         "sentence_text": [e.text for e in example.expressions],
         "sentence_id": [e.id for e in example.expressions],
         "sentence_ref": [e.ref_id for e in example.expressions],
@@ -90,7 +90,7 @@ def from_record(record: Mapping[str, Any]) -> Example:
     annotations = tuple(
         Annotation(int(i), int(c), r.decode(), bool(w), bool(n), o.decode(), f.decode())
         for i, c, r, w, n, o, f in columns(
-            "ann_id", "ann_category", "ann_rle", "ann_iscrowd", "ann_ignore", "ann_once", "ann_filled"
+            "ann_id", "ann_category", "ann_rle", "ann_iscrowd", "ann_ignore", "ann_rle_single_cover", "ann_rle_filled_polygons"
         )
     )
     targets = iter(record["sentence_ann"])

@@ -192,7 +192,7 @@ class ReferringEvaluation:
             max_images=images,
             by_ref=protocol.unit == "ref",
             generate=model.answer_tokens > 0,
-            filled=protocol.raster == "fill_points",
+            filled_polygons=protocol.raster == "fill_points",
             rows=sharding.local_row_indices(batch, model.evaluator.mesh),
             **options,
         )

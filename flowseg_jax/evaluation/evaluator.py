@@ -162,7 +162,7 @@ class Evaluator:
             pack = lambda masks: self._put(  # noqa: E731
                 postprocess.pack_truth(masks, rows, asked.questions.query_valid.shape[1], where.bucket)  # noqa: B023 (called at once)
             )
-            truth = postprocess.GroundTruth(pack(asked.truth), pack(asked.once), ignored)
+            truth = postprocess.GroundTruth(pack(asked.truth), pack(asked.single_cover), ignored)
             chosen = self._predict(params, cache, self._put(asked.questions), *self._downsample_truth(truth.union, where))
             yield asked, chosen, self._upsample(chosen.logits, where, truth)
 

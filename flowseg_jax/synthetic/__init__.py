@@ -3,9 +3,9 @@
     flowseg data make-shapes --out data/shapes --num-images 6000 --seed 0
 
 The result is a RefCOCO directory like any other. `scene` says what stands where, `render` paints it, `expressions` finds what
-can be said, `generator` puts sets together, `writer` knows the layout, and `checker` reads an expression back and finds its
-object without any of them. `companions` (with `riddles` and `chat`) writes scenes in the layouts of ReasonSeg, COCO panoptic
-and LLaVA, and `lesson` a data set of one's own.
+can be said, `generator` puts sets together, `refcoco_writer` writes the layout, and `shapes` opens the prepared benchmark.
+`multi_task` (with `reasoning_questions` and `chat`) writes scenes in the layouts of ReasonSeg, COCO panoptic and LLaVA, and
+`toy_dataset` a data set of one's own.
 """
 
 from flowseg_jax.synthetic.generator import generate

@@ -16,8 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from flowseg_jax.data.workers import Spawn
-from flowseg_jax.data.workers import init_worker as start_worker
+from flowseg_jax.data.workers import Spawn, init_worker
 from flowseg_jax.errors import UserError, did_you_mean
 from flowseg_jax.synthetic import refcoco_writer
 from flowseg_jax.synthetic.expressions import FAMILIES, Expression, ExpressionGenerator, draw_families
@@ -88,7 +87,7 @@ def generate(
         UserError: for arguments that cannot be met, or an `out` that exists or cannot be written.
     """
     out = Path(out)
-    recipe = _recipe(seed, mix, objects, preset, size, quality)
+    config = _config(seed, mix, objects, preset, size, quality)
     splits = assign_splits(images, seed)
     if workers is None:
         workers = 1 if images < 256 else os.cpu_count() or 1
@@ -96,7 +95,7 @@ def generate(
         raise UserError(f"workers must be at least 1, got {workers}")
     with whole_directory(out, "the benchmark") as partial:
         (partial / "images").mkdir()
-        make = functools.partial(make_record, recipe=recipe, folder=partial / "images")
+        make = functools.partial(make_record, config=config, folder=partial / "images")
         with contextlib.nullcontext() if workers == 1 else _pool(workers) as executor:
             jobs = range(images), splits
             made = map(make, *jobs) if executor is None else executor.map(make, *jobs, chunksize=16)
@@ -107,12 +106,12 @@ def generate(
                     executor.shutdown(cancel_futures=True)
                 raise
         report("shapes: writing the annotations")
-        statistics = refcoco_writer.write(partial, records, recipe)
+        statistics = refcoco_writer.write(partial, records, config.seed, config.mix)
     report(f"{statistics}\nwrote {out}")
     return statistics
 
 
-def _recipe(
+def _config(
     seed: int, mix: Mapping[str, float] | None, objects: tuple[int, int] | None, preset: str, size: int, quality: int
 ) -> GeneratorConfig:
     if preset not in PRESETS:
@@ -150,20 +149,20 @@ def assign_splits(images: int, seed: int) -> list[str]:
     return splits
 
 
-def make_record(index: int, split: str, *, recipe: GeneratorConfig, folder: Path) -> refcoco_writer.ImageRecord:
+def make_record(index: int, split: str, *, config: GeneratorConfig, folder: Path) -> refcoco_writer.ImageRecord:
     """Makes one image: draws scene and expressions, saves the JPEG in `folder`, returns what the annotation files need."""
-    rng = random.Random(f"shapes scene {recipe.seed} {index}")
+    rng = random.Random(f"shapes scene {config.seed} {index}")
     held_out = split == "testB"
-    groups = _draw_groups(rng, recipe.mix, refs=2 if held_out else rng.choice(REFS))
+    groups = _draw_groups(rng, config.mix, refs=2 if held_out else rng.choice(REFS))
     for _ in range(ATTEMPTS):
-        scene = _draw_scene(rng, recipe, held_out)
+        scene = _draw_scene(rng, config, held_out)
         refs = scene and _refer(rng, scene, groups, held_out)
         if refs:
             break
     else:
         raise UserError(f"no scene found for the expression families {groups} (image {index}); use a mix with more families")
     record = refcoco_writer.record(index, split, scene, refs, rng)
-    render(scene, rng).save(folder / record.file_name, quality=recipe.quality)
+    render(scene, rng).save(folder / record.file_name, quality=config.quality)
     return record
 
 
@@ -172,13 +171,13 @@ def _draw_groups(rng: random.Random, mix: Mapping[str, float], refs: int) -> lis
     return [draw_families(rng, mix, rng.choice(SENTENCES)) for _ in range(refs)]
 
 
-def _draw_scene(rng: random.Random, recipe: GeneratorConfig, held_out: bool) -> Scene | None:
-    count = rng.randint(*recipe.objects)
+def _draw_scene(rng: random.Random, config: GeneratorConfig, held_out: bool) -> Scene | None:
+    count = rng.randint(*config.objects)
     triples = draw_attributes(rng, count, lambda *t: held_out or not is_held_out(*t))
     if not triples or (held_out and sum(is_held_out(*t) for t in triples) < 2):
         return None
-    items = place(rng, triples, recipe.size)
-    return items and compose(items, recipe.size)
+    items = place(rng, triples, config.size)
+    return items and compose(items, config.size)
 
 
 def _refer(rng: random.Random, scene: Scene, groups: list[list[str]], held_out: bool) -> list[list[Expression]] | None:
@@ -229,7 +228,7 @@ def _distinct(rng: random.Random, known: ExpressionGenerator, families: list[str
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(workers, Spawn(), initializer=start_worker, initargs=(signal.SIGINT,))
+    return ProcessPoolExecutor(workers, Spawn(), initializer=init_worker, initargs=(signal.SIGINT,))
 
 
 def _with_progress(made: Iterable, total: int, report: Callable[[str], None]) -> Iterable:

@@ -82,7 +82,7 @@ def write_datasets(
     chat: int = DEFAULTS["chat"],
     report: Callable[[str], None] = say,
 ) -> dict[str, int]:
-    """Writes the three companions to the new directory `directory`; the arguments alone decide what is in them.
+    """Writes the three data sets to the new directory `directory`; the arguments alone decide what is in them.
 
     Args:
         directory: to create; an existing non-empty one is an error.
@@ -107,9 +107,9 @@ def write_datasets(
         whole_directory(directory, "the companions") as partial,
         open(partial / "scenes.jsonl", "w", encoding="utf-8") as sidecar,
     ):
-        studio = _SceneWriter(partial, seed, sidecar)
+        writer = _SceneWriter(partial, seed, sidecar)
         for make, number in ((_reasonseg, reasonseg), (_panoptic, panoptic), (_llava, chat)):
-            made = make(studio, number)
+            made = make(writer, number)
             report(f"companions: {', '.join(f'{n} images in {folder}' for folder, n in made.items())}")
             counts |= made
     report(f"wrote {directory}")
@@ -141,17 +141,17 @@ def outline_points(mask: np.ndarray) -> list[list[list[float]]] | None:
     return parts
 
 
-def _ask(studio: _SceneWriter, rng: random.Random) -> tuple[Scene, ReasoningQuestion, list[list[list[float]]]]:
+def _ask(writer: _SceneWriter, rng: random.Random) -> tuple[Scene, ReasoningQuestion, list[list[list[float]]]]:
     """A scene, a question about it, and the outlines of the answer."""
     # The kind is drawn before the scene and kept, so that rejection cannot bend the mix.
-    riddle_of = REASONING_QUESTIONS[rng.choice(tuple(REASONING_QUESTIONS))]
+    question_of = REASONING_QUESTIONS[rng.choice(tuple(REASONING_QUESTIONS))]
     for _ in range(ATTEMPTS):
-        scene = studio.scene(rng)
-        if riddle := riddle_of(scene, rng):
-            outlines = [outline_points(scene.masks[i]) for i in riddle.targets]
+        scene = writer.scene(rng)
+        if question := question_of(scene, rng):
+            outlines = [outline_points(scene.masks[i]) for i in question.targets]
             if all(outlines):
-                return scene, riddle, [part for parts in outlines for part in parts]
-    raise AssertionError(f"no scene for {riddle_of.__name__} in {ATTEMPTS} attempts")
+                return scene, question, [part for parts in outlines for part in parts]
+    raise AssertionError(f"no scene for {question_of.__name__} in {ATTEMPTS} attempts")
 
 
 def _ignored(scene: Scene, targets: tuple[int, ...], rng: random.Random) -> list[list[float]] | None:
@@ -165,43 +165,43 @@ def _ignored(scene: Scene, targets: tuple[int, ...], rng: random.Random) -> list
     return np.stack([x + reach * np.cos(angles), y + reach * np.sin(angles)], axis=1).round(2).tolist()
 
 
-def _reasonseg(studio: _SceneWriter, number: int) -> dict[str, int]:
+def _reasonseg(writer: _SceneWriter, number: int) -> dict[str, int]:
     held = {"val": round(0.2 * number), "test": round(0.2 * number)}
     counts = {"train": number - sum(held.values())} | held
     explanations = []
     for split, images in counts.items():
-        folder = studio.root / "reasonseg" / split
+        folder = writer.root / "reasonseg" / split
         folder.mkdir(parents=True)
         for i in range(images):
             name = f"shapes_{split}_{i:06d}"
-            rng = studio.rng(name)
-            scene, riddle, parts = _ask(studio, rng)
+            rng = writer.rng(name)
+            scene, question, parts = _ask(writer, rng)
             is_sentence = rng.random() < 0.5
-            texts = list(riddle.long if is_sentence else riddle.short)
+            texts = list(question.long if is_sentence else question.short)
             rng.shuffle(texts)
             shapes = [{"label": "target", "points": points} for points in parts]
-            if rng.random() < IGNORE_SHARE and (points := _ignored(scene, riddle.targets, rng)):
+            if rng.random() < IGNORE_SHARE and (points := _ignored(scene, question.targets, rng)):
                 shapes.append({"label": "ignore", "points": points})
             if rng.random() < FLAG_SHARE:  # what a flag surrounds has no meaning
                 x, y, w, h = polygons.bounding_box(scene.masks[rng.randrange(len(scene.items))])
                 shapes.append({"label": "flag", "points": [[x, y], [x + w, y], [x + w, y + h], [x, y + h]]})
             rng.shuffle(shapes)
             (folder / f"{name}.json").write_text(_dump({"text": texts, "is_sentence": is_sentence, "shapes": shapes}))
-            studio.save(scene, rng, f"reasonseg/{split}/{name}.jpg")
+            writer.save(scene, rng, f"reasonseg/{split}/{name}.jpg")
             if split == "train" and rng.random() < EXPLAINED_SHARE:
-                explanations.append({"image": f"{name}.jpg", "query": texts[0], "outputs": riddle.explanation})
-    (studio.root / "reasonseg" / "explanatory").mkdir()
-    (studio.root / "reasonseg" / "explanatory" / "train.json").write_text(_dump(explanations))
+                explanations.append({"image": f"{name}.jpg", "query": texts[0], "outputs": question.explanation})
+    (writer.root / "reasonseg" / "explanatory").mkdir()
+    (writer.root / "reasonseg" / "explanatory" / "train.json").write_text(_dump(explanations))
     return {f"reasonseg/{split}": images for split, images in counts.items()}
 
 
-def _panoptic(studio: _SceneWriter, number: int) -> dict[str, int]:
+def _panoptic(writer: _SceneWriter, number: int) -> dict[str, int]:
     categories = [{"supercategory": "shape", "isthing": 1, "id": i, "name": shape} for shape, i in THINGS.items()]
     categories.append({"supercategory": "background", "isthing": 0, "id": BACKGROUND, "name": "background"})
-    for category, colour in zip(categories, studio.rng("palette").sample(range(1 << 24), len(categories)), strict=True):
+    for category, colour in zip(categories, writer.rng("palette").sample(range(1 << 24), len(categories)), strict=True):
         category["color"] = _rgb(colour)
     val = max(1, round(0.2 * number))
-    coco, counts = studio.root / "coco", {}
+    coco, counts = writer.root / "coco", {}
     for split, image_ids in (("train2017", range(1, number - val + 1)), ("val2017", range(number - val + 1, number + 1))):
         (coco / split).mkdir(parents=True)
         maps = coco / "annotations" / f"panoptic_{split}"
@@ -209,9 +209,9 @@ def _panoptic(studio: _SceneWriter, number: int) -> dict[str, int]:
         table: dict[str, Any] = {"info": {"description": "shapes, panoptic"}, "licenses": [], "images": [], "annotations": []}
         for image_id in image_ids:
             name = f"{image_id:012d}"
-            rng = studio.rng(f"panoptic {name}")
-            scene = studio.scene(rng)
-            studio.save(scene, rng, f"coco/{split}/{name}.jpg")
+            rng = writer.rng(f"panoptic {name}")
+            scene = writer.scene(rng)
+            writer.save(scene, rng, f"coco/{split}/{name}.jpg")
             ids, segments = _segments(scene, rng)
             Image.fromarray(ids).save(maps / f"{name}.png")
             size = {"height": scene.size, "width": scene.size}
@@ -240,18 +240,18 @@ def _segments(scene: Scene, rng: random.Random) -> tuple[np.ndarray, list[dict[s
     return pixels, segments
 
 
-def _llava(studio: _SceneWriter, number: int) -> dict[str, int]:
-    (studio.root / "llava" / "images").mkdir(parents=True)
+def _llava(writer: _SceneWriter, number: int) -> dict[str, int]:
+    (writer.root / "llava" / "images").mkdir(parents=True)
     entries = []
     for i in range(number):
         name = f"shapes_chat_{i:06d}"
-        rng = studio.rng(name)
-        scene = studio.scene(rng)
-        studio.save(scene, rng, f"llava/images/{name}.jpg")
+        rng = writer.rng(name)
+        scene = writer.scene(rng)
+        writer.save(scene, rng, f"llava/images/{name}.jpg")
         turns = []
         for question, answer in talk.conversation(scene, rng):
             turns += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
         turns[0]["value"] = "<image>\n" + turns[0]["value"]
         entries.append({"id": name, "image": f"{name}.jpg", "conversations": turns})
-    (studio.root / "llava" / "chat.json").write_text(_dump(entries))
+    (writer.root / "llava" / "chat.json").write_text(_dump(entries))
     return {"llava": number}

@@ -9,17 +9,15 @@ import itertools
 import json
 import pickle
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from flowseg_jax.synthetic import polygons
 from flowseg_jax.synthetic.expressions import Expression
 from flowseg_jax.synthetic.scene import COLOURS, SHAPES, SIZES, TEXTURES, Scene
 from flowseg_jax.synthetic.statistics import Statistics
-
-if TYPE_CHECKING:
-    from flowseg_jax.synthetic.generator import GeneratorConfig
 
 RLE_SHARE = 0.12  # of the objects; masks with a hole come on top
 # A category is everything that can be seen of an object by itself, so that the pass by name teaches every attribute.
@@ -63,8 +61,8 @@ def record(index: int, split: str, scene: Scene, refs: list[list[Expression]], r
     return ImageRecord(image_id, split, f"shapes_{image_id:012d}.jpg", scene.size, annotations, objects, refs)
 
 
-def write(root: Path, records: list[ImageRecord], recipe: GeneratorConfig) -> Statistics:
-    """Writes the annotation files of `records` to `root` and counts what they hold."""
+def write(root: Path, records: list[ImageRecord], seed: int, mix: Mapping[str, float]) -> Statistics:
+    """Writes the annotation files of `records` to `root` and counts what they hold; `seed` and `mix` are noted in them."""
     statistics = Statistics()
     images, annotations, refs = [], [], []
     sentence_id = 0
@@ -94,7 +92,7 @@ def write(root: Path, records: list[ImageRecord], recipe: GeneratorConfig) -> St
             row = {"image_id": r.image_id, "split": r.split, "image_size": r.size, "objects": graph}
             sidecar.write(json.dumps(row, separators=(",", ":")) + "\n")
             statistics.add(r.split, len(r.objects), r.refs)
-    info = {"description": "shapes", "version": "1.0", "seed": recipe.seed, "mix": dict(recipe.mix)}
+    info = {"description": "shapes", "version": "1.0", "seed": seed, "mix": dict(mix)}
     licence = {"id": 1, "name": "CC0", "url": "https://creativecommons.org/publicdomain/zero/1.0/"}
     instances = {"info": info, "licenses": [licence], "images": images, "annotations": annotations, "categories": CATEGORIES}
     (root / "instances.json").write_text(json.dumps(instances, separators=(",", ":")), encoding="utf-8")

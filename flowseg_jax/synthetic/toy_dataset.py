@@ -13,7 +13,7 @@ from pathlib import Path
 from PIL import Image
 
 from flowseg_jax.errors import UserError
-from flowseg_jax.synthetic import polygons as outline
+from flowseg_jax.synthetic import polygons
 from flowseg_jax.synthetic.render import render
 from flowseg_jax.synthetic.scene import REFERENCE_SIZE, Scene, compose, draw_attributes, place
 
@@ -51,11 +51,11 @@ def write(directory: Path, images: int = 20, seed: int = 0) -> None:
         name = f"{number:03d}.png"
         render(drawn, rng).save(directory / name)
         mask = drawn.masks[next(i for i, item in enumerate(drawn.items) if item.shape == SHAPE)]
-        polygons = outline.polygons(mask)
-        if number % 3 == 0 and polygons:
-            told = polygons
+        outlines = polygons.polygons(mask)
+        if number % 3 == 0 and outlines:
+            told = outlines
         elif number % 3 == 1:
-            told = {"size": list(mask.shape), "counts": outline.run_lengths(mask)["counts"]}
+            told = {"size": list(mask.shape), "counts": polygons.run_lengths(mask)["counts"]}
         else:
             told = f"{number:03d}_mask.png"
             Image.fromarray(mask).save(directory / told)

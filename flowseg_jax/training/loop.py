@@ -19,10 +19,10 @@ from flowseg_jax.checkpoints.storage import prepare_workdir, write_text_atomic
 from flowseg_jax.data.dataset import PreparedDataset
 from flowseg_jax.data.leakage import is_train_split
 from flowseg_jax.data.mixture import MixtureComponent, build_mixture, held_out_keys
-from flowseg_jax.data.prepare import load_or_build_shapes
 from flowseg_jax.data.train_dataset import TrainDataset, open_tokenizer
 from flowseg_jax.errors import UserError
 from flowseg_jax.experiment import to_json
+from flowseg_jax.synthetic.shapes import load_or_build_shapes
 from flowseg_jax.system import hardware, host
 from flowseg_jax.system.console import heartbeat, log
 from flowseg_jax.system.distributed import is_primary, locked

@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-import threading
 
 import pytest
 
@@ -228,74 +227,6 @@ def test_no_tensorflow_no_torch():
         "bad = {'tensorflow', 'torch'} & set(sys.modules); assert not bad, bad"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-class TestEnsureShapes:
-    @pytest.fixture
-    def generated(self, monkeypatch):
-        """Replaces the generator by the miniature layout; counts its calls."""
-        from flowseg_jax.synthetic import generator
-
-        calls = []
-
-        def generate(out, images, seed, *, workers=None, report=print, **options):
-            calls.append((images, seed, options))
-            mini.write(out)
-
-        monkeypatch.setattr(generator, "generate", generate)
-        return calls
-
-    def test_makes_it_once(self, generated, tmp_path):
-        first = prepare.load_or_build_shapes(tmp_path / "s", 20, 3, tokenizer_vocab=300, log=quiet, objects=(4, 6))
-        again = prepare.load_or_build_shapes(tmp_path / "s", 20, 3, tokenizer_vocab=300, log=quiet, objects=(4, 6))
-        assert generated == [(20, 3, {"objects": (4, 6)})] and first.digest == again.digest
-        assert first.tokenizer_directory.is_dir()
-        with pytest.raises(UserError, match=r"holds a shapes set made otherwise \(seed 3 -> 4\); remove it or name another"):
-            prepare.load_or_build_shapes(tmp_path / "s", 20, 4, tokenizer_vocab=300, log=quiet, objects=(4, 6))
-
-    def test_several_at_once_make_it_once(self, generated, tmp_path):
-        results, errors = [], []
-
-        def ask():
-            try:
-                results.append(prepare.load_or_build_shapes(tmp_path / "s", 20, 3, tokenizer_vocab=300, log=quiet).digest)
-            except Exception as error:  # reported below: a thread would swallow it
-                errors.append(error)
-
-        threads = [threading.Thread(target=ask) for _ in range(3)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert not errors and len(results) == 3 and len(set(results)) == 1 and len(generated) == 1
-
-    def test_failure_leaves_nothing(self, monkeypatch, tmp_path):
-        from flowseg_jax.synthetic import generator
-
-        def generate(out, images, seed, **options):
-            break_image(mini.write(out))
-
-        monkeypatch.setattr(generator, "generate", generate)
-        with pytest.raises(UserError, match="truncated"):
-            prepare.load_or_build_shapes(tmp_path / "s", 20, 3, log=quiet)
-        assert [p.name for p in tmp_path.iterdir() if not p.name.endswith(".lock")] == []
-
-    def test_leavings_of_a_killed_process_are_removed(self, generated, tmp_path):
-        (tmp_path / ".s.12345.partial" / "refcoco-like").mkdir(parents=True)
-        prepare.load_or_build_shapes(tmp_path / "s", 20, 3, tokenizer_vocab=300, log=quiet)
-        assert sorted(p.name for p in tmp_path.iterdir()) == [".s.lock", "s"]
-
-    def test_foreign_directory(self, tmp_path):
-        (tmp_path / "s").mkdir()
-        (tmp_path / "s" / "thesis.txt").write_text("do not touch")
-        with pytest.raises(UserError, match="exists but is not a shapes set made by this command"):
-            prepare.load_or_build_shapes(tmp_path / "s", 20, 3, log=quiet)
-
-    def test_the_real_generator(self, tmp_path):
-        prepared = prepare.load_or_build_shapes(tmp_path / "s", 16, 1, log=quiet, workers=1)
-        assert set(prepared.splits) == {"train", "val", "testA", "testB"} and prepared.families("train")
-        source, index = prepared.source("train"), prepared.index("train")
-        assert [source[i].image_id for i in range(len(source))] == [entry.image_id for entry in index]  # stored in order
 
 
 def test_images_elsewhere_named_by_a_path(layout, tmp_path):

@@ -373,7 +373,7 @@ def test_evaluation_ignores_what_reasonseg_ignores_and_unites_what_grefcoco_name
     for i in range(len(source)):
         objects = ObjectMasks.of(source[i])
         for sample in make_samples(source[i]):
-            union, once = objects.union(sample), objects.covered_once(sample)
+            union, once = objects.union(sample), objects.sample_single_cover(sample)
             assert union.any() == bool(sample.annotations) and (once <= union).all() and not objects.ignored.any()
 
 
@@ -383,11 +383,11 @@ def test_evaluation_by_ref_asks_all_sentences_at_once_and_holds_them_against_fil
 
     rounds = lambda data: [part for batch in data for part in batch.rounds]  # noqa: E731
 
-    data = batches("refcoco", by_ref=True, filled=True)
+    data = batches("refcoco", by_ref=True, filled_polygons=True)
     asked = {
         s.ref_id: (s, t, o)
         for part in rounds(data)
-        for row in zip(part.samples, part.truth, part.once, strict=True)
+        for row in zip(part.samples, part.truth, part.single_cover, strict=True)
         for s, t, o in zip(*row, strict=True)
     }
     assert sorted(asked) == [1, 2, 3, 4, 7] and data.samples == 5
@@ -404,7 +404,7 @@ def test_evaluation_by_ref_asks_all_sentences_at_once_and_holds_them_against_fil
         s.ref_id: t for p in rounds(batches("refcoco", by_ref=True)) for t, s in zip(p.truth[0], p.samples[0], strict=True)
     }
     np.testing.assert_array_equal(plain[1], ObjectMasks.of(sets["refcoco"].source("train")[0]).whole[0])
-    several = batches("grefcoco", by_ref=True, filled=True)
+    several = batches("grefcoco", by_ref=True, filled_polygons=True)
     assert {len(s.annotations) for part in rounds(several) for row in part.samples for s in row} == {0, 1, 3}
     with pytest.raises(UserError, match="reasoning questions have no refs .* such as xsam"):
         batches("reasonseg", by_ref=True)

@@ -122,7 +122,7 @@ def ours(cases, filled):
             made = example(c)
             objects, (sample,) = ObjectMasks.of(made), make_ref_samples(made)
             truth["union"].append(objects.union(sample, filled)[None])
-            truth["single_cover"].append(objects.covered_once(sample)[None])
+            truth["single_cover"].append(objects.sample_single_cover(sample)[None])
             truth["ignored"].append(objects.ignored)
         packed = {key: postprocess.pack_truth(value, len(part), 1, where.bucket) for key, value in truth.items()}
         found = jax.device_get(restore()(logits, where, postprocess.GroundTruth(**packed)))
@@ -251,7 +251,7 @@ def test_a_huge_mask():
     where = postprocess.geometry(np.array([[6, 8]], np.int32), [(h, w)], grid=(8, 8), padded_size=8)
     logits = rng.normal(size=(1, 1, 1, 8, 8)).astype(np.float32)
     pack = lambda mask: postprocess.pack_truth([mask[None]], 1, 1, where.bucket)  # noqa: E731
-    once = objects.covered_once(sample)
+    once = objects.sample_single_cover(sample)
     found = restore()(logits, where, postprocess.GroundTruth(pack(objects.union(sample)), pack(once), pack(once & False)))
     answer = postprocess.unpack_mask(np.asarray(found.masks)[0, 0, 0], (h, w))
     codes = [coco.encode(np.asfortranarray(m, np.uint8)) for m in (answer, decoded(parts, h, w).max(0))]

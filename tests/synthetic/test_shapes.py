@@ -1,4 +1,4 @@
-"""The `shapes` benchmark: its layout, its masks, its language (against an independent checker), its splits and its manners."""
+"""The `shapes` benchmark: its layout, its masks, its language (against an independent parser), its splits and its manners."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from pycocotools import mask as coco
 
 from flowseg_jax.cli import data
 from flowseg_jax.errors import UserError
-from flowseg_jax.synthetic import checker, generate, generator, refcoco_writer
-from flowseg_jax.synthetic import polygons as outline
+from flowseg_jax.synthetic import generate, generator, polygons, refcoco_writer
 from flowseg_jax.synthetic.expressions import FAMILIES
 from flowseg_jax.synthetic.render import PAINT
 from flowseg_jax.synthetic.scene import COLOURS, SHAPES, TEXTURES, is_held_out
+from tests.helpers import expression_parser
 
 
 class Made(NamedTuple):
@@ -115,15 +115,15 @@ def test_annotations_are_the_visible_pixels(made: Made):
 
 
 def test_masks_survive_the_coco_rasteriser():
-    recipe = generator._recipe(0, None, (7, 10), "default", 128, 92)
+    config = generator._config(0, None, (7, 10), "default", 128, 92)
     rng, parts = random.Random(5), collections.Counter()
-    scenes = [s for s in (generator._draw_scene(rng, recipe, False) for _ in range(60)) if s]
+    scenes = [s for s in (generator._draw_scene(rng, config, False) for _ in range(60)) if s]
     for mask in itertools.chain.from_iterable(scene.masks for scene in scenes):
-        polygons = outline.polygons(mask)
-        parts[polygons and len(polygons)] += 1
-        again = decode(polygons or outline.run_lengths(mask), 128)
+        outlines = polygons.polygons(mask)
+        parts[outlines and len(outlines)] += 1
+        again = decode(outlines or polygons.run_lengths(mask), 128)
         assert (again & mask).sum() / (again | mask).sum() > 0.97
-        assert np.array_equal(decode(outline.run_lengths(mask), 128), mask)
+        assert np.array_equal(decode(polygons.run_lengths(mask), 128), mask)
     assert parts[1] > 100 and parts[2] > 0
 
 
@@ -133,23 +133,23 @@ def test_outlines_of_arbitrary_masks(rng: np.random.Generator):
         mask = rng.random((6, 7)) < rng.uniform(0.1, 0.8)
         if not mask.any():
             continue
-        polygons = outline.polygons(mask)
-        outcomes[polygons is None] += 1
-        if polygons is not None:
-            rle = coco.frPyObjects(polygons, *mask.shape)
+        outlines = polygons.polygons(mask)
+        outcomes[outlines is None] += 1
+        if outlines is not None:
+            rle = coco.frPyObjects(outlines, *mask.shape)
             assert np.array_equal(coco.decode(coco.merge(rle)), mask)
     assert min(outcomes[True], outcomes[False]) > 20
     hole = np.ones((5, 5), bool)
     hole[2, 2] = False
-    assert outline.polygons(hole) is None
-    assert outline.polygons(np.eye(2, dtype=bool)) == [[0, 0, 1, 0, 1, 1, 0, 1], [1, 1, 2, 1, 2, 2, 1, 2]]
+    assert polygons.polygons(hole) is None
+    assert polygons.polygons(np.eye(2, dtype=bool)) == [[0, 0, 1, 0, 1, 1, 0, 1], [1, 1, 2, 1, 2, 2, 1, 2]]
 
 
-def test_the_checker_finds_the_target_of_every_sentence_and_nothing_else(made: Made):
+def test_the_parser_finds_the_target_of_every_sentence_and_nothing_else(made: Made):
     for ref in made.refs:
         objects = made.scenes[ref["image_id"]]["objects"]
         for sentence in ref["sentences"]:
-            assert checker.resolve(sentence["sent"], objects) == [ref["ann_id"]], (ref["image_id"], sentence["sent"])
+            assert expression_parser.resolve(sentence["sent"], objects) == [ref["ann_id"]], (ref["image_id"], sentence["sent"])
 
 
 def test_expressions_leave_room(made: Made, rng: np.random.Generator):
@@ -162,7 +162,7 @@ def test_expressions_leave_room(made: Made, rng: np.random.Generator):
             for thing in objects
         ]
         for sentence in ref["sentences"]:
-            assert checker.resolve(sentence["sent"], moved, margin=2.0) == [ref["ann_id"]], sentence["sent"]
+            assert expression_parser.resolve(sentence["sent"], moved, margin=2.0) == [ref["ann_id"]], sentence["sent"]
 
 
 def test_every_target_has_look_alikes(made: Made):
@@ -223,7 +223,7 @@ def test_the_hardest_mix_and_other_sizes_work(tmp_path: Path):
     assert all(len(scene["objects"]) in (9, 10) for scene in made.scenes.values())
     for ref in made.refs:
         for s in ref["sentences"]:
-            assert checker.resolve(s["sent"], made.scenes[ref["image_id"]]["objects"]) == [ref["ann_id"]]
+            assert expression_parser.resolve(s["sent"], made.scenes[ref["image_id"]]["objects"]) == [ref["ann_id"]]
 
 
 def contents(root: Path) -> dict[str, bytes]:
@@ -296,7 +296,7 @@ def test_the_mix_of_a_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         data.main([*line, "attribute"])
 
 
-# The checker itself: a scene and answers written by hand.
+# The parser itself: a scene and answers written by hand.
 #
 #     1 large red plain square (20, 20)      2 small red plain circle (100, 20)
 #     3 small blue striped circle (40, 60)   4 large blue dotted circle (90, 70)
@@ -356,16 +356,16 @@ BY_HAND = [
         ("", None),
     ],
 )
-def test_checker_by_hand(text: str, answer: list[int] | None):
+def test_parser_by_hand(text: str, answer: list[int] | None):
     if answer is None:
-        with pytest.raises(checker.NotUnderstood):
-            checker.resolve(text, BY_HAND)
+        with pytest.raises(expression_parser.NotUnderstood):
+            expression_parser.resolve(text, BY_HAND)
     else:
-        assert checker.resolve(text, BY_HAND) == answer
+        assert expression_parser.resolve(text, BY_HAND) == answer
 
 
 def test_the_checker_shares_no_code_with_the_generator():
-    tree = ast.parse(Path(checker.__file__).read_text())
+    tree = ast.parse(Path(expression_parser.__file__).read_text())
     imported = {node.module if isinstance(node, ast.ImportFrom) else alias.name for node in ast.walk(tree)
                 if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names}  # fmt: skip
     assert imported <= {"__future__", "collections.abc", "dataclasses", "typing"}

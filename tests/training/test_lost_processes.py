@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from flowseg_jax import experiment as configs
-from flowseg_jax.data import prepare
+from flowseg_jax.synthetic.shapes import load_or_build_shapes
 from flowseg_jax.system import process_watch
 from tests.training.test_two_processes import ROOT, config, finish, launch, pair  # noqa: F401
 
@@ -148,7 +148,7 @@ def test_training(config, tmp_path, victim):  # noqa: F811
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_evaluation(tmp_path, victim):
-    data, out = prepare.load_or_build_shapes(tmp_path / "shapes", 300, 0, log=lambda _: None).directory, tmp_path / "eval"
+    data, out = load_or_build_shapes(tmp_path / "shapes", 300, 0, log=lambda _: None).directory, tmp_path / "eval"
 
     def launch_both() -> list[subprocess.Popen]:
         environment = os.environ | {
