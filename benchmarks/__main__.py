@@ -38,7 +38,7 @@ from flowseg_jax.errors import UserError, did_you_mean
 from flowseg_jax.system.console import heartbeat, log
 
 REGRESSED, FAILED = 1, 2  # exit codes; the third is `ratio.TOO_BUSY`
-# OpenMP's threads, PyTorch's, spin behind their work and would take the cores from our next call.
+# OpenMP's threads, PyTorch's, spin after their work and would take the cores from our next call.
 PEACEFUL = {"GOMP_SPINCOUNT": "20000"}
 
 

@@ -204,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     wanted = images_a_second()
     print(
         f"stage 3 around Qwen3-4B at {MFU:.0%} MFU on {CHIPS} x {CHIP}: {wanted:.1f} images a second, "
-        f"{wanted / rate['ours']:.1f} cores of this kind over all hosts"
+        f"{wanted / rate['ours']:.1f} cores of this type over all hosts"
     )
     if arguments.json:
         ratio.write_json(arguments.json, found.to_json() | {"examples_a_second": rate, "needed": wanted})

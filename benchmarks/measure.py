@@ -79,7 +79,7 @@ def fastest(pair: components.Pair, eager_only: bool) -> tuple[components.Call, s
 
 
 def _seconds(call: components.Call) -> float:
-    """The least of TRIES calls behind a first one; of fewer where they are slow."""
+    """The least of TRIES calls after a first one; of fewer where they are slow."""
     call()
     found: list[float] = []
     while len(found) < TRIES and sum(found) < SLOW:

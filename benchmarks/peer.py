@@ -147,7 +147,7 @@ def projector(d_in: int, hidden: int, d_out: int) -> nn.Module:
 
 
 class FlowLayer(mask2former.Mask2FormerMaskedAttentionDecoderLayer):
-    """Hugging Face's decoder layer with SR behind the visual cross-attention and CR at its end."""
+    """Hugging Face's decoder layer with SR after the visual cross-attention and CR at its end."""
 
     def __init__(self, config: Mask2FormerConfig):
         super().__init__(config)
@@ -276,7 +276,7 @@ class FlowSegTorch(nn.Module):
         return tokens, decoded.mask_features, list(decoded.multi_scale_features)
 
     def listen(self, batch: dict[str, torch.Tensor], visual: torch.Tensor) -> torch.Tensor:
-        """Hidden states [1, T, W] behind the final norm. Without a mask in the batch, attention is causal."""
+        """Hidden states [1, T, W] after the final norm. Without a mask in the batch, attention is causal."""
         tokens = batch["input_ids"]
         start = int((tokens[0] == IMAGE_TOKEN_INDEX).nonzero()[0])
         words = self.llm.embed_tokens(torch.cat([tokens[:, :start], tokens[:, start + visual.shape[1] :]], 1))
@@ -349,7 +349,7 @@ def renamed(tensors: Tensors) -> dict[str, str]:
 
 
 def torch_batch(batch: Batch) -> dict[str, torch.Tensor]:
-    """What the network reads of a batch; `visible` only where several conversations stand behind the image."""
+    """What the network reads of a batch; `visible` only where several conversations stand after the image."""
     names = ("sam_images", "siglip_images", "input_ids", "position_ids", "phrase_ids", "seg_ids", "labels")
     out = {name: torch.from_numpy(np.array(getattr(batch, name))) for name in names}
     out |= {name: out[name].long() for name in names[2:]}

@@ -76,7 +76,7 @@ def segmentation_loss(
 
 
 def language_loss(model: FlowSegTorch, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Next-token loss over the text behind the image: before it no label stands."""
+    """Next-token loss over the text after the image: before it no label stands."""
     first = model.cfg.num_visual_tokens
     logits = F.linear(hidden[0, first - 1 : -1], model.llm.embed_tokens.weight)
     return F.cross_entropy(logits, labels[0, first:], ignore_index=IGNORE_INDEX)

@@ -45,7 +45,7 @@ def start(size: str, began: float, checkpoint: Path | None, restore: bool) -> di
     Args:
         size: "tiny" or "full".
         began: when this process was started, by `time.time()`.
-        checkpoint: where the state is written to behind the step, or read from; None for neither.
+        checkpoint: where the state is written to after the step, or read from; None for neither.
         restore: read it.
 
     Returns:

@@ -33,7 +33,7 @@ COMPARED = ("loss", "gradient_norm")  # metrics of the first step; they must be 
 class TrainStep:
     """The jitted train step on one device, with a state of its own that every call takes one step further.
 
-    Every step sees the same random batch. Steps are dispatched one behind the other, as in training.
+    Every step sees the same random batch. Steps are dispatched one after the other, as in training.
     """
 
     def __init__(self, config: ConfigDict):
@@ -98,7 +98,7 @@ def random_batch(shape: BatchShape, model: FlowSegConfig, seed: int = 0) -> Batc
         batch.segment_ids[:, here] = number + 1
         batch.position_ids[:, here] = prefix + np.arange(length)
         batch.labels[:, here] = batch.input_ids[:, here]
-        batch.seg_ids[:, at + length - 1] = number  # the generic conversation, behind the phrases, has the last number
+        batch.seg_ids[:, at + length - 1] = number  # the generic conversation, after the phrases, has the last number
         if number < shape.max_phrases:
             batch.phrase_ids[:, at + 1 : at + 4] = number
         else:

@@ -2,7 +2,7 @@
 
     python -m benchmarks.train_step --against=REVISION      # this working tree's step and that of a commit, on one device
     python -m benchmarks.train_step --overhead=accumulate   # optimizer.grad_accum_steps=1 and =4, the same batch
-    python -m benchmarks.train_step --overhead=checkpoint   # 20 steps, without and with a checkpoint written behind every 10th
+    python -m benchmarks.train_step --overhead=checkpoint   # 20 steps, without and with a checkpoint written after every 10th
 
 `--config=FILE` and `--config.KEY=VALUE` choose the step, as for train.py; the batch is random, so no data set is needed.
 """
@@ -44,12 +44,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class Window:
-    """So many steps as one call, with a checkpoint behind some of them; the last write is waited for.
+    """So many steps as one call, with a checkpoint after some of them; the last write is waited for.
 
     Args:
         train_step: whose state goes on; two windows may share it.
         steps: steps a call.
-        every: steps from one checkpoint to the next, None for no checkpoints. The first is written behind half as many, so
+        every: steps from one checkpoint to the next, None for no checkpoints. The first is written after half as many, so
             that training goes on beside every write.
         checkpoints: where to.
     """

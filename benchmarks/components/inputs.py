@@ -63,7 +63,7 @@ def exported(family: str, params: dict[str, Any], cfg: Any) -> dict[str, torch.T
 
 
 def placed(params: Any, dtype: str = "float32") -> Any:
-    """Parameters on the device; at rest in the dtype computed in, which is what a model for inference does."""
+    """Parameters on the device; stored in the dtype of the computation, which is what a model for inference does."""
     return jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
 
 

@@ -116,7 +116,7 @@ class Instruction:
 
 
 def _closing(line: str, start: int) -> int:
-    """The index behind the parenthesis that closes the one at `start`."""
+    """The index after the parenthesis that closes the one at `start`."""
     depth = 0
     for match in re.compile(r"[()]").finditer(line, start):
         depth += 1 if match[0] == "(" else -1

@@ -1,4 +1,4 @@
-"""Training checkpoints: Orbax behind the few calls that a run needs.
+"""Training checkpoints: the few calls that a run needs, on top of Orbax.
 
 A checkpoint is one step's directory: the state, and a JSON with everything else that it takes to continue (config, position in
 the data, versions, git revision, parameter manifest). Every array and the JSON itself have checksums, because Orbax notices a
@@ -68,7 +68,7 @@ def _listed(value: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class RestoredCheckpoint:
-    """A training checkpoint: the step it was taken behind, its state (as the abstract state asked for it) and its JSON."""
+    """A training checkpoint: the step it was taken after, its state (as the abstract state asked for it) and its JSON."""
 
     step: int
     state: Tree
@@ -118,7 +118,7 @@ class CheckpointManager:
         return self._manager.best_step() if self._best else None
 
     def save(self, step: int, state: Tree, meta: Mapping[str, Any], metrics: Mapping[str, Any] | None = None) -> bool:
-        """Starts writing the checkpoint behind `step`; the arrays may be donated as soon as this returns.
+        """Starts writing the checkpoint after `step`; the arrays may be donated as soon as this returns.
 
         Args:
             state: pure tree of arrays.
@@ -229,7 +229,7 @@ class CheckpointManager:
             raise UserError(f"checkpoint {path} is damaged ({fault}) and cannot be set aside: {refusal}")
 
     def _set_aside_unreadable_metrics(self) -> None:
-        """Orbax reads the metrics of all steps when it opens the directory, and gives up where one is no JSON."""
+        """Orbax reads the metrics of all steps when it opens the directory, and fails where one is no JSON."""
         for path in sorted(self.directory.glob("*/metrics/metrics")):
             step = path.parent.parent.name
             _, fault = collective_try(partial(_read_metrics, path), read_error)
@@ -279,7 +279,7 @@ def _quality(name: str, direction: str) -> Callable[[Mapping[str, float]], float
 
 
 def _read_meta(path: epath.Path) -> dict[str, Any]:
-    """A checkpoint's JSON. Raises ValueError for one that is damaged; one without a checksum is not looked at closely."""
+    """A checkpoint's JSON. Raises ValueError for one that is damaged; one without a checksum is not checked further."""
     meta = json_files.read(path / "meta" / "metadata")
     if not isinstance(meta, dict):
         raise ValueError("its JSON is no group of keys")

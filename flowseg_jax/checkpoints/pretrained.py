@@ -127,17 +127,17 @@ def save_pretrained_streaming(
     overwrite: bool = False,
     progress: Callable[[str], None] = lambda name: None,
 ) -> epath.Path:
-    """`save_model` for arrays that are made one at a time, while they are written; each keeps its dtype.
+    """`save_pretrained` for arrays that are made one at a time, while they are written; each keeps its dtype.
 
     Args:
         arrays: by flat name ("llm/table").
         model_config: of a model; None for a component.
-        tokenizer_dir: as in `save_model`; a component may have none.
+        tokenizer_dir: as in `save_pretrained`; a component may have none.
         component: of a component, its `family` and `config`.
         progress: called with the name of each array once it is made.
 
     Raises:
-        UserError: as `save_model`, and what making an array raises.
+        UserError: as `save_pretrained`, and what making an array raises.
     """
     kind = {"model": dict(model_config)} if component is None else {"model": {}, "component": dict(component)}
     kinds = {name: [list(lazy.shape), str(lazy.dtype)] for name, lazy in arrays.items()}
@@ -337,7 +337,7 @@ def _refuse_run(path: epath.Path) -> None:
 
 
 def _tokenizer_checksums(path: epath.Path) -> dict[str, str]:
-    """{file of the tokenizer: its SHA-256}; hidden files, which systems leave behind, are no part of it."""
+    """{file of the tokenizer: its SHA-256}; hidden files, which systems leave there, are no part of it."""
     found: dict[str, str] = {}
 
     def walk(folder: epath.Path, prefix: str) -> None:
@@ -396,7 +396,7 @@ def load_pretrained(
     """Reads a model directory and verifies every array.
 
     Args:
-        directory: written by `save_model` or `stream_model`.
+        directory: written by `save_pretrained` or `save_pretrained_streaming`.
         abstract: parameters as `jax.ShapeDtypeStruct`s, with shardings where there is a mesh; they are read straight into that
             form, and compared with it first. Without it they come as NumPy arrays.
         dtype: without `abstract`, what floating-point parameters are cast to; None leaves them as they are stored.

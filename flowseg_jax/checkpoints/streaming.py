@@ -28,7 +28,7 @@ CHUNK = 8 << 20  # bytes; what is compressed at a time, and what one read of a s
 class LazyArray:
     """An array that `make` returns when it is called; it is called once, and the array is dropped once it is written.
 
-    `shard` is the shape of the part that one device will hold: what is stored is divided so that no chunk lies in two parts,
+    `shard` is the shape of the shard that one device will hold: the stored chunks are such that none lies in two shards,
     and every device reads its own and nothing else. None: the whole array.
     """
 
@@ -63,7 +63,7 @@ def chunk_shape(shard: Sequence[int], itemsize: int) -> tuple[int, ...]:
     """The largest chunk of at most `CHUNK` bytes whose sides divide those of `shard`.
 
     If dividing one axis is enough, the axis that leaves the largest chunk is divided. Otherwise the first axis is cut into
-    single steps and the rest is looked at alone.
+    single steps and the rest is handled alone.
     """
     shard = tuple(shard)
     if math.prod(shard) * itemsize <= CHUNK:

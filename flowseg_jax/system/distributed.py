@@ -27,11 +27,11 @@ def is_primary() -> bool:
 def collective_try(work: Callable[[], T], reason: Callable[[Exception], str | None]) -> tuple[T | None, str]:
     """Does something that may fail on some processes only, and tells all of them whether it did.
 
-    Every process must call it. It returns when all have tried, so it is also a barrier; nothing is exchanged where there is one
+    Every process must call it. It returns when all have tried, so it is also a barrier; nothing is exchanged if there is one
     process.
 
     Args:
-        work: what to do; its collectives, if any, must not come behind a point where it can fail.
+        work: what to do; its collectives, if any, must not come after a point where it can fail.
         reason: a line about an error that counts as a failure, None for an error that is to be raised at once.
 
     Returns:

@@ -61,7 +61,7 @@ def enable_compilation_cache() -> None:
 def _kind() -> str:
     """Names what programs can be exchanged between: the compiler's version and, for those of the CPU, its instructions.
 
-    A home directory may be shared by machines of several kinds, and a program for one CPU ends with an illegal instruction on
+    A home directory may be shared by machines of several types, and a program for one CPU ends with an illegal instruction on
     another.
     """
     try:

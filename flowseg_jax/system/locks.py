@@ -2,7 +2,7 @@
 
 The lock is a small file: `.lock` in a directory that grows while a command runs, `.NAME.lock` beside one that appears whole. It
 names the process that holds it, is renewed while that runs, and is removed when it ends. `docs/checkpoints.md` says when a lock
-that was left behind counts for nothing.
+that was left over counts for nothing.
 """
 
 from __future__ import annotations
@@ -135,12 +135,12 @@ def held(directory: str | os.PathLike, *, beside: bool = False) -> Iterator[None
             _held.pop(path.as_posix(), None)
             ended.set()
             thread.join()
-            with contextlib.suppress(Exception):  # one that stays behind names a process that has ended
+            with contextlib.suppress(Exception):  # one that is left over names a process that has ended
                 lock.remove(mine)
 
 
 def _take(lock: _File | _Object, mine: Owner, directory: epath.Path) -> None:
-    """Makes `mine` the owner. A lock of another host is watched: it is renewed, or left behind."""
+    """Makes `mine` the owner. A lock of another host is watched: it is renewed, or a leftover."""
     watched, until = None, 0.0
     while True:
         text, version = lock.read()
@@ -307,7 +307,7 @@ class _Object:
 
 @contextlib.contextmanager
 def _unless_changed() -> Iterator[None]:
-    """Goes on behind a request whose precondition did not hold, or whose object is gone."""
+    """Goes on after a request whose precondition did not hold, or whose object is gone."""
     try:
         yield
     except Exception as error:

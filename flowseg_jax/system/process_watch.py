@@ -178,7 +178,7 @@ def _line(peer: socket.socket) -> str:
 
 
 def _of_a_collective(error: BaseException | None) -> bool:
-    """Whether an exception, or one behind it, is that of a collective that lacks a process."""
+    """Whether an exception, or a cause of it, is that of a collective that lacks a process."""
     while error is not None:
         if any(word in str(error) for word in ("Gloo", "coordination", "barrier")):
             return True

@@ -95,7 +95,7 @@ class Traces:
 def unsaid() -> Iterator[Callable[[object], None]]:
     """Around a read that may fail: drops what libraries say, often a hundred times, of the one error that it is reported by.
 
-    To be called, before the end, with whether it failed: what tasks left behind is said when they are collected.
+    To be called, before the end, with whether it failed: what tasks left over is printed when they are collected.
     """
 
     def settle(failed: object) -> None:

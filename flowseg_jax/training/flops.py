@@ -210,7 +210,7 @@ def forward(model: FlowSegConfig, shape: BatchShape, losses: LossConfig) -> dict
         "visual_projector": projector(model.siglip.num_patches, model.siglip.hidden_size, llm),
         "seg_projector": projector(side**2, 4 * model.sam.hidden_size, llm),
         "llm": language(model.llm, shape.text_length),
-        "head": FlopCount(head),  # of the text behind the visual tokens
+        "head": FlopCount(head),  # of the text after the visual tokens
         "llm_projector": projector(shape.text_length, llm, width),
         "connector": connector(model.connector, model.sam.grid_size),
         "pixel_decoder": pixel_decoder(model.pixel_decoder, maps),

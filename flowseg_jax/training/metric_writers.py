@@ -141,14 +141,14 @@ class JsonlWriter(ScalarWriter):
 
     Values are doubles with all their digits (a float32 comes back bit for bit); one that is not finite is written as NaN or
     Infinity, as Python's `json` reads it back. The file has each step once: opened by a run that continues from `start_step`,
-    it drops the lines behind that step (they will be computed again) and a last line that a kill cut short.
+    it drops the lines after that step (they will be computed again) and a last line that a kill cut short.
 
     An object of a store cannot be appended to. It is replaced as a whole: at most every `UPLOAD_SECONDS`, and by `flush`, which
-    is to be called before a checkpoint is saved so that no line behind it can be lost.
+    is to be called before a checkpoint is saved so that no line after it can be lost.
 
     Raises:
         UserError: the file cannot be written.
-        ValueError: a step that is not behind the last one.
+        ValueError: a step that is not after the last one.
     """
 
     def __init__(self, path: str | os.PathLike, start_step: int = 0):
@@ -279,7 +279,7 @@ class Throughput:
     """Steps and examples a second since the last time it was asked.
 
     Args:
-        step: the step that the clock starts at; start it behind the compilation.
+        step: the step that the clock starts at; start it after the compilation.
         batch_size: examples a step, over all devices.
     """
 

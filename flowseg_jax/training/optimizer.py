@@ -29,8 +29,8 @@ class OptimizerConfig:
     grad_accum_steps: micro-batches of a device's images that are differentiated one after the other, to save memory; the update
         is the same.
     max_skipped_updates: updates in a row that may be skipped because they are not finite; more stop the run.
-    frozen_dtype: what the matrices of frozen components (SAM, SigLIP, the language model) rest in, "float32" or "bfloat16".
-        They are cast to the compute dtype before every use, so where the model computes in bfloat16 the numbers stay the same.
+    frozen_dtype: how the matrices of frozen components (SAM, SigLIP, the language model) are stored: "float32" or "bfloat16".
+        They are cast to the compute dtype before every use, so the numbers stay the same where the model computes in bfloat16.
     """
 
     learning_rate: float = 4e-5

@@ -1,6 +1,6 @@
 """Being asked to stop: Ctrl-C and SIGTERM end a run at a step's end, with its state saved.
 
-With several processes all must stop behind the same step. JAX's preemption service, which takes SIGTERM over, tells the other
+With several processes all must stop after the same step. JAX's preemption service, which takes SIGTERM over, tells the other
 processes of it and agrees with them on a step that none has reached yet.
 """
 
@@ -40,5 +40,5 @@ class GracefulStop:
             signal.signal(number, handler)
 
     def should_stop(self, step: int) -> bool:
-        """Whether the run is to end behind this step. Every process must ask at every step."""
+        """Whether the run is to end after this step. Every process must ask at every step."""
         return bool(self._signals) if self._alone else multihost_utils.reached_preemption_sync_point(step)

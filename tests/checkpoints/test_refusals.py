@@ -1,4 +1,4 @@
-"""What checkpoints and model directories do with what others left behind: metrics, JSON, interrupted replacements."""
+"""What checkpoints and model directories do with leftovers: metrics, JSON, interrupted replacements."""
 
 from __future__ import annotations
 

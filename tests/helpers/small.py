@@ -117,7 +117,7 @@ def start(program: TrainProgram, params: dict[str, Any]) -> TrainState:
 
 
 def batch(cfg: FlowSegConfig, *, images: int = 2, phrases: int = 2, masks: int = 3, seed: int = 0) -> Batch:
-    """Random images; `phrases` referring conversations and one generic conversation behind each, all slots used."""
+    """Random images; `phrases` referring conversations and one generic conversation after each, all slots used."""
     rng = np.random.default_rng(seed)
     visual, side, length = cfg.num_visual_tokens, cfg.sam.image_size, 6
     text = 1 + visual + phrases * length + 2 * masks + 2
@@ -161,7 +161,7 @@ def batch(cfg: FlowSegConfig, *, images: int = 2, phrases: int = 2, masks: int =
 
 
 def pad(x: Batch, *, text: int = 0, phrases: int = 0, masks: int = 0, names: int = 0) -> Batch:
-    """The same batch with more padding: `text` tokens behind the end, `phrases`, `masks` and `names` that do not exist."""
+    """The same batch with more padding: `text` tokens after the end, `phrases`, `masks` and `names` that do not exist."""
     k = x.phrase_target.shape[1]
     wide = lambda a, n, fill: np.pad(a, ((0, 0), (0, n)), constant_values=fill)  # noqa: E731
     fields = {
@@ -171,7 +171,7 @@ def pad(x: Batch, *, text: int = 0, phrases: int = 0, masks: int = 0, names: int
             ("labels", IGNORE_INDEX), ("phrase_ids", PAD), ("seg_ids", PAD),
         )
     }  # fmt: skip
-    # Names are numbered behind the phrases, so more room for phrases moves them.
+    # Names are numbered after the phrases, so more room for phrases moves them.
     for name in ("phrase_ids", "seg_ids"):
         fields[name] = np.where(fields[name] >= k, fields[name] + phrases, fields[name])
     return dataclasses.replace(

@@ -1,4 +1,4 @@
-"""One command at a time in a directory: who is refused, by whom, and when a lock that was left behind counts for nothing."""
+"""One command at a time in a directory: who is refused, by whom, and when a lock that was left over counts for nothing."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ def test_the_language_model_multiplies_what_is_counted():
     work = flops.language(cfg, tokens)
     masked_away = (
         work.activation_products * (tokens - 1) / (tokens + 1)
-    )  # the program multiplies all pairs and masks those behind
+    )  # the program multiplies all pairs and masks those that come later
     assert found == pytest.approx(work.forward + masked_away, rel=1e-6)
     window = dataclasses.replace(cfg, sliding_window=100)
     seen = sum(min(i + 1, 100) for i in range(tokens))
@@ -152,7 +152,7 @@ def test_a_frozen_part_costs_what_its_gradients_take():
     cfg = small.config()
     work = flops.language(cfg.llm, cfg.num_visual_tokens + 40)
     attention_share = work.activation_products / work.forward
-    ratios = cost(cfg, "llm/")  # behind projectors that learn: gradients pass through it
+    ratios = cost(cfg, "llm/")  # after projectors that learn: gradients pass through it
     assert ratios["llm"] == pytest.approx(2 + attention_share)
     assert ratios["head"] == pytest.approx(2)  # tied to the frozen table
     assert ratios["sam"] == ratios["visual_projector"] == pytest.approx(3)
@@ -178,7 +178,7 @@ def test_what_a_batch_asks_for_is_counted():
     cfg = dataclasses.replace(FULL, num_classes=10, generic_pass="with_flow", negatives_group_size=2)
     base = flops.forward(cfg, SHAPE, LossConfig())
     more_text = flops.forward(cfg, dataclasses.replace(SHAPE, text_length=SHAPE.text_length + 167), LossConfig())
-    assert base["head"].forward * 2 == pytest.approx(more_text["head"].forward)  # 167 tokens behind the visual ones
+    assert base["head"].forward * 2 == pytest.approx(more_text["head"].forward)  # 167 tokens after the visual ones
     assert base["llm"].forward < more_text["llm"].forward
     assert flops.forward(cfg, SHAPE, LossConfig(language_weight=0.0))["head"] == FlopCount()
     more_phrases = flops.forward(cfg, dataclasses.replace(SHAPE, max_phrases=10), LossConfig())  # 6 passes become 12

@@ -165,7 +165,7 @@ def wait_until(moment: Callable[[], bool], process: subprocess.Popen, log: Path)
 
 @dataclasses.dataclass(frozen=True)
 class Kill:
-    """A moment to kill a run: `seconds` after the process has started, has logged `step`, or is seen to save behind it."""
+    """A moment to kill a run: `seconds` after the process has started, has logged `step`, or is seen to save after it."""
 
     kind: str  # "starting", "training" or "saving"
     step: int
@@ -244,7 +244,7 @@ def test_stopped_damaged_and_out_of_space(command, uninterrupted, tmp_path, caps
     workdir, log = tmp_path / "run", tmp_path / "log"
 
     def stop(number: int, step: int) -> tuple[int, float]:
-        """Sends a signal behind `step`; the exit code and the seconds until the process was gone."""
+        """Sends a signal after `step`; the exit code and the seconds until the process was gone."""
         with command.started(workdir, log) as process:
             wait_until(lambda: last_logged(workdir) >= step, process, log)
             started = time.monotonic()
@@ -263,7 +263,7 @@ def test_stopped_damaged_and_out_of_space(command, uninterrupted, tmp_path, caps
     assert log.read_text().endswith("interrupted\n") and "Traceback" not in log.read_text()
     assert saved(workdir)[-1] == last_logged(workdir)
 
-    def full_disk() -> None:  # writing behind this many bytes of a file fails, as it would on a full disk
+    def full_disk() -> None:  # writing after this many bytes of a file fails, as it would on a full disk
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
     before = saved(workdir)

@@ -47,7 +47,7 @@ def test_what_is_no_profile_is_refused(text):
         Profile.parse(text)
 
 
-def test_a_trace_holds_the_steps_behind_start_and_the_named_scopes(tmp_path, capsys):
+def test_a_trace_holds_the_steps_after_start_and_the_named_scopes(tmp_path, capsys):
     train(Profile.parse("2:3"), tmp_path / "profile")
     steps, session, content = traced(tmp_path / "profile")
     assert (steps, session) == ([3, 4, 5], "steps_3-5")
@@ -67,7 +67,7 @@ def test_a_run_resumed_between_the_steps_traces_the_rest(tmp_path):
     assert traced(tmp_path)[0] == [5]
 
 
-def test_nothing_is_traced_without_a_profile_behind_the_steps_and_on_other_processes(tmp_path, capsys, monkeypatch):
+def test_nothing_is_traced_without_a_profile_after_the_steps_and_on_other_processes(tmp_path, capsys, monkeypatch):
     train(None, tmp_path)
     assert capsys.readouterr().out == ""
     train(Profile(0, 2), tmp_path, steps=range(3, 6))

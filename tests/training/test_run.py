@@ -45,7 +45,7 @@ class Run:
 
     Args:
         restored: what the checkpoints hold.
-        stop: behind which step the run is asked to stop.
+        stop: after which step the run is asked to stop.
         interrupted: by Ctrl-C.
     """
 
@@ -262,7 +262,7 @@ def test_a_stop_saves_waits_and_ends(monkeypatch, tmp_path, capsys, interrupted,
     assert said == f"stopped: the state of step 2 is saved in {tmp_path}; the same command continues\n"
 
 
-def test_a_stop_behind_the_last_step_is_the_end_as_usual(monkeypatch, tmp_path):
+def test_a_stop_after_the_last_step_is_the_end_as_usual(monkeypatch, tmp_path):
     run = Run(monkeypatch, stop=5)
     assert run(config_of(), tmp_path) == "the model" and not run.of("wait")
 

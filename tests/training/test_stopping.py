@@ -32,7 +32,7 @@ def handlers():
 
 
 @pytest.mark.parametrize("number", NUMBERS)
-def test_a_signal_is_told_behind_the_step_and_the_handlers_come_back(handlers, number):
+def test_a_signal_is_told_after_the_step_and_the_handlers_come_back(handlers, number):
     with pytest.raises(RuntimeError), GracefulStop() as stop:
         assert not stop.should_stop(1) and not stop.interrupted
         assert all(signal.getsignal(n) is not handlers[n] for n in NUMBERS)

@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    """A run of four steps on miniature data, saved behind the second; it starts from parameters that cost nothing to draw."""
+    """A run of four steps on miniature data, saved after the second; it starts from parameters that cost nothing to draw."""
     root = tmp_path_factory.mktemp("run")
     prepared = prepare.prepare(mini.write(root / "layout"), root / "prepared", tokenizer_vocab=300, log=lambda _: None)
     cfg = small.lean(negatives_group_size=4)
@@ -117,7 +117,7 @@ def test_one_process_goes_on_where_two_stopped(config, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_process_ends_both_behind_the_same_step(config, tmp_path):
+def test_a_signal_to_one_process_ends_both_after_the_same_step(config, tmp_path):
     endless = configs.from_json(configs.to_json(config))
     endless.update(num_steps=100_000, checkpoint_every=100_000)
     endless.mesh.data = 1
