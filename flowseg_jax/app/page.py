@@ -59,7 +59,7 @@ def build(segmentor: Segmentor, scenes: Sequence[tuple[str, str]], checkpoint: s
                     )
                     top_k = gr.Slider(1, 15, 5, step=1, label="candidates per expression")
                     generate = gr.Checkbox(False, label="the model writes its answer itself")
-                gr.Examples([list(scene) for scene in scenes], [image, texts], label="scenes to try", examples_per_page=12)
+                gr.Examples([list(scene) for scene in scenes], [image, texts], label="scenes to try", examples_per_page=4)
             with gr.Column(scale=3, min_width=320):
                 with gr.Tabs():
                     with gr.Tab("Answers"):

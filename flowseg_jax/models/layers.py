@@ -1,7 +1,7 @@
 """The few layers all components are made of, with logical axis names on every parameter.
 
-A parameter is `nnx.Param(value, logical_axes=(...))`: one logical axis name (or None) per dimension. `sharding.py` turns
-the names into shardings; nothing here knows about meshes. Parameters are float32; `dtype` is what a layer computes in. Matrix
+A parameter is `nnx.Param(value, logical_axes=(...))`: one logical axis name (or None) per dimension. `sharding.py` turns the
+names into shardings; nothing here knows about meshes. Parameters are float32; `dtype` is what a layer computes in. Matrix
 products accumulate in float32 (`ops.dot`); norms take their statistics in float32.
 """
 
