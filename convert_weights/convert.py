@@ -111,7 +111,7 @@ class Exported:
     """Our parameters as a source of PyTorch's tensors, each made when it is read (most quickly `in_order`).
 
     Args:
-        params: a source of our parameters under their flat names ("llm/table").
+        params: a source of our parameters under their flat names ("llm/embed_tokens").
         layout: naming, a key of the family's `layouts`; None for the first.
 
     Raises:

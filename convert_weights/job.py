@@ -124,7 +124,9 @@ def open_conversion(request: ConversionRequest) -> Iterator[ConversionJob]:
             cfg = dataclasses.replace(cfg, llm=dataclasses.replace(cfg.llm, vocab_size=count))
         cfg = configs.override(cfg, request.settings)
         if count is not None and isinstance(cfg, LanguageConfig) and cfg.vocab_size < count:
-            raise UserError(f"vocab={cfg.vocab_size} has no row for each of the tokenizer's {count} ids: leave --set vocab out")
+            raise UserError(
+                f"vocab_size={cfg.vocab_size} has no row for each of the tokenizer's {count} ids: leave --set vocab_size out"
+            )
         if request.out is not None and not family.component and tokenizer is None:
             raise UserError(f"{family.name} needs its language model's tokenizer: give --tokenizer DIR")
         extra: dict[str, Any] = {"converted": {"family": family.name, "seed": request.seed}}
@@ -269,7 +271,7 @@ def _llm_family(path: Path) -> str:
         raise UserError(f"{path}: convert a GGUF by itself first (flowseg convert llama ...), then give its directory")
     values = configs.hf_config(None, path)
     # A component of ours, a whole model of ours, Hugging Face's language model, and one of its models with pictures.
-    places = (("component", "family"), ("model", "llm", "family"), ("model_type",), ("text_config", "model_type"))
+    places = (("component", "family"), ("model", "llm", "model_type"), ("model_type",), ("text_config", "model_type"))
     named = [_at(values, place) for place in places]
     found = next((name for name in named if name in hf_keys.LANGUAGE), None)
     if found is None:

@@ -165,7 +165,7 @@ class Comparison:
             self.report.explain(
                 self.run.file,
                 r"decoder/(seg|query_init|pred|layer)|class/|out/|post/|loss/|match/|points/|grad/",
-                "behind X-SAM main's <SEG> lookup, which mixes up the images and phrases of a batch (we do not copy it)",
+                "after X-SAM main's <SEG> lookup, which mixes up the images and phrases of a batch (we do not copy it)",
             )
             return
         for name, value in seen.passes.items():

@@ -44,7 +44,7 @@ class Text:
         """Under X-SAM's names, with one placeholder for the image."""
         first = len(self.prefix) + 1
         return {
-            "input_ids": [*self.prefix, IMAGE_TOKEN_INDEX, *self.body.tokens],
+            "input_ids": [*self.prefix, IMAGE_TOKEN_INDEX, *self.body.input_ids],
             "labels": [IGNORE_INDEX] * first + self.body.labels,
             "cond_ids": [PAD] * first + self.body.phrase_ids,
             "seg_ids": [PAD] * first + self.body.seg_ids,
@@ -134,7 +134,7 @@ def read_texts(fixture: Fixture, keys: list[str]) -> dict[str, Text]:
         last = list(tokenizer.encode(turns[-1].get("sep", "")))
         none = [PAD] * len(last)
         body = TokenizedConversation(
-            body.tokens + last, body.labels + [IGNORE_INDEX] * len(last), body.phrase_ids + none, body.seg_ids + none
+            body.input_ids + last, body.labels + [IGNORE_INDEX] * len(last), body.phrase_ids + none, body.seg_ids + none
         )
         texts[key] = Text(encode_prefix(prompts, tokenizer, 0), body)
     return texts
@@ -219,7 +219,7 @@ def assemble(samples: list[Sample], cfg: FlowSegConfig, labels: list[Int[np.ndar
     for sample in samples:
         prefix = [*(sample.text.prefix if labels is None else ()), *visual]
         rows.append((prefix, [sample.text.body] if labels is None else []))
-    length = max(len(prefix) + sum(len(body.tokens) for body in bodies) for prefix, bodies in rows)
+    length = max(len(prefix) + sum(len(body.input_ids) for body in bodies) for prefix, bodies in rows)
     shape = BatchShape(
         batch=len(samples),
         text_length=length,

@@ -180,8 +180,8 @@ def layer_params(arrays: Arrays) -> dict[str, Any]:
 
     def fused(name: str) -> dict[str, Any]:
         weights, biases = np.split(w[f"{name}.in_proj_weight"], 3), np.split(w[f"{name}.in_proj_bias"], 3)
-        parts = {ours: _linear(*part) for ours, *part in zip(("query", "key", "value"), weights, biases, strict=True)}
-        return parts | {"output": linear(f"{name}.out_proj")}
+        parts = {ours: _linear(*part) for ours, *part in zip(("q_proj", "k_proj", "v_proj"), weights, biases, strict=True)}
+        return parts | {"out_proj": linear(f"{name}.out_proj")}
 
     def linear(name: str) -> dict[str, np.ndarray]:
         return _linear(w[f"{name}.weight"], w[f"{name}.bias"])
@@ -189,21 +189,20 @@ def layer_params(arrays: Arrays) -> dict[str, Any]:
     def norm(name: str) -> dict[str, np.ndarray]:
         return {"scale": w[f"{name}.weight"], "bias": w[f"{name}.bias"]}
 
-    names = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "output": "out_proj"}
     width = w["fc1.weight"].shape[1]
     return {
-        "cross": fused("cross_attn"),
-        "cross_norm": norm("cross_attn_layer_norm"),
-        "semantic": {
-            "attention": fused("text_cross_attn"),
+        "cross_attn": fused("cross_attn"),
+        "cross_attn_layer_norm": norm("cross_attn_layer_norm"),
+        "semantic_refinement": {
+            "attn": fused("text_cross_attn"),
             "norm": norm("text_cross_attn_layer_norm"),
             "gate": {"kernel": np.zeros((2 * width, width), np.float32), "bias": np.full(width, -1e9, np.float32)},
         },
-        "self_attention": {ours: linear(f"self_attn.{theirs}") for ours, theirs in names.items()},
-        "self_norm": norm("self_attn_layer_norm"),
-        "up": linear("fc1"),
-        "down": linear("fc2"),
-        "ffn_norm": norm("final_layer_norm"),
+        "self_attn": {name: linear(f"self_attn.{name}") for name in ("q_proj", "k_proj", "v_proj", "out_proj")},
+        "self_attn_layer_norm": norm("self_attn_layer_norm"),
+        "fc1": linear("fc1"),
+        "fc2": linear("fc2"),
+        "final_layer_norm": norm("final_layer_norm"),
     }
 
 
@@ -218,13 +217,13 @@ def run_text_layer(arrays: Arrays, heads: int) -> dict[str, np.ndarray]:
         exists = ~padded[None]
         conditions = Conditions(text[None], exists, exists)
         allowed = ~blocked[None]
-        raw = layer.cross(x + position, memory + memory_position, memory, mask=allowed[:, None])
-        q_vis = layer.attend(x, position, memory, memory_position, allowed)
+        raw = layer.cross_attn(x + position, memory + memory_position, memory, mask=allowed[:, None])
+        q_vis = layer.cross_attention_block(x, position, memory, memory_position, allowed)
         mask = jnp.broadcast_to(exists[:, None, None], (1, 1, x.shape[1], exists.shape[1]))
-        text_raw = layer.semantic.attention(q_vis + position, conditions.embeds, conditions.embeds, mask=mask)
-        q_sem = layer.semantic(q_vis, position, conditions.embeds, conditions.attend_mask)
-        found = layer.converse(q_vis, position, conditions.embeds, conditions)
-        out, _ = layer.conclude(found, conditions.embeds, conditions)
+        text_raw = layer.semantic_refinement.attn(q_vis + position, conditions.embeds, conditions.embeds, mask=mask)
+        q_sem = layer.semantic_refinement(q_vis, position, conditions.embeds, conditions.attend_mask)
+        found = layer.refine_and_self_attend(q_vis, position, conditions.embeds, conditions)
+        out, _ = layer.feed_forward_and_refine_conditions(found, conditions.embeds, conditions)
         steps = {"visual_attention": raw, "after_visual_norm": q_vis, "text_attention": text_raw, "after_text_norm": q_sem}
         return {f"mid/{name}": x[0] for name, x in (steps | {"after_self_norm": found}).items()} | {"out": out[0]}
 

@@ -35,7 +35,7 @@ SIGLIP |= {"intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads
 LLM = {"model_type": "qwen3", "vocab_size": 264, "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 2}
 LLM |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "rms_norm_eps": 1e-6, "rope_theta": 1e6}
 LLM |= {"tie_word_embeddings": True}
-XSAM_FLAGS = ["--set", "pixel_decoder.heads=4", "--set", "pixel_decoder.points=4", "--set", "decoder.heads=4"]
+XSAM_FLAGS = ["--set", "pixel_decoder.num_heads=4", "--set", "pixel_decoder.num_points=4", "--set", "mask_decoder.num_heads=4"]
 
 
 def equal(a, b) -> bool:
@@ -94,9 +94,9 @@ def test_a_language_model_with_our_marks(tmp_path, hf, capsys):
     tokenizer = load_tokenizer(loaded.tokenizer_dir)
     assert (tokenizer.seg, tokenizer.phrase_start, tokenizer.phrase_end, tokenizer.vocab) == (259, 260, 261, 262)
     printed = capsys.readouterr().out
-    assert "table (262, 24) bfloat16 <- model.embed_tokens.weight" in printed
-    assert "layers/q/kernel (3, 24, 32) bfloat16 <- model.layers.{0-2}.self_attn.q_proj.weight" in printed
-    assert "resized table: 280 rows in the checkpoint, 262 here" in printed
+    assert "embed_tokens (262, 24) bfloat16 <- model.embed_tokens.weight" in printed
+    assert "layers/self_attn/q_proj/kernel (3, 24, 32) bfloat16 <- model.layers.{0-2}.self_attn.q_proj.weight" in printed
+    assert "resized embed_tokens: 280 rows in the checkpoint, 262 here" in printed
     assert "peak memory" in printed
     stored = pretrained.read_model_config(tmp_path / "out", allow_component=True)
     assert stored["checksums"] == checksums(loaded.params)
@@ -109,7 +109,7 @@ def test_a_language_model_with_our_marks(tmp_path, hf, capsys):
 def test_check_does_everything_but_write(tmp_path, hf, capsys):
     run("sam", hf("sam"), "--check")
     printed = capsys.readouterr().out
-    assert "global_layers/q/kernel (2, 24, 24) bfloat16 <- vision_encoder.layers.{0,3}.attn.qkv.weight" in printed
+    assert "global_layers/attn/q_proj/kernel (2, 24, 24) bfloat16 <- vision_encoder.layers.{0,3}.attn.qkv.weight" in printed
     assert "checked: " in printed
     assert leftovers(tmp_path) == []
 
@@ -241,26 +241,26 @@ def test_xsam_needs_the_right_tokenizer_and_the_right_presets(tmp_path, xsam):
         UserError, match=r"width 32, patches of 14 and 16 tokens, the config has 1152, 14 and 729; give --siglip"
     ):
         run("xsam", source, "--check", *flags[:2])
-    with pytest.raises(UserError, match=r"--set decoder.head=4: expected KEY=VALUE with a key of the config"):
-        run("xsam", source, "--check", *flags, "--set", "decoder.head=4")
+    with pytest.raises(UserError, match=r"--set mask_decoder.num_head=4: expected KEY=VALUE with a key of the config"):
+        run("xsam", source, "--check", *flags, "--set", "mask_decoder.num_head=4")
     assert leftovers(tmp_path) == []
 
 
-def test_a_whole_model_from_its_towers(tmp_path, hf):
+def test_a_whole_model_from_its_components(tmp_path, hf):
     run("siglip2", hf("siglip2"), tmp_path / "siglip")
     run("llama", hf("llama"), tmp_path / "llm")
     out = tmp_path / "out"
     small = [
         "--set",
-        "decoder.layers=2",
+        "mask_decoder.num_layers=2",
         "--set",
-        "decoder.ffn=8",
+        "mask_decoder.mlp_dim=8",
         "--set",
-        "decoder.queries=3",
+        "mask_decoder.num_queries=3",
         "--set",
-        "pixel_decoder.ffn=8",
+        "pixel_decoder.mlp_dim=8",
     ]
-    small += ["--set", "pixel_decoder.layers=1"]
+    small += ["--set", "pixel_decoder.num_layers=1"]
     # one component as its authors publish it, two of our own directories
     run("flowseg", f"llm={tmp_path / 'llm'}", f"siglip={tmp_path / 'siglip'}", f"sam={hf('sam')}", out, *small)
     loaded = pretrained.load_pretrained(out, dtype=None)
@@ -315,12 +315,12 @@ def test_for_a_mesh_no_chunk_lies_in_two_devices_parts(tmp_path, hf, monkeypatch
     source, mesh = hf("qwen3"), {"fsdp": 2, "tensor": 2}
     run("qwen3", source, tmp_path / "out1", "--mesh", "fsdp=2,tensor=2")
     run("qwen3", source, tmp_path / "out2")
-    shards = get_family("qwen3").shards(LanguageConfig(**checkpoint_tower(tmp_path / "out1")), sharding.abstract_mesh(mesh))
+    shards = get_family("qwen3").shards(LanguageConfig(**component_config(tmp_path / "out1")), sharding.abstract_mesh(mesh))
 
     def across(directory) -> list[str]:
         return [n for n, c in chunks(directory).items() if any(s % k for s, k in zip(shards[n], c, strict=True))]
 
-    assert shards["layers/q/kernel"] == (3, 12, 16)  # [L, embed, heads]
+    assert shards["layers/self_attn/q_proj/kernel"] == (3, 12, 16)  # [L, embed, heads]
     assert across(tmp_path / "out1") == []
     assert across(tmp_path / "out2")
     assert equal(*(pretrained.load_pretrained(tmp_path / f"out{i}", dtype=None, allow_component=True).params for i in (1, 2)))
@@ -330,7 +330,7 @@ def test_for_a_mesh_no_chunk_lies_in_two_devices_parts(tmp_path, hf, monkeypatch
     assert sorted(leftovers(tmp_path)) == ["out1", "out2"]
 
 
-def checkpoint_tower(directory) -> dict:
+def component_config(directory) -> dict:
     return pretrained.read_model_config(directory, allow_component=True)["component"]["config"]
 
 

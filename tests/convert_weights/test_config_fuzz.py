@@ -166,7 +166,7 @@ class Checkpoint:
 
 
 def tied(cfg) -> bool:
-    return getattr(cfg, "tie_embeddings", False)
+    return getattr(cfg, "tie_word_embeddings", False)
 
 
 @pytest.fixture(scope="module")

@@ -247,7 +247,7 @@ def test_the_language_model_inside_a_model_with_pictures():
     alone = read("qwen3", inner)
     assert read("qwen3", {"model_type": "llava", "text_config": inner}) == alone
     untied = read("qwen3", {"model_type": "llava", "text_config": inner, "tie_word_embeddings": False})
-    assert (untied.tie_embeddings, alone.tie_embeddings) == (False, True)
+    assert (untied.tie_word_embeddings, alone.tie_word_embeddings) == (False, True)
     with pytest.raises(UserError, match="quantization_config=.* is not supported: the weights are quantised"):
         read("qwen3", {"model_type": "llava", "text_config": inner, "quantization_config": {"bits": 4}})
     with pytest.raises(UserError, match="model_type='llava': that is no checkpoint of the family llama"):

@@ -45,7 +45,7 @@ SMOLLM2 = {
 MASK2FORMER = Mask2FormerConfig(
     PixelDecoderConfig.mask2former((1536, 768, 384, 192), num_levels=3), MaskDecoderConfig(), 133
 )  # fmt: skip
-TOWERS = {
+COMPONENTS = {
     "qwen3_4b": ("qwen3", dataclasses.replace(LanguageConfig.qwen3_4b(), vocab_size=151936)),
     "qwen3_1b7": ("qwen3", dataclasses.replace(LanguageConfig.qwen3_1b7(), vocab_size=151936)),
     "phi3_mini": ("phi3", dataclasses.replace(LanguageConfig.phi3_mini(), vocab_size=32064)),
@@ -84,19 +84,19 @@ def test_totals(name):
         assert (manifest["tensors"], manifest["values"]) == XSAM[name][1:]
 
 
-@pytest.mark.parametrize("name", TOWERS)
-def test_towers(name):
-    family, cfg = TOWERS[name]
+@pytest.mark.parametrize("name", COMPONENTS)
+def test_components(name):
+    family, cfg = COMPONENTS[name]
     source = Abstract(name)
     plan = make_plan(get_family(family), cfg, source)
     assert detect_family(source.entries) == family
     assert plan.layout == "hf"
-    assert plan.fresh == (("decoder/logit_scale",) if family == "mask2former" else ())
+    assert plan.fresh == (("mask_decoder/logit_scale",) if family == "mask2former" else ())
     assert {target.dtype for target in plan.targets if target.pieces} == {BF16}
     if family in ("qwen3", "phi3", "llama"):
         assert not plan.ignored
         cut = dataclasses.replace(cfg, vocab_size=cfg.vocab_size - 100)  # X-SAM's resize
-        assert make_plan(get_family(family), cut, source).resized["table"] == (cfg.vocab_size, cfg.vocab_size - 100)
+        assert make_plan(get_family(family), cut, source).resized["embed_tokens"] == (cfg.vocab_size, cfg.vocab_size - 100)
 
 
 @pytest.mark.parametrize("mode", ["off", "sr_cr"])
@@ -109,8 +109,11 @@ def test_xsam(name, mode):
     assert dataclasses.replace(cfg, semantic_flow=full.semantic_flow, boundary=full.boundary) == full
     plan = make_plan(get_family("xsam"), cfg, source)
     assert detect_family(source.entries) == "xsam"
-    groups = {re.match(r"(decoder/layers/(semantic|refinement)|boundary)/", name).group(1) for name in plan.fresh}
-    assert groups == (set() if mode == "off" else {"decoder/layers/semantic", "decoder/layers/refinement", "boundary"})
+    groups = {
+        re.match(r"(mask_decoder/layers/(semantic|condition)_refinement|boundary)/", name).group(1) for name in plan.fresh
+    }
+    flow = {"mask_decoder/layers/semantic_refinement", "mask_decoder/layers/condition_refinement", "boundary"}
+    assert groups == (set() if mode == "off" else flow)
     unused = {re.sub(r"\d+", "#", n) for n in plan.ignored}
     assert all(
         re.match(r"llm\.lm_head|segmentor\.(encoder\.neck|shared_image)|vision_encoder.*(head|post_layernorm)", n)
@@ -141,9 +144,9 @@ def test_four_levels_have_no_fpn_stage():
     four = dataclasses.replace(
         three,
         connector=dataclasses.replace(three.connector, channels=(1024,) * 4, scales=(4, 2, 1, 0.5)),
-        connector_layers=(6, 12, 18, 24),
+        connector_hidden_layers=(6, 12, 18, 24),
         pixel_decoder=PixelDecoderConfig.mask2former((2048, 1024, 512, 256)),
-        decoder=MaskDecoderConfig(num_levels=4),
+        mask_decoder=MaskDecoderConfig(num_levels=4),
     )
     family = get_family("xsam")
     ours = Abstract("xsam_qwen3_1b7")
@@ -168,6 +171,6 @@ def test_every_parameter_has_exactly_one_place_in_every_layout(family, layout):
     exported = Exported(family, cfg, ours, layout)
     pieces = list(itertools.chain.from_iterable(exported._pieces.values()))
     covered = sum(math.prod(piece.shape) for piece in pieces)
-    unnamed = ("decoder/logit_scale",) if family.name == "mask2former" else ()
+    unnamed = ("mask_decoder/logit_scale",) if family.name == "mask2former" else ()
     assert {piece.target for piece in pieces} == set(ours.entries) - set(unnamed)
     assert covered == sum(math.prod(e.shape) for name, e in ours.entries.items() if name not in unnamed)

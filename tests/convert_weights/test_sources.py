@@ -243,7 +243,7 @@ def test_gguf(gguf_file, tmp_path):
         assert np.abs(found.astype(np.float32) - x).max() <= (0.01 * np.abs(x).max() if name == quantised else 1e-4)
     assert np.array_equal(source.read(quantised, 5, 9), source.read(quantised)[5:9])
     ours = import_params("llama", source, cfg)
-    assert np.array_equal(flatten_params(ours)["layers/up/kernel"][2], arrays["blk.2.ffn_up.weight"].T)
+    assert np.array_equal(flatten_params(ours)["layers/mlp/up_proj/kernel"][2], arrays["blk.2.ffn_up.weight"].T)
     source.save_tokenizer(tmp_path)
     from transformers import AutoTokenizer
 

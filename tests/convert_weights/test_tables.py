@@ -25,7 +25,7 @@ BF16 = np.dtype(ml_dtypes.bfloat16)
 
 
 @pytest.mark.parametrize("family", ["qwen3", "phi3", "llama", "siglip2", "sam"])
-def test_a_tower_is_what_the_hand_written_map_makes_of_it(family):
+def test_a_component_is_what_the_hand_written_map_makes_of_it(family):
     tensors, cfg = tiny.arrays(family)
     ours = import_params(family, tensors, cfg)
     if family == "sam":
@@ -58,12 +58,13 @@ def test_mask2former_names_a_stage_of_every_finer_map():
     assert cfg.pixel_decoder.fpn_stages == 2
     ours = import_params("mask2former", tensors, cfg)
     finest = tensors["model.pixel_level_module.decoder.adapter_1.0.weight"]  # 8 channels, stride 4
-    assert np.array_equal(ours["pixel_decoder"]["lateral"]["1"]["conv"]["kernel"][0, 0], finest[:, :, 0, 0].T)
+    assert np.array_equal(ours["pixel_decoder"]["lateral_convs"]["1"]["conv"]["kernel"][0, 0], finest[:, :, 0, 0].T)
     layers = "model.transformer_module.decoder.layers"
     assert np.array_equal(
-        ours["decoder"]["layers"]["cross"]["value"]["kernel"][2], tensors[f"{layers}.2.cross_attn.in_proj_weight"][64:].T
+        ours["mask_decoder"]["layers"]["cross_attn"]["v_proj"]["kernel"][2],
+        tensors[f"{layers}.2.cross_attn.in_proj_weight"][64:].T,
     )
-    assert ours["decoder"]["logit_scale"] == np.float32(2.6593)
+    assert ours["mask_decoder"]["logit_scale"] == np.float32(2.6593)
 
 
 def test_xsam_and_its_older_names():
@@ -74,8 +75,10 @@ def test_xsam_and_its_older_names():
     assert tiny.equal(import_params("xsam", old, tiny.XSAM), ours)
     assert tiny.equal(export_params("xsam", ours, tiny.XSAM, layout="aaai"), old)
     qkv = tensors["segmentor.encoder.layers.3.attn.qkv.weight"]
-    assert np.array_equal(ours["sam"]["global_layers"]["k"]["kernel"][1], qkv[48:96].T)
-    assert np.array_equal(ours["sam"]["window_layers"]["rel_pos_h"][1], tensors["segmentor.encoder.layers.2.attn.rel_pos_h"])
+    assert np.array_equal(ours["sam"]["global_layers"]["attn"]["k_proj"]["kernel"][1], qkv[48:96].T)
+    assert np.array_equal(
+        ours["sam"]["window_layers"]["attn"]["rel_pos_h"][1], tensors["segmentor.encoder.layers.2.attn.rel_pos_h"]
+    )
     conv = tensors["seg_connector.model.1.model.2.weight"]
     assert ours["connector"]["levels"]["1"]["conv2"]["kernel"][0, 2, 3, 4] == conv[4, 3, 0, 2]
 
@@ -84,9 +87,9 @@ def test_xsam_with_phi3_and_a_fused_matrix():
     llm = dataclasses.replace(tiny.XSAM.llm, model_type="phi3", qk_norm=False, tie_word_embeddings=False)
     cfg = dataclasses.replace(tiny.XSAM, llm=llm)
     ours = import_params("xsam", tiny.xsam_tensors(), tiny.XSAM)
-    ours["llm"]["head"] = ours["llm"]["table"] + 1
+    ours["llm"]["lm_head"] = ours["llm"]["embed_tokens"] + 1
     for name in ("q_norm", "k_norm"):
-        del ours["llm"]["layers"][name]
+        del ours["llm"]["layers"]["self_attn"][name]
     tensors = export_params("xsam", ours, cfg)
     assert tensors["llm.model.layers.1.self_attn.qkv_proj.weight"].shape == (64 + 2 * 32, 64)
     assert tensors["llm.model.layers.1.mlp.gate_up_proj.weight"].shape == (2 * 112, 64)
@@ -102,8 +105,8 @@ def test_what_flowseg_adds_is_fresh_and_then_travels_too(norm):
     new = flatten_params(flowseg.init_model(cfg, 3)[1])
     assert all(np.allclose(flatten_params(ours)[name], new[name], rtol=1e-5, atol=1e-7) for name in added)
     assert {name.split("/")[2] if "layers" in name else name.split("/")[0] for name in added} == {
-        "semantic",
-        "refinement",
+        "semantic_refinement",
+        "condition_refinement",
         "boundary",
     }
     everything = export_params("flowseg", ours, cfg)
@@ -162,7 +165,7 @@ def test_a_tied_head_may_be_listed_if_it_is_the_same():
     tensors, cfg = tiny.arrays("qwen3")
     table = tensors["model.embed_tokens.weight"]
     ours = import_params("qwen3", tensors | {"lm_head.weight": table.copy()}, cfg)
-    assert "head" not in ours
+    assert "lm_head" not in ours
     other = table.copy()
     other[-1, -1] += 1
     with pytest.raises(UserError, match=r"lm_head.weight \(280, 24\) differs from model.embed_tokens.weight"):
@@ -179,11 +182,11 @@ def test_the_vocabulary_is_cut_or_grown_as_xsam_does():
     tensors, cfg = tiny.arrays("phi3")
     table, head = tensors["model.embed_tokens.weight"], tensors["lm_head.weight"]
     cut = import_params("phi3", tensors, dataclasses.replace(cfg, vocab_size=262))
-    assert np.array_equal(cut["table"], table[:262])
-    assert np.array_equal(cut["head"], head[:262])
+    assert np.array_equal(cut["embed_tokens"], table[:262])
+    assert np.array_equal(cut["lm_head"], head[:262])
     grown = import_params("phi3", tensors, dataclasses.replace(cfg, vocab_size=283))
-    assert np.array_equal(grown["table"][:280], table)
-    assert np.allclose(grown["table"][280:], table.mean(0), atol=1e-7)
+    assert np.array_equal(grown["embed_tokens"][:280], table)
+    assert np.allclose(grown["embed_tokens"][280:], table.mean(0), atol=1e-7)
     with pytest.raises(UserError, match=r"expected \(262, 64\) for llm.model.embed_tokens.weight \(264, 64\)"):
         llm = dataclasses.replace(tiny.XSAM.llm, vocab_size=262)  # X-SAM's table has its size already
         import_params("xsam", tiny.xsam_tensors(), dataclasses.replace(tiny.XSAM, llm=llm))
@@ -197,8 +200,8 @@ def test_dtypes_stay_unless_asked_otherwise():
     back = export_params("siglip2", ours, cfg, layout=choose_layout(FAMILIES["siglip2"], half))
     assert tiny.equal(back, {name: half[name] for name in back})
     mixed = half | {n: x for n, x in tensors.items() if ".layers.1." in n}
-    assert import_params("siglip2", mixed, cfg)["layers"]["q"]["kernel"].dtype == np.float32
-    assert import_params("siglip2", mixed, cfg)["patch"]["kernel"].dtype == BF16
+    assert import_params("siglip2", mixed, cfg)["layers"]["self_attn"]["q_proj"]["kernel"].dtype == np.float32
+    assert import_params("siglip2", mixed, cfg)["patch_embedding"]["kernel"].dtype == BF16
     assert {x.dtype for x in jax.tree.leaves(import_params("siglip2", tensors, cfg, dtype="bfloat16"))} == {BF16}
 
 

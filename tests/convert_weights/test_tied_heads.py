@@ -48,22 +48,22 @@ FORMS = {
 def test_it_is_tied_up_to_padding_rows_and_rounding(qwen3, form):
     tensors, cfg = qwen3
     ours = import_params("qwen3", tensors | {HEAD: FORMS[form](tensors[TABLE])}, cfg)
-    assert "head" not in ours
-    assert np.array_equal(ours["table"], tensors[TABLE])
+    assert "lm_head" not in ours
+    assert np.array_equal(ours["embed_tokens"], tensors[TABLE])
 
 
 def test_a_table_in_a_smaller_dtype_than_its_head(qwen3):
     tensors, cfg = qwen3
     small = tensors[TABLE].astype(BF16)
     ours = import_params("qwen3", tensors | {TABLE: small, HEAD: tensors[TABLE]}, cfg)
-    assert np.array_equal(ours["table"], small)
+    assert np.array_equal(ours["embed_tokens"], small)
 
 
 def test_the_table_alone_under_the_heads_name(qwen3):
     """transformers ties both to whichever is there."""
     tensors, cfg = qwen3
     moved = {(HEAD if name == TABLE else name): x for name, x in tensors.items()}
-    assert np.array_equal(import_params("qwen3", moved, cfg)["table"], tensors[TABLE])
+    assert np.array_equal(import_params("qwen3", moved, cfg)["embed_tokens"], tensors[TABLE])
     untied = configs.tower_config("qwen3", tiny.huggingface("qwen3", tie_word_embeddings=False).config.to_dict())
     with pytest.raises(UserError, match=r"missing model.embed_tokens.weight \(280, 24\)$"):
         import_params("qwen3", moved, untied)
@@ -104,7 +104,7 @@ def test_only_rows_of_words_count(tmp_path):
     safetensors.torch.save_file(tensors, source / "model.safetensors")
     assert convert.main(["qwen3", str(source), str(tmp_path / "out")]) == 0
     params = pretrained.load_pretrained(tmp_path / "out", dtype=None, allow_component=True).params
-    assert "head" not in params and np.array_equal(params["table"], tensors[TABLE][:262].numpy())
+    assert "lm_head" not in params and np.array_equal(params["embed_tokens"], tensors[TABLE][:262].numpy())
     tensors[HEAD][258] = 0
     safetensors.torch.save_file(tensors, source / "model.safetensors")
     with pytest.raises(UserError, match=r"in 1 of 259 rows"):
@@ -121,4 +121,4 @@ def test_a_directory_that_transformers_ties_stays_tied(tmp_path):
     assert theirs.lm_head.weight is theirs.model.embed_tokens.weight
     assert convert.main(["llama", str(tmp_path / "hf"), str(tmp_path / "out")]) == 0
     loaded = pretrained.load_pretrained(tmp_path / "out", dtype=None, allow_component=True)
-    assert loaded.component["config"]["tie_embeddings"] and "head" not in loaded.params
+    assert loaded.component["config"]["tie_word_embeddings"] and "lm_head" not in loaded.params

@@ -43,18 +43,21 @@ def test_another_model(phi3):
     """Every size arrives where it belongs."""
     cfg = phi3.model(images=2, classes=4)
     assert (cfg.llm.model_type, cfg.llm.sliding_window, cfg.llm.head_dim) == ("phi3", 90, 10)
-    assert cfg.sam.grid == 13 and cfg.visual_tokens == 25 + 7 * 7
+    assert cfg.sam.grid_size == 13 and cfg.num_visual_tokens == 25 + 7 * 7
     assert cfg.pixel_decoder.strides == (32, 16, 8, 4) and cfg.pixel_decoder.fpn_stages == 0
-    assert cfg.connector_layers == (5, 2, 3, 4)
+    assert cfg.connector_hidden_layers == (5, 2, 3, 4)
     _, abstract = flowseg.abstract_model(cfg)
     shapes = {name: x.shape for name, x in flatten_params(flowseg.params_dict(abstract)).items()}
-    assert shapes["sam/global_layers/rel_pos_h"] == (2, 25, 8) and shapes["sam/window_layers/rel_pos_h"] == (3, 7, 8)
-    assert shapes["llm/layers/q/kernel"] == (3, 72, 60) and shapes["llm/layers/k/kernel"] == (3, 72, 30)
-    assert shapes["llm/head"] == (267, 72)
-    assert shapes["decoder/mask_mlp_2/kernel"] == (96, 32) and shapes["pixel_decoder/mask_projection/kernel"][-1] == 32
-    assert shapes["decoder/layers/up/kernel"] == (6, 96, 52) and shapes["decoder/query_content"] == (17, 96)
+    assert shapes["sam/global_layers/attn/rel_pos_h"] == (2, 25, 8)
+    assert shapes["sam/window_layers/attn/rel_pos_h"] == (3, 7, 8)
+    assert shapes["llm/layers/self_attn/q_proj/kernel"] == (3, 72, 60)
+    assert shapes["llm/layers/self_attn/k_proj/kernel"] == (3, 72, 30)
+    assert shapes["llm/lm_head"] == (267, 72)
+    assert shapes["mask_decoder/mask_embedder/2/kernel"] == (96, 32)
+    assert shapes["pixel_decoder/mask_projection/kernel"][-1] == 32
+    assert shapes["mask_decoder/layers/fc1/kernel"] == (6, 96, 52) and shapes["mask_decoder/queries_features"] == (17, 96)
     assert shapes["category_head/kernel"] == (96, 5)
-    assert phi3.losses().points == 50
+    assert phi3.losses().num_points == 50
 
 
 def test_defaults_of_the_language_config(phi3):
@@ -93,7 +96,7 @@ def test_a_batch_of_unequal_samples(phi3):
     batch = assemble([samples[1], samples[0]], cfg)
     assert batch.phrase_target.tolist() == [[0, 1, 2], [0, PAD, PAD]]
     assert batch.mask_valid.tolist() == [[True] * 3, [True, False, False]]
-    assert (batch.input_ids == IMAGE_TOKEN_INDEX).sum(1).tolist() == [cfg.visual_tokens] * 2
+    assert (batch.input_ids == IMAGE_TOKEN_INDEX).sum(1).tolist() == [cfg.num_visual_tokens] * 2
     length = (batch.segment_ids != PAD).sum(1)
     assert length.max() == batch.input_ids.shape[1] > length.min()
     assert batch.packed_masks.shape == (2, 3, 182, 23)
@@ -112,7 +115,7 @@ def test_a_stage1_batch(phi3):
     batch = assemble(read_samples(phi3, cfg), cfg, [np.array([3]), np.array([0, 2, 1])])
     assert batch.phrase_target.tolist() == [[PAD], [PAD]] and (batch.labels == IGNORE_INDEX).all()
     assert batch.object_category.tolist() == [[3, PAD, PAD], [0, 2, 1]]
-    assert batch.input_ids.shape == (2, cfg.visual_tokens)
+    assert batch.input_ids.shape == (2, cfg.num_visual_tokens)
     assert [p.targets for p in training.category_passes(batch)] == [1, 3]
 
 
