@@ -13,8 +13,8 @@ import numpy as np
 
 from convert_weights.families import FAMILIES, CheckpointFamily
 from convert_weights.plan import ConversionPlan, ParamTarget, check_tied_copies, make_plan
-from convert_weights.sources import ArraySource, Entry, RenamedSource, TensorSource
-from convert_weights.table import Piece, expand
+from convert_weights.sources import ArraySource, RenamedSource, TensorInfo, TensorSource
+from convert_weights.table import ParamSlice, expand
 from flowseg_jax.checkpoints.manifest import check_manifest, flatten_params, unflatten_params
 from flowseg_jax.errors import UserError, did_you_mean
 
@@ -38,7 +38,7 @@ def import_params(
         tensors: arrays by name, or a source of them.
         cfg: `FlowSegConfig` for xsam and flowseg, the component's config for a component.
         dtype: what all parameters become; None keeps each one's own.
-        seed: of the parameters that the checkpoint may lack (`Family.fresh`).
+        seed: of the parameters that the checkpoint may lack (`CheckpointFamily.newly_initialized`).
 
     Returns:
         A nested dict of NumPy arrays with the names and shapes of the model that `cfg` describes.
@@ -65,8 +65,8 @@ def export_params(family_name: str, params: Mapping[str, Any], cfg: Any, *, layo
     """
     family = get_family(family_name)
     flat = {name: np.asarray(x) for name, x in flatten_params(params).items()}
-    exported = Exported(family, cfg, ArraySource(flat, "the parameters"), layout)
-    return {name: exported.read(name) for name in exported.entries}
+    view = TorchView(family, cfg, ArraySource(flat, "the parameters"), layout)
+    return {name: view.read(name) for name in view.entries}
 
 
 def fresh_params(plan: ConversionPlan, seed: int) -> dict[str, np.ndarray]:
@@ -76,25 +76,25 @@ def fresh_params(plan: ConversionPlan, seed: int) -> dict[str, np.ndarray]:
 
 def build(target: ParamTarget, source: TensorSource, initial: Mapping[str, np.ndarray]) -> np.ndarray:
     """One parameter. Besides it, no more than one tensor (of one layer) is in memory."""
-    if not target.pieces:
+    if not target.slices:
         return initial[target.name].astype(target.dtype)
     out = np.empty(target.shape, target.dtype)
-    for piece in target.pieces:
-        _fill(out if piece.layer is None else out[piece.layer], piece, source)
+    for part in target.slices:
+        _fill(out if part.layer is None else out[part.layer], part, source)
     return out
 
 
-def _fill(out: np.ndarray, piece: Piece, source: TensorSource) -> None:
-    found = source.entries[piece.source].shape
-    if not piece.op.by_rows or not found:
-        out[...] = piece.op.to_ours(source.read(piece.source, piece.start, piece.start + piece.part_shape[0]), piece.cfg)
+def _fill(out: np.ndarray, part: ParamSlice, source: TensorSource) -> None:
+    found = source.entries[part.source].shape
+    if not part.op.row_preserving or not found:
+        out[...] = part.op.to_jax(source.read(part.source, part.start, part.start + part.torch_shape[0]), part.cfg)
         return
     # X-SAM sizes the table by the tokenizer: padded rows go, or new tokens start from the mean of the known ones.
     kept = min(len(out), found[0])
     step = max(1, CHUNK // max(math.prod(found[1:]), 1))
     for start in range(0, kept, step):  # a vocabulary is as large as a parameter gets, and not held twice
         stop = min(start + step, kept)
-        out[start:stop] = source.read(piece.source, piece.start + start, piece.start + stop)
+        out[start:stop] = source.read(part.source, part.start + start, part.start + stop)
     if kept < len(out):
         out[kept:] = _mean_row(out[:kept]).astype(out.dtype)
 
@@ -107,7 +107,7 @@ def _mean_row(table: np.ndarray) -> np.ndarray:
     return total / len(table)
 
 
-class Exported:
+class TorchView:
     """Our parameters as a source of PyTorch's tensors, each made when it is read (most quickly `in_order`).
 
     Args:
@@ -128,32 +128,32 @@ class Exported:
         known = {name: [list(shape), "float32"] for name, shape in shapes.items()}
         check_manifest(known, {name: [list(e.shape), str(e.dtype)] for name, e in params.entries.items()}, params.name)
         self.name, self._params = params.name, params
-        self._pieces: dict[str, list[Piece]] = {}
-        for piece in expand(family.layouts[layout](cfg), cfg, shapes):
-            self._pieces.setdefault(piece.source, []).append(piece)
-        self.entries = {name: self._entry(pieces) for name, pieces in self._pieces.items()}
+        self._slices: dict[str, list[ParamSlice]] = {}
+        for part in expand(family.layouts[layout](cfg), cfg, shapes):
+            self._slices.setdefault(part.source, []).append(part)
+        self.entries = {name: self._entry(slices) for name, slices in self._slices.items()}
         self._held: dict[str, np.ndarray] = {}
 
-    def _entry(self, pieces: list[Piece]) -> Entry:
-        kinds = [self._params.entries[piece.target].dtype for piece in pieces]
-        return Entry(pieces[0].source_shape, functools.reduce(jnp.promote_types, kinds))
+    def _entry(self, slices: list[ParamSlice]) -> TensorInfo:
+        kinds = [self._params.entries[part.target].dtype for part in slices]
+        return TensorInfo(slices[0].source_shape, functools.reduce(jnp.promote_types, kinds))
 
     def in_order(self) -> Iterator[str]:
-        """Names, those that come from the same stacks one behind the other."""
-        return iter(sorted(self.entries, key=lambda name: [piece.target for piece in self._pieces[name]]))
+        """Names, those that come from the same stacks one after the other."""
+        return iter(sorted(self.entries, key=lambda name: [part.target for part in self._slices[name]]))
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        pieces = self._pieces[name]
+        slices = self._slices[name]
         # The next tensor mostly comes from the same stacks: they are kept until one comes from others.
-        wanted = dict.fromkeys(piece.target for piece in pieces)
+        wanted = dict.fromkeys(part.target for part in slices)
         self._held = {target: x for target, x in self._held.items() if target in wanted}
         for target in wanted:
             if target not in self._held:
                 self._held[target] = self._params.read(target)
         parts = []
-        for piece in pieces:
-            ours = self._held[piece.target]
-            parts.append(piece.op.to_source(ours if piece.layer is None else ours[piece.layer], piece.cfg))
+        for part in slices:
+            ours = self._held[part.target]
+            parts.append(part.op.to_torch(ours if part.layer is None else ours[part.layer], part.cfg))
         whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
         return np.ascontiguousarray(whole[start:stop])
 
@@ -172,9 +172,9 @@ def in_layout(family: CheckpointFamily, cfg: Any, source: TensorSource, layout: 
     theirs, wanted = (
         {(p.target, p.layer, p.start): p for p in expand(family.layouts[name](cfg), cfg, shapes)} for name in (found, layout)
     )
-    if any(wanted[place].op is not piece.op for place, piece in theirs.items()):
+    if any(wanted[place].op is not part.op for place, part in theirs.items()):
         raise ValueError(f"{family.name}: the layouts {found} and {layout} differ in more than names")
-    pairs = {wanted[place].source: piece.source for place, piece in theirs.items()}
+    pairs = {wanted[place].source: part.source for place, part in theirs.items()}
     return RenamedSource(source, {new: old for new, old in pairs.items() if old in source.entries})
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import tensorstore as ts
 
 from convert_weights.families import FAMILIES, CheckpointFamily
-from convert_weights.sources import Entry
+from convert_weights.sources import TensorInfo
 from flowseg_jax import fields
 from flowseg_jax.checkpoints.manifest import verify
 from flowseg_jax.checkpoints.pretrained import read_model_config
@@ -24,7 +24,7 @@ class ModelDirectory:
     """The parameters of a model or component directory under their flat names.
 
     Args:
-        directory: written by `save_model`, `stream_model` or training.
+        directory: written by `save_pretrained`, `save_pretrained_streaming` or training.
         family: the family asked for. A language model or an encoder can be taken out of a whole model.
 
     Attributes:
@@ -53,7 +53,9 @@ class ModelDirectory:
                 raise UserError(f"{directory} holds a whole model{held}: {family.name} cannot be taken out of it")
             self.cfg = {"llm/": model.llm, "siglip/": model.siglip, "sam/": model.sam}.get(prefix, model)
         stored = {n: kind for n, kind in config["manifest"].items() if n.startswith(prefix)}
-        self.entries = {n.removeprefix(prefix): Entry(tuple(shape), np.dtype(dtype)) for n, (shape, dtype) in stored.items()}
+        self.entries = {
+            n.removeprefix(prefix): TensorInfo(tuple(shape), np.dtype(dtype)) for n, (shape, dtype) in stored.items()
+        }
         self.tokenizer = self._path / "tokenizer" if (self._path / "tokenizer").is_dir() and prefix in ("", "llm/") else None
         self._prefix, self._sums = prefix, config["checksums"]
         self._context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from convert_weights.table import Row, Table, conv, linear, norm, numbered
+from convert_weights.table import Table, TableRow, conv, linear, norm, numbered
 from flowseg_jax.models.language import LanguageConfig
 from flowseg_jax.models.sam import SamConfig
 
@@ -14,8 +14,8 @@ def _layers(cfg) -> dict:
 # Qwen3ForCausalLM, Phi3ForCausalLM, LlamaForCausalLM. The head exists on our side where it is not tied; a tied model's file may
 # carry a copy of the embedding table under its name.
 _TEXT = (
-    Row("model.embed_tokens.weight", "embed_tokens", "vocabulary"),
-    Row("lm_head.weight", "lm_head", "vocabulary"),
+    TableRow("model.embed_tokens.weight", "embed_tokens", "vocabulary"),
+    TableRow("lm_head.weight", "lm_head", "vocabulary"),
     *norm("model.norm", "norm", bias=False),
     *norm("model.layers.{layer}.input_layernorm", "layers/input_layernorm", bias=False),
     *norm("model.layers.{layer}.post_attention_layernorm", "layers/post_attention_layernorm", bias=False),
@@ -44,7 +44,7 @@ _HEAD_NORMS = (
 _TEXT_EXTRAS = {
     "axes": _layers,
     "ignore": (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
-    "twins": {"lm_head.weight": "model.embed_tokens.weight"},
+    "tied_copies": {"lm_head.weight": "model.embed_tokens.weight"},
 }
 LLAMA = Table((*_TEXT, *_SEPARATE), **_TEXT_EXTRAS)
 QWEN3 = Table((*_TEXT, *_SEPARATE, *_HEAD_NORMS), **_TEXT_EXTRAS)
@@ -53,8 +53,8 @@ PHI3 = Table((*_TEXT, *_FUSED), **_TEXT_EXTRAS)
 # The names that llama.cpp gives the same model in a GGUF file. It stores a head's rotary rows in another order.
 LLAMA_GGUF = Table(
     (
-        Row("token_embd.weight", "embed_tokens", "vocabulary"),
-        Row("output.weight", "lm_head", "vocabulary"),
+        TableRow("token_embd.weight", "embed_tokens", "vocabulary"),
+        TableRow("output.weight", "lm_head", "vocabulary"),
         *norm("output_norm", "norm", bias=False),
         *norm("blk.{layer}.attn_norm", "layers/input_layernorm", bias=False),
         *norm("blk.{layer}.ffn_norm", "layers/post_attention_layernorm", bias=False),
@@ -68,7 +68,7 @@ LLAMA_GGUF = Table(
     ),
     _layers,
     ignore=(r"rope_freqs\.weight",),
-    twins={"output.weight": "token_embd.weight"},
+    tied_copies={"output.weight": "token_embd.weight"},
 )
 
 
@@ -81,7 +81,7 @@ def language(cfg: LanguageConfig) -> Table:
 SIGLIP = Table(
     (
         *conv("embeddings.patch_embedding", "patch_embedding"),
-        Row("embeddings.position_embedding.weight", "position_embedding"),
+        TableRow("embeddings.position_embedding.weight", "position_embedding"),
         *norm("encoder.layers.{layer}.layer_norm1", "layers/layer_norm1"),
         *norm("encoder.layers.{layer}.layer_norm2", "layers/layer_norm2"),
         *linear("encoder.layers.{layer}.self_attn.q_proj", "layers/self_attn/q_proj"),
@@ -111,7 +111,7 @@ def _sam_layers(cfg: SamConfig) -> dict:
 
 
 # Modules that only other parts of a whole SAM have, and the encoder's neck, which we do not read.
-_SAM_REST = (
+_SAM_IGNORED = (
     r"neck\..*",
     r"prompt_encoder\..*",
     r"mask_decoder\..*",
@@ -126,18 +126,18 @@ def _sam(patch: str, layer: str, norm_name: str) -> Table:
     return Table(
         (
             *conv(f"patch_embed.{patch}", "patch_embed"),
-            Row("pos_embed", "pos_embed", "unbatch"),
+            TableRow("pos_embed", "pos_embed", "unbatch"),
             *norm(f"{layer}.{{layer}}.{norm_name}1", "{stack}/layer_norm1"),
             *norm(f"{layer}.{{layer}}.{norm_name}2", "{stack}/layer_norm2"),
             *linear(f"{layer}.{{layer}}.attn.qkv", "{stack}/attn/q_proj {stack}/attn/k_proj {stack}/attn/v_proj"),
             *linear(f"{layer}.{{layer}}.attn.proj", "{stack}/attn/proj"),
-            Row(f"{layer}.{{layer}}.attn.rel_pos_h", "{stack}/attn/rel_pos_h"),
-            Row(f"{layer}.{{layer}}.attn.rel_pos_w", "{stack}/attn/rel_pos_w"),
+            TableRow(f"{layer}.{{layer}}.attn.rel_pos_h", "{stack}/attn/rel_pos_h"),
+            TableRow(f"{layer}.{{layer}}.attn.rel_pos_w", "{stack}/attn/rel_pos_w"),
             *linear(f"{layer}.{{layer}}.mlp.lin1", "{stack}/mlp/lin1"),
             *linear(f"{layer}.{{layer}}.mlp.lin2", "{stack}/mlp/lin2"),
         ),
         _sam_layers,
-        ignore=_SAM_REST,
+        ignore=_SAM_IGNORED,
     )
 
 

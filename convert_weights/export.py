@@ -14,8 +14,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from convert_weights.configs import to_hf
-from convert_weights.convert import Exported, cast
+from convert_weights.configs_to_hf import to_hf
+from convert_weights.convert import TorchView, cast
 from convert_weights.directory import ModelDirectory
 from convert_weights.families import CheckpointFamily
 from flowseg_jax.checkpoints.pretrained import require_empty_directory
@@ -63,7 +63,7 @@ def _export(
 ) -> Path:
     require_empty_directory(target, overwrite)
     directory = ModelDirectory(source, family)
-    exported = Exported(family, directory.cfg, directory, layout)
+    exported = TorchView(family, directory.cfg, directory, layout)
     fresh = target.with_name(f".{target.name}.tmp-{os.getpid()}")
     try:
         fresh.mkdir(parents=True)
@@ -96,7 +96,7 @@ def _special_ids(tokenizer: Path) -> dict[str, int | None]:
     return {f"{name}_token_id": getattr(hf, f"{name}_token_id") for name in ("bos", "eos", "pad")}
 
 
-def write_safetensors(directory: Path, exported: Exported, dtype: str | None, progress: Callable[[str], None]) -> None:
+def write_safetensors(directory: Path, exported: TorchView, dtype: str | None, progress: Callable[[str], None]) -> None:
     """`model.safetensors`; above `MAX_SHARD` bytes shards with their index, as transformers writes and reads them.
 
     The library writes a file from arrays that are all in memory: those of one shard are, and no more.

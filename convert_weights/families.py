@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh
 
 from convert_weights import encoders, segmentor
 from convert_weights.ops import Shape
-from convert_weights.table import Row, Section, Table, linear, unnumbered
+from convert_weights.table import Table, TableRow, TableSection, linear, unnumbered
 from flowseg_jax import sharding
 from flowseg_jax.checkpoints.manifest import flatten_params
 from flowseg_jax.models.config import FlowSegConfig
@@ -31,61 +31,62 @@ from flowseg_jax.models.siglip import SiglipConfig, SiglipVisionEncoder
 
 @dataclasses.dataclass(frozen=True)
 class Mask2FormerConfig:
-    """The parts of a Mask2Former that we have, its backbone left out; `classes` counts without "no object"."""
+    """The parts of a Mask2Former that we have, its backbone left out; `num_classes` counts without "no object"."""
 
     pixel_decoder: PixelDecoderConfig
-    decoder: MaskDecoderConfig
-    classes: int
+    mask_decoder: MaskDecoderConfig
+    num_classes: int
 
 
 class Mask2Former(nnx.Module):
     def __init__(self, cfg: Mask2FormerConfig, *, rngs: nnx.Rngs):
         self.pixel_decoder = PixelDecoder(cfg.pixel_decoder, rngs=rngs)
-        self.mask_decoder = MaskDecoder(cfg.decoder, SemanticFlowConfig(mode="off"), rngs=rngs)
-        self.category_head = Linear(cfg.decoder.embed_dim, cfg.classes + 1, rngs=rngs)
+        self.mask_decoder = MaskDecoder(cfg.mask_decoder, SemanticFlowConfig(mode="off"), rngs=rngs)
+        self.category_head = Linear(cfg.mask_decoder.embed_dim, cfg.num_classes + 1, rngs=rngs)
 
 
 @dataclasses.dataclass(frozen=True)
-class Stage1Config:
-    """X-SAM's first stage: a closed-vocabulary segmentor without language (the fields are those of `FlowSegConfig`)."""
+class XSamStage1Config:
+    """X-SAM's first stage: a closed-vocabulary segmentor without language.
+
+    The fields are those of `FlowSegConfig`, which cannot stand here: it also has sizes of SigLIP and of a language model.
+    """
 
     sam: SamConfig
     connector: ConnectorConfig
-    connector_layers: tuple[int, ...]
+    connector_hidden_layers: tuple[int, ...]
     pixel_decoder: PixelDecoderConfig
-    decoder: MaskDecoderConfig
-    classes: int
+    mask_decoder: MaskDecoderConfig
+    num_classes: int
 
 
-class Stage1(nnx.Module):
-    def __init__(self, cfg: Stage1Config, *, rngs: nnx.Rngs):
+class XSamStage1(Mask2Former):
+    def __init__(self, cfg: XSamStage1Config, *, rngs: nnx.Rngs):
         self.sam = SamImageEncoder(cfg.sam, rngs=rngs)
         self.connector = SegConnector(cfg.connector, rngs=rngs)
-        self.pixel_decoder = PixelDecoder(cfg.pixel_decoder, rngs=rngs)
-        self.mask_decoder = MaskDecoder(cfg.decoder, SemanticFlowConfig(mode="off"), rngs=rngs)
-        self.category_head = Linear(cfg.decoder.embed_dim, cfg.classes + 1, rngs=rngs)
+        super().__init__(Mask2FormerConfig(cfg.pixel_decoder, cfg.mask_decoder, cfg.num_classes), rngs=rngs)
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointFamily:
-    """A kind of checkpoint.
+    """A family of checkpoints.
 
     Attributes:
         name: as on the command line.
         config: the dataclass of its config.
         module: the network (config, rngs=...) that the parameters belong to.
         layouts: {layout: config -> its sections}; the one that fits a file best is taken, the first one is exported.
-        fresh: patterns of our paths, each naming a group of parameters. A group of which a checkpoint holds nothing is
-            initialised as in a new model; of a group that it holds in part, the rest is missing.
+        example_config: makes a config, to know the family's names by.
+        newly_initialized: patterns of our paths, each naming a group of parameters. A group of which a checkpoint holds nothing
+            is initialised as in a new model; of a group that it holds in part, the rest is missing.
         component: it is a part of a model and cannot run by itself.
-        resizes: the vocabulary of the file may be longer or shorter than the config's.
-        example: a config, to know the family's names by.
+        resizable_vocab: the vocabulary of the file may be longer or shorter than the config's.
     """
 
     name: str
     config: type
     module: Callable[..., nnx.Module]
-    layouts: Mapping[str, Callable[[Any], tuple[Section, ...]]]
+    layouts: Mapping[str, Callable[[Any], tuple[TableSection, ...]]]
     example_config: Callable[[], Any]
     newly_initialized: tuple[str, ...] = ()
     component: bool = True
@@ -96,12 +97,12 @@ class CheckpointFamily:
         return _shapes(self.module, cfg)
 
     def shards(self, cfg: Any, mesh: AbstractMesh) -> dict[str, Shape]:
-        """{our path: the shape of what one device of `mesh` holds}, by the rules of `parallel`."""
+        """{our path: the shape of what one device of `mesh` holds}, by the rules of `sharding`."""
         shardings = flatten_params(sharding.param_shardings(_abstract(self.module, cfg), mesh))
         return {name: shardings[name].shard_shape(shape) for name, shape in self.shapes(cfg).items()}
 
     def initial(self, cfg: Any, names: Iterable[str], seed: int) -> dict[str, jax.Array]:
-        """The parameters `names` of a new model: those of `flowseg.create(cfg, seed)`, up to rounding (they are compiled).
+        """The parameters `names` of a new model: those of `flowseg.init_model(cfg, seed)`, up to rounding (they are compiled).
 
         The others are not computed: what is not returned is no part of the compiled program.
         """
@@ -141,18 +142,18 @@ def _shapes(module: Callable[..., nnx.Module], cfg: Any) -> dict[str, Shape]:
     return {name: tuple(x.shape) for name, x in flatten_params(params_dict(_abstract(module, cfg))).items()}
 
 
-def under(*sections: Section, source: str = "", target: str = "") -> tuple[Section, ...]:
+def with_prefix(*sections: TableSection, source: str = "", target: str = "") -> tuple[TableSection, ...]:
     """Sections with a prefix more on either side."""
     return tuple(dataclasses.replace(s, source=source + s.source, target=target + s.target) for s in sections)
 
 
-def _only(table: Table, source: str = "") -> Callable[[Any], tuple[Section, ...]]:
-    return lambda cfg: (Section(table, source),)
+def _only(table: Table, source: str = "") -> Callable[[Any], tuple[TableSection, ...]]:
+    return lambda cfg: (TableSection(table, source),)
 
 
-def _rest(*ignore: str) -> Section:
+def _ignored(*ignore: str) -> TableSection:
     """Tensors of the file that belong to no table."""
-    return Section(Table((), ignore=ignore))
+    return TableSection(Table((), ignore=ignore))
 
 
 def _language(name: str, table: Table, **layouts: Table) -> CheckpointFamily:
@@ -163,30 +164,32 @@ def _language(name: str, table: Table, **layouts: Table) -> CheckpointFamily:
     )  # fmt: skip
 
 
-def _inside(table: Table, prefix: str) -> Callable[[Any], tuple[Section, ...]]:
+def _inside(table: Table, prefix: str) -> Callable[[Any], tuple[TableSection, ...]]:
     """A component inside a whole model of its class: what is ignored lies beside it as well."""
-    return lambda cfg: (Section(table, prefix), _rest(*table.ignore))
+    return lambda cfg: (TableSection(table, prefix), _ignored(*table.ignore))
 
 
-def _decoders(source_pixel: str, source_decoder: str, head: tuple[Row, ...], category: tuple[Row, ...]) -> tuple[Section, ...]:
+def _decoders(
+    source_pixel: str, source_decoder: str, head: tuple[TableRow, ...], category: tuple[TableRow, ...]
+) -> tuple[TableSection, ...]:
     """The mask decoder, whose class heads are named apart from it."""
     return (
-        Section(segmentor.PIXEL_DECODER, source_pixel, "pixel_decoder/", lambda cfg: cfg.pixel_decoder),
-        Section(segmentor.DECODER, source_decoder, "mask_decoder/", lambda cfg: cfg.decoder),
-        Section(Table((*head, *category))),
+        TableSection(segmentor.PIXEL_DECODER, source_pixel, "pixel_decoder/", lambda cfg: cfg.pixel_decoder),
+        TableSection(segmentor.DECODER, source_decoder, "mask_decoder/", lambda cfg: cfg.mask_decoder),
+        TableSection(Table((*head, *category))),
     )
 
 
-def _segmentor(logit_scale: str, predictor: str) -> tuple[Section, ...]:
+def _segmentor(logit_scale: str, predictor: str) -> tuple[TableSection, ...]:
     """X-SAM's segmentor: mask encoder, connector, decoders, class head."""
-    scale = (Row(logit_scale, "mask_decoder/logit_scale"),)
+    scale = (TableRow(logit_scale, "mask_decoder/logit_scale"),)
     return (
-        Section(encoders.SAM, "segmentor.encoder.", "sam/", lambda cfg: cfg.sam),
-        Section(segmentor.CONNECTOR, "seg_connector.", "connector/", lambda cfg: cfg.connector),
+        TableSection(encoders.SAM, "segmentor.encoder.", "sam/", lambda cfg: cfg.sam),
+        TableSection(segmentor.CONNECTOR, "seg_connector.", "connector/", lambda cfg: cfg.connector),
         *_decoders(
             "segmentor.pixel_decoder.", "segmentor.decoder.", scale, linear(predictor, "category_head")
         ),
-        _rest(r"segmentor\.shared_image_embedding\..*", r"segmentor\.(criterion|criteria)\..*"),
+        _ignored(r"segmentor\.shared_image_embedding\..*", r"segmentor\.(criterion|criteria)\..*"),
     )  # fmt: skip
 
 
@@ -194,17 +197,19 @@ _MAIN = _segmentor("segmentor.class_predictor.logit_scale", "segmentor.class_pre
 _AAAI = _segmentor("segmentor.logit_scale", "segmentor.class_predictor")
 
 
-def _xsam(vision: str, parts: tuple[Section, ...], *more: Section) -> Callable[[FlowSegConfig], tuple[Section, ...]]:
-    def sections(cfg: FlowSegConfig) -> tuple[Section, ...]:
+def _xsam(
+    vision: str, parts: tuple[TableSection, ...], *more: TableSection
+) -> Callable[[FlowSegConfig], tuple[TableSection, ...]]:
+    def sections(cfg: FlowSegConfig) -> tuple[TableSection, ...]:
         return (
-            Section(encoders.language(cfg.llm), "llm.", "llm/", lambda cfg: cfg.llm),
-            Section(encoders.SIGLIP, f"{vision}.vision_model.", "siglip/", lambda cfg: cfg.siglip),
-            *under(Section(segmentor.PROJECTOR), source="visual_projector.", target="visual_projector/"),
-            *under(Section(segmentor.PROJECTOR), source="seg_projector.", target="seg_projector/"),
-            *under(Section(segmentor.PROJECTOR), source="llm_projector.", target="llm_projector/"),
+            TableSection(encoders.language(cfg.llm), "llm.", "llm/", lambda cfg: cfg.llm),
+            TableSection(encoders.SIGLIP, f"{vision}.vision_model.", "siglip/", lambda cfg: cfg.siglip),
+            *with_prefix(TableSection(segmentor.PROJECTOR), source="visual_projector.", target="visual_projector/"),
+            *with_prefix(TableSection(segmentor.PROJECTOR), source="seg_projector.", target="seg_projector/"),
+            *with_prefix(TableSection(segmentor.PROJECTOR), source="llm_projector.", target="llm_projector/"),
             *parts,
-            Section(Table((Row("bg_embeds.weight", "background_embed"),))),
-            Section(segmentor.BOUNDARY, "segmentor.boundary.", "boundary/"),
+            TableSection(Table((TableRow("bg_embeds.weight", "background_embed"),))),
+            TableSection(segmentor.BOUNDARY, "segmentor.boundary.", "boundary/"),
             *more,
         )
 
@@ -213,7 +218,7 @@ def _xsam(vision: str, parts: tuple[Section, ...], *more: Section) -> Callable[[
 
 _XSAM_LAYOUTS = {"main": _xsam("vision_encoder", _MAIN), "aaai": _xsam("visual_encoder", _AAAI)}
 # A segmentor of the first stage brings a closed-vocabulary head, for which a model may have no use.
-_HEAD = _rest(r"segmentor\.class_predictor\.(predictor\.)?(weight|bias)")
+_HEAD = _ignored(r"segmentor\.class_predictor\.(predictor\.)?(weight|bias)")
 _FLOWSEG_LAYOUTS = {"main": _xsam("vision_encoder", _MAIN, _HEAD), "aaai": _xsam("visual_encoder", _AAAI, _HEAD)}
 # What FlowSeg adds to X-SAM, and the linear head of its closed-vocabulary pass.
 _ADDED = (
@@ -268,7 +273,7 @@ FAMILIES: dict[str, CheckpointFamily] = {
             {
                 "hf": lambda cfg: (
                     *_decoders("model.pixel_level_module.decoder.", "model.transformer_module.", (), _M2F_HEAD),
-                    _rest(r"model\.pixel_level_module\.encoder\..*", r"criterion\..*"),
+                    _ignored(r"model\.pixel_level_module\.encoder\..*", r"criterion\..*"),
                 )
             },
             lambda: Mask2FormerConfig(PixelDecoderConfig.tiny(), MaskDecoderConfig.tiny(), 3),
@@ -276,10 +281,10 @@ FAMILIES: dict[str, CheckpointFamily] = {
         ),
         CheckpointFamily(
             "xsam_stage1",
-            Stage1Config,
-            Stage1,
+            XSamStage1Config,
+            XSamStage1,
             {"main": lambda cfg: _MAIN, "aaai": lambda cfg: _AAAI},
-            lambda: Stage1Config(
+            lambda: XSamStage1Config(
                 SamConfig.tiny(),
                 ConnectorConfig.tiny(),
                 (2, 3, 4),

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from convert_weights.sources import Entry
+from convert_weights.sources import TensorInfo
 from flowseg_jax.errors import UserError
 
-# config.json's key: the GGUF key behind the architecture's name
+# config.json's key: the GGUF key after the architecture's name
 CONFIG_KEYS = {
     "hidden_size": "embedding_length",
     "num_hidden_layers": "block_count",
@@ -51,7 +51,7 @@ class GgufSource:
             found = self._field("general.architecture")
             raise UserError(f"{file} holds a model of the architecture {found!r}; only llama is supported as GGUF")
         self.entries = {
-            name: Entry(tuple(int(n) for n in reversed(tensor.shape)), self._dtype(tensor))
+            name: TensorInfo(tuple(int(n) for n in reversed(tensor.shape)), self._dtype(tensor))
             for name, tensor in self._tensors.items()
         }
 

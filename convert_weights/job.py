@@ -13,14 +13,15 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from convert_weights import configs
-from convert_weights.convert import Exported, build, fresh_params, get_family, in_layout
+from convert_weights import configs, configs_from_hf, configs_from_shapes
+from convert_weights.convert import TorchView, build, fresh_params, get_family, in_layout
 from convert_weights.directory import ModelDirectory, is_model_directory
 from convert_weights.families import FAMILIES, CheckpointFamily
+from convert_weights.files import open_source, read_json, resolve_source
 from convert_weights.names import unwrapped
 from convert_weights.plan import ConversionPlan, check_tied_copies, make_plan
 from convert_weights.refusals import refuse_pointer
-from convert_weights.sources import JoinedSource, TensorSource, open_source, read_json, resolve_source
+from convert_weights.sources import JoinedSource, TensorSource
 from flowseg_jax import sharding
 from flowseg_jax.checkpoints.pretrained import require_empty_directory, save_pretrained_streaming
 from flowseg_jax.checkpoints.streaming import LazyArray
@@ -33,7 +34,7 @@ from flowseg_jax.models.language import LanguageConfig
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
 # Where a component's names stand in a whole model: (what they begin with alone, what they begin with there).
-PLACES = {
+COMPONENT_PREFIXES = {
     "llm": ("", "llm."),
     "siglip": ("vision_model.", "vision_encoder.vision_model."),
     "sam": ("vision_encoder.", "segmentor.encoder."),
@@ -47,7 +48,7 @@ class ConversionRequest:
 
     Attributes:
         family: a key of `FAMILIES`.
-        source: file or directory; for flowseg `part=PATH` of each part in `PLACES`.
+        source: file or directory; for flowseg {component: path}, components as in `COMPONENT_PREFIXES`.
         out: the directory to write; None to check only.
         tokenizer: directory; None: the one beside the language model's weights.
         config: `config.json` or a directory with it; None: beside the weights, or from shapes.
@@ -56,8 +57,8 @@ class ConversionRequest:
         chat: chat template; None: the language model's own.
         settings: `KEY=VALUE`s of the config.
         dtype: what parameters are stored as; None keeps the checkpoint's.
-        seed: of fresh parameters.
-        mesh: sizes of the mesh axes that the arrays are divided for on disk; None: not divided.
+        seed: of newly initialised parameters.
+        mesh: sizes of the mesh axes that the arrays are sharded for on disk; None: not sharded.
         overwrite: replace OUT.
     """
 
@@ -154,7 +155,7 @@ def open_conversion(request: ConversionRequest) -> Iterator[ConversionJob]:
 
 
 def write(job: ConversionJob, request: ConversionRequest, progress: Callable[[str], None] = lambda name: None) -> Path:
-    """Streams a prepared conversion into its directory."""
+    """Streams an open conversion into its directory."""
     family, cfg = job.plan.family, job.plan.cfg
     assert request.out is not None
     component = {"family": family.name, "config": _plain(dataclasses.asdict(cfg))} if family.component else None
@@ -184,14 +185,18 @@ def _component(family: CheckpointFamily, request: ConversionRequest) -> tuple[Te
     if own is not None:
         return source, own.cfg, own.tokenizer
     if family.name == "xsam_stage1":
-        return source, configs.stage1_from_shapes(configs.Shapes(source.entries, source.name)), None
+        return source, configs_from_shapes.stage1_from_shapes(configs_from_shapes.Shapes(source.entries, source.name)), None
     if family.name == "sam" and request.config is None and (prefix := _meta_prefix(source)) is not None:
-        return source, configs.sam_from_shapes(configs.Shapes(source.entries, source.name), prefix), None
+        return (
+            source,
+            configs_from_shapes.sam_from_shapes(configs_from_shapes.Shapes(source.entries, source.name), prefix),
+            None,
+        )
     if hasattr(source, "config") and request.config is None:
         values = source.config()
     else:
-        values = configs.hf_config(Path(request.config) if request.config else None, path)
-    return source, configs.tower_config(family.name, values), path if path.is_dir() else path.parent
+        values = configs_from_hf.hf_config(Path(request.config) if request.config else None, path)
+    return source, configs_from_hf.component_config(family.name, values), path if path.is_dir() else path.parent
 
 
 def _xsam(family: CheckpointFamily, request: ConversionRequest) -> tuple[TensorSource, FlowSegConfig, Path | None]:
@@ -206,12 +211,22 @@ def _xsam(family: CheckpointFamily, request: ConversionRequest) -> tuple[TensorS
         return source, configs.rebuild(FlowSegConfig, values["flowseg"]), beside.parent
     if request.config:
         raise UserError(f"{file} holds no config of ours (key flowseg); set single values by --set KEY=VALUE")
-    llm = configs.preset(request.llm, configs.LLMS, configs.language_config, "--llm") if request.llm else None
+    llm = (
+        configs_from_hf.preset(request.llm, configs_from_hf.LLMS, configs_from_hf.language_config, "--llm")
+        if request.llm
+        else None
+    )
     siglip = None
     if request.siglip:
-        siglip = configs.preset(request.siglip, configs.SIGLIPS, lambda v: configs.tower_config("siglip2", v), "--siglip")
-    shapes = configs.Shapes(source.entries, source.name)
-    return source, configs.xsam_from_shapes(shapes, llm, siglip, request.mode or "off", _compute(source)), beside.parent
+        siglip = configs_from_hf.preset(
+            request.siglip, configs_from_hf.SIGLIPS, lambda v: configs_from_hf.component_config("siglip2", v), "--siglip"
+        )
+    shapes = configs_from_shapes.Shapes(source.entries, source.name)
+    return (
+        source,
+        configs_from_shapes.xsam_from_shapes(shapes, llm, siglip, request.mode or "off", _compute(source)),
+        beside.parent,
+    )
 
 
 def _joined(family: CheckpointFamily, request: ConversionRequest) -> tuple[TensorSource, FlowSegConfig, Path | None]:
@@ -219,8 +234,8 @@ def _joined(family: CheckpointFamily, request: ConversionRequest) -> tuple[Tenso
         raise UserError("flowseg is put together from components: flowseg llm=DIR siglip=DIR sam=DIR [segmentor=FILE] OUT")
     parts = dict(request.source)
     for part in parts:
-        if part not in PLACES:
-            raise UserError(f"flowseg has no part {part!r} (known: {', '.join(PLACES)})")
+        if part not in COMPONENT_PREFIXES:
+            raise UserError(f"flowseg has no part {part!r} (known: {', '.join(COMPONENT_PREFIXES)})")
     lacking = [part for part in ("llm", "siglip", "sam") if part not in parts and not (part == "sam" and "segmentor" in parts)]
     if lacking:
         raise UserError(
@@ -240,7 +255,7 @@ def _joined(family: CheckpointFamily, request: ConversionRequest) -> tuple[Tenso
     old_names = any("segmentor.class_predictor.weight" in source.entries for _, source in opened)
     joined = []
     for part, source in opened:
-        old, new = PLACES[part]
+        old, new = COMPONENT_PREFIXES[part]
         joined.append((source, old, new.replace("vision_encoder", "visual_encoder") if old_names else new))
     source = JoinedSource(joined, " + ".join(source.name for _, source in opened))
     sam = cfgs["segmentor"].sam if "segmentor" in cfgs else cfgs["sam"]
@@ -254,7 +269,7 @@ def _open(path: Path, family: CheckpointFamily) -> tuple[TensorSource, ModelDire
     """A source; one of our own directories is read through the family's table."""
     if path.is_dir() and is_model_directory(path):
         own = ModelDirectory(path, family)
-        return Exported(family, own.cfg, own), own
+        return TorchView(family, own.cfg, own), own
     return unwrapped(open_source(path), family), None
 
 
@@ -269,7 +284,7 @@ def _llm_family(path: Path) -> str:
         open_source(path)  # an adapter alone, or the shards of a training run, say so; they may have no config.json
     if path.suffix == ".gguf" or (path.is_dir() and list(path.glob("*.gguf")) and not (path / "config.json").is_file()):
         raise UserError(f"{path}: convert a GGUF by itself first (flowseg convert llama ...), then give its directory")
-    values = configs.hf_config(None, path)
+    values = configs_from_hf.hf_config(None, path)
     # A component of ours, a whole model of ours, Hugging Face's language model, and one of its models with pictures.
     places = (("component", "family"), ("model", "llm", "model_type"), ("model_type",), ("text_config", "model_type"))
     named = [_at(values, place) for place in places]

@@ -2,7 +2,7 @@
 
 `torch.compile`, activation checkpointing, data parallelism, adapters' wrappers and multimodal models put a module around the
 model, and so a prefix before its names; a bare model is saved without its own. The prefix that all names share is recognised by
-what stands behind it, is taken off, and is said.
+what stands after it, is taken off, and is said.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ENOUGH = 0.5  # of a family's names must be found for a prefix to be believed
 
 
 class Match(NamedTuple):
-    """How well a family's names fit behind a prefix.
+    """How well a family's names fit after a prefix.
 
     Attributes:
         found: how many of the family's names (numbers left out) are there.
@@ -68,7 +68,7 @@ def unwrapped(source: TensorSource, family: CheckpointFamily) -> TensorSource:
 
 
 def _best(source: TensorSource, family: CheckpointFamily, names: Iterable[str]) -> Match | None:
-    """The prefix behind which most of the family's names stand, or None."""
+    """The prefix after which most of the family's names stand, or None."""
     matches = []
     for layout, known in family.names.items():
         for lead in ("", LEAD):
@@ -88,7 +88,7 @@ def _best(source: TensorSource, family: CheckpointFamily, names: Iterable[str]) 
 
 
 def _prefixes(tails: set[str], names: Iterable[str]) -> dict[str, int]:
-    """{prefix: how many of `tails` stand behind it}."""
+    """{prefix: how many of `tails` stand after it}."""
     found: dict[str, set[str]] = {}
     depths = {tail.count(".") + 1 for tail in tails}
     for name in names:
@@ -105,7 +105,7 @@ def _without(
 ) -> tuple[dict[str, str], str]:
     """Names without their prefix, and what to say of it."""
     prefix, lead = match.prefix, match.lead
-    # With `model.language_model.layers...` the head stands beside, as `lm_head.weight` or behind a shorter prefix.
+    # With `model.language_model.layers...` the head stands beside, as `lm_head.weight` or after a shorter prefix.
     beside = {name for known in family.names.values() for name in known if not name.startswith(LEAD)} if lead else set()
     parts = prefix.split(".")[:-1]
     shorter = ["".join(f"{part}." for part in parts[:n]) for n in range(len(parts), -1, -1)]

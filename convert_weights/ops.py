@@ -22,19 +22,19 @@ class Op:
 
     Attributes:
         source_shape: the PyTorch shape that belongs to a parameter's shape.
-        to_ours, to_source: (array, the component's config) -> a view or a copy in the other layout.
-        by_rows: nothing moves: a run of the tensor's rows is a run of ours.
-        resizes: the first axis counts tokens, and a table of another length can be cut or grown to fit.
+        to_jax, to_torch: (array, the component's config) -> a view or a copy in the other layout.
+        row_preserving: nothing moves: a run of the tensor's rows is a run of ours.
+        resizable: the first axis counts tokens, and a table of another length can be cut or grown to fit.
     """
 
     source_shape: Callable[[Shape], Shape]
-    to_ours: Callable[[np.ndarray, Any], np.ndarray]
-    to_source: Callable[[np.ndarray, Any], np.ndarray]
-    by_rows: bool = False
-    resizes: bool = False
+    to_jax: Callable[[np.ndarray, Any], np.ndarray]
+    to_torch: Callable[[np.ndarray, Any], np.ndarray]
+    row_preserving: bool = False
+    resizable: bool = False
 
 
-def _same(x: np.ndarray, cfg: Any) -> np.ndarray:
+def _identity(x: np.ndarray, cfg: Any) -> np.ndarray:
     return x
 
 
@@ -48,16 +48,16 @@ def _regroup(x: np.ndarray, width: int, groups: int) -> np.ndarray:
     return x.reshape(rows // width, groups, width // groups, inputs).swapaxes(1, 2).reshape(rows, inputs)
 
 
-def _interleaved_to_ours(x: np.ndarray, cfg: Any) -> np.ndarray:
+def _interleaved_to_jax(x: np.ndarray, cfg: Any) -> np.ndarray:
     return _regroup(x, cfg.head_dim, cfg.head_dim // 2).T
 
 
-def _ours_to_interleaved(x: np.ndarray, cfg: Any) -> np.ndarray:
+def _jax_to_interleaved(x: np.ndarray, cfg: Any) -> np.ndarray:
     return _regroup(x.T, cfg.head_dim, 2)
 
 
 OPS: dict[str, Op] = {
-    "same": Op(lambda s: s, _same, _same, by_rows=True),
+    "identity": Op(lambda s: s, _identity, _identity, row_preserving=True),
     # torch.nn.Linear keeps [out, in], ours [in, out]
     "linear": Op(lambda s: (s[1], s[0]), _transpose, _transpose),
     # torch.nn.Conv2d keeps OIHW, ours HWIO
@@ -69,7 +69,7 @@ OPS: dict[str, Op] = {
     # a leading batch axis of one, as on SAM's position table
     "unbatch": Op(lambda s: (1, *s), lambda x, cfg: x[0], lambda x, cfg: x[None]),
     # rows are tokens
-    "vocabulary": Op(lambda s: s, _same, _same, by_rows=True, resizes=True),
+    "vocabulary": Op(lambda s: s, _identity, _identity, row_preserving=True, resizable=True),
     # llama.cpp stores the two rotary halves of a head's rows interleaved; otherwise as "linear"
-    "rotary": Op(lambda s: (s[1], s[0]), _interleaved_to_ours, _ours_to_interleaved),
+    "rotary": Op(lambda s: (s[1], s[0]), _interleaved_to_jax, _jax_to_interleaved),
 }

@@ -17,8 +17,8 @@ import numpy as np
 from convert_weights import refusals
 from convert_weights.families import FAMILIES, CheckpointFamily
 from convert_weights.ops import Shape
-from convert_weights.sources import Entry, TensorSource
-from convert_weights.table import Piece, Section, expand, unnumbered
+from convert_weights.sources import TensorInfo, TensorSource
+from convert_weights.table import ParamSlice, TableSection, expand, unnumbered
 from flowseg_jax.errors import UserError, plain
 
 COMPARED_ROWS = 4096  # rows of a tied head that are compared at a time
@@ -27,12 +27,12 @@ SHOWN = 10  # lines of faults in an error
 
 @dataclasses.dataclass(frozen=True)
 class ParamTarget:
-    """A parameter and what it is made of; without pieces it is fresh."""
+    """A parameter and what it is made of; without slices it is newly initialised."""
 
     name: str
     shape: Shape
     dtype: np.dtype
-    pieces: tuple[Piece, ...]
+    slices: tuple[ParamSlice, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ class ConversionPlan:
         targets: all parameters, in the order of the model.
         resized: {parameter: (rows in the file, rows here)} of vocabularies that are cut or grown.
         ignored: tensors that are known and not used.
-        twins: {ignored tensor: the one that it must equal}, see `check_twins`.
+        tied_copies: {ignored tensor: the one that it must equal}, see `check_tied_copies`.
     """
 
     family: CheckpointFamily
@@ -53,11 +53,11 @@ class ConversionPlan:
     targets: tuple[ParamTarget, ...]
     resized: dict[str, tuple[int, int]]
     ignored: tuple[str, ...]
-    twins: dict[str, str]
+    tied_copies: dict[str, str]
 
     @property
     def fresh(self) -> tuple[str, ...]:
-        return tuple(target.name for target in self.targets if not target.pieces)
+        return tuple(target.name for target in self.targets if not target.slices)
 
 
 def make_plan(family: CheckpointFamily, cfg: Any, source: TensorSource, dtype: str | None = None) -> ConversionPlan:
@@ -73,12 +73,12 @@ def make_plan(family: CheckpointFamily, cfg: Any, source: TensorSource, dtype: s
     shapes = family.shapes(cfg)
     layout = choose_layout(family, source.entries)
     sections = family.layouts[layout](cfg)
-    twins = _twins(sections)
-    pieces = _under_the_name_there_is(expand(sections, cfg, shapes), twins, source)
-    by_target: dict[str, list[Piece]] = {name: [] for name in shapes}
-    for piece in pieces:
-        by_target[piece.target].append(piece)
-    present = {family.fresh_group(p.target) for p in pieces if p.source in source.entries} - {None}
+    tied_copies = _tied_copies(sections)
+    slices = _under_the_name_that_exists(expand(sections, cfg, shapes), tied_copies, source)
+    by_target: dict[str, list[ParamSlice]] = {name: [] for name in shapes}
+    for part in slices:
+        by_target[part.target].append(part)
+    present = {family.fresh_group(p.target) for p in slices if p.source in source.entries} - {None}
 
     faults, resized, used = [], {}, set()
     targets = []
@@ -89,29 +89,29 @@ def make_plan(family: CheckpointFamily, cfg: Any, source: TensorSource, dtype: s
             targets.append(ParamTarget(name, shape, np.dtype(dtype or np.float32), ()))
             continue
         kinds = set()
-        for piece in parts:
-            if piece.source not in source.entries:
-                faults.append(("missing", piece.source, piece.source_shape))
+        for part in parts:
+            if part.source not in source.entries:
+                faults.append(("missing", part.source, part.source_shape))
                 continue
-            found = source.entries[piece.source]
-            used.add(piece.source)
+            found = source.entries[part.source]
+            used.add(part.source)
             kinds.add(found.dtype)
-            fault = _misfit(piece, found, family.resizable_vocab)
+            fault = _misfit(part, found, family.resizable_vocab)
             if fault:
-                faults.append((fault, piece.source, found.shape))
-            elif found.shape != piece.source_shape:
-                resized[name] = (found.shape[0], piece.total)
+                faults.append((fault, part.source, found.shape))
+            elif found.shape != part.source_shape:
+                resized[name] = (found.shape[0], part.total)
         if not parts:
             faults.append(("the tables do not cover", name, shape))
         targets.append(ParamTarget(name, shape, np.dtype(dtype) if dtype else _common(kinds), tuple(parts)))
 
     ignore = [re.compile(re.escape(s.source) + f"(?:{text})") for s in sections for text in s.table.ignore]
     spare = [name for name in source.entries if name not in used]
-    ignored = [name for name in spare if name in twins or any(p.fullmatch(name) for p in ignore)]
+    ignored = [name for name in spare if name in tied_copies or any(p.fullmatch(name) for p in ignore)]
     faults += [("unexpected", name, source.entries[name].shape) for name in spare if name not in set(ignored)]
     if faults:
-        raise UserError(_report(family, source, faults) + _untied(faults, twins, source))
-    pairs = {name: twins[name] for name in ignored if name in twins}
+        raise UserError(_report(family, source, faults) + _untied(faults, tied_copies, source))
+    pairs = {name: tied_copies[name] for name in ignored if name in tied_copies}
     return ConversionPlan(family, cfg, layout, tuple(targets), resized, tuple(ignored), pairs)
 
 
@@ -140,13 +140,13 @@ def same_family(looks: str, asked: str) -> bool:
     return looks == asked or {looks, asked} <= {"xsam", "flowseg"}
 
 
-def _misfit(piece: Piece, found: Entry, resizes: bool) -> str | None:
+def _misfit(part: ParamSlice, found: TensorInfo, resizable: bool) -> str | None:
     if not jnp.issubdtype(found.dtype, jnp.floating):
         return f"not a floating-point tensor but {found.dtype}:"
-    want = piece.source_shape
+    want = part.source_shape
     if found.shape == want:
         return None
-    free = resizes and piece.op.resizes and len(found.shape) == len(want) and found.shape[0] > 0
+    free = resizable and part.op.resizable and len(found.shape) == len(want) and found.shape[0] > 0
     return None if free and found.shape[1:] == want[1:] else f"expected {want} for"
 
 
@@ -159,16 +159,18 @@ def _common(kinds: Iterable[np.dtype]) -> np.dtype:
     return np.dtype(np.float32) if common == np.float64 else np.dtype(common)
 
 
-def _twins(sections: Iterable[Section]) -> dict[str, str]:
-    return {s.source + name: s.source + other for s in sections for name, other in s.table.twins.items()}
+def _tied_copies(sections: Iterable[TableSection]) -> dict[str, str]:
+    return {s.source + name: s.source + other for s in sections for name, other in s.table.tied_copies.items()}
 
 
-def _under_the_name_there_is(pieces: Iterable[Piece], twins: dict[str, str], source: TensorSource) -> list[Piece]:
-    """The pieces, those of a tied embedding table under the head's name where the file has only that."""
-    pieces = list(pieces)
-    wanted = {piece.source for piece in pieces}
-    alone = {b: a for a, b in twins.items() if a in source.entries and b not in source.entries and a not in wanted}
-    return [dataclasses.replace(piece, source=alone.get(piece.source, piece.source)) for piece in pieces]
+def _under_the_name_that_exists(
+    slices: Iterable[ParamSlice], tied_copies: dict[str, str], source: TensorSource
+) -> list[ParamSlice]:
+    """The slices, those of a tied embedding table under the head's name where the file has only that."""
+    slices = list(slices)
+    wanted = {part.source for part in slices}
+    alone = {b: a for a, b in tied_copies.items() if a in source.entries and b not in source.entries and a not in wanted}
+    return [dataclasses.replace(part, source=alone.get(part.source, part.source)) for part in slices]
 
 
 def check_tied_copies(plan: ConversionPlan, source: TensorSource, words: int | None = None) -> None:
@@ -182,7 +184,7 @@ def check_tied_copies(plan: ConversionPlan, source: TensorSource, words: int | N
     Raises:
         UserError: another matrix.
     """
-    for name, other in plan.twins.items():
+    for name, other in plan.tied_copies.items():
         a, b = source.entries[name], source.entries[other]
         rows = min(a.shape[0], b.shape[0], *(() if words is None else (words,)))
         alike = a.shape[1:] == b.shape[1:] and jnp.issubdtype(a.dtype, jnp.floating)
@@ -209,10 +211,12 @@ def _different_rows(source: TensorSource, name: str, other: str, rows: int) -> i
     return count
 
 
-def _untied(faults: list[tuple[str, str, Shape]], twins: dict[str, str], source: TensorSource) -> str:
+def _untied(faults: list[tuple[str, str, Shape]], tied_copies: dict[str, str], source: TensorSource) -> str:
     """A hint where a head is missing that may be tied."""
-    heads = [name for kind, name, _ in faults if kind == "missing" and twins.get(name) in source.entries]
-    return f"; if {heads[0]} is tied to {twins[heads[0]]}, set tie_word_embeddings to true in config.json" if heads else ""
+    heads = [name for kind, name, _ in faults if kind == "missing" and tied_copies.get(name) in source.entries]
+    return (
+        f"; if {heads[0]} is tied to {tied_copies[heads[0]]}, set tie_word_embeddings to true in config.json" if heads else ""
+    )
 
 
 def _report(family: CheckpointFamily, source: TensorSource, faults: list[tuple[str, str, Shape]]) -> str:

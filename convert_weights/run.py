@@ -53,7 +53,7 @@ def export(
 
 def _line(target: ParamTarget) -> str:
     """`llm/layers/self_attn/q_proj/kernel (36, 2560, 4096) bfloat16 <- llm.model.layers.{0-35}.self_attn.q_proj.weight`."""
-    names = [name for _, name, _ in collapse_layer_names(("", piece.source, ()) for piece in target.pieces)]
+    names = [name for _, name, _ in collapse_layer_names(("", part.source, ()) for part in target.slices)]
     return f"{target.name} {target.shape} {target.dtype} <- {', '.join(names) or 'fresh'}"
 
 

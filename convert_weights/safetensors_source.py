@@ -11,7 +11,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from convert_weights.refusals import refuse_dtypes, refuse_pointer
-from convert_weights.sources import Entry
+from convert_weights.sources import TensorInfo
 from flowseg_jax.errors import UserError, listed, plain
 
 DTYPES = {
@@ -44,7 +44,7 @@ class SafetensorsSource:
 
     def __init__(self, files: list[Path], name: str):
         self.name = name
-        self.entries: dict[str, Entry] = {}
+        self.entries: dict[str, TensorInfo] = {}
         self._files: dict[str, Path] = {}
         self._opened: dict[Path, Any] = {}
         for file in files:
@@ -70,7 +70,7 @@ class SafetensorsSource:
             raise UserError(f"{file} cannot be read any more ({plain(str(error))}): download it again") from None
 
 
-def _open(file: Path) -> tuple[Any, dict[str, Entry]]:
+def _open(file: Path) -> tuple[Any, dict[str, TensorInfo]]:
     """An open file and what it holds."""
     refuse_pointer(file)
     try:
@@ -94,7 +94,7 @@ def _open(file: Path) -> tuple[Any, dict[str, Entry]]:
     odd = [name for name, (_, kind) in kinds.items() if kind not in DTYPES]
     if odd:
         refuse_dtypes(file, {name: kinds[name][1] for name in odd})
-    return opened, {name: Entry(shape, DTYPES[kind]) for name, (shape, kind) in kinds.items()}
+    return opened, {name: TensorInfo(shape, DTYPES[kind]) for name, (shape, kind) in kinds.items()}
 
 
 def _repeated_names(file: Path, header: bytes) -> list[str]:

@@ -6,7 +6,7 @@ are named in the same style, so that a whole FlowSeg can be exported and read ba
 
 from __future__ import annotations
 
-from convert_weights.table import Row, Table, conv, linear, norm, numbered
+from convert_weights.table import Table, TableRow, conv, linear, norm, numbered
 from flowseg_jax.models.connectors import ConnectorConfig
 from flowseg_jax.models.mask_decoder import MaskDecoderConfig
 from flowseg_jax.models.pixel_decoder import PixelDecoderConfig
@@ -44,7 +44,7 @@ def _pixel_axes(cfg: PixelDecoderConfig) -> dict:
 
 PIXEL_DECODER = Table(
     (
-        Row("level_embed", "level_embed"),
+        TableRow("level_embed", "level_embed"),
         *conv("input_projections.{level}.0", "input_projections/{level}/conv"),
         *norm("input_projections.{level}.1", "input_projections/{level}/norm"),
         *linear("encoder.layers.{layer}.self_attn.sampling_offsets", "layers/self_attn/sampling_offsets"),
@@ -65,7 +65,7 @@ PIXEL_DECODER = Table(
 )
 
 
-def _attention(source: str, target: str) -> tuple[Row, ...]:
+def _attention(source: str, target: str) -> tuple[TableRow, ...]:
     """torch.nn.MultiheadAttention: the three in-projections are one matrix."""
     return (
         *linear(f"{source}.in_proj", f"{target}/q_proj {target}/k_proj {target}/v_proj", suffix="_"),
@@ -80,9 +80,9 @@ def _decoder_axes(cfg: MaskDecoderConfig) -> dict:
 _LAYER = "decoder.layers.{layer}."
 DECODER = Table(
     (
-        Row("queries_embedder.weight", "queries_embedder"),
-        Row("queries_features.weight", "queries_features"),
-        Row("level_embed.weight", "level_embed"),
+        TableRow("queries_embedder.weight", "queries_embedder"),
+        TableRow("queries_features.weight", "queries_features"),
+        TableRow("level_embed.weight", "level_embed"),
         *_attention(_LAYER + "cross_attn", "layers/cross_attn"),
         *norm(_LAYER + "cross_attn_layer_norm", "layers/cross_attn_layer_norm"),
         *linear(_LAYER + "self_attn.q_proj", "layers/self_attn/q_proj"),
@@ -103,4 +103,4 @@ DECODER = Table(
     ),
     _decoder_axes,
 )
-BOUNDARY = Table((*conv("compress", "feature_proj"), *conv("refine", "refine_conv"), Row("alpha", "alpha")))
+BOUNDARY = Table((*conv("compress", "feature_proj"), *conv("refine", "refine_conv"), TableRow("alpha", "alpha")))

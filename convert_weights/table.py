@@ -22,7 +22,7 @@ STACKED = "layer"  # the axis that is stacked; others are part of the target's p
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class TableRow:
     """One line of a table.
 
     Attributes:
@@ -33,7 +33,7 @@ class Row:
 
     source: str
     targets: str
-    op: str = "same"
+    op: str = "identity"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,20 +41,20 @@ class Table:
     """The names of one component.
 
     Attributes:
-        rows: see `Row`. A row whose target the config does not have (an untied head, say) is skipped.
+        rows: see `TableRow`. A row whose target the config does not have (an untied head, say) is skipped.
         axes: config -> {axis: its values}; a row's axis is the first index in its source pattern.
         ignore: patterns (whole name) of tensors that are known and not used.
-        twins: {name: other name}: a copy that some files carry; it must equal the other tensor, and is not used.
+        tied_copies: {name: other name}: a copy that some files carry; it must equal the other tensor, and is not used.
     """
 
-    rows: tuple[Row, ...]
+    rows: tuple[TableRow, ...]
     axes: Callable[[Any], Mapping[str, Iterable[Index]]] = lambda cfg: {}
     ignore: tuple[str, ...] = ()
-    twins: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    tied_copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
-class Section:
+class TableSection:
     """A table inside a model: what stands before its names on both sides, and which part of the config it belongs to."""
 
     table: Table
@@ -64,12 +64,12 @@ class Section:
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
+class ParamSlice:
     """The part of a parameter that comes from one tensor, or from some rows of a fused one.
 
     Attributes:
         target: our path. layer: index on the leading axis of a stack, None where there is no stack.
-        shape: of the piece on our side.
+        shape: of the slice on our side.
         source: the tensor's name. start, rows: which of its rows; the tensor has `total` of them.
         op, cfg: the operation and the config it asks.
     """
@@ -84,30 +84,30 @@ class Piece:
     cfg: Any
 
     @property
-    def part_shape(self) -> Shape:
-        """The shape of the tensor's rows that belong to this piece, in PyTorch's layout."""
+    def torch_shape(self) -> Shape:
+        """The shape of the tensor's rows that belong to this slice, in PyTorch's layout."""
         return self.op.source_shape(self.shape)
 
     @property
     def source_shape(self) -> Shape:
         """The shape of the whole tensor."""
-        return (self.total, *self.part_shape[1:])
+        return (self.total, *self.torch_shape[1:])
 
 
-def norm(source: str, target: str, *, bias: bool = True) -> tuple[Row, ...]:
+def norm(source: str, target: str, *, bias: bool = True) -> tuple[TableRow, ...]:
     """The rows of a norm: weight -> scale, bias -> bias."""
-    rows = (Row(f"{source}.weight", f"{target}/scale"),)
-    return (*rows, Row(f"{source}.bias", f"{target}/bias")) if bias else rows
+    rows = (TableRow(f"{source}.weight", f"{target}/scale"),)
+    return (*rows, TableRow(f"{source}.bias", f"{target}/bias")) if bias else rows
 
 
-def linear(source: str, targets: str, *, bias: bool = True, op: str = "linear", suffix: str = ".") -> tuple[Row, ...]:
+def linear(source: str, targets: str, *, bias: bool = True, op: str = "linear", suffix: str = ".") -> tuple[TableRow, ...]:
     """The rows of a Linear or Conv2d. `targets`: one module path, or those whose rows are fused in `source`."""
     kernels, biases = (" ".join(f"{target}/{leaf}" for target in targets.split()) for leaf in ("kernel", "bias"))
-    rows = (Row(f"{source}{suffix}weight", kernels, op),)
-    return (*rows, Row(f"{source}{suffix}bias", biases)) if bias else rows
+    rows = (TableRow(f"{source}{suffix}weight", kernels, op),)
+    return (*rows, TableRow(f"{source}{suffix}bias", biases)) if bias else rows
 
 
-def conv(source: str, target: str, *, bias: bool = True) -> tuple[Row, ...]:
+def conv(source: str, target: str, *, bias: bool = True) -> tuple[TableRow, ...]:
     return linear(source, target, bias=bias, op="conv")
 
 
@@ -121,8 +121,8 @@ def unnumbered(name: str) -> str:
     return re.sub(r"\d+|\{\w+\}", "#", name)
 
 
-def expand(sections: Iterable[Section], cfg: Any, shapes: Mapping[str, Shape]) -> Iterator[Piece]:
-    """All pieces of the model that `cfg` describes.
+def expand(sections: Iterable[TableSection], cfg: Any, shapes: Mapping[str, Shape]) -> Iterator[ParamSlice]:
+    """All slices of the model that `cfg` describes.
 
     Args:
         shapes: {our path: shape} of its parameters; rows whose targets are not among them are skipped.
@@ -141,15 +141,15 @@ def expand(sections: Iterable[Section], cfg: Any, shapes: Mapping[str, Shape]) -
                 targets = [section.target + target.format(**index) for target in row.targets.split()]
                 if targets[0] not in shapes:
                     continue
-                yield from _pieces(row, section.source + row.source.format(**index), targets, counts, part, shapes)
+                yield from _slices(row, section.source + row.source.format(**index), targets, counts, part, shapes)
 
 
-def _pieces(
-    row: Row, source: str, targets: list[str], counts: dict[str, Iterator[int]], cfg: Any, shapes: Mapping[str, Shape]
-) -> Iterator[Piece]:
+def _slices(
+    row: TableRow, source: str, targets: list[str], counts: dict[str, Iterator[int]], cfg: Any, shapes: Mapping[str, Shape]
+) -> Iterator[ParamSlice]:
     op, stacked = OPS[row.op], STACKED in FIELD.findall(row.source)
     inner = [shapes[target][1:] if stacked else shapes[target] for target in targets]
     rows = [op.source_shape(shape)[0] for shape in inner]
     for target, shape, start in zip(targets, inner, itertools.accumulate([0, *rows[:-1]]), strict=True):
         layer = next(counts.setdefault(target, itertools.count())) if stacked else None
-        yield Piece(target, layer, shape, source, start, sum(rows), op, cfg)
+        yield ParamSlice(target, layer, shape, source, start, sum(rows), op, cfg)

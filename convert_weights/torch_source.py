@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from convert_weights import refusals
-from convert_weights.sources import Entry
+from convert_weights.sources import TensorInfo
 from convert_weights.torch_archive import check_archive, check_old_file, is_archive
 from flowseg_jax.errors import UserError, listed, plain
 
@@ -37,7 +37,7 @@ class TorchSource:
     def __init__(self, files: list[Path], name: str):
         self.name = name
         self.notes: list[str] = []
-        self.entries: dict[str, Entry] = {}
+        self.entries: dict[str, TensorInfo] = {}
         self._tensors: dict[str, Any] = {}
         self._mapped: set[str] = set()
         for file in files:
@@ -49,7 +49,7 @@ class TorchSource:
                 if key in self._tensors:
                     raise UserError(f"{file} and another file of {name} both hold {plain(key)}: leave one of the two out")
                 self._tensors[key] = tensor
-                self.entries[key] = Entry(tuple(tensor.shape), DTYPES[_name(tensor)])
+                self.entries[key] = TensorInfo(tuple(tensor.shape), DTYPES[_name(tensor)])
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         import torch
@@ -121,7 +121,7 @@ def _release(tensor: Any) -> None:
     if not sys.platform.startswith("linux"):
         return
     page, start, storage = mmap.PAGESIZE, tensor.data_ptr(), tensor.untyped_storage()
-    # A tensor can claim more values than its storage holds (strides of zero): what lies behind the file is not ours to give.
+    # A tensor can claim more values than its storage holds (strides of zero): what lies after the file is not ours to give.
     end = min(start + tensor.numel() * tensor.element_size(), storage.data_ptr() + storage.nbytes())
     first, last = -(-start // page) * page, end // page * page
     if last > first:

@@ -1,6 +1,6 @@
 """From the fixture's raw images and conversations to a batch, by the product's own pipeline, compared with X-SAM's.
 
-X-SAM asks for all phrases of an image in the turns of one conversation, so every image has one segment behind its prefix here.
+X-SAM asks for all phrases of an image in the turns of one conversation, so every image has one segment after its prefix here.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def read_texts(fixture: Fixture, keys: list[str]) -> dict[str, Text]:
             continue
         turns = conversations[key]
         body = encode_conversation(read_conversation(turns, chat, key), prompts, tokenizer, key)
-        # X-SAM also writes the separator behind the last answer. It changes nothing before it and has no loss.
+        # X-SAM also writes the separator after the last answer. It changes nothing before it and has no loss.
         last = list(tokenizer.encode(turns[-1].get("sep", "")))
         none = [PAD] * len(last)
         body = TokenizedConversation(

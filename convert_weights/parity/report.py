@@ -97,7 +97,7 @@ class Report:
             kind: key of `LIMITS`.
             where: what to compare, over the leading axes; None for everything.
             scale: the least magnitude that the error is taken relative to.
-            note: printed behind the row.
+            note: printed after the row.
         """
         ours, theirs = np.asarray(ours), np.asarray(theirs)
         if ours.shape != theirs.shape:

@@ -335,7 +335,7 @@ def component_config(directory) -> dict:
 
 
 def chunks(directory) -> dict[str, tuple[int, ...]]:
-    """The shape of the stored pieces of each array, as TensorStore reads it."""
+    """The shape of the stored slices of each array, as TensorStore reads it."""
     found = {}
     for name in pretrained.read_model_config(directory, allow_component=True)["manifest"]:
         place = {"driver": "ocdbt", "base": (directory / "params").as_uri() + "/", "path": name.replace("/", ".") + "/"}

@@ -21,7 +21,7 @@ from transformers.models.qwen3 import modeling_qwen3
 from transformers.models.sam import modeling_sam
 from transformers.models.siglip import modeling_siglip
 
-from convert_weights import configs
+from convert_weights import configs_from_hf
 from flowseg_jax.errors import UserError
 from flowseg_jax.models import hf_keys
 from flowseg_jax.models.language import LanguageConfig
@@ -95,7 +95,7 @@ def written(family: str, **changes) -> dict:
 
 
 def read(family: str, config: dict):
-    return configs.tower_config(family, config)
+    return configs_from_hf.component_config(family, config)
 
 
 @pytest.mark.parametrize("family", FROM_HF)

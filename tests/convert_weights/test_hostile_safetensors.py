@@ -14,7 +14,7 @@ import pytest
 import safetensors.numpy
 
 from convert_weights import safetensors_source
-from convert_weights.sources import open_source
+from convert_weights.files import open_source
 from flowseg_jax.errors import UserError
 
 BF16 = np.dtype(ml_dtypes.bfloat16)

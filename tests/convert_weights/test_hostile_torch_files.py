@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from convert_weights import torch_archive
-from convert_weights.sources import open_source
+from convert_weights.files import open_source
 from flowseg_jax.errors import UserError
 
 

@@ -13,11 +13,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from convert_weights import configs
-from convert_weights.convert import Exported, get_family
+from convert_weights import configs_from_shapes
+from convert_weights.convert import TorchView, get_family
 from convert_weights.families import FAMILIES, Mask2FormerConfig
 from convert_weights.plan import detect_family, make_plan
-from convert_weights.sources import Entry
+from convert_weights.sources import TensorInfo
 from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.models.language import LanguageConfig
 from flowseg_jax.models.mask_decoder import MaskDecoderConfig
@@ -67,7 +67,7 @@ class Abstract:
     def __init__(self, name: str):
         self.name = name
         self.entries = {
-            n: Entry(tuple(s), BF16) for n, s in expand(json.loads((MANIFESTS / f"{name}.json").read_text())["shapes"])
+            n: TensorInfo(tuple(s), BF16) for n, s in expand(json.loads((MANIFESTS / f"{name}.json").read_text())["shapes"])
         }
 
     def read(self, *_):
@@ -92,7 +92,7 @@ def test_components(name):
     assert detect_family(source.entries) == family
     assert plan.layout == "hf"
     assert plan.fresh == (("mask_decoder/logit_scale",) if family == "mask2former" else ())
-    assert {target.dtype for target in plan.targets if target.pieces} == {BF16}
+    assert {target.dtype for target in plan.targets if target.slices} == {BF16}
     if family in ("qwen3", "phi3", "llama"):
         assert not plan.ignored
         cut = dataclasses.replace(cfg, vocab_size=cfg.vocab_size - 100)  # X-SAM's resize
@@ -103,8 +103,8 @@ def test_components(name):
 @pytest.mark.parametrize("name", XSAM)
 def test_xsam(name, mode):
     source = Abstract(name)
-    shapes = configs.Shapes(source.entries, name)
-    cfg = configs.xsam_from_shapes(shapes, None, None, mode, "bfloat16")
+    shapes = configs_from_shapes.Shapes(source.entries, name)
+    cfg = configs_from_shapes.xsam_from_shapes(shapes, None, None, mode, "bfloat16")
     full = FlowSegConfig.full(XSAM[name][0]())
     assert dataclasses.replace(cfg, semantic_flow=full.semantic_flow, boundary=full.boundary) == full
     plan = make_plan(get_family("xsam"), cfg, source)
@@ -119,17 +119,17 @@ def test_xsam(name, mode):
         re.match(r"llm\.lm_head|segmentor\.(encoder\.neck|shared_image)|vision_encoder.*(head|post_layernorm)", n)
         for n in unused
     )
-    assert set(plan.twins) == ({"llm.lm_head.weight"} if cfg.llm.tie_word_embeddings else set())
+    assert set(plan.tied_copies) == ({"llm.lm_head.weight"} if cfg.llm.tie_word_embeddings else set())
 
 
 @pytest.mark.parametrize("layout", ["main", "aaai"])
 def test_what_is_exported_is_what_was_imported(layout):
     source = Abstract("xsam_phi3_mini")
     family = get_family("xsam")
-    cfg = configs.xsam_from_shapes(configs.Shapes(source.entries, ""), None, None, "off", "bfloat16")
+    cfg = configs_from_shapes.xsam_from_shapes(configs_from_shapes.Shapes(source.entries, ""), None, None, "off", "bfloat16")
     ours = Abstract("xsam_phi3_mini")
-    ours.entries = {name: Entry(shape, BF16) for name, shape in family.shapes(cfg).items()}
-    exported = Exported(family, cfg, ours, layout).entries
+    ours.entries = {name: TensorInfo(shape, BF16) for name, shape in family.shapes(cfg).items()}
+    exported = TorchView(family, cfg, ours, layout).entries
     if layout == "aaai":
         exported = {
             name.replace("visual_encoder.", "vision_encoder.").replace("segmentor.logit", "segmentor.class_predictor.logit"): x
@@ -140,7 +140,9 @@ def test_what_is_exported_is_what_was_imported(layout):
 
 
 def test_four_levels_have_no_fpn_stage():
-    three = configs.xsam_from_shapes(configs.Shapes(Abstract("xsam_qwen3_1b7").entries, ""), None, None, "off", "bfloat16")
+    three = configs_from_shapes.xsam_from_shapes(
+        configs_from_shapes.Shapes(Abstract("xsam_qwen3_1b7").entries, ""), None, None, "off", "bfloat16"
+    )
     four = dataclasses.replace(
         three,
         connector=dataclasses.replace(three.connector, channels=(1024,) * 4, scales=(4, 2, 1, 0.5)),
@@ -150,13 +152,13 @@ def test_four_levels_have_no_fpn_stage():
     )
     family = get_family("xsam")
     ours = Abstract("xsam_qwen3_1b7")
-    ours.entries = {name: Entry(shape, BF16) for name, shape in family.shapes(four).items()}
-    names = Exported(family, four, ours).entries
+    ours.entries = {name: TensorInfo(shape, BF16) for name, shape in family.shapes(four).items()}
+    names = TorchView(family, four, ours).entries
     assert not [name for name in names if "adapter" in name or "layer_1" in name]
     assert names["seg_connector.model.0.model.4.weight"].shape == (4096, 512, 1, 1)
     source = Abstract("xsam_qwen3_1b7")
     source.entries = names
-    assert configs.xsam_from_shapes(configs.Shapes(names, ""), None, None, "off", "bfloat16") == four
+    assert configs_from_shapes.xsam_from_shapes(configs_from_shapes.Shapes(names, ""), None, None, "off", "bfloat16") == four
     assert not make_plan(family, four, source).fresh
 
 
@@ -167,10 +169,10 @@ def test_every_parameter_has_exactly_one_place_in_every_layout(family, layout):
     if isinstance(cfg, FlowSegConfig):
         cfg = dataclasses.replace(cfg, semantic_flow=SemanticFlowConfig(norm="post"), num_classes=3)
     ours = Abstract("xsam_qwen3_1b7")
-    ours.entries = {name: Entry(shape, BF16) for name, shape in family.shapes(cfg).items()}
-    exported = Exported(family, cfg, ours, layout)
-    pieces = list(itertools.chain.from_iterable(exported._pieces.values()))
-    covered = sum(math.prod(piece.shape) for piece in pieces)
+    ours.entries = {name: TensorInfo(shape, BF16) for name, shape in family.shapes(cfg).items()}
+    exported = TorchView(family, cfg, ours, layout)
+    slices = list(itertools.chain.from_iterable(exported._slices.values()))
+    covered = sum(math.prod(part.shape) for part in slices)
     unnamed = ("mask_decoder/logit_scale",) if family.name == "mask2former" else ()
-    assert {piece.target for piece in pieces} == set(ours.entries) - set(unnamed)
+    assert {part.target for part in slices} == set(ours.entries) - set(unnamed)
     assert covered == sum(math.prod(e.shape) for name, e in ours.entries.items() if name not in unnamed)

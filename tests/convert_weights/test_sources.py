@@ -13,9 +13,9 @@ import pytest
 import safetensors.numpy
 import torch
 
-from convert_weights import configs
+from convert_weights import configs_from_hf
 from convert_weights.convert import export_params, import_params
-from convert_weights.sources import open_source
+from convert_weights.files import open_source
 from flowseg_jax.checkpoints.manifest import flatten_params
 from flowseg_jax.errors import UserError
 from flowseg_jax.models.language import LanguageConfig
@@ -234,7 +234,7 @@ def gguf_file(tmp_path_factory):
 def test_gguf(gguf_file, tmp_path):
     path, arrays, cfg, quantised = gguf_file
     source = open_source(path)
-    read = configs.tower_config("llama", source.config())
+    read = configs_from_hf.component_config("llama", source.config())
     assert read == cfg
     assert source.entries["blk.0.attn_q.weight"].dtype == np.float16
     for name, x in arrays.items():

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from convert_weights import configs
+from convert_weights import configs_from_shapes
 from convert_weights.convert import export_params, import_params
 from convert_weights.families import FAMILIES
 from convert_weights.plan import choose_layout
@@ -122,8 +122,8 @@ def test_stage_one_has_a_linear_head_and_no_language():
     }
     head = "segmentor.class_predictor.predictor"
     tensors |= {f"{head}.weight": np.ones((8, 64), np.float32), f"{head}.bias": np.ones(8, np.float32)}
-    cfg = configs.stage1_from_shapes(configs.Shapes(tensors, "it"))
-    assert (cfg.sam, cfg.classes) == (dataclasses.replace(tiny.XSAM.sam), 7)
+    cfg = configs_from_shapes.stage1_from_shapes(configs_from_shapes.Shapes(tensors, "it"))
+    assert (cfg.sam, cfg.num_classes) == (dataclasses.replace(tiny.XSAM.sam), 7)
     ours = import_params("xsam_stage1", tensors, cfg)
     old = tiny.aaai_names(tensors)
     assert "segmentor.class_predictor.weight" in old

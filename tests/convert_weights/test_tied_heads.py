@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 import transformers
 
-from convert_weights import configs
+from convert_weights import configs_from_hf
 from convert_weights.convert import import_params
 from flowseg_jax.checkpoints import pretrained
 from flowseg_jax.cli import convert
@@ -25,7 +25,7 @@ HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"
 @pytest.fixture(scope="module")
 def qwen3():
     model = tiny.huggingface("qwen3")
-    return tiny.state(model), configs.tower_config("qwen3", model.config.to_dict())
+    return tiny.state(model), configs_from_hf.component_config("qwen3", model.config.to_dict())
 
 
 def truncated(x: np.ndarray) -> np.ndarray:
@@ -64,7 +64,7 @@ def test_the_table_alone_under_the_heads_name(qwen3):
     tensors, cfg = qwen3
     moved = {(HEAD if name == TABLE else name): x for name, x in tensors.items()}
     assert np.array_equal(import_params("qwen3", moved, cfg)["embed_tokens"], tensors[TABLE])
-    untied = configs.tower_config("qwen3", tiny.huggingface("qwen3", tie_word_embeddings=False).config.to_dict())
+    untied = configs_from_hf.component_config("qwen3", tiny.huggingface("qwen3", tie_word_embeddings=False).config.to_dict())
     with pytest.raises(UserError, match=r"missing model.embed_tokens.weight \(280, 24\)$"):
         import_params("qwen3", moved, untied)
 
@@ -86,7 +86,7 @@ def test_another_matrix_is_refused_with_both_remedies(qwen3):
 
 def test_a_missing_head_may_be_a_tied_one(qwen3):
     tensors, _ = qwen3
-    untied = configs.tower_config("qwen3", tiny.huggingface("qwen3", tie_word_embeddings=False).config.to_dict())
+    untied = configs_from_hf.component_config("qwen3", tiny.huggingface("qwen3", tie_word_embeddings=False).config.to_dict())
     message = r"missing lm_head.weight \(280, 24\); if lm_head.weight is tied to model.embed_tokens.weight, set tie_word_emb"
     with pytest.raises(UserError, match=message):
         import_params("qwen3", tensors, untied)

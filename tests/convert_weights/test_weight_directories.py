@@ -12,7 +12,7 @@ import safetensors.numpy
 import torch
 
 from convert_weights import torch_source
-from convert_weights.sources import open_source
+from convert_weights.files import open_source
 from flowseg_jax.cli import convert
 from flowseg_jax.errors import UserError
 from tests.helpers import tiny_checkpoints as tiny

@@ -23,10 +23,10 @@ import pytest
 import safetensors.numpy
 import torch
 
-from convert_weights import configs
+from convert_weights import configs_from_hf
 from convert_weights.convert import get_family, import_params
+from convert_weights.files import open_source
 from convert_weights.names import unwrapped
-from convert_weights.sources import open_source
 from flowseg_jax.checkpoints.manifest import flatten_params
 from flowseg_jax.errors import UserError
 from tests.helpers import tiny_checkpoints as tiny
@@ -40,7 +40,7 @@ WRONG = (None, True, -1, 10**30, 1.5, "", "\ud800", "x" * 300, [], {}, [[]], "..
 def original():
     model = tiny.huggingface("llama", num_hidden_layers=2)
     tensors = tiny.state(model)
-    cfg = configs.tower_config("llama", model.config.to_dict())
+    cfg = configs_from_hf.component_config("llama", model.config.to_dict())
     return tensors, cfg, flatten_params(import_params("llama", tensors, cfg))
 
 

@@ -171,7 +171,7 @@ def test_metas_own_sam_is_transformers_sam():
     expected = hf_convert.sam(theirs, cfg)
     ours = import_params("sam", meta, cfg)
     assert tiny.equal(ours, expected)
-    # Exported under Meta's names and renamed by transformers' rules, it is what transformers has.
+    # TorchView under Meta's names and renamed by transformers' rules, it is what transformers has.
     back = export_params("sam", ours, cfg, layout="meta")
     assert back.keys() < meta.keys()
     for name, x in back.items():

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import transformers
 
-from convert_weights import configs
+from convert_weights import configs_from_hf
 from flowseg_jax.checkpoints.manifest import flatten_params
 from flowseg_jax.models.boundary import BoundaryConfig
 from flowseg_jax.models.config import FlowSegConfig
@@ -131,4 +131,4 @@ def equal(a: Mapping, b: Mapping) -> bool:
 def arrays(family: str, **changes) -> tuple[dict[str, np.ndarray], object]:
     """The tensors of a random Hugging Face model of a family, and our config of it."""
     model = huggingface(family, **changes)
-    return state(model), configs.tower_config(family, model.config.to_dict())
+    return state(model), configs_from_hf.component_config(family, model.config.to_dict())

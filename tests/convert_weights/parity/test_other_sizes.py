@@ -57,8 +57,8 @@ def draw_points(rng, targets: list[list[int]], levels: int, points: int) -> dict
 @pytest.mark.timeout(1800)
 def test_phi3_with_four_levels_and_odd_grids(phi3, rng, tmp_path):
     """Forward, evaluation, losses and the stage without language; three phrases beside one, every size another."""
-    cfg, points = phi3.model(), phi3.losses().points
-    levels = cfg.decoder.layers + 1
+    cfg, points = phi3.model(), phi3.losses().num_points
+    levels = cfg.mask_decoder.num_layers + 1
     _, params = flowseg.init_model(cfg)
     safetensors.numpy.save_file(export_params("xsam", params, cfg), tmp_path / "weights.safetensors")
     head = {"predictor/weight": rng.normal(size=(5, 96)), "predictor/bias": rng.normal(size=5)}
