@@ -139,7 +139,6 @@ def categories(tmp_path_factory):
     llm = dataclasses.replace(small.config().llm, vocab_size=tokenizer.vocab)
     cfg = dataclasses.replace(small.lean(negatives_group_size=1, llm=llm), generic_pass="with_flow")
 
-    @functools.cache
     def run(devices, fsdp, batch):
         model = EvalModel(cfg, evaluator(cfg, devices, fsdp), small.params(cfg), {}, tokenizer, PromptTemplates())
         return GenericEvaluation(model, data, batch, thresholds=Thresholds(0.1, 0.3)).run("val", None, save_masks=True)
@@ -147,9 +146,8 @@ def categories(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("devices, fsdp", [(8, 1), (4, 4)])
-def test_categories_on_any_number_of_devices(categories, devices, fsdp):
-    ours, theirs = categories(devices, fsdp, devices), categories(1, 1, 3)
+def test_categories_on_any_number_of_devices(categories):
+    ours, theirs = categories(8, 4, 8), categories(1, 1, 3)
     for a, b in zip(ours.records, theirs.records, strict=True):
         assert [row[2] for row in a.pop("found")] == [row[2] for row in b["found"]]
         assert a == {key: value for key, value in b.items() if key != "found"}
