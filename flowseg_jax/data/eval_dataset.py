@@ -15,10 +15,11 @@ import grain
 import numpy as np
 
 from flowseg_jax.data import collate, images, masks
-from flowseg_jax.data.collate import ProcessedImage, TokenBudget
+from flowseg_jax.data.collate import ProcessedImage
 from flowseg_jax.data.dataset import IndexEntry, PreparedDataset
 from flowseg_jax.data.prompts import PromptTemplates, check_phrase
 from flowseg_jax.data.records import Example, Sample
+from flowseg_jax.data.token_budget import TokenBudget
 from flowseg_jax.data.tokenizer import Tokenizer
 from flowseg_jax.data.train_dataset import open_tokenizer
 from flowseg_jax.errors import UserError

@@ -9,10 +9,11 @@ from collections.abc import Collection, Iterator, Sequence
 import grain
 
 from flowseg_jax.data import collate, images
-from flowseg_jax.data.collate import TokenBudget, TrainExample
+from flowseg_jax.data.collate import TrainExample
 from flowseg_jax.data.dataset import PreparedDataset
 from flowseg_jax.data.prompts import PromptTemplates, check_phrase
 from flowseg_jax.data.records import Example
+from flowseg_jax.data.token_budget import TokenBudget
 from flowseg_jax.data.tokenizer import Tokenizer
 from flowseg_jax.types import Batch, BatchShape
 

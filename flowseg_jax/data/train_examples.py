@@ -10,11 +10,12 @@ import numpy as np
 from PIL import Image
 
 from flowseg_jax.data import collate, images
-from flowseg_jax.data.collate import ProcessedImage, TokenBudget, TrainExample
+from flowseg_jax.data.collate import ProcessedImage, TrainExample
 from flowseg_jax.data.dataset import IndexEntry
 from flowseg_jax.data.mixture import MixtureComponent
 from flowseg_jax.data.prompts import Conversation, PromptTemplates, check_phrase
 from flowseg_jax.data.records import Annotation, Example, Sample, Turn, make_samples
+from flowseg_jax.data.token_budget import TokenBudget, check_batch_shape
 from flowseg_jax.data.tokenizer import Tokenizer
 from flowseg_jax.errors import UserError, did_you_mean
 from flowseg_jax.types import NO_TARGET, PAD, BatchShape
@@ -186,7 +187,7 @@ class TrainExampleBuilder:
         if self.task in ("referring", "reasoning"):
             named = self._categories if options.include_generic and self.task == "referring" else ()
             everything = options.objects == "all" and self.task == "referring"
-            collate.check_batch_shape(entries, self._phrases, shape, self._bound, named, everything, self.task)
+            check_batch_shape(entries, self._phrases, shape, self._bound, named, everything, self.task)
 
     def _check_targets(self, entries: Sequence[IndexEntry], where: str) -> None:
         """Refuses generic data of which nothing would be trained on; remarks how many images are without a target.

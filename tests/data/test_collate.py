@@ -9,6 +9,7 @@ from PIL import Image
 from flowseg_jax.data import collate, images, masks
 from flowseg_jax.data.prompts import CHAT_TEMPLATES, Conversation, PromptTemplates, Turn, check_phrase, template_corpus
 from flowseg_jax.data.records import Annotation
+from flowseg_jax.data.token_budget import TokenBudget
 from flowseg_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from flowseg_jax.errors import UserError
 from flowseg_jax.types import IGNORE_INDEX, IMAGE_TOKEN_INDEX, PAD, BatchShape
@@ -193,7 +194,7 @@ def test_the_exact_length_fits(tokenizer):
     "prompts", [PromptTemplates(randomize=False), PromptTemplates(randomize=False, question=4, answer=3), PromptTemplates()]
 )
 def test_length_bound_is_exact_for_a_fixed_wording_and_never_too_small(tokenizer, prompts):
-    bound = collate.TokenBudget(prompts, tokenizer, VISUAL)
+    bound = TokenBudget(prompts, tokenizer, VISUAL)
     rng = np.random.default_rng(0)
     for names in ((), ("cat",), ("café", "red star", "dog")):
         for _ in range(40):
@@ -205,6 +206,17 @@ def test_length_bound_is_exact_for_a_fixed_wording_and_never_too_small(tokenizer
             assert used <= limit
             if not prompts.randomize:
                 assert limit - used <= 4  # the generic wording is rounded up
+
+
+@pytest.mark.parametrize(
+    ("question", "spans"),
+    [("<p>a</p> and <p>b</p>", 2), ("a", 0), ("<p>a", 1), ("</p>a<p>", 1), ("<p>a</p></p>", 1)],
+    ids=["too many", "none", "not closed", "closed before it is opened", "closed twice"],
+)
+def test_spans_that_do_not_belong_to_the_phrases_are_refused(tokenizer, question, spans):
+    conversation = Conversation((Turn(question, "<SEG>."),), (0,), (0,))
+    with pytest.raises(UserError, match=f"a.jpg: 1 phrases became {spans} spans; an expression contains <p> or </p>"):
+        collate.encode_conversation(conversation, PROMPTS, tokenizer, "a.jpg")
 
 
 @pytest.mark.parametrize("mark", ["<SEG>", "<p>", "</P>", "<image>", "<|im_end|>"])

@@ -76,6 +76,15 @@ def test_a_set_with_fewer_slots_than_images_walks_a_permutation_that_the_seed_dr
     walked = [record for epoch in range(8) for record in seen(3, epoch)[1]]
     assert sorted(walked) == list(range(40))  # eight epochs of five are each image once
     assert Counter(record for epoch in range(10) for record in seen(3, epoch)[2]) == dict.fromkeys(range(10), 13)
+    walk = np.random.default_rng((3, 2, 1)).permutation(40)  # of the second set: an epoch goes on where the last one ended
+    for epoch in range(8):
+        assert sorted(seen(3, epoch)[1]) == sorted(walk[5 * epoch : 5 * epoch + 5])
+
+
+def test_a_split_without_images_is_refused(refcoco, monkeypatch):
+    monkeypatch.setattr(type(refcoco), "index", lambda self, split: [])
+    with pytest.raises(UserError, match="prepared: split 'train' has no images"):
+        build_mixture([(refcoco, 0.0)])
 
 
 def test_a_run_that_began_in_stored_order_is_told_apart():

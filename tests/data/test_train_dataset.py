@@ -280,6 +280,8 @@ def test_the_smallest_accepted_text_length_never_overflows(train):
     for step in range(60):
         used = max(used, int((data.batch(step).segment_ids != PAD).sum(1).max()))
     assert used <= smallest
+    with pytest.raises(UserError, match=rf"may need {smallest} tokens, more than the text length {smallest - 1}; "):
+        train(shape=dataclasses.replace(SHAPE, text_length=smallest - 1), include_generic=True)
 
 
 def test_option_errors(prepared, train):
