@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +25,6 @@ from etils import epath
 
 from flowseg_jax.checkpoints.manifest import (
     Tree,
-    check_arrays,
     check_manifest,
     checksums,
     flatten_params,
@@ -44,11 +42,21 @@ from flowseg_jax.checkpoints.storage import (
     short_reason,
     with_stored_dtypes,
 )
+from flowseg_jax.checkpoints.stored_config import (
+    FORMAT,
+    FORMAT_VERSION,
+    check_config,
+    has_tokenizer,
+    is_earlier,
+    read_json,
+    read_model_config,
+    seal,
+    sealed,
+)
 from flowseg_jax.checkpoints.streaming import LazyArray, write_arrays
 from flowseg_jax.errors import UserError, not_writable
 from flowseg_jax.system import json_files
 from flowseg_jax.system.distributed import collective_try, is_primary, locked
-from flowseg_jax.system.json_files import ITSELF, expect
 from flowseg_jax.system.traces import unsaid
 
 __all__ = [
@@ -60,10 +68,6 @@ __all__ = [
     "save_pretrained_streaming",
     "seal",
 ]
-
-FORMAT = "flowseg_jax model"
-FORMAT_VERSION = 3  # 1: without checksums of config and tokenizer; 1 and 2: other names (`checkpoints.upgrade`)
-TOKENIZER = "tokenizer_checksums"  # the key of config.json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +181,7 @@ def _write_model(
         (fresh / "params" / "commit_success.txt").write_text("complete\n")
         if tokenizer is not None:
             copy_tree(tokenizer, fresh / "tokenizer")
-        (fresh / "config.json").write_text(_sealed(fresh, {**config, "manifest": kinds, "checksums": sums}))
+        (fresh / "config.json").write_text(sealed(fresh, {**config, "manifest": kinds, "checksums": sums}))
         if target.exists():
             target.rename(old)
         fresh.rename(target)
@@ -220,78 +224,6 @@ def require_empty_directory(directory: str | os.PathLike, overwrite: bool = Fals
         raise UserError(f"{target} exists: remove it or choose another name")
 
 
-def read_model_config(directory: str | os.PathLike, *, allow_component: bool = False) -> dict[str, Any]:
-    """The whole `config.json` of a model directory, checked: `model`, `extra`, `manifest`, `checksums`, versions, revision.
-
-    Args:
-        allow_component: accept the directory of a component as well, which has `component` in place of `model`.
-    """
-    path = resolve_path(directory)
-    if not path.is_dir():
-        raise UserError(f"no model directory {path}")
-    config = _read_json(path)
-    accept = f"accept it by `flowseg seal {path}`"
-    if _is_earlier(config):
-        raise UserError(
-            f"{path} has format version {config['format_version']}, with the names of an earlier flowseg_jax: write it anew by "
-            f"`flowseg upgrade {path} NEW`"
-        )
-    if (version := config.get("format_version")) != FORMAT_VERSION:
-        found = json_files.short(version)
-        raise UserError(f"{path} has format version {found}, this flowseg_jax reads {FORMAT_VERSION}: convert it again")
-    component = config.get("component")
-    _check_config(path, config, component, "component", _has_tokenizer(config), accept)
-    if component is not None and not allow_component:
-        raise UserError(
-            f"{path} holds a component ({component['family'][:40]}), not a whole model: build one around it by "
-            "flowseg convert flowseg llm=DIR siglip=DIR sam=DIR OUT"
-        )
-    return config
-
-
-def _is_earlier(config: Mapping[str, Any]) -> bool:
-    version = config.get("format_version")
-    return isinstance(version, int) and not isinstance(version, bool) and 1 <= version < FORMAT_VERSION
-
-
-def _check_config(
-    path: epath.Path, config: Mapping[str, Any], component: Any, key: str, has_tokenizer: bool, accept: str
-) -> None:
-    """Raises a UserError unless `config` is whole and fits the files beside it. `component` stands under `key` in it.
-
-    The checksums of the config itself and of the tokenizer exist since format 2.
-    """
-    sealed = config["format_version"] > 1
-    if sealed and config.get(ITSELF) != json_files.checksum(config):
-        raise UserError(
-            f"{path / 'config.json'} has changed since it was saved (its checksum differs): restore it, or, if the change is "
-            f"meant, {accept}"
-        )
-    lacking = [key for key in ("model", "extra", "manifest", "checksums") if not isinstance(config.get(key), dict)]
-    needed = ("params", "tokenizer") if has_tokenizer else ("params",)
-    lacking += [name for name in needed if not (path / name).is_dir()]
-    if lacking:
-        raise UserError(f"model directory {path} is incomplete: it lacks {', '.join(lacking)}")
-    check_arrays(config["manifest"], config["checksums"], str(path / "config.json"))
-    if component is not None:
-        ok = (
-            isinstance(component, dict)
-            and isinstance(component.get("family"), str)
-            and isinstance(component.get("config"), dict)
-        )
-        expect(ok, component, f"{path / 'config.json'}: {key}", "its family and config")
-    if not sealed:
-        return
-    kept, there = config.get(TOKENIZER), _tokenizer_checksums(path)
-    expect(isinstance(kept, dict), kept, f"{path / 'config.json'}: {TOKENIZER}", "a group of keys")
-    if kept != there:
-        names = sorted(name for name in {*there, *kept} if there.get(name) != kept.get(name))
-        raise UserError(
-            f"{path / 'tokenizer'} has changed since it was saved ({json_files.short(names[0])} is not the file of then): "
-            f"restore it, or, if the change is meant, {accept}"
-        )
-
-
 def read_earlier(directory: str | os.PathLike) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """The config and the arrays {flat name: array} of a model directory of an earlier format, under the names it has.
 
@@ -301,93 +233,16 @@ def read_earlier(directory: str | os.PathLike) -> tuple[dict[str, Any], dict[str
     path = resolve_path(directory)
     if not path.is_dir():
         raise UserError(f"no model directory {path}")
-    config = _read_json(path)
-    if not _is_earlier(config):
+    config = read_json(path)
+    if not is_earlier(config):
         found = json_files.short(config.get("format_version"))
         raise UserError(f"{path} has format version {found}: only directories of the formats 1 to {FORMAT_VERSION - 1} are old")
     component, model = config.get("tower"), config.get("model")
-    has_tokenizer = component is None and not (isinstance(model, dict) and model.get("parts") == "segmentor")
-    _check_config(path, config, component, "tower", has_tokenizer, "undo the change")
+    needs_tokenizer = component is None and not (isinstance(model, dict) and model.get("parts") == "segmentor")
+    check_config(path, config, component, "tower", needs_tokenizer, "undo the change")
     stored = config["manifest"]
     item = unflatten_params({name: jax.ShapeDtypeStruct(tuple(shape), kind) for name, (shape, kind) in stored.items()})
     return config, flatten_params(_read_params(path, item, config["checksums"], on_devices=False))
-
-
-def _read_json(path: epath.Path) -> dict[str, Any]:
-    """The content of a directory's config.json, if it is one of ours."""
-    try:
-        config = json_files.read(path / "config.json")
-    except FileNotFoundError:
-        _refuse_run(path)
-        raise UserError(f"{path} is not a model directory: it has no config.json") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path / 'config.json'} cannot be read: {short_reason(error)}") from None
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
-        _refuse_run(path)
-        raise UserError(f"{path / 'config.json'} was not written by flowseg_jax; convert such weights by convert_weights")
-    return config
-
-
-def _refuse_run(path: epath.Path) -> None:
-    """Raises a UserError for a run, its checkpoints or one of them."""
-    run = next((p for p in (path, path.parent, path.parent.parent) if (p / "checkpoints").is_dir()), None)
-    if run is not None and (path == run or (run / "checkpoints") in (path, path.parent)):
-        what = "is a run" if path == run else "holds what a run continues from"
-        raise UserError(f"{path} {what}, not a model: name the run by --workdir={run}")
-
-
-def _tokenizer_checksums(path: epath.Path) -> dict[str, str]:
-    """{file of the tokenizer: its SHA-256}; hidden files, which systems leave there, are no part of it."""
-    found: dict[str, str] = {}
-
-    def walk(folder: epath.Path, prefix: str) -> None:
-        for entry in folder.iterdir():
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                walk(entry, f"{prefix}{entry.name}/")
-            else:
-                with entry.open("rb") as stream:
-                    found[prefix + entry.name] = _sha256(stream)
-
-    if (path / "tokenizer").is_dir():
-        walk(path / "tokenizer", "")
-    return dict(sorted(found.items()))
-
-
-def _sha256(stream: IO[bytes]) -> str:
-    total = hashlib.sha256()
-    while part := stream.read(1 << 20):
-        total.update(part)
-    return total.hexdigest()
-
-
-def _sealed(path: epath.Path, config: Mapping[str, Any]) -> str:
-    """The text of a config.json: `config` with the checksums of the tokenizer that lies in `path`, and its own."""
-    whole = {**config, "format_version": FORMAT_VERSION, TOKENIZER: _tokenizer_checksums(path)}
-    return json.dumps({**whole, ITSELF: json_files.checksum(whole)}, indent=1) + "\n"
-
-
-def seal(directory: str | os.PathLike) -> epath.Path:
-    """Accepts `config.json` and the tokenizer as they are now: renews their checksums. The arrays keep theirs.
-
-    Raises:
-        UserError: no model directory, one of a newer format, or one that cannot be written.
-    """
-    path = resolve_path(directory)
-    if not path.is_dir():
-        raise UserError(f"no model directory {path}")
-    config = _read_json(path)
-    if config.get("format_version") != FORMAT_VERSION:
-        raise UserError(f"{path} has format version {json_files.short(config.get('format_version'))}: convert it again")
-    try:
-        part = path / "config.json.part"
-        part.write_text(_sealed(path, config))
-        part.replace(path / "config.json")
-    except OSError as error:
-        raise UserError(f"{path / 'config.json'} cannot be written: {short_reason(error)}") from None
-    read_model_config(path, allow_component=True)
-    return path
 
 
 def load_pretrained(
@@ -417,7 +272,7 @@ def load_pretrained(
     params = _read_params(path, item, config["checksums"], on_devices=abstract is not None)
     params = cast_like(params, abstract) if abstract is not None else _cast_floats(params, dtype)
     tokenizer = path / "tokenizer"
-    tokenizer = local_directory(tokenizer) if _has_tokenizer(config) else Path(tokenizer)
+    tokenizer = local_directory(tokenizer) if has_tokenizer(config) else Path(tokenizer)
     return PretrainedModel(params, config["model"], tokenizer, config["extra"], config.get("component"))
 
 
@@ -441,12 +296,6 @@ def _read_params(path: epath.Path, item: Tree, sums: Mapping[str, int], *, on_de
     if fault:
         raise UserError(f"model directory {path} is damaged: {fault}")
     return unflatten_params(flatten_params(params))
-
-
-def _has_tokenizer(config: Mapping[str, Any]) -> bool:
-    """Whether it is a model with language: a component may lack a tokenizer, and so may a segmentor."""
-    model = config.get("model")
-    return config.get("component") is None and not (isinstance(model, dict) and model.get("components") == "segmentor")
 
 
 def _cast_floats(tree: Tree, dtype: str | None) -> Tree:

@@ -120,7 +120,7 @@ def provenance() -> dict[str, Any]:
     for name in names:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-    root, revision = Path(__file__).resolve().parent.parent, None
+    root, revision = Path(__file__).resolve().parents[2], None
     if (root / ".git").exists():
         with contextlib.suppress(OSError, subprocess.SubprocessError):
             command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]

@@ -7,7 +7,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from flowseg_jax.checkpoints import pretrained, upgrade
+from flowseg_jax.checkpoints import pretrained, stored_config, upgrade
 from flowseg_jax.checkpoints.manifest import checksums, flatten_params, manifest, unflatten_params
 from flowseg_jax.errors import UserError
 from flowseg_jax.models import flowseg
@@ -27,7 +27,7 @@ def write_old(path: Path, config: dict, arrays: dict[str, np.ndarray]) -> Path:
     config = {**config, "manifest": manifest(unflatten_params(arrays)), "checksums": checksums(unflatten_params(arrays))}
     config.pop("json_checksum", None)
     if config["format_version"] > 1:
-        config["tokenizer_checksums"] = pretrained._tokenizer_checksums(pretrained.resolve_path(path))
+        config["tokenizer_checksums"] = stored_config.tokenizer_checksums(pretrained.resolve_path(path))
         config["json_checksum"] = json_files.checksum(config)
     (path / "config.json").write_text(json.dumps(config))
     return path

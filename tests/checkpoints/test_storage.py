@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -98,3 +101,13 @@ def test_meshes_that_there_are_not():
         with pytest.raises(UserError, match="does not fit 1 device"):
             sharding.make_mesh(sizes, jax.devices()[:1])
     assert dict(sharding.make_mesh({"tensor": -1}, jax.devices()[:1]).shape) == {"data": 1, "fsdp": 1, "tensor": 1}
+
+
+def test_the_revision_is_that_of_the_checkout():
+    root, revision = Path(__file__).resolve().parents[2], None
+    if (root / ".git").exists():
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
+        revision = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    found = storage.provenance.__wrapped__()
+    assert found["revision"] == revision
+    assert found["versions"]["jax"] == jax.__version__
