@@ -32,7 +32,7 @@ side, siglip_side, prompt, (b, k, t) = about["sam_size"], about["siglip_size"], 
 
 ids, input_ids = [], np.full((b, t), -1, np.int32)
 for phrase in (" ".join(text.lower().split()) for text in texts):
-    if not phrase or any(mark in phrase for mark in about["reserved"]):
+    if not phrase or any(token in phrase for token in about["reserved"]):
         sys.exit(f"cannot ask for {phrase!r}: it is empty or contains a special token")
     ids += prompt["before"] + tokenizer.encode(f"<p>{phrase}</p>", add_special_tokens=False).ids + prompt["after"] + [-1]
 if len(texts) > k or len(ids) > t:

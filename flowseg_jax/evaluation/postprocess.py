@@ -74,7 +74,7 @@ def geometry(
     """Builds the matrices of a batch on the host.
 
     Args:
-        scaled: (h', w') of each resized image inside the padded input; rows behind the last original are padding.
+        scaled: (h', w') of each resized image inside the padded input; rows after the last original are padding.
         originals: (height, width) of each image.
         grid: (h, w) of the mask logits, which cover the whole padded input.
         padded_size: side S of the padded input.
