@@ -18,18 +18,19 @@ from flowseg_jax.synthetic.shapes import load_or_build_shapes
 from flowseg_jax.system import process_watch
 from tests.training.test_two_processes import ROOT, config, finish, launch, pair  # noqa: F401
 
-WITHIN = 30.0  # seconds until the others have ended; `watch.OWN_END` and a busy machine's time to start and stop
+WITHIN = 30.0  # seconds until the others have ended; `process_watch.OWN_END` and a busy machine's time to start and stop
 PATIENCE = 600  # seconds for what takes as long as the machine is busy
 pytestmark = [pytest.mark.timeout(1800)]
 
 JOB = """
 import sys, time
-from flowseg_jax import errors, processes
+from flowseg_jax import errors
 from flowseg_jax.errors import UserError
+from flowseg_jax.system import distributed
 
 def main():
     index, address, what = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-    with processes.joined(address, 3, index):
+    with distributed.joined(address, 3, index):
         print("joined", flush=True)
         if what == "fail" and index == 1:
             raise UserError("a mistake of this process alone")
@@ -140,7 +141,7 @@ def test_training(config, tmp_path, victim):  # noqa: F811
     finally:
         clean(jobs)
     done = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])["step"]
-    long.steps = done + 4
+    long.num_steps = done + 4
     said = finish(*[launch(long, workdir, 1, *flags) for flags in pair()])
     assert "continuing from the checkpoint of step" in said and "is in use" not in said
 

@@ -92,7 +92,7 @@ def assert_equal(ours: list[dict], theirs: list[dict]) -> None:
 @pytest.mark.slow
 def test_two_processes_train_as_one(config, tmp_path):
     short = configs.from_json(configs.to_json(config))
-    short.steps = 2
+    short.num_steps = 2
     short.mesh.data = 1
     expected = train_both(short, tmp_path, 2)
     assert len(expected) == 2
