@@ -26,7 +26,7 @@ from flowseg_jax import sharding
 from flowseg_jax.checkpoints.pretrained import require_empty_directory, save_pretrained_streaming
 from flowseg_jax.checkpoints.streaming import LazyArray
 from flowseg_jax.data.prompts import PromptTemplates, as_jinja
-from flowseg_jax.data.tokenizer import Extended, add_marks, load_tokenizer
+from flowseg_jax.data.tokenizer import Extended, add_special_tokens, load_tokenizer
 from flowseg_jax.errors import UserError
 from flowseg_jax.models import hf_keys
 from flowseg_jax.models.config import FlowSegConfig
@@ -316,7 +316,7 @@ def _tokenizer(
     for file in sorted(base.iterdir()) if base.is_dir() else []:
         if file.suffix in (".json", ".txt", ".model", ".jinja"):
             refuse_pointer(file)
-    return scratch / "tokenizer", add_marks(base, scratch / "tokenizer", template)
+    return scratch / "tokenizer", add_special_tokens(base, scratch / "tokenizer", template)
 
 
 def _chat(cfg: LanguageConfig) -> str:

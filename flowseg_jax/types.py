@@ -16,7 +16,7 @@ import numpy as np
 IMAGE_TOKEN_INDEX = -200  # placeholder id: one slot per visual token; never reaches the embedding table
 IGNORE_INDEX = -100  # label of a position without language loss
 PAD = -1  # "no such phrase / object / segment", and padding of every index array
-NO_TARGET = -2  # in `phrase_mask`: the phrase is there, what it names is not
+NO_TARGET = -2  # in `phrase_target`: the phrase is there, what it names is not
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,12 +25,12 @@ class BatchShape:
 
     Attributes:
         batch: images (B).
-        text: sequence length with the visual tokens (T).
-        phrases: referring phrases an image (K); each is one decoder pass.
-        masks: target masks an image (M).
-        image: side of the mask encoder's square input (S), pixels.
-        vision: side of the vision encoder's square input (V), pixels.
-        names: names that the generic conversation of an image may ask for (G); 0 where there is none.
+        text_length: sequence length with the visual tokens (T).
+        max_phrases: referring phrases per image (K); each is one decoder pass.
+        max_masks: target masks per image (M).
+        sam_size: side of the mask encoder's square input (S), pixels.
+        siglip_size: side of the vision encoder's square input (V), pixels.
+        max_names: names that the generic conversation of an image may ask for (G); 0 where there is none.
     """
 
     batch: int
@@ -52,27 +52,27 @@ class Batch:
     an index below the number of visual tokens, and losses leave these positions out.
 
     Attributes:
-        images: uint8 [B, S, S, 3], RGB, longest side resized to S, padded with 0 at the bottom and right (not yet normalised).
-        scaled_size: int32 [B, 2], (h', w') of the resized image inside `images`.
-        vision_images: uint8 [B, V, V, 3], RGB, resized without keeping the aspect (in stage 2 padded to a square before).
-        tokens: int32 [B, T]; text ids, IMAGE_TOKEN in each visual slot, the pad id behind the end.
-        positions: int32 [B, T], rotary position of each token.
-        segments: int32 [B, T]; 0 = prefix that every conversation of the image sees, 1.. = conversation, NONE = padding. A
-            token attends causally to the prefix and to its own conversation, so conversations packed behind one image are
-            computed as if each stood alone.
-        labels: int32 [B, T]; the token itself where it has language loss, NO_LABEL elsewhere (shifted by the loss).
-        phrase_ids: int32 [B, T]; k on every token of phrase k's `<p>..</p>` span, the two markers included; NONE elsewhere.
+        sam_images: uint8 [B, S, S, 3], RGB, longest side resized to S, padded with 0 at the bottom and right, not normalised.
+        resized_hw: int32 [B, 2], (h', w') of the resized image inside `sam_images`.
+        siglip_images: uint8 [B, V, V, 3], RGB, resized without keeping the aspect (in stage 2 padded to a square before).
+        input_ids: int32 [B, T]; text ids, IMAGE_TOKEN_INDEX in each visual slot, the pad id after the end.
+        position_ids: int32 [B, T], rotary position of each token.
+        segment_ids: int32 [B, T]; 0 = prefix that every conversation of the image attends to, 1.. = conversation, PAD =
+            padding. A token attends causally to the prefix and to its own conversation, so conversations packed after one
+            image are computed as if each stood alone.
+        labels: int32 [B, T]; the token itself where it has language loss, IGNORE_INDEX elsewhere (shifted by the loss).
+        phrase_ids: int32 [B, T]; k on every token of phrase k's `<p>..</p>` span, the two markers included; PAD elsewhere.
             0..K-1 are referring phrases, K..K+G-1 the names of the generic conversation.
-        seg_ids: int32 [B, T]; k on the `<SEG>` of phrase k, K on the generic conversation's; NONE elsewhere.
-        masks: uint8 [B, M, S, ceil(S / 8)]; target masks at the mask encoder's size, packed along the width (`np.packbits`,
-            big end first).
+        seg_ids: int32 [B, T]; k on the `<SEG>` of phrase k, K on the generic conversation's; PAD elsewhere.
+        packed_masks: uint8 [B, M, S, ceil(S / 8)]; target masks at the mask encoder's size, packed along the width
+            (`np.packbits`, big end first).
         mask_valid: bool [B, M]; False on padding.
-        phrase_mask: int32 [B, K]; which of `masks` phrase k refers to, NOTHING for a phrase that refers to nothing, NONE for a
-            padded phrase.
-        object_class: int32 [B, M]; category of each mask for the linear class head, NONE without one.
-        object_name: int32 [B, M]; which name (0..G-1) of the generic conversation each mask bears, NONE without one.
+        phrase_target: int32 [B, K]; which of `packed_masks` phrase k refers to, NO_TARGET for one that refers to nothing, PAD
+            for a padded phrase.
+        object_category: int32 [B, M]; category of each mask for the linear class head, PAD without one.
+        object_name: int32 [B, M]; which name (0..G-1) of the generic conversation each mask bears, PAD without one.
         name_valid: bool [B, G]; names that the generic conversation asks for, those of which the image has no object included.
-        example_id: int64 [B]; the record's id, NONE for a padded example.
+        example_id: int64 [B]; the record's id, PAD for a padded example.
     """
 
     sam_images: np.ndarray
@@ -96,12 +96,12 @@ class Batch:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ImageInputs:
-    """What is seen of B images; the fields are those of `Batch`.
+    """The pixels of B images; the fields are those of `Batch`.
 
     Attributes:
-        images: uint8 [B, S, S, 3].
-        scaled_size: int32 [B, 2].
-        vision_images: uint8 [B, V, V, 3].
+        sam_images: uint8 [B, S, S, 3].
+        resized_hw: int32 [B, 2].
+        siglip_images: uint8 [B, V, V, 3].
     """
 
     sam_images: np.ndarray
@@ -112,14 +112,14 @@ class ImageInputs:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ExpressionQueries:
-    """What is asked about images that have been seen: up to K phrases each, a conversation (segment) a phrase.
+    """Expressions to segment in images that have been encoded: up to K phrases each, a conversation (segment) a phrase.
 
     Attributes:
-        tokens: int32 [B, T], text behind the image only; the pad id behind the end.
-        positions: int32 [B, T], counted on from the prefix.
-        segments: int32 [B, T]; 1.. = conversation, NONE = padding.
+        input_ids: int32 [B, T], text after the image only; the pad id after the end.
+        position_ids: int32 [B, T], counted on from the prefix.
+        segment_ids: int32 [B, T]; 1.. = conversation, PAD = padding.
         phrase_ids, seg_ids: int32 [B, T], as in `Batch`; 0..K-1.
-        asked: bool [B, K]; False for a phrase that is padding.
+        query_valid: bool [B, K]; False for a phrase that is padding.
     """
 
     input_ids: np.ndarray
@@ -133,12 +133,12 @@ class ExpressionQueries:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PromptQueries:
-    """Questions without answers, up to K about each image that has been seen.
+    """Questions without answers, up to K about each encoded image.
 
     Attributes:
-        tokens: int32 [B, K, T], text behind the image up to where the answer begins, right-padded.
+        input_ids: int32 [B, K, T], text after the image up to where the answer begins, right-padded.
         lengths: int32 [B, K], real tokens; 0 for a question that is padding.
-        asked: bool [B, K]; False for a question that is padding.
+        query_valid: bool [B, K]; False for a question that is padding.
     """
 
     input_ids: np.ndarray

@@ -12,8 +12,10 @@ from flowseg_jax.data.prompts import CHAT_TEMPLATES
 from flowseg_jax.data.tokenizer import SPECIAL_TOKENS
 from flowseg_jax.errors import UserError
 
-MAX_CHARACTERS = 2_000  # of one text: about 500 tokens, what the full-size configs have room for behind the image
-MARKS = tuple(dict.fromkeys((*SPECIAL_TOKENS, *(mark for chat in CHAT_TEMPLATES.values() for mark in chat.special_tokens))))
+MAX_CHARACTERS = 2_000  # of one text: about 500 tokens, what the full-size configs have room for after the image
+SPECIAL_STRINGS = tuple(
+    dict.fromkeys((*SPECIAL_TOKENS, *(token for chat in CHAT_TEMPLATES.values() for token in chat.special_tokens)))
+)
 _HALF = re.compile("[\ud800-\udfff]")  # half of a pair of UTF-16, which no file of UTF-8 can hold
 
 
@@ -47,17 +49,19 @@ def check_said(text: str, where: str, limit: int | None = MAX_CHARACTERS) -> str
         limit: characters that it may have; None for any number (chats, which training cuts).
 
     Raises:
-        UserError: it is blank, cannot be stored, has a mark in it, which would be taken for one, or is too long.
+        UserError: it is blank, cannot be stored, has a special token in it, which would be taken for one, or is too long.
     """
     check_storable(text, where)
     if not any(c.isprintable() and not c.isspace() for c in text):
         raise UserError(f"{where}: {text[:40]!r} is blank; write what it says or remove it")
     text = text.strip()
-    if "<" in text:  # as all marks have it
+    if "<" in text:  # as all special tokens have it
         low = text.lower()
-        for mark in MARKS:
-            if mark.lower() in low:
-                raise UserError(f"{where}: contains the mark {mark!r}, which a model would take for one; write it otherwise")
+        for token in SPECIAL_STRINGS:
+            if token.lower() in low:
+                raise UserError(
+                    f"{where}: contains the special token {token!r}, which a model would take for one; write it otherwise"
+                )
     if limit is not None and len(text) > limit:
         raise UserError(
             f"{where}: {len(text):,} characters, more than {limit:,}: shorten it, or raise --max-characters here and "

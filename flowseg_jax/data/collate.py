@@ -1,12 +1,12 @@
-"""Examples to one static-shape `Batch`: token sequences packed behind a shared image prefix, pixels, packed masks.
+"""Examples to one static-shape `Batch`: token sequences packed after a shared image prefix, pixels, packed masks.
 
 The sequence of an image is
 
-    prefix (segment 0):  [bos] head <image slots>
+    prefix (segment 0):  [bos] user_prefix <image slots>
     conversation 1:      question tail answer suffix ...
     conversation 2:      ...
 
-Every conversation continues the positions of the prefix, so each is computed as if it stood alone behind the image.
+Every conversation continues the positions of the prefix, so each is computed as if it stood alone after the image.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class ProcessedImage:
     """Everything of an image that does not depend on what is asked.
 
     Attributes:
-        image: uint8 [S, S, 3]; `scaled` is (h', w') inside it.
-        vision: uint8 [V, V, 3].
+        image: uint8 [S, S, 3]; `resized_hw` is (h', w') inside it.
+        siglip_image: uint8 [V, V, 3].
         masks: uint8 [A, S, ceil(S / 8)], one for each annotation.
     """
 
@@ -64,9 +64,9 @@ class TrainExample:
         name: what to call it in errors.
         pixels: the image's pixels; `masks` are its targets (m of them).
         conversations: what is said, in order.
-        phrase_target: for each referring phrase the index of its target mask, NOTHING for one that refers to nothing.
-        object_category: category of each target for the linear head, NONE without one.
-        object_name: generic name that each target bears, NONE without one.
+        phrase_target: for each referring phrase the index of its target mask, NO_TARGET for one that refers to nothing.
+        object_category: category of each target for the linear head, PAD without one.
+        object_name: generic name that each target bears, PAD without one.
         names: how many names the generic conversation asks for.
         example_id: the image's id.
     """
@@ -110,9 +110,9 @@ def prepare_pixels(
 
 
 def encode_prefix(prompts: PromptTemplates, tokenizer: Tokenizer, visual_tokens: int) -> list[int]:
-    """Ids of what every conversation of an image sees first: bos (if any), the chat's head, the visual slots.
+    """Ids of what every conversation of an image begins with: bos (if any), the template's user_prefix, the visual slots.
 
-    A bos that is the head's first mark (SmolLM2's is `<|im_start|>`) stands once.
+    A bos that is the user_prefix's first special token (SmolLM2's is `<|im_start|>`) stands once.
     """
     head = tokenizer.encode(prompts.template.user_prefix)
     bos = () if tokenizer.bos in (None, *head[:1]) else (tokenizer.bos,)
@@ -124,11 +124,11 @@ def encode_conversation(
 ) -> TokenizedConversation:
     """Tokenises a conversation as it follows the image; labels on answers and their suffix only.
 
-    Questions (from the second on with the chat's head before them), answers and separators are tokenised one by one. Spans and
-    outputs are numbered in the order of the text.
+    Questions (from the second on with the template's user_prefix before them), answers and separators are tokenised one by
+    one. Spans and outputs are numbered in the order of the text.
 
     Raises:
-        UserError: an expression contains a mark, so that spans and phrases do not correspond.
+        UserError: an expression contains a special token, so that spans and phrases do not correspond.
     """
     chat = prompts.template
     tokens: list[int] = []
@@ -138,7 +138,7 @@ def encode_conversation(
         head = chat.user_prefix if number else ""
         question = tokenizer.encode(head + turn.question + chat.assistant_prefix)
         if number:
-            # Behind the suffix, a mark: some tokenizers (Phi-3's) swallow the space that follows one.
+            # After the suffix, a special token: some tokenizers (Phi-3's) swallow the space that follows one.
             ended = tokenizer.encode(chat.suffix)
             question = (*tokenizer.encode(chat.suffix + chat.separator)[len(ended) :], *question)
         answer = tokenizer.encode(turn.answer + chat.suffix)
@@ -185,7 +185,7 @@ def pack_conversations(
         prefix: ids of segment 0; it ends with the visual slots. Empty where it has been read already.
         conversations: what follows, without a slot; conversation i is segment i + 1.
         length: T. Nothing is ever cut: a phrase without its end would be a different phrase.
-        pad: id behind the end.
+        pad: id after the end.
         name: the example, for the error.
         start: position at which each conversation starts; None: len(prefix).
 
@@ -308,7 +308,7 @@ def collate_images(pixels: Sequence[ProcessedImage], count: int, sides: tuple[in
 def make_conversations(
     prompts: PromptTemplates, phrases: Sequence[str], families: Sequence[str] | None = None
 ) -> list[Conversation]:
-    """The conversations that ask for phrases in the fixed wording.
+    """The conversations that ask for phrases in the fixed prompt template.
 
     With `families`, the phrases are reasoning questions, "short" or "long" ones.
     """
@@ -327,7 +327,7 @@ def collate_queries(
         rows: encoded conversations, one a phrase and in its order.
         shape: images, phrases an image, tokens an image.
         start: length of the prefix, which has been read already.
-        pad: id behind the end.
+        pad: id after the end.
         names: what to call each row in errors.
 
     Raises:

@@ -49,9 +49,9 @@ class IndexEntry:
     Attributes:
         image_id, file_name, height, width: the image.
         image_digest: a digest of the encoded image.
-        categories: category of each object, NONE (-1) for a crowd region and where nothing has a category.
+        categories: category of each object, PAD (-1) for a crowd region and where nothing has a category.
         samples: what can be asked, sorted.
-        refs: the same with all sentences of a ref in one (`records.ref_samples`).
+        refs: the same with all sentences of a ref in one (`make_ref_samples`).
         number: COCO's number of the image, None for one that is not COCO's.
     """
 

@@ -1,4 +1,4 @@
-"""Evaluation batches of a split: images that are seen once, and rounds of expressions that are asked about them.
+"""Evaluation batches of a split: images that are encoded once, and rounds of expressions that are asked about them.
 
 The images of a batch have about as many expressions, of about the same length, so that little is padding; the order in which
 they come is therefore not the split's, and every image carries its place in it.
@@ -97,7 +97,7 @@ class QueryRound:
     """Up to K expressions about each image of a batch. The lists have one entry for each real row.
 
     Attributes:
-        questions: what is asked, with the answers unless the model writes them itself (`Asked`).
+        questions: what is asked, with the answers unless the model writes them itself (`PromptQueries`).
         samples: the row's samples, sample k is phrase k.
         truth: bool [k, H, W], the samples' masks at original size; with `filled_polygons`, their polygons filled on whole
             points.
@@ -143,7 +143,7 @@ class EvalDataset:
         tokenizer: None for the one of the data set.
         sides: S and V, pixels of the two encoders' square inputs.
         batch: images at a time.
-        prompts: wording; the fixed one is used.
+        prompts: prompt template; the fixed one is used.
         visual_tokens: slots that the image takes in the sequence.
         max_images: only the first images of the split; None for all.
         control_seed: not None: the shuffled-text control. Every image is asked the sentences of another image
@@ -162,7 +162,7 @@ class EvalDataset:
 
     Raises:
         UserError: an unknown split, a data set without expressions, `by_ref` of questions that have no refs, or an expression
-            with a mark of the tokenizer.
+            with a special token of the tokenizer.
     """
 
     def __init__(

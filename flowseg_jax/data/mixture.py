@@ -30,8 +30,8 @@ class MixtureComponent:
     Attributes:
         prepared: where it lies.
         split: which split.
-        records: its images that are trained on, as record numbers of the split.
-        slots: how many places of an epoch are its.
+        indices: its images that are trained on, as record numbers of the split.
+        samples_per_epoch: how many places of an epoch are its.
         held_out: how many of its images were left out because an evaluation set has them.
     """
 

@@ -1,7 +1,7 @@
 """An on-disk layout to a prepared data set: TFDS data (ArrayRecord, no TensorFlow), index, tokenizer, metadata.
 
 Everything is written into a hidden sibling directory that is renamed at the end, so a prepared data set is complete or absent.
-An interrupted preparation leaves that directory, and the same command continues behind its finished shards.
+An interrupted preparation leaves that directory, and the same command continues after its finished shards.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def prepare(
 
     Raises:
         UserError: anything wrong with the source, naming file and field, or a split of which no example is left. Nothing is
-            left behind but finished shards, behind which the same command continues.
+            left behind but finished shards, after which the same command continues.
     """
     source, out = Path(source), Path(out)
     layout = layout_name(layout)
@@ -244,7 +244,7 @@ def tokenizer_corpus(prepared: PreparedDataset) -> list[str]:
 
 
 def train_dataset_tokenizer(texts: Sequence[str], directory: Path, vocab: int) -> None:
-    """Trains a tokenizer on sentences, and on the wordings about as often as the model reads them beside the sentences."""
+    """Trains a tokenizer on sentences, and on prompt templates about as often as the model reads them beside sentences."""
     prompts = template_corpus()
     prompts *= 1 + len(texts) // (4 * len(prompts))
     train_tokenizer([*prompts, *texts], directory, vocab=vocab)

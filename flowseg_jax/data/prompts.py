@@ -1,7 +1,7 @@
 """What is said to the language model: chat templates, questions and answers, in our own words.
 
-Index 0 of every list is the fixed wording of evaluation; training draws among all of them. An expression is lower-cased and
-wrapped `<p>...</p>` without spaces; the answer carries one `<SEG>`.
+Index 0 of every list is the fixed prompt template of evaluation; training draws among all of them. An expression is
+lower-cased and wrapped `<p>...</p>` without spaces; the answer carries one `<SEG>`.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from flowseg_jax.errors import UserError, did_you_mean
 
 @dataclasses.dataclass(frozen=True)
 class ChatTemplate:
-    """A chat template: `head` input `tail` answer `suffix`, turns joined by `separator`.
+    """A chat template: `user_prefix` input `assistant_prefix` answer `suffix`, turns joined by `separator`.
 
-    The answer and its suffix are trained, the rest is not. The image stands right behind the first head. `marks` must be
-    one id each in the tokenizer.
+    The answer and its suffix are trained, the rest is not. The image stands right after the first `user_prefix`. Each of
+    `special_tokens` must be one id in the tokenizer.
     """
 
     user_prefix: str
@@ -101,7 +101,7 @@ GENERIC_ANSWERS = (f"{SEG}.", f"Here they are: {SEG}.", f"All of them: {SEG}.")
 
 @dataclasses.dataclass(frozen=True)
 class Conversation:
-    """Turns behind one image, with the phrase number of each `<p>` span and of each `<SEG>`, in the order of the text."""
+    """Turns after one image, with the phrase number of each `<p>` span and of each `<SEG>`, in the order of the text."""
 
     turns: tuple[Turn, ...]
     phrases: tuple[int, ...] = ()
@@ -110,12 +110,12 @@ class Conversation:
 
 @dataclasses.dataclass(frozen=True)
 class PromptTemplates:
-    """How conversations are worded.
+    """How conversations are written.
 
     Attributes:
         chat: name of the chat template.
-        question, answer: which wording evaluation uses (and training, when `vary` is off).
-        vary: training draws the wording at random.
+        question, answer: which prompt template evaluation uses (and training, when `randomize` is off).
+        randomize: training draws the prompt template at random.
     """
 
     chat: str = "qwen3_instruct"
@@ -128,11 +128,11 @@ class PromptTemplates:
             raise UserError(f"prompts.chat: unknown chat template {self.chat!r}{did_you_mean(self.chat, CHAT_TEMPLATES)}")
         for name, lists in (("question", REFERRING_QUESTIONS), ("answer", REFERRING_ANSWERS)):
             if not 0 <= getattr(self, name) < len(lists):
-                raise UserError(f"prompts.{name}: {getattr(self, name)} is not one of the wordings 0..{len(lists) - 1}")
+                raise UserError(f"prompts.{name}: {getattr(self, name)} is not one of the prompt templates 0..{len(lists) - 1}")
 
     @classmethod
     def of_model(cls, extra: Mapping[str, Any], directory: object) -> PromptTemplates:
-        """The wording that a model directory names in its `extra`. Raises UserError for another value than a wording."""
+        """The prompt templates that a model directory names in its `extra`. UserError for a value that names none."""
         return fields.read(cls, extra.get("prompts", {}), f"{directory}/config.json: extra.prompts")
 
     @property
@@ -141,7 +141,7 @@ class PromptTemplates:
 
     @property
     def special_tokens(self) -> tuple[str, ...]:
-        """Marks that the tokenizer must know as one id each."""
+        """Special tokens that the tokenizer must know as one id each."""
         return self.template.special_tokens
 
     def eos_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -149,7 +149,7 @@ class PromptTemplates:
         own = tokenizer.hf.eos_token_id
         return tuple({*tokenizer.encode(self.template.suffix)[:1], *(() if own is None else (own,))})
 
-    def _word(self, questions: Sequence[str], answers: Sequence[str], rng: np.random.Generator | None) -> tuple[str, str]:
+    def _choose(self, questions: Sequence[str], answers: Sequence[str], rng: np.random.Generator | None) -> tuple[str, str]:
         if rng is not None and self.randomize:
             return questions[rng.integers(len(questions))], answers[rng.integers(len(answers))]
         return questions[min(self.question, len(questions) - 1)], answers[min(self.answer, len(answers) - 1)]
@@ -160,20 +160,20 @@ class PromptTemplates:
         Args:
             phrase: the expression; lower-cased and stripped here.
             number: the phrase's number, 0..K-1.
-            rng: draws the wording in training; None for the fixed one.
+            rng: draws the prompt template in training; None for the fixed one.
         """
-        question, answer = self._word(REFERRING_QUESTIONS, REFERRING_ANSWERS, rng)
+        question, answer = self._choose(REFERRING_QUESTIONS, REFERRING_ANSWERS, rng)
         return Conversation((Turn(question.format(wrap_phrase(phrase)), answer),), (number,), (number,))
 
     def generic(self, names: Sequence[str], first: int, rng: np.random.Generator | None = None) -> Conversation:
-        """The conversation that asks for all objects of the named kinds at once, with one `<SEG>`.
+        """The conversation that asks for all objects of the named categories at once, with one `<SEG>`.
 
         Args:
             names: category names.
             first: number of the first name's phrase (K); the others count on from it, and the `<SEG>` bears it.
-            rng: draws the wording in training; None for the fixed one.
+            rng: draws the prompt template in training; None for the fixed one.
         """
-        question, answer = self._word(GENERIC_QUESTIONS, GENERIC_ANSWERS, rng)
+        question, answer = self._choose(GENERIC_QUESTIONS, GENERIC_ANSWERS, rng)
         turn = Turn(question.format(", ".join(wrap_phrase(name) for name in names)), answer)
         return Conversation((turn,), tuple(range(first, first + len(names))), (first,))
 
@@ -186,19 +186,19 @@ class PromptTemplates:
             question: a whole question, or a phrase that stands for the thing.
             number: its number, 0..K-1.
             long: whether it is a whole question.
-            explanation: what the answer says behind the mask; empty for the mask alone.
-            rng: draws the wording in training; None for the fixed one.
+            explanation: what the answer says after the mask; empty for the mask alone.
+            rng: draws the prompt template in training; None for the fixed one.
         """
         if not (long or explanation):
             return self.referring(question, number, rng)
-        wordings = (EXPLAIN_QUESTIONS, EXPLAIN_ANSWERS) if explanation else (REASONING_QUESTIONS, REFERRING_ANSWERS)
-        asked, answer = self._word(*wordings, rng)
+        templates = (EXPLAIN_QUESTIONS, EXPLAIN_ANSWERS) if explanation else (REASONING_QUESTIONS, REFERRING_ANSWERS)
+        asked, answer = self._choose(*templates, rng)
         # Not `format`: an explanation may have braces of its own.
         turn = Turn(asked.format(wrap_phrase(question)), answer.replace("{}", explanation))
         return Conversation((turn,), (number,), (number,))
 
-    def all_wordings(self) -> dict[str, list[Turn]]:
-        """Every wording that may be drawn for "referring", "reasoning" and "generic", with `{}` in place of the phrases."""
+    def all_templates(self) -> dict[str, list[Turn]]:
+        """Every prompt template of "referring", "reasoning" and "generic", with `{}` in place of the phrases."""
         referring = (REFERRING_QUESTIONS, REFERRING_ANSWERS)
         lists = {
             "referring": [referring],
@@ -206,7 +206,7 @@ class PromptTemplates:
             "generic": [(GENERIC_QUESTIONS, GENERIC_ANSWERS)],
         }
         if not self.randomize:
-            return {kind: [Turn(*self._word(*pair, None)) for pair in pairs] for kind, pairs in lists.items()}
+            return {kind: [Turn(*self._choose(*pair, None)) for pair in pairs] for kind, pairs in lists.items()}
         return {kind: [Turn(q, a) for qs, answers in pairs for q in qs for a in answers] for kind, pairs in lists.items()}
 
 
@@ -223,24 +223,24 @@ def wrap_phrase(phrase: str) -> str:
 
 
 def check_phrase(phrase: str, tokenizer: Tokenizer, name: str) -> None:
-    """Refuses an expression that contains one of the tokenizer's marks: it would be taken for the mark.
+    """Refuses an expression that contains one of the tokenizer's special tokens: it would be taken for it.
 
     Raises:
-        UserError: naming the example and the mark.
+        UserError: naming the example and the special token.
     """
     low = phrase.lower()
-    for mark in tokenizer.reserved:
-        if mark.strip() and mark.lower() in low:
-            raise UserError(f"{name}: the expression {phrase!r} contains {mark!r}, which is a mark of the tokenizer")
+    for token in tokenizer.reserved:
+        if token.strip() and token.lower() in low:
+            raise UserError(f"{name}: the expression {phrase!r} contains {token!r}, which is a special token of the tokenizer")
 
 
 def template_corpus() -> list[str]:
-    """Wordings and template words without marks: what a tokenizer of our own should cover besides the expressions.
+    """What a tokenizer of our own should cover besides the expressions: prompt templates without special tokens.
 
-    The fixed wordings and the chat's words stand in every prompt and are repeated accordingly, the others once.
+    The fixed prompt templates and the chat's words stand in every prompt and are repeated accordingly, the others once.
     """
     lists = (REFERRING_QUESTIONS, REFERRING_ANSWERS, GENERIC_QUESTIONS, GENERIC_ANSWERS)  # of the `shapes` benchmark
-    chunks = ["user\n", "assistant\n", *(wording for wordings in lists for wording in wordings)]
-    fixed = ["user\n", "assistant\n", *(wordings[0] for wordings in lists)]
+    chunks = ["user\n", "assistant\n", *(template for templates in lists for template in templates)]
+    fixed = ["user\n", "assistant\n", *(templates[0] for templates in lists)]
     parts = (part for chunk in (*fixed * 4, *chunks) for part in re.split(r"\s*(?:\{\}|" + re.escape(SEG) + ")", chunk))
     return [part for part in parts if part.strip()]

@@ -96,7 +96,7 @@ class Sample:
         count: how many sentences of the source were merged into this one (for protocols that count duplicates).
         prompt: the phrase that is asked. It differs from `sentence` only in the shuffled-text control.
         answer: what may be said beside the mask, or empty.
-        style: the family in whose wording it is asked: that of `prompt`.
+        style: the family in whose prompt template it is asked: that of `prompt`.
     """
 
     image_id: int
@@ -145,7 +145,7 @@ def make_samples(example: Example) -> tuple[Sample, ...]:
 def make_ref_samples(example: Example) -> tuple[Sample, ...]:
     """One sample a ref, in the source's order, that asks for all of its sentences at once (the protocol of PSALM).
 
-    The sentences stand in the source's order, duplicates included, each with a full stop behind it: "left dog. big dog.". Id
+    The sentences stand in the source's order, duplicates included, each with a full stop after it: "left dog. big dog.". Id
     and family are the first one's; `count` is their number; nothing is said beside the mask.
     """
     refs: dict[tuple[int, tuple[int, ...]], list[Expression]] = {}

@@ -1,4 +1,4 @@
-"""Runs of examples on disk, each complete or absent: what a preparation writes in several processes, and continues behind.
+"""Runs of examples on disk, each complete or absent: what a preparation writes in several processes, and continues after.
 
 A shard is an ArrayRecord file, its index lines, and a report that is written last and whose presence says that all is there.
 `finish` puts the shards of all splits together as one TFDS data set.

@@ -14,9 +14,9 @@ from flowseg_jax.types import PAD, BatchShape
 
 
 class TokenBudget:
-    """How many tokens an image can need at most, whatever wording is drawn.
+    """How many tokens an image can need at most, whatever prompt template is drawn.
 
-    A mark splits the text, so a conversation is exactly as long as its wording plus its phrases.
+    A special token splits the text, so a conversation is exactly as long as its prompt template plus its phrases.
 
     Attributes:
         prefix: tokens before the first conversation, those of the image included.
@@ -33,11 +33,11 @@ class TokenBudget:
             return max(len(tokenizer.encode(q)) + len(tokenizer.encode(a)) for q, a in texts) - 2
 
         self.prefix = len(encode_prefix(prompts, tokenizer, visual_tokens))
-        self._longest = {kind: longest(turns) for kind, turns in prompts.all_wordings().items()}
+        self._longest = {kind: longest(turns) for kind, turns in prompts.all_templates().items()}
         self._comma = len(tokenizer.encode("<p></p>, <p></p>")) - 4
 
     def phrase_lengths(self, phrases: Sequence[str]) -> list[int]:
-        """Number of ids of each phrase with its two marks."""
+        """Number of ids of each phrase with its two special tokens."""
         return self._tokenizer.lengths([f"<p>{' '.join(p.lower().split())}</p>" for p in phrases])
 
     def conversation(self, phrase: int, task: str = "referring") -> int:
@@ -74,7 +74,7 @@ def check_batch_shape(
         phrases_at_most: phrases asked of one image at a time.
         shape: of the batch.
         bound: how long a text can get.
-        names: category names, if a conversation names the image's kinds.
+        names: category names, if a conversation names the image's categories.
         all_objects: every object of an image is a target.
         task: "referring" or "reasoning", which are worded differently.
 
@@ -95,13 +95,13 @@ def check_batch_shape(
             )
         each = (length[s.prompt] + bound.answer_length(s.answer) for s in entry.samples)
         longest = sorted(each, reverse=True)[:phrases_at_most]
-        kinds = sorted({c for c in entry.categories if c != PAD}) if names else []
-        if len(kinds) > shape.max_names:
+        categories = sorted({c for c in entry.categories if c != PAD}) if names else []
+        if len(categories) > shape.max_names:
             raise UserError(
-                f"{entry.file_name}: has objects of {len(kinds)} kinds, but the batch has room for {shape.max_names} names; "
-                "raise data.max_names"
+                f"{entry.file_name}: has objects of {len(categories)} categories, but the batch has room for "
+                f"{shape.max_names} names; raise data.max_names"
             )
-        needed = bound.upper_bound(longest, [name_length[c] for c in kinds], task)
+        needed = bound.upper_bound(longest, [name_length[c] for c in categories], task)
         if needed > worst:
             worst, worst_entry = needed, entry
     if worst > shape.text_length:

@@ -1,7 +1,7 @@
 """Tokenizers: any local directory that `transformers.AutoTokenizer` reads, and a small byte-level BPE of our own.
 
-The model finds phrases and outputs by token id, so `<SEG>`, `<p>`, `</p>` and the chat template's marks must each be exactly
-one id; `load_tokenizer` refuses a tokenizer where they are not.
+The model finds phrases and outputs by token id, so `<SEG>`, `<p>`, `</p>` and the chat template's special tokens must each be
+exactly one id; `load_tokenizer` refuses a tokenizer where they are not.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class Tokenizer:
     Attributes:
         hf: the Hugging Face tokenizer.
         vocab: the largest id and one (the rows that an embedding table must have): ids may have holes.
-        seg, phrase_start, phrase_end: ids of the marks.
+        seg, phrase_start, phrase_end: ids of the special tokens.
         bos: id that the tokenizer writes before the first turn, or None (`writes_bos`).
-        pad: id behind the end of a sequence (any id would do: it is masked).
-        reserved: strings that a phrase must not contain, because they are marks.
+        pad: id after the end of a sequence (any id would do: it is masked).
+        reserved: strings that a phrase must not contain, because they are special tokens.
     """
 
     def __init__(self, hf: Any, name: str, needed: Iterable[str] = (), *, bos: bool | None = None):
@@ -82,7 +82,7 @@ class Tokenizer:
         return json.dumps([type(self.hf).__name__, sorted(self.hf.get_vocab().items())])
 
     def encode(self, text: str) -> tuple[int, ...]:
-        """Ids of one chunk of text, marks included, nothing added. Cached: prompts repeat."""
+        """Ids of one chunk of text, special tokens included, nothing added. Cached: prompts repeat."""
         return self._encode(text)
 
     def lengths(self, texts: Sequence[str]) -> list[int]:
@@ -126,14 +126,14 @@ def writes_bos(hf: Any) -> bool:
 
 
 def load_tokenizer(directory: str | os.PathLike[str], *, needed: Iterable[str] = ()) -> Tokenizer:
-    """Loads a tokenizer from a local directory and checks its marks.
+    """Loads a tokenizer from a local directory and checks its special tokens.
 
     Args:
         directory: what `AutoTokenizer.from_pretrained` reads; never a hub name.
-        needed: further strings that must be one id each (a chat template's marks, `prompts.Prompts.needed`).
+        needed: further strings that must be one id each (`prompts.PromptTemplates.special_tokens`).
 
     Raises:
-        UserError: no such directory, not a tokenizer, or a mark that is not exactly one id.
+        UserError: no such directory, not a tokenizer, or a special token that is not exactly one id.
     """
     from transformers import AutoTokenizer  # slow to import, and only needed here
 
@@ -157,11 +157,11 @@ def _special(token: str) -> Any:
 def train_tokenizer(texts: Iterable[str], directory: str | os.PathLike[str], *, vocab: int = 512) -> None:
     """Trains a byte-level BPE and saves it for `AutoTokenizer`.
 
-    A space is put before the first word of every chunk, so that a word has the same ids behind `<p>` as inside a sentence: a
+    A space is put before the first word of every chunk, so that a word has the same ids after `<p>` as inside a sentence: a
     small vocabulary and a small model cannot afford two spellings of "red". `<p>` and `<SEG>` swallow the space before them.
 
     Args:
-        texts: training text without marks.
+        texts: training text without special tokens.
         directory: where to save; made if missing.
         vocab: number of ids, special tokens included.
     """
@@ -193,10 +193,10 @@ def train_tokenizer(texts: Iterable[str], directory: str | os.PathLike[str], *, 
 
 
 class Extended(NamedTuple):
-    """What `add_marks` made.
+    """What `add_special_tokens` made.
 
     Attributes:
-        rows: that an embedding table needs, the marks' included.
+        rows: that an embedding table needs, the special tokens' included.
         words: that it needed before.
     """
 
@@ -215,10 +215,12 @@ def extend_tokenizer(source: str | os.PathLike[str], directory: str | os.PathLik
     Raises:
         UserError: no readable tokenizer in `source`.
     """
-    return add_marks(source, directory).rows
+    return add_special_tokens(source, directory).rows
 
 
-def add_marks(source: str | os.PathLike[str], directory: str | os.PathLike[str], chat_template: str | None = None) -> Extended:
+def add_special_tokens(
+    source: str | os.PathLike[str], directory: str | os.PathLike[str], chat_template: str | None = None
+) -> Extended:
     """As `extend_tokenizer`; a tokenizer with a bos is given `chat_template`, if there is one."""
     from transformers import AutoTokenizer
 
@@ -235,15 +237,15 @@ def add_marks(source: str | os.PathLike[str], directory: str | os.PathLike[str],
     vocabulary = hf.get_vocab()
     if plain is not None and any(_also_has(vocabulary, vocabulary[mark], mark) for mark in SEG_TOKENS):
         # New ids are counted on from the number of tokens. Where ids have holes, that can be the id of another token.
-        _add_behind(hf, plain, words)
+        _add_after(hf, plain, words)
     if chat_template is not None and hf.bos_token is not None:
         hf.chat_template = chat_template
     hf.save_pretrained(str(directory))
     return Extended(rows_needed(hf.get_vocab(), str(source)), words)
 
 
-def _add_behind(hf: Any, plain: str, first: int) -> None:
-    """Gives the marks the ids from `first` on; `plain` is the tokenizer without them."""
+def _add_after(hf: Any, plain: str, first: int) -> None:
+    """Gives the special tokens the ids from `first` on; `plain` is the tokenizer without them."""
     import tokenizers
 
     definition = json.loads(plain)

@@ -76,10 +76,10 @@ class TrainDataset:
     """Training batches.
 
     Args:
-        members: the data sets (`mixture.mix`).
+        members: the data sets (`build_mixture`).
         shape: the static shape of the *global* batch.
-        prompts: wording.
-        seed: of order, phrases and wording.
+        prompts: prompt template.
+        seed: of order, phrases and prompt template.
         visual_tokens: slots that the image takes in the sequence (the model says how many).
         tokenizer: None for a model without language.
         options: what is asked of an image.
@@ -193,7 +193,7 @@ def _start_worker(index: int, count: int) -> None:
     """Runs in each worker before it reads any data."""
     workers.init_worker(signal.SIGINT, signal.SIGTERM)
     jax.config.update("jax_platforms", "cpu")  # should anything here compute with JAX: the accelerators are the trainer's
-    multiprocessing.util.Finalize(None, _leave, exitpriority=-10)  # behind its queues, which deliver what they hold at -5
+    multiprocessing.util.Finalize(None, _leave, exitpriority=-10)  # after its queues, which deliver what they hold at -5
 
 
 def _leave() -> None:

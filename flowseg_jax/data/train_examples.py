@@ -30,13 +30,13 @@ class TrainOptions:
     Attributes:
         objects: of images with referring expressions, "all": every object is a target (the passes over all objects need this,
             and that all objects are annotated); "referred": only those asked for.
-        include_generic: add a conversation that names the kinds of objects in the image to images with referring expressions;
-            needs `objects="all"`. Images of a "generic" data set always have it, if the batch has room for names.
-        negatives: name kinds in the generic conversation that the image does not have: as many as a uniform draw says, up to
-            the room that names and text have.
+        include_generic: add a conversation that names the categories of objects in the image to images with referring
+            expressions; needs `objects="all"`. Images of a "generic" data set always have it, if the batch has room for names.
+        negatives: name categories in the generic conversation that the image does not have: as many as a uniform draw says, up
+            to the room that names and text have.
         max_phrases: ask at most this many phrases an image; 0 for as many as the batch has room for.
         curriculum: ((until_step, {family: weight}), ...) in rising order: before `until_step`, phrases are drawn in proportion
-            to their family's weight and never at weight 0. A family that is not listed has the weight of "*", or 0. Behind the
+            to their family's weight and never at weight 0. A family that is not listed has the weight of "*", or 0. After the
             last entry all phrases count alike.
         explanation_prob: share of the questions with an explanation that ask for it.
         lsj_scale_range: (smallest, largest) scale of large-scale jitter, of images of "generic" data sets; empty for none.
@@ -66,7 +66,7 @@ class TrainOptions:
             raise UserError(f"data.objects: unknown value {self.objects!r}{did_you_mean(self.objects, ('all', 'referred'))}")
         if self.include_generic and self.objects != "all":
             raise UserError(
-                "data.include_generic needs data.objects='all': a kind that is named must have its objects as targets"
+                "data.include_generic needs data.objects='all': a category that is named must have its objects as targets"
             )
         steps = [until for until, _ in self.curriculum]
         if steps != sorted(set(steps)):
@@ -119,7 +119,7 @@ class TrainExampleBuilder:
 
     Raises:
         UserError: an image may need more text or masks than the shape has, no image has anything that fits, an expression or a
-            name has a mark of the tokenizer, or an unknown family.
+            name has a special token of the tokenizer, or an unknown family.
     """
 
     def __init__(
@@ -192,22 +192,22 @@ class TrainExampleBuilder:
     def _check_targets(self, entries: Sequence[IndexEntry], where: str) -> None:
         """Refuses generic data of which nothing would be trained on; remarks how many images are without a target.
 
-        All objects of a kind are targets together, or none of them is.
+        All objects of a category are targets together, or none of them is.
         """
-        kinds = [Counter(c for c in entry.categories if c != PAD) for entry in entries]
-        if not any(kinds):
+        counts = [Counter(c for c in entry.categories if c != PAD) for entry in entries]
+        if not any(counts):
             raise UserError(f"{where}: no image has an object that is neither a crowd nor to be ignored, so there is no target")
-        needed = [min(each.values()) for each in kinds if each]
+        needed = [min(each.values()) for each in counts if each]
         room = self._shape.max_masks
         if min(needed) > room:
             raise UserError(
-                f"{where}: in every image each kind has more objects than the batch has room for, {room}, so nothing would be "
-                f"trained on: raise data.max_masks to {min(needed)} or more"
+                f"{where}: in every image each category has more objects than the batch has room for, {room}, so nothing would "
+                f"be trained on: raise data.max_masks to {min(needed)} or more"
             )
         if without := len(entries) - sum(n <= room for n in needed):
             self.remark = (
                 f"{where}: {without:,} of {len(entries):,} images are without a target: they have nothing but crowds, or of "
-                f"each kind more objects than data.max_masks, {room}"
+                f"each category more objects than data.max_masks, {room}"
             )
 
     def decode(self, example: Example, rng: np.random.Generator) -> DecodedImage:
@@ -224,7 +224,7 @@ class TrainExampleBuilder:
         return collate.prepare_pixels(image, annotations, self._shape, jitter, self._options.pad_to_square)
 
     def build(self, decoded: DecodedImage, step: int, rng: np.random.Generator) -> TrainExample:
-        """The row of an image at a step; `rng` draws phrases and wording."""
+        """The row of an image at a step; `rng` draws phrases and prompt template."""
         if self.task == "chat":
             bare = dataclasses.replace(decoded.pixels, masks=decoded.pixels.masks[:0])
             return TrainExample(decoded.file_name, bare, [Conversation(decoded.turns)], (), (), (), decoded.image_id)
@@ -264,55 +264,55 @@ class TrainExampleBuilder:
         if everything:
             classes[: len(annotations)] = [PAD if a.crowd or a.ignore else a.category for a in annotations]
         bears, names = [PAD] * len(targets), 0
-        kinds = sorted({c for c in classes if c != PAD})
-        if options.include_generic and kinds and everything:
-            kinds = [kinds[i] for i in rng.permutation(len(kinds))]
-            bears, names = [PAD if c == PAD else kinds.index(c) for c in classes], len(kinds)
-            conversations.append(self._name(kinds, rng))
+        categories = sorted({c for c in classes if c != PAD})
+        if options.include_generic and categories and everything:
+            categories = [categories[i] for i in rng.permutation(len(categories))]
+            bears, names = [PAD if c == PAD else categories.index(c) for c in classes], len(categories)
+            conversations.append(self._name(categories, rng))
         packed = decoded.pixels.masks
         union = [np.bitwise_or.reduce(packed[list(target)]) for target in targets]
         pixels = dataclasses.replace(decoded.pixels, masks=np.stack(union) if union else packed[:0])
-        phrase_mask = [targets.index(s.annotations) if s.annotations else NO_TARGET for s in chosen]
-        return TrainExample(decoded.file_name, pixels, conversations, phrase_mask, classes, bears, decoded.image_id, names)
+        phrase_target = [targets.index(s.annotations) if s.annotations else NO_TARGET for s in chosen]
+        return TrainExample(decoded.file_name, pixels, conversations, phrase_target, classes, bears, decoded.image_id, names)
 
     def _generic(self, decoded: DecodedImage, rng: np.random.Generator) -> TrainExample:
-        """All objects of the kinds that are named: in random order those that fit, then kinds that the image does not have."""
+        """All objects of the named categories: in random order those that fit, then categories that the image does not have."""
         shape, packed = self._shape, decoded.pixels.masks
-        of_kind: dict[int, list[int]] = {}
+        of_category: dict[int, list[int]] = {}
         for i, annotation in enumerate(decoded.annotations):
             if not annotation.crowd and not annotation.ignore and packed[i].any():  # jitter may have cut it off
-                of_kind.setdefault(annotation.category, []).append(i)
-        kinds = sorted(of_kind)
+                of_category.setdefault(annotation.category, []).append(i)
+        categories = sorted(of_category)
         conversations, named = [], []
         if shape.max_names:
-            for kind in rng.permutation(kinds) if kinds else ():
-                wanted = sum(len(of_kind[k]) for k in [*named, kind])
-                if wanted <= shape.max_masks and self._fits([*named, kind]):
-                    named.append(int(kind))
-            targets = [i for kind in named for i in of_kind[kind]]
+            for category in rng.permutation(categories) if categories else ():
+                wanted = sum(len(of_category[k]) for k in [*named, category])
+                if wanted <= shape.max_masks and self._fits([*named, category]):
+                    named.append(int(category))
+            targets = [i for category in named for i in of_category[category]]
             if self._options.negatives:
                 there = {a.category for a in decoded.annotations}  # crowds and what jitter cut off as well
                 others = [k for k in range(len(self._categories)) if k not in there]
                 count = rng.integers(0, max(min(shape.max_names, len(self._categories)) - len(named), 0) + 1)
-                for kind in rng.permutation(others)[:count]:
-                    if not self._fits([*named, kind]):
+                for category in rng.permutation(others)[:count]:
+                    if not self._fits([*named, category]):
                         break
-                    named.append(int(kind))
+                    named.append(int(category))
                 named = [named[i] for i in rng.permutation(len(named))]
             if named:
                 conversations.append(self._name(named, rng))
         else:
-            targets = [i for kind in kinds for i in of_kind[kind]]
+            targets = [i for category in categories for i in of_category[category]]
         classes = [decoded.annotations[i].category for i in targets]
         bears = [named.index(c) for c in classes] if named else [PAD] * len(targets)
-        if len(targets) < sum(map(len, of_kind.values())):  # for the linear head, what is left out would be background
+        if len(targets) < sum(map(len, of_category.values())):  # for the linear head, what is left out would be background
             classes = [PAD] * len(targets)
         pixels = dataclasses.replace(decoded.pixels, masks=packed[targets])
         return TrainExample(decoded.file_name, pixels, conversations, (), classes, bears, decoded.image_id, len(named))
 
-    def _fits(self, kinds: Sequence[int]) -> bool:
-        lengths = [self._name_lengths[kind] for kind in kinds]
-        return len(kinds) <= self._shape.max_names and self._bound.generic(lengths) <= self._shape.text_length
+    def _fits(self, categories: Sequence[int]) -> bool:
+        lengths = [self._name_lengths[category] for category in categories]
+        return len(categories) <= self._shape.max_names and self._bound.generic(lengths) <= self._shape.text_length
 
-    def _name(self, kinds: Sequence[int], rng: np.random.Generator) -> Conversation:
-        return self._prompts.generic([self._categories[k] for k in kinds], self._shape.max_phrases, rng)
+    def _name(self, categories: Sequence[int], rng: np.random.Generator) -> Conversation:
+        return self._prompts.generic([self._categories[k] for k in categories], self._shape.max_phrases, rng)

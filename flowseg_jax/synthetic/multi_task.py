@@ -1,4 +1,4 @@
-"""Miniature companions of the `shapes` benchmark: the same kind of scenes in the layouts of the other data sets.
+"""Miniature data sets beside the `shapes` benchmark: the same kind of scenes in the layouts of the other data sets.
 
     flowseg data make-multitask --out data/companions --seed 0
 

@@ -20,7 +20,7 @@ from flowseg_jax.synthetic.scene import COLOURS, SHAPES, SIZES, TEXTURES, Scene
 from flowseg_jax.synthetic.statistics import Statistics
 
 RLE_SHARE = 0.12  # of the objects; masks with a hole come on top
-# A category is everything that can be seen of an object by itself, so that the pass by name teaches every attribute.
+# A category is everything that can be seen of an object by itself, so that the generic pass teaches every attribute.
 CATEGORIES = [
     {"id": i, "name": " ".join(kind), "supercategory": kind[-1]}
     for i, kind in enumerate(itertools.product(SIZES, TEXTURES, COLOURS, SHAPES), 1)

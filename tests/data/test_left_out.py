@@ -34,8 +34,8 @@ from tests.helpers import minicoco, minigrefcoco, minillava, minireasonseg, mini
 
 SHAPE = BatchShape(batch=2, text_length=2000, max_phrases=3, max_masks=6, sam_size=32, siglip_size=16, max_names=4)
 POISON = {  # what a text becomes -> what is said of it
-    "mark": (lambda text: f"{text} <P> x", "contains the mark '<p>'"),
-    "mark of a chat": (lambda text: f"<|user|>{text}", "contains the mark '<|user|>'"),
+    "mark": (lambda text: f"{text} <P> x", "contains the special token '<p>'"),
+    "mark of a chat": (lambda text: f"<|user|>{text}", "contains the special token '<|user|>'"),
     "half a character": (lambda text: f"{text} \ud83d", "half of a character pair ('\\ud83d')"),
     "blank": (lambda text: " \u200b", "is blank"),
     "long": (lambda text: text + 700 * " abc", "characters, more than 2,000: shorten it, or raise --max-characters"),
@@ -274,7 +274,7 @@ def test_preview_tells_the_first_problems(originals, tmp_path, capsys):
     shutil.copytree(originals["jsonl"], root)
     _, field = poison("jsonl", root, random.Random(0), POISON["mark"][0])
     assert main(["preview", "jsonl", str(root), "--out", str(tmp_path / "page")]) == 1
-    assert f"; 1 damaged: {field}contains the mark" in capsys.readouterr().out
+    assert f"; 1 damaged: {field}contains the special token" in capsys.readouterr().out
 
 
 def test_longer_texts_where_they_are_wanted(tmp_path, tokenizer):

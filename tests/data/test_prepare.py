@@ -176,7 +176,7 @@ def test_what_fails_in_a_process_is_its_own_error(tmp_path, monkeypatch):
 
 def test_a_mark_in_a_sentence_is_an_error(tmp_path):
     instances, refs = mini.damaged(lambda i, r: r[0]["sentences"][0].update(sent="dog <seg> cat"))
-    with pytest.raises(UserError, match=r"refs\(unc\)\.p: ref 1\.sentences\[0\]\.sent: contains the mark '<SEG>'"):
+    with pytest.raises(UserError, match=r"refs\(unc\)\.p: ref 1\.sentences\[0\]\.sent: contains the special token '<SEG>'"):
         prepare.prepare(mini.write(tmp_path / "l", instances=instances, refs=refs), tmp_path / "out", log=quiet)
 
 

@@ -1,4 +1,4 @@
-"""Chat templates and wordings."""
+"""Chat templates and prompt templates."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from flowseg_jax.errors import UserError
 WORDINGS = (p.REFERRING_QUESTIONS, p.REFERRING_ANSWERS, p.GENERIC_QUESTIONS, p.GENERIC_ANSWERS)
 
 
-def test_wordings_are_well_formed():
+def test_templates_are_well_formed():
     for questions, answers in (WORDINGS[:2], WORDINGS[2:]):
         assert len(set(questions)) == len(questions) and len(set(answers)) == len(answers)
         assert all(q.count("{}") == 1 and "<" not in q for q in questions)
@@ -59,9 +59,9 @@ def test_training_draws_every_wording_and_vary_off_draws_none():
     assert {fixed.generic(["x"], 0, rng).turns[0] for _ in range(20)} == {fixed.generic(["x"], 0).turns[0]}
 
 
-def test_all_wordings_covers_what_is_drawn():
+def test_all_templates_cover_what_is_drawn():
     for prompts in (p.PromptTemplates(), p.PromptTemplates(randomize=False, question=2, answer=1)):
-        wordings = prompts.all_wordings()
+        templates = prompts.all_templates()
         rng = np.random.default_rng(1)
         for i in range(200):
             drawn = {
@@ -72,18 +72,18 @@ def test_all_wordings_covers_what_is_drawn():
             for kind, conversation in drawn.items():
                 (turn,) = conversation.turns
                 said = turn.question.replace("<p>x</p>", "{}"), turn.answer.replace("because {y}", "{}")
-                assert Turn(*said) in wordings[kind]
+                assert Turn(*said) in templates[kind]
 
 
 def test_errors():
     with pytest.raises(UserError, match=r"unknown chat template 'qwen3_instuct' \(did you mean 'qwen3_instruct'"):
         p.PromptTemplates("qwen3_instuct")
-    with pytest.raises(UserError, match=r"prompts.answer: 9 is not one of the wordings 0\.\.4"):
+    with pytest.raises(UserError, match=r"prompts.answer: 9 is not one of the prompt templates 0\.\.4"):
         p.PromptTemplates(answer=9)
     with pytest.raises(UserError, match="must not be empty"):
         p.PromptTemplates().referring(" \n", 0)
 
 
-def test_training_text_has_no_marks():
+def test_the_template_corpus_has_no_special_tokens():
     text = p.template_corpus()
     assert "user\n" in text and all("<" not in t and "{" not in t and t.strip() for t in text)

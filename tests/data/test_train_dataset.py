@@ -262,7 +262,9 @@ def test_too_small_shapes_are_refused_before_training(train):
         train(shape=dataclasses.replace(SHAPE, text_length=60))
     with pytest.raises(UserError, match="has 2 objects, but the batch has room for 1 masks; raise data.max_masks or set"):
         train(shape=dataclasses.replace(SHAPE, max_masks=1))
-    with pytest.raises(UserError, match="has objects of 2 kinds, but the batch has room for 1 names; raise data.max_names"):
+    with pytest.raises(
+        UserError, match="has objects of 2 categories, but the batch has room for 1 names; raise data.max_names"
+    ):
         train(shape=dataclasses.replace(SHAPE, max_names=1), include_generic=True)
     with pytest.raises(UserError, match="room for 2 masks, fewer than its 4 phrases"):
         train(shape=dataclasses.replace(SHAPE, max_masks=2), objects="referred")

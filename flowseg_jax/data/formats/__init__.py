@@ -1,4 +1,4 @@
-"""On-disk data sets: one module a format, all of them behind `open_layout`."""
+"""On-disk data sets: one module per format, all opened by `open_layout`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """LLaVA's chats about images: one JSON (`blip_laion_cc_sbu_558k.json`, `llava_v1_5_mix665k.json`, ...) and image folders.
 
-Oddities handled here: samples without an image; chats that start with an answer or end with a question; the mark `<image>`
-before, behind or inside the text; images of OCR-VQA whose suffix is not the one that the JSON says.
+Oddities handled here: samples without an image; chats that start with an answer or end with a question; `<image>` before,
+after or inside the text; images of OCR-VQA whose suffix is not the one that the JSON says.
 """
 
 from __future__ import annotations
