@@ -30,9 +30,9 @@ def ran(tmp_path_factory):
     """(outcome, runs, what was said) of the shortest form."""
     root, said = tmp_path_factory.mktemp("stages"), []
 
-    def tiny(cls, vocab: int = 512, classes: int = 0) -> FlowSegConfig:
+    def tiny(cls, vocab_size: int = 512, num_classes: int = 0) -> FlowSegConfig:
         llm = dataclasses.replace(
-            LanguageConfig.tiny(vocab), hidden_size=28, num_hidden_layers=1, head_dim=14, intermediate_size=36
+            LanguageConfig.tiny(vocab_size), hidden_size=28, num_hidden_layers=1, head_dim=14, intermediate_size=36
         )
         lean = small.lean(negatives_group_size=1, llm=llm)
         return dataclasses.replace(lean, mask_decoder=dataclasses.replace(lean.mask_decoder, num_queries=12))
