@@ -14,13 +14,15 @@ import difflib
 import importlib.util
 import inspect
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from flowseg_jax.config_help import HELP
 from flowseg_jax.errors import UserError, did_you_mean
+from flowseg_jax.fields import RENAMED_VALUES, new_name
 from flowseg_jax.system import json_files
 from flowseg_jax.system.paths import ROOT
 
@@ -38,6 +40,7 @@ TOP_LEVEL = (
     "mesh",
 )
 POSITIVE = ("batch_size", "log_every", "checkpoint_every")
+SHOWN = 5  # of the old names in a config
 
 
 def load(argv: Sequence[str], default: str = "shapes_tiny") -> tuple[ConfigDict, list[str]]:
@@ -104,6 +107,7 @@ def read(source: str) -> ConfigDict:
 
 def check(config: ConfigDict, source: str) -> None:
     """Raises a UserError unless the top-level keys are exactly those of `TOP_LEVEL`, and the counts among them counts."""
+    check_names(config, f"config {source}")
     missing, extra = [k for k in TOP_LEVEL if k not in config], [k for k in config if k not in TOP_LEVEL]
     if missing or extra:
         faults = [f"lacks {', '.join(missing)}"] * bool(missing) + [f"has the unknown {', '.join(extra)}"] * bool(extra)
@@ -112,6 +116,34 @@ def check(config: ConfigDict, source: str) -> None:
         value, least = config[key], int(key in POSITIVE)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise UserError(f"config {source}: {key} must be an integer of at least {least}, got {value!r}")
+
+
+def check_names(config: Mapping[str, Any], source: str) -> None:
+    """Raises a UserError that says how keys and values are called now, where a config has those of an earlier version.
+
+    Args:
+        config: a ConfigDict or nested dicts.
+        source: where it is from, for the message.
+    """
+    found = []
+    for key, value in _items(config):
+        value_names = RENAMED_VALUES.get(key.rpartition(".")[2], {})
+        if new_name(key) != key:
+            found.append(f"{key} is called {new_name(key)}")
+        elif isinstance(value, str) and value in value_names:
+            found.append(f"{key}={value} is called {key}={value_names[value]}")
+    if found:
+        more = f"; {len(found) - SHOWN} more have other names too" if len(found) > SHOWN else ""
+        raise UserError(f"{source}: {'; '.join(found[:SHOWN])}{more}")
+
+
+def check_keys(config: ConfigDict) -> None:
+    """Raises a UserError unless the config has exactly the keys of `config_help.HELP`; the model's are checked as it is read."""
+    known, found = ([key for key in keys if not key.startswith("model.")] for keys in (HELP, dotted_keys(config)))
+    if missing := [key for key in known if key not in found]:
+        raise UserError(f"the config lacks {', '.join(missing)}")
+    if unknown := [key for key in found if key not in known]:
+        raise UserError(f"unknown config key {unknown[0]!r}{_nearest(unknown[0], known)}")
 
 
 def override(config: ConfigDict, key: str, text: str) -> None:
@@ -127,6 +159,8 @@ def override(config: ConfigDict, key: str, text: str) -> None:
     for section in sections:
         node = node[section] if isinstance(node, ConfigDict) and section in node else None
     if not isinstance(node, ConfigDict) or last not in node:
+        if new_name(key) != key:
+            raise UserError(f"config key {key!r} is called {new_name(key)!r}")
         raise UserError(f"unknown config key {key!r}{_nearest(key, list(dotted_keys(config)))}")
     old = node[last]
     if isinstance(old, ConfigDict):
@@ -139,14 +173,18 @@ def override(config: ConfigDict, key: str, text: str) -> None:
         raise UserError(f"config key {key!r} takes {_describe(kind)} (default {old!r}), got {text!r}") from None
 
 
-def dotted_keys(config: ConfigDict, prefix: str = "") -> Iterator[str]:
+def dotted_keys(config: ConfigDict) -> Iterator[str]:
     """The dotted names of every value."""
+    return (key for key, _ in _items(config))
+
+
+def _items(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key in config:
         value = config[key]
-        if isinstance(value, ConfigDict):
-            yield from dotted_keys(value, f"{prefix}{key}.")
+        if isinstance(value, ConfigDict | dict):
+            yield from _items(value, f"{prefix}{key}.")
         else:
-            yield prefix + key
+            yield f"{prefix}{key}", value
 
 
 def to_json(config: ConfigDict, indent: int | None = 2) -> str:

@@ -47,6 +47,105 @@ REAL = {
 CHOICES = {"dtype": ("float32", "bfloat16"), "remat": ("none", "full", "dots")}
 MOST_ITEMS, LONGEST_TEXT = 1_000, 100  # of a list; characters
 
+_ENCODER = {"width": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads"}
+_DECODER = {"width": "embed_dim", "layers": "num_layers", "heads": "num_heads", "ffn": "mlp_dim", "levels": "num_levels"}
+# Keys that had another name: {section: {old: new}}; sections by their new names. `checkpoints.upgrade` reads it too.
+RENAMED_KEYS: dict[str, dict[str, str]] = {
+    "": {"steps": "num_steps"},
+    "data": {
+        "text": "text_length",
+        "phrases": "max_phrases",
+        "masks": "max_masks",
+        "names": "max_names",
+        "sets": "mixture",
+        "mix": "shapes_mix",
+        "images": "shapes_images",
+        "chat": "chat_template",
+        "vary_prompts": "random_prompts",
+        "threads": "num_threads",
+        "workers": "num_workers",
+        "explain": "explanation_prob",
+        "jitter": "lsj_scale_range",
+        "square": "pad_to_square",
+    },
+    "optimizer": {
+        "warmup": "warmup_fraction",
+        "clip": "max_grad_norm",
+        "groups": "param_groups",
+        "accumulate": "grad_accum_steps",
+        "skip_limit": "max_skipped_updates",
+    },
+    "optimizer.losses": {
+        "language": "language_weight",
+        "class_": "class_weight",
+        "class_gain": "class_loss_scale",
+        "mask": "mask_weight",
+        "dice": "dice_weight",
+        "background": "no_object_weight",
+        "points": "num_points",
+        "oversample": "oversample_ratio",
+        "importance": "importance_sample_ratio",
+        "named": "generic_weight",
+        "category": "closed_vocab_weight",
+        "vocabulary_chunk": "logits_chunk_size",
+    },
+    "model": {
+        "decoder": "mask_decoder",
+        "connector_layers": "connector_hidden_layers",
+        "classes": "num_classes",
+        "named_pass": "generic_pass",
+        "negatives_group": "negatives_group_size",
+        "parts": "components",
+    },
+    "model.sam": _ENCODER
+    | {
+        "mlp": "mlp_dim",
+        "window": "window_size",
+        "global_layers": "global_attn_indexes",
+        "eps": "layer_norm_eps",
+        "position_init": "pos_embed_init",
+    },
+    "model.siglip": _ENCODER | {"mlp": "intermediate_size", "eps": "layer_norm_eps"},
+    "model.llm": _ENCODER
+    | {
+        "family": "model_type",
+        "vocab": "vocab_size",
+        "kv_heads": "num_key_value_heads",
+        "mlp": "intermediate_size",
+        "eps": "rms_norm_eps",
+        "tie_embeddings": "tie_word_embeddings",
+        "init_std": "initializer_range",
+        "embedding_std": "embedding_initializer_range",
+    },
+    "model.connector": {"hidden": "hidden_channels"},
+    "model.pixel_decoder": _DECODER
+    | {"mask_width": "mask_dim", "points": "num_points", "groups": "norm_groups", "msda": "deformable_attention_impl"},
+    "model.mask_decoder": _DECODER
+    | {"queries": "num_queries", "mask_width": "mask_dim", "query_std": "query_init_std", "mask_std": "mask_init_std"},
+    "model.semantic_flow": {"zero_refinement": "zero_init_condition_refinement"},
+    "model.boundary": {
+        "kernel": "kernel_size",
+        "eps": "threshold",
+        "channels": "hidden_channels",
+        "identity": "identity_init",
+    },
+    "extra.prompts": {"vary": "randomize"},
+}
+# Values that had another name: {key: {old: new}}.
+RENAMED_VALUES = {
+    "components": {"all": "full", "language": "vlm"},
+    "generic_pass": {"flow": "with_flow", "plain": "without_flow"},
+    "deformable_attention_impl": {"xla": "gather", "packed": "packed_gather", "tent": "dense"},
+}
+
+
+def new_name(key: str) -> str:
+    """The name that the dotted `key` has: `model.decoder.queries` is `model.mask_decoder.num_queries`."""
+    path: list[str] = []
+    for part in key.split("."):
+        path.append(RENAMED_KEYS.get(".".join(path), {}).get(part, part))
+    return ".".join(path)
+
 
 def read(cls: type, values: Any, where: str) -> Any:
     """A config dataclass, and those in it, from nested plain values; lists become tuples.
@@ -60,10 +159,15 @@ def read(cls: type, values: Any, where: str) -> Any:
     """
     expect(isinstance(values, Mapping), values, where, "a group of keys")
     fields, hints = {f.name: f for f in dataclasses.fields(cls)}, typing.get_type_hints(cls)
-    for key in values:
+    section = where.rpartition(": ")[2]
+    for key, value in values.items():
         if key not in fields:
+            if new := RENAMED_KEYS.get(section, {}).get(key):
+                raise UserError(f"{where}.{key} is called {new}")
             key = str(key)[:80]
             raise UserError(f"{where}.{key}: unknown key{did_you_mean(key, fields)}")
+        if isinstance(value, str) and (new := RENAMED_VALUES.get(key, {}).get(value)):
+            raise UserError(f"{where}.{key}: {value!r} is called {new!r}")
     required = {n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING}
     if missing := sorted(required - set(values)):
         raise UserError(f"{where}: missing {', '.join(missing)}")

@@ -3,7 +3,8 @@
     flowseg upgrade OLD NEW
 
 Up to format 2, parameters and config fields had names of their own; since format 3 they have Hugging Face's. The tables below
-are the whole difference. No value changes, and what was saved with the model (step, prompts, revision) stays.
+and those in `fields` are the whole difference. No value changes, and what was saved with the model (step, prompts, revision)
+stays.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 from etils import epath
 
+from flowseg_jax import fields
 from flowseg_jax.checkpoints import pretrained
 from flowseg_jax.checkpoints.manifest import unflatten_params
 from flowseg_jax.checkpoints.streaming import LazyArray
@@ -97,58 +99,6 @@ COMPONENTS = {
 # {family of a component's directory: the patterns of its names}; the others name their parameters as a whole model does.
 FAMILIES = {"qwen3": LANGUAGE_MODEL, "phi3": LANGUAGE_MODEL, "llama": LANGUAGE_MODEL, "siglip2": SIGLIP, "sam": SAM}
 
-_ENCODER = {"width": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads"}
-_DECODER = {"width": "embed_dim", "layers": "num_layers", "heads": "num_heads", "ffn": "mlp_dim", "levels": "num_levels"}
-_LLM = {
-    "family": "model_type",
-    "vocab": "vocab_size",
-    "kv_heads": "num_key_value_heads",
-    "mlp": "intermediate_size",
-    "eps": "rms_norm_eps",
-    "tie_embeddings": "tie_word_embeddings",
-    "init_std": "initializer_range",
-    "embedding_std": "embedding_initializer_range",
-}
-# {section of a model's config: {old field: today's}}; "" is the model itself.
-FIELDS: dict[str, dict[str, str]] = {
-    "": {
-        "decoder": "mask_decoder",
-        "connector_layers": "connector_hidden_layers",
-        "classes": "num_classes",
-        "named_pass": "generic_pass",
-        "negatives_group": "negatives_group_size",
-        "parts": "components",
-    },
-    "sam": _ENCODER
-    | {
-        "mlp": "mlp_dim",
-        "window": "window_size",
-        "global_layers": "global_attn_indexes",
-        "eps": "layer_norm_eps",
-        "position_init": "pos_embed_init",
-    },
-    "siglip": _ENCODER | {"mlp": "intermediate_size", "eps": "layer_norm_eps"},
-    "llm": _ENCODER | _LLM,
-    "connector": {"hidden": "hidden_channels"},
-    "pixel_decoder": _DECODER
-    | {
-        "mask_width": "mask_dim",
-        "points": "num_points",
-        "groups": "norm_groups",
-        "msda": "deformable_attention_impl",
-    },
-    "mask_decoder": _DECODER
-    | {"queries": "num_queries", "mask_width": "mask_dim", "query_std": "query_init_std", "mask_std": "mask_init_std"},
-    "semantic_flow": {"zero_refinement": "zero_init_condition_refinement"},
-    "boundary": {"kernel": "kernel_size", "eps": "threshold", "channels": "hidden_channels", "identity": "identity_init"},
-}
-VALUES = {
-    "components": {"all": "full", "language": "vlm"},
-    "generic_pass": {"flow": "with_flow", "plain": "without_flow"},
-    "deformable_attention_impl": {"xla": "gather", "packed": "packed_gather", "tent": "dense"},
-}
-PROMPTS = {"vary": "randomize"}
-
 
 def parameter_name(old: str, family: str | None = None) -> str:
     """Today's path of a parameter of format 2; `family` is that of a component's directory, None for a whole model."""
@@ -165,15 +115,15 @@ def _substitute(name: str, patterns: Sequence[tuple[str, str]]) -> str:
     return name
 
 
-def model_config(old: Mapping[str, Any], section: str = "") -> dict[str, Any]:
+def model_config(old: Mapping[str, Any], section: str = "model") -> dict[str, Any]:
     """A model's config, or one section's, with today's field names and values; what is not in the tables stays."""
     new = {}
     for key, value in old.items():
-        key = FIELDS.get(section, {}).get(key, key)
-        if isinstance(value, Mapping) and not section:
-            value = model_config(value, key)
+        key = fields.RENAMED_KEYS.get(section, {}).get(key, key)
+        if isinstance(value, Mapping):
+            value = model_config(value, f"{section}.{key}")
         elif isinstance(value, str):
-            value = VALUES.get(key, {}).get(value, value)
+            value = fields.RENAMED_VALUES.get(key, {}).get(value, value)
         new[key] = value
     return new
 
@@ -190,11 +140,12 @@ def upgrade(old: str | os.PathLike, new: str | os.PathLike) -> epath.Path:
     family = component["family"] if component else None
     params = {parameter_name(name, family): value for name, value in arrays.items()}
     if component is not None:
-        section = "llm" if family in ("qwen3", "phi3", "llama") else {"siglip2": "siglip", "sam": "sam"}.get(family, "")
+        section = "llm" if family in ("qwen3", "phi3", "llama") else {"siglip2": "siglip", "sam": "sam"}.get(family)
+        section = f"model.{section}" if section else "model"
         component = {"family": family, "config": model_config(component["config"], section)}
     extra = dict(config["extra"])
     if isinstance(prompts := extra.get("prompts"), Mapping):
-        extra["prompts"] = {PROMPTS.get(key, key): value for key, value in prompts.items()}
+        extra["prompts"] = model_config(prompts, "extra.prompts")
     extra["upgraded_from"] = {key: config.get(key) for key in ("format_version", "versions", "revision")}
     if component is None:
         tokenizer = epath.Path(old) / "tokenizer"

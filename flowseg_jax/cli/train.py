@@ -22,6 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--workdir", metavar="DIR", help="where the run lives, default runs/<name of the config>; may be gs://")
     parser.add_argument("--profile", metavar="START:STEPS", help="trace STEPS steps after step START into <workdir>/profile")
     parser.add_argument("--plan", action="store_true", help="do not train: the same as `flowseg plan` with the other flags")
+    parser.add_argument("--print-config", action="store_true", help="do not train: print the whole config, as a .json")
+    parser.add_argument("--list-keys", action="store_true", help="do not train: list every key with type, value and help")
     add_process_flags(parser)
     if {"-h", "--help"} & set(argv):
         parser.parse_args(["--help"])
@@ -29,6 +31,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     config, rest = experiment.load(argv)
     arguments = parser.parse_args(rest)
+    if arguments.print_config or arguments.list_keys:
+        from flowseg_jax.config_help import list_keys
+
+        print(list_keys(config) if arguments.list_keys else experiment.to_json(config))
+        return 0
     from flowseg_jax.system import host
 
     host.use_host_devices(config.batch_size // max(1, config.model.negatives_group_size * config.optimizer.grad_accum_steps))

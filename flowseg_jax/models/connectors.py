@@ -22,7 +22,7 @@ class ConnectorConfig:
 
     Attributes:
         channels: width of each map that comes in, one a selected encoder layer (shallow to deep).
-        hidden: width between the convolutions.
+        hidden_channels: width between the convolutions.
         scales: by how much the connector scales each map's sides, one a map: a whole number, or one over a whole number.
     """
 

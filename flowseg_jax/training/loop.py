@@ -21,7 +21,7 @@ from flowseg_jax.data.leakage import is_train_split
 from flowseg_jax.data.mixture import MixtureComponent, build_mixture, held_out_keys
 from flowseg_jax.data.train_dataset import TrainDataset, open_tokenizer
 from flowseg_jax.errors import UserError
-from flowseg_jax.experiment import to_json
+from flowseg_jax.experiment import check_names, to_json
 from flowseg_jax.synthetic.shapes import load_or_build_shapes
 from flowseg_jax.system import hardware, host
 from flowseg_jax.system.console import heartbeat, log
@@ -137,7 +137,9 @@ def run(config: ConfigDict, program: TrainProgram, workdir: Path, profile: Profi
     log_run_summary(program)
 
     def same_run(meta: dict[str, Any]) -> None:
-        expect(isinstance(meta.get("config"), dict), meta.get("config"), f"{workdir}: the config of its checkpoint", "a config")
+        where = f"{workdir}: the config of its checkpoint"
+        expect(isinstance(meta.get("config"), dict), meta.get("config"), where, "a config")
+        check_names(meta["config"], where)
         if changed := config_diff(meta["config"], resolved, RESUMABLE_KEYS):
             raise UserError(
                 f"{workdir} holds a run with other values of {', '.join(changed)}; use another --workdir or its config"

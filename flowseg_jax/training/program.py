@@ -25,6 +25,7 @@ from flowseg_jax.data import collate
 from flowseg_jax.data.prompts import PromptTemplates
 from flowseg_jax.data.train_examples import TrainOptions
 from flowseg_jax.errors import UserError
+from flowseg_jax.experiment import check_keys
 from flowseg_jax.losses import LossConfig
 from flowseg_jax.models import flowseg
 from flowseg_jax.models.config import FlowSegConfig
@@ -54,7 +55,8 @@ class RunConfig:
 
     @classmethod
     def from_config(cls, config: ConfigDict) -> RunConfig:
-        """Raises UserError where values do not fit together."""
+        """Raises UserError for unknown or missing keys and where values do not fit together."""
+        check_keys(config)
         model = FlowSegConfig.from_dict(config.model.to_dict())
         optimizer = config.optimizer.to_dict()
         losses = LossConfig(**optimizer.pop("losses"))
