@@ -13,8 +13,8 @@ from ml_collections import ConfigDict
 from flowseg_jax.errors import UserError, did_you_mean
 from flowseg_jax.models.config import FlowSegConfig
 
-TOWERS = "checkpoints/shapes_tiny"
-SHARED = ("sam", "siglip", "visual_projector", "seg_projector", "llm", "connector", "pixel_decoder")  # from TOWERS, frozen
+SOURCE = "checkpoints/shapes_tiny"
+SHARED = ("sam", "siglip", "visual_projector", "seg_projector", "llm", "connector", "pixel_decoder")  # from SOURCE, frozen
 VARIANTS = {  # (semantic_flow.mode, boundary.enabled), each with one thing more than the one before
     "baseline": ("off", False),
     "sr": ("sr", False),
@@ -35,8 +35,8 @@ def get_config(variant: str = "sr_cr_bar") -> ConfigDict:
     config.num_steps = 500
     config.log_every = 50
     config.checkpoint_every = 200
-    config.init_from = tuple(f"{part}={TOWERS}" for part in SHARED)
-    config.data.tokenizer = f"{TOWERS}/tokenizer"
+    config.init_from = tuple(f"{component}={SOURCE}" for component in SHARED)
+    config.data.tokenizer = f"{SOURCE}/tokenizer"
     config.optimizer.param_groups = ((f"({'|'.join(SHARED)})/.*", None), (".*", 1.0))
     config.optimizer.losses.language_weight = 0.0
     return config

@@ -28,8 +28,8 @@ def get_config(learns: str = "frozen") -> ConfigDict:
     config.num_steps = 250
     config.batch_size = 4
     config.checkpoint_every = 50
-    parts = ("siglip", "sam", "connector", "pixel_decoder", "decoder", "boundary", "background")
-    config.init_from = (LANGUAGE_MODEL, *(f"{part}={VISION}" for part in parts))
+    components = ("siglip", "sam", "connector", "pixel_decoder", "mask_decoder", "boundary", "background_embed")
+    config.init_from = (LANGUAGE_MODEL, *(f"{component}={VISION}" for component in components))
     config.model = ConfigDict(dataclasses.replace(FlowSegConfig.tiny(), llm=llm).to_dict())
     config.data.tokenizer = f"{LANGUAGE_MODEL}/tokenizer"
     config.data.max_phrases = 6

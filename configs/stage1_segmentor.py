@@ -31,12 +31,10 @@ def get_config(size: str = "qwen3_4b") -> ConfigDict:
     config.data.update(text_length=8, max_phrases=1)  # nothing is said
     if size == "tiny":
         config.num_steps = 400
-        config.batch_size = 8
         config.data.dir = "data/stages/panoptic"
         config.data.max_masks = 12
     else:
         config.init_from = ("weights/sam_l",)
-        config.batch_size = 64
         config.num_steps = 36 * SETS["data/coco_panoptic"] // config.batch_size  # 36 epochs
         config.data.dir = "data/coco_panoptic"
         config.data.held_out = ("data/refcoco", "data/refcoco+", "data/refcocog")

@@ -27,7 +27,6 @@ def get_config(llm: str = "qwen3_4b") -> ConfigDict:
     if llm == "tiny":
         config.init_from = ("sam=runs/stage1_segmentor/model",)
         config.num_steps = 300
-        config.batch_size = 8
         config.data.dir = "data/stages/chat"
         config.data.text_length = 220
         config.optimizer.param_groups = (("sam/.*", None), (".*", 1.0))

@@ -4,28 +4,24 @@
     python train.py --config=configs/stage3_mixed.py:qwen3_1b7          # or phi3_mini, or tiny (two cores, miniature data)
     flowseg plan --config=configs/stage3_mixed.py --topology=v5e:4x4     # memory and collectives, no chip needed
 
-Batch and learning rates are X-SAM's (4 images a device on 16 devices, encoders at a tenth of the rate); two epochs
-and groups of 8 negatives are FlowSeg's. An image brings its 1,753 visual tokens, and after them up to eight referring
-conversations, a question that names as many of 128 kinds as the text has room for, or a chat.
+The recipe is that of `base`; two epochs and groups of 8 negatives are FlowSeg's. An image brings its 1,753 visual tokens, and
+after them up to eight referring conversations, a question that names as many of 128 categories as the text has room for, or a
+chat.
 """
 
 from __future__ import annotations
 
 import dataclasses
 
+from flowseg_jax.configs.base import LANGUAGE_MODELS
+from flowseg_jax.configs.base import get_config as base
 from flowseg_jax.configs.shapes_tiny import get_config as shapes_tiny
 from ml_collections import ConfigDict
 
 from flowseg_jax.data.mixture import repeat_factor_counts
 from flowseg_jax.errors import UserError, did_you_mean
 from flowseg_jax.models.config import FlowSegConfig
-from flowseg_jax.models.language import LanguageConfig
 
-LANGUAGE_MODELS = {
-    "qwen3_4b": LanguageConfig.qwen3_4b,
-    "qwen3_1b7": LanguageConfig.qwen3_1b7,
-    "phi3_mini": LanguageConfig.phi3_mini,
-}
 # Training images of each set as published; how many there really are, training says when it starts.
 SETS = {
     "data/llava_mix665k": 624_610,
@@ -41,25 +37,23 @@ TINY_TOKENIZER, TINY_VOCAB = "data/stages/tokenizer", 640
 
 def stage(llm: str) -> tuple[ConfigDict, FlowSegConfig]:
     """What the three stages have in common around a language model, or at tiny size: a config to complete, and its model."""
-    if llm != "tiny" and llm not in LANGUAGE_MODELS:
-        raise UserError(f"no language model {llm!r} for a stage{did_you_mean(llm, [*LANGUAGE_MODELS, 'tiny'])}")
-    config = shapes_tiny()
-    config.data.shapes_images = 0
-    config.data.random_prompts = True
     if llm == "tiny":
-        config.log_every = 10
-        config.checkpoint_every = 100
-        config.data.tokenizer = TINY_TOKENIZER
-        config.optimizer.losses.class_loss_scale = 1.0
-        return config, dataclasses.replace(FlowSegConfig.tiny(TINY_VOCAB), generic_pass="off")
+        return tiny_stage()
+    if llm not in LANGUAGE_MODELS:
+        raise UserError(f"no language model {llm!r} for a stage{did_you_mean(llm, [*LANGUAGE_MODELS, 'tiny'])}")
+    return base(llm), FlowSegConfig.full(LANGUAGE_MODELS[llm]())
+
+
+def tiny_stage() -> tuple[ConfigDict, FlowSegConfig]:
+    """What the three stages have in common at tiny size."""
+    config = shapes_tiny()
     config.log_every = 10
-    config.checkpoint_every = 500
-    config.data.tokenizer = f"weights/{llm}/tokenizer"
-    config.data.chat_template = "phi3_chat" if llm == "phi3_mini" else "qwen3_instruct"
-    config.optimizer.b2 = 0.999
-    config.optimizer.losses.update(language_weight=1.0, class_loss_scale=1.0, num_points=12544, logits_chunk_size=512)
-    config.mesh.update(data=1, fsdp=-1)
-    return config, FlowSegConfig.full(LANGUAGE_MODELS[llm]())
+    config.checkpoint_every = 100
+    config.data.shapes_images = 0
+    config.data.tokenizer = TINY_TOKENIZER
+    config.data.random_prompts = True
+    config.optimizer.losses.class_loss_scale = 1.0
+    return config, dataclasses.replace(FlowSegConfig.tiny(TINY_VOCAB), generic_pass="off")
 
 
 def get_config(llm: str = "qwen3_4b") -> ConfigDict:
@@ -70,16 +64,12 @@ def get_config(llm: str = "qwen3_4b") -> ConfigDict:
     config.data.objects = "referred"
     if llm == "tiny":
         config.num_steps = 400
-        config.batch_size = 8
         config.data.mixture = tuple((directory, 0.0) for directory in TINY_SETS)
         config.data.update(max_phrases=6, max_masks=12, max_names=10, text_length=420)
     else:
         model = dataclasses.replace(model, negatives_group_size=8)
-        config.batch_size = 64
         config.num_steps = 2 * sum(repeat_factor_counts(list(SETS.values()))) // config.batch_size  # two epochs
         config.data.mixture = tuple((directory, 0.0) for directory in SETS)
         config.data.update(max_phrases=8, max_masks=32, max_names=128, text_length=2304)  # 18 * 128 tokens
-        config.optimizer.learning_rate = 4e-5
-        config.optimizer.param_groups = ((r"(sam|siglip)/.*", 0.1), (".*", 1.0))
     config.model = ConfigDict(model.to_dict())
     return config

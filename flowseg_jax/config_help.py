@@ -7,7 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-_REMAT = 'what the backward pass computes again to save memory: "none", "full" (whole layers) or "dots" (all but products)'
+_REMAT = 'computed again in the backward pass: "none", "full" (whole layers) or "dots" (all but products)'
 _HEADS = "attention heads; divides hidden_size"
 _MLP = "hidden width of the feed-forward part"
 
@@ -23,7 +23,7 @@ HELP = {
     "init_from": "([component=]DIR, ...): models and components to start from; (): random initialization",
     # data
     "data.dir": "prepared data set to train on",
-    "data.shapes_images": "images of the embedded shapes benchmark, generated in data.dir where it is missing; 0: data.dir exists",
+    "data.shapes_images": "images of the shapes benchmark, generated in data.dir where it is missing; 0: no such benchmark",
     "data.seed": "of the generated images",
     "data.shapes_mix": "((family, share), ...) of the generated expressions; (): the benchmark's own",
     "data.mixture": "((directory of a prepared data set, weight), ...) instead of data.dir; weights all 0: by size",
@@ -37,7 +37,7 @@ HELP = {
     "data.lsj_scale_range": "(smallest, largest) scale of large-scale jitter, of images with categories only; (): none",
     "data.pad_to_square": "pads the vision encoder's image to a square instead of stretching it",
     "data.tokenizer": 'its directory; "": the one of the data set',
-    "data.chat_template": "of the language model: qwen3_instruct, phi3_chat, ...",
+    "data.chat_template": "of the language model: qwen3_instruct, qwen3_wothinking or phi3_chat",
     "data.random_prompts": "draws the prompt template of every question; otherwise always the first",
     "data.curriculum": "((until_step, {family: weight}), ...): which families of expressions are asked when",
     "data.num_threads": "threads that build batches, in each process",

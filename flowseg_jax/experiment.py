@@ -138,7 +138,7 @@ def check_names(config: Mapping[str, Any], source: str) -> None:
 
 
 def check_keys(config: ConfigDict) -> None:
-    """Raises a UserError unless the config has exactly the keys of `config_help.HELP`; the model's are checked as it is read."""
+    """Raises a UserError unless the config has the keys of `config_help.HELP`; the model's are checked where it is read."""
     known, found = ([key for key in keys if not key.startswith("model.")] for keys in (HELP, dotted_keys(config)))
     if missing := [key for key in known if key not in found]:
         raise UserError(f"the config lacks {', '.join(missing)}")

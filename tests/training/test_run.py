@@ -280,6 +280,7 @@ def test_only_the_first_process_writes_the_config(monkeypatch, tmp_path):
         ({"seed": 1}, {}, "holds a run with other values of seed; use another --workdir or its config"),
         ({}, {"data": "another"}, "holds a run on other training data: a data set, or what is held out of it, has changed"),
         ({}, {"config": 3}, "the config of its checkpoint is 3, expected a config"),
+        ({}, {"config": {"steps": 5}}, "the config of its checkpoint: steps is called num_steps$"),
     ],
 )
 def test_another_run_is_refused_and_its_config_stays(monkeypatch, tmp_path, changes, meta, message):
