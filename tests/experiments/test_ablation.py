@@ -23,7 +23,9 @@ from flowseg_jax.training.program import RunConfig
 def sample(image: int, number: int, found: int, best: int, family: str = "attribute") -> dict:
     """One line of a results file: of 10 pixels, `found` are in the selected mask and `best` in the best candidate."""
     i = {"intersection": found, "union": 10, "oracle_intersection": best, "oracle_union": 10}
-    once = {name.replace("inter", "once_inter").replace("union", "single_cover_union"): value for name, value in i.items()}
+    once = {
+        name.replace("inter", "single_cover_inter").replace("union", "single_cover_union"): value for name, value in i.items()
+    }
     about = {"image_id": image, "ann_id": number, "sentence_id": 0, "text": "a", "sentence": "a", "family": family}
     answer = {
         "text_form": "lower",
