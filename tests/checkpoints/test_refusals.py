@@ -120,3 +120,10 @@ def test_saving_after_such_a_kill_keeps_no_leftovers(tmp_path):
     pretrained.save_pretrained(tmp_path / "model", STATE, {"a": 2}, tmp_path / "tokenizer", overwrite=True)
     assert json.loads((tmp_path / "model/config.json").read_text())["model"] == {"a": 2}
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".model")) == []
+
+
+def test_a_step_before_the_newest_one_is_saved_too(tmp_path):
+    with manager.CheckpointManager(tmp_path, keep=2) as checkpoints:
+        assert [checkpoints.save(step, STATE, {}) for step in (5, 3, 5)] == [True, True, False]
+        checkpoints.wait()
+        assert sorted(path.name for path in checkpoints.directory.iterdir()) == ["3", "5"]
