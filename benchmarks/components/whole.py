@@ -18,7 +18,7 @@ from benchmarks.components.sizes import Sizes, asked, experiment, one_of, prefix
 from benchmarks.peer import FlowSegTorch, torch_batch
 from flowseg_jax.losses import LossConfig, PointSamples
 from flowseg_jax.models.config import FlowSegConfig
-from flowseg_jax.models.flowseg import ImageCache
+from flowseg_jax.models.outputs import ImageCache
 from flowseg_jax.training import flops
 from flowseg_jax.training.optimizer import split_trainable
 from flowseg_jax.training.program import TrainProgram

@@ -22,7 +22,8 @@ from convert_weights.parity.preprocessing import Sample
 from convert_weights.parity.report import Report
 from flowseg_jax.evaluation import postprocess
 from flowseg_jax.losses import next_token_loss
-from flowseg_jax.models.flowseg import FlowSeg, bind_params, pool_spans
+from flowseg_jax.models.conditions import pool_spans
+from flowseg_jax.models.flowseg import FlowSeg, bind_params
 from flowseg_jax.models.mask_decoder import mask_logits
 from flowseg_jax.ops.resize import resize
 from flowseg_jax.types import PAD, Batch

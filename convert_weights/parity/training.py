@@ -29,8 +29,9 @@ from flowseg_jax.losses import (
     referring_targets,
 )
 from flowseg_jax.models.config import FlowSegConfig
-from flowseg_jax.models.flowseg import TrainingOutput, bind_params
+from flowseg_jax.models.flowseg import bind_params
 from flowseg_jax.models.mask_decoder import mask_logits
+from flowseg_jax.models.outputs import TrainingOutput
 from flowseg_jax.types import PAD, Batch
 
 KINKED = ("sampling_offsets", "pixel_decoder.level_embed", "seg_connector", "segmentor.encoder")

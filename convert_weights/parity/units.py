@@ -15,8 +15,8 @@ from convert_weights.parity.fixture import Arrays, Fixture
 from convert_weights.parity.report import LIMITS, Report, relative_error
 from flowseg_jax.evaluation.metrics import summarise
 from flowseg_jax.losses import LossConfig, match_cost, point_losses
+from flowseg_jax.models.conditions import append_background, pool_spans, referring_conditions
 from flowseg_jax.models.connectors import ConnectorLevel, pad_to_multiple, pixel_shuffle
-from flowseg_jax.models.flowseg import append_background, pool_spans, referring_conditions
 from flowseg_jax.models.mask_decoder import DecoderLayer, MaskDecoderConfig, cosine_logits
 from flowseg_jax.models.pixel_decoder import sine_position_embedding
 from flowseg_jax.models.semantic_flow import Conditions, SemanticFlowConfig
@@ -213,19 +213,14 @@ def run_text_layer(arrays: Arrays, heads: int) -> dict[str, np.ndarray]:
     layer = with_params(lambda: DecoderLayer(cfg, flow, rngs=nnx.Rngs(0)), layer_params(arrays))
 
     def one(query, position, memory, memory_position, text, blocked, padded):
-        x, memory = query[None], memory[None]
         exists = ~padded[None]
-        conditions = Conditions(text[None], exists, exists)
-        allowed = ~blocked[None]
-        raw = layer.cross_attn(x + position, memory + memory_position, memory, mask=allowed[:, None])
-        q_vis = layer.cross_attention_block(x, position, memory, memory_position, allowed)
-        mask = jnp.broadcast_to(exists[:, None, None], (1, 1, x.shape[1], exists.shape[1]))
-        text_raw = layer.semantic_refinement.attn(q_vis + position, conditions.embeds, conditions.embeds, mask=mask)
-        q_sem = layer.semantic_refinement(q_vis, position, conditions.embeds, conditions.attend_mask)
-        found = layer.refine_and_self_attend(q_vis, position, conditions.embeds, conditions)
-        out, _ = layer.feed_forward_and_refine_conditions(found, conditions.embeds, conditions)
-        steps = {"visual_attention": raw, "after_visual_norm": q_vis, "text_attention": text_raw, "after_text_norm": q_sem}
-        return {f"mid/{name}": x[0] for name, x in (steps | {"after_self_norm": found}).items()} | {"out": out[0]}
+        conditions, out = Conditions(text[None], exists, exists), {}
+        q_vis = layer.cross_attention_block(query[None], position, memory[None], memory_position, ~blocked[None], out)
+        q_s = layer.refine_and_self_attend(q_vis, position, conditions.embeds, conditions, out)
+        last, _ = layer.feed_forward_and_refine_conditions(q_s, conditions.embeds, conditions)
+        steps = {name: out[name] for name in ("visual_attention", "text_attention")}
+        steps |= {"after_visual_norm": q_vis, "after_text_norm": out["q_sem"], "after_self_norm": q_s}
+        return {f"mid/{name}": x[0] for name, x in steps.items()} | {"out": last[0]}
 
     names = ("query", "query_pos", "memory", "memory_pos", "text", "attn_mask_true_blocks", "text_padding_true")
     return jax.device_get(jax.jit(jax.vmap(one))(*(arrays[f"in/{name}"] for name in names)))

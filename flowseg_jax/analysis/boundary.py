@@ -24,7 +24,8 @@ from flowseg_jax.analysis import page
 from flowseg_jax.analysis.runner import AnalysisRunner, SampleResult
 from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation import metrics, postprocess
-from flowseg_jax.models.flowseg import FlowSeg, ImageCache
+from flowseg_jax.models.flowseg import FlowSeg
+from flowseg_jax.models.outputs import ImageCache
 from flowseg_jax.reports import plots
 from flowseg_jax.types import ExpressionQueries
 

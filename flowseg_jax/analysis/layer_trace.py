@@ -29,8 +29,9 @@ from flowseg_jax.analysis import page
 from flowseg_jax.analysis.runner import AnalysisRunner, SampleResult
 from flowseg_jax.evaluation import postprocess
 from flowseg_jax.inference.explanation import layer_figures
-from flowseg_jax.models.flowseg import FlowSeg, ImageCache
+from flowseg_jax.models.flowseg import FlowSeg
 from flowseg_jax.models.mask_decoder import mask_logits
+from flowseg_jax.models.outputs import ImageCache
 from flowseg_jax.reports import plots
 from flowseg_jax.types import ExpressionQueries
 

@@ -14,6 +14,7 @@ from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation import metrics, postprocess
 from flowseg_jax.evaluation.benchmark import ReferringEvaluation
 from flowseg_jax.models import flowseg
+from flowseg_jax.models.outputs import ImageCache
 from flowseg_jax.ops.portable import without_kernels
 from flowseg_jax.system.console import heartbeat
 from flowseg_jax.types import ExpressionQueries
@@ -21,7 +22,7 @@ from flowseg_jax.types import ExpressionQueries
 # (model, image cache, queries, truth on the grid [B, K, h, w], share of image [B, h, w])
 # -> ({name: [B, K, ...]}, mask logits [B, K, N, h, w])
 AnalysisFn = Callable[
-    [flowseg.FlowSeg, flowseg.ImageCache, ExpressionQueries, jax.Array, jax.Array], tuple[dict[str, jax.Array], jax.Array]
+    [flowseg.FlowSeg, ImageCache, ExpressionQueries, jax.Array, jax.Array], tuple[dict[str, jax.Array], jax.Array]
 ]
 
 

@@ -21,7 +21,8 @@ from ml_collections import ConfigDict
 from flowseg_jax.aot.plan import compiler_effort, prepare, try_to_compile
 from flowseg_jax.aot.tpu_cost import cycles
 from flowseg_jax.losses import LossConfig, loss_terms
-from flowseg_jax.models.flowseg import FlowSeg, ImageFeatures, TextFeatures, TrainingOutput, bind_params
+from flowseg_jax.models.flowseg import FlowSeg, bind_params
+from flowseg_jax.models.outputs import ImageFeatures, TextFeatures, TrainingOutput
 from flowseg_jax.ops.collectives import DataParallelGroup
 from flowseg_jax.sharding import BATCH_AXES, replicated
 from flowseg_jax.system.console import heartbeat

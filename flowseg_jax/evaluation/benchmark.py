@@ -100,9 +100,9 @@ class EvalModel:
             special_tokens = generate.SpecialTokenIds(tokenizer.phrase_start, tokenizer.phrase_end, tokenizer.seg)
             answer = functools.partial(
                 generate.generate_and_segment,
-                marks=special_tokens,
+                special_tokens=special_tokens,
                 max_new_tokens=answer_tokens,
-                eos=prompts.eos_ids(tokenizer),
+                eos_ids=prompts.eos_ids(tokenizer),
             )
         evaluator = Evaluator(sharding.mark_fsdp_axes(nnx.merge(graphdef, abstract), mesh), mesh, partition, answer)
         checkpoint = {"digest": params_digest(stored), "step": loaded.extra.get("step")}

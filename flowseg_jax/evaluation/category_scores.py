@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from flowseg_jax.data.generic_dataset import CategoryPrompts
-from flowseg_jax.models import flowseg
+from flowseg_jax.models.conditions import append_background, pool_spans
 from flowseg_jax.models.flowseg import FlowSeg
 from flowseg_jax.models.mask_decoder import mask_logits
 from flowseg_jax.types import Batch
@@ -35,13 +35,13 @@ def score_categories(
     b, count, size, total = len(batch.sam_images), prompts.count, prompts.size, len(prompts.categories)
     if cfg.has_language_model:
         projected = model.llm_projector(model.run_llm(batch, features.visual_tokens))
-        names = flowseg.pool_spans(projected, batch.phrase_ids, count * size).reshape(b * count, size, -1)
+        names = pool_spans(projected, batch.phrase_ids, count * size).reshape(b * count, size, -1)
         exists = batch.name_valid.reshape(b * count, size)
-        conditions = flowseg.append_background(names, exists, exists, model.background_embed[...])
+        conditions = append_background(names, exists, exists, model.background_embed[...])
         if cfg.generic_pass == "without_flow":
             conditions = dataclasses.replace(conditions, attend_mask=jnp.zeros_like(conditions.attend_mask))
         # A conversation's <SEG> bears the number of its first name.
-        segs = flowseg.pool_spans(projected, batch.seg_ids, count * size)[:, ::size].reshape(b * count, -1)
+        segs = pool_spans(projected, batch.seg_ids, count * size)[:, ::size].reshape(b * count, -1)
         out = model.mask_decoder(features.mask_features, features.multi_scale_features, count, conditions, segs)
         logits = out.class_logits[-1]
     else:

@@ -1,6 +1,6 @@
 """The compiled functions of an evaluation, sharded over all devices.
 
-An image is encoded once; every round of expressions about it is asked against what was kept (`models.flowseg.ImageCache`).
+An image is encoded once; every round of expressions about it is asked against what was kept (`models.outputs.ImageCache`).
 Everything runs inside `shard_map`: a device computes its own images by the program that one device alone would run, so the
 numbers do not depend on how many there are. Functions that touch original-size pixels are apart from those that do not, so the
 model compiles once for encoding and once for each shape of a round, however many image sizes there are.
@@ -25,25 +25,26 @@ from flowseg_jax.data.eval_dataset import EvalBatch, QueryRound
 from flowseg_jax.data.generic_dataset import CategoryPrompts, GenericBatch
 from flowseg_jax.evaluation import category_scores, fusion, postprocess
 from flowseg_jax.models import flowseg
-from flowseg_jax.models.language import KVCache
+from flowseg_jax.models.kv_cache import KVCache
+from flowseg_jax.models.outputs import ImageCache, MaskCandidates
 from flowseg_jax.types import PAD, Batch, PromptQueries
 
 BY_IMAGE, REPLICATED = PartitionSpec(sharding.BATCH_AXES), PartitionSpec()
 CACHE = BY_IMAGE, PartitionSpec(None, sharding.BATCH_AXES)  # of the two parts below
 
 
-def _split(cache: flowseg.ImageCache) -> tuple[Any, Any]:
+def _split(cache: ImageCache) -> tuple[Any, Any]:
     """What has its images along the first axis, and what along the second, after the layers."""
     kv = cache.kv_cache
-    return (cache.mask_features, cache.multi_scale_features, kv.positions, kv.segment_ids), (kv.keys, kv.values)
+    return (cache.mask_features, cache.multi_scale_features, kv.position_ids, kv.segment_ids), (kv.keys, kv.values)
 
 
-def _join(parts: tuple[Any, Any]) -> flowseg.ImageCache:
+def _join(parts: tuple[Any, Any]) -> ImageCache:
     (mask_features, levels, *places), keys_values = parts
-    return flowseg.ImageCache(mask_features, levels, KVCache(*keys_values, *places))
+    return ImageCache(mask_features, levels, KVCache(*keys_values, *places))
 
 
-AnswerFn = Callable[[flowseg.FlowSeg, flowseg.ImageCache, PromptQueries], tuple[flowseg.MaskCandidates, jax.Array]]
+AnswerFn = Callable[[flowseg.FlowSeg, ImageCache, PromptQueries], tuple[MaskCandidates, jax.Array]]
 
 
 class Evaluator:

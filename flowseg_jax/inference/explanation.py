@@ -13,8 +13,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from flowseg_jax.evaluation import postprocess
 from flowseg_jax.inference.selection import Prediction
-from flowseg_jax.models.flowseg import FlowSeg, ImageCache
+from flowseg_jax.models.flowseg import FlowSeg
 from flowseg_jax.models.mask_decoder import mask_logits
+from flowseg_jax.models.outputs import ImageCache
 from flowseg_jax.types import ExpressionQueries
 
 

@@ -36,7 +36,8 @@ from flowseg_jax.evaluation.benchmark import params_digest
 from flowseg_jax.inference.selection import stored_no_target_threshold
 from flowseg_jax.models import flowseg
 from flowseg_jax.models.config import FlowSegConfig
-from flowseg_jax.models.language import KVCache
+from flowseg_jax.models.kv_cache import KVCache
+from flowseg_jax.models.outputs import ImageCache
 from flowseg_jax.ops.portable import without_kernels
 from flowseg_jax.system import locks
 from flowseg_jax.system.console import heartbeat
@@ -151,7 +152,7 @@ def lower(
     def predict(weights, *, image, input_ids):
         network, queries = model(weights), queries_from_tokens(input_ids, shapes.phrases, prompt)
         found = network.predict_cached(
-            flowseg.ImageCache(image["mask_features"], image["multi_scale_features"], KVCache(**image["kv_cache"])), queries
+            ImageCache(image["mask_features"], image["multi_scale_features"], KVCache(**image["kv_cache"])), queries
         )
         chosen = postprocess.top_k_masks(found.scores, found.mask_logits, 1)
         logits = postprocess.refine(network, chosen.logits, found.mask_features)

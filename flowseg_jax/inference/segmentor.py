@@ -37,6 +37,7 @@ from flowseg_jax.inference.selection import (
 )
 from flowseg_jax.models import flowseg, generate
 from flowseg_jax.models.config import FlowSegConfig
+from flowseg_jax.models.outputs import ImageCache
 from flowseg_jax.types import BatchShape, ExpressionQueries, ImageInputs, PromptQueries
 
 __all__ = [
@@ -86,7 +87,7 @@ class EncodedImage:
     name: str
     image: UInt8[np.ndarray, "y x 3"]
     resized_hw: np.ndarray
-    cache: flowseg.ImageCache
+    cache: ImageCache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,13 +157,13 @@ class Segmentor:
 
         def generate_answers(params, cache, prompts, tokens):
             return generate.generate_answers(
-                flowseg.bind_params(graphdef, params), cache, prompts, max_new_tokens=tokens, eos=self._eos
+                flowseg.bind_params(graphdef, params), cache, prompts, max_new_tokens=tokens, eos_ids=self._eos
             )
 
         def decode_answers(params, cache, prompts, written, outputs, count):
             model = flowseg.bind_params(graphdef, params)
             found, pairs = generate.decode_generated_masks(
-                model, cache, prompts, written, marks=special_tokens, outputs=outputs
+                model, cache, prompts, written, special_tokens=special_tokens, num_outputs=outputs
             )
             return top(model, found, count), pairs
 
@@ -346,7 +347,7 @@ class Segmentor:
         k, t = bucket_shape(len(part), max(map(len, ids)))
         prompts = PromptQueries.of([ids], (1, k, t))
         written = self._generate_answers(self._params, encoded.cache, prompts, max_new_tokens)
-        tokens, lengths = jax.device_get((written.tokens, written.lengths))
+        tokens, lengths = jax.device_get((written.token_ids, written.lengths))
         most = int((tokens == self._tokenizer.seg).sum(1).max())
         found: dict[int, list[tuple[str, list[Candidate]]]] = {}
         if most:

@@ -15,7 +15,8 @@ from flowseg_jax.losses.masks import PointSamples
 from flowseg_jax.losses.matching import PassPredictions
 from flowseg_jax.losses.targets import closed_vocab_targets, generic_targets, referring_targets
 from flowseg_jax.models.config import FlowSegConfig
-from flowseg_jax.models.flowseg import FlowSeg, TrainingOutput
+from flowseg_jax.models.flowseg import FlowSeg
+from flowseg_jax.models.outputs import TrainingOutput
 from flowseg_jax.ops.collectives import SINGLE_DEVICE, DataParallelGroup
 from flowseg_jax.types import IGNORE_INDEX, NO_TARGET, PAD, Batch
 

@@ -1,4 +1,4 @@
-"""One frozen dataclass that nests the configs of all parts, its presets, and its strict reading from a plain dict."""
+"""The config of the whole model: one frozen dataclass that nests the components' configs."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ class FlowSegConfig:
     """The whole model.
 
     Attributes:
-        sam, siglip, llm, connector, pixel_decoder, mask_decoder, semantic_flow, boundary: configs of the
-            components.
+        sam, siglip, llm, connector, pixel_decoder, mask_decoder, semantic_flow, boundary: configs of the components.
         connector_hidden_layers: SAM hidden states that feed the connector, shallow to deep, one per level
             (connector.scales in the same order).
         num_classes: categories of the linear class head (0: none); it adds the closed-vocabulary pass to training.
@@ -55,7 +54,7 @@ class FlowSegConfig:
 
     def __post_init__(self):
         if len(self.connector_hidden_layers) != len(self.connector.scales):
-            raise ValueError("connector_hidden_layers and connector.scales must have one entry for each map")
+            raise ValueError("connector_hidden_layers and connector.scales must have one entry per map")
         if self.connector.out_channels != tuple(self.pixel_decoder.channels):
             raise ValueError(
                 f"the connector puts out {self.connector.out_channels} channels, "
@@ -95,7 +94,7 @@ class FlowSegConfig:
         return self.components != "segmentor"
 
     def require_full_model(self, where: str) -> None:
-        """Raises a UserError unless the model can segment: without language, or without masks, it cannot."""
+        """Raises a UserError unless the model has all components; without language, or without masks, it answers nothing."""
         if self.components != "full":
             raise UserError(
                 f"{where}: holds only the components {self.components!r} of a model, made to start the next stage of "

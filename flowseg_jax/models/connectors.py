@@ -1,6 +1,6 @@
 """What joins the components: token projectors, pixel shuffle and the segmentation connector.
 
-The segmentation connector turns hidden states of the mask encoder, all on one grid, into the feature pyramid that the pixel
+The segmentation connector turns SAM's hidden states, which are all on one grid, into the feature pyramid that the pixel
 decoder reads, as X-SAM does. All maps are NHWC.
 """
 
@@ -21,9 +21,9 @@ class ConnectorConfig:
     """The segmentation connector.
 
     Attributes:
-        channels: width of each map that comes in, one a selected encoder layer (shallow to deep).
+        channels: width of each incoming map, one per selected encoder layer (shallow to deep).
         hidden_channels: width between the convolutions.
-        scales: by how much the connector scales each map's sides, one a map: a whole number, or one over a whole number.
+        scales: by how much the connector scales the sides of each map: a whole number, or one over a whole number.
     """
 
     channels: tuple[int, ...]
@@ -86,7 +86,7 @@ def _widths(width: int, scale: float) -> tuple[int, int]:
 def pixel_shuffle(x: Float[Array, "b h w c"], scale: float) -> Float[Array, "b y x d"]:
     """Trades channels for resolution: [B, h, w, C] -> [B, h*scale, w*scale, C/scale^2].
 
-    The order of channels is that of InternVL and X-SAM, not that of `torch.nn.PixelShuffle`, and its two directions are no
+    The order of channels is that of InternVL and X-SAM, not that of `torch.nn.PixelShuffle`, and its two directions are not
     inverses of each other: shrinking numbers a block's pixels row by row, enlarging column by column.
 
     Args:

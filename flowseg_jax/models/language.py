@@ -1,8 +1,8 @@
-"""The language model: a decoder-only transformer of the Llama kind (Qwen3, Phi-3, Llama), run on embeddings.
+"""The language model: a decoder-only transformer (Qwen3, Phi-3 or Llama), run on embeddings.
 
-Same function as `transformers` `Qwen3Model`, `Phi3Model` and `LlamaModel` on right-padded input. It adds segments: several
-conversations can stand behind one image in one row and are computed as if each stood alone with the image. What has been read
-can be kept in a `Cache` and read on from: token by token, in chunks, or with many expressions behind one image.
+It computes what `transformers` `Qwen3Model`, `Phi3Model` and `LlamaModel` compute on right-padded input. It adds segments:
+several conversations about one image stand in one row, and each is computed as if it stood alone with the image. A `KVCache`
+keeps what has been read, and reading goes on from there: token by token, in chunks, or with many expressions about one image.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from flowseg_jax.errors import UserError
 from flowseg_jax.models import hf_keys
+from flowseg_jax.models.kv_cache import KVCache
 from flowseg_jax.models.layers import Linear, RMSNorm, make_param, normal_init
+from flowseg_jax.models.rope import apply_rope, rope_cos_sin
 from flowseg_jax.models.stack import scan_layers, stack_layers
 from flowseg_jax.ops.attention import AttentionMask, TokenInfo, attention, causal_mask
 from flowseg_jax.ops.vocabulary import ShardedEmbedding, embedding_lookup
@@ -32,7 +33,7 @@ class LanguageConfig:
     """Sizes of the language model.
 
     Attributes:
-        model_type: "qwen3", "phi3" or "llama"; names the checkpoint layout, the network follows from the other fields.
+        model_type: "qwen3", "phi3" or "llama"; it names the layout of the checkpoint. The other fields decide the network.
         vocab_size: rows of the embedding table (V).
         hidden_size: model width (W).
         num_hidden_layers: number of layers.
@@ -48,9 +49,8 @@ class LanguageConfig:
         remat: rematerialisation policy of a layer: "none", "full" or "dots".
         initializer_range: standard deviation of the layers' initial matrices. For widths near a hundred, 0.02 leaves every
             layer close to the identity.
-        embedding_initializer_range: standard deviation of the table's initial values (pretrained models 0.02). After many
-            visual tokens a small one drowns the words: what a phrase is pooled to is then the image, and all phrases of an
-            image look alike.
+        embedding_initializer_range: standard deviation of the embedding table's initial values (pretrained models 0.02). With
+            small values the many visual tokens drown the words: all phrases of an image are then pooled to nearly the same.
     """
 
     model_type: str
@@ -173,7 +173,7 @@ class LanguageConfig:
         """Reads a Qwen3, Phi-3 or Llama `config.json`; `hf_keys` lists what becomes of each key.
 
         Raises:
-            UserError: another model type, a missing size, a value of the wrong kind, or a feature that would change the numbers
+            UserError: another model type, a missing size, a value of the wrong type, or a feature that would change the numbers
                 (scaled or partial rotary embedding, biases, another activation, windows in some layers only).
         """
         family = config.get("model_type")
@@ -202,84 +202,6 @@ class LanguageConfig:
             qk_norm=family == "qwen3",
             tie_word_embeddings=values["tie_word_embeddings"],
             sliding_window=values.get("sliding_window"),
-        )
-
-
-def rope_cos_sin(
-    positions: Int[Array, "b t"], head_dim: int, theta: float
-) -> tuple[Float[Array, "b t r"], Float[Array, "b t r"]]:
-    """Cosine and sine of the rotary angles, float32 [B, T, head_dim / 2]."""
-    frequencies = (float(theta) ** (-np.arange(0, head_dim, 2) / head_dim)).astype(np.float32)
-    angles = positions[..., None].astype(jnp.float32) * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def apply_rope(x: Float[Array, "b t h e"], cos: Float[Array, "b t r"], sin: Float[Array, "b t r"]) -> Float[Array, "b t h e"]:
-    """Rotates the pairs (x[i], x[i + E/2]) by their angles, in float32; returns the dtype of x."""
-    a, b = jnp.split(x.astype(jnp.float32), 2, -1)
-    cos, sin = cos[:, :, None], sin[:, :, None]
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class KVCache:
-    """Keys and values of what has been read: S slots a row, of static shape, filled from the front with real tokens only.
-
-    As keys are rotated already, a slot's index means nothing but the order of reading.
-
-    Attributes:
-        keys: [layers, B, S, G, E], rotated, in the dtype computed in.
-        values: [layers, B, S, G, E].
-        positions: int [B, S], rotary position of each slot's token.
-        segments: int [B, S], segment of each slot's token; -1 = empty slot, never attended to.
-    """
-
-    keys: Float[Array, "l b s g e"]
-    values: Float[Array, "l b s g e"]
-    positions: Int[Array, "b s"]
-    segment_ids: Int[Array, "b s"]
-
-    @classmethod
-    def empty(cls, cfg: LanguageConfig, rows: int, slots: int, dtype: jnp.dtype) -> KVCache:
-        zeros = jnp.zeros((cfg.num_hidden_layers, rows, slots, cfg.num_key_value_heads, cfg.head_dim), dtype)
-        return cls(zeros, zeros, jnp.zeros((rows, slots), jnp.int32), jnp.full((rows, slots), -1, jnp.int32))
-
-    @property
-    def lengths(self) -> Int[Array, " b"]:
-        """Filled slots of each row."""
-        return (self.segment_ids != -1).sum(1, dtype=jnp.int32)
-
-    def with_capacity(self, slots: int) -> KVCache:
-        """The same with so many more empty slots a row."""
-        pad = lambda x, axis, fill: jnp.pad(  # noqa: E731
-            x, [(0, slots if i == axis else 0) for i in range(x.ndim)], constant_values=fill
-        )
-        return KVCache(pad(self.keys, 2, 0), pad(self.values, 2, 0), pad(self.positions, 1, 0), pad(self.segment_ids, 1, -1))
-
-    def repeat(self, times: int) -> KVCache:
-        """Every row so many times, the copies adjacent: [B * times, ...]. Packed segments share a row without copies."""
-        keys, values = (jnp.repeat(x, times, axis=1) for x in (self.keys, self.values))
-        return KVCache(keys, values, *(jnp.repeat(x, times, axis=0) for x in (self.positions, self.segment_ids)))
-
-    def update(
-        self,
-        keys: Float[Array, "l b t g e"],
-        values: Float[Array, "l b t g e"],
-        positions: Int[Array, "b t"],
-        segments: Int[Array, "b t"],
-    ) -> KVCache:
-        """Fills each row's next slots with its real tokens; padding takes none. Tokens that find no slot are dropped."""
-        real = segments != -1
-        nowhere = self.segment_ids.shape[1]
-        slots = jnp.where(real, self.lengths[:, None] + jnp.cumsum(real, 1) - 1, nowhere)
-        put = jax.vmap(lambda old, new, at: old.at[at].set(new.astype(old.dtype), mode="drop"))
-        put_layers = jax.vmap(put, (0, 0, None))
-        return KVCache(
-            put_layers(self.keys, keys, slots),
-            put_layers(self.values, values, slots),
-            put(self.positions, positions, slots),
-            put(self.segment_ids, segments, slots),
         )
 
 
@@ -356,17 +278,15 @@ def _linear(cfg: LanguageConfig, d_in: int, d_out: int, *axes: str, rngs: nnx.Rn
     return Linear(d_in, d_out, rngs=rngs, axes=axes, bias=False, init=normal_init(cfg.initializer_range))
 
 
-def _vocabulary(table: nnx.Param, dtype: jnp.dtype | None) -> ShardedEmbedding:
-    rows = table[...] if dtype is None else table[...].astype(dtype)
-    return (
-        ShardedEmbedding.whole(rows)
-        if table.get_metadata().get("fsdp_axis") is None
-        else ShardedEmbedding.from_fsdp_shard(rows)
-    )
+def _sharded_embedding(table: nnx.Param, dtype: jnp.dtype | None) -> ShardedEmbedding:
+    weight = table[...] if dtype is None else table[...].astype(dtype)
+    if table.get_metadata().get("fsdp_axis") is None:
+        return ShardedEmbedding.whole(weight)
+    return ShardedEmbedding.from_fsdp_shard(weight)
 
 
 class LanguageModel(nnx.Module):
-    """The language model, from embeddings to normalised hidden states; the logits are `hidden @ lm_head_weight().weight.T`."""
+    """The language model, from embeddings to normalised hidden states; logits are `hidden @ lm_head_weight().weight.T`."""
 
     def __init__(self, cfg: LanguageConfig, *, rngs: nnx.Rngs):
         shape, axes = (cfg.vocab_size, cfg.hidden_size), ("vocab", "embed")
@@ -376,98 +296,110 @@ class LanguageModel(nnx.Module):
         self.lm_head = None if cfg.tie_word_embeddings else make_param(rngs, normal_init(0.02), shape, axes)
         self.cfg = cfg
 
-    def embed(self, tokens: Int[Array, "b t"], dtype: jnp.dtype | None = None) -> Float[Array, "b t w"]:
-        """Table rows of the tokens, in `dtype` or the table's. Placeholder ids (< 0) read row 0; the caller overwrites them."""
-        return embedding_lookup(_vocabulary(self.embed_tokens, dtype), tokens)
+    def embed(self, input_ids: Int[Array, "b t"], dtype: jnp.dtype | None = None) -> Float[Array, "b t w"]:
+        """Embedding rows, in `dtype` or the table's. Placeholder ids (< 0) read row 0; the caller overwrites them."""
+        return embedding_lookup(_sharded_embedding(self.embed_tokens, dtype), input_ids)
 
     def lm_head_weight(self, dtype: jnp.dtype | None = None) -> ShardedEmbedding:
         """The matrix of the language head, [V, W]; the embedding table itself when tied. In `dtype` or its own."""
-        return _vocabulary(self.embed_tokens if self.lm_head is None else self.lm_head, dtype)
+        return _sharded_embedding(self.embed_tokens if self.lm_head is None else self.lm_head, dtype)
 
     def __call__(
         self,
-        embeds: Float[Array, "b t w"],
-        positions: Int[Array, "b t"],
-        segments: Int[Array, "b t"],
+        inputs_embeds: Float[Array, "b t w"],
+        position_ids: Int[Array, "b t"],
+        segment_ids: Int[Array, "b t"],
         out: dict[str, Any] | None = None,
     ) -> Float[Array, "b t w"]:
         """Runs the layers.
 
         Args:
-            embeds: [B, T, W]; their dtype is the dtype computed in.
-            positions: int [B, T], rotary positions.
-            segments: int [B, T]; 0 = prefix seen by all, 1.. = conversations that do not see each other, -1 = padding (never
-                seen; what comes out there has no meaning).
-            out: if given, gets `llm/hidden_states`, a list in HF's counting: 0 = embeddings, the last one after the final norm.
+            inputs_embeds: [B, T, W]; their dtype is the dtype computed in.
+            position_ids: int [B, T], rotary positions.
+            segment_ids: int [B, T]; 0 = the prefix that every token attends to, 1.. = conversations that do not attend to each
+                other, -1 = padding (never attended to; its own outputs have no meaning).
+            out: if given, it gets "llm/hidden_states", a list as Hugging Face counts: the embeddings, every layer's output,
+                the last one after the final norm.
 
         Returns:
             [B, T, W], hidden states after the final norm (HF's `hidden_states[-1]`).
         """
-        mask = causal_mask(segments, positions, self.cfg.sliding_window)
-        hidden, _ = self._run(embeds, positions, mask, None, keep=False, out=out)
+        mask = causal_mask(segment_ids, position_ids, self.cfg.sliding_window)
+        hidden, _, states = self._run(inputs_embeds, position_ids, mask, None, keep_states=out is not None)
+        if out is not None:
+            out["llm/hidden_states"] = [inputs_embeds, *states[:-1], hidden]
         return hidden
 
     def prefill(
-        self, embeds: Float[Array, "b t w"], positions: Int[Array, "b t"], segments: Int[Array, "b t"], slots: int
+        self,
+        inputs_embeds: Float[Array, "b t w"],
+        position_ids: Int[Array, "b t"],
+        segment_ids: Int[Array, "b t"],
+        capacity: int,
     ) -> tuple[Float[Array, "b t w"], KVCache]:
-        """As the call, and the cache of what was read, with `slots` slots a row.
+        """As the call; also returns the cache of these tokens, with `capacity` slots per row.
 
         Raises:
             ValueError: fewer slots than tokens.
         """
-        b, t = segments.shape
-        if slots < t:
-            raise ValueError(f"a cache of {slots} slots cannot hold {t} tokens")
-        mask = causal_mask(segments, positions, self.cfg.sliding_window)
-        hidden, new = self._run(embeds, positions, mask, None, keep=True)
-        return hidden, KVCache.empty(self.cfg, b, slots, embeds.dtype).update(*new, positions, segments)
+        b, t = segment_ids.shape
+        if capacity < t:
+            raise ValueError(f"a cache of {capacity} slots cannot hold {t} tokens")
+        mask = causal_mask(segment_ids, position_ids, self.cfg.sliding_window)
+        hidden, new, _ = self._run(inputs_embeds, position_ids, mask, None, keep_keys=True)
+        cfg = self.cfg
+        cache = KVCache.empty(cfg.num_hidden_layers, b, capacity, cfg.num_key_value_heads, cfg.head_dim, inputs_embeds.dtype)
+        return hidden, cache.update(*new, position_ids, segment_ids)
 
     def extend(
-        self, cache: KVCache, embeds: Float[Array, "b t w"], positions: Int[Array, "b t"], segments: Int[Array, "b t"]
+        self,
+        cache: KVCache,
+        inputs_embeds: Float[Array, "b t w"],
+        position_ids: Int[Array, "b t"],
+        segment_ids: Int[Array, "b t"],
     ) -> tuple[Float[Array, "b t w"], KVCache]:
-        """Reads on: the new tokens see what is cached and each other, as if all had been read in one call.
+        """Reads more tokens: they attend to the cache and to each other, as if all had been read in one call.
 
-        The new tokens need no slot to be computed, only to be remembered: who reads once behind a prefix (the expressions
-        about an image, packed as segments 1..) takes a cache without room and ignores the one returned.
+        New tokens need free slots only to be remembered. A caller that reads once after a prefix (the expressions about an
+        image, packed as segments 1..) passes a full cache and ignores the one returned.
 
         Args:
             cache: of earlier tokens.
-            embeds: [B, T, W].
-            positions: int [B, T], rotary positions, counted on from the cached ones by the caller.
-            segments: int [B, T], as in the call; padding (-1) takes no slot.
+            inputs_embeds: [B, T, W].
+            position_ids: int [B, T], rotary positions; the caller counts on from the cached ones.
+            segment_ids: int [B, T], as in the call; padding (-1) takes no slot.
 
         Returns:
             [B, T, W], hidden states of the new tokens after the final norm; the cache with the new tokens.
         """
-        mask = causal_mask(segments, positions, self.cfg.sliding_window)
-        earlier = TokenInfo(
-            jnp.full_like(cache.segment_ids, -1), cache.segment_ids, cache.positions
-        )  # read before all new ones
-        keys = jax.tree.map(lambda *x: jnp.concatenate(x, 1), earlier, mask.keys)
+        mask = causal_mask(segment_ids, position_ids, self.cfg.sliding_window)
+        # Cached tokens come before all new ones.
+        cached = TokenInfo(jnp.full_like(cache.segment_ids, -1), cache.segment_ids, cache.position_ids)
+        keys = jax.tree.map(lambda *x: jnp.concatenate(x, 1), cached, mask.keys)
         mask = dataclasses.replace(mask, keys=keys)
-        hidden, new = self._run(embeds, positions, mask, (cache.keys, cache.values), keep=True)
-        return hidden, cache.update(*new, positions, segments)
+        hidden, new, _ = self._run(inputs_embeds, position_ids, mask, (cache.keys, cache.values), keep_keys=True)
+        return hidden, cache.update(*new, position_ids, segment_ids)
 
     def _run(
         self,
         x: Float[Array, "b t w"],
-        positions: Int[Array, "b t"],
+        position_ids: Int[Array, "b t"],
         mask: AttentionMask,
         past: Any,
         *,
-        keep: bool,
-        out: dict[str, Any] | None = None,
-    ) -> tuple[Float[Array, "b t w"], Any]:
-        """All layers over the new tokens; `past` is the cached keys and values of all layers, or None. Returns the normalised
-        hidden states and, if asked to keep them, the new keys and values of all layers."""
-        cos, sin = rope_cos_sin(positions, self.cfg.head_dim, self.cfg.rope_theta)
+        keep_keys: bool = False,
+        keep_states: bool = False,
+    ) -> tuple[Float[Array, "b t w"], Any, Float[Array, "l b t w"] | None]:
+        """All layers over the new tokens; `past` holds the cached keys and values of all layers, or is None.
 
-        def body(layer: TransformerBlock, x: Array, past: KeyValuePair | None) -> tuple[Array, Any]:
-            y, new = layer(x, cos, sin, mask, past)
-            return y, (new if keep else None, None if out is None else x)
+        Returns the normalised hidden states; the new keys and values of all layers if `keep_keys`; the output of every layer if
+        `keep_states`.
+        """
+        cos, sin = rope_cos_sin(position_ids, self.cfg.head_dim, self.cfg.rope_theta)
+
+        def body(layer: TransformerBlock, x: Array, past: KeyValuePair | None) -> tuple[Array, tuple[Any, Array | None]]:
+            x, new = layer(x, cos, sin, mask, past)
+            return x, (new if keep_keys else None, x if keep_states else None)
 
         x, (new, states) = scan_layers(self.layers, body, x, past, policy=self.cfg.remat)
-        hidden = self.norm(x)
-        if out is not None:
-            out["llm/hidden_states"] = [*states, hidden]
-        return hidden, new
+        return self.norm(x), new, states

@@ -1,8 +1,8 @@
-"""The few layers all components are made of, with logical axis names on every parameter.
+"""The layers that all components are made of, with logical axis names on every parameter.
 
-A parameter is `nnx.Param(value, logical_axes=(...))`: one logical axis name (or None) per dimension. `sharding.py` turns the
-names into shardings; nothing here knows about meshes. Parameters are float32; `dtype` is what a layer computes in. Matrix
-products accumulate in float32 (`ops.dot`); norms take their statistics in float32.
+A parameter is `nnx.Param(value, logical_axes=(...))`: one logical axis name (or None) per dimension. `sharding.py` turns names
+into shardings; nothing here knows about meshes. Parameters are float32. A layer computes in the dtype of its input; matrix
+products accumulate in float32 (`ops.dot`), and norms take their statistics in float32.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def torch_default_init(fan_in: int) -> Initializer:
 
 
 def make_param(rngs: nnx.Rngs, init: Initializer, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
-    """A float32 parameter with one logical axis name a dimension."""
+    """A float32 parameter with one logical axis name per dimension."""
     if len(axes) != len(shape):
         raise ValueError(f"axes {axes} do not fit shape {shape}")
     return nnx.Param(init(rngs.params(), shape, jnp.float32), logical_axes=axes)
@@ -46,8 +46,8 @@ def make_param(rngs: nnx.Rngs, init: Initializer, shape: tuple[int, ...], axes: 
 def gathered_weight(variable: nnx.Param, dtype: jnp.dtype) -> Array:
     """The copy of a parameter that a product is computed with: in the compute dtype, and whole.
 
-    Where devices hold shards of it (`sharding.mark_fsdp_axes`), they are gathered here, after the cast: inside the body of a
-    stack that is one layer at a time, and with rematerialisation again in the backward pass, so that no stack is ever whole.
+    A parameter that is sharded over `fsdp` (`sharding.mark_fsdp_axes`) is gathered here, after the cast. Inside a scanned stack
+    that is one layer at a time, and with rematerialisation again in the backward pass: no stack is ever whole.
     """
     axis = variable.get_metadata().get("fsdp_axis")
     x = variable[...].astype(dtype)
@@ -77,7 +77,7 @@ class Linear(nnx.Module):
 
 
 class Conv(nnx.Module):
-    """NHWC convolution, kernel [kh, kw, in, out], stride 1 and torch-style symmetric padding, or patchify (stride = kernel)."""
+    """NHWC convolution, kernel [kh, kw, in, out], symmetric padding as in torch; or patchify (stride = kernel size)."""
 
     def __init__(
         self,
@@ -108,7 +108,7 @@ class Conv(nnx.Module):
             x = x.reshape(b, h // size, size, w // size, size, c).swapaxes(2, 3)
             y = dot(x.reshape(b, h // size, w // size, size * size * c), kernel.reshape(-1, kernel.shape[-1]))
         else:
-            # lax.conv has no mixed-precision transpose rule: the product is taken in the compute dtype.
+            # lax.conv has no mixed-precision transpose rule: the convolution is computed in the compute dtype.
             y = jax.lax.conv_general_dilated(
                 x,
                 kernel,
@@ -176,10 +176,11 @@ def gelu_tanh(x: Array) -> Array:
 
 
 class MultiHeadAttention(nnx.Module):
-    """Multi-head attention with biases, as `torch.nn.MultiheadAttention` (its fused in-projection kept as three matrices).
+    """Multi-head attention with biases, as `torch.nn.MultiheadAttention`; its fused in-projection is three matrices here.
 
-    Weights are small and stay replicated: no sharded axis names. `fused_init` draws q, k and v as the rows of one
+    Weights are small and stay replicated: their axes have no names. `fused_init` draws q, k and v as the rows of one
     Xavier-uniform [3D, D] matrix, as torch does; otherwise each is Xavier-uniform on its own (X-SAM's self-attention).
+    `zero_output` starts the output projection at zero.
     """
 
     def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs, fused_init: bool = True, zero_output: bool = False):
@@ -201,7 +202,7 @@ class MultiHeadAttention(nnx.Module):
         *,
         mask: Bool[Array, "b 1 s t"] | None = None,
     ) -> Float[Array, "b s d"]:
-        """Attends; `mask` is True where a query may look, and a query that may look nowhere gets only the output bias."""
+        """Attends. `mask` is True where a query may attend; a query that may attend to nothing gets only the output bias."""
         b, s, d = query.shape
 
         def split(x: Array) -> Array:

@@ -1,10 +1,10 @@
-"""The query decoder: Mask2Former's masked-attention layers with the semantic flow inside each of them.
+"""The mask decoder: Mask2Former's masked-attention layers with the semantic flow inside each of them.
 
-The unit is the decoder pass: one image, its queries, its own conditions. The R passes of an image share its memory, so their
-queries attend as one long query axis and keys and values are projected once an image.
+A decoder pass is one image with its queries and with conditions of its own. The R passes of an image share its multi-scale
+features: their queries attend as one long query axis, and keys and values are projected once per image.
 
-Masks are linear in the pixel features, which this module uses twice: the attention mask of a layer is the product with features
-resized to that layer's level (never the full-resolution masks of all queries resized), and callers get mask embeddings, from
+Masks are linear in the mask features, which this module uses twice. The attention mask of a layer is the product with features
+resized to that layer's level; the full-resolution masks of all queries are never resized. And callers get mask embeddings, from
 which they compute only the masks they need (`mask_logits`).
 """
 
@@ -29,20 +29,20 @@ from flowseg_jax.ops.resize import resize
 
 @dataclasses.dataclass(frozen=True)
 class MaskDecoderConfig:
-    """Sizes of the query decoder (X-SAM's defaults: Mask2Former, 200 queries, 9 layers).
+    """Sizes of the mask decoder (X-SAM's defaults: Mask2Former, 200 queries, 9 layers).
 
     Attributes:
-        embed_dim: D, the width of queries, conditions and memory.
+        embed_dim: D, the width of queries, conditions and levels.
         num_queries: Q.
         num_layers: number of decoder layers; layer i reads level i mod L.
         num_heads: attention heads of every attention of a layer.
         mlp_dim: hidden width of the feed-forward network.
-        num_levels: L, the number of memory levels.
+        num_levels: L, the number of levels.
         mask_dim: width of the mask features; None: that of the queries.
         query_init_std: standard deviation of the learned queries' and their positions' initial values (X-SAM 0.02). S is
             added to the queries: trained from scratch, queries much smaller than S start out all alike.
-        mask_init_std: standard deviation of the mask embedding's three initial matrices (X-SAM 0.02). Trained from scratch at a
-            small width, three such matrices in a row leave next to no mask, and no gradient to what it is made from.
+        mask_init_std: standard deviation of the initial matrices of the mask embedder (X-SAM 0.02). Trained from scratch at a
+            small width, three such matrices in a row leave masks and gradients near zero.
         logit_scale: initial value of the learned log scale of the cosine class head.
         logit_clamp: class logits are clipped to plus or minus this (X-SAM main 50, AAAI 500).
         remat: rematerialisation policy of a layer.
@@ -98,14 +98,14 @@ class DecoderOutput:
 
 
 def mask_logits(mask_embeds: Float[Array, "b n d"], features: Float[Array, "b h w d"]) -> Float[Array, "b n h w"]:
-    """Mask logits of N embeddings an image at the resolution of the mask features, in float32."""
+    """Mask logits of N embeddings per image at the resolution of the mask features, in float32."""
     return einsum("bnd,bhwd->bnhw", mask_embeds, features)
 
 
 def cosine_logits(
     queries: Float[Array, "p q d"],
     conditions: Float[Array, "p n d"],
-    valid: Bool[Array, "p n"],
+    valid_mask: Bool[Array, "p n"],
     log_scale: Float[Array, "1"],
     clamp: float,
 ) -> Float[Array, "p q n"]:
@@ -117,7 +117,23 @@ def cosine_logits(
         return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-24))
 
     logits = einsum("pqd,pnd->pqn", unit(queries), unit(conditions)) * jnp.exp(log_scale)
-    return jnp.where(valid[:, None, :], jnp.clip(logits, -clamp, clamp), -1e6)
+    return jnp.where(valid_mask[:, None, :], jnp.clip(logits, -clamp, clamp), -1e6)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LevelMemory:
+    """One level as the mask decoder reads it, flattened row by row.
+
+    Attributes:
+        values: [B, S, D], the encoded level plus its learned embedding.
+        positions: [S, D], added to the keys.
+        mask_features: [B, S, F], the mask features at this level's size, without gradient: what attention masks are made from.
+    """
+
+    values: Float[Array, "b s d"]
+    positions: Float[Array, "s d"]
+    mask_features: Float[Array, "b s f"]
 
 
 class DecoderLayer(nnx.Module):
@@ -138,60 +154,48 @@ class DecoderLayer(nnx.Module):
     def cross_attention_block(
         self,
         x: Float[Array, "p q d"],
-        position: Float[Array, "q d"],
+        query_pos: Float[Array, "q d"],
         memory: Float[Array, "b s d"],
-        memory_position: Float[Array, "s d"],
+        memory_pos: Float[Array, "s d"],
         allowed: Bool[Array, "p q s"],
+        out: dict[str, Any] | None = None,
     ) -> Float[Array, "p q d"]:
-        """Masked cross-attention of all passes of an image to its memory: Q_vis."""
+        """Q_vis: masked cross-attention of all passes of an image to one level; `out` gets "visual_attention" [P, Q, D]."""
         b, (p, q, d) = memory.shape[0], x.shape
-        flat = (x + position).reshape(b, p // b * q, d)
-        out = self.cross_attn(flat, memory + memory_position, memory, mask=allowed.reshape(b, 1, p // b * q, -1))
-        return self.cross_attn_layer_norm(x + out.reshape(p, q, d))
+        flat = (x + query_pos).reshape(b, p // b * q, d)
+        mask = allowed.reshape(b, 1, p // b * q, -1)
+        attended = self.cross_attn(flat, memory + memory_pos, memory, mask=mask).reshape(p, q, d)
+        if out is not None:
+            out["visual_attention"] = attended
+        return self.cross_attn_layer_norm(x + attended)
 
     def refine_and_self_attend(
         self,
         q_vis: Float[Array, "p q d"],
-        position: Float[Array, "q d"],
+        query_pos: Float[Array, "q d"],
         embeds: Float[Array, "p n d"] | None,
         conditions: Conditions | None,
-        out: dict[str, Array] | None = None,
+        out: dict[str, Any] | None = None,
     ) -> Float[Array, "p q d"]:
-        """SR, then self-attention among the queries of a pass: Q_s. `out` as in `SemanticRefinement`."""
+        """Q_s: SR, then self-attention among the queries of a pass; `out` as `SemanticRefinement`."""
         x = q_vis
         if conditions is not None and self.semantic_refinement is not None:
-            x = self.semantic_refinement(x, position, embeds, conditions.attend_mask, out)
-        return self.self_attn_layer_norm(x + self.self_attn(x + position, x + position, x))
+            x = self.semantic_refinement(x, query_pos, embeds, conditions.attend_mask, out)
+        return self.self_attn_layer_norm(x + self.self_attn(x + query_pos, x + query_pos, x))
 
     def feed_forward_and_refine_conditions(
         self,
-        found: Float[Array, "p q d"],
+        q_s: Float[Array, "p q d"],
         embeds: Float[Array, "p n d"] | None,
         conditions: Conditions | None,
     ) -> tuple[Float[Array, "p q d"], Float[Array, "p n d"] | None]:
-        """Feed-forward network, and CR from Q_s; returns the queries and C(l)."""
-        x = self.final_layer_norm(found + self.fc2(jax.nn.relu(self.fc1(found))))
+        """Feed-forward network, and CR from Q_s; returns the queries and the refined conditions."""
+        x = self.final_layer_norm(q_s + self.fc2(jax.nn.relu(self.fc1(q_s))))
         if conditions is not None and self.condition_refinement is not None:
             embeds = self.condition_refinement(
-                embeds, found, conditions.valid_mask & conditions.attend_mask.any(-1, keepdims=True)
+                embeds, q_s, conditions.valid_mask & conditions.attend_mask.any(-1, keepdims=True)
             )
         return x, embeds
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class LevelMemory:
-    """One level as the decoder reads it, flattened row by row.
-
-    Attributes:
-        values: [B, S, D], the encoded level plus its learned embedding.
-        positions: [S, D], added to the keys.
-        mask_features: [B, S, F], the mask features at this level's size, without gradient: what attention masks are made from.
-    """
-
-    values: Float[Array, "b s d"]
-    positions: Float[Array, "s d"]
-    mask_features: Float[Array, "b s f"]
 
 
 class MaskDecoder(nnx.Module):
@@ -210,7 +214,7 @@ class MaskDecoder(nnx.Module):
         self.logit_scale = make_param(rngs, nnx.initializers.constant(cfg.logit_scale), (1,), (None,))
 
     def mask_embed(self, queries: Float[Array, "*b d"]) -> Float[Array, "*b f"]:
-        """The third layer of an MLP over normalised queries; a mask is its product with the mask features."""
+        """An MLP of three layers over normalised queries; a mask is its product with the mask features."""
         first, second, third = self.mask_embedder
         return third(jax.nn.relu(second(jax.nn.relu(first(queries)))))
 
@@ -240,17 +244,17 @@ class MaskDecoder(nnx.Module):
 
     @staticmethod
     def attention_mask(mask_embeds: Float[Array, "p q f"], memory: LevelMemory) -> Bool[Array, "p q s"]:
-        """Where each query may look: inside its predicted mask, or everywhere if that is empty at this level's size."""
+        """Where each query may attend: inside its predicted mask, or everywhere if that is empty at this level's size."""
         b, s, e = memory.mask_features.shape
         flat = jax.lax.stop_gradient(mask_embeds).reshape(b, -1, e)
         allowed = einsum("bqe,bse->bqs", flat, memory.mask_features) >= 0
-        allowed = allowed | ~allowed.any(-1, keepdims=True)  # a mask that blocks everything blocks nothing
+        allowed = allowed | ~allowed.any(-1, keepdims=True)
         return allowed.reshape(*mask_embeds.shape[:2], s)
 
     def __call__(
         self,
         mask_features: Float[Array, "b h w f"],
-        levels: tuple[Float[Array, "b _ _ d"], ...],
+        multi_scale_features: tuple[Float[Array, "b _ _ d"], ...],
         passes: int,
         conditions: Conditions | None = None,
         seg_embeds: Float[Array, "p d"] | None = None,
@@ -260,26 +264,30 @@ class MaskDecoder(nnx.Module):
 
         Args:
             mask_features: [B, h, w, F].
-            levels: memory maps, low to high resolution.
+            multi_scale_features: the levels to attend to, low to high resolution.
             passes: R, decoder passes per image.
-            conditions: of all P passes; None for a language-free decoder call.
+            conditions: of all P passes; None for a call without language.
             seg_embeds: S, added to every query of its pass; zeros for a pass without.
-            out: if given, gets the intermediates (nothing is computed for them otherwise):
-                memories: list of `LevelMemory`. query_init [P, Q, D], query_pos [Q, D].
-                conditions [J, P, N, D]: C(j), with conditions.
-                attention_mask [L, P, Q, S']: where each query may attend, S' the positions of the largest level; those that the
-                    layer's level does not have are False.
-                after_cross_attn, after_self_attn, after_mlp [L, P, Q, D]: the queries in and after each layer.
-                gate [L, P, Q, D]: of SR, with SR and conditions.
+            out: if given, it gets what the layers compute on the way (L layers, J = L + 1):
+                "memories": the `LevelMemory` of each level, in a list;
+                "query_init" [P, Q, D] and "query_pos" [Q, D]: the queries before the first layer, and their positions;
+                "conditions" [J, P, N, D]: C before the first layer and after each layer, if there are conditions;
+                "attention_mask" [L, P, Q, S']: where the queries of each layer may attend; S' counts the pixels of the
+                largest level, and those that the layer's level does not have are False;
+                "after_cross_attn", "after_self_attn", "after_mlp" [L, P, Q, D]: the queries in and after each layer;
+                "text_attention", "q_sem", "gate" [L, P, Q, D]: of SR (`SemanticRefinement`), with SR and conditions.
+
+        Raises:
+            ValueError: another number of levels than configured.
         """
         cfg, b = self.cfg, mask_features.shape[0]
-        if len(levels) != cfg.num_levels:
-            raise ValueError(f"the decoder expects {cfg.num_levels} levels, got {len(levels)}")
+        if len(multi_scale_features) != cfg.num_levels:
+            raise ValueError(f"the mask decoder expects {cfg.num_levels} levels, got {len(multi_scale_features)}")
         dtype = mask_features.dtype
-        position = self.queries_embedder[...].astype(dtype)
-        x = self.init_queries(b * passes, seg_embeds, dtype)
+        query_pos = self.queries_embedder[...].astype(dtype)
+        x = query_init = self.init_queries(b * passes, seg_embeds, dtype)
         embeds = None if conditions is None else conditions.embeds.astype(dtype)
-        memories = [self.prepare_level(index, level, mask_features) for index, level in enumerate(levels)]
+        memories = [self.prepare_level(index, level, mask_features) for index, level in enumerate(multi_scale_features)]
         graphdef, stacked = nnx.split(self.layers)
         largest = max(len(memory.positions) for memory in memories)
 
@@ -292,28 +300,28 @@ class MaskDecoder(nnx.Module):
 
             def attend(memory: LevelMemory) -> tuple[Array, Array | None]:
                 allowed = self.attention_mask(prediction[1], memory)
-                q_vis = layer.cross_attention_block(x, position, memory.values, memory.positions, allowed)
+                q_vis = layer.cross_attention_block(x, query_pos, memory.values, memory.positions, allowed)
                 missing = largest - allowed.shape[-1]
                 return q_vis, None if kept is None else jnp.pad(allowed, ((0, 0), (0, 0), (0, missing)))
 
             branches = [lambda memory=memory: attend(memory) for memory in memories]
             q_vis, allowed = jax.lax.switch(index % len(branches), branches)
-            found = layer.refine_and_self_attend(q_vis, position, embeds, conditions, kept)
-            carry = layer.feed_forward_and_refine_conditions(found, embeds, conditions)
+            q_s = layer.refine_and_self_attend(q_vis, query_pos, embeds, conditions, kept)
+            carry = layer.feed_forward_and_refine_conditions(q_s, embeds, conditions)
             if kept is not None:
-                kept |= {"attention_mask": allowed, "after_cross_attn": q_vis, "after_self_attn": found, "after_mlp": carry[0]}
+                kept |= {"attention_mask": allowed, "after_cross_attn": q_vis, "after_self_attn": q_s, "after_mlp": carry[0]}
                 kept |= {} if embeds is None else {"conditions": embeds}
             return carry, (prediction, kept)
 
         steps = (jnp.arange(cfg.num_layers), nnx.to_pure_dict(stacked))
-        start = x
-        (x, embeds), (outputs, kept) = jax.lax.scan(remat(body, cfg.remat), (x, embeds), steps)
+        (x, embeds), (predictions, kept) = jax.lax.scan(remat(body, cfg.remat), (x, embeds), steps)
         last = self.prediction_heads(x, embeds, conditions)
-        queries, mask_embeds, logits = jax.tree.map(lambda ys, y: jnp.concatenate([ys, y[None]]), outputs, last)
+        append = lambda ys, y: jnp.concatenate([ys, y[None]])  # noqa: E731
+        queries, mask_embeds, logits = jax.tree.map(append, predictions, last)
         if out is not None:
-            out |= kept | {"memories": memories, "query_init": start, "query_pos": position}
+            out |= kept | {"memories": memories, "query_init": query_init, "query_pos": query_pos}
             if embeds is not None:
-                out["conditions"] = jnp.concatenate([kept["conditions"], embeds[None]])
+                out["conditions"] = append(kept["conditions"], embeds)
         return DecoderOutput(queries, mask_embeds, logits)
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""The pixel decoder: a feature pyramid in, the levels the mask decoder attends to and the map that masks are read from out.
+"""The pixel decoder: from a feature pyramid to the levels that the mask decoder attends to, and to the mask features.
 
 Mask2Former's multi-scale deformable encoder with an FPN on top, as Hugging Face's `Mask2FormerPixelDecoder` and X-SAM have it.
 Levels are ordered LOW to HIGH resolution throughout, maps are NHWC. Positions, sampling coordinates and the
@@ -32,8 +32,8 @@ class PixelDecoderConfig:
 
     Attributes:
         channels: width of each incoming map, low to high resolution.
-        strides: nominal stride of each incoming map, low to high resolution. They decide one thing only: how many FPN stages
-            follow the encoder, log2(finest encoder stride / common_stride).
+        strides: nominal stride of each incoming map, low to high resolution. They decide only how many FPN stages follow the
+            encoder, log2(finest encoder stride / common_stride).
         embed_dim: model width D, a multiple of 4.
         mask_dim: width of the mask features.
         num_layers: encoder layers.
@@ -44,7 +44,7 @@ class PixelDecoderConfig:
         common_stride: nominal stride at which the FPN ends.
         norm_groups: groups of the GroupNorms.
         remat: rematerialisation policy of the encoder layers ("none", "full", "dots").
-        deformable_attention_impl: formulation of deformable attention (`ops.msda`): "auto", "gather", "packed_gather",
+        deformable_attention_impl: implementation of deformable attention (`ops.msda`): "auto", "gather", "packed_gather",
             "dense" or "pallas".
     """
 
@@ -150,7 +150,7 @@ def reference_points(shapes: Shapes) -> Float[Array, "n 2"]:
 def init_sampling_offsets(heads: int, levels: int, points: int) -> np.ndarray:
     """Initial sampling offsets (x, y) in pixels, float32, flattened from [heads, levels, points, 2].
 
-    Head h looks along the angle 2 pi h / heads; its point k lies k + 1 pixels away, measured in the larger coordinate.
+    Head h points along the angle 2 pi h / heads; its point k lies k + 1 pixels away, measured in the larger coordinate.
     """
     angle = 2 * np.pi * np.arange(heads) / heads
     direction = np.stack([np.cos(angle), np.sin(angle)], axis=-1)
@@ -226,8 +226,8 @@ class ConvGroupNorm(nnx.Module):
 class PixelDecoder(nnx.Module):
     """Feature pyramid -> (mask features, encoded levels).
 
-    An FPN stage takes one of the finest maps that came in, low to high resolution, adds the upsampled result so far and applies
-    a 3x3 convolution. With three maps of stride 32, 16, 8 the one stage therefore reads the stride-8 map again, and masks have
+    An FPN stage takes one of the finest incoming maps, low to high resolution, adds the upsampled result so far and applies a
+    3x3 convolution. With three maps of stride 32, 16, 8 the one stage therefore reads the stride-8 map again, and masks have
     stride 8; with a fourth, encoded map of stride 4 there is no stage, and masks have stride 4; with a fourth map that is not
     encoded (`num_levels=3`, the original Mask2Former) the stage brings masks to stride 4.
     """
@@ -251,7 +251,10 @@ class PixelDecoder(nnx.Module):
     def encode(
         self, maps: tuple[Float[Array, "b _ _ d"], ...], out: dict[str, Any] | None = None
     ) -> tuple[Float[Array, "b _ _ d"], ...]:
-        """The deformable encoder over projected maps of one width; returns maps of the same sizes. `out` as in the call."""
+        """Runs the deformable encoder over projected maps of one width; returns maps of the same sizes.
+
+        `out`, if given, gets the positions and the output of every layer (see `__call__`).
+        """
         shapes = tuple(x.shape[1:3] for x in maps)
         x = jnp.concatenate([x.reshape(x.shape[0], -1, x.shape[-1]) for x in maps], axis=1)
         positions, reference = self.positions(shapes), reference_points(shapes)
@@ -260,9 +263,9 @@ class PixelDecoder(nnx.Module):
             x = layer(x, positions, reference, shapes)
             return x, None if out is None else x
 
-        x, states = scan_layers(self.layers, body, x, policy=self.cfg.remat)
+        x, layers = scan_layers(self.layers, body, x, policy=self.cfg.remat)
         if out is not None:
-            out |= {"pixel_decoder/positions": positions, "pixel_decoder/encoder_layers": list(states)}
+            out |= {"pixel_decoder/positions": positions, "pixel_decoder/encoder_layers": list(layers)}
         ends = np.cumsum([h * w for h, w in shapes])[:-1].tolist()
         parts = jnp.split(x, ends, axis=1)
         return tuple(part.reshape(part.shape[0], h, w, -1) for part, (h, w) in zip(parts, shapes, strict=True))
@@ -273,9 +276,10 @@ class PixelDecoder(nnx.Module):
         """Decodes a pyramid.
 
         Args:
-            features: one map [B, h, w, channels[i]] a level, low to high resolution; sizes need no fixed ratio.
-            out: if given, gets the intermediates: `pixel_decoder/input_projections`, `pixel_decoder/positions` [N, D],
-                `pixel_decoder/encoder_layers` (a list of [B, N, D]) and `pixel_decoder/multi_scale_features`.
+            features: one map [B, h, w, channels[i]] per level, low to high resolution; sizes need no fixed ratio.
+            out: if given, it gets "pixel_decoder/input_projections" (the maps that enter the encoder),
+                "pixel_decoder/positions" [N, D], "pixel_decoder/encoder_layers" (a list of [B, N, D]) and
+                "pixel_decoder/multi_scale_features".
 
         Returns:
             mask features [B, h, w, mask_dim], and the encoded levels, low to high resolution, each [B, h, w, embed_dim].

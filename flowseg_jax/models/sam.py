@@ -1,8 +1,8 @@
-"""The mask encoder: SAM's ViT, read at several depths.
+"""SAM's image encoder: a ViT whose hidden states are read at several depths.
 
 Same function as `transformers.models.sam.modeling_sam.SamVisionEncoder` without its neck. Most layers attend inside
 windows, a few over the whole grid; both add a decomposed relative position term to the attention logits. That term is computed
-without a bias as large as the attention matrix (`grid_attention`).
+without a bias as large as the attention matrix (`ops.attention.decomposed_rel_pos_attention`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from flowseg_jax.ops.dot import einsum
 
 @dataclasses.dataclass(frozen=True)
 class SamConfig:
-    """Sizes of the mask encoder.
+    """Sizes of SAM's image encoder.
 
     Attributes:
         image_size: side of the square input (S), pixels; a remainder that fills no patch is ignored.
@@ -41,8 +41,8 @@ class SamConfig:
         layer_norm_eps: LayerNorm epsilon.
         remat: rematerialisation policy of a layer: "none", "full" or "dots".
         pos_embed_init: what the learned position embedding starts from: "normal" (standard deviation 0.02) or "sine" (half of
-            Mask2Former's sine table). Trained from scratch, features that hardly know their place cannot tell look-alikes
-            apart.
+            Mask2Former's sine table). Trained from scratch, features that hardly depend on their place cannot tell
+            look-alikes apart.
     """
 
     image_size: int
@@ -125,7 +125,7 @@ class SamConfig:
         A key that the file leaves out has the Hugging Face class's default; `hf_keys` lists what becomes of each.
 
         Raises:
-            UserError: a value of the wrong kind, or one that this encoder does not compute.
+            UserError: a value of the wrong type, or one that this encoder does not compute.
         """
         values = hf_keys.SAM.values(config.get("vision_config", config))
         layers, width, window, mlp = (values[key] for key in ("num_hidden_layers", "hidden_size", "window_size", "mlp_dim"))
@@ -218,7 +218,10 @@ class SamBlock(nnx.Module):
 
 
 class SamImageEncoder(nnx.Module):
-    """The mask encoder. Window and global layers are two stacks (their relative position tables differ in size)."""
+    """SAM's image encoder without its neck (HF `SamVisionEncoder`).
+
+    Window and global layers are two stacks, because their relative position tables differ in size.
+    """
 
     def __init__(self, cfg: SamConfig, *, rngs: nnx.Rngs):
         n_global = len(cfg.global_attn_indexes)
@@ -233,16 +236,19 @@ class SamImageEncoder(nnx.Module):
         self.global_layers = stack_layers(lambda r: SamBlock(cfg, cfg.grid_size, rngs=r), n_global, rngs) if n_global else None
         self.cfg = cfg
 
-    def __call__(self, images: Float[Array, "b y x 3"], select: tuple[int, ...]) -> tuple[Float[Array, "b g g w"], ...]:
+    def __call__(
+        self, images: Float[Array, "b y x 3"], hidden_states: tuple[int, ...], out: dict[str, Any] | None = None
+    ) -> tuple[Float[Array, "b g g w"], ...]:
         """Encodes normalised images.
 
         Args:
             images: [B, S, S, 3], already normalised, padding zero; its dtype is the dtype computed in.
-            select: which hidden states to return, in HF's counting: 0 = embeddings, i = after layer i (1-based), negative
-                from the end (-1 = after the last layer). Layers behind the deepest one are not run.
+            hidden_states: which hidden states to return, as HF counts them: 0 = embeddings, i = after layer i (1-based),
+                negative from the end (-1 = after the last layer). Layers after the deepest one do not run.
+            out: if given, it gets "sam/hidden_states", all of them, and every layer runs.
 
         Returns:
-            One [B, g, g, W] a selected state, in the order of `select`.
+            One map [B, g, g, W] per selected state, in the order of `hidden_states`.
 
         Raises:
             ValueError: an image of another size, or a state that does not exist.
@@ -250,21 +256,24 @@ class SamImageEncoder(nnx.Module):
         cfg = self.cfg
         if images.shape[1:] != (cfg.image_size, cfg.image_size, 3):
             raise ValueError(f"SAM of image_size {cfg.image_size} got images {images.shape}")
-        if not select or not all(-cfg.num_hidden_layers - 1 <= i <= cfg.num_hidden_layers for i in select):
-            raise ValueError(f"SAM has hidden states 0 to {cfg.num_hidden_layers}, asked for {select}")
-        select = tuple(i % (cfg.num_hidden_layers + 1) for i in select)
+        if not hidden_states or not all(-cfg.num_hidden_layers - 1 <= i <= cfg.num_hidden_layers for i in hidden_states):
+            raise ValueError(f"SAM has hidden states 0 to {cfg.num_hidden_layers}, not {hidden_states}")
+        hidden_states = tuple(i % (cfg.num_hidden_layers + 1) for i in hidden_states)
+        select = hidden_states if out is None else tuple(range(cfg.num_hidden_layers + 1))
         x = self.patch_embed(images)
         states = {0: x + gathered_weight(self.pos_embed, x.dtype)}
         period = self._period(select)
         states |= self._periodic(states[0], select, period) if period else self._runs(states[0], select)
-        return tuple(states[i] for i in select)
+        if out is not None:
+            out["sam/hidden_states"] = tuple(states[i] for i in select)
+        return tuple(states[i] for i in hidden_states)
 
     def _run(self, layers: nnx.Module, x: Array, start: int = 0, stop: int | None = None) -> Array:
         body = lambda layer, x, _: (layer(x), None)  # noqa: E731
         return scan_layers(layers, body, x, policy=self.cfg.remat, start=start, stop=stop)[0]
 
     def _period(self, select: tuple[int, ...]) -> int | None:
-        """Layers a block, if the component is equal blocks of window layers closed by a global one and `select` fits them."""
+        """Layers per block, if the encoder is equal blocks that each end with their one global layer; `select` must fit."""
         cfg = self.cfg
         blocks = len(cfg.global_attn_indexes)
         if blocks < 2 or cfg.num_hidden_layers % blocks or max(select) < cfg.num_hidden_layers:
@@ -274,8 +283,8 @@ class SamImageEncoder(nnx.Module):
         return period if regular and all(i % period in (0, period - 1) for i in select) else None
 
     def _periodic(self, x: Array, select: tuple[int, ...], period: int) -> dict[int, Array]:
-        """One scan over the blocks: the whole component is compiled as one block."""
-        inner = any(i % period for i in select)  # is the input of a global layer asked for?
+        """One scan over the blocks: only one block is compiled."""
+        inner = any(i % period for i in select)  # whether the input of a global layer is selected
         stacks = [s for s in (self.window_layers, self.global_layers) if s is not None]
         graphdefs, params = zip(*(nnx.split(s) for s in stacks), strict=True)
         blocks = self.cfg.num_hidden_layers // period
@@ -293,7 +302,7 @@ class SamImageEncoder(nnx.Module):
         return states | {(i + 1) * period - 1: inputs[i] for i in range(blocks) if inner}
 
     def _runs(self, x: Array, select: tuple[int, ...]) -> dict[int, Array]:
-        """Any other pattern: one scan for each run of layers of one kind, cut at the selected states."""
+        """Any other pattern: one scan per run of equal layers, cut at the selected states."""
         states, done, last = {}, 0, max(select)
         while done < last:
             name, start = self.cfg.stack_and_index(done)

@@ -3,7 +3,7 @@
 SR, semantic refinement (language -> queries), right after the visual cross-attention:
 
     Q_sem = MHA(Q_vis, C, C)                       the pass's own conditions and the background row
-    g     = sigmoid(W_g [Q_vis || Q_sem])          one gate a channel
+    g     = sigmoid(W_g [Q_vis || Q_sem])          one gate per channel
     Q     = g * Q_vis + (1 - g) * Q_sem
 
 CR, condition refinement (queries -> language), at the end of the layer, from the queries after self-attention:
@@ -16,6 +16,7 @@ Both are the paper's equations; residuals and norms, which it leaves open, follo
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,9 +33,9 @@ class Conditions:
 
     Attributes:
         embeds: [P, N, D], C(0).
-        own: bool [P, N], the rows that SR attends to: the pass's own phrases and the background. A pass that owns no row is
-            language-free: SR and CR leave it untouched (stage 1, and the generic pass with the linear class head).
-        valid: bool [P, N], the rows that exist for this pass: refined by CR and classified against.
+        attend_mask: bool [P, N], the rows that SR attends to: the pass's own phrases and the background. A pass without such
+            a row is language-free: SR and CR leave it untouched (the closed-vocabulary pass, with the linear class head).
+        valid_mask: bool [P, N], the rows that exist for this pass: CR refines them, and queries are classified against them.
     """
 
     embeds: Float[Array, "p n d"]
@@ -47,10 +48,10 @@ class SemanticFlowConfig:
     """Switches of the semantic flow.
 
     Attributes:
-        mode: "off" (plain X-SAM), "sr", or "sr_cr" (FlowSeg).
-        norm: "post": Q_sem = LN(Q_vis + MHA), as X-SAM's layers. "residual": Q_sem = Q_vis + MHA, no norm, output
-            projection starting at zero, so that a converted X-SAM checkpoint predicts at step 0 what X-SAM predicts.
-        gate_bias: initial bias of the gate; 0 mixes both halves evenly, positive values start near vision.
+        mode: "off" (X-SAM without semantic flow), "sr", or "sr_cr" (FlowSeg).
+        norm: "post": Q_sem = LN(Q_vis + MHA), as in X-SAM's layers. "residual": Q_sem = Q_vis + MHA without a norm, the
+            output projection starting at zero, so that a converted X-SAM checkpoint predicts at step 0 what X-SAM predicts.
+        gate_bias: initial bias of the gate; 0 mixes Q_vis and Q_sem evenly, positive values start near Q_vis.
         zero_init_condition_refinement: CR's output projection starts at zero, so that C(l) = C(0) at step 0.
     """
 
@@ -67,7 +68,7 @@ class SemanticFlowConfig:
 
 
 class SemanticRefinement(nnx.Module):
-    """SR: lets the pass's own conditions into the queries, channel by channel."""
+    """SR: mixes the pass's own conditions into the queries, channel by channel."""
 
     def __init__(self, width: int, heads: int, cfg: SemanticFlowConfig, *, rngs: nnx.Rngs):
         residual = cfg.norm == "residual"
@@ -80,28 +81,39 @@ class SemanticRefinement(nnx.Module):
     def __call__(
         self,
         q_vis: Float[Array, "p q d"],
-        position: Float[Array, "q d"],
+        query_pos: Float[Array, "q d"],
         conditions: Float[Array, "p n d"],
-        own: Bool[Array, "p n"],
-        out: dict[str, Array] | None = None,
+        attend_mask: Bool[Array, "p n"],
+        out: dict[str, Any] | None = None,
     ) -> Float[Array, "p q d"]:
-        """The queries with language in them; `out`, if given, gets `gate` [P, Q, D]: 1 keeps vision, 0 takes language."""
-        mask = jnp.broadcast_to(own[:, None, None, :], (own.shape[0], 1, q_vis.shape[1], own.shape[1]))
-        q_sem = q_vis + self.attn(q_vis + position, conditions, conditions, mask=mask)
+        """Refines the queries of every pass.
+
+        Args:
+            q_vis: the queries after the visual cross-attention.
+            query_pos: the queries' learned positions.
+            conditions: C.
+            attend_mask: the conditions that a pass attends to; a pass without any keeps its queries.
+            out: if given, it gets "text_attention" (the output of MHA), "q_sem" and "gate" (1 keeps vision, 0 takes
+                language), each [P, Q, D].
+        """
+        rows = attend_mask.shape
+        mask = jnp.broadcast_to(attend_mask[:, None, None, :], (rows[0], 1, q_vis.shape[1], rows[1]))
+        text = self.attn(q_vis + query_pos, conditions, conditions, mask=mask)
+        q_sem = q_vis + text
         if self.norm is not None:
             q_sem = self.norm(q_sem)
         gate = jax.nn.sigmoid(self.gate(jnp.concatenate([q_vis, q_sem], -1)))
-        if out is not None:
-            out["gate"] = gate
         # Written as a correction of Q_sem: exact where both agree, which the warm start relies on.
         fused = q_sem + gate * (q_vis - q_sem)
-        return jnp.where(own.any(-1)[:, None, None], fused, q_vis)
+        if out is not None:
+            out |= {"text_attention": text, "q_sem": q_sem, "gate": gate}
+        return jnp.where(attend_mask.any(-1)[:, None, None], fused, q_vis)
 
 
 class ConditionRefinement(nnx.Module):
-    """CR: lets what the queries found into every valid condition, the negatives and the background included.
+    """CR: mixes what the queries found into every valid condition, the negatives and the background included.
 
-    Refining only the pass's own row would let the class head tell it apart for free.
+    If only the pass's own row were refined, the class head could recognise it by that alone.
     """
 
     def __init__(self, width: int, heads: int, cfg: SemanticFlowConfig, *, rngs: nnx.Rngs):
@@ -111,6 +123,7 @@ class ConditionRefinement(nnx.Module):
         self,
         conditions: Float[Array, "p n d"],
         queries: Float[Array, "p q d"],
-        refine: Bool[Array, "p n"],
+        refine_mask: Bool[Array, "p n"],
     ) -> Float[Array, "p n d"]:
-        return jnp.where(refine[..., None], conditions + self.attn(conditions, queries, queries), conditions)
+        """C after the layer: the rows of `refine_mask` are refined, the others stay."""
+        return jnp.where(refine_mask[..., None], conditions + self.attn(conditions, queries, queries), conditions)

@@ -1,4 +1,4 @@
-"""The vision encoder: a SigLIP ViT that gives the language model its view of the image.
+"""SigLIP's vision encoder: a ViT whose tokens the language model reads.
 
 Same function as the encoder of `transformers.SiglipVisionModel` (and the fixed-resolution SigLIP2 checkpoints), without its
 post-norm and pooling head: the language model reads the output of an inner layer.
@@ -21,7 +21,7 @@ from flowseg_jax.ops.attention import attention
 
 @dataclasses.dataclass(frozen=True)
 class SiglipConfig:
-    """Sizes of the vision encoder.
+    """Sizes of SigLIP's vision encoder.
 
     Attributes:
         image_size: side of the square input (V), pixels; a remainder that fills no patch is ignored.
@@ -87,7 +87,7 @@ class SiglipConfig:
         A key that the file leaves out has the Hugging Face class's default; `hf_keys` lists what becomes of each.
 
         Raises:
-            UserError: a value of the wrong kind, or one that this encoder does not compute.
+            UserError: a value of the wrong type, or one that this encoder does not compute.
         """
         values = hf_keys.SIGLIP.values(config.get("vision_config", config))
         return cls(
@@ -144,7 +144,7 @@ class SiglipBlock(nnx.Module):
 
 
 class SiglipVisionEncoder(nnx.Module):
-    """The vision encoder."""
+    """SigLIP's vision encoder (HF `SiglipVisionModel` without post-norm and pooling head)."""
 
     def __init__(self, cfg: SiglipConfig, *, rngs: nnx.Rngs):
         self.patch_embedding = Conv(3, cfg.hidden_size, cfg.patch_size, rngs=rngs, stride=cfg.patch_size, axes=(None, "embed"))
@@ -163,7 +163,7 @@ class SiglipVisionEncoder(nnx.Module):
             images: [B, V, V, 3], already normalised; its dtype is the dtype computed in.
             layers: how many layers to run, None for all. HF's `hidden_states[-2]` is
                 `cfg.num_hidden_layers - 1`; 0 gives the embeddings.
-            out: if given, all layers are run, and it gets `siglip/hidden_states`, a list in HF's counting: 0 = embeddings.
+            out: if given, it gets "siglip/hidden_states": the embeddings and the output of every layer. All layers run then.
 
         Returns:
             [B, P, W], the output of that layer, row-major over the patches, no final norm.
@@ -176,12 +176,12 @@ class SiglipVisionEncoder(nnx.Module):
             raise ValueError(f"SigLIP of image_size {cfg.image_size} got images {images.shape}")
         layers = cfg.num_hidden_layers if layers is None else layers
         if not 0 <= layers <= cfg.num_hidden_layers:
-            raise ValueError(f"SigLIP has {cfg.num_hidden_layers} layers, asked for {layers}")
+            raise ValueError(f"SigLIP has {cfg.num_hidden_layers} layers, not {layers}")
         x = self.patch_embedding(images).reshape(images.shape[0], cfg.num_patches, cfg.hidden_size)
         x = x + gathered_weight(self.position_embedding, x.dtype)
         if out is not None:
             _, states = scan_layers(self.layers, lambda layer, x, _: (layer(x),) * 2, x, policy=cfg.remat)
-            out["siglip/hidden_states"] = [x, *states]
+            out["siglip/hidden_states"] = (x, *states)
             return out["siglip/hidden_states"][layers]
         if not layers:
             return x

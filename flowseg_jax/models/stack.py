@@ -1,4 +1,4 @@
-"""Repeated layers: built once, stored stacked, run by `jax.lax.scan` with a named rematerialisation policy."""
+"""Repeated layers: stored as one stack, run by `jax.lax.scan` under a named rematerialisation policy."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def scan_layers(
 ) -> tuple[Any, Any]:
     """Runs `body(layer, carry, x) -> (carry, y)` over layers [start, stop) of a stack.
 
-    Returns the last carry and the stacked ys, as `jax.lax.scan`. `xs` has one leading entry a layer run, or is None.
+    Returns the last carry and the stacked ys, as `jax.lax.scan`. `xs` has one leading entry per layer that runs, or is None.
     """
     graphdef, state = nnx.split(layers)
     state = nnx.to_pure_dict(state)

@@ -1,4 +1,4 @@
-"""What devices tell each other inside `jax.shard_map`, where every exchange is written out.
+"""Collectives inside `jax.shard_map`, where every exchange between devices is written out.
 
 A loss inside `shard_map` is the sum of what its devices return. The transposes of these exchanges are exact for that sum: a
 gathered weight's gradient comes back added up over all devices and divided among them again.
@@ -36,7 +36,7 @@ def all_gather_2d(x: Array, axis: int) -> Array:
 
 
 def reduce_scatter_2d(x: Array, axis: int) -> Array:
-    """The sum over the devices of `SHARD_AXIS`, of which each keeps its part along `axis`: the transpose of `gather`."""
+    """The sum over the devices of `SHARD_AXIS`, of which each keeps its part along `axis`: the transpose of `all_gather_2d`."""
     for groups in _grid(jax.lax.axis_size(SHARD_AXIS)):
         x = jax.lax.psum_scatter(x, SHARD_AXIS, scatter_dimension=axis % x.ndim, tiled=True, axis_index_groups=groups)
     return x
@@ -59,7 +59,7 @@ def all_to_all_rows(x: Array) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class DataParallelGroup:
-    """The devices among which a batch is divided, as seen by one of them inside `shard_map`; none outside of it.
+    """The devices among which a batch is divided, for use inside `shard_map`; outside of it, no axes.
 
     Attributes:
         axes: mesh axes, major to minor; device i holds the i-th part of the batch.
@@ -71,13 +71,13 @@ class DataParallelGroup:
         """The place in the whole batch of the first of this device's images."""
         return jax.lax.axis_index(self.axes) * images if self.axes else 0
 
-    def gather_group(self, x: Float[Array, " b *d"] | Int[Array, " b *d"], group: int) -> Array:
-        """Rows of this device's images and of those that complete their groups, [max(B, group), ...]: in the batch's order."""
+    def gather_group(self, x: Float[Array, " b *d"] | Int[Array, " b *d"], group_size: int) -> Array:
+        """Rows of this device's images and of those that complete their groups, [max(B, size), ...], in order."""
         b = x.shape[0]
-        if b % group == 0:
+        if b % group_size == 0:
             return x
         everything = jax.lax.all_gather(x, self.axes, axis=0, tiled=True)
-        return jax.lax.dynamic_slice_in_dim(everything, self.batch_offset(b) // group * group, group)
+        return jax.lax.dynamic_slice_in_dim(everything, self.batch_offset(b) // group_size * group_size, group_size)
 
 
 SINGLE_DEVICE = DataParallelGroup()

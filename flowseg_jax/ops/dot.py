@@ -1,8 +1,8 @@
 """The matrix product of every layer: float32 accumulation, in one place.
 
-A bfloat16 product that accumulates in bfloat16 is both wrong in the last digits and, on CPU, several times slower than one that
-accumulates in float32 and rounds once. And a float32 product is one of float32 numbers: by default a TPU rounds them to
-bfloat16 and a GPU to TF32, where somebody has chosen float32 because that is not enough.
+A bfloat16 product that accumulates in bfloat16 is wrong in the last digits, and on a CPU several times slower than one that
+accumulates in float32 and rounds once. And float32 operands keep all their digits: by default a TPU would round them to
+bfloat16 and a GPU to TF32, although whoever computes in float32 needs more than that.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ TILE = 8  # rows that a TPU keeps together: arrays of whole tiles are joined, pa
 
 
 def precision(*operands: Array) -> jax.lax.Precision | None:
-    """What float32 operands ask for: all their digits. None, the platform's own way, for others."""
+    """The precision of a product: all digits for float32 operands; None, the platform's default, for others."""
     exact = all(x.dtype == jnp.float32 for x in operands)
     return jax.lax.Precision.HIGHEST if exact else None
 
 
 def dot(x: Float[Array, "*b i"], w: Float[Array, "i o"]) -> Float[Array, "*b o"]:
     """x @ w over the last axis of x, accumulated in float32, in the dtype of x."""
-    if x.size == x.shape[-1]:  # one row, as `product` knows it
+    if x.size == x.shape[-1]:  # one row, see `matmul_f32`
         return matmul_f32(x.reshape(1, -1), w, 1, 0).reshape(*x.shape[:-1], -1).astype(x.dtype)
     return matmul_f32(x, w, x.ndim - 1, 0).astype(x.dtype)
 
@@ -30,8 +30,8 @@ def dot(x: Float[Array, "*b i"], w: Float[Array, "i o"]) -> Float[Array, "*b o"]
 def matmul_f32(x: Array, y: Array, i: int, j: int, *, batch: int = 0) -> Array:
     """The product over axis i of x and axis j of y in float32, for each element of their first `batch` axes.
 
-    XLA multiplies a single bfloat16 row, a token that is decoded, without its matrix library on a CPU, at a tenth of the speed
-    of two: it gets a row of zeros beside it.
+    On a CPU, XLA multiplies a single bfloat16 row (a token that is decoded) without its matrix library, at a tenth of the speed
+    of two rows. So such a row gets a row of zeros beside it.
     """
     if x.dtype == jnp.bfloat16 and x.ndim == 2 and (batch, i, len(x)) == (0, 1, 1):
         return matmul_f32(jnp.pad(x, ((0, 1), (0, 0))), y, i, j)[:1]

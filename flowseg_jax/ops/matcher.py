@@ -5,8 +5,8 @@ Dijkstra search over the queries whose steps are vectorised over all queries. Th
 *valid* ones: padded rows, which tie everywhere and would walk long paths, cost nothing.
 
 The loops are data-dependent `while` loops. In a step that the compiler partitions automatically, a batched one would test "is
-any example of the whole mesh unfinished" with a collective in every iteration: call `match` inside `jax.shard_map` over every
-mesh axis that the batch is split on.
+any example of the whole mesh unfinished" with a collective in every iteration. So call `batched_hungarian` inside
+`jax.shard_map` over every mesh axis that the batch is split on.
 """
 
 from __future__ import annotations

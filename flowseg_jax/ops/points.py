@@ -196,8 +196,8 @@ def _of_smallest(magnitude: Float[Array, "n c"], candidates: Float[Array, "n c 2
     """The candidates of the `keep` smallest magnitudes, in the order in which they come: no sort.
 
     Non-negative floats compare as their bits do. From the highest bit on, of the candidates that are alike so far those with a
-    zero stay if there is room for all of them, and else those with a one go. `top_k` orders what it keeps, which nobody asks
-    for: the TPU compiler makes a full sort of it, and on a CPU it takes most of the losses' time.
+    zero stay if there is room for all of them, and else those with a one go. `top_k` would also order what it keeps, which is
+    not needed: the TPU compiler makes a full sort of it, and on a CPU it takes most of the losses' time.
 
     Magnitudes are read inside the loop alone. A compiler that fuses what made them into a second reader may round them
     differently there, and a threshold found in one copy need not be in the other.

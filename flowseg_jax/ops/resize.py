@@ -1,8 +1,8 @@
-"""Bilinear resizing as two small matrix products, one an axis.
+"""Bilinear resizing as two small matrix products, one per axis.
 
 The matrices equal torch's `interpolate(mode="bilinear", align_corners=False, antialias=False)`: pixel i of n covers
 [i / n, (i + 1) / n] of the axis, samples beyond the first or last pixel's centre repeat it, and no low-pass filter is applied
-when shrinking. Being linear, a chain of resizes and crops is one matrix an axis: a mask goes from the decoder's grid to the
+when shrinking. Being linear, a chain of resizes and crops is one matrix per axis: a mask goes from the decoder's grid to the
 original image's pixels in one step, on the device, without the intermediate maps.
 """
 

@@ -1,8 +1,8 @@
-"""Products with the vocabulary, the largest matrix of the model: looking words up, and the loss of the next word.
+"""The embedding table, the largest matrix of the model: looking up rows, and the cross-entropy of the next token.
 
-With its table divided among devices, the table never comes together anywhere. Each device holds some of the words; it is asked
-for the tokens of all devices, and answers with zeros for words of others. The logits of a token likewise exist in parts, of
-which only the maximum and the sum of exponentials are exchanged.
+A table that is sharded over devices is never gathered. Each device holds some of the rows; it looks up the tokens of all
+devices and returns zeros for rows that others hold. The logits of a token likewise exist in parts, of which only the maximum
+and the sum of exponentials are exchanged.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ class ShardedEmbedding:
     """The rows of an embedding table, or those of this device.
 
     Attributes:
-        rows: [V, W], or [ceil(V / devices), W] of a divided table.
-        size: V, the number of words.
-        divided: whether the devices of `SHARD_AXIS` hold a part each.
+        weight: [V, W], or [ceil(V / devices), W] of a sharded table.
+        size: V, the number of rows of the whole table.
+        sharded: whether each device of `SHARD_AXIS` holds a part.
     """
 
     weight: Float[Array, "v w"]
     size: int = dataclasses.field(metadata={"static": True})
-    divided: bool = dataclasses.field(default=False, metadata={"static": True})
+    sharded: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @classmethod
     def whole(cls, table: Float[Array, "v w"]) -> ShardedEmbedding:
@@ -38,19 +38,19 @@ class ShardedEmbedding:
 
     @classmethod
     def from_fsdp_shard(cls, table: Float[Array, "v c"]) -> ShardedEmbedding:
-        """From a device's part of the columns, which is how a table lies in memory: a vocabulary has any number of words."""
-        return cls(all_to_all_rows(table), table.shape[0], divided=True)
+        """From a device's part of the columns. Tables are stored so, because a vocabulary may have any number of rows."""
+        return cls(all_to_all_rows(table), table.shape[0], sharded=True)
 
     @property
     def row_offset(self) -> int | Int[Array, ""]:
-        """The first word of this device."""
-        return jax.lax.axis_index(SHARD_AXIS) * self.weight.shape[0] if self.divided else 0
+        """The first row of this device."""
+        return jax.lax.axis_index(SHARD_AXIS) * self.weight.shape[0] if self.sharded else 0
 
 
 def embedding_lookup(vocabulary: ShardedEmbedding, tokens: Int[Array, "b t"]) -> Float[Array, "b t w"]:
     """The rows of the tokens. Ids below zero or beyond the vocabulary read the nearest row; the caller overwrites them."""
     tokens = jnp.clip(tokens, 0, vocabulary.size - 1)
-    if not vocabulary.divided:
+    if not vocabulary.sharded:
         return jnp.take(vocabulary.weight, tokens, axis=0, mode="clip")
     t = tokens.shape[1]
     local = all_gather_2d(jnp.pad(tokens, ((0, 0), (0, -t % TILE))), 0) - vocabulary.row_offset
@@ -100,7 +100,7 @@ def cross_entropy(
             a part of the words takes the tokens of all devices, as many times more at once.
     """
     rows = vocabulary.weight.astype(jnp.float32)  # the chunks' gradients are added up in their dtype
-    if not vocabulary.divided:
+    if not vocabulary.sharded:
         peak, total, picked = _scan_logits(hidden, rows, labels, chunk, rows.shape[0])
         return peak + jnp.log(total) - picked
     here = jnp.minimum(vocabulary.size - vocabulary.row_offset, rows.shape[0])

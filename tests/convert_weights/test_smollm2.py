@@ -61,7 +61,7 @@ def ours(converted):
 def test_its_greedy_continuation_is_hugging_faces(ours, theirs, converted):
     tokenizer = load_tokenizer(converted.tokenizer_dir)
     tokens = np.array([tokenizer.encode(PROMPT)], np.int32)
-    run = jax.jit(lambda x, n: generate(ours, x, n, max_new_tokens=NEW, eos=()))
+    run = jax.jit(lambda x, n: generate(ours, x, n, max_new_tokens=NEW, eos_ids=()))
     out = run(ours.embed(tokens), np.array([tokens.shape[1]]))
     with torch.no_grad():
         whole = theirs.generate(
@@ -69,11 +69,11 @@ def test_its_greedy_continuation_is_hugging_faces(ours, theirs, converted):
         )[0]
         logits = theirs(whole[None]).logits[0].numpy()
     # Hugging Face has no marks, ours are the mean of the other rows and therefore nobody's first choice.
-    assert out.tokens[0].tolist() == whole[tokens.shape[1] :].tolist()
-    text = tokenizer.hf.decode(out.tokens[0])
+    assert out.token_ids[0].tolist() == whole[tokens.shape[1] :].tolist()
+    text = tokenizer.hf.decode(out.token_ids[0])
     print(f"{PROMPT}|{text}")
     assert text.startswith(" Paris")
     known = logits.shape[1]
-    hidden = np.concatenate([out.prompt_hidden[0], out.hidden[0]])
+    hidden = np.concatenate([out.prompt_hidden_states[0], out.hidden_states[0]])
     mine = (hidden @ np.asarray(ours.unembedding().rows).T)[: len(whole), :known]
     assert np.abs(mine - logits).max() <= 1e-5 * np.abs(logits).max()

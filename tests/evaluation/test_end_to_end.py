@@ -21,7 +21,8 @@ from flowseg_jax.evaluation import audit, protocols
 from flowseg_jax.evaluation.benchmark import EvalModel, ReferringEvaluation
 from flowseg_jax.evaluation.evaluator import Evaluator
 from flowseg_jax.models import flowseg
-from flowseg_jax.models.language import KVCache
+from flowseg_jax.models.kv_cache import KVCache
+from flowseg_jax.models.outputs import ImageCache, MaskCandidates
 from tests.helpers import judge, small, wild
 
 SIDE, CELL, QUERIES, BELOW = 64, 2, 6, 0.3
@@ -48,7 +49,7 @@ class Painter(flowseg.FlowSeg):
         cells = views.sam_images.astype(jnp.float32).reshape(b, grid, CELL, grid, CELL, 3).mean((2, 4)) / 255
         features = jnp.stack([cells.max(-1), cells[..., 2] - cells[..., 0]], -1)
         none = jnp.zeros((b, 1), jnp.int32)
-        return flowseg.ImageCache(features, (), KVCache(*[jnp.zeros((1, b, 1, 1, 1))] * 2, none, none))
+        return ImageCache(features, (), KVCache(*[jnp.zeros((1, b, 1, 1, 1))] * 2, none, none))
 
     def predict_cached(self, seen, questions):
         b, k = questions.query_valid.shape
@@ -61,7 +62,7 @@ class Painter(flowseg.FlowSeg):
         signature = (said * questions.input_ids[:, None]).sum(-1)
         scores = (signature[..., None] * 37 + jnp.arange(QUERIES) * 29) % 101 / 101
         scores *= (signature[..., None] % 4 + 1) / 4  # some questions have low scores alone
-        return flowseg.MaskCandidates(scores, jnp.broadcast_to(logits, (b, k, *logits.shape[2:])), seen.mask_features)
+        return MaskCandidates(scores, jnp.broadcast_to(logits, (b, k, *logits.shape[2:])), seen.mask_features)
 
     def refine_masks(self, mask_logits, mask_features):
         return mask_logits

@@ -19,7 +19,7 @@ from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation import audit, examples, metrics, protocols, runner
 from flowseg_jax.evaluation.evaluator import Evaluator
 from flowseg_jax.evaluation.tasks import referring
-from flowseg_jax.models import flowseg
+from flowseg_jax.models.outputs import MaskCandidates
 from flowseg_jax.types import PromptQueries
 from tests.helpers import fake_segmentor as fake
 
@@ -201,7 +201,7 @@ def test_an_answer_without_a_mask_fails_and_says_why(tmp_path, capsys):
         answered = asked.input_ids[..., 0] == 1
         good = answered & (asked.input_ids[..., 1] != 4)
         scores = jax.numpy.where(good[..., None], jax.numpy.array([0.2, 0.7]), np.nan)
-        return flowseg.MaskCandidates(scores, brightness - 0.5, seen.mask_features), answered
+        return MaskCandidates(scores, brightness - 0.5, seen.mask_features), answered
 
     evaluator = Evaluator(fake.parts()[0], answer=answer)
     data = functools.partial(Unanswered, SCENES, 2)

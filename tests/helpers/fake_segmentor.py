@@ -13,7 +13,8 @@ from PIL import Image
 from flowseg_jax.data import collate, images
 from flowseg_jax.data.eval_dataset import EvalBatch, QueryRound
 from flowseg_jax.models import flowseg
-from flowseg_jax.models.language import KVCache
+from flowseg_jax.models.kv_cache import KVCache
+from flowseg_jax.models.outputs import ImageCache, MaskCandidates
 from flowseg_jax.types import PAD
 
 SIDE, CELL, PHRASES, TEXT, QUERIES = 48, 4, 3, 24, 5
@@ -31,7 +32,7 @@ class FakeSegmentor(flowseg.FlowSeg):
         gray = views.sam_images.astype(jnp.float32).mean(-1).reshape(b, grid, CELL, grid, CELL).mean((2, 4)) / 255
         nothing = jnp.zeros((b, 1), jnp.int32)
         keys = jnp.full((1, b, 1, 1, 1), prefix.sum(), jnp.float32)
-        return flowseg.ImageCache(gray[..., None], (), KVCache(keys, keys, nothing, nothing))
+        return ImageCache(gray[..., None], (), KVCache(keys, keys, nothing, nothing))
 
     def predict_cached(self, seen, questions):
         b, k = questions.query_valid.shape
@@ -43,7 +44,7 @@ class FakeSegmentor(flowseg.FlowSeg):
             (said * questions.input_ids[:, None]).sum(-1).astype(jnp.float32) + seen.kv_cache.keys[0, :, :, 0, 0] - sum(PREFIX)
         )
         scores = -jnp.abs(thresholds * 100 - (signature % 100)[..., None])
-        return flowseg.MaskCandidates(scores, logits, seen.mask_features)
+        return MaskCandidates(scores, logits, seen.mask_features)
 
     def refine_masks(self, mask_logits, mask_features):
         return mask_logits + 0.3 * jnp.moveaxis(mask_features, -1, 1)

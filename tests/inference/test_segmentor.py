@@ -29,7 +29,8 @@ from flowseg_jax.inference import segmentor as predict
 from flowseg_jax.inference.selection import Candidate, SelectionConfig, mask_nms, select_prediction
 from flowseg_jax.models import flowseg, generate
 from flowseg_jax.models.config import FlowSegConfig
-from flowseg_jax.models.language import KVCache, LanguageConfig
+from flowseg_jax.models.kv_cache import KVCache
+from flowseg_jax.models.outputs import ImageCache, MaskCandidates
 from flowseg_jax.reports import overlay, pictures
 from flowseg_jax.types import PromptQueries
 
@@ -47,7 +48,7 @@ class Thresholds(flowseg.FlowSeg):
         gray = (
             views.sam_images.astype(jnp.float32).mean(-1).reshape(b, GRID, SIDE // GRID, GRID, SIDE // GRID).mean((2, 4)) / 255
         )
-        return flowseg.ImageCache(gray[..., None], (), KVCache.empty(LanguageConfig.tiny(8), b, 1, jnp.dtype("float32")))
+        return ImageCache(gray[..., None], (), KVCache.empty(2, b, 1, 1, 48, jnp.dtype("float32")))
 
     def predict_cached(self, seen, questions):
         thresholds = (jnp.arange(QUERIES) + 1.0) / 5
@@ -56,7 +57,7 @@ class Thresholds(flowseg.FlowSeg):
         length = (questions.phrase_ids[:, None] == jnp.arange(k)[:, None]).sum(-1)
         scores = 1 / (1 + jnp.abs(jnp.arange(QUERIES) - length[..., None] % QUERIES))
         logits = jnp.broadcast_to(logits, (*scores.shape, *logits.shape[-2:]))
-        return flowseg.MaskCandidates(scores, logits, seen.mask_features)
+        return MaskCandidates(scores, logits, seen.mask_features)
 
     def refine_masks(self, mask_logits, mask_features):
         return mask_logits + 0.01 * jnp.moveaxis(mask_features, -1, 1)
@@ -496,7 +497,7 @@ def taught(tokenizer_directory):
         )
         none = [-1] * len(asked + said)
         encoded = collate.TokenizedConversation([*asked, *said], none, none, none)
-        packed = collate.collate_queries([[encoded]], (1, 1, 64), len(np.asarray(seen.kv_cache.positions)[0]), 0, ["x"])
+        packed = collate.collate_queries([[encoded]], (1, 1, 64), len(np.asarray(seen.kv_cache.position_ids)[0]), 0, ["x"])
         hidden.append(np.asarray(read(seen, packed))[0, len(asked) - 1 : len(asked + said) - 1])
         follows += said
     wanted = 20.0 * np.eye(tokenizer.vocab)[follows]
@@ -535,7 +536,7 @@ def test_each_seg_has_the_phrase_that_the_answer_gives_it(taught):
     prompts = PromptTemplates(randomize=False)
     turn = Turn(prompts.referring("it", 0).turns[0].question, TWO)
     conversation = collate.encode_conversation(Conversation((turn,), (2, 0, 1), (0, 1)), prompts, tokenizer, "x")
-    prefix = encoded.cache.kv_cache.positions.shape[1]
+    prefix = encoded.cache.kv_cache.position_ids.shape[1]
     questions = collate.collate_queries([[conversation]], (1, 4, 64), prefix, 0, ["x"])
     found = jax.jit(lambda params: flowseg.bind_params(graphdef, params).predict_cached(encoded.cache, questions))(params)
     best = postprocess.top_k_masks(found.scores, found.mask_logits, 3)
@@ -587,13 +588,13 @@ def test_an_evaluation_counts_what_it_did_not_write_as_failed(taught):
     texts = ["that", "the red circle"]
     ids = [tokenizer.encode(prompts.referring(text, 0).turns[0].question + prompts.template.assistant_prefix) for text in texts]
     asked = PromptQueries.of([ids], (1, 4, 32))  # two questions are padding
-    marks = generate.SpecialTokenIds(tokenizer.phrase_start, tokenizer.phrase_end, tokenizer.seg)
+    special_tokens = generate.SpecialTokenIds(tokenizer.phrase_start, tokenizer.phrase_end, tokenizer.seg)
     eos = tokenizer.encode(prompts.template.suffix)
 
     @jax.jit
     def answer(params, seen):
         model = flowseg.bind_params(graphdef, params)
-        return generate.generate_and_segment(model, seen, asked, marks=marks, max_new_tokens=8, eos=eos)
+        return generate.generate_and_segment(model, seen, asked, special_tokens=special_tokens, max_new_tokens=8, eos_ids=eos)
 
     found, has_seg = answer(params, encoded.cache)
     assert has_seg.tolist() == [[False, True, False, False]]

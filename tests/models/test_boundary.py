@@ -23,7 +23,7 @@ def inputs(rng):
 
 @pytest.mark.parametrize("identity", ["alpha", "conv"])
 def test_starts_as_the_identity_with_a_gradient(rng, identity):
-    module = make(identity=identity)
+    module = make(identity_init=identity)
     masks, features = inputs(rng)
     np.testing.assert_array_equal(np.asarray(module(masks, features)), np.asarray(masks))
     graphdef, state = nnx.split(module)
@@ -32,8 +32,8 @@ def test_starts_as_the_identity_with_a_gradient(rng, identity):
 
 
 def test_outside_the_band_nothing_changes_inside_it_does(rng):
-    module = make(identity="conv")
-    module.refine.kernel[...] = jnp.asarray(rng.normal(size=module.refine.kernel.shape), jnp.float32)
+    module = make(identity_init="conv")
+    module.refine_conv.kernel[...] = jnp.asarray(rng.normal(size=module.refine_conv.kernel.shape), jnp.float32)
     masks, features = inputs(rng)
     refined = np.asarray(module(masks, features))
     band = np.zeros((12, 12), bool)
@@ -47,18 +47,18 @@ def test_outside_the_band_nothing_changes_inside_it_does(rng):
 
 def test_equals_the_plain_formula(rng):
     """One convolution of [mask || compressed features], as the paper writes it, for every mask on its own."""
-    module = make(identity="conv")
-    module.refine.kernel[...] = jnp.asarray(rng.normal(size=module.refine.kernel.shape), jnp.float32)
-    module.refine.bias[...] = jnp.asarray([0.3], jnp.float32)
+    module = make(identity_init="conv")
+    module.refine_conv.kernel[...] = jnp.asarray(rng.normal(size=module.refine_conv.kernel.shape), jnp.float32)
+    module.refine_conv.bias[...] = jnp.asarray([0.3], jnp.float32)
     module.alpha[...] = jnp.asarray([0.7], jnp.float32)
     masks = jnp.asarray(rng.normal(size=(2, 3, 12, 12)), jnp.float32)
     features = inputs(rng)[1]
-    compressed = module.compress(features)
+    compressed = module.feature_proj(features)
     refined = np.asarray(module(masks, features))
     for b in range(2):
         for n in range(3):
             joined = jnp.concatenate([masks[b, n][..., None], compressed[b]], -1)[None]
-            delta = 0.7 * jnp.tanh(module.refine(joined)[0, ..., 0])
+            delta = 0.7 * jnp.tanh(module.refine_conv(joined)[0, ..., 0])
             changed = refined[b, n] != np.asarray(masks)[b, n]
             np.testing.assert_allclose(refined[b, n][changed], np.asarray(masks[b, n] + delta)[changed], atol=1e-5)
 
@@ -71,7 +71,7 @@ def test_the_band_has_no_gradient(rng):
     np.testing.assert_array_equal(np.asarray(gradient), 1.0)
 
 
-@pytest.mark.parametrize(("change", "message"), [({"kernel": 4}, "odd"), ({"identity": "both"}, "alpha or conv")])
+@pytest.mark.parametrize(("change", "message"), [({"kernel_size": 4}, "odd"), ({"identity_init": "both"}, "alpha or conv")])
 def test_impossible_settings_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         BoundaryConfig(**change)

@@ -119,7 +119,7 @@ def test_connector_is_xsams(pyramid):
 
 def test_seg_projector_is_xsams(pyramid):
     projector = empty(lambda: MlpProjector(4 * 48, 64, 64, rngs=nnx.Rngs(0)))
-    for layer, i in ((projector.up, 0), (projector.down, 2)):
+    for layer, i in ((projector.linear_1, 0), (projector.linear_2, 2)):
         assign(layer.kernel, pyramid[f"weights/seg_projector.model.{i}.weight"].T)
         assign(layer.bias, pyramid[f"weights/seg_projector.model.{i}.bias"])
     x = pixel_shuffle(jnp.asarray(pyramid["sam/3"]), 0.5)
@@ -131,7 +131,7 @@ def test_projector_values_and_gradients_against_torch():
     projector = MlpProjector(6, 10, 4, rngs=nnx.Rngs(3))
     theirs = torch.nn.Sequential(torch.nn.Linear(6, 10), torch.nn.GELU(), torch.nn.Linear(10, 4))
     with torch.no_grad():
-        for layer, linear in ((projector.up, theirs[0]), (projector.down, theirs[2])):
+        for layer, linear in ((projector.linear_1, theirs[0]), (projector.linear_2, theirs[2])):
             linear.weight.copy_(torch.tensor(np.asarray(layer.kernel[...]).T))
             linear.bias.copy_(torch.tensor(np.asarray(layer.bias[...])))
     x = np.random.default_rng(1).normal(size=(2, 5, 6)).astype(np.float32) * 3
@@ -171,12 +171,12 @@ def test_initial_values_and_names():
             assert float(conv.kernel[...].std()) == pytest.approx(0.02, rel=0.1)
         assert float(level.norm3.scale[...].min()) == 1 and level.norm3.eps == 1e-6
     projector = MlpProjector(100, 60, 80, rngs=nnx.Rngs(0))
-    for layer, bound in ((projector.up, 0.1), (projector.down, 60**-0.5)):
+    for layer, bound in ((projector.linear_1, 0.1), (projector.linear_2, 60**-0.5)):
         for value in (layer.kernel[...], layer.bias[...]):
             assert 0.9 * bound < float(jnp.abs(value).max()) <= bound
     for _, node in nnx.iter_graph((connector, projector)):
         if isinstance(node, nnx.Variable):
-            assert len(node.get_metadata()["axes"]) == node[...].ndim
+            assert len(node.get_metadata()["logical_axes"]) == node[...].ndim
 
 
 def test_full_size_has_xsams_shapes():

@@ -15,6 +15,7 @@ from flowseg_jax.errors import UserError
 from flowseg_jax.losses import LossConfig, loss_terms, normalize_terms
 from flowseg_jax.models import flowseg
 from flowseg_jax.models.boundary import BoundaryConfig
+from flowseg_jax.models.conditions import referring_conditions
 from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.models.language import LanguageConfig
 from flowseg_jax.models.semantic_flow import SemanticFlowConfig
@@ -44,7 +45,7 @@ def run(model):
     def forward(batch):
         net = flowseg.bind_params(graphdef, params)
         out = net(batch)
-        keys = jax.vmap(jax.random.key)(jnp.arange(batch.tokens.shape[0], dtype=jnp.uint32))
+        keys = jax.vmap(jax.random.key)(jnp.arange(batch.input_ids.shape[0], dtype=jnp.uint32))
         terms, _ = loss_terms(net, batch, out, keys, LOSSES)
         return normalize_terms(terms), out, net.predict(batch)
 
@@ -65,10 +66,10 @@ def test_padding_changes_nothing(model, run):
     empty = {
         name: np.full_like(getattr(none, name), fill)
         for name, fill in (
-            ("segments", -1),
+            ("segment_ids", -1),
             ("labels", -100),
-            ("phrase_mask", -1),
-            ("object_class", -1),
+            ("phrase_target", -1),
+            ("object_category", -1),
             ("object_name", -1),
             ("name_valid", 0),
         )
@@ -83,29 +84,31 @@ def test_padding_changes_nothing(model, run):
     for name in ("language", "referring_class", "generic_class", "closed_vocab_class"):
         close(terms[name], terms2[name])
     split = lambda x, n: np.asarray(x).reshape(x.shape[0], n, -1, *x.shape[2:])  # noqa: E731
-    queries, queries2 = split(out.decoder.queries, images), split(out2.decoder.queries, 2 * images)[:, :images]
+    queries, queries2 = split(out.decoder_output.queries, images), split(out2.decoder_output.queries, 2 * images)[:, :images]
     close(queries[:, :, :k], queries2[:, :, :k])
     close(queries[:, :, k:], queries2[:, :, k + 2 :])
 
 
 def questions(batch, behind, phrases, text=0):
     """What `batch` asks behind its prefix of so many tokens: phrases of `phrases`, and padding up to K of the batch."""
-    k = batch.phrase_mask.shape[1]
+    k = batch.phrase_target.shape[1]
     take = lambda x: x[:, behind:]  # noqa: E731
-    kept = np.isin(take(batch.segments), [p + 1 for p in phrases])
+    kept = np.isin(take(batch.segment_ids), [p + 1 for p in phrases])
     fields = {
         name: np.pad(np.where(kept, take(getattr(batch, name)), fill), ((0, 0), (0, text)), constant_values=fill)
-        for name, fill in (("tokens", 7), ("positions", 3), ("segments", -1), ("phrase_ids", -1), ("seg_ids", -1))
+        for name, fill in (("input_ids", 7), ("position_ids", 3), ("segment_ids", -1), ("phrase_ids", -1), ("seg_ids", -1))
     }
-    return ExpressionQueries(**fields, query_valid=np.broadcast_to(np.isin(np.arange(k), phrases), (len(batch.tokens), k)))
+    return ExpressionQueries(**fields, query_valid=np.broadcast_to(np.isin(np.arange(k), phrases), (len(batch.input_ids), k)))
 
 
 def test_seeing_once_and_asking_is_segmenting(model, run):
     """One pass over everything, one look and all phrases at once, and one look and a phrase at a time: the same numbers."""
     cfg, graphdef, params = model
     batch = small.batch(cfg, phrases=3)
-    behind = 1 + cfg.visual_tokens
-    batch = dataclasses.replace(batch, tokens=np.concatenate([batch.input_ids[:1, :1].repeat(2, 0), batch.input_ids[:, 1:]], 1))
+    behind = 1 + cfg.num_visual_tokens
+    batch = dataclasses.replace(
+        batch, input_ids=np.concatenate([batch.input_ids[:1, :1].repeat(2, 0), batch.input_ids[:, 1:]], 1)
+    )
     whole = run(batch)[2]
     net = flowseg.bind_params(graphdef, params)
     seen = jax.jit(net.prefill_image)(
@@ -126,7 +129,7 @@ def test_phrases_of_an_image_do_not_see_each_other(model, run):
     batch = small.batch(cfg)
     found = run(batch)[2]
     tokens = np.where((batch.segment_ids == 1) & (batch.phrase_ids == 0), 5, batch.input_ids)
-    other = run(dataclasses.replace(batch, tokens=tokens))[2]
+    other = run(dataclasses.replace(batch, input_ids=tokens))[2]
     assert np.abs(np.asarray(found.scores - other.scores)[:, 0]).max() > 1e-4
     close(found.scores[:, 1], other.scores[:, 1])
 
@@ -135,10 +138,10 @@ def test_mode_off_has_no_parameters_of_the_semantic_flow():
     names = lambda cfg: set(flatten_params(flowseg.params_dict(flowseg.abstract_model(cfg)[1])))  # noqa: E731
     on, off = names(small.config()), names(small.config(semantic_flow=OFF, boundary=BoundaryConfig(enabled=False)))
     extra = {name.split("/")[1] if name.startswith("boundary") else name.split("/")[2] for name in on - off}
-    assert extra == {"semantic", "refinement", "compress", "refine", "alpha"}
+    assert extra == {"semantic_refinement", "condition_refinement", "feature_proj", "refine_conv", "alpha"}
     assert not off - on
     sr = names(small.config(semantic_flow=SemanticFlowConfig(mode="sr")))
-    assert {n.split("/")[2] for n in on - sr} == {"refinement"}
+    assert {n.split("/")[2] for n in on - sr} == {"condition_refinement"}
 
 
 def test_residual_with_zero_outputs_starts_as_plain_xsam():
@@ -147,7 +150,9 @@ def test_residual_with_zero_outputs_starts_as_plain_xsam():
     graphdef, params = flowseg.init_model(flow, 3)
     plain_graphdef, plain_params = flowseg.init_model(plain, 4)
     kept = {
-        name: value for name, value in flatten_params(params).items() if "/semantic/" not in name and "/refinement/" not in name
+        name: value
+        for name, value in flatten_params(params).items()
+        if "/semantic_refinement/" not in name and "/condition_refinement/" not in name
     }
     assert kept.keys() == flatten_params(plain_params).keys()
     batch = small.batch(flow)
@@ -164,22 +169,22 @@ def test_the_semantic_flow_reads_its_own_phrase_only(model, run):
     a = run(batch)[1]
     tokens = batch.input_ids.copy()
     tokens[1] = np.where(batch.phrase_ids[1] == 0, 5, tokens[1])
-    b = run(dataclasses.replace(batch, tokens=tokens))[1]
-    passes = a.conditions.own.shape[0] // 2
-    close(a.decoder.queries[:, :passes], b.decoder.queries[:, :passes])
-    assert np.abs(np.asarray(a.decoder.class_logits - b.decoder.class_logits)[:, 0]).max() > 1e-4
+    b = run(dataclasses.replace(batch, input_ids=tokens))[1]
+    passes = a.conditions.attend_mask.shape[0] // 2
+    close(a.decoder_output.queries[:, :passes], b.decoder_output.queries[:, :passes])
+    assert np.abs(np.asarray(a.decoder_output.class_logits - b.decoder_output.class_logits)[:, 0]).max() > 1e-4
 
 
 def test_same_target_is_no_negative():
     phrase_mask = jnp.array([[0, 0, 1], [0, 1, -1]])
     embeds = jnp.arange(2 * 3 * 4, dtype=jnp.float32).reshape(2, 3, 4)
-    conditions = flowseg.referring_conditions(embeds, jnp.ones((1, 4)), phrase_mask, 2, True)
+    conditions = referring_conditions(embeds, jnp.ones((1, 4)), phrase_mask, 2, True)
     valid = np.asarray(conditions.valid_mask).astype(int).tolist()
     assert valid[0] == [1, 0, 1, 1, 1, 0, 1]  # phrase 1 names the same object; the last of the other image does not exist
     assert valid[2] == [1, 1, 1, 1, 1, 0, 1]
     assert valid[3] == [1, 1, 1, 1, 1, 0, 1]
     assert np.asarray(conditions.attend_mask).astype(int).tolist()[4] == [0, 0, 0, 0, 1, 0, 1]
-    kept = flowseg.referring_conditions(embeds, jnp.ones((1, 4)), phrase_mask, 2, False)
+    kept = referring_conditions(embeds, jnp.ones((1, 4)), phrase_mask, 2, False)
     assert np.asarray(kept.valid_mask).astype(int).tolist()[0] == [1, 1, 1, 1, 1, 0, 1]
 
 
@@ -220,12 +225,12 @@ def test_config_survives_json_and_refuses_typos():
     cfg = FlowSegConfig.tiny()
     values = cfg.to_dict()
     assert FlowSegConfig.from_dict(values) == cfg
-    with pytest.raises(UserError, match=r"model.decoder.layer: unknown key \(did you mean 'layers'"):
-        FlowSegConfig.from_dict(values | {"decoder": values["decoder"] | {"layer": 3}})
-    with pytest.raises(UserError, match="named_pass is 'yes'"):
-        FlowSegConfig.from_dict(values | {"named_pass": "yes"})
+    with pytest.raises(UserError, match=r"model.mask_decoder.layer: unknown key \(did you mean 'layers'"):
+        FlowSegConfig.from_dict(values | {"mask_decoder": values["mask_decoder"] | {"layer": 3}})
+    with pytest.raises(UserError, match="generic_pass is 'yes'"):
+        FlowSegConfig.from_dict(values | {"generic_pass": "yes"})
     with pytest.raises(UserError, match="levels"):
-        FlowSegConfig.from_dict(values | {"decoder": values["decoder"] | {"levels": 4}})
+        FlowSegConfig.from_dict(values | {"mask_decoder": values["mask_decoder"] | {"num_levels": 4}})
     del values["sam"]
     with pytest.raises(UserError, match="missing sam"):
         FlowSegConfig.from_dict(values)

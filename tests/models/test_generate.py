@@ -13,7 +13,8 @@ import torch
 from flax import nnx
 
 from flowseg_jax.models.generate import SpecialTokenIds, generate, pair_seg_with_phrases
-from flowseg_jax.models.language import KVCache, LanguageConfig, LanguageModel
+from flowseg_jax.models.kv_cache import KVCache
+from flowseg_jax.models.language import LanguageConfig, LanguageModel
 from flowseg_jax.types import PromptQueries
 from tests.helpers import hf_convert
 from tests.models.test_language import LENGTHS, REFERENCES, ROPE, SIZES, config_of, model_of, padded_rows, params_of
@@ -36,12 +37,12 @@ def tiny():
     return LanguageModel(LanguageConfig.tiny(50), rngs=nnx.Rngs(0))
 
 
-def read_in_chunks(model, embeds, positions, segments, sizes, slots):
+def read_in_chunks(model, embeds, positions, segments, sizes, capacity):
     """Hidden states of all tokens, chunk after chunk from one cache; equal chunks are compiled once."""
 
     @jax.jit
     def first(x, p, s):
-        return model.prefill(x, p, s, slots)
+        return model.prefill(x, p, s, capacity)
 
     extend = jax.jit(model.extend)
     parts, start, cache = [], 0, None
@@ -62,12 +63,12 @@ def test_logits_from_a_cache_equal_the_run_without_and_hugging_face(pair, sizes)
     with torch.no_grad():
         expected = reference(inputs_embeds=torch.tensor(embeds), attention_mask=torch.tensor(real).long()).logits.numpy()
     cacheless = jax.jit(model.__call__)(embeds, positions, segments)
-    hidden, cache = read_in_chunks(model, embeds, positions, segments, sizes, slots=15)
+    hidden, cache = read_in_chunks(model, embeds, positions, segments, sizes, capacity=15)
     assert hf_convert.error(hidden[real], np.asarray(cacheless)[real]) < 1e-5
-    logits = hidden @ np.asarray(model.unembedding().rows).T
+    logits = hidden @ np.asarray(model.lm_head_weight().weight).T
     assert hf_convert.error(logits[real], expected[real]) < 1e-5
     assert cache.lengths.tolist() == list(LENGTHS)
-    assert (np.asarray(cache.positions)[1, :9] == np.arange(9)).all()
+    assert (np.asarray(cache.position_ids)[1, :9] == np.arange(9)).all()
 
 
 @pytest.mark.parametrize("pair", ["phi3 window"], indirect=True)
@@ -132,7 +133,7 @@ def test_slots_beyond_the_need_and_junk_in_empty_ones_change_nothing(tiny):
     @functools.partial(jax.jit, static_argnums=0)
     def last(slots, junk):
         _, cache = tiny.prefill(embeds[:, :4], positions[:, :4], segments[:, :4], slots)
-        empty = (cache.segments == -1)[None, :, :, None, None]
+        empty = (cache.segment_ids == -1)[None, :, :, None, None]
         cache = dataclasses.replace(cache, keys=jnp.where(empty, junk, cache.keys), values=jnp.where(empty, junk, cache.values))
         return tiny.extend(cache, embeds[:, 4:], positions[:, 4:], segments[:, 4:])[0]
 
@@ -140,20 +141,19 @@ def test_slots_beyond_the_need_and_junk_in_empty_ones_change_nothing(tiny):
 
 
 def test_append_by_hand():
-    cfg = dataclasses.replace(LanguageConfig.tiny(50), num_hidden_layers=1, num_key_value_heads=1, head_dim=2)
-    cache = KVCache.empty(cfg, 2, 3, jnp.dtype(jnp.bfloat16))
+    cache = KVCache.empty(1, 2, 3, 1, 2, jnp.dtype(jnp.bfloat16))
     assert cache.keys.dtype == jnp.bfloat16 and cache.lengths.tolist() == [0, 0]
 
     def append(cache, keys, values, positions, segments):
         keys, values = (jnp.broadcast_to(jnp.array(x)[None, :, :, None, None], (1, 2, 2, 1, 2)) for x in (keys, values))
-        return cache.append(keys, values, jnp.array(positions), jnp.array(segments))
+        return cache.update(keys, values, jnp.array(positions), jnp.array(segments))
 
     cache = append(cache, [[1.0, 2.0], [3.0, 4.0]], [[5.0, 6.0], [7.0, 8.0]], [[8, 9], [8, 9]], [[0, -1], [-1, 4]])
     assert cache.keys[0, :, :, 0, 0].tolist() == [[1, 0, 0], [4, 0, 0]]
     cache = append(cache, [[10.0, 20.0], [3.0, 4.0]], [[50.0, 60.0], [7.0, 8.0]], [[3, 4], [5, 6]], [[0, 2], [-1, -1]])
     assert cache.keys[0, :, :, 0, 1].tolist() == [[1, 10, 20], [4, 0, 0]]
     assert cache.values[0, :, :, 0, 1].tolist() == [[5, 50, 60], [8, 0, 0]]
-    assert cache.positions.tolist() == [[8, 3, 4], [9, 0, 0]]
+    assert cache.position_ids.tolist() == [[8, 3, 4], [9, 0, 0]]
     assert cache.segment_ids.tolist() == [[0, 0, 2], [4, -1, -1]]
     full = append(cache, [[7.0, 7.0], [9.0, 9.0]], [[0.0, 0.0], [0.0, 0.0]], [[1, 1], [1, 1]], [[0, 0], [0, 0]])
     assert full.keys[0, :, :, 0, 0].tolist() == [[1, 10, 20], [4, 9, 9]], "a full row keeps what it has"
@@ -187,7 +187,7 @@ def greedy_of(reference, tokens, length, eos):
 
 
 def compiled(model, eos):
-    return jax.jit(lambda x, n, cache=None: generate(model, x, n, max_new_tokens=NEW, eos=eos, cache=cache))
+    return jax.jit(lambda x, n, cache=None: generate(model, x, n, max_new_tokens=NEW, eos_ids=eos, kv_cache=cache))
 
 
 def test_greedy_tokens_equal_hugging_face(pair):
@@ -202,10 +202,10 @@ def test_greedy_tokens_equal_hugging_face(pair):
         expected, hidden = greedy_of(reference, tokens[i], length, eos)
         n = len(expected)
         lengths.append(n)
-        assert out.tokens[i].tolist() == expected.tolist() + [-1] * (NEW - n)
-        assert hf_convert.error(out.hidden[i, :n], hidden[length:]) < 1e-5
-        assert hf_convert.error(out.prompt_hidden[i, :length], hidden[:length]) < 1e-5
-        assert not np.asarray(out.hidden)[i, n:].any()
+        assert out.token_ids[i].tolist() == expected.tolist() + [-1] * (NEW - n)
+        assert hf_convert.error(out.hidden_states[i, :n], hidden[length:]) < 1e-5
+        assert hf_convert.error(out.prompt_hidden_states[i, :length], hidden[:length]) < 1e-5
+        assert not np.asarray(out.hidden_states)[i, n:].any()
     assert out.lengths.tolist() == lengths and min(lengths) <= 3 < max(lengths)
 
 
@@ -218,9 +218,9 @@ def test_more_padding_and_other_rows_change_nothing(pair):
     wide = np.concatenate([tokens, np.full((2, 4), 7)], 1)
     wide = np.concatenate([wide[::-1], np.full((1, 17), 5)])
     actual = run(model.embed(wide), np.array([*LENGTHS[::-1], 0]))
-    assert (np.asarray(actual.tokens)[[1, 0]] == np.asarray(expected.tokens)).all()
-    assert hf_convert.error(actual.hidden[np.array([1, 0])], expected.hidden) < 1e-5
-    assert actual.tokens[2].tolist() == [-1] * NEW and actual.lengths[2] == 0
+    assert (np.asarray(actual.token_ids)[[1, 0]] == np.asarray(expected.token_ids)).all()
+    assert hf_convert.error(actual.hidden_states[np.array([1, 0])], expected.hidden_states) < 1e-5
+    assert actual.token_ids[2].tolist() == [-1] * NEW and actual.lengths[2] == 0
 
 
 @pytest.mark.parametrize("pair", ["phi3 window"], indirect=True)
@@ -234,9 +234,9 @@ def test_prompts_behind_a_cached_prefix_generate_what_whole_prompts_do(pair):
     start = (model.embed(tokens[:1, :prefix]), np.arange(prefix)[None], np.zeros((1, prefix), int))
     _, cache = jax.jit(lambda: model.prefill(*start, prefix))()
     behind = run(model.embed(tokens[:, prefix:]), np.array(LENGTHS) - prefix, cache.repeat(2))
-    assert (np.asarray(behind.tokens) == np.asarray(whole.tokens)).all()
-    assert hf_convert.error(behind.hidden, whole.hidden) < 1e-5
-    assert hf_convert.error(behind.prompt_hidden[0], whole.prompt_hidden[0, prefix:]) < 1e-5
+    assert (np.asarray(behind.token_ids) == np.asarray(whole.token_ids)).all()
+    assert hf_convert.error(behind.hidden_states, whole.hidden_states) < 1e-5
+    assert hf_convert.error(behind.prompt_hidden_states[0], whole.prompt_hidden_states[0, prefix:]) < 1e-5
 
 
 def test_one_program_serves_all_prompts_of_a_shape(tiny):
@@ -252,7 +252,7 @@ def test_one_program_serves_all_prompts_of_a_shape(tiny):
 def test_decoding_in_bfloat16(tiny):
     embeds = jnp.asarray(np.random.default_rng(1).normal(size=(1, 4, tiny.cfg.hidden_size)), jnp.bfloat16)
     out = compiled(tiny, [])(embeds, jnp.array([4]))
-    assert out.hidden.dtype == out.prompt_hidden.dtype == jnp.bfloat16 and out.lengths.tolist() == [NEW]
+    assert out.hidden_states.dtype == out.prompt_hidden_states.dtype == jnp.bfloat16 and out.lengths.tolist() == [NEW]
 
 
 # ------------------------------------------------------------------------------------------------- phrases and <SEG> in answers
@@ -278,7 +278,7 @@ def test_decoding_in_bfloat16(tiny):
     ],
 )
 def test_which_phrase_each_seg_stands_for(question, answer, expected):
-    """`<`, `>` and `S` are the marks; (start, end, seg) of each pair. A row of padding beside it changes nothing."""
+    """`<`, `>` and `S` are the special tokens; (start, end, seg) of each pair. A row of padding beside it changes nothing."""
     ids = {"<": 7, ">": 8, "S": 9}
     row = [ids.get(char, 1) for char in question + answer]
     tokens = np.full((2, 24), -1, np.int32)

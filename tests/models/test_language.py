@@ -81,7 +81,7 @@ def test_right_padded_rows_equal_hugging_face(reference):
         assert hf_convert.error(hidden[real], states[layers].numpy()[real]) < 1e-5, f"after layer {layers}"
         assert np.isfinite(hidden).all()
     assert (np.asarray(model.embed(tokens)) == expected.hidden_states[0].numpy()).all()
-    logits = hidden @ model.unembedding().rows.T
+    logits = hidden @ model.lm_head_weight().weight.T
     assert hf_convert.error(logits[real], expected.logits.numpy()[real]) < 1e-5
 
 
@@ -103,7 +103,7 @@ def test_gradients_equal_hugging_face(reference):
     assert worst[0] < 1e-4, worst
 
 
-def test_conversations_behind_one_prefix_equal_separate_runs(reference):
+def test_conversations_after_one_prefix_equal_separate_runs(reference):
     """Positions continue from the prefix in every conversation; the window of 5 reaches back into it over the gap."""
     cfg = config_of(reference)
     model = model_of(cfg, params_of(hf_convert.weights(reference), cfg))
@@ -181,7 +181,7 @@ def test_preset_has_the_checkpoints_parameters(cfg, expected):
 def test_every_parameter_names_its_axes():
     state = nnx.state(nnx.eval_shape(lambda: LanguageModel(LanguageConfig.tiny(50), rngs=nnx.Rngs(0))))
     for path, p in nnx.to_flat_state(state):
-        assert len(p.get_metadata()["axes"]) == len(p.shape), path
+        assert len(p.get_metadata()["logical_axes"]) == len(p.shape), path
 
 
 def test_from_hf_reads_published_configs():
@@ -235,7 +235,7 @@ def test_from_hf_reads_published_configs():
         ({"attention_bias": True}, "attention_bias=True"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"use_sliding_window": True}, "use_sliding_window=True"),
-        ({"num_key_value_heads": 3}, "kv_heads=3"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads=3"),
         ({"head_dim": 9}, "head_dim=9"),
     ],
 )

@@ -39,7 +39,7 @@ def to_ours(read, modules) -> dict:
     """Weights or gradients (the maps are linear) of all modules as our parameters; ours alone has a scale of class logits."""
     tensors = {PREFIXES[part] + name: x for part, module in modules.items() for name, x in read(module).items()}
     params = import_params("mask2former", tensors, CFG)
-    params["decoder"]["logit_scale"] = np.zeros_like(params["decoder"]["logit_scale"])
+    params["mask_decoder"]["logit_scale"] = np.zeros_like(params["mask_decoder"]["logit_scale"])
     return params
 
 
@@ -83,7 +83,7 @@ def run_both():
 
     def forward(params, features, levels):
         model = nnx.merge(graphdef, params)
-        out = model.decoder(features, levels, 1)
+        out = model.mask_decoder(features, levels, 1)
         masks = jnp.stack([mask_logits(embeds, features) for embeds in out.mask_embeds])
         return {"queries": out.queries, "masks": masks, "classes": model.category_head(out.queries)}
 
@@ -111,9 +111,9 @@ def test_gradients_equal_hugging_face():
     largest = max(np.abs(x).max() for x in jax.tree.leaves(expected))
     actual, expected = jax.tree.map(np.array, (actual, expected))
     for gradients in (actual, expected):
-        for part in ("cross", "self_attention"):
+        for part in ("cross_attn", "self_attn"):
             # A key bias shifts all scores of a query alike: its gradient is zero, and what is found there is rounding.
-            bias = gradients[0]["decoder"]["layers"][part]["key"].pop("bias")
+            bias = gradients[0]["mask_decoder"]["layers"][part]["k_proj"].pop("bias")
             assert np.abs(bias).max() < 1e-6 * largest
     worst = hf_convert.tree_error(dict(enumerate(actual)), dict(enumerate(expected)))
     assert worst[0] < 1e-4, worst

@@ -18,13 +18,13 @@ from tests.helpers import small
 
 LOSSES = LossConfig(num_points=24, logits_chunk_size=16)
 LANGUAGE = {"llm", "siglip", "visual_projector", "seg_projector"}
-MASKS = {"connector", "pixel_decoder", "decoder", "boundary", "category_head"}
+MASKS = {"connector", "pixel_decoder", "mask_decoder", "boundary", "category_head"}
 
 
 @pytest.fixture(scope="module")
 def whole():
     """A model that has everything, but neither semantic flow nor a pass by name, and what it makes of a batch."""
-    cfg = dataclasses.replace(small.config(), semantic_flow=SemanticFlowConfig(mode="off"), named_pass="off")
+    cfg = dataclasses.replace(small.config(), semantic_flow=SemanticFlowConfig(mode="off"), generic_pass="off")
     params = small.params(cfg)
     return cfg, params, small.batch(cfg), losses_of(cfg, params, small.batch(cfg))
 
@@ -35,7 +35,7 @@ def losses_of(cfg, params, batch):
     @jax.jit
     def forward(params, batch):
         net = flowseg.bind_params(graphdef, params)
-        keys = jax.vmap(jax.random.key)(jnp.arange(len(batch.tokens), dtype=jnp.uint32))
+        keys = jax.vmap(jax.random.key)(jnp.arange(len(batch.input_ids), dtype=jnp.uint32))
         terms, watched = loss_terms(net, batch, net(batch), keys, LOSSES)
         return normalize_terms(terms), normalize_terms(watched), {name: count for name, (_, count) in terms.items()}
 
@@ -50,16 +50,16 @@ def parts_of(params, cfg):
     }
 
 
-@pytest.mark.parametrize("parts", ["segmentor", "language"])
+@pytest.mark.parametrize("parts", ["segmentor", "vlm"])
 def test_a_part_computes_what_it_computes_in_the_whole(whole, parts):
     cfg, params, batch, (losses, *_) = whole
     part = dataclasses.replace(cfg, components=parts)
     kept, components = parts_of(params, part)
-    assert components == {"sam"} | (LANGUAGE if parts == "language" else MASKS)
+    assert components == {"sam"} | (LANGUAGE if parts == "vlm" else MASKS)
     if parts == "segmentor":  # nothing that is said is looked at
-        batch = dataclasses.replace(batch, tokens=batch.tokens[:, :4], **none_said(batch, 4))
+        batch = dataclasses.replace(batch, input_ids=batch.input_ids[:, :4], **none_said(batch, 4))
     found, seen, counts = losses_of(part, kept, batch)
-    wanted = {"language"} if parts == "language" else {f"closed_vocab_{kind}" for kind in ("class", "mask", "dice")}
+    wanted = {"language"} if parts == "vlm" else {f"closed_vocab_{kind}" for kind in ("class", "mask", "dice")}
     assert set(found) == wanted and set(seen) == ({"closed_vocab_accuracy"} if parts == "segmentor" else set())
     for name in wanted:
         np.testing.assert_allclose(found[name], losses[name], rtol=2e-6, err_msg=name)
@@ -71,18 +71,18 @@ def test_a_part_computes_what_it_computes_in_the_whole(whole, parts):
 
 
 def none_said(batch, length):
-    names = ("positions", "segments", "labels", "phrase_ids", "seg_ids")
+    names = ("position_ids", "segment_ids", "labels", "phrase_ids", "seg_ids")
     return {name: np.full_like(getattr(batch, name)[:, :length], -1) for name in names}
 
 
 def test_what_does_not_fit_together_is_refused():
     cfg = small.config()
-    with pytest.raises(ValueError, match="parts is 'half': choose all, segmentor or language"):
+    with pytest.raises(ValueError, match="components is 'half': choose full, segmentor or vlm"):
         dataclasses.replace(cfg, components="half")
-    with pytest.raises(ValueError, match="needs classes for its linear head, named_pass off and semantic_flow.mode off"):
+    with pytest.raises(ValueError, match="needs num_classes for its linear head, generic_pass off and semantic_flow.mode off"):
         dataclasses.replace(cfg, components="segmentor")
     with pytest.raises(
-        UserError, match=r"m: holds only the parts 'language' of a model.*\(init_from\); it answers no expressions"
+        UserError, match=r"m: holds only the components 'vlm' of a model.*\(init_from\); it answers no expressions"
     ):
         dataclasses.replace(cfg, components="vlm").require_full_model("m")
     cfg.require_full_model("m")
@@ -90,5 +90,5 @@ def test_what_does_not_fit_together_is_refused():
 
 def test_a_segmentor_has_no_visual_tokens(whole):
     cfg, *_ = whole
-    assert dataclasses.replace(cfg, components="segmentor").visual_tokens == 0
-    assert dataclasses.replace(cfg, components="vlm").visual_tokens == cfg.visual_tokens > 0
+    assert dataclasses.replace(cfg, components="segmentor").num_visual_tokens == 0
+    assert dataclasses.replace(cfg, components="vlm").num_visual_tokens == cfg.num_visual_tokens > 0

@@ -47,19 +47,18 @@ def from_torch(cfg: PixelDecoderConfig, weights: dict[str, np.ndarray], prefix: 
 
     out = {"level_embed": weights[f"{prefix}level_embed"]}
     for i in range(cfg.encoder_levels):
-        out |= conv_norm(f"projections/{i}", f"input_projections.{i}")
+        out |= conv_norm(f"input_projections/{i}", f"input_projections.{i}")
     for i in range(cfg.fpn_stages):  # theirs are numbered from the finest map
-        out |= conv_norm(f"lateral/{i}", f"adapter_{cfg.fpn_stages - i}")
-        out |= conv_norm(f"fuse/{i}", f"layer_{cfg.fpn_stages - i}")
-    matrices = {"offsets": "sampling_offsets", "weights": "attention_weights", "value": "value_proj", "output": "output_proj"}
-    matrices = {f"attention/{ours}": f"self_attn.{theirs}" for ours, theirs in matrices.items()} | {"up": "fc1", "down": "fc2"}
-    norms = {"norm1": "self_attn_layer_norm", "norm2": "final_layer_norm"}
-    for ours, theirs in (matrices | norms).items():
+        out |= conv_norm(f"lateral_convs/{i}", f"adapter_{cfg.fpn_stages - i}")
+        out |= conv_norm(f"output_convs/{i}", f"layer_{cfg.fpn_stages - i}")
+    matrices = [f"self_attn.{name}" for name in ("sampling_offsets", "attention_weights", "value_proj", "output_proj")]
+    norms = ["self_attn_layer_norm", "final_layer_norm"]
+    for theirs in (*matrices, "fc1", "fc2", *norms):
         for kind in ("weight", "bias"):
             names = [f"{prefix}encoder.layers.{i}.{theirs}.{kind}" for i in range(cfg.num_layers)]
             value = np.stack([weights[name].T for name in names])
-            leaf = "bias" if kind == "bias" else "scale" if ours in norms else "kernel"
-            out[f"layers/{ours}/{leaf}"] = value
+            leaf = "bias" if kind == "bias" else "scale" if theirs in norms else "kernel"
+            out[f"layers/{theirs.replace('.', '/')}/{leaf}"] = value
     out["mask_projection/kernel"] = weights[f"{prefix}mask_projection.weight"].transpose(2, 3, 1, 0)
     out["mask_projection/bias"] = weights[f"{prefix}mask_projection.bias"]
     return out
@@ -114,7 +113,7 @@ def test_every_stage_is_xsams(golden):
     @jax.jit
     def stages(params, features):
         model = nnx.merge(graphdef, params)
-        projected = tuple(project(x) for project, x in zip(model.projections, features, strict=True))
+        projected = tuple(project(x) for project, x in zip(model.input_projections, features, strict=True))
         shapes = tuple(x.shape[1:3] for x in projected)
         positions, reference = model.positions(shapes), reference_points(shapes)
         x = jnp.concatenate([x.reshape(1, -1, 64) for x in projected], axis=1)
@@ -156,8 +155,8 @@ CASES = {
     # case: (channels low to high, our config's changes, HF class, HF common_stride)
     "xsam_three_levels": ((28, 20, 12), {}, hf.Mask2FormerPixelDecoder, 4),
     "xsam_four_levels": ((28, 20, 12, 16), {}, FourLevels, 4),
-    "mask2former_four_maps": ((28, 20, 12, 16), {"levels": 3}, hf.Mask2FormerPixelDecoder, 4),
-    "two_fpn_stages": ((28, 20, 12, 16), {"levels": 3, "common_stride": 2}, hf.Mask2FormerPixelDecoder, 2),
+    "mask2former_four_maps": ((28, 20, 12, 16), {"num_levels": 3}, hf.Mask2FormerPixelDecoder, 4),
+    "two_fpn_stages": ((28, 20, 12, 16), {"num_levels": 3, "common_stride": 2}, hf.Mask2FormerPixelDecoder, 2),
 }
 
 
@@ -278,11 +277,11 @@ def test_remat_policies_agree(small_params, small_features):
 
 def test_layers_are_stacked_and_axes_are_named():
     model = nnx.eval_shape(lambda: PixelDecoder(SMALL, rngs=nnx.Rngs(0)))
-    assert model.layers.up.kernel.get_value().shape == (3, 64, 40)
-    assert model.layers.up.kernel.get_metadata()["axes"] == ("layers", "embed", "mlp")
+    assert model.layers.fc1.kernel.get_value().shape == (3, 64, 40)
+    assert model.layers.fc1.kernel.get_metadata()["logical_axes"] == ("layers", "embed", "mlp")
     for _, node in nnx.iter_graph(model):
         if isinstance(node, nnx.Variable):
-            assert len(node.get_metadata()["axes"]) == len(node.get_value().shape)
+            assert len(node.get_metadata()["logical_axes"]) == len(node.get_value().shape)
 
 
 def test_bfloat16_features_stay_bfloat16(small_params, small_features):
@@ -315,16 +314,16 @@ def test_initial_values():
             assert 0.95 * bound < np.abs(x).max() <= bound, name
         elif name.endswith("scale"):
             assert np.abs(x - 1).max() == 0, name
-        elif "offsets" not in name:
+        elif "sampling_offsets" not in name:
             assert np.abs(x).max() == 0, name
-    layers = np.asarray(params["layers/attention/value/kernel"])
+    layers = np.asarray(params["layers/self_attn/value_proj/kernel"])
     assert np.abs(layers[0] - layers[1]).max() > 0  # layers do not share their random numbers
 
     theirs = hf.Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention(64, 8, 3, 4)
     hf.Mask2FormerPreTrainedModel(Mask2FormerConfig())._init_weights(theirs)
     bias = theirs.sampling_offsets.bias.detach().numpy()
     np.testing.assert_allclose(init_sampling_offsets(8, 3, 4), bias, atol=1e-5)
-    np.testing.assert_allclose(params["layers/attention/offsets/bias"], np.stack([bias, bias]), atol=1e-5)
+    np.testing.assert_allclose(params["layers/self_attn/sampling_offsets/bias"], np.stack([bias, bias]), atol=1e-5)
 
 
 def test_reference_points_are_pixel_centres():
@@ -351,9 +350,9 @@ def test_four_encoded_levels_have_no_fpn():
     [
         ({"strides": (32, 16)}, "3 channels"),
         ({"strides": (8, 16, 32)}, "low to high"),
-        ({"width": 96, "heads": 7}, "multiple"),
-        ({"width": 80}, "groups"),
-        ({"levels": 4}, "levels is 4"),
+        ({"embed_dim": 96, "num_heads": 7}, "multiple"),
+        ({"embed_dim": 80}, "norm_groups"),
+        ({"num_levels": 4}, "num_levels is 4"),
         ({"strides": (256, 128, 64)}, "FPN stages"),
     ],
 )

@@ -102,13 +102,13 @@ def test_equal_blocks_run_as_one_scan_with_the_same_numbers(monkeypatch):
         assert hf_convert.error(actual, expected) < 1e-6
 
 
-def test_layers_behind_the_deepest_state_do_not_run():
+def test_layers_after_the_deepest_state_do_not_run():
     cfg = SamConfig.tiny()
     graphdef, state = nnx.split(SamImageEncoder(cfg, rngs=nnx.Rngs(0)))
     images = jnp.asarray(images_of(96))
     loss = lambda p: nnx.merge(graphdef, p)(images, (1, 3))[1].std()  # noqa: E731
     gradient = jax.jit(jax.grad(loss))(nnx.to_pure_dict(state))
-    norms = {name: np.abs(gradient[name]["down"]["kernel"]).max((1, 2)) for name in ("window_layers", "global_layers")}
+    norms = {name: np.abs(gradient[name]["mlp"]["lin2"]["kernel"]).max((1, 2)) for name in ("window_layers", "global_layers")}
     assert (norms["window_layers"] > 0).all() and norms["global_layers"][0] > 0 and norms["global_layers"][1] == 0
 
 
@@ -175,7 +175,7 @@ def test_preset_has_the_checkpoints_parameters():
 def test_every_parameter_names_its_axes():
     state = nnx.state(nnx.eval_shape(lambda: SamImageEncoder(SamConfig.tiny(), rngs=nnx.Rngs(0))))
     for path, p in nnx.to_flat_state(state):
-        assert len(p.get_metadata()["axes"]) == len(p.shape), path
+        assert len(p.get_metadata()["logical_axes"]) == len(p.shape), path
 
 
 def test_from_hf_falls_back_to_the_class_defaults():
@@ -194,11 +194,15 @@ def test_wrong_use_is_refused():
     cfg = SamConfig.tiny()
     with pytest.raises(UserError, match="use_rel_pos=False"):
         SamConfig.from_hf({"use_rel_pos": False})
-    for change, field in [({"heads": 5}, "heads=5"), ({"window": 0}, "window=0"), ({"patch_size": 97}, "patch_size=97")]:
+    for change, field in [
+        ({"num_attention_heads": 5}, "num_attention_heads=5"),
+        ({"window_size": 0}, "window_size=0"),
+        ({"patch_size": 97}, "patch_size=97"),
+    ]:
         with pytest.raises(UserError, match=field):
             dataclasses.replace(cfg, **change)
     with pytest.raises(UserError, match="names layer 4"):
-        dataclasses.replace(cfg, global_layers=(1, 4))
+        dataclasses.replace(cfg, global_attn_indexes=(1, 4))
     model = SamImageEncoder(cfg, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="image_size 96"):
         model(jnp.zeros((1, 96, 88, 3)), (4,))

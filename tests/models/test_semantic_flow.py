@@ -16,11 +16,11 @@ def attend(module, query, key, value, allowed):
     """Multi-head attention in float64; `allowed` [P, S, T]."""
     f = lambda layer, x: x @ np.asarray(layer.kernel[...], np.float64) + np.asarray(layer.bias[...], np.float64)  # noqa: E731
     split = lambda x: x.reshape(*x.shape[:2], HEADS, -1)  # noqa: E731
-    q, k, v = split(f(module.query, query)), split(f(module.key, key)), split(f(module.value, value))
+    q, k, v = split(f(module.q_proj, query)), split(f(module.k_proj, key)), split(f(module.v_proj, value))
     logits = np.einsum("pshe,pthe->phst", q, k) / np.sqrt(WIDTH / HEADS)
     weights = np.exp(np.where(allowed[:, None], logits, -np.inf))
     weights /= weights.sum(-1, keepdims=True)
-    return f(module.output, np.einsum("phst,pthe->pshe", weights, v).reshape(query.shape[0], -1, WIDTH))
+    return f(module.out_proj, np.einsum("phst,pthe->pshe", weights, v).reshape(query.shape[0], -1, WIDTH))
 
 
 def randomise(module, rng):
@@ -41,7 +41,7 @@ def test_sr_is_the_papers_equation(rng, arrays, norm):
     module = SemanticRefinement(WIDTH, HEADS, SemanticFlowConfig(norm=norm), rngs=nnx.Rngs(0))
     randomise(module, rng)
     q_vis, position, conditions, own = arrays
-    q_sem = q_vis + attend(module.attention, q_vis + position, conditions, conditions, np.repeat(own[:, None], 5, 1))
+    q_sem = q_vis + attend(module.attn, q_vis + position, conditions, conditions, np.repeat(own[:, None], 5, 1))
     if norm == "post":
         q_sem = (q_sem - q_sem.mean(-1, keepdims=True)) / np.sqrt(q_sem.var(-1, keepdims=True) + 1e-5)
         q_sem = q_sem * np.asarray(module.norm.scale[...]) + np.asarray(module.norm.bias[...])
@@ -67,7 +67,7 @@ def test_cr_refines_the_rows_it_is_told_to(rng, arrays):
     np.testing.assert_array_equal(np.asarray(same), conditions)  # starts at zero
     randomise(module, rng)
     refined = np.asarray(module(jnp.asarray(conditions), jnp.asarray(queries), jnp.asarray(rows)))
-    expected = conditions + attend(module.attention, conditions, queries, queries, np.ones((2, 4, 5), bool))
+    expected = conditions + attend(module.attn, conditions, queries, queries, np.ones((2, 4, 5), bool))
     np.testing.assert_allclose(refined[rows], expected[rows], atol=2e-5)
     np.testing.assert_array_equal(refined[~rows], conditions[~rows])
 

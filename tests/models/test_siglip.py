@@ -89,7 +89,7 @@ def test_preset_has_the_checkpoints_parameters():
 def test_every_parameter_names_its_axes():
     state = nnx.state(nnx.eval_shape(lambda: SiglipVisionEncoder(SiglipConfig.tiny(), rngs=nnx.Rngs(0))))
     for path, p in nnx.to_flat_state(state):
-        assert len(p.get_metadata()["axes"]) == len(p.shape), path
+        assert len(p.get_metadata()["logical_axes"]) == len(p.shape), path
 
 
 def test_from_hf_falls_back_to_the_class_defaults():
@@ -107,12 +107,12 @@ def test_from_hf_falls_back_to_the_class_defaults():
 def test_wrong_use_is_refused(cfg, params):
     with pytest.raises(UserError, match="hidden_act"):
         SiglipConfig.from_hf({"hidden_act": "quick_gelu"})
-    with pytest.raises(UserError, match="heads=5"):
+    with pytest.raises(UserError, match="num_attention_heads=5"):
         dataclasses.replace(cfg, num_attention_heads=5)
     with pytest.raises(UserError, match="patch_size"):
         dataclasses.replace(cfg, patch_size=64)
     model = hf_convert.build(lambda: SiglipVisionEncoder(cfg, rngs=nnx.Rngs(0)), params)
     with pytest.raises(ValueError, match="image_size 45"):
         model(jnp.zeros((1, 48, 48, 3)))
-    with pytest.raises(ValueError, match="asked for 4"):
+    with pytest.raises(ValueError, match="has 3 layers, not 4"):
         model(jnp.zeros((1, 45, 45, 3)), layers=4)

@@ -127,7 +127,7 @@ def test_chunks_are_chosen_by_size_and_bound_memory(monkeypatch):
 def test_shapes_that_do_not_fit_are_refused(monkeypatch, bad):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # the function's own checks are under test
     q, k, v = inputs(2)
-    with pytest.raises(ValueError, match="do not fit|does not broadcast|a rule for|unknown|takes a rule"):
+    with pytest.raises(ValueError, match="do not fit|does not broadcast|a mask for|unknown|takes an AttentionMask"):
         if bad == "heads":
             attention(q[:, :, :3], k, v)
         elif bad == "keys":
@@ -142,7 +142,7 @@ def test_shapes_that_do_not_fit_are_refused(monkeypatch, bad):
             attention(q, k, v, mask=jnp.ones((B, 1, S, T + 1), bool))
 
 
-def test_a_rule_by_hand():
+def test_a_mask_by_hand():
     positions = jnp.array([[0, 1, 2, 3, 2, 0]])
     segments = jnp.array([[0, 0, 1, 1, 2, -1]])
     expected = np.array(

@@ -1,10 +1,10 @@
 """Scaled dot-product attention: grouped-query, float32 softmax, bounded memory, in the form that suits the platform.
 
-    xla     plain JAX; any platform, any mask. What the others are held against.
-    flash   our Pallas kernel for TPUs; no mask, or one that is a `Rule`.
-    cudnn   NVIDIA's kernel for GPUs, in bfloat16 or float16; other types, and widths that cuDNN does not take, fall to xla.
+    xla     plain JAX; any platform, any mask. The tests compare the others with it.
+    flash   our Pallas kernel for TPUs; no mask, or an `AttentionMask`.
+    cudnn   NVIDIA's kernel for GPUs, in bfloat16 or float16; xla computes other types, and widths that cuDNN does not take.
 
-All three recompute the scores in the backward pass from what the forward pass keeps a query: its result and one number.
+All three recompute the scores in the backward pass. The forward pass keeps the result and one number per query for it.
 """
 
 from __future__ import annotations
@@ -52,18 +52,18 @@ def attention(
         q: queries; H must be a multiple of G.
         k: keys.
         v: values; their width F may differ from E.
-        mask: who may attend to whom: a rule, or True where query s may attend to key t; axes of size 1 broadcast, but for the
-            keys. None allows every key.
+        mask: an `AttentionMask`, or a matrix that is True where query s may attend to key t; its axes of size 1 broadcast,
+            except that of the keys. None allows every key.
         scale: factor on the scores, default E ** -0.5.
         chunk: queries computed at a time by `xla`, so that no buffer holds all S x T scores. None: all at once, unless the
             float32 scores exceed `xla.WHOLE_BYTES`.
-        impl: "xla", "flash", "cudnn" or "auto" (by the platform that the program is compiled for; xla inside `portable`).
+        impl: "xla", "flash", "cudnn" or "auto" (by the platform that the program is compiled for; xla under `without_kernels`).
 
     Returns:
         Array in the dtype of v; products accumulate in float32. A query that may attend to no key gets zeros.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown `impl`, or `flash` for a mask that is not a rule.
+        ValueError: shapes that do not fit, an unknown `impl`, or `flash` for a mask that is a matrix.
     """
     (b, s, h, e), (t, g) = q.shape, k.shape[1:3]
     if h % g or k.shape != (b, t, g, e) or v.shape[:3] != (b, t, g):
@@ -71,17 +71,17 @@ def attention(
     if isinstance(mask, AttentionMask):
         shapes = mask.queries.order.shape, mask.keys.order.shape
         if shapes != ((b, s), (b, t)):
-            raise ValueError(f"attention: a rule for queries {shapes[0]} and keys {shapes[1]}, not {(b, s)} and {(b, t)}")
+            raise ValueError(f"attention: a mask for queries {shapes[0]} and keys {shapes[1]}, not {(b, s)} and {(b, t)}")
     elif mask is not None:
         if mask.ndim != 4 or mask.shape[3] != t or any(m not in (1, n) for m, n in zip(mask.shape, (b, h, s), strict=False)):
             raise ValueError(f"attention: mask {mask.shape} does not broadcast to {(b, h, s, t)}")
         if impl == "flash":
-            raise ValueError('attention: impl="flash" takes a rule for a mask, not a matrix')
+            raise ValueError('attention: impl="flash" takes an AttentionMask, not a matrix')
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"attention: impl={impl!r} is unknown (known: {', '.join(IMPLEMENTATIONS)})")
     leaves, structure = jax.tree.flatten(mask)
-    how = _Static(e**-0.5 if scale is None else scale, chunk, _without_kernels(impl), structure)
-    return _attention(how, q, k, v, leaves)
+    static = _Static(e**-0.5 if scale is None else scale, chunk, _without_kernels(impl), structure)
+    return _attention(static, q, k, v, leaves)
 
 
 def _without_kernels(impl: str) -> str:
@@ -89,33 +89,33 @@ def _without_kernels(impl: str) -> str:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(how: _Static, q: Array, k: Array, v: Array, mask: list[Array]) -> Array:
-    return _run("forward", how, q, k, v, mask)[0]
+def _attention(static: _Static, q: Array, k: Array, v: Array, mask: list[Array]) -> Array:
+    return _run("forward", static, q, k, v, mask)[0]
 
 
-def _attention_forward(how: _Static, q: Array, k: Array, v: Array, mask: list[Array]) -> tuple[Array, tuple]:
-    out, logsum = _run("forward", how, q, k, v, mask)
+def _attention_forward(static: _Static, q: Array, k: Array, v: Array, mask: list[Array]) -> tuple[Array, tuple]:
+    out, logsum = _run("forward", static, q, k, v, mask)
     return out, (q, k, v, mask, out, logsum)
 
 
-def _attention_backward(how: _Static, saved: tuple, cotangent: Array) -> tuple:
-    return *_run("backward", how, *saved, cotangent), None
+def _attention_backward(static: _Static, saved: tuple, cotangent: Array) -> tuple:
+    return *_run("backward", static, *saved, cotangent), None
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
 
 
-def _run(name: str, how: _Static, q: Array, k: Array, v: Array, leaves: list[Array], *saved: Array) -> tuple[Array, ...]:
-    """`forward` or `backward` of the implementation that the call or the platform asks for."""
-    mask = jax.tree.unflatten(how.mask, leaves)
-    plain = functools.partial(getattr(xla, name), chunk=how.chunk)
+def _run(name: str, static: _Static, q: Array, k: Array, v: Array, leaves: list[Array], *saved: Array) -> tuple[Array, ...]:
+    """`forward` or `backward` of the implementation that the call names, or the one for the platform."""
+    mask = jax.tree.unflatten(static.mask, leaves)
+    plain = functools.partial(getattr(xla, name), chunk=static.chunk)
     kernels = {"flash": getattr(flash, name), "cudnn": getattr(cudnn, name)}
 
     def call(run):
-        return lambda q, k, v, mask, *saved: run(q, k, v, mask, how.scale, *saved)
+        return lambda q, k, v, mask, *saved: run(q, k, v, mask, static.scale, *saved)
 
-    if how.impl != "auto":
-        return call({"xla": plain, **kernels}[how.impl])(q, k, v, mask, *saved)
+    if static.impl != "auto":
+        return call({"xla": plain, **kernels}[static.impl])(q, k, v, mask, *saved)
     fits = {}
     if min(q.shape[1], k.shape[1]) >= MIN_KERNEL_TOKENS:
         if mask is None or isinstance(mask, AttentionMask):
@@ -137,15 +137,15 @@ def decomposed_rel_pos_attention(
 ) -> Float[Array, "b s h f"]:
     """softmax(q k^T + rows[y] + columns[x]) v for keys in row y and column x of a grid, numbered row by row; no scale.
 
-    No bias of all scores exists: it becomes part of the product (`grid.fold`), or, where a CPU attends in chunks, is added to
-    one chunk's scores. Returns an array in the dtype of v; products accumulate in float32.
+    No bias of all scores exists: it becomes part of the product (`grid.fold_rel_pos`). Where a CPU attends in chunks, it is
+    added to one chunk's scores. Returns an array in the dtype of v; products accumulate in float32.
     """
     return _grid_forward(q, k, v, rows, columns)[0]
 
 
 def _grid_forward(q: Array, k: Array, v: Array, rows: Array, columns: Array) -> tuple[Array, tuple]:
     def folded(q: Array, k: Array, v: Array, rows: Array, columns: Array) -> tuple[Array, Array]:
-        return _run("forward", _grid_how(), *grid.fold_rel_pos(q, k, rows, columns), v, [])
+        return _run("forward", _grid_static(), *grid.fold_rel_pos(q, k, rows, columns), v, [])
 
     b, s, h, _ = q.shape
     operands = q, k, v, rows, columns
@@ -159,7 +159,7 @@ def _grid_forward(q: Array, k: Array, v: Array, rows: Array, columns: Array) -> 
 def _grid_backward(saved: tuple, cotangent: Array) -> tuple:
     q, k, v, rows, columns, out, logsum = saved
     wide = *grid.fold_rel_pos(q, k, rows, columns), v
-    dq, dk, dv = _run("backward", _grid_how(), *wide, [], out, logsum, cotangent)
+    dq, dk, dv = _run("backward", _grid_static(), *wide, [], out, logsum, cotangent)
     e, height = q.shape[-1], rows.shape[-1]
     return dq[..., :e], dk[..., :e], dv, dq[..., e : e + height], dq[..., e + height :]
 
@@ -167,5 +167,5 @@ def _grid_backward(saved: tuple, cotangent: Array) -> tuple:
 decomposed_rel_pos_attention.defvjp(_grid_forward, _grid_backward)
 
 
-def _grid_how() -> _Static:
+def _grid_static() -> _Static:
     return _Static(1.0, None, _without_kernels("auto"), jax.tree.structure(None))

@@ -1,9 +1,9 @@
 """Attention on a TPU: a Pallas kernel that keeps the scores on the chip (FlashAttention: Dao et al., arXiv:2205.14135).
 
-JAX's own TPU kernels know causal masks and segments that are equal. Here all segments see a prefix, and windows count
-positions; so `rule.sees` is asked for each block, and blocks in which nobody sees anybody are passed over.
+JAX's own TPU kernels know causal masks and segments that are equal. Here all segments attend to a prefix, and windows count
+positions. So `mask.may_attend` is evaluated for each block, and blocks in which no query may attend to any key are skipped.
 
-Scores are held transposed, keys by queries: what exists once a query (peak, sum, segment) is then a row, the shape in which
+Scores are held transposed, keys by queries: what exists once per query (peak, sum, segment) is then a row, the shape in which
 a TPU holds a vector. Heads lie side by side in the last axis, padded to whole lanes, so nothing is transposed outside.
 """
 
@@ -32,39 +32,39 @@ NOBODY = (np.iinfo(np.int32).min, -1, 0)  # the fields of a token that sees noth
 
 
 def forward(
-    q: Float[Array, "b s h e"], k: Float[Array, "b t g e"], v: Float[Array, "b t g f"], rule: AttentionMask | None, scale: float
+    q: Float[Array, "b s h e"], k: Float[Array, "b t g e"], v: Float[Array, "b t g f"], mask: AttentionMask | None, scale: float
 ) -> tuple[Float[Array, "b s h f"], Float[Array, "b h s"]]:
-    """As `xla.forward`, for masks that are a rule."""
-    return _on_each_device(functools.partial(_forward, scale), "qkk", "qs", (q, k, v), rule)
+    """As `xla.forward`, for an `AttentionMask` or none."""
+    return _on_each_device(functools.partial(_forward, scale), "qkk", "qs", (q, k, v), mask)
 
 
 def backward(
     q: Float[Array, "b s h e"],
     k: Float[Array, "b t g e"],
     v: Float[Array, "b t g f"],
-    rule: AttentionMask | None,
+    mask: AttentionMask | None,
     scale: float,
     out: Float[Array, "b s h f"],
     logsum: Float[Array, "b h s"],
     cotangent: Float[Array, "b s h f"],
 ) -> tuple[Float[Array, "b s h e"], Float[Array, "b t g e"], Float[Array, "b t g f"]]:
-    """As `xla.backward`, for masks that are a rule."""
+    """As `xla.backward`, for an `AttentionMask` or none."""
     arrays = (q, k, v, cotangent, logsum, expected_slope(out, cotangent))
-    return _on_each_device(functools.partial(_backward, scale), "qkkqss", "qkk", arrays, rule)
+    return _on_each_device(functools.partial(_backward, scale), "qkkqss", "qkk", arrays, mask)
 
 
 def _on_each_device(
-    run: Callable, kinds: str, results: str, arrays: Sequence[Array], rule: AttentionMask | None
+    run: Callable, layouts: str, results: str, arrays: Sequence[Array], mask: AttentionMask | None
 ) -> tuple[Array, ...]:
     """Runs on the parts of a device: the compiler cannot divide a kernel along the axes of a mesh that are left to it.
 
-    `TENSOR_AXIS` divides heads, other axes the batch, each where it fits. `kinds` are "q" and "k" for [batch, tokens, heads,
+    `TENSOR_AXIS` divides heads, other axes the batch, each where it fits. `layouts` are "q" and "k" for [batch, tokens, heads,
     width] and "s" for [batch, heads, tokens].
     """
     mesh = jax.sharding.get_abstract_mesh()
     ours = [axis for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto]
     if not ours:
-        return run(*arrays, rule)
+        return run(*arrays, mask)
     batch, heads = [], None
     for axis in ours:
         if axis == TENSOR_AXIS:
@@ -75,12 +75,12 @@ def _on_each_device(
     specs = dict.fromkeys("qk", PartitionSpec(batch, None, heads)) | {"s": PartitionSpec(batch, heads)}
     shared = jax.shard_map(
         run,
-        in_specs=(*(specs[kind] for kind in kinds), PartitionSpec(batch)),
-        out_specs=tuple(specs[kind] for kind in results),
+        in_specs=(*(specs[layout] for layout in layouts), PartitionSpec(batch)),
+        out_specs=tuple(specs[layout] for layout in results),
         axis_names=set(ours),
         check_vma=False,
     )
-    return shared(*arrays, rule)
+    return shared(*arrays, mask)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +171,7 @@ class _Step:
         return weights.astype(q.dtype), slopes.astype(q.dtype)
 
 
-def _forward(scale: float, q: Array, k: Array, v: Array, rule: AttentionMask | None) -> tuple[Array, Array]:
+def _forward(scale: float, q: Array, k: Array, v: Array, mask: AttentionMask | None) -> tuple[Array, Array]:
     s, f, blocks = q.shape[1], v.shape[3], _Blocks.of(q, k)
     q, k, v = _lay(q, blocks.queries), _lay(k, blocks.keys), _lay(v, blocks.keys)
     out, logsum = _call(
@@ -179,7 +179,7 @@ def _forward(scale: float, q: Array, k: Array, v: Array, rule: AttentionMask | N
         blocks,
         _Loops.by_query(blocks),
         scale,
-        rule,
+        mask,
         inputs=[("q", q), ("k", k), ("k", v)],
         outputs=[("q", v.shape[3], v.dtype), ("s", 1, jnp.dtype(jnp.float32))],
         scratch=[(1, blocks.queries), (1, blocks.queries), (v.shape[3], blocks.queries)],
@@ -188,7 +188,7 @@ def _forward(scale: float, q: Array, k: Array, v: Array, rule: AttentionMask | N
 
 
 def _backward(
-    scale: float, q: Array, k: Array, v: Array, cotangent: Array, logsum: Array, mean: Array, rule: AttentionMask | None
+    scale: float, q: Array, k: Array, v: Array, cotangent: Array, logsum: Array, mean: Array, mask: AttentionMask | None
 ) -> tuple[Array, Array, Array]:
     (s, e), (t, f), blocks = q.shape[1::2], v.shape[1::2], _Blocks.of(q, k)
     q, cotangent = _lay(q, blocks.queries), _lay(cotangent, blocks.queries)
@@ -200,7 +200,7 @@ def _backward(
         blocks,
         _Loops.by_query(blocks),
         scale,
-        rule,
+        mask,
         inputs,
         outputs=[("q", q.shape[3], q.dtype)],
         scratch=[(blocks.queries, q.shape[3])],
@@ -210,7 +210,7 @@ def _backward(
         blocks,
         _Loops.by_key(blocks),
         scale,
-        rule,
+        mask,
         inputs,
         outputs=[("k", k.shape[3], k.dtype), ("k", v.shape[3], v.dtype)],
         scratch=[(blocks.keys, k.shape[3]), (blocks.keys, v.shape[3])],
@@ -290,7 +290,7 @@ def _call(
     blocks: _Blocks,
     loops: _Loops,
     scale: float,
-    rule: AttentionMask | None,
+    mask: AttentionMask | None,
     inputs: Sequence[tuple[str, Array]],
     outputs: Sequence[tuple[str, int, jnp.dtype]],
     scratch: Sequence[tuple[int, int]],
@@ -300,7 +300,7 @@ def _call(
     Args:
         kernel: takes the step, then the references of inputs, outputs and scratch.
         blocks, loops: the division and the order.
-        scale, rule: of the scores.
+        scale, mask: of the scores.
         inputs: kind and array: "q" and "k" [batch, tokens, heads, width], "s" [batch, heads, 1, tokens].
         outputs: kind, width and dtype.
         scratch: shapes of the float32 sums that live through the innermost loop.
@@ -308,7 +308,7 @@ def _call(
     batch = inputs[0][1].shape[0]
     steps = (batch, *loops.steps)
     s, t = blocks.rows * blocks.queries, blocks.columns * blocks.keys
-    described = () if rule is None else _describe(rule, blocks)
+    described = () if mask is None else _describe(mask, blocks)
 
     def spec(shape: tuple[int, ...], index: Callable) -> pl.BlockSpec:
         return pl.BlockSpec(shape, lambda *at: index(*loops.place(*at)))
@@ -338,12 +338,12 @@ def _call(
         at = [pl.program_id(axis) for axis in range(4)]
         b, _, _, i, j = loops.place(*at)
         active, allowed = True, None
-        if rule is not None:
+        if mask is not None:
             active_ref, queries_ref, keys_ref, *refs = refs
             active = active_ref[b, i, j] > 0
             queries = lambda: [queries_ref[0, n : n + 1] for n in range(3)]  # noqa: E731
             keys = lambda: [keys_ref[0, :, n : n + 1] for n in range(3)]  # noqa: E731
-            allowed = lambda: may_attend(queries(), keys(), rule.window)  # noqa: E731
+            allowed = lambda: may_attend(queries(), keys(), mask.window)  # noqa: E731
         elif blocks.real < t:
             key = lambda: jax.lax.broadcasted_iota(jnp.int32, (blocks.keys, blocks.queries), 0)  # noqa: E731
             allowed = lambda: key() < blocks.real - j * blocks.keys  # noqa: E731
@@ -366,14 +366,14 @@ def _call(
     return [x.reshape(shapes[kind]) for x, (kind, *_) in zip(found, outputs, strict=True)]
 
 
-def _describe(rule: AttentionMask, blocks: _Blocks) -> tuple[Array, Array, Array]:
+def _describe(mask: AttentionMask, blocks: _Blocks) -> tuple[Array, Array, Array]:
     """Which blocks of queries see anything in which blocks of keys, int32 [batch, rows, columns], and the tokens of both as
     rows [batch, 3, queries] and columns [batch, keys, 3]."""
     queries, keys = (
         jnp.stack([_pad(x, 1, size, fill) for x, fill in zip(jax.tree.leaves(tokens), NOBODY, strict=True)], axis)
-        for tokens, size, axis in ((rule.queries, blocks.queries, 1), (rule.keys, blocks.keys, 2))
+        for tokens, size, axis in ((mask.queries, blocks.queries, 1), (mask.keys, blocks.keys, 2))
     )
-    matrix = may_attend([queries[:, n, :, None] for n in range(3)], [keys[:, None, :, n] for n in range(3)], rule.window)
+    matrix = may_attend([queries[:, n, :, None] for n in range(3)], [keys[:, None, :, n] for n in range(3)], mask.window)
     blockwise = matrix.reshape(-1, blocks.rows, blocks.queries, blocks.columns, blocks.keys)
     return blockwise.any((2, 4)).astype(jnp.int32), queries, keys
 

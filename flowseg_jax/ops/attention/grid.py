@@ -1,7 +1,7 @@
 """Attention over a grid of keys with decomposed relative positions (SAM), in the form that suits a CPU: they are added.
 
-Written as more columns of queries and keys (`fold`), any kernel computes them, but the product of queries and keys takes three
-times the work at SAM's sizes. Added to scores that fit into a CPU's cache they cost next to nothing.
+Written as more columns of queries and keys (`fold_rel_pos`), they can be computed by any kernel, but the product of queries and
+keys takes three times the work at SAM's sizes. Added to scores that fit into a CPU's cache, they cost next to nothing.
 """
 
 from __future__ import annotations

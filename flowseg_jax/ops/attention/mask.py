@@ -1,4 +1,4 @@
-"""Who may attend to whom, said by what the tokens are and not by a matrix, so that a kernel decides it where it needs it."""
+"""Which tokens may attend to which: a rule about tokens, not a matrix, that a kernel evaluates where it needs it."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from jaxtyping import Array, Bool, Int
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TokenInfo:
-    """What a rule knows of each token.
+    """What the rule needs to know of each token.
 
     Attributes:
-        order: int [B, N], its place in the reading order. Nobody sees what is read later.
-        segments: int [B, N]: 0 = prefix, seen by all; 1.. = seen by its own segment only; -1 = padding, seen by nobody.
-        positions: int [B, N], what a sliding window counts.
+        order: int [B, N], its place in the order of reading; no token attends to a later one.
+        segment_ids: int [B, N]: 0 = prefix, which every token attends to; 1.. = attended to by its own segment only; -1 =
+            padding, never attended to.
+        position_ids: int [B, N], which a sliding window counts.
     """
 
     order: Int[Array, "b n"]
-    segments: Int[Array, "b n"]
-    positions: Int[Array, "b n"]
+    segment_ids: Int[Array, "b n"]
+    position_ids: Int[Array, "b n"]
 
 
 @jax.tree_util.register_dataclass
@@ -32,9 +33,9 @@ class AttentionMask:
     """Which keys each query may attend to; a query that may attend to none gets zeros.
 
     Attributes:
-        queries: tokens that look.
-        keys: tokens that are looked at.
-        window: a key is seen less than so many positions back; None: from anywhere.
+        queries: the tokens that attend.
+        keys: the tokens that are attended to.
+        window: a query attends to keys less than this many positions back; None: to any.
     """
 
     queries: TokenInfo
@@ -42,22 +43,22 @@ class AttentionMask:
     window: int | None = dataclasses.field(default=None, metadata={"static": True})
 
     def materialize(self) -> Bool[Array, "b 1 s t"]:
-        """The rule written out."""
+        """The rule as a matrix."""
         queries = [x[:, None, :, None] for x in jax.tree.leaves(self.queries)]
         keys = [x[:, None, None, :] for x in jax.tree.leaves(self.keys)]
         return may_attend(queries, keys, self.window)
 
 
 def may_attend(query: Sequence[Array], key: Sequence[Array], window: int | None) -> Array:
-    """The rule itself, elementwise: the fields of `Tokens` of queries and of keys, which broadcast against each other."""
+    """The rule itself, elementwise: the fields of `TokenInfo` of queries and of keys, which broadcast against each other."""
     order, segment, position = query
     key_order, key_segment, key_position = key
     allowed = (key_order <= order) & (key_segment != -1) & ((key_segment == 0) | (key_segment == segment))
     return allowed if window is None else allowed & (position - key_position < window)
 
 
-def causal_mask(segments: Int[Array, "b n"], positions: Int[Array, "b n"], window: int | None = None) -> AttentionMask:
-    """The rule among the tokens of one row, read in the order in which they stand."""
-    order = jnp.broadcast_to(jnp.arange(segments.shape[1], dtype=jnp.int32), segments.shape)
-    tokens = TokenInfo(order, segments, positions)
+def causal_mask(segment_ids: Int[Array, "b n"], position_ids: Int[Array, "b n"], window: int | None = None) -> AttentionMask:
+    """The rule among the tokens of one row, which are read in the order in which they stand."""
+    order = jnp.broadcast_to(jnp.arange(segment_ids.shape[1], dtype=jnp.int32), segment_ids.shape)
+    tokens = TokenInfo(order, segment_ids, position_ids)
     return AttentionMask(tokens, tokens, window)

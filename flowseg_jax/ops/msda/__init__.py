@@ -5,13 +5,14 @@
 Sampling is that of `ops.points`: coordinates over the map's outer edges, neighbours outside it count as zero. What is fast
 depends on the machine, so the same function and its derivative are written four times:
 
-    xla      gathers the four pixels of a point; results add up inside one fused loop, so that no sample is ever stored. CPU.
-    packed   one gather a point from a table that holds each 2 x 2 patch side by side: four times the memory of the values, a
-             quarter of the gathers, and rows that fill an accelerator's lanes. GPU.
-    tent     no gather at all: the weights of all points become a dense map, multiplied with the values. Slow, but for the
-             chunks of queries plain array code: the oracle of the others.
-    pallas   the products of `tent` inside a TPU kernel, which visits only the pixels near a block of queries and stores
-             nothing but results. TPU.
+    gather         gathers the four pixels of a point; results add up inside one fused loop, so that no sample is ever stored.
+                   For CPUs.
+    packed_gather  one gather per point, from a table that holds each 2 x 2 patch side by side: four times the memory of the
+                   values, a quarter of the gathers, and rows that fill an accelerator's lanes. For GPUs.
+    dense          no gather at all: the weights of all points become a dense map, which is multiplied with the values. Slow,
+                   but plain array code: the tests compare the others with it.
+    pallas         the products of `dense` inside a TPU kernel, which visits only the pixels near a block of queries and stores
+                   nothing but results. For TPUs.
 
 All have the same derivative, at the kinks (points on pixel centres) too: that to the right of the kink, as PyTorch has it.
 """
@@ -29,15 +30,15 @@ from flowseg_jax.ops.msda import dense, gather, kernel
 from flowseg_jax.ops.msda.chunks import Shapes
 from flowseg_jax.ops.portable import kernels_allowed
 
-CHUNK_BYTES = 32 * 2**20  # float32 samples an image above which queries are processed in chunks of that many
+CHUNK_BYTES = 32 * 2**20  # float32 samples per image; with more, queries are processed in chunks
 FORMULATIONS = {
-    "xla": gather.XLA,
-    "packed": gather.PACKED,
-    "tent": dense,
+    "gather": gather.GATHER,
+    "packed_gather": gather.PACKED_GATHER,
+    "dense": dense,
     "pallas": kernel.Kernel(interpret=False),
     "interpreted": kernel.Kernel(interpret=True),
 }
-IMPLEMENTATIONS = ("xla", "packed", "tent", "pallas")
+IMPLEMENTATIONS = ("gather", "packed_gather", "dense", "pallas")
 
 
 def check_implementation(name: str, field: str) -> None:
@@ -65,8 +66,8 @@ def msda(
             float32 whatever their dtype.
         weights: attention weights, normalised by the caller over levels and points.
         impl: one of `IMPLEMENTATIONS`, or "auto": by the platform that the program is compiled for, "pallas" not inside
-            `portable`. "pallas" is for TPU; on CPU it is interpreted, slowly.
-        chunk: queries at a time, for all but "pallas". None: all, unless their samples exceed `CHUNK_BYTES` an image.
+            `without_kernels`. "pallas" is for TPU; on CPU it is interpreted, slowly.
+        chunk: queries at a time, for all but "pallas". None: all, unless their samples exceed `CHUNK_BYTES` per image.
 
     Returns:
         Heads side by side, in the dtype of `value`; sums accumulate in float32.
@@ -83,7 +84,7 @@ def msda(
         raise ValueError(f"msda: weights {weights.shape} and locations {locations.shape} do not fit")
     check_implementation(impl, "impl of msda")
     if chunk is None:
-        samples = 4 * queries * h * levels * points * 4 * e  # bytes; four pixels a point
+        samples = 4 * queries * h * levels * points * 4 * e  # bytes; four pixels per point
         chunk = -(-queries // -(-samples // CHUNK_BYTES))
     # Pixel coordinates, the centre of the first pixel at 0. From two pixels off, a point is as good as infinitely far away.
     size = jnp.asarray([(width, height) for height, width in shapes], jnp.float32)[:, None]
@@ -93,17 +94,17 @@ def msda(
 
 
 def _select(impl: str, shapes: Shapes, value: Array) -> dict[str, str]:
-    """The formulation for each platform, "default" for those not named."""
+    """The implementation for each platform, "default" for those not named."""
     if impl == "pallas":
         return {"cpu": "interpreted", "default": "pallas"}
     if impl != "auto":
         return {"default": impl}
     fits = kernels_allowed() and kernel.resident_bytes(shapes, value.shape[-1], value.dtype.itemsize) <= kernel.RESIDENT_BYTES
-    return {"cpu": "xla", "tpu": "pallas" if fits else "packed", "default": "packed"}
+    return {"cpu": "gather", "tpu": "pallas" if fits else "packed_gather", "default": "packed_gather"}
 
 
 def _run(impl: str, shapes: Shapes, direction: str, chunk: int, *arrays: Array):
-    """`forward` or `backward` of the platform's formulation."""
+    """`forward` or `backward` of the platform's implementation."""
     chosen = _select(impl, shapes, arrays[-3])
     branches = {
         platform: functools.partial(getattr(FORMULATIONS[name], direction), shapes, chunk) for platform, name in chosen.items()

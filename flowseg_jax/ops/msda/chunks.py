@@ -1,4 +1,4 @@
-"""Queries in chunks: what a formulation makes for each sampled point then exists for one chunk at a time."""
+"""Queries in chunks: what an implementation computes for each sampled point then exists for one chunk at a time."""
 
 from __future__ import annotations
 

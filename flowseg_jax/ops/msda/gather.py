@@ -1,8 +1,8 @@
 """Deformable attention by gathers of rows from a table of the values.
 
-A formulation is a table and a way to read it: which rows a query's points need, and with which coefficients. The rest is the
-same for all tables, the derivative included. That one is written out: each chunk of queries adds its part to one gradient of
-the table, where automatic differentiation would fill a new one with zeros for every chunk and add it up.
+An implementation is a table and a way to read it: which rows a query's points need, and with which coefficients. The rest is
+the same for all tables, the derivative included. The derivative is written out: each chunk of queries adds its part to one
+gradient of the table, where automatic differentiation would make a new one for every chunk and add them up.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from flowseg_jax.ops.points import pixel_corners
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """A table of c pixels a row, and how it is read.
+    """A table of c pixels per row, and how it is read.
 
     Attributes:
         table: (shapes, value) -> [rows, c * e], linear in the value.
@@ -65,12 +65,12 @@ class Rows:
 
 
 def _pixels(shapes: Shapes, value: Array) -> Array:
-    """The values as they lie in memory, a pixel and head a row."""
+    """The values as they lie in memory, one row per pixel and head."""
     return value.reshape(-1, value.shape[-1])
 
 
 def _pixel_taps(shapes: Shapes, points: Array, weights: Array) -> tuple[Array, Array]:
-    """Four rows a point."""
+    """Four rows per point."""
     b, h = points.shape[0], points.shape[2]
     coefficients, index, start = [], [], 0
     each = sum(height * width for height, width in shapes)
@@ -84,7 +84,7 @@ def _pixel_taps(shapes: Shapes, points: Array, weights: Array) -> tuple[Array, A
 
 
 def _patches(shapes: Shapes, value: Array) -> Array:
-    """The 2 x 2 patches of the zero-padded maps, a patch and head a row; patch (0, 0) begins at pixel (-1, -1)."""
+    """The 2 x 2 patches of the zero-padded maps, one row per patch and head; patch (0, 0) begins at pixel (-1, -1)."""
     b, _, h, e = value.shape
     tables, start = [], 0
     for height, width in shapes:
@@ -97,7 +97,7 @@ def _patches(shapes: Shapes, value: Array) -> Array:
 
 
 def _patch_taps(shapes: Shapes, points: Array, weights: Array) -> tuple[Array, Array]:
-    """One row a point."""
+    """One row per point."""
     b, h = points.shape[0], points.shape[2]
     coefficients, index, start = [], [], 0
     each = sum((height + 1) * (width + 1) for height, width in shapes)
@@ -139,5 +139,5 @@ def _take(table: Array, index: Array) -> Array:
     return table.at[index].get(mode="promise_in_bounds")
 
 
-XLA = Rows(_pixels, _pixel_taps, _accumulate)
-PACKED = Rows(_patches, _patch_taps, _contract)
+GATHER = Rows(_pixels, _pixel_taps, _accumulate)
+PACKED_GATHER = Rows(_patches, _patch_taps, _contract)

@@ -65,7 +65,7 @@ class Strips:
 
     @classmethod
     def lay(cls, shapes: Shapes) -> tuple[Strips, ...]:
-        """The levels one behind the other."""
+        """The levels one after the other."""
         found, start = [], 0
         for height, width in shapes:
             pitch = -(-width // LANES) * LANES if width > LANES else 1 << (width - 1).bit_length()
@@ -82,7 +82,7 @@ def resident_bytes(shapes: Shapes, e: int, itemsize: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """The kernels of both directions, in the form that the other formulations have.
+    """The kernels of both directions, with the interface of the other implementations.
 
     Attributes:
         interpret: run them as array code on any platform, to test them.

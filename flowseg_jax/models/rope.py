@@ -1,0 +1,23 @@
+"""Rotary position embedding in the half-split layout of Hugging Face's Llama."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+
+def rope_cos_sin(
+    position_ids: Int[Array, "b t"], head_dim: int, theta: float
+) -> tuple[Float[Array, "b t r"], Float[Array, "b t r"]]:
+    """Cosine and sine of the rotary angles, float32 [B, T, head_dim / 2]."""
+    frequencies = (float(theta) ** (-np.arange(0, head_dim, 2) / head_dim)).astype(np.float32)
+    angles = position_ids[..., None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def apply_rope(x: Float[Array, "b t h e"], cos: Float[Array, "b t r"], sin: Float[Array, "b t r"]) -> Float[Array, "b t h e"]:
+    """Rotates the pairs (x[i], x[i + E/2]) by their angles, in float32; returns the dtype of x."""
+    a, b = jnp.split(x.astype(jnp.float32), 2, -1)
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
