@@ -75,14 +75,17 @@ class Checkpoint:
         tiny.huggingface(family).save_pretrained(self.directory)
         self.text = (self.directory / "config.json").read_text()
         self.config = json.loads(self.text)
+        self.cfg = None
         self.cfg = self.read(self.text)
 
     def read(self, text: str):
-        """The config of a conversion, whose arrays have all been made."""
+        """The config of a conversion, whose arrays have all been made (those of the right config once: they are the same)."""
         (self.directory / "config.json").write_text(text)
         request = jobs.ConversionRequest(self.family, str(self.directory))
         with contextlib.redirect_stdout(io.StringIO()) as said, jobs.open_conversion(request) as job:
-            if not job.plan.fresh:  # a parameter that the file lacks would be compiled for every input
+            if (
+                job.plan.cfg != self.cfg and not job.plan.fresh
+            ):  # a parameter that the file lacks would be compiled for every input
                 jobs.check(job, request)
         assert "Traceback" not in said.getvalue()
         return job.plan.cfg

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import itertools
 import json
@@ -90,8 +91,14 @@ def test_a_key_has_one_fate():
         assert len(fates) == len(set(fates)), keys.name
 
 
-def written(family: str, **changes) -> dict:
-    return json.loads(tiny.huggingface(family, **changes).config.to_json_string(use_diff=False))
+@functools.cache
+def original(family: str) -> torch.nn.Module:
+    """One tiny model for all tests, none of which changes it."""
+    return tiny.huggingface(family).eval()
+
+
+def written(family: str) -> dict:
+    return json.loads(original(family).config.to_json_string(use_diff=False))
 
 
 def read(family: str, config: dict):
@@ -172,7 +179,7 @@ OTHER = {
 @pytest.mark.parametrize("family", FROM_HF[:-1])
 def test_a_key_without_effect_has_none_in_transformers(family):
     keys = {"siglip2": hf_keys.SIGLIP, "sam": hf_keys.SAM}.get(family) or hf_keys.LANGUAGE[family]
-    model = tiny.huggingface(family).eval()
+    model = original(family)
     config, weights, want = written(family), model.state_dict(), outputs(family, model)
     changed = {key: OTHER[key] for key in (*keys.unused, *keys.training) if key in OTHER}
     assert len(changed) > 15
@@ -213,7 +220,7 @@ REFUSED_ROPES = (
 @pytest.mark.parametrize(("family", "rope"), itertools.product(("qwen3", "phi3", "llama"), ROPES))
 def test_the_rotary_base_is_the_one_that_transformers_takes(family, rope):
     config = written(family) | rope
-    theirs = type(tiny.huggingface(family).config).from_dict(json.loads(json.dumps(config))).rope_parameters
+    theirs = type(original(family).config).from_dict(json.loads(json.dumps(config))).rope_parameters
     assert (theirs["rope_type"], theirs.get("partial_rotary_factor", 1.0)) == ("default", 1.0)
     assert LanguageConfig.from_hf(config).rope_theta == theirs["rope_theta"]
 

@@ -1,0 +1,170 @@
+"""What a conversion decides before it writes: vocabulary, modes, names of components, what is stored beside the parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from convert_weights import configs, job
+from convert_weights.job import ConversionRequest, open_conversion
+from convert_weights.sources import ArraySource
+from flowseg_jax.errors import UserError
+from flowseg_jax.models.config import FlowSegConfig
+from flowseg_jax.models.language import LanguageConfig
+from flowseg_jax.models.sam import SamConfig
+from flowseg_jax.models.siglip import SiglipConfig
+from tests.helpers import tiny_checkpoints as tiny
+
+
+@pytest.fixture(scope="module")
+def components(tmp_path_factory):
+    """Directories of tiny encoders and of a language model with its tokenizer."""
+    root = tmp_path_factory.mktemp("components")
+    for family in ("qwen3", "siglip2", "sam"):
+        tiny.huggingface(family).save_pretrained(root / family)
+    tiny.save_tokenizer(root / "qwen3")
+    return root
+
+
+def request(components, **changes) -> ConversionRequest:
+    return ConversionRequest("qwen3", str(components / "qwen3"), **changes)
+
+
+def test_the_vocabulary_is_at_least_the_tokenizers(components):
+    with open_conversion(request(components, settings=["vocab_size=262"])) as found:
+        assert found.plan.cfg.vocab_size == 262
+    with open_conversion(request(components, settings=["vocab_size=270"])) as found:
+        assert found.plan.cfg.vocab_size == 270
+    with (
+        pytest.raises(
+            UserError, match="^vocab_size=261 has no row for each of the tokenizer's 262 ids: leave --set vocab_size"
+        ),
+        open_conversion(request(components, settings=["vocab_size=261"])),
+    ):
+        pass
+
+
+def test_what_is_stored_beside_the_parameters(components):
+    with open_conversion(request(components, seed=7)) as found:
+        assert found.extra == {"converted": {"family": "qwen3", "seed": 7, "layout": "hf", "fresh": []}}
+        assert found.shards == {}
+        assert found.tokenizer.name == "tokenizer" and found.tokenizer.is_dir()
+    assert not found.tokenizer.exists()  # it lives as long as the context
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        found.extra = {}
+    defaults = ConversionRequest("qwen3", "x")
+    assert (defaults.overwrite, defaults.seed, defaults.settings, defaults.mesh, defaults.mode) == (False, 0, (), None, None)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        defaults.out = "y"
+
+
+def parts(components) -> dict[str, str]:
+    names = {"llm": "qwen3", "siglip": "siglip2", "sam": "sam"}
+    return {part: str(components / family) for part, family in names.items()}
+
+
+@pytest.mark.parametrize(("mode", "wanted"), [(None, "sr_cr"), ("sr", "sr"), ("off", "off")])
+def test_the_semantic_flow_of_a_joined_model(components, mode, wanted):
+    _, cfg, tokenizer = job._joined(job.FAMILIES["flowseg"], ConversionRequest("flowseg", parts(components), mode=mode))
+    assert cfg.semantic_flow.mode == wanted
+    assert cfg.boundary.enabled == (wanted != "off")
+    assert tokenizer == components / "qwen3"
+    assert cfg.dtype == "float32"
+    assert cfg.connector_hidden_layers == (2, 4, 5)
+    assert cfg.connector.hidden_channels == cfg.sam.hidden_size // 2
+
+
+def stage1(path, old: bool) -> str:
+    tensors = {n: x for n, x in tiny.xsam_tensors().items() if n.startswith(("segmentor.", "seg_connector."))}
+    tensors = {n: x for n, x in tensors.items() if "logit" not in n}
+    head = "segmentor.class_predictor.predictor"
+    tensors |= {f"{head}.weight": np.ones((8, 64), np.float32), f"{head}.bias": np.ones(8, np.float32)}
+    safetensors.numpy.save_file(tiny.aaai_names(tensors) if old else tensors, path)
+    return str(path)
+
+
+@pytest.mark.parametrize(("old", "vision"), [(False, "vision_encoder."), (True, "visual_encoder.")])
+def test_a_first_stage_says_how_siglip_is_named(components, tmp_path, old, vision):
+    given = parts(components) | {"segmentor": stage1(tmp_path / "x.safetensors", old)}
+    with pytest.raises(UserError, match="both sam= and segmentor= hold a mask encoder: leave sam= out"):
+        job._joined(job.FAMILIES["flowseg"], ConversionRequest("flowseg", given))
+    del given["sam"]
+    source, cfg, _ = job._joined(job.FAMILIES["flowseg"], ConversionRequest("flowseg", given))
+    assert {n.split(".")[0] for n in source.entries} == {"llm", vision[:-1], "segmentor", "seg_connector"}
+    assert cfg.sam == tiny.XSAM.sam
+    assert cfg.pixel_decoder.channels == tiny.XSAM.pixel_decoder.channels
+    assert (cfg.mask_decoder.num_queries, cfg.mask_decoder.mlp_dim, cfg.num_classes) == (20, 128, 0)
+    assert cfg.connector_hidden_layers == tiny.XSAM.connector_hidden_layers
+
+
+def test_a_mask_encoder_that_is_not_the_segmentors():
+    cfg = FlowSegConfig.tiny()
+    stage = configs.XSamStage1Config(
+        cfg.sam, cfg.connector, cfg.connector_hidden_layers, cfg.pixel_decoder, cfg.mask_decoder, 3
+    )
+    joined = configs.joined_config(cfg.llm, cfg.siglip, cfg.sam, stage, "sr", "bfloat16")
+    assert (joined.connector, joined.mask_decoder, joined.pixel_decoder) == (cfg.connector, cfg.mask_decoder, cfg.pixel_decoder)
+    assert (joined.dtype, joined.semantic_flow.mode, joined.boundary.enabled) == ("bfloat16", "sr", True)
+    assert not configs.joined_config(cfg.llm, cfg.siglip, cfg.sam, stage, "off", "float32").boundary.enabled
+    other = dataclasses.replace(cfg.sam, window_size=cfg.sam.window_size + 1)
+    with pytest.raises(UserError, match="the segmentor's mask encoder is .*, the given one .*: leave sam= out"):
+        configs.joined_config(cfg.llm, cfg.siglip, other, stage, "off", "float32")
+
+
+def test_values_set_by_name():
+    cfg = FlowSegConfig.tiny()
+    changed = configs.override(cfg, ["mask_decoder.num_heads=4", "dtype=bfloat16", "connector_hidden_layers=[1, 2, 3]"])
+    assert (changed.mask_decoder.num_heads, changed.dtype, changed.connector_hidden_layers) == (4, "bfloat16", (1, 2, 3))
+    assert configs.override(cfg, []) == cfg
+    sam = configs.override(SamConfig.tiny(), ["window_size=3"])
+    assert sam == dataclasses.replace(SamConfig.tiny(), window_size=3)
+    for wrong in ("mask_decoder.num_heads", "nothing=1", "mask_decoder.nothing=1", "dtype.x=1", "a.b.c=1"):
+        with pytest.raises(UserError) as caught:
+            configs.override(cfg, [wrong])
+        assert str(caught.value) == f"--set {wrong}: expected KEY=VALUE with a key of the config (say mask_decoder.num_heads=4)"
+    with pytest.raises(UserError, match="^SiglipConfig.image_size is 'x', expected a whole number"):
+        configs.override(SiglipConfig.tiny(), ["image_size=x"])
+
+
+def test_a_network_computes_in_what_most_weights_are():
+    half, full = np.zeros(3, ml_dtypes.bfloat16), np.zeros((2, 1), np.float32)
+    assert job._compute(ArraySource({"a": half, "b": full})) == "bfloat16"
+    assert job._compute(ArraySource({"a": half, "b": full, "c": full})) == "float32"
+    assert job._compute(ArraySource({})) == "float32"
+    assert job._compute(ArraySource({"a": np.zeros(9, np.float16)})) == "float32"
+
+
+def test_the_chat_template_of_a_language_model():
+    assert job._chat(LanguageConfig.qwen3_1b7()) == "qwen3_wothinking"
+    assert job._chat(LanguageConfig.qwen3_4b()) == "qwen3_instruct"
+    assert job._chat(LanguageConfig.phi3_mini()) == "phi3_chat"
+    assert job._chat(LanguageConfig.smollm2_135m()) == "qwen3_instruct"
+    deeper = dataclasses.replace(LanguageConfig.qwen3_1b7(), num_hidden_layers=29)
+    assert job._chat(deeper) == "qwen3_instruct"
+
+
+@pytest.mark.parametrize(
+    ("values", "family"),
+    [
+        ('{"model_type": "phi3"}', "phi3"),
+        ('{"model_type": "llava", "text_config": {"model_type": "llama"}}', "llama"),
+        ('{"component": {"family": "qwen3"}}', "qwen3"),
+        ('{"model": {"llm": {"model_type": "phi3"}}}', "phi3"),
+    ],
+)
+def test_which_language_model_a_directory_holds(tmp_path, values, family):
+    safetensors.numpy.save_file({"w": np.zeros(1, np.float32)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(values)
+    assert job._llm_family(tmp_path) == family
+    (tmp_path / "config.json").write_text('{"model_type": "bert", "component": 3}')
+    with pytest.raises(UserError) as caught:
+        job._llm_family(tmp_path)
+    said = "no language model that is supported (config.json says 'bert'; qwen3, phi3 or llama)"
+    assert str(caught.value) == f"llm={tmp_path}: {said}"
+    (tmp_path / "x.gguf").write_bytes(b"")
+    with pytest.raises(UserError, match="config.json says 'bert'"):  # a config.json beside it counts more
+        job._llm_family(tmp_path)
