@@ -190,7 +190,8 @@ def test_a_set_of_which_nothing_fits_is_refused(train, sets, tmp_path, monkeypat
         train("full", "llava", shape=dataclasses.replace(SHAPE, max_masks=2))  # one of several is no better
     data = train("full", shape=dataclasses.replace(SHAPE, max_masks=3))
     said = (
-        "2 of 3 images are without a target: they have nothing but crowds, or of each category more objects than data.max_masks, 3"
+        "2 of 3 images are without a target: they have nothing but crowds, or of each category more objects than "
+        "data.max_masks, 3"
     )
     assert data.remarks == [f"{prepared.directory}: {said}"]
     seen = {int(b.example_id[i]): int(b.mask_valid[i].sum()) for b, i in rows(data, 6)}
