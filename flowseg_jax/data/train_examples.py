@@ -165,7 +165,7 @@ class TrainExampleBuilder:
             self._check_targets(entries, where)
         if self._tokenizer is None:
             if self.task != "generic":
-                raise UserError(f"{where}: {self.task} data needs a language model, and this model has none (model.parts)")
+                raise UserError(f"{where}: {self.task} data needs a language model, and this model has none (model.components)")
             return
         for name in self._categories if shape.max_names and (self.task == "generic" or options.include_generic) else ():
             check_phrase(name, self._tokenizer, f"{where}: category {name!r}")

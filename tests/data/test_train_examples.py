@@ -301,7 +301,7 @@ def test_without_language_there_are_masks_and_classes_alone(sets):
     batch = data.batch(0)
     assert (batch.segment_ids == PAD).all() and (batch.labels == IGNORE_INDEX).all()
     assert ((batch.object_category != PAD) == batch.mask_valid).all() and batch.mask_valid.any(1).all()
-    with pytest.raises(UserError, match=r"referring data needs a language model, and this model has none \(model.parts\)"):
+    with pytest.raises(UserError, match=r"referring data needs a language model, and this model has none \(model.components\)"):
         TrainDataset(build_mixture([(sets["refcoco"], 0.0)]), shape, PromptTemplates(), 0, visual_tokens=0, tokenizer=None)
 
 
