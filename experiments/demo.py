@@ -19,9 +19,9 @@ from pathlib import Path
 from flowseg_jax import experiment as configs
 from flowseg_jax.checkpoints.find import SHIPPED_MODEL
 from flowseg_jax.errors import run_cli
+from flowseg_jax.evaluation import report
 from flowseg_jax.evaluation.benchmark import EvalModel, ReferringEvaluation
 from flowseg_jax.models import flowseg
-from flowseg_jax.reports import evaluation
 from flowseg_jax.system import host
 from flowseg_jax.system.console import duration, heartbeat, log
 from flowseg_jax.training import loop
@@ -42,17 +42,17 @@ def main() -> int:
     plan = loop.RunConfig.from_config(config)
     host.use_host_devices(config.batch_size // config.model.negatives_group_size)
     host.enable_compilation_cache()
-    rows: list[evaluation.ReportRow] = []
+    rows: list[report.ReportRow] = []
     about = [
         f"Training from scratch: {STEPS} steps of {config.batch_size} images, up to {config.data.max_phrases} expressions each "
         f"(configs/shapes_tiny.py, seed {config.seed}). All numbers are percent, over the first {IMAGES} images of each split.",
         "Shuffled-text control: every image is asked the sentences of another image; what is left is what needs no reading.",
     ]
 
-    def show(row: evaluation.ReportRow) -> None:
+    def show(row: report.ReportRow) -> None:
         rows.append(row)
-        evaluation.write(WORKDIR / "report.html", rows, title="FlowSeg on shapes", about=about)
-        log(evaluation.table([row]))
+        report.write(WORKDIR / "report.html", rows, title="FlowSeg on shapes", about=about)
+        log(report.table([row]))
         log(f"report so far: {WORKDIR / 'report.html'}")
 
     stage("the shapes benchmark: images, expressions, tokenizer")
@@ -63,8 +63,8 @@ def main() -> int:
     for split in SPLITS:
         shipped.run(split, WORKDIR / "eval_shipped", images=IMAGES)
     shipped.run("val", WORKDIR / "eval_shipped", shuffle_text=True, images=IMAGES)
-    show(evaluation.read_row("shipped", WORKDIR / "eval_shipped", note="configs/shapes_shipped.py"))
-    show(evaluation.read_row("shipped, shuffled text", WORKDIR / "eval_shipped", shuffled=True))
+    show(report.read_row("shipped", WORKDIR / "eval_shipped", note="configs/shapes_shipped.py"))
+    show(report.read_row("shipped, shuffled text", WORKDIR / "eval_shipped", shuffled=True))
 
     stage("an untrained model, for comparison")
     with heartbeat("initialising parameters"):
@@ -73,7 +73,7 @@ def main() -> int:
     mine = ReferringEvaluation(untrained, prepared)
     for split in SPLITS:
         mine.run(split, WORKDIR / "eval_untrained", images=IMAGES, pictures=False)
-    show(evaluation.read_row("untrained", WORKDIR / "eval_untrained"))
+    show(report.read_row("untrained", WORKDIR / "eval_untrained"))
 
     stage(f"training from scratch: {STEPS} steps")
     trained = loop.train(config, WORKDIR)
@@ -83,11 +83,11 @@ def main() -> int:
     for split in SPLITS:
         mine.run(split, WORKDIR / "eval", images=IMAGES)
     mine.run("val", WORKDIR / "eval", shuffle_text=True, images=IMAGES)
-    show(evaluation.read_row("this run", WORKDIR / "eval"))
-    show(evaluation.read_row("this run, shuffled text", WORKDIR / "eval", shuffled=True))
+    show(report.read_row("this run", WORKDIR / "eval"))
+    show(report.read_row("this run, shuffled text", WORKDIR / "eval", shuffled=True))
 
     stage("done")
-    log(evaluation.table(rows))
+    log(report.table(rows))
     log(f"open {WORKDIR / 'report.html'}")
     log(f'ask it something: python predict.py --image IMAGE --text "the red circle"   (or --workdir {WORKDIR})')
     return 0

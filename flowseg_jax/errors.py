@@ -13,6 +13,7 @@ import errno
 import importlib
 import itertools
 import os
+import re
 import reprlib
 import signal
 import sys
@@ -20,7 +21,7 @@ import types
 from collections.abc import Callable, Collection, Iterable
 from typing import IO, Any
 
-from flowseg_jax.system.traces import Traces, formatted, one_line, printable, shown
+from flowseg_jax.traces import Traces, formatted, one_line, printable, shown
 
 # What the system says where nothing can be written. A file that is not there, or that is a folder, is another matter.
 NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EIO)
@@ -209,3 +210,11 @@ def leave(line: str, code: int) -> None:
     """Ends the process at once, from any thread, with a line on stderr: for when going on does harm or is not possible."""
     tell(line)
     os._exit(code)
+
+
+def short_reason(error: BaseException) -> str:
+    """The first sentence of an error's text, or its type."""
+    text = str(error).strip()
+    if code := re.search(r"os_error_code='(\d+)'", text):  # TensorStore's, at the end of a long sentence
+        return os.strerror(int(code[1]))
+    return text.splitlines()[0].split(". See ")[0].split(" [")[0][:200] if text else type(error).__name__

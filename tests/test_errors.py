@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from flowseg_jax import traces
 from flowseg_jax.errors import UserError, listed, plain
-from flowseg_jax.system import traces
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = ("train.py", "eval.py", "predict.py", "flowseg_jax/__main__.py")
@@ -173,7 +173,7 @@ def test_importing_the_package_installs_nothing():
     import flowseg_jax.cli.main, flowseg_jax.inference.segmentor, flowseg_jax.training.loop
     import flowseg_jax.checkpoints.manager, flowseg_jax.data.workers
     assert before == (sys.excepthook, sys.unraisablehook, threading.excepthook, signal.getsignal(signal.SIGINT))
-    from flowseg_jax.system.traces import LOGGERS
+    from flowseg_jax.traces import LOGGERS
     ours = [f for name in LOGGERS for f in logging.getLogger(name).filters if "flowseg" in getattr(f, "__module__", "")]
     assert not ours, ours
     """

@@ -23,9 +23,8 @@ from flowseg_jax.checkpoints import manager, pretrained
 from flowseg_jax.checkpoints.manifest import checksums
 from flowseg_jax.data.prompts import PromptTemplates
 from flowseg_jax.errors import UserError
-from flowseg_jax.evaluation import audit, results
+from flowseg_jax.evaluation import audit, report, results
 from flowseg_jax.models.config import FlowSegConfig
-from flowseg_jax.reports import evaluation
 from flowseg_jax.system import json_files
 from tests.helpers import small
 from tests.helpers.trees import abstract_of, make_params, make_state
@@ -251,7 +250,7 @@ def fuzz_results(root, inputs):
             records = audit.read_records(folder / "val.jsonl")
             results.read_pictures(folder / "pictures/val")
             audit.render(audit.tables(records))
-            return evaluation.write(root / "page.html", [evaluation.read_row("m", folder)], title="t").read_text()
+            return report.write(root / "page.html", [report.read_row("m", folder)], title="t").read_text()
 
         return ("table", "index", "record")[which], outcome(read, lambda text: "<script" not in text)
 

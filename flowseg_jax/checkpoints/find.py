@@ -6,8 +6,8 @@ from pathlib import Path
 
 from etils import epath
 
-from flowseg_jax.checkpoints import storage
 from flowseg_jax.errors import UserError
+from flowseg_jax.system import paths
 from flowseg_jax.system.paths import ROOT
 
 SHIPPED_MODEL = ROOT / "checkpoints" / "shapes_tiny"  # the trained tiny model that comes with the package
@@ -22,9 +22,9 @@ def find_model(checkpoint: str | None, workdir: str | None) -> epath.Path | Path
     if checkpoint and workdir:
         raise UserError("--checkpoint and --workdir both name a model: give one of them")
     if checkpoint:
-        return storage.resolve_path(checkpoint)
+        return paths.resolve_path(checkpoint)
     if workdir:
-        directory = storage.resolve_path(workdir) / "model"
+        directory = paths.resolve_path(workdir) / "model"
         if not directory.is_dir():
             raise UserError(f"{workdir} holds no trained model yet: finish its training with the same `flowseg train` command")
         return directory

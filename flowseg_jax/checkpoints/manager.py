@@ -21,12 +21,13 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
 from flowseg_jax.checkpoints.manifest import Tree, check_arrays, check_manifest, checksums, manifest, verify
-from flowseg_jax.checkpoints.storage import cast_like, provenance, read_error, resolve_path, short_reason, with_stored_dtypes
-from flowseg_jax.errors import UserError, did_you_mean
+from flowseg_jax.checkpoints.storage import cast_like, provenance, read_error, with_stored_dtypes
+from flowseg_jax.errors import UserError, did_you_mean, short_reason
 from flowseg_jax.system import json_files
 from flowseg_jax.system.console import log
 from flowseg_jax.system.distributed import collective_try, is_primary
-from flowseg_jax.system.traces import unsaid
+from flowseg_jax.system.paths import resolve_path
+from flowseg_jax.traces import unsaid
 
 __all__ = ["CheckpointManager", "RestoredCheckpoint", "config_diff"]
 

@@ -32,16 +32,7 @@ from flowseg_jax.checkpoints.manifest import (
     unflatten_params,
     verify,
 )
-from flowseg_jax.checkpoints.storage import (
-    cast_like,
-    copy_tree,
-    local_directory,
-    provenance,
-    read_error,
-    resolve_path,
-    short_reason,
-    with_stored_dtypes,
-)
+from flowseg_jax.checkpoints.storage import cast_like, copy_tree, local_directory, provenance, read_error, with_stored_dtypes
 from flowseg_jax.checkpoints.stored_config import (
     FORMAT,
     FORMAT_VERSION,
@@ -54,10 +45,11 @@ from flowseg_jax.checkpoints.stored_config import (
     sealed,
 )
 from flowseg_jax.checkpoints.streaming import LazyArray, write_arrays
-from flowseg_jax.errors import UserError, not_writable
+from flowseg_jax.errors import UserError, not_writable, short_reason
 from flowseg_jax.system import json_files
 from flowseg_jax.system.distributed import collective_try, is_primary, locked
-from flowseg_jax.system.traces import unsaid
+from flowseg_jax.system.paths import resolve_path
+from flowseg_jax.traces import unsaid
 
 __all__ = [
     "PretrainedModel",

@@ -7,7 +7,6 @@ import contextlib
 import functools
 import importlib.metadata
 import os
-import re
 import shutil
 import subprocess
 import tempfile
@@ -16,41 +15,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import jax
 import jax.numpy as jnp
 from etils import epath
 
 from flowseg_jax.checkpoints.manifest import Tree
-from flowseg_jax.errors import UserError
+from flowseg_jax.errors import UserError, short_reason
+from flowseg_jax.system.paths import is_remote, resolve_path
 
 # What reading a damaged directory raises. Orbax goes on with JSON that is not what it wrote until an attribute is missing.
 DAMAGE = (ValueError, OSError, LookupError, TypeError, AttributeError, AssertionError, RecursionError)
-
-
-def resolve_path(path: str | os.PathLike) -> epath.Path:
-    """A local path made absolute, or a remote one (`gs://bucket/name`) as it is, with the methods of `pathlib.Path`.
-
-    Raises:
-        UserError: a scheme that etils has no file system for, or a bucket without the client for it.
-    """
-    text = os.fspath(path)
-    if "://" not in text:  # etils would take the absolute path of a remote one for a local one
-        return epath.Path(Path(text).expanduser().absolute())
-    if text.startswith("gs://"):
-        try:
-            fsspec.get_filesystem_class("gcs")  # the name that etils opens
-        except ImportError:
-            raise UserError(f"{text}: buckets need the extra gcs (pip install gcsfs google-cloud-storage)") from None
-    try:
-        return epath.Path(text)
-    except KeyError:
-        raise UserError(f"{text}: paths are local or gs://BUCKET/NAME") from None
-
-
-def is_remote(path: str | os.PathLike) -> bool:
-    """Whether a path names an object store, where files are replaced whole and directories are not renamed at one stroke."""
-    return "://" in os.fspath(path)
 
 
 def prepare_workdir(path: str | os.PathLike) -> epath.Path:
@@ -151,11 +125,3 @@ def read_error(error: Exception) -> str | None:
         return str(error)
     # An unreadable chunk is a bare Exception.
     return short_reason(error) if isinstance(error, DAMAGE) or type(error) is Exception else None
-
-
-def short_reason(error: BaseException) -> str:
-    """The first sentence of an error's text, or its type."""
-    text = str(error).strip()
-    if code := re.search(r"os_error_code='(\d+)'", text):  # TensorStore's, at the end of a long sentence
-        return os.strerror(int(code[1]))
-    return text.splitlines()[0].split(". See ")[0].split(" [")[0][:200] if text else type(error).__name__

@@ -11,10 +11,10 @@ from typing import IO, Any
 from etils import epath
 
 from flowseg_jax.checkpoints.manifest import check_arrays
-from flowseg_jax.checkpoints.storage import resolve_path, short_reason
-from flowseg_jax.errors import UserError
+from flowseg_jax.errors import UserError, short_reason
 from flowseg_jax.system import json_files
 from flowseg_jax.system.json_files import ITSELF, expect
+from flowseg_jax.system.paths import resolve_path
 
 FORMAT = "flowseg_jax model"
 FORMAT_VERSION = 3  # 1: without checksums of config and tokenizer; 1 and 2: other names (`checkpoints.upgrade`)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from flowseg_jax.cli.parser import Parser, add_model_flags, add_process_flags, positive, process_group, share
 from flowseg_jax.errors import UserError
+from flowseg_jax.system import paths
 
 ANSWER_TOKENS = 64  # of an answer that a model writes in an evaluation
 
@@ -108,11 +109,10 @@ def _check_generic(directory: Path, arguments: argparse.Namespace) -> None:
 
 def _results_directory(arguments: argparse.Namespace, name: str) -> Path:
     """Where an evaluation's results go: `--out`, or beside the run, or under `runs/` by the model's name."""
-    from flowseg_jax.checkpoints import storage
 
     if arguments.out:
         return Path(arguments.out)
-    if arguments.workdir and storage.is_remote(arguments.workdir):
+    if arguments.workdir and paths.is_remote(arguments.workdir):
         raise UserError(f"results are written to a local directory: name one with --out beside --workdir={arguments.workdir}")
     if arguments.workdir:
         return Path(arguments.workdir) / "eval"

@@ -10,7 +10,7 @@ import signal
 import threading
 from collections.abc import Iterator
 
-from flowseg_jax.system.traces import Traces
+from flowseg_jax.traces import Traces
 
 
 def init_worker(*signals: signal.Signals) -> None:

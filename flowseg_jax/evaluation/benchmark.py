@@ -24,7 +24,7 @@ from flowseg_jax.data.generic_dataset import CategoryPrompts, GenericDataset
 from flowseg_jax.data.prompts import PromptTemplates
 from flowseg_jax.data.tokenizer import Tokenizer, load_tokenizer
 from flowseg_jax.errors import UserError, did_you_mean
-from flowseg_jax.evaluation import protocols, runner
+from flowseg_jax.evaluation import protocols, report, runner
 from flowseg_jax.evaluation.evaluator import Evaluator
 from flowseg_jax.evaluation.fusion import MASK2FORMER, Thresholds
 from flowseg_jax.evaluation.runner import EvalResult
@@ -33,7 +33,6 @@ from flowseg_jax.evaluation.tasks.generic import GenericTask
 from flowseg_jax.evaluation.tasks.referring import ReferringResult
 from flowseg_jax.models import flowseg, generate
 from flowseg_jax.models.config import FlowSegConfig
-from flowseg_jax.reports import evaluation as report
 from flowseg_jax.system import distributed
 from flowseg_jax.system.console import heartbeat
 

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import jax
 
-from flowseg_jax.checkpoints.storage import short_reason
-from flowseg_jax.errors import UserError
+from flowseg_jax.errors import UserError, short_reason
 from flowseg_jax.inference.inputs import PredictionJob
 from flowseg_jax.inference.outputs import PredictionWriter, Unwritable
 from flowseg_jax.inference.segmentor import EncodedImage, GeneratedAnswer, Prediction, PreprocessedImage, Segmentor

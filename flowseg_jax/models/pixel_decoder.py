@@ -17,10 +17,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from flowseg_jax.errors import UserError
+from flowseg_jax.errors import UserError, did_you_mean
 from flowseg_jax.models.layers import Conv, GroupNorm, LayerNorm, Linear, make_param, zeros
 from flowseg_jax.models.stack import scan_layers, stack_layers
-from flowseg_jax.ops.msda import check_implementation, msda
+from flowseg_jax.ops.msda import IMPLEMENTATIONS, msda
 from flowseg_jax.ops.resize import resize
 
 Shapes = tuple[tuple[int, int], ...]
@@ -63,7 +63,12 @@ class PixelDecoderConfig:
     deformable_attention_impl: str = "auto"
 
     def __post_init__(self):
-        check_implementation(self.deformable_attention_impl, "pixel_decoder.deformable_attention_impl")
+        known = ("auto", *IMPLEMENTATIONS)
+        if self.deformable_attention_impl not in known:
+            raise UserError(
+                f"pixel_decoder.deformable_attention_impl is {self.deformable_attention_impl!r}"
+                f"{did_you_mean(self.deformable_attention_impl, known)}; known are {', '.join(known)}"
+            )
         if not self.channels or len(self.channels) != len(self.strides):
             raise UserError(
                 f"pixel_decoder: {len(self.channels)} channels {self.channels} and {len(self.strides)} strides {self.strides}; "

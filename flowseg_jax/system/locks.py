@@ -24,9 +24,9 @@ from typing import Any
 
 from etils import epath
 
-from flowseg_jax.checkpoints.storage import is_remote, resolve_path, short_reason
-from flowseg_jax.errors import UserError, leave
+from flowseg_jax.errors import UserError, leave, short_reason
 from flowseg_jax.system.console import log
+from flowseg_jax.system.paths import is_remote, resolve_path
 
 RENEWED = 15.0  # seconds between two signs of life of whoever holds a lock
 SILENT = 60.0  # seconds without one after which a process elsewhere is taken for dead

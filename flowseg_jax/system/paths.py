@@ -6,8 +6,11 @@ or holds a NUL must not lead to a file elsewhere, and one that no file system ta
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path, PurePosixPath
+
+from etils import epath
 
 from flowseg_jax.errors import UserError, quoted
 
@@ -56,3 +59,30 @@ def inside(folder: Path, name: str, where: str) -> Path:
     if max(parts) > _LONGEST or sum(parts) + len(parts) > _LONGEST_PATH:
         raise UserError(f"{where}: {quoted(name)} is no file name (too long)")
     return folder / relative
+
+
+def resolve_path(path: str | os.PathLike) -> epath.Path:
+    """A local path made absolute, or a remote one (`gs://bucket/name`) as it is, with the methods of `pathlib.Path`.
+
+    Raises:
+        UserError: a scheme that etils has no file system for, or a bucket without the client for it.
+    """
+    text = os.fspath(path)
+    if "://" not in text:  # etils would take the absolute path of a remote one for a local one
+        return epath.Path(Path(text).expanduser().absolute())
+    if text.startswith("gs://"):
+        import fsspec  # here: it takes a quarter of a second
+
+        try:
+            fsspec.get_filesystem_class("gcs")  # the name that etils opens
+        except ImportError:
+            raise UserError(f"{text}: buckets need the extra gcs (pip install gcsfs google-cloud-storage)") from None
+    try:
+        return epath.Path(text)
+    except KeyError:
+        raise UserError(f"{text}: paths are local or gs://BUCKET/NAME") from None
+
+
+def is_remote(path: str | os.PathLike) -> bool:
+    """Whether a path names an object store, where files are replaced whole and directories are not renamed at one stroke."""
+    return "://" in os.fspath(path)

@@ -18,9 +18,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from flowseg_jax.checkpoints.storage import short_reason
-from flowseg_jax.errors import UserError, leave, tell
-from flowseg_jax.system.traces import printable
+from flowseg_jax.errors import UserError, leave, short_reason, tell
+from flowseg_jax.traces import printable
 
 UNREACHABLE = 45  # seconds without an answer after which a host counts as gone
 OWN_END = 5.0  # seconds in which a process may still end by itself: often it fails for the same reason as the one that is gone

@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from flowseg_jax.checkpoints.storage import is_remote, resolve_path, short_reason
-from flowseg_jax.errors import UserError
+from flowseg_jax.errors import UserError, short_reason
 from flowseg_jax.system import json_files
 from flowseg_jax.system.console import duration, log
 from flowseg_jax.system.json_files import number
+from flowseg_jax.system.paths import is_remote, resolve_path
 
 UPLOAD_SECONDS = 30.0  # between two uploads of a metrics.jsonl that is an object in a store
 RATES = ("learning_rate", "steps_per_second", "examples_per_second")  # scalars that the terminal shows in its own columns

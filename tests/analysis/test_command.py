@@ -10,8 +10,8 @@ import pytest
 
 from flowseg_jax.cli.analyze import main
 from flowseg_jax.errors import UserError
+from flowseg_jax.evaluation import report
 from flowseg_jax.evaluation.examples import GallerySample
-from flowseg_jax.reports import evaluation
 from tests.helpers.answers import record, write
 
 
@@ -47,7 +47,7 @@ def results(tmp_path):
     files = [write(tmp_path / name, rows) for name, rows in (("a/val.jsonl", a), ("b/val.jsonl", b))]
     blank = np.zeros((20, 30), bool)
     shown = [GallerySample(r | {"iou": 0.1, "best_iou": 0.9}, np.zeros((20, 30, 3), np.uint8), blank, blank, blank) for r in b]
-    evaluation.save_pictures(tmp_path / "b", "val", {"failed": shown[:2]})
+    report.save_pictures(tmp_path / "b", "val", {"failed": shown[:2]})
     return (*files, write(tmp_path / "b/val_shuffled.jsonl", control))
 
 
@@ -123,4 +123,4 @@ def test_results_stay_readable_for_the_report(results):
     """What a diagnostic leaves beside the results is not taken for a result."""
     _, second, _ = results
     main(["oracle", str(second)])
-    assert evaluation.read_row("b", second.parent).results == {}
+    assert report.read_row("b", second.parent).results == {}

@@ -9,9 +9,10 @@ import pytest
 
 from flowseg_jax.checkpoints.manager import CheckpointManager
 from flowseg_jax.checkpoints.pretrained import load_pretrained, save_pretrained
-from flowseg_jax.checkpoints.storage import prepare_workdir, resolve_path
+from flowseg_jax.checkpoints.storage import prepare_workdir
 from flowseg_jax.cli.main import main as flowseg
 from flowseg_jax.errors import UserError
+from flowseg_jax.system.paths import resolve_path
 from flowseg_jax.training.metric_writers import JsonlWriter, create_writer
 from tests.helpers import fake_gcs
 from tests.helpers.trees import abstract_of, make_params, make_state, same

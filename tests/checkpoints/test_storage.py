@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flowseg_jax import sharding
+from flowseg_jax import errors, sharding
 from flowseg_jax.checkpoints import storage, streaming
 from flowseg_jax.checkpoints.manifest import check_arrays, check_manifest, verify
 from flowseg_jax.errors import UserError
@@ -41,11 +41,11 @@ def test_arrays_are_what_was_announced(tmp_path):
 
 
 def test_reasons_are_one_sentence():
-    assert storage.short_reason(ValueError("one\ntwo")) == "one"
-    assert storage.short_reason(ValueError("one. See two")) == storage.short_reason(ValueError("one [two]")) == "one"
-    assert storage.short_reason(ValueError("x" * 300)) == "x" * 200
-    assert storage.short_reason(KeyError()) == "KeyError"
-    assert storage.short_reason(ValueError("long [os_error_code='28']")) == "No space left on device"
+    assert errors.short_reason(ValueError("one\ntwo")) == "one"
+    assert errors.short_reason(ValueError("one. See two")) == errors.short_reason(ValueError("one [two]")) == "one"
+    assert errors.short_reason(ValueError("x" * 300)) == "x" * 200
+    assert errors.short_reason(KeyError()) == "KeyError"
+    assert errors.short_reason(ValueError("long [os_error_code='28']")) == "No space left on device"
     assert storage.read_error(Exception("chunk")) == "chunk" and storage.read_error(MemoryError("full")) is None
 
 

@@ -354,6 +354,7 @@ def test_four_encoded_levels_have_no_fpn():
         ({"embed_dim": 80}, "norm_groups"),
         ({"num_levels": 4}, "num_levels is 4"),
         ({"strides": (256, 128, 64)}, "FPN stages"),
+        ({"deformable_attention_impl": "gahter"}, "deformable_attention_impl is 'gahter'.*gather.*known are auto, gather"),
     ],
 )
 def test_config_errors(fields, message):

@@ -16,9 +16,10 @@ from flowseg_jax.data import masks, preview
 from flowseg_jax.data.records import Annotation, Expression, RecordErrors, Turn
 from flowseg_jax.data.records import Example as Sample
 from flowseg_jax.errors import UserError
+from flowseg_jax.evaluation import report
 from flowseg_jax.evaluation.examples import GallerySample
-from flowseg_jax.reports import evaluation, plots
 from flowseg_jax.reports import html as page
+from flowseg_jax.reports import plots
 from flowseg_jax.reports.html import Html, html, join
 from tests.helpers.answers import record, write
 
@@ -85,20 +86,20 @@ def table():
 
 
 def written(tmp_path, row) -> str:
-    return evaluation.write(tmp_path / "report.html", [row], title="t", about=["a"]).read_text()
+    return report.write(tmp_path / "report.html", [row], title="t", about=["a"]).read_text()
 
 
 def test_the_report_escapes_every_field_of_its_tables(tmp_path):
-    usual = elements(written(tmp_path, evaluation.ReportRow("model", {"val": table()}, note="n")))
+    usual = elements(written(tmp_path, report.ReportRow("model", {"val": table()}, note="n")))
     places = list(leaves(table()))
     assert len(places) > 25
     for place in places:
-        hostile = evaluation.ReportRow("model", {"val": put(table(), place, HOSTILE)}, note="n")
+        hostile = report.ReportRow("model", {"val": put(table(), place, HOSTILE)}, note="n")
         assert elements(written(tmp_path, hostile)) == usual, place
     family = table() | {"families": {HOSTILE: figures()}}
-    assert elements(written(tmp_path, evaluation.ReportRow(HOSTILE, {HOSTILE: family}, note=HOSTILE))) == usual
-    text = evaluation.write(
-        tmp_path / "report.html", [evaluation.ReportRow("model", {"val": table()}, note="n")], title=HOSTILE, about=[HOSTILE]
+    assert elements(written(tmp_path, report.ReportRow(HOSTILE, {HOSTILE: family}, note=HOSTILE))) == usual
+    text = report.write(
+        tmp_path / "report.html", [report.ReportRow("model", {"val": table()}, note="n")], title=HOSTILE, about=[HOSTILE]
     )
     assert elements(text.read_text()) == usual
     assert "alert(1)" in text.read_text()  # it is there, as text
@@ -110,7 +111,7 @@ def test_a_table_read_back_has_figures_where_figures_belong(tmp_path):
         for value in (HOSTILE, float("nan"), None, [], {}, True, 10**400, 10**30):
             (tmp_path / "val.json").write_text(json.dumps(put(table(), place, value)))
             try:
-                row = evaluation.read_row("model", tmp_path)
+                row = report.read_row("model", tmp_path)
             except UserError as error:
                 assert str(error).startswith(str(tmp_path / "val.json")) and str(place[0]) in str(error)
                 assert "\n" not in str(error) and len(str(error)) < 400
@@ -138,12 +139,12 @@ def test_pictures_and_diagnoses_escape_every_text_of_a_sample(tmp_path):
         rows = [record(i, 0, iou=10 * i, oracle=90, rank=1) | changes for i in (1, 2, 3)]
         rows[0] |= {"family": changes["family"] or "f"}
         write(folder / "val.jsonl", rows)
-        evaluation.save_pictures(folder, "val", {"failed": [picture(**changes)]})
+        report.save_pictures(folder, "val", {"failed": [picture(**changes)]})
         (folder / "val.json").write_text(json.dumps(table()))
         for arguments in (["oracle", str(folder / "val.jsonl")], ["compare-failures", *[str(folder / "val.jsonl")] * 2]):
             assert main([*arguments, "--out", str(folder / "out")]) == 0
         texts = [path.read_text() for path in sorted((folder / "out").glob("*.html"))]
-        texts.append(evaluation.write(folder / "report.html", [evaluation.read_row("m", folder)], title="t").read_text())
+        texts.append(report.write(folder / "report.html", [report.read_row("m", folder)], title="t").read_text())
         pages[name] = [[x for x in elements(text) if x not in ("br", ("br",))] for text in texts]
         assert len(texts) == 3
     usual = pages.pop("usual")
@@ -155,14 +156,14 @@ def test_pictures_and_diagnoses_escape_every_text_of_a_sample(tmp_path):
 
 
 def test_a_picture_lies_in_its_own_folder(tmp_path):
-    evaluation.save_pictures(tmp_path, "val", {"failed": [picture()]})
+    report.save_pictures(tmp_path, "val", {"failed": [picture()]})
     path = tmp_path / "pictures/val/index.json"
     entries = json.loads(path.read_text())
     (tmp_path / "val.json").write_text(json.dumps(table()))
     for file in ("../../x.png", "/etc/x.png", "a\0b", "", "..", 3, None):
         path.write_text(json.dumps([entries[0] | {"file": file}]))
         with pytest.raises(UserError, match=r"index.json cannot be read \(entry 0: file is .*, expected the name of a file"):
-            written(tmp_path, evaluation.read_row("m", tmp_path))
+            written(tmp_path, report.read_row("m", tmp_path))
 
 
 PLOTS = {

@@ -25,7 +25,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from flowseg_jax.errors import UserError, did_you_mean
 from flowseg_jax.ops.msda import dense, gather, kernel
 from flowseg_jax.ops.msda.chunks import Shapes
 from flowseg_jax.ops.portable import kernels_allowed
@@ -39,13 +38,6 @@ FORMULATIONS = {
     "interpreted": kernel.Kernel(interpret=True),
 }
 IMPLEMENTATIONS = ("gather", "packed_gather", "dense", "pallas")
-
-
-def check_implementation(name: str, field: str) -> None:
-    """Raises a UserError about `field` unless `msda` takes this as its `impl`."""
-    known = ("auto", *IMPLEMENTATIONS)
-    if name not in known:
-        raise UserError(f"{field} is {name!r}{did_you_mean(name, known)}; known are {', '.join(known)}")
 
 
 def msda(
@@ -82,7 +74,8 @@ def msda(
         raise ValueError(f"msda: value {value.shape}, shapes {shapes} and locations {locations.shape} do not fit")
     if weights.shape != locations.shape[:-1]:
         raise ValueError(f"msda: weights {weights.shape} and locations {locations.shape} do not fit")
-    check_implementation(impl, "impl of msda")
+    if impl not in ("auto", *IMPLEMENTATIONS):
+        raise ValueError(f"msda has no implementation {impl!r}: choose auto, {', '.join(IMPLEMENTATIONS)}")
     if chunk is None:
         samples = 4 * queries * h * levels * points * 4 * e  # bytes; four pixels per point
         chunk = -(-queries // -(-samples // CHUNK_BYTES))

@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from flowseg_jax.errors import UserError
+from flowseg_jax.evaluation import report
 from flowseg_jax.evaluation.examples import GallerySample
-from flowseg_jax.reports import evaluation, overlay, pictures
+from flowseg_jax.reports import overlay, pictures
 
 
 def example(kind_iou, text="the <b>red</b> circle", sentence=None, i=1):
@@ -74,13 +75,13 @@ def test_page_and_pictures_from_files(tmp_path):
     (folder / "val.json").write_text(json.dumps(result(61.25)))
     (folder / "val_shuffled.json").write_text(json.dumps(result(11.0, shuffled=True)))
     shown = {"good": [example(0.93)], "failed": [example(0.1, sentence="a “star”", i=2), example(0.2, i=3)]}
-    evaluation.save_pictures(folder, "val", shown)
+    report.save_pictures(folder, "val", shown)
     rows = [
-        evaluation.ReportRow("untrained", {"val": result(5.5)}, note="random parameters"),
-        evaluation.read_row("this run", folder),
-        evaluation.read_row("this run, other sentences", folder, shuffled=True),
+        report.ReportRow("untrained", {"val": result(5.5)}, note="random parameters"),
+        report.read_row("this run", folder),
+        report.read_row("this run, other sentences", folder, shuffled=True),
     ]
-    path = evaluation.write(tmp_path / "report.html", rows, title="A & B", about=["python train.py --config=<x>"])
+    path = report.write(tmp_path / "report.html", rows, title="A & B", about=["python train.py --config=<x>"])
     text = path.read_text()
     page = Page()
     page.feed(text)
@@ -95,15 +96,15 @@ def test_page_and_pictures_from_files(tmp_path):
     assert "rank 2" in text and "not a number" in text and "truth: “a “star””" in text
     assert page.cells == 3 * 9 + 3 * 2
     assert text.index("Good") < text.index("Failed")
-    plain = evaluation.table(rows)
+    plain = report.table(rows)
     assert [line.split()[0] for line in plain.splitlines()] == ["split", "val", "val", "val"]
     assert "61.2" in plain.splitlines()[2]
-    evaluation.save_pictures(folder, "val", {"good": [example(0.93)]})  # replaces: no stale files
+    report.save_pictures(folder, "val", {"good": [example(0.93)]})  # replaces: no stale files
     assert sorted(p.name for p in (folder / "pictures" / "val").iterdir()) == ["good_1_the-b-red-b-circle.png", "index.json"]
 
 
 def test_a_strip_shows_image_truth_selected_and_best(tmp_path):
-    folder = evaluation.save_pictures(tmp_path, "val", {"good": [example(0.5)]})
+    folder = report.save_pictures(tmp_path, "val", {"good": [example(0.5)]})
     (file,) = folder.glob("*.png")
     sheet = np.asarray(Image.open(file))
     panel = 240
@@ -156,12 +157,12 @@ def test_slugs():
 def test_a_file_that_is_no_result_is_named(tmp_path):
     (tmp_path / "val.json").write_text("{}")
     with pytest.raises(UserError, match=r"val\.json is not a result of eval\.py"):
-        evaluation.read_row("x", tmp_path)
+        report.read_row("x", tmp_path)
 
 
 def test_unwritable_places_are_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write pictures"):
-        evaluation.save_pictures(tmp_path / "file", "val", {"good": [example(0.9)]})
+        report.save_pictures(tmp_path / "file", "val", {"good": [example(0.9)]})
     with pytest.raises(UserError, match="cannot write"):
-        evaluation.write(tmp_path / "file" / "report.html", [], title="x")
+        report.write(tmp_path / "file" / "report.html", [], title="x")
