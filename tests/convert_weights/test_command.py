@@ -300,7 +300,7 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path, hf):
     (source / "config.json").unlink()
     with pytest.raises(UserError, match=r"config.json: no such file; give the model's config by --config FILE"):
         run("qwen3", source, tmp_path / "out")
-    with pytest.raises(UserError, match=r"unrecognized arguments: --frobnicate"):
+    with pytest.raises(UserError, match=r"there is no flag --frobnicate \(known: --chat, "):
         run("qwen3", source, tmp_path / "out", "--frobnicate")
     with pytest.raises(UserError, match="expected one SOURCE and one OUT"):
         run("qwen3", source)
@@ -324,7 +324,7 @@ def test_for_a_mesh_no_chunk_lies_in_two_devices_parts(tmp_path, hf, monkeypatch
     assert across(tmp_path / "out1") == []
     assert across(tmp_path / "out2")
     assert equal(*(pretrained.load_pretrained(tmp_path / f"out{i}", dtype=None, allow_component=True).params for i in (1, 2)))
-    for text, message in (("fsdp=two", "got 'fsdp=two'"), ("model=2", "mesh.model: unknown axis"), ("fsdp=0", "at least 1")):
+    for text, message in (("fsdp=two", "got 'fsdp=two'"), ("model=2", "mesh.model: unknown axis"), ("fsdp=0", "got 'fsdp=0'")):
         with pytest.raises(UserError, match=message):
             run("qwen3", source, tmp_path / "out3", "--mesh", text)
     assert sorted(leftovers(tmp_path)) == ["out1", "out2"]
