@@ -91,3 +91,13 @@ def test_wrappers_are_taken_out_once_and_said():
     assert found.notes == ["it: _forward_module., _orig_mod. taken out of the names"]
     untouched = source("w", "b")
     assert names.unwrapped(untouched, get_family("siglip2")) is untouched
+
+
+def test_a_prefix_is_taken_off_and_said():
+    known = sorted(get_family("siglip2").names["encoder"])
+    given = source(*(f"module.{name.replace('#', '0')}" for name in known))
+    found = names.unwrapped(given, get_family("siglip2"))
+    assert set(found.entries) == {name.replace("#", "0") for name in known}
+    assert found.notes == ["it: names without the prefix module."]
+    with pytest.raises(UserError, match=r"^it holds an adapter \(1 of 2 tensors: a.base_layer.w\): merge the adapter first"):
+        names.unwrapped(source("a.base_layer.w", "b"), get_family("siglip2"))

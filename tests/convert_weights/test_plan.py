@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import types
 
 import ml_dtypes
@@ -115,6 +116,7 @@ def test_what_a_plan_says():
     assert found.tied_copies == {"lm_head.weight": "model.embed_tokens.weight"}
     assert (found.layout, found.resized, found.fresh) == ("hf", {}, ())
     assert {target.dtype for target in found.targets} == {F32}
+    assert {target.name: target.shape for target in found.targets} == get_family("qwen3").shapes(cfg)
     half = plan.make_plan(get_family("qwen3"), cfg, ArraySource(tensors), "bfloat16")
     assert {target.dtype for target in half.targets} == {BF16}
     with pytest.raises(AttributeError):
@@ -128,3 +130,16 @@ def test_a_vocabulary_without_rows_is_no_vocabulary():
     for shape in ((0, 24), (280,), (280, 25)):
         with pytest.raises(UserError, match=r"expected \(280, 24\) for model.embed_tokens.weight"):
             import_params("qwen3", tensors | {"model.embed_tokens.weight": np.zeros(shape, np.float32)}, cfg)
+
+
+def test_a_parameter_without_a_row_is_a_fault():
+    tensors, cfg = tiny.arrays("qwen3")
+    family = get_family("qwen3")
+    rows = (
+        lambda cfg: tuple(  # noqa: E731
+            dataclasses.replace(section, table=dataclasses.replace(section.table, rows=section.table.rows[:-1]))
+            for section in family.layouts["hf"](cfg)
+        )
+    )
+    with pytest.raises(UserError, match=r"the tables do not cover layers/self_attn/k_norm/scale \(3, 8\)"):
+        plan.make_plan(dataclasses.replace(family, layouts={"hf": rows}), cfg, ArraySource(tensors))
