@@ -190,7 +190,7 @@ def compare_inputs(fixture: Fixture, samples: list[Sample], report: Report) -> N
 
 
 def compare_prompts(fixture: Fixture, report: Report) -> None:
-    """Whether our chat templates render the turns of prompts.json, text for text; the wordings themselves are our own."""
+    """Whether our chat templates render the turns of prompts.json, text for text; the prompt templates are our own."""
     by_chat: dict[str, list[bool]] = {}
     for template, turns in fixture.prompts():
         chat = CHAT_TEMPLATES.get(template)

@@ -36,17 +36,13 @@ from flowseg_jax.checkpoints.storage import cast_like, copy_tree, local_director
 from flowseg_jax.checkpoints.stored_config import (
     FORMAT,
     FORMAT_VERSION,
-    check_config,
     has_tokenizer,
-    is_earlier,
-    read_json,
     read_model_config,
     seal,
     sealed,
 )
 from flowseg_jax.checkpoints.streaming import LazyArray, write_arrays
 from flowseg_jax.errors import UserError, not_writable, short_reason
-from flowseg_jax.system import json_files
 from flowseg_jax.system.distributed import collective_try, is_primary, locked
 from flowseg_jax.system.paths import resolve_path
 from flowseg_jax.traces import unsaid
@@ -216,27 +212,6 @@ def require_empty_directory(directory: str | os.PathLike, overwrite: bool = Fals
         raise UserError(f"{target} exists: remove it or choose another name")
 
 
-def read_earlier(directory: str | os.PathLike) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """The config and the arrays {flat name: array} of a model directory of an earlier format, under the names it has.
-
-    Raises:
-        UserError: no such directory, one of today's format, or a damaged one.
-    """
-    path = resolve_path(directory)
-    if not path.is_dir():
-        raise UserError(f"no model directory {path}")
-    config = read_json(path)
-    if not is_earlier(config):
-        found = json_files.short(config.get("format_version"))
-        raise UserError(f"{path} has format version {found}: only directories of the formats 1 to {FORMAT_VERSION - 1} are old")
-    component, model = config.get("tower"), config.get("model")
-    needs_tokenizer = component is None and not (isinstance(model, dict) and model.get("parts") == "segmentor")
-    check_config(path, config, component, "tower", needs_tokenizer, "undo the change")
-    stored = config["manifest"]
-    item = unflatten_params({name: jax.ShapeDtypeStruct(tuple(shape), kind) for name, (shape, kind) in stored.items()})
-    return config, flatten_params(_read_params(path, item, config["checksums"], on_devices=False))
-
-
 def load_pretrained(
     directory: str | os.PathLike, abstract: Tree | None = None, dtype: str | None = "float32", *, allow_component: bool = False
 ) -> PretrainedModel:
@@ -261,14 +236,14 @@ def load_pretrained(
     else:
         item = unflatten_params({name: jax.ShapeDtypeStruct(tuple(shape), kind) for name, (shape, kind) in stored.items()})
 
-    params = _read_params(path, item, config["checksums"], on_devices=abstract is not None)
+    params = read_params(path, item, config["checksums"], on_devices=abstract is not None)
     params = cast_like(params, abstract) if abstract is not None else _cast_floats(params, dtype)
     tokenizer = path / "tokenizer"
     tokenizer = local_directory(tokenizer) if has_tokenizer(config) else Path(tokenizer)
     return PretrainedModel(params, config["model"], tokenizer, config["extra"], config.get("component"))
 
 
-def _read_params(path: epath.Path, item: Tree, sums: Mapping[str, int], *, on_devices: bool) -> dict[str, Any]:
+def read_params(path: epath.Path, item: Tree, sums: Mapping[str, int], *, on_devices: bool) -> dict[str, Any]:
     """The arrays of a model directory, verified; `item`: their names, shapes, dtypes and, on devices, shardings."""
 
     def read() -> Tree:

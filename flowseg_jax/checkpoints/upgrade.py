@@ -14,12 +14,18 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
+import numpy as np
 from etils import epath
 
 from flowseg_jax import fields
 from flowseg_jax.checkpoints import pretrained
-from flowseg_jax.checkpoints.manifest import unflatten_params
+from flowseg_jax.checkpoints.manifest import flatten_params, unflatten_params
+from flowseg_jax.checkpoints.stored_config import check_config, is_earlier, read_json
 from flowseg_jax.checkpoints.streaming import LazyArray
+from flowseg_jax.errors import UserError
+from flowseg_jax.system import json_files
+from flowseg_jax.system.paths import resolve_path
 
 # (pattern, replacement), applied in order to every parameter path; a path that no pattern matches keeps its name.
 _ATTENTION = ((r"/query/", "/q_proj/"), (r"/key/", "/k_proj/"), (r"/value/", "/v_proj/"), (r"/output/", "/out_proj/"))
@@ -128,6 +134,29 @@ def model_config(old: Mapping[str, Any], section: str = "model") -> dict[str, An
     return new
 
 
+def read_earlier(directory: str | os.PathLike) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The config and the arrays {flat name: array} of a model directory of an earlier format, under the names it has.
+
+    Raises:
+        UserError: no such directory, one of today's format, or a damaged one.
+    """
+    path = resolve_path(directory)
+    if not path.is_dir():
+        raise UserError(f"no model directory {path}")
+    config = read_json(path)
+    if not is_earlier(config):
+        found = json_files.short(config.get("format_version"))
+        raise UserError(
+            f"{path} has format version {found}: only directories of the formats 1 to {pretrained.FORMAT_VERSION - 1} are old"
+        )
+    component, model = config.get("tower"), config.get("model")
+    needs_tokenizer = component is None and not (isinstance(model, dict) and model.get("parts") == "segmentor")
+    check_config(path, config, component, "tower", needs_tokenizer, "undo the change")
+    stored = config["manifest"]
+    item = unflatten_params({name: jax.ShapeDtypeStruct(tuple(shape), kind) for name, (shape, kind) in stored.items()})
+    return config, flatten_params(pretrained.read_params(path, item, config["checksums"], on_devices=False))
+
+
 def upgrade(old: str | os.PathLike, new: str | os.PathLike) -> epath.Path:
     """Writes the model directory `old`, of format 1 or 2, in today's format to `new`.
 
@@ -135,7 +164,7 @@ def upgrade(old: str | os.PathLike, new: str | os.PathLike) -> epath.Path:
         UserError: `old` is no model directory of an earlier format or is damaged, or `new` exists.
     """
     pretrained.require_empty_directory(new)
-    config, arrays = pretrained.read_earlier(old)
+    config, arrays = read_earlier(old)
     component = config.get("tower")
     family = component["family"] if component else None
     params = {parameter_name(name, family): value for name, value in arrays.items()}

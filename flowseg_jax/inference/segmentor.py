@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jaxtyping import UInt8
 from PIL import Image
 
 from flowseg_jax.checkpoints import pretrained
@@ -26,19 +25,18 @@ from flowseg_jax.data.prompts import PromptTemplates, check_phrase
 from flowseg_jax.data.tokenizer import Tokenizer, load_tokenizer
 from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation import postprocess
+from flowseg_jax.inference.encoded import EncodedImage, GeneratedAnswer, PreprocessedImage
 from flowseg_jax.inference.explanation import Explanation, LayerChoice, trace_decoder
 from flowseg_jax.inference.selection import (
     Candidate,
     Prediction,
     SelectionConfig,
-    empty_prediction,
     select_prediction,
     stored_no_target_threshold,
 )
 from flowseg_jax.models import flowseg, generate
 from flowseg_jax.models.config import FlowSegConfig
-from flowseg_jax.models.outputs import ImageCache
-from flowseg_jax.types import BatchShape, ExpressionQueries, ImageInputs, PromptQueries
+from flowseg_jax.types import BatchShape, ExpressionQueries, PromptQueries
 
 __all__ = [
     "Candidate",
@@ -56,61 +54,6 @@ __all__ = [
 ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray
 
 ANSWER_TOKENS = 128  # that the model may write, its end included
-
-
-@dataclasses.dataclass(frozen=True)
-class PreprocessedImage:
-    """A decoded image as the model takes it.
-
-    Attributes:
-        name: what to call it. image: uint8 [H, W, 3], upright.
-        inputs: it alone, as a batch.
-        notes: what is special about its file, in words.
-    """
-
-    name: str
-    image: UInt8[np.ndarray, "y x 3"]
-    inputs: ImageInputs
-    notes: tuple[str, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class EncodedImage:
-    """An encoded image, which any number of texts can be asked about.
-
-    Attributes:
-        name: what to call it. image: uint8 [H, W, 3], upright.
-        resized_hw: int32 [1, 2], its size inside SAM's square input.
-        cache: what the model keeps of it.
-    """
-
-    name: str
-    image: UInt8[np.ndarray, "y x 3"]
-    resized_hw: np.ndarray
-    cache: ImageCache
-
-
-@dataclasses.dataclass(frozen=True)
-class GeneratedAnswer:
-    """What the model wrote.
-
-    Attributes:
-        question: what it was asked.
-        text: its words, `<p>`, `</p>` and `<SEG>` included.
-        complete: it came to an end before it ran out of tokens.
-        predictions: one for each `<SEG>` that stands for a phrase.
-        failure: why there is none where there should be one.
-    """
-
-    question: str
-    text: str
-    complete: bool
-    predictions: Sequence[Prediction]
-    failure: str | None = None
-
-    def or_empty(self, encoded: EncodedImage) -> Sequence[Prediction]:
-        """The predictions; where there is none, one without a mask that carries the words."""
-        return self.predictions or [empty_prediction(encoded.name, self.question, encoded.image, self.text, self.failure)]
 
 
 class Segmentor:

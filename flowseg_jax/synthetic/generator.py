@@ -218,9 +218,9 @@ def _distinct(rng: random.Random, known: ExpressionGenerator, families: list[str
     for family in families:
         for _ in range(4):
             expression = known.draw(rng, family, target)
-            wording = expression.text.replace("the ", "")  # an article more or less is no other expression
-            if wording not in chosen:
-                chosen[wording] = expression
+            bare = expression.text.replace("the ", "")  # an article more or less is no other expression
+            if bare not in chosen:
+                chosen[bare] = expression
                 break
         else:
             return None

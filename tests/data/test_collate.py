@@ -205,7 +205,7 @@ def test_length_bound_is_exact_for_a_fixed_wording_and_never_too_small(tokenizer
             limit = bound.upper_bound(bound.phrase_lengths(PHRASES), bound.phrase_lengths(names))
             assert used <= limit
             if not prompts.randomize:
-                assert limit - used <= 4  # the generic wording is rounded up
+                assert limit - used <= 4  # the generic template is rounded up
 
 
 @pytest.mark.parametrize(

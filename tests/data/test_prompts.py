@@ -7,11 +7,11 @@ from flowseg_jax.data import prompts as p
 from flowseg_jax.data.records import Turn
 from flowseg_jax.errors import UserError
 
-WORDINGS = (p.REFERRING_QUESTIONS, p.REFERRING_ANSWERS, p.GENERIC_QUESTIONS, p.GENERIC_ANSWERS)
+TEMPLATES = (p.REFERRING_QUESTIONS, p.REFERRING_ANSWERS, p.GENERIC_QUESTIONS, p.GENERIC_ANSWERS)
 
 
 def test_templates_are_well_formed():
-    for questions, answers in (WORDINGS[:2], WORDINGS[2:]):
+    for questions, answers in (TEMPLATES[:2], TEMPLATES[2:]):
         assert len(set(questions)) == len(questions) and len(set(answers)) == len(answers)
         assert all(q.count("{}") == 1 and "<" not in q for q in questions)
         assert all(a.count("<SEG>") == 1 and "{" not in a for a in answers)
