@@ -135,11 +135,10 @@ def test_a_vocabulary_without_rows_is_no_vocabulary():
 def test_a_parameter_without_a_row_is_a_fault():
     tensors, cfg = tiny.arrays("qwen3")
     family = get_family("qwen3")
-    rows = (
-        lambda cfg: tuple(  # noqa: E731
-            dataclasses.replace(section, table=dataclasses.replace(section.table, rows=section.table.rows[:-1]))
-            for section in family.layouts["hf"](cfg)
-        )
-    )
+
+    def rows(cfg):
+        sections = family.layouts["hf"](cfg)
+        return tuple(dataclasses.replace(s, table=dataclasses.replace(s.table, rows=s.table.rows[:-1])) for s in sections)
+
     with pytest.raises(UserError, match=r"the tables do not cover layers/self_attn/k_norm/scale \(3, 8\)"):
         plan.make_plan(dataclasses.replace(family, layouts={"hf": rows}), cfg, ArraySource(tensors))
