@@ -89,10 +89,10 @@ def test_padding_changes_nothing(model, run):
     close(queries[:, :, k:], queries2[:, :, k + 2 :])
 
 
-def questions(batch, behind, phrases, text=0):
-    """What `batch` asks behind its prefix of so many tokens: phrases of `phrases`, and padding up to K of the batch."""
+def queries_of(batch, prefix, phrases, text=0):
+    """The queries of `batch` after its prefix of so many tokens: phrases of `phrases`, and padding up to K of the batch."""
     k = batch.phrase_target.shape[1]
-    take = lambda x: x[:, behind:]  # noqa: E731
+    take = lambda x: x[:, prefix:]  # noqa: E731
     kept = np.isin(take(batch.segment_ids), [p + 1 for p in phrases])
     fields = {
         name: np.pad(np.where(kept, take(getattr(batch, name)), fill), ((0, 0), (0, text)), constant_values=fill)
@@ -101,27 +101,27 @@ def questions(batch, behind, phrases, text=0):
     return ExpressionQueries(**fields, query_valid=np.broadcast_to(np.isin(np.arange(k), phrases), (len(batch.input_ids), k)))
 
 
-def test_seeing_once_and_asking_is_segmenting(model, run):
-    """One pass over everything, one look and all phrases at once, and one look and a phrase at a time: the same numbers."""
+def test_predictions_from_an_image_cache_are_those_of_one_pass(model, run):
+    """One pass over everything, and a cached image with all phrases at once or with some of them: the same numbers."""
     cfg, graphdef, params = model
     batch = small.batch(cfg, phrases=3)
-    behind = 1 + cfg.num_visual_tokens
+    prefix = 1 + cfg.num_visual_tokens
     batch = dataclasses.replace(
         batch, input_ids=np.concatenate([batch.input_ids[:1, :1].repeat(2, 0), batch.input_ids[:, 1:]], 1)
     )
     whole = run(batch)[2]
     net = flowseg.bind_params(graphdef, params)
-    seen = jax.jit(net.prefill_image)(
-        ImageInputs(batch.sam_images, batch.resized_hw, batch.siglip_images), batch.input_ids[0, :behind]
+    cache = jax.jit(net.prefill_image)(
+        ImageInputs(batch.sam_images, batch.resized_hw, batch.siglip_images), batch.input_ids[0, :prefix]
     )
-    ask = jax.jit(net.predict_cached)
+    predict = jax.jit(net.predict_cached)
     for phrases, text in (((0, 1, 2), 0), ((1,), 0), ((0, 2), 9)):
-        found = ask(seen, questions(batch, behind, phrases, text))
+        found = predict(cache, queries_of(batch, prefix, phrases, text))
         close(found.scores[:, phrases], whole.scores[:, phrases])
         close(found.mask_logits[:, phrases], whole.mask_logits[:, phrases], 5e-6)
         at = np.asarray(phrases)
         np.testing.assert_array_equal(found.scores[:, at].argmax(-1), whole.scores[:, at].argmax(-1))
-    assert np.abs(np.asarray(found.scores - whole.scores)[:, 1]).max() > 1e-4  # what was not asked is not answered
+    assert np.abs(np.asarray(found.scores - whole.scores)[:, 1]).max() > 1e-4  # a phrase that is not queried has no answer
 
 
 def test_phrases_of_an_image_do_not_see_each_other(model, run):

@@ -93,7 +93,7 @@ def test_padding_of_one_chunk_is_filled_by_the_next(pair):
     assert cache.lengths.tolist() == [2, 5]
 
 
-def test_expressions_behind_a_shared_prefix_equal_the_packed_run(pair):
+def test_expressions_after_a_shared_prefix_equal_the_packed_run(pair):
     """Both ways to share a prefix: packed segments on the prefix's own row, and one row an expression on repeated rows."""
     _, model = pair
     rng = np.random.default_rng(2)
@@ -112,8 +112,8 @@ def test_expressions_behind_a_shared_prefix_equal_the_packed_run(pair):
     # No room: it is only read.
     _, cache = jax.jit(lambda x: model.prefill(x, index, head, max(prefix)))(embeds[:, : max(prefix)])
     texts = embeds[:, max(prefix) :]
-    behind, _ = jax.jit(model.extend)(cache, texts, tail, tail_ids)
-    assert hf_convert.error(behind, expected) < 1e-5
+    extended, _ = jax.jit(model.extend)(cache, texts, tail, tail_ids)
+    assert hf_convert.error(extended, expected) < 1e-5
 
     rows = rng.normal(size=(images, count, longest, model.cfg.hidden_size)).astype(np.float32)
     rows[:, ids, within] = texts
@@ -224,7 +224,7 @@ def test_more_padding_and_other_rows_change_nothing(pair):
 
 
 @pytest.mark.parametrize("pair", ["phi3 window"], indirect=True)
-def test_prompts_behind_a_cached_prefix_generate_what_whole_prompts_do(pair):
+def test_prompts_after_a_cached_prefix_generate_what_whole_prompts_do(pair):
     _, model = pair
     tokens, *_ = padded_rows()
     prefix = 5
@@ -233,10 +233,10 @@ def test_prompts_behind_a_cached_prefix_generate_what_whole_prompts_do(pair):
     whole = run(model.embed(tokens), np.array(LENGTHS))
     start = (model.embed(tokens[:1, :prefix]), np.arange(prefix)[None], np.zeros((1, prefix), int))
     _, cache = jax.jit(lambda: model.prefill(*start, prefix))()
-    behind = run(model.embed(tokens[:, prefix:]), np.array(LENGTHS) - prefix, cache.repeat(2))
-    assert (np.asarray(behind.token_ids) == np.asarray(whole.token_ids)).all()
-    assert hf_convert.error(behind.hidden_states, whole.hidden_states) < 1e-5
-    assert hf_convert.error(behind.prompt_hidden_states[0], whole.prompt_hidden_states[0, prefix:]) < 1e-5
+    after = run(model.embed(tokens[:, prefix:]), np.array(LENGTHS) - prefix, cache.repeat(2))
+    assert (np.asarray(after.token_ids) == np.asarray(whole.token_ids)).all()
+    assert hf_convert.error(after.hidden_states, whole.hidden_states) < 1e-5
+    assert hf_convert.error(after.prompt_hidden_states[0], whole.prompt_hidden_states[0, prefix:]) < 1e-5
 
 
 def test_one_program_serves_all_prompts_of_a_shape(tiny):

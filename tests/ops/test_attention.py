@@ -161,7 +161,7 @@ def test_a_mask_by_hand():
 
 
 def packed(rows: int, new: int, cached: int, window: int | None) -> AttentionMask:
-    """New tokens of two conversations behind a prefix, of which some (and the prefix) are cached; both end in padding."""
+    """New tokens of two conversations after a prefix, of which some (and the prefix) are cached; both end in padding."""
     segments = np.zeros((rows, cached + new), np.int32)
     segments[:, cached + new // 4 : cached + new // 2], segments[:, cached + new // 2 :] = 1, 2
     segments[:, -5:], segments[:, cached - 3 : cached] = -1, -1

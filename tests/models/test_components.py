@@ -1,4 +1,4 @@
-"""Models of fewer parts: stage 1 without language, stage 2 without masks."""
+"""Models of fewer components: stage 1 without language, stage 2 without masks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MASKS = {"connector", "pixel_decoder", "mask_decoder", "boundary", "category_hea
 
 @pytest.fixture(scope="module")
 def whole():
-    """A model that has everything, but neither semantic flow nor a pass by name, and what it makes of a batch."""
+    """A model that has everything, but neither semantic flow nor an open-vocabulary pass, and what it makes of a batch."""
     cfg = dataclasses.replace(small.config(), semantic_flow=SemanticFlowConfig(mode="off"), generic_pass="off")
     params = small.params(cfg)
     return cfg, params, small.batch(cfg), losses_of(cfg, params, small.batch(cfg))
@@ -42,25 +42,25 @@ def losses_of(cfg, params, batch):
     return forward(params, batch)
 
 
-def parts_of(params, cfg):
-    """Those of the parameters that a model of fewer parts has."""
+def params_of(params, cfg):
+    """Those of the parameters that a model of fewer components has."""
     mine = flatten_params(flowseg.params_dict(flowseg.abstract_model(cfg)[1]))
     return unflatten_params({path: leaf for path, leaf in flatten_params(params).items() if path in mine}), {
         p.split("/")[0] for p in mine
     }
 
 
-@pytest.mark.parametrize("parts", ["segmentor", "vlm"])
-def test_a_part_computes_what_it_computes_in_the_whole(whole, parts):
+@pytest.mark.parametrize("components", ["segmentor", "vlm"])
+def test_a_component_computes_what_it_computes_in_the_whole(whole, components):
     cfg, params, batch, (losses, *_) = whole
-    part = dataclasses.replace(cfg, components=parts)
-    kept, components = parts_of(params, part)
-    assert components == {"sam"} | (LANGUAGE if parts == "vlm" else MASKS)
-    if parts == "segmentor":  # nothing that is said is looked at
-        batch = dataclasses.replace(batch, input_ids=batch.input_ids[:, :4], **none_said(batch, 4))
+    part = dataclasses.replace(cfg, components=components)
+    kept, names = params_of(params, part)
+    assert names == {"sam"} | (LANGUAGE if components == "vlm" else MASKS)
+    if components == "segmentor":  # no text is read
+        batch = dataclasses.replace(batch, input_ids=batch.input_ids[:, :4], **without_text(batch, 4))
     found, seen, counts = losses_of(part, kept, batch)
-    wanted = {"language"} if parts == "vlm" else {f"closed_vocab_{kind}" for kind in ("class", "mask", "dice")}
-    assert set(found) == wanted and set(seen) == ({"closed_vocab_accuracy"} if parts == "segmentor" else set())
+    wanted = {"language"} if components == "vlm" else {f"closed_vocab_{kind}" for kind in ("class", "mask", "dice")}
+    assert set(found) == wanted and set(seen) == ({"closed_vocab_accuracy"} if components == "segmentor" else set())
     for name in wanted:
         np.testing.assert_allclose(found[name], losses[name], rtol=2e-6, err_msg=name)
     # The denominators that the step divides by are known beforehand, from the batch alone.
@@ -70,7 +70,7 @@ def test_a_part_computes_what_it_computes_in_the_whole(whole, parts):
         np.testing.assert_allclose(before[name], count, rtol=1e-6, err_msg=name)
 
 
-def none_said(batch, length):
+def without_text(batch, length):
     names = ("position_ids", "segment_ids", "labels", "phrase_ids", "seg_ids")
     return {name: np.full_like(getattr(batch, name)[:, :length], -1) for name in names}
 
