@@ -225,7 +225,7 @@ def test_config_survives_json_and_refuses_typos():
     cfg = FlowSegConfig.tiny()
     values = cfg.to_dict()
     assert FlowSegConfig.from_dict(values) == cfg
-    with pytest.raises(UserError, match=r"model.mask_decoder.layer: unknown key \(did you mean 'layers'"):
+    with pytest.raises(UserError, match=r"model.mask_decoder.layer: unknown key \(did you mean 'num_layers'"):
         FlowSegConfig.from_dict(values | {"mask_decoder": values["mask_decoder"] | {"layer": 3}})
     with pytest.raises(UserError, match="generic_pass is 'yes'"):
         FlowSegConfig.from_dict(values | {"generic_pass": "yes"})
