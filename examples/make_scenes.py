@@ -38,7 +38,7 @@ def write(out: Path, scenes: int = SCENES) -> None:
     lines = []
     with tempfile.TemporaryDirectory() as folder:
         for number, index in enumerate(val):
-            record = make_record(index, "val", recipe=config, folder=Path(folder))
+            record = make_record(index, "val", config=config, folder=Path(folder))
             name = f"{number:02d}.png"
             Image.open(Path(folder) / record.file_name).save(out / name, optimize=True)
             for expressions in record.refs:
