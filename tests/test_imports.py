@@ -45,7 +45,7 @@ def imported(tree: ast.AST) -> Iterator[str]:
             names = [alias.name for alias in node.names]
         else:  # relative imports are forbidden by ruff
             # What is imported from a package may be a module in it.
-            inside = (f"{node.module}.{alias.name}" for alias in node.names)
+            inside = [f"{node.module}.{alias.name}" for alias in node.names]
             names = [name if name in MODULES else node.module for name in inside]
         yield from (name for name in names if name.partition(".")[0] in OURS)
 

@@ -610,7 +610,7 @@ def test_what_cannot_be_evaluated_is_told(prepared):
     with pytest.raises(UserError, match="referring data has no categories to evaluate on"):
         refused(other, cfg)
     marked = PreparedDataset(prepared.directory, prepared.metadata | {"categories": ["a </p> b", *prepared.categories[1:]]})
-    with pytest.raises(UserError, match="contains '</p>', which is a mark"):
+    with pytest.raises(UserError, match="contains '</p>', which is a special token"):
         rows(marked, cfg, CategoryPrompts.of(marked.categories))
     with pytest.raises(UserError, match="holds no image to evaluate"):
         proposals.evaluate(perfect(prepared), Nothing(), prepared.categories, prepared.things)

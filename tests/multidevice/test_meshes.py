@@ -76,7 +76,7 @@ def test_moments_lie_where_their_parameters_do():
     place = lambda tree: {name: x.sharding.spec for name, x in flatten_params(tree).items()}  # noqa: E731
     assert place(momentum) == place(program.state.trainable)
     divided = [name for name, spec in place(momentum).items() if "fsdp" in jax.tree.leaves(tuple(spec))]
-    assert "llm/layers/q/kernel" in divided and "llm/table" in divided
+    assert "llm/layers/self_attn/q_proj/kernel" in divided and "llm/embed_tokens" in divided
 
 
 def test_no_loop_of_unknown_length_exchanges_anything():

@@ -131,13 +131,13 @@ def test_no_collective_inside_the_loops_under_shard_map():
     script = """
 import re
 import jax, jax.numpy as jnp
-from flowseg_jax.ops.matcher import match
+from flowseg_jax.ops.matcher import batched_hungarian
 mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 spec = jax.P("data")
-mapped = jax.shard_map(match, mesh=mesh, in_specs=(spec, spec), out_specs=spec, check_vma=False)
+mapped = jax.shard_map(batched_hungarian, mesh=mesh, in_specs=(spec, spec), out_specs=spec, check_vma=False)
 sharding = jax.sharding.NamedSharding(mesh, spec)
 args = [jax.ShapeDtypeStruct(s, t, sharding=sharding) for s, t in (((4, 6, 9), jnp.float32), ((4, 6), bool))]
-for f in (match, mapped):
+for f in (batched_hungarian, mapped):
     text = jax.jit(f).lower(*args).compile().as_text()
     collectives = re.findall(r"(?:all-reduce|all-gather|all-to-all|collective-permute)(?:-start)?[(]", text)
     print(len(collectives), text.count(" while("))
