@@ -57,6 +57,7 @@ def test_the_figure_of_the_architecture_is_what_its_script_draws(tmp_path):
     assert (tmp_path / "figure.svg").read_bytes() == (ROOT / "docs/figures/architecture.svg").read_bytes()
 
 
+@pytest.mark.slow
 def test_the_figure_of_an_answer_is_what_its_script_draws(tmp_path):
     run(ROOT / "docs/figures/make_example.py", tmp_path / "figure.png")
     drawn, shown = (Image.open(path).convert("RGB") for path in (tmp_path / "figure.png", ROOT / "docs/figures/example.png"))
@@ -64,6 +65,7 @@ def test_the_figure_of_an_answer_is_what_its_script_draws(tmp_path):
     assert np.abs(np.subtract(drawn, shown, dtype=np.int16)).mean() < 1
 
 
+@pytest.mark.slow
 def test_the_example_scenes_are_what_their_script_makes(tmp_path):
     scenes = ROOT / "examples" / "scenes"
     script(ROOT / "examples/make_scenes.py").write(tmp_path)

@@ -13,8 +13,8 @@ from flowseg_jax.system import host
 
 PROGRAM = """
 import jax
-from flowseg_jax import host
-host.keep_programs()
+from flowseg_jax.system import host
+host.enable_compilation_cache()
 jax.jit(lambda x: x @ x + 1)(jax.numpy.ones((8, 8))).block_until_ready()
 print(jax.config.jax_compilation_cache_dir, jax.config.jax_compilation_cache_max_size)
 """
