@@ -139,8 +139,8 @@ class Peer:
                     f"{chat.user_prefix}Segment <p>{e['expressions'][0]}</p>.{chat.assistant_prefix}<SEG>.{chat.suffix}"
                     for e in entries
                 ]
-                said = tokenizer("\n".join(text), add_special_tokens=False)["input_ids"]
-                ids[VISUAL_TOKENS : VISUAL_TOKENS + len(said)] = torch.tensor(said)
+                ids_of_text = tokenizer("\n".join(text), add_special_tokens=False)["input_ids"]
+                ids[VISUAL_TOKENS : VISUAL_TOKENS + len(ids_of_text)] = torch.tensor(ids_of_text)
                 return {"pixels": pixels, "vision": vision, "masks": targets, "ids": ids}
 
         self._loader = DataLoader(Pictures(), batch_size=BATCH, num_workers=0)

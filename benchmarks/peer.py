@@ -25,7 +25,7 @@ from flowseg_jax.models.boundary import BoundaryConfig
 from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.models.connectors import ConnectorConfig
 from flowseg_jax.models.flowseg import SAM_MEAN, SAM_STD
-from flowseg_jax.models.language import LanguageConfig
+from flowseg_jax.models.language_config import LanguageConfig
 from flowseg_jax.models.mask_decoder import MaskDecoderConfig
 from flowseg_jax.models.pixel_decoder import PixelDecoderConfig
 from flowseg_jax.models.sam import SamConfig
@@ -167,9 +167,9 @@ class FlowLayer(mask2former.Mask2FormerMaskedAttentionDecoderLayer):
         gate = self.text_gate(torch.cat([vision, words], -1)).sigmoid()
         x = gate * vision + (1 - gate) * words
         among = self.self_attn(hidden_states=x, position_embeddings=position.expand_as(x))[0]
-        settled = self.self_attn_layer_norm(x + among)
-        x = self.final_layer_norm(settled + self.fc2(self.fc1(settled).relu()))
-        return x, conditions + self.condition_cross_attn(conditions, settled, settled, need_weights=False)[0]
+        attended = self.self_attn_layer_norm(x + among)
+        x = self.final_layer_norm(attended + self.fc2(self.fc1(attended).relu()))
+        return x, conditions + self.condition_cross_attn(conditions, attended, attended, need_weights=False)[0]
 
 
 class Boundary(nn.Module):
@@ -188,8 +188,8 @@ class Boundary(nn.Module):
             probability = masks.sigmoid()[:, None]
             window = (self.kernel, 1, self.kernel // 2)
             edge = (F.max_pool2d(probability, *window) + F.max_pool2d(-probability, *window) > self.eps)[:, 0]
-        seen = self.compress(features).expand(len(masks), -1, -1, -1)
-        delta = self.refine(torch.cat([masks[:, None], seen], 1)).tanh()[:, 0] * self.alpha
+        projected = self.compress(features).expand(len(masks), -1, -1, -1)
+        delta = self.refine(torch.cat([masks[:, None], projected], 1)).tanh()[:, 0] * self.alpha
         return masks + delta * edge
 
 
@@ -275,7 +275,7 @@ class FlowSegTorch(nn.Module):
         decoded = self._pixel(features[::-1])
         return tokens, decoded.mask_features, list(decoded.multi_scale_features)
 
-    def listen(self, batch: dict[str, torch.Tensor], visual: torch.Tensor) -> torch.Tensor:
+    def run_llm(self, batch: dict[str, torch.Tensor], visual: torch.Tensor) -> torch.Tensor:
         """Hidden states [1, T, W] after the final norm. Without a mask in the batch, attention is causal."""
         tokens = batch["input_ids"]
         start = int((tokens[0] == IMAGE_TOKEN_INDEX).nonzero()[0])
@@ -322,7 +322,7 @@ class FlowSegTorch(nn.Module):
     def segment(self, batch: dict[str, torch.Tensor], count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Scores [K, Q] and mask logits [K, Q, h, w] of all candidates, each phrase against the background alone."""
         visual, features, levels = self.look(batch)
-        phrases, segs = self.pool(self.listen(batch, visual), batch, count)
+        phrases, segs = self.pool(self.run_llm(batch, visual), batch, count)
         conditions = torch.stack([phrases, self.background.weight.expand(count, -1)])
         out = self.decode(features, levels, conditions, segs, torch.ones(count, 2, dtype=torch.bool))
         return out.classes[-1].softmax(-1)[..., 0], out.masks[-1]
@@ -356,6 +356,6 @@ def torch_batch(batch: Batch) -> dict[str, torch.Tensor]:
     if batch.segment_ids.max() > 1:
         segments, index = torch.from_numpy(np.array(batch.segment_ids)), torch.arange(batch.segment_ids.shape[1])
         key, query = segments[:, None, :], segments[:, :, None]
-        seen = (key != PAD) & ((key == 0) | (key == query)) & (index[None, :] <= index[:, None])
-        out["visible"] = seen[:, None]
+        visible = (key != PAD) & ((key == 0) | (key == query)) & (index[None, :] <= index[:, None])
+        out["visible"] = visible[:, None]
     return out

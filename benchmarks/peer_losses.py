@@ -88,7 +88,7 @@ def training_loss(
     """The loss of one image with K expressions, which are each other's negatives."""
     count = len(truth)
     visual, features, levels = model.look(batch)
-    hidden = model.listen(batch, visual)
+    hidden = model.run_llm(batch, visual)
     phrases, segs = model.pool(hidden, batch, count)
     conditions = torch.cat([phrases, model.background.weight])[:, None].expand(-1, count, -1)
     own = torch.cat([torch.eye(count, dtype=torch.bool), torch.ones(count, 1, dtype=torch.bool)], 1)

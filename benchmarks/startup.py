@@ -53,7 +53,7 @@ def start(size: str, began: float, checkpoint: Path | None, restore: bool) -> di
     """
     import jax
 
-    from benchmarks.components.sizes import SIZES, asked, experiment
+    from benchmarks.components.sizes import SIZES, dummy_batch, experiment
     from flowseg_jax.checkpoints.manager import CheckpointManager
     from flowseg_jax.training.program import TrainProgram
 
@@ -66,7 +66,7 @@ def start(size: str, began: float, checkpoint: Path | None, restore: bool) -> di
         seconds[name] = time.perf_counter() - started
 
     sizes = SIZES[size]
-    batch = asked(sizes.whole, EXPRESSIONS, sizes.words)
+    batch = dummy_batch(sizes.whole, EXPRESSIONS, sizes.words)
     config = experiment(sizes.whole, batch, sizes.points)
     with stage("trace"):
         program = TrainProgram.build(config, jax.devices()[:1])

@@ -51,13 +51,13 @@ class Worker:
 
     def run(self, calls: int) -> float:
         """Raises a UserError with the last line that the worker wrote, if it has died."""
-        return float(self._ask(f"run {calls}"))
+        return float(self._request(f"run {calls}"))
 
     def output(self) -> dict[str, np.ndarray]:
         """Raises a UserError as `run` does."""
         with tempfile.TemporaryDirectory() as directory:
             path = Path(directory) / "output.npz"
-            self._ask(f"output {path}")
+            self._request(f"output {path}")
             with np.load(path) as arrays:
                 return dict(arrays)
 
@@ -75,7 +75,7 @@ class Worker:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _ask(self, request: str) -> str:
+    def _request(self, request: str) -> str:
         try:
             self._process.stdin.write(request + "\n")
             self._process.stdin.flush()

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from flowseg_jax.errors import UserError, did_you_mean
 from flowseg_jax.models.config import FlowSegConfig
-from flowseg_jax.models.language import LanguageConfig
+from flowseg_jax.models.language_config import LanguageConfig
 
 LANGUAGE_MODELS = {
     "qwen3_4b": LanguageConfig.qwen3_4b,

@@ -19,7 +19,7 @@ from flowseg_jax.checkpoints.pretrained import read_model_config
 from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.system.paths import ROOT
 
-PHRASES, TOKENS = 4, 56  # asked of one image; for the text of each
+PHRASES, TOKENS = 4, 56  # expressions of one image; tokens of each
 
 
 def get_config(checkpoint: str = "") -> ConfigDict:

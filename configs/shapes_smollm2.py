@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from flowseg_jax.errors import UserError
 from flowseg_jax.models.config import FlowSegConfig
-from flowseg_jax.models.language import LanguageConfig
+from flowseg_jax.models.language_config import LanguageConfig
 
 LANGUAGE_MODEL, VISION = "data/smollm2", "checkpoints/shapes_tiny"
 

@@ -12,7 +12,7 @@ from convert_weights.files import read_json, resolve_source
 from convert_weights.refusals import refuse_quantised
 from flowseg_jax.errors import UserError, did_you_mean
 from flowseg_jax.models import hf_keys
-from flowseg_jax.models.language import LanguageConfig
+from flowseg_jax.models.language_config import LanguageConfig
 from flowseg_jax.models.mask_decoder import MaskDecoderConfig
 from flowseg_jax.models.pixel_decoder import PixelDecoderConfig
 from flowseg_jax.models.sam import SamConfig

@@ -18,7 +18,7 @@ from flowseg_jax.errors import UserError
 from flowseg_jax.models.boundary import BoundaryConfig
 from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.models.connectors import ConnectorConfig
-from flowseg_jax.models.language import LanguageConfig
+from flowseg_jax.models.language_config import LanguageConfig
 from flowseg_jax.models.mask_decoder import MaskDecoderConfig
 from flowseg_jax.models.pixel_decoder import PixelDecoderConfig
 from flowseg_jax.models.sam import SamConfig
@@ -127,13 +127,13 @@ def llm_from_shapes(shapes: Shapes, chosen: LanguageConfig | None) -> LanguageCo
     known = [chosen] if chosen is not None else [make() for make in LLMS.values()]
     fitting = [cfg for cfg in known if (cfg.hidden_size, cfg.num_hidden_layers) == (width, layers)]
     if not fitting:
-        asked = (
+        expected = (
             f"--llm has width {known[0].hidden_size} and {known[0].num_hidden_layers}"
             if chosen is not None
             else "no preset has these"
         )
         raise UserError(
-            f"the checkpoint's language model has width {width} and {layers} layers, {asked}; "
+            f"the checkpoint's language model has width {width} and {layers} layers, {expected}; "
             "give --llm DIR with its config.json"
         )
     return dataclasses.replace(fitting[0], vocab_size=vocab)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from flowseg_jax.models.language import LanguageConfig
+from flowseg_jax.models.language_config import LanguageConfig
 
 
 def to_hf(family: str, cfg: Any) -> dict[str, Any] | None:

@@ -135,8 +135,8 @@ class TorchView:
         self._held: dict[str, np.ndarray] = {}
 
     def _entry(self, slices: list[ParamSlice]) -> TensorInfo:
-        kinds = [self._params.entries[part.target].dtype for part in slices]
-        return TensorInfo(slices[0].source_shape, functools.reduce(jnp.promote_types, kinds))
+        dtypes = [self._params.entries[part.target].dtype for part in slices]
+        return TensorInfo(slices[0].source_shape, functools.reduce(jnp.promote_types, dtypes))
 
     def in_order(self) -> Iterator[str]:
         """Names, those that come from the same stacks one after the other."""

@@ -25,7 +25,7 @@ class ModelDirectory:
 
     Args:
         directory: written by `save_pretrained`, `save_pretrained_streaming` or training.
-        family: the family asked for. A language model or an encoder can be taken out of a whole model.
+        family: the family to read. A language model or an encoder can be taken out of a whole model.
 
     Attributes:
         cfg: the family's config.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from convert_weights.table import Table, TableRow, conv, linear, norm, numbered
-from flowseg_jax.models.language import LanguageConfig
+from flowseg_jax.models.language_config import LanguageConfig
 from flowseg_jax.models.sam import SamConfig
 
 

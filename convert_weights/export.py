@@ -101,11 +101,11 @@ def write_safetensors(directory: Path, exported: TorchView, dtype: str | None, p
 
     The library writes a file from arrays that are all in memory: those of one shard are, and no more.
     """
-    kinds = {name: cast(np.empty(0, entry.dtype), dtype).dtype for name, entry in exported.entries.items()}
+    dtypes = {name: cast(np.empty(0, entry.dtype), dtype).dtype for name, entry in exported.entries.items()}
     shards: list[list[str]] = [[]]
     total = size = 0
     for name in exported.in_order():
-        bytes_ = math.prod(exported.entries[name].shape) * kinds[name].itemsize
+        bytes_ = math.prod(exported.entries[name].shape) * dtypes[name].itemsize
         if shards[-1] and size + bytes_ > MAX_SHARD:
             shards.append([])
             size = 0

@@ -20,7 +20,8 @@ from flowseg_jax.checkpoints.manifest import flatten_params
 from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.models.connectors import ConnectorConfig, SegConnector
 from flowseg_jax.models.flowseg import FlowSeg, params_dict
-from flowseg_jax.models.language import LanguageConfig, LanguageModel
+from flowseg_jax.models.language import LanguageModel
+from flowseg_jax.models.language_config import LanguageConfig
 from flowseg_jax.models.layers import Linear
 from flowseg_jax.models.mask_decoder import MaskDecoder, MaskDecoderConfig
 from flowseg_jax.models.pixel_decoder import PixelDecoder, PixelDecoderConfig

@@ -30,7 +30,7 @@ from flowseg_jax.data.tokenizer import Extended, add_special_tokens, load_tokeni
 from flowseg_jax.errors import UserError
 from flowseg_jax.models import hf_keys
 from flowseg_jax.models.config import FlowSegConfig
-from flowseg_jax.models.language import LanguageConfig
+from flowseg_jax.models.language_config import LanguageConfig
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
 # Where a component's names stand in a whole model: (what they begin with alone, what they begin with there).
@@ -132,7 +132,7 @@ def open_conversion(request: ConversionRequest) -> Iterator[ConversionJob]:
             raise UserError(f"{family.name} needs its language model's tokenizer: give --tokenizer DIR")
         extra: dict[str, Any] = {"converted": {"family": family.name, "seed": request.seed}}
         if isinstance(cfg, FlowSegConfig):
-            extra["prompts"] = {"chat": chat.chat}
+            extra["prompts"] = {"chat_template": chat.chat_template}
             if tokenizer is not None:
                 load_tokenizer(tokenizer, needed=chat.special_tokens)
                 if count != cfg.llm.vocab_size:
@@ -141,8 +141,8 @@ def open_conversion(request: ConversionRequest) -> Iterator[ConversionJob]:
                         f"{cfg.llm.vocab_size} rows: give the tokenizer of its language model"
                     )
         plan = make_plan(family, cfg, source, request.dtype)
-        asked = any(setting.startswith(("vocab_size=", "llm.vocab_size=")) for setting in request.settings)
-        if extended is None and plan.resized and not asked:  # only a tokenizer, or the user, says that rows are padding
+        given = any(setting.startswith(("vocab_size=", "llm.vocab_size=")) for setting in request.settings)
+        if extended is None and plan.resized and not given:  # only a tokenizer, or the user, says that rows are padding
             name, (found, rows) = next(iter(plan.resized.items()))
             raise UserError(
                 f"{source.name}: the file has {found} rows for {name}, vocab_size in its config is {rows}, and no tokenizer is "
@@ -290,8 +290,10 @@ def _llm_family(path: Path) -> str:
     named = [_at(values, place) for place in places]
     found = next((name for name in named if name in hf_keys.LANGUAGE), None)
     if found is None:
-        said = reprlib.repr(next((name for name in named if name), None))
-        raise UserError(f"llm={path}: no language model that is supported (config.json says {said}; qwen3, phi3 or llama)")
+        model_type = reprlib.repr(next((name for name in named if name), None))
+        raise UserError(
+            f"llm={path}: no language model that is supported (config.json says {model_type}; qwen3, phi3 or llama)"
+        )
     return found
 
 

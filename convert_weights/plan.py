@@ -88,14 +88,14 @@ def make_plan(family: CheckpointFamily, cfg: Any, source: TensorSource, dtype: s
         if not complete and group is not None and group not in present:
             targets.append(ParamTarget(name, shape, np.dtype(dtype or np.float32), ()))
             continue
-        kinds = set()
+        dtypes = set()
         for part in parts:
             if part.source not in source.entries:
                 faults.append(("missing", part.source, part.source_shape))
                 continue
             found = source.entries[part.source]
             used.add(part.source)
-            kinds.add(found.dtype)
+            dtypes.add(found.dtype)
             fault = _misfit(part, found, family.resizable_vocab)
             if fault:
                 faults.append((fault, part.source, found.shape))
@@ -103,7 +103,7 @@ def make_plan(family: CheckpointFamily, cfg: Any, source: TensorSource, dtype: s
                 resized[name] = (found.shape[0], part.total)
         if not parts:
             faults.append(("the tables do not cover", name, shape))
-        targets.append(ParamTarget(name, shape, np.dtype(dtype) if dtype else _common(kinds), tuple(parts)))
+        targets.append(ParamTarget(name, shape, np.dtype(dtype) if dtype else _common(dtypes), tuple(parts)))
 
     ignore = [re.compile(re.escape(s.source) + f"(?:{text})") for s in sections for text in s.table.ignore]
     spare = [name for name in source.entries if name not in used]
@@ -135,9 +135,9 @@ def detect_family(entries: Iterable[str]) -> str | None:
     return best if scores[best] > 0.2 else None
 
 
-def same_family(looks: str, asked: str) -> bool:
+def same_family(detected: str, requested: str) -> bool:
     """Whether names that look like one family may be another's: X-SAM's are a subset of FlowSeg's."""
-    return looks == asked or {looks, asked} <= {"xsam", "flowseg"}
+    return detected == requested or {detected, requested} <= {"xsam", "flowseg"}
 
 
 def _misfit(part: ParamSlice, found: TensorInfo, resizable: bool) -> str | None:
@@ -150,12 +150,12 @@ def _misfit(part: ParamSlice, found: TensorInfo, resizable: bool) -> str | None:
     return None if free and found.shape[1:] == want[1:] else f"expected {want} for"
 
 
-def _common(kinds: Iterable[np.dtype]) -> np.dtype:
+def _common(dtypes: Iterable[np.dtype]) -> np.dtype:
     """The dtype that layers are stacked in: their own, or the wider one where they differ."""
-    kinds = list(kinds) or [np.dtype(np.float32)]
-    common = kinds[0]
-    for kind in kinds[1:]:
-        common = jnp.promote_types(common, kind)
+    dtypes = list(dtypes) or [np.dtype(np.float32)]
+    common = dtypes[0]
+    for dtype in dtypes[1:]:
+        common = jnp.promote_types(common, dtype)
     return np.dtype(np.float32) if common == np.float64 else np.dtype(common)
 
 
@@ -199,13 +199,13 @@ def check_tied_copies(plan: ConversionPlan, source: TensorSource, words: int | N
 
 def _different_rows(source: TensorSource, name: str, other: str, rows: int) -> int:
     """How many of the first `rows` rows differ by more than rounding."""
-    kinds = [source.entries[n].dtype for n in (name, other)]
-    small = max((jnp.finfo(kind) for kind in kinds), key=lambda info: info.eps)
+    dtypes = [source.entries[n].dtype for n in (name, other)]
+    small = max((jnp.finfo(dtype) for dtype in dtypes), key=lambda info: info.eps)
     count = 0
     for start in range(0, rows, COMPARED_ROWS):
         a, b = (source.read(n, start, min(start + COMPARED_ROWS, rows)).astype(np.float64) for n in (name, other))
         allowed = 0.0
-        if kinds[0] != kinds[1]:
+        if dtypes[0] != dtypes[1]:
             allowed = float(small.eps) * np.maximum(abs(a), abs(b)) + float(small.smallest_subnormal)
         count += int((~(abs(a - b) <= allowed)).any(tuple(range(1, a.ndim))).sum())
     return count

@@ -43,10 +43,10 @@ def refuse_pointer(file: Path) -> None:
         raise UserError(f"{file} is a git-lfs pointer, not the file itself: run `git lfs pull`, or download it")
 
 
-def refuse_dtypes(file: Path, kinds: Mapping[str, str]) -> None:
+def refuse_dtypes(file: Path, dtypes: Mapping[str, str]) -> None:
     """Raises the UserError for tensors of dtypes that no parameter has: {name: dtype}."""
-    kind = sorted(set(kinds.values()))
-    what = f"{file}: {len(kinds)} tensors have the dtype {listed(kind)}, which is not supported: {listed(kinds)}"
+    kind = sorted(set(dtypes.values()))
+    what = f"{file}: {len(dtypes)} tensors have the dtype {listed(kind)}, which is not supported: {listed(dtypes)}"
     if any(re.search(r"f(loat)?[468]|q?u?int[1-8]\b|bits", name, re.IGNORECASE) for name in kind):
         what += f"; the checkpoint is quantised: {DEQUANTISE}"
     raise UserError(what)

@@ -82,7 +82,7 @@ def _open(file: Path) -> tuple[Any, dict[str, TensorInfo]]:
             # Without a map of the file: nothing of it counts as memory in use, and a file that shrinks is an error, no crash.
             opened = safe_open(file, "np", backend="pread")
             slices = {name: opened.get_slice(name) for name in opened.keys()}
-            kinds = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+            headers = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
             repeated = _repeated_names(file, stream.read(length))
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror or error}") from None
@@ -91,10 +91,10 @@ def _open(file: Path) -> tuple[Any, dict[str, TensorInfo]]:
         raise UserError(f"{file} is no complete safetensors file ({size:,} bytes; {reason}): download it again") from None
     if repeated:
         raise UserError(f"{file} holds {len(repeated)} names twice: {listed(repeated)}; which one is meant cannot be known")
-    odd = [name for name, (_, kind) in kinds.items() if kind not in DTYPES]
+    odd = [name for name, (_, kind) in headers.items() if kind not in DTYPES]
     if odd:
-        refuse_dtypes(file, {name: kinds[name][1] for name in odd})
-    return opened, {name: TensorInfo(shape, DTYPES[kind]) for name, (shape, kind) in kinds.items()}
+        refuse_dtypes(file, {name: headers[name][1] for name in odd})
+    return opened, {name: TensorInfo(shape, DTYPES[kind]) for name, (shape, kind) in headers.items()}
 
 
 def _repeated_names(file: Path, header: bytes) -> list[str]:
@@ -102,9 +102,9 @@ def _repeated_names(file: Path, header: bytes) -> list[str]:
     found: list[str] = []
 
     def pairs(items: list[tuple[str, Any]]) -> None:
-        seen: set[str] = set()
+        known: set[str] = set()
         for name, _ in items:
-            (found.append if name in seen else seen.add)(name)
+            (found.append if name in known else known.add)(name)
 
     try:
         json.loads(header, object_pairs_hook=pairs)

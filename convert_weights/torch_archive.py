@@ -73,7 +73,7 @@ def _check_pickles(file: Path, stream: IO[bytes], count: int) -> None:
 
 def _sizes(stream: IO[bytes]) -> Iterable[int]:
     """How many objects each object of a pickle is made of, in the order in which they are made; nothing is built."""
-    stack: list[int | None] = []  # None is a mark
+    stack: list[int | None] = []  # None is the pickle MARK
     memo: dict[int, int] = {}
     for code, arg, _ in pickletools.genops(stream):
         if "PUT" in code.name:

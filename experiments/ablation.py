@@ -173,12 +173,12 @@ class Comparison:
 def _sums(runs: Sequence[Sequence[Records]]) -> np.ndarray:
     """[variants, seeds, images, (I, U, oracle I, oracle U, sum of IoU, samples)] of runs on the same samples."""
     key = lambda r: (r["image_id"], r["ann_id"], r["sentence_id"])  # noqa: E731
-    asked = sorted(map(key, runs[0][0]))
-    images = {image: i for i, image in enumerate(sorted({k[0] for k in asked}))}
+    samples = sorted(map(key, runs[0][0]))
+    images = {image: i for i, image in enumerate(sorted({k[0] for k in samples}))}
     sums = np.zeros((len(runs), len(runs[0]), len(images), 6))
     for v, variant in enumerate(runs):
         for s, records in enumerate(variant):
-            if sorted(map(key, records)) != asked:
+            if sorted(map(key, records)) != samples:
                 raise UserError("the runs were evaluated on different samples: remove their folders `eval` and start again")
             for r in records:
                 row = (*metrics.intersection_union(r), *metrics.intersection_union(r, of="oracle_"), metrics.sample_iou(r), 1)
@@ -209,10 +209,10 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def finish(config: ConfigDict, workdir: Path) -> Records:
     """Trains and evaluates the run of `config` in `workdir` as far as it is not done, and returns its samples."""
-    out, asked = workdir / "eval", json.loads(configs.to_json(config))
+    out, wanted = workdir / "eval", json.loads(configs.to_json(config))
     read = lambda path: json.loads(path.read_text()) if path.exists() else None  # noqa: E731
     evaluated = read(out / f"{SPLIT}.json")  # the last file that an evaluation writes
-    if evaluated is None or evaluated["checkpoint"]["step"] != config.num_steps or read(workdir / "config.json") != asked:
+    if evaluated is None or evaluated["checkpoint"]["step"] != config.num_steps or read(workdir / "config.json") != wanted:
         model = loop.train(config, workdir)
         ReferringEvaluation(EvalModel.load(model), loop.load_dataset(config)).run(SPLIT, out, pictures=False)
     return read_records(out / f"{SPLIT}.jsonl")

@@ -46,7 +46,7 @@ def main() -> int:
     about = [
         f"Training from scratch: {STEPS} steps of {config.batch_size} images, up to {config.data.max_phrases} expressions each "
         f"(configs/shapes_tiny.py, seed {config.seed}). All numbers are percent, over the first {IMAGES} images of each split.",
-        "Shuffled-text control: every image is asked the sentences of another image; what is left is what needs no reading.",
+        "Shuffled-text control: every image gets the sentences of another image; what is left is what needs no reading.",
     ]
 
     def show(row: report.ReportRow) -> None:

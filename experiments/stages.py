@@ -2,8 +2,9 @@
 
     miniature data sets -> stage 1 (masks) -> stage 2 (words) -> stage 3 from both, stage 3 from nothing -> evaluation of both
 
-The data sets are the `shapes` benchmark and its companions, in the layouts of RefCOCO, ReasonSeg, COCO panoptic and LLaVA, each
-read by its own reader. Everything lands in `data/stages` and `runs/stages`; started again, it continues where it stopped.
+The data sets are the `shapes` benchmark and the multi-task data sets, in the layouts of RefCOCO, ReasonSeg, COCO panoptic and
+LLaVA, each read by its own reader. Everything lands in `data/stages` and `runs/stages`; started again, it continues where it
+stopped.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from flowseg_jax.training import loop
 
 DATA, RUNS = Path("data/stages"), Path("runs/stages")
 LAYOUTS = {"reasonseg": "reasonseg", "coco-panoptic": "panoptic", "llava": "chat"}  # layout -> our name
-FOLDERS = {"reasonseg": "reasonseg", "coco-panoptic": "coco", "llava": "llava"}  # as `companions` calls them
+FOLDERS = {"reasonseg": "reasonseg", "coco-panoptic": "coco", "llava": "llava"}  # as `make-multitask` calls them
 VALUES = ("loss_closed_vocab_mask", "loss_language", "loss_referring_mask")  # what tells whether stages 1, 2 and 3 learn
 
 
@@ -77,7 +78,7 @@ class Outcome:
 def prepare_data(data: Path, size: Size) -> None:
     """Makes the miniature data sets and one tokenizer for all of them, as far as they are missing."""
     shapes = load_or_build_shapes(data / "shapes", size.shapes, 0, log=log)
-    raw = data / "companions"
+    raw = data / "multi_task"
     if not raw.exists():
         multi_task.write_datasets(raw, reasonseg=size.reasonseg, panoptic=size.panoptic, chat=size.chat, report=log)
     sets = [shapes]

@@ -30,7 +30,7 @@ HELP = {
     "data.held_out": "prepared data sets, or lists of images, whose evaluation images nothing is trained on",
     "data.objects": 'targets in images with expressions: "all" objects, or "referred" where not all are annotated',
     "data.text_length": "tokens of an image's text, the visual ones included",
-    "data.max_phrases": "expressions that are asked of an image",
+    "data.max_phrases": "expressions of an image",
     "data.max_masks": "masks of an image that are targets",
     "data.max_names": "categories that a generic question names, absent ones included; 0: those in the image",
     "data.explanation_prob": "share of the reasoning questions with an explanation that ask for it",
@@ -39,7 +39,7 @@ HELP = {
     "data.tokenizer": 'its directory; "": the one of the data set',
     "data.chat_template": "of the language model: qwen3_instruct, qwen3_wothinking or phi3_chat",
     "data.random_prompts": "draws the prompt template of every question; otherwise always the first",
-    "data.curriculum": "((until_step, {family: weight}), ...): which families of expressions are asked when",
+    "data.curriculum": "((until_step, {family: weight}), ...): which families of expressions are used when",
     "data.num_threads": "threads that build batches, in each process",
     "data.num_workers": "processes that build batches; 0: the training process itself",
     # optimizer

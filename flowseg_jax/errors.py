@@ -27,7 +27,7 @@ from flowseg_jax.traces import Traces, formatted, one_line, printable, shown
 NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EIO)
 CLOSED_PIPE = 141  # the exit code of a command that SIGPIPE ends, as shells count it
 SHOWN = 60  # characters of a value in a message
-MANY = 1000  # names that are looked through for one that is meant
+MANY = 1000  # names that `did_you_mean` compares at most
 
 
 class UserError(ValueError):
@@ -165,12 +165,12 @@ def _find(name: str) -> Callable[[], int | None]:
 
 
 def _from_interrupt(error: BaseException | None) -> bool:
-    """Whether a Ctrl-C is behind an exception: libraries wrap what interrupts them, say while they are imported."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
+    """Whether a Ctrl-C caused an exception: libraries wrap it, for example while they are imported."""
+    visited: set[int] = set()
+    while error is not None and id(error) not in visited:
         if isinstance(error, KeyboardInterrupt):
             return True
-        seen.add(id(error))
+        visited.add(id(error))
         error = error.__cause__ or error.__context__
     return False
 

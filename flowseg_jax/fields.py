@@ -129,7 +129,7 @@ RENAMED_KEYS: dict[str, dict[str, str]] = {
         "channels": "hidden_channels",
         "identity": "identity_init",
     },
-    "extra.prompts": {"vary": "randomize"},
+    "extra.prompts": {"chat": "chat_template", "vary": "randomize"},
 }
 # Values that had another name: {key: {old: new}}.
 RENAMED_VALUES = {

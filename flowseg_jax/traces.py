@@ -31,11 +31,11 @@ class Traces:
         ending: Ctrl-C has ended the command; another one ends the process at once.
     """
 
-    def __init__(self, *, told_at_once: bool = False):
+    def __init__(self, *, print_first: bool = False):
         self.path: str | None = None
         self.first = ""
         self.ending = False
-        self._told_at_once, self._lock = told_at_once, threading.Lock()
+        self._print_first, self._lock = print_first, threading.Lock()
 
     def add(self, what: str, trace: str) -> None:
         """Keeps a trace; `FLOWSEG_TRACEBACK=1` prints it too."""
@@ -48,7 +48,7 @@ class Traces:
                     file.write(f"{what}\n{trace.rstrip()}\n\n")
         if shown():
             print(trace.rstrip(), file=sys.stderr)
-        if begins and self._told_at_once:
+        if begins and self._print_first:
             print(f"note: {self.first}; {self.place()}", file=sys.stderr)
 
     def place(self) -> str:

@@ -151,9 +151,9 @@ class PromptQueries:
     @classmethod
     def of(cls, rows: Sequence[Sequence[Sequence[int]]], shape: tuple[int, int, int]) -> PromptQueries:
         """Pads the ids of each image's questions to (B, K, T) = `shape`, on the host."""
-        asked = cls(np.zeros(shape, np.int32), np.zeros(shape[:2], np.int32))
+        queries = cls(np.zeros(shape, np.int32), np.zeros(shape[:2], np.int32))
         for b, row in enumerate(rows):
             for k, ids in enumerate(row):
-                asked.input_ids[b, k, : len(ids)] = ids
-                asked.lengths[b, k] = len(ids)
-        return asked
+                queries.input_ids[b, k, : len(ids)] = ids
+                queries.lengths[b, k] = len(ids)
+        return queries

@@ -18,6 +18,7 @@ ABOUT_OLD_NAMES = (
     "test_fields",
     "CHANGELOG",
     "measurements",
+    "helpers/wild",  # expressions as people write them
 )
 
 # Classes, functions and constants of the first version.
@@ -25,11 +26,11 @@ NAMES = """
 Beat Benchmark Cache Chosen ConvNorm Cycles EvalData Geometry IMAGE_TOKEN KERNEL_TOKENS Language LanguageLayer LengthBound
 LevelLosses LoadedModel Look MAY_CHANGE Marks Member NO_LABEL Pairs PartReport Partial Passes Peers Pixels Planned Problems
 Prompts Questions RARE RIDDLES Recipe Restored Riddle SIGNS Sam SamLayer Seen Segmentation Siglip SiglipLayer Speaker Subject
-TOWER_MATRIX TrainData Views Vocabulary Wording as_stored as_tree at_rest changed_keys check_complete check_free
-columns_to_rows conclude converse covered_once decode_pixels direction_grid ensure_shapes from_tree grid_attention group_of
-interleave is_training jittered keep_programs learn_tokenizer level_costs level_losses load_model look_up manual_axes
-masks_on_grid name_candidates no_target_below normalise_images normalise_vision_images open_members pad_rows pair_outputs
-place_rows ref_samples relative_positions replace_text round_shape rows_here sample_packed save_model scatter_sum
+TOWER_MATRIX TrainData Views Vocabulary Wording _ask _riddle _see as_stored as_tree asked at_rest changed_keys check_complete
+check_free columns_to_rows conclude converse covered_once decode_pixels direction_grid ensure_shapes from_tree grid_attention
+group_of interleave is_training jittered keep_programs learn_tokenizer level_costs level_losses listen load_model look_up
+manual_axes masks_on_grid name_candidates no_target_below normalise_images normalise_vision_images open_members pad_rows
+pair_outputs place_rows ref_samples relative_positions replace_text round_shape rows_here sample_packed save_model scatter_sum
 segmentation_terms sine_positions splice stream_model sum_of_taps torch_uniform training_terms training_text vision_images
 with_background
 """.split()
@@ -40,6 +41,11 @@ WORDS = {
     "at rest": "as stored",
     "wordings?": "prompt template",
     "gives up": "fails",
+    "behind": "after",
+    # The names of old commands stand in quotes, and in the text of two seeds, which decides what is drawn.
+    '(?<!")companions?(?! {)': "multi-task data sets",
+    '(?<!")lessons?': "toy data set",
+    "riddles?": "reasoning question",
 }
 
 

@@ -94,7 +94,7 @@ COMPONENTS: dict[str, Component] = {
         ),
         Component("siglip", "encoders", "SigLIP2-so400m block, 729 patches", **_both(1.3, 1.1, 2.0, 1.6)),
         Component("llm_prefill", "encoders", "Qwen3-4B block, a prompt of 1,800 tokens", **_both(1.3, 1.1, 2.0, 1.6)),
-        Component("llm_decode", "encoders", "Qwen3-4B block, one token behind 1,800 cached", **_both(1.3, 1.1, 2.0, 1.6)),
+        Component("llm_decode", "encoders", "Qwen3-4B block, one token after 1,800 cached", **_both(1.3, 1.1, 2.0, 1.6)),
         Component("pixel_decoder_layer", "msda", "layer of the pixel decoder, 21,504 tokens"),
         Component("msda", "msda", "deformable attention alone, 21,504 queries", _one(0.5, 0.4)),
         Component("msda_grad", "msda", "the same and its three gradients", _one(0.7, 0.5)),

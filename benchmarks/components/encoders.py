@@ -17,7 +17,7 @@ from benchmarks.components import Call, Pair, Wrap
 from benchmarks.components.inputs import bind, exported, inference, load, module, parameters, placed, random, to_torch
 from benchmarks.components.sizes import Sizes
 from flowseg_jax.models.kv_cache import KVCache
-from flowseg_jax.models.language import LanguageConfig
+from flowseg_jax.models.language_config import LanguageConfig
 from flowseg_jax.models.sam import SamConfig
 from flowseg_jax.models.stack import scan_layers
 

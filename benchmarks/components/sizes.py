@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from flowseg_jax import experiment as configs
 from flowseg_jax.data.collate import empty_batch
 from flowseg_jax.models.config import FlowSegConfig
-from flowseg_jax.models.language import LanguageConfig
+from flowseg_jax.models.language_config import LanguageConfig
 from flowseg_jax.types import IMAGE_TOKEN_INDEX, Batch, BatchShape
 
 VOCABULARY = 8192  # of the whole models: with Qwen's, a train step in two frameworks would not fit in 24 GiB
@@ -75,7 +75,7 @@ def _sizes() -> dict[str, Sizes]:
 SIZES = _sizes()
 
 
-def asked(model: FlowSegConfig, expressions: int, words: int, seed: int = 0) -> Batch:
+def dummy_batch(model: FlowSegConfig, expressions: int, words: int, seed: int = 0) -> Batch:
     """One image and expressions about it, packed after it; each refers to a mask of its own."""
     rng = np.random.default_rng(seed)
     start = prefix(model)

@@ -14,7 +14,7 @@ import torch
 from benchmarks import peer_losses
 from benchmarks.components import Call, Pair, Wrap
 from benchmarks.components.inputs import bind, exported, inference, module, parameters, placed, to_torch
-from benchmarks.components.sizes import Sizes, asked, experiment, one_of, prefix
+from benchmarks.components.sizes import Sizes, dummy_batch, experiment, one_of, prefix
 from benchmarks.peer import FlowSegTorch, torch_batch
 from flowseg_jax.losses import LossConfig, PointSamples
 from flowseg_jax.models.config import FlowSegConfig
@@ -32,24 +32,24 @@ STACKS = {"sam": 24, "siglip": 27, "llm": 36, "pixel_decoder": 6, "mask_decoder"
 
 
 class Answer:
-    """Our way from an image and expressions to all candidates: the image is seen, then all expressions are asked.
+    """Our way from an image and expressions to all candidates: one pass encodes the image, one runs all expressions.
 
     A call returns scores [K, Q] and masks [K, Q, h, w].
     """
 
     def __init__(self, graphdef: Any, params: Any):
         self._params = placed(params)
-        self._see = jax.jit(lambda params, views, prefix: bind(graphdef, params).prefill_image(views, prefix))
+        self._prefill = jax.jit(lambda params, views, prefix: bind(graphdef, params).prefill_image(views, prefix))
 
         @jax.jit
-        def ask(params: Any, seen: ImageCache, questions: ExpressionQueries) -> tuple[jax.Array, jax.Array]:
-            found = bind(graphdef, params).predict_cached(seen, questions)
-            return found.scores[0], found.mask_logits[0]
+        def predict(params: Any, cache: ImageCache, questions: ExpressionQueries) -> tuple[jax.Array, jax.Array]:
+            candidates = bind(graphdef, params).predict_cached(cache, questions)
+            return candidates.scores[0], candidates.mask_logits[0]
 
-        self._ask = ask
+        self._predict = predict
 
     def __call__(self, views: ImageInputs, prefix: jax.Array, questions: ExpressionQueries) -> tuple[jax.Array, jax.Array]:
-        return self._ask(self._params, self._see(self._params, views, prefix), questions)
+        return self._predict(self._params, self._prefill(self._params, views, prefix), questions)
 
 
 def _network(cfg: FlowSegConfig) -> tuple[dict[str, Any], Any]:
@@ -57,14 +57,14 @@ def _network(cfg: FlowSegConfig) -> tuple[dict[str, Any], Any]:
 
 
 def _on_device(batch: Batch, cfg: FlowSegConfig) -> tuple[ImageInputs, jax.Array, ExpressionQueries]:
-    """A batch of one image as what is seen and what is asked."""
+    """A batch of one image as its inputs, the prompt's prefix and the expressions."""
     start = prefix(cfg)
     fields = {
         name: getattr(batch, name)[:, start:] for name in ("input_ids", "position_ids", "segment_ids", "phrase_ids", "seg_ids")
     }
-    asked = ExpressionQueries(**fields, query_valid=batch.phrase_target != PAD)
-    seen = ImageInputs(batch.sam_images, batch.resized_hw, batch.siglip_images)
-    return jax.tree.map(jnp.asarray, (seen, batch.input_ids[0, :start], asked))
+    queries = ExpressionQueries(**fields, query_valid=batch.phrase_target != PAD)
+    images = ImageInputs(batch.sam_images, batch.resized_hw, batch.siglip_images)
+    return jax.tree.map(jnp.asarray, (images, batch.input_ids[0, :start], queries))
 
 
 def _one_by_one(cfg: FlowSegConfig, tensors: Mapping[str, torch.Tensor], batches: list[Batch]) -> Callable[[Wrap], Call]:
@@ -83,14 +83,14 @@ def _one_by_one(cfg: FlowSegConfig, tensors: Mapping[str, torch.Tensor], batches
 
 
 def forward(sizes: Sizes, dtype: str) -> Pair:
-    cfg, batch = sizes.whole, asked(sizes.whole, 1, sizes.words)
+    cfg, batch = sizes.whole, dummy_batch(sizes.whole, 1, sizes.words)
     params, graphdef = _network(cfg)
     call, there = Answer(graphdef, params), _on_device(batch, cfg)
     return Pair(lambda: call(*there), _one_by_one(cfg, exported("flowseg", params, cfg), [batch]), TOLERANCE)
 
 
 def seven_expressions(sizes: Sizes, dtype: str) -> Pair:
-    cfg, batch = sizes.seven, asked(sizes.seven, EXPRESSIONS, sizes.words)
+    cfg, batch = sizes.seven, dummy_batch(sizes.seven, EXPRESSIONS, sizes.words)
     params, graphdef = _network(cfg)
     singles = [one_of(batch, number, sizes.words) for number in range(EXPRESSIONS)]
     call, there = Answer(graphdef, params), _on_device(batch, cfg)
@@ -99,7 +99,7 @@ def seven_expressions(sizes: Sizes, dtype: str) -> Pair:
 
 
 def seven_shared(sizes: Sizes, dtype: str) -> Pair:
-    cfg, batch = sizes.seven, asked(sizes.seven, EXPRESSIONS, sizes.words)
+    cfg, batch = sizes.seven, dummy_batch(sizes.seven, EXPRESSIONS, sizes.words)
     params, graphdef = _network(cfg)
     call, there = Answer(graphdef, params), _on_device(batch, cfg)
     singles = [_on_device(one_of(batch, number, sizes.words), cfg) for number in range(EXPRESSIONS)]
@@ -175,7 +175,7 @@ class _Training:
 def train_step(sizes: Sizes, dtype: str) -> Pair:
     """Forward, losses, backward, clipping and AdamW. The peer gets the random points of our first step, in every step; the
     losses and gradient norms of the first step are compared."""
-    cfg, batch = sizes.whole, asked(sizes.whole, TRAINED, sizes.words)
+    cfg, batch = sizes.whole, dummy_batch(sizes.whole, TRAINED, sizes.words)
     params = parameters("flowseg", cfg)
     ours = _Training(params, cfg, batch, sizes.points)
     run_config, drawn, tensors = ours.program.run_config, ours.points(), exported("flowseg", params, cfg)

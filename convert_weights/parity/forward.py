@@ -149,19 +149,19 @@ class Comparison:
         if name in self.recorded:
             self.report.compare(self.run.file, name, ours, self.recorded[name], kind, where=where, note=note)
 
-    def observed(self, seen: Observed) -> None:
+    def observed(self, found: Observed) -> None:
         """All arrays of a forward pass."""
-        for name, value in seen.images.items():
+        for name, value in found.images.items():
             value = np.asarray(value)
             shape = np.shape(self.recorded.get(name, ()))
             if value.ndim and shape and shape[0] == len(self.passes) != value.shape[0]:
                 value = value[self.image_of_pass]  # X-SAM repeats an image's features for its passes
             self.add(name, value, "loss" if name == "llm/loss" else "activation")
-        for name, value in seen.tokens.items():
+        for name, value in found.tokens.items():
             self.add(name, value, where=self.used_tokens[:, -value.shape[1] :], note=self._padding_note())
         self.add("llm/position_ids", self.batch.position_ids, "exact", self.used_tokens, self._padding_note())
         self.add("llm/labels", self.batch.labels, "exact")
-        self.add("class/cond_embeds", self._condition_rows(seen.columns["class/cond_embeds"]))
+        self.add("class/cond_embeds", self._condition_rows(found.columns["class/cond_embeds"]))
         if not self.comparable:
             self.report.explain(
                 self.run.file,
@@ -169,13 +169,13 @@ class Comparison:
                 "after X-SAM main's <SEG> lookup, which mixes up the images and phrases of a batch (we do not copy it)",
             )
             return
-        for name, value in seen.passes.items():
+        for name, value in found.passes.items():
             exact = value.dtype == bool
             self.add(name, np.asarray(value)[self.passes], "exact" if exact else "activation")
-        for name, value in seen.columns.items():
+        for name, value in found.columns.items():
             if name != "class/cond_embeds":
                 self.add(name, self._columns(np.asarray(value)[self.passes]))
-        self._selection(seen)
+        self._selection(found)
 
     def _padding_note(self) -> str:
         return "" if self.used_tokens.all() else "padding left out"
@@ -191,15 +191,15 @@ class Comparison:
             rows = rows[[np.flatnonzero(self.image_of_pass == b)[0] for b in np.unique(self.image_of_pass)]]
         return rows
 
-    def _selection(self, seen: Observed) -> None:
+    def _selection(self, found: Observed) -> None:
         """Scores without the background; for pass p the best query for phrase p, and its mask at the encoder's size."""
-        logits = self._columns(np.asarray(seen.columns["out/class_logits"])[self.passes])
+        logits = self._columns(np.asarray(found.columns["out/class_logits"])[self.passes])
         scores = np.asarray(jax.nn.softmax(jnp.asarray(logits), -1))[..., :-1]
         self.add("out/scores", scores)
         best = np.array([scores[p, :, p].argmax() for p in range(len(scores))])
         self.add("out/top_query", best, "exact")
-        last = max(int(m[1]) for name in seen.passes if (m := re.match(r"decoder/pred(\d+)_mask", name)))
-        masks = np.asarray(seen.passes[f"decoder/pred{last}_mask_logits"])[self.passes]
+        last = max(int(m[1]) for name in found.passes if (m := re.match(r"decoder/pred(\d+)_mask", name)))
+        masks = np.asarray(found.passes[f"decoder/pred{last}_mask_logits"])[self.passes]
         side = self.batch.sam_images.shape[1]
         masks = resize(jnp.asarray(masks[np.arange(len(best)), best]), (side, side))
         self.add("out/top_mask_logits_padded", masks)

@@ -120,7 +120,7 @@ def _recorded_text(arrays: Arrays, key: str) -> Text | None:
 def read_texts(fixture: Fixture, keys: list[str]) -> dict[str, Text]:
     """Tokenises the conversations of the named samples; those without one get the recorded ids."""
     conversations = fixture.conversations()
-    tokenizer, prompts = fixture.tokenizer(), PromptTemplates(chat=fixture.chat)
+    tokenizer, prompts = fixture.tokenizer(), PromptTemplates(chat_template=fixture.chat)
     chat, texts = CHAT_TEMPLATES[fixture.chat], {}
     for key in keys:
         if tokenizer is None or key not in conversations:

@@ -35,7 +35,7 @@ DILATION = 0.02  # of the diagonal
 
 def before_and_after(
     model: FlowSeg,
-    seen: ImageCache,
+    cache: ImageCache,
     questions: ExpressionQueries,
     truth: Float[Array, "b k h w"],
     inside: Float[Array, "b h w"],
@@ -45,7 +45,7 @@ def before_and_after(
     Returns:
         {"band", "mask": [B, K]}, shares of the image in [0, 1]; mask logits [B, K, 2, h, w].
     """
-    found = model.predict_cached(seen, questions)
+    found = model.predict_cached(cache, questions)
     before = postprocess.top_k_masks(found.scores, found.mask_logits, 1).logits[:, :, 0]
     after = model.refine_masks(before, found.mask_features)
     area = lambda cells: (cells * inside[:, None]).sum((-2, -1))  # noqa: E731

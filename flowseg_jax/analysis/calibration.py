@@ -1,7 +1,7 @@
 """When to answer "there is no such object": a threshold on the score, and what the score is worth.
 
 Two kinds of samples are held against each other: sentences that refer to something in their image, and sentences that do not:
-those of the file that refer to nothing (gRefCOCO), and those of a shuffled-text control, in which every image is asked another
+those of the file that refer to nothing (gRefCOCO), and those of a shuffled-text control, in which every image gets another
 image's sentences. Some shuffled sentences do fit their new image, so the false-alarm rate that is measured with them is too
 high, and the threshold too strict; sentences that refer to nothing by their source have no such flaw.
 

@@ -28,18 +28,18 @@ DIFFERENT = 0.5
 EXCHANGED = ("nothing", "S", "C", "both")
 
 
-def other_target(truth: Float[Array, "b k h w"], asked: Bool[Array, "b k"]) -> Array:
+def other_target(truth: Float[Array, "b k h w"], valid: Bool[Array, "b k"]) -> Array:
     """int32 [B, K]: for each phrase the first one about another object, -1 without; `truth` is on the grid, in [0, 1]."""
     common = jnp.einsum("bkhw,bjhw->bkj", truth, truth)
     area = truth.sum((-2, -1))
     union = area[:, :, None] + area[:, None] - common
-    differs = (common < DIFFERENT * union) & asked[:, None] & asked[:, :, None]
+    differs = (common < DIFFERENT * union) & valid[:, None] & valid[:, :, None]
     return jnp.where(differs.any(-1), differs.argmax(-1), -1)
 
 
 def swapped(
     model: FlowSeg,
-    seen: ImageCache,
+    cache: ImageCache,
     questions: ExpressionQueries,
     truth: Float[Array, "b k h w"],
     inside: Float[Array, "b h w"],
@@ -49,12 +49,12 @@ def swapped(
     Returns:
         {"other": [B, K], see `another`}; mask logits [B, K, 4, h, w].
     """
-    phrases, segs = model.encode_text_cached(seen, questions)
+    phrases, segs = model.encode_text_cached(cache, questions)
     other = other_target(truth, questions.query_valid)
     theirs = lambda x: jnp.take_along_axis(x, jnp.maximum(other, 0)[..., None], 1)  # noqa: E731
 
     def selected(phrases: Array, segs: Array) -> Array:
-        found = model.decode_masks(seen.mask_features, seen.multi_scale_features, phrases, segs)
+        found = model.decode_masks(cache.mask_features, cache.multi_scale_features, phrases, segs)
         return model.refine_masks(
             postprocess.top_k_masks(found.scores, found.mask_logits, 1).logits[:, :, 0], found.mask_features
         )
@@ -73,12 +73,12 @@ def run(source: AnalysisRunner, out: Path) -> Path:
     """Writes `embedding_swap_<split>.json` and `.html`; returns the page.
 
     Raises:
-        UserError: no image is asked for two different objects.
+        UserError: no image has expressions for two different objects.
     """
     measured = [m.figures() for m in source.measure(swapped, "embedding swap")]
     paired = [m for m in measured if m.values["other"] >= 0]
     if not paired:
-        raise UserError(f"no image of {source.split} is asked for two different objects: there is nothing to exchange")
+        raise UserError(f"no image of {source.split} has expressions for two different objects: there is nothing to exchange")
     groups = {name: summarise(rows) for name, rows in page.groups(paired, family=lambda m: m.sample.family).items()}
     body = [
         page.heading("IoU by what comes from another expression", "Mean IoU with the sample's own truth, percent."),

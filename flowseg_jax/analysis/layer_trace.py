@@ -41,7 +41,7 @@ FIGURES = ("margin", "cosine_selected", "cosine_best", "gate", "step", "drift")
 
 def layer_trace(
     model: FlowSeg,
-    seen: ImageCache,
+    cache: ImageCache,
     questions: ExpressionQueries,
     truth: Float[Array, "b k h w"],
     inside: Float[Array, "b h w"],
@@ -54,7 +54,7 @@ def layer_trace(
     """
     b, k = questions.query_valid.shape
     out: dict[str, Any] = {}
-    model.predict_cached(seen, questions, out)
+    model.predict_cached(cache, questions, out)
     decoded = out["decoder_output"]
     figures = layer_figures(out)
     cosines = figures.pop("cosines")
@@ -63,7 +63,7 @@ def layer_trace(
         inputs: tuple[Array, Array],
     ) -> postprocess.SelectedMasks:  # one prediction at a time: all masks of all would be huge
         embeds, score = inputs
-        masks = mask_logits(embeds.reshape(b, -1, embeds.shape[-1]), seen.mask_features)
+        masks = mask_logits(embeds.reshape(b, -1, embeds.shape[-1]), cache.mask_features)
         return postprocess.select_masks(score, masks.reshape(*score.shape, *masks.shape[2:]), truth, inside)
 
     scores = jax.nn.softmax(decoded.class_logits, -1)[..., 0]

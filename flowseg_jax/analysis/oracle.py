@@ -87,20 +87,20 @@ def summarise(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     Raises:
         UserError: no sample refers to something.
     """
-    asked = [r for r in records if r["ann_id"] != PAD]
-    if not asked:
+    with_target = [r for r in records if r["ann_id"] != PAD]
+    if not with_target:
         raise UserError("no sample refers to an object: there is no best candidate to speak of")
-    ranks = Counter(rank(r) for r in asked if ious(r)[1] >= FAILED)
+    ranks = Counter(rank(r) for r in with_target if ious(r)[1] >= FAILED)
     found = sum(ranks.values())
     within = {k: 100 * sum(n for place, n in ranks.items() if place < k) / found for k in TOP} if found else {}
-    every = page.groups(asked)
+    every = page.groups(with_target)
     return {
         **_figures(every.pop("all")),
         "families": {family: _figures(rows) for family, rows in every.items()},
         "ranks": dict(sorted(ranks.items())),
         "found": found,
         "within": within,
-        "no_target": len(records) - len(asked),
+        "no_target": len(records) - len(with_target),
     }
 
 

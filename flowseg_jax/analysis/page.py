@@ -56,7 +56,7 @@ def shown(value: Any) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Thumbnail:
-    """A picture of one sample: the image file, what was asked, and what is said under it."""
+    """A picture of one sample: the image file, its expression, and the note under it."""
 
     file: Path
     said: str
@@ -86,10 +86,10 @@ def picture(
 
     Args:
         folder, number: where to, and which picture of it; the first one clears those of an earlier run away.
-        sample: what was asked.
+        sample: the expression and its record.
         image: uint8 [H, W, 3].
         panels: (caption, bool [H, W], whether it is the truth).
-        note: what is said under the picture.
+        note: the text under the picture.
 
     Raises:
         UserError: the place cannot be written to.

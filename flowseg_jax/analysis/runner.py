@@ -31,7 +31,7 @@ class SampleResult:
     """One sample of a diagnostic.
 
     Attributes:
-        sample: what was asked.
+        sample: the expression.
         values: what the diagnostic's function gave for it, without the leading [B, K].
         iou: [N] in [0, 1], at the original size; 0 for logits that are no numbers.
         masks: bool [N, H, W]. truth: bool [H, W]. ignored: bool [H, W]. image: uint8 [H, W, 3].
@@ -115,26 +115,26 @@ def measure(graphdef: Any, params: Any, data: Any, function: AnalysisFn, name: s
             where = postprocess.geometry(
                 batch.views.resized_hw, batch.sizes, grid=cache.mask_features.shape[1:3], padded_size=side, bucket=batch.bucket
             )
-            for asked in batch.rounds:
+            for query_round in batch.rounds:
                 pack = lambda masks, count: postprocess.pack_truth(masks, rows, count, where.bucket)  # noqa: B023, E731
-                phrases = asked.questions.query_valid.shape[1]
+                phrases = query_round.questions.query_valid.shape[1]
                 truth = postprocess.GroundTruth(
-                    pack(asked.truth, phrases), pack(asked.single_cover, phrases), pack(batch.ignored, 1)
+                    pack(query_round.truth, phrases), pack(query_round.single_cover, phrases), pack(batch.ignored, 1)
                 )
-                values, logits = run(params, cache, asked.questions, *on_grid(truth.union, where))
+                values, logits = run(params, cache, query_round.questions, *on_grid(truth.union, where))
                 values, restored = jax.device_get((values, restore(logits, where, truth)))
-                for b, samples in enumerate(asked.samples):
+                for b, samples in enumerate(query_round.samples):
                     for k, sample in enumerate(samples):
                         yield SampleResult(
                             sample,
                             {key: value[b, k] for key, value in values.items()},
                             _ious(restored, (b, k)),
                             np.array([postprocess.unpack_mask(mask, batch.sizes[b]) for mask in restored.masks[b, k]]),
-                            asked.truth[b][k],
+                            query_round.truth[b][k],
                             batch.ignored[b][0],
                             batch.images[b],
                         )
-                done += sum(len(samples) for samples in asked.samples)
+                done += sum(len(samples) for samples in query_round.samples)
             beat.message = f"analyze {name}: {done}/{data.samples} samples"
 
 

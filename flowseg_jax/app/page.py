@@ -126,13 +126,13 @@ def build(segmentor: Segmentor, scenes: Sequence[tuple[str, str]], checkpoint: s
             return views.layer(explanations[chosen], int(number), views.color_of(chosen))
 
         inputs = [image, texts, threshold, top_k, generate]
-        gr.on([go.click, texts.submit], _told(segment), inputs, shown, api_name="segment")
-        answers.select(_told(clicked), [results], [owner, here])
-        gr.on([number.change, which.change], _told(moved), [results, which, number], [at_layer, figures])
+        gr.on([go.click, texts.submit], _errors_on_page(segment), inputs, shown, api_name="segment")
+        answers.select(_errors_on_page(clicked), [results], [owner, here])
+        gr.on([number.change, which.change], _errors_on_page(moved), [results, which, number], [at_layer, figures])
     return page
 
 
-def _told(function: Callable) -> Callable:
+def _errors_on_page(function: Callable) -> Callable:
     """`function`, whose UserErrors become messages on the page and nothing else."""
     import functools
 

@@ -55,7 +55,7 @@ def color_of(number: int) -> tuple[int, int, int]:
 
 
 def on_page(picture: Picture) -> Picture:
-    """A picture at a size that can be looked at: small ones in whole steps without blur, large ones reduced."""
+    """A picture at a size that shows its detail: small ones in whole steps without blur, large ones reduced."""
     height, width = picture.shape[:2]
     if max(height, width) > LONGEST:
         scale = LONGEST / max(height, width)

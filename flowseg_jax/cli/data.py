@@ -225,5 +225,5 @@ def make_toy(argv: Sequence[str]) -> int:
     from flowseg_jax.synthetic import toy_dataset
 
     toy_dataset.write(arguments.out, arguments.num_images, arguments.seed)
-    print(f"wrote {arguments.num_images} images and {arguments.out / 'lesson.jsonl'}")
+    print(f"wrote {arguments.num_images} images and {arguments.out / 'toy.jsonl'}")
     return 0

@@ -19,14 +19,14 @@ SPECIAL_STRINGS = tuple(
 _HALF = re.compile("[\ud800-\udfff]")  # half of a pair of UTF-16, which no file of UTF-8 can hold
 
 
-def seen_as(text: str) -> str:
+def visible_text(text: str) -> str:
     """A text as a reader sees it: white space collapsed, without the characters that have no shape."""
     text = "".join(c if c.isprintable() else " " for c in unicodedata.normalize("NFKC", text))
     return " ".join(text.split())
 
 
 def check_storable(text: str, where: str) -> str:
-    """A text that is stored but never said, such as a file name; returned as it is.
+    """A text that is stored but that the model never reads, such as a file name; returned as it is.
 
     Args:
         text: from a file.
@@ -40,7 +40,7 @@ def check_storable(text: str, where: str) -> str:
     return text
 
 
-def check_said(text: str, where: str, limit: int | None = MAX_CHARACTERS) -> str:
+def check_text(text: str, where: str, limit: int | None = MAX_CHARACTERS) -> str:
     """A text that the model reads or writes; returned without the white space around it.
 
     Args:

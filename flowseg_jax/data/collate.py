@@ -38,7 +38,7 @@ class TokenizedConversation:
 
 @dataclasses.dataclass(frozen=True)
 class ProcessedImage:
-    """Everything of an image that does not depend on what is asked.
+    """Everything of an image that does not depend on the expressions.
 
     Attributes:
         image: uint8 [S, S, 3]; `resized_hw` is (h', w') inside it.
@@ -314,8 +314,8 @@ def make_conversations(
     """
     if families is None:
         return [prompts.referring(phrase, k) for k, phrase in enumerate(phrases)]
-    asked = enumerate(zip(phrases, families, strict=True))
-    return [prompts.reasoning(phrase, k, family == "long") for k, (phrase, family) in asked]
+    numbered = enumerate(zip(phrases, families, strict=True))
+    return [prompts.reasoning(phrase, k, family == "long") for k, (phrase, family) in numbered]
 
 
 def collate_queries(

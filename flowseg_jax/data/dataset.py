@@ -20,7 +20,7 @@ from typing import Any
 from flowseg_jax.data import checksums
 from flowseg_jax.data.formats import LAYOUTS
 from flowseg_jax.data.formats.reading import field, read_json
-from flowseg_jax.data.leakage import Picture, coco_number
+from flowseg_jax.data.leakage import ImageIdentity, coco_number
 from flowseg_jax.data.records import TASKS, Example, Sample, make_ref_samples, make_samples
 from flowseg_jax.data.serialization import AGAIN, deserialize
 from flowseg_jax.errors import UserError, brief, did_you_mean, quoted
@@ -50,7 +50,7 @@ class IndexEntry:
         image_id, file_name, height, width: the image.
         image_digest: a digest of the encoded image.
         categories: category of each object, PAD (-1) for a crowd region and where nothing has a category.
-        samples: what can be asked, sorted.
+        samples: its expressions, sorted.
         refs: the same with all sentences of a ref in one (`make_ref_samples`).
         number: COCO's number of the image, None for one that is not COCO's.
     """
@@ -71,9 +71,9 @@ class IndexEntry:
         return dataclasses.replace(self, samples=self.refs)
 
     @property
-    def identity(self) -> Picture:
+    def identity(self) -> ImageIdentity:
         """What the picture is in any data set."""
-        return Picture(self.number, self.image_digest)
+        return ImageIdentity(self.number, self.image_digest)
 
 
 def index_entry(example: Example) -> dict[str, Any]:
@@ -101,8 +101,8 @@ def _entry(line: bytes, categories: int, layout: str) -> IndexEntry:
     whole = all(type(number) is int and abs(number) < 1 << 62 for number in (image, height, width, *classes))
     if not (whole and type(name) is type(digest) is str and all(PAD <= c < categories for c in classes)):
         raise ValueError("an image of another kind")
-    asked, refs = (tuple(_sample(image, name, row, len(classes)) for row in raw[key]) for key in ("samples", "refs"))
-    return IndexEntry(image, name, height, width, digest, classes, asked, refs, coco_number(name, layout))
+    samples, refs = (tuple(_sample(image, name, row, len(classes)) for row in raw[key]) for key in ("samples", "refs"))
+    return IndexEntry(image, name, height, width, digest, classes, samples, refs, coco_number(name, layout))
 
 
 def _sample(image: int, name: str, row: list[Any], objects: int) -> Sample:

@@ -1,4 +1,4 @@
-"""Evaluation batches of a split: images that are encoded once, and rounds of expressions that are asked about them.
+"""Evaluation batches of a split: images that are encoded once, and rounds of expressions about them.
 
 The images of a batch have about as many expressions, of about the same length, so that little is padding; the order in which
 they come is therefore not the split's, and every image carries its place in it.
@@ -97,7 +97,7 @@ class QueryRound:
     """Up to K expressions about each image of a batch. The lists have one entry for each real row.
 
     Attributes:
-        questions: what is asked, with the answers unless the model writes them itself (`PromptQueries`).
+        questions: the prompts, with the answers unless the model writes them itself (`PromptQueries`).
         samples: the row's samples, sample k is phrase k.
         truth: bool [k, H, W], the samples' masks at original size; with `filled_polygons`, their polygons filled on whole
             points.
@@ -117,7 +117,7 @@ class EvalBatch:
 
     Attributes:
         views: the images; missing rows are black.
-        rounds: what is asked.
+        rounds: the expressions, a part of them per round.
         places: the images' places in the split.
         ignored: bool [1, H, W], pixels that count for nothing.
         images: uint8 [H, W, 3], the original image.
@@ -146,7 +146,7 @@ class EvalDataset:
         prompts: prompt template; the fixed one is used.
         visual_tokens: slots that the image takes in the sequence.
         max_images: only the first images of the split; None for all.
-        control_seed: not None: the shuffled-text control. Every image is asked the sentences of another image
+        control_seed: not None: the shuffled-text control. Every image gets the sentences of another image
             (`Sample.prompt`); its own samples and truth stay.
         by_ref: ask once a ref, with all of its sentences in one (protocols of unit "ref").
         generate: ask without answers: the model writes them itself.
@@ -206,10 +206,10 @@ class EvalDataset:
         if prepared.task not in ("referring", "reasoning"):
             raise UserError(f"{prepared.directory}: {prepared.task} data has no expressions to evaluate on")
         self._task = prepared.task
-        asked = sorted({sample.prompt for entry in entries for sample in entry.samples})
+        prompts = sorted({sample.prompt for entry in entries for sample in entry.samples})
         bound = TokenBudget(self._prompts, self.tokenizer, visual_tokens)
         length = {
-            prompt: bound.conversation(n, self._task) for prompt, n in zip(asked, bound.phrase_lengths(asked), strict=True)
+            prompt: bound.conversation(n, self._task) for prompt, n in zip(prompts, bound.phrase_lengths(prompts), strict=True)
         }
         wanted = (i for i in range(len(entries)) if (only is None or i in only) and i not in skip)
         self.entries = {i: entries[i] for i in wanted if entries[i].samples}
@@ -232,7 +232,7 @@ class EvalDataset:
         return len(self.planned)
 
     def batch(self, number: int) -> EvalBatch:
-        """Batch `number`, the rows asked for."""
+        """Batch `number`; of it, the rows of this process."""
         planned, most = self.planned[number], PHRASE_BUCKETS[-1]
         places = [planned.images[row] for row in self._rows if row < len(planned.images)]
         read = [self._read_image(place) for place in places]
@@ -256,18 +256,18 @@ class EvalDataset:
     def _round(
         self, shape: RoundShape, samples: list[list[Sample]], objects: Sequence[ObjectMasks], names: Sequence[str]
     ) -> QueryRound:
-        said = []
+        conversations = []
         for row in samples:
             families = [s.style for s in row] if self._task == "reasoning" else None
-            said.append(collate.make_conversations(self._prompts, [s.prompt for s in row], families))
+            conversations.append(collate.make_conversations(self._prompts, [s.prompt for s in row], families))
         rows, start, pad = len(self._rows), len(self.prefix), self.tokenizer.pad
         if self._generate:
-            ids = [[collate.encode_question(c, self._prompts, self.tokenizer) for c in row] for row in said]
+            ids = [[collate.encode_question(c, self._prompts, self.tokenizer) for c in row] for row in conversations]
             questions = PromptQueries.of(ids, (rows, shape[0], self._longest))
         else:
             encoded = [
                 [collate.encode_conversation(c, self._prompts, self.tokenizer, name) for c in row]
-                for row, name in zip(said, names, strict=True)
+                for row, name in zip(conversations, names, strict=True)
             ]
             questions = collate.collate_queries(encoded, (rows, *shape), start, pad, names)
         return QueryRound(
@@ -337,15 +337,15 @@ class ObjectMasks:
 
 def _shuffle_text(entries: list[IndexEntry], seed: int, where: object) -> list[IndexEntry]:
     """Gives every image the sentences of another one: a random cycle through all images."""
-    spoken = np.array([i for i, entry in enumerate(entries) if entry.samples])
-    if len(spoken) < 2:
+    with_text = np.array([i for i, entry in enumerate(entries) if entry.samples])
+    if len(with_text) < 2:
         raise UserError(f"{where}: the shuffled-text control needs at least two images with expressions")
-    order = np.random.default_rng(seed).permutation(spoken)
+    order = np.random.default_rng(seed).permutation(with_text)
     result = list(entries)
     for here, other in zip(order, np.roll(order, 1), strict=True):
-        said = [{"prompt": s.sentence, "style": s.family} for s in entries[other].samples]
-        asked = tuple(dataclasses.replace(s, **said[i % len(said)]) for i, s in enumerate(entries[here].samples))
-        result[here] = dataclasses.replace(entries[here], samples=asked)
+        prompts = [{"prompt": s.sentence, "style": s.family} for s in entries[other].samples]
+        samples = tuple(dataclasses.replace(s, **prompts[i % len(prompts)]) for i, s in enumerate(entries[here].samples))
+        result[here] = dataclasses.replace(entries[here], samples=samples)
     if all(sample.prompt == sample.sentence for entry in result for sample in entry.samples):
         raise UserError(f"{where}: all images have the same sentences, so shuffling them is no control")
     return result

@@ -1,4 +1,4 @@
-"""Evaluation batches of a split with categories: every image is asked for all of them."""
+"""Evaluation batches of a split with categories: the model looks for all of them in every image."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class CategoryPrompts:
 
 @dataclasses.dataclass(frozen=True)
 class GenericBatch:
-    """Images that are asked for all categories; the lists have one entry for each real row.
+    """Images in which all categories are looked for; the lists have one entry for each real row.
 
     Attributes:
         inputs: without targets.
@@ -129,7 +129,7 @@ class GenericDataset:
         return math.ceil(self.samples / self._batch)
 
     def batch(self, number: int) -> GenericBatch:
-        """Batch `number` of the images that are not left out, the rows asked for."""
+        """Batch `number` of the images that are not left out; of it, the rows of this process."""
         whole = self._places[number * self._batch : (number + 1) * self._batch]
         bucket = tuple(images.size_bucket(max(self._sizes[place][axis] for place in whole)) for axis in (0, 1))
         places = [whole[row] for row in self._rows if row < len(whole)]

@@ -42,7 +42,7 @@ def name_key(file_name: str) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Picture:
+class ImageIdentity:
     """What tells a picture from all others.
 
     A picture of COCO is another one of COCO if the numbers agree. Any other two are the same if their content agrees: copies of

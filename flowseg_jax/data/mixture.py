@@ -136,7 +136,7 @@ class SampleOrder:
 def held_out_keys(sources: Iterable[str | Path | PreparedDataset]) -> dict[str, str]:
     """{key of an image: what holds it out} of everything that is evaluated on.
 
-    The keys are those of `leakage.Picture.holds_out`, and of images that are known by name alone `leakage.name_key`.
+    The keys are those of `leakage.ImageIdentity.holds_out`, and of images that are known by name alone `leakage.name_key`.
 
     Args:
         sources: prepared data sets, or their directories: the images of all splits but "train"; text files with one image a

@@ -77,7 +77,7 @@ def prepare(
 
     Raises:
         UserError: anything wrong with the source, naming file and field, or a split of which no example is left. Nothing is
-            left behind but finished shards, after which the same command continues.
+            left but finished shards, after which the same command continues.
     """
     source, out = Path(source), Path(out)
     layout = layout_name(layout)
@@ -108,7 +108,7 @@ def prepare(
         if tokenizer_vocab:
             train_dataset_tokenizer(tokenizer_corpus(PreparedDataset.open(root)), root / TOKENIZER, tokenizer_vocab)
             checksums.write(root, _files(root), checksums.read(root))
-    if found:  # said last, when the list is where it says
+    if found:  # logged last, when the list is where it says
         log(f"{out / PROBLEMS} lists the records that are left out{damaged(found)}")
     log(f"prepared {out}")
     return PreparedDataset.open(out)
@@ -202,8 +202,8 @@ def _summary(
         found += report["problems"]
         digest.update(json.dumps([split, report["digest"]]).encode())
     for split, count in counts.items():
-        said = f"{count['refs']} refs, {count['sentences']} sentences" if layout.task != "chat" else "chats"
-        log(f"{split}: {count['images']} images, {said}")
+        text = f"{count['refs']} refs, {count['sentences']} sentences" if layout.task != "chat" else "chats"
+        log(f"{split}: {count['images']} images, {text}")
     for reason, number in sorted(notes.items()):
         log(f"note: {number} {reason}")
     for split, count in counts.items():
@@ -229,7 +229,7 @@ def _summary(
 
 
 def tokenizer_corpus(prepared: PreparedDataset) -> list[str]:
-    """What is said in a data set's training split (without one, in its first split): categories, sentences as often as its
+    """The texts of a data set's training split (without one, in its first split): categories, sentences as often as its
     source has them, explanations, chats."""
     split = "train" if "train" in prepared.splits else next(iter(prepared.splits))
     texts = list(prepared.categories)

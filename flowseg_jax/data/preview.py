@@ -50,9 +50,9 @@ def color(place: int) -> tuple[int, int, int]:
 
 def choose(example: Example, rng: np.random.Generator) -> Picture:
     """One of the example's samples; all of its objects where nothing is said about them."""
-    asked = samples_of(example)
-    if asked:
-        sample = asked[rng.integers(len(asked))]
+    samples = samples_of(example)
+    if samples:
+        sample = samples[rng.integers(len(samples))]
         return Picture(example, sample.annotations, sample)
     return Picture(example, tuple(i for i, a in enumerate(example.annotations) if not a.ignore))
 

@@ -50,7 +50,7 @@ CHAT_TEMPLATES = {
 def as_jinja(chat: ChatTemplate, *, bos: bool) -> str:
     """The template in the language of transformers' `apply_chat_template`, with the tokenizer's bos first or without."""
     user, assistant = (
-        json.dumps([before, behind]) for before, behind in ((chat.user_prefix, chat.assistant_prefix), ("", chat.suffix))
+        json.dumps([before, after]) for before, after in ((chat.user_prefix, chat.assistant_prefix), ("", chat.suffix))
     )
     return (
         ("{{ bos_token }}" if bos else "")
@@ -113,19 +113,20 @@ class PromptTemplates:
     """How conversations are written.
 
     Attributes:
-        chat: name of the chat template.
+        chat_template: name of the chat template.
         question, answer: which prompt template evaluation uses (and training, when `randomize` is off).
         randomize: training draws the prompt template at random.
     """
 
-    chat: str = "qwen3_instruct"
+    chat_template: str = "qwen3_instruct"
     question: int = 0
     answer: int = 0
     randomize: bool = True
 
     def __post_init__(self):
-        if self.chat not in CHAT_TEMPLATES:
-            raise UserError(f"prompts.chat: unknown chat template {self.chat!r}{did_you_mean(self.chat, CHAT_TEMPLATES)}")
+        if self.chat_template not in CHAT_TEMPLATES:
+            hint = did_you_mean(self.chat_template, CHAT_TEMPLATES)
+            raise UserError(f"prompts.chat_template: unknown chat template {self.chat_template!r}{hint}")
         for name, lists in (("question", REFERRING_QUESTIONS), ("answer", REFERRING_ANSWERS)):
             if not 0 <= getattr(self, name) < len(lists):
                 raise UserError(f"prompts.{name}: {getattr(self, name)} is not one of the prompt templates 0..{len(lists) - 1}")
@@ -137,7 +138,7 @@ class PromptTemplates:
 
     @property
     def template(self) -> ChatTemplate:
-        return CHAT_TEMPLATES[self.chat]
+        return CHAT_TEMPLATES[self.chat_template]
 
     @property
     def special_tokens(self) -> tuple[str, ...]:
@@ -192,9 +193,9 @@ class PromptTemplates:
         if not (long or explanation):
             return self.referring(question, number, rng)
         templates = (EXPLAIN_QUESTIONS, EXPLAIN_ANSWERS) if explanation else (REASONING_QUESTIONS, REFERRING_ANSWERS)
-        asked, answer = self._choose(*templates, rng)
+        request, answer = self._choose(*templates, rng)
         # Not `format`: an explanation may have braces of its own.
-        turn = Turn(asked.format(wrap_phrase(question)), answer.replace("{}", explanation))
+        turn = Turn(request.format(wrap_phrase(question)), answer.replace("{}", explanation))
         return Conversation((turn,), (number,), (number,))
 
     def all_templates(self) -> dict[str, list[Turn]]:

@@ -1,4 +1,4 @@
-"""What every on-disk format is read into: one `Example` per image, with its objects and what is said about it."""
+"""What every on-disk format is read into: one `Example` per image, with its objects and their expressions."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Expression:
         id, ref_id: of the source.
         annotations: the objects that it refers to, as indices into `Example.annotations`; empty if it refers to nothing.
         family: kind of expression, empty when the source does not say; "short" or "long" for reasoning questions.
-        answer: what may be said beside the mask (an explanation), or empty.
+        answer: what the model may say with the mask (an explanation), or empty.
     """
 
     text: str
@@ -94,9 +94,9 @@ class Sample:
         family: kind of expression, empty when the source does not say.
         annotations: indices into the example's annotations; empty if the sentence refers to nothing.
         count: how many sentences of the source were merged into this one (for protocols that count duplicates).
-        prompt: the phrase that is asked. It differs from `sentence` only in the shuffled-text control.
-        answer: what may be said beside the mask, or empty.
-        style: the family in whose prompt template it is asked: that of `prompt`.
+        prompt: the phrase in the prompt. It differs from `sentence` only in the shuffled-text control.
+        answer: what the model may say with the mask, or empty.
+        style: the family whose prompt template is used: that of `prompt`.
     """
 
     image_id: int
@@ -146,17 +146,17 @@ def make_ref_samples(example: Example) -> tuple[Sample, ...]:
     """One sample a ref, in the source's order, that asks for all of its sentences at once (the protocol of PSALM).
 
     The sentences stand in the source's order, duplicates included, each with a full stop after it: "left dog. big dog.". Id
-    and family are the first one's; `count` is their number; nothing is said beside the mask.
+    and family are the first one's; `count` is their number; the answer is the mask alone.
     """
     refs: dict[tuple[int, tuple[int, ...]], list[Expression]] = {}
     for expression in example.expressions:
         refs.setdefault((expression.ref_id, expression.annotations), []).append(expression)
     result = []
-    for (ref_id, targets), said in refs.items():
-        joined = " ".join(f"{e.text.strip().lower()}." for e in said)
+    for (ref_id, targets), expressions in refs.items():
+        joined = " ".join(f"{e.text.strip().lower()}." for e in expressions)
         ann_id = example.annotations[targets[0]].id if targets else PAD
-        ids = example.image_id, example.file_name, ann_id, ref_id, said[0].id
-        result.append(Sample(*ids, joined, said[0].family, targets, len(said), joined))
+        ids = example.image_id, example.file_name, ann_id, ref_id, expressions[0].id
+        result.append(Sample(*ids, joined, expressions[0].family, targets, len(expressions), joined))
     return tuple(result)
 
 

@@ -70,8 +70,8 @@ def check_batch_shape(
     """Refuses a shape that some image would overflow, before training instead of in the middle of it.
 
     Args:
-        entries: the images and what can be asked of each.
-        phrases_at_most: phrases asked of one image at a time.
+        entries: the images and their expressions.
+        phrases_at_most: phrases of one image at a time.
         shape: of the batch.
         bound: how long a text can get.
         names: category names, if a conversation names the image's categories.
@@ -81,8 +81,8 @@ def check_batch_shape(
     Raises:
         UserError: naming the image and what it needs.
     """
-    asked = sorted({s.prompt for e in entries for s in e.samples})
-    length = dict(zip(asked, bound.phrase_lengths(asked), strict=True))
+    prompts = sorted({s.prompt for e in entries for s in e.samples})
+    length = dict(zip(prompts, bound.phrase_lengths(prompts), strict=True))
     name_length = bound.phrase_lengths(names)
     worst, worst_entry = 0, None
     for entry in entries:

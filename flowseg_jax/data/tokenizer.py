@@ -235,7 +235,7 @@ def add_special_tokens(
     plain = hf.backend_tokenizer.to_str() if getattr(hf, "backend_tokenizer", None) is not None else None
     hf.add_tokens(list(SEG_TOKENS), special_tokens=True)
     vocabulary = hf.get_vocab()
-    if plain is not None and any(_also_has(vocabulary, vocabulary[mark], mark) for mark in SEG_TOKENS):
+    if plain is not None and any(_also_has(vocabulary, vocabulary[token], token) for token in SEG_TOKENS):
         # New ids are counted on from the number of tokens. Where ids have holes, that can be the id of another token.
         _add_after(hf, plain, words)
     if chat_template is not None and hf.bos_token is not None:
@@ -251,7 +251,7 @@ def _add_after(hf: Any, plain: str, first: int) -> None:
     definition = json.loads(plain)
     vocab = definition["model"].get("vocab")
     if isinstance(vocab, dict):  # else `load_tokenizer` refuses what shares an id
-        new = [mark for mark in SEG_TOKENS if mark not in vocab]
-        vocab.update({mark: first + i for i, mark in enumerate(new)})
+        new = [token for token in SEG_TOKENS if token not in vocab]
+        vocab.update({token: first + i for i, token in enumerate(new)})
         hf._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(definition))
         hf.add_tokens(list(SEG_TOKENS), special_tokens=True)

@@ -82,7 +82,7 @@ class TrainDataset:
         seed: of order, phrases and prompt template.
         visual_tokens: slots that the image takes in the sequence (the model says how many).
         tokenizer: None for a model without language.
-        options: what is asked of an image.
+        options: `TrainOptions`.
         rows: which rows of each global batch this process builds, and in which order; None for all of them. What a row holds
             depends on (seed, step, row) alone, whoever builds it.
 
@@ -170,7 +170,7 @@ class TrainDataset:
         `if __name__ == "__main__"`.
         """
         threads, count = self._options.num_threads, self._options.num_workers
-        # A worker's batches lie ready behind it, half in its queue and half in this process, not in front of it.
+        # A worker's finished batches wait half in its queue and half in this process; it does not read ahead of them.
         ahead = threads if count else self._options.prefetch
         steps = grain.MapDataset.range(start_step, 1 << 40).map(self.batch)
         batches = steps.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead))

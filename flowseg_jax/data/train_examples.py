@@ -1,4 +1,4 @@
-"""One image of a data set to one row of a training batch: what is asked of it, by what its data set teaches."""
+"""One image of a data set to one row of a training batch: its conversations and targets, by the task of its data set."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ANY_FAMILY = "*"
 
 @dataclasses.dataclass(frozen=True)
 class TrainOptions:
-    """What training asks of an image.
+    """How many expressions, masks and names an image gets in training, and how it is changed.
 
     Attributes:
         objects: of images with referring expressions, "all": every object is a target (the passes over all objects need this,
@@ -34,7 +34,7 @@ class TrainOptions:
             expressions; needs `objects="all"`. Images of a "generic" data set always have it, if the batch has room for names.
         negatives: name categories in the generic conversation that the image does not have: as many as a uniform draw says, up
             to the room that names and text have.
-        max_phrases: ask at most this many phrases an image; 0 for as many as the batch has room for.
+        max_phrases: at most this many phrases per image; 0 for as many as the batch has room for.
         curriculum: ((until_step, {family: weight}), ...) in rising order: before `until_step`, phrases are drawn in proportion
             to their family's weight and never at weight 0. A family that is not listed has the weight of "*", or 0. After the
             last entry all phrases count alike.
@@ -232,16 +232,16 @@ class TrainExampleBuilder:
             return self._generic(decoded, rng)
         return self._referring(decoded, self._choose(decoded.samples, step, rng), rng)
 
-    def _choose(self, asked: Sequence[Sample], step: int, rng: np.random.Generator) -> list[Sample]:
+    def _choose(self, samples: Sequence[Sample], step: int, rng: np.random.Generator) -> list[Sample]:
         """At most K samples, without replacement, in random order; families weighted by the curriculum."""
-        draws = rng.exponential(size=len(asked))  # the smallest of draw / weight win: weighted sampling without replacement
+        draws = rng.exponential(size=len(samples))  # the smallest of draw / weight win: weighted sampling without replacement
         weights = self._options.weights(step)
         if weights is None or not (ANY_FAMILY in weights or self.families & weights.keys()):  # not about this data set
-            keyed = list(zip(draws, range(len(asked)), strict=True))
+            keyed = list(zip(draws, range(len(samples)), strict=True))
         else:
-            each = [weights.get(s.family, weights.get(ANY_FAMILY, 0.0)) for s in asked]
+            each = [weights.get(s.family, weights.get(ANY_FAMILY, 0.0)) for s in samples]
             keyed = [(draw / w, i) for i, (draw, w) in enumerate(zip(draws, each, strict=True)) if w > 0]
-        return [asked[i] for _, i in sorted(keyed)[: self._phrases]]
+        return [samples[i] for _, i in sorted(keyed)[: self._phrases]]
 
     def _referring(self, decoded: DecodedImage, chosen: Sequence[Sample], rng: np.random.Generator) -> TrainExample:
         """One conversation a phrase. A phrase for several objects has their union as its target."""

@@ -14,7 +14,7 @@ from typing import Any
 from pycocotools import mask as coco
 
 from flowseg_jax.data import formats
-from flowseg_jax.data.leakage import Picture, coco_number, is_train_split
+from flowseg_jax.data.leakage import ImageIdentity, coco_number, is_train_split
 from flowseg_jax.data.published import COUNTS, CountCheck, split_by
 from flowseg_jax.data.records import DatasetReader, Example, RecordErrors, make_samples, read
 
@@ -103,7 +103,7 @@ class _Progress:
             self._log(f"{label}: {done:,} of {total:,}")
 
 
-_Pictures = list[tuple[Picture, str]]  # with the file's name
+_Identities = list[tuple[ImageIdentity, str]]  # with the file's name
 
 
 def open_set(name: str, root: str | Path, *, splits: Sequence[str] | None = None, **options: Any) -> Opened:
@@ -145,19 +145,19 @@ def validate(opened: Sequence[Opened], quick: bool = False, log: Callable[[str],
     return Report(quick, sets, _leaks(opened, pictures))
 
 
-def _picture(name: str, layout: str, content: bytes) -> Picture:
+def _identity(name: str, layout: str, content: bytes) -> ImageIdentity:
     """What an image is. One that was not read and is not COCO's is known by its path alone."""
     digest = hashlib.blake2b(content, digest_size=16).hexdigest() if content else f"{layout}:{name}"
-    return Picture(coco_number(name, layout), digest)
+    return ImageIdentity(coco_number(name, layout), digest)
 
 
-def _read(one: Opened, split: str, report: SetReport, notes: Counter[str], quick: bool, progress: _Progress) -> _Pictures:
+def _read(one: Opened, split: str, report: SetReport, notes: Counter[str], quick: bool, progress: _Progress) -> _Identities:
     """Goes through one split: adds its counts and duplicates to the report; returns its images."""
     size = one.layout.size(split)
     result = report.splits[split] = SplitReport({"images": size})
     if not quick:
         result.counts |= {"refs": 0, "sentences": 0, "samples": 0}
-    found: _Pictures = []
+    found: _Identities = []
     first: dict[str, str] = {}  # of each picture
     for index in range(size):
         progress(f"{one.label} {split}", index, size)
@@ -173,7 +173,7 @@ def _read(one: Opened, split: str, report: SetReport, notes: Counter[str], quick
                     continue
                 _count(example, result.counts, notes)
                 name, content = example.file_name, example.image
-            picture = _picture(name, one.name, content)
+            picture = _identity(name, one.name, content)
             if picture.identity in first:
                 before = first[picture.identity]
                 result.duplicates.append(name if name == before else f"{name} is the same picture as {before}")
@@ -194,7 +194,7 @@ def _count(example: Example, counts: dict[str, int], notes: Counter[str]) -> Non
             notes["objects whose mask is one pixel wide or high"] += 1
 
 
-def _compare(one: Opened, report: SetReport, found: dict[str, _Pictures]) -> None:
+def _compare(one: Opened, report: SetReport, found: dict[str, _Identities]) -> None:
     """Sets the counts against the published ones."""
     partition = split_by(one.layout)
     published = {s: COUNTS.get((one.name, partition, s), {}) for s in one.splits}
@@ -208,15 +208,19 @@ def _compare(one: Opened, report: SetReport, found: dict[str, _Pictures]) -> Non
         report.splits[split].checks = {k: CountCheck(counts[k], f.value, f.memory) for k, f in figures.items() if k in counts}
 
 
-def _leaks(opened: Sequence[Opened], pictures: Sequence[dict[str, _Pictures]]) -> list[Leak]:
+def _leaks(opened: Sequence[Opened], pictures: Sequence[dict[str, _Identities]]) -> list[Leak]:
     """Images that lie in a training split of one set and in an evaluation split of any set."""
     splits = [(one, split, found[split]) for one, found in zip(opened, pictures, strict=True) for split in found]
-    shown = [(one, split, [(p.held_out_by, name) for p, name in seen]) for one, split, seen in splits if is_train_split(split)]
-    asked = [
-        (one, split, {key for p, _ in seen for key in p.holds_out}) for one, split, seen in splits if not is_train_split(split)
+    shown = [
+        (one, split, [(p.held_out_by, name) for p, name in images]) for one, split, images in splits if is_train_split(split)
+    ]
+    evaluated = [
+        (one, split, {key for p, _ in images for key in p.holds_out})
+        for one, split, images in splits
+        if not is_train_split(split)
     ]
     leaks = []
-    for (one, train, trained), (other, split, keys) in itertools.product(shown, asked):
+    for (one, train, trained), (other, split, keys) in itertools.product(shown, evaluated):
         if names := sorted({name for held_out_by, name in trained if not keys.isdisjoint(held_out_by)}):
             google = one is other and split_by(one.layout) == "google"
             remark = "the google partition shares images between its splits by design" if google else ""

@@ -18,7 +18,7 @@ def init_worker(*signals: signal.Signals) -> None:
 
     A signal to a whole job reaches all its processes, but only the parent knows what is still needed.
     """
-    Traces(told_at_once=True).install()
+    Traces(print_first=True).install()
     for number in signals:
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), name="end-with-parent", daemon=True).start()

@@ -204,13 +204,13 @@ def compare(
     Images are drawn, not samples: the sentences of an image are not independent of each other.
 
     Raises:
-        UserError: the two do not hold the same samples, or none that the protocol counts, or were asked with other texts.
+        UserError: the two do not hold the same samples, or none that the protocol counts, or were evaluated with other texts.
     """
     for records in (first, second):
         if (form := records[0]["text_form"]) != protocol.text:
             known = ", ".join(name for name, p in PROTOCOLS.items() if p.text == form)
             raise UserError(
-                f"protocol {protocol.name} shows the model other texts than these samples were asked with; "
+                f"protocol {protocol.name} shows the model other texts than these samples were evaluated with; "
                 f"they answer {known}: choose one of them, or evaluate with --protocol={protocol.name}"
             )
     first, second = (metrics.counted(records, protocol) for records in (first, second))

@@ -176,7 +176,7 @@ class ReferringEvaluation:
     def open(
         self, split: str, *, images: int | None = None, prompts: PromptTemplates | None = None, **options: Any
     ) -> EvalDataset:
-        """This process's share of the split's samples, asked as the protocol asks, by default with the model's templates."""
+        """This process's share of the split's samples, with the protocol's prompts, by default with the model's templates."""
         model, protocol = self.model, protocols.get_protocol(self.protocol)
         self.data.check_split(split)
         batch = model.evaluator.round_up(self.batch)
@@ -273,7 +273,7 @@ class GenericEvaluation:
             )
 
     def open(self, split: str, *, images: int | None = None, skip: Collection[int] = ()) -> GenericDataset:
-        """This process's share of the split's images, all of which are asked for all categories."""
+        """This process's share of the split's images, in all of which all categories are looked for."""
         model, batch = self.model, self.model.evaluator.round_up(self.batch)
         return GenericDataset(
             self.data,

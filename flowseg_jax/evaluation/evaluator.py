@@ -1,6 +1,6 @@
 """The compiled functions of an evaluation, sharded over all devices.
 
-An image is encoded once; every round of expressions about it is asked against what was kept (`models.outputs.ImageCache`).
+An image is encoded once; every round of expressions about it runs against what was kept (`models.outputs.ImageCache`).
 Everything runs inside `shard_map`: a device computes its own images by the program that one device alone would run, so the
 numbers do not depend on how many there are. Functions that touch original-size pixels are apart from those that do not, so the
 model compiles once for encoding and once for each shape of a round, however many image sizes there are.
@@ -55,7 +55,7 @@ class Evaluator:
         mesh: the devices; None: all there are, each with all parameters.
         partition: `PartitionSpec`s of the parameters, a prefix of their tree.
         answer: how the model answers questions without answers: (model, image cache, queries) -> candidates, and whether there
-            is an answer with a mask (`models.generate.generate_and_segment`); None: it is not asked such.
+            is an answer with a mask (`models.generate.generate_and_segment`); None: there are none such.
 
     Attributes:
         compiles: function name -> number of compilations so far.
@@ -159,13 +159,13 @@ class Evaluator:
         )
         ignored = self._put(postprocess.pack_truth(batch.ignored, rows, 1, where.bucket))
         where = self._put(where)
-        for asked in batch.rounds:
+        for query_round in batch.rounds:
             pack = lambda masks: self._put(  # noqa: E731
-                postprocess.pack_truth(masks, rows, asked.questions.query_valid.shape[1], where.bucket)  # noqa: B023 (called at once)
+                postprocess.pack_truth(masks, rows, query_round.questions.query_valid.shape[1], where.bucket)  # noqa: B023 (called at once)
             )
-            truth = postprocess.GroundTruth(pack(asked.truth), pack(asked.single_cover), ignored)
-            chosen = self._predict(params, cache, self._put(asked.questions), *self._downsample_truth(truth.union, where))
-            yield asked, chosen, self._upsample(chosen.logits, where, truth)
+            truth = postprocess.GroundTruth(pack(query_round.truth), pack(query_round.single_cover), ignored)
+            chosen = self._predict(params, cache, self._put(query_round.questions), *self._downsample_truth(truth.union, where))
+            yield query_round, chosen, self._upsample(chosen.logits, where, truth)
 
     def predict_categories(
         self, params: Any, batch: GenericBatch, prompts: CategoryPrompts, threshold: float | None

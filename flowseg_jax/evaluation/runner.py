@@ -50,12 +50,12 @@ class EvalTask(Protocol):
 
     Attributes:
         evaluator: the model's compiled functions.
-        asked: what a split holds, for the error that it holds none: "expression", "image".
+        queries: what a split holds, for the error that it holds none: "expression", "image".
         unit: what a record is of: "samples", "images".
     """
 
     evaluator: Evaluator
-    asked: str
+    queries: str
     unit: str
 
     def predict(self, params: Any, data: EvalSource, batch: Any) -> Any:
@@ -124,7 +124,7 @@ def evaluate(
         _fill(task, params, data(skip=partial.records.keys()), partial, name, kept)
         records = [record for place in sorted(partial.records) for record in partial.records[place]]
         if not records:
-            raise UserError(f"split {name!r} holds no {task.asked} to evaluate; prepare it, or choose another split")
+            raise UserError(f"split {name!r} holds no {task.queries} to evaluate; prepare it, or choose another split")
         result = task.summarise(records) | dict(about)
         records = [task.stored(record) for record in records]
         seconds = time.monotonic() - begin

@@ -50,7 +50,7 @@ class GeneratedAnswer:
     """What the model wrote.
 
     Attributes:
-        question: what it was asked.
+        question: the text that it answers.
         text: its words, `<p>`, `</p>` and `<SEG>` included.
         complete: it came to an end before it ran out of tokens.
         predictions: one for each `<SEG>` that stands for a phrase.

@@ -90,10 +90,10 @@ class PromptTokens:
     def of(cls, prompts: PromptTemplates, tokenizer: Tokenizer, visual_tokens: int) -> PromptTokens:
         """A model's fixed prompt template. A special token splits the text, so the parts do not depend on the expression."""
         (conversation,) = collate.make_conversations(dataclasses.replace(prompts, randomize=False), ["it"])
-        said = collate.encode_conversation(conversation, prompts, tokenizer, "the prompt template").input_ids
-        start, end = said.index(tokenizer.phrase_start), said.index(tokenizer.phrase_end)
+        ids = collate.encode_conversation(conversation, prompts, tokenizer, "the prompt template").input_ids
+        start, end = ids.index(tokenizer.phrase_start), ids.index(tokenizer.phrase_end)
         prefix = collate.encode_prefix(prompts, tokenizer, visual_tokens)
-        return cls(prefix, said[:start], said[end + 1 :], tokenizer.phrase_start, tokenizer.phrase_end, tokenizer.seg)
+        return cls(prefix, ids[:start], ids[end + 1 :], tokenizer.phrase_start, tokenizer.phrase_end, tokenizer.seg)
 
     def to_json(self) -> dict[str, Any]:
         """The fields, with the number of the image's slots in place of the slots."""
@@ -223,8 +223,8 @@ def _export(directory: str | os.PathLike[str], target: Path, shapes: ExportShape
         raise UserError(f"text is {shapes.text}: even the shortest expression takes {least} tokens")
     weights = flatten_params(loaded.params)
     with heartbeat(f"lowering for {', '.join(platforms)}"):
-        kinds = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in weights.items()}
-        programs = lower(cfg, kinds, prompt, shapes, platforms)
+        abstract = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in weights.items()}
+        programs = lower(cfg, abstract, prompt, shapes, platforms)
     about = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,

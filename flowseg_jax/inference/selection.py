@@ -152,8 +152,8 @@ class Prediction:
     def to_json(self, *, rle: bool = True) -> dict[str, Any]:
         """All but the image; masks as `rle`, COCO's run-length code with compressed counts, or not at all."""
         height, width = self.image.shape[:2]
-        said = {key: getattr(self, key) for key in ("answer", "phrase", "failure") if getattr(self, key) is not None}
-        whole = {"image": self.name, "height": height, "width": width, "text": self.text, **said, "found": self.found}
+        answered = {key: getattr(self, key) for key in ("answer", "phrase", "failure") if getattr(self, key) is not None}
+        whole = {"image": self.name, "height": height, "width": width, "text": self.text, **answered, "found": self.found}
         kept = [candidate.to_json() for candidate in self.candidates]
         result = whole | {"score": self.score, **_described(self.mask), "candidates": kept}
         if not rle:

@@ -200,7 +200,7 @@ class ExpressionGenerator:
         for weight, head, mask in self.heads:
             for (what, axis, sign), forms in words.items():
                 if what == "area":
-                    if head[0] is not None:  # "the largest small circle" is a riddle
+                    if head[0] is not None:  # "the largest small circle" is hard to read
                         continue
                     last, best = sorted((sign * self.areas[i], i) for i in _bits(mask))[-2:]
                     clear = max(abs(best[0]), abs(last[0])) >= SIZE_RATIO * min(abs(best[0]), abs(last[0]))

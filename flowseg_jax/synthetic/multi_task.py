@@ -1,6 +1,6 @@
 """Miniature data sets beside the `shapes` benchmark: the same kind of scenes in the layouts of the other data sets.
 
-    flowseg data make-multitask --out data/companions --seed 0
+    flowseg data make-multitask --out data/multi_task --seed 0
 
     OUT/reasonseg/  ReasonSeg: {train,val,test}/NAME.jpg and NAME.json, explanatory/train.json
     OUT/coco/       COCO panoptic: annotations/panoptic_{train,val}2017.json and their PNG folders, {train,val}2017/
@@ -101,16 +101,16 @@ def write_datasets(
     directory = Path(directory)
     for name, number in (("reasonseg", reasonseg), ("panoptic", panoptic), ("chat", chat)):
         if number < LEAST[name]:
-            raise UserError(f"companions need at least {LEAST[name]} images for {name}, got {number}")
+            raise UserError(f"multi-task data needs at least {LEAST[name]} images for {name}, got {number}")
     counts: dict[str, int] = {}
     with (
-        whole_directory(directory, "the companions") as partial,
+        whole_directory(directory, "the multi-task data sets") as partial,
         open(partial / "scenes.jsonl", "w", encoding="utf-8") as sidecar,
     ):
         writer = _SceneWriter(partial, seed, sidecar)
         for make, number in ((_reasonseg, reasonseg), (_panoptic, panoptic), (_llava, chat)):
             made = make(writer, number)
-            report(f"companions: {', '.join(f'{n} images in {folder}' for folder, n in made.items())}")
+            report(f"multi-task data: {', '.join(f'{n} images in {folder}' for folder, n in made.items())}")
             counts |= made
     report(f"wrote {directory}")
     return counts
@@ -141,7 +141,7 @@ def outline_points(mask: np.ndarray) -> list[list[list[float]]] | None:
     return parts
 
 
-def _ask(writer: _SceneWriter, rng: random.Random) -> tuple[Scene, ReasoningQuestion, list[list[list[float]]]]:
+def _question(writer: _SceneWriter, rng: random.Random) -> tuple[Scene, ReasoningQuestion, list[list[list[float]]]]:
     """A scene, a question about it, and the outlines of the answer."""
     # The kind is drawn before the scene and kept, so that rejection cannot bend the mix.
     question_of = REASONING_QUESTIONS[rng.choice(tuple(REASONING_QUESTIONS))]
@@ -175,7 +175,7 @@ def _reasonseg(writer: _SceneWriter, number: int) -> dict[str, int]:
         for i in range(images):
             name = f"shapes_{split}_{i:06d}"
             rng = writer.rng(name)
-            scene, question, parts = _ask(writer, rng)
+            scene, question, parts = _question(writer, rng)
             is_sentence = rng.random() < 0.5
             texts = list(question.long if is_sentence else question.short)
             rng.shuffle(texts)

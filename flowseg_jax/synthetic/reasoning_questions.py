@@ -65,7 +65,7 @@ def describe(item: SceneObject) -> str:
     return f"{item.size} {item.texture} {item.colour} {item.shape}"
 
 
-def _riddle(targets: Sequence[int], short: Sequence[str], long: Sequence[str], explanation: str) -> ReasoningQuestion:
+def _question(targets: Sequence[int], short: Sequence[str], long: Sequence[str], explanation: str) -> ReasoningQuestion:
     """`[a|b]` in a text stands for a with one target, for b with several."""
     form = r"\1" if len(targets) == 1 else r"\2"
     texts = [tuple(re.sub(r"\[(.*?)\|(.*?)\]", form, text) for text in group) for group in (short, long, (explanation,))]
@@ -96,7 +96,7 @@ def _colour(scene: Scene, rng: random.Random) -> ReasoningQuestion | None:
         return None
     targets, value = drawn
     like = rng.choice(LIKE[value])
-    return _riddle(
+    return _question(
         targets,
         (f"the thing[|s] with the colour of {like}", f"what could be matched with {like} by its paint"),
         (
@@ -112,7 +112,7 @@ def _shape(scene: Scene, rng: random.Random) -> ReasoningQuestion | None:
         return None
     targets, value = drawn
     like = rng.choice(LIKE[value])
-    return _riddle(
+    return _question(
         targets,
         (f"the thing[|s] with the outline of {like}", f"what could stand for {like} in a drawing"),
         (f"A child wants to draw {like}; which thing[|s] could be traced for it?", f"What here has the outline of {like}?"),
@@ -125,7 +125,7 @@ def _texture(scene: Scene, rng: random.Random) -> ReasoningQuestion | None:
         return None
     targets, value = drawn
     like = rng.choice(LIKE[value])
-    return _riddle(
+    return _question(
         targets,
         (f"the thing[|s] whose surface[|s] [looks|look] like {like}", f"what is decorated in the way of {like}"),
         (f"Which thing[|s] would look right beside {like}, whatever the colours?", f"What has a surface like {like}?"),
@@ -140,7 +140,7 @@ def _paint_and_outline(scene: Scene, rng: random.Random) -> ReasoningQuestion | 
     if len(targets) == len(same_colour) or len(targets) == len(same_shape):  # half of the question would do
         return None
     paint, outline = rng.choice(LIKE[item.colour]), rng.choice(LIKE[item.shape])
-    return _riddle(
+    return _question(
         targets,
         (f"the thing[|s] with the outline of {outline} and the colour of {paint}",),
         (
@@ -155,7 +155,7 @@ def _roll(scene: Scene, rng: random.Random) -> ReasoningQuestion | None:
     targets = _having(scene, "shape", "circle")
     if not targets or len(targets) == len(scene.items) or _having(scene, "shape", "semicircle"):  # that one would rock
         return None
-    return _riddle(
+    return _question(
         targets,
         ("the thing[|s] that would roll away", "what a child could roll along the floor"),
         (
@@ -171,7 +171,7 @@ def _corners(scene: Scene, rng: random.Random) -> ReasoningQuestion | None:
     targets = [i for i, count in enumerate(counts) if count == max(counts)]
     if max(counts) < 3 or len(targets) == len(counts):
         return None
-    return _riddle(
+    return _question(
         targets,
         ("the thing[|s] with the most corners",),
         ("Which thing[|s] [has|have] the most corners?", "What would take the longest to draw if every corner took a minute?"),
@@ -182,7 +182,7 @@ def _corners(scene: Scene, rng: random.Random) -> ReasoningQuestion | None:
 def _most_room(scene: Scene, rng: random.Random) -> ReasoningQuestion | None:
     if (target := _first(scene.areas)) is None:
         return None
-    return _riddle(
+    return _question(
         [target],
         ("the thing that takes up the most room", "what would need the most paint to cover"),
         ("Which thing takes up the most room?", "If all of them were cut out of paper, which one would be the heaviest?"),
@@ -193,7 +193,7 @@ def _most_room(scene: Scene, rng: random.Random) -> ReasoningQuestion | None:
 def _least_room(scene: Scene, rng: random.Random) -> ReasoningQuestion | None:
     if (target := _first(1 / scene.areas)) is None:
         return None
-    return _riddle(
+    return _question(
         [target],
         ("the thing that takes up the least room", "what would need the least paint to cover"),
         ("Which thing takes up the least room?", "If all of them were cut out of paper, which one would be the lightest?"),
@@ -205,7 +205,7 @@ def _night(scene: Scene, rng: random.Random) -> ReasoningQuestion | None:
     targets = _having(scene, "colour", "black")
     if not targets or len(targets) == len(scene.items) or len({scene.items[i].texture for i in targets}) > 1:
         return None  # marks on the paint are brighter: of two patterns one would be easier to see
-    return _riddle(
+    return _question(
         targets,
         ("the thing[|s] hardest to spot at night", "what would vanish first when it gets dark"),
         ("Which thing[|s] would be hardest to spot at night?", "When the lights go out, what would be lost to sight first?"),
@@ -220,7 +220,7 @@ def _fall(scene: Scene, rng: random.Random) -> ReasoningQuestion | None:
     for heights in (lowest, scene.centres[:, 1]):
         if heights[target] < max(np.delete(heights, target)) + margin:
             return None
-    return _riddle(
+    return _question(
         [target],
         ("the thing that would hit the ground first if everything fell", "what is nearest to the ground"),
         (
@@ -238,7 +238,7 @@ def _alone(scene: Scene, rng: random.Random) -> ReasoningQuestion | None:
     ]
     if (target := _first(np.array(gaps))) is None:
         return None
-    return _riddle(
+    return _question(
         [target],
         ("the loneliest thing", "the thing furthest from its nearest neighbour"),
         (
@@ -259,7 +259,7 @@ def _odd(scene: Scene, rng: random.Random) -> ReasoningQuestion | None:
     if len({target for target, _, _ in found}) != 1:
         return None
     target, kind, value = min(found)
-    return _riddle(
+    return _question(
         [target],
         ("the odd one out", "what does not belong with the rest"),
         ("Which one does not belong with the rest?", "If one had to go so that all are of a kind, which one would it be?"),

@@ -49,15 +49,15 @@ def _locked(path: Path, log: Log) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
     with file:
-        said = -PROGRESS_SECONDS
+        reported = -PROGRESS_SECONDS
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if time.monotonic() - said > PROGRESS_SECONDS:
+                if time.monotonic() - reported > PROGRESS_SECONDS:
                     log(f"waiting for another process to make {path.with_suffix('')}")
-                    said = time.monotonic()
+                    reported = time.monotonic()
                 time.sleep(0.2)
         yield
 

@@ -1,7 +1,7 @@
 """A data set of one's own, to try fine-tuning with: twenty pictures that teach a word no model knows.
 
 Each picture has one star among other shapes, and the expressions call it "the zib". The masks come as polygons, run-length
-codes and PNG files in turn, the three forms that a line of `lesson.jsonl` may have.
+codes and PNG files in turn, the three forms that a line of `toy.jsonl` may have.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ def scene(rng: random.Random) -> Scene:
 
 
 def write(directory: Path, images: int = 20, seed: int = 0) -> None:
-    """Writes `lesson.jsonl`, the pictures and the masks into a new directory.
+    """Writes `toy.jsonl`, the pictures and the masks into a new directory.
 
     Raises:
         UserError: the directory exists, or too few images.
     """
     if images <= UNSEEN:
-        raise UserError(f"a lesson needs more than {UNSEEN} images, got {images}")
+        raise UserError(f"a toy data set needs more than {UNSEEN} images, got {images}")
     try:
         directory.mkdir(parents=True)
     except OSError as error:
@@ -53,12 +53,12 @@ def write(directory: Path, images: int = 20, seed: int = 0) -> None:
         mask = drawn.masks[next(i for i, item in enumerate(drawn.items) if item.shape == SHAPE)]
         outlines = polygons.polygons(mask)
         if number % 3 == 0 and outlines:
-            told = outlines
+            stored = outlines
         elif number % 3 == 1:
-            told = {"size": list(mask.shape), "counts": polygons.run_lengths(mask)["counts"]}
+            stored = {"size": list(mask.shape), "counts": polygons.run_lengths(mask)["counts"]}
         else:
-            told = f"{number:03d}_mask.png"
-            Image.fromarray(mask).save(directory / told)
-        line = {"image": name, "expressions": [text.format(WORD) for text in EXPRESSIONS], "mask": told}
+            stored = f"{number:03d}_mask.png"
+            Image.fromarray(mask).save(directory / stored)
+        line = {"image": name, "expressions": [text.format(WORD) for text in EXPRESSIONS], "mask": stored}
         lines.append(line | ({"split": "val"} if number >= images - UNSEEN else {}))
-    (directory / "lesson.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (directory / "toy.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

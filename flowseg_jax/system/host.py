@@ -65,8 +65,8 @@ def _kind() -> str:
     another.
     """
     try:
-        told = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        told = [platform.processor()]
-    instructions = next((line for line in told if line.startswith(("flags", "Features"))), "".join(told[:1]))
+        lines = [platform.processor()]
+    instructions = next((line for line in lines if line.startswith(("flags", "Features"))), "".join(lines[:1]))
     return f"{jaxlib.__version__}-{platform.machine()}-{hashlib.sha256(instructions.encode()).hexdigest()[:8]}"

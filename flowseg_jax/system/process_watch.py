@@ -130,11 +130,11 @@ class Watch:
 
     def _listen(self, number: int, peer: socket.socket) -> None:
         """Waits for what a peer says: goodbye, or the name of one that is gone."""
-        said = ""
+        line = ""
         with contextlib.suppress(OSError):
-            said = _line(peer)
-        if said != BYE and not self._ended.is_set():
-            self._lost(said or self._names[number])
+            line = _line(peer)
+        if line != BYE and not self._ended.is_set():
+            self._lost(line or self._names[number])
 
     def _lost(self, who: str) -> None:
         self._line = f"error: {who} is gone, so process {self._index} ends; the same command continues"
@@ -152,7 +152,7 @@ class Watch:
     def fail(self, code: int, error: BaseException) -> None:
         """Lets the others know that this process ends with an error; it is gone soon, where JAX's own end would wait for them.
 
-        Where the error is that another one is gone, that is what is said, and this does not return.
+        Where the error is that another one is gone, that is what is reported, and this does not return.
         """
         if not isinstance(error, UserError) or _of_a_collective(error):
             if self._loss.wait(0 if isinstance(error, KeyboardInterrupt) else OWN_END):

@@ -16,7 +16,7 @@ from flowseg_jax.checkpoints.manifest import flatten_params
 from flowseg_jax.losses import LossConfig
 from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.models.connectors import ConnectorConfig
-from flowseg_jax.models.language import LanguageConfig
+from flowseg_jax.models.language_config import LanguageConfig
 from flowseg_jax.models.mask_decoder import MaskDecoderConfig
 from flowseg_jax.models.pixel_decoder import PixelDecoderConfig
 from flowseg_jax.models.sam import SamConfig
@@ -93,9 +93,9 @@ def sam(cfg: SamConfig, last: int) -> FlopCount:
     grid, width = cfg.grid_size, cfg.hidden_size
 
     def layer(size: int) -> FlopCount:
-        seen = (-(-grid // size) * size) ** 2  # the last windows are filled up
-        projections = 4 * _linear(seen, width, width) + 2 * _linear(seen, width, size)
-        return FlopCount(projections + 2 * _linear(grid**2, width, cfg.mlp_dim), _attention(seen, size**2, width))
+        positions = (-(-grid // size) * size) ** 2  # the last windows are filled up
+        projections = 4 * _linear(positions, width, width) + 2 * _linear(positions, width, size)
+        return FlopCount(projections + 2 * _linear(grid**2, width, cfg.mlp_dim), _attention(positions, size**2, width))
 
     whole = sum(i < last for i in cfg.global_attn_indexes)
     patches = FlopCount(_linear(grid**2, 3 * cfg.patch_size**2, width))

@@ -98,7 +98,7 @@ class RunConfig:
             model,
             losses,
             OptimizerConfig(**optimizer),
-            PromptTemplates(chat=data.chat_template, randomize=data.random_prompts),
+            PromptTemplates(chat_template=data.chat_template, randomize=data.random_prompts),
             options,
             shape,
         )

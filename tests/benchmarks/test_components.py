@@ -16,7 +16,7 @@ import torch
 from benchmarks import __main__ as command
 from benchmarks import components, load, measure, ratio, startup, table
 from benchmarks.components import COMPONENTS, Bar, Pair
-from benchmarks.components.sizes import SIZES, asked, one_of, prefix
+from benchmarks.components.sizes import SIZES, dummy_batch, one_of, prefix
 from flowseg_jax.errors import UserError
 from flowseg_jax.types import IMAGE_TOKEN_INDEX
 
@@ -214,7 +214,7 @@ def test_there_is_no_ratio_for_other_numbers(monkeypatch):
 
 def test_one_expression_of_several_is_the_row_that_would_stand_alone():
     model, words = SIZES["tiny"].whole, SIZES["tiny"].words
-    several, start = asked(model, 3, words), prefix(SIZES["tiny"].whole)
+    several, start = dummy_batch(model, 3, words), prefix(SIZES["tiny"].whole)
     one = one_of(several, 1, words)
     assert one.input_ids.shape == (1, start + words)
     assert (one.input_ids == IMAGE_TOKEN_INDEX).sum() == model.num_visual_tokens

@@ -119,7 +119,7 @@ def test_a_model_directory(disk, tokenizer):
 
 
 def test_a_partial_evaluation(disk):
-    """What is done is kept as far as there is room, and gone on behind."""
+    """What is done is kept as far as there is room, and the run goes on after it."""
     disk.mount("size=16k")
     path, settings = disk.path / "val.partial.jsonl", {"split": "val"}
     with (

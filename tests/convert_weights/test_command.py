@@ -26,7 +26,7 @@ from flowseg_jax.data.tokenizer import load_tokenizer
 from flowseg_jax.errors import UserError
 from flowseg_jax.models import flowseg
 from flowseg_jax.models.config import FlowSegConfig
-from flowseg_jax.models.language import LanguageConfig
+from flowseg_jax.models.language_config import LanguageConfig
 from tests.helpers import tiny_checkpoints as tiny
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -84,7 +84,7 @@ def test_a_language_model_with_our_marks(tmp_path, hf, capsys):
     run("qwen3", source, tmp_path / "out")
     loaded = pretrained.load_pretrained(tmp_path / "out", dtype=None, allow_component=True)
     cfg = LanguageConfig.from_hf(json.loads((source / "config.json").read_text()))
-    cfg = dataclasses.replace(cfg, vocab_size=262)  # 259 ids and the three marks, though the table has 280 rows
+    cfg = dataclasses.replace(cfg, vocab_size=262)  # 259 ids and the three special tokens, though the table has 280 rows
     assert loaded.component == {"family": "qwen3", "config": dataclasses.asdict(cfg)}
     tensors = {
         name: x.view(torch.uint16).numpy().view(BF16)
@@ -121,7 +121,7 @@ def test_export_and_back(tmp_path, hf):
     exported = safetensors.numpy.load_file(tmp_path / "out2" / "model.safetensors")
     original = safetensors.numpy.load_file(source / "model.safetensors")
     assert exported.keys() == original.keys()
-    for name, x in exported.items():  # the marks have cut both tables to the tokenizer
+    for name, x in exported.items():  # the special tokens have cut both tables to the tokenizer
         assert np.array_equal(x, original[name][: len(x)])
     run("phi3", tmp_path / "out2", tmp_path / "out3")
     assert equal(*(pretrained.load_pretrained(tmp_path / f"out{i}", dtype=None, allow_component=True).params for i in (1, 3)))
@@ -179,7 +179,7 @@ def test_an_export_to_a_full_disk_leaves_nothing(tmp_path, hf, monkeypatch):
 
 def test_xsam_becomes_a_model_that_runs(tmp_path, xsam, capsys):
     source, tensors, flags = xsam
-    tokenizer = tiny.save_tokenizer(tmp_path / "tokens", more=2)  # 261 ids: with the marks the 264 rows of the table
+    tokenizer = tiny.save_tokenizer(tmp_path / "tokens", more=2)  # 261 ids: with the special tokens the 264 rows of the table
     assert tokenizer == 261
     run("xsam", source, tmp_path / "out1", "--tokenizer", tmp_path / "tokens", *flags)
     loaded = pretrained.load_pretrained(tmp_path / "out1", dtype=None)
@@ -187,7 +187,7 @@ def test_xsam_becomes_a_model_that_runs(tmp_path, xsam, capsys):
     remat = lambda part: dataclasses.replace(part, remat="full")  # noqa: E731
     assert cfg == dataclasses.replace(tiny.XSAM, dtype="bfloat16", llm=remat(tiny.XSAM.llm))
     assert equal(loaded.params, import_params("xsam", tensors, cfg))
-    assert loaded.extra["prompts"] == {"chat": "qwen3_instruct"}
+    assert loaded.extra["prompts"] == {"chat_template": "qwen3_instruct"}
     abstract = flowseg.params_dict(flowseg.abstract_model(cfg)[1])
     restored = pretrained.load_pretrained(tmp_path / "out1", abstract).params  # as eval.py and predict.py read it
     assert equal(jax.tree.map(np.asarray, restored), jax.tree.map(lambda x: x.astype(np.float32), loaded.params))

@@ -25,7 +25,7 @@ from transformers.models.siglip import modeling_siglip
 from convert_weights import configs_from_hf
 from flowseg_jax.errors import UserError
 from flowseg_jax.models import hf_keys
-from flowseg_jax.models.language import LanguageConfig
+from flowseg_jax.models.language_config import LanguageConfig
 from tests.helpers import tiny_checkpoints as tiny
 
 t = transformers

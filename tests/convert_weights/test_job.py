@@ -14,7 +14,7 @@ from convert_weights.job import ConversionRequest, open_conversion
 from convert_weights.sources import ArraySource
 from flowseg_jax.errors import UserError
 from flowseg_jax.models.config import FlowSegConfig
-from flowseg_jax.models.language import LanguageConfig
+from flowseg_jax.models.language_config import LanguageConfig
 from flowseg_jax.models.sam import SamConfig
 from flowseg_jax.models.siglip import SiglipConfig
 from tests.helpers import tiny_checkpoints as tiny

@@ -19,7 +19,7 @@ from convert_weights.families import FAMILIES, Mask2FormerConfig
 from convert_weights.plan import detect_family, make_plan
 from convert_weights.sources import TensorInfo
 from flowseg_jax.models.config import FlowSegConfig
-from flowseg_jax.models.language import LanguageConfig
+from flowseg_jax.models.language_config import LanguageConfig
 from flowseg_jax.models.mask_decoder import MaskDecoderConfig
 from flowseg_jax.models.pixel_decoder import PixelDecoderConfig
 from flowseg_jax.models.sam import SamConfig

@@ -20,7 +20,8 @@ from flowseg_jax.checkpoints import pretrained
 from flowseg_jax.cli import convert
 from flowseg_jax.data.tokenizer import load_tokenizer
 from flowseg_jax.models.generate import generate
-from flowseg_jax.models.language import LanguageConfig, LanguageModel
+from flowseg_jax.models.language import LanguageModel
+from flowseg_jax.models.language_config import LanguageConfig
 
 PROMPT, NEW = "The capital of France is", 24
 
@@ -68,7 +69,7 @@ def test_its_greedy_continuation_is_hugging_faces(ours, theirs, converted):
             torch.from_numpy(tokens).long(), max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, pad_token_id=0
         )[0]
         logits = theirs(whole[None]).logits[0].numpy()
-    # Hugging Face has no marks, ours are the mean of the other rows and therefore nobody's first choice.
+    # Hugging Face has no segmentation tokens, ours are the mean of the other rows and therefore nobody's first choice.
     assert out.token_ids[0].tolist() == whole[tokens.shape[1] :].tolist()
     text = tokenizer.hf.decode(out.token_ids[0])
     print(f"{PROMPT}|{text}")

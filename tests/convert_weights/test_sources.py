@@ -18,7 +18,7 @@ from convert_weights.convert import export_params, import_params
 from convert_weights.files import open_source
 from flowseg_jax.checkpoints.manifest import flatten_params
 from flowseg_jax.errors import UserError
-from flowseg_jax.models.language import LanguageConfig
+from flowseg_jax.models.language_config import LanguageConfig
 from tests.helpers import tiny_checkpoints as tiny
 
 BF16 = np.dtype(ml_dtypes.bfloat16)

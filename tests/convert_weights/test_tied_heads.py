@@ -93,7 +93,7 @@ def test_a_missing_head_may_be_a_tied_one(qwen3):
 
 
 def test_only_rows_of_words_count(tmp_path):
-    """The tokenizer has 259 ids: what stands in the rows behind them is padding, which trainers fill as they like."""
+    """The tokenizer has 259 ids: what stands in the rows after them is padding, which trainers fill as they like."""
     source = tmp_path / "hf"
     model = tiny.huggingface("qwen3")
     model.save_pretrained(source)

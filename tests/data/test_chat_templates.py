@@ -1,6 +1,6 @@
 """Our prompts are, token for token, what transformers' `apply_chat_template` makes, with every kind of tokenizer we support.
 
-The kinds differ in what could go wrong: the bos, marks that swallow spaces, a space before the first word, holes in the ids.
+The kinds differ in what could go wrong: the bos, tokens that swallow spaces, a space before the first word, holes in ids.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def byte_level(special: list[str], *, prefix: bool = False, ids: list[int] | Non
 
 
 def sentence_pieces(special: list[str], *, rstrip: bool) -> tokenizers.Tokenizer:
-    """The kind of Phi-3: a space before every piece, bytes for what is not known; its marks swallow the space behind them."""
+    """The kind of Phi-3: a space before every piece, bytes for what is not known; its tokens swallow the space after them."""
     letters = "▁abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ?.,;<>0123456789/"
     vocab = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *letters]
     made = tokenizers.Tokenizer(
@@ -82,7 +82,7 @@ def save(directory, kind: str, template: str | None):
 
 
 def ours(tokenizer, prompts: PromptTemplates, texts: int) -> list[int]:
-    """The first `texts` of `WORDS` behind one visual slot; an odd number ends where an answer begins."""
+    """The first `texts` of `WORDS` after one visual slot; an odd number ends where an answer begins."""
     turns = [Turn(*WORDS[i : i + 2]) for i in range(0, 2 * (texts // 2), 2)]
     prefix = collate.encode_prefix(prompts, tokenizer, 1)
     if not turns:
@@ -161,7 +161,7 @@ def test_our_own_tokenizer(tmp_path):
 @pytest.mark.parametrize(
     ("ids", "rows", "marks"),
     [
-        ([*range(255), 400], 401, [256, 257, 258]),  # the marks fall into the hole
+        ([*range(255), 400], 401, [256, 257, 258]),  # the special tokens fall into the hole
         (HOLES, 356, [256, 257, 258]),
         ([*range(10, 262), 500, 501, 502, 503], 507, [504, 505, 506]),  # counted on, they would be letters
         (list(range(256)), 259, [256, 257, 258]),
@@ -183,7 +183,7 @@ def test_ids_with_holes(tmp_path, ids, rows, marks):
 
 
 def test_two_tokens_of_one_id_are_refused(tmp_path):
-    """Added tokens are counted on: with these ids, the marks of the chat are letters as well."""
+    """Added tokens are counted on: with these ids, the special tokens of the chat are letters as well."""
     made = byte_level(QWEN, ids=[*range(250), *range(256, 262)])
     PreTrainedTokenizerFast(tokenizer_object=made).save_pretrained(str(tmp_path / "plain"))
     extend_tokenizer(tmp_path / "plain", tmp_path / "ours")

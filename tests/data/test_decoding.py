@@ -196,7 +196,7 @@ def large_texts():
     return {
         "profile": beside(b"iCCP", b"big\0\0" + zlib.compress(bytes(1_500_000))),
         "compressed": beside(b"zTXt", b"k\0\0" + zlib.compress(b"x" * 1_500_000)),
-        "behind the pixels": beside(b"zTXt", b"k\0\0" + zlib.compress(b"x" * 1_500_000), end),
+        "after the pixels": beside(b"zTXt", b"k\0\0" + zlib.compress(b"x" * 1_500_000), end),
         "international": text(zip=True),
         "many": beside(b"tEXt", b"k\0" + b"x" * 2_000_000),
         "sum": beside(b"tEXt", b"k\0hello", sum_of="another text"),
@@ -307,7 +307,7 @@ def test_only_files_of_a_size_are_read(tmp_path, monkeypatch):
 
 
 def header(width, height, kind):
-    """A file that claims a size, with next to nothing behind it."""
+    """A file that claims a size, with next to nothing after it."""
     if kind == "png":
         return png16(np.zeros((1, 1, 3)), 2).replace(struct.pack(">II", 1, 1), struct.pack(">II", width, height), 1)
     if kind == "bmp":

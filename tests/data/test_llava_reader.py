@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from flowseg_jax.data.formats import open_layout
-from flowseg_jax.data.formats.llava import Llava, hashed_id, turns_of, without_mark
+from flowseg_jax.data.formats.llava import Llava, hashed_id, turns_of, without_placeholder
 from flowseg_jax.data.records import RecordErrors, Turn, examples
 from flowseg_jax.errors import UserError
 from tests.helpers import minillava as mini
@@ -65,7 +65,7 @@ def test_a_null_image_is_none(tmp_path):
     ],
 )
 def test_the_mark_is_taken_out(text, want):
-    assert without_mark(text) == want
+    assert without_placeholder(text) == want
 
 
 @pytest.mark.parametrize(

@@ -301,7 +301,7 @@ def test_records_that_are_none(data):
         serialization.deserialize(data, 2, "f: record 0")
 
 
-# --- an interrupted preparation goes on behind whole shards alone
+# --- an interrupted preparation goes on after whole shards alone
 
 
 @pytest.mark.parametrize("kind", ["array_record", "jsonl", "json"])

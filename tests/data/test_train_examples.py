@@ -221,7 +221,7 @@ def test_chats_need_room_behind_the_image(train):
 
 
 def test_marks_of_the_tokenizer_are_found_before_training(train, sets, monkeypatch):
-    """A language model's tokenizer has marks of its own, which preparing does not know."""
+    """A language model's tokenizer has special tokens of its own, which preparing does not know."""
     monkeypatch.setattr(sets["tokenizer"], "reserved", ("cat",))
     with pytest.raises(UserError, match=r"refcoco-prepared: .*\.jpg: the expression '.*cat.*' contains 'cat'"):
         train("refcoco")

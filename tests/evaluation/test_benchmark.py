@@ -17,7 +17,7 @@ from flowseg_jax.cli.main import main as flowseg
 from flowseg_jax.data import prepare
 from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation import audit
-from flowseg_jax.models.language import LanguageConfig
+from flowseg_jax.models.language_config import LanguageConfig
 from tests.helpers import minirefcoco as mini
 from tests.helpers import small, wild
 

@@ -556,7 +556,7 @@ def test_candidates_are_those_of_the_generic_pass_of_training(prepared, generic_
     params, graphdef = ours.model.params, flowseg.abstract_model(cfg)[0]
     scores, logits = ours.model.evaluator.score_categories(params, batch, ours.category_prompts)
     taught = jax.jit(lambda p, b: flowseg.bind_params(graphdef, p)(b))(params, small.pad(batch, phrases=1, text=8))
-    passes = lambda x: x[-1].reshape(4, 2, *x.shape[2:])[:, 1]  # noqa: E731 (behind the referring pass)
+    passes = lambda x: x[-1].reshape(4, 2, *x.shape[2:])[:, 1]  # noqa: E731 (after the referring pass)
     want = jax.nn.softmax(passes(taught.decoder_output.class_logits), -1)[..., : scores.shape[-1]]
     np.testing.assert_allclose(scores, want, atol=1e-5)
     raw = np.einsum("bnd,bhwd->bnhw", passes(taught.decoder_output.mask_embeds), taught.mask_features)

@@ -115,7 +115,7 @@ def test_different_samples_are_refused():
 
 @pytest.fixture
 def counted(monkeypatch, rng):
-    """Training and evaluation that do nothing but count, and leave behind what they would."""
+    """Training and evaluation that do nothing but count, and leave what they would."""
     calls = {"train": [], "evaluate": []}
 
     def train(config, workdir):

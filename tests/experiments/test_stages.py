@@ -18,7 +18,7 @@ from flowseg_jax.data.formats import open_layout
 from flowseg_jax.data.records import examples
 from flowseg_jax.errors import UserError
 from flowseg_jax.models.config import FlowSegConfig
-from flowseg_jax.models.language import LanguageConfig
+from flowseg_jax.models.language_config import LanguageConfig
 from flowseg_jax.synthetic import toy_dataset
 from flowseg_jax.training.optimizer import lr_multipliers
 from flowseg_jax.training.program import RunConfig
@@ -111,12 +111,12 @@ def test_an_unknown_language_model_is_named():
         configs.read("configs/stage3_mixed.py:qwen3_4")
 
 
-def test_a_lesson_is_a_data_set_of_ones_own(tmp_path):
+def test_the_toy_data_set_is_a_data_set_of_ones_own(tmp_path):
     """All three kinds of masks, each the picture's one star; and the fine-tuning config fits what they need."""
     toy_dataset.write(tmp_path / "mine", images=6)
     layout = open_layout("jsonl", tmp_path / "mine")
     assert layout.splits == ("train", "val") and layout.size("train") == 2
-    kinds = {type(json.loads(line)["mask"]) for line in (tmp_path / "mine" / "lesson.jsonl").read_text().splitlines()}
+    kinds = {type(json.loads(line)["mask"]) for line in (tmp_path / "mine" / "toy.jsonl").read_text().splitlines()}
     assert kinds == {list, dict, str}
     for split in layout.splits:
         for example in examples(layout, split):

@@ -16,7 +16,7 @@ from flowseg_jax.checkpoints.manifest import flatten_params
 from flowseg_jax.models.boundary import BoundaryConfig
 from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.models.connectors import ConnectorConfig
-from flowseg_jax.models.language import LanguageConfig
+from flowseg_jax.models.language_config import LanguageConfig
 from flowseg_jax.models.mask_decoder import MaskDecoderConfig
 from flowseg_jax.models.pixel_decoder import PixelDecoderConfig
 from flowseg_jax.models.sam import SamConfig
@@ -109,7 +109,7 @@ def state(model: torch.nn.Module) -> dict[str, np.ndarray]:
 
 
 def save_tokenizer(directory: Path, more: int = 0) -> int:
-    """A byte-level tokenizer with Qwen's marks and without ours; returns its number of ids, 259 and `more` reserved ones."""
+    """A byte-level tokenizer with Qwen's special tokens and without ours; returns its number of ids, 259 + `more`."""
     import tokenizers
 
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())

@@ -1,4 +1,4 @@
-"""The run-time checker behind jaxtyping's annotations: beartype, with an int accepted where a float is asked for.
+"""The run-time checker of jaxtyping's annotations: beartype, with an int accepted where a float is asked for.
 
 Of a tuple's items beartype checks one, drawn at random: conftest.py seeds the draw for every test.
 """

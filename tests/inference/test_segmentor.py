@@ -1,4 +1,4 @@
-"""predict on files: any image, the JSON's masks are the overlay's, EXIF is applied, bad input leaves nothing behind."""
+"""predict on files: any image, the JSON's masks are the overlay's, EXIF is applied, bad input leaves no files."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from flowseg_jax.models import flowseg
 from flowseg_jax.models.boundary import BoundaryConfig
 from flowseg_jax.models.conditions import referring_conditions
 from flowseg_jax.models.config import FlowSegConfig
-from flowseg_jax.models.language import LanguageConfig
+from flowseg_jax.models.language_config import LanguageConfig
 from flowseg_jax.models.semantic_flow import SemanticFlowConfig
 from flowseg_jax.types import ExpressionQueries, ImageInputs
 from tests.helpers import small

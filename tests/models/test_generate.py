@@ -14,7 +14,8 @@ from flax import nnx
 
 from flowseg_jax.models.generate import SpecialTokenIds, generate, pair_seg_with_phrases
 from flowseg_jax.models.kv_cache import KVCache
-from flowseg_jax.models.language import LanguageConfig, LanguageModel
+from flowseg_jax.models.language import LanguageModel
+from flowseg_jax.models.language_config import LanguageConfig
 from flowseg_jax.types import PromptQueries
 from tests.helpers import hf_convert
 from tests.models.test_language import LENGTHS, REFERENCES, ROPE, SIZES, config_of, model_of, padded_rows, params_of

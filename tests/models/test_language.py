@@ -11,7 +11,8 @@ from flax import nnx
 from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from flowseg_jax.errors import UserError
-from flowseg_jax.models.language import LanguageConfig, LanguageModel
+from flowseg_jax.models.language import LanguageModel
+from flowseg_jax.models.language_config import LanguageConfig
 from tests.helpers import hf_convert
 
 SIZES = dict(

@@ -1,4 +1,4 @@
-"""The companions of `shapes`: their layouts, their masks, and that every question has the answer that is written beside it."""
+"""The multi-task data sets of `shapes`: their layouts, their masks, and that every question has the answer that is written."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Made(NamedTuple):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    root = tmp_path_factory.mktemp("companions") / "set"
+    root = tmp_path_factory.mktemp("multi_task") / "set"
     counts = multi_task.write_datasets(root, seed=3, **NUMBERS, report=lambda line: None)
     rows = map(json.loads, (root / "scenes.jsonl").read_text().splitlines())
     return Made(root, {row["image"]: row["objects"] for row in rows}, counts)

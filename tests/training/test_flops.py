@@ -16,7 +16,8 @@ from flowseg_jax.losses import LossConfig
 from flowseg_jax.models import flowseg
 from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.models.connectors import SegConnector
-from flowseg_jax.models.language import LanguageConfig, LanguageModel
+from flowseg_jax.models.language import LanguageModel
+from flowseg_jax.models.language_config import LanguageConfig
 from flowseg_jax.models.mask_decoder import MaskDecoder
 from flowseg_jax.models.pixel_decoder import PixelDecoder, PixelDecoderConfig
 from flowseg_jax.models.sam import SamImageEncoder

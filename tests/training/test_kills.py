@@ -26,7 +26,7 @@ import pytest
 from flowseg_jax import experiment as configs
 from flowseg_jax.checkpoints.pretrained import save_pretrained
 from flowseg_jax.data import prepare
-from flowseg_jax.models.language import LanguageConfig
+from flowseg_jax.models.language_config import LanguageConfig
 from tests.helpers import minirefcoco as mini
 from tests.helpers import small
 from tests.helpers.trees import flip, largest

@@ -15,7 +15,7 @@ from flowseg_jax.data import prepare, train_examples
 from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation.benchmark import EvalModel, ReferringEvaluation
 from flowseg_jax.models import flowseg
-from flowseg_jax.models.language import LanguageConfig
+from flowseg_jax.models.language_config import LanguageConfig
 from flowseg_jax.synthetic.refcoco_writer import CATEGORIES
 from flowseg_jax.training import loop, program
 from tests.helpers import minirefcoco as mini

@@ -97,7 +97,7 @@ def test_options_losses_optimizer_and_prompts_are_those_of_the_config():
     assert run_config.optimizer == OptimizerConfig(
         0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, (("sam/.*", None), (".*", 0.8)), 3, 4, "bfloat16"
     )
-    assert run_config.prompts == PromptTemplates(chat="phi3_chat", randomize=True)
+    assert run_config.prompts == PromptTemplates(chat_template="phi3_chat", randomize=True)
     assert run_config.model == CFG
     assert "losses" in config.optimizer  # the config itself, which is stored with the run, stays whole
 

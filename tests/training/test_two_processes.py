@@ -19,7 +19,7 @@ from flowseg_jax.checkpoints.pretrained import save_pretrained
 from flowseg_jax.data import prepare
 from flowseg_jax.data.dataset import PreparedDataset
 from flowseg_jax.evaluation.benchmark import EvalModel, ReferringEvaluation
-from flowseg_jax.models.language import LanguageConfig
+from flowseg_jax.models.language_config import LanguageConfig
 from tests.helpers import minirefcoco as mini
 from tests.helpers import small
 

@@ -26,7 +26,7 @@ from PIL import Image
 
 from flowseg_jax.data import images as pixels
 from flowseg_jax.data import masks
-from flowseg_jax.data.checks import MAX_CHARACTERS, check_said
+from flowseg_jax.data.checks import MAX_CHARACTERS, check_text
 from flowseg_jax.data.formats.reading import ImageFolders, hashed_id, image_bytes, visible
 from flowseg_jax.data.records import Annotation, Example, Expression, RecordErrors
 from flowseg_jax.errors import UserError, brief, did_you_mean, listed, quoted
@@ -46,7 +46,7 @@ def validator() -> Draft202012Validator:
     return Draft202012Validator(schema)
 
 
-def _said(error: ValidationError) -> str:
+def _message(error: ValidationError) -> str:
     message = error.message
     if error.validator == "pattern":  # a regular expression says little to most readers
         message = f"expected {error.schema['title']}, got {quoted(error.instance)}"
@@ -72,7 +72,7 @@ def parse(line: bytes, where: str) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{where}: not valid JSON ({brief(error)})") from None
     if error is not None:
-        raise UserError(f"{where}: {_said(error)}")
+        raise UserError(f"{where}: {_message(error)}")
     return entry
 
 
@@ -129,16 +129,16 @@ class Jsonl:
                 where = f"{self.path}:{number}"
                 entry = parse(line, where)
                 for j, text in enumerate(entry["expressions"]):
-                    check_said(text, f"{where}: expressions[{j}]", max_characters)
-                check_said(_category(entry), f"{where}: category")
+                    check_text(text, f"{where}: expressions[{j}]", max_characters)
+                check_text(_category(entry), f"{where}: category")
                 # Two ways to write a path must not hide that it is one image.
                 image, split = str(PurePosixPath(entry["image"])), entry.get("split", "train")
                 paths.check_name(split, f"{where}: split")
                 key = entry.get("id", number)
                 key = hashed_id(key) if isinstance(key, str) else int(key)
                 if seen.setdefault(key, number) != number:
-                    said = quoted(entry["id"]) if "id" in entry else f"{number} (the line's number)"
-                    raise UserError(f"{where}: id: {said} is the id of line {seen[key]} too; give each line its own")
+                    name = quoted(entry["id"]) if "id" in entry else f"{number} (the line's number)"
+                    raise UserError(f"{where}: id: {name} is the id of line {seen[key]} too; give each line its own")
                 home, first = homes.setdefault(image, (split, number))
                 if home != split:
                     raise UserError(

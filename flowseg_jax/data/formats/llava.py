@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from flowseg_jax.data.checks import check_said
+from flowseg_jax.data.checks import check_text
 from flowseg_jax.data.formats.reading import ImageFolders, field, hashed_id, image_bytes, read_json, root_folder, visible
 from flowseg_jax.data.records import Example, RecordErrors, Turn
 from flowseg_jax.data.tokenizer import IMAGE
@@ -33,7 +33,7 @@ _SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp")
 
 
 def chat_file(root: Path, file: str | Path | None) -> Path:
-    """The JSON to read: the asked one, else the known one, else the only one."""
+    """The JSON to read: the given one, else the known one, else the only one."""
     if file is not None:
         return root / file
     found = [path for path in visible(root, "*.json") if path.is_file()]
@@ -44,7 +44,7 @@ def chat_file(root: Path, file: str | Path | None) -> Path:
     return known[0]
 
 
-def without_mark(text: str) -> str:
+def without_placeholder(text: str) -> str:
     """The text without its first `<image>` and the white space around it."""
     before, _, after = text.partition(IMAGE)
     between = "\n" if before.endswith("\n") or after.startswith("\n") else " "
@@ -58,7 +58,7 @@ def turns_of(conversations: Sequence[dict[str, str]]) -> tuple[int, tuple[Turn, 
     i = start = 0
     while i + 1 < len(conversations):
         first, second = conversations[i : i + 2]
-        question, answer = without_mark(first["value"]), second["value"].strip()
+        question, answer = without_placeholder(first["value"]), second["value"].strip()
         if (first["from"], second["from"]) == ("human", "gpt") and question and answer:
             if not run:
                 start = i
@@ -151,7 +151,7 @@ class Llava:
             notes["chats without a whole question-answer pair: left out"] += 1
             return None
         for j, text in enumerate((text for turn in turns for text in (turn.question, turn.answer)), start):
-            check_said(text, f"{self._where(i, sample)}.conversations[{j}].value", None)  # training cuts what is too long
+            check_text(text, f"{self._where(i, sample)}.conversations[{j}].value", None)  # training cuts what is too long
         if 2 * len(turns) != len(sample["conversations"]):
             notes["chats cut to whole question-answer pairs"] += 1
         name, path = self._find(sample["image"], f"{self._where(i, sample)}.image", notes)
@@ -190,6 +190,6 @@ def _check(sample: Any, where: str) -> None:
         if field(turn, "from", str, spot) not in ("human", "gpt"):
             raise UserError(f"{spot}.from: expected 'human' or 'gpt', got {quoted(turn['from'])}")
         field(turn, "value", str, spot)
-    marks = sum(turn["value"].count(IMAGE) for turn in turns if turn["from"] == "human")
-    if marks > 1 and sample.get("image") is not None:
-        raise UserError(f"{where}.conversations: {IMAGE} occurs {marks} times; a sample has one image")
+    placeholders = sum(turn["value"].count(IMAGE) for turn in turns if turn["from"] == "human")
+    if placeholders > 1 and sample.get("image") is not None:
+        raise UserError(f"{where}.conversations: {IMAGE} occurs {placeholders} times; a sample has one image")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from flowseg_jax.data import images
-from flowseg_jax.data.checks import check_said, check_storable, seen_as
+from flowseg_jax.data.checks import check_storable, check_text, visible_text
 from flowseg_jax.data.records import RecordErrors
 from flowseg_jax.errors import UserError, brief, quoted
 from flowseg_jax.system import paths
@@ -114,17 +114,17 @@ def category_names(entries: dict[int, dict[str, Any]], path: Path) -> tuple[str,
     make no difference between two names.
 
     Raises:
-        UserError: no name, one that cannot be said (`checks.check_said`), or one that another category has.
+        UserError: no name, one that no model can read (`checks.check_text`), or one that another category has.
     """
     names: dict[int, str] = {}
     owner: dict[str, int] = {}
     for key in sorted(entries):
         where = f"{path}: category {key}"
         name = field(entries[key], "name", str, where)
-        names[key] = check_said(name, f"{where}.name")
-        if owner.setdefault(seen_as(name), key) != key:
+        names[key] = check_text(name, f"{where}.name")
+        if owner.setdefault(visible_text(name), key) != key:
             raise UserError(
-                f"{where}.name: {name[:40]!r} is the name of category {owner[seen_as(name)]} too, "
+                f"{where}.name: {name[:40]!r} is the name of category {owner[visible_text(name)]} too, "
                 "and categories are told apart by their names; rename one of them"
             )
     return tuple(names.values())

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from flowseg_jax.data import images, masks
-from flowseg_jax.data.checks import MAX_CHARACTERS, check_said
+from flowseg_jax.data.checks import MAX_CHARACTERS, check_text
 from flowseg_jax.data.formats.reading import check_work, field, hashed_id, image_bytes, read_json, root_folder, visible
 from flowseg_jax.data.records import Annotation, Example, Expression, RecordErrors
 from flowseg_jax.errors import UserError, did_you_mean, listed, quoted
@@ -118,7 +118,7 @@ def _texts(entry: Any, where: str, max_characters: int) -> list[str]:
     for i, text in enumerate(texts):
         if not isinstance(text, str):
             raise UserError(f"{where}: text[{i}]: expected a question, got {quoted(text)}")
-    return [check_said(text, f"{where}: text[{i}]", max_characters) for i, text in enumerate(texts)]
+    return [check_text(text, f"{where}: text[{i}]", max_characters) for i, text in enumerate(texts)]
 
 
 def _same_size(entry: dict[str, Any], height: int, width: int, where: str) -> bool:
@@ -202,7 +202,7 @@ class ReasonSeg:
                 name, query, outputs = (field(entry, key, str, where) for key in ("image", "query", "outputs"))
                 if name not in known:
                     raise UserError(f"{where}.image: {quoted(name)} is not in train; add the image or remove the entry")
-                outputs = check_said(outputs, f"{where}.outputs", self._max_characters)
+                outputs = check_text(outputs, f"{where}.outputs", self._max_characters)
                 self._explanations.setdefault(name, []).append((query.strip().lower(), outputs))
 
     def size(self, split: str) -> int:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from flowseg_jax.data import masks
-from flowseg_jax.data.checks import MAX_CHARACTERS, check_said, check_storable
+from flowseg_jax.data.checks import MAX_CHARACTERS, check_storable, check_text
 from flowseg_jax.data.formats import plain_pickle
 from flowseg_jax.data.formats.reading import (
     ImageFolders,
@@ -81,7 +81,7 @@ def find_root(root: str | Path, name: str) -> Path:
 
 
 def refs_file(root: Path, split_by: str | None) -> Path:
-    """The refs pickle to read: the asked one, or the only one (of several, unc before umd)."""
+    """The refs pickle to read: the given one, or the only one (of several, unc before umd)."""
     found = {m.group(1): p for p in sorted(root.glob("refs(*).p")) if (m := re.fullmatch(r"refs\((.+)\)\.p", p.name))}
     if not found:
         raise UserError(f"{root}: no refs(<split_by>).p here; pass the folder that holds instances.json and refs(unc).p")
@@ -137,7 +137,7 @@ class Instances:
         for j, sentence in enumerate(sentences):
             spot = f"{where}.sentences[{j}]"
             field(sentence, "sent_id", int, spot)
-            check_said(field(sentence, "sent", str, spot), f"{spot}.sent", max_characters)
+            check_text(field(sentence, "sent", str, spot), f"{spot}.sent", max_characters)
             if "family" in sentence:
                 check_storable(field(sentence, "family", str, spot), f"{spot}.family")
         return image_id, paths.check_name(field(ref, "split", str, where), f"{where}.split")

@@ -41,7 +41,7 @@ class GenericTask:
     things: tuple[bool, ...] | None
     thresholds: Thresholds = MASK2FORMER
     save_masks: bool = False
-    asked = "image"
+    queries = "image"
     unit = "images"
 
     def predict(self, params: Any, data: EvalSource, batch: GenericBatch) -> FusionOutput:

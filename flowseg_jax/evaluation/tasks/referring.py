@@ -43,7 +43,7 @@ class ReferringTask:
     shuffle_text: bool = False
     no_target_threshold: float = 0.0
     save_masks: bool = False
-    asked = "expression"
+    queries = "expression"
     unit = "samples"
 
     def predict(self, params: Any, data: EvalSource, batch: EvalBatch) -> list[Round]:
@@ -51,15 +51,15 @@ class ReferringTask:
 
     def records(self, batch: EvalBatch, predicted: list[Round]) -> Records:
         found: Records = {place: [] for place in batch.places}
-        for asked, chosen, restored in predicted:
-            self._collect(found, batch, asked, chosen, restored)
+        for query_round, chosen, restored in predicted:
+            self._collect(found, batch, query_round, chosen, restored)
         return found
 
     def _collect(
         self,
         found: Records,
         batch: EvalBatch,
-        asked: QueryRound,
+        query_round: QueryRound,
         chosen: postprocess.SelectedMasks,
         restored: postprocess.FullSizeMasks,
     ) -> None:
@@ -67,7 +67,7 @@ class ReferringTask:
         query, score, rank = sharding.to_local_numpy((chosen.query, chosen.score, chosen.rank))
         counted = sharding.to_local_numpy(dataclasses.replace(restored, masks=restored.masks if self.save_masks else None))
         names = [field.name for field in dataclasses.fields(counted) if field.name != "masks"]
-        for b, samples in enumerate(asked.samples):
+        for b, samples in enumerate(query_round.samples):
             for k, sample in enumerate(samples):
                 numbers = {name: getattr(counted, name)[b, k] for name in names}
                 size = batch.sizes[b]
@@ -194,7 +194,7 @@ def evaluate(
         split: names the result files.
         out: folder of `<split>.json` and `<split>.jsonl`; None writes nothing. Both are replaced only when complete.
         protocol: names the meaning of the numbers; gives thresholds and the IoU of an empty sample.
-        shuffle_text: `data` is the shuffled-text control (`EvalDataset(control_seed=...)`): every image is asked another
+        shuffle_text: `data` is the shuffled-text control (`EvalDataset(control_seed=...)`): every image gets another
             image's sentences while its truth stays. The files are called `<split>_shuffled`.
         about: written beside the numbers, the checkpoint's digest and step above all. Partial results of another `about` are
             not continued.
@@ -237,9 +237,9 @@ def _illustrate(
     mine: dict[tuple[int, int], GallerySample] = {}
     for batch, rounds in predictions(task, params, data(only={place for place, _ in wanted})):
         before = [0] * len(batch.places)
-        for asked, _, restored in rounds:
+        for query_round, _, restored in rounds:
             masks = None  # read only where an example is wanted
-            for b, samples in enumerate(asked.samples):
+            for b, samples in enumerate(query_round.samples):
                 place = batch.places[b]
                 for k in range(len(samples)):
                     if (place, before[b] + k) not in wanted:
@@ -247,7 +247,7 @@ def _illustrate(
                     masks = sharding.to_local_numpy(restored.masks) if masks is None else masks
                     selected, best = (postprocess.unpack_mask(masks[b, k, n], batch.sizes[b]) for n in (0, 1))
                     record = records[place][before[b] + k]
-                    truth = np.array(asked.truth[b][k])
+                    truth = np.array(query_round.truth[b][k])
                     mine[place, before[b] + k] = GallerySample(record, np.array(batch.images[b]), truth, selected, best)
                 before[b] += len(samples)
     everyone = {}

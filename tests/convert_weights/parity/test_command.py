@@ -99,7 +99,7 @@ def test_everything_is_compared(whole):
 
 
 def test_a_changed_weight_is_found(tmp_path, capsys):
-    """One bias of the second decoder layer: everything before it stays equal, everything behind it does not; exit code 1."""
+    """One bias of the second decoder layer: everything before it stays equal, everything after it does not; exit code 1."""
     copy(tmp_path, *TEXT, "inputs.npz", "eval_main.npz")
     tensors = safetensors.numpy.load_file(GOLDEN / "weights.safetensors")
     tensors["segmentor.decoder.decoder.layers.1.fc1.bias"] += 0.1

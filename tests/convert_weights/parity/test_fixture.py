@@ -75,7 +75,7 @@ def test_a_projection_that_no_checkpoint_holds(phi3):
 
 
 def test_text_of_phi3(phi3):
-    """bos once and first, the newline behind the image, several turns in one conversation, the separator at the end."""
+    """bos once and first, the newline after the image, several turns in one conversation, the separator at the end."""
     cfg = phi3.model()
     samples = read_samples(phi3, cfg)
     ids = phi3.value("special_ids")
