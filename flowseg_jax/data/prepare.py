@@ -1,6 +1,6 @@
 """An on-disk layout to a prepared data set: TFDS data (ArrayRecord, no TensorFlow), index, tokenizer, metadata.
 
-Everything is written into a hidden sibling directory that is renamed at the end, so a prepared data set is complete or absent.
+A prepared data set is complete or absent: it is written into a hidden directory next to `out`, which is renamed at the end.
 An interrupted preparation leaves that directory, and the same command continues after its finished shards.
 """
 
@@ -32,14 +32,14 @@ from flowseg_jax.errors import UserError, not_writable
 from flowseg_jax.system import locks
 
 PROGRESS_SECONDS = 5.0
-WORTH_A_PROCESS = 512  # images: reading and writing fewer takes less than the start of a process
+MIN_IMAGES_PER_PROCESS = 512  # reading and writing fewer takes less time than starting a process
 REQUEST, PROBLEMS = "request.json", "problems.txt"
 Log = Callable[[str], None]
 
 
 def log_line(text: str) -> None:
     """Writes a line of progress to the console."""
-    from flowseg_jax.system.console import log  # not in the workers, which say nothing
+    from flowseg_jax.system.console import log  # imported late: worker processes log nothing
 
     log(text)
 
@@ -72,7 +72,7 @@ def prepare(
         splits: which splits; None for all.
         tokenizer_vocab: train a byte-level BPE of this many ids on the train split; None for no tokenizer.
         on_error: "stop" at the first damaged record; "record": list them all in `problems.txt` of `out` and leave them out.
-        processes: that read and write; None for one a core, as far as memory goes. Does not change the result.
+        processes: that read and write; None for one per core, as far as memory goes. Does not change the result.
         log: receives progress.
 
     Raises:
@@ -92,8 +92,8 @@ def prepare(
     chosen = tuple(splits) if splits else opened.splits
     sizes = {split: opened.size(split) for split in chosen}  # an unknown split is an error before anything is written
     request = {"layout": layout, "splits": list(chosen), "on_error": on_error, "max_characters": max_characters}
-    same = request | {"files": _stamps(opened), "images": images and str(images), "format": FORMAT}
-    with _continued(out, same, log) as root:
+    fingerprint = request | {"files": _stamps(opened), "images": images and str(images), "format": FORMAT}
+    with _resumable_directory(out, fingerprint, log) as root:
         todo = [shard for split in chosen for shard in shards.divide(root / "shards", split, sizes[split])]
         reopen = functools.partial(_open_in_worker, layout, source, options, on_error == "record")
         _write(opened, todo, reopen, problems.keep, processes, log)
@@ -149,7 +149,7 @@ def _write(
     for split in dict.fromkeys(shard.split for shard in todo):
         log(f"{split}: {sum(s.stop - s.start for s in todo if s.split == split)} images")
     done, total, last = 0, sum(s.stop - s.start for s in missing), time.monotonic()
-    count = min(processes or _affordable(layout), len(missing))
+    count = min(processes or _default_processes(layout), len(missing))
 
     def progress(shard: Shard) -> None:
         nonlocal done, last
@@ -158,7 +158,7 @@ def _write(
             log(f"{done} of {total} images")
             last = time.monotonic()
 
-    if count <= 1 or (processes is None and total < WORTH_A_PROCESS * count):
+    if count <= 1 or (processes is None and total < MIN_IMAGES_PER_PROCESS * count):
         for shard in missing:
             shard.write(layout, keep)
             progress(shard)
@@ -180,8 +180,8 @@ def _write(
             raise
 
 
-def _affordable(layout: DatasetReader) -> int:
-    """One process a core, but no more than memory has room for: each reads all annotations, and they grow tenfold."""
+def _default_processes(layout: DatasetReader) -> int:
+    """One process per core, as far as memory goes: each takes 0.5 GiB, and ten times the size of the annotation files."""
     size = sum(Path(path).stat().st_size for path in layout.annotation_files)
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
     return max(1, min(os.cpu_count() or 1, free // (10 * size + (1 << 29)) if free else 1))
@@ -190,7 +190,7 @@ def _affordable(layout: DatasetReader) -> int:
 def _summary(
     layout: DatasetReader, todo: Sequence[Shard], problems: RecordErrors, log: Log
 ) -> tuple[dict[str, Any], list[str]]:
-    """The metadata of complete shards and the damaged records; says what was special. UserError if a split has no example."""
+    """The metadata of complete shards, and the damaged records; logs counts and notes. UserError if a split has no example."""
     reports = [(shard.split, shard.report()) for shard in todo]
     counts = {split: Counter() for split, _ in reports}
     notes, found, digest = Counter(), list(problems.found), hashlib.sha256()
@@ -244,14 +244,14 @@ def tokenizer_corpus(prepared: PreparedDataset) -> list[str]:
 
 
 def train_dataset_tokenizer(texts: Sequence[str], directory: Path, vocab: int) -> None:
-    """Trains a tokenizer on sentences, and on prompt templates about as often as the model reads them beside sentences."""
+    """Trains a tokenizer on sentences, and on prompt templates about as often as the model reads them with sentences."""
     prompts = template_corpus()
     prompts *= 1 + len(texts) // (4 * len(prompts))
     train_tokenizer([*prompts, *texts], directory, vocab=vocab)
 
 
 @contextlib.contextmanager
-def _continued(out: Path, request: Mapping[str, Any], log: Log) -> Iterator[Path]:
+def _resumable_directory(out: Path, request: Mapping[str, Any], log: Log) -> Iterator[Path]:
     """A hidden sibling of `out` that becomes `out` when the block ends well; what another request left there is removed.
 
     When the block fails, finished shards stay for the next try; without any, nothing stays.

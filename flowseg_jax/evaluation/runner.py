@@ -2,8 +2,8 @@
 
 The next batch is dispatched before the last one's results are read, so decoding images on the host and computing overlap. What
 is finished is kept in `<split>.partial.jsonl` as it comes: an evaluation that was interrupted, or that met a damaged image,
-continues from there. Where there are several processes, each evaluates its share and the first one writes. What is asked, what
-is counted and what the tables say is the task's (`tasks`).
+continues from there. Where there are several processes, each evaluates its share and the first one writes. The task (`tasks`)
+decides what is predicted, what is counted and what the tables hold.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ class DatasetFactory(Protocol):
 
 
 class EvalTask(Protocol):
-    """What becomes of a batch, and of the records of all.
+    """What is predicted for a batch, and how the records of all batches are summarised.
 
     Attributes:
         evaluator: the model's compiled functions.
-        queries: what a split holds, for the error that it holds none: "expression", "image".
+        queries: what a split should hold, for the error that it holds none: "expression", "image".
         unit: what a record is of: "samples", "images".
     """
 
@@ -102,7 +102,7 @@ def evaluate(
     """Evaluates a split and writes its results. Every process calls it alike.
 
     Args:
-        task: what is asked and how it is counted.
+        task: what is predicted, and how it is counted.
         params: the model's parameters, from `Evaluator.place`.
         data: opens the split.
         name: of the result files.
@@ -121,7 +121,7 @@ def evaluate(
         if partial.records:
             log(f"evaluate {name}: continuing after {len(partial.records)} images of an earlier start")
         kept = sum(map(len, partial.records.values()))
-        _fill(task, params, data(skip=partial.records.keys()), partial, name, kept)
+        _evaluate_missing(task, params, data(skip=partial.records.keys()), partial, name, kept)
         records = [record for place in sorted(partial.records) for record in partial.records[place]]
         if not records:
             raise UserError(f"split {name!r} holds no {task.queries} to evaluate; prepare it, or choose another split")
@@ -168,7 +168,7 @@ def predictions(
         last = running
 
 
-def _fill(task: EvalTask, params: Any, data: EvalSource, partial: ResumableRecords, name: str, kept: int) -> None:
+def _evaluate_missing(task: EvalTask, params: Any, data: EvalSource, partial: ResumableRecords, name: str, kept: int) -> None:
     """Evaluates what is missing, batch by batch into `partial`."""
     total = kept + data.samples
 

@@ -175,7 +175,7 @@ class Segmentor:
         return EncodedImage(ready.name, ready.image, ready.inputs.resized_hw, cache)
 
     def validate_texts(self, texts: Sequence[str], where: str = "text") -> None:
-        """Raises a UserError, which names `where`, for texts that cannot be asked: none, empty ones, special tokens."""
+        """Raises a UserError, which names `where`, for texts that are no use: none, empty ones, special tokens."""
         if isinstance(texts, str):
             raise UserError(f"{where}: expected a list of texts, got one string")
         if not texts or not all(text.strip() for text in texts):

@@ -2,7 +2,7 @@
 
     image  -> SAM ----> connector -> pixel decoder -> mask features F, multi-scale features
           \\-> SigLIP -> projector --+
-           SAM (last but one) -> pixel shuffle -> projector -> visual tokens
+           SAM (penultimate) -> pixel shuffle -> projector -> visual tokens
     prompt + visual tokens -> LLM -> projector -> C (one per <p>..</p> span), S (one per <SEG>)
     queries + S, multi-scale features, C -> mask decoder (SR + CR in every layer) -> masks, scores -> BAR on the masks in use
 
@@ -46,6 +46,7 @@ from flowseg_jax.models.siglip import SiglipVisionEncoder
 from flowseg_jax.ops.collectives import SINGLE_DEVICE, DataParallelGroup
 from flowseg_jax.types import IMAGE_TOKEN_INDEX, Batch, ExpressionQueries, ImageInputs
 
+# ImageNet's, of RGB values in [0, 1].
 SAM_MEAN, SAM_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 Out = dict[str, Any] | None
@@ -75,6 +76,7 @@ class FlowSeg(nnx.Module):
             self.siglip = SiglipVisionEncoder(cfg.siglip, rngs=rngs)
             self.llm = LanguageModel(cfg.llm, rngs=rngs)
             self.visual_projector = MlpProjector(cfg.siglip.hidden_size, cfg.llm.hidden_size, cfg.llm.hidden_size, rngs=rngs)
+            # The pixel shuffle stacks the channels of 2 x 2 patches.
             self.seg_projector = MlpProjector(4 * cfg.sam.hidden_size, cfg.llm.hidden_size, cfg.llm.hidden_size, rngs=rngs)
         if cfg.has_language_model and cfg.has_mask_decoder:
             self.llm_projector = MlpProjector(cfg.llm.hidden_size, width, width, rngs=rngs)
@@ -95,13 +97,13 @@ class FlowSeg(nnx.Module):
             images: the images; of a batch, its images.
             out: if given, gets the intermediates.
         """
-        *features, before_last = self.sam_hidden_states(images, out)
-        visual_tokens = self.project_visual_tokens(images, before_last, out) if self.cfg.has_language_model else None
+        *features, penultimate = self.sam_hidden_states(images, out)
+        visual_tokens = self.project_visual_tokens(images, penultimate, out) if self.cfg.has_language_model else None
         mask_features, levels = self.pixel_features(tuple(features), out) if self.cfg.has_mask_decoder else (None, ())
         return ImageFeatures(visual_tokens, mask_features, levels)
 
     def sam_hidden_states(self, images: Batch | ImageInputs, out: Out = None) -> tuple[Float[Array, "b _ _ c"], ...]:
-        """SAM's hidden states: those that the connector reads, if there is one, then the last but one."""
+        """SAM's hidden states: those that the connector reads, if there is one, then the penultimate one."""
         cfg = self.cfg
         select = (*(cfg.connector_hidden_layers if cfg.has_mask_decoder else ()), cfg.sam.num_hidden_layers - 1)
         with jax.named_scope("sam"):
@@ -109,16 +111,16 @@ class FlowSeg(nnx.Module):
             return self.sam(pixels, select, out)
 
     def project_visual_tokens(
-        self, images: Batch | ImageInputs, before_last: Float[Array, "b y x c"], out: Out = None
+        self, images: Batch | ImageInputs, penultimate: Float[Array, "b y x c"], out: Out = None
     ) -> Float[Array, "b v e"]:
-        """SigLIP's tokens for the LLM, then those made from SAM's last hidden state but one."""
+        """Visual tokens for the LLM: SigLIP's, then those made from SAM's penultimate hidden state."""
         cfg = self.cfg
         with jax.named_scope("siglip"):
             pixels = normalize_siglip_images(images.siglip_images).astype(cfg.dtype)
             vision = self.siglip(pixels, layers=cfg.siglip.num_hidden_layers - 1, out=out)
         with jax.named_scope("projectors"):
-            b = before_last.shape[0]
-            shuffled = pixel_shuffle(pad_to_multiple(before_last), 0.5)
+            b = penultimate.shape[0]
+            shuffled = pixel_shuffle(pad_to_multiple(penultimate), 0.5)
             tokens = {
                 "visual_projector": self.visual_projector(vision),
                 "seg_projector": self.seg_projector(shuffled.reshape(b, -1, shuffled.shape[-1])),
@@ -175,7 +177,7 @@ class FlowSeg(nnx.Module):
 
         Args:
             batch: this device's part of the batch.
-            devices: the devices among which the batch is divided.
+            devices: the devices among which the batch is sharded.
             out: if given, gets what the components compute on the way. "sam/hidden_states", "siglip/hidden_states" and
                 "llm/hidden_states" count as Hugging Face does. "visual_projector", "seg_projector", "connector" and
                 "llm_projector" are these components' outputs. `PixelDecoder.__call__` and `MaskDecoder.__call__` describe the
@@ -210,6 +212,7 @@ class FlowSeg(nnx.Module):
         size = cfg.negatives_group_size
         phrases, targets = (devices.gather_group(x, size) for x in (text.condition_embeds[:, :k], batch.phrase_target))
         referring = referring_conditions(phrases, self.background_embed[...], targets, size, cfg.exclude_same_target)
+        # A group larger than this device's part lies on several devices: the rows of its own images begin at `first`.
         first = devices.batch_offset(b) % size * k if b % size else 0
         conditions = [jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, b * k), referring)]
         segs = [text.seg_embeds[:, :k].reshape(b * k, -1)]
@@ -221,7 +224,7 @@ class FlowSeg(nnx.Module):
             conditions.append(generic)
             segs.append(text.seg_embeds[:, k])
         if self.category_head is not None:
-            none = jnp.zeros((b, 1), bool)
+            none = jnp.zeros((b, 1), bool)  # one blank condition that nothing attends to: the pass has no language
             blank = jnp.zeros((b, 1, text.condition_embeds.shape[-1]), text.condition_embeds.dtype)
             conditions.append(Conditions(blank, none, ~none))
             segs.append(jnp.zeros_like(text.seg_embeds[:, k]))

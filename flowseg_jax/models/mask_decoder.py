@@ -43,7 +43,7 @@ class MaskDecoderConfig:
             added to the queries: trained from scratch, queries much smaller than S start out all alike.
         mask_init_std: standard deviation of the initial matrices of the mask embedder (X-SAM 0.02). Trained from scratch at a
             small width, three such matrices in a row leave masks and gradients near zero.
-        logit_scale: initial value of the learned log scale of the cosine class head.
+        logit_scale: initial value of the learned log scale of the cosine class head; ln(1 / 0.07), as in CLIP.
         logit_clamp: class logits are clipped to plus or minus this (X-SAM main 50, AAAI 500).
         remat: rematerialisation policy of a layer.
     """

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from flowseg_jax.errors import UserError
 from flowseg_jax.models.layers import LayerNorm, Linear, MultiHeadAttention, zeros
 
 
@@ -62,9 +63,9 @@ class SemanticFlowConfig:
 
     def __post_init__(self):
         if self.mode not in ("off", "sr", "sr_cr"):
-            raise ValueError(f"semantic_flow.mode is {self.mode!r}: choose off, sr or sr_cr")
+            raise UserError(f"semantic_flow.mode is {self.mode!r}: choose off, sr or sr_cr")
         if self.norm not in ("post", "residual"):
-            raise ValueError(f"semantic_flow.norm is {self.norm!r}: choose post or residual")
+            raise UserError(f"semantic_flow.norm is {self.norm!r}: choose post or residual")
 
 
 class SemanticRefinement(nnx.Module):
@@ -96,14 +97,14 @@ class SemanticRefinement(nnx.Module):
             out: if given, it gets "text_attention" (the output of MHA), "q_sem" and "gate" (1 keeps vision, 0 takes
                 language), each [P, Q, D].
         """
-        rows = attend_mask.shape
-        mask = jnp.broadcast_to(attend_mask[:, None, None, :], (rows[0], 1, q_vis.shape[1], rows[1]))
+        p, n = attend_mask.shape
+        mask = jnp.broadcast_to(attend_mask[:, None, None, :], (p, 1, q_vis.shape[1], n))
         text = self.attn(q_vis + query_pos, conditions, conditions, mask=mask)
         q_sem = q_vis + text
         if self.norm is not None:
             q_sem = self.norm(q_sem)
         gate = jax.nn.sigmoid(self.gate(jnp.concatenate([q_vis, q_sem], -1)))
-        # Written as a correction of Q_sem: exact where both agree, which the warm start relies on.
+        # g * Q_vis + (1 - g) * Q_sem, in a form that is exact where both agree: a converted X-SAM checkpoint starts there.
         fused = q_sem + gate * (q_vis - q_sem)
         if out is not None:
             out |= {"text_attention": text, "q_sem": q_sem, "gate": gate}

@@ -125,10 +125,11 @@ def make_train_step(
     """
     specs = jax.tree.map(lambda spec: shard_map_spec(spec, mesh), specs)
     several = [axis for axis in BATCH_AXES if mesh.shape[axis] > 1]  # a sum over one device would still be an all-reduce
+    # A gradient is still to be summed over the axes along which its parameter is not sharded.
     unsummed = jax.tree.map(lambda spec: tuple(axis for axis in several if axis not in _axes(spec)), specs[0])
     micro_batches, each, dp_group = partition.micro_batches, partition.per_device_images, DataParallelGroup(BATCH_AXES)
 
-    def local(trainable: Params, frozen: Params, batch: Batch, key: jax.Array) -> tuple[Params, Metrics]:
+    def device_gradients(trainable: Params, frozen: Params, batch: Batch, key: jax.Array) -> tuple[Params, Metrics]:
         counts = jax.lax.psum(denominators(cfg, batch, losses), BATCH_AXES)
         row = jnp.arange(micro_batches)[:, None] * (each * partition.devices) + dp_group.batch_offset(each) + jnp.arange(each)
         keys = jax.vmap(jax.vmap(lambda row: jax.random.fold_in(key, row)))(row)
@@ -159,8 +160,8 @@ def make_train_step(
         metrics = {"loss": sum(shares.values())} | {f"loss_{name}": value for name, value in shares.items()}
         return gradients, metrics | normalize_terms(accuracies)
 
-    shared = jax.shard_map(
-        local,
+    sharded_gradients = jax.shard_map(
+        device_gradients,
         mesh=mesh,
         in_specs=(*specs, PartitionSpec(BATCH_AXES), PartitionSpec()),
         out_specs=(specs[0], PartitionSpec()),
@@ -170,7 +171,7 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        gradients, metrics = shared(state.trainable, state.frozen, batch, key)
+        gradients, metrics = sharded_gradients(state.trainable, state.frozen, batch, key)
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
             metrics["gradient_norm"] = optax.global_norm(gradients)
@@ -180,6 +181,7 @@ def make_train_step(
             trainable, opt_state = jax.tree.map(
                 lambda new, old: jnp.where(finite, new, old), new, (state.trainable, state.opt_state)
             )
+        # In all, and in a row just now: a finite update ends the row.
         skipped = jnp.where(finite, state.skipped * jnp.array([1, 0]), state.skipped + 1)
         metrics["skipped"], metrics["skipped_in_a_row"] = skipped
         return TrainState(state.step + 1, trainable, state.frozen, opt_state, skipped), metrics
