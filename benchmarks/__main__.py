@@ -17,10 +17,10 @@ busy for a verdict.
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # before the imports, so that a Ctrl-C while they last is as clean as later
-    from flowseg_jax.errors import run_cli
+from flowseg_jax.errors import run_cli
 
-    run_cli("benchmarks.__main__:main")
+if __name__ == "__main__":  # before the imports: `--help` is quick, and a Ctrl-C while they last is as clean as later
+    run_cli("benchmarks.command_line:components")
 
 import argparse
 import json
@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import components, ratio, table
-from flowseg_jax.cli.parser import Parser, positive
+from benchmarks.command_line import components_parser
 from flowseg_jax.errors import UserError, did_you_mean
 from flowseg_jax.system.console import heartbeat, log
 
@@ -97,25 +97,6 @@ def work_list(arguments: argparse.Namespace) -> list[tuple[components.Component,
     return work
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("components", nargs="*", metavar="component", help="default: all; see --list")
-    parser.add_argument("--list", action="store_true", help="the components, their bars and aims")
-    parser.add_argument("--peer", choices=("torch", "torch-eager"), default="torch", help="torch tries torch.compile too")
-    parser.add_argument("--dtype", default="float32", metavar="D[,D]", help="float32, bfloat16 or both")
-    parser.add_argument("--rounds", type=positive, default=7, help="turns of each side; more while the machine is busy")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="all results, written after each component")
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument(
-        "--check",
-        action="store_true",
-        help=f"fails where a ratio is {100 * table.TOLERANCE:.0f} percent above the committed one",
-    )
-    what.add_argument("--write-docs", action="store_true", help="replaces the committed ratios by these")
-    parser.add_argument("--size", choices=("full", "tiny"), default="full", help="tiny tries the harness itself out")
-    return parser
-
-
 def show_components() -> None:
     for component in components.COMPONENTS.values():
         wanted = ", ".join(f"{dtype} {table.bars(component, dtype)}" for dtype in component.bars) or "-"
@@ -129,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from benchmarks import startup
 
         return startup.main(argv[1:])
-    arguments = make_parser().parse_args(argv)
+    arguments = components_parser().parse_args(argv)
     if arguments.list:
         show_components()
         return 0

@@ -10,12 +10,11 @@ keep stage 3 fed if all of its examples were such.
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # before the imports, so that a Ctrl-C while they last is as clean as later
-    from flowseg_jax.errors import run_cli
+from flowseg_jax.errors import run_cli
 
-    run_cli("benchmarks.input:main")
+if __name__ == "__main__":  # before the imports: `--help` is quick, and a Ctrl-C while they last is as clean as later
+    run_cli("benchmarks.command_line:input_pipeline")
 
-import argparse
 import contextlib
 import json
 import sys
@@ -30,9 +29,9 @@ import numpy as np
 from PIL import Image
 
 from benchmarks import ratio
+from benchmarks.command_line import input_parser
 from benchmarks.worker import Worker, serve
 from flowseg_jax import experiment as configs
-from flowseg_jax.cli.parser import Parser, positive
 from flowseg_jax.data import images, masks, prepare
 from flowseg_jax.data.dataset import PreparedDataset
 from flowseg_jax.data.mixture import build_mixture
@@ -175,11 +174,7 @@ def images_a_second() -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(prog="python -m benchmarks.input", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--rounds", type=positive, default=7, help="turns of each side")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also writes everything that was measured")
-    parser.add_argument("--serve", nargs="+", help=argparse.SUPPRESS)
-    arguments = parser.parse_args(argv)
+    arguments = input_parser().parse_args(argv)
     if arguments.serve:
         side, *paths = arguments.serve
         serve(lambda: (Ours if side == "ours" else Peer)(*map(Path, paths)))

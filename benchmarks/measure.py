@@ -5,24 +5,22 @@ python -m benchmarks.measure sam_window float32 --size=tiny --out=result.json   
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # before the imports, so that a Ctrl-C while they last is as clean as later
-    from flowseg_jax.errors import run_cli
+from flowseg_jax.errors import run_cli
 
-    run_cli("benchmarks.measure:main")
+if __name__ == "__main__":  # before the imports: `--help` is quick, and a Ctrl-C while they last is as clean as later
+    run_cli("benchmarks.command_line:measure")
 
-import argparse
 import gc
 import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks import components, ratio
-from flowseg_jax.cli.parser import Parser, positive
+from benchmarks.command_line import measure_parser
 from flowseg_jax.errors import UserError
 from flowseg_jax.system import host
 from flowseg_jax.system.hardware import GIB
@@ -125,14 +123,7 @@ def measure(component: components.Component, size: str, dtype: str, rounds: int,
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(prog="python -m benchmarks.measure", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("component")
-    parser.add_argument("dtype", nargs="?", default="float32")
-    parser.add_argument("--size", choices=("full", "tiny"), default="full")
-    parser.add_argument("--rounds", type=positive, default=7)
-    parser.add_argument("--eager", action="store_true", help="does not try torch.compile")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="default: stdout")
-    arguments = parser.parse_args(argv)
+    arguments = measure_parser().parse_args(argv)
     (component,) = components.choose([arguments.component])
     if arguments.dtype not in component.dtypes:
         raise UserError(f"{component.name} is measured in {', '.join(component.dtypes)}, not in {arguments.dtype!r}")

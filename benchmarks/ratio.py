@@ -25,7 +25,6 @@ import numpy as np
 
 from benchmarks import load
 from flowseg_jax.checkpoints.storage import provenance
-from flowseg_jax.cli.parser import positive
 from flowseg_jax.errors import UserError
 from flowseg_jax.system.console import log
 
@@ -267,15 +266,6 @@ def environment() -> dict[str, Any]:
     }
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that all commands of this package share."""
-    parser.add_argument("--rounds", type=positive, default=7, help="turns of each candidate; more while the machine is busy")
-    parser.add_argument("--gate", action="store_true", help="exit 3 when the machine was too busy for a verdict (quality C)")
-    parser.add_argument(
-        "--json", metavar="FILE", nargs="?", const="-", help="the result as JSON; without FILE as the last line of stdout"
-    )
-
-
 def write_json(path: str | Path, value: Any) -> None:
     """What `--json=FILE` asks for. UserError where the file cannot be written."""
     try:
@@ -285,7 +275,7 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def report(comparison: Comparison, arguments: argparse.Namespace) -> int:
-    """Prints what `add_flags` asked for. Returns the command's exit code."""
+    """Prints what `add_ratio_flags` asked for. Returns the command's exit code."""
     log(comparison.table())
     if arguments.json == "-":
         log(json.dumps(comparison.to_json()))

@@ -9,12 +9,11 @@ one, where the state comes from a checkpoint. Seconds of a machine that does not
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # before the imports, so that a Ctrl-C while they last is as clean as later
-    from flowseg_jax.errors import run_cli
+from flowseg_jax.errors import run_cli
 
-    run_cli("benchmarks.startup:main")
+if __name__ == "__main__":  # before the imports: `--help` is quick, and a Ctrl-C while they last is as clean as later
+    run_cli("benchmarks.command_line:startup")
 
-import argparse
 import contextlib
 import json
 import os
@@ -27,8 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import load, ratio
+from benchmarks.command_line import startup_parser
 from benchmarks.table import ROOT
-from flowseg_jax.cli.parser import Parser
 from flowseg_jax.errors import UserError
 from flowseg_jax.system import host
 from flowseg_jax.system.console import heartbeat, log
@@ -129,11 +128,7 @@ def markdown(sizes: dict[str, dict[str, dict[str, Any]]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(prog="python -m benchmarks startup", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("size", nargs="?", choices=("tiny", "full"), help="default: both")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also writes everything that was measured")
-    parser.add_argument("--serve", nargs="+", help=argparse.SUPPRESS)
-    arguments = parser.parse_args(argv)
+    arguments = startup_parser().parse_args(argv)
     if arguments.serve:
         began, *rest = arguments.serve
         result = start(arguments.size, float(began), Path(rest[0]) if rest else None, restore=len(rest) > 1)

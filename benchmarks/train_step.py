@@ -9,12 +9,11 @@
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # before the imports, so that a Ctrl-C while they last is as clean as later
-    from flowseg_jax.errors import run_cli
+from flowseg_jax.errors import run_cli
 
-    run_cli("benchmarks.train_step:main")
+if __name__ == "__main__":  # before the imports: `--help` is quick, and a Ctrl-C while they last is as clean as later
+    run_cli("benchmarks.command_line:train_step")
 
-import argparse
 import contextlib
 import itertools
 import os
@@ -32,11 +31,11 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from benchmarks import ratio
+from benchmarks.command_line import train_step_parser
 from benchmarks.step import TrainStep
 from benchmarks.worker import Worker
 from flowseg_jax import experiment as configs
 from flowseg_jax.checkpoints.manager import CheckpointManager
-from flowseg_jax.cli.parser import Parser, positive
 from flowseg_jax.errors import UserError
 from flowseg_jax.system.console import heartbeat
 
@@ -158,26 +157,10 @@ def git(*arguments: str, check: bool = True) -> str:
     return "" if done.returncode else done.stdout
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="benchmarks.train_step", description="Ratios of train-step times; see the head of the file.")
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--against", metavar="REVISION", help="beside the step of this commit")
-    what.add_argument("--overhead", choices=("accumulate", "checkpoint"), help="what it costs")
-    parser.add_argument("--parts", type=positive, default=4, help="of --overhead=accumulate")
-    parser.add_argument("--steps", type=positive, default=20, help="of --overhead=checkpoint, in all")
-    parser.add_argument("--every", type=positive, default=10, help="of --overhead=checkpoint, steps a checkpoint")
-    parser.add_argument("--tolerance", type=float, default=1e-3, help="of the first step's loss and gradient norm, relative")
-    ratio.add_flags(parser)
-    return parser
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
-    parser = make_parser()
-    if {"-h", "--help"} & set(argv):
-        parser.parse_args(["--help"])
     config, rest = configs.load(argv)
-    arguments = parser.parse_args(rest)
+    arguments = train_step_parser().parse_args(rest)
     if arguments.every > arguments.steps:
         raise UserError(f"--every={arguments.every} is more than --steps={arguments.steps}: no checkpoint would be written")
     with heartbeat("measuring"):

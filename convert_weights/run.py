@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import math
 import time
 from pathlib import Path
@@ -12,7 +14,7 @@ from convert_weights.families import CheckpointFamily
 from convert_weights.job import ConversionRequest
 from convert_weights.plan import ConversionPlan, ParamTarget, collapse_layer_names
 from flowseg_jax.system import host
-from flowseg_jax.system.console import log
+from flowseg_jax.system.console import duration, heartbeat, log
 
 
 def convert(request: ConversionRequest, *, check: bool = False) -> None:
@@ -26,12 +28,20 @@ def convert(request: ConversionRequest, *, check: bool = False) -> None:
         UserError: see `job.open_conversion`.
     """
     started = time.monotonic()
-    with jobs.open_conversion(request) as job:
+    with contextlib.ExitStack() as stack:
+        with heartbeat(f"opening {_sources(request)}"):
+            job = stack.enter_context(jobs.open_conversion(request))
         for note in job.source.notes:
             log(f"note: {note}")
         before = host.peak_memory()  # with libraries and tokenizer
         targets = {target.name: target for target in job.plan.targets}
-        progress = lambda name: log(_line(targets[name]))  # noqa: E731
+        beat, number = stack.enter_context(heartbeat("reading the first array")), itertools.count(1)
+
+        def progress(name: str) -> None:
+            done = next(number)
+            log(f"{done:{len(str(len(targets)))}}/{len(targets)} {_line(targets[name])}")
+            beat.message = f"{done} of {len(targets)} arrays, {duration(time.monotonic() - started)} so far"
+
         (jobs.check if check else jobs.write)(job, request, progress)
         _summary(job.plan)
     seconds = time.monotonic() - started
@@ -47,8 +57,14 @@ def export(
     family: CheckpointFamily, source: str | Path, out: str | Path, *, layout: str | None, dtype: str | None, overwrite: bool
 ) -> None:
     """Writes a model directory as safetensors under a family's names, and reports it: see `export.export_directory`."""
-    path = export_directory(family, source, out, layout=layout, dtype=dtype, overwrite=overwrite, progress=log)
+    with heartbeat(f"exporting {source}"):
+        path = export_directory(family, source, out, layout=layout, dtype=dtype, overwrite=overwrite, progress=log)
     log(f"{path}: peak memory {host.peak_memory() >> 20} MiB")
+
+
+def _sources(request: ConversionRequest) -> str:
+    source = request.source
+    return ", ".join(map(str, source.values())) if isinstance(source, dict) else str(source)
 
 
 def _line(target: ParamTarget) -> str:

@@ -18,15 +18,14 @@ Everything lands in `runs/ablation`. Started again, finished runs are kept and a
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # before the imports, so that a Ctrl-C while they last is as clean as later
-    from flowseg_jax.errors import run_cli
+from flowseg_jax.errors import run_cli
 
-    run_cli("experiments.ablation:main")
+if __name__ == "__main__":  # before the imports: `--help` is quick, and a Ctrl-C while they last is as clean as later
+    run_cli("experiments.command_line:ablation")
 
 import dataclasses
 import itertools
 import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,6 @@ from ml_collections import ConfigDict
 
 from flowseg_jax import experiment as configs
 from flowseg_jax.checkpoints import storage
-from flowseg_jax.cli.parser import Parser
 from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation import metrics
 from flowseg_jax.evaluation.audit import INTERVAL, RESAMPLES, read_records
@@ -45,7 +43,7 @@ from flowseg_jax.system import host
 from flowseg_jax.system.console import log
 from flowseg_jax.training import loop
 
-RUNS, SEEDS, SPLIT = Path("runs/ablation"), (0, 1, 2), "val"
+SPLIT = "val"
 VARIANTS = {  # argument of the config -> what the tables call it; each adds one thing to the one before
     "baseline": "baseline",
     "sr": "+SR",
@@ -247,17 +245,9 @@ def ablate(read: Callable[[str], ConfigDict], seeds: Sequence[int], runs: Path) 
     return comparison
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(prog="python -m experiments.ablation", description="The paper's ablation at tiny size.")
-    parser.add_argument("--runs", metavar="DIR", type=Path, default=RUNS, help=f"where it lands, default {RUNS}")
-    parser.add_argument("--seeds", metavar="N,N", default=",".join(map(str, SEEDS)), help="default: %(default)s")
-    arguments = parser.parse_args(sys.argv[1:] if argv is None else argv)
-    try:
-        seeds = [int(seed) for seed in arguments.seeds.split(",")]
-    except ValueError:
-        raise UserError(f"--seeds takes integers, 0,1,2, got {arguments.seeds!r}") from None
+def main(runs: Path, seeds: Sequence[int]) -> None:
+    """All variants with these seeds, into `runs`."""
     read = lambda variant: configs.read(f"configs/shapes_ablation.py:{variant}")  # noqa: E731
     host.use_host_devices(read("baseline").batch_size)
     host.enable_compilation_cache()
-    ablate(read, seeds, arguments.runs)
-    return 0
+    ablate(read, seeds, runs)

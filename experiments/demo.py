@@ -1,4 +1,4 @@
-"""`make demo`: the whole path on a laptop, with something to look at after every stage.
+"""`make demo`: the whole path on a laptop, with something to look at after every part.
 
     benchmark -> shipped model evaluated, pictures -> untrained model evaluated -> training from scratch -> evaluation -> report
 
@@ -7,87 +7,148 @@ Everything lands in `runs/demo`; started again, it continues where it stopped.
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # before the imports, so that a Ctrl-C while they last is as clean as later
-    from flowseg_jax.errors import run_cli
+from flowseg_jax.errors import run_cli
 
-    run_cli("experiments.demo:main")
+if __name__ == "__main__":  # before the imports: `--help` is quick, and a Ctrl-C while they last is as clean as later
+    run_cli("experiments.command_line:demo")
 
 import dataclasses
+import json
+import shlex
+import sys
 import time
 from pathlib import Path
 
 from flowseg_jax import experiment as configs
+from flowseg_jax.analysis import oracle
 from flowseg_jax.checkpoints.find import SHIPPED_MODEL
-from flowseg_jax.errors import run_cli
 from flowseg_jax.evaluation import report
 from flowseg_jax.evaluation.benchmark import EvalModel, ReferringEvaluation
 from flowseg_jax.models import flowseg
 from flowseg_jax.system import host
-from flowseg_jax.system.console import duration, heartbeat, log
+from flowseg_jax.system.console import ProgressHeartbeat, duration, heartbeat, log
+from flowseg_jax.system.paths import ROOT
 from flowseg_jax.training import loop
 
-WORKDIR = Path("runs/demo")
-STEPS = 1100  # of training from scratch: at most twelve minutes on two cores
-IMAGES = 60  # of each split
 SPLITS = ("val", "testA", "testB")
 
 
-def main() -> int:
+def main(out: Path, steps: int, images: int, beat: ProgressHeartbeat) -> str:
+    """The demo; returns what is to be said at its end.
+
+    Args:
+        out: where everything but the benchmark lands.
+        steps: of training.
+        images: of each split that are evaluated.
+        beat: says what is being done, where nothing else is said for a while.
+    """
     started = time.monotonic()
 
-    def stage(text: str) -> None:
-        log(f"\n== [{duration(time.monotonic() - started)}] {text}")
+    def part(number: int, text: str) -> None:
+        log(f"\n== {number} of 5, after {duration(time.monotonic() - started)}: {text}")
+        beat.message = text
 
-    config, _ = configs.load([f"--config.num_steps={STEPS}", "--config.checkpoint_every=100"])
+    config, _ = configs.load([f"--config.num_steps={steps}", "--config.checkpoint_every=100"])
     plan = loop.RunConfig.from_config(config)
     host.use_host_devices(config.batch_size // config.model.negatives_group_size)
     host.enable_compilation_cache()
     rows: list[report.ReportRow] = []
     about = [
-        f"Training from scratch: {STEPS} steps of {config.batch_size} images, up to {config.data.max_phrases} expressions each "
-        f"(configs/shapes_tiny.py, seed {config.seed}). All numbers are percent, over the first {IMAGES} images of each split.",
-        "Shuffled-text control: every image gets the sentences of another image; what is left is what needs no reading.",
+        f"Trained from nothing: {steps:,} steps of {config.batch_size} images with up to {config.data.max_phrases} expressions "
+        f"each (configs/shapes_tiny.py, seed {config.seed}). Evaluated: the first {images} images of each split.",
+        "Shuffled text is a control: every image gets the sentences of another image. A model that reads does badly in it.",
     ]
 
     def show(row: report.ReportRow) -> None:
         rows.append(row)
-        report.write(WORKDIR / "report.html", rows, title="FlowSeg on shapes", about=about)
+        report.write(out / "report.html", rows, title="FlowSeg on shapes", about=about, run=out)
         log(report.table([row]))
-        log(f"report so far: {WORKDIR / 'report.html'}")
+        log(f"the report so far: {out / 'report.html'}")
 
-    stage("the shapes benchmark: images, expressions, tokenizer")
+    part(1, "the data")
     prepared = loop.load_dataset(config)
 
-    stage("the shipped model: evaluated, with pictures")
+    part(2, "the model that comes with the repository")
     shipped = ReferringEvaluation(EvalModel.load(SHIPPED_MODEL), prepared)
     for split in SPLITS:
-        shipped.run(split, WORKDIR / "eval_shipped", images=IMAGES)
-    shipped.run("val", WORKDIR / "eval_shipped", shuffle_text=True, images=IMAGES)
-    show(report.read_row("shipped", WORKDIR / "eval_shipped", note="configs/shapes_shipped.py"))
-    show(report.read_row("shipped, shuffled text", WORKDIR / "eval_shipped", shuffled=True))
+        shipped.run(split, out / "eval_shipped", images=images)
+    shipped.run("val", out / "eval_shipped", shuffle_text=True, images=images)
+    show(report.read_row("shipped", out / "eval_shipped", note="configs/shapes_shipped.py"))
+    show(report.read_row("shipped, shuffled text", out / "eval_shipped", shuffled=True))
 
-    stage("an untrained model, for comparison")
+    part(3, "a model that has learned nothing")
     with heartbeat("initialising parameters"):
         _, params = flowseg.init_model(plan.model, config.seed)
-    untrained = dataclasses.replace(shipped.model, params=params, checkpoint={"digest": None, "step": 0})
-    mine = ReferringEvaluation(untrained, prepared)
+    nothing = {"digest": None, "step": 0}
+    untrained = ReferringEvaluation(
+        dataclasses.replace(shipped.model, params=params, checkpoint=nothing, name="untrained"), prepared
+    )
     for split in SPLITS:
-        mine.run(split, WORKDIR / "eval_untrained", images=IMAGES, pictures=False)
-    show(report.read_row("untrained", WORKDIR / "eval_untrained"))
+        untrained.run(split, out / "eval_untrained", images=images, pictures=False)
+    show(report.read_row("untrained", out / "eval_untrained"))
 
-    stage(f"training from scratch: {STEPS} steps")
-    trained = loop.train(config, WORKDIR)
+    part(4, f"training from nothing, {steps:,} steps")
+    trained = loop.train(config, out)
 
-    stage("what these minutes gave")
+    part(5, "what this training gave")
     mine = ReferringEvaluation(EvalModel.load(trained), prepared)
     for split in SPLITS:
-        mine.run(split, WORKDIR / "eval", images=IMAGES)
-    mine.run("val", WORKDIR / "eval", shuffle_text=True, images=IMAGES)
-    show(report.read_row("this run", WORKDIR / "eval"))
-    show(report.read_row("this run, shuffled text", WORKDIR / "eval", shuffled=True))
+        mine.run(split, out / "eval", images=images)
+    mine.run("val", out / "eval", shuffle_text=True, images=images)
+    oracle.run(out / "eval" / "val.jsonl", out / "eval" / "analysis")
+    show(report.read_row("this run", out / "eval"))
+    show(report.read_row("this run, shuffled text", out / "eval", shuffled=True))
 
-    stage("done")
-    log(report.table(rows))
-    log(f"open {WORKDIR / 'report.html'}")
-    log(f'ask it something: python predict.py --image IMAGE --text "the red circle"   (or --workdir {WORKDIR})')
-    return 0
+    done = f"\n== done in {duration(time.monotonic() - started)}\n{report.table(rows)}"
+    return "\n\n".join((done, explain(*rows), what_next(out)))
+
+
+def explain(
+    shipped: report.ReportRow,
+    shuffled_shipped: report.ReportRow,
+    untrained: report.ReportRow,
+    mine: report.ReportRow,
+    shuffled: report.ReportRow,
+) -> str:
+    """What the numbers on `val` say, for somebody who sees them for the first time."""
+    theirs, before, after = (row.results["val"] for row in (shipped, untrained, mine))
+    steps, more = after["checkpoint"]["step"], theirs["checkpoint"]["step"]
+    lines = [
+        "How to read it. cIoU says how well the masks fit what the sentences name: 100 is perfect.",
+        f"- This run: {after['ciou']:.1f} on val after {steps:,} steps; {before['ciou']:.1f} without training.",
+        f"- The shipped model: {theirs['ciou']:.1f}. It is the same network, trained for {more:,} steps, "
+        f"{more / steps:.0f} times as many, on more scenes.",
+        f"- The best of all candidates would give this run {after['oracle_ciou']:.1f}: the masks are learned early, choosing "
+        "the right one by the sentence comes later, and is what more steps improve.",
+        f"- With the sentences of other images: {shuffled.results['val']['ciou']:.1f} for this run, "
+        f"{shuffled_shipped.results['val']['ciou']:.1f} for the shipped model. The further below the real number, "
+        "the more the model reads.",
+    ]
+    return "\n".join(lines)
+
+
+def what_next(out: Path) -> str:
+    """Commands that work as they stand: this interpreter, a picture that is there, a sentence about it."""
+    python = shlex.quote(str(Path(sys.executable).relative_to(Path.cwd()) if _inside(Path(sys.executable)) else sys.executable))
+    image, text = scene()
+    predict = f"{python} -m flowseg_jax predict --image={shlex.quote(image)} --text={shlex.quote(text)}"
+    return "\n".join(
+        [
+            f"The report, with pictures: open {out / 'report.html'} in a browser.",
+            f"Ask the shipped model:     {predict}",
+            f"Ask this run's model:      {predict} --workdir={shlex.quote(str(out))}",
+            "Ask in the browser:        make app",
+        ]
+    )
+
+
+def scene() -> tuple[str, str]:
+    """(path from here, sentence) of one of the example scenes."""
+    folder = ROOT / "examples" / "scenes"
+    first = json.loads((folder / "scenes.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    image = folder / first["image"]
+    return str(image.relative_to(Path.cwd()) if _inside(image) else image), first["expressions"][0]
+
+
+def _inside(path: Path) -> bool:
+    return path.is_relative_to(Path.cwd())

@@ -9,10 +9,10 @@ stopped.
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # before the imports, so that a Ctrl-C while they last is as clean as later
-    from flowseg_jax.errors import run_cli
+from flowseg_jax.errors import run_cli
 
-    run_cli("experiments.stages:command")
+if __name__ == "__main__":  # before the imports: `--help` is quick, and a Ctrl-C while they last is as clean as later
+    run_cli("experiments.command_line:stages")
 
 import dataclasses
 import itertools
@@ -22,6 +22,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from experiments.command_line import STAGES_DATA
 from flowseg_jax import experiment as configs
 from flowseg_jax.data.dataset import PreparedDataset
 from flowseg_jax.data.prepare import prepare, tokenizer_corpus, train_dataset_tokenizer
@@ -32,7 +33,6 @@ from flowseg_jax.system import host
 from flowseg_jax.system.console import duration, log
 from flowseg_jax.training import loop
 
-DATA, RUNS = Path("data/stages"), Path("runs/stages")
 LAYOUTS = {"reasonseg": "reasonseg", "coco-panoptic": "panoptic", "llava": "chat"}  # layout -> our name
 FOLDERS = {"reasonseg": "reasonseg", "coco-panoptic": "coco", "llava": "llava"}  # as `make-multitask` calls them
 VALUES = ("loss_closed_vocab_mask", "loss_language", "loss_referring_mask")  # what tells whether stages 1, 2 and 3 learn
@@ -92,7 +92,7 @@ def prepare_data(data: Path, size: Size) -> None:
         train_dataset_tokenizer(texts, data / "tokenizer", TINY_VOCAB)
 
 
-def main(data: Path = DATA, runs: Path = RUNS, size: Size = Size()) -> Outcome:
+def main(data: Path, runs: Path, size: Size = Size()) -> Outcome:
     """Runs whatever is missing and returns what came out."""
     started = time.monotonic()
 
@@ -138,14 +138,9 @@ def main(data: Path = DATA, runs: Path = RUNS, size: Size = Size()) -> Outcome:
     return outcome
 
 
-def command() -> int:
-    main()
-    return 0
-
-
 def relocate(config: Any, data: Path) -> None:
     """Points a stage's data at `data` instead of the default place."""
-    move = lambda path: str(data / Path(path).relative_to(DATA)) if path else path  # noqa: E731
+    move = lambda path: str(data / Path(path).relative_to(STAGES_DATA)) if path else path  # noqa: E731
     config.data.dir = move(config.data.dir) if not config.data.mixture else config.data.dir
     config.data.mixture = tuple((move(directory), weight) for directory, weight in config.data.mixture)
     config.data.tokenizer = move(config.data.tokenizer)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from flowseg_jax.data import images
 from flowseg_jax.errors import UserError
 from flowseg_jax.models import flowseg
 from flowseg_jax.models.config import FlowSegConfig
+from flowseg_jax.system.console import heartbeat
 from flowseg_jax.types import PAD, Batch
 
 TRAINING = ("loss/", "match/", "points/", "grad/", "target/")  # what a run of the training path records
@@ -35,15 +38,17 @@ def compare(directory: str | os.PathLike[str]) -> Report:
     held["prompts.json"] = sorted({template for template, _ in fixture.prompts()})
     report = Report(held)
     samples = read_samples(fixture, fixture.model())
-    compare_inputs(fixture, samples, report)
-    compare_prompts(fixture, report)
-    for run in RUNS:
-        if fixture.has(run.file):
-            compare_run(fixture, run, samples, report)
-    if fixture.has(STAGE1):
-        compare_stage1(fixture, samples, report)
-    units.compare_units(fixture, report)
-    units.compare_text_layer(fixture, report)
+    work: dict[str, Callable[[], None]] = {
+        "the inputs": lambda: compare_inputs(fixture, samples, report),
+        "the prompts": lambda: compare_prompts(fixture, report),
+        **{run.file: functools.partial(compare_run, fixture, run, samples, report) for run in RUNS if fixture.has(run.file)},
+        **({STAGE1: lambda: compare_stage1(fixture, samples, report)} if fixture.has(STAGE1) else {}),
+        "the components": lambda: units.compare_units(fixture, report),
+        "the text layer": lambda: units.compare_text_layer(fixture, report),
+    }
+    for number, (name, step) in enumerate(work.items(), 1):
+        with heartbeat(f"parity, {number} of {len(work)}: {name}"):
+            step()
     if not report.rows:
         raise UserError(f"{directory}: nothing to compare: the fixture holds no array that this version knows")
     return report

@@ -130,7 +130,18 @@ def run(source: AnalysisRunner, out: Path) -> Path:
     ]
     about = [f"{len(measured)} samples of {source.split}, {source.about['images'] or 'all'} images."]
     result = {**source.about, "alpha": alpha, "groups": groups}
-    return page.write(out, f"boundary_{source.split}", f"Boundary refinement: {source.split}", about, result, body)
+    found = {"conclusion": conclude(groups["all"]), "origin": source.origin}
+    return page.write(out, f"boundary_{source.split}", f"Boundary refinement: {source.split}", about, result, body, **found)
+
+
+def conclude(figures: dict[str, Any]) -> str:
+    """What BAR gains and costs, in a sentence."""
+    (before, after), (edge, refined) = figures["iou"], figures["boundary_iou"]
+    return (
+        f"BAR changes the mean IoU by {after - before:+.2f} points, to {after:.1f}, and the boundary IoU by "
+        f"{refined - edge:+.2f}, to {refined:.1f}; it helps {figures['helped']:.1f} % of the samples and harms "
+        f"{figures['harmed']:.1f} %."
+    )
 
 
 def _thumbnails(measured: Sequence[SampleResult], out: Path, name: str) -> list[page.Thumbnail]:

@@ -29,7 +29,6 @@ from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation import metrics
 from flowseg_jax.evaluation.examples import FAILED
 from flowseg_jax.reports import plots
-from flowseg_jax.system.console import log
 from flowseg_jax.types import PAD
 
 BINS = 10  # of the reliability table
@@ -147,10 +146,6 @@ def run(file: Path, control: Path | None, out: Path, rate: float) -> Path:
             raise UserError(f"{control} is no shuffled-text control: make one with eval.py --shuffle-text")
         records += others
     result = summarise(records, rate)
-    log(
-        f"--no-target-threshold={result['no_target_threshold']}: {result['false_alarms']:.1f} % false alarms on"
-        f" {result['absent']} absent, {result['kept']:.1f} % of {result['present']} present kept, AUC {result['auc']:.1f} %"
-    )
     about = [f"{result['present']} sentences that refer to something, {result['absent']} that do not: {file}"]
     about[0] += f", {control}." if control else "."
     if result["shuffled"]:
@@ -204,4 +199,13 @@ def run(file: Path, control: Path | None, out: Path, rate: float) -> Path:
             [[f"{r['low']:.1f}–{r['high']:.1f}", r["n"], r["score"], r["right"]] for r in result["reliability"]],
         ),
     ]
-    return page.write(out, f"calibration_{file.stem}", f"No such object: {file.stem}", about, result, body)
+    found = {"conclusion": conclude(result), "origin": page.origin(file)}
+    return page.write(out, f"calibration_{file.stem}", f"No such object: {file.stem}", about, result, body, **found)
+
+
+def conclude(result: Mapping[str, Any]) -> str:
+    """The threshold and what it costs, in a sentence."""
+    return (
+        f"--no-target-threshold={result['no_target_threshold']}: {result['false_alarms']:.1f} % false alarms on"
+        f" {result['absent']} absent, {result['kept']:.1f} % of {result['present']} present kept, AUC {result['auc']:.1f} %"
+    )

@@ -88,6 +88,16 @@ def run(source: AnalysisRunner, out: Path) -> Path:
         f"{len(paired)} of {len(measured)} samples of {source.split}, {source.about['images'] or 'all'} images: those with an "
         "expression about another object beside them."
     ]
-    return page.write(
-        out, f"embedding_swap_{source.split}", f"C and S: {source.split}", about, {**source.about, "groups": groups}, body
+    title, result = f"C and S: {source.split}", {**source.about, "groups": groups}
+    found = {"conclusion": conclude(groups["all"]["iou"]), "origin": source.origin}
+    return page.write(out, f"embedding_swap_{source.split}", title, about, result, body, **found)
+
+
+def conclude(iou: dict[str, float]) -> str:
+    """Which embedding carries the answer, in a sentence."""
+    falls = {name: iou["nothing"] - iou[name] for name in ("C", "S")}
+    carrier = max(falls, key=falls.get)
+    return (
+        f"{carrier} carries most of the answer: with another expression's C the IoU falls by {falls['C']:.1f} points, with its "
+        f"S by {falls['S']:.1f}, with both by {iou['nothing'] - iou['both']:.1f}."
     )

@@ -127,21 +127,34 @@ def run(first: Path, second: Path, out: Path) -> Path:
     ]
     result = {"a": str(first), "b": str(second), "groups": result}
     name = f"failure_comparison_{first.parent.name}_{second.parent.name}_{first.stem}"
-    return page.write(out, name, f"Rescue: {first.stem}", about, result, body)
+    found = {"conclusion": conclude(result["groups"]["all"]), "origin": [*page.origin(first), *page.origin(second)]}
+    return page.write(out, name, f"Rescue: {first.stem}", about, result, body, **found)
+
+
+def conclude(parts: Mapping[str, Mapping[str, Any]]) -> str:
+    """What B makes of A's failures, beside what it breaks, in a sentence."""
+    failures, kept, every = (parts[name] for name in (f"A below {FAILED:g}", f"A at least {FAILED:g}", "all"))
+    low, high = every["net_interval"]
+    clear = "clearly better" if low > 0 else "clearly worse" if high < 0 else "no clear difference"
+    rescued = (
+        f"B rescues {failures['rescued']:.1f} % of A's {failures['n']:,} failures" if failures["n"] else "A has no failures"
+    )
+    broken = f"breaks {kept['reverse']:.1f} % of its {kept['n']:,} successes" if kept["n"] else "A has no successes to break"
+    return f"{rescued} and {broken}: P@0.5 changes by {every['net']:+.1f} points [{low:+.1f}, {high:+.1f}], {clear}."
 
 
 def _examples(first: Sequence[Mapping[str, Any]], second: Path, out: Path) -> list[Html]:
     """The pictures that B's evaluation kept of samples that changed sides."""
     before = {_key(r): metrics.sample_iou(r) for r in first}
     found: dict[str, list[page.Thumbnail]] = {"rescued": [], "broken": []}
-    for picture, record in page.kept_pictures(second):
+    for panels, record in page.kept_pictures(second):
         if _key(record) not in before:
-            raise UserError(f"{picture}: a picture of a sample that {second} does not hold; evaluate again")
+            raise UserError(f"{panels[0][1]}: a picture of a sample that {second} does not hold; evaluate again")
         was, now = before[_key(record)], metrics.sample_iou(record)
         note = f"IoU {100 * was:.1f} in A, {100 * now:.1f} in B; the masks are B's"
         if (was < FAILED) != (now < FAILED):
             kept = found["rescued" if was < FAILED else "broken"]
-            kept.append(page.Thumbnail(picture, record["text"], note, record["family"]))
+            kept.append(page.Thumbnail(panels, record["text"], note, record["family"]))
     return [
         part for name, shown in found.items() if shown for part in (page.heading(f"Examples: {name}"), page.gallery(shown, out))
     ]

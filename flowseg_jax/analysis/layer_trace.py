@@ -143,7 +143,19 @@ def run(source: AnalysisRunner, out: Path) -> Path:
     ]
     about = [f"{len(measured)} samples of {source.split}, {source.about['images'] or 'all'} images."]
     result = {**source.about, "n": len(measured), "groups": groups}
-    return page.write(out, f"layer_trace_{source.split}", f"Layer by layer: {source.split}", about, result, body)
+    found = {"conclusion": conclude(rows), "origin": source.origin}
+    return page.write(out, f"layer_trace_{source.split}", f"Layer by layer: {source.split}", about, result, body, **found)
+
+
+def conclude(rows: Sequence[dict[str, Any]]) -> str:
+    """How the answer comes about over the layers, in a sentence."""
+    first, last = rows[0], rows[-1]
+    settled = next(row["prediction"] for row in rows if row["agreement"] >= 95)
+    return (
+        f"The selected query's IoU goes from {first['iou_selected']:.1f} before any layer to {last['iou_selected']:.1f} after "
+        f"{last['prediction']}, that of the best query from {first['iou_best']:.1f} to {last['iou_best']:.1f}; from prediction "
+        f"{settled} on, at least 95 % of the samples have the query that is selected at the end."
+    )
 
 
 def _shown(name: str, value: float | None) -> str:

@@ -21,7 +21,7 @@ from typing import Any
 
 from flowseg_jax.analysis import page
 from flowseg_jax.errors import UserError
-from flowseg_jax.evaluation import metrics
+from flowseg_jax.evaluation import metrics, results
 from flowseg_jax.evaluation.examples import FAILED, GOOD
 from flowseg_jax.reports import plots
 from flowseg_jax.types import PAD
@@ -140,13 +140,27 @@ def run(file: Path, out: Path) -> Path:
         ]
     pictures = page.kept_pictures(file)
     for name, meaning in _ERRORS.items():
-        if mine := [(picture, r) for picture, r in pictures if r["ann_id"] != PAD and kind(r) == name]:
+        if mine := [(panels, r) for panels, r in pictures if r["ann_id"] != PAD and kind(r) == name]:
             body += [page.heading(f"Examples: {name}", meaning), page.gallery([_thumbnail(*each) for each in mine], out)]
     about = [f"{file}: {result['n']} samples, {result['no_target']} sentences without a target left out."]
-    return page.write(out, f"oracle_{file.stem}", f"Selected and best: {file.stem}", about, result, body)
+    title, found = f"Selected and best: {file.stem}", {"conclusion": conclude(result), "origin": page.origin(file)}
+    return page.write(out, f"oracle_{file.stem}", title, about, result, body, **found)
 
 
-def _thumbnail(picture: Path, record: Mapping[str, Any]) -> page.Thumbnail:
+def conclude(result: Mapping[str, Any]) -> str:
+    """Which kind of error costs most, in a sentence."""
+    lost = {name: result["errors"][name]["lost"] for name in KINDS[1:]}
+    worst = max(lost, key=lost.get)
+    if result["giou"] > 95:
+        return f"gIoU is {result['giou']:.1f}: hardly anything is lost."
+    missing = 100 - result["giou"]
+    return (
+        f"Of the {missing:.1f} points of gIoU that are missing, {lost[worst]:.1f} are lost in {worst} errors, more than in any "
+        f"other kind. Always selecting the best candidate would give {result['selection_gap']:.1f} points back."
+    )
+
+
+def _thumbnail(panels: results.Panels, record: Mapping[str, Any]) -> page.Thumbnail:
     selected, oracle = ious(record)
     note = f"selected {100 * selected:.1f}, oracle {100 * oracle:.1f}, rank of the best {rank(record) + 1}"
-    return page.Thumbnail(picture, record["text"], f"{note}; {record['file_name']}", record["family"])
+    return page.Thumbnail(panels, record["text"], f"{note}; {record['file_name']}", record["family"])

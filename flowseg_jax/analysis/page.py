@@ -14,28 +14,58 @@ import numpy as np
 from flowseg_jax.checkpoints import storage
 from flowseg_jax.data.records import Sample
 from flowseg_jax.errors import UserError
-from flowseg_jax.evaluation import audit, results
+from flowseg_jax.evaluation import audit, report, results
 from flowseg_jax.reports import html as page
 from flowseg_jax.reports import overlay, pictures
 from flowseg_jax.reports.html import Html
 from flowseg_jax.system.console import log
 
+REPORT = "report.html"
 
-def write(out: Path, name: str, title: str, about: Sequence[str], result: Mapping[str, Any], body: Sequence[Html]) -> Path:
-    """Writes `<out>/<name>.json` and `<out>/<name>.html`; says where, and returns the page.
+
+def write(
+    out: Path,
+    name: str,
+    title: str,
+    about: Sequence[str],
+    result: Mapping[str, Any],
+    body: Sequence[Html],
+    *,
+    conclusion: str,
+    origin: Sequence[str],
+) -> Path:
+    """Writes `<out>/<name>.json` and `<out>/<name>.html`; says what was found and where it is, and returns the page.
+
+    The page links to the report of the same results, where there is one.
 
     Args:
         title, about: heading and the sentences under it.
         result: JSON values without NaN.
         body: HTML.
+        conclusion: what was found, in a sentence or two.
+        origin: lines about the model, as `report.origin` writes them.
 
     Raises:
         UserError: the place cannot be written to.
     """
     storage.write_text_atomic(out / f"{name}.json", json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    page.write(out / f"{name}.html", "page.html", title=title, body=[page.pieces().head(title, about), *body])
-    log(f"{out / name}.html\n{out / name}.json")
+    reports = [out / up / REPORT for up in ("..", "../..") if (out / up / REPORT).is_file()]
+    back = [page.pieces().links([(Path(os.path.relpath(reports[0], out)).as_posix(), "The report")])] if reports else []
+    head = page.pieces().head(title, about, [conclusion])
+    page.write(out / f"{name}.html", "page.html", title=title, body=[head, *back, *body], origin=origin)
+    log(f"{conclusion}\n{out / name}.html\n{out / name}.json")
     return out / f"{name}.html"
+
+
+def origin(file: Path) -> list[str]:
+    """Which model the results `<split>.jsonl` are of, from the `<split>.json` beside it; the file alone without that one.
+
+    Raises:
+        UserError: a `<split>.json` that no evaluation wrote.
+    """
+    table = file.with_suffix(".json")
+    model = [report.origin(file.parent.name, results.read_table(table))] if table.is_file() else []
+    return [*model, f"Results {file}"]
 
 
 def heading(title: str, about: str = "") -> Html:
@@ -56,9 +86,9 @@ def shown(value: Any) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Thumbnail:
-    """A picture of one sample: the image file, its expression, and the note under it."""
+    """The pictures of one sample with their captions, its expression, and the note under them."""
 
-    file: Path
+    panels: results.Panels
     said: str
     note: str
     family: str = ""
@@ -71,8 +101,9 @@ def gallery(thumbnails: Iterable[Thumbnail], base: Path) -> Html:
             "said": each.said,
             "family": each.family,
             "meant": "",
-            "source": Path(os.path.relpath(each.file, base)).as_posix(),
+            "panels": [(caption, Path(os.path.relpath(file, base)).as_posix()) for caption, file in each.panels],
             "notes": [each.note],
+            **dict.fromkeys(("model", "split", "kind"), ""),
         }
         for each in thumbnails
     ]
@@ -82,7 +113,7 @@ def gallery(thumbnails: Iterable[Thumbnail], base: Path) -> Html:
 def picture(
     folder: Path, number: int, sample: Sample, image: np.ndarray, panels: Sequence[tuple[str, np.ndarray, bool]], note: str
 ) -> Thumbnail:
-    """Writes the strip of one sample's masks to `folder`.
+    """Writes the pictures of one sample's masks to `folder`.
 
     Args:
         folder, number: where to, and which picture of it; the first one clears those of an earlier run away.
@@ -94,16 +125,16 @@ def picture(
     Raises:
         UserError: the place cannot be written to.
     """
-    file = folder / f"{number + 1}_{overlay.slug(sample.prompt)}.png"
     colored = [(caption, mask, pictures.TRUTH if true else pictures.SELECTED) for caption, mask, true in panels]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for stale in folder.glob("*.png") if number == 0 else ():
             stale.unlink()
-        pictures.comparison_strip(image, [("image", None, pictures.TRUTH), *colored]).save(file)
+        files = pictures.save_panels(folder, f"{number + 1}_{overlay.slug(sample.prompt)}", image, colored)
     except OSError as error:
-        raise UserError(f"cannot write {file}: {error.strerror}; choose a folder you can write to") from error
-    return Thumbnail(file, sample.prompt, f"{note}; {sample.file_name}", sample.family)
+        raise UserError(f"cannot write pictures to {folder}: {error.strerror}; choose a folder you can write to") from error
+    panels = [(caption, folder / file) for caption, file in files]
+    return Thumbnail(panels, sample.prompt, f"{note}; {sample.file_name}", sample.family)
 
 
 def read_records(path: Path, needed: Sequence[str]) -> list[dict[str, Any]]:
@@ -119,12 +150,12 @@ def read_records(path: Path, needed: Sequence[str]) -> list[dict[str, Any]]:
     return records
 
 
-def kept_pictures(path: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """(picture, record) of the samples that the evaluation of a `<split>.jsonl` kept pictures of; none if it kept none."""
+def kept_pictures(path: Path) -> list[tuple[results.Panels, dict[str, Any]]]:
+    """(pictures, record) of the samples that the evaluation of a `<split>.jsonl` kept pictures of; none if it kept none."""
     folder = path.parent / "pictures" / path.stem
     found = results.read_pictures(folder, ("file_name", "best_rank"))
     audit.samples(folder / results.PICTURES, [record for _, _, record in found])
-    return [(file, record) for _, file, record in found]
+    return [(panels, record) for _, panels, record in found]
 
 
 def groups(records: Sequence[Any], family=lambda record: record["family"]) -> dict[str, list[Any]]:

@@ -93,7 +93,18 @@ def run(source: AnalysisRunner, out: Path) -> Path:
         f" model's own are question {fixed.question} and answer {fixed.answer}."
     ]
     result = {**source.about, "spread": spread, "templates": rows}
-    return page.write(out, f"prompt_sensitivity_{source.split}", f"Prompt templates: {source.split}", about, result, body)
+    found = {"conclusion": conclude(spread["all"]["ciou"]), "origin": source.origin}
+    return page.write(
+        out, f"prompt_sensitivity_{source.split}", f"Prompt templates: {source.split}", about, result, body, **found
+    )
+
+
+def conclude(ciou: dict[str, Any]) -> str:
+    """What the choice of a template is worth, in a sentence."""
+    return (
+        f"The prompt template alone moves cIoU between {ciou['lowest']:.1f} and {ciou['highest']:.1f}: a difference between "
+        f"two models below {ciou['highest'] - ciou['lowest']:.1f} points may be one of templates."
+    )
 
 
 def _two(value: float | None) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 
 from flowseg_jax.data.records import Sample
 from flowseg_jax.errors import UserError
-from flowseg_jax.evaluation import metrics, postprocess
+from flowseg_jax.evaluation import metrics, postprocess, report
 from flowseg_jax.evaluation.benchmark import ReferringEvaluation
 from flowseg_jax.models import flowseg
 from flowseg_jax.models.outputs import ImageCache
@@ -74,6 +74,12 @@ class AnalysisRunner:
     def about(self) -> dict[str, Any]:
         """What was measured, as it stands in the JSON."""
         return {"checkpoint": dict(self.evaluation.model.checkpoint), "split": self.split, "images": self.images}
+
+    @property
+    def origin(self) -> list[str]:
+        """The model and the data, as they stand at the end of a page."""
+        model, data = self.evaluation.model, self.evaluation.data
+        return [report.origin(model.name, {"checkpoint": model.checkpoint}), f"Data {data.directory}, {self.split}"]
 
     def measure(self, function: AnalysisFn, name: str) -> Iterator[SampleResult]:
         """Runs a diagnostic's function over all samples, jitted, and brings its masks to the original sizes.

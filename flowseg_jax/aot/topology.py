@@ -63,7 +63,9 @@ def open_topology(name: str) -> Topology:
     """
     family, colon, sizes = name.partition(":")
     if family not in FAMILIES or not colon:
-        raise UserError(f"--topology={name}: unknown{did_you_mean(family, FAMILIES) if colon else ''}; known: {EXAMPLES}")
+        ours = accelerator_type(name)
+        meant = f" (did you mean '{ours}'?)" if ours else did_you_mean(family, FAMILIES) if colon else ""
+        raise UserError(f"--topology={name}: unknown{meant}; known: {EXAMPLES}")
     numbers = sizes.split("x")
     if len(numbers) != FAMILIES[family] or not all(re.fullmatch("[1-9][0-9]*", number) for number in numbers):
         raise UserError(f"--topology={name}: {family} takes {'x'.join('N' * FAMILIES[family])}; known: {EXAMPLES}")
@@ -71,6 +73,26 @@ def open_topology(name: str) -> Topology:
     if family == "cpu":
         return _cpu(name, int(sizes))
     return _gpu(name, int(sizes)) if family == "h100" else _tpu(name)
+
+
+def accelerator_type(name: str) -> str:
+    """What an accelerator type as clouds write it is called here; "" for what is none.
+
+    `v5e-16` and `v5litepod-16`, 16 chips, are `v5e:4x4`; `v5p-16`, 16 cores of 8 chips, is `v5p:2x2x2`; `h100-8` is `h100:8`.
+    """
+    found = re.fullmatch(r"(v5e|v5litepod|v5p|v6e|h100|cpu)[-x]?([1-9][0-9]{0,5})", name)
+    if not found:
+        return ""
+    family, count = found[1].replace("litepod", "e"), int(found[2])
+    axes = FAMILIES[family]
+    if axes == 1:
+        return f"{family}:{count}"
+    chips = count // 2 if family == "v5p" else count
+    doublings = chips.bit_length() - 1
+    if not chips or chips != 1 << doublings:
+        return ""
+    sides = [1 << (doublings + i) // axes for i in range(axes)]  # as even as can be, the shorter ones first
+    return f"{family}:{'x'.join(map(str, sorted(sides, key=lambda side: (side == 1, side))))}"
 
 
 def _tpu(name: str) -> Topology:

@@ -14,7 +14,7 @@ from flowseg_jax.checkpoints.manifest import check_arrays
 from flowseg_jax.errors import UserError, short_reason
 from flowseg_jax.system import json_files
 from flowseg_jax.system.json_files import ITSELF, expect
-from flowseg_jax.system.paths import resolve_path
+from flowseg_jax.system.paths import made_by, resolve_path
 
 FORMAT = "flowseg_jax model"
 FORMAT_VERSION = 3  # 1: without checksums of config and tokenizer; 1 and 2: other names (`checkpoints.upgrade`)
@@ -29,7 +29,7 @@ def read_model_config(directory: str | os.PathLike, *, allow_component: bool = F
     """
     path = resolve_path(directory)
     if not path.is_dir():
-        raise UserError(f"no model directory {path}")
+        raise UserError(f"no model directory {path}{made_by(directory)}")
     config = read_json(path)
     accept = f"accept it by `flowseg seal {path}`"
     if is_earlier(config):
@@ -162,7 +162,7 @@ def seal(directory: str | os.PathLike) -> epath.Path:
     """
     path = resolve_path(directory)
     if not path.is_dir():
-        raise UserError(f"no model directory {path}")
+        raise UserError(f"no model directory {path}{made_by(directory)}")
     config = read_json(path)
     if config.get("format_version") != FORMAT_VERSION:
         raise UserError(f"{path} has format version {json_files.short(config.get('format_version'))}: convert it again")

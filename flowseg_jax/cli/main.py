@@ -17,6 +17,7 @@ COMMANDS = {
     "data": Command("flowseg_jax.cli.data:main", "prepare, validate, preview and generate data sets"),
     "convert": Command("flowseg_jax.cli.convert:main", "PyTorch checkpoints to model directories and back"),
     "analyze": Command("flowseg_jax.cli.analyze:main", "where a model loses: from results, or by running it"),
+    "report": Command("flowseg_jax.cli.report:main", "an HTML page of evaluations: verdict, pictures, learning curve, tables"),
     "export": Command("flowseg_jax.cli.export:main", "a model as programs that run without this package"),
     "parity": Command("flowseg_jax.cli.parity:main", "compare our numbers with recorded numbers of PyTorch"),
     "seal": Command("flowseg_jax.cli.model_directory:seal", "accept the edited config.json and tokenizer of a model directory"),

@@ -185,10 +185,8 @@ class PreparedDataset:
         """
         directory = Path(directory)
         if not (directory / METADATA).exists():
-            raise UserError(
-                f"{directory}: not a prepared data set (no {METADATA}); make one with "
-                f"`flowseg data prepare --layout LAYOUT --source DIR --out {directory}`"
-            )
+            prepare = f"; make one with `flowseg data prepare --layout LAYOUT --source DIR --out {directory}`"
+            raise UserError(f"{directory}: not a prepared data set (no {METADATA}){paths.made_by(directory) or prepare}")
         prepared = cls(directory, _metadata(directory / METADATA))
         prepared.check_files()
         return prepared

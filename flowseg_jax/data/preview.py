@@ -57,8 +57,8 @@ def choose(example: Example, rng: np.random.Generator) -> Picture:
     return Picture(example, tuple(i for i, a in enumerate(example.annotations) if not a.ignore))
 
 
-def draw(picture: Picture) -> Image.Image:
-    """The image with the drawn objects outlined, its other parts faded and its ignored parts hatched in grey.
+def draw(picture: Picture) -> tuple[Image.Image, Image.Image]:
+    """The image, and the same with the drawn objects outlined, its other parts faded and its ignored parts hatched in grey.
 
     Raises:
         UserError: the image is damaged.
@@ -67,18 +67,19 @@ def draw(picture: Picture) -> Image.Image:
     image = images.decode(example.image, name=example.file_name)
     scale = _SIDE / max(image.size)
     image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), Image.Resampling.LANCZOS)
+    image = image.convert("RGB")
     out = np.array(image)
     targets = [_small(example, i, image.size) for i in picture.drawn]
     if targets:
-        out = overlay.overlay(out, np.any(targets, axis=0), color(0))
+        out = overlay.fade(out, np.any(targets, axis=0))
         for place, mask in enumerate(targets):
-            out[overlay.border(mask)] = color(place)
+            overlay.draw_outline(out, mask, color(place))
     rows, columns = np.indices(out.shape[:2])
     stripes = (rows + columns) // _STRIPE % 2 == 0
     for i, annotation in enumerate(example.annotations):
         if annotation.ignore:
             out[_small(example, i, image.size) & stripes] = IGNORE
-    return Image.fromarray(out)
+    return image, Image.fromarray(out)
 
 
 def _small(example: Example, index: int, size: tuple[int, int]) -> Bool[np.ndarray, "y x"]:
@@ -135,11 +136,12 @@ def preview(
 
 def _about(layout: DatasetReader, seed: int) -> str:
     categories = f", {len(layout.categories)} categories" if layout.categories else ""
-    return f"Task {layout.task}{categories}. Drawn at random (seed {seed}). Outlined: targets; grey stripes: ignored."
+    colors = "Beside each image its targets, outlined; grey stripes: ignored."
+    return f"Task {layout.task}{categories}. Drawn at random (seed {seed}). {colors}"
 
 
 def _card(layout: DatasetReader, split: str, index: int, rng: np.random.Generator, path: Path, problems: RecordErrors) -> Html:
-    """A sample's figure, its picture written to `path`; its error if it is damaged."""
+    """A sample's figure, its pictures written to `path` and beside it; its error if it is damaged."""
     before = len(problems.found)
     with problems.record():
         notes: Counter[str] = Counter()
@@ -148,16 +150,18 @@ def _card(layout: DatasetReader, split: str, index: int, rng: np.random.Generato
             left_out = '<figure><figcaption class="note">example {}: left out ({})</figcaption></figure>'
             return html(left_out, index, ", ".join(notes))
         picture = choose(example, rng)
-        draw(picture).save(path, quality=88)
-        return _figure(layout, picture, path.name, index, notes)
+        files = path.with_stem(f"{path.stem}_image"), path
+        for drawn, file in zip(draw(picture), files, strict=True):
+            drawn.save(file, quality=88)
+        return _figure(layout, picture, [file.name for file in files], index, notes)
     return html('<figure><figcaption class="error">example {}: {}</figcaption></figure>', index, problems.found[before])
 
 
-def _figure(layout: DatasetReader, picture: Picture, source: str, index: int, notes: Iterable[str]) -> Html:
+def _figure(layout: DatasetReader, picture: Picture, sources: Sequence[str], index: int, notes: Iterable[str]) -> Html:
     example, sample = picture.example, picture.sample
     said: Html | str = ""
     if sample:
-        family = html('<span class="family">{}</span>', sample.family) if sample.family else ""
+        family = html('<span class="tag">{}</span>', sample.family) if sample.family else ""
         said = html('<figcaption class="said">“{}”{}</figcaption>', sample.sentence, family)
     under = [_legend(layout, picture)] if picture.drawn else ["refers to nothing"] if sample else []
     under += [f"answer: “{sample.answer}”"] if sample and sample.answer else []
@@ -165,8 +169,8 @@ def _figure(layout: DatasetReader, picture: Picture, source: str, index: int, no
     where = f"example {index}: {example.file_name}, {example.width}x{example.height}"
     under += [html('<span class="note">{}</span>', "; ".join([where, *notes]))]
     alt = sample.sentence if sample else example.file_name
-    figure = '<figure>{}<img loading="lazy" src="{}" alt="{}"><figcaption>{}</figcaption></figure>'
-    return html(figure, said, source, alt, join(under, "<br>"))
+    panels = page.pieces().panels([("", source) for source in sources], alt)
+    return html("<figure>{}{}<figcaption>{}</figcaption></figure>", said, panels, join(under, "<br>"))
 
 
 def _legend(layout: DatasetReader, picture: Picture) -> Html:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flowseg_jax.errors import UserError
+from flowseg_jax.system import paths
 
 SEG = "<SEG>"
 PHRASE_START = "<p>"
@@ -139,7 +140,7 @@ def load_tokenizer(directory: str | os.PathLike[str], *, needed: Iterable[str] =
 
     directory = Path(directory)
     if not directory.is_dir():
-        raise UserError(f"{directory}: no such tokenizer directory")
+        raise UserError(f"{directory}: no such tokenizer directory{paths.made_by(directory)}")
     try:
         hf = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises many types here, all of them about the files

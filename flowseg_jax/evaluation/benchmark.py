@@ -15,6 +15,7 @@ import jax
 from flax import nnx
 
 from flowseg_jax import sharding
+from flowseg_jax.checkpoints.find import model_name
 from flowseg_jax.checkpoints.manifest import flatten_params, unflatten_params
 from flowseg_jax.checkpoints.pretrained import load_pretrained, read_model_config
 from flowseg_jax.data.dataset import METADATA, PreparedDataset
@@ -51,6 +52,7 @@ class EvalModel:
         checkpoint: what is written beside the numbers: digest and step.
         tokenizer, prompts: how questions become text; no tokenizer for a model without language.
         answer_tokens: the model writes its answers itself, of at most so many tokens; 0: they are given.
+        name: what it is called beside the numbers.
     """
 
     cfg: FlowSegConfig
@@ -60,6 +62,7 @@ class EvalModel:
     tokenizer: Tokenizer | None
     prompts: PromptTemplates
     answer_tokens: int = 0
+    name: str = ""
 
     @classmethod
     def load(cls, directory: str | Path, *, fsdp: int = 1, answer_tokens: int = 0, expressions: bool = True) -> EvalModel:
@@ -105,7 +108,7 @@ class EvalModel:
             )
         evaluator = Evaluator(sharding.mark_fsdp_axes(nnx.merge(graphdef, abstract), mesh), mesh, partition, answer)
         checkpoint = {"digest": params_digest(stored), "step": loaded.extra.get("step")}
-        return cls(cfg, evaluator, loaded.params, checkpoint, tokenizer, prompts, answer_tokens)
+        return cls(cfg, evaluator, loaded.params, checkpoint, tokenizer, prompts, answer_tokens, model_name(Path(directory)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,6 +161,7 @@ class ReferringEvaluation:
             protocol=protocol,
             shuffle_text=shuffle_text,
             about={
+                "model": model.name,
                 "checkpoint": model.checkpoint,
                 "setup": setup_hash(model.cfg, model.prompts, model.tokenizer),
                 "data": self.data.digest,

@@ -1,8 +1,8 @@
-"""`report.html` with its PNG files: a table of results and, for a person to look at, what the model did on real examples.
+"""`report.html` with its PNG files: what the numbers say, what the model did on real examples, and the tables.
 
-The report is a pure function of files: `save_pictures` leaves PNGs and an index beside a split's results, `write` reads the
-folders it is given. So it can be written again whenever one more row is known, from any process. The page is static HTML
-without external resources.
+The report is made of files: `save_pictures` leaves PNGs and an index beside a split's results, `write` reads the folders it is
+given. So it can be written again whenever one more row is known, from any process (`flowseg report`). The page is static HTML
+without external resources; with its pictures inside it is a single file.
 """
 
 from __future__ import annotations
@@ -10,23 +10,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from flowseg_jax.errors import UserError
+from flowseg_jax.evaluation import learning_curve
 from flowseg_jax.evaluation.examples import KINDS, GallerySample
 from flowseg_jax.evaluation.results import PICTURES, read_pictures, read_table
+from flowseg_jax.evaluation.verdict import verdict
 from flowseg_jax.reports import html as page
 from flowseg_jax.reports import overlay, pictures
 
-_HEADINGS = {"good": "Good", "random": "Random", "failed": "Failed"}
-_NOTES = {
-    "good": "IoU of at least 80, drawn at random.",
-    "random": "Drawn at random from all samples.",
-    "failed": "IoU below 50, drawn at random. A good best candidate beside a bad selection is a selection error.",
-}
+ANALYSIS = "analysis"  # the folder of diagnoses, beside the results
 _COLUMNS = (
     ("n", "n", "samples"),
     ("ciou", "cIoU", "sum of intersections / sum of unions"),
@@ -53,12 +51,16 @@ class ReportRow:
         results: split -> the content of its `<split>.json`.
         pictures: split -> folder written by `save_pictures`.
         note: one sentence under the label.
+        folder: where the results lie, with their diagnoses; None: nowhere.
+        shuffled: the results are those of the shuffled-text control.
     """
 
     label: str
     results: Mapping[str, Mapping[str, Any]]
     pictures: Mapping[str, Path] = dataclasses.field(default_factory=dict)
     note: str = ""
+    folder: Path | None = None
+    shuffled: bool = False
 
 
 def read_row(label: str, folder: Path | str, *, shuffled: bool = False, note: str = "") -> ReportRow:
@@ -72,11 +74,31 @@ def read_row(label: str, folder: Path | str, *, shuffled: bool = False, note: st
         results[path.stem.removesuffix("_shuffled")] = table
         if (folder / "pictures" / path.stem / PICTURES).is_file():
             images[path.stem.removesuffix("_shuffled")] = folder / "pictures" / path.stem
-    return ReportRow(label, results, images, note)
+    return ReportRow(label, results, images, note, folder, shuffled)
+
+
+def read_rows(folder: Path | str, label: str = "") -> list[ReportRow]:
+    """The rows of a folder of results: the real sentences and, where it has been evaluated, the shuffled-text control.
+
+    Args:
+        folder: with the `<split>.json` files.
+        label: what the model is called; default: as the results say, else as the folder is called.
+
+    Raises:
+        UserError: no results there.
+    """
+    folder = Path(folder)
+    real, control = read_row(label, folder), read_row(label, folder, shuffled=True)
+    if not (real.results or control.results):
+        raise UserError(f"{folder}: no results of `flowseg eval` on expressions: name the folder with its <split>.json")
+    names = [result.get("model") for row in (real, control) for result in row.results.values()]
+    label = label or next(filter(None, names), folder.resolve().name)
+    rows = [dataclasses.replace(real, label=label), dataclasses.replace(control, label=f"{label}, shuffled text")]
+    return [row for row in rows if row.results]
 
 
 def save_pictures(folder: Path | str, name: str, examples: Mapping[str, Sequence[GallerySample]]) -> Path:
-    """Writes one PNG an example and an index to `<folder>/pictures/<name>/`, replacing what was there; returns that folder."""
+    """Writes each example's PNGs and an index to `<folder>/pictures/<name>/`, replacing what was there; returns that folder."""
     target = Path(folder) / "pictures" / name
     part = target.with_name(target.name + ".part")
     try:
@@ -86,15 +108,15 @@ def save_pictures(folder: Path | str, name: str, examples: Mapping[str, Sequence
         for kind, rows in examples.items():
             for i, example in enumerate(rows):
                 record = example.record
-                file = f"{kind}_{i + 1}_{overlay.slug(record['text'])}.png"
-                panels = (
-                    ("image", None, pictures.TRUTH),
+                stem = f"{kind}_{i + 1}_{overlay.slug(record['text'])}"
+                masks = [
                     ("truth", example.truth, pictures.TRUTH),
                     (f"selected: IoU {100 * record['iou']:.1f}", example.selected, pictures.SELECTED),
                     (f"best: IoU {100 * record['best_iou']:.1f}", example.best, pictures.BEST),
-                )
-                pictures.comparison_strip(example.image, panels).save(part / file)
-                index.append({"kind": kind, "file": file, "record": dict(record)})
+                ]
+                panels = pictures.save_panels(part, stem, example.image, masks)
+                panels = [{"caption": caption, "file": file} for caption, file in panels]
+                index.append({"kind": kind, "panels": panels, "record": dict(record)})
         (part / PICTURES).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
         shutil.rmtree(target, ignore_errors=True)
         os.replace(part, target)
@@ -104,29 +126,61 @@ def save_pictures(folder: Path | str, name: str, examples: Mapping[str, Sequence
     return target
 
 
-def write(path: Path | str, rows: Sequence[ReportRow], *, title: str, about: Sequence[str] = ()) -> Path:
+def write(
+    path: Path | str,
+    rows: Sequence[ReportRow],
+    *,
+    title: str,
+    about: Sequence[str] = (),
+    run: Path | str | None = None,
+    self_contained: bool = False,
+) -> Path:
     """Writes the report.
 
     Args:
         path: the HTML file. Pictures are linked relative to it.
-        rows: the table's rows, in reading order; splits are shown in the order in which they first occur.
+        rows: the table's rows, in reading order; splits are shown in the order in which they first occur. The verdict is about
+            the last row that is no control, on its validation set, else on its first split.
         title: heading. about: sentences under it (what was trained, with which command).
+        run: the work directory of the training run, whose learning curve is shown.
+        self_contained: pictures are put into the page, which needs no other file then.
+
+    Raises:
+        UserError: the place cannot be written to, or what was evaluated or trained cannot be read.
     """
     path = Path(path)
     splits = list(dict.fromkeys(split for row in rows for split in row.results))
     results = [result for row in rows for result in row.results.values()]
+    metrics = None if run is None else Path(run) / learning_curve.METRICS
+    subject = next((row for row in reversed(rows) if row.results and not row.shuffled), None)
+    source = page.data_uri if self_contained else lambda file: Path(os.path.relpath(file, path.parent)).as_posix()
+    figures = [figure for row in rows for split in row.pictures for figure in _figures(row, split, source)]
     page.write(
         path,
         "report.html",
         title=title,
         about=about,
+        verdict=_verdict(rows, subject) if subject else [],
+        figures=figures,
+        filters=_filters(figures, subject),
+        curves=learning_curve.draw(metrics) if metrics and metrics.is_file() else [],
+        diagnoses=[] if self_contained else _diagnoses(rows, path.parent),
+        hints=_hints(rows),
         protocols=", ".join(sorted({result["protocol"] for result in results})) or "none",
         columns=_columns(results),
         tables=[_table(rows, split) for split in splits],
         families=[_families(rows, split) for split in splits] if any(result["families"] for result in results) else None,
-        galleries=[_gallery(row.label, split, folder, path.parent) for row in rows for split, folder in row.pictures.items()],
+        origin=list(dict.fromkeys(origin(row.label, result) for row in rows for result in row.results.values())),
     )
     return path
+
+
+def origin(label: str, result: Mapping[str, Any]) -> str:
+    """Which model some results are of: name, checkpoint and step."""
+    step, digest = (result["checkpoint"].get(key) for key in ("step", "digest"))
+    name = result.get("model") or label
+    parts = [f"checkpoint {digest[:16]}" if digest else "", f"step {step}" if step is not None else ""]
+    return ", ".join([f"Model {name}", *filter(None, parts)])
 
 
 def table(rows: Sequence[ReportRow]) -> str:
@@ -191,16 +245,61 @@ def _families(rows: Sequence[ReportRow], split: str) -> dict[str, Any]:
     return {"split": split, "counts": counts, "rows": lines}
 
 
-def _gallery(label: str, split: str, folder: Path, base: Path) -> dict[str, Any]:
-    index, kinds = read_pictures(folder), []
-    for kind in KINDS:
-        figures = [_figure(record, os.path.relpath(file, base)) for of, file, record in index if of == kind]
-        if figures:
-            kinds.append((kind, _HEADINGS[kind], _NOTES[kind], figures))
-    return {"label": label, "split": split, "kinds": kinds}
+def _verdict(rows: Sequence[ReportRow], subject: ReportRow) -> list[str]:
+    split = _first(subject)
+    result = subject.results[split]
+    same = lambda row: row.results[split]["checkpoint"] == result["checkpoint"]  # noqa: E731
+    beside = [row for row in rows if split in row.results and row is not subject]
+    control = next((row.results[split] for row in beside if row.shuffled and same(row)), None)
+    others = [(row.label, row.results[split]) for row in beside if not row.shuffled]
+    return verdict(subject.label, split, result, control, others)
 
 
-def _figure(record: Mapping[str, Any], source: str) -> dict[str, Any]:
+def _first(row: ReportRow) -> str:
+    """The split that is spoken of first: the validation set, where there is one."""
+    return next((split for split in row.results if split.startswith("val")), next(iter(row.results)))
+
+
+def _diagnoses(rows: Sequence[ReportRow], base: Path) -> list[tuple[str, str]]:
+    """(link, name) of the pages that `flowseg analyze` has left beside the results."""
+    folders = dict.fromkeys(row.folder / ANALYSIS for row in rows if row.folder)
+    pages = [file for folder in folders for file in sorted(folder.glob("*.html"))]
+    return [(Path(os.path.relpath(file, base)).as_posix(), file.stem.replace("_", " ")) for file in pages]
+
+
+def _hints(rows: Sequence[ReportRow]) -> list[dict[str, str]]:
+    """How to find out where the models lose, while nobody has."""
+    files = [row.folder / f"{split}.jsonl" for row in rows if row.folder and not row.shuffled for split in row.results]
+    if not files or any((file.parent / ANALYSIS).is_dir() for file in files):
+        return []
+    return [{"text": "Selection or masks? Ask:", "command": f"flowseg analyze oracle {shlex.quote(str(files[-1]))}"}]
+
+
+def _figures(row: ReportRow, split: str, source: Callable[[Path], str]) -> list[dict[str, Any]]:
+    """What the template shows of the pictures of a row's split: good ones first, failures last."""
+    found = sorted(
+        (entry for entry in read_pictures(row.pictures[split]) if entry[0] in KINDS), key=lambda entry: KINDS.index(entry[0])
+    )
+    return [
+        _figure(record, [(caption, source(file)) for caption, file in panels])
+        | {"model": row.label, "split": split, "kind": kind}
+        for kind, panels, record in found
+    ]
+
+
+def _filters(figures: Sequence[Mapping[str, Any]], subject: ReportRow | None) -> list[tuple[str, str, list[str], str]]:
+    """(key of a figure, label, values, the one that is chosen at first) of each filter that has something to choose."""
+    labels = {"model": "model", "split": "data set", "family": "expressions", "kind": "result"}
+    values = {key: list(dict.fromkeys(figure[key] for figure in figures)) for key in labels}
+    first = {"model": subject.label, "split": _first(subject)} if subject else {}
+    return [
+        (key, label, values[key], first[key] if first.get(key) in values[key] else "")
+        for key, label in labels.items()
+        if len(values[key]) > 1
+    ]
+
+
+def _figure(record: Mapping[str, Any], panels: list[tuple[str, str]]) -> dict[str, Any]:
     scores = (
         f"score {_score(record['score'])} (query {record['query']}), best candidate {_score(record['best_score'])}"
         f" (query {record['best_query']}, rank {record['best_rank'] + 1})"
@@ -209,7 +308,7 @@ def _figure(record: Mapping[str, Any], source: str) -> dict[str, Any]:
         "said": record["text"],
         "family": record["family"],
         "meant": record["sentence"] if record["text"] != record["sentence"] else "",
-        "source": Path(source).as_posix(),
+        "panels": panels,
         "notes": [scores, f"{record['file_name']}, sentence {record['sentence_id']}"],
     }
 

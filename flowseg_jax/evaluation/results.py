@@ -11,6 +11,7 @@ from flowseg_jax.system import json_files, paths
 from flowseg_jax.system.json_files import expect, number
 
 PICTURES = "index.json"  # of a folder of pictures
+MOST_PANELS = 100  # of a sample
 KEPT = ("image_id", "sentence_id", "file_name", "text", "sentence", "family", "score", "best_score")
 KEPT += ("query", "best_query", "best_rank")  # what is said about a picture
 _FIGURES = ("ciou", "giou", "oracle_ciou", "oracle_giou", "selection_gap")
@@ -46,6 +47,7 @@ def read_table(path: Path) -> dict[str, Any]:
     expect(isinstance(table["families"], dict), table["families"], f"{path}: families", "a group of keys")
     for family, figures in table["families"].items():
         _figures(figures, f"{path}: families.{family[:40]}", (*_FIGURES, "n"))
+    expect(isinstance(table.get("model", ""), str), table.get("model"), f"{path}: model", "a text")
     for key in ("checkpoint", "prompt"):
         found = table.get(key, {})
         plain = isinstance(found, dict) and found.values()
@@ -58,8 +60,11 @@ def read_table(path: Path) -> dict[str, Any]:
     return table
 
 
-def read_pictures(folder: Path, needed: Sequence[str] = KEPT) -> list[tuple[str, Path, dict[str, Any]]]:
-    """(kind, picture, sample) of the pictures that an evaluation kept in a folder; none where it kept none.
+Panels = list[tuple[str, Path]]  # (caption, picture) of a sample: the image, and masks on it
+
+
+def read_pictures(folder: Path, needed: Sequence[str] = KEPT) -> list[tuple[str, Panels, dict[str, Any]]]:
+    """(kind, panels, sample) of the pictures that an evaluation kept in a folder; none where it kept none.
 
     Raises:
         UserError: an index that cannot be read, names a picture outside the folder, or whose samples lack a field of `needed`.
@@ -75,17 +80,22 @@ def read_pictures(folder: Path, needed: Sequence[str] = KEPT) -> list[tuple[str,
         raise UserError(f"{path} cannot be read ({error}); evaluate again, or remove {folder}") from None
 
 
-def _picture(folder: Path, where: str, entry: Any, needed: Sequence[str]) -> tuple[str, Path, dict[str, Any]]:
+def _picture(folder: Path, where: str, entry: Any, needed: Sequence[str]) -> tuple[str, Panels, dict[str, Any]]:
     expect(isinstance(entry, dict) and isinstance(entry.get("record"), dict), entry, where, "a picture with its record")
-    file, kind, record = entry.get("file"), entry.get("kind"), entry["record"]
-    ok = isinstance(file, str) and file == Path(file).name and "\0" not in file and file not in ("", "..")
-    expect(ok, file, f"{where}: file", "the name of a file beside it")
+    panels, kind, record = entry.get("panels"), entry.get("kind"), entry["record"]
+    ok = isinstance(panels, list) and 0 < len(panels) <= MOST_PANELS and all(isinstance(each, dict) for each in panels)
+    expect(ok, panels, f"{where}: panels", f"a list of 1 to {MOST_PANELS} pictures")
+    for each in panels:
+        file, caption = each.get("file"), each.get("caption")
+        ok = isinstance(file, str) and file == Path(file).name and "\0" not in file and file not in ("", "..")
+        expect(ok, file, f"{where}: file", "the name of a file beside it")
+        expect(isinstance(caption, str), caption, f"{where}: caption", "a text")
     expect(isinstance(kind, str), kind, f"{where}: kind", "a text")
     if lacking := [key for key in needed if key not in record]:
         raise UserError(f"{where} lacks {', '.join(lacking)}")
     if wrong := impossible(record):
         raise UserError(f"{where}: {wrong}")
-    return kind, paths.inside(folder, file, f"{where}: file"), record
+    return kind, [(each["caption"], paths.inside(folder, each["file"], f"{where}: file")) for each in panels], record
 
 
 def impossible(record: Mapping[str, Any]) -> str:

@@ -207,7 +207,8 @@ def _export(directory: str | os.PathLike[str], target: Path, shapes: ExportShape
     check_manifest(
         manifest(flowseg.params_dict(flowseg.abstract_model(cfg)[1])), stored["manifest"], f"model directory {directory}"
     )
-    loaded = load_pretrained(directory, dtype=None)
+    with heartbeat(f"loading {directory}"):
+        loaded = load_pretrained(directory, dtype=None)
     prompts = PromptTemplates.of_model(loaded.extra, directory)
     tokenizer = load_tokenizer(loaded.tokenizer_dir, needed=prompts.special_tokens)
     backend = getattr(tokenizer.hf, "backend_tokenizer", None)
@@ -241,13 +242,8 @@ def _export(directory: str | os.PathLike[str], target: Path, shapes: ExportShape
     }
     fresh = target.with_name(f".{target.name}.tmp-{os.getpid()}")
     try:
-        fresh.mkdir(parents=True)
-        for name, program in programs.items():
-            (fresh / _file(name)).write_bytes(program.serialize())
-        safetensors.numpy.save_file(weights, fresh / "weights.safetensors")
-        (fresh / "weights.safetensors").chmod(0o644)  # safetensors writes it for its owner alone
-        (fresh / "tokenizer.json").write_text(backend.to_str(pretty=True), encoding="utf-8")
-        (fresh / "export.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+        with heartbeat(f"writing {target}"):
+            _write(fresh, programs, weights, backend.to_str(pretty=True), about)
         fresh.replace(target)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{target} could not be written: {not_writable(error) or error}") from None
@@ -255,6 +251,23 @@ def _export(directory: str | os.PathLike[str], target: Path, shapes: ExportShape
         with contextlib.suppress(OSError):
             shutil.rmtree(fresh)
     return target
+
+
+def _write(
+    folder: Path,
+    programs: Mapping[str, jax_export.Exported],
+    weights: Mapping[str, Array],
+    tokenizer: str,
+    about: dict[str, Any],
+) -> None:
+    """The files of an export, in a folder that is made."""
+    folder.mkdir(parents=True)
+    for name, program in programs.items():
+        (folder / _file(name)).write_bytes(program.serialize())
+    safetensors.numpy.save_file(weights, folder / "weights.safetensors")
+    (folder / "weights.safetensors").chmod(0o644)  # safetensors writes it for its owner alone
+    (folder / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
+    (folder / "export.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
 
 def _known(platforms: Sequence[str]) -> list[str]:

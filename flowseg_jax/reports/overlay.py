@@ -28,20 +28,39 @@ def outline(mask: Bool[np.ndarray, "y x"], width: int = 1) -> Bool[np.ndarray, "
     return grown & ~mask
 
 
+def line_width(mask: Bool[np.ndarray, "y x"]) -> int:
+    """How wide the coloured line of `draw_outline` is, in pixels: as the image's size asks for."""
+    return max(1, round(max(mask.shape) / 120))
+
+
 def border(mask: Bool[np.ndarray, "y x"]) -> Bool[np.ndarray, "y x"]:
-    """The outline that `overlay` draws: as wide as the image's size asks for."""
-    return outline(mask, max(1, round(max(mask.shape) / 120)))
+    """The pixels of the coloured line of `draw_outline`."""
+    return outline(mask, line_width(mask))
+
+
+def draw_outline(out: UInt8[np.ndarray, "y x 3"], mask: Bool[np.ndarray, "y x"], color: tuple[int, int, int]) -> None:
+    """Draws three lines around a mask into `out`: the colour, then white, then black.
+
+    One of them differs from whatever the object and its surroundings look like.
+    """
+    width = line_width(mask)
+    thin = max(1, width // 2)
+    colored = mask | outline(mask, width)
+    white = colored | outline(colored, thin)
+    out[outline(white, thin)] = 0
+    out[white & ~colored] = 255
+    out[colored & ~mask] = color
 
 
 def overlay(
     image: UInt8[np.ndarray, "y x 3"], mask: Bool[np.ndarray, "y x"], color: tuple[int, int, int]
 ) -> UInt8[np.ndarray, "y x 3"]:
-    """The mask's pixels as they are, outlined in `color`, on surroundings faded to grey.
+    """The mask's pixels as they are, outlined as by `draw_outline`, on surroundings faded to grey.
 
     A tint would be lost on a picture of any colours, and would hide what was found.
     """
     out = fade(image, mask)
-    out[border(mask)] = color
+    draw_outline(out, mask, color)
     return out
 
 

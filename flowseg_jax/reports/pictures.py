@@ -1,12 +1,12 @@
-"""The four-panel strip of the report."""
+"""The pictures of a sample: the image, and masks drawn on it, each a small picture of its own."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool, UInt8
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from flowseg_jax.reports.overlay import overlay
 
@@ -15,30 +15,40 @@ SELECTED = (214, 64, 159)
 BEST = (47, 111, 235)
 
 _PANEL = 240  # longest side of a panel, pixels
-_GAP, _CAPTION = 8, 22
 
 
-def _panel_size(height: int, width: int) -> tuple[int, int]:
-    scale = _PANEL / max(height, width)
-    return max(1, round(width * scale)), max(1, round(height * scale))
-
-
-def comparison_strip(
-    image: UInt8[np.ndarray, "y x 3"],
-    panels: Sequence[tuple[str, Bool[np.ndarray, "y x"] | None, tuple[int, int, int]]],
+def panel(
+    image: UInt8[np.ndarray, "y x 3"], mask: Bool[np.ndarray, "y x"] | None = None, color: tuple[int, int, int] = TRUTH
 ) -> Image.Image:
-    """Panels side by side, each with a caption under it: (caption, mask or None for the bare image, colour)."""
-    size = _panel_size(*image.shape[:2])
+    """The image with a mask outlined on it, or by itself, at most 240 pixels high and wide."""
+    height, width = image.shape[:2]
+    scale = _PANEL / max(height, width)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
     small = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS))
-    cell = max(size[0], 120)  # a narrow image still leaves room for its caption
-    sheet = Image.new("RGB", (len(panels) * (cell + _GAP) - _GAP, size[1] + _CAPTION), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
-    for i, (caption, mask, color) in enumerate(panels):
-        left = i * (cell + _GAP)
-        picture = small
-        if mask is not None:
-            scaled = np.asarray(Image.fromarray(mask.astype(np.uint8) * 255).resize(size, Image.Resampling.BILINEAR)) > 127
-            picture = overlay(small, scaled, color)
-        sheet.paste(Image.fromarray(picture), (left + (cell - size[0]) // 2, 0))
-        draw.text((left + cell // 2, size[1] + 5), caption, fill=(60, 60, 60), font=font, anchor="ma")
-    return sheet
+    if mask is None:
+        return Image.fromarray(small)
+    scaled = np.asarray(Image.fromarray(mask.astype(np.uint8) * 255).resize(size, Image.Resampling.BILINEAR)) > 127
+    return Image.fromarray(overlay(small, scaled, color))
+
+
+def save_panels(
+    folder: Path,
+    stem: str,
+    image: UInt8[np.ndarray, "y x 3"],
+    masks: list[tuple[str, Bool[np.ndarray, "y x"], tuple[int, int, int]]],
+) -> list[tuple[str, str]]:
+    """Writes the image and each mask on it to `<folder>/<stem>_<number>.png`.
+
+    Args:
+        folder: which exists. stem: of the file names.
+        image: the image.
+        masks: (caption, mask, colour of its outline).
+
+    Returns:
+        (caption, file name) of each, that of the image first.
+    """
+    pictures = [("image", panel(image)), *((caption, panel(image, mask, color)) for caption, mask, color in masks)]
+    named = [(caption, f"{stem}_{number}.png", picture) for number, (caption, picture) in enumerate(pictures)]
+    for _, file, picture in named:
+        picture.save(folder / file)
+    return [(caption, file) for caption, file, _ in named]

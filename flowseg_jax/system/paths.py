@@ -18,6 +18,8 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 # What holds `configs/` and `checkpoints/shapes_tiny/`: the repository in a checkout, the package itself where it is installed.
 ROOT = _PACKAGE if (_PACKAGE / "configs" / "shapes_tiny.py").is_file() else _PACKAGE.parent
 
+MADE = {"data/smollm2": "make smollm2", "data/stages": "make stages"}  # folder -> what makes it, in a checkout
+
 _LONGEST = 255  # bytes of a part of a path, on all usual file systems
 _LONGEST_PATH = 4095  # bytes of a whole path
 _NAME = re.compile(r"[\w-]{1,64}", re.ASCII)
@@ -81,6 +83,12 @@ def resolve_path(path: str | os.PathLike) -> epath.Path:
         return epath.Path(text)
     except KeyError:
         raise UserError(f"{text}: paths are local or gs://BUCKET/NAME") from None
+
+
+def made_by(path: str | os.PathLike) -> str:
+    """How what a config of ours asks for comes to be, for the message where it is missing; "" for other places."""
+    command = next((command for folder, command in MADE.items() if Path(path).is_relative_to(folder)), "")
+    return f"; `{command}` makes it" if command else ""
 
 
 def is_remote(path: str | os.PathLike) -> bool:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import html.parser
 import json
+import re
 
 import numpy as np
 import pytest
 
+from flowseg_jax.analysis import boundary, embedding_swap, layer_trace, oracle, prompt_sensitivity
 from flowseg_jax.cli.analyze import main
 from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation import report
@@ -57,7 +59,7 @@ def test_oracle(results):
     out = second.parent / "analysis"
     page, found = Page(out / "oracle_val.html"), json.loads((out / "oracle_val.json").read_text())
     assert found["errors"]["selection"]["n"] == 1 and found["errors"]["generation"]["n"] == 1
-    assert len(page.images) == 1 and "selected 20.0, oracle 85.0, rank of the best 2; 2.jpg" in page.text
+    assert len(page.images) == 4 and "selected 20.0, oracle 85.0, rank of the best 2; 2.jpg" in page.text
     assert "<b>" in page.text
 
 
@@ -69,7 +71,7 @@ def test_compare_failures(results, tmp_path):
         json.loads((tmp_path / "out/failure_comparison_a_b_val.json").read_text()),
     )
     assert found["groups"]["all"]["A below 0.5"]["rescued"] == 100 and found["groups"]["<b>"]["all"]["n"] == 1
-    assert len(page.images) == 2 and "IoU 10.0 in A, 80.0 in B" in page.text and "IoU 90.0 in A, 20.0 in B" in page.text
+    assert len(page.images) == 2 * 4 and "IoU 10.0 in A, 80.0 in B" in page.text and "IoU 90.0 in A, 20.0 in B" in page.text
 
 
 def test_calibrate_no_target(results, capsys):
@@ -124,3 +126,45 @@ def test_results_stay_readable_for_the_report(results):
     _, second, _ = results
     main(["oracle", str(second)])
     assert report.read_row("b", second.parent).results == {}
+
+
+def test_every_page_says_what_was_found_and_links_to_the_report(results, capsys):
+    first, second, control = results
+    report.write(second.parent / "report.html", [], title="t")
+    conclusions = {
+        "oracle": (["oracle", str(second)], "26.7 are lost in selection errors"),
+        "failure_comparison": (["compare-failures", str(first), str(second)], "B rescues 100.0 % of A's 1 failures and breaks"),
+        "calibration": (["calibrate-no-target", str(second), str(control)], "100.0 % of 3 present kept"),
+    }
+    for name, (arguments, says) in conclusions.items():
+        assert main(arguments) == 0
+        (file,) = (second.parent / "analysis").glob(f"{name}*.html")
+        text = Page(file).text
+        assert says in text.partition("Written 20")[0].partition("Selected and best of")[0], name
+        assert says in capsys.readouterr().out and 'href="../report.html"' in file.read_text(), name
+        assert f"Results {second}" in text
+
+
+@pytest.mark.parametrize(
+    ("conclude", "figures", "says"),
+    [
+        (
+            layer_trace.conclude,
+            [
+                {"prediction": j, "agreement": a, "iou_selected": 10.0 * j, "iou_best": 50.0}
+                for j, a in enumerate((20, 96, 100))
+            ],
+            "goes from 0.0 before any layer to 20.0 after 2, that of the best query from 50.0 to 50.0; from prediction 1 on",
+        ),
+        (
+            boundary.conclude,
+            {"iou": [50.0, 50.5], "boundary_iou": [40.0, 39.0], "helped": 60.0, "harmed": 10.0},
+            "by \\+0.50 points, to 50.5, and the boundary IoU by -1.00, to 39.0; it helps 60.0 %",
+        ),
+        (embedding_swap.conclude, {"nothing": 70.0, "S": 60.0, "C": 20.0, "both": 10.0}, "C carries most .* by 50.0 points"),
+        (prompt_sensitivity.conclude, {"lowest": 60.0, "highest": 64.5}, "between 60.0 and 64.5: .* below 4.5 points"),
+        (oracle.conclude, {"giou": 96.0, "errors": {k: {"lost": 1.0} for k in oracle.KINDS}}, "hardly anything is lost"),
+    ],
+)
+def test_conclusions_of_what_was_measured(conclude, figures, says):
+    assert re.search(says, conclude(figures))

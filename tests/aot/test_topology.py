@@ -25,6 +25,12 @@ needs_cuda = pytest.mark.skipif(
     [
         ("v5e", "unknown; known: v5e:2x2, v5e:4x4"),
         ("v5:4x4", "unknown .*did you mean"),
+        ("v5e-16", r"unknown \(did you mean 'v5e:4x4'\?\)"),
+        ("v5litepod-8", "did you mean 'v5e:2x4'"),
+        ("v5p-8", "did you mean 'v5p:2x2x1'"),  # the number counts cores, two a chip
+        ("v5p-64", "did you mean 'v5p:2x4x4'"),
+        ("h100x8", "did you mean 'h100:8'"),
+        ("v5e-12", "unknown; known"),
         ("v5e:16", r"v5e takes NxN; known: v5e:2x2"),
         ("v5p:2x2", r"v5p takes NxNxN"),
         ("cpu:0", r"cpu takes N;"),

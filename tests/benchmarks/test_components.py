@@ -15,6 +15,7 @@ import torch
 
 from benchmarks import __main__ as command
 from benchmarks import components, load, measure, ratio, startup, table
+from benchmarks.command_line import components_parser
 from benchmarks.components import COMPONENTS, Bar, Pair
 from benchmarks.components.sizes import SIZES, dummy_batch, one_of, prefix
 from flowseg_jax.errors import UserError
@@ -43,7 +44,7 @@ def result(component="msda", dtype="float32", ratio=0.45, quality="A", cpu="a", 
 
 @pytest.fixture
 def flags():
-    return lambda *argv: command.make_parser().parse_args(argv)
+    return lambda *argv: components_parser().parse_args(argv)
 
 
 def test_a_bar_and_an_aim_make_the_verdict():

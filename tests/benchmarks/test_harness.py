@@ -13,6 +13,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from benchmarks import load, ratio, step, train_step
+from benchmarks.command_line import add_ratio_flags
 from benchmarks.ratio import Sample, Timing
 from benchmarks.step import random_batch
 from benchmarks.worker import Worker
@@ -152,7 +153,7 @@ def test_a_function_is_a_candidate():
 
 def test_the_report_has_the_figures_and_the_gate_its_exit_code(capsys, tmp_path):
     parser = argparse.ArgumentParser()
-    ratio.add_flags(parser)
+    add_ratio_flags(parser)
     quiet, busy = compared(before=0.4, now=0.3)[0], compared((1.0,), before=0.4, now=0.3)[0]
     assert ratio.report(quiet, parser.parse_args(["--gate", "--json"])) == 0
     *table, last = capsys.readouterr().out.splitlines()

@@ -154,3 +154,30 @@ def test_types_of_flags(kind, good, bad):
     for text in bad:
         with pytest.raises(argparse.ArgumentTypeError, match="fsdp=8|is not a"):
             kind(text)
+
+
+PROGRAMS = {
+    "experiments": ("demo", "stages", "ablation"),
+    "benchmarks": ("components", "startup", "train_step", "input_pipeline", "measure"),
+}
+PROGRAM_HELP = """
+import contextlib, importlib, io, json, sys
+sys.argv = ["program", "--help"]
+for package, names in json.loads(sys.stdin.read()).items():
+    for name in names:
+        with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
+            getattr(importlib.import_module(f"{package}.command_line"), name)()
+        assert text.getvalue().startswith("usage: python -m " + package), name
+        foreign = {"jax", "numpy", "transformers"} & set(sys.modules)
+        assert not foreign, (name, foreign)
+"""
+
+
+def test_help_of_the_programs_beside_the_package_needs_no_jax():
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM_HELP], cwd=ROOT, input=json.dumps(PROGRAMS), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    for package, names in PROGRAMS.items():
+        started = "".join(path.read_text() for path in (ROOT / package).glob("*.py"))
+        assert all(f'run_cli("{package}.command_line:{name}")' in started for name in names)

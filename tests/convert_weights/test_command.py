@@ -202,7 +202,7 @@ def test_xsam_becomes_a_model_that_runs(tmp_path, xsam, capsys):
     capsys.readouterr()
     run("xsam", source, tmp_path / "out4", "--tokenizer", tmp_path / "tokens", *flags, "--mode", "sr_cr")
     upgraded = pretrained.load_pretrained(tmp_path / "out4", dtype=None)
-    fresh = [line.split(" ")[0] for line in capsys.readouterr().out.splitlines() if line.endswith(" <- fresh")]
+    fresh = [line.split()[1] for line in capsys.readouterr().out.splitlines() if line.endswith(" <- fresh")]
     added = flatten_params(upgraded.params).keys() - flatten_params(loaded.params).keys()
     assert set(fresh) == added == set(upgraded.extra["converted"]["fresh"])
     assert upgraded.model_config["semantic_flow"]["norm"] == "residual"

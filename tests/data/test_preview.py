@@ -80,7 +80,8 @@ def test_a_picture_outlines_each_target_in_its_colour_and_hatches_ignored_parts(
     ask = Expression("both", 1, 1, (0, 1))
     one = example([(10, 10, 50, 50), (100, 10, 150, 50), (10, 70, 170, 85)], expressions=[ask], ignore={2})
     picture = preview.choose(one, np.random.default_rng(0))
-    drawn = np.asarray(preview.draw(picture))
+    whole, drawn = map(np.asarray, preview.draw(picture))
+    assert whole.shape == drawn.shape and (whole == (200, 0, 0)).all()  # the image in its colours, nothing drawn on it
     assert drawn.shape == (180, 360, 3)  # twice the size
     assert tuple(drawn[60, 60]) == tuple(drawn[60, 250]) == (200, 0, 0)
     assert tuple(drawn[60, 18]) == preview.color(0) and tuple(drawn[60, 198]) == preview.color(1)
@@ -112,7 +113,7 @@ def test_all_objects_are_shown_where_nothing_is_said():
 def test_page_of_a_layout(tmp_path):
     root = mini.write(tmp_path / "set")
     page, words, problems = show(formats.open_layout("refcoco", root), tmp_path / "out")
-    assert not problems.found and page.cards == len(page.images) == 5
+    assert not problems.found and page.cards == 5 and len(page.images) == 2 * 5
     for expected in ("refcoco layout refs(unc).p", "train", "3 of 3", "testA", "“chair”", "café chair", "ordinal", "32x32"):
         assert expected in words
 
@@ -127,7 +128,7 @@ def test_page_shows_answers_turns_and_what_was_left_out_all_escaped(tmp_path):
         categories=("c<d",),
     )
     page, words, problems = show(layout, tmp_path / "out")
-    assert not problems.found and page.cards == 4 and len(page.images) == 3
+    assert not problems.found and page.cards == 4 and len(page.images) == 2 * 3
     for expected in (
         "fake & co",
         "“<b>why</b>”",
@@ -147,7 +148,7 @@ def test_samples_and_seed(tmp_path):
     layout = Fake(*(example([(1, 1, 9, 9)]) for _ in range(30)))
     pages = [show(layout, tmp_path / str(i), samples=5, seed=seed)[0] for i, seed in enumerate((0, 0, 1))]
     sources = [[image["src"] for image in page.images] for page in pages]
-    assert len(sources[0]) == 5 and sources[0] == sources[1] != sources[2]
+    assert len(sources[0]) == 2 * 5 and sources[0] == sources[1] != sources[2]
 
 
 def test_a_damaged_sample_is_shown_as_its_error(tmp_path, capsys):
@@ -156,7 +157,7 @@ def test_a_damaged_sample_is_shown_as_its_error(tmp_path, capsys):
     assert main(["preview", "refcoco", str(root), "--out", str(tmp_path / "out")]) == 1
     assert "1 damaged" in capsys.readouterr().out
     page = Page((tmp_path / "out" / "index.html").read_text(encoding="utf-8"))
-    assert page.cards == 5 and len(page.images) == 4
+    assert page.cards == 5 and len(page.images) == 2 * 4
     assert "000000000001.jpg: not an image file" in " ".join(page.words)
 
 
@@ -170,7 +171,7 @@ def test_damage_found_at_opening_is_shown(tmp_path):
 def test_command_shows_one_split(tmp_path):
     root = mini.write(tmp_path / "set")
     assert main(["preview", "refcoco", str(root), "--out", str(tmp_path / "out"), "--split", "val"]) == 0
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["0_val_0.jpg", "index.html"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["0_val_0.jpg", "0_val_0_image.jpg", "index.html"]
 
 
 @pytest.mark.parametrize(

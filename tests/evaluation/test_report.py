@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import html.parser
 import json
 
@@ -10,8 +11,9 @@ import pytest
 from PIL import Image
 
 from flowseg_jax.errors import UserError
-from flowseg_jax.evaluation import report
+from flowseg_jax.evaluation import learning_curve, report
 from flowseg_jax.evaluation.examples import GallerySample
+from flowseg_jax.evaluation.verdict import verdict
 from flowseg_jax.reports import overlay, pictures
 
 
@@ -54,7 +56,7 @@ def result(ciou, shuffled=False):
 class Page(html.parser.HTMLParser):
     def __init__(self):
         super().__init__()
-        self.images, self.links, self.open, self.cells = [], [], [], 0
+        self.images, self.links, self.open, self.cells, self.options = [], [], [], 0, []
 
     def handle_starttag(self, tag, attrs):
         attrs = dict(attrs)
@@ -64,6 +66,10 @@ class Page(html.parser.HTMLParser):
             self.images.append(attrs)
         if tag not in ("meta", "img", "br"):
             self.open.append(tag)
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] == "option":
+            self.options.append(data)
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
@@ -86,7 +92,7 @@ def test_page_and_pictures_from_files(tmp_path):
     page = Page()
     page.feed(text)
     assert page.open == []  # every element is closed
-    assert len(page.images) == 3
+    assert len(page.images) == 3 * 4
     for image in page.images:
         assert (tmp_path / image["src"]).is_file() and image["alt"] == "the <b>red</b> circle"
     assert not [link for link in page.links if "://" in link or link.startswith("/")]
@@ -95,32 +101,99 @@ def test_page_and_pictures_from_files(tmp_path):
     assert "<b>red</b>" not in text
     assert "rank 2" in text and "not a number" in text and "truth: “a “star””" in text
     assert page.cells == 3 * 9 + 3 * 2
-    assert text.index("Good") < text.index("Failed")
+    assert text.index('data-kind="good"') < text.index('data-kind="failed"')
+    assert (
+        text.index("this run: cIoU 61.2, gIoU 50.0 on val") < text.index("<img") < text.index("<details")
+    )  # the verdict is first
+    assert "Asked the sentences of other images, cIoU is 11.0: it reads" in text and "cIoU: untrained 5.5." in text
+    assert "Model this run, checkpoint 0123456789abcdef, step 1200" in text and "flowseg analyze oracle" in text
+    assert page.options == ["all", "good", "failed"]  # kinds alone can be chosen from: one model, one split, one family
     plain = report.table(rows)
     assert [line.split()[0] for line in plain.splitlines()] == ["split", "val", "val", "val"]
     assert "61.2" in plain.splitlines()[2]
     report.save_pictures(folder, "val", {"good": [example(0.93)]})  # replaces: no stale files
-    assert sorted(p.name for p in (folder / "pictures" / "val").iterdir()) == ["good_1_the-b-red-b-circle.png", "index.json"]
+    names = [*(f"good_1_the-b-red-b-circle_{i}.png" for i in range(4)), "index.json"]
+    assert sorted(p.name for p in (folder / "pictures" / "val").iterdir()) == names
 
 
-def test_a_strip_shows_image_truth_selected_and_best(tmp_path):
+def test_a_page_that_is_a_single_file(tmp_path):
+    folder = tmp_path / "eval"
+    report.save_pictures(folder, "val", {"good": [example(0.93)]})
+    (folder / "val.json").write_text(json.dumps(result(61.25) | {"model": "mine"}))
+    (folder / "analysis").mkdir()
+    (folder / "analysis" / "oracle_val.html").write_text("")
+    rows = report.read_rows(folder)
+    assert [row.label for row in rows] == ["mine"]
+    linked, alone = Page(), Page()
+    linked.feed(report.write(tmp_path / "report.html", rows, title="t").read_text())
+    assert "eval/analysis/oracle_val.html" in linked.links
+    alone.feed(report.write(tmp_path / "else" / "report.html", rows, title="t", self_contained=True).read_text())
+    assert len(alone.images) == 4
+    assert all(link.startswith(("data:image/png;base64,", "#")) for link in alone.links)
+    content = base64.b64decode(alone.images[1]["src"].partition(",")[2])
+    assert content == (folder / "pictures" / "val" / "good_1_the-b-red-b-circle_1.png").read_bytes()
+    (folder / "pictures" / "val" / "good_1_the-b-red-b-circle_1.png").write_bytes(b"<svg onload='alert(1)'>")
+    with pytest.raises(UserError, match=r"circle_1\.png is not a picture that an evaluation kept"):
+        report.write(tmp_path / "report.html", rows, title="t", self_contained=True)
+    with pytest.raises(UserError, match="no results of `flowseg eval` on expressions"):
+        report.read_rows(tmp_path)
+
+
+def test_the_learning_curve(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    rows = [{"step": i, "loss": 9.0 / i, "referring_selection_accuracy": 0.5, "<b>ciou": float("nan")} for i in range(1, 1000)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 1000, "lo')  # killed while it wrote
+    found = learning_curve.read(file)
+    assert len(found["loss"]) == 999 and found["<b>ciou"][0] == (1, None)
+    assert len(learning_curve.thinned(found["loss"])) == 250 and learning_curve.thinned(found["loss"])[-1] == (999, 9.0 / 999)
+    text = report.write(
+        tmp_path / "report.html", [report.ReportRow("m", {"val": result(1.0)})], title="t", run=tmp_path
+    ).read_text()
+    assert text.count("<svg") == 2 and "selection_accuracy" in text and "<b>ciou" not in text
+    for line in ("[]", "{}", '{"step": true}', '{"step": -1}', '{"step": 1e400}', "x", "[" * 10**5):
+        file.write_text(f"{line}\n")
+        with pytest.raises(UserError, match=r"metrics\.jsonl:1: no line of metrics"):
+            learning_curve.draw(file)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"giou": 20.0, "oracle_giou": 80.0}, "60.0 are lost in the choice among the candidates and 20.0 in their masks"),
+        ({"giou": 20.0, "oracle_giou": 30.0}, "what is left to improve is the masks."),
+        ({"giou": 74.3, "oracle_giou": 86.9}, "what is left to improve is both alike."),
+        ({"giou": 97.0, "oracle_giou": 99.0}, "Hardly anything is missing."),
+        ({"failed": 3}, "3 expressions got no answer."),
+    ],
+)
+def test_what_the_numbers_say(changes, says):
+    assert says in " ".join(verdict("m", "val", result(60.0) | changes, None, []))
+
+
+@pytest.mark.parametrize(
+    ("ciou", "says"), [(10.0, "it reads"), (40.0, "much of"), (58.0, "does not read"), (60.0, "does not read")]
+)
+def test_what_the_control_says(ciou, says):
+    assert says in " ".join(verdict("m", "val", result(60.0), result(ciou), []))
+    assert "does not read" in " ".join(verdict("m", "val", result(0.0), result(0.0), []))
+
+
+def test_pictures_show_image_truth_selected_and_best(tmp_path):
     folder = report.save_pictures(tmp_path, "val", {"good": [example(0.5)]})
-    (file,) = folder.glob("*.png")
-    sheet = np.asarray(Image.open(file))
-    panel = 240
-    middle_of_truth, middle_of_selected = (80, 80), (80, 140)  # the image is shown at four times its size
-    left = [i * (panel + 8) for i in range(4)]
-
-    def at(panel, place):
-        return tuple(int(v) for v in sheet[place[0], left[panel] + place[1]])
-
-    assert at(0, middle_of_truth) == (200, 200, 200)
+    (entry,) = json.loads((folder / "index.json").read_text())
+    captions = [panel["caption"] for panel in entry["panels"]]
+    assert captions == ["image", "truth", "selected: IoU 50.0", "best: IoU 90.0"]
+    pixels = [np.asarray(Image.open(folder / panel["file"])) for panel in entry["panels"]]
+    assert {image.shape for image in pixels} == {(160, 240, 3)}  # four times the size
+    middle_of_truth, middle_of_selected = (80, 80), (80, 140)
+    assert (pixels[0] == 200).all()
     expected = {1: pictures.TRUTH, 2: pictures.SELECTED, 3: pictures.BEST}
     for i, color in expected.items():
         edge = 40 if i != 2 else 100  # the first column of the mask at this scale
-        assert at(i, middle_of_selected if i == 2 else middle_of_truth) == (200, 200, 200)
-        assert at(i, (80, edge - 1)) == color
-        assert at(i, (20, 20)) == (224, 224, 224)
+        assert tuple(pixels[i][middle_of_selected if i == 2 else middle_of_truth]) == (200, 200, 200)
+        line = [tuple(map(int, pixels[i][80, edge - n])) for n in range(1, 6)]
+        assert line == [color, color, (255,) * 3, (0,) * 3, (224,) * 3]  # visible on anything
+        assert tuple(pixels[i][20, 20]) == (224, 224, 224)
 
 
 def test_overlay_keeps_the_mask_and_fades_the_rest():
@@ -135,17 +208,19 @@ def test_overlay_keeps_the_mask_and_fades_the_rest():
     edge = overlay.outline(mask)
     assert edge[4, 10] and edge[4, 25] and edge[12, 25] and not edge[3, 10] and not edge[12, 24]
     np.testing.assert_array_equal(out[edge], np.broadcast_to(pictures.SELECTED, (edge.sum(), 3)))
-    rest = out[~mask & ~edge]
+    white, black = overlay.outline(mask | edge), overlay.outline(mask, 3) & ~overlay.outline(mask, 2)
+    assert (out[white] == 255).all() and (out[black] == 0).all()
+    rest = out[~mask & ~overlay.outline(mask, 3)]
     assert (rest == rest[:, :1]).all() and rest.min() > 130
     with pytest.raises(ValueError, match="does not fit"):
         overlay.overlay(image, mask[:-1], pictures.SELECTED)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 400), (3000, 2)])
-def test_strips_of_odd_sizes(size):
+def test_pictures_of_odd_sizes(size):
     image = np.zeros((*size, 3), np.uint8)
-    sheet = pictures.comparison_strip(image, [("image", None, pictures.TRUTH), ("truth", np.ones(size, bool), pictures.TRUTH)])
-    assert sheet.width >= 240 and sheet.height >= 23
+    for picture in (pictures.panel(image), pictures.panel(image, np.ones(size, bool), pictures.TRUTH)):
+        assert max(picture.size) == 240 and min(picture.size) >= 1
 
 
 def test_slugs():

@@ -130,7 +130,7 @@ TEXTS = ("text", "sentence", "family", "file_name")
 
 
 def test_pictures_and_diagnoses_escape_every_text_of_a_sample(tmp_path):
-    pages = {}
+    pages, texts = {}, {}
     for name, changes in (
         ("usual", dict.fromkeys(TEXTS, "t")),
         *((key, dict.fromkeys(TEXTS, "t") | {key: HOSTILE}) for key in TEXTS),
@@ -143,16 +143,19 @@ def test_pictures_and_diagnoses_escape_every_text_of_a_sample(tmp_path):
         (folder / "val.json").write_text(json.dumps(table()))
         for arguments in (["oracle", str(folder / "val.jsonl")], ["compare-failures", *[str(folder / "val.jsonl")] * 2]):
             assert main([*arguments, "--out", str(folder / "out")]) == 0
-        texts = [path.read_text() for path in sorted((folder / "out").glob("*.html"))]
-        texts.append(report.write(folder / "report.html", [report.read_row("m", folder)], title="t").read_text())
-        pages[name] = [[x for x in elements(text) if x not in ("br", ("br",))] for text in texts]
-        assert len(texts) == 3
+        texts[name] = [path.read_text() for path in sorted((folder / "out").glob("*.html"))]
+        texts[name].append(report.write(folder / "report.html", [report.read_row("m", folder)], title="t").read_text())
+        pages[name] = [[x for x in elements(text) if x not in ("br", ("br",))] for text in texts[name]]
+        assert len(texts[name]) == 3
     usual = pages.pop("usual")
     for name, found in pages.items():
         for one, other in zip(found, usual, strict=True):
             allowed = [("span", "class"), "/span"]  # a sentence that differs from its text is shown too
             assert {x for x in one if x not in allowed} <= {x for x in other if x not in allowed}, name
-            assert ("script",) not in one and not any("onerror" in x or "onload" in x for x in one)
+            assert not any("onerror" in x or "onload" in x for x in one)
+        scripts = [text.partition("<script>")[2].partition("</script>")[0] for text in texts[name]]
+        assert [one.count(("script",)) for one in found] == [0, 0, 1]  # the filters of the report
+        assert scripts == [text.partition("<script>")[2].partition("</script>")[0] for text in texts["usual"]], name
 
 
 def test_a_picture_lies_in_its_own_folder(tmp_path):
@@ -161,7 +164,7 @@ def test_a_picture_lies_in_its_own_folder(tmp_path):
     entries = json.loads(path.read_text())
     (tmp_path / "val.json").write_text(json.dumps(table()))
     for file in ("../../x.png", "/etc/x.png", "a\0b", "", "..", 3, None):
-        path.write_text(json.dumps([entries[0] | {"file": file}]))
+        path.write_text(json.dumps([put(entries[0], ("panels", 1, "file"), file)]))
         with pytest.raises(UserError, match=r"index.json cannot be read \(entry 0: file is .*, expected the name of a file"):
             written(tmp_path, report.read_row("m", tmp_path))
 

@@ -2,8 +2,11 @@
 
 import pytest
 
+from flowseg_jax.checkpoints.pretrained import read_model_config
+from flowseg_jax.data.dataset import PreparedDataset
+from flowseg_jax.data.tokenizer import load_tokenizer
 from flowseg_jax.errors import UserError
-from flowseg_jax.system.paths import check_name, inside
+from flowseg_jax.system.paths import check_name, inside, made_by
 
 LEADS_OUT = ("", ".", "./", "/", "/etc/passwd", "..", "../a", "a/../../b", "a/..", "a\0b", "\0")
 NO_FILE_NAMES = ("a" * 256, "é" * 128, "/".join(["a"] * 3000), "\ud800", "x" * 10**7)
@@ -38,3 +41,18 @@ def test_names_that_cannot_name_files(name):
 def test_names_that_can():
     for name in ("train", "testA", "val_2", "a-b", "0", "a" * 64):
         assert check_name(name, "x") == name
+
+
+def test_what_make_makes_is_named_where_it_is_missing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    opened = (
+        (load_tokenizer, "data/smollm2/tokenizer"),
+        (read_model_config, "data/smollm2"),
+        (PreparedDataset.open, "data/smollm2"),
+    )
+    for function, place in opened:
+        with pytest.raises(UserError, match="; `make smollm2` makes it$"):
+            function(place)
+    with pytest.raises(UserError, match="`make stages` makes it$"):
+        PreparedDataset.open("data/stages/shapes/prepared")
+    assert made_by("data/smollm2x") == made_by("/data/smollm2") == made_by("gs://bucket/data/stages") == ""
