@@ -130,11 +130,11 @@ def run(source: AnalysisRunner, out: Path) -> Path:
     ]
     about = [f"{len(measured)} samples of {source.split}, {source.about['images'] or 'all'} images."]
     result = {**source.about, "alpha": alpha, "groups": groups}
-    found = {"conclusion": conclude(groups["all"]), "origin": source.origin}
+    found = {"conclusion": finding(groups["all"]), "origin": source.origin}
     return page.write(out, f"boundary_{source.split}", f"Boundary refinement: {source.split}", about, result, body, **found)
 
 
-def conclude(figures: dict[str, Any]) -> str:
+def finding(figures: dict[str, Any]) -> str:
     """What BAR gains and costs, in a sentence."""
     (before, after), (edge, refined) = figures["iou"], figures["boundary_iou"]
     return (

@@ -199,11 +199,11 @@ def run(file: Path, control: Path | None, out: Path, rate: float) -> Path:
             [[f"{r['low']:.1f}–{r['high']:.1f}", r["n"], r["score"], r["right"]] for r in result["reliability"]],
         ),
     ]
-    found = {"conclusion": conclude(result), "origin": page.origin(file)}
+    found = {"conclusion": finding(result), "origin": page.origin(file)}
     return page.write(out, f"calibration_{file.stem}", f"No such object: {file.stem}", about, result, body, **found)
 
 
-def conclude(result: Mapping[str, Any]) -> str:
+def finding(result: Mapping[str, Any]) -> str:
     """The threshold and what it costs, in a sentence."""
     return (
         f"--no-target-threshold={result['no_target_threshold']}: {result['false_alarms']:.1f} % false alarms on"

@@ -89,11 +89,11 @@ def run(source: AnalysisRunner, out: Path) -> Path:
         "expression about another object beside them."
     ]
     title, result = f"C and S: {source.split}", {**source.about, "groups": groups}
-    found = {"conclusion": conclude(groups["all"]["iou"]), "origin": source.origin}
+    found = {"conclusion": finding(groups["all"]["iou"]), "origin": source.origin}
     return page.write(out, f"embedding_swap_{source.split}", title, about, result, body, **found)
 
 
-def conclude(iou: dict[str, float]) -> str:
+def finding(iou: dict[str, float]) -> str:
     """Which embedding carries the answer, in a sentence."""
     falls = {name: iou["nothing"] - iou[name] for name in ("C", "S")}
     carrier = max(falls, key=falls.get)

@@ -127,11 +127,11 @@ def run(first: Path, second: Path, out: Path) -> Path:
     ]
     result = {"a": str(first), "b": str(second), "groups": result}
     name = f"failure_comparison_{first.parent.name}_{second.parent.name}_{first.stem}"
-    found = {"conclusion": conclude(result["groups"]["all"]), "origin": [*page.origin(first), *page.origin(second)]}
+    found = {"conclusion": finding(result["groups"]["all"]), "origin": [*page.origin(first), *page.origin(second)]}
     return page.write(out, name, f"Rescue: {first.stem}", about, result, body, **found)
 
 
-def conclude(parts: Mapping[str, Mapping[str, Any]]) -> str:
+def finding(parts: Mapping[str, Mapping[str, Any]]) -> str:
     """What B makes of A's failures, beside what it breaks, in a sentence."""
     failures, kept, every = (parts[name] for name in (f"A below {FAILED:g}", f"A at least {FAILED:g}", "all"))
     low, high = every["net_interval"]

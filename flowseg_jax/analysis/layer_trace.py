@@ -143,11 +143,11 @@ def run(source: AnalysisRunner, out: Path) -> Path:
     ]
     about = [f"{len(measured)} samples of {source.split}, {source.about['images'] or 'all'} images."]
     result = {**source.about, "n": len(measured), "groups": groups}
-    found = {"conclusion": conclude(rows), "origin": source.origin}
+    found = {"conclusion": finding(rows), "origin": source.origin}
     return page.write(out, f"layer_trace_{source.split}", f"Layer by layer: {source.split}", about, result, body, **found)
 
 
-def conclude(rows: Sequence[dict[str, Any]]) -> str:
+def finding(rows: Sequence[dict[str, Any]]) -> str:
     """How the answer comes about over the layers, in a sentence."""
     first, last = rows[0], rows[-1]
     settled = next(row["prediction"] for row in rows if row["agreement"] >= 95)

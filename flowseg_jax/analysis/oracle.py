@@ -143,11 +143,11 @@ def run(file: Path, out: Path) -> Path:
         if mine := [(panels, r) for panels, r in pictures if r["ann_id"] != PAD and kind(r) == name]:
             body += [page.heading(f"Examples: {name}", meaning), page.gallery([_thumbnail(*each) for each in mine], out)]
     about = [f"{file}: {result['n']} samples, {result['no_target']} sentences without a target left out."]
-    title, found = f"Selected and best: {file.stem}", {"conclusion": conclude(result), "origin": page.origin(file)}
+    title, found = f"Selected and best: {file.stem}", {"conclusion": finding(result), "origin": page.origin(file)}
     return page.write(out, f"oracle_{file.stem}", title, about, result, body, **found)
 
 
-def conclude(result: Mapping[str, Any]) -> str:
+def finding(result: Mapping[str, Any]) -> str:
     """Which kind of error costs most, in a sentence."""
     lost = {name: result["errors"][name]["lost"] for name in KINDS[1:]}
     worst = max(lost, key=lost.get)

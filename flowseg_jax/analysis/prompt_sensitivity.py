@@ -93,13 +93,13 @@ def run(source: AnalysisRunner, out: Path) -> Path:
         f" model's own are question {fixed.question} and answer {fixed.answer}."
     ]
     result = {**source.about, "spread": spread, "templates": rows}
-    found = {"conclusion": conclude(spread["all"]["ciou"]), "origin": source.origin}
+    found = {"conclusion": finding(spread["all"]["ciou"]), "origin": source.origin}
     return page.write(
         out, f"prompt_sensitivity_{source.split}", f"Prompt templates: {source.split}", about, result, body, **found
     )
 
 
-def conclude(ciou: dict[str, Any]) -> str:
+def finding(ciou: dict[str, Any]) -> str:
     """What the choice of a template is worth, in a sentence."""
     return (
         f"The prompt template alone moves cIoU between {ciou['lowest']:.1f} and {ciou['highest']:.1f}: a difference between "

@@ -146,10 +146,10 @@ def test_every_page_says_what_was_found_and_links_to_the_report(results, capsys)
 
 
 @pytest.mark.parametrize(
-    ("conclude", "figures", "says"),
+    ("finding", "figures", "says"),
     [
         (
-            layer_trace.conclude,
+            layer_trace.finding,
             [
                 {"prediction": j, "agreement": a, "iou_selected": 10.0 * j, "iou_best": 50.0}
                 for j, a in enumerate((20, 96, 100))
@@ -157,14 +157,14 @@ def test_every_page_says_what_was_found_and_links_to_the_report(results, capsys)
             "goes from 0.0 before any layer to 20.0 after 2, that of the best query from 50.0 to 50.0; from prediction 1 on",
         ),
         (
-            boundary.conclude,
+            boundary.finding,
             {"iou": [50.0, 50.5], "boundary_iou": [40.0, 39.0], "helped": 60.0, "harmed": 10.0},
             "by \\+0.50 points, to 50.5, and the boundary IoU by -1.00, to 39.0; it helps 60.0 %",
         ),
-        (embedding_swap.conclude, {"nothing": 70.0, "S": 60.0, "C": 20.0, "both": 10.0}, "C carries most .* by 50.0 points"),
-        (prompt_sensitivity.conclude, {"lowest": 60.0, "highest": 64.5}, "between 60.0 and 64.5: .* below 4.5 points"),
-        (oracle.conclude, {"giou": 96.0, "errors": {k: {"lost": 1.0} for k in oracle.KINDS}}, "hardly anything is lost"),
+        (embedding_swap.finding, {"nothing": 70.0, "S": 60.0, "C": 20.0, "both": 10.0}, "C carries most .* by 50.0 points"),
+        (prompt_sensitivity.finding, {"lowest": 60.0, "highest": 64.5}, "between 60.0 and 64.5: .* below 4.5 points"),
+        (oracle.finding, {"giou": 96.0, "errors": {k: {"lost": 1.0} for k in oracle.KINDS}}, "hardly anything is lost"),
     ],
 )
-def test_conclusions_of_what_was_measured(conclude, figures, says):
-    assert re.search(says, conclude(figures))
+def test_conclusions_of_what_was_measured(finding, figures, says):
+    assert re.search(says, finding(figures))
