@@ -94,6 +94,7 @@ def test_paths_and_links_lead_somewhere(page):
         "examples",
         "experiments",
         "benchmarks",
+        "notebooks",
         "checkpoints",
     )
     named = re.findall(rf"(?<![\w./-])((?:{'|'.join(roots)})/[\w./+-]*\w(?:/|\b))", text)
