@@ -27,7 +27,7 @@ from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.training.program import TrainProgram
 from flowseg_jax.types import IMAGE_TOKEN_INDEX, Batch, BatchShape
 
-COMPARED = ("loss", "gradient_norm")  # metrics of the first step; they must be the same for times to be comparable
+COMPARED = ("loss", "optimizer/gradient_norm")  # metrics of the first step; they must be the same for times to be comparable
 
 
 class TrainStep:

@@ -35,7 +35,7 @@ from flowseg_jax.training import loop
 
 LAYOUTS = {"reasonseg": "reasonseg", "coco-panoptic": "panoptic", "llava": "chat"}  # layout -> our name
 FOLDERS = {"reasonseg": "reasonseg", "coco-panoptic": "coco", "llava": "llava"}  # as `make-multitask` calls them
-VALUES = ("loss_closed_vocab_mask", "loss_language", "loss_referring_mask")  # what tells whether stages 1, 2 and 3 learn
+VALUES = ("loss/closed_vocab_mask", "loss/language", "loss/referring_mask")  # what tells whether stages 1, 2 and 3 learn
 
 
 @dataclasses.dataclass(frozen=True)

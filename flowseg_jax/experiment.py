@@ -31,6 +31,11 @@ TOP_LEVEL = (
     "num_steps",
     "batch_size",
     "log_every",
+    "trackers",
+    "eval_every",
+    "eval_split",
+    "eval_images",
+    "eval_data",
     "checkpoint_every",
     "checkpoint",
     "init_from",
@@ -112,7 +117,7 @@ def check(config: ConfigDict, source: str) -> None:
     if missing or extra:
         faults = [f"lacks {', '.join(missing)}"] * bool(missing) + [f"has the unknown {', '.join(extra)}"] * bool(extra)
         raise UserError(f"config {source} {' and '.join(faults)} (top-level keys are {', '.join(TOP_LEVEL)})")
-    for key in ("seed", "num_steps", *POSITIVE):
+    for key in ("seed", "num_steps", "eval_every", "eval_images", *POSITIVE):
         value, least = config[key], int(key in POSITIVE)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise UserError(f"config {source}: {key} must be an integer of at least {least}, got {value!r}")
@@ -176,6 +181,11 @@ def override(config: ConfigDict, key: str, text: str) -> None:
 def dotted_keys(config: ConfigDict) -> Iterator[str]:
     """The dotted names of every value."""
     return (key for key, _ in _items(config))
+
+
+def flat_values(config: ConfigDict) -> dict[str, Any]:
+    """{dotted name: value}."""
+    return dict(_items(config))
 
 
 def _items(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict, config_dict
 def get_config(arg=None):
     c = ConfigDict()
     c.seed, c.num_steps, c.batch_size, c.log_every, c.checkpoint_every = 0, 100, 8, 10, 50
+    c.trackers, c.eval_every, c.eval_split, c.eval_images, c.eval_data = (), 0, "val", 64, ""
     c.init_from, c.checkpoint = (), ConfigDict({"keep": 2})
     c.model = ConfigDict({"preset": arg or "tiny", "semantic_flow": {"mode": "sr_cr", "norm": "residual"}, "remat": True})
     c.data = ConfigDict({"sizes": [1, 2, 3], "limit": config_dict.placeholder(int), "other": None})

@@ -159,7 +159,7 @@ class _Training:
         """One step; its metrics, when the new state is there as well."""
         self._state, metrics = self.program.step(self._state, self._batch)
         jax.block_until_ready(self._state)
-        self.first = self.first or {name: metrics[name] for name in ("loss", "gradient_norm")}
+        self.first = self.first or {name: metrics[name] for name in ("loss", "optimizer/gradient_norm")}
         return self.first
 
     def points(self) -> PointSamples:
@@ -200,7 +200,7 @@ def train_step(sizes: Sizes, dtype: str) -> Pair:
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), opt.clip)
             adamw.step()
             if not first:
-                first.update(loss=loss.detach(), gradient_norm=norm)
+                first.update({"loss": loss.detach(), "optimizer/gradient_norm": norm})
             return first
 
         return call

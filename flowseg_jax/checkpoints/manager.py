@@ -20,7 +20,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
-from flowseg_jax.checkpoints.manifest import Tree, check_arrays, check_manifest, checksums, manifest, verify
+from flowseg_jax.checkpoints.manifest import Tree, check_manifest, checksums, manifest, verify
+from flowseg_jax.checkpoints.run_checkpoint import held_steps, read_meta
 from flowseg_jax.checkpoints.storage import cast_like, provenance, read_error, with_stored_dtypes
 from flowseg_jax.errors import UserError, did_you_mean, short_reason
 from flowseg_jax.system import json_files
@@ -99,7 +100,9 @@ class CheckpointManager:
         self._best = tuple(best or ())
         self._step: int | None = None  # whose checkpoint is being written
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=_preservation(keep, keep_every, self._best),
+            preservation_policy=policies.AnyPreservationPolicy(
+                [_preservation(keep, keep_every, self._best), _Held(self.directory.parent)]
+            ),
             best_fn=_quality(*self._best) if self._best else None,  # without it Orbax does not store the metrics
             cleanup_tmp_directories=True,  # of a run that was killed while it saved
         )
@@ -166,7 +169,7 @@ class CheckpointManager:
         self.wait()
         for step in sorted(self._manager.all_steps(), reverse=True):
             path = self.directory / str(step)
-            meta, fault = collective_try(partial(_read_meta, path), read_error)
+            meta, fault = collective_try(partial(read_meta, path), read_error)
             if not fault:
                 _check_whose(path, step, meta)
                 if check is not None:
@@ -266,6 +269,17 @@ def _preservation(keep: int, keep_every: int | None, best: tuple[str, ...]) -> p
     return policies.AnyPreservationPolicy(kept)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Held(policies.PreservationPolicy):
+    """Checkpoints that another process is reading as models."""
+
+    run: epath.Path
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        held = held_steps(self.run)
+        return [checkpoint.step in held for checkpoint in checkpoints]
+
+
 def _quality(name: str, direction: str) -> Callable[[Mapping[str, float]], float]:
     """What a checkpoint's metrics are worth: the more, the better; a value that is missing or not finite is worth nothing."""
 
@@ -277,17 +291,6 @@ def _quality(name: str, direction: str) -> Callable[[Mapping[str, float]], float
 
 
 # Orbax's handlers and not the manager's `restore`: that one ends in a barrier, which a process that cannot read never reaches.
-
-
-def _read_meta(path: epath.Path) -> dict[str, Any]:
-    """A checkpoint's JSON. Raises ValueError for one that is damaged; one without a checksum is not checked further."""
-    meta = json_files.read(path / "meta" / "metadata")
-    if not isinstance(meta, dict):
-        raise ValueError("its JSON is no group of keys")
-    if meta.get(json_files.ITSELF, found := json_files.checksum(meta)) != found:
-        raise ValueError("its JSON has changed since it was written")
-    check_arrays(meta.get("manifest"), meta.get("checksums"), "its JSON")
-    return meta
 
 
 def _read_metrics(path: epath.Path) -> None:

@@ -32,6 +32,7 @@ from flowseg_jax.checkpoints.manifest import (
     unflatten_params,
     verify,
 )
+from flowseg_jax.checkpoints.run_checkpoint import TOKENIZER, from_state, is_checkpoint, to_state
 from flowseg_jax.checkpoints.storage import cast_like, copy_tree, local_directory, provenance, read_error, with_stored_dtypes
 from flowseg_jax.checkpoints.stored_config import (
     FORMAT,
@@ -218,7 +219,7 @@ def load_pretrained(
     """Reads a model directory and verifies every array.
 
     Args:
-        directory: written by `save_pretrained` or `save_pretrained_streaming`.
+        directory: written by `save_pretrained` or `save_pretrained_streaming`; or a run's checkpoint, `RUN/checkpoints/STEP`.
         abstract: parameters as `jax.ShapeDtypeStruct`s, with shardings where there is a mesh; they are read straight into that
             form, and compared with it first. Without it they come as NumPy arrays.
         dtype: without `abstract`, what floating-point parameters are cast to; None leaves them as they are stored.
@@ -238,7 +239,7 @@ def load_pretrained(
 
     params = read_params(path, item, config["checksums"], on_devices=abstract is not None)
     params = cast_like(params, abstract) if abstract is not None else _cast_floats(params, dtype)
-    tokenizer = path / "tokenizer"
+    tokenizer = (path.parent.parent if is_checkpoint(path) else path) / TOKENIZER
     tokenizer = local_directory(tokenizer) if has_tokenizer(config) else Path(tokenizer)
     return PretrainedModel(params, config["model"], tokenizer, config["extra"], config.get("component"))
 
@@ -246,14 +247,19 @@ def load_pretrained(
 def read_params(path: epath.Path, item: Tree, sums: Mapping[str, int], *, on_devices: bool) -> dict[str, Any]:
     """The arrays of a model directory, verified; `item`: their names, shapes, dtypes and, on devices, shardings."""
 
+    of_run = is_checkpoint(path)
+
     def read() -> Tree:
+        stored = to_state(item, path) if of_run else item
         if on_devices:
-            restore = ocp.checkpoint_utils.construct_restore_args(item)
+            restore = ocp.checkpoint_utils.construct_restore_args(stored)
         else:
-            restore = jax.tree.map(lambda x: ocp.RestoreArgs(restore_type=np.ndarray, dtype=x.dtype), item)
+            restore = jax.tree.map(lambda x: ocp.RestoreArgs(restore_type=np.ndarray, dtype=x.dtype), stored)
         # The handler and no checkpointer around it: that one ends in a barrier, which a process that cannot read never reaches.
         with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
-            return handler.restore(path / "params", args=ocp.args.PyTreeRestore(item=item, restore_args=restore))
+            args = ocp.args.PyTreeRestore(item=stored, restore_args=restore, partial_restore=of_run)
+            params = handler.restore(path / ("state" if of_run else "params"), args=args)
+        return from_state(params) if of_run else params
 
     with unsaid() as settle:
         params, fault = collective_try(read, read_error)
@@ -261,7 +267,7 @@ def read_params(path: epath.Path, item: Tree, sums: Mapping[str, int], *, on_dev
     if not fault:
         _, fault = collective_try(lambda: verify(params, sums), read_error)
     if fault:
-        raise UserError(f"model directory {path} is damaged: {fault}")
+        raise UserError(f"{'checkpoint' if of_run else 'model directory'} {path} is damaged: {fault}")
     return unflatten_params(flatten_params(params))
 
 

@@ -11,6 +11,7 @@ from typing import IO, Any
 from etils import epath
 
 from flowseg_jax.checkpoints.manifest import check_arrays
+from flowseg_jax.checkpoints.run_checkpoint import is_checkpoint, read_checkpoint_config
 from flowseg_jax.errors import UserError, short_reason
 from flowseg_jax.system import json_files
 from flowseg_jax.system.json_files import ITSELF, expect
@@ -24,12 +25,16 @@ TOKENIZER = "tokenizer_checksums"  # the key of config.json
 def read_model_config(directory: str | os.PathLike, *, allow_component: bool = False) -> dict[str, Any]:
     """The whole `config.json` of a model directory, checked: `model`, `extra`, `manifest`, `checksums`, versions, revision.
 
+    A run's checkpoint, `RUN/checkpoints/STEP`, is a model too, and has the first four.
+
     Args:
         allow_component: accept the directory of a component as well, which has `component` in place of `model`.
     """
     path = resolve_path(directory)
     if not path.is_dir():
         raise UserError(f"no model directory {path}{made_by(directory)}")
+    if is_checkpoint(path):
+        return read_checkpoint_config(path)
     config = read_json(path)
     accept = f"accept it by `flowseg seal {path}`"
     if is_earlier(config):

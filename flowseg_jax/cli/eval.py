@@ -1,9 +1,11 @@
-"""`flowseg eval`: evaluates a model; results go to <out>/<split>.json and <split>.jsonl."""
+"""`flowseg eval`: evaluates a model; results go to <out>/<split>.json, <split>.jsonl and report.html."""
 
 from __future__ import annotations
 
 import argparse
 import functools
+import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +17,8 @@ ANSWER_TOKENS = 64  # of an answer that a model writes in an evaluation
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(prog="flowseg eval", description="Evaluates a model; results go to <out>/<split>.json and <split>.jsonl.")
+    results = "<split>.json, <split>.jsonl and report.html"
+    parser = Parser(prog="flowseg eval", description=f"Evaluates a model; <out> gets {results}.")
     add_model_flags(parser)
     parser.add_argument("--data", metavar="DIR", help="prepared data set; default: the shapes benchmark, made if missing")
     parser.add_argument("--split", default="val", help="one split or several: val,testA,testB")
@@ -38,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--fsdp", type=positive, default=1, metavar="N", help="N devices share one copy of the parameters")
     add_process_flags(parser)
     arguments = parser.parse_args(argv)
+    arguments.command = shlex.join(["flowseg", "eval", *(sys.argv[1:] if argv is None else argv)])
     from flowseg_jax.system import host
 
     host.use_host_devices(arguments.batch_size)
@@ -51,8 +55,9 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from flowseg_jax.checkpoints.find import find_model, model_name
     from flowseg_jax.checkpoints.pretrained import read_model_config
     from flowseg_jax.data.dataset import PreparedDataset
-    from flowseg_jax.evaluation import benchmark, protocols
+    from flowseg_jax.evaluation import benchmark, protocols, summary
     from flowseg_jax.system import distributed
+    from flowseg_jax.system.console import log
     from flowseg_jax.training import loop
 
     protocol = arguments.protocol or "xsam"
@@ -80,15 +85,25 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         return benchmark.EvalModel.load(directory, fsdp=arguments.fsdp, answer_tokens=tokens, expressions=expressions)
 
     options = {"images": arguments.max_images, "save_masks": arguments.save_masks}
+    splits = []
     with distributed.locked(out):
         for place, prepared, split in chosen:
             if prepared.task == "generic":
-                benchmark.GenericEvaluation(model(), prepared, arguments.batch_size).run(split, out / place, **options)
-                continue
-            evaluation = benchmark.ReferringEvaluation(
-                model(), prepared, arguments.batch_size, protocol, arguments.no_target_threshold
-            )
-            evaluation.run(split, out / place, shuffle_text=arguments.shuffle_text, **options)
+                evaluation = benchmark.GenericEvaluation(model(), prepared, arguments.batch_size)
+                found = evaluation.run(split, out / place, **options)
+            else:
+                evaluation = benchmark.ReferringEvaluation(
+                    model(), prepared, arguments.batch_size, protocol, arguments.no_target_threshold
+                )
+                found = evaluation.run(split, out / place, shuffle_text=arguments.shuffle_text, **options)
+            data = place or str(prepared.directory)
+            splits.append(summary.EvaluatedSplit(data, split, found.result, out / place))
+        log("\n" + summary.table(splits))
+        log(f"results: {out}")
+        if distributed.is_primary():
+            about = [f"Model: {directory}. Made by: {arguments.command}"]
+            if written := summary.write_report(out / "report.html", model_name(directory), splits, about):
+                log(f"open {written}")
     return 0
 
 

@@ -131,8 +131,14 @@ def mesh_sizes(text: str) -> dict[str, int]:
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """`--checkpoint` and `--workdir`, which `checkpoints.find.find_model` reads."""
-    parser.add_argument("--checkpoint", metavar="DIR", help="model directory; default: the shipped tiny model")
-    parser.add_argument("--workdir", metavar="DIR", help="a training run, whose trained model is used")
+    parser.add_argument(
+        "--checkpoint",
+        metavar="DIR",
+        help="model directory, or RUN@STEP, RUN@best, RUN@latest; default: the shipped tiny model",
+    )
+    parser.add_argument(
+        "--workdir", metavar="DIR", help="a training run: its trained model, or its newest checkpoint while it trains"
+    )
 
 
 def add_process_flags(parser: argparse.ArgumentParser) -> None:

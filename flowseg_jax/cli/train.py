@@ -41,11 +41,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     host.use_host_devices(config.batch_size // max(1, config.model.negatives_group_size * config.optimizer.grad_accum_steps))
     host.enable_compilation_cache()
     with process_group(arguments):
+        from flowseg_jax.evaluation.validation import Validation
         from flowseg_jax.training.loop import train
         from flowseg_jax.training.profiling import Profile
 
         profile = None if arguments.profile is None else Profile.parse(arguments.profile)
-        train(config, arguments.workdir or Path("runs") / config_name(argv), profile)
+        train(config, arguments.workdir or Path("runs") / config_name(argv), profile, Validation)
     return 0
 
 

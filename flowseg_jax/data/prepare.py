@@ -13,13 +13,12 @@ import json
 import os
 import shutil
 import signal
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flowseg_jax.data import checksums, shards, workers
 from flowseg_jax.data.dataset import FORMAT, METADATA, TOKENIZER, PreparedDataset
@@ -30,6 +29,9 @@ from flowseg_jax.data.shards import Shard
 from flowseg_jax.data.tokenizer import train_tokenizer
 from flowseg_jax.errors import UserError, not_writable
 from flowseg_jax.system import locks
+
+if TYPE_CHECKING:
+    from flowseg_jax.system.console import Progress
 
 PROGRESS_SECONDS = 5.0
 MIN_IMAGES_PER_PROCESS = 512  # reading and writing fewer takes less time than starting a process
@@ -148,31 +150,28 @@ def _write(
         log(f"continuing: {len(todo) - len(missing)} of {len(todo)} shards are written already")
     for split in dict.fromkeys(shard.split for shard in todo):
         log(f"{split}: {sum(s.stop - s.start for s in todo if s.split == split)} images")
-    done, total, last = 0, sum(s.stop - s.start for s in missing), time.monotonic()
+    from flowseg_jax.system.console import progress  # not in the workers, which say nothing
+
+    total = sum(s.stop - s.start for s in missing)
     count = min(processes or _default_processes(layout), len(missing))
+    with progress("prepare", total, "images", every=PROGRESS_SECONDS) as bar:
+        if count <= 1 or (processes is None and total < MIN_IMAGES_PER_PROCESS * count):
+            done = 0
+            for shard in missing:
+                shard.write(layout, keep)
+                done += shard.stop - shard.start
+                bar.update(done)
+            return
+        _write_in_processes(missing, reopen, keep, count, bar)
 
-    def progress(shard: Shard) -> None:
-        nonlocal done, last
-        done += shard.stop - shard.start
-        if time.monotonic() - last > PROGRESS_SECONDS:
-            log(f"{done} of {total} images")
-            last = time.monotonic()
 
-    if count <= 1 or (processes is None and total < MIN_IMAGES_PER_PROCESS * count):
-        for shard in missing:
-            shard.write(layout, keep)
-            progress(shard)
-        return
+def _write_in_processes(missing: Sequence[Shard], reopen: Callable[[], None], keep: bool, count: int, bar: Progress) -> None:
     with ProcessPoolExecutor(count, workers.Spawn(), initializer=reopen) as pool:
         try:
             running = {pool.submit(_write_in_worker, shard, keep): shard for shard in missing}
-            while running:
-                finished, _ = wait(running, timeout=PROGRESS_SECONDS, return_when=FIRST_COMPLETED)
-                for future in finished:
-                    future.result()
-                    progress(running.pop(future))
-                if not finished:
-                    log(f"{done} of {total} images")
+            for future in as_completed(running):
+                future.result()
+                bar.update(sum(s.stop - s.start for f, s in running.items() if f.done()))
         except BrokenProcessPool:
             raise UserError("a process died while it prepared, perhaps for want of memory: try fewer --num-workers") from None
         except BaseException:

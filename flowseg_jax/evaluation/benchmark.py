@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.sharding import Mesh
 
 from flowseg_jax import sharding
 from flowseg_jax.checkpoints.find import model_name
@@ -26,7 +27,7 @@ from flowseg_jax.data.prompts import PromptTemplates
 from flowseg_jax.data.tokenizer import Tokenizer, load_tokenizer
 from flowseg_jax.errors import UserError, did_you_mean
 from flowseg_jax.evaluation import protocols, report, runner
-from flowseg_jax.evaluation.evaluator import Evaluator
+from flowseg_jax.evaluation.evaluator import AnswerFn, Evaluator
 from flowseg_jax.evaluation.fusion import MASK2FORMER, Thresholds
 from flowseg_jax.evaluation.runner import EvalResult
 from flowseg_jax.evaluation.tasks import referring
@@ -82,7 +83,7 @@ class EvalModel:
         if expressions:
             cfg.require_full_model(str(directory))
         mesh = sharding.make_mesh({"data": -1, "fsdp": fsdp})
-        graphdef, abstract = flowseg.abstract_model(cfg)
+        _, abstract = flowseg.abstract_model(cfg)
         places = flatten_params(sharding.param_shardings(abstract, mesh))
         shapes = {
             path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=places[path])
@@ -96,7 +97,6 @@ class EvalModel:
             raise UserError(
                 f"{directory}: the tokenizer has {tokenizer.vocab} ids, the model's embedding table {cfg.llm.vocab_size}"
             )
-        partition = unflatten_params({path: place.spec for path, place in places.items()})
         answer = None
         if answer_tokens:
             special_tokens = generate.SpecialTokenIds(tokenizer.phrase_start, tokenizer.phrase_end, tokenizer.seg)
@@ -106,9 +106,17 @@ class EvalModel:
                 max_new_tokens=answer_tokens,
                 eos_ids=prompts.eos_ids(tokenizer),
             )
-        evaluator = Evaluator(sharding.mark_fsdp_axes(nnx.merge(graphdef, abstract), mesh), mesh, partition, answer)
+        evaluator = make_evaluator(cfg, mesh, answer)
         checkpoint = {"digest": params_digest(stored), "step": loaded.extra.get("step")}
         return cls(cfg, evaluator, loaded.params, checkpoint, tokenizer, prompts, answer_tokens, model_name(Path(directory)))
+
+
+def make_evaluator(cfg: FlowSegConfig, mesh: Mesh, answer: AnswerFn | None = None) -> Evaluator:
+    """The compiled functions of a model whose parameters are sharded over a mesh as `sharding.param_shardings` says."""
+    graphdef, abstract = flowseg.abstract_model(cfg)
+    places = flatten_params(sharding.param_shardings(abstract, mesh))
+    partition = unflatten_params({path: place.spec for path, place in places.items()})
+    return Evaluator(sharding.mark_fsdp_axes(nnx.merge(graphdef, abstract), mesh), mesh, partition, answer)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,14 +153,18 @@ class ReferringEvaluation:
             UserError: as `tasks.referring.evaluate`; or another process evaluates into `out`.
         """
         with distributed.locked(out):
-            return self._run(split, out, shuffle_text, images, pictures, save_masks)
+            found = self.evaluate(split, out, shuffle_text, images, gallery=GALLERY if pictures else 0, save_masks=save_masks)
+            if pictures and distributed.is_primary():
+                report.save_pictures(out, f"{split}_shuffled" if shuffle_text else split, found.examples)
+        return found
 
-    def _run(
-        self, split: str, out: str | Path, shuffle_text: bool, images: int | None, pictures: bool, save_masks: bool
+    def evaluate(
+        self, split: str, out: str | Path | None, shuffle_text: bool = False, images: int | None = None, **options: Any
     ) -> ReferringResult:
+        """`tasks.referring.evaluate` on one split of the data, with its keywords; `out` is the caller's, or None."""
         model, protocol = self.model, protocols.get_protocol(self.protocol)
         open_data = functools.partial(self.open, split, images=images, control_seed=CONTROL_SEED if shuffle_text else None)
-        evaluation = referring.evaluate(
+        return referring.evaluate(
             model.evaluator,
             model.params,
             open_data,
@@ -170,12 +182,8 @@ class ReferringEvaluation:
                 "prompt": {"question": model.prompts.question, "answer": model.prompts.answer},
             },
             no_target_threshold=self.no_target_threshold,
-            gallery=GALLERY if pictures else 0,
-            save_masks=save_masks,
+            **options,
         )
-        if pictures and distributed.is_primary():
-            report.save_pictures(out, f"{split}_shuffled" if shuffle_text else split, evaluation.examples)
-        return evaluation
 
     def open(
         self, split: str, *, images: int | None = None, prompts: PromptTemplates | None = None, **options: Any

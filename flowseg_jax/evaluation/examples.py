@@ -56,6 +56,11 @@ def choose(records: Sequence[Mapping[str, Any]], size: int) -> dict[str, list[in
     return {kind: chosen[kind] for kind in KINDS}
 
 
+def spread(count: int, size: int) -> list[int]:
+    """At most `size` of the indices below `count`, at even distances: the same ones at every evaluation of a split."""
+    return sorted({i * count // size for i in range(size)})
+
+
 def _priority(record: Mapping[str, Any]) -> tuple[int, str]:
     key = f"{record['image_id']}/{record['ann_id']}/{record['sentence_id']}"
     return zlib.crc32(key.encode()), key

@@ -12,6 +12,7 @@ from flowseg_jax.system.json_files import number
 
 METRICS = "metrics.jsonl"
 POINTS = 300  # of a curve, at most
+SELECTION = ("accuracy/referring_selection", "referring_selection_accuracy")  # the second: in runs of version 0.1
 Curve = list[tuple[float, float | None]]
 
 
@@ -58,7 +59,7 @@ def draw(file: Path) -> list[tuple[str, Html]]:
     if not steps or min(steps) == max(steps):
         return []
     span = float(min(steps)), float(max(steps))
-    choice = {name: thinned(curve) for name, curve in found.items() if "selection_accuracy" in name}
+    choice = {name: thinned(curve) for name, curve in found.items() if name in SELECTION}
     choice = {name: [(step, value and 100 * value) for step, value in curve] for name, curve in choice.items()}
     scores = {name: thinned(curve) for name, curve in found.items() if name.lower().endswith(("ciou", "giou"))}
     pictures = []

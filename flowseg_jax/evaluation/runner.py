@@ -20,7 +20,7 @@ from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation.evaluator import Evaluator
 from flowseg_jax.evaluation.resumable import Records, ResumableRecords
 from flowseg_jax.system import distributed, host, paths
-from flowseg_jax.system.console import duration, heartbeat, log
+from flowseg_jax.system.console import duration, log, progress
 
 HEARTBEAT = 8.0  # seconds of silence until a line of progress
 
@@ -98,6 +98,7 @@ def evaluate(
     out: Path | str | None = None,
     about: Mapping[str, Any],
     settings: Mapping[str, Any],
+    say: Callable[[str], None] = log,
 ) -> EvalResult:
     """Evaluates a split and writes its results. Every process calls it alike.
 
@@ -109,6 +110,7 @@ def evaluate(
         out: folder of `<name>.json` and `<name>.jsonl`; None writes nothing. Both are replaced only when complete.
         about: written beside the numbers.
         settings: what the records depend on. Partial results of other settings are not continued.
+        say: receives the lines about the result.
 
     Raises:
         UserError: the split holds nothing to evaluate, an image is damaged, or `out` cannot be written. What was finished is
@@ -129,13 +131,13 @@ def evaluate(
         records = [task.stored(record) for record in records]
         seconds = time.monotonic() - begin
         compiled = ", ".join(f"{count} {what}" for what, count in evaluator.compiles.items())
-        log(
+        say(
             f"evaluate {name}: {len(records) - kept} {task.unit} in {duration(seconds)},"
             f" {(len(records) - kept) / max(seconds, 1e-9):.1f}/s; {evaluator.compiles.total() - before} compilations"
             f" (so far: {compiled}); {host.memory_line()}"
         )
         for line in task.describe(result):
-            log(f"evaluate {name}: {line}")
+            say(f"evaluate {name}: {line}")
         if out is not None and distributed.is_primary():
             lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
             storage.write_text_atomic(Path(out) / f"{name}.jsonl", lines)
@@ -172,19 +174,13 @@ def _evaluate_missing(task: EvalTask, params: Any, data: EvalSource, partial: Re
     """Evaluates what is missing, batch by batch into `partial`."""
     total = kept + data.samples
 
-    def status() -> str:
-        done = sum(map(len, partial.records.values()))
-        doing = "computing" if task.evaluator.computing else "compiling"
-        return f"evaluate {name}: {done}/{total} {task.unit}, {doing}"
-
-    with heartbeat(f"evaluate {name}: {kept}/{total} {task.unit}, reading images", HEARTBEAT) as beat:
+    with progress(f"evaluate {name}", total, task.unit, done=kept, doing="reading images", every=HEARTBEAT) as bar:
 
         def reading() -> None:
-            beat.message = status()
+            bar.update(sum(map(len, partial.records.values())), "computing" if task.evaluator.computing else "compiling")
 
         try:
             for batch, predicted in predictions(task, params, data, reading):
                 partial.add(task.records(batch, predicted))
         except UserError as error:
             raise UserError(f"{error}; {partial.progress_note()}") from None
-        beat.message = f"evaluate {name}"

@@ -41,8 +41,8 @@ def loss_terms(
         dp_group: the devices that have the other images of the batch.
 
     Returns:
-        The terms, and the accuracies: `referring_selection_accuracy`, the share of phrases whose highest-scored query is the
-        one that was matched; `generic_accuracy` and `closed_vocab_accuracy`, the share of objects whose matched query ranks the
+        The terms, and the accuracies: `referring_selection`, the share of phrases whose highest-scored query is the
+        one that was matched; `generic` and `closed_vocab`, the share of objects whose matched query ranks the
         right name, or category, first.
     """
     b, k = batch.phrase_target.shape
@@ -86,14 +86,14 @@ def loss_terms(
         last = logits[-1, :, :k]
         score = jnp.take_along_axis(last, targets["referring"].labels[..., None], axis=-1)[..., 0] - last[..., -1]
         hits = ((score.argmax(-1) == assigned["referring"][..., 0]) & exists).sum(dtype=jnp.float32)
-        accuracies["referring_selection_accuracy"] = hits, exists.sum(dtype=jnp.float32)
+        accuracies["referring_selection"] = hits, exists.sum(dtype=jnp.float32)
     for name in ("generic", "closed_vocab"):
         if name in targets:
             labels = targets[name].labels[:, 0]
             ranked_first = predictions[name].class_logits[-1, :, 0, :, :-1].argmax(-1)  # [B, Q], without the background
             hit = jnp.take_along_axis(ranked_first, jnp.maximum(assigned[name][:, 0], 0), -1) == labels
             right = (hit & (labels != PAD)).sum(dtype=jnp.float32)
-            accuracies[f"{name}_accuracy"] = right, (labels != PAD).sum(dtype=jnp.float32)
+            accuracies[name] = right, (labels != PAD).sum(dtype=jnp.float32)
     return terms, accuracies
 
 

@@ -1,13 +1,15 @@
-"""What a command prints while it runs: lines, signs of life while nothing is said, durations."""
+"""What a command prints while it runs: lines, bars on a terminal, signs of life while nothing is said, durations."""
 
 from __future__ import annotations
 
 import contextlib
 import math
+import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from flowseg_jax.errors import mute, tell
 
@@ -16,6 +18,7 @@ HEARTBEAT_SECONDS = 10.0
 _print_lock = threading.Lock()
 _silent = False
 _last_print = time.monotonic()
+_bars: Any = None  # rich's display of the bars that are running; None where there is none
 
 
 def log(text: str) -> None:
@@ -75,6 +78,76 @@ def heartbeat(message: str, every: float = HEARTBEAT_SECONDS) -> Iterator[Progre
         thread.join()
     if printed.is_set():
         log(f"{beat.message}: done in {duration(time.monotonic() - started)}")
+
+
+class Progress:
+    """Work that is counted: a bar on a terminal, the line of a heartbeat elsewhere.
+
+    Attributes:
+        message: what is done. total, unit: of how much.
+    """
+
+    def __init__(self, message: str, total: int, unit: str, show: Callable[[int, str], None]):
+        self.message, self.total, self.unit = message, total, unit
+        self._show = show
+
+    def update(self, done: int, doing: str = "") -> None:
+        """So much of `total` is done; `doing` is a word on what is being done, or figures."""
+        self._show(done, doing)
+
+
+@contextlib.contextmanager
+def progress(
+    message: str, total: int, unit: str, *, done: int = 0, doing: str = "", every: float = HEARTBEAT_SECONDS
+) -> Iterator[Progress]:
+    """Shows how far work is: a bar on a terminal; elsewhere a line with the count when nothing was said for `every` seconds."""
+    began, first = time.monotonic(), done
+
+    def line(done: int, doing: str) -> str:
+        spent, made = time.monotonic() - began, done - first
+        left = f", {duration(spent * (total - done) / made)} left" if made and done < total else ""
+        return f"{message}: {done}/{total} {unit}{', ' * bool(doing)}{doing}{left}"
+
+    if is_terminal():
+        with _bar(message, total, unit, done, doing) as show:
+            yield Progress(message, total, unit, show)
+        return
+    with heartbeat(line(done, doing), every) as beat:
+        yield Progress(message, total, unit, lambda done, doing: setattr(beat, "message", line(done, doing)))
+        beat.message = message
+
+
+def is_terminal() -> bool:
+    """Whether somebody watches what this process prints, on a screen that can draw a bar."""
+    return not _silent and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+
+
+@contextlib.contextmanager
+def _bar(message: str, total: int, unit: str, done: int, doing: str) -> Iterator[Callable[[int, str], None]]:
+    """A bar below those that are running; lines of `log` scroll above them. It goes when the work is done."""
+    global _bars
+    from rich import progress as rich  # here: it takes a while, and only terminals need it
+
+    outermost = _bars is None
+    if outermost:
+        columns = (
+            rich.TextColumn("{task.description}", markup=False),
+            rich.BarColumn(bar_width=None),
+            rich.TextColumn("{task.completed}/{task.total} {task.fields[unit]}", markup=False),
+            rich.TextColumn("{task.fields[doing]}", markup=False),
+            rich.TimeRemainingColumn(compact=True),
+            rich.TextColumn("left"),
+        )
+        _bars = rich.Progress(*columns, transient=True, expand=True, refresh_per_second=4)
+        _bars.start()
+    task = _bars.add_task(message, total=total, completed=done, unit=unit, doing=doing)
+    try:
+        yield lambda done, doing: _bars.update(task, completed=done, doing=doing)
+    finally:
+        _bars.remove_task(task)
+        if outermost:
+            _bars.stop()
+            _bars = None
 
 
 def duration(seconds: float) -> str:

@@ -18,6 +18,7 @@ import jax
 from jax.sharding import Mesh
 
 from flowseg_jax import sharding
+from flowseg_jax.checkpoints.find import find_model
 from flowseg_jax.checkpoints.manifest import flatten_params, unflatten_params
 from flowseg_jax.checkpoints.pretrained import load_pretrained, read_model_config
 from flowseg_jax.errors import UserError, did_you_mean, listed
@@ -62,6 +63,7 @@ class InitSource:
         components = {name.split("/")[0] for name in shapes}
         if component and component not in components:
             raise UserError(f"init_from {text!r}: the model has no part {component!r}{did_you_mean(component, components)}")
+        path = find_model(path, None)  # also RUN@STEP
         config = read_model_config(path, allow_component=True)
         stored, family = config["manifest"], (config.get("component") or {}).get("family")
         place = COMPONENT_PREFIX.get(family, "")

@@ -6,16 +6,19 @@ import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from flowseg_jax.checkpoints.manager import CheckpointManager, config_diff
 from flowseg_jax.checkpoints.pretrained import save_pretrained
-from flowseg_jax.checkpoints.storage import prepare_workdir, write_text_atomic
+from flowseg_jax.checkpoints.run_checkpoint import BEST, TOKENIZER
+from flowseg_jax.checkpoints.storage import copy_tree, prepare_workdir, write_text_atomic
 from flowseg_jax.data.dataset import PreparedDataset
 from flowseg_jax.data.leakage import is_train_split
 from flowseg_jax.data.mixture import MixtureComponent, build_mixture, held_out_keys
@@ -27,18 +30,25 @@ from flowseg_jax.system import hardware, host
 from flowseg_jax.system.console import heartbeat, log
 from flowseg_jax.system.distributed import is_primary, locked
 from flowseg_jax.system.json_files import expect, number
+from flowseg_jax.system.paths import resolve_path
 from flowseg_jax.training import flops
-from flowseg_jax.training.metric_writers import Throughput, create_writer
+from flowseg_jax.training.metric_writers import ProgressWriter, Throughput, create_writer
 from flowseg_jax.training.optimizer import OptimizerConfig, lr_schedule
 from flowseg_jax.training.preemption import GracefulStop
 from flowseg_jax.training.profiling import Profile, Profiler
 from flowseg_jax.training.program import RunConfig, TrainProgram
 from flowseg_jax.training.step import TrainState
+from flowseg_jax.training.trackers import check_trackers
 
 # What the same run may change between two starts; anything else would be another run.
 RESUMABLE_KEYS = (
     "num_steps",
     "log_every",
+    "trackers",
+    "eval_every",
+    "eval_split",
+    "eval_images",
+    "eval_data",
     "checkpoint_every",
     "checkpoint",
     "mesh",
@@ -51,6 +61,13 @@ RESUMABLE_KEYS = (
     "optimizer.grad_accum_steps",
     "optimizer.max_skipped_updates",
 )
+
+
+Params = Any
+# Scores of parameters, {"eval/ciou": percent}, and pictures of answers, uint8 [H, W, 3]; every process calls it alike.
+Validate = Callable[[Params], tuple[Mapping[str, float], Mapping[str, np.ndarray]]]
+# Makes one: (model, mesh, data sets, split, images, tokenizer, prompts); `evaluation.validation.Validation`.
+OpenValidation = Callable[..., Validate]
 
 
 def load_dataset(config: ConfigDict) -> PreparedDataset:
@@ -115,10 +132,36 @@ def open_train_data(config: ConfigDict, program: TrainProgram) -> TrainDataset:
     return data
 
 
-def train(config: ConfigDict, workdir: str | os.PathLike, profile: Profile | None = None) -> Path:
+def open_validation(config: ConfigDict, program: TrainProgram, data: TrainDataset, make: OpenValidation) -> Validate:
+    """What `eval_every` asks: the validation on `eval_data`, or on the training data's own split."""
+    run_config = program.run_config
+    datasets = [PreparedDataset.open(config.eval_data)] if config.eval_data else [m.prepared for m in data.members]
+    return make(
+        run_config.model,
+        program.mesh,
+        datasets,
+        config.eval_split,
+        config.eval_images,
+        data.tokenizer,
+        run_config.prompts,
+    )
+
+
+def train(
+    config: ConfigDict,
+    workdir: str | os.PathLike,
+    profile: Profile | None = None,
+    validation: OpenValidation | None = None,
+) -> Path:
     """Trains, or continues, the run in `workdir`; returns the directory of the trained model.
 
     Where there are several processes, each calls this with the same arguments.
+
+    Args:
+        config: the experiment.
+        workdir: where the run lives.
+        profile: steps to trace.
+        validation: what a config with `eval_every` validates by; `evaluation.validation.Validation`.
 
     Raises:
         UserError: an unusable config, workdir, data set or checkpoint; nothing is half-written.
@@ -127,13 +170,25 @@ def train(config: ConfigDict, workdir: str | os.PathLike, profile: Profile | Non
     """
     program, workdir = TrainProgram.build(config), prepare_workdir(workdir)
     with locked(workdir):
-        return run(config, program, workdir, profile)
+        return run(config, program, workdir, profile, validation)
 
 
-def run(config: ConfigDict, program: TrainProgram, workdir: Path, profile: Profile | None) -> Path:
+def run(
+    config: ConfigDict,
+    program: TrainProgram,
+    workdir: Path,
+    profile: Profile | None,
+    validation: OpenValidation | None = None,
+) -> Path:
     """`train` in a work directory that is ours."""
+    began = time.perf_counter()
     resolved = json.loads(to_json(config))
+    check_trackers(config.trackers)
     data = open_train_data(config, program)
+    validate = open_validation(config, program, data, validation) if config.eval_every else None
+    best = tuple(config.checkpoint.best) or (BEST if validate else ())
+    if ranks_validations(best) and not validate:
+        raise UserError(f"checkpoint.best is {best}, and there is no validation: set eval_every")
     log_run_summary(program)
 
     def same_run(meta: dict[str, Any]) -> None:
@@ -151,7 +206,7 @@ def run(config: ConfigDict, program: TrainProgram, workdir: Path, profile: Profi
             )
 
     with contextlib.ExitStack() as stack:
-        checkpoints = stack.enter_context(CheckpointManager(workdir, **config.checkpoint))
+        checkpoints = stack.enter_context(CheckpointManager(workdir, **{**config.checkpoint, "best": best}))
         restored = checkpoints.restore_latest(state_to_tree(program.state), same_run)
         if restored:
             start, state = restored.step, state_from_tree(program.state, restored.state)
@@ -165,9 +220,11 @@ def run(config: ConfigDict, program: TrainProgram, workdir: Path, profile: Profi
         if is_primary():  # not before: a config that is refused leaves the config of the run as it is
             write_text_atomic(workdir / "config.json", to_json(config) + "\n")
             write_text_atomic(workdir / "parameters.txt", parameter_table(program.state))
+            keep_tokenizer(data, workdir)
         stop = stack.enter_context(GracefulStop())
         batches = stack.enter_context(contextlib.closing(data.iterate(start)))
-        writer = create_writer(workdir, steps=config.num_steps, start_step=start, primary=is_primary())
+        progress = stack.enter_context(contextlib.closing(ProgressWriter(config.num_steps, start)))
+        writer = create_writer(workdir, config, progress=progress, start_step=start, primary=is_primary())
         stack.callback(writer.close)
         profiler = Profiler(profile, workdir / "profile")
         stack.callback(profiler.close)
@@ -175,30 +232,53 @@ def run(config: ConfigDict, program: TrainProgram, workdir: Path, profile: Profi
             batch = program.to_device(next(batches))
             with heartbeat("compiling the train step"):
                 train_step = program.step.lower(program.state, program.batch).compile()
-        report = MetricReporter(program, data, writer, start)
+        report = MetricReporter(program, data, writer, start, began)
 
         for step in range(start + 1, config.num_steps + 1):
             profiler.on_step_start(step)
             state, metrics = train_step(state, batch)
+            progress.on_step(step)
             last = step == config.num_steps
             if not last:
-                batch = program.to_device(next(batches))
+                with report.waiting_for("input"):
+                    batch = program.to_device(next(batches))
             report.flush()  # what was logged one step ago: the device never waits for the host
             if step % config.log_every == 0 or last:
                 report.log(step, metrics)
             profiler.on_step_end(step, metrics)
-            stopped = stop.should_stop(step)
-            if step % config.checkpoint_every == 0 or last or stopped:
+            stopped = stop.should_stop(step) and not last
+            validated = validate is not None and (step % config.eval_every == 0 or last) and not stopped
+            if validated:
+                with report.waiting_for("validation"):
+                    scores, pictures = validate(state.params)
+                metrics = metrics | scores
+                report.log(step, metrics)
+                writer.write_images(step, pictures)
+            if step % config.checkpoint_every == 0 or last or stopped or validated:
                 report.flush()  # a checkpoint has all lines up to its step before it
                 writer.flush()
-                checkpoints.save(
-                    step, state_to_tree(state), {"config": resolved, "data_position": step, "data": data.digest}, metrics
-                )
-            if stopped and not last:
+                with report.waiting_for("checkpoint"):
+                    checkpoints.save(
+                        step,
+                        state_to_tree(state),
+                        {
+                            "config": resolved,
+                            "data_position": step,
+                            "data": data.digest,
+                            "extra": model_extra(program.run_config, config, data, step),
+                        },
+                        metrics if validated or not ranks_validations(best) else None,
+                    )
+            if stopped:
                 checkpoints.wait()
                 log(f"stopped: the state of step {step} is saved in {workdir}; the same command continues")
                 raise KeyboardInterrupt if stop.interrupted else SystemExit(0)
     return save_final_model(program.run_config, state, config, data, workdir)
+
+
+def ranks_validations(best: tuple[str, ...]) -> bool:
+    """Whether the best checkpoint is one of those that were validated."""
+    return bool(best) and best[0].startswith("eval/")
 
 
 def moved_rate(optimizer: OptimizerConfig, before: Any, steps: int, start: int) -> str:
@@ -218,9 +298,6 @@ def log_run_summary(program: TrainProgram) -> None:
     mesh = program.mesh
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     log(f"{trained + frozen:,} parameters, {trained:,} of them trained; mesh: {axes}")
-    device = mesh.devices.flat[0]
-    if hardware.peak_flops(device) is None:
-        log(f"MFU and device memory: n/a on {device.device_kind}")
 
 
 def parameter_table(state: TrainState) -> str:
@@ -237,12 +314,13 @@ def parameter_table(state: TrainState) -> str:
 class MetricReporter:
     """Metrics on their way from the device to the writers, a step late so that nobody waits."""
 
-    def __init__(self, program: TrainProgram, data: TrainDataset, writer: Any, start: int):
+    def __init__(self, program: TrainProgram, data: TrainDataset, writer: Any, start: int, began: float):
         self._program, self._data, self._writer = program, data, writer
         self._pending: tuple[int, Mapping[str, jax.Array]] | None = None
         run, state, self._devices = program.run_config, program.state, list(program.mesh.devices.flat)
         self._flops = flops.total(flops.step_flops(run.model, run.shape, run.losses, state.trainable, state.frozen))
-        self._throughput = Throughput(start, run.shape.batch)
+        self._throughput = Throughput(start, run.shape.batch, began)
+        self.waiting_for = self._throughput.waiting_for
 
     def log(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
         self._pending = step, metrics
@@ -254,9 +332,9 @@ class MetricReporter:
         (step, metrics), self._pending = self._pending, None
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         speed = self._throughput(step)
-        use = hardware.mfu(self._flops, 1 / speed["steps_per_second"], self._devices)
+        use = hardware.mfu(self._flops, 1 / speed["speed/steps_per_second"], self._devices)
         memory = hardware.memory_in_use(self._devices)["peak"]
-        known = {"mfu": use, "memory_gib": None if memory is None else memory / hardware.GIB}
+        known = {"speed/mfu": use, "device/memory_gib": None if memory is None else memory / hardware.GIB}
         self._writer.write_scalars(step, values | speed | {name: x for name, x in known.items() if x is not None})
         check_skipped(values, step, self._data, self._program.run_config.optimizer.max_skipped_updates)
 
@@ -266,7 +344,7 @@ def check_skipped(values: Mapping[str, float], step: int, data: TrainDataset, li
 
     Nothing is lost: parameters and moments are those before the first of them.
     """
-    row = int(values["skipped_in_a_row"])
+    row = int(values["optimizer/skipped_in_a_row"])
     if row > limit:
         last = [data.batch(i).example_id.tolist() for i in range(step - min(row, 3), step)]
         raise UserError(
@@ -292,11 +370,21 @@ def state_from_tree(like: TrainState, tree: Mapping[str, Any]) -> TrainState:
     return TrainState(tree["step"], tree["trainable"], tree["frozen"], opt_state, tree["skipped"])
 
 
+def model_extra(run_config: RunConfig, config: ConfigDict, data: TrainDataset, step: int) -> dict[str, Any]:
+    """What is kept with a model beside its config, in its directory and in every checkpoint."""
+    return {"step": step, "seed": config.seed, "prompts": dataclasses.asdict(run_config.prompts), "data": data.digest}
+
+
+def keep_tokenizer(data: TrainDataset, workdir: Path) -> None:
+    """Copies the run's tokenizer to `<workdir>/tokenizer`, where a checkpoint that is used as a model has it."""
+    if data.tokenizer is not None and not (workdir / TOKENIZER).exists():
+        copy_tree(resolve_path(data.tokenizer.name), workdir / TOKENIZER)
+
+
 def save_final_model(run_config: RunConfig, state: TrainState, config: ConfigDict, data: TrainDataset, workdir: Path) -> Path:
     """Writes the runnable model `<workdir>/model`; parameters keep the dtypes that they are stored in."""
     step = int(state.step)
-    prompts = dataclasses.asdict(run_config.prompts)
-    extra = {"step": step, "seed": config.seed, "prompts": prompts, "data": data.digest}
+    extra = model_extra(run_config, config, data, step)
     cfg, tokenizer = run_config.model.to_dict(), data.tokenizer and data.tokenizer.name
     target = save_pretrained(workdir / "model", state.params, cfg, tokenizer, extra, dtype=None, overwrite=True)
     log(f"the model of step {step} is in {target}; {host.memory_line()}")

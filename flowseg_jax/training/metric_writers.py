@@ -1,4 +1,7 @@
-"""Where metrics go: the terminal, `metrics.jsonl` and TensorBoard, all through CLU's `MetricWriter`.
+"""Where metrics go: the terminal, `metrics.jsonl`, TensorBoard and trackers, all through CLU's `MetricWriter`.
+
+Names are grouped as TensorBoard groups them: `loss` and its parts `loss/...`, `accuracy/...`, `optimizer/...`, `eval/...`,
+`speed/...`, `device/...`, `input/wait` and `goodput`.
 
 CLU's `metric_writers` imports TensorFlow for one class, its `SummaryWriter`. `clu_metric_writers` imports CLU without it, when
 the first run needs a writer and not before.
@@ -18,15 +21,26 @@ from typing import Any
 
 import numpy as np
 from etils import epath
+from ml_collections import ConfigDict
 
 from flowseg_jax.errors import UserError, short_reason
+from flowseg_jax.experiment import to_json
 from flowseg_jax.system import json_files
-from flowseg_jax.system.console import duration, log
+from flowseg_jax.system.console import duration, is_terminal, log, progress
 from flowseg_jax.system.json_files import number
 from flowseg_jax.system.paths import is_remote, resolve_path
+from flowseg_jax.training.trackers import ScalarWriter, open_tracker
 
 UPLOAD_SECONDS = 30.0  # between two uploads of a metrics.jsonl that is an object in a store
-RATES = ("learning_rate", "steps_per_second", "examples_per_second")  # scalars that the terminal shows in its own columns
+STEPS_PER_SECOND = "speed/steps_per_second"
+# What the terminal shows of a validation, and of a step beside steps/s and the time left; `metrics.jsonl` has everything.
+EVAL_COLUMNS = {"eval/ciou": "cIoU", "eval/giou": "gIoU", "eval/oracle_ciou": "oracle cIoU", "eval/selection_gap": "gap"}
+COLUMNS = {
+    "loss": "loss {:.4g}",
+    "accuracy/referring_selection": "selection {:.2f}",
+    "optimizer/learning_rate": "lr {:.2e}",
+    STEPS_PER_SECOND: "{:.3g} steps/s",
+}
 
 
 @functools.cache
@@ -103,37 +117,6 @@ class TensorBoardWriter:
 
     def close(self) -> None:
         self._writer.close()
-
-
-class ScalarWriter:
-    """A writer of scalars: everything else that CLU can write is none of its business."""
-
-    def write_summaries(self, step, values, metadata=None):
-        pass
-
-    def write_images(self, step, images):
-        pass
-
-    def write_videos(self, step, videos):
-        pass
-
-    def write_audios(self, step, audios, *, sample_rate):
-        pass
-
-    def write_texts(self, step, texts):
-        pass
-
-    def write_histograms(self, step, arrays, num_buckets=None):
-        pass
-
-    def write_hparams(self, hparams):
-        pass
-
-    def flush(self):
-        pass
-
-    def close(self):
-        pass
 
 
 class JsonlWriter(ScalarWriter):
@@ -251,63 +234,113 @@ class _ReplacedLines:
 
 
 class ProgressWriter(ScalarWriter):
-    """One line on the terminal a logged step: losses, learning rate, steps/s, examples/s, time left.
+    """What a person sees of a run: a bar on a terminal, else one short line a logged step; and a line a validation.
 
-    `loss` comes first, other scalars follow in their order; the scalars named in `RATES` have columns of their own.
+    Args:
+        steps: of the whole run.
+        start: the step that it begins after.
     """
 
-    def __init__(self, steps: int):
-        self._steps = steps
+    def __init__(self, steps: int, start: int = 0):
+        self._steps, self._stack, self._figures = steps, contextlib.ExitStack(), ""
+        self._bar = self._stack.enter_context(progress("train", steps, "steps", done=start)) if is_terminal() else None
+
+    def on_step(self, step: int) -> None:
+        """A step was begun; moves the bar."""
+        if self._bar is not None:
+            self._bar.update(step, self._figures)
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
-        values = {name: float(value) for name, value in scalars.items()}
-        order = sorted((name for name in values if name not in RATES), key=lambda name: name != "loss")
-        columns = [f"step {step:{len(str(self._steps))}d}/{self._steps}"]
-        columns.append(" ".join(f"{name.removeprefix('loss_')} {values[name]:.4g}" for name in order))
-        if "learning_rate" in values:
-            columns.append(f"lr {values['learning_rate']:.2e}")
-        rate = values.get("steps_per_second", 0.0)
-        if rate > 0:
-            columns.append(f"{rate:.3g} steps/s")
-            if "examples_per_second" in values:
-                columns.append(f"{values['examples_per_second']:.3g} examples/s")
-            columns.append(f"{duration((self._steps - step) / rate)} left")
-        log("  ".join(column for column in columns if column))
+        shown = [form.format(float(scalars[name])) for name, form in COLUMNS.items() if name in scalars]
+        if self._bar is not None:
+            self._figures = "  ".join(shown)
+            self._bar.update(step, self._figures)
+        else:
+            rate = float(scalars.get(STEPS_PER_SECOND, 0.0))
+            left = [f"{duration((self._steps - step) / rate)} left"] if rate > 0 else []
+            log("  ".join([f"step {step:{len(str(self._steps))}d}/{self._steps}", *shown, *left]))
+        if evaluated := [f"{name} {float(scalars[key]):.2f}" for key, name in EVAL_COLUMNS.items() if key in scalars]:
+            log(f"validation at step {step}: {', '.join(evaluated)}")
+
+    def close(self) -> None:
+        self._stack.close()
 
 
 class Throughput:
-    """Steps and examples a second since the last time it was asked.
+    """Steps and examples a second since the last time it was asked, and what the time went into.
+
+    `input/wait` is the time a step that the loop waited for its batch, in seconds; an accelerator may have computed meanwhile.
+    `goodput` is the share of the time since the run began that was spent in steps: not in starting, compiling, validating or
+    saving. Neither is any of these in the steps a second.
 
     Args:
         step: the step that the clock starts at; start it after the compilation.
         batch_size: examples a step, over all devices.
+        began: when the run began, by `time.perf_counter`; None: now.
     """
 
-    def __init__(self, step: int, batch_size: int):
+    def __init__(self, step: int, batch_size: int, began: float | None = None):
         self._step, self._batch_size, self._time = step, batch_size, time.perf_counter()
+        self._began = self._time if began is None else began
+        self._lost, self._paused, self._input = self._time - self._began, 0.0, 0.0  # in all; since it was last asked
+
+    @contextlib.contextmanager
+    def waiting_for(self, what: str) -> Iterator[None]:
+        """Time that the loop spends on something else than steps: "input", "validation", "checkpoint"."""
+        before = time.perf_counter()
+        yield
+        spent = time.perf_counter() - before
+        if what == "input":
+            self._input += spent
+        else:
+            self._paused += spent
 
     def __call__(self, step: int) -> dict[str, float]:
-        now = time.perf_counter()
-        rate = (step - self._step) / max(now - self._time, 1e-9)
-        self._step, self._time = step, now
-        return {"steps_per_second": rate, "examples_per_second": rate * self._batch_size}
+        now, steps = time.perf_counter(), step - self._step
+        rate = steps / max(now - self._time - self._paused, 1e-9)
+        self._lost += self._paused
+        found = {
+            STEPS_PER_SECOND: rate,
+            "speed/examples_per_second": rate * self._batch_size,
+            "input/wait": self._input / max(steps, 1),
+            "goodput": 1 - self._lost / max(now - self._began, 1e-9),
+        }
+        self._step, self._time, self._paused, self._input = step, now, 0.0, 0.0
+        return found
 
 
 def create_writer(
-    workdir: str | os.PathLike, *, steps: int, start_step: int = 0, primary: bool = True, tensorboard: bool = True
+    workdir: str | os.PathLike,
+    config: ConfigDict,
+    *,
+    progress: ScalarWriter,
+    start_step: int = 0,
+    primary: bool = True,
+    tensorboard: bool = True,
 ) -> Any:
-    """The writers of a training run as one CLU writer: terminal, `<workdir>/metrics.jsonl`, `<workdir>/tensorboard`.
+    """The writers of a training run as one CLU writer: `metrics.jsonl`, the terminal, `tensorboard/`, the config's trackers.
 
-    The first two write at once; TensorBoard is written by a thread of its own. On a process that is not the primary one nothing
-    is written. `close()` it at the end.
+    The first two write at once; the others are written by threads of their own. On a process that is not the primary one
+    nothing is written. `close()` it at the end.
+
+    Args:
+        workdir: the run's.
+        config: the run's; TensorBoard shows it as text, trackers keep it with the run.
+        progress: the writer for the terminal.
+        start_step: the step that the run continues from.
     """
     metric_writers = clu_metric_writers()
     if not primary:
         return metric_writers.MultiWriter([])
     directory = resolve_path(workdir)
-    writers: list[Any] = [JsonlWriter(directory / "metrics.jsonl", start_step), ProgressWriter(steps)]
+    writers: list[Any] = [JsonlWriter(directory / "metrics.jsonl", start_step), progress]
     if tensorboard:
-        writers.append(metric_writers.AsyncWriter(TensorBoardWriter(directory / "tensorboard")))
+        board = TensorBoardWriter(directory / "tensorboard")
+        board.write_texts(start_step, {"config": f"```json\n{to_json(config)}\n```"})
+        writers.append(metric_writers.AsyncWriter(board))
+        log(f"watch it: tensorboard --logdir={directory / 'tensorboard'}")
+    for name in config.trackers:
+        writers.append(metric_writers.AsyncWriter(open_tracker(name, directory, config)))
     return metric_writers.MultiWriter(writers)
 
 

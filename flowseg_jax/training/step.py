@@ -157,8 +157,8 @@ def make_train_step(
         with jax.named_scope("sum_gradients"):
             gradients = jax.tree.map(lambda x, axes: jax.lax.psum(x, axes) if axes else x, gradients, unsummed)
         shares, accuracies = jax.lax.psum(found_metrics, BATCH_AXES)
-        metrics = {"loss": sum(shares.values())} | {f"loss_{name}": value for name, value in shares.items()}
-        return gradients, metrics | normalize_terms(accuracies)
+        metrics = {"loss": sum(shares.values())} | {f"loss/{name}": value for name, value in shares.items()}
+        return gradients, metrics | {f"accuracy/{name}": value for name, value in normalize_terms(accuracies).items()}
 
     sharded_gradients = jax.shard_map(
         device_gradients,
@@ -174,16 +174,16 @@ def make_train_step(
         gradients, metrics = sharded_gradients(state.trainable, state.frozen, batch, key)
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
-            metrics["gradient_norm"] = optax.global_norm(gradients)
-            metrics["learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
+            metrics["optimizer/gradient_norm"] = optax.global_norm(gradients)
+            metrics["optimizer/learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
             new = optax.apply_updates(state.trainable, updates), opt_state
-            finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
+            finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["optimizer/gradient_norm"])
             trainable, opt_state = jax.tree.map(
                 lambda new, old: jnp.where(finite, new, old), new, (state.trainable, state.opt_state)
             )
         # In all, and in a row just now: a finite update ends the row.
         skipped = jnp.where(finite, state.skipped * jnp.array([1, 0]), state.skipped + 1)
-        metrics["skipped"], metrics["skipped_in_a_row"] = skipped
+        metrics["optimizer/skipped"], metrics["optimizer/skipped_in_a_row"] = skipped
         return TrainState(state.step + 1, trainable, state.frozen, opt_state, skipped), metrics
 
     return train_step

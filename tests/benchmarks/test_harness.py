@@ -291,13 +291,13 @@ def test_a_step_goes_on_from_its_state_and_a_window_saves_beside_the_steps(monke
 
     def build(config):
         plan = types.SimpleNamespace(shape=None, model=None)
-        count = lambda state, batch: (state + 1, {"loss": 7.0, "gradient_norm": 2.0, "other": 0.0})  # noqa: E731
+        count = lambda state, batch: (state + 1, {"loss": 7.0, "optimizer/gradient_norm": 2.0, "other": 0.0})  # noqa: E731
         return step.Built(plan, tuple, count, Pending(0, waited))
 
     monkeypatch.setattr(step, "build", build)
     monkeypatch.setattr(step, "random_batch", lambda shape, model: ())
     counting = step.TrainStep(None)
-    assert counting.output() == {"loss": 7.0, "gradient_norm": 2.0}
+    assert counting.output() == {"loss": 7.0, "optimizer/gradient_norm": 2.0}
     assert counting.run(3) > 0
     assert waited == [4]
     saves = Saves()

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import jax
@@ -16,11 +17,12 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from flowseg_jax.checkpoints import manager
+from flowseg_jax.checkpoints import manager, run_checkpoint
 from flowseg_jax.checkpoints.manifest import checksums, device_checksums, flatten_params, unflatten_params
 from flowseg_jax.checkpoints.storage import prepare_workdir
 from flowseg_jax.errors import UserError
 from flowseg_jax.system import json_files
+from flowseg_jax.system.paths import resolve_path
 from tests.helpers.trees import abstract_of, flip, largest, make_state, same
 
 
@@ -321,3 +323,23 @@ def test_a_json_without_a_checksum_is_refused(tmp_path):
     with manager.CheckpointManager(tmp_path) as checkpoints:
         with pytest.raises(UserError, match="1 has no checksum of its JSON, an older flowseg_jax wrote it"):
             checkpoints.restore_latest(abstract_of(state))
+
+
+def test_a_checkpoint_that_is_read_outlives_its_turn(tmp_path):
+    def steps():
+        return sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
+
+    state, meta = {"x": jnp.arange(3.0)}, {"config": {}, "data_position": 0}
+    with manager.CheckpointManager(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(1, state, meta)
+        checkpoints.wait()
+        path = run_checkpoint.checkpoint_of(resolve_path(tmp_path), "latest")
+        for step in (2, 3):
+            checkpoints.save(step, state, meta)
+        checkpoints.wait()
+        assert steps() == [1, 3] and path.is_dir()
+        (mark,) = (tmp_path / "in_use").iterdir()
+        os.utime(mark, (time.time() - 2 * run_checkpoint.HELD_SECONDS,) * 2)  # its reader was killed long ago
+        checkpoints.save(4, state, meta)
+        checkpoints.wait()
+        assert steps() == [4]

@@ -7,13 +7,14 @@ import json
 import jax.numpy as jnp
 import pytest
 
+from flowseg_jax import experiment
 from flowseg_jax.checkpoints.manager import CheckpointManager
 from flowseg_jax.checkpoints.pretrained import load_pretrained, save_pretrained
 from flowseg_jax.checkpoints.storage import prepare_workdir
 from flowseg_jax.cli.main import main as flowseg
 from flowseg_jax.errors import UserError
 from flowseg_jax.system.paths import resolve_path
-from flowseg_jax.training.metric_writers import JsonlWriter, create_writer
+from flowseg_jax.training.metric_writers import JsonlWriter, ProgressWriter, create_writer
 from tests.helpers import fake_gcs
 from tests.helpers.trees import abstract_of, make_params, make_state, same
 
@@ -92,7 +93,7 @@ def test_a_model_directory(bucket, tmp_path):
 def test_metrics_are_replaced_as_a_whole(bucket, monkeypatch):
     path = resolve_path(f"{bucket}/logged/metrics.jsonl")
     steps = lambda: [json.loads(line)["step"] for line in path.read_text().splitlines()]  # noqa: E731
-    writer = create_writer(path.parent, steps=9, tensorboard=False)
+    writer = create_writer(path.parent, experiment.read("shapes_tiny"), progress=ProgressWriter(9), tensorboard=False)
     for step in (1, 2, 3):
         writer.write_scalars(step, {"loss": step / 7})
     assert not path.exists()

@@ -61,7 +61,15 @@ def test_benchmarks_by_name(place, tmp_path, capsys):
         assert result["prompt"] == {"question": 0, "answer": 0} and all(r["rle"]["counts"] for r in records)
         assert list(audit.tables(records)) == ["psalm"]
         assert (tmp_path / "refcoco" / "pictures" / split / "index.json").is_file()
-    assert "evaluate testA: psalm, n" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "evaluate testA: psalm, n" in said
+    header, val, test = said[said.index("data set") :].splitlines()[:3]
+    assert header.split("  ")[:2] == ["data set", "split"] and header.endswith("failed") and "oracle cIoU" in header
+    assert val.split()[:3] == ["refcoco", "val", "psalm"] and test.split()[:3] == ["refcoco", "testA", "psalm"]
+    assert f"{result['ciou']:.2f}" in test.split() and str(result["n"]) in test.split()
+    assert said.endswith(f"results: {tmp_path}\nopen {tmp_path}/report.html\n")
+    report = (tmp_path / "report.html").read_text()
+    assert "flowseg eval" in report and "--protocol=psalm" in report and "refcoco/pictures/testA/" in report
 
 
 @pytest.mark.parametrize(

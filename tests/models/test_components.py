@@ -60,7 +60,7 @@ def test_a_component_computes_what_it_computes_in_the_whole(whole, components):
         batch = dataclasses.replace(batch, input_ids=batch.input_ids[:, :4], **without_text(batch, 4))
     found, seen, counts = losses_of(part, kept, batch)
     wanted = {"language"} if components == "vlm" else {f"closed_vocab_{kind}" for kind in ("class", "mask", "dice")}
-    assert set(found) == wanted and set(seen) == ({"closed_vocab_accuracy"} if components == "segmentor" else set())
+    assert set(found) == wanted and set(seen) == ({"closed_vocab"} if components == "segmentor" else set())
     for name in wanted:
         np.testing.assert_allclose(found[name], losses[name], rtol=2e-6, err_msg=name)
     # The denominators that the step divides by are known beforehand, from the batch alone.

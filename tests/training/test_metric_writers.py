@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
+from flowseg_jax import experiment
 from flowseg_jax.errors import UserError
 from flowseg_jax.training import metric_writers
 
@@ -62,28 +63,55 @@ def test_jsonl_in_an_impossible_place(tmp_path):
 
 
 def test_progress_line(capsys):
-    metric_writers.ProgressWriter(2000).write_scalars(
-        20,
-        {
-            "loss_mask": 0.5,
-            "learning_rate": 1e-4,
-            "loss": 3.14159,
-            "steps_per_second": 2.0,
-            "examples_per_second": np.float32(16.0),
-        },
-    )
-    line = capsys.readouterr().out
-    assert line == "step   20/2000  loss 3.142 mask 0.5  lr 1.00e-04  2 steps/s  16 examples/s  16:30 left\n"
+    scalars = {
+        "loss/mask": 0.5,
+        "optimizer/learning_rate": 1e-4,
+        "loss": 3.14159,
+        "accuracy/referring_selection": 0.414,
+        "speed/steps_per_second": 2.0,
+        "speed/examples_per_second": np.float32(16.0),
+    }
+    writer = metric_writers.ProgressWriter(2000)
+    writer.on_step(20)
+    writer.write_scalars(20, scalars)
+    line = "step   20/2000  loss 3.142  selection 0.41  lr 1.00e-04  2 steps/s  16:30 left\n"
+    assert capsys.readouterr().out == line
+    scores = {"eval/ciou": 12.345, "eval/giou": 20.0, "eval/oracle_ciou": 55.0, "eval/selection_gap": 31.2, "eval/other": 1.0}
+    writer.write_scalars(20, scalars | scores)
+    said = "validation at step 20: cIoU 12.35, gIoU 20.00, oracle cIoU 55.00, gap 31.20\n"
+    assert capsys.readouterr().out == line + said
 
 
 def test_throughput_counts_since_it_was_last_asked(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(metric_writers.time, "perf_counter", lambda: now[0])
-    rate = metric_writers.Throughput(step=10, batch_size=8)
+    rate = metric_writers.Throughput(step=10, batch_size=8, began=90.0)
     now[0] = 105.0
-    assert rate(20) == {"steps_per_second": 2.0, "examples_per_second": 16.0}
+    assert rate(20) == {
+        "speed/steps_per_second": 2.0, "speed/examples_per_second": 16.0, "input/wait": 0.0, "goodput": pytest.approx(1 / 3),
+    }  # fmt: skip
     now[0] = 106.0
-    assert rate(21)["steps_per_second"] == 1.0
+    assert rate(21)["speed/steps_per_second"] == 1.0
+
+
+def test_what_is_no_step_does_not_count_as_one(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(metric_writers.time, "perf_counter", lambda: now[0])
+    rate = metric_writers.Throughput(step=0, batch_size=1)
+
+    def wait(what, seconds):
+        with rate.waiting_for(what):
+            now[0] += seconds
+
+    wait("input", 1.0)
+    wait("validation", 5.0)
+    wait("checkpoint", 2.0)
+    now[0] = 110.0
+    found = rate(4)
+    assert found["input/wait"] == 0.25 and found["speed/steps_per_second"] == 4 / 3 and found["goodput"] == pytest.approx(0.3)
+    now[0] = 120.0
+    found = rate(14)
+    assert (found["input/wait"], found["speed/steps_per_second"]) == (0.0, 1.0) and found["goodput"] == pytest.approx(13 / 20)
 
 
 def events(directory):
@@ -97,7 +125,10 @@ def events(directory):
 
 
 def test_all_writers_together(tmp_path, capsys):
-    writer = metric_writers.create_writer(tmp_path, steps=4, start_step=0)
+    config = experiment.read("shapes_tiny")
+    progress = metric_writers.ProgressWriter(4)
+    writer = metric_writers.create_writer(tmp_path, config, progress=progress)
+    assert capsys.readouterr().out == f"watch it: tensorboard --logdir={tmp_path}/tensorboard\n"
     assert isinstance(writer, metric_writers.clu_metric_writers().MetricWriter)
     for step in (1, 2):
         writer.write_scalars(step, {"loss": 1.0 / step})
@@ -120,10 +151,14 @@ def test_all_writers_together(tmp_path, capsys):
     assert any("note" in tag for tag in tags)
     assert any("weights" in tag for tag in tags)
     assert any("hparams" in tag for tag in tags)
+    texts = [value.tensor.string_val for event in events(tmp_path / "tensorboard") for value in event.summary.value]
+    assert any(b'"num_steps": 2000' in text for found in texts for text in found)  # the config
 
 
 def test_only_the_primary_process_writes(tmp_path):
-    writer = metric_writers.create_writer(tmp_path, steps=4, primary=False)
+    config = experiment.read("shapes_tiny")
+    config.trackers = ("wandb",)
+    writer = metric_writers.create_writer(tmp_path, config, progress=metric_writers.ProgressWriter(4), primary=False)
     writer.write_scalars(1, {"loss": 1.0})
     writer.close()
     assert list(tmp_path.iterdir()) == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -40,6 +41,11 @@ def config_of(**changes):
     return config
 
 
+def extra_of(step: int) -> dict:
+    """What a checkpoint has for its use as a model."""
+    return {"step": step, "seed": 9, "prompts": {"start": 1, "steps": 2}, "data": DIGEST}
+
+
 class Run:
     """A run's parts; `events` is what they were asked, in order.
 
@@ -55,14 +61,14 @@ class Run:
         write = self.events.append
         batch = SimpleNamespace()
         self.program = SimpleNamespace(
-            run_config=SimpleNamespace(optimizer=OPTIMIZER),
+            run_config=SimpleNamespace(optimizer=OPTIMIZER, prompts=Profile(1, 2)),
             state=state_of(-1),
             batch=batch,
             to_device=lambda batch: f"placed {batch}",
             initial_state=lambda config: write(("initial", config.seed)) or state_of(0),
             step=SimpleNamespace(lower=self.lower),
         )
-        self.data = SimpleNamespace(digest=DIGEST, iterate=self.iterate)
+        self.data = SimpleNamespace(digest=DIGEST, iterate=self.iterate, tokenizer=None)
         run = self
 
         class CheckpointManager(contextlib.AbstractContextManager):
@@ -97,8 +103,8 @@ class Run:
         GracefulStop.interrupted = interrupted
 
         class MetricReporter:
-            def __init__(self, program, data, writer, start):
-                assert (program, data) == (run.program, run.data)
+            def __init__(self, program, data, writer, start, began):
+                assert (program, data) == (run.program, run.data) and began <= time.perf_counter()
                 write(("report", start))
 
             def log(self, step, metrics):
@@ -106,6 +112,9 @@ class Run:
 
             def flush(self):
                 write("flush metrics")
+
+            def waiting_for(self, what):
+                return contextlib.nullcontext()
 
         class Profiler:
             def __init__(self, profile, directory):
@@ -128,7 +137,12 @@ class Run:
             "Profiler": Profiler,
             "open_train_data": lambda config, program: self.data,
             "log_run_summary": lambda program: write("summary"),
-            "create_writer": lambda workdir, **options: write(("writer", Path(workdir).name, options)) or writer,
+            "ProgressWriter": lambda steps, start: SimpleNamespace(
+                on_step=lambda step: None, close=lambda: None, shown=(steps, start)
+            ),
+            "create_writer": lambda workdir, config, *, progress, **options: (
+                write(("writer", Path(workdir).name, {"steps": config.num_steps, **options})) or writer
+            ),
             "save_final_model": lambda run_config, state, *_: write(("model", int(state.step))) or "the model",
         }.items():
             monkeypatch.setattr(loop, name, part)
@@ -162,7 +176,7 @@ def test_a_whole_run_in_order(monkeypatch, tmp_path):
     run, profile = Run(monkeypatch), Profile(1, 2)
     config = config_of()
     assert run(config, tmp_path / "run", profile) == "the model"
-    position = lambda step: {"data_position": step, "data": DIGEST}  # noqa: E731
+    position = lambda step: {"data_position": step, "data": DIGEST, "extra": extra_of(step)}  # noqa: E731
 
     def step(n, *between, last=False):
         log = [("log", n, f"metrics {n}")] if n % 2 == 0 or last else []
@@ -255,7 +269,7 @@ def test_a_stop_saves_waits_and_ends(monkeypatch, tmp_path, capsys, interrupted,
         run(config_of(), tmp_path)
     assert stopped.value.args == code
     tail = run.events[run.events.index(("stop?", 2)) :]
-    saved = ("save", 2, {"data_position": 2, "data": DIGEST}, "metrics 2")
+    saved = ("save", 2, {"data_position": 2, "data": DIGEST, "extra": extra_of(2)}, "metrics 2")
     assert tail[:5] == [("stop?", 2), "flush metrics", "flush", saved, "wait"]
     assert set(tail[5:]) == {"profiler closed", "writer closed", "batches closed", "handlers back", "checkpoints closed"}
     said = capsys.readouterr().out
@@ -314,6 +328,17 @@ def test_a_state_goes_into_a_tree_and_back():
     assert jax.tree.all(jax.tree.map(np.array_equal, again, state))
 
 
+class Clock:
+    def __init__(self, speed):
+        self._speed = speed
+
+    def __call__(self, step):
+        return self._speed(step)
+
+    def waiting_for(self, what):
+        return contextlib.nullcontext()
+
+
 @pytest.fixture
 def reporting(monkeypatch):
     """(Report, what it wrote) of a run whose devices know their peak."""
@@ -327,24 +352,32 @@ def reporting(monkeypatch):
     monkeypatch.setattr(loop.flops, "step_flops", lambda *args: asked.append(args) or {"x": 30.0, "y": 70.0})
     monkeypatch.setattr(loop.hardware, "mfu", lambda *args: asked.append(args) or 0.25)
     monkeypatch.setattr(loop.hardware, "memory_in_use", lambda ds: {"in_use": 1, "peak": 3 * 2**30, "limit": 7})
-    monkeypatch.setattr(loop, "Throughput", lambda start, batch: lambda step: {"steps_per_second": 4.0, "seen": start + batch})
+    speed = lambda start, batch: lambda step: {"speed/steps_per_second": 4.0, "seen": start + batch}  # noqa: E731
+    monkeypatch.setattr(loop, "Throughput", lambda start, batch, began: Clock(speed(start, batch)))
     writer = SimpleNamespace(write_scalars=lambda *args: written.append(args))
     data = SimpleNamespace(batch=lambda i: SimpleNamespace(example_id=np.array([i])))
-    return loop.MetricReporter(program, data, writer, 20), written, asked
+    return loop.MetricReporter(program, data, writer, 20, 0.0), written, asked
 
 
 def test_metrics_are_written_once_with_speed_and_devices(reporting):
     report, written, asked = reporting
     report.flush()
     assert not written
-    report.log(21, {"loss": np.float32(1.5), "skipped_in_a_row": np.int32(4)})
+    report.log(21, {"loss": np.float32(1.5), "optimizer/skipped_in_a_row": np.int32(4)})
     assert not written  # a step later
     report.flush()
     report.flush()
-    known = {"loss": 1.5, "skipped_in_a_row": 4.0, "steps_per_second": 4.0, "seen": 28, "mfu": 0.25, "memory_gib": 3.0}
+    known = {
+        "loss": 1.5,
+        "optimizer/skipped_in_a_row": 4.0,
+        "speed/steps_per_second": 4.0,
+        "seen": 28,
+        "speed/mfu": 0.25,
+        "device/memory_gib": 3.0,
+    }
     assert written == [(21, known)]
     assert asked == [("m", SimpleNamespace(batch=8), "l", "t", "f"), (100.0, 0.25, ["d0", "d1"])]
-    report.log(22, {"skipped_in_a_row": 5})
+    report.log(22, {"optimizer/skipped_in_a_row": 5})
     with pytest.raises(UserError, match=r"the last 5 updates up to step 22 .*max_skipped_updates is 4; .*batches: 19; 20; 21$"):
         report.flush()
     assert written[1][0] == 22  # what is wrong stands in the metrics
@@ -354,27 +387,24 @@ def test_what_devices_do_not_tell_is_left_out(reporting, monkeypatch):
     report, written, _ = reporting
     monkeypatch.setattr(loop.hardware, "mfu", lambda *_: None)
     monkeypatch.setattr(loop.hardware, "memory_in_use", lambda _: {"peak": None})
-    report.log(1, {"skipped_in_a_row": 0})
+    report.log(1, {"optimizer/skipped_in_a_row": 0})
     report.flush()
-    assert written[0][1].keys() == {"skipped_in_a_row", "steps_per_second", "seen"}
+    assert written[0][1].keys() == {"optimizer/skipped_in_a_row", "speed/steps_per_second", "seen"}
 
 
 def test_two_skipped_updates_in_a_row_name_two_batches():
     data = SimpleNamespace(batch=lambda i: SimpleNamespace(example_id=np.array([i, -1])))
     with pytest.raises(UserError, match=r"the last 2 updates .*: 5, -1; 6, -1$"):
-        loop.check_skipped({"skipped_in_a_row": 2.0}, 7, data, limit=1)
+        loop.check_skipped({"optimizer/skipped_in_a_row": 2.0}, 7, data, limit=1)
     with pytest.raises(UserError, match="the last 1 updates"):
-        loop.check_skipped({"skipped_in_a_row": 1.0}, 7, data, limit=0)
+        loop.check_skipped({"optimizer/skipped_in_a_row": 1.0}, 7, data, limit=0)
 
 
-@pytest.mark.parametrize(("peak", "line"), [(None, "MFU and device memory: n/a on abacus\n"), (1e12, "")])
-def test_what_is_trained_is_said(monkeypatch, capsys, peak, line):
-    devices = np.array([[SimpleNamespace(device_kind="abacus")]])
-    monkeypatch.setattr(loop.hardware, "peak_flops", lambda device: {"abacus": peak}[device.device_kind])
+def test_what_is_trained_is_said(capsys):
     state = SimpleNamespace(trainable={"a": np.zeros(1200)}, frozen={"b": np.zeros((2, 20))})
-    mesh = SimpleNamespace(shape={"data": 2, "fsdp": 3}, devices=devices)
+    mesh = SimpleNamespace(shape={"data": 2, "fsdp": 3})
     loop.log_run_summary(SimpleNamespace(state=state, mesh=mesh))
-    assert capsys.readouterr().out == f"1,240 parameters, 1,200 of them trained; mesh: data 2, fsdp 3\n{line}"
+    assert capsys.readouterr().out == "1,240 parameters, 1,200 of them trained; mesh: data 2, fsdp 3\n"
 
 
 def test_the_model_is_written_with_what_it_was_made_from(monkeypatch, tmp_path, capsys):
@@ -406,7 +436,7 @@ def test_the_run_is_locked_while_it_lasts(monkeypatch, tmp_path):
     monkeypatch.setattr(loop.TrainProgram, "build", lambda config: f"program of {config}")
     monkeypatch.setattr(loop, "run", lambda *args: seen.append(tuple(map(str, args))) or "the model")
     assert loop.train("config", tmp_path / "a", "profile") == "the model"
-    run = ("config", "program of config", f"{tmp_path}/a", "profile")
+    run = ("config", "program of config", f"{tmp_path}/a", "profile", "None")
     assert seen == [("in", f"{tmp_path}/a"), run, "out"] and (tmp_path / "a").is_dir()
 
 

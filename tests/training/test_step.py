@@ -121,7 +121,7 @@ def test_an_update_that_is_not_finite_is_not_made():
     after, metrics = step(state, batch)
     assert jax.tree.all(jax.tree.map(np.array_equal, after.trainable, state.trainable))
     assert jax.tree.all(jax.tree.map(np.array_equal, after.opt_state, state.opt_state))
-    assert (int(after.step), after.skipped.tolist(), int(metrics["skipped_in_a_row"])) == (1, [1, 1], 1)
+    assert (int(after.step), after.skipped.tolist(), int(metrics["optimizer/skipped_in_a_row"])) == (1, [1, 1], 1)
     healed, _ = step(dataclasses.replace(after, trainable=small.start(program, params).trainable), batch)
     assert healed.skipped.tolist() == [1, 0]
     assert not np.array_equal(healed.trainable["background_embed"], params["background_embed"])
@@ -129,11 +129,11 @@ def test_an_update_that_is_not_finite_is_not_made():
 
 def test_too_many_skipped_updates_name_the_images():
     data = SimpleNamespace(batch=lambda step: SimpleNamespace(example_id=np.array([10 * step, 10 * step + 1])))
-    loop.check_skipped({"skipped_in_a_row": 2.0}, 7, data, limit=2)
+    loop.check_skipped({"optimizer/skipped_in_a_row": 2.0}, 7, data, limit=2)
     with pytest.raises(
         UserError, match=r"the last 3 updates up to step 7 .*max_skipped_updates is 2; .*: 40, 41; 50, 51; 60, 61$"
     ):
-        loop.check_skipped({"skipped_in_a_row": 3.0}, 7, data, limit=2)
+        loop.check_skipped({"optimizer/skipped_in_a_row": 3.0}, 7, data, limit=2)
 
 
 def test_a_micro_batch_is_a_run_of_rows_whatever_holds_it():

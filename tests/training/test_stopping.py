@@ -48,7 +48,7 @@ def plain_step(*_):
 
     def step(state, batch):
         trainable = jax.tree.map(lambda x: x + 1, state.trainable)
-        metrics = {name: jnp.float32(0) for name in ("loss", "learning_rate", "skipped_in_a_row")}
+        metrics = {name: jnp.float32(0) for name in ("loss", "optimizer/learning_rate", "optimizer/skipped_in_a_row")}
         return dataclasses.replace(state, step=state.step + 1, trainable=trainable), metrics
 
     return step

@@ -63,7 +63,7 @@ def finish(*processes: subprocess.Popen) -> str:
 
 def metrics(workdir: Path) -> list[dict]:
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if "per_second" not in k} for row in rows]
+    return [{k: v for k, v in row.items() if not k.startswith(("speed/", "input/", "goodput"))} for row in rows]
 
 
 def pair() -> list[tuple[str, ...]]:

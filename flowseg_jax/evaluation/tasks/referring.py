@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from flowseg_jax.evaluation.examples import GallerySample
 from flowseg_jax.evaluation.resumable import Records
 from flowseg_jax.evaluation.runner import DatasetFactory, EvalResult, EvalSource, predictions
 from flowseg_jax.system import distributed, paths
+from flowseg_jax.system.console import log
 from flowseg_jax.types import PAD
 
 Round = tuple[QueryRound, postprocess.SelectedMasks, postprocess.FullSizeMasks]
@@ -165,7 +166,7 @@ class ReferringResult(EvalResult):
     """The result with a few samples to look at.
 
     Attributes:
-        examples: kind ("good", "random", "failed") -> samples with their masks.
+        examples: kind ("good", "random", "failed", "fixed") -> samples with their masks.
     """
 
     examples: dict[str, list[GallerySample]]
@@ -183,7 +184,9 @@ def evaluate(
     about: Mapping[str, Any] | None = None,
     no_target_threshold: float = 0.0,
     gallery: int = 0,
+    fixed: int = 0,
     save_masks: bool = False,
+    say: Callable[[str], None] = log,
 ) -> ReferringResult:
     """Evaluates a split of expressions and writes its results. Every process calls it alike.
 
@@ -201,8 +204,10 @@ def evaluate(
         no_target_threshold: a selected score below it means "no target" (protocol "grefcoco"); scores lie in [0, 1], so at 0
             this is never so.
         gallery: how many examples of each kind to return.
+        fixed: how many examples to return under "fixed", the same ones whatever the model answers.
         save_masks: add the selected mask and the best candidate's to each line of `<split>.jsonl`, as COCO's compressed
             run-length codes `rle` and `best_rle`.
+        say: receives the lines about the result.
 
     Raises:
         UserError: the split holds no expression, an image is damaged, or `out` cannot be written. What was finished is kept.
@@ -213,9 +218,10 @@ def evaluate(
     settings = about | {"protocol": protocol.name, "save_masks": save_masks}
     task = ReferringTask(evaluator, protocol, shuffle_text, no_target_threshold, save_masks)
     params = evaluator.place(params)
-    found = runner.evaluate(task, params, data, name=name, out=out, about=about, settings=settings)
-    chosen = examples.choose(found.records, gallery)
-    shown = _illustrate(task, params, data, found.places, chosen) if gallery else {}
+    found = runner.evaluate(task, params, data, name=name, out=out, about=about, settings=settings, say=say)
+    chosen = examples.choose(found.records, gallery) if gallery else {}
+    chosen |= {"fixed": examples.spread(len(found.records), fixed)} if fixed else {}
+    shown = _illustrate(task, params, data, found.places, chosen) if chosen else {}
     return ReferringResult(found.result, found.records, found.places, shown)
 
 
