@@ -24,7 +24,7 @@ from flowseg_jax.system.json_files import number
 
 TOKENIZER = "tokenizer"  # folder of a run: the tokenizer of all its checkpoints
 IN_USE = "in_use"  # folder of a run: one file for each reader, STEP.HOST.PROCESS
-HELD_SECONDS = 3600.0  # a reader that was killed leaves its file behind
+HELD_SECONDS = 3600.0  # a reader that was killed leaves its file there
 BEST = ("eval/ciou", "max")  # what makes a checkpoint the best one where there is validation and nothing else is said
 PARTS = ("trainable/", "frozen/")  # of the state: parameters, in `flatten_params` names
 

@@ -127,18 +127,21 @@ def _bar(message: str, total: int, unit: str, done: int, doing: str) -> Iterator
     """A bar below those that are running; lines of `log` scroll above them. It goes when the work is done."""
     global _bars
     from rich import progress as rich  # here: it takes a while, and only terminals need it
+    from rich.console import Console
+    from rich.table import Column
 
     outermost = _bars is None
     if outermost:
+        text = lambda form, **column: rich.TextColumn(form, markup=False, table_column=Column(no_wrap=True, **column))  # noqa: E731
         columns = (
-            rich.TextColumn("{task.description}", markup=False),
-            rich.BarColumn(bar_width=None),
-            rich.TextColumn("{task.completed}/{task.total} {task.fields[unit]}", markup=False),
-            rich.TextColumn("{task.fields[doing]}", markup=False),
-            rich.TimeRemainingColumn(compact=True),
-            rich.TextColumn("left"),
+            text("{task.description}"),
+            rich.BarColumn(12),
+            text("{task.completed}/{task.total} {task.fields[unit]}"),
+            rich.TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),
+            text("left"),
+            text("{task.fields[doing]}", overflow="ellipsis", ratio=1),  # what a narrow screen has no room for
         )
-        _bars = rich.Progress(*columns, transient=True, expand=True, refresh_per_second=4)
+        _bars = rich.Progress(*columns, console=Console(file=sys.stdout), transient=True, expand=True, refresh_per_second=4)
         _bars.start()
     task = _bars.add_task(message, total=total, completed=done, unit=unit, doing=doing)
     try:

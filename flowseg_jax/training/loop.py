@@ -63,9 +63,8 @@ RESUMABLE_KEYS = (
 )
 
 
-Params = Any
-# Scores of parameters, {"eval/ciou": percent}, and pictures of answers, uint8 [H, W, 3]; every process calls it alike.
-Validate = Callable[[Params], tuple[Mapping[str, float], Mapping[str, np.ndarray]]]
+# (parameters) -> scores, {"eval/ciou": percent, ...}, and pictures of answers, uint8 [H, W, 3]. Every process calls it alike.
+Validate = Callable[[Any], tuple[Mapping[str, float], Mapping[str, np.ndarray]]]
 # Makes one: (model, mesh, data sets, split, images, tokenizer, prompts); `evaluation.validation.Validation`.
 OpenValidation = Callable[..., Validate]
 
@@ -132,19 +131,17 @@ def open_train_data(config: ConfigDict, program: TrainProgram) -> TrainDataset:
     return data
 
 
-def open_validation(config: ConfigDict, program: TrainProgram, data: TrainDataset, make: OpenValidation) -> Validate:
-    """What `eval_every` asks: the validation on `eval_data`, or on the training data's own split."""
-    run_config = program.run_config
+def open_validation(
+    config: ConfigDict, program: TrainProgram, data: TrainDataset, make: OpenValidation | None
+) -> Validate | None:
+    """What `eval_every` asks for: the validation on `eval_data`, or on the training data's own split. None where it is 0."""
+    if not config.eval_every:
+        return None
+    if make is None:
+        raise UserError("eval_every is set, and nothing to validate by: train(..., validation=Validation), or set it to 0")
+    run = program.run_config
     datasets = [PreparedDataset.open(config.eval_data)] if config.eval_data else [m.prepared for m in data.members]
-    return make(
-        run_config.model,
-        program.mesh,
-        datasets,
-        config.eval_split,
-        config.eval_images,
-        data.tokenizer,
-        run_config.prompts,
-    )
+    return make(run.model, program.mesh, datasets, config.eval_split, config.eval_images, data.tokenizer, run.prompts)
 
 
 def train(
@@ -185,7 +182,7 @@ def run(
     resolved = json.loads(to_json(config))
     check_trackers(config.trackers)
     data = open_train_data(config, program)
-    validate = open_validation(config, program, data, validation) if config.eval_every else None
+    validate = open_validation(config, program, data, validation)
     best = tuple(config.checkpoint.best) or (BEST if validate else ())
     if ranks_validations(best) and not validate:
         raise UserError(f"checkpoint.best is {best}, and there is no validation: set eval_every")
@@ -257,18 +254,11 @@ def run(
             if step % config.checkpoint_every == 0 or last or stopped or validated:
                 report.flush()  # a checkpoint has all lines up to its step before it
                 writer.flush()
+                extra = model_extra(program.run_config, config, data, step)
+                meta = {"config": resolved, "data_position": step, "data": data.digest, "extra": extra}
+                measured = metrics if validated or not ranks_validations(best) else None
                 with report.waiting_for("checkpoint"):
-                    checkpoints.save(
-                        step,
-                        state_to_tree(state),
-                        {
-                            "config": resolved,
-                            "data_position": step,
-                            "data": data.digest,
-                            "extra": model_extra(program.run_config, config, data, step),
-                        },
-                        metrics if validated or not ranks_validations(best) else None,
-                    )
+                    checkpoints.save(step, state_to_tree(state), meta, measured)
             if stopped:
                 checkpoints.wait()
                 log(f"stopped: the state of step {step} is saved in {workdir}; the same command continues")

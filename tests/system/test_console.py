@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import re
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -44,3 +47,66 @@ def test_heartbeat_ends_with_an_error(capsys):
     time.sleep(0.12)
     assert "done" not in before
     assert capsys.readouterr().out == ""
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def terminal_in(monkeypatch) -> Terminal:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    return sys.stdout
+
+
+def test_a_bar_on_a_terminal_below_the_lines(monkeypatch):
+    terminal = terminal_in(monkeypatch)
+    with console.progress("train", 20, "steps", done=5) as outer:
+        outer.update(10, "loss 3.142  selection 0.41")
+        with console.progress("evaluate val", 64, "samples", doing="compiling") as inner:
+            console.log("a line with [brackets]")
+            inner.update(32, "computing")
+            time.sleep(0.6)  # drawn four times a second
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue())
+    assert re.search(r"train .*10/20 steps .*left +loss 3.142  selection 0.41", shown)
+    assert re.search(r"evaluate val .*32/64 samples .*left +computing", shown)
+    assert "a line with [brackets]\n" in shown
+    assert sys.stdout is terminal  # as it was
+    console.log("afterwards")
+    assert terminal.getvalue().endswith("afterwards\n")
+
+
+def test_elsewhere_a_line_with_the_count_and_the_time_left(capsys):
+    with console.progress("prepare", 40, "images", done=10, every=0.05) as bar:
+        time.sleep(0.08)
+        bar.update(20, "computing")
+        time.sleep(0.12)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("prepare: 10/40 images ... 0 s")
+    assert any(re.fullmatch(r"prepare: 20/40 images, computing, \d s left \.\.\. 0 s", line) for line in lines)
+    assert "\x1b" not in "".join(lines)
+
+
+@pytest.mark.parametrize("term, silent", [("dumb", False), ("xterm", True)])
+def test_no_bar_where_none_can_be_drawn_or_another_process_speaks(monkeypatch, term, silent):
+    terminal = terminal_in(monkeypatch)
+    monkeypatch.setenv("TERM", term)
+    monkeypatch.setattr(console, "_silent", silent)
+    with console.progress("train", 20, "steps") as bar:
+        bar.update(10)
+    assert terminal.getvalue() == ""
+
+
+def test_help_is_quick_and_imports_no_rich():
+    code = (
+        "import sys, time; import flowseg_jax; from flowseg_jax.cli.main import main\n"
+        "for command in ('train', 'eval', 'predict'):\n"
+        "    try: main([command, '--help'])\n"
+        "    except SystemExit: pass\n"
+        "print(sorted({'rich', 'jax', 'wandb', 'mlflow'} & {*sys.modules}), time.process_time())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    names, seconds = done.stdout.splitlines()[-1].rsplit(" ", 1)
+    assert names == "[]" and float(seconds) < 1.5  # 0.5 s each, the interpreter's start included
