@@ -18,7 +18,7 @@ from flax import nnx
 from PIL import Image
 
 from flowseg_jax.checkpoints import pretrained
-from flowseg_jax.checkpoints.find import SHIPPED_MODEL
+from flowseg_jax.checkpoints.find import find_model
 from flowseg_jax.data import collate, images
 from flowseg_jax.data.eval_dataset import PHRASE_BUCKETS, bucket_shape
 from flowseg_jax.data.prompts import PromptTemplates, check_phrase
@@ -356,7 +356,7 @@ def _rounds(texts: Sequence[Any]) -> list[Sequence[Any]]:
 
 
 def load(directory: str | os.PathLike[str] | None = None) -> Segmentor:
-    """The segmentor of a model directory (`checkpoints.pretrained.save_pretrained`); None: of the tiny model that is shipped.
+    """The segmentor of a model directory; None: of the tiny model that is shipped; "RUN@STEP", "RUN@best": of a run's checkpoint.
 
     Of its `extra`, "prompts" holds the fields of `PromptTemplates`, and "no_target_threshold" the score below which the answer
     is "nothing" (`SelectionConfig`), if it has one.
@@ -364,7 +364,7 @@ def load(directory: str | os.PathLike[str] | None = None) -> Segmentor:
     Raises:
         UserError: not a model directory, a damaged one, or one whose tokenizer does not fit the model.
     """
-    directory = SHIPPED_MODEL if directory is None else directory
+    directory = find_model(None if directory is None else os.fspath(directory), None)
     cfg = FlowSegConfig.from_dict(pretrained.read_model_config(directory)["model"], f"{directory}/config.json: model")
     cfg.require_full_model(str(directory))
     graphdef, abstract = flowseg.abstract_model(cfg)
