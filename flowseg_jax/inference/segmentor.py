@@ -356,7 +356,7 @@ def _rounds(texts: Sequence[Any]) -> list[Sequence[Any]]:
 
 
 def load(directory: str | os.PathLike[str] | None = None) -> Segmentor:
-    """The segmentor of a model directory; None: of the tiny model that is shipped; "RUN@STEP", "RUN@best": of a run's checkpoint.
+    """The segmentor of a model directory; None: of the shipped tiny model; "RUN@STEP" or "RUN@best": of a checkpoint of a run.
 
     Of its `extra`, "prompts" holds the fields of `PromptTemplates`, and "no_target_threshold" the score below which the answer
     is "nothing" (`SelectionConfig`), if it has one.
