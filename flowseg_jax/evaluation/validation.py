@@ -90,10 +90,7 @@ class Validation:
 
 def strip(sample: GallerySample) -> np.ndarray:
     """The image, the true mask, the selected mask and the best candidate side by side, uint8 [H, W, 3]."""
-    drawn = (
-        (None, pictures.TRUTH),
-        (sample.truth, pictures.TRUTH),
-        (sample.selected, pictures.SELECTED),
-        (sample.best, pictures.BEST),
-    )
-    return np.concatenate([np.asarray(pictures.panel(sample.image, mask, color)) for mask, color in drawn], axis=1)
+    masks = (None, sample.truth, sample.selected, sample.best)
+    colors = (pictures.TRUTH, pictures.TRUTH, pictures.SELECTED, pictures.BEST)
+    panels = [pictures.panel(sample.image, mask, color) for mask, color in zip(masks, colors, strict=True)]
+    return np.concatenate([np.asarray(panel) for panel in panels], axis=1)
