@@ -170,7 +170,7 @@ def trained(finished):
 
 
 def test_the_trained_model_can_be_evaluated(prepared, trained, tmp_path):
-    result = ReferringEvaluation(trained, prepared, 2).run("val", tmp_path, pictures=False).result
+    result = ReferringEvaluation(trained, prepared).run("val", tmp_path, pictures=False).result
     assert result["n"] == prepared.splits["val"]["samples"]
     assert result["checkpoint"]["step"] == 6
     assert json.loads((tmp_path / "val.json").read_text()) == result
@@ -183,15 +183,27 @@ def test_a_validation_has_the_numbers_of_an_evaluation_of_that_checkpoint(config
     model = dataclasses.replace(trained, params=trained.evaluator.place(loaded.params))
     expected = ReferringEvaluation(model, prepared).evaluate("val", None).result
     monkeypatch.setattr(validation, "make_evaluator", lambda cfg, mesh: trained.evaluator)  # compiled already
-    validate = loop.open_validation(
-        config, program.TrainProgram.build(config), loop.open_train_data(config, program.TrainProgram.build(config)), Validation
-    )
+    config, built = watched(config), program.TrainProgram.build(config)
+    config.eval_images = 0
+    data = loop.open_train_data(config, built)
+    validate = loop.open_validation(config, built, data, Validation)
     scores, pictures = validate(model.params)
     assert scores == {f"eval/{name}": expected[name] for name in validation.SCORES}
     assert scores["eval/ciou"] != ReferringEvaluation(trained, prepared).evaluate("val", None).result["ciou"]
     assert 0 < len(pictures) <= validation.PICTURES and all(x.dtype == np.uint8 and x.ndim == 3 for x in pictures.values())
     again = validate(trained.params)[1]
     assert list(again) == list(pictures)  # the same samples, whatever the model answers
+    for key, value, make, message in (
+        ("eval_split", "vall", Validation, "eval_split: no expressions in a split 'vall' of .*prepared: name another split"),
+        ("eval_data", "nowhere", Validation, "nowhere: not a prepared data set"),
+        ("eval_split", "val", None, "eval_every is set, and nothing to validate by"),
+    ):
+        changed = configs.from_json(configs.to_json(config))
+        changed[key] = value
+        with pytest.raises(UserError, match=message):
+            loop.open_validation(changed, built, data, make)
+    with pytest.raises(UserError, match="eval_every: a model of the components 'segmentor' answers no expressions"):
+        Validation(small.config(components="segmentor"), built.mesh, [prepared], "val", 0, None, data.tokenizer)
 
 
 def test_checkpoints_of_a_run_are_models(finished, tmp_path, capsys):
@@ -240,10 +252,6 @@ def test_a_damaged_checkpoint_and_one_of_an_earlier_version_are_said(finished, t
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("eval_split", "vall", "eval_split: no expressions in a split 'vall' of .*prepared: name another split"),
-        ("eval_data", "nowhere", "nowhere: not a prepared data set"),
-        ("checkpoint.best", ("eval/giou", "max"), "checkpoint.best is .*, and there is no validation: set eval_every"),
-        ("trackers", ("wandbb",), r"trackers: unknown tracker 'wandbb' \(did you mean 'wandb'"),
         ("batch_size", 3, "no multiple of model.negatives_group_size 2"),
         ("optimizer.grad_accum_steps", 4, "batch_size 2 cannot be split over 1 device.* make it a multiple of 4"),
         ("optimizer.frozen_dtype", "half", "frozen_dtype is 'half': choose float32 or bfloat16"),
@@ -260,9 +268,9 @@ def test_values_that_do_not_fit_are_refused(config, tmp_path, key, value, messag
     changed = configs.from_json(configs.to_json(config))
     if "group" in message and key == "batch_size":
         changed.model.negatives_group_size = 2
-    changed.update_from_flattened_dict({key: value} | ({"eval_every": 2} if key in ("eval_split", "eval_data") else {}))
+    changed.update_from_flattened_dict({key: value})
     with pytest.raises(UserError, match=message):
-        loop.train(changed, tmp_path, validation=Validation)
+        loop.train(changed, tmp_path)
     assert not (tmp_path / "checkpoints").exists() or not any((tmp_path / "checkpoints").iterdir())
 
 

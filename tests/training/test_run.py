@@ -305,6 +305,21 @@ def test_another_run_is_refused_and_its_config_stays(monkeypatch, tmp_path, chan
     assert (tmp_path / "config.json").read_text() == "as it was" and not run.of("writer", "step", "model")
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("trackers", ("wandbb",), r"trackers: unknown tracker 'wandbb' \(did you mean 'wandb'"),
+        ("checkpoint.best", ("eval/giou", "max"), "checkpoint.best is .*, and there is no validation: set eval_every"),
+    ],
+)
+def test_what_cannot_be_watched_is_refused_before_anything_is_made(monkeypatch, tmp_path, key, value, message):
+    run, config = Run(monkeypatch), config_of()
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(UserError, match=message):
+        run(config, tmp_path)
+    assert run.events == []
+
+
 def test_what_may_change_does_and_an_older_checkpoint_without_a_digest_goes_on(monkeypatch, tmp_path):
     config = config_of(num_steps=6, log_every=1, checkpoint_every=1, init_from=("x",))
     config.checkpoint.keep = 1
