@@ -202,8 +202,8 @@ def test_a_validation_has_the_numbers_of_an_evaluation_of_that_checkpoint(config
         changed[key] = value
         with pytest.raises(UserError, match=message):
             loop.open_validation(changed, built, data, make)
-    with pytest.raises(UserError, match="eval_every: a model of the components 'segmentor' answers no expressions"):
-        Validation(small.config(components="segmentor"), built.mesh, [prepared], "val", 0, None, data.tokenizer)
+    with pytest.raises(UserError, match="eval_every: a model of the components 'vlm' answers no expressions"):
+        Validation(small.config(components="vlm"), built.mesh, [prepared], "val", 0, None, data.tokenizer)
 
 
 def test_checkpoints_of_a_run_are_models(finished, tmp_path, capsys):
