@@ -135,7 +135,8 @@ def preview(
 
 
 def _about(layout: DatasetReader, seed: int) -> str:
-    categories = f", {len(layout.categories)} categories" if layout.categories else ""
+    count = len(layout.categories)
+    categories = f", {count} {'category' if count == 1 else 'categories'}" if count else ""
     colors = "Beside each image its targets, outlined; grey stripes: ignored."
     return f"Task {layout.task}{categories}. Drawn at random (seed {seed}). {colors}"
 

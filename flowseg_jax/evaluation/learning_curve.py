@@ -67,6 +67,7 @@ def draw(file: Path) -> list[tuple[str, Html]]:
         about = "How often the right query is selected in training"
         about += ", and the validation scores while it trained, percent." if scores else ", percent."
         pictures.append((about, plots.lines(percent, x="step", y="percent", x_range=span, y_range=(0, 100), dots=False)))
-    if loss := {name: thinned(found[name]) for name in ("loss", "loss/total") if name in found}:
+    if "loss" in found:
+        loss = {"loss": thinned(found["loss"])}
         pictures.append(("The loss that training lowers.", plots.lines(loss, x="step", y="loss", x_range=span, dots=False)))
     return pictures

@@ -141,7 +141,7 @@ def test_a_page_that_is_a_single_file(tmp_path):
 
 def test_the_learning_curve(tmp_path):
     file = tmp_path / "metrics.jsonl"
-    rows = [{"step": i, "loss": 9.0 / i, "referring_selection_accuracy": 0.5, "<b>ciou": float("nan")} for i in range(1, 1000)]
+    rows = [{"step": i, "loss": 9.0 / i, "accuracy/referring_selection": 0.5, "<b>ciou": float("nan")} for i in range(1, 1000)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 1000, "lo')  # killed while it wrote
     found = learning_curve.read(file)
     assert len(found["loss"]) == 999 and found["<b>ciou"][0] == (1, None)
@@ -149,7 +149,7 @@ def test_the_learning_curve(tmp_path):
     text = report.write(
         tmp_path / "report.html", [report.ReportRow("m", {"val": result(1.0)})], title="t", run=tmp_path
     ).read_text()
-    assert text.count("<svg") == 2 and "selection_accuracy" in text and "<b>ciou" not in text
+    assert text.count("<svg") == 2 and "accuracy/referring_selection" in text and "<b>ciou" not in text
     for line in ("[]", "{}", '{"step": true}', '{"step": -1}', '{"step": 1e400}', "x", "[" * 10**5):
         file.write_text(f"{line}\n")
         with pytest.raises(UserError, match=r"metrics\.jsonl:1: no line of metrics"):
