@@ -19,17 +19,18 @@ DEMO_PARTS = {  # part -> minutes on two cores that do nothing else, with the de
     "evaluates the model that comes with the repository": 2,
     "evaluates a model that has learned nothing, to compare with": 1,
     "trains a model from nothing, {steps:,} steps": 12,
-    "evaluates it and explains the numbers": 2,
+    "evaluates it and explains the numbers": 3,
 }
 
 
 def demo_plan(out: Path, steps: int) -> str:
     """What the demo says before it begins."""
     parts = [(text.format(steps=steps), minutes) for text, minutes in DEMO_PARTS.items()]
+    whole = sum(DEMO_PARTS.values())
     lines = [f"  {i}. {text:62} {minutes:2} min" for i, (text, minutes) in enumerate(parts, 1)]
     return "\n".join(
         [
-            f"The demo shows the whole path on synthetic scenes, in about {sum(DEMO_PARTS.values())} minutes on two CPU cores:\n",
+            f"The demo shows the whole path on synthetic scenes, in about {whole} minutes on two CPU cores:\n",
             *lines,
             f"\nEverything lands in {out}. Ctrl-C stops it; the same command goes on where it stopped.",
         ]
