@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -41,7 +39,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--fsdp", type=positive, default=1, metavar="N", help="N devices share one copy of the parameters")
     add_process_flags(parser)
     arguments = parser.parse_args(argv)
-    arguments.command = shlex.join(["flowseg", "eval", *(sys.argv[1:] if argv is None else argv)])
     from flowseg_jax.system import host
 
     host.use_host_devices(arguments.batch_size)
@@ -101,8 +98,9 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         log("\n" + summary.table(splits))
         log(f"results: {out}")
         if distributed.is_primary():
-            about = [f"Model: {directory}. Made by: {arguments.command}"]
-            if written := summary.write_report(out / "report.html", model_name(directory), splits, about):
+            run = Path(arguments.workdir) if arguments.workdir and not paths.is_remote(arguments.workdir) else None
+            about = [f"Model: {directory}."]
+            if written := summary.write_report(out / "report.html", model_name(directory), splits, about, run):
                 log(f"open {written}")
     return 0
 

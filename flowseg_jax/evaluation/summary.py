@@ -68,7 +68,9 @@ def _row(data: str, split: str, protocol: str, n: int, figures: Mapping[str, Any
     }
 
 
-def write_report(path: Path, model: str, splits: Sequence[EvaluatedSplit], about: Sequence[str]) -> Path | None:
+def write_report(
+    path: Path, model: str, splits: Sequence[EvaluatedSplit], about: Sequence[str], run: Path | None = None
+) -> Path | None:
     """Writes `report.html` of the splits of expressions among those evaluated; None where there are none.
 
     Args:
@@ -76,6 +78,7 @@ def write_report(path: Path, model: str, splits: Sequence[EvaluatedSplit], about
         model: what the reader calls the model.
         splits: what was evaluated.
         about: sentences under the heading.
+        run: the work directory of the training run, whose learning curve is shown.
     """
     rows: dict[str, report.ReportRow] = {}
     several = len({one.data for one in splits}) > 1
@@ -84,8 +87,9 @@ def write_report(path: Path, model: str, splits: Sequence[EvaluatedSplit], about
             continue
         shuffled = bool(one.result["shuffled_text"])
         label = model + f" on {one.data}" * several + ", shuffled text" * shuffled
-        row = rows.setdefault(label, report.ReportRow(label, {}, {}))
+        row = rows.setdefault(label, report.ReportRow(label, {}))
         pictures = one.folder / "pictures" / (f"{one.split}_shuffled" if shuffled else one.split)
         known = {one.split: pictures} if (pictures / PICTURES).is_file() else {}
-        rows[label] = report.ReportRow(label, {**row.results, one.split: one.result}, {**row.pictures, **known})
-    return report.write(path, list(rows.values()), title=f"{model}: evaluation", about=about) if rows else None
+        results, pictures = {**row.results, one.split: one.result}, {**row.pictures, **known}
+        rows[label] = report.ReportRow(label, results, pictures, folder=one.folder, shuffled=shuffled)
+    return report.write(path, list(rows.values()), title=f"{model}: evaluation", about=about, run=run) if rows else None

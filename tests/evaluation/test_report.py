@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from flowseg_jax.errors import UserError
-from flowseg_jax.evaluation import learning_curve, report
+from flowseg_jax.evaluation import learning_curve, report, summary
 from flowseg_jax.evaluation.examples import GallerySample
 from flowseg_jax.evaluation.verdict import verdict
 from flowseg_jax.reports import overlay, pictures
@@ -241,3 +241,18 @@ def test_unwritable_places_are_named(tmp_path):
         report.save_pictures(tmp_path / "file", "val", {"good": [example(0.9)]})
     with pytest.raises(UserError, match="cannot write"):
         report.write(tmp_path / "file" / "report.html", [], title="x")
+
+
+def test_the_report_that_an_evaluation_writes(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n')
+    both = [
+        summary.EvaluatedSplit("data/a", "val", result(ciou, shuffled), tmp_path) for ciou, shuffled in ((61.2, 0), (9.0, 1))
+    ]
+    path = summary.write_report(tmp_path / "report.html", "mine", both, ["Model: m."], run=tmp_path)
+    text = path.read_text()
+    assert "mine: cIoU 61.2" in text and "Asked the sentences of other images, cIoU is 9.0" in text
+    assert "Learning curve" in text and f"flowseg analyze oracle {tmp_path / 'val.jsonl'}" in text
+    assert (
+        summary.write_report(tmp_path / "none.html", "m", [summary.EvaluatedSplit("d", "val", {"pq": 1.0}, tmp_path)], [])
+        is None
+    )
