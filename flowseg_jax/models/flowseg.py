@@ -18,6 +18,7 @@ without it nothing is computed for them.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -359,4 +360,10 @@ def init_model(cfg: FlowSegConfig, seed: int = 0) -> tuple[nnx.GraphDef, dict[st
 
 def abstract_model(cfg: FlowSegConfig) -> tuple[nnx.GraphDef, nnx.State]:
     """The network's description and abstract parameters with their logical axes; nothing is allocated."""
-    return nnx.split(nnx.eval_shape(lambda: FlowSeg(cfg, rngs=nnx.Rngs(0))))
+    return nnx.split(nnx.clone(_abstract_network(cfg)))
+
+
+@functools.lru_cache(maxsize=16)
+def _abstract_network(cfg: FlowSegConfig) -> FlowSeg:
+    """Traced once: a run asks for it several times, and tracing takes seconds. Who asks is given a copy."""
+    return nnx.eval_shape(lambda: FlowSeg(cfg, rngs=nnx.Rngs(0)))

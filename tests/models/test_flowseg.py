@@ -148,13 +148,13 @@ def test_residual_with_zero_outputs_starts_as_plain_xsam():
     flow = small.config(semantic_flow=SemanticFlowConfig(norm="residual"))
     plain = small.config(semantic_flow=OFF)
     graphdef, params = flowseg.init_model(flow, 3)
-    plain_graphdef, plain_params = flowseg.init_model(plain, 4)
+    plain_graphdef, described = flowseg.abstract_model(plain)
     kept = {
         name: value
         for name, value in flatten_params(params).items()
         if "/semantic_refinement/" not in name and "/condition_refinement/" not in name
     }
-    assert kept.keys() == flatten_params(plain_params).keys()
+    assert kept.keys() == flatten_params(flowseg.params_dict(described)).keys()
     batch = small.batch(flow)
     forward = lambda graph: jax.jit(lambda p: flowseg.bind_params(graph, p)(batch).decoder_output)  # noqa: E731
     a, b = forward(graphdef)(params), forward(plain_graphdef)(unflatten_params(kept))
