@@ -174,6 +174,7 @@ def test_what_no_array_can_be_is_one_line_even_if_its_checksum_is_right(tmp_path
 def test_a_run_is_no_model(tmp_path):
     (tmp_path / "run/checkpoints/40").mkdir(parents=True)
     (tmp_path / "run/config.json").write_text('{"seed": 0}')
-    for place in ("run", "run/checkpoints", "run/checkpoints/40"):
-        with pytest.raises(UserError, match=r"not a model: name the run by --workdir=.*/run$"):
+    part = "holds what a run continues from"
+    for place, what in (("run", "is a run"), ("run/checkpoints", part), ("run/checkpoints/40", part)):
+        with pytest.raises(UserError, match=rf"{place} {what}, not a model: name the run by --workdir=.*/run$"):
             pretrained.read_model_config(tmp_path / place)

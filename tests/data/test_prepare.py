@@ -1,9 +1,12 @@
 """Preparation: what is stored comes back, atomically, without TensorFlow."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -250,3 +253,34 @@ def test_a_finished_directory_holds_these_files_and_no_others(layout, tmp_path):
     found = sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
     assert found == LISTING
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_as_many_processes_as_cores_and_memory_allow(tmp_path, monkeypatch):
+    (tmp_path / "annotations").write_bytes(bytes(3 << 20))
+    layout = SimpleNamespace(annotation_files=[tmp_path / "annotations", str(tmp_path / "annotations")])
+    each, page = 10 * (6 << 20) + (1 << 29), 4096
+    free = {"SC_PAGE_SIZE": page}
+    monkeypatch.setattr(os, "sysconf", free.__getitem__)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    for pages, wanted in ((3 * each // page, 3), (3 * each // page - 1, 2), (90 * each // page, 8), (1, 1), (0, 1)):
+        free["SC_AVPHYS_PAGES"] = pages
+        assert prepare._default_processes(layout) == wanted
+    free["SC_AVPHYS_PAGES"] = 90 * each // page
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert prepare._default_processes(layout) == 1
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.delattr(os, "sysconf")
+    assert prepare._default_processes(layout) == 1
+
+
+def test_a_worker_leaves_ctrl_c_to_its_parent_and_opens_the_layout(layout, monkeypatch):
+    signals, opened = [], []
+    monkeypatch.setattr(prepare.workers, "init_worker", lambda *numbers: signals.extend(numbers))
+    monkeypatch.setattr(prepare, "open_layout", lambda *given, **options: opened.append((given, options)) or opened)
+    monkeypatch.setattr(prepare, "_layout", None)
+    for keep in (False, True):
+        prepare._open_in_worker("refcoco", layout, {"split_by": "unc"}, keep)
+        (name, source, problems), options = opened[-1]
+        assert (name, source, problems.keep, options) == ("refcoco", layout, keep, {"split_by": "unc"})
+        assert prepare._layout is opened
+    assert signals == [signal.SIGINT] * 2

@@ -279,6 +279,21 @@ def test_a_crowd_is_not_named_as_absent(train, sets):
         assert not absent & {names[c] for c in crowds[int(batch.example_id[b])]}
 
 
+def test_absent_names_are_none_up_to_as_many_as_there_is_room_for(train, sets):
+    """As many as the names that are left and the room for them: both ends happen, and nothing is named twice."""
+    rooms, counts = set(), set()
+    for batch, b in rows(train("coco-panoptic", negatives=True), 40):
+        spans = [
+            tuple(batch.input_ids[b][batch.phrase_ids[b] == SHAPE.max_phrases + k]) for k in range(batch.name_valid[b].sum())
+        ]
+        present = len({int(c) for c in batch.object_name[b][batch.mask_valid[b]]} - {PAD})
+        room = min(SHAPE.max_names, len(sets["coco-panoptic"].categories)) - present
+        assert len(set(spans)) == len(spans) and present <= len(spans) <= present + room
+        rooms.add(room)
+        counts.add((len(spans) - present) / room if room else 0.0)
+    assert max(rooms) > 1 and {0.0, 1.0} <= counts
+
+
 def test_tasks_share_a_batch(train, sets):
     names = ("refcoco", "reasonseg", "coco-panoptic", "llava")
     data = train(*names, shape=dataclasses.replace(SHAPE, batch=8), negatives=True)

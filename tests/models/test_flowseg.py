@@ -29,10 +29,8 @@ OFF = SemanticFlowConfig(mode="off")
 @pytest.fixture(scope="module")
 def model():
     cfg = small.config()
-    graphdef, params = flowseg.init_model(cfg, 1)
-    # Refinement starts at zero and would hide what it reads: give every zero kernel something to do.
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda w: w if np.any(w) else jnp.asarray(0.3 * rng.normal(size=w.shape), w.dtype), params)
+    graphdef, _ = flowseg.abstract_model(cfg)
+    params = jax.tree.map(jnp.asarray, small.params(cfg, 1))
     return cfg, graphdef, params
 
 
@@ -52,17 +50,22 @@ def run(model):
     return forward
 
 
+@pytest.fixture(scope="module")
+def batch(model):
+    """One shape for all tests: each would compile the whole model."""
+    return small.batch(model[0], phrases=3)
+
+
 def close(a, b, tolerance=2e-6):
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     assert np.abs(a - b).max() <= tolerance * max(np.abs(a).max(), 1e-6)
 
 
-def test_padding_changes_nothing(model, run):
+def test_padding_changes_nothing(model, run, batch):
     """More text, phrases, masks and images than there are: every real example keeps its numbers."""
     cfg, *_ = model
-    batch = small.batch(cfg)
     k, images = batch.phrase_target.shape[1], len(batch.input_ids)
-    none = small.batch(cfg, seed=9)
+    none = small.batch(cfg, phrases=3, seed=9)
     empty = {
         name: np.full_like(getattr(none, name), fill)
         for name, fill in (
@@ -101,10 +104,9 @@ def queries_of(batch, prefix, phrases, text=0):
     return ExpressionQueries(**fields, query_valid=np.broadcast_to(np.isin(np.arange(k), phrases), (len(batch.input_ids), k)))
 
 
-def test_predictions_from_an_image_cache_are_those_of_one_pass(model, run):
+def test_predictions_from_an_image_cache_are_those_of_one_pass(model, run, batch):
     """One pass over everything, and a cached image with all phrases at once or with some of them: the same numbers."""
     cfg, graphdef, params = model
-    batch = small.batch(cfg, phrases=3)
     prefix = 1 + cfg.num_visual_tokens
     batch = dataclasses.replace(
         batch, input_ids=np.concatenate([batch.input_ids[:1, :1].repeat(2, 0), batch.input_ids[:, 1:]], 1)
@@ -124,9 +126,7 @@ def test_predictions_from_an_image_cache_are_those_of_one_pass(model, run):
     assert np.abs(np.asarray(found.scores - whole.scores)[:, 1]).max() > 1e-4  # a phrase that is not queried has no answer
 
 
-def test_phrases_of_an_image_do_not_see_each_other(model, run):
-    cfg, *_ = model
-    batch = small.batch(cfg)
+def test_phrases_of_an_image_do_not_see_each_other(run, batch):
     found = run(batch)[2]
     tokens = np.where((batch.segment_ids == 1) & (batch.phrase_ids == 0), 5, batch.input_ids)
     other = run(dataclasses.replace(batch, input_ids=tokens))[2]
@@ -162,10 +162,8 @@ def test_residual_with_zero_outputs_starts_as_plain_xsam():
     close(b.mask_embeds, a.mask_embeds, 1e-6)
 
 
-def test_the_semantic_flow_reads_its_own_phrase_only(model, run):
+def test_the_semantic_flow_reads_its_own_phrase_only(run, batch):
     """SR attends to the pass's own rows: another image's phrase is a negative of the classification and nothing else."""
-    cfg, *_ = model
-    batch = small.batch(cfg)
     a = run(batch)[1]
     tokens = batch.input_ids.copy()
     tokens[1] = np.where(batch.phrase_ids[1] == 0, 5, tokens[1])

@@ -1,0 +1,67 @@
+"""Lines of a prepared set's index: what they may hold, at the smallest and largest values."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+
+from flowseg_jax.data import dataset
+from flowseg_jax.types import PAD
+
+LINE = {
+    "image_id": 5,
+    "file_name": "a.jpg",
+    "image_digest": "d1",
+    "size": [3, 4],
+    "categories": [1, PAD],
+    "samples": [[11, 12, 13, "red", "color", [0, 1], 2, "an answer"]],
+    "refs": [],
+}
+LARGEST = (1 << 62) - 1
+NUMBERS = [("image_id",), ("size", 0), ("size", 1), *(("samples", 0, place) for place in (0, 1, 2, 6))]
+
+
+def entry(path=(), value=None):
+    line = copy.deepcopy(LINE)
+    node = line
+    for key in path[:-1]:
+        node = node[key]
+    if path:
+        node[path[-1]] = value
+    return dataset._entry(json.dumps(line).encode(), 2, "jsonl")
+
+
+def test_a_line_is_read_back_field_by_field():
+    found = entry()
+    assert (found.image_id, found.file_name, found.height, found.width, found.image_digest) == (5, "a.jpg", 3, 4, "d1")
+    (sample,) = found.samples
+    assert (sample.ann_id, sample.ref_id, sample.sentence_id, sample.sentence, sample.family) == (11, 12, 13, "red", "color")
+    assert (sample.annotations, sample.count, sample.answer, sample.image_id) == ((0, 1), 2, "an answer", 5)
+    assert found.refs == () and tuple(found.categories) == (1, PAD)
+
+
+@pytest.mark.parametrize("path", NUMBERS, ids=str)
+def test_numbers_are_whole_and_bounded(path):
+    for fits in (LARGEST, -LARGEST):
+        entry(path, fits)
+    for wrong in (LARGEST + 1, -LARGEST - 1, 1.0, True, "1", None):
+        with pytest.raises((ValueError, TypeError)):
+            entry(path, wrong)
+
+
+@pytest.mark.parametrize(
+    ("path", "wrong"),
+    [
+        *((("categories", 0), value) for value in (2, PAD - 1, True, 0.0)),
+        *((("samples", 0, 5), value) for value in ([2], [-1], [0.0], [True], 0)),
+        *((path, 3) for path in (("file_name",), ("image_digest",), *(("samples", 0, place) for place in (3, 4, 7)))),
+        (("size",), [3]),
+        (("samples", 0), LINE["samples"][0][:-1]),
+    ],
+    ids=str,
+)
+def test_what_no_index_holds_is_refused(path, wrong):
+    with pytest.raises((ValueError, TypeError)):
+        entry(path, wrong)
