@@ -108,3 +108,49 @@ def test_what_was_changed_since_it_was_saved_is_not_upgraded(old, tmp_path):
     (copy / "config.json").write_text(json.dumps(config | {"extra": {"step": 1}}))
     with pytest.raises(UserError, match="has changed since it was saved"):
         upgrade.upgrade(copy, tmp_path / "new")
+
+
+@pytest.mark.parametrize(
+    ("family", "old_name", "new_name", "old_config", "new_config"),
+    [
+        ("phi3", "layers/q/kernel", "layers/self_attn/q_proj/kernel", {"kv_heads": 2}, {"num_key_value_heads": 2}),
+        ("qwen3", "head", "lm_head", {"tie_embeddings": True}, {"tie_word_embeddings": True}),
+        ("llama", "table", "embed_tokens", {"vocab": 7}, {"vocab_size": 7}),
+        ("siglip2", "position", "position_embedding", {"mlp": 4}, {"intermediate_size": 4}),
+        ("mask2former", "decoder/norm/bias", "mask_decoder/layernorm/bias", {"classes": 3}, {"num_classes": 3}),
+    ],
+)
+def test_each_family_has_its_names(tmp_path, family, old_name, new_name, old_config, new_config):
+    top = {"format": "flowseg_jax model", "format_version": 2, "model": {}, "extra": {"step": 5}, "revision": "r"}
+    top |= {"tower": {"family": family, "config": old_config}, "versions": {"jax": "0"}}
+    (tmp_path / "old").mkdir()
+    old = write_old(tmp_path / "old", top, {old_name: np.arange(3, dtype=np.float32)})
+    new = pretrained.load_pretrained(upgrade.upgrade(old, tmp_path / "new"), dtype=None, allow_component=True)
+    assert new.component == {"family": family, "config": new_config}
+    assert {name: x.tolist() for name, x in flatten_params(new.params).items()} == {new_name: [0.0, 1.0, 2.0]}
+    assert new.extra == {"step": 5, "upgraded_from": {"format_version": 2, "versions": {"jax": "0"}, "revision": "r"}}
+    with pytest.raises(UserError, match="new exists: remove it or choose another name"):
+        upgrade.upgrade(old, tmp_path / "new")
+
+
+def test_a_segmentor_needs_no_tokenizer_and_its_prompts_are_renamed(tmp_path):
+    top = {
+        "format": "flowseg_jax model",
+        "format_version": 2,
+        "extra": {"prompts": {"chat": "phi3_chat", "vary": True}, "step": 5},
+    }
+    top |= {"model": {"parts": "segmentor", "decoder": {"queries": 3}}}
+    (tmp_path / "old").mkdir()
+    old = write_old(tmp_path / "old", top, {"sam/window_layers/norm1/scale": np.ones(2, np.float32)})
+    (old / "tokenizer" / "tokenizer.json").unlink()
+    (old / "tokenizer").rmdir()
+    config = {key: value for key, value in json.loads((old / "config.json").read_text()).items() if key != "json_checksum"}
+    config["tokenizer_checksums"] = {}
+    (old / "config.json").write_text(json.dumps(config | {"json_checksum": json_files.checksum(config)}))
+    new = pretrained.load_pretrained(upgrade.upgrade(old, tmp_path / "new"), dtype=None)
+    assert new.model_config == {"components": "segmentor", "mask_decoder": {"num_queries": 3}}
+    assert new.extra["prompts"] == {"chat_template": "phi3_chat", "randomize": True}
+    assert new.extra["step"] == 5 and new.component is None
+    assert list(flatten_params(new.params)) == ["sam/window_layers/layer_norm1/scale"]
+    with pytest.raises(UserError, match="no model directory .*gone"):
+        upgrade.upgrade(tmp_path / "gone", tmp_path / "other")
