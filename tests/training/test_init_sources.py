@@ -25,15 +25,22 @@ def stored(monkeypatch):
 
     def read_model_config(path, *, allow_component):
         assert allow_component
+        path = path.removeprefix("models/")
         component = {"component": {"family": families[path], "config": {}}} if path in families else {}
         return {"manifest": {name: [list(shape), "float16"] for name, shape in shapes[path].items()}, **component}
 
     def load_pretrained(directory, abstract, *, allow_component):
         assert allow_component
-        loaded[str(directory)] = manifest(abstract)
-        place = 1 + list(shapes).index(str(directory))
+        name = str(directory).removeprefix("models/")
+        loaded[name] = manifest(abstract)
+        place = 1 + list(shapes).index(name)
         return SimpleNamespace(params=jax.tree.map(lambda x: jnp.full(x.shape, place, x.dtype, device=x.sharding), abstract))
 
+    def find_model(checkpoint, workdir):
+        assert workdir is None
+        return f"models/{checkpoint}"
+
+    monkeypatch.setattr(initialization, "find_model", find_model)
     monkeypatch.setattr(initialization, "read_model_config", read_model_config)
     monkeypatch.setattr(initialization, "load_pretrained", load_pretrained)
     return SimpleNamespace(shapes=shapes, families=families, loaded=loaded)
@@ -47,7 +54,7 @@ def test_a_whole_model_brings_everything_and_parts_that_may_be_missing_are_left(
     }
     stored.shapes["whole"] = SHAPES | optional
     source = InitSource.open("whole", SHAPES)
-    assert (source.text, str(source.directory), source.unused) == ("whole", "whole", tuple(optional))
+    assert (source.text, str(source.directory), source.unused) == ("whole", "models/whole", tuple(optional))
     assert source.places == {name: name for name in SHAPES}
     assert source.stored["sam/b"] == [[3, 1], "float16"]
 
@@ -63,7 +70,7 @@ def test_a_component_takes_its_place(stored, family, prefix):
     if prefix:
         assert InitSource.open(f"{prefix[:-1]}=part", shapes).places == {f"{prefix}w/x": "w/x"}
         with pytest.raises(
-            UserError, match=f"init_from 'other=part': part is a {family} component and belongs to {prefix[:-1]}"
+            UserError, match=f"init_from 'other=part': models/part is a {family} component and belongs to {prefix[:-1]}"
         ):
             InitSource.open("other=part", shapes)
 
@@ -80,8 +87,8 @@ def test_one_part_of_a_model_and_folders_with_an_equals_sign(stored):
     ("entry", "there", "message"),
     [
         ("samm=d", SHAPES, r"init_from 'samm=d': the model has no part 'samm' \(did you mean 'sam'\?\)$"),
-        ("sam=d", {"llm/c": (3,)}, "init_from 'sam=d': d holds no sam$"),
-        ("d", {}, "init_from 'd': d holds no parameters$"),
+        ("sam=d", {"llm/c": (3,)}, "init_from 'sam=d': models/d holds no sam$"),
+        ("d", {}, "init_from 'd': models/d holds no parameters$"),
         ("d", {"mask_decoder/layers/fc1": (2,)}, r"does not fit the model: no place for mask_decoder/layers/fc1 \(2,\)$"),
         ("d", {"sam/a": (2, 1)}, r"does not fit the model: sam/a is \(2, 1\), the model's is \(2,\)$"),
         ("d", {f"x/{i}": (1,) for i in range(25)}, r"no place for x/9 \(1,\).* and 15 more$"),
