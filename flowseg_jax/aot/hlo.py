@@ -23,9 +23,10 @@ KINDS = (
 
 _COMPUTATION = re.compile(r"(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{$")
 _ASSIGNMENT = re.compile(r"\s+(?:ROOT )?%?(?P<name>[\w.\-]+) = ")
-_ARRAY = re.compile(r"\b(?P<dtype>[a-z][a-z0-9]*)\[(?P<sizes>[\d,]*)\]")
+ARRAY = re.compile(r"\b(?P<dtype>[a-z][a-z0-9]*)\[(?P<sizes>[\d,]*)\](?P<layout>\{[^}]*\})?")
 _BITS = re.compile(r"\d+")
 _NAME = re.compile(r"%([\w.\-]+)")
+_KERNEL_METADATA = re.compile(r"kernel_metadata=\{[^{}]*\}")  # the only attribute that is printed on several lines
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +129,7 @@ def _closing(line: str, start: int) -> int:
 def array_bytes(type_text: str) -> int:
     """Bytes of all arrays of a type, without the padding of its layout."""
     total = 0
-    for match in _ARRAY.finditer(type_text):
+    for match in ARRAY.finditer(type_text):
         bits = _BITS.search(match["dtype"])
         width = int(bits[0]) if bits else 8  # "pred"
         total += math.ceil(math.prod(int(size) for size in match["sizes"].split(",") if size) * width / 8)
@@ -148,7 +149,7 @@ class Module:
         """Raises ValueError for text without an entry computation."""
         self._lines: dict[str, list[str]] = {}
         entry, current = None, None
-        for line in text.splitlines():
+        for line in _KERNEL_METADATA.sub(lambda match: match[0].replace("\n", ""), text).splitlines():
             if current is None and (header := _COMPUTATION.match(line)):
                 current = self._lines[header["name"]] = []
                 entry = header["name"] if header["entry"] else entry

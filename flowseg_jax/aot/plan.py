@@ -18,18 +18,20 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from flowseg_jax.aot import hlo
+from flowseg_jax.aot.pricing import PricedStep, price
 from flowseg_jax.aot.topology import Topology, open_topology
 from flowseg_jax.aot.tpu_cost import CostEstimate, cycles
 from flowseg_jax.checkpoints.manifest import flatten_params
 from flowseg_jax.errors import UserError
 from flowseg_jax.system.console import heartbeat
-from flowseg_jax.system.hardware import GIB, peak_flops
+from flowseg_jax.system.hardware import DEVICE_SPECS, GIB, peak_flops
 from flowseg_jax.training import flops
 from flowseg_jax.training.program import TrainProgram
 
 # How hard XLA optimises. The lower levels take a fraction of the time of "default", with memory within a few percent of it.
 XLA_OPT_LEVELS = ("O0", "O1", "O2", "O3", "default")
 LARGEST = 20  # instructions that the JSON names
+COLUMNS = ("cycles", "flops", "memory", "floor")  # of the table of parts
 MFU = 0.4  # the share of peak arithmetic that step times are given for
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -74,6 +76,7 @@ class PlanReport:
         step_seconds: a step at `MFU` of peak arithmetic; None without a peak.
         traffic: collectives; None if the compiler refused.
         cycles: the compiler's own estimates; None if it refused, or makes none.
+        priced: all of the step's cycles; None without estimates.
         lower_seconds, compile_seconds: wall time.
         refusal: the compiler's words if it refused for want of memory.
     """
@@ -91,6 +94,7 @@ class PlanReport:
     step_seconds: float | None
     traffic: hlo.CollectiveStats | None
     cycles: CostEstimate | None
+    priced: PricedStep | None
     lower_seconds: float
     compile_seconds: float
     refusal: str | None
@@ -129,6 +133,13 @@ class PlanReport:
                 "executions_without_estimate": self.cycles.without_estimate(),
                 "largest": [dataclasses.asdict(cost) | {"total": cost.total} for cost in self.cycles.largest(LARGEST)],
             },
+            "priced_cycles": self.priced and round(self.priced.hidden),
+            "priced_cycles_collectives_exposed": self.priced and round(self.priced.exposed),
+            "priced_by_source": self.priced and {name: round(count) for name, count in self.priced.by_source().items()},
+            "priced_by_part": self.priced
+            and {part: {name: round(x) for name, x in row.items()} for part, row in self.priced.by_part().items()},
+            "without_a_price": self.priced and self.priced.unpriced(),
+            "mfu": self.priced and self.priced.mfu,
             "data_dependent_loops_with_collectives": [x.name for x in loops if x.trip_count is None and x.collectives],
             "lower_seconds": round(self.lower_seconds, 1),
             "compile_seconds": round(self.compile_seconds, 1),
@@ -148,6 +159,7 @@ class PlanReport:
             _arithmetic(self.flops, self.step_seconds),
             *([] if self.traffic is None else _traffic_lines(self.traffic)),
             *([] if self.cycles is None else _cycle_lines(self.cycles)),
+            *([] if self.priced is None else _price_lines(self.priced)),
             f"lowered in {self.lower_seconds:.0f} s, compiled in {self.compile_seconds:.0f} s at effort {self.effort}",
             f"verdict: {self.verdict()}",
         ]
@@ -195,6 +207,7 @@ def report(program: TrainProgram, topology: Topology, effort: str) -> PlanReport
     text = None if compiled is None else compiled.as_text()
     by_part = flops.step_flops(program.run_config.model, shape, program.run_config.losses, state.trainable, state.frozen)
     peak = peak_flops(topology.devices[0])
+    estimate, device = text and cycles(text), DEVICE_SPECS.get(topology.devices[0].device_kind)
     return PlanReport(
         topology=topology.name,
         note=topology.note,
@@ -208,7 +221,8 @@ def report(program: TrainProgram, topology: Topology, effort: str) -> PlanReport
         flops=by_part,
         step_seconds=peak and flops.total(by_part) / (MFU * peak * len(topology.devices)),
         traffic=text and hlo.collective_stats(text),
-        cycles=text and cycles(text),
+        cycles=estimate,
+        priced=estimate and device.clock and price(estimate, device, flops.total(by_part) / len(topology.devices)),
         lower_seconds=lowered_at - started,
         compile_seconds=compiled_at - lowered_at,
         refusal=refusal,
@@ -318,6 +332,27 @@ def _cycle_lines(found: CostEstimate) -> list[str]:
         f"  by kind: {share(found.by('kind'))}",
         f"  by part: {share(found.by('part'))}",
         f"  executions without an estimate, in none of these: {missing or 'none'}",
+    ]
+
+
+def _price_lines(found: PricedStep) -> list[str]:
+    seconds = [cycles / found.device.clock for cycles in (found.hidden, found.exposed)]
+    sources = ", ".join(f"{name} {count / 1e6:,.0f}" for name, count in found.by_source().items() if count >= 5e5)
+    rows = [(part, *(row[name] / 1e6 for name in COLUMNS)) for part, row in found.by_part().items()]
+    unpriced = ", ".join(f"{what} {count:,}" for what, count in found.unpriced().items())
+    return [
+        f"priced in full: {found.hidden / 1e6:,.0f} million cycles with all collectives hidden, "
+        f"{found.exposed / 1e6:,.0f} with none; "
+        f"MFU {found.mfu['low']:.0%} to {found.mfu['high']:.0%}; {seconds[0]:.3g} to {seconds[1]:.3g} s at "
+        f"{found.device.clock / 1e9:.2f} GHz. Nothing of this was measured on a device",
+        f"  by source: {sources}",
+        f"  without a price: {unpriced or 'none'}",
+        f"  {'million cycles by part':<28}{'priced':>9}{'FLOPs':>9}{'memory':>9}{'roofline':>10}",
+        *(
+            f"  {part:<28}{cycles:>9,.0f}{arithmetic:>9,.0f}{memory:>9,.0f}{floor:>10,.0f}"
+            for part, cycles, arithmetic, memory, floor in rows
+            if cycles >= 0.5
+        ),
     ]
 
 

@@ -11,8 +11,9 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
+from flowseg_jax.aot import roofline
 from flowseg_jax.aot.hlo import KINDS, Instruction, Module, array_bytes
 
 # The first of these that a fusion contains is its kind.
@@ -43,6 +44,10 @@ _ESTIMATE = re.compile(r'"estimated_cycles":"(\d+)"')
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _TARGET = re.compile(r'custom_call_target="([^"]*)"')
 _WORDS = re.compile(r"\w+")
+_KERNEL = re.compile(r"kernel_metadata=\{([^{}]*)\}")
+_PAIR = re.compile(r'"(\w+)":"([^"]*)"')
+_SLICE_SIZES = re.compile(r"slice_sizes=\{([\d,]*)\}")
+_UPDATE_WINDOW = re.compile(r"update_window_dims=\{([\d,]*)\}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +62,10 @@ class Cost:
         executions: in one run of the program; a loop of unknown length counts once, and each of n branches 1 / n: the decoder's
             levels take turns.
         op_name: JAX's path of the operation.
+        flops: of one execution, of matrix products alone.
+        bytes: to and from the device's memory in one execution; of a collective, of the whole array on a device.
+        values: slices that gathers and scatters move one at a time, in one execution.
+        kernel: what a Pallas kernel tells about itself.
     """
 
     kind: str
@@ -65,6 +74,10 @@ class Cost:
     cycles: int | None
     executions: float
     op_name: str
+    flops: float = 0.0
+    bytes: int = 0
+    values: int = 0
+    kernel: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def total(self) -> int:
@@ -127,17 +140,50 @@ def _walk(module: Module, computation: str, executions: float) -> Iterator[Cost]
         elif x.opcode == "call":
             yield from _walk(module, x.called("to_apply"), executions)
         elif not (x.opcode in FREE_OPCODES or x.opcode.endswith(("-done", "-update")) or "AllocateBuffer" in x.attributes):
-            cost = _cost(module, x, executions)
+            cost = _cost(module, computation, x, executions)
             if cost.cycles is not None or cost.kind != ELEMENTWISE or array_bytes(x.type) > SCALAR:
                 yield cost
 
 
-def _cost(module: Module, x: Instruction, executions: float) -> Cost:
+def _cost(module: Module, computation: str, x: Instruction, executions: float) -> Cost:
     estimate, name, target = (pattern.search(x.attributes) for pattern in (_ESTIMATE, _OP_NAME, _TARGET))
     found = int(estimate[1]) if estimate else 0
     op_name = name[1] if name else ""
     label = target[1] if target else x.opcode.removesuffix("-start")
-    return Cost(_kind(module, x), _part(op_name), label, found if 0 < found < MAX_CYCLES else None, executions, op_name)
+    kind = _kind(module, x)
+    return Cost(
+        kind=kind,
+        part=_part(op_name),
+        label=label,
+        cycles=found if 0 < found < MAX_CYCLES else None,
+        executions=executions,
+        op_name=op_name,
+        flops=roofline.flops(module, computation, x),
+        bytes=array_bytes(x.type) if kind == "collectives" else roofline.memory_bytes(module, computation, x),
+        values=_values(module, computation, x) if kind in ("gathers", "scatters") else 0,
+        kernel=kernel_metadata(x),
+    )
+
+
+def kernel_metadata(x: Instruction) -> dict[str, str]:
+    """What a Pallas kernel tells about itself; empty for any other instruction, and for a kernel that tells nothing."""
+    found = _KERNEL.search(x.attributes) if x.opcode == "custom-call" else None
+    return dict(_PAIR.findall(found[1])) if found else {}
+
+
+def _values(module: Module, computation: str, x: Instruction) -> int:
+    """Slices that the gathers and scatters in an instruction move."""
+    local = module.instructions(computation)
+    if x.opcode == "gather":
+        sizes = [int(size) for size in _SLICE_SIZES.search(x.attributes)[1].split(",") if size]
+        return roofline.elements(x.type) // max(1, math.prod(sizes))
+    if x.opcode in ("scatter", "select-and-scatter"):
+        window = _UPDATE_WINDOW.search(x.attributes)
+        sizes = roofline.sizes(local[x.operands[-1]].type)
+        axes = [int(axis) for axis in window[1].split(",") if axis] if window else []
+        return math.prod(sizes) // max(1, math.prod(sizes[axis] for axis in axes))
+    called = x.called("calls")
+    return 0 if called is None else sum(_values(module, called, inner) for inner in module.instructions(called).values())
 
 
 def _kind(module: Module, x: Instruction) -> str:

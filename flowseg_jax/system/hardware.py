@@ -20,22 +20,34 @@ class DeviceKind:
         peak: dense bf16 FLOP/s, from the vendor.
         usable: bytes that a program may use, by the TPU compiler's word: less than the chip has. None where only the device
             tells.
+        cycle_flops: dense bf16 FLOPs of all matrix units in one cycle, TPUs only; `peak` over this is the clock.
+        memory: bytes/s to and from the device's memory, from the vendor.
+        links: bytes/s in one direction over the links of one axis of the torus, from the vendor: half of what the chip has
+            where the torus has two axes, a third where it has three.
     """
 
     name: str
     peak: float
     usable: int | None = None
+    cycle_flops: int | None = None
+    memory: float | None = None
+    links: float | None = None
+
+    @property
+    def clock(self) -> float | None:
+        """Cycles/s."""
+        return self.cycle_flops and self.peak / self.cycle_flops
 
 
 # Keys are `jax.Device.device_kind`; a TPU has a second name in some runtimes.
 DEVICE_SPECS = {
     "TPU v4": DeviceKind("v4", 275e12),
-    "TPU v5 lite": DeviceKind("v5e", 197e12, int(15.75 * GIB)),
-    "TPU v5e": DeviceKind("v5e", 197e12, int(15.75 * GIB)),
-    "TPU v5": DeviceKind("v5p", 459e12, int(95.74 * GIB)),
-    "TPU v5p": DeviceKind("v5p", 459e12, int(95.74 * GIB)),
-    "TPU v6 lite": DeviceKind("v6e", 918e12, int(31.25 * GIB)),
-    "TPU v6e": DeviceKind("v6e", 918e12, int(31.25 * GIB)),
+    "TPU v5 lite": DeviceKind("v5e", 197e12, int(15.75 * GIB), 2**17, 819e9, 100e9),
+    "TPU v5e": DeviceKind("v5e", 197e12, int(15.75 * GIB), 2**17, 819e9, 100e9),
+    "TPU v5": DeviceKind("v5p", 459e12, int(95.74 * GIB), 2**18, 2765e9, 200e9),
+    "TPU v5p": DeviceKind("v5p", 459e12, int(95.74 * GIB), 2**18, 2765e9, 200e9),
+    "TPU v6 lite": DeviceKind("v6e", 918e12, int(31.25 * GIB), 2**19, 1638e9, 200e9),
+    "TPU v6e": DeviceKind("v6e", 918e12, int(31.25 * GIB), 2**19, 1638e9, 200e9),
     "TPU7x": DeviceKind("tpu7x", 1153.5e12, int(94.75 * GIB)),
     "NVIDIA A100-SXM4-40GB": DeviceKind("a100", 312e12),
     "NVIDIA A100-SXM4-80GB": DeviceKind("a100", 312e12),

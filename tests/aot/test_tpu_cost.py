@@ -22,7 +22,7 @@ NESTED += "  ROOT %f = bf16[8,128]{1,0} fusion(%a), kind=kOutput, calls=%product
 MOVE = "%move (a: bf16[8,128]) -> bf16[128,8] {\n  %a = bf16[8,128]{1,0} parameter(0)\n"
 MOVE += "  ROOT %t = bf16[128,8]{1,0} transpose(%a), dimensions={1,0}\n}"
 TAKE = "%take (a: bf16[8,128], i: s32[4]) -> bf16[4,128] {\n  %a = bf16[8,128]{1,0} parameter(0)\n  %i = s32[4] parameter(1)\n"
-TAKE += "  ROOT %g = bf16[4,128]{1,0} gather(%a, %i), offset_dims={1}\n}"
+TAKE += "  ROOT %g = bf16[4,128]{1,0} gather(%a, %i), offset_dims={1}, slice_sizes={1,128}\n}"
 CONDITION = "%cond (w: (s32[], bf16[8,128])) -> pred[] {\n  %w = (s32[], bf16[8,128]{1,0}) parameter(0)\n"
 CONDITION += "  %i = s32[] get-tuple-element(%w), index=0\n  %n = s32[] constant(5)\n"
 CONDITION += "  ROOT %lt = pred[] compare(%i, %n), direction=LT\n}"

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -349,6 +350,7 @@ def _call(
             allowed = lambda: key() < blocks.real - j * blocks.keys  # noqa: E731
         kernel(_Step(at[3] == 0, at[3] == steps[3] - 1, active, allowed, scale), *refs)
 
+    name, widths = kernel.__name__.strip("_"), [(kind, x.shape[3]) for kind, x in inputs if kind != "s"]
     found = pl.pallas_call(
         body,
         out_shape=[result(*output) for output in outputs],
@@ -360,10 +362,33 @@ def _call(
             scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
         ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 3 + ("arbitrary",)),
-        name=kernel.__name__.strip("_"),
+        name=name,
+        metadata=_metadata(name, blocks, steps, widths, inputs[0][1].dtype, mask),
     )(*described, *(x if kind == "s" else x.reshape(*x.shape[:2], -1) for kind, x in inputs))
     shapes = {"q": (batch, s, blocks.heads, -1), "k": (batch, t, blocks.groups, -1), "s": (batch, blocks.heads, 1, s)}
     return [x.reshape(shapes[kind]) for x, (kind, *_) in zip(found, outputs, strict=True)]
+
+
+def _metadata(
+    name: str,
+    blocks: _Blocks,
+    steps: tuple[int, ...],
+    widths: Sequence[tuple[str, int]],
+    dtype: jnp.dtype,
+    mask: AttentionMask | None,
+) -> dict[str, str]:
+    """What a plan prices the kernel by (`aot.pricing`): which code it is, its steps, and those that find their block active.
+
+    A mask's values are not known when a program is compiled: a plan counts the blocks that a causal one leaves.
+    """
+    masked = "masked" if mask is not None else "padded" if blocks.real < blocks.columns * blocks.keys else "plain"
+    shape = f"{blocks.queries}x{blocks.keys} {' '.join(f'{kind}{width}' for kind, width in widths)}"
+    active = np.ones((blocks.rows, blocks.columns), bool)
+    if mask is not None:
+        first = np.arange(blocks.rows)[:, None] * blocks.queries - np.arange(blocks.columns) * blocks.keys
+        active = (first + blocks.queries > 0) & (mask.window is None or first - blocks.keys + 1 < mask.window)
+    count = round(math.prod(steps) * active.mean())
+    return {"kernel": f"{name} {shape} {dtype} {masked}", "steps": str(math.prod(steps)), "bodies": str(count)}
 
 
 def _describe(mask: AttentionMask, blocks: _Blocks) -> tuple[Array, Array, Array]:

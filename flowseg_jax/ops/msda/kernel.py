@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -32,6 +33,7 @@ BLOCK = 256  # queries at a time
 # the values and their gradient.
 VMEM_BYTES = 48 * 2**20
 RESIDENT_BYTES = 32 * 2**20
+REACH = 4  # pixels; Deformable DETR starts its points at 1 to 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +170,24 @@ def _call(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
         ),
         interpret=interpret,
+        metadata=_metadata(kernel, levels, blocks, values, (b * h, queries // block)),
     )(*blocks, values)
+
+
+def _metadata(
+    kernel: Callable, levels: Sequence[Strips], blocks: Sequence[Array], values: Array, steps: tuple[int, int]
+) -> dict[str, str]:
+    """What a plan prices the kernel by (`aot.pricing`): which code it is, how often a step runs, and each level's loop.
+
+    How many strips a block visits depends on its points. A plan assumes that they lie at most `REACH` pixels from the query.
+    """
+    maps = " ".join(f"{level.height}x{level.width}" for level in levels)
+    shapes = f"{blocks[0].shape[2]} points {values.shape[2]} channels {values.dtype}"
+    queries, pixels = steps[1] * _block(blocks[0].shape[3]), sum(level.height * level.width for level in levels)
+    share = _block(blocks[0].shape[3]) / min(queries, pixels)  # of every map, if queries are pixels of the same maps
+    visits = [steps[0] * steps[1] * min(x.count, math.ceil((x.height * share + 2 * REACH) / x.rows)) for x in levels]
+    name = f"deformable attention {kernel.__name__.split('_')[1]} {maps} {shapes}"
+    return {"kernel": name, "steps": str(math.prod(steps)), "bodies": " ".join(map(str, visits))}
 
 
 class _Level:

@@ -1,0 +1,211 @@
+"""Counts the instruction bundles of our TPU kernels, which is what `flowseg plan` prices them by.
+
+    python -m benchmarks.kernels v5e v5p v6e            # beside the committed table; exit code 1 if they differ by 2 % or more
+    python -m benchmarks.kernels v5e v5p v6e --write    # into flowseg_jax/aot/kernel_bundles.json
+
+Needs libtpu (the extra `tpu`); nothing runs. A kernel is compiled for a device that is not there, and the compiler writes its
+final code down: one line a bundle, loops and skipped regions marked. Every inner loop is a body of the kernel, or else the
+largest region that a step may skip; the rest of the code runs in every step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.table import ROOT
+from flowseg_jax.cli.parser import Parser
+from flowseg_jax.errors import UserError, run_cli
+from flowseg_jax.system.console import log
+
+TABLE = ROOT / "flowseg_jax" / "aot" / "kernel_bundles.json"
+TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+TOLERANCE = 0.02
+SMALLEST_REGION = 64  # bundles of a region worth telling apart
+
+_LINE = re.compile(r"\s*(?:0x)?(?P<address>[0-9a-f]+)\s+(?:[A-Z]{2})?\s*:\s*(?P<depth>(?:>\s*)*)\{(?P<code>.*)")
+_BRANCH = re.compile(r"sbr\.rel \([^)]*\) target = \$region(\d+)")
+_SETTLED = re.compile(r"-\d+-final_bundles\.txt$")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One call whose kernels are counted.
+
+    Attributes:
+        name: for people.
+        build: () -> (function, shapes and dtypes of its arguments); imports what it needs.
+    """
+
+    name: str
+    build: Callable[[], tuple[Callable, list[tuple[tuple[int, ...], str]]]]
+
+
+def _attention(tokens: int, heads: int, groups: int, key_width: int, value_width: int, masked: bool) -> Callable:
+    def build() -> tuple[Callable, list]:
+        from flowseg_jax.ops.attention import flash
+        from flowseg_jax.ops.attention.mask import causal_mask
+
+        def both(q, k, v, ids, out, logsum, cotangent):
+            mask = causal_mask(ids, ids) if masked else None
+            return flash.forward(q, k, v, mask, 0.1), flash.backward(q, k, v, mask, 0.1, out, logsum, cotangent)
+
+        def of(count, width):
+            return ((1, tokens, count, width), "bfloat16")
+
+        result = of(heads, value_width)
+        keys = of(groups, key_width), of(groups, value_width)
+        ids, logsum = ((1, tokens), "int32"), ((1, heads, tokens), "float32")
+        return both, [of(heads, key_width), *keys, ids, result, logsum, result]
+
+    return build
+
+
+def _deformable_attention(maps: Sequence[tuple[int, int]], heads: int, channels: int, points: int) -> Callable:
+    def build() -> tuple[Callable, list]:
+        from flowseg_jax.ops.msda.kernel import Kernel
+
+        kernel, queries = Kernel(interpret=False), sum(h * w for h, w in maps)
+
+        def both(cotangent, value, at, weights):
+            forward = kernel.forward(maps, 0, value, at, weights)
+            return forward, kernel.backward(maps, 0, cotangent, value, at, weights)
+
+        value = ((1, queries, heads, channels), "bfloat16")
+        weights = (1, queries, heads, len(maps), points)
+        return both, [value, value, ((*weights, 2), "float32"), (weights, "float32")]
+
+    return build
+
+
+# The shapes of configs/stage3_mixed.py with each of its language models.
+CASES = (
+    Case("language model", _attention(2304, 2, 1, 128, 128, masked=True)),
+    Case("SAM, whole image", _attention(4096, 2, 2, 192, 64, masked=False)),
+    Case("SigLIP2", _attention(729, 2, 2, 72, 72, masked=False)),
+    Case("pixel decoder", _deformable_attention(((32, 32), (64, 64), (128, 128)), 8, 32, 4)),
+)
+
+
+def bodies(text: str) -> tuple[int, list[int]]:
+    """(bundles of a step without its bodies, bundles of each body) of a kernel's final code.
+
+    Raises:
+        ValueError: text that holds no bundle.
+    """
+    depth, code = {}, {}
+    for line in text.splitlines():
+        if match := _LINE.match(line):
+            address = int(match["address"], 16)
+            depth[address], code[address] = match["depth"].count(">"), match["code"]
+    if not depth:
+        raise ValueError("no bundles in this text")
+    total, addresses = max(depth) + 1, sorted(depth)
+    loops = _runs(depth, total)
+    if loops:
+        return total - sum(loops), loops
+    regions = []
+    for address in addresses:
+        for target in _BRANCH.findall(code[address]):
+            ends = (a for a in addresses if a > address and re.search(rf"(?:Start/End empty|Start) region {target}\b", code[a]))
+            regions.append((address, next(ends, address)))
+    regions = [(start, end) for start, end in regions if end - start >= SMALLEST_REGION]
+    # Around the step is a region too, skipped when the pipeline runs empty.
+    inner = [r for r in regions if not any(r != other and r[0] <= other[0] and other[1] <= r[1] for other in regions)]
+    body = max((end - start for start, end in inner), default=0)
+    return total - body, [body]
+
+
+def _runs(depth: dict[int, int], total: int) -> list[int]:
+    """Lengths of the stretches of code inside an inner loop: the grid is the outermost one."""
+    found, current, inside = [], 0, 0
+    for address in range(total):
+        current = depth.get(address, current)
+        if current > 1:
+            inside += 1
+        elif inside:
+            found.append(inside)
+            inside = 0
+    return [size for size in (*found, inside) if size >= SMALLEST_REGION]
+
+
+def count(device: str, case: Case) -> dict[str, dict[str, Any]]:
+    """{kernel: {"step", "bodies"}} of a case, compiled in a process of its own.
+
+    Raises:
+        UserError: it did not compile; with the last thing that was said.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        flags = f"--xla_jf_dump_to={directory} --xla_jf_dump_llo_text=true"
+        command = [sys.executable, "-m", "benchmarks.kernels", device, f"--compile={CASES.index(case)}"]
+        ran = subprocess.run(command, env={**os.environ, "LIBTPU_INIT_ARGS": flags}, capture_output=True, text=True, cwd=ROOT)
+        if ran.returncode:
+            raise UserError(f"{case.name} on {device}: {(ran.stderr or ran.stdout).strip().splitlines()[-1]}")
+        files = {path.name: path for path in Path(directory).iterdir() if _SETTLED.search(path.name)}
+        found = {}
+        for instruction, kernel in json.loads(ran.stdout.splitlines()[-1]).items():
+            [path] = [p for name, p in files.items() if f"-{instruction}-" in name and "schedule-analysis" not in name]
+            step, inner = bodies(path.read_text(errors="replace"))
+            found[kernel] = {"step": step, "bodies": inner}
+        return found
+
+
+def _compile(device: str, case: Case) -> dict[str, str]:
+    """{HLO instruction: kernel} of a case; the compiler writes its code to where LIBTPU_INIT_ARGS says."""
+    import jax
+    from jax.sharding import SingleDeviceSharding
+
+    from flowseg_jax.aot.hlo import Module
+    from flowseg_jax.aot.topology import open_topology
+    from flowseg_jax.aot.tpu_cost import kernel_metadata
+
+    at = SingleDeviceSharding(open_topology(TOPOLOGIES[device]).devices[0])
+    function, arguments = case.build()
+    shapes = [jax.ShapeDtypeStruct(shape, dtype, sharding=at) for shape, dtype in arguments]
+    module = Module(jax.jit(function).lower(*shapes).compile().as_text())
+    metadata = {x.name: kernel_metadata(x) for x in module.instructions(module.entry).values()}
+    return {name: found["kernel"] for name, found in metadata.items() if "kernel" in found}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = Parser(prog="python -m benchmarks.kernels", description=__doc__.splitlines()[0])
+    parser.add_argument("devices", nargs="+", choices=TOPOLOGIES, help="what to compile for")
+    parser.add_argument("--write", action="store_true", help="replace the devices' rows of the committed table")
+    parser.add_argument("--compile", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    if arguments.compile is not None:
+        print(json.dumps(_compile(arguments.devices[0], CASES[arguments.compile])))
+        return 0
+    table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
+    differ = False
+    for device in arguments.devices:
+        rows, before = {}, table.get(device, {})
+        for case in CASES:
+            for kernel, row in count(device, case).items():
+                rows[kernel] = row
+                size = row["step"] + sum(row["bodies"])
+                old = before.get(kernel, {"step": 0, "bodies": []})
+                changed = abs(old["step"] + sum(old["bodies"]) - size) > TOLERANCE * size
+                differ |= changed
+                log(
+                    f"{device}: {kernel}: {row['step']} + {row['bodies']} bundles" + (" (the table differs)" if changed else "")
+                )
+        table[device] = rows
+    if arguments.write:
+        TABLE.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+        log(f"written to {TABLE.relative_to(ROOT)}")
+        return 0
+    return int(differ)
+
+
+if __name__ == "__main__":
+    run_cli("benchmarks.kernels:main")
