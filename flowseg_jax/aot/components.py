@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec
 from ml_collections import ConfigDict
 
 from flowseg_jax.aot.plan import compiler_effort, prepare, try_to_compile
+from flowseg_jax.aot.pricing import price
 from flowseg_jax.aot.tpu_cost import cycles
 from flowseg_jax.losses import LossConfig, loss_terms
 from flowseg_jax.models.flowseg import FlowSeg, bind_params
@@ -26,7 +27,7 @@ from flowseg_jax.models.outputs import ImageFeatures, TextFeatures, TrainingOutp
 from flowseg_jax.ops.collectives import DataParallelGroup
 from flowseg_jax.sharding import BATCH_AXES, replicated
 from flowseg_jax.system.console import heartbeat
-from flowseg_jax.system.hardware import GIB
+from flowseg_jax.system.hardware import DEVICE_SPECS, GIB, DeviceKind
 from flowseg_jax.training.optimizer import Params, merge_trainable
 from flowseg_jax.training.program import TrainProgram
 from flowseg_jax.training.step import shard_map_axes, shard_map_spec
@@ -44,6 +45,7 @@ class ComponentReport:
         arguments, temporaries: bytes on one device; None if the compiler refused. What components pass to each other is among
             the arguments of both, so their sum is larger than the step's.
         cycles: the compiler's own estimate; None if it refused, or makes none.
+        priced_cycles: with a price for what that leaves out (`aot.pricing`), collectives hidden; None likewise.
         hlo_lines: of the optimised program; None if the compiler refused.
         compile_seconds: wall time.
         refusal: the compiler's words if it refused for want of memory.
@@ -53,6 +55,7 @@ class ComponentReport:
     arguments: int | None
     temporaries: int | None
     cycles: int | None
+    priced_cycles: int | None
     hlo_lines: int | None
     compile_seconds: float
     refusal: str | None
@@ -130,11 +133,11 @@ def compile_components(config: ConfigDict, topology: str, *, effort: str = "O0")
     Raises:
         UserError: as `aot.plan.plan`.
     """
-    program, _ = prepare(config, topology, effort)
-    return list(_measured(program, effort))
+    program, devices = prepare(config, topology, effort)
+    return list(_measured(program, effort, DEVICE_SPECS.get(devices.devices[0].device_kind)))
 
 
-def _measured(program: TrainProgram, effort: str) -> Iterator[ComponentReport]:
+def _measured(program: TrainProgram, effort: str, device: DeviceKind | None) -> Iterator[ComponentReport]:
     with compiler_effort(effort):
         for name, step, arguments in programs(program):
             with heartbeat(f"tracing and lowering {name}"):
@@ -144,7 +147,7 @@ def _measured(program: TrainProgram, effort: str) -> Iterator[ComponentReport]:
                 compiled, refusal = try_to_compile(lowered)
             seconds = time.perf_counter() - started
             if compiled is None:
-                yield ComponentReport(name, None, None, None, None, seconds, refusal)
+                yield ComponentReport(name, None, None, None, None, None, seconds, refusal)
                 continue
             text, memory = compiled.as_text(), compiled.memory_analysis()
             found = cycles(text)
@@ -153,6 +156,7 @@ def _measured(program: TrainProgram, effort: str) -> Iterator[ComponentReport]:
                 memory.argument_size_in_bytes,
                 memory.temp_size_in_bytes,
                 found and found.total,
+                found and device.clock and round(price(found, device, flops=0.0).hidden),
                 text.count("\n"),
                 seconds,
                 None,
@@ -161,17 +165,17 @@ def _measured(program: TrainProgram, effort: str) -> Iterator[ComponentReport]:
 
 def table(reports: Sequence[ComponentReport]) -> str:
     """The reports for people."""
-    rows = [("component", "compiled in", "arguments", "temporaries", "million cycles", "lines of HLO")]
+    rows = [("component", "compiled in", "arguments", "temporaries", "million cycles", "priced", "lines of HLO")]
     for x in reports:
         if x.refusal is not None:
-            rows.append((x.name, f"{x.compile_seconds:.0f} s", "does not fit", "", "", ""))
+            rows.append((x.name, f"{x.compile_seconds:.0f} s", "does not fit", "", "", "", ""))
             continue
         size = lambda count: f"{count / GIB:.2f} GiB"  # noqa: E731
-        estimate = "" if x.cycles is None else f"{x.cycles / 1e6:,.0f}"
+        millions = ["" if count is None else f"{count / 1e6:,.0f}" for count in (x.cycles, x.priced_cycles)]
         rows.append(
-            (x.name, f"{x.compile_seconds:.0f} s", size(x.arguments), size(x.temporaries), estimate, f"{x.hlo_lines:,}")
+            (x.name, f"{x.compile_seconds:.0f} s", size(x.arguments), size(x.temporaries), *millions, f"{x.hlo_lines:,}")
         )
-    rows.append(("together", f"{sum(x.compile_seconds for x in reports):.0f} s", "", "", "", ""))
+    rows.append(("together", f"{sum(x.compile_seconds for x in reports):.0f} s", "", "", "", "", ""))
     return "\n".join(f"{row[0]:<16}" + "".join(f"{cell:>16}" for cell in row[1:]) for row in rows)
 
 

@@ -69,10 +69,10 @@ def test_every_component_is_compiled_and_reported(capsys):
 
 @pytest.mark.parametrize("refusal", [None, "Ran out of memory on HBM."])
 def test_the_command_prints_a_table_then_json_and_fails_where_a_component_does_not_fit(monkeypatch, capsys, refusal):
-    sizes = (None,) * 4 if refusal else (2**30, 2**31, 3_000_000, 12_345)
+    sizes = (None,) * 5 if refusal else (2**30, 2**31, 3_000_000, 4_000_000, 12_345)
     found = [
         components.ComponentReport("sam", *sizes, 12.3, refusal),
-        components.ComponentReport("llm", 2**30, 0, None, 7, 1.2, None),
+        components.ComponentReport("llm", 2**30, 0, None, None, 7, 1.2, None),
     ]
     asked = []
     monkeypatch.setattr(
@@ -81,7 +81,7 @@ def test_the_command_prints_a_table_then_json_and_fails_where_a_component_does_n
     code = flowseg(["plan", "--by-component", "--topology=v5e:2x4", "--xla-opt-level=O1", "--json", "--config.seed=5"])
     assert (code, asked) == (int(refusal is not None), [(5, "v5e:2x4", "O1")])
     *_, sam, llm, together, last = capsys.readouterr().out.splitlines()
-    expected = ["does", "not", "fit"] if refusal else ["1.00", "GiB", "2.00", "GiB", "3", "12,345"]
+    expected = ["does", "not", "fit"] if refusal else ["1.00", "GiB", "2.00", "GiB", "3", "4", "12,345"]
     assert sam.split() == ["sam", "12", "s", *expected]
     assert llm.split() == ["llm", "1", "s", "1.00", "GiB", "0.00", "GiB", "7"]
     assert together.split() == ["together", "14", "s"]
