@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 
 from flowseg_jax import experiment as configs
 from flowseg_jax import sharding
-from flowseg_jax.aot.shardings import shardings
+from flowseg_jax.aot.shardings import shardings, warnings
 from flowseg_jax.cli.main import main as flowseg
 from flowseg_jax.errors import UserError
 from flowseg_jax.models.config import FlowSegConfig
@@ -36,6 +36,15 @@ def test_the_command_prints_the_manifest(capsys):
         UserError, match="--shardings: axes of a mesh and their sizes are written as fsdp=8,tensor=2; got 'fsdp='"
     ):
         flowseg(["plan", "--shardings=fsdp"])
+
+
+def test_a_component_that_fsdp_does_not_divide_is_a_warning_with_the_remedy():
+    """SigLIP is 1,152 wide, which 256 does not divide and 128 does; the decoders are replicated on purpose."""
+    cfg = FlowSegConfig.from_dict(configs.read("configs/stage3_mixed.py").model.to_dict())
+    assert warnings(cfg, {"fsdp": 16}) == warnings(cfg, {"data": 256}) == []
+    [line] = warnings(cfg, {"data": 2, "fsdp": 256})
+    assert line.startswith("warning: fsdp=256 does not divide the sizes of siglip: every device holds 100% of it; ")
+    assert line.endswith("mesh.fsdp=128 with mesh.data=4 shards it")
 
 
 def test_each_mesh_axis_is_used_once_and_tensor_chooses_first():

@@ -156,7 +156,7 @@ def _measured(program: TrainProgram, effort: str, device: DeviceKind | None) -> 
                 memory.argument_size_in_bytes,
                 memory.temp_size_in_bytes,
                 found and found.total,
-                found and device.clock and round(price(found, device, flops=0.0).hidden),
+                found and device and device.clock and round(price(found, device, flops=0.0).hidden),
                 text.count("\n"),
                 seconds,
                 None,

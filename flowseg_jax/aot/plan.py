@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from flowseg_jax.aot import hlo
+from flowseg_jax.aot import hlo, shardings
 from flowseg_jax.aot.pricing import PricedStep, price
 from flowseg_jax.aot.topology import Topology, open_topology
 from flowseg_jax.aot.tpu_cost import CostEstimate, cycles
@@ -79,6 +79,7 @@ class PlanReport:
         priced: all of the step's cycles; None without estimates.
         lower_seconds, compile_seconds: wall time.
         refusal: the compiler's words if it refused for want of memory.
+        warnings: of parameters that the mesh does not divide.
     """
 
     topology: str
@@ -98,6 +99,7 @@ class PlanReport:
     lower_seconds: float
     compile_seconds: float
     refusal: str | None
+    warnings: tuple[str, ...] = ()
 
     @property
     def fits(self) -> bool:
@@ -144,6 +146,7 @@ class PlanReport:
             "lower_seconds": round(self.lower_seconds, 1),
             "compile_seconds": round(self.compile_seconds, 1),
             "refusal": self.refusal,
+            "warnings": list(self.warnings),
         }
 
     def text(self) -> str:
@@ -155,6 +158,7 @@ class PlanReport:
             f"{self.batch_size} images a step, {each:g} a device",
             self.note,
             *_parameter_lines(self.parameters),
+            *self.warnings,
             *_memory_lines(self.memory),
             _arithmetic(self.flops, self.step_seconds),
             *([] if self.traffic is None else _traffic_lines(self.traffic)),
@@ -222,10 +226,11 @@ def report(program: TrainProgram, topology: Topology, effort: str) -> PlanReport
         step_seconds=peak and flops.total(by_part) / (MFU * peak * len(topology.devices)),
         traffic=text and hlo.collective_stats(text),
         cycles=estimate,
-        priced=estimate and device.clock and price(estimate, device, flops.total(by_part) / len(topology.devices)),
+        priced=estimate and device and device.clock and price(estimate, device, flops.total(by_part) / len(topology.devices)),
         lower_seconds=lowered_at - started,
         compile_seconds=compiled_at - lowered_at,
         refusal=refusal,
+        warnings=tuple(shardings.warnings(program.run_config.model, program.mesh.shape)),
     )
 
 

@@ -95,6 +95,26 @@ def test_sizes_are_those_of_one_device():
     assert report.traffic.totals() == {"all-reduce": (1, 32)}
 
 
+def test_a_step_with_estimates_is_priced_in_text_and_json():
+    """One fusion of 1,000 cycles, and a gather of 50 single values, which the compiler estimates nothing for."""
+    compiled = executable(1, 1)
+    compiled.as_text = lambda: (
+        "HloModule m\n\nENTRY %main (p: f32[50]) -> f32[50] {\n  %p = f32[50]{0} parameter(0)\n  %i = s32[50]{0} parameter(1)\n"
+        '  %e = f32[50]{0} exp(%p), metadata={op_name="losses/exp"}, backend_config={"estimated_cycles":"1000"}\n'
+        "  ROOT %g = f32[50]{0} gather(%e, %i), offset_dims={}, slice_sizes={1}\n}"
+    )
+    report = planned(compiled)
+    found, priced = report.to_json(), 1000 + round(50 * 13.6)
+    assert found["cycles"]["total"] == 1000
+    assert found["priced_cycles"] == found["priced_cycles_collectives_exposed"] == priced
+    assert found["priced_by_source"] == {"estimated": 1000, "gathers": 680}
+    assert found["mfu"]["high"] == pytest.approx(sum(report.flops.values()) / 8 / (priced * 2**17))
+    assert found["without_a_price"] == {}
+    assert found["priced_by_part"]["losses forward"]["cycles"] == 1000
+    assert "  by source: " in report.text() and "  without a price: none" in report.text()
+    assert planned(compiled, chip=SimpleNamespace(device_kind="cpu")).priced is None
+
+
 def test_step_time_is_at_forty_percent_of_all_devices_peak():
     report = planned(executable(1, 1))
     assert report.step_seconds == pytest.approx(sum(report.flops.values()) / (0.4 * 197e12 * 8))
