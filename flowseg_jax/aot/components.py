@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from ml_collections import ConfigDict
 
+from flowseg_jax.aot.hlo import collective_stats
 from flowseg_jax.aot.plan import compiler_effort, prepare, try_to_compile
 from flowseg_jax.aot.pricing import price
 from flowseg_jax.aot.tpu_cost import cycles
@@ -156,7 +157,7 @@ def _measured(program: TrainProgram, effort: str, device: DeviceKind | None) -> 
                 memory.argument_size_in_bytes,
                 memory.temp_size_in_bytes,
                 found and found.total,
-                found and device and device.clock and round(price(found, device, flops=0.0).hidden),
+                found and device and device.clock and round(price(found, collective_stats(text), device, flops=0.0).hidden),
                 text.count("\n"),
                 seconds,
                 None,

@@ -18,7 +18,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from flowseg_jax.aot import hlo, shardings
-from flowseg_jax.aot.pricing import PricedStep, price
+from flowseg_jax.aot.pricing import COLUMNS, PricedStep, price
 from flowseg_jax.aot.topology import Topology, open_topology
 from flowseg_jax.aot.tpu_cost import CostEstimate, cycles
 from flowseg_jax.checkpoints.manifest import flatten_params
@@ -31,7 +31,6 @@ from flowseg_jax.training.program import TrainProgram
 # How hard XLA optimises. The lower levels take a fraction of the time of "default", with memory within a few percent of it.
 XLA_OPT_LEVELS = ("O0", "O1", "O2", "O3", "default")
 LARGEST = 20  # instructions that the JSON names
-COLUMNS = ("cycles", "flops", "memory", "floor")  # of the table of parts
 MFU = 0.4  # the share of peak arithmetic that step times are given for
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -136,7 +135,7 @@ class PlanReport:
                 "largest": [dataclasses.asdict(cost) | {"total": cost.total} for cost in self.cycles.largest(LARGEST)],
             },
             "priced_cycles": self.priced and round(self.priced.hidden),
-            "priced_cycles_collectives_exposed": self.priced and round(self.priced.exposed),
+            "priced_cycles_nothing_hidden": self.priced and round(self.priced.exposed),
             "priced_by_source": self.priced and {name: round(count) for name, count in self.priced.by_source().items()},
             "priced_by_part": self.priced
             and {part: {name: round(x) for name, x in row.items()} for part, row in self.priced.by_part().items()},
@@ -211,7 +210,11 @@ def report(program: TrainProgram, topology: Topology, effort: str) -> PlanReport
     text = None if compiled is None else compiled.as_text()
     by_part = flops.step_flops(program.run_config.model, shape, program.run_config.losses, state.trainable, state.frozen)
     peak = peak_flops(topology.devices[0])
-    estimate, device = text and cycles(text), DEVICE_SPECS.get(topology.devices[0].device_kind)
+    estimate, traffic, device = (
+        text and cycles(text),
+        text and hlo.collective_stats(text),
+        DEVICE_SPECS.get(topology.devices[0].device_kind),
+    )
     return PlanReport(
         topology=topology.name,
         note=topology.note,
@@ -224,9 +227,12 @@ def report(program: TrainProgram, topology: Topology, effort: str) -> PlanReport
         memory=_memory(program, compiled, refusal, topology.usable),
         flops=by_part,
         step_seconds=peak and flops.total(by_part) / (MFU * peak * len(topology.devices)),
-        traffic=text and hlo.collective_stats(text),
+        traffic=traffic,
         cycles=estimate,
-        priced=estimate and device and device.clock and price(estimate, device, flops.total(by_part) / len(topology.devices)),
+        priced=estimate
+        and device
+        and device.clock
+        and price(estimate, traffic, device, flops.total(by_part) / len(topology.devices)),
         lower_seconds=lowered_at - started,
         compile_seconds=compiled_at - lowered_at,
         refusal=refusal,
@@ -346,7 +352,7 @@ def _price_lines(found: PricedStep) -> list[str]:
     rows = [(part, *(row[name] / 1e6 for name in COLUMNS)) for part, row in found.by_part().items()]
     unpriced = ", ".join(f"{what} {count:,}" for what, count in found.unpriced().items())
     return [
-        f"priced in full: {found.hidden / 1e6:,.0f} million cycles with all collectives hidden, "
+        f"priced in full: {found.hidden / 1e6:,.0f} million cycles with all transfers hidden, "
         f"{found.exposed / 1e6:,.0f} with none; "
         f"MFU {found.mfu['low']:.0%} to {found.mfu['high']:.0%}; {seconds[0]:.3g} to {seconds[1]:.3g} s at "
         f"{found.device.clock / 1e9:.2f} GHz. Nothing of this was measured on a device",

@@ -66,6 +66,7 @@ class Cost:
         bytes: to and from the device's memory in one execution; of a collective, of the whole array on a device.
         values: slices that gathers and scatters move one at a time, in one execution.
         kernel: what a Pallas kernel tells about itself.
+        overlapped: whether it is a transfer that runs beside other instructions.
     """
 
     kind: str
@@ -78,6 +79,7 @@ class Cost:
     bytes: int = 0
     values: int = 0
     kernel: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    overlapped: bool = False
 
     @property
     def total(self) -> int:
@@ -162,6 +164,7 @@ def _cost(module: Module, computation: str, x: Instruction, executions: float) -
         bytes=array_bytes(x.type) if kind == "collectives" else roofline.memory_bytes(module, computation, x),
         values=_values(module, computation, x) if kind in ("gathers", "scatters") else 0,
         kernel=kernel_metadata(x),
+        overlapped=x.opcode.endswith("-start"),
     )
 
 

@@ -106,7 +106,7 @@ def test_a_step_with_estimates_is_priced_in_text_and_json():
     report = planned(compiled)
     found, priced = report.to_json(), 1000 + round(50 * 13.6)
     assert found["cycles"]["total"] == 1000
-    assert found["priced_cycles"] == found["priced_cycles_collectives_exposed"] == priced
+    assert found["priced_cycles"] == found["priced_cycles_nothing_hidden"] == priced
     assert found["priced_by_source"] == {"estimated": 1000, "gathers": 680}
     assert found["mfu"]["high"] == pytest.approx(sum(report.flops.values()) / 8 / (priced * 2**17))
     assert found["without_a_price"] == {}

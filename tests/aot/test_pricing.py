@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.kernels import bodies
 from flowseg_jax.aot import pricing, roofline
-from flowseg_jax.aot.hlo import Module
+from flowseg_jax.aot.hlo import Collective, CollectiveStats, Module
 from flowseg_jax.aot.tpu_cost import Cost, CostEstimate, cycles
 from flowseg_jax.ops.attention import flash
 from flowseg_jax.ops.attention.mask import causal_mask
@@ -26,8 +26,8 @@ def cost(kind: str, **fields) -> Cost:
     )
 
 
-def priced(*costs: Cost, flops: float = 1e9) -> pricing.PricedStep:
-    return pricing.price(CostEstimate(costs), V5E, flops)
+def priced(*costs: Cost, flops: float = 1e9, traffic: tuple[Collective, ...] = ()) -> pricing.PricedStep:
+    return pricing.price(CostEstimate(costs), CollectiveStats(traffic, ()), V5E, flops)
 
 
 def test_clocks_follow_from_peak_and_matrix_units() -> None:
@@ -48,11 +48,22 @@ def test_each_kind_has_its_price() -> None:
 
 
 def test_collectives_cost_nothing_or_all_of_their_time() -> None:
-    found = priced(cost("elementwise", cycles=1000), cost("collectives", bytes=10**6), flops=1000.0 * 2**17)
-    wire = 2 * 1e6 / (V5E.links / V5E.clock)
+    """A sum travels twice. A fusion that the compiler spread a collective over has an estimate, which counts in both."""
+    traffic = Collective("all-gather", 10**6, 2, ()), Collective("all-reduce", 10**5, 3, ())
+    costs = cost("collectives", cycles=1000), cost("collectives", bytes=10**6)
+    found = priced(*costs, flops=1000.0 * 2**17, traffic=traffic)
+    wire = (2 * 1e6 + 2 * 3 * 1e5) / (V5E.links / V5E.clock)
     assert (found.hidden, found.exposed) == (2000, pytest.approx(2000 + wire))
     assert found.mfu == {"high": pytest.approx(0.5), "low": pytest.approx(1000 / (2000 + wire))}
     assert found.by_source() == {"collectives": pytest.approx(wire), "estimated": 2000}
+
+
+def test_a_transfer_beside_other_instructions_may_be_hidden() -> None:
+    found = priced(cost("elementwise", cycles=1000), cost("data movement", bytes=10**6, overlapped=True))
+    beside = 2 * 1e6 / (V5E.memory / V5E.clock)
+    assert (found.hidden, found.exposed) == (2000, pytest.approx(2000 + beside))
+    assert found.by_part()["losses forward"]["cycles"] == 2000
+    assert found.by_source() == {"transfers beside": pytest.approx(beside), "estimated": 2000}
 
 
 def test_a_kernel_costs_its_steps_and_bodies(monkeypatch: pytest.MonkeyPatch) -> None:
