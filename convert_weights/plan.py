@@ -18,7 +18,7 @@ from convert_weights import refusals
 from convert_weights.families import FAMILIES, CheckpointFamily
 from convert_weights.ops import Shape
 from convert_weights.sources import TensorInfo, TensorSource
-from convert_weights.table import ParamSlice, TableSection, expand, unnumbered
+from convert_weights.table import ParamSlice, expand, unnumbered
 from flowseg_jax.errors import UserError, plain
 
 COMPARED_ROWS = 4096  # rows of a tied head that are compared at a time
@@ -73,7 +73,7 @@ def make_plan(family: CheckpointFamily, cfg: Any, source: TensorSource, dtype: s
     shapes = family.shapes(cfg)
     layout = choose_layout(family, source.entries)
     sections = family.layouts[layout](cfg)
-    tied_copies = _tied_copies(sections)
+    tied_copies = {s.source + name: s.source + other for s in sections for name, other in s.table.tied_copies.items()}
     slices = _under_the_name_that_exists(expand(sections, cfg, shapes), tied_copies, source)
     by_target: dict[str, list[ParamSlice]] = {name: [] for name in shapes}
     for part in slices:
@@ -157,10 +157,6 @@ def _common(dtypes: Iterable[np.dtype]) -> np.dtype:
     for dtype in dtypes[1:]:
         common = jnp.promote_types(common, dtype)
     return np.dtype(np.float32) if common == np.float64 else np.dtype(common)
-
-
-def _tied_copies(sections: Iterable[TableSection]) -> dict[str, str]:
-    return {s.source + name: s.source + other for s in sections for name, other in s.table.tied_copies.items()}
 
 
 def _under_the_name_that_exists(

@@ -198,6 +198,7 @@ def test_old_names_in_a_file_give_the_new_ones(tmp_path):
         ("model", {"components": "all"}, "RUN/config.json: model.components: 'all' is called 'full'"),
         ("model.sam", {"width": 3}, "RUN/config.json: model.sam.width is called hidden_size"),
         ("extra.prompts", {"vary": True}, "RUN/config.json: extra.prompts.vary is called randomize"),
+        ("extra.prompts", {"chat": "phi3_chat"}, "RUN/config.json: extra.prompts.chat is called chat_template"),
     ],
 )
 def test_old_names_in_a_model_directory_give_the_new_ones(section, values, message):

@@ -131,5 +131,7 @@ def build(component: Component, size: str, dtype: str) -> Pair:
     try:
         module = importlib.import_module(f"benchmarks.components.{component.module}")
     except ModuleNotFoundError as error:
-        raise UserError(f"benchmarks need {error.name}: install the extra test (make venv, or pip install '.[test]')") from None
+        raise UserError(
+            f"benchmarks need {error.name}: install the extra test (make venv, or pip install -e '.[test]')"
+        ) from None
     return getattr(module, component.name)(SIZES[size], dtype)

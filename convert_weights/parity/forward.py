@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool
 
 from convert_weights.parity.fixture import Arrays, Run
 from convert_weights.parity.preprocessing import Sample
@@ -117,11 +117,6 @@ def run_evaluation(graphdef: nnx.GraphDef, params: dict[str, Any], batch: Batch)
     return found.scores, postprocess.top_k_masks(found.scores, found.mask_logits, 1)
 
 
-def existing_passes(batch: Batch) -> Int[np.ndarray, " p"]:
-    """Indices of the passes of real phrases among all B * K, in X-SAM's order."""
-    return np.flatnonzero(np.asarray(batch.phrase_target).reshape(-1) != PAD)
-
-
 class Comparison:
     """Compares what was observed in one run with what the fixture recorded.
 
@@ -134,7 +129,8 @@ class Comparison:
 
     def __init__(self, run: Run, recorded: Arrays, batch: Batch, report: Report):
         self.run, self.recorded, self.report = run, recorded, report
-        self.passes = existing_passes(batch)
+        # The passes of real phrases among all B * K, in X-SAM's order.
+        self.passes = np.flatnonzero(np.asarray(batch.phrase_target).reshape(-1) != PAD)
         self.batch, self.used_tokens = batch, np.asarray(batch.segment_ids) != PAD
         self.image_of_pass = self.passes // batch.phrase_target.shape[1]
         # X-SAM main runs one pass an image and looks its <SEG> up without regard to the image: not the computation of ours

@@ -18,7 +18,7 @@ from flowseg_jax.inference.selection import Prediction
 try:
     import gradio as gr
 except ModuleNotFoundError:
-    raise UserError("the page needs Gradio: pip install 'flowseg-jax[app]', or in a checkout `make app`") from None
+    raise UserError("the page needs Gradio, the extra app: in a clone, `make app` or pip install -e '.[app]'") from None
 
 TITLE = "FlowSeg: language-conditioned segmentation"
 DRAWN_SHAPES = (

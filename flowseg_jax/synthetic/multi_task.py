@@ -144,14 +144,14 @@ def outline_points(mask: np.ndarray) -> list[list[list[float]]] | None:
 def _question(writer: _SceneWriter, rng: random.Random) -> tuple[Scene, ReasoningQuestion, list[list[list[float]]]]:
     """A scene, a question about it, and the outlines of the answer."""
     # The kind is drawn before the scene and kept, so that rejection cannot bend the mix.
-    question_of = REASONING_QUESTIONS[rng.choice(tuple(REASONING_QUESTIONS))]
+    kind = rng.choice(tuple(REASONING_QUESTIONS))
     for _ in range(ATTEMPTS):
         scene = writer.scene(rng)
-        if question := question_of(scene, rng):
+        if question := REASONING_QUESTIONS[kind](scene, rng):
             outlines = [outline_points(scene.masks[i]) for i in question.targets]
             if all(outlines):
                 return scene, question, [part for parts in outlines for part in parts]
-    raise AssertionError(f"no scene for {question_of.__name__} in {ATTEMPTS} attempts")
+    raise AssertionError(f"no scene for a question of the kind {kind!r} in {ATTEMPTS} attempts")
 
 
 def _ignored(scene: Scene, targets: tuple[int, ...], rng: random.Random) -> list[list[float]] | None:

@@ -82,55 +82,45 @@ def _first(values: np.ndarray) -> int | None:
     return int(order[0]) if values[order[0]] >= CLEAR_RATIO * values[order[1]] else None
 
 
-def _draw_value(scene: Scene, rng: random.Random, kind: str) -> tuple[list[int], str] | None:
-    """Some objects that share a value, but not all objects, and the value."""
-    values = sorted({getattr(item, kind) for item in scene.items})
-    if len(values) < 2:
-        return None
-    value = rng.choice(values)
-    return _having(scene, kind, value), value
+Question = Callable[[Scene, random.Random], ReasoningQuestion | None]
 
 
-def _colour(scene: Scene, rng: random.Random) -> ReasoningQuestion | None:
-    if (drawn := _draw_value(scene, rng, "colour")) is None:
-        return None
-    targets, value = drawn
-    like = rng.choice(LIKE[value])
-    return _question(
-        targets,
-        (f"the thing[|s] with the colour of {like}", f"what could be matched with {like} by its paint"),
-        (
-            f"Which thing[|s] would a painter mix the same paint for as for {like}?",
-            f"What in this picture has the colour of {like}?",
-        ),
-        f"The colour of {like} is {value}, and nothing else in the picture is {value}.",
-    )
+def _same(kind: str, short: Sequence[str], long: Sequence[str], explanation: str) -> Question:
+    """Asks for the things that share a value of an attribute; in the texts `{like}` is something that has it."""
+
+    def question(scene: Scene, rng: random.Random) -> ReasoningQuestion | None:
+        values = sorted({getattr(item, kind) for item in scene.items})
+        if len(values) < 2:
+            return None
+        value = rng.choice(values)
+        words = {"value": value, "like": rng.choice(LIKE[value])}
+        texts = ([text.format(**words) for text in group] for group in (short, long))
+        return _question(_having(scene, kind, value), *texts, explanation.format(**words))
+
+    return question
 
 
-def _shape(scene: Scene, rng: random.Random) -> ReasoningQuestion | None:
-    if (drawn := _draw_value(scene, rng, "shape")) is None:
-        return None
-    targets, value = drawn
-    like = rng.choice(LIKE[value])
-    return _question(
-        targets,
-        (f"the thing[|s] with the outline of {like}", f"what could stand for {like} in a drawing"),
-        (f"A child wants to draw {like}; which thing[|s] could be traced for it?", f"What here has the outline of {like}?"),
-        f"The outline of {like} is a {value}, and no other shape in the picture is one.",
-    )
-
-
-def _texture(scene: Scene, rng: random.Random) -> ReasoningQuestion | None:
-    if (drawn := _draw_value(scene, rng, "texture")) is None:
-        return None
-    targets, value = drawn
-    like = rng.choice(LIKE[value])
-    return _question(
-        targets,
-        (f"the thing[|s] whose surface[|s] [looks|look] like {like}", f"what is decorated in the way of {like}"),
-        (f"Which thing[|s] would look right beside {like}, whatever the colours?", f"What has a surface like {like}?"),
-        f"Like {like}, [it is|they are] {value}, and nothing else in the picture is.",
-    )
+_colour = _same(
+    "colour",
+    ("the thing[|s] with the colour of {like}", "what could be matched with {like} by its paint"),
+    (
+        "Which thing[|s] would a painter mix the same paint for as for {like}?",
+        "What in this picture has the colour of {like}?",
+    ),
+    "The colour of {like} is {value}, and nothing else in the picture is {value}.",
+)
+_shape = _same(
+    "shape",
+    ("the thing[|s] with the outline of {like}", "what could stand for {like} in a drawing"),
+    ("A child wants to draw {like}; which thing[|s] could be traced for it?", "What here has the outline of {like}?"),
+    "The outline of {like} is a {value}, and no other shape in the picture is one.",
+)
+_texture = _same(
+    "texture",
+    ("the thing[|s] whose surface[|s] [looks|look] like {like}", "what is decorated in the way of {like}"),
+    ("Which thing[|s] would look right beside {like}, whatever the colours?", "What has a surface like {like}?"),
+    "Like {like}, [it is|they are] {value}, and nothing else in the picture is.",
+)
 
 
 def _paint_and_outline(scene: Scene, rng: random.Random) -> ReasoningQuestion | None:
@@ -179,25 +169,18 @@ def _corners(scene: Scene, rng: random.Random) -> ReasoningQuestion | None:
     )
 
 
-def _most_room(scene: Scene, rng: random.Random) -> ReasoningQuestion | None:
-    if (target := _first(scene.areas)) is None:
+def _room(scene: Scene, most: bool) -> ReasoningQuestion | None:
+    if (target := _first(scene.areas if most else 1 / scene.areas)) is None:
         return None
+    extreme, weight, more = ("most", "heaviest", "more") if most else ("least", "lightest", "less")
     return _question(
         [target],
-        ("the thing that takes up the most room", "what would need the most paint to cover"),
-        ("Which thing takes up the most room?", "If all of them were cut out of paper, which one would be the heaviest?"),
-        f"The {describe(scene.items[target])} covers more of the picture than anything else.",
-    )
-
-
-def _least_room(scene: Scene, rng: random.Random) -> ReasoningQuestion | None:
-    if (target := _first(1 / scene.areas)) is None:
-        return None
-    return _question(
-        [target],
-        ("the thing that takes up the least room", "what would need the least paint to cover"),
-        ("Which thing takes up the least room?", "If all of them were cut out of paper, which one would be the lightest?"),
-        f"The {describe(scene.items[target])} covers less of the picture than anything else.",
+        (f"the thing that takes up the {extreme} room", f"what would need the {extreme} paint to cover"),
+        (
+            f"Which thing takes up the {extreme} room?",
+            f"If all of them were cut out of paper, which one would be the {weight}?",
+        ),
+        f"The {describe(scene.items[target])} covers {more} of the picture than anything else.",
     )
 
 
@@ -267,15 +250,15 @@ def _odd(scene: Scene, rng: random.Random) -> ReasoningQuestion | None:
     )
 
 
-REASONING_QUESTIONS: dict[str, Callable[[Scene, random.Random], ReasoningQuestion | None]] = {
+REASONING_QUESTIONS: dict[str, Question] = {
     "colour": _colour,
     "shape": _shape,
     "texture": _texture,
     "paint and outline": _paint_and_outline,
     "roll": _roll,
     "corners": _corners,
-    "most room": _most_room,
-    "least room": _least_room,
+    "most room": lambda scene, rng: _room(scene, most=True),
+    "least room": lambda scene, rng: _room(scene, most=False),
     "night": _night,
     "fall": _fall,
     "alone": _alone,

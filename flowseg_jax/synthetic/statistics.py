@@ -37,9 +37,6 @@ class Statistics:
                 self.noun_hits[expression.family] += 1 / expression.rivals
                 self.random_hits += 1 / objects
 
-    def sentences_of(self, split: str) -> int:
-        return sum(n for (name, _), n in self.sentences.items() if name == split)
-
     def family(self, family: str) -> int:
         return sum(n for (_, name), n in self.sentences.items() if name == family)
 
@@ -59,7 +56,15 @@ class Statistics:
         rows = [("split", "images", "refs", "sentences", *FAMILIES)]
         for split in SPLITS:
             families = [self.sentences[split, f] for f in FAMILIES]
-            rows.append((split, self.images[split], self.refs[split], self.sentences_of(split), *families))
+            rows.append(
+                (
+                    split,
+                    self.images[split],
+                    self.refs[split],
+                    sum(families),
+                    *families,
+                )
+            )
         rows.append(("share", "", "", "", *(f"{100 * self.share(f):.1f}%" for f in FAMILIES)))
         rates = (f"{100 * self.noun_hits[f] / max(1, self.family(f)):.0f}%" for f in FAMILIES)
         rows.append(("noun reader", "", "", f"{100 * self.noun_reader:.0f}%", *rates))

@@ -55,23 +55,9 @@ def _object_ids(ref: dict[str, Any], where: str) -> list[int]:
 
 
 class GRefCoco(Grouped):
-    """An opened gRefCOCO layout.
+    """An opened gRefCOCO layout: arguments, attributes and errors as those of `RefCoco`.
 
-    Args:
-        root: folder with `instances.json` and the refs (see `refs_file`), or the one that holds this folder as `grefcoco`.
-        split_by: which refs file; by default unc.
-        images: folder of the images; by default the usual places inside and beside the root.
-        max_characters: that a sentence may have.
-        problems: what is done about a damaged record.
-
-    Attributes:
-        categories: names, in the order of their ids.
-        splits: names of the splits that the refs use.
-        annotation_files: the files that were read (for digests).
-
-    Raises:
-        UserError: a file is missing or damaged, or a ref or sentence does not lead to its objects. Images and masks are
-            checked by `example`.
+    `root` may hold the folder as `grefcoco`; `split_by` is unc by default.
     """
 
     def __init__(
