@@ -133,23 +133,23 @@ def save_pretrained_streaming(
         UserError: as `save_pretrained`, and what making an array raises.
     """
     kind = {"model": dict(model_config)} if component is None else {"model": {}, "component": dict(component)}
-    manifest = {name: [list(lazy.shape), str(lazy.dtype)] for name, lazy in arrays.items()}
+    entries = {name: [list(lazy.shape), str(lazy.dtype)] for name, lazy in arrays.items()}
     with locked(directory, beside=True):
         return _write_model(
-            directory, lambda path: write_arrays(path, arrays, progress), manifest, kind, tokenizer_dir, extra, overwrite
+            directory, lambda path: write_arrays(path, arrays, progress), entries, kind, tokenizer_dir, extra, overwrite
         )
 
 
 def _write_model(
     directory: str | os.PathLike,
     write: Callable[[epath.Path], dict[str, int]],
-    manifest: Mapping[str, list],
+    entries: Mapping[str, list],
     kind: Mapping[str, Any],
     tokenizer_dir: str | os.PathLike | None,
     extra: Mapping[str, Any] | None,
     overwrite: bool,
 ) -> epath.Path:
-    """A directory with what `write` puts into `params/`; it returns the checksums of the arrays in `manifest`."""
+    """A directory with what `write` puts into `params/`; it returns the checksums of the arrays in the manifest `entries`."""
     target = resolve_path(directory)
     require_empty_directory(target, overwrite)
     tokenizer = None if tokenizer_dir is None else resolve_path(tokenizer_dir)
@@ -170,7 +170,7 @@ def _write_model(
         (fresh / "params" / "commit_success.txt").write_text("complete\n")
         if tokenizer is not None:
             copy_tree(tokenizer, fresh / "tokenizer")
-        (fresh / "config.json").write_text(sealed(fresh, {**config, "manifest": manifest, "checksums": sums}))
+        (fresh / "config.json").write_text(sealed(fresh, {**config, "manifest": entries, "checksums": sums}))
         if target.exists():
             target.rename(old)
         fresh.rename(target)

@@ -206,11 +206,9 @@ class EvalDataset:
         if prepared.task not in ("referring", "reasoning"):
             raise UserError(f"{prepared.directory}: {prepared.task} data has no expressions to evaluate on")
         self._task = prepared.task
-        prompts = sorted({sample.prompt for entry in entries for sample in entry.samples})
+        texts = sorted({sample.prompt for entry in entries for sample in entry.samples})
         bound = TokenBudget(self._prompts, self.tokenizer, visual_tokens)
-        length = {
-            prompt: bound.conversation(n, self._task) for prompt, n in zip(prompts, bound.phrase_lengths(prompts), strict=True)
-        }
+        length = {text: bound.conversation(n, self._task) for text, n in zip(texts, bound.phrase_lengths(texts), strict=True)}
         wanted = (i for i in range(len(entries)) if (only is None or i in only) and i not in skip)
         self.entries = {i: entries[i] for i in wanted if entries[i].samples}
         for entry in self.entries.values():

@@ -304,9 +304,9 @@ class Segmentor:
                 found.setdefault(int(row), []).append((self._decode(phrase), candidates))
         answers = []
         for row, (text, _) in enumerate(part):
-            ids = tokens[row, : lengths[row]]
-            complete = bool(ids[-1] in self._eos)
-            words = self._decode(ids[:-1] if complete else ids)
+            token_ids = tokens[row, : lengths[row]]
+            complete = bool(token_ids[-1] in self._eos)
+            words = self._decode(token_ids[:-1] if complete else token_ids)
             masks = [
                 select_prediction(encoded.name, text, encoded.image, c, chosen_by, words, phrase)
                 for phrase, c in found.get(row, ())
