@@ -50,18 +50,18 @@ def check_manifest(want: Mapping[str, list], have: Mapping[str, list], source: s
         raise UserError(f"{source} does not fit the model: {listed(faults, between='; ')}")
 
 
-def check_arrays(manifest: Any, sums: Any, where: str) -> None:
+def check_arrays(entries: Any, sums: Any, where: str) -> None:
     """Raises a UserError unless a manifest and its checksums, which were read, can be those of arrays."""
-    for key, group in (("manifest", manifest), ("checksums", sums)):
+    for key, group in (("manifest", entries), ("checksums", sums)):
         expect(isinstance(group, dict), group, f"{where}: {key}", "a group of keys")
-    for name, kind in manifest.items():
+    for name, kind in entries.items():
         ok = isinstance(kind, list) and len(kind) == 2 and isinstance(kind[0], list) and len(kind[0]) <= 16
         ok = ok and all(number(n, whole=True, least=0, most=1 << 40) for n in kind[0])
         ok = ok and isinstance(kind[1], str) and (kind[1] in DTYPES or kind[1].startswith("key<"))
         expect(ok, kind, f"{where}: manifest.{name[:80]}", "a shape and a dtype")
         ok = number(sums.get(name), whole=True, least=0, most=(1 << 32) - 1)
         expect(ok, sums.get(name), f"{where}: checksums.{name[:80]}", "a number of 32 bits")
-    if lost := sorted(set(sums) - set(manifest)):
+    if lost := sorted(set(sums) - set(entries)):
         raise UserError(f"{where}: checksums.{plain(lost[0])} is of an array that the manifest lacks")
 
 
