@@ -42,7 +42,7 @@ REGRESSED, FAILED = 1, 2  # exit codes; the third is `ratio.TOO_BUSY`
 PEACEFUL = {"GOMP_SPINCOUNT": "20000"}
 
 
-def run_component(component: components.Component, dtype: str, arguments: argparse.Namespace) -> dict[str, Any]:
+def run_component(component: components.TimedComponent, dtype: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """One component in its own process.
 
     Raises:
@@ -79,7 +79,7 @@ def exit_code(failures: Iterable[str], verdicts: Iterable[str]) -> int:
     return REGRESSED if table.REGRESSED in verdicts else ratio.TOO_BUSY if table.BUSY in verdicts else 0
 
 
-def work_list(arguments: argparse.Namespace) -> list[tuple[components.Component, str]]:
+def work_list(arguments: argparse.Namespace) -> list[tuple[components.TimedComponent, str]]:
     """(component, dtype) in the table's order.
 
     Raises:

@@ -87,7 +87,9 @@ def _seconds(call: components.Call) -> float:
     return min(found)
 
 
-def measure(component: components.Component, size: str, dtype: str, rounds: int, eager_only: bool = False) -> dict[str, Any]:
+def measure(
+    component: components.TimedComponent, size: str, dtype: str, rounds: int, eager_only: bool = False
+) -> dict[str, Any]:
     """Builds and times a component; see `python -m benchmarks` for what the result holds.
 
     Raises:

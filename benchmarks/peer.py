@@ -97,7 +97,7 @@ def mask2former_config(pixel: PixelDecoderConfig, decoder: MaskDecoderConfig) ->
     )
 
 
-class ConnectorLevel(nn.Module):
+class TorchConnectorLevel(nn.Module):
     """One map of X-SAM's `model/modules/connector`; NHWC in, NCHW out."""
 
     def __init__(self, width: int, hidden: int, scale: float):
@@ -126,7 +126,7 @@ class Connector(nn.Module):
     def __init__(self, cfg: ConnectorConfig):
         super().__init__()
         levels = zip(cfg.channels, cfg.scales, strict=True)
-        self.model = nn.ModuleList([ConnectorLevel(width, cfg.hidden_channels, scale) for width, scale in levels])
+        self.model = nn.ModuleList([TorchConnectorLevel(width, cfg.hidden_channels, scale) for width, scale in levels])
         self.order = cfg.low_to_high_order
 
     def forward(self, maps: list[torch.Tensor]) -> list[torch.Tensor]:

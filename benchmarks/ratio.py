@@ -45,7 +45,7 @@ VARIABLES = (
 )
 
 
-class Candidate(Protocol):
+class TimedProgram(Protocol):
     """What can be timed. `worker.Worker` is one that lives in another process."""
 
     @property
@@ -78,7 +78,7 @@ class Local:
 
 
 @dataclasses.dataclass(frozen=True)
-class Sample:
+class TimingSample:
     """One turn of a candidate: seconds a call, and how many cores were busy with foreign work meanwhile."""
 
     seconds: float
@@ -94,14 +94,14 @@ class Timing:
     """All samples of a candidate, each of `calls` calls."""
 
     calls: int
-    samples: tuple[Sample, ...]
+    samples: tuple[TimingSample, ...]
 
     @property
-    def clean(self) -> tuple[Sample, ...]:
+    def clean(self) -> tuple[TimingSample, ...]:
         return tuple(sample for sample in self.samples if sample.clean)
 
     @property
-    def used(self) -> tuple[Sample, ...]:
+    def used(self) -> tuple[TimingSample, ...]:
         """The clean samples; where they are too few, those with the least foreign load."""
         if len(self.clean) >= ENOUGH:
             return self.clean
@@ -114,7 +114,7 @@ class Timing:
 
 
 @dataclasses.dataclass(frozen=True)
-class Comparison:
+class TimingComparison:
     """What was measured.
 
     Attributes:
@@ -180,14 +180,14 @@ class Comparison:
 
 
 def compare(
-    candidates: Mapping[str, Candidate],
+    candidates: Mapping[str, TimedProgram],
     baseline: str,
     tolerance: float,
     *,
     rounds: int = 7,
     sample_seconds: float = SAMPLE_SECONDS,
     read: Callable[[Sequence[int]], load.Reading] = load.read,
-) -> Comparison:
+) -> TimingComparison:
     """Times the candidates in turn, once each has been called (compiled) and their outputs were found to agree.
 
     Args:
@@ -205,22 +205,22 @@ def compare(
         candidate.run(1)
     difference = largest_difference({name: candidate.output() for name, candidate in candidates.items()}, baseline, tolerance)
     calls = {name: max(1, math.ceil(sample_seconds / candidate.run(1))) for name, candidate in candidates.items()}
-    samples: dict[str, list[Sample]] = {name: [] for name in candidates}
+    samples: dict[str, list[TimingSample]] = {name: [] for name in candidates}
     for turn in range(1, 3 * rounds + 1):
         for name, candidate in candidates.items():
             samples[name].append(take_sample(candidate, calls[name], read))
         timings = {name: Timing(calls[name], tuple(taken)) for name, taken in samples.items()}
         if turn >= rounds and all(len(timing.clean) >= ENOUGH for timing in timings.values()):
             break
-    return Comparison(baseline, timings, difference, tolerance, environment())
+    return TimingComparison(baseline, timings, difference, tolerance, environment())
 
 
-def take_sample(candidate: Candidate, calls: int, read: Callable[[Sequence[int]], load.Reading]) -> Sample:
+def take_sample(candidate: TimedProgram, calls: int, read: Callable[[Sequence[int]], load.Reading]) -> TimingSample:
     # This process waits for a worker and polls nothing, but what it does do is not foreign.
     pids = sorted({os.getpid(), candidate.pid})
     before = read(pids)
     seconds = candidate.run(calls)
-    return Sample(seconds / calls, load.foreign_cores(before, read(pids)))
+    return TimingSample(seconds / calls, load.foreign_cores(before, read(pids)))
 
 
 def largest_difference(outputs: Mapping[str, Mapping[str, np.ndarray]], baseline: str, tolerance: float) -> float:
@@ -274,7 +274,7 @@ def write_json(path: str | Path, value: Any) -> None:
         raise UserError(f"--json={path} cannot be written: {error.strerror}") from None
 
 
-def report(comparison: Comparison, arguments: argparse.Namespace) -> int:
+def report(comparison: TimingComparison, arguments: argparse.Namespace) -> int:
     """Prints what `add_ratio_flags` asked for. Returns the command's exit code."""
     log(comparison.table())
     if arguments.json == "-":

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.components import COMPONENTS, Component
+from benchmarks.components import COMPONENTS, TimedComponent
 from flowseg_jax.checkpoints.storage import write_text_atomic
 from flowseg_jax.errors import UserError
 
@@ -55,7 +55,7 @@ def machine(result: Result) -> str:
     return f"{result['environment']['cpu']}, {result['environment']['cores']} cores"
 
 
-def bars(component: Component, dtype: str) -> str:
+def bars(component: TimedComponent, dtype: str) -> str:
     """A component's bar and aim, "" without."""
     bar = component.bars.get(dtype)
     return "" if bar is None else f"{bar.bar:g}" + ("" if bar.aim is None else f" / {bar.aim:g}")

@@ -77,7 +77,7 @@ class Window:
         return self._train_step.output()
 
 
-def against(revision: str, flags: Sequence[str], tolerance: float, rounds: int) -> ratio.Comparison:
+def against(revision: str, flags: Sequence[str], tolerance: float, rounds: int) -> ratio.TimingComparison:
     """Step time of this working tree / step time of a commit."""
     with checkout(revision) as tree, contextlib.ExitStack() as stack:
         command = [sys.executable, "-m", "benchmarks.step", *flags]
@@ -85,7 +85,7 @@ def against(revision: str, flags: Sequence[str], tolerance: float, rounds: int) 
         return ratio.compare(workers, revision, tolerance, rounds=rounds)
 
 
-def accumulate(config: ConfigDict, parts: int, tolerance: float, rounds: int) -> ratio.Comparison:
+def accumulate(config: ConfigDict, parts: int, tolerance: float, rounds: int) -> ratio.TimingComparison:
     """Step time with the batch in parts / step time with the batch whole.
 
     Raises:
@@ -103,7 +103,7 @@ def accumulate(config: ConfigDict, parts: int, tolerance: float, rounds: int) ->
     return ratio.compare(candidates, "accumulate=1", tolerance, rounds=rounds)
 
 
-def checkpoint(config: ConfigDict, steps: int, every: int, tolerance: float, rounds: int) -> ratio.Comparison:
+def checkpoint(config: ConfigDict, steps: int, every: int, tolerance: float, rounds: int) -> ratio.TimingComparison:
     """Time of some steps with asynchronous checkpoints / time of as many without."""
     train_step = TrainStep(config)
     with tempfile.TemporaryDirectory() as directory, CheckpointManager(directory) as checkpoints:

@@ -88,7 +88,7 @@ class Estimate:
 
 
 @dataclasses.dataclass(frozen=True)
-class Comparison:
+class VariantComparison:
     """Attributes:
     n: samples of the split.
     seeds: that all variants were trained with.
@@ -104,7 +104,7 @@ class Comparison:
     families: Mapping[str, Mapping[str, float]]
 
     @classmethod
-    def of(cls, records: Mapping[str, Mapping[int, Records]], resamples: int = RESAMPLES) -> Comparison:
+    def of(cls, records: Mapping[str, Mapping[int, Records]], resamples: int = RESAMPLES) -> VariantComparison:
         """Compares {variant: {seed: samples}}; all variants have the same seeds.
 
         Raises:
@@ -216,7 +216,7 @@ def finish(config: ConfigDict, workdir: Path) -> Records:
     return read_records(out / f"{SPLIT}.jsonl")
 
 
-def ablate(read: Callable[[str], ConfigDict], seeds: Sequence[int], runs: Path) -> Comparison:
+def ablate(read: Callable[[str], ConfigDict], seeds: Sequence[int], runs: Path) -> VariantComparison:
     """Makes all runs, seed by seed, and writes `ablation.json` and `ablation.md` as soon as a seed has all variants.
 
     Args:
@@ -231,7 +231,7 @@ def ablate(read: Callable[[str], ConfigDict], seeds: Sequence[int], runs: Path) 
             config = read(variant)
             config.seed = seed
             records[variant][seed] = finish(config, runs / f"{variant}_{seed}")
-        comparison = Comparison.of(records)
+        comparison = VariantComparison.of(records)
         about = (
             f"{config.num_steps} steps of {config.batch_size} images; seeds {', '.join(map(str, comparison.seeds))}. Percent."
         )

@@ -77,6 +77,16 @@ def test_old_names_are_gone():
     assert {name: words for name, words in found.items() if words} == {}
 
 
+def test_no_class_name_means_two_things():
+    places: dict[str, list[str]] = {}
+    for name in files(".py"):
+        if name.startswith(("flowseg_jax/", "convert_weights/", "experiments/", "benchmarks/")):
+            for node in ast.walk(ast.parse((ROOT / name).read_text())):
+                if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                    places.setdefault(node.name, []).append(name)
+    assert {name: where for name, where in places.items() if len(where) > 1} == {}
+
+
 @pytest.mark.parametrize("word", WORDS)
 def test_private_words_are_gone(word):
     pattern = re.compile(rf"(?<![\w`/]){word}(?![\w`])", re.IGNORECASE)

@@ -32,7 +32,7 @@ class Bar:
 
 
 @dataclasses.dataclass(frozen=True)
-class Component:
+class TimedComponent:
     """A line of the table.
 
     Attributes:
@@ -83,36 +83,40 @@ def _one(bar: float, aim: float | None = None) -> dict[str, Bar]:
     return {FLOAT32: Bar(bar, aim)}
 
 
-COMPONENTS: dict[str, Component] = {
+COMPONENTS: dict[str, TimedComponent] = {
     component.name: component
     for component in (
-        Component(
+        TimedComponent(
             "sam_window", "encoders", "SAM ViT-L window block, 64 x 64 patches", _one(1.15, 1.0), dtypes=(FLOAT32, BFLOAT16)
         ),
-        Component(
+        TimedComponent(
             "sam_global", "encoders", "SAM ViT-L global block, 4,096 patches", _one(1.3, 1.0), dtypes=(FLOAT32, BFLOAT16)
         ),
-        Component("siglip", "encoders", "SigLIP2-so400m block, 729 patches", **_both(1.3, 1.1, 2.0, 1.6)),
-        Component("llm_prefill", "encoders", "Qwen3-4B block, a prompt of 1,800 tokens", **_both(1.3, 1.1, 2.0, 1.6)),
-        Component("llm_decode", "encoders", "Qwen3-4B block, one token after 1,800 cached", **_both(1.3, 1.1, 2.0, 1.6)),
-        Component("pixel_decoder_layer", "msda", "layer of the pixel decoder, 21,504 tokens"),
-        Component("msda", "msda", "deformable attention alone, 21,504 queries", _one(0.5, 0.4)),
-        Component("msda_grad", "msda", "the same and its three gradients", _one(0.7, 0.5)),
-        Component("decoder_layer", "decoder", "Mask2Former layer, 200 queries, 16,384 keys", _one(0.8, 0.7)),
-        Component("decoder_layer_grad", "decoder", "the same and all gradients", _one(1.2, 1.0)),
-        Component("bar", "decoder", "boundary refinement of 8 masks, 128 x 128"),
-        Component("point_losses_grad", "losses", "point selection, BCE and dice of 32 masks, and the gradient", _one(1.3, 1.0)),
-        Component("matcher", "losses", "10 levels of 32 targets and 200 queries", peer="scipy"),
-        Component("resize", "losses", "50 masks, 128 to 1,024 pixels"),
-        Component("forward", "whole", "image and one expression to masks, two layers a component", _one(1.1, 0.95)),
-        Component("train_step", "whole", "train step, one image, four expressions, two layers a component", _one(1.2, 1.0)),
-        Component("seven_expressions", "whole", "one image, seven expressions: image pass shared", _one(0.25, 0.18)),
-        Component("seven_shared", "whole", "the same beside our own path one by one", _one(0.2), peer="one by one"),
+        TimedComponent("siglip", "encoders", "SigLIP2-so400m block, 729 patches", **_both(1.3, 1.1, 2.0, 1.6)),
+        TimedComponent("llm_prefill", "encoders", "Qwen3-4B block, a prompt of 1,800 tokens", **_both(1.3, 1.1, 2.0, 1.6)),
+        TimedComponent("llm_decode", "encoders", "Qwen3-4B block, one token after 1,800 cached", **_both(1.3, 1.1, 2.0, 1.6)),
+        TimedComponent("pixel_decoder_layer", "msda", "layer of the pixel decoder, 21,504 tokens"),
+        TimedComponent("msda", "msda", "deformable attention alone, 21,504 queries", _one(0.5, 0.4)),
+        TimedComponent("msda_grad", "msda", "the same and its three gradients", _one(0.7, 0.5)),
+        TimedComponent("decoder_layer", "decoder", "Mask2Former layer, 200 queries, 16,384 keys", _one(0.8, 0.7)),
+        TimedComponent("decoder_layer_grad", "decoder", "the same and all gradients", _one(1.2, 1.0)),
+        TimedComponent("bar", "decoder", "boundary refinement of 8 masks, 128 x 128"),
+        TimedComponent(
+            "point_losses_grad", "losses", "point selection, BCE and dice of 32 masks, and the gradient", _one(1.3, 1.0)
+        ),
+        TimedComponent("matcher", "losses", "10 levels of 32 targets and 200 queries", peer="scipy"),
+        TimedComponent("resize", "losses", "50 masks, 128 to 1,024 pixels"),
+        TimedComponent("forward", "whole", "image and one expression to masks, two layers per encoder", _one(1.1, 0.95)),
+        TimedComponent(
+            "train_step", "whole", "train step, one image, four expressions, two layers per encoder", _one(1.2, 1.0)
+        ),
+        TimedComponent("seven_expressions", "whole", "one image, seven expressions: image pass shared", _one(0.25, 0.18)),
+        TimedComponent("seven_shared", "whole", "the same beside our own path one by one", _one(0.2), peer="one by one"),
     )
 }
 
 
-def choose(names: Sequence[str]) -> list[Component]:
+def choose(names: Sequence[str]) -> list[TimedComponent]:
     """The components of those names, all where there are none. UserError names the nearest for one that does not exist."""
     for name in names:
         if name not in COMPONENTS:
@@ -120,7 +124,7 @@ def choose(names: Sequence[str]) -> list[Component]:
     return [COMPONENTS[name] for name in names or COMPONENTS]
 
 
-def build(component: Component, size: str, dtype: str) -> Pair:
+def build(component: TimedComponent, size: str, dtype: str) -> Pair:
     """Makes the inputs, weights and both calls, at size "full" or "tiny".
 
     Raises:

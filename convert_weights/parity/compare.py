@@ -13,9 +13,9 @@ from flax import nnx
 from convert_weights.convert import import_params
 from convert_weights.parity import training, units
 from convert_weights.parity.fixture import RUNS, STAGE1, WEIGHTS, Arrays, Fixture, Run
-from convert_weights.parity.forward import Comparison, run_evaluation, run_model
-from convert_weights.parity.preprocessing import Sample, assemble, compare_inputs, compare_prompts, read_samples
-from convert_weights.parity.report import Report
+from convert_weights.parity.forward import ForwardComparison, run_evaluation, run_model
+from convert_weights.parity.preprocessing import RecordedSample, assemble, compare_inputs, compare_prompts, read_samples
+from convert_weights.parity.report import ParityReport
 from flowseg_jax.data import images
 from flowseg_jax.errors import UserError
 from flowseg_jax.models import flowseg
@@ -27,7 +27,7 @@ TRAINING = ("loss/", "match/", "points/", "grad/", "target/")  # what a run of t
 HEAD = "segmentor.class_predictor.predictor"
 
 
-def compare(directory: str | os.PathLike[str]) -> Report:
+def compare(directory: str | os.PathLike[str]) -> ParityReport:
     """Compares everything that a fixture directory holds, in float32.
 
     Raises:
@@ -36,7 +36,7 @@ def compare(directory: str | os.PathLike[str]) -> Report:
     fixture = Fixture(directory)
     held: dict[str, list[str]] = {file: list(fixture.arrays(file)) for file in fixture.files()}
     held["prompts.json"] = sorted({template for template, _ in fixture.prompts()})
-    report = Report(held)
+    report = ParityReport(held)
     samples = read_samples(fixture, fixture.model())
     work: dict[str, Callable[[], None]] = {
         "the inputs": lambda: compare_inputs(fixture, samples, report),
@@ -62,7 +62,7 @@ def build(
     return graphdef, import_params("xsam", {**fixture.weights(), **(extra or {})}, cfg)
 
 
-def missing(fixture: Fixture, samples: list[Sample], text: bool) -> str:
+def missing(fixture: Fixture, samples: list[RecordedSample], text: bool) -> str:
     """What the fixture lacks to run the model on these samples; "" if nothing."""
     if not fixture.has(WEIGHTS):
         return f"the fixture has no {WEIGHTS}"
@@ -74,14 +74,14 @@ def missing(fixture: Fixture, samples: list[Sample], text: bool) -> str:
     return ""
 
 
-def choose(fixture: Fixture, samples: list[Sample], numbers: list[int]) -> list[Sample]:
+def choose(fixture: Fixture, samples: list[RecordedSample], numbers: list[int]) -> list[RecordedSample]:
     """The samples of a batch."""
     if any(not 0 <= i < len(samples) for i in numbers):
         raise UserError(f"{fixture.directory / 'config.json'}: a batch has samples {numbers}, there are {len(samples)}")
     return [samples[i] for i in numbers]
 
 
-def compare_run(fixture: Fixture, run: Run, samples: list[Sample], report: Report) -> None:
+def compare_run(fixture: Fixture, run: Run, samples: list[RecordedSample], report: ParityReport) -> None:
     """One run of the whole model: forward, evaluation, losses and gradients, as far as they are recorded."""
     recorded = fixture.arrays(run.file)
     chosen = choose(fixture, samples, fixture.samples(run.batch))
@@ -91,7 +91,7 @@ def compare_run(fixture: Fixture, run: Run, samples: list[Sample], report: Repor
     cfg = fixture.model(images=len(chosen), clamp=run.clamp)
     batch = assemble(chosen, cfg)
     graphdef, params = build(fixture, cfg)
-    comparison = Comparison(run, recorded, batch, report)
+    comparison = ForwardComparison(run, recorded, batch, report)
     if any(not name.startswith((*TRAINING, "post/", "meta/")) for name in recorded):
         comparison.observed(run_model(graphdef, params, batch))
     if any(name.startswith("post/") for name in recorded):
@@ -107,7 +107,7 @@ def compare_training(
     cfg: FlowSegConfig,
     graphdef: nnx.GraphDef,
     params: dict[str, Any],
-    report: Report,
+    report: ParityReport,
 ) -> None:
     """Targets, losses and gradients of a run over referring phrases."""
     recorded, losses = fixture.arrays(run.file), fixture.losses()
@@ -130,7 +130,7 @@ def compare_training(
         training.compare_gradients(run.file, recorded, gradient, cfg, report)
 
 
-def compare_targets(file: str, recorded: Arrays, batch: Batch, report: Report) -> None:
+def compare_targets(file: str, recorded: Arrays, batch: Batch, report: ParityReport) -> None:
     """The target masks of each image, and which of them each phrase is about."""
     for b, exists in enumerate(np.asarray(batch.phrase_target) != PAD):
         name = f"target/image{b}"
@@ -151,7 +151,7 @@ def stage1_samples(fixture: Fixture, count: int) -> list[int]:
     return training_batch if images == len(training_batch) != count else list(range(images))
 
 
-def compare_stage1(fixture: Fixture, samples: list[Sample], report: Report) -> None:
+def compare_stage1(fixture: Fixture, samples: list[RecordedSample], report: ParityReport) -> None:
     """The run without language: all samples, each with all its masks as labelled objects and the linear class head."""
     recorded, losses = fixture.arrays(STAGE1), fixture.losses()
     chosen = choose(fixture, samples, stage1_samples(fixture, len(samples)))

@@ -18,8 +18,8 @@ from flax import nnx
 from jaxtyping import Array, Bool
 
 from convert_weights.parity.fixture import Arrays, Run
-from convert_weights.parity.preprocessing import Sample
-from convert_weights.parity.report import Report
+from convert_weights.parity.preprocessing import RecordedSample
+from convert_weights.parity.report import ParityReport
 from flowseg_jax.evaluation import postprocess
 from flowseg_jax.losses import next_token_loss
 from flowseg_jax.models.conditions import pool_spans
@@ -117,7 +117,7 @@ def run_evaluation(graphdef: nnx.GraphDef, params: dict[str, Any], batch: Batch)
     return found.scores, postprocess.top_k_masks(found.scores, found.mask_logits, 1)
 
 
-class Comparison:
+class ForwardComparison:
     """Compares what was observed in one run with what the fixture recorded.
 
     Args:
@@ -127,7 +127,7 @@ class Comparison:
         report: where rows go.
     """
 
-    def __init__(self, run: Run, recorded: Arrays, batch: Batch, report: Report):
+    def __init__(self, run: Run, recorded: Arrays, batch: Batch, report: ParityReport):
         self.run, self.recorded, self.report = run, recorded, report
         # The passes of real phrases among all B * K, in X-SAM's order.
         self.passes = np.flatnonzero(np.asarray(batch.phrase_target).reshape(-1) != PAD)
@@ -200,7 +200,7 @@ class Comparison:
         masks = resize(jnp.asarray(masks[np.arange(len(best)), best]), (side, side))
         self.add("out/top_mask_logits_padded", masks)
 
-    def evaluation(self, scores: Array, chosen: postprocess.SelectedMasks, samples: list[Sample]) -> None:
+    def evaluation(self, scores: Array, chosen: postprocess.SelectedMasks, samples: list[RecordedSample]) -> None:
         """What the product's evaluation makes of one phrase an image: selection, and the exact mask at the original size."""
         k = self.batch.phrase_target.shape[1]
         if not self.comparable or len(self.passes) != len(samples) * k or k != 1:

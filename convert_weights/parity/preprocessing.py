@@ -13,7 +13,7 @@ from jaxtyping import Int
 from PIL import Image
 
 from convert_weights.parity.fixture import Arrays, Fixture
-from convert_weights.parity.report import Report
+from convert_weights.parity.report import ParityReport
 from flowseg_jax.data import images
 from flowseg_jax.data.collate import (
     ProcessedImage,
@@ -52,7 +52,7 @@ class Text:
 
 
 @dataclasses.dataclass(frozen=True)
-class Sample:
+class RecordedSample:
     """One image of the fixture, processed; `pixels` or `text` are None where the fixture lacks their source.
 
     Attributes:
@@ -140,7 +140,7 @@ def read_texts(fixture: Fixture, keys: list[str]) -> dict[str, Text]:
     return texts
 
 
-def read_samples(fixture: Fixture, cfg: FlowSegConfig) -> list[Sample]:
+def read_samples(fixture: Fixture, cfg: FlowSegConfig) -> list[RecordedSample]:
     """All samples of the fixture, in the order of config.json."""
     arrays = fixture.arrays(FILE)
     keys = [f"sample{i}" for i in range(len(fixture.config.get("samples", ())))]
@@ -156,11 +156,11 @@ def read_samples(fixture: Fixture, cfg: FlowSegConfig) -> list[Sample]:
             else:
                 packed = np.packbits(arrays.get(f"{key}/mask_labels", np.zeros((0, side, side), np.uint8)), axis=-1)
             pixels = ProcessedImage(fitted, scaled, images.resize_to_square(image, cfg.siglip.image_size), packed)
-        out.append(Sample(key, pixels, texts.get(key), size, masks))
+        out.append(RecordedSample(key, pixels, texts.get(key), size, masks))
     return out
 
 
-def compare_inputs(fixture: Fixture, samples: list[Sample], report: Report) -> None:
+def compare_inputs(fixture: Fixture, samples: list[RecordedSample], report: ParityReport) -> None:
     """Compares every array of inputs.npz that the pipeline makes."""
     arrays = fixture.arrays(FILE)
     has_text = fixture.has("tokenizer.json") and fixture.has("conversations.json")
@@ -189,7 +189,7 @@ def compare_inputs(fixture: Fixture, samples: list[Sample], report: Report) -> N
     report.explain(FILE, r"sample\d+/", "what it is made from is not in the fixture")
 
 
-def compare_prompts(fixture: Fixture, report: Report) -> None:
+def compare_prompts(fixture: Fixture, report: ParityReport) -> None:
     """Whether our chat templates render the turns of prompts.json, text for text; the prompt templates are our own."""
     by_chat: dict[str, list[bool]] = {}
     for template, turns in fixture.prompts():
@@ -204,7 +204,7 @@ def compare_prompts(fixture: Fixture, report: Report) -> None:
         )
 
 
-def assemble(samples: list[Sample], cfg: FlowSegConfig, labels: list[Int[np.ndarray, " m"]] | None = None) -> Batch:
+def assemble(samples: list[RecordedSample], cfg: FlowSegConfig, labels: list[Int[np.ndarray, " m"]] | None = None) -> Batch:
     """One batch of samples as X-SAM runs them.
 
     Args:

@@ -63,7 +63,7 @@ def relative_error(ours: np.ndarray, theirs: np.ndarray, scale: float = 0.0) -> 
     return float(error) if np.isfinite(error) else float("inf")
 
 
-class Report:
+class ParityReport:
     """Collects rows, and keeps account of everything the fixture holds.
 
     Args:

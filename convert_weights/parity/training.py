@@ -15,7 +15,7 @@ from jaxtyping import Array
 from convert_weights.convert import export_params
 from convert_weights.parity.fixture import Arrays
 from convert_weights.parity.forward import COMPILE_FAST
-from convert_weights.parity.report import Report
+from convert_weights.parity.report import ParityReport
 from flowseg_jax.losses import (
     LayerLosses,
     LossConfig,
@@ -189,7 +189,7 @@ def train(
 
 
 def compare_losses(
-    file: str, recorded: Arrays, found: Trained, recording: Recording, cfg: LossConfig, language: bool, report: Report
+    file: str, recorded: Arrays, found: Trained, recording: Recording, cfg: LossConfig, language: bool, report: ParityReport
 ) -> None:
     """Every loss term, assignment and choice of points.
 
@@ -241,7 +241,9 @@ def in_order(points: np.ndarray) -> np.ndarray:
     return np.stack([pair[np.lexsort(pair.T)] for pair in points])
 
 
-def compare_gradients(file: str, recorded: Arrays, gradient: dict[str, Any], model: FlowSegConfig, report: Report) -> None:
+def compare_gradients(
+    file: str, recorded: Arrays, gradient: dict[str, Any], model: FlowSegConfig, report: ParityReport
+) -> None:
     """The recorded gradients under X-SAM's names, and the global norm.
 
     The maps between its parameters and ours are linear and keep the norm, so the converter's export direction applies to

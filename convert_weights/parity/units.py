@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from convert_weights.parity.fixture import Arrays, Fixture
-from convert_weights.parity.report import LIMITS, Report, relative_error
+from convert_weights.parity.report import LIMITS, ParityReport, relative_error
 from flowseg_jax.evaluation.metrics import summarise
 from flowseg_jax.losses import LossConfig, match_cost, point_losses
 from flowseg_jax.models.conditions import append_background, pool_spans, referring_conditions
@@ -36,7 +36,7 @@ def with_params(make: Callable[[], nnx.Module], params: dict[str, Any]) -> nnx.M
 class Units:
     """The checks of units.npz; each method does one group and tolerates what is missing in it."""
 
-    def __init__(self, arrays: Arrays, report: Report):
+    def __init__(self, arrays: Arrays, report: ParityReport):
         self.arrays, self.report = arrays, report
 
     def get(self, *names: str) -> list[np.ndarray] | None:
@@ -153,7 +153,7 @@ class Units:
             self.add("metric/ciou_giou_percent", [table["ciou"], table["giou"]])
 
 
-def compare_units(fixture: Fixture, report: Report) -> None:
+def compare_units(fixture: Fixture, report: ParityReport) -> None:
     """Runs every check of units.npz."""
     if not fixture.has(FILE):
         return
@@ -226,7 +226,7 @@ def run_text_layer(arrays: Arrays, heads: int) -> dict[str, np.ndarray]:
     return jax.device_get(jax.jit(jax.vmap(one))(*(arrays[f"in/{name}"] for name in names)))
 
 
-def compare_text_layer(fixture: Fixture, report: Report) -> None:
+def compare_text_layer(fixture: Fixture, report: ParityReport) -> None:
     """The decoder layer with text cross-attention, which is what SR computes in its `post` form at g = 0."""
     arrays = fixture.arrays(LAYER_FILE)
     if not arrays:

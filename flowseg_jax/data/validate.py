@@ -73,7 +73,7 @@ class Leak:
 
 
 @dataclasses.dataclass
-class Report:
+class ValidationReport:
     """The outcome of `validate`."""
 
     quick: bool
@@ -124,7 +124,7 @@ def open_set(name: str, root: str | Path, *, splits: Sequence[str] | None = None
     return Opened(formats.layout_name(name), layout, problems, wanted)
 
 
-def validate(opened: Sequence[Opened], quick: bool = False, log: Callable[[str], None] = lambda line: None) -> Report:
+def validate(opened: Sequence[Opened], quick: bool = False, log: Callable[[str], None] = lambda line: None) -> ValidationReport:
     """Goes through all examples of the sets.
 
     Args:
@@ -142,7 +142,7 @@ def validate(opened: Sequence[Opened], quick: bool = False, log: Callable[[str],
         _compare(one, report, found)
         sets.append(report)
         pictures.append(found)
-    return Report(quick, sets, _leaks(opened, pictures))
+    return ValidationReport(quick, sets, _leaks(opened, pictures))
 
 
 def _identity(name: str, layout: str, content: bytes) -> ImageIdentity:
@@ -235,7 +235,7 @@ def _list(title: str, entries: Sequence[str]) -> list[str]:
     return [f"  {title}: {len(entries):,}", *(f"    {entry}" for entry in entries[:SHOWN]), *more]
 
 
-def render(report: Report) -> str:
+def render(report: ValidationReport) -> str:
     """The report as text."""
     lines = []
     for one in report.sets:

@@ -30,7 +30,7 @@ Rows = list[tuple]  # rows that begin with their weight
 
 
 @dataclass(frozen=True)
-class Expression:
+class GeneratedExpression:
     """`text` refers to object `target`; `rivals` objects (the target included) match the head noun with its attributes."""
 
     text: str
@@ -175,13 +175,13 @@ class ExpressionGenerator:
             getattr(self, "_" + family.replace("-", "_"))(self._tables[family])
         return self._tables[family]
 
-    def draw(self, rng: random.Random, family: str, target: int) -> Expression | None:
+    def draw(self, rng: random.Random, family: str, target: int) -> GeneratedExpression | None:
         """One expression of `family` for `target`, or None when there is none."""
         options = self.table(family).get(target)
         if not options:
             return None
         (choice,) = rng.choices(options, [o.weight for o in options])
-        return Expression(choice.phrase(Paraphraser(rng)), family, target, choice.rivals)
+        return GeneratedExpression(choice.phrase(Paraphraser(rng)), family, target, choice.rivals)
 
     def _attribute(self, table: dict[int, list[_Candidate]]) -> None:
         for target, options in self.unique.items():

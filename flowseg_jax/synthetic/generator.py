@@ -19,7 +19,7 @@ from pathlib import Path
 from flowseg_jax.data.workers import Spawn, init_worker
 from flowseg_jax.errors import UserError, did_you_mean
 from flowseg_jax.synthetic import refcoco_writer
-from flowseg_jax.synthetic.expressions import FAMILIES, Expression, ExpressionGenerator, draw_families
+from flowseg_jax.synthetic.expressions import FAMILIES, ExpressionGenerator, GeneratedExpression, draw_families
 from flowseg_jax.synthetic.render import render
 from flowseg_jax.synthetic.scene import Scene, compose, draw_attributes, is_held_out, place
 from flowseg_jax.synthetic.statistics import Statistics
@@ -180,7 +180,7 @@ def _draw_scene(rng: random.Random, config: GeneratorConfig, held_out: bool) -> 
     return items and compose(items, config.size)
 
 
-def _refer(rng: random.Random, scene: Scene, groups: list[list[str]], held_out: bool) -> list[list[Expression]] | None:
+def _refer(rng: random.Random, scene: Scene, groups: list[list[str]], held_out: bool) -> list[list[GeneratedExpression]] | None:
     """Finds a target with look-alikes and distinct expressions for every group; None when the scene has no room for them."""
     known = ExpressionGenerator(scene)
     triples = [(item.colour, item.shape, item.texture) for item in scene.items]
@@ -213,8 +213,10 @@ def _refer(rng: random.Random, scene: Scene, groups: list[list[str]], held_out: 
     return None
 
 
-def _distinct(rng: random.Random, known: ExpressionGenerator, families: list[str], target: int) -> list[Expression] | None:
-    chosen: dict[str, Expression] = {}
+def _distinct(
+    rng: random.Random, known: ExpressionGenerator, families: list[str], target: int
+) -> list[GeneratedExpression] | None:
+    chosen: dict[str, GeneratedExpression] = {}
     for family in families:
         for _ in range(4):
             expression = known.draw(rng, family, target)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from flowseg_jax.synthetic import polygons
-from flowseg_jax.synthetic.expressions import Expression
+from flowseg_jax.synthetic.expressions import GeneratedExpression
 from flowseg_jax.synthetic.scene import COLOURS, SHAPES, SIZES, TEXTURES, Scene
 from flowseg_jax.synthetic.statistics import Statistics
 
@@ -38,10 +38,10 @@ class ImageRecord:
     size: int
     annotations: list[dict[str, Any]]
     objects: list[dict[str, Any]]
-    refs: list[list[Expression]]
+    refs: list[list[GeneratedExpression]]
 
 
-def record(index: int, split: str, scene: Scene, refs: list[list[Expression]], rng: random.Random) -> ImageRecord:
+def record(index: int, split: str, scene: Scene, refs: list[list[GeneratedExpression]], rng: random.Random) -> ImageRecord:
     """Collects what the files say about scene `index`."""
     annotations, objects = [], []
     for item, mask, centre, area in zip(scene.items, scene.masks, scene.centres, scene.areas, strict=True):
@@ -116,7 +116,7 @@ def _image(r: ImageRecord) -> dict[str, Any]:
     }
 
 
-def _sentence(expression: Expression, sentence_id: int) -> dict[str, Any]:
+def _sentence(expression: GeneratedExpression, sentence_id: int) -> dict[str, Any]:
     text = expression.text
     return {
         "tokens": text.split(),

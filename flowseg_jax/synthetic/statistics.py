@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from flowseg_jax.synthetic.expressions import FAMILIES, Expression
+from flowseg_jax.synthetic.expressions import FAMILIES, GeneratedExpression
 
 SPLITS = ("train", "val", "testA", "testB")
 
@@ -26,7 +26,7 @@ class Statistics:
     noun_hits: Counter = field(default_factory=Counter)  # family -> expected hits
     random_hits: float = 0.0
 
-    def add(self, split: str, objects: int, refs: Iterable[Iterable[Expression]]) -> None:
+    def add(self, split: str, objects: int, refs: Iterable[Iterable[GeneratedExpression]]) -> None:
         """Counts one image."""
         self.images[split] += 1
         self.objects += objects

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from benchmarks import load, ratio, step, train_step
 from benchmarks.command_line import add_ratio_flags
-from benchmarks.ratio import Sample, Timing
+from benchmarks.ratio import Timing, TimingSample
 from benchmarks.step import random_batch
 from benchmarks.worker import Worker
 from flowseg_jax import experiment as configs
@@ -110,12 +110,12 @@ def test_a_busy_machine_is_sampled_longer_and_the_quality_says_how_it_went():
 
 
 def test_the_median_is_of_clean_samples_or_of_the_least_contended():
-    clean = [Sample(seconds, 0.1) for seconds in (1.0, 2.0, 4.0)]
-    busy = [Sample(9.0, 0.3), Sample(5.0, 0.25), Sample(8.0, 1.0)]
+    clean = [TimingSample(seconds, 0.1) for seconds in (1.0, 2.0, 4.0)]
+    busy = [TimingSample(9.0, 0.3), TimingSample(5.0, 0.25), TimingSample(8.0, 1.0)]
     assert Timing(1, (*busy, *clean)).seconds == 2.0
     assert Timing(1, (*busy, *clean[1:])).seconds == 4.0  # 2, 4 and the 5 of the least contended one
-    assert Timing(1, (Sample(1.0, 1.9), *busy)).seconds == 8.0  # the fastest was the most contended
-    assert not Sample(1.0, 0.21).clean
+    assert Timing(1, (TimingSample(1.0, 1.9), *busy)).seconds == 8.0  # the fastest was the most contended
+    assert not TimingSample(1.0, 0.21).clean
 
 
 @pytest.mark.parametrize(

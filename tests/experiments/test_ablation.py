@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from experiments import ablation
-from experiments.ablation import Comparison, Estimate
+from experiments.ablation import Estimate, VariantComparison
 from flowseg_jax import experiment as configs
 from flowseg_jax.checkpoints.manifest import flatten_params
 from flowseg_jax.errors import UserError
@@ -47,7 +47,7 @@ def chance(rng: np.random.Generator, images: int = 12) -> list[dict]:
 
 def test_figures_are_those_of_the_evaluation(rng):
     records = {variant: {seed: chance(rng) for seed in (0, 1)} for variant in ablation.VARIANTS}
-    comparison = Comparison.of(records, resamples=50)
+    comparison = VariantComparison.of(records, resamples=50)
     assert (comparison.n, comparison.seeds) == (36, (0, 1))
     for variant, runs in records.items():
         tables = [metrics.summarise(runs[seed]) for seed in (0, 1)]
@@ -64,7 +64,7 @@ def test_differences_are_paired(rng):
     first = chance(rng, images=60)
     better = [sample(r["image_id"], r["ann_id"], r["intersection"] + r["image_id"] % 3, 10, r["family"]) for r in first]
     runs = dict(zip(ablation.VARIANTS, (first, better, better, first), strict=True))
-    comparison = Comparison.of({variant: {0: run} for variant, run in runs.items()})
+    comparison = VariantComparison.of({variant: {0: run} for variant, run in runs.items()})
     assert list(comparison.differences) == [
         ("baseline", "sr"),
         ("sr", "sr_cr"),
@@ -89,7 +89,7 @@ def test_hand_computed_table():
         variant: {seed: [sample(i, 0, *values) for i, values in enumerate(run)] for seed, run in seeds.items()}
         for variant, seeds in runs.items()
     }
-    comparison = Comparison.of(records, resamples=100)
+    comparison = VariantComparison.of(records, resamples=100)
     lines = comparison.tables().splitlines()
     assert "val, n 2 | cIoU | gIoU | oracle cIoU | oracle cIoU - cIoU | cIoU by seed" in lines[0]
     assert lines[2] == (
@@ -110,7 +110,7 @@ def test_spread_and_agreement():
 def test_different_samples_are_refused():
     records = {"baseline": {0: [sample(0, 0, 5, 9)]}, "sr": {0: [sample(0, 1, 5, 9)]}}
     with pytest.raises(UserError, match="different samples"):
-        Comparison.of(records, resamples=2)
+        VariantComparison.of(records, resamples=2)
 
 
 @pytest.fixture

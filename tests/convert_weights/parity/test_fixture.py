@@ -13,7 +13,7 @@ from convert_weights.parity import training
 from convert_weights.parity.compare import stage1_samples
 from convert_weights.parity.fixture import STAGE1, Fixture
 from convert_weights.parity.preprocessing import assemble, compare_inputs, read_conversation, read_samples
-from convert_weights.parity.report import Report
+from convert_weights.parity.report import ParityReport
 from flowseg_jax.checkpoints.manifest import flatten_params
 from flowseg_jax.data import images
 from flowseg_jax.data.prompts import CHAT_TEMPLATES
@@ -142,7 +142,7 @@ def test_another_template_is_refused(phi3):
 
 def test_inputs_of_a_fixture_without_results(phi3):
     """Raw material alone gives no rows."""
-    report = Report({"inputs.npz": list(phi3.arrays("inputs.npz"))})
+    report = ParityReport({"inputs.npz": list(phi3.arrays("inputs.npz"))})
     compare_inputs(phi3, read_samples(phi3, phi3.model()), report)
     assert not report.rows
     assert {why for *_, why in report.not_compared()} == {"an input of the computation"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from convert_weights.parity.report import Report, Row, relative_error
+from convert_weights.parity.report import ParityReport, Row, relative_error
 
 
 def test_relative_error():
@@ -19,7 +19,7 @@ def test_relative_error():
 
 
 def test_rows():
-    report = Report({"a.npz": ["x", "y", "mask", "in", "q/1", "odd"]})
+    report = ParityReport({"a.npz": ["x", "y", "mask", "in", "q/1", "odd"]})
     report.compare("a.npz", "x", np.ones(4), np.full(4, 1 + 1e-5), "activation")
     report.compare("a.npz", "y", np.ones((2, 2)), np.ones(4), "loss")
     report.compare("a.npz", "mask", np.array([1, 0, 1, 1]), np.array([1, 1, 1, 1]), "exact")
@@ -37,7 +37,7 @@ def test_rows():
 
 def test_only_some_elements():
     """`where` selects over the leading axes; padding may hold anything."""
-    report = Report({})
+    report = ParityReport({})
     ours, theirs = np.ones((2, 3, 4)), np.ones((2, 3, 4))
     ours[1, 2] = np.nan
     where = np.array([[True] * 3, [True, True, False]])
