@@ -47,7 +47,7 @@ def swapped(
     """The selected mask with each of EXCHANGED; traced.
 
     Returns:
-        {"other": [B, K], see `another`}; mask logits [B, K, 4, h, w].
+        {"other": [B, K], see `other_target`}; mask logits [B, K, 4, h, w].
     """
     phrases, segs = model.encode_text_cached(cache, questions)
     other = other_target(truth, questions.query_valid)
