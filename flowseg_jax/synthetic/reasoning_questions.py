@@ -1,7 +1,7 @@
 """Indirect questions about a scene: they single out objects without naming a shape, colour or texture.
 
-Every question is clear: a person who sees the picture has one answer. `REASONING_QUESTIONS` maps a kind of question to the function that
-finds one in a scene, or None where the scene has none of the kind.
+Every question is clear: a person who sees the picture has one answer. `REASONING_QUESTIONS` maps a kind of question to the
+function that finds one in a scene, or None where the scene has none of the kind.
 """
 
 from __future__ import annotations
