@@ -167,7 +167,7 @@ def _run_model(command: str, module: str, argv: Sequence[str]) -> int:
     directory, data = find_model(arguments.checkpoint, arguments.workdir), arguments.data
     out = Path(arguments.out) if arguments.out else Path("runs") / "analysis" / model_name(directory)
     if data is None:
-        read_model_config(directory)  # a mistyped name is told at once, not after the benchmark is made
+        read_model_config(directory)  # a mistyped name is an error at once, not after the benchmark is made
         data = loop.load_dataset(experiment.load([])[0]).directory
     evaluation = ReferringEvaluation(EvalModel.load(directory), PreparedDataset.open(data), arguments.batch_size)
     run = importlib.import_module(f"flowseg_jax.analysis.{module}").run

@@ -61,7 +61,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     protocols.get_protocol(protocol)
     directory = find_model(arguments.checkpoint, arguments.workdir)
     out = _results_directory(arguments, model_name(directory))
-    read_model_config(directory)  # a mistyped name is told at once, not after the benchmark is made
+    read_model_config(directory)  # a mistyped name is an error at once, not after the benchmark is made
     if arguments.benchmark:
         if arguments.data:
             raise UserError("--benchmark and --data both name data sets: give one of them")

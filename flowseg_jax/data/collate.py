@@ -245,7 +245,7 @@ def empty_batch(shape: BatchShape, pad: int) -> Batch:
 
 
 def truncate_conversations(chats: Sequence[TokenizedConversation], room: int) -> list[TokenizedConversation]:
-    """The first `room` tokens of conversations without phrases: what is left of a long chat still teaches to speak."""
+    """The first `room` tokens of conversations without phrases: what is left of a long chat still trains the language model."""
     kept = []
     for chat in chats:
         kept.append(TokenizedConversation(*(getattr(chat, field.name)[:room] for field in dataclasses.fields(chat))))

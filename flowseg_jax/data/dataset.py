@@ -72,7 +72,7 @@ class IndexEntry:
 
     @property
     def identity(self) -> ImageIdentity:
-        """What the picture is in any data set."""
+        """The image's identity in any data set."""
         return ImageIdentity(self.number, self.image_digest)
 
 

@@ -1,8 +1,8 @@
-"""Which picture an image is, whatever data set holds it, so that one shown in training is not met again at evaluation.
+"""The identity of an image across data sets, so that no training image comes up again in evaluation.
 
-RefCOCO's evaluation images are part of COCO train2014, whose copies in other data sets bear other names and perhaps other
-bytes: COCO's pictures are told by their number. All others are told by what is in their files, since names mean nothing: two
-cameras may both have written a 000000000001.jpg.
+RefCOCO's evaluation images are part of COCO train2014, and copies in other data sets have other names and perhaps other bytes.
+So COCO's images are identified by their number. All others are identified by the content of their files, because names mean
+nothing: two cameras may both have written a 000000000001.jpg.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ def name_key(file_name: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class ImageIdentity:
-    """What tells a picture from all others.
+    """What identifies an image.
 
-    A picture of COCO is another one of COCO if the numbers agree. Any other two are the same if their content agrees: copies of
-    COCO's pictures in one's own data are found by it.
+    Two images of COCO are the same if their numbers agree. Any other two are the same if their content agrees, which finds
+    copies of COCO's images in other data.
 
     Attributes:
-        number: COCO's, None for another picture.
+        number: COCO's, None for an image that is not from COCO.
         content: a digest of the file.
     """
 
@@ -58,17 +58,17 @@ class ImageIdentity:
 
     @property
     def identity(self) -> str:
-        """Equal for the same picture of COCO, and for the same picture of other sources."""
+        """Equal for the same image of COCO, and for the same image of other sources."""
         return f"content:{self.content}" if self.number is None else f"coco:{self.number}"
 
     @property
     def holds_out(self) -> tuple[str, ...]:
-        """The keys that a picture of an evaluation split holds out of training."""
+        """The keys that an image of an evaluation split holds out of training."""
         return (self.identity,) if self.number is None else (self.identity, f"copy:{self.content}")
 
     @property
     def held_out_by(self) -> tuple[str, ...]:
-        """The keys of which one is enough to hold this picture out of training."""
+        """The keys of which one is enough to hold this image out of training."""
         return f"content:{self.content}", f"copy:{self.content}" if self.number is None else self.identity
 
 

@@ -1,6 +1,6 @@
-"""A data set of one's own, to try fine-tuning with: twenty pictures that teach a word no model knows.
+"""An example of your own data, to try fine-tuning with: twenty images that teach a word no model knows.
 
-Each picture has one star among other shapes, and the expressions call it "the zib". The masks come as polygons, run-length
+Each image has one star among other shapes, and the expressions call it "the zib". The masks come as polygons, run-length
 codes and PNG files in turn, the three forms that a line of `toy.jsonl` may have.
 """
 
@@ -19,7 +19,7 @@ from flowseg_jax.synthetic.scene import REFERENCE_SIZE, Scene, compose, draw_att
 
 WORD, SHAPE = "zib", "star"
 EXPRESSIONS = ("the {}", "find the {}", "a {}")
-UNSEEN = 4  # pictures of the split "val"
+UNSEEN = 4  # images of the split "val"
 
 
 def scene(rng: random.Random) -> Scene:
@@ -33,7 +33,7 @@ def scene(rng: random.Random) -> Scene:
 
 
 def write(directory: Path, images: int = 20, seed: int = 0) -> None:
-    """Writes `toy.jsonl`, the pictures and the masks into a new directory.
+    """Writes `toy.jsonl`, the images and the masks into a new directory.
 
     Raises:
         UserError: the directory exists, or too few images.

@@ -37,7 +37,7 @@ def log(text: str) -> None:
 
 
 def mute_console() -> None:
-    """Lets `log` print nothing from now on, for a process that another one speaks for."""
+    """Lets `log` print nothing from now on, for a process whose output another one prints."""
     global _silent
     _silent = True
 

@@ -1,4 +1,4 @@
-"""Several processes that run one program: who speaks for all of them, and how they agree on what went wrong."""
+"""Several processes that run one program: which one reports for all, and how they agree on an error."""
 
 from __future__ import annotations
 

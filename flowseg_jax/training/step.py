@@ -200,7 +200,7 @@ def _axes(spec: PartitionSpec) -> set[str]:
 
 
 def shard_map_spec(spec: PartitionSpec, mesh: Mesh) -> PartitionSpec:
-    """What `shard_map` is told of a partition: nothing about an axis that is left to the compiler."""
+    """The spec for `shard_map`: without the `tensor` axis where that is left to the compiler."""
     if mesh.shape["tensor"] == 1:
         return spec
     return PartitionSpec(*(None if entry == "tensor" else entry for entry in spec))
