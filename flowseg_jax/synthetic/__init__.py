@@ -5,7 +5,7 @@
 The result is a RefCOCO directory like any other. `scene` says what stands where, `render` paints it, `expressions` finds what
 can be said, `generator` puts sets together, `refcoco_writer` writes the layout, and `shapes` opens the prepared benchmark.
 `multi_task` (with `reasoning_questions` and `chat`) writes scenes in the layouts of ReasonSeg, COCO panoptic and LLaVA, and
-`toy_dataset` a data set of one's own.
+`toy_dataset` an example of your own data.
 """
 
 from flowseg_jax.synthetic.generator import generate
