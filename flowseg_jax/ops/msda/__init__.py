@@ -79,7 +79,7 @@ def msda(
     if chunk is None:
         samples = 4 * queries * h * levels * points * 4 * e  # bytes; four pixels per point
         chunk = -(-queries // -(-samples // CHUNK_BYTES))
-    # Pixel coordinates, the centre of the first pixel at 0. Two pixels outside the map a point reads nothing; so it may stop there.
+    # Pixel coordinates, the centre of the first pixel at 0. From two pixels outside the map on, a point reads nothing.
     size = jnp.asarray([(width, height) for height, width in shapes], jnp.float32)[:, None]
     pixels = jnp.clip(jnp.asarray(locations, jnp.float32) * size - 0.5, -2, size + 1)
     arrays = jnp.asarray(value), pixels, jnp.asarray(weights)
