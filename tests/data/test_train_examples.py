@@ -337,32 +337,6 @@ def test_jitter_scales_cuts_and_keeps_masks_on_their_objects(sets, train):
     np.testing.assert_array_equal(again.sam_images, data.batch(7).sam_images)
 
 
-def test_the_jitter_is_that_of_xsam():
-    """Fits into int(side * s + 0.5), centre-cut to the side; masks by the nearest pixel of the same geometry."""
-    picture = np.random.default_rng(0).integers(0, 256, (30, 60, 3)).astype(np.uint8)
-    small = images.LargeScaleJitter.of(30, 60, 40, 0.5)
-    assert (small.size, small.cut, small.top, small.left) == ((10, 20), (10, 20), 0, 0)
-    large = images.LargeScaleJitter.of(30, 60, 40, 2.0)
-    assert (large.size, large.cut, large.top, large.left) == ((40, 80), (40, 40), 0, 20)
-    from PIL import Image
-
-    same = images.LargeScaleJitter.of(30, 60, 60, 1.0)
-    np.testing.assert_array_equal(same.image(Image.fromarray(picture), 60)[:30], picture)
-    mask = (picture[..., 0] > 128).astype(np.uint8)
-    np.testing.assert_array_equal(images.unpack_masks(same.pack_masks(mask[None], 60))[0, :30], mask)
-    doubled = images.unpack_masks(large.pack_masks(np.ones((1, 30, 60), np.uint8), 40))[0]
-    assert doubled.all()
-
-
-def test_square_keeps_the_aspect():
-    from PIL import Image
-
-    wide = Image.fromarray(np.full((10, 30, 3), 200, np.uint8))
-    padded = images.square(wide, 30)
-    assert (padded[:10] == 127).all() and (padded[10:20] == 200).all() and (padded[20:] == 127).all()
-    assert (images.resize_to_square(wide, 30) == 200).all()
-
-
 @pytest.mark.parametrize("square", [False, True])
 def test_a_batch_holds_the_picture_padded_to_a_square_only_where_that_is_asked(train, square):
     """The whole way from `TrainOptions.square` to the vision encoder's input, on a picture that is not square."""
