@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     host.enable_compilation_cache()
     from flowseg_jax.checkpoints.find import find_model
     from flowseg_jax.checkpoints.pretrained import read_model_config
-    from flowseg_jax.inference import batch, outputs, segmentor
+    from flowseg_jax.inference import one_by_one, outputs, segmentor
     from flowseg_jax.system.console import heartbeat, log
 
     directory = find_model(arguments.checkpoint, arguments.workdir)
@@ -70,10 +70,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             model = segmentor.load(directory)
         method = model.chat if arguments.chat else model.generate if writes else model.predict
         respond = functools.partial(method, **options)
-        done = batch.run(model, jobs, respond, writer, strict=not many)
+        done = one_by_one.run(model, jobs, respond, writer, strict=not many)
     log("\n".join(map(str, done.paths)) if not many else f"{Path(arguments.out) / outputs.TABLE}")
     if done.last and not writes:
-        log(batch.latency(model, *done.last, respond))
+        log(one_by_one.latency(model, *done.last, respond))
     return 1 if done.failed else 0
 
 

@@ -318,6 +318,13 @@ def make_conversations(
     return [prompts.reasoning(phrase, k, family == "long") for k, (phrase, family) in numbered]
 
 
+def encode_expressions(
+    texts: Sequence[str], prompts: PromptTemplates, tokenizer: Tokenizer, name: str
+) -> list[TokenizedConversation]:
+    """The conversation of each text about the image `name`, in the fixed prompt template, tokenized."""
+    return [encode_conversation(said, prompts, tokenizer, name) for said in make_conversations(prompts, texts)]
+
+
 def collate_queries(
     rows: Sequence[Sequence[TokenizedConversation]], shape: tuple[int, int, int], start: int, pad: int, names: Sequence[str]
 ) -> ExpressionQueries:

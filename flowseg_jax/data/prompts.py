@@ -235,6 +235,18 @@ def check_phrase(phrase: str, tokenizer: Tokenizer, name: str) -> None:
             raise UserError(f"{name}: the expression {phrase!r} contains {token!r}, which is a special token of the tokenizer")
 
 
+def check_expressions(texts: Sequence[str], tokenizer: Tokenizer, where: str) -> None:
+    """Raises a UserError, which names `where`, for texts that are no use: none, empty ones, special tokens."""
+    if isinstance(texts, str):
+        raise UserError(f"{where}: expected a list of texts, got one string")
+    if not texts or not all(text.strip() for text in texts):
+        raise UserError(f"{where}: a text is empty: say what to segment")
+    for text in texts:
+        if any("\ud800" <= char <= "\udfff" for char in text):
+            raise UserError(f"{where}: the text {text!r} has half of a character pair: it is no Unicode")
+        check_phrase(text, tokenizer, where)
+
+
 def template_corpus() -> list[str]:
     """What a tokenizer of our own should cover besides the expressions: prompt templates without special tokens.
 

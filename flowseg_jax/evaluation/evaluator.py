@@ -11,7 +11,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -27,7 +27,7 @@ from flowseg_jax.evaluation import category_scores, fusion, postprocess
 from flowseg_jax.models import flowseg
 from flowseg_jax.models.kv_cache import KVCache
 from flowseg_jax.models.outputs import ImageCache, MaskCandidates
-from flowseg_jax.types import PAD, Batch, PromptQueries
+from flowseg_jax.types import PAD, Batch, ExpressionQueries, ImageInputs, PromptQueries
 
 BY_IMAGE, REPLICATED = PartitionSpec(sharding.BATCH_AXES), PartitionSpec()
 CACHE = BY_IMAGE, PartitionSpec(None, sharding.BATCH_AXES)  # of the two parts below
@@ -92,6 +92,21 @@ class Evaluator:
             self.compiles["upsample"] += 1
             return postprocess.upsample_and_count(logits, where, truth)
 
+        @functools.cache
+        def predict_top(count: int) -> Callable:
+            def predict(params, cache, queries):
+                self.compiles["predict_top"] += 1
+                model = flowseg.bind_params(graphdef, params)
+                return postprocess.top_candidates(model, model.predict_cached(_join(cache), queries), count)
+
+            return self._sharded(predict, (partition, CACHE, BY_IMAGE), BY_IMAGE)
+
+        def upsample_alone(logits, where):
+            self.compiles["upsample"] += 1
+            return postprocess.upsample(logits, where)
+
+        self._predict_top = predict_top
+        self._upsample_alone = self._sharded(upsample_alone, (BY_IMAGE, BY_IMAGE), BY_IMAGE)
         self._encode_image = self._sharded(encode_image, (partition, BY_IMAGE, REPLICATED), CACHE)
         self._predict = self._sharded(predict, (partition, CACHE, BY_IMAGE, BY_IMAGE, BY_IMAGE), BY_IMAGE)
         self._downsample_truth = self._sharded(downsample_truth, (BY_IMAGE, BY_IMAGE), BY_IMAGE)
@@ -152,13 +167,9 @@ class Evaluator:
             prefix: int32 [P], token ids that every conversation begins with.
             batch: this process's rows.
         """
-        rows, side = batch.views.sam_images.shape[:2]
-        cache = self._encode_image(params, self._put(batch.views), jax.device_put(prefix, sharding.replicated(self.mesh)))
-        where = postprocess.geometry(
-            batch.views.resized_hw, batch.sizes, grid=cache[0][0].shape[1:3], padded_size=side, bucket=batch.bucket
-        )
+        rows = len(batch.views.sam_images)
+        cache, where = self._encode(params, prefix, batch.views, batch.sizes, batch.bucket)
         ignored = self._put(postprocess.pack_truth(batch.ignored, rows, 1, where.bucket))
-        where = self._put(where)
         for query_round in batch.rounds:
             pack = lambda masks: self._put(  # noqa: E731
                 postprocess.pack_truth(masks, rows, query_round.questions.query_valid.shape[1], where.bucket)  # noqa: B023 (called at once)
@@ -166,6 +177,47 @@ class Evaluator:
             truth = postprocess.GroundTruth(pack(query_round.truth), pack(query_round.single_cover), ignored)
             chosen = self._predict(params, cache, self._put(query_round.questions), *self._downsample_truth(truth.union, where))
             yield query_round, chosen, self._upsample(chosen.logits, where, truth)
+
+    def _encode(
+        self,
+        params: Any,
+        prefix: np.ndarray,
+        views: ImageInputs,
+        sizes: Sequence[tuple[int, int]],
+        bucket: tuple[int, int],
+    ) -> tuple[Any, postprocess.ResizeMatrices]:
+        """What is kept of a batch of images, and how the mask grid lies on them."""
+        cache = self._encode_image(params, self._put(views), jax.device_put(prefix, sharding.replicated(self.mesh)))
+        side, grid = views.sam_images.shape[1], cache[0][0].shape[1:3]
+        where = postprocess.geometry(views.resized_hw, sizes, grid=grid, padded_size=side, bucket=bucket)
+        return cache, self._put(where)
+
+    def predict_candidates(
+        self,
+        params: Any,
+        prefix: np.ndarray,
+        views: ImageInputs,
+        sizes: Sequence[tuple[int, int]],
+        bucket: tuple[int, int],
+        rounds: Sequence[ExpressionQueries],
+        count: int,
+    ) -> list[tuple[postprocess.SelectedMasks, jax.Array, jax.Array]]:
+        """Dispatches one batch without truth: the `count` best candidates of every expression, best first.
+
+        Args:
+            params: from `place`.
+            prefix: int32 [P], token ids that every conversation begins with.
+            views: this process's images; sizes: their (H, W); bucket: padded (H, W).
+            rounds: what is asked about them.
+            count: candidates an expression.
+
+        Returns:
+            A round each: the candidates, and of `postprocess.upsample` the masks and whether they are of numbers. They may
+            still be computing.
+        """
+        cache, where = self._encode(params, prefix, views, sizes, bucket)
+        chosen = [self._predict_top(count)(params, cache, self._put(queries)) for queries in rounds]
+        return [(one, *self._upsample_alone(one.logits, where)) for one in chosen]
 
     def predict_categories(
         self, params: Any, batch: GenericBatch, prompts: CategoryPrompts, threshold: float | None

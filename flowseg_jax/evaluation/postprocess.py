@@ -204,6 +204,16 @@ def top_k_masks(scores: Float[Array, "b k q"], logits: Float[Array, "b k q h w"]
     return jax.vmap(jax.vmap(_take))(scores, logits, query)
 
 
+def top_candidates(model: Any, found: Any, count: int) -> SelectedMasks:
+    """The `count` best of the candidates that a model found, or all if there are fewer, refined by BAR.
+
+    Args:
+        model: a `FlowSeg`. found: its `MaskCandidates`. count: static.
+    """
+    chosen = top_k_masks(found.scores, found.mask_logits, min(count, found.scores.shape[-1]))
+    return dataclasses.replace(chosen, logits=refine(model, chosen.logits, found.mask_features))
+
+
 def refine(model: Any, logits: Float[Array, "b k n h w"], mask_features: Float[Array, "b h w f"]) -> Float[Array, "b k n h w"]:
     """BAR on the candidates that are used, by the model's `refine`."""
     b, k, n, *grid = logits.shape
@@ -253,8 +263,10 @@ class FullSizeMasks:
     finite: Bool[Array, "b k n"]
 
 
-def upsample_and_count(logits: Float[Array, "b k n h w"], where: ResizeMatrices, truth: GroundTruth) -> FullSizeMasks:
-    """Thresholds at logit > 0 at the original size (= sigmoid > 0.5, strict) and counts against the truth."""
+def upsample(
+    logits: Float[Array, "b k n h w"], where: ResizeMatrices
+) -> tuple[UInt8[Array, "b k n H W8"], Bool[Array, "b k n"]]:
+    """Thresholds at logit > 0 at the original size (= sigmoid > 0.5, strict): `FullSizeMasks.masks` and `finite`."""
     finite = jnp.isfinite(logits).all((-2, -1))
     logits = jnp.where(finite[..., None, None], logits, -1.0)
     height, width = where.bucket
@@ -270,7 +282,12 @@ def upsample_and_count(logits: Float[Array, "b k n h w"], where: ResizeMatrices,
         parts = jax.lax.map(block, rows.reshape(blocks, height // blocks, -1))  # [blocks, k, n, H / blocks, W / 8]
         return jnp.moveaxis(parts, 0, 2).reshape(*logits.shape[:2], height, width // 8)
 
-    masks = jax.vmap(image)(logits, where.rows, where.cols)
+    return jax.vmap(image)(logits, where.rows, where.cols), finite
+
+
+def upsample_and_count(logits: Float[Array, "b k n h w"], where: ResizeMatrices, truth: GroundTruth) -> FullSizeMasks:
+    """`upsample`, and what the masks have in common with the truth."""
+    masks, finite = upsample(logits, where)
     counted = ~truth.ignored[:, :, None]
 
     def counts(wanted: UInt8[Array, "b k H W8"]) -> tuple[Array, Array]:

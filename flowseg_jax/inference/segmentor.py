@@ -21,7 +21,7 @@ from flowseg_jax.checkpoints import pretrained
 from flowseg_jax.checkpoints.find import find_model
 from flowseg_jax.data import collate, images
 from flowseg_jax.data.eval_dataset import PHRASE_BUCKETS, bucket_shape
-from flowseg_jax.data.prompts import PromptTemplates, check_phrase
+from flowseg_jax.data.prompts import PromptTemplates, check_expressions
 from flowseg_jax.data.tokenizer import Tokenizer, load_tokenizer
 from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation import postprocess
@@ -33,6 +33,7 @@ from flowseg_jax.inference.selection import (
     SelectionConfig,
     select_prediction,
     stored_no_target_threshold,
+    unpack_candidates,
 )
 from flowseg_jax.models import flowseg, generate
 from flowseg_jax.models.config import FlowSegConfig
@@ -90,13 +91,9 @@ class Segmentor:
         special_tokens = generate.SpecialTokenIds(tokenizer.phrase_start, tokenizer.phrase_end, tokenizer.seg)
         self._eos = self._prompts.eos_ids(tokenizer)
 
-        def top(model, found, count):
-            chosen = postprocess.top_k_masks(found.scores, found.mask_logits, min(count, found.scores.shape[-1]))
-            return dataclasses.replace(chosen, logits=postprocess.refine(model, chosen.logits, found.mask_features))
-
         def predict(params, cache, queries, count):
             model = flowseg.bind_params(graphdef, params)
-            return top(model, model.predict_cached(cache, queries), count)
+            return postprocess.top_candidates(model, model.predict_cached(cache, queries), count)
 
         def generate_answers(params, cache, prompts, tokens):
             return generate.generate_answers(
@@ -108,12 +105,12 @@ class Segmentor:
             found, pairs = generate.decode_generated_masks(
                 model, cache, prompts, written, special_tokens=special_tokens, num_outputs=outputs
             )
-            return top(model, found, count), pairs
+            return postprocess.top_candidates(model, found, count), pairs
 
         self._prefill = jax.jit(
             lambda params, inputs, prefix: flowseg.bind_params(graphdef, params).prefill_image(inputs, prefix)
         )
-        self._predict, self._upsample = jax.jit(predict, static_argnums=3), jax.jit(postprocess.upsample_and_count)
+        self._predict, self._upsample = jax.jit(predict, static_argnums=3), jax.jit(postprocess.upsample)
         self._trace_decoder = jax.jit(
             lambda params, cache, queries: trace_decoder(flowseg.bind_params(graphdef, params), cache, queries)
         )
@@ -176,14 +173,7 @@ class Segmentor:
 
     def validate_texts(self, texts: Sequence[str], where: str = "text") -> None:
         """Raises a UserError, which names `where`, for texts that are no use: none, empty ones, special tokens."""
-        if isinstance(texts, str):
-            raise UserError(f"{where}: expected a list of texts, got one string")
-        if not texts or not all(text.strip() for text in texts):
-            raise UserError(f"{where}: a text is empty: say what to segment")
-        for text in texts:
-            if any("\ud800" <= char <= "\udfff" for char in text):
-                raise UserError(f"{where}: the text {text!r} has half of a character pair: it is no Unicode")
-            check_phrase(text, self._tokenizer, where)
+        check_expressions(texts, self._tokenizer, where)
 
     def predict(self, encoded: EncodedImage, texts: Sequence[str], **selection: Any) -> list[Prediction]:
         """Segments what each text names in an encoded image; arguments and errors as in `segment`."""
@@ -210,7 +200,7 @@ class Segmentor:
     def _trace(self, encoded: EncodedImage, texts: Sequence[str]) -> Iterator[dict[str, Any]]:
         """The fields of `Explanation` for as many texts as one round takes."""
         trace = self._trace_decoder(self._params, encoded.cache, self._queries(encoded, texts))
-        packed = self._upsampled(encoded, trace.masks).masks
+        packed, _ = self._upsampled(encoded, trace.masks)
         trace, packed = jax.device_get((trace, packed))
         inside = zip(trace.all_masks.shape[-2:], encoded.resized_hw[0], strict=True)
         h, w = (max(1, round(cells * float(side) / self._shape.sam_size)) for cells, side in inside)
@@ -261,10 +251,7 @@ class Segmentor:
 
     def _queries(self, encoded: EncodedImage, texts: Sequence[str]) -> ExpressionQueries:
         """As many texts as one round takes, tokenized."""
-        conversations = [
-            collate.encode_conversation(conversation, self._prompts, self._tokenizer, encoded.name)
-            for conversation in collate.make_conversations(self._prompts, texts)
-        ]
+        conversations = collate.encode_expressions(texts, self._prompts, self._tokenizer, encoded.name)
         shape = (1, *bucket_shape(len(texts), sum(len(one.input_ids) for one in conversations)))
         return collate.collate_queries([conversations], shape, len(self._prefix), self._tokenizer.pad, [encoded.name])
 
@@ -317,12 +304,11 @@ class Segmentor:
     def _decode(self, ids: np.ndarray) -> str:
         return self._tokenizer.hf.decode(ids.tolist(), skip_special_tokens=False).strip()
 
-    def _upsampled(self, encoded: EncodedImage, logits: Any) -> postprocess.FullSizeMasks:
-        """Mask logits [1, K, N, h, w] at the image's own size."""
+    def _upsampled(self, encoded: EncodedImage, logits: Any) -> tuple[jax.Array, jax.Array]:
+        """Mask logits [1, K, N, h, w] at the image's own size, and whether they are numbers (`postprocess.upsample`)."""
         size = encoded.image.shape[:2]
         where = postprocess.geometry(encoded.resized_hw, [size], grid=logits.shape[-2:], padded_size=self._shape.sam_size)
-        blank = np.zeros((1, logits.shape[1], where.bucket[0], where.bucket[1] // 8), np.uint8)
-        return self._upsample(logits, where, postprocess.GroundTruth.plain(blank))
+        return self._upsample(logits, where)
 
     def _at_original_size(
         self, encoded: EncodedImage, chosen: postprocess.SelectedMasks, phrases: Sequence[int]
@@ -333,17 +319,9 @@ class Segmentor:
             UserError: the best one is none.
         """
         size = encoded.image.shape[:2]
-        restored = self._upsampled(encoded, chosen.logits)
-        query, score, packed, finite = jax.device_get((chosen.query, chosen.score, restored.masks, restored.finite))
+        found = jax.device_get((chosen.query, chosen.score, *self._upsampled(encoded, chosen.logits)))
         for k in phrases:
-            if not finite[0, k, 0]:
-                raise UserError(
-                    f"{encoded.name}: the model's output holds no numbers (NaN or infinity); its checkpoint is damaged"
-                )
-            yield [
-                Candidate(int(query[0, k, n]), float(score[0, k, n]), postprocess.unpack_mask(packed[0, k, n], size))
-                for n in np.flatnonzero(finite[0, k])
-            ]
+            yield unpack_candidates(encoded.name, *(array[0, k] for array in found), size)
 
 
 def _or_none(value: float) -> float | None:

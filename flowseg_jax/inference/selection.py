@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image
 
 from flowseg_jax.data import masks
 from flowseg_jax.errors import UserError
+from flowseg_jax.evaluation import postprocess
 from flowseg_jax.reports import overlay
 from flowseg_jax.system.json_files import expect, number
 
@@ -193,6 +194,32 @@ def mask_nms(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 def _count(bits: np.ndarray) -> int:
     return int(np.bitwise_count(bits).sum())
+
+
+def unpack_candidates(
+    name: str,
+    query: Int[np.ndarray, " n"],
+    score: Float[np.ndarray, " n"],
+    packed: UInt8[np.ndarray, "n H W8"],
+    finite: Bool[np.ndarray, " n"],
+    size: tuple[int, int],
+) -> list[Candidate]:
+    """The candidates of one sentence, best first, without those that are no numbers.
+
+    Args:
+        name: of the image.
+        query, score: as in `postprocess.SelectedMasks`.
+        packed, finite: from `postprocess.upsample`.
+        size: (H, W) of the image.
+
+    Raises:
+        UserError: the best one is no number.
+    """
+    if not finite[0]:
+        raise UserError(f"{name}: the model's output holds no numbers (NaN or infinity); its checkpoint is damaged")
+    return [
+        Candidate(int(query[n]), float(score[n]), postprocess.unpack_mask(packed[n], size)) for n in np.flatnonzero(finite)
+    ]
 
 
 def select_prediction(

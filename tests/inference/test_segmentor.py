@@ -24,7 +24,7 @@ from flowseg_jax.data.records import Turn
 from flowseg_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation import postprocess
-from flowseg_jax.inference import batch, inputs, outputs
+from flowseg_jax.inference import inputs, one_by_one, outputs
 from flowseg_jax.inference import segmentor as predict
 from flowseg_jax.inference.selection import Candidate, SelectionConfig, mask_nms, select_prediction
 from flowseg_jax.models import flowseg, generate
@@ -101,7 +101,7 @@ def predict_file(model, image, text, out, **selection):
     """What the command does with one image and one text; the JSON's path."""
     with outputs.PredictionWriter(out, ("overlay", "rle"), table=False) as writer:
         jobs = inputs.jobs_from_images(image, [text], "--text")
-        done = batch.run(model, jobs, functools.partial(model.predict, **selection), writer, strict=True)
+        done = one_by_one.run(model, jobs, functools.partial(model.predict, **selection), writer, strict=True)
     return done.paths[0]
 
 
@@ -446,7 +446,7 @@ def test_the_latency_line_compiles_nothing(model, folder, capsys):
     ready, texts = model.preprocess(folder / "a.png"), ["it", "the red circle"]
     model.predict(model.encode_image(ready), texts)
     before = model._predict._cache_size(), model._prefill._cache_size()
-    line = batch.latency(model, ready, texts, model.predict)
+    line = one_by_one.latency(model, ready, texts, model.predict)
     number = r"(\d+\.\d)"
     found = re.match(f"warm latency: first expression {number} ms, each further one {number} ms; encoding .* {number} ms", line)
     first, further, encoding = map(float, found.groups())
