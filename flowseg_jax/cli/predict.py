@@ -1,4 +1,4 @@
-"""`flowseg predict`: segments what sentences name, in an image, a folder of them or a JSONL."""
+"""`flowseg predict`: segments what sentences name, in an image, a folder of them or a JSONL; many images in batches."""
 
 from __future__ import annotations
 
@@ -6,13 +6,17 @@ import argparse
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from flowseg_jax.cli.parser import Parser, add_model_flags
+from flowseg_jax.cli.parser import Parser, add_model_flags, add_process_flags, positive, process_group
 from flowseg_jax.errors import UserError
+from flowseg_jax.system.paths import is_remote
 
 if TYPE_CHECKING:
     from flowseg_jax.inference.inputs import PredictionJob
+
+BATCH_SIZE = 8
+BATCH_FLAGS = ("--batch-size", "--format", "--shard-size", "--fsdp", "--distributed", "--coordinator")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,12 +43,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--no-target-threshold", type=float, metavar="SCORE", help="best scores below mean that there is no such thing"
     )
-    parser.add_argument("--save", default="overlay,rle", metavar="KINDS", help="of overlay,rle,png; default overlay,rle")
+    parser.add_argument("--save", metavar="KINDS", help="of overlay,rle,png; default overlay,rle")
     parser.add_argument("--out", metavar="DIR", default="runs/predictions", help="default runs/predictions")
+    parser.add_argument("--recursive", action="store_true", help="enter the folders inside of a folder")
+    many = parser.add_argument_group("many images", "In batches on all devices, into shards of results; goes on after a kill.")
+    many.add_argument("--images", metavar="DIR|JSONL|gs://...", help="instead of --image and --input")
+    many.add_argument("--batch-size", type=positive, metavar="N", help="images at a time, default 8")
+    many.add_argument("--format", metavar="NAME", help="jsonl (default) or parquet (extra parquet)")
+    many.add_argument("--shard-size", type=positive, metavar="N", help="images a file of results, default 1000")
+    many.add_argument("--fsdp", type=positive, metavar="N", help="N devices of a process share one copy of the parameters")
+    add_process_flags(many)
     arguments = parser.parse_args(argv)
     from flowseg_jax.system import host
 
+    if arguments.images:
+        _check_batch(arguments)
+        host.use_host_devices(arguments.batch_size or BATCH_SIZE)
     host.enable_compilation_cache()
+    if arguments.images:
+        with process_group(arguments):
+            return _predict_batches(arguments)
+    if extra := _given(arguments, BATCH_FLAGS):
+        raise UserError(f"{extra} belongs to --images, which answers many images in batches: add it, or leave {extra} out")
     from flowseg_jax.checkpoints.find import find_model
     from flowseg_jax.checkpoints.pretrained import read_model_config
     from flowseg_jax.inference import one_by_one, outputs, segmentor
@@ -53,10 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     directory = find_model(arguments.checkpoint, arguments.workdir)
     read_model_config(directory)  # mistakes are told at once, not after loading
     jobs = _jobs(arguments)
-    if arguments.top_k is not None and arguments.score_threshold is not None:
-        raise UserError("--top-k and --score-threshold both say which candidates are kept: give one of them")
-    options = {key: getattr(arguments, key) for key in ("top_k", "score_threshold", "no_target_threshold")}
-    options = {key: value for key, value in options.items() if value is not None}
+    options = _options(arguments)
     segmentor.SelectionConfig(**options)
     writes = arguments.generate or bool(arguments.chat)
     if arguments.max_tokens is not None:
@@ -64,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError("--max-tokens belongs to --generate and --chat: add one of them, or leave it out")
         options["max_new_tokens"] = arguments.max_tokens
     many = bool(arguments.input) or Path(arguments.image).is_dir()
-    writer = outputs.PredictionWriter(arguments.out, outputs.kinds(arguments.save), table=many)
+    writer = outputs.PredictionWriter(arguments.out, outputs.kinds(arguments.save or "overlay,rle"), table=many)
     with writer:
         with heartbeat("loading"):
             model = segmentor.load(directory)
@@ -75,6 +92,49 @@ def main(argv: Sequence[str] | None = None) -> int:
     if done.last and not writes:
         log(one_by_one.latency(model, *done.last, respond))
     return 1 if done.failed else 0
+
+
+def _given(arguments: argparse.Namespace, flags: Sequence[str]) -> str:
+    """The first of these flags that is given, or ""."""
+    given = [flag for flag in flags if getattr(arguments, flag[2:].replace("-", "_")) not in (None, False)]
+    return given[0] if given else ""
+
+
+def _check_batch(arguments: argparse.Namespace) -> None:
+    """Raises a UserError for flags that say nothing beside `--images`."""
+    if wrong := _given(arguments, ("--image", "--input", "--generate", "--chat", "--max-tokens", "--save")):
+        raise UserError(f"--images writes masks as run-length codes and asks what --text says: leave {wrong} out")
+    if is_remote(arguments.out):
+        raise UserError(f"--out={arguments.out}: results grow image by image; name a folder, one that all processes see")
+
+
+def _predict_batches(arguments: argparse.Namespace) -> int:
+    import jax
+
+    from flowseg_jax.checkpoints.find import find_model
+    from flowseg_jax.checkpoints.pretrained import read_model_config
+    from flowseg_jax.data.prompts import check_expressions
+    from flowseg_jax.evaluation.benchmark import EvalModel
+    from flowseg_jax.inference import batch, image_list
+
+    directory = find_model(arguments.checkpoint, arguments.workdir)
+    extra = read_model_config(directory)["extra"]  # mistakes are told at once, not after loading
+    selection = batch.selection(extra, directory, **_options(arguments))
+    listed = image_list.open_list(arguments.images, arguments.text or (), recursive=arguments.recursive)
+    model = EvalModel.load(directory, fsdp=arguments.fsdp or 1, devices=jax.local_devices())
+    if arguments.text:
+        check_expressions(arguments.text, model.tokenizer, "--text")
+    predictor = batch.BatchPredictor(model, selection, arguments.batch_size or BATCH_SIZE)
+    done = predictor.run(listed, arguments.out, kind=arguments.format or "jsonl", shard_size=arguments.shard_size)
+    return 1 if done.failed else 0
+
+
+def _options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The fields of `SelectionConfig` that are given."""
+    if arguments.top_k is not None and arguments.score_threshold is not None:
+        raise UserError("--top-k and --score-threshold both say which candidates are kept: give one of them")
+    options = {key: getattr(arguments, key) for key in ("top_k", "score_threshold", "no_target_threshold")}
+    return {key: value for key, value in options.items() if value is not None}
 
 
 def _jobs(arguments: argparse.Namespace) -> list[PredictionJob]:
@@ -92,4 +152,5 @@ def _jobs(arguments: argparse.Namespace) -> list[PredictionJob]:
         return inputs.jobs_from_jsonl(arguments.input)
     if not texts:
         raise UserError('--text is missing: say what to segment, as in --text="the red circle"')
-    return inputs.jobs_from_images(arguments.image, texts, "--chat" if arguments.chat else "--text")
+    where = "--chat" if arguments.chat else "--text"
+    return inputs.jobs_from_images(arguments.image, texts, where, recursive=arguments.recursive)

@@ -18,7 +18,8 @@ import numpy as np
 from jaxtyping import Real, UInt8
 from PIL import ExifTags, Image
 
-from flowseg_jax.errors import UserError
+from flowseg_jax.errors import UserError, brief
+from flowseg_jax.system.paths import is_remote, resolve_path
 
 MAX_PIXELS = 89_478_485  # a quarter of a GiB of RGB; PIL warns about larger ones, for us they are an error
 MAX_SIDE = 65_535  # a longer side takes gigabytes in PIL, however short the other one is
@@ -250,6 +251,8 @@ def eight_bits(values: Real[np.ndarray, "h w"]) -> tuple[UInt8[np.ndarray, "h w"
 
 def read_bytes(path: str | os.PathLike[str]) -> bytes:
     """The bytes of an image file. UserError if it cannot be read, is no file, or has more than MAX_FILE_BYTES."""
+    if is_remote(path):
+        return _read_remote(path)
     try:
         found = os.stat(path)
         if stat.S_ISREG(found.st_mode) and found.st_size <= MAX_FILE_BYTES:
@@ -259,6 +262,18 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
     if stat.S_ISREG(found.st_mode):
         raise UserError(f"{path}: {found.st_size} bytes, more than an image may have ({MAX_FILE_BYTES})")
     raise UserError(f"{path}: cannot read the image (it is no file)")
+
+
+def _read_remote(path: str | os.PathLike[str]) -> bytes:
+    try:
+        file = resolve_path(path)
+        if (size := file.stat().length) <= MAX_FILE_BYTES:
+            return file.read_bytes()
+    except UserError:
+        raise
+    except Exception as error:  # clients of object stores have their own
+        raise UserError(f"{path}: cannot read the image ({getattr(error, 'strerror', None) or brief(error)})") from None
+    raise UserError(f"{path}: {size} bytes, more than an image may have ({MAX_FILE_BYTES})")
 
 
 def load(path: str | os.PathLike[str], *, exif: bool = False, notes: Counter[str] | None = None) -> Image.Image:

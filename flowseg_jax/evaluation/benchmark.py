@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,15 @@ class EvalModel:
     name: str = ""
 
     @classmethod
-    def load(cls, directory: str | Path, *, fsdp: int = 1, answer_tokens: int = 0, expressions: bool = True) -> EvalModel:
+    def load(
+        cls,
+        directory: str | Path,
+        *,
+        fsdp: int = 1,
+        answer_tokens: int = 0,
+        expressions: bool = True,
+        devices: Sequence[jax.Device] | None = None,
+    ) -> EvalModel:
         """Opens a model directory on all devices.
 
         Args:
@@ -74,6 +82,7 @@ class EvalModel:
             fsdp: so many devices share one copy of the parameters.
             answer_tokens: the model writes its answers itself, of at most so many tokens; 0: they are given.
             expressions: it must answer expressions; else a segmentor without language is enough.
+            devices: other than all.
 
         Raises:
             UserError: it is missing, damaged or lacks a component, or `fsdp` does not divide the devices.
@@ -82,7 +91,7 @@ class EvalModel:
         cfg = FlowSegConfig.from_dict(stored["model"], f"{directory}/config.json: model")
         if expressions:
             cfg.require_full_model(str(directory))
-        mesh = sharding.make_mesh({"data": -1, "fsdp": fsdp})
+        mesh = sharding.make_mesh({"data": -1, "fsdp": fsdp}, devices)
         _, abstract = flowseg.abstract_model(cfg)
         places = flatten_params(sharding.param_shardings(abstract, mesh))
         shapes = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ class ResumableRecords:
         def begin() -> tuple[Records, Any]:
             records = _read(path, head)
             storage.write_text_atomic(
-                path, "".join(f"{line}\n" for line in (head, *(_line(*item) for item in records.items())))
+                path, "".join(f"{line}\n" for line in (head, *(record_line(*item) for item in records.items())))
             )
             return records, path.open("a", encoding="utf-8")
 
@@ -75,7 +75,7 @@ class ResumableRecords:
             new: Records = dict(json.loads(part))
             if self._file is not None:
                 try:
-                    self._file.writelines(f"{_line(place, records)}\n" for place, records in new.items())
+                    self._file.writelines(f"{record_line(place, records)}\n" for place, records in new.items())
                     self._file.flush()
                 except OSError as error:
                     raise UserError(f"cannot write {self._path}: {error.strerror}; make room") from error
@@ -93,8 +93,24 @@ class ResumableRecords:
             self._path.unlink(missing_ok=True)
 
 
-def _line(place: int, records: list[dict[str, Any]]) -> str:
-    return json.dumps({"place": place, "records": records}, ensure_ascii=False)
+def record_line(place: int, records: list[dict[str, Any]]) -> str:
+    """A line of such a file, without its end; names that are no Unicode stand in it as JSON's escapes."""
+    line = json.dumps({"place": place, "records": records}, ensure_ascii=False)
+    return line.encode("utf-8", "backslashreplace").decode()
+
+
+def parse_lines(lines: Iterable[str]) -> Records:
+    """What `record_line` wrote; lines that are cut off, as by a kill, or something else are left out."""
+    records: Records = {}
+    for line in filter(None, lines):
+        try:
+            entry = json_files.loads(line)
+            place, kept = entry["place"], entry["records"]
+        except (ValueError, KeyError, TypeError):
+            continue
+        if number(place, whole=True, least=0) and isinstance(kept, list) and all(isinstance(each, dict) for each in kept):
+            records[place] = kept
+    return records
 
 
 def _read(path: Path, head: str) -> Records:
@@ -105,13 +121,4 @@ def _read(path: Path, head: str) -> Records:
     if first != head:
         log(f"{path}: of another model, protocol or data set; it is begun anew")
         return {}
-    records: Records = {}
-    for line in filter(None, lines):
-        try:
-            entry = json_files.loads(line)
-            place, kept = entry["place"], entry["records"]
-        except (ValueError, KeyError, TypeError):  # the line at which a kill came
-            continue
-        if number(place, whole=True, least=0) and isinstance(kept, list) and all(isinstance(each, dict) for each in kept):
-            records[place] = kept
-    return records
+    return parse_lines(lines)

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import jax
 
-from flowseg_jax.errors import UserError, short_reason
-from flowseg_jax.inference.inputs import PredictionJob
+from flowseg_jax.inference.inputs import PredictionJob, failure_reason
 from flowseg_jax.inference.outputs import PredictionWriter, Unwritable
 from flowseg_jax.inference.segmentor import EncodedImage, GeneratedAnswer, Prediction, PreprocessedImage, Segmentor
 from flowseg_jax.system.console import duration, heartbeat, log
@@ -70,11 +69,7 @@ def run(
             except Exception as error:
                 if strict:
                     raise
-                why = (
-                    str(error)
-                    if isinstance(error, UserError)
-                    else f"{job.image}: {type(error).__name__}: {short_reason(error)}"
-                )
+                why = failure_reason(os.fspath(job.image), error)
                 failed += 1
                 log(f"failed: {why}")
                 writer.fail(os.fspath(job.image), why)

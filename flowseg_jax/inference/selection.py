@@ -150,13 +150,13 @@ class Prediction:
             "score": 0.0 if self.score is None else self.score,
         }
 
-    def to_json(self, *, rle: bool = True) -> dict[str, Any]:
+    def to_json(self, *, rle: bool = True, candidates: bool = True) -> dict[str, Any]:
         """All but the image; masks as `rle`, COCO's run-length code with compressed counts, or not at all."""
         height, width = self.image.shape[:2]
         answered = {key: getattr(self, key) for key in ("answer", "phrase", "failure") if getattr(self, key) is not None}
         whole = {"image": self.name, "height": height, "width": width, "text": self.text, **answered, "found": self.found}
-        kept = [candidate.to_json() for candidate in self.candidates]
-        result = whole | {"score": self.score, **_described(self.mask), "candidates": kept}
+        kept = [candidate.to_json() for candidate in self.candidates] if candidates else []
+        result = whole | {"score": self.score, **_described(self.mask)} | ({"candidates": kept} if candidates else {})
         if not rle:
             for described in (result, *kept):
                 del described["rle"]
@@ -217,9 +217,7 @@ def unpack_candidates(
     """
     if not finite[0]:
         raise UserError(f"{name}: the model's output holds no numbers (NaN or infinity); its checkpoint is damaged")
-    return [
-        Candidate(int(query[n]), float(score[n]), postprocess.unpack_mask(packed[n], size)) for n in np.flatnonzero(finite)
-    ]
+    return [Candidate(int(query[n]), float(score[n]), postprocess.unpack_mask(packed[n], size)) for n in np.flatnonzero(finite)]
 
 
 def select_prediction(

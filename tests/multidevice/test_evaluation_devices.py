@@ -25,6 +25,7 @@ from flowseg_jax.evaluation.tasks.referring import evaluate
 from flowseg_jax.models import flowseg
 from flowseg_jax.types import IMAGE_TOKEN_INDEX, PAD
 from tests.helpers import small, wild
+from tests.inference import test_batch
 
 CFG = small.lean()
 PHRASES, LENGTH, SCENES = 2, 5, 11
@@ -119,6 +120,17 @@ def test_any_number_of_devices(devices, fsdp, batch):
                 assert value == pytest.approx(theirs[name], rel=1e-5)
             else:
                 assert value == theirs[name], name
+
+
+def test_predictions_on_any_number_of_devices(tmp_path):
+    """The same files, byte for byte (with the model of the package: `tests/inference/test_batch.py -m slow`)."""
+    train_tokenizer(["the red circle", "Segment in this picture."], tmp_path / "tokenizer", vocab=300)
+    (tmp_path / "images").mkdir()
+    listed = test_batch.write_list(tmp_path / "images")
+    for devices in (1, 2, 8):
+        test_batch.predictor(tmp_path / "tokenizer", jax.devices()[:devices]).run(listed, tmp_path / str(devices), shard_size=9)
+    one, two, eight = (test_batch.files(tmp_path / str(devices)) for devices in (1, 2, 8))
+    assert one == two == eight and len(one) == 7
 
 
 def test_the_numbers_say_something():
