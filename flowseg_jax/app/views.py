@@ -8,27 +8,15 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
 
 from flowseg_jax.errors import UserError
 from flowseg_jax.inference.explanation import Explanation
 from flowseg_jax.inference.selection import Prediction
-from flowseg_jax.reports import overlay
+from flowseg_jax.reports import answers, overlay
+from flowseg_jax.reports.answers import color_of, on_page
 
 Picture = UInt8[np.ndarray, "y x 3"]
 
-# Eight colours that most people tell apart on any picture (Okabe and Ito, 2008); expressions take them in turn.
-COLORS = (
-    (213, 94, 0),
-    (0, 114, 178),
-    (0, 158, 115),
-    (204, 121, 167),
-    (230, 159, 0),
-    (86, 180, 233),
-    (240, 228, 66),
-    (0, 0, 0),
-)
-LONGEST, SMALLEST = 1024, 384  # sides of a picture on the page, pixels
 MOST_TEXTS, MOST_CHARACTERS = 16, 300  # that one request may ask for
 
 
@@ -49,34 +37,9 @@ def read_texts(text: str) -> list[str]:
     return texts
 
 
-def color_of(number: int) -> tuple[int, int, int]:
-    """The colour of the expression with that number, from 0."""
-    return COLORS[number % len(COLORS)]
-
-
-def on_page(picture: Picture) -> Picture:
-    """A picture at a size that shows its detail: small ones in whole steps without blur, large ones reduced."""
-    height, width = picture.shape[:2]
-    if max(height, width) > LONGEST:
-        scale = LONGEST / max(height, width)
-        size = max(1, round(width * scale)), max(1, round(height * scale))
-        return np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.LANCZOS))
-    return picture.repeat(zoom(picture), 0).repeat(zoom(picture), 1)
-
-
-def zoom(picture: Picture) -> int:
-    """How many pixels of the page a pixel of a small picture takes, along each side."""
-    return max(1, -(-SMALLEST // max(picture.shape[:2])))
-
-
 def combined(predictions: Sequence[Prediction]) -> Picture:
     """All answers on one picture, each tinted and outlined in its colour; what nothing was found in stays grey."""
-    image = predictions[0].image
-    everything = np.any([p.mask for p in predictions], 0)
-    out = overlay.fade(image, everything)
-    for number, prediction in enumerate(predictions):
-        out = overlay.tint(out, prediction.mask, color_of(number))
-    return on_page(out)
+    return answers.combined(predictions[0].image, [p.mask for p in predictions])
 
 
 def answer_rows(predictions: Sequence[Prediction]) -> list[list[Any]]:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from flowseg_jax.inference.inputs import PredictionJob
 
 BATCH_SIZE = 8
+SAVED = "overlay,rle,png,answers,candidates"
 BATCH_FLAGS = ("--batch-size", "--format", "--shard-size", "--fsdp", "--distributed", "--coordinator")
 
 
@@ -43,7 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--no-target-threshold", type=float, metavar="SCORE", help="best scores below mean that there is no such thing"
     )
-    parser.add_argument("--save", metavar="KINDS", help="of overlay,rle,png; default overlay,rle")
+    parser.add_argument(
+        "--save", metavar="KINDS", help=f"of {SAVED}; default of one image: all but png, of several: overlay,rle"
+    )
     parser.add_argument("--out", metavar="DIR", default="runs/predictions", help="default runs/predictions")
     parser.add_argument("--recursive", action="store_true", help="enter the folders inside of a folder")
     many = parser.add_argument_group("many images", "In batches on all devices, into shards of results; goes on after a kill.")
@@ -81,14 +84,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError("--max-tokens belongs to --generate and --chat: add one of them, or leave it out")
         options["max_new_tokens"] = arguments.max_tokens
     many = bool(arguments.input) or Path(arguments.image).is_dir()
-    writer = outputs.PredictionWriter(arguments.out, outputs.kinds(arguments.save or "overlay,rle"), table=many)
+    writer = outputs.PredictionWriter(
+        arguments.out, outputs.kinds(arguments.save or (outputs.SEVERAL if many else outputs.ONE_IMAGE)), table=many
+    )
     with writer:
         with heartbeat("loading"):
             model = segmentor.load(directory)
         method = model.chat if arguments.chat else model.generate if writes else model.predict
         respond = functools.partial(method, **options)
         done = one_by_one.run(model, jobs, respond, writer, strict=not many)
-    log("\n".join(map(str, done.paths)) if not many else f"{Path(arguments.out) / outputs.TABLE}")
+    if many:
+        log(f"{Path(arguments.out) / outputs.TABLE}")
     if done.last and not writes:
         log(one_by_one.latency(model, *done.last, respond))
     return 1 if done.failed else 0

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import UInt8
 
+from flowseg_jax.data.tokenizer import SEG
 from flowseg_jax.inference.selection import Prediction, empty_prediction
 from flowseg_jax.models.outputs import ImageCache
 from flowseg_jax.types import ImageInputs
@@ -62,6 +63,11 @@ class GeneratedAnswer:
     complete: bool
     predictions: Sequence[Prediction]
     failure: str | None = None
+
+    @property
+    def without_phrase(self) -> int:
+        """How many `<SEG>` it has that stand for no phrase, so that there is no mask for them."""
+        return self.text.count(SEG) - len(self.predictions)
 
     def or_empty(self, encoded: EncodedImage) -> Sequence[Prediction]:
         """The predictions; where there is none, one without a mask that carries the words."""

@@ -62,7 +62,13 @@ def run(
         for number, (job, ready) in enumerate(_preprocessed(segmentor, jobs), 1):
             try:
                 predictions = _predictions(segmentor, job, ready, respond)
-                paths += [path for prediction in predictions for path in writer.write(prediction)]
+                written = [writer.write(prediction) for prediction in predictions]
+                for prediction, mine in zip(predictions, written, strict=True):
+                    log(f"{prediction.summary()}  {mine[0] if mine else ''}".rstrip())
+                pictures = writer.write_pictures(predictions)
+                for picture in pictures:
+                    log(str(picture))
+                paths += [path for mine in (*written, pictures) for path in mine]
                 last = ready, job.texts
             except Unwritable:
                 raise
@@ -120,6 +126,8 @@ def _predictions(
             continue
         cut = "" if response.complete else " ... (cut: --max-tokens)"
         log(f"{encoded.name}: {response.question}\n  {response.text}{cut}")
+        if response.without_phrase:
+            log(f"note: {response.without_phrase} <SEG> of this answer stands for no phrase <p>..</p>, so it has no mask")
         predictions += response.or_empty(encoded)
     return predictions
 

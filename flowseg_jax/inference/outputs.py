@@ -15,10 +15,11 @@ from PIL import Image
 
 from flowseg_jax.errors import UserError, did_you_mean
 from flowseg_jax.inference.selection import Prediction
-from flowseg_jax.reports import overlay, pictures
+from flowseg_jax.reports import answers, overlay, pictures
 from flowseg_jax.system import locks
 
-OUTPUT_KINDS = ("overlay", "rle", "png")
+OUTPUT_KINDS = ("overlay", "rle", "png", "answers", "candidates")
+ONE_IMAGE, SEVERAL = "overlay,rle,answers,candidates", "overlay,rle"  # what is saved of one image, and of several
 TABLE = "predictions.jsonl"
 NAME_BYTES = 160  # of an image's name in the names of its files, which the file system allows 255
 # What keeps every file from being written, and not only that of one image.
@@ -44,6 +45,7 @@ class PredictionWriter:
     `<image>_<text>.png` is the overlay and `<image>_<text>.mask.png` the mask (white on black). Its description is
     `<image>_<text>.json`, or with `table` a line of `predictions.jsonl`, which has one for every answer and every image that
     failed. The masks are in there as run-length codes if "rle" is among the kinds; without it there are no `.json` files.
+    `<image>.answers.png` has all answers about an image, `<image>.candidates.png` the candidates of each.
 
     Between `with` and its end the folder is this process's: another one that wants it is refused. An empty one is removed.
 
@@ -77,21 +79,46 @@ class PredictionWriter:
             Unwritable: there is no room, or the folder is not one to write to.
             UserError: these files cannot be written.
         """
-        base = f"{_shortened(Path(prediction.name).stem)}_{overlay.slug(prediction.text)}"
-        name, number = base, 1
-        while name in self._names:
-            name, number = f"{base}_{(number := number + 1)}", number
-        self._names.add(name)
+        name = self._free_name(f"{_shortened(Path(prediction.name).stem)}_{overlay.slug(prediction.text)}")
         described = prediction.to_json(rle="rle" in self._kinds)
         paths = self._write_whole(self._files(prediction, name, described))
         if self._table:
             self._line(described | {"files": [path.name for path in paths]})
         return paths
 
+    def write_pictures(self, predictions: Sequence[Prediction]) -> list[Path]:
+        """Writes the pictures with all answers about one image, and returns them; none where no answer has a mask.
+
+        Raises:
+            Unwritable, UserError: as `write`.
+        """
+        shown = [prediction for prediction in predictions if prediction.score is not None]
+        if not shown:
+            return []
+        name, image = self._free_name(_shortened(Path(shown[0].name).stem)), shown[0].image
+        files: dict[Path, Callable[[Path], None]] = {}
+        if "answers" in self._kinds:
+            sheet = answers.with_legend(image, [(str(prediction.summary()), prediction.mask) for prediction in shown])
+            files[self._out / f"{name}.answers.png"] = lambda path: sheet.save(path, format="PNG")
+        if "candidates" in self._kinds:
+            rows = [
+                (p.text, [(f"#{rank} {one.score:.2f}", one.mask) for rank, one in enumerate(p.candidates, 1)]) for p in shown
+            ]
+            strip = answers.candidate_strip(image, rows)
+            files[self._out / f"{name}.candidates.png"] = lambda path: strip.save(path, format="PNG")
+        return self._write_whole(files) if files else []
+
     def fail(self, image: str, reason: str) -> None:
         """Notes an image that could not be answered."""
         if self._table:
             self._line({"image": image, "failure": reason})
+
+    def _free_name(self, base: str) -> str:
+        name, number = base, 1
+        while name in self._names:
+            name, number = f"{base}_{(number := number + 1)}", number
+        self._names.add(name)
+        return name
 
     def _files(self, prediction: Prediction, name: str, described: dict[str, Any]) -> dict[Path, Callable[[Path], None]]:
         """Final path -> what writes it to a given path."""

@@ -236,7 +236,9 @@ class Segmentor:
         self, encoded: EncodedImage, questions: Sequence[str], *, max_new_tokens: int = ANSWER_TOKENS, **selection: Any
     ) -> list[GeneratedAnswer]:
         """Answers free questions about an image. A `<SEG>` has a mask if the model writes the phrase `<p>..</p>` for it."""
-        return self._generate(encoded, questions, questions, max_new_tokens, self._selection(selection))
+        answers = self._generate(encoded, questions, questions, max_new_tokens, self._selection(selection))
+        nameless = lambda answer: answer.without_phrase and not answer.predictions  # noqa: E731
+        return [dataclasses.replace(one, failure="<SEG> without a phrase") if nameless(one) else one for one in answers]
 
     def _selection(self, selection: dict[str, Any]) -> SelectionConfig:
         chosen_by = SelectionConfig(**selection)

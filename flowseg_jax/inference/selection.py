@@ -104,6 +104,11 @@ class Prediction:
         what = f"found{score}, {int(self.mask.sum())} pixels" if self.found else f"not found{score}"
         return f"Prediction({self.text!r} in {self.name}: {what})"
 
+    def summary(self) -> str:
+        """One line: found or not, score, pixels, text."""
+        score = "       " if self.score is None else f"{self.score:7.3f}"
+        return f"{'found' if self.found else 'not found':9} {score} {int(self.mask.sum()):8} px  {self.text}"
+
     def _repr_png_(self) -> bytes:
         """The overlay, for notebooks."""
         stream = io.BytesIO()

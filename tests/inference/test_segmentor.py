@@ -552,6 +552,7 @@ def test_chat(taught):
     assert [squeezed(a.text) for a in (words, grounded, nameless)] == [squeezed(answer) for answer in CHATS.values()]
     assert [p.phrase for p in grounded.predictions] == ["it"] and not words.predictions
     assert not nameless.predictions, "a <SEG> that stands for no phrase has no mask"
+    assert [a.failure for a in (words, grounded, nameless)] == [None, None, "<SEG> without a phrase"]
     with pytest.raises(UserError, match="max_new_tokens is 0"):
         segmentor.chat(encoded, ["show me"], max_new_tokens=0)
 
@@ -567,7 +568,13 @@ def test_the_command_tells_what_the_model_wrote(taught, monkeypatch, tmp_path, c
     none = files["x_that"]
     assert (none["failure"], none["found"], none["score"], none["area"]) == ("no <SEG>", False, None, 0)
     assert not decode(none).any() and "there" in capsys.readouterr().out
-    assert sorted(path.stem for path in (tmp_path / "out").glob("*.png")) == ["x_it", "x_it_2", "x_the-red-circle"]
+    assert sorted(path.stem for path in (tmp_path / "out").glob("*.png")) == [
+        "x.answers",
+        "x.candidates",
+        "x_it",
+        "x_it_2",
+        "x_the-red-circle",
+    ]
     run_flowseg(
         [
             "predict",
@@ -578,7 +585,9 @@ def test_the_command_tells_what_the_model_wrote(taught, monkeypatch, tmp_path, c
     )
     files = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "chat").glob("*.json")}
     assert squeezed(files["x_what-do-you-see"]["answer"]) == "apicture." and "failure" not in files["x_what-do-you-see"]
-    assert [path.stem for path in (tmp_path / "chat").glob("*.png")] == ["x_where-is-it"]
+    assert sorted(path.stem for path in (tmp_path / "chat").glob("*.png")) == ["x.answers", "x.candidates", "x_where-is-it"]
+    assert files["x_show-me"]["failure"] == "<SEG> without a phrase"
+    assert capsys.readouterr().out.count("note: 1 <SEG> of this answer stands for no phrase") == 1
 
 
 def test_an_evaluation_counts_what_it_did_not_write_as_failed(taught):
