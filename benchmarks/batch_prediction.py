@@ -74,7 +74,7 @@ def compare(root: Path, count: int, texts: Sequence[str], batch_size: int, turns
     for number in range(count):
         shutil.copy(scenes[number % len(scenes)], root / "images" / f"{number:06d}.png")
     alone = segmentor.load(SHIPPED_MODEL)
-    predictor = batch.BatchPredictor(EvalModel.load(SHIPPED_MODEL), batch.selection({}, SHIPPED_MODEL), batch_size)
+    predictor = batch.BatchPredictor(EvalModel.load(SHIPPED_MODEL), batch.selection({}, SHIPPED_MODEL), batch_size=batch_size)
     respond = functools.partial(alone.predict, top_k=1, no_target_threshold=0.0)
 
     def one(out: Path) -> None:

@@ -25,10 +25,12 @@ import numpy as np
 from jaxtyping import Float
 
 from flowseg_jax.analysis import page
+from flowseg_jax.checkpoints.model_card import write_no_target
 from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation import metrics
 from flowseg_jax.evaluation.examples import FAILED
 from flowseg_jax.reports import plots
+from flowseg_jax.system.console import log
 from flowseg_jax.types import PAD
 
 BINS = 10  # of the reliability table
@@ -127,7 +129,7 @@ def summarise(records: Sequence[Mapping[str, Any]], rate: float) -> dict[str, An
     }
 
 
-def run(file: Path, control: Path | None, out: Path, rate: float) -> Path:
+def run(file: Path, control: Path | None, out: Path, rate: float, model: str | None = None) -> Path:
     """Writes `calibration_<split>.json` and `.html`, prints the threshold, returns the page.
 
     Args:
@@ -135,6 +137,7 @@ def run(file: Path, control: Path | None, out: Path, rate: float) -> Path:
         control: `<split>_shuffled.jsonl`, or None.
         out: the folder to write to.
         rate: the false-alarm rate that is wanted at most, in (0, 1).
+        model: a model directory whose own threshold this becomes (`checkpoints.model_card`); None: of none.
     """
     records = page.read_records(file, ["score"])
     if any(r["text"] != r["sentence"] for r in records):
@@ -146,6 +149,16 @@ def run(file: Path, control: Path | None, out: Path, rate: float) -> Path:
             raise UserError(f"{control} is no shuffled-text control: make one with eval.py --shuffle-text")
         records += others
     result = summarise(records, rate)
+    if model is not None:
+        names = f"{file.name} and {control.name}" if control else file.name
+        write_no_target(
+            model,
+            threshold=result["no_target_threshold"],
+            false_alarms=round(result["false_alarms"], 1),
+            missed=round(100 - result["kept"], 1),
+            measured_on=f"{result['present']} sentences that fit and {result['absent']} that do not, {names}",
+        )
+        log(f"{model}: this is the model's own threshold now")
     about = [f"{result['present']} sentences that refer to something, {result['absent']} that do not: {file}"]
     about[0] += f", {control}." if control else "."
     if result["shuffled"]:

@@ -6,6 +6,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,6 @@ except ModuleNotFoundError:
     raise UserError("the page needs Gradio, the extra app: in a clone, `make app` or pip install -e '.[app]'") from None
 
 TITLE = "FlowSeg: language-conditioned segmentation"
-DRAWN_SHAPES = (
-    "**This model knows drawn shapes only**: circles, stars, triangles and the like, in a few colours, sizes and textures. "
-    "It was trained on generated scenes; on photographs it finds nothing of use. Give your own model by `--checkpoint`."
-)
 MAX_UPLOAD = "30mb"
 KEEP = 3600  # seconds that an idle visitor's results are kept
 CSS = """
@@ -34,20 +31,20 @@ CSS = """
 """
 
 
-def build(segmentor: Segmentor, scenes: Sequence[tuple[str, str]], checkpoint: str | None, about: str) -> gr.Blocks:
+def build(segmentor: Segmentor, scenes: Sequence[tuple[str, str]], checkpoint: str | None, about: Sequence[str]) -> gr.Blocks:
     """The page of a model.
 
     Args:
         segmentor: answers.
         scenes: (image file, expressions, one per line) to try; shown as examples.
         checkpoint: the model's directory, for "copy as Python"; None for the shipped one.
-        about: what the model knows, shown on top.
+        about: what the model knows, a few lines that are shown on top (`ModelCard.lines`).
     """
     count = segmentor.num_layers
     with gr.Blocks(title=TITLE) as page:
         results = gr.State(None, time_to_live=KEEP)
         gr.Markdown(f"# {TITLE}")
-        gr.Markdown(about, elem_id="banner")
+        gr.HTML("".join(f"<p>{escape(line)}</p>" for line in about), elem_id="banner")
         with gr.Row(elem_id="page"):
             with gr.Column(scale=2, min_width=320):
                 image = gr.Image(type="filepath", label="image", sources=["upload", "clipboard"], elem_id="image")
@@ -170,8 +167,6 @@ def _names(texts: Sequence[str]) -> list[str]:
 
 
 def _table(rows: Sequence[Sequence[Any]], predictions: Sequence[Prediction]) -> str:
-    from html import escape
-
     line = (
         '<tr><td><span style="display:inline-block;width:1em;height:1em;background:{}"></span></td>'
         "<td>{}</td><td>{}</td><td>{}</td><td>{}</td></tr>"

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
+from flowseg_jax.checkpoints.model_card import unknown_note
 from flowseg_jax.errors import UserError
 from flowseg_jax.inference.explanation import Explanation
 from flowseg_jax.inference.selection import Prediction
@@ -48,7 +49,7 @@ def answer_rows(predictions: Sequence[Prediction]) -> list[list[Any]]:
         [
             "#{:02x}{:02x}{:02x}".format(*color_of(number)),
             p.text,
-            "found" if p.found else "not found",
+            "found" if p.found else f"not found: {unknown_note(p.unknown_words)}" if p.unknown_words else "not found",
             None if p.score is None else round(p.score, 3),
             int(p.mask.sum()),
         ]

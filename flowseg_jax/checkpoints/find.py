@@ -6,6 +6,7 @@ from pathlib import Path
 
 from etils import epath
 
+from flowseg_jax.checkpoints import hub
 from flowseg_jax.checkpoints.run_checkpoint import checkpoint_of, is_checkpoint, steps_of
 from flowseg_jax.checkpoints.stored_config import read_model_config
 from flowseg_jax.errors import UserError
@@ -20,7 +21,8 @@ SHIPPED_MODEL = ROOT / "checkpoints" / "shapes_tiny"  # the trained tiny model t
 def find_model(checkpoint: str | None, workdir: str | None) -> epath.Path | Path:
     """The model that `--checkpoint` or `--workdir` names, local or remote, else the shipped one.
 
-    A checkpoint is a model directory, or RUN@STEP, RUN@best or RUN@latest: a checkpoint of a run. That of a work directory is
+    A checkpoint is a model directory, or RUN@STEP, RUN@best or RUN@latest: a checkpoint of a run; or `org/name` where no such
+    directory is here: a model of the Hugging Face hub, which is fetched. That of a work directory is
     the newest there is: the trained model, or the newest checkpoint of a run that is not at its end.
 
     Raises:
@@ -29,6 +31,8 @@ def find_model(checkpoint: str | None, workdir: str | None) -> epath.Path | Path
     if checkpoint and workdir:
         raise UserError("--checkpoint and --workdir both name a model: give one of them")
     if checkpoint:
+        if hub.is_repo_id(checkpoint):
+            return hub.download(checkpoint)
         directory, (run, at, which) = paths.resolve_path(checkpoint), checkpoint.rpartition("@")
         if not at or "/" in which or directory.is_dir():
             return directory

@@ -50,6 +50,7 @@ from flowseg_jax.traces import unsaid
 
 __all__ = [
     "PretrainedModel",
+    "copy_pretrained",
     "load_pretrained",
     "read_model_config",
     "require_empty_directory",
@@ -138,6 +139,30 @@ def save_pretrained_streaming(
         return _write_model(
             directory, lambda path: write_arrays(path, arrays, progress), entries, kind, tokenizer_dir, extra, overwrite
         )
+
+
+def copy_pretrained(source: str | os.PathLike, target: str | os.PathLike) -> epath.Path:
+    """Copies a model directory, which is checked first; the copy appears complete or not at all.
+
+    Raises:
+        UserError: `source` is no model directory or a damaged one, `target` exists or cannot be written.
+    """
+    source, target = resolve_path(source), resolve_path(target)
+    read_model_config(source)
+    with locked(target, beside=True):
+        require_empty_directory(target)
+        fresh = target.with_name(f".{target.name}.tmp")
+        try:
+            fresh.rmtree(missing_ok=True)
+            copy_tree(source, fresh)
+            if target.exists():
+                target.rmdir()  # it is empty
+            fresh.rename(target)
+        except Exception as error:
+            if reason := _not_written(error):
+                raise UserError(f"model directory {target} could not be written: {reason}") from None
+            raise
+    return target
 
 
 def _write_model(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import IO, Any
 
 from etils import epath
@@ -171,11 +171,26 @@ def seal(directory: str | os.PathLike) -> epath.Path:
     config = read_json(path)
     if config.get("format_version") != FORMAT_VERSION:
         raise UserError(f"{path} has format version {json_files.short(config.get('format_version'))}: convert it again")
+    _write(path, config)
+    read_model_config(path, allow_component=True)
+    return path
+
+
+def update_extra(directory: str | os.PathLike, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Replaces `extra` of a model directory by what `change` makes of it; nothing else changes.
+
+    Raises:
+        UserError: no model directory, a damaged one, or one that cannot be written.
+    """
+    path = resolve_path(directory)
+    config = read_model_config(path)
+    _write(path, config | {"extra": change(config["extra"])})
+
+
+def _write(path: epath.Path, config: Mapping[str, Any]) -> None:
     try:
         part = path / "config.json.part"
         part.write_text(sealed(path, config))
         part.replace(path / "config.json")
     except OSError as error:
         raise UserError(f"{path / 'config.json'} cannot be written: {short_reason(error)}") from None
-    read_model_config(path, allow_component=True)
-    return path

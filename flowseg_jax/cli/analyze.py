@@ -136,11 +136,13 @@ def calibrate_no_target(argv: Sequence[str]) -> int:
     parser.add_argument("file", metavar="FILE", help="<split>.jsonl of an evaluation")
     parser.add_argument("control", metavar="CONTROL", nargs="?", help="<split>_shuffled.jsonl (flowseg eval --shuffle-text)")
     parser.add_argument("--false-alarms", type=float, default=0.1, metavar="SHARE", help="wanted at most, default 0.1")
+    parser.add_argument("--model", metavar="DIR", help="a model directory whose own threshold this becomes")
     arguments = parser.parse_args(argv)
     from flowseg_jax.analysis import calibration
 
     control = Path(arguments.control) if arguments.control else None
-    calibration.run(Path(arguments.file), control, _beside(arguments.out, arguments.file), arguments.false_alarms)
+    out = _beside(arguments.out, arguments.file)
+    calibration.run(Path(arguments.file), control, out, arguments.false_alarms, arguments.model)
     return 0
 
 

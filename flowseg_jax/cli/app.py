@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with heartbeat("loading"):
         model = segmentor.load(directory)
     shipped = directory == SHIPPED_MODEL
-    about = page.DRAWN_SHAPES if shipped else f"The model of `{directory}`."
+    about = model.card.lines() or [f"The model of {directory}."]
     blocks = page.build(model, page.scenes(ROOT / "examples" / "scenes"), None if shipped else str(directory), about)
     log(f"the page is on http://{arguments.host}:{arguments.port}/ (Ctrl-C ends it)")
     page.serve(blocks, arguments.host, arguments.port)

@@ -118,6 +118,7 @@ def _predict_batches(arguments: argparse.Namespace) -> int:
     import jax
 
     from flowseg_jax.checkpoints.find import find_model
+    from flowseg_jax.checkpoints.model_card import ModelCard
     from flowseg_jax.checkpoints.pretrained import read_model_config
     from flowseg_jax.data.prompts import check_expressions
     from flowseg_jax.evaluation.benchmark import EvalModel
@@ -130,7 +131,9 @@ def _predict_batches(arguments: argparse.Namespace) -> int:
     model = EvalModel.load(directory, fsdp=arguments.fsdp or 1, devices=jax.local_devices())
     if arguments.text:
         check_expressions(arguments.text, model.tokenizer, "--text")
-    predictor = batch.BatchPredictor(model, selection, arguments.batch_size or BATCH_SIZE)
+    card = ModelCard.of_model(extra, directory)
+    card.tell(directory)
+    predictor = batch.BatchPredictor(model, selection, card, arguments.batch_size or BATCH_SIZE)
     done = predictor.run(listed, arguments.out, kind=arguments.format or "jsonl", shard_size=arguments.shard_size)
     return 1 if done.failed else 0
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ import grain
 import numpy as np
 
 from flowseg_jax import sharding
+from flowseg_jax.checkpoints.model_card import ModelCard
 from flowseg_jax.data import collate, images
 from flowseg_jax.data.collate import ProcessedImage, TokenizedConversation
 from flowseg_jax.data.eval_dataset import PHRASE_BUCKETS, bucket_shape
@@ -107,12 +109,14 @@ class BatchPredictor:
     Attributes:
         model: on this process's devices.
         selection: what of the candidates is the answer.
+        card: what the model knows.
         batch_size: images at a time; rounded up to a multiple of the devices.
         threads: that read images.
     """
 
     model: EvalModel
     selection: SelectionConfig
+    card: ModelCard = dataclasses.field(default_factory=ModelCard)
     batch_size: int = 8
     threads: int = dataclasses.field(default_factory=lambda: min(16, 2 * (os.cpu_count() or 1)))
 
@@ -142,6 +146,7 @@ class BatchPredictor:
             "list": listed.digest,
             "model": self.model.checkpoint["digest"],
             "selection": dataclasses.asdict(self.selection),
+            "words": hashlib.sha256("\n".join(self.card.words).encode()).hexdigest() if self.card.words else None,
         }
         with PredictionShards.open(out, settings, total=len(listed), kind=kind, size=shard_size) as shards:
             answered = self._fill(listed, shards)
@@ -286,5 +291,6 @@ class BatchPredictor:
         several = self.selection.top_k > 1 or self.selection.score_threshold is not None
         for k, text in enumerate(texts):
             candidates = unpack_candidates(name, *(array[row, k % most] for array in computed[k // most]), one.size)
-            prediction = select_prediction(name, text, blank, candidates, self.selection)
+            unknown = self.card.unknown_words(text)
+            prediction = select_prediction(name, text, blank, candidates, self.selection, unknown_words=unknown)
             yield prediction.to_json(candidates=several)

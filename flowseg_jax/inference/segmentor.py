@@ -17,8 +17,12 @@ import numpy as np
 from flax import nnx
 from PIL import Image
 
-from flowseg_jax.checkpoints import pretrained
+from flowseg_jax.checkpoints import hub, pretrained
 from flowseg_jax.checkpoints.find import find_model
+from flowseg_jax.checkpoints.model_card import ModelCard
+from flowseg_jax.checkpoints.pretrained import copy_pretrained
+from flowseg_jax.checkpoints.run_checkpoint import is_checkpoint
+from flowseg_jax.checkpoints.storage import local_directory
 from flowseg_jax.data import collate, images
 from flowseg_jax.data.eval_dataset import PHRASE_BUCKETS, bucket_shape
 from flowseg_jax.data.prompts import PromptTemplates, check_expressions
@@ -37,6 +41,7 @@ from flowseg_jax.inference.selection import (
 )
 from flowseg_jax.models import flowseg, generate
 from flowseg_jax.models.config import FlowSegConfig
+from flowseg_jax.system.paths import resolve_path
 from flowseg_jax.types import BatchShape, ExpressionQueries, PromptQueries
 
 __all__ = [
@@ -70,6 +75,11 @@ class Segmentor:
         visual_tokens: slots that an image takes in the prompt.
         prompts: its prompt templates (None: the default ones); the fixed ones are used.
         no_target_threshold: what `SelectionConfig.no_target_threshold` is where it is not given.
+        card: what the model knows.
+        directory: where it lies, for `save_pretrained` and `push_to_hub`.
+
+    Attributes:
+        card: see there.
     """
 
     def __init__(
@@ -83,7 +93,10 @@ class Segmentor:
         visual_tokens: int,
         prompts: PromptTemplates | None = None,
         no_target_threshold: float = 0.0,
+        card: ModelCard | None = None,
+        directory: os.PathLike[str] | None = None,
     ):
+        self.card, self._directory = card or ModelCard(), directory
         self._params, self._tokenizer, self._no_target_threshold = params, tokenizer, no_target_threshold
         self._prompts = dataclasses.replace(prompts or PromptTemplates(), randomize=False)
         self._shape = BatchShape(1, 0, PHRASE_BUCKETS[-1], 0, sam_size, siglip_size)
@@ -126,6 +139,29 @@ class Segmentor:
     def no_target_threshold(self) -> float:
         """The score below which the answer is "not found", where no other is given."""
         return self._no_target_threshold
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Writes the model as a directory of its own, which `load` reads; it appears complete or not at all.
+
+        Raises:
+            UserError: the directory exists, cannot be written, or the model was not loaded from one.
+        """
+        copy_pretrained(self._source(), directory)
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False) -> str:
+        """Uploads the model to the Hugging Face hub as `org/name`, with its card as README.md; returns its address.
+
+        Raises:
+            UserError: the hub does not take it, or the model was not loaded from a directory.
+        """
+        return hub.upload(local_directory(resolve_path(self._source())), repo_id, private=private)
+
+    def _source(self) -> os.PathLike[str]:
+        if self._directory is None:
+            raise UserError("this model was not loaded from a directory: write it by checkpoints.pretrained.save_pretrained")
+        if is_checkpoint(self._directory):
+            raise UserError(f"{self._directory} is a checkpoint of a run, not yet a model: its run writes one when it ends")
+        return self._directory
 
     def __call__(self, image: ImageLike, text: str, *, name: str = "image", **selection: Any) -> Prediction:
         """`segment` for one sentence about an upright RGB image in memory."""
@@ -180,7 +216,7 @@ class Segmentor:
         chosen_by = self._selection(selection)
         self.validate_texts(texts)
         return [
-            select_prediction(encoded.name, text, encoded.image, found, chosen_by)
+            select_prediction(encoded.name, text, encoded.image, found, chosen_by, unknown_words=self.card.unknown_words(text))
             for part in _rounds(texts)
             for text, found in zip(part, self._candidates_of(encoded, part, chosen_by.count), strict=True)
         ]
@@ -336,7 +372,8 @@ def _rounds(texts: Sequence[Any]) -> list[Sequence[Any]]:
 
 
 def load(directory: str | os.PathLike[str] | None = None) -> Segmentor:
-    """The segmentor of a model directory; None: of the shipped tiny model; "RUN@STEP" or "RUN@best": of a checkpoint of a run.
+    """The segmentor of a model directory; None: of the shipped tiny model; "RUN@STEP" or "RUN@best": of a checkpoint of
+    a run; "org/name", where no such directory is here: of the Hugging Face hub. What its card has to say is said once.
 
     Of its `extra`, "prompts" holds the fields of `PromptTemplates`, and "no_target_threshold" the score below which the answer
     is "nothing" (`SelectionConfig`), if it has one.
@@ -355,6 +392,8 @@ def load(directory: str | os.PathLike[str] | None = None) -> Segmentor:
         raise UserError(
             f"{directory}: the tokenizer has {tokenizer.vocab} ids, the model's embedding table {cfg.llm.vocab_size}"
         )
+    card = ModelCard.of_model(loaded.extra, directory)
+    card.tell(directory)
     return Segmentor(
         graphdef,
         loaded.params,
@@ -364,4 +403,6 @@ def load(directory: str | os.PathLike[str] | None = None) -> Segmentor:
         visual_tokens=cfg.num_visual_tokens,
         prompts=prompts,
         no_target_threshold=stored_no_target_threshold(loaded.extra, directory),
+        card=card,
+        directory=directory,
     )

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image
 
+from flowseg_jax.checkpoints.model_card import unknown_note
 from flowseg_jax.data import masks
 from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation import postprocess
@@ -83,6 +84,7 @@ class Prediction:
         candidates: those that are kept, highest score first.
         answer, phrase: what the model wrote and the phrase in question, where it wrote the answer itself.
         failure: why there is no answer, where there is none.
+        unknown_words: of the sentence, which the model was never trained on, so that nothing is found.
     """
 
     name: str
@@ -94,6 +96,7 @@ class Prediction:
     answer: str | None = None
     phrase: str | None = None
     failure: str | None = None
+    unknown_words: tuple[str, ...] = ()
 
     @property
     def found(self) -> bool:
@@ -102,12 +105,15 @@ class Prediction:
     def __repr__(self) -> str:
         score = "" if self.score is None else f", score {self.score:.3f}"
         what = f"found{score}, {int(self.mask.sum())} pixels" if self.found else f"not found{score}"
-        return f"Prediction({self.text!r} in {self.name}: {what})"
+        return f"Prediction({self.text!r} in {self.name}: {what}{self._why()})"
+
+    def _why(self) -> str:
+        return f" ({unknown_note(self.unknown_words)})" if self.unknown_words else ""
 
     def summary(self) -> str:
         """One line: found or not, score, pixels, text."""
         score = "       " if self.score is None else f"{self.score:7.3f}"
-        return f"{'found' if self.found else 'not found':9} {score} {int(self.mask.sum()):8} px  {self.text}"
+        return f"{'found' if self.found else 'not found':9} {score} {int(self.mask.sum()):8} px  {self.text}{self._why()}"
 
     def _repr_png_(self) -> bytes:
         """The overlay, for notebooks."""
@@ -159,6 +165,7 @@ class Prediction:
         """All but the image; masks as `rle`, COCO's run-length code with compressed counts, or not at all."""
         height, width = self.image.shape[:2]
         answered = {key: getattr(self, key) for key in ("answer", "phrase", "failure") if getattr(self, key) is not None}
+        answered |= {"unknown_words": list(self.unknown_words)} if self.unknown_words else {}
         whole = {"image": self.name, "height": height, "width": width, "text": self.text, **answered, "found": self.found}
         kept = [candidate.to_json() for candidate in self.candidates] if candidates else []
         result = whole | {"score": self.score, **_described(self.mask)} | ({"candidates": kept} if candidates else {})
@@ -233,18 +240,23 @@ def select_prediction(
     selection: SelectionConfig,
     answer: str | None = None,
     phrase: str | None = None,
+    unknown_words: tuple[str, ...] = (),
 ) -> Prediction:
-    """The answer to a sentence; `candidates`, best first, are at least as many as the selection needs."""
+    """The answer to a sentence; `candidates`, best first, are at least as many as the selection needs.
+
+    With a no-target threshold above 0, nothing is found for a sentence with `unknown_words` (`ModelCard.unknown_words`).
+    """
+    unknown_words = unknown_words if selection.no_target_threshold else ()
     best, kept = candidates[0], list(candidates)
     if selection.score_threshold is not None:
         kept = mask_nms([candidate for candidate in kept if candidate.score >= selection.score_threshold])
-    if best.score < (selection.no_target_threshold or 0) or not kept:
+    if unknown_words or best.score < (selection.no_target_threshold or 0) or not kept:
         mask = np.zeros_like(best.mask)
     elif selection.score_threshold is None:
         mask = best.mask
     else:
         mask = np.any([candidate.mask for candidate in kept], 0)
-    return Prediction(name, text, image, best.score, mask, kept, answer, phrase)
+    return Prediction(name, text, image, best.score, mask, kept, answer, phrase, unknown_words=unknown_words)
 
 
 def empty_prediction(name: str, text: str, image: UInt8[np.ndarray, "y x 3"], answer: str, failure: str | None) -> Prediction:

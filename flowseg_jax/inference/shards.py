@@ -194,7 +194,7 @@ def _write_parquet(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     candidate = pa.struct([("query", pa.int32()), ("score", pa.float64()), ("area", pa.int64()), ("rle", rle)])
     columns = {"index": pa.int64(), "image": pa.string(), "height": pa.int32(), "width": pa.int32(), "text": pa.string()}
     columns |= {"found": pa.bool_(), "score": pa.float64(), "area": pa.int64(), "rle": rle}
-    columns |= {"candidates": pa.list_(candidate), "failure": pa.string()}
+    columns |= {"candidates": pa.list_(candidate), "unknown_words": pa.list_(pa.string()), "failure": pa.string()}
     plain = lambda value: value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value  # noqa: E731
     rows = [{key: plain(value) for key, value in record.items()} for record in records]  # a name may be no Unicode
     part = path.with_name(f"{path.name}.part")

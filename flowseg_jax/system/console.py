@@ -36,6 +36,12 @@ def log(text: str) -> None:
         _last_print = time.monotonic()
 
 
+def note(text: str) -> None:
+    """Prints a line to stderr: what a library has to say, beside what its caller prints."""
+    if not _silent:
+        tell(text.encode("utf-8", "backslashreplace").decode())
+
+
 def mute_console() -> None:
     """Lets `log` print nothing from now on, for a process whose output another one prints."""
     global _silent
