@@ -246,19 +246,19 @@ class BatchPredictor:
         sides = model.cfg.sam.image_size, model.cfg.siglip.image_size
         try:
             views = collate.collate_images([one.pixels for one in group], rows, sides)
-            asked = []
+            rounds = []
             for parts in zip(*(one.rounds for one in group), strict=True):
                 tokens = max(sum(len(said.input_ids) for said in part) for part in parts)
                 shape = (rows, *bucket_shape(max(map(len, parts)), tokens))
                 names = [os.fspath(one.job.image) for one in group]
-                asked.append(collate.collate_queries(parts, shape, len(self._prefix), model.tokenizer.pad, names))
+                rounds.append(collate.collate_queries(parts, shape, len(self._prefix), model.tokenizer.pad, names))
             return model.evaluator.predict_candidates(
                 self._params,
                 self._prefix,
                 views,
                 [one.size for one in group],
                 group[0].bucket,
-                asked,
+                rounds,
                 self.selection.count,
             )
         except Exception as error:

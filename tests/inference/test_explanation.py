@@ -9,6 +9,8 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco
 
+from flowseg_jax.checkpoints.find import SHIPPED_MODEL
+from flowseg_jax.checkpoints.pretrained import read_model_config
 from flowseg_jax.errors import UserError
 from flowseg_jax.inference import segmentor
 from flowseg_jax.inference.selection import Candidate, Prediction
@@ -94,3 +96,11 @@ def test_a_prediction_saves_itself(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file/deep cannot be written"):
         found.save(tmp_path / "file" / "deep")
+
+
+def test_what_the_shipped_model_was_never_trained_on_is_not_found(model, tmp_path):
+    (banana,) = model.segment(SCENE, ["banana"])
+    assert not banana.found and banana.unknown_words == ("banana",) and banana.score > 0.5
+    assert model.segment(SCENE, ["banana"], no_target_threshold=0)[0].found
+    model.save_pretrained(tmp_path / "copy")
+    assert read_model_config(tmp_path / "copy") == read_model_config(SHIPPED_MODEL)
