@@ -6,7 +6,6 @@
     python -m benchmarks --check                       # beside benchmarks/ratios.json
     python -m benchmarks --write-docs                  # into benchmarks/ratios.json and docs/performance.md
     python -m benchmarks startup                       # time to the first step; see benchmarks/startup.py
-    python -m benchmarks batch-prediction              # images a second; see benchmarks/batch_prediction.py
 
 A component runs in a process of its own. Its outputs are compared first: without the same numbers there is no ratio. Then both
 sides take turns, warmed up, and the median of those samples counts during which the machine was otherwise idle. Quality A is at
@@ -111,10 +110,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         from benchmarks import startup
 
         return startup.main(argv[1:])
-    if argv[:1] == ["batch-prediction"]:
-        from benchmarks import batch_prediction
-
-        return batch_prediction.main(argv[1:])
     arguments = components_parser().parse_args(argv)
     if arguments.list:
         show_components()

@@ -1,7 +1,7 @@
 """How fast many images are answered: in batches beside one by one, and what a longer list costs.
 
-    python -m benchmarks batch-prediction          # 256 images, the shipped scenes over and over; lists of up to 10^6 lines
-    python -m benchmarks batch-prediction --images=64 --longest=4 --json=FILE
+    python -m benchmarks.batch_prediction          # 256 images, the shipped scenes over and over; lists of up to 10^6 lines
+    python -m benchmarks.batch_prediction --images=64 --longest=4 --json=FILE
 
 Both sides answer the same expressions about the same image files with the shipped model and write the masks as run-length
 codes. They take turns, after one turn in which everything is compiled. The lists name files that are never opened: measured is
@@ -13,7 +13,7 @@ from __future__ import annotations
 if __name__ == "__main__":  # before the imports, so that a Ctrl-C while they last is as clean as later
     from flowseg_jax.errors import run_cli
 
-    run_cli("benchmarks.batch_prediction:main")
+    run_cli("benchmarks.command_line:batch_prediction")
 
 import os
 import shutil
@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import ratio
+from benchmarks.command_line import batch_prediction_parser
 from benchmarks.table import ROOT
-from flowseg_jax.cli.parser import Parser, positive
 from flowseg_jax.system import host
 from flowseg_jax.system.console import log
 
@@ -35,14 +35,7 @@ TEXTS = ("red circle", "the star", "blue square")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(prog="python -m benchmarks batch-prediction", description=__doc__.partition("\n")[0])
-    parser.add_argument("--images", type=positive, default=256, metavar="N", help="default 256")
-    parser.add_argument("--texts", type=positive, default=1, metavar="N", help=f"expressions an image, at most {len(TEXTS)}")
-    parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="default 8")
-    parser.add_argument("--turns", type=positive, default=3, metavar="N", help="of each side, default 3")
-    parser.add_argument("--longest", type=positive, default=6, metavar="N", help="lists of up to 10^N lines, default 6")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="all figures")
-    arguments = parser.parse_args(sys.argv[1:] if argv is None else list(argv))
+    arguments = batch_prediction_parser().parse_args(sys.argv[1:] if argv is None else list(argv))
     host.use_host_devices(arguments.batch_size)
     host.enable_compilation_cache()
     with tempfile.TemporaryDirectory() as directory:

@@ -66,6 +66,17 @@ def input_parser() -> Parser:
     return parser
 
 
+def batch_prediction_parser() -> Parser:
+    parser = _parser("python -m benchmarks.batch_prediction", "batch_prediction")
+    parser.add_argument("--images", type=positive, default=256, metavar="N", help="default 256")
+    parser.add_argument("--texts", type=positive, default=1, metavar="N", help="expressions an image, at most 3; default 1")
+    parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="default 8")
+    parser.add_argument("--turns", type=positive, default=3, metavar="N", help="of each side, default 3")
+    parser.add_argument("--longest", type=positive, default=6, metavar="N", help="lists of up to 10^N lines, default 6")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="all figures")
+    return parser
+
+
 def measure_parser() -> Parser:
     parser = _parser("python -m benchmarks.measure", "measure")
     parser.add_argument("component")
@@ -100,4 +111,5 @@ def components() -> int:
 startup = functools.partial(_run, startup_parser, "startup")
 train_step = functools.partial(_run, train_step_parser, "train_step")
 input_pipeline = functools.partial(_run, input_parser, "input")
+batch_prediction = functools.partial(_run, batch_prediction_parser, "batch_prediction")
 measure = functools.partial(_run, measure_parser, "measure")
