@@ -94,7 +94,7 @@ def timed(work: Callable[[Path], None], out: Path) -> float:
 
 
 def measure_list(root: Path, count: int) -> dict[str, Any]:
-    """Microseconds of the processor a line of opening a list and of continuing a half done run, and bytes a line that both hold."""
+    """Processor seconds of opening a list and of continuing a half done run, and bytes that both hold."""
     from flowseg_jax.inference import image_list, shards
 
     path, out = root / f"{count}.jsonl", root / f"out-{count}"

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import components, load, measure, ratio, startup, table
+from benchmarks import batch_prediction, components, load, measure, ratio, startup, table
 from benchmarks.command_line import components_parser
 from benchmarks.components import COMPONENTS, Bar, Pair
 from benchmarks.components.sizes import SIZES, dummy_batch, one_of, prefix
@@ -277,3 +277,8 @@ def test_a_run_starts_from_nothing_and_from_a_checkpoint():
     assert set(found) == set(startup.RUNS)
     assert all(run[stage] > 0 for run in found.values() for stage in startup.STAGES)
     assert found["full cache"]["compile"] < found["empty cache"]["compile"]
+
+
+def test_a_longer_list_of_images_holds_no_more_a_line(tmp_path):
+    short, long = (batch_prediction.measure_list(tmp_path, count) for count in (100, 2500))
+    assert (short["bytes"], long["bytes"]) == (2000, 50_000) and all(r["index"] >= 0 <= r["resume"] for r in (short, long))
