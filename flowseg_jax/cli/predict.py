@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 BATCH_SIZE = 8
 SAVED = "overlay,rle,png,answers,candidates"
-BATCH_FLAGS = ("--batch-size", "--format", "--shard-size", "--fsdp", "--distributed", "--coordinator")
+BATCH_FLAGS = ("--batch-size", "--format", "--shard-size", "--fsdp")
+OTHER_FLAGS = ("--image", "--input", "--generate", "--chat", "--max-tokens", "--save")
+BATCH_FLAGS += ("--distributed", "--coordinator", "--num-processes", "--process-id")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,13 +51,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", metavar="DIR", default="runs/predictions", help="default runs/predictions")
     parser.add_argument("--recursive", action="store_true", help="enter the folders inside of a folder")
-    many = parser.add_argument_group("many images", "In batches on all devices, into shards of results; goes on after a kill.")
-    many.add_argument("--images", metavar="DIR|JSONL|gs://...", help="instead of --image and --input")
-    many.add_argument("--batch-size", type=positive, metavar="N", help="images at a time, default 8")
-    many.add_argument("--format", metavar="NAME", help="jsonl (default) or parquet (extra parquet)")
-    many.add_argument("--shard-size", type=positive, metavar="N", help="images a file of results, default 1000")
-    many.add_argument("--fsdp", type=positive, metavar="N", help="N devices of a process share one copy of the parameters")
-    add_process_flags(many)
+    batches = parser.add_argument_group(
+        "many images", "In batches on all devices, into shards of results; goes on after a kill."
+    )
+    batches.add_argument("--images", metavar="DIR|JSONL|gs://...", help="instead of --image and --input")
+    batches.add_argument("--batch-size", type=positive, metavar="N", help="images at a time, default 8")
+    batches.add_argument("--format", metavar="NAME", help="jsonl (default) or parquet (extra parquet)")
+    batches.add_argument("--shard-size", type=positive, metavar="N", help="images a file of results, default 1000")
+    batches.add_argument("--fsdp", type=positive, metavar="N", help="N devices of a process share one copy of the parameters")
+    add_process_flags(batches)
     arguments = parser.parse_args(argv)
     from flowseg_jax.system import host
 
@@ -108,7 +112,7 @@ def _given(arguments: argparse.Namespace, flags: Sequence[str]) -> str:
 
 def _check_batch(arguments: argparse.Namespace) -> None:
     """Raises a UserError for flags that say nothing beside `--images`."""
-    if wrong := _given(arguments, ("--image", "--input", "--generate", "--chat", "--max-tokens", "--save")):
+    if wrong := _given(arguments, OTHER_FLAGS):
         raise UserError(f"--images writes masks as run-length codes and asks what --text says: leave {wrong} out")
     if is_remote(arguments.out):
         raise UserError(f"--out={arguments.out}: results grow image by image; name a folder, one that all processes see")

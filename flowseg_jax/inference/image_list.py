@@ -20,7 +20,7 @@ class ImageList(Protocol):
     """Images in a fixed order.
 
     Attributes:
-        digest: of the names and texts, to tell one list from another.
+        digest: of the names, where they are looked for and the texts, to tell one list from another.
     """
 
     digest: str
@@ -53,7 +53,8 @@ class FolderList:
         for name in names:
             self._starts.append(self._starts[-1] + len(name))
         self._names = b"".join(names)
-        self.digest = hashlib.sha256(repr(self._texts).encode("utf-8", "backslashreplace") + self._names).hexdigest()
+        identity = repr((os.fspath(folder), self._texts)).encode("utf-8", "backslashreplace")
+        self.digest = hashlib.sha256(identity + self._names).hexdigest()
 
     def __len__(self) -> int:
         return len(self._starts) - 1
@@ -75,7 +76,7 @@ class JsonlList:
     def __init__(self, path: str | os.PathLike[str]):
         self._path = resolve_path(path) if is_remote(path) else os.fspath(path)
         self._starts, self._numbers = array("Q"), array("Q")
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(os.fsencode(path))
         try:
             self._file = _local_copy(self._path) if is_remote(path) else open(path, "rb")
             at, number, whole = 0, 1, True
