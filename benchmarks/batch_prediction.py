@@ -42,9 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         root = Path(directory)
         speed = compare(root, arguments.images, TEXTS[: arguments.texts], arguments.batch_size, arguments.turns)
         log(
-            f"{arguments.images} images, {len(TEXTS[: arguments.texts])} expression(s) each: one by one"
-            f" {speed['one_by_one']:.1f} images/s, in batches of {arguments.batch_size} on {speed['devices']} devices"
-            f" {speed['batches']:.1f} images/s: {speed['batches'] / speed['one_by_one']:.2f} times as fast"
+            f"{arguments.images} images, {len(TEXTS[: arguments.texts])} expression(s) each, one by one and in batches of"
+            f" {arguments.batch_size} on {speed['devices']} devices: {speed['one_by_one']:.1f} and {speed['batches']:.1f} images/s,"
+            f" {speed['batches'] / speed['one_by_one']:.2f} times as fast; {speed['one_by_one_ms']:.1f} and"
+            f" {speed['batches_ms']:.1f} ms of processor time an image"
         )
         lists = [measure_list(root, 10**power) for power in range(2, arguments.longest + 1)]
     if arguments.json:
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def compare(root: Path, count: int, texts: Sequence[str], batch_size: int, turns: int) -> dict[str, Any]:
-    """Images a second of both sides, medians, in turns."""
+    """Images a second and milliseconds of processor time an image of both sides, medians, in turns."""
     import functools
 
     import jax
@@ -78,19 +79,24 @@ def compare(root: Path, count: int, texts: Sequence[str], batch_size: int, turns
     def many(out: Path) -> None:
         predictor.run(image_list.open_list(root / "images", texts), out)
 
-    seconds: dict[str, list[float]] = {"one_by_one": [], "batches": []}
+    seconds: dict[str, list[tuple[float, float]]] = {"one_by_one": [], "batches": []}
     for turn in range(turns + 1):
         for name, answer in (("one_by_one", one), ("batches", many)):
             passed = timed(answer, root / f"{name}-{turn}")
             if turn:  # everything is compiled
                 seconds[name].append(passed)
-    return {name: count / statistics.median(each) for name, each in seconds.items()} | {"devices": jax.local_device_count()}
+    result: dict[str, Any] = {"devices": jax.local_device_count()}
+    for name, each in seconds.items():
+        wall, processor = map(statistics.median, zip(*each, strict=True))
+        result |= {name: count / wall, f"{name}_ms": 1000 * processor / count}
+    return result
 
 
-def timed(work: Callable[[Path], None], out: Path) -> float:
-    began = time.perf_counter()
+def timed(work: Callable[[Path], None], out: Path) -> tuple[float, float]:
+    """Seconds of a clock, and of the processor."""
+    began, worked = time.perf_counter(), time.process_time()
     work(out)
-    return time.perf_counter() - began
+    return time.perf_counter() - began, time.process_time() - worked
 
 
 def measure_list(root: Path, count: int) -> dict[str, Any]:
