@@ -43,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         speed = compare(root, arguments.images, TEXTS[: arguments.texts], arguments.batch_size, arguments.turns)
         log(
             f"{arguments.images} images, {len(TEXTS[: arguments.texts])} expression(s) each, one by one and in batches of"
-            f" {arguments.batch_size} on {speed['devices']} devices: {speed['one_by_one']:.1f} and {speed['batches']:.1f} images/s,"
+            f" {arguments.batch_size} on {speed['devices']} devices: {speed['one_by_one']:.1f} and"
+            f" {speed['batches']:.1f} images/s,"
             f" {speed['batches'] / speed['one_by_one']:.2f} times as fast; {speed['one_by_one_ms']:.1f} and"
             f" {speed['batches_ms']:.1f} ms of processor time an image"
         )
