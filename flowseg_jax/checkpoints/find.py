@@ -28,9 +28,9 @@ def find_model(checkpoint: str | None, workdir: str | None) -> epath.Path | Path
     Raises:
         UserError: both are given, the run has no such checkpoint, or none and no trained model yet.
     """
-    if checkpoint and workdir:
+    if checkpoint is not None and workdir:
         raise UserError("--checkpoint and --workdir both name a model: give one of them")
-    if checkpoint:
+    if checkpoint is not None:
         if hub.is_repo_id(checkpoint):
             return hub.download(checkpoint)
         directory, (run, at, which) = paths.resolve_path(checkpoint), checkpoint.rpartition("@")

@@ -30,7 +30,7 @@ PARTS = ("trainable/", "frozen/")  # of the state: parameters, in `flatten_param
 
 
 def is_checkpoint(path: epath.Path) -> bool:
-    return path.parent.name == "checkpoints" and path.name.isdigit() and (path / "meta" / "metadata").exists()
+    return path.parent.name == "checkpoints" and path.name.isdecimal() and (path / "meta" / "metadata").exists()
 
 
 def steps_of(run: epath.Path) -> list[int]:
@@ -38,7 +38,7 @@ def steps_of(run: epath.Path) -> list[int]:
     folder = run / "checkpoints"
     with contextlib.suppress(FileNotFoundError):
         whole = orbax_path.step.is_checkpoint_finalized
-        return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit() and whole(path))
+        return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal() and whole(path))
     return []
 
 
@@ -104,7 +104,7 @@ def held_steps(run: epath.Path) -> set[int]:
     found = set()
     with contextlib.suppress(Exception):
         for mark in (run / IN_USE).iterdir():
-            if time.time() - mark.stat().mtime < HELD_SECONDS and mark.name.partition(".")[0].isdigit():
+            if time.time() - mark.stat().mtime < HELD_SECONDS and mark.name.partition(".")[0].isdecimal():
                 found.add(int(mark.name.partition(".")[0]))
     return found
 

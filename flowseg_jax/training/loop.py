@@ -368,7 +368,10 @@ def model_extra(run_config: RunConfig, config: ConfigDict, data: TrainDataset, s
 def keep_tokenizer(data: TrainDataset, workdir: Path) -> None:
     """Copies the run's tokenizer to `<workdir>/tokenizer`, where a checkpoint that is used as a model has it."""
     if data.tokenizer is not None and not (workdir / TOKENIZER).exists():
-        copy_tree(resolve_path(data.tokenizer.name), workdir / TOKENIZER)
+        fresh = resolve_path(workdir) / f".{TOKENIZER}.tmp"  # it appears complete or not at all
+        fresh.rmtree(missing_ok=True)
+        copy_tree(resolve_path(data.tokenizer.name), fresh)
+        fresh.rename(workdir / TOKENIZER)
 
 
 def save_final_model(run_config: RunConfig, state: TrainState, config: ConfigDict, data: TrainDataset, workdir: Path) -> Path:

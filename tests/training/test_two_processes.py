@@ -92,10 +92,10 @@ def assert_equal(ours: list[dict], theirs: list[dict]) -> None:
 @pytest.mark.slow
 def test_two_processes_train_as_one(config, tmp_path):
     short = configs.from_json(configs.to_json(config))
-    short.num_steps = 2
+    short.update(num_steps=2, eval_every=2)
     short.mesh.data = 1
     expected = train_both(short, tmp_path, 2)
-    assert len(expected) == 2
+    assert len(expected) == 2 and expected[1]["eval/ciou"] > 0  # both took part in the validation
     assert_equal(metrics(tmp_path / "two"), expected)
     assert (tmp_path / "two" / "model" / "config.json").is_file()
 
