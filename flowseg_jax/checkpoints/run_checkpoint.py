@@ -1,7 +1,7 @@
 """A run's checkpoint as a model: its parameters, read where they lie, while the run goes on.
 
-What reads a model directory reads `RUN/checkpoints/STEP` as well. The run removes old checkpoints, so a reader says which one
-it is about to read by a file in `RUN/in_use`: the run keeps that one until the reader has ended (or for `HELD_SECONDS`).
+What reads a model directory reads `RUN/checkpoints/STEP` as well. The run removes old checkpoints, so a reader holds the one
+that it is about to read, by an entry in `RUN/in_use` that goes when the reader ends (or after `HELD_SECONDS`).
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import shutil
 import socket
 import time
 from collections.abc import Mapping
@@ -21,9 +22,10 @@ from flowseg_jax.checkpoints.manifest import check_arrays, flatten_params, unfla
 from flowseg_jax.errors import UserError, quoted, short_reason
 from flowseg_jax.system import json_files
 from flowseg_jax.system.json_files import number
+from flowseg_jax.system.paths import is_remote
 
 TOKENIZER = "tokenizer"  # folder of a run: the tokenizer of all its checkpoints
-IN_USE = "in_use"  # folder of a run: one file for each reader, STEP.HOST.PROCESS
+IN_USE = "in_use"  # folder of a run: a file STEP.HOST.PROCESS for each reader, and a folder HOST.PROCESS with its links
 HELD_SECONDS = 3600.0  # a reader that was killed leaves its file there
 BEST = ("eval/ciou", "max")  # what makes a checkpoint the best one where there is validation and nothing else is said
 PARTS = ("trainable/", "frozen/")  # of the state: parameters, in `flatten_params` names
@@ -58,9 +60,9 @@ def checkpoint_of(run: epath.Path, which: str) -> epath.Path:
         steps = steps_of(run)
         step = best_step(run, steps) if which == "best" else max(steps, default=None) if which == "latest" else _step(which)
         if step in steps and is_checkpoint(path := run / "checkpoints" / str(step)):
-            hold(path)
-            if is_checkpoint(path):
-                return path
+            held = hold(path)
+            if is_checkpoint(held):
+                return held
     if not steps:
         raise UserError(f"{run} has no checkpoint yet: checkpoint_every says when it saves one")
     if which == "best":
@@ -85,18 +87,36 @@ def best_step(run: epath.Path, steps: list[int]) -> int | None:
     return max(found, key=found.get, default=None)
 
 
-def hold(path: epath.Path) -> None:
-    """Keeps a checkpoint from being removed by its run until this process ends; without effect where nothing can be written."""
-    mark = path.parent.parent / IN_USE / f"{path.name}.{socket.gethostname()}.{os.getpid()}"
-    with contextlib.suppress(Exception):  # a file system's own, or that of a client of an object store
-        mark.parent.mkdir(exist_ok=True)
+def hold(path: epath.Path) -> epath.Path:
+    """Keeps a checkpoint readable until this process ends, whatever its run removes; returns where to read it.
+
+    Where the file system has hard links, that is a second name of its files: the run may remove the first at any moment, also
+    while this looks at it. Elsewhere (a bucket) a mark asks the run to keep it.
+    """
+    run, reader = path.parent.parent, f"{socket.gethostname()}.{os.getpid()}"
+    with contextlib.suppress(Exception):  # nothing can be written there, or a file system's own error
+        folder = run / IN_USE
+        folder.mkdir(exist_ok=True)
+        for entry in folder.iterdir():  # of readers that were killed
+            if entry.is_dir() and time.time() - entry.stat().mtime > HELD_SECONDS:
+                entry.rmtree()
+        mark = folder / f"{path.name}.{reader}"
         mark.write_text("this checkpoint is being read\n")
         atexit.register(_release, mark)
+        if is_remote(run):
+            return path
+        linked = folder / reader / run.name
+        atexit.register(_release, folder / reader)
+        shutil.copytree(path, linked / "checkpoints" / path.name, copy_function=os.link, dirs_exist_ok=True)
+        if (run / TOKENIZER).is_dir():
+            shutil.copytree(run / TOKENIZER, linked / TOKENIZER, dirs_exist_ok=True)
+        return linked / "checkpoints" / path.name
+    return path
 
 
-def _release(mark: epath.Path) -> None:
+def _release(entry: epath.Path) -> None:
     with contextlib.suppress(Exception):
-        mark.unlink()
+        entry.rmtree() if entry.is_dir() else entry.unlink()
 
 
 def held_steps(run: epath.Path) -> set[int]:

@@ -99,7 +99,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         log(f"results: {out}")
         if distributed.is_primary():
             run = Path(arguments.workdir) if arguments.workdir and not paths.is_remote(arguments.workdir) else None
-            about = [f"Model: {directory}."]
+            about = [f"Model: {model_name(directory)}."]
             if written := summary.write_report(out / "report.html", model_name(directory), splits, about, run):
                 log(f"open {written}")
     return 0

@@ -325,7 +325,11 @@ def test_a_json_without_a_checksum_is_refused(tmp_path):
             checkpoints.restore_latest(abstract_of(state))
 
 
-def test_a_checkpoint_that_is_read_outlives_its_turn(tmp_path):
+@pytest.mark.parametrize("links", [True, False])
+def test_a_checkpoint_that_is_read_outlives_its_turn(tmp_path, monkeypatch, links):
+    if not links:
+        monkeypatch.setattr(run_checkpoint, "is_remote", lambda path: True)
+
     def steps():
         return sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
 
@@ -337,9 +341,11 @@ def test_a_checkpoint_that_is_read_outlives_its_turn(tmp_path):
         for step in (2, 3):
             checkpoints.save(step, state, meta)
         checkpoints.wait()
-        assert steps() == [1, 3] and path.is_dir()
-        (mark,) = (tmp_path / "in_use").iterdir()
+        assert steps() == [1, 3] and run_checkpoint.is_checkpoint(path) and path.name == "1"
+        assert (path.parent != checkpoints.directory) == links
+        (mark,) = (entry for entry in (tmp_path / "in_use").iterdir() if entry.is_file())
         os.utime(mark, (time.time() - 2 * run_checkpoint.HELD_SECONDS,) * 2)  # its reader was killed long ago
         checkpoints.save(4, state, meta)
         checkpoints.wait()
         assert steps() == [4]
+        assert run_checkpoint.read_meta(path)["step"] == 1 if links else not path.exists()

@@ -179,7 +179,7 @@ def test_the_trained_model_can_be_evaluated(prepared, trained, tmp_path):
 def test_a_validation_has_the_numbers_of_an_evaluation_of_that_checkpoint(config, prepared, finished, trained, monkeypatch):
     directory = find_model(f"{finished[0]}@4", None)
     loaded = load_pretrained(directory, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), trained.params))
-    assert loaded.extra["step"] == 4 and loaded.tokenizer_dir == finished[0] / "tokenizer"
+    assert loaded.extra["step"] == 4 and (loaded.tokenizer_dir / "tokenizer.json").is_file()
     model = dataclasses.replace(trained, params=trained.evaluator.place(loaded.params))
     expected = ReferringEvaluation(model, prepared).evaluate("val", None).result
     monkeypatch.setattr(validation, "make_evaluator", lambda cfg, mesh: trained.evaluator)  # compiled already
@@ -215,10 +215,11 @@ def test_checkpoints_of_a_run_are_models(finished, tmp_path, capsys):
     newest = find_model(None, str(training))
     assert newest.name == "6" and capsys.readouterr().out == "mine: the checkpoint of step 6\n"
     assert find_model(f"{training}@latest", None) == newest == find_model(f"{training}@6", None)
+    assert newest.parts[-3:] == ("mine", "checkpoints", "6")
     assert model_name(newest) == "mine@6"
     final, read = load_pretrained(trained_run / "model"), load_pretrained(newest)
     assert same(final.params, read.params) and final.extra == read.extra and final.model_config == read.model_config
-    assert read.tokenizer_dir == training / "tokenizer" and (read.tokenizer_dir / "tokenizer.json").is_file()
+    assert read.tokenizer_dir == newest.parent.parent / "tokenizer" and (read.tokenizer_dir / "tokenizer.json").is_file()
     assert not same(final.params, load_pretrained(find_model(f"{training}@4", None)).params)
     for which, message in (
         ("5", "mine has no checkpoint '5'; it has (2, )?4, 6, latest, best$"),
