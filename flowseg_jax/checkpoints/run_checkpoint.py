@@ -105,12 +105,18 @@ def hold(path: epath.Path) -> epath.Path:
         atexit.register(_release, mark)
         if is_remote(run):
             return path
-        linked = folder / reader / run.name
+        linked = folder / reader / run.name / "checkpoints" / path.name
+        if linked.exists():  # this process reads it already
+            return linked
         atexit.register(_release, folder / reader)
-        shutil.copytree(path, linked / "checkpoints" / path.name, copy_function=os.link, dirs_exist_ok=True)
-        if (run / TOKENIZER).is_dir():
-            shutil.copytree(run / TOKENIZER, linked / TOKENIZER, dirs_exist_ok=True)
-        return linked / "checkpoints" / path.name
+        try:
+            shutil.copytree(path, linked, copy_function=os.link)
+            if (run / TOKENIZER).is_dir():
+                shutil.copytree(run / TOKENIZER, folder / reader / run.name / TOKENIZER, dirs_exist_ok=True)
+        except OSError:
+            linked.rmtree(missing_ok=True)
+            raise
+        return linked
     return path
 
 
