@@ -74,6 +74,10 @@ def get_config(llm: str = "qwen3_4b") -> ConfigDict:
     config.optimizer.grad_accum_steps = 1
     config.optimizer.max_skipped_updates = 10
     config.optimizer.frozen_dtype = "float32"
+    config.optimizer.name = "adamw"
+    config.optimizer.schedule = "cosine"
+    config.optimizer.decay_fraction = 0.2
+    config.optimizer.layer_decay = 1.0
     config.optimizer.losses = ConfigDict(
         {
             "language_weight": 1.0,
@@ -91,5 +95,7 @@ def get_config(llm: str = "qwen3_4b") -> ConfigDict:
         }
     )
 
+    config.lora = ConfigDict({"targets": (), "rank": 16, "alpha": 32.0, "dropout": 0.0, "rslora": False})
+    config.ema = ConfigDict({"decay": 0.0, "warmup": True, "export": True})
     config.mesh = ConfigDict({"data": 1, "fsdp": -1, "tensor": 1})
     return config

@@ -59,6 +59,10 @@ HELP = {
     "optimizer.grad_accum_steps": "micro-batches that an update adds up one after the other, to save memory",
     "optimizer.max_skipped_updates": "updates in a row that may be skipped because they are not finite; more stop the run",
     "optimizer.frozen_dtype": 'of the matrices of frozen encoders and language models: "float32" or "bfloat16"',
+    "optimizer.name": '"adamw", "lion", "adafactor" or "muon"',
+    "optimizer.schedule": 'of the learning rate: "cosine", "linear", "wsd" (constant, then down) or "constant"',
+    "optimizer.decay_fraction": "of wsd: share of the steps in which the learning rate falls to zero",
+    "optimizer.layer_decay": "factor on the learning rate from a layer of an encoder or language model to the one before it",
     "optimizer.losses.language_weight": "weight of the next-token loss; 0 leaves it out",
     "optimizer.losses.class_weight": "weight of the class loss, also in the matching",
     "optimizer.losses.class_loss_scale": "a further factor on the class loss, which the matching does not see",
@@ -71,6 +75,16 @@ HELP = {
     "optimizer.losses.generic_weight": "weight of the generic (open-vocabulary) pass",
     "optimizer.losses.closed_vocab_weight": "weight of the closed-vocabulary pass",
     "optimizer.losses.logits_chunk_size": "tokens whose logits exist at the same time",
+    # lora
+    "lora.targets": "(pattern of linear layers' paths, ...) that get adapters; (): none",
+    "lora.rank": "rank of an adapter's product",
+    "lora.alpha": "an adapter's product is scaled by alpha / rank",
+    "lora.dropout": "share of an adapter's input that is dropped in training",
+    "lora.rslora": "scales by alpha / sqrt(rank) instead",
+    # ema
+    "ema.decay": "share of the moving average that stays in a step; 0: no average",
+    "ema.warmup": "less of the average stays in the first steps",
+    "ema.export": "the average is what is evaluated and written as the model",
     # mesh
     "mesh.data": "ways in which the batch is split; -1: the devices that the other axes leave",
     "mesh.fsdp": "ways in which batch, parameters and moments are split",

@@ -42,6 +42,8 @@ TOP_LEVEL = (
     "model",
     "data",
     "optimizer",
+    "lora",
+    "ema",
     "mesh",
 )
 POSITIVE = ("batch_size", "log_every", "checkpoint_every")

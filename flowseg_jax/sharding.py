@@ -116,7 +116,8 @@ def param_logical_axes(path: str, variable: nnx.Variable) -> tuple[str | None, .
 
 def _param_spec(path: str, variable: nnx.Variable, mesh: AnyMesh, rules: Rules) -> PartitionSpec:
     names, shape = param_logical_axes(path, variable), variable.shape
-    layer_shape = [size for name, size in zip(names, shape, strict=True) if name != "layers"]
+    beside = variable.get_metadata().get("beside", shape)  # an adapter is sharded where its weight is
+    layer_shape = [size for name, size in zip(names, beside, strict=True) if name != "layers"]
     small = math.prod(layer_shape) < MIN_SHARDED_ELEMENTS
     return partition_spec((None,) * len(shape) if small else names, shape, mesh, rules)
 

@@ -21,6 +21,8 @@ def get_config(arg=None):
     c.model = ConfigDict({"preset": arg or "tiny", "semantic_flow": {"mode": "sr_cr", "norm": "residual"}, "remat": True})
     c.data = ConfigDict({"sizes": [1, 2, 3], "limit": config_dict.placeholder(int), "other": None})
     c.optimizer = ConfigDict({"learning_rate": 1e-3, "param_groups": [["llm/.*", None], [".*", 1.0]]})
+    c.lora = ConfigDict({"targets": ()})
+    c.ema = ConfigDict({"decay": 0.0})
     c.mesh = ConfigDict({"data": 1})
     c.data.batch = c.get_ref("batch_size")
     return c

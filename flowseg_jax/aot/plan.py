@@ -42,7 +42,7 @@ class Memory:
     """Bytes on one device.
 
     Attributes:
-        parameters, moments, batch: what the step is given, from shapes and shardings.
+        parameters, moments, batch: what the step is given, from shapes and shardings; a moving average counts as moments.
         arguments: the same as the compiler lays it out; None if it refused.
         temporaries: activations, gradients and workspace; None if it refused.
         outputs: results that take no argument's place; None if it refused.
@@ -187,6 +187,26 @@ def plan(config: ConfigDict, topology: str, *, effort: str = "O0") -> PlanReport
     return report(*prepare(config, topology, effort), effort)
 
 
+def state_text(config: ConfigDict, topology: str) -> str:
+    """What every device of a topology holds between two steps, and the gradients of one, by arithmetic: nothing is compiled.
+
+    Activations and workspace, which `plan` gets from the compiler, come on top. Raises as `plan`.
+    """
+    program, found = prepare(config, topology, XLA_OPT_LEVELS[0])
+    state = program.state
+    parts = {
+        "parameters, trained": state.trainable,
+        "parameters, frozen": state.frozen,
+        "gradients": state.trainable,
+        "moments": state.opt_state,
+        "moving average": state.ema,
+    }
+    sizes = {name: _bytes_on_one_device(tree) for name, tree in parts.items()}
+    rows = [f"  {name:<22}{_gib(size):>12}" for name, size in (sizes | {"together": sum(sizes.values())}).items()]
+    title = f"{found.name}: on each of {len(found.devices)} x {found.devices[0].device_kind}, without activations"
+    return "\n".join([*_parameter_lines(_parameters_by_component(state.trainable, state.frozen)), title, *rows])
+
+
 def prepare(config: ConfigDict, topology: str, effort: str) -> tuple[TrainProgram, Topology]:
     """The program to compile and the devices to compile it for; raises as `plan`."""
     if effort not in XLA_OPT_LEVELS:
@@ -268,7 +288,7 @@ def compiler_effort(level: str) -> Iterator[None]:
 def _memory(program: TrainProgram, compiled: jax.stages.Compiled | None, refusal: str | None, usable: int | None) -> Memory:
     given = (
         _bytes_on_one_device((program.state.trainable, program.state.frozen)),
-        _bytes_on_one_device(program.state.opt_state),
+        _bytes_on_one_device((program.state.opt_state, program.state.ema)),
         _bytes_on_one_device(program.batch),
     )
     if compiled is None:

@@ -78,11 +78,12 @@ class PretrainedModel:
 def save_pretrained(
     directory: str | os.PathLike,
     params: Tree,
-    model_config: Mapping[str, Any],
+    model_config: Mapping[str, Any] | None,
     tokenizer_dir: str | os.PathLike | None,
     extra: Mapping[str, Any] | None = None,
     dtype: str | None = "bfloat16",
     overwrite: bool = False,
+    component: Mapping[str, Any] | None = None,
 ) -> epath.Path:
     """Writes a runnable model directory: `config.json`, `tokenizer/`, `params/`. It appears complete or not at all.
 
@@ -90,15 +91,17 @@ def save_pretrained(
 
     Args:
         params: pure dict of arrays, each on this process's devices or on those of all processes.
-        model_config: what `FlowSegConfig.from_dict` reads.
+        model_config: what `FlowSegConfig.from_dict` reads; None for a component.
         tokenizer_dir: directory that `transformers.AutoTokenizer` reads; copied. None for a model without language.
         extra: anything else worth keeping with the weights (how they were made, metrics, prompts); JSON values.
         dtype: what floating-point parameters are stored as; None keeps each one's own.
         overwrite: replace a directory that exists.
+        component: of a component, its `family` and `config`.
 
     Raises:
         UserError: the directory exists, is being written by another process, or cannot be written.
     """
+    kind = {"model": dict(model_config)} if component is None else {"model": {}, "component": dict(component)}
     params = _cast_floats(_string_keys(params), dtype)
 
     def write(path: epath.Path) -> dict[str, int]:
@@ -107,7 +110,7 @@ def save_pretrained(
         return checksums(params)
 
     with locked(directory, beside=True):
-        return _write_model(directory, write, manifest(params), {"model": dict(model_config)}, tokenizer_dir, extra, overwrite)
+        return _write_model(directory, write, manifest(params), kind, tokenizer_dir, extra, overwrite)
 
 
 def save_pretrained_streaming(

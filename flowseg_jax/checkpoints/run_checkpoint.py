@@ -28,7 +28,6 @@ TOKENIZER = "tokenizer"  # folder of a run: the tokenizer of all its checkpoints
 IN_USE = "in_use"  # folder of a run: a file STEP.HOST.PROCESS for each reader, and a folder HOST.PROCESS with its links
 HELD_SECONDS = 3600.0  # a reader that was killed leaves its file there
 BEST = ("eval/ciou", "max")  # what makes a checkpoint the best one where there is validation and nothing else is said
-PARTS = ("trainable/", "frozen/")  # of the state: parameters, in `flatten_params` names
 
 
 def is_checkpoint(path: epath.Path) -> bool:
@@ -159,7 +158,13 @@ def read_checkpoint_config(path: epath.Path) -> dict[str, Any]:
     extra, config = meta.get("extra"), meta.get("config")
     if not isinstance(extra, dict) or not isinstance(config, dict) or not isinstance(config.get("model"), dict):
         raise UserError(f"checkpoint {path} cannot be used as a model, an older flowseg_jax wrote it: continue the run first")
-    names = state_names(meta["manifest"])
+    if "base" in meta:
+        run = path.parent.parent
+        raise UserError(
+            f"checkpoint {path} holds adapters without their base: use {run / 'model'}, which the run writes at its end, or "
+            "validate while it trains (eval_every)"
+        )
+    names = state_names(meta)
     pick = lambda values: {name: values[stored] for name, stored in names.items()}  # noqa: E731
     return {
         "model": config["model"],
@@ -169,18 +174,20 @@ def read_checkpoint_config(path: epath.Path) -> dict[str, Any]:
     }
 
 
-def state_names(names: Mapping[str, Any]) -> dict[str, str]:
-    """{name of a parameter: its name in the state of a run}."""
-    return {name.removeprefix(part): name for name in names for part in PARTS if name.startswith(part)}
+def state_names(meta: Mapping[str, Any]) -> dict[str, str]:
+    """{name of a parameter: its name in the state of a run}; of a moving average's, where the run is judged by that."""
+    names, ema = meta["manifest"], meta["config"].get("ema") or {}
+    averaged = ema.get("export") and any(name.startswith("ema/") for name in names)
+    parts = ("ema/" if averaged else "trainable/", "frozen/")
+    return {name.removeprefix(part): name for name in names for part in parts if name.startswith(part)}
 
 
 def to_state(params: Any, path: epath.Path) -> dict[str, Any]:
     """A tree of parameters as the part of the state that holds them in the checkpoint `path`."""
-    names = state_names(read_meta(path)["manifest"])
+    names = state_names(read_meta(path))
     return unflatten_params({names[name]: x for name, x in flatten_params(params).items()})
 
 
 def from_state(state: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of `to_state`."""
-    flat = flatten_params(state)
-    return unflatten_params({name: flat[stored] for name, stored in state_names(flat).items()})
+    return unflatten_params({stored.partition("/")[2]: x for stored, x in flatten_params(state).items()})

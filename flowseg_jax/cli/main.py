@@ -16,6 +16,7 @@ COMMANDS = {
     "plan": Command("flowseg_jax.cli.plan:main", "memory, FLOPs and collectives of a training run, without its hardware"),
     "data": Command("flowseg_jax.cli.data:main", "prepare, validate, preview and generate data sets"),
     "convert": Command("flowseg_jax.cli.convert:main", "PyTorch checkpoints to model directories and back"),
+    "adapters": Command("flowseg_jax.cli.adapters:main", "LoRA adapters: merge them into their base, PEFT's format in and out"),
     "analyze": Command("flowseg_jax.cli.analyze:main", "where a model loses: from results, or by running it"),
     "report": Command("flowseg_jax.cli.report:main", "an HTML page of evaluations: verdict, pictures, learning curve, tables"),
     "export": Command("flowseg_jax.cli.export:main", "a model as programs that run without this package"),

@@ -24,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--shardings", metavar="MESH", type=mesh_sizes, help="only print which parameter a mesh, fsdp=16, shards"
     )
+    parser.add_argument("--state-only", action="store_true", help="compile nothing: only what parameters and moments take")
     parser.add_argument("--json", action="store_true", help="the last line is one JSON object")
     parser.add_argument("--workdir", metavar="DIR", help="not used: a training command is planned with the flags that it has")
     if {"-h", "--help"} & set(argv):
@@ -49,6 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(any(report.refusal is not None for report in reports))
     from flowseg_jax.aot import plan
 
+    if arguments.state_only:
+        log(plan.state_text(config, arguments.topology))
+        return 0
     report = plan.plan(config, arguments.topology, effort=arguments.xla_opt_level)
     log(report.text())
     if arguments.json:

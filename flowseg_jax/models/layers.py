@@ -54,8 +54,43 @@ def gathered_weight(variable: nnx.Param, dtype: jnp.dtype) -> Array:
     return x if axis is None else all_gather_2d(x, axis)
 
 
+class DropoutKeys(nnx.Variable):
+    """A random key for every row of the batch, set anew in every training step; no parameter."""
+
+
+class LowRankAdapter(nnx.Module):
+    """LoRA (https://arxiv.org/abs/2106.09685): s dropout(x) A B, A [in, r], B [r, out], which a Linear adds to its product.
+
+    The product has rank r and is never multiplied out: beside the frozen weight there is no array of its size.
+
+    Attributes:
+        a, b: the factors; `training.lora.add_adapters` makes them, for all layers of a stack at once.
+        scale: s.
+        dropout: probability with which an element of x is dropped here; it happens only where there are `keys`.
+        keys: one for every row of the batch, [B], or None.
+    """
+
+    keys: DropoutKeys | None = None
+
+    def __init__(self, a: nnx.Param, b: nnx.Param, scale: float, dropout: float):
+        self.a, self.b, self.scale, self.dropout = a, b, scale, dropout
+
+    def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
+        if self.keys is not None:
+            x = self._drop(x, self.keys[...])
+        return dot(self.scale * dot(x, gathered_weight(self.a, x.dtype)), gathered_weight(self.b, x.dtype))
+
+    def _drop(self, x: Array, keys: Array) -> Array:
+        """Inverted dropout. What is dropped of an image, and of all its windows, depends on its own key alone."""
+        rows = x.reshape(len(keys), -1)
+        kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - self.dropout, rows.shape[1:]))(keys)
+        return jnp.where(kept, rows / (1 - self.dropout), 0).reshape(x.shape)
+
+
 class Linear(nnx.Module):
-    """y = x W + b, W [in, out]. `axes` names W's two dimensions."""
+    """y = x W + b, W [in, out]. `axes` names W's two dimensions. `lora` adds a product of low rank."""
+
+    lora: LowRankAdapter | None = None
 
     def __init__(
         self,
@@ -73,6 +108,8 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
         y = dot(x, gathered_weight(self.kernel, x.dtype))
+        if self.lora is not None:
+            y = y + self.lora(x)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 

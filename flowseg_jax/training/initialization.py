@@ -25,6 +25,9 @@ from flowseg_jax.errors import UserError, did_you_mean, listed
 from flowseg_jax.models import flowseg
 from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.system.console import log
+from flowseg_jax.training import lora as adapters
+from flowseg_jax.training.adapters import read_settings
+from flowseg_jax.training.lora import LoraConfig
 
 # Where a converted component stands in a model. Families that are not listed name their parameters as a whole model does.
 COMPONENT_PREFIX = {"qwen3": "llm", "phi3": "llm", "llama": "llm", "siglip2": "siglip", "sam": "sam"}
@@ -42,6 +45,7 @@ class InitSource:
         stored: its manifest, {name: [shape, dtype]}.
         places: {our name: its name} of what it brings.
         unused: names of optional parts that the model lacks.
+        adapters: of a directory of adapters, the settings that it was trained with and what its base was; else {}.
     """
 
     text: str
@@ -49,6 +53,7 @@ class InitSource:
     stored: Mapping[str, list]
     places: Mapping[str, str]
     unused: tuple[str, ...]
+    adapters: Mapping[str, Any]
 
     @classmethod
     def open(cls, text: str, shapes: Mapping[str, tuple[int, ...]]) -> InitSource:
@@ -65,7 +70,8 @@ class InitSource:
             raise UserError(f"init_from {text!r}: the model has no part {component!r}{did_you_mean(component, components)}")
         path = find_model(path, None)  # also RUN@STEP
         config = read_model_config(path, allow_component=True)
-        stored, family = config["manifest"], (config.get("component") or {}).get("family")
+        stored, part = config["manifest"], config.get("component") or {}
+        family = part.get("family")
         place = COMPONENT_PREFIX.get(family, "")
         if place and component and component != place:
             raise UserError(f"init_from {text!r}: {path} is a {family} component and belongs to {place}")
@@ -84,7 +90,18 @@ class InitSource:
         ]
         if faults:
             raise UserError(f"init_from {text!r} does not fit the model: {listed(faults, between='; ')}")
-        return cls(text, Path(path), stored, places, unused)
+        return cls(text, Path(path), stored, places, unused, part["config"] if family == adapters.FAMILY else {})
+
+    def check_adapters(self, lora: LoraConfig) -> None:
+        """Raises a UserError where adapters would compute something else in a run with these settings."""
+        if not self.adapters:
+            return
+        theirs, _ = read_settings(self.adapters, str(self.directory))
+        for name in ("rank", "alpha", "rslora"):
+            if (value := getattr(theirs, name)) != getattr(lora, name):
+                raise UserError(
+                    f"init_from {self.text!r}: these adapters have lora.{name}={value}, the run has {getattr(lora, name)}"
+                )
 
     def load(self, abstract: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh) -> dict[str, jax.Array]:
         """{our name: array}, each read straight into the sharding and dtype of `abstract`."""
@@ -98,28 +115,35 @@ class InitSource:
         return {our: found[name] for our, name in self.places.items()}
 
 
-def initial_params(cfg: FlowSegConfig, seed: int, init_from: Sequence[str], mesh: Mesh) -> dict[str, Any]:
+def initial_params(
+    cfg: FlowSegConfig, seed: int, init_from: Sequence[str], mesh: Mesh, lora: LoraConfig | None = None
+) -> dict[str, Any]:
     """All parameters of a new run, created or read where they belong; says what came from where and what is fresh.
 
     Args:
         seed: of fresh parameters; they do not depend on what else is read.
         init_from: `[component=]DIR`, in the order in which they are applied.
+        lora: the adapters that the run has.
 
     Raises:
-        UserError: an entry that does not fit, before anything is read.
+        UserError: an entry that does not fit, before anything is read; adapters of another base, once that is read.
     """
-    _, state = flowseg.abstract_model(cfg)
+    lora = lora or LoraConfig()
+    _, state = adapters.abstract_model(cfg, lora)
     shardings = flatten_params(sharding.param_shardings(state, mesh))
     abstract = {
         name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings[name])
         for name, x in flatten_params(flowseg.params_dict(state)).items()
     }
-    sources = [InitSource.open(text, {name: x.shape for name, x in abstract.items()}) for text in init_from]
+    shapes = {name: x.shape for name, x in abstract.items()}
+    sources = [InitSource.open(text, shapes) for text in init_from]
+    for source in sources:
+        source.check_adapters(lora)
     from_source = {our: source for source in sources for our in source.places}  # the last one that has it
     fresh = [name for name in abstract if name not in from_source]
 
     def create() -> dict[str, jax.Array]:
-        flat = flatten_params(flowseg.init_model(cfg, seed)[1])
+        flat = flatten_params(flowseg.init_model(cfg, seed)[1]) | adapters.initial_adapters(shapes, seed)
         return {name: jax.lax.with_sharding_constraint(flat[name], shardings[name]) for name in fresh}
 
     # Hundreds of random number generators that run once: LLVM would take twice as long to optimise them.
@@ -132,6 +156,11 @@ def initial_params(cfg: FlowSegConfig, seed: int, init_from: Sequence[str], mesh
         log(f"init_from {source.text}: {len(mine)} parameters{unused}")
     if sources and fresh:
         log(f"not found, initialised afresh: {_groups(fresh)}")
+    if bases := [source for source in sources if source.adapters]:
+        base = {name: x for name, x in params.items() if not adapters.is_adapter(name)}
+        found = adapters.base_digests(base)
+        for source in bases:
+            adapters.check_base(source.adapters["base"], found, f"init_from {source.text}")
     return unflatten_params({name: params[name] for name in abstract})
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from flowseg_jax.checkpoints.manager import CheckpointManager, config_diff
+from flowseg_jax.checkpoints.manifest import flatten_params
 from flowseg_jax.checkpoints.pretrained import save_pretrained
 from flowseg_jax.checkpoints.run_checkpoint import BEST, TOKENIZER
 from flowseg_jax.checkpoints.storage import copy_tree, prepare_workdir, write_text_atomic
@@ -32,11 +33,13 @@ from flowseg_jax.system.distributed import is_primary, locked
 from flowseg_jax.system.json_files import expect, number
 from flowseg_jax.system.paths import resolve_path
 from flowseg_jax.training import flops
+from flowseg_jax.training import lora as adapters
+from flowseg_jax.training.adapters import save_adapters
 from flowseg_jax.training.metric_writers import ProgressWriter, Throughput, create_writer
 from flowseg_jax.training.optimizer import OptimizerConfig, lr_schedule
 from flowseg_jax.training.preemption import GracefulStop
 from flowseg_jax.training.profiling import Profile, Profiler
-from flowseg_jax.training.program import RunConfig, TrainProgram
+from flowseg_jax.training.program import RunConfig, TrainProgram, model_params
 from flowseg_jax.training.step import TrainState
 from flowseg_jax.training.trackers import check_trackers
 
@@ -207,6 +210,10 @@ def run(
         restored = checkpoints.restore_latest(state_to_tree(program.state), same_run)
         if restored:
             start, state = restored.step, state_from_tree(program.state, restored.state)
+            if "frozen" not in restored.state:
+                state = dataclasses.replace(state, frozen=program.initial_state(config).frozen)
+                base = adapters.base_digests(state.frozen)
+                adapters.check_base(restored.meta["base"], base, f"the run in {workdir}")
             log(f"continuing from the checkpoint of step {start} in {workdir}")
             before = restored.meta["config"].get("num_steps")
             if line := moved_rate(program.run_config.optimizer, before, config.num_steps, start):
@@ -218,6 +225,7 @@ def run(
             write_text_atomic(workdir / "config.json", to_json(config) + "\n")
             write_text_atomic(workdir / "parameters.txt", parameter_table(program.state))
             keep_tokenizer(data, workdir)
+        base = {} if "frozen" in state_to_tree(state) else {"base": adapters.base_digests(state.frozen)}
         stop = stack.enter_context(GracefulStop())
         batches = stack.enter_context(contextlib.closing(data.iterate(start)))
         progress = stack.enter_context(contextlib.closing(ProgressWriter(config.num_steps, start)))
@@ -247,7 +255,7 @@ def run(
             validated = validate is not None and (step % config.eval_every == 0 or last) and not stopped
             if validated:
                 with report.waiting_for("validation"):
-                    scores, pictures = validate(state.params)
+                    scores, pictures = validate(model_params(program.run_config, state))
                 metrics = metrics | scores
                 report.log(step, metrics)
                 writer.write_images(step, pictures)
@@ -255,7 +263,7 @@ def run(
                 report.flush()  # a checkpoint has all lines up to its step before it
                 writer.flush()
                 extra = model_extra(program.run_config, config, data, step)
-                meta = {"config": resolved, "data_position": step, "data": data.digest, "extra": extra}
+                meta = {"config": resolved, "data_position": step, "data": data.digest, "extra": extra} | base
                 measured = metrics if validated or not ranks_validations(best) else None
                 with report.waiting_for("checkpoint"):
                     checkpoints.save(step, state_to_tree(state), meta, measured)
@@ -345,19 +353,26 @@ def check_skipped(values: Mapping[str, float], step: int, data: TrainDataset, li
 
 
 def state_to_tree(state: TrainState) -> dict[str, Any]:
-    """The state as a plain tree, which is what a checkpoint holds."""
-    return {
+    """The state as a plain tree, which is what a checkpoint holds.
+
+    A state with adapters leaves out what is frozen: that is read from `init_from` again, and compared with what it was.
+    """
+    tree = {
         "step": state.step,
         "trainable": state.trainable,
         "frozen": state.frozen,
         "moments": jax.tree.leaves(state.opt_state),
         "skipped": state.skipped,
     }
+    if adapters.adapted(flatten_params(state.trainable)):
+        del tree["frozen"]
+    return tree | ({"ema": state.ema} if state.ema else {})
 
 
 def state_from_tree(like: TrainState, tree: Mapping[str, Any]) -> TrainState:
     opt_state = jax.tree.unflatten(jax.tree.structure(like.opt_state), tree["moments"])
-    return TrainState(tree["step"], tree["trainable"], tree["frozen"], opt_state, tree["skipped"])
+    frozen = tree.get("frozen", like.frozen)
+    return TrainState(tree["step"], tree["trainable"], frozen, opt_state, tree["skipped"], tree.get("ema", {}))
 
 
 def model_extra(run_config: RunConfig, config: ConfigDict, data: TrainDataset, step: int) -> dict[str, Any]:
@@ -375,10 +390,18 @@ def keep_tokenizer(data: TrainDataset, workdir: Path) -> None:
 
 
 def save_final_model(run_config: RunConfig, state: TrainState, config: ConfigDict, data: TrainDataset, workdir: Path) -> Path:
-    """Writes the runnable model `<workdir>/model`; parameters keep the dtypes that they are stored in."""
+    """Writes the runnable model `<workdir>/model`; parameters keep the dtypes that they are stored in.
+
+    A run with adapters has them merged in there, and writes what it trained to `<workdir>/adapters` as well.
+    """
     step = int(state.step)
     extra = model_extra(run_config, config, data, step)
     cfg, tokenizer = run_config.model.to_dict(), data.tokenizer and data.tokenizer.name
-    target = save_pretrained(workdir / "model", state.params, cfg, tokenizer, extra, dtype=None, overwrite=True)
+    if adapters.adapted(flatten_params(state.trainable)):
+        learned = state.ema if state.ema and run_config.ema.export else state.trainable
+        base = adapters.base_digests(state.frozen)
+        log(f"the adapters are in {save_adapters(workdir / 'adapters', learned, run_config.lora, base, extra, overwrite=True)}")
+    params = model_params(run_config, state)
+    target = save_pretrained(workdir / "model", params, cfg, tokenizer, extra, dtype=None, overwrite=True)
     log(f"the model of step {step} is in {target}; {host.memory_line()}")
     return target

@@ -29,10 +29,16 @@ from flowseg_jax.experiment import check_keys
 from flowseg_jax.losses import LossConfig
 from flowseg_jax.models import flowseg
 from flowseg_jax.models.config import FlowSegConfig
+from flowseg_jax.training import lora as adapters
+from flowseg_jax.training.ema import EmaConfig
 from flowseg_jax.training.initialization import initial_params
+from flowseg_jax.training.lora import LoraConfig
 from flowseg_jax.training.optimizer import (
     OptimizerConfig,
+    Params,
+    Rate,
     cast_frozen,
+    decay_by_layer,
     lr_multipliers,
     lr_schedule,
     make_optimizer,
@@ -52,6 +58,8 @@ class RunConfig:
     prompts: PromptTemplates
     options: TrainOptions
     shape: BatchShape
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+    ema: EmaConfig = dataclasses.field(default_factory=EmaConfig)
 
     @classmethod
     def from_config(cls, config: ConfigDict) -> RunConfig:
@@ -101,6 +109,8 @@ class RunConfig:
             PromptTemplates(chat_template=data.chat_template, randomize=data.random_prompts),
             options,
             shape,
+            LoraConfig(**config.lora.to_dict()),
+            EmaConfig(**config.ema.to_dict()),
         )
 
 
@@ -110,7 +120,7 @@ class TrainProgram:
     run_config: the config it is made from.
     mesh: the devices.
     graphdef: of the model as one device computes it (`sharding.mark_fsdp_axes`).
-    lr_multipliers: {path: learning-rate multiplier, or None where frozen}.
+    lr_multipliers: {path: learning-rate multiplier, in a stack perhaps one for each layer, or None where frozen}.
     partition: of the batch among devices and into micro-batches.
     optimizer: over the trainable parameters.
     state: abstract, with shardings.
@@ -121,7 +131,7 @@ class TrainProgram:
     run_config: RunConfig
     mesh: Mesh
     graphdef: nnx.GraphDef
-    lr_multipliers: Mapping[str, float | None]
+    lr_multipliers: Mapping[str, Rate]
     partition: BatchPartition
     optimizer: optax.GradientTransformation
     state: TrainState
@@ -137,15 +147,23 @@ class TrainProgram:
         partition = BatchPartition(run_config.shape.batch, ways, run_config.optimizer.grad_accum_steps)
         partition.validate(run_config.model.negatives_group_size)
 
-        whole, described = flowseg.abstract_model(run_config.model)
-        graphdef = parallel.mark_fsdp_axes(nnx.merge(whole, described), mesh)
+        lora = run_config.lora
+        whole, described = adapters.abstract_model(run_config.model, lora)
+        network = nnx.merge(whole, described)
+        graphdef = parallel.mark_fsdp_axes(network, mesh)
         shardings = flatten_params(parallel.param_shardings(described, mesh))
         flat = flatten_params(flowseg.params_dict(described))
-        rates = lr_multipliers(list(flat), run_config.optimizer.param_groups)
+        dropout = None
+        if lora.dropout and lora.targets:
+            graphdef = adapters.with_dropout(network)
+            dropout = {path: flat[f"{path}/lora/a"].shape[0] for path in adapters.adapted(flat)}
+        rates = adapters.freeze_base(lr_multipliers(list(flat), run_config.optimizer.param_groups))
+        rates = decay_by_layer(rates, run_config.model, run_config.optimizer.layer_decay)
         optimizer = make_optimizer(run_config.optimizer, config.num_steps, rates)
         params = {path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings[path]) for path, x in flat.items()}
         trainable, frozen = split_trainable(unflatten_params(params), rates)
         state = _abstract_state(optimizer, trainable, frozen, run_config.optimizer.frozen_dtype, mesh)
+        state = dataclasses.replace(state, ema=trainable if run_config.ema.decay else {})
 
         step = make_train_step(
             graphdef,
@@ -157,6 +175,8 @@ class TrainProgram:
             mesh,
             jax.tree.map(lambda x: x.sharding.spec, (trainable, frozen)),
             partition,
+            run_config.ema,
+            dropout,
         )
         out = jax.tree.map(lambda x: x.sharding, state), parallel.replicated(mesh)
         jitted = jax.jit(step, donate_argnums=0, out_shardings=out)
@@ -166,7 +186,8 @@ class TrainProgram:
     def initial_state(self, config: ConfigDict) -> TrainState:
         """Parameters, fresh or from `init_from`, and moments, created where they belong."""
         trainable, frozen = split_trainable(
-            initial_params(self.run_config.model, config.seed, config.init_from, self.mesh), self.lr_multipliers
+            initial_params(self.run_config.model, config.seed, config.init_from, self.mesh, self.run_config.lora),
+            self.lr_multipliers,
         )
         place = lambda abstract: jax.tree.map(lambda x: x.sharding, abstract)  # noqa: E731
         cast = lambda x: cast_frozen(x, self.run_config.optimizer.frozen_dtype)  # noqa: E731
@@ -176,7 +197,8 @@ class TrainProgram:
             lambda: (jnp.zeros((), jnp.int32), jnp.zeros(2, jnp.int32)), out_shardings=parallel.replicated(self.mesh)
         )
         step, skipped = zero()
-        return TrainState(step, trainable, frozen, moments, skipped)
+        average = jax.tree.map(jnp.copy, trainable) if self.state.ema else {}  # the step is given both to keep
+        return TrainState(step, trainable, frozen, moments, skipped, average)
 
     def local_rows(self) -> list[int]:
         """The rows of the global batch that this process's devices hold, in the order in which they hold them."""
@@ -192,6 +214,14 @@ class TrainProgram:
         )
 
 
+def model_params(run_config: RunConfig, state: TrainState) -> Params:
+    """The parameters of the plain model that a state stands for: the moving average where there is one and `ema.export` says
+    so, and adapters merged into their weights."""
+    if state.ema and run_config.ema.export:
+        state = dataclasses.replace(state, trainable=state.ema)
+    return adapters.merge_adapters(state.params, run_config.lora.scale)
+
+
 def _abstract_state(
     optimizer: optax.GradientTransformation, trainable: Any, frozen: Any, frozen_dtype: str, mesh: Mesh
 ) -> TrainState:
@@ -201,12 +231,18 @@ def _abstract_state(
     def like(x: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
+    def beside(moment: Any, param: jax.ShapeDtypeStruct) -> Any:
+        if isinstance(moment, optax.MaskedNode):  # another of several optimizers has this parameter
+            return moment
+        return like(moment, param.sharding if moment.shape == param.shape else whole)  # adafactor's factors are small
+
     moments = optax.tree_utils.tree_map_params(
         optimizer,
-        lambda moment, param: like(moment, param.sharding),
+        beside,
         jax.eval_shape(optimizer.init, trainable),
         trainable,
         transform_non_params=lambda x: like(x, whole),
+        is_leaf=lambda x: isinstance(x, optax.MaskedNode),
     )
     stored = jax.eval_shape(lambda x: cast_frozen(x, frozen_dtype), frozen)
     stored = jax.tree.map(lambda x, param: like(x, param.sharding), stored, frozen)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -20,6 +20,8 @@ from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.models.flowseg import bind_params
 from flowseg_jax.ops.collectives import DataParallelGroup
 from flowseg_jax.sharding import BATCH_AXES, MESH_AXES
+from flowseg_jax.training import ema as averages
+from flowseg_jax.training.lora import dropout_keys
 from flowseg_jax.training.optimizer import Params, merge_trainable
 from flowseg_jax.types import Batch
 
@@ -37,6 +39,7 @@ class TrainState:
         frozen: the others.
         opt_state: of the optimizer, over `trainable`.
         skipped: int32 [2], updates that were not finite and therefore not made: in all, and in a row just now.
+        ema: the moving average of `trainable`; {} without one.
     """
 
     step: jax.Array
@@ -44,6 +47,7 @@ class TrainState:
     frozen: Params
     opt_state: Any
     skipped: jax.Array
+    ema: Params = dataclasses.field(default_factory=dict)
 
     @property
     def params(self) -> Params:
@@ -105,6 +109,8 @@ def make_train_step(
     mesh: Mesh,
     specs: tuple[Any, Any],
     partition: BatchPartition,
+    ema: averages.EmaConfig | None = None,
+    dropout: Mapping[str, int] | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The function to jit: (state, batch) -> (state, metrics). Randomness is a function of (seed, step, row of the batch).
 
@@ -122,6 +128,8 @@ def make_train_step(
         mesh: the devices.
         specs: `PartitionSpec`s of the trainable and of the frozen parameters.
         partition: of the batch, whose rows come in the order of `BatchPartition.rows`.
+        ema: of the average, for a state that has one.
+        dropout: {linear layer: layers of its stack} whose adapters drop elements of their input; `graphdef` has their keys.
     """
     specs = jax.tree.map(lambda spec: shard_map_spec(spec, mesh), specs)
     several = [axis for axis in BATCH_AXES if mesh.shape[axis] > 1]  # a sum over one device would still be an all-reduce
@@ -135,7 +143,10 @@ def make_train_step(
         keys = jax.vmap(jax.vmap(lambda row: jax.random.fold_in(key, row)))(row)
 
         def loss_of(trainable: Params, part: Batch, keys: jax.Array) -> tuple[jax.Array, tuple[Metrics, LossTerms]]:
-            model = bind_params(graphdef, merge_trainable(trainable, frozen))
+            params = merge_trainable(trainable, frozen)
+            if dropout:
+                params = merge_trainable(params, dropout_keys(dropout, keys))
+            model = bind_params(graphdef, params)
             out = model(part, dp_group)
             with jax.named_scope("losses"):
                 terms, accuracies = loss_terms(model, part, out, keys, losses, dp_group)
@@ -176,15 +187,17 @@ def make_train_step(
             updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
             metrics["optimizer/gradient_norm"] = optax.global_norm(gradients)
             metrics["optimizer/learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
-            new = optax.apply_updates(state.trainable, updates), opt_state
+            trainable = optax.apply_updates(state.trainable, updates)
+            average = averages.update(ema, state.ema, trainable, state.step) if state.ema else {}
+            new = trainable, opt_state, average
             finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["optimizer/gradient_norm"])
-            trainable, opt_state = jax.tree.map(
-                lambda new, old: jnp.where(finite, new, old), new, (state.trainable, state.opt_state)
+            trainable, opt_state, average = jax.tree.map(
+                lambda new, old: jnp.where(finite, new, old), new, (state.trainable, state.opt_state, state.ema)
             )
         # In all, and in a row just now: a finite update ends the row.
         skipped = jnp.where(finite, state.skipped * jnp.array([1, 0]), state.skipped + 1)
         metrics["optimizer/skipped"], metrics["optimizer/skipped_in_a_row"] = skipped
-        return TrainState(state.step + 1, trainable, state.frozen, opt_state, skipped), metrics
+        return TrainState(state.step + 1, trainable, state.frozen, opt_state, skipped, average), metrics
 
     return train_step
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,8 +14,10 @@ from flowseg_jax.checkpoints.manifest import flatten_params, unflatten_params
 from flowseg_jax.errors import UserError
 from flowseg_jax.models import flowseg
 from flowseg_jax.training.optimizer import (
+    SCHEDULES,
     OptimizerConfig,
     cast_frozen,
+    decay_by_layer,
     lr_multipliers,
     lr_schedule,
     make_optimizer,
@@ -136,3 +140,82 @@ def test_three_updates_are_those_of_adamw_by_hand():
             own[name] = [x - float(rate(step)) * rates[name] * (adam + 0.07 * x), first, second]
     for name, x in flatten_params(theirs).items():
         np.testing.assert_allclose(x, own[name][0], rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def updates_of(cfg, gradients, steps=1, rates=None):
+    """The updates of the last of so many equal steps from zero, without schedule and clipping."""
+    params = jax.tree.map(lambda x: jnp.zeros(x.shape), gradients)
+    optimizer = make_optimizer(cfg, 100, rates or dict.fromkeys(flatten_params(gradients), 1.0))
+    state = optimizer.init(params)
+    for _ in range(steps):
+        updates, state = optimizer.update(gradients, state, params)
+    return updates, state
+
+
+PLAIN = dict(learning_rate=1.0, warmup_fraction=0.01, weight_decay=0.0, max_grad_norm=1e9, schedule="constant")
+
+
+def test_every_optimizer_goes_the_way_that_it_is_known_for():
+    rng = np.random.default_rng(0)
+    gradients = {"x": {"kernel": jnp.asarray(rng.normal(size=(2, 4, 8)), jnp.float32)}, "embed": jnp.asarray([[3.0, -2.0]])}
+    lion, _ = updates_of(OptimizerConfig(name="lion", **PLAIN), gradients, 2)
+    assert jax.tree.all(jax.tree.map(lambda u, g: np.array_equal(u, -jnp.sign(g)), lion, gradients))
+    muon, _ = updates_of(OptimizerConfig(name="muon", **PLAIN), gradients, 2)
+    for layer in muon["x"]["kernel"]:  # each layer of a stack is nearly orthogonal, and as large as an update of Adam
+        values = np.linalg.svd(np.asarray(layer), compute_uv=False) / (0.2 * 8**0.5)
+        assert 0.6 < values.min() and values.max() < 1.3
+    adam, _ = updates_of(OptimizerConfig(**PLAIN), gradients, 2)
+    np.testing.assert_allclose(muon["embed"], adam["embed"], rtol=1e-6)
+    assert not np.allclose(muon["x"]["kernel"], adam["x"]["kernel"], rtol=0.1)
+    large = {"x": {"kernel": jnp.asarray(rng.normal(size=(2, 130, 140)), jnp.float32)}}
+    updates, state = updates_of(OptimizerConfig(name="adafactor", **PLAIN), large)
+    sizes = sorted(x.size for x in jax.tree.leaves(state))
+    assert sizes[-2:] == [2 * 130, 2 * 140]  # rows and columns of each layer, and nothing of the size of the weight
+    assert np.sqrt(np.square(updates["x"]["kernel"]).mean()) == pytest.approx(1, rel=0.05)
+
+
+def test_schedules_by_name():
+    rates = {
+        name: lr_schedule(OptimizerConfig(learning_rate=1.0, warmup_fraction=0.1, schedule=name), 100) for name in SCHEDULES
+    }
+    at = lambda name: [round(float(rates[name](step)), 4) for step in (0, 5, 10, 55, 80, 90, 100)]  # noqa: E731
+    assert at("cosine")[2:] == [1.0, 0.5, 0.117, 0.0302, 0.0]
+    assert at("linear") == [0.0, 0.5, 1.0, 0.5, 0.2222, 0.1111, 0.0]
+    assert at("constant") == [0.0, 0.5, 1.0, 1.0, 1.0, 1.0, 1.0]
+    assert at("wsd") == [0.0, 0.5, 1.0, 1.0, 1.0, 0.5, 0.0]
+    more = lr_schedule(OptimizerConfig(learning_rate=1.0, warmup_fraction=0.1, schedule="wsd"), 150)
+    assert [float(more(step)) for step in (30, 80, 120)] == [1.0, 1.0, 1.0]  # the constant part goes on as it was
+
+
+def test_layers_learn_the_slower_the_deeper_they_lie():
+    cfg = small.config()
+    cfg = dataclasses.replace(cfg, llm=dataclasses.replace(cfg.llm, num_hidden_layers=3))
+    rates = {
+        "llm/layers/mlp/up_proj/kernel": 0.5, "llm/embed_tokens": 1.0, "llm/norm/scale": 1.0, "sam/window_layers/x": 1.0,
+        "sam/global_layers/x": 2.0, "siglip/patch_embedding/kernel": 1.0, "siglip/layers/x": None, "mask_decoder/layers/x": 1.0,
+    }  # fmt: skip
+    found = {
+        name: rate if rate is None else np.asarray(rate).tolist() for name, rate in decay_by_layer(rates, cfg, 0.5).items()
+    }
+    assert found == rates | {
+        "llm/layers/mlp/up_proj/kernel": [0.125, 0.25, 0.5], "llm/embed_tokens": 0.125, "sam/window_layers/x": [0.5],
+        "sam/global_layers/x": [2.0], "siglip/patch_embedding/kernel": 0.25,
+    }  # fmt: skip
+    assert decay_by_layer(rates, cfg, 1.0) == rates
+    gradients = {"llm": {"layers": {"x": jnp.ones((3, 2, 2))}}}
+    one = updates_of(OptimizerConfig(name="lion", **PLAIN), gradients, 2, {"llm/layers/x": np.array([0.25, 0.5, 1.0])})[0]
+    assert one["llm"]["layers"]["x"][:, 0, 0].tolist() == [-0.25, -0.5, -1.0]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"name": "adam"}, r"optimizer\.name is 'adam': choose adamw, lion, adafactor, muon"),
+        ({"schedule": "cos"}, r"optimizer\.schedule is 'cos': choose cosine, linear, wsd, constant"),
+        ({"layer_decay": 1.1}, r"optimizer\.layer_decay is 1\.1: it must be above 0 and at most 1"),
+        ({"decay_fraction": 0.0}, r"optimizer\.decay_fraction is 0\.0: it must be above 0 and at most 1"),
+    ],
+)
+def test_names_and_shares_that_are_none_are_refused(wrong, message):
+    with pytest.raises(UserError, match=message):
+        OptimizerConfig(**wrong)

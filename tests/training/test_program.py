@@ -19,6 +19,8 @@ from flowseg_jax.errors import UserError
 from flowseg_jax.losses import LossConfig
 from flowseg_jax.models.semantic_flow import SemanticFlowConfig
 from flowseg_jax.training import program as module
+from flowseg_jax.training.ema import EmaConfig
+from flowseg_jax.training.lora import LoraConfig
 from flowseg_jax.training.optimizer import OptimizerConfig
 from flowseg_jax.training.program import RunConfig, TrainProgram
 from flowseg_jax.types import BatchShape
@@ -80,10 +82,13 @@ def test_options_losses_optimizer_and_prompts_are_those_of_the_config():
             "learning_rate": 0.1, "warmup_fraction": 0.2, "weight_decay": 0.3, "max_grad_norm": 0.4,
             "b1": 0.5, "b2": 0.6, "eps": 0.7, "param_groups": (("sam/.*", None), (".*", 0.8)),
             "grad_accum_steps": 3, "max_skipped_updates": 4, "frozen_dtype": "bfloat16",
+            "name": "lion", "schedule": "wsd", "decay_fraction": 0.3, "layer_decay": 0.9,
             "losses": {field.name: 10.0 + n for n, field in enumerate(dataclasses.fields(LossConfig))},
         }
     )  # fmt: skip
     config.optimizer.losses.update(num_points=8, logits_chunk_size=32)
+    config.lora.update(targets=("llm/.*_proj",), rank=5, alpha=7.0, dropout=0.5, rslora=True)
+    config.ema.update(decay=0.99, warmup=False, export=False)
     config.optimizer.losses.importance_sample_ratio = 0.5
     run_config = RunConfig.from_config(config)
     assert run_config.options == TrainOptions(
@@ -95,10 +100,12 @@ def test_options_losses_optimizer_and_prompts_are_those_of_the_config():
         **wanted | {"num_points": 8, "logits_chunk_size": 32, "importance_sample_ratio": 0.5}
     )
     assert run_config.optimizer == OptimizerConfig(
-        0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, (("sam/.*", None), (".*", 0.8)), 3, 4, "bfloat16"
+        0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, (("sam/.*", None), (".*", 0.8)), 3, 4, "bfloat16", "lion", "wsd", 0.3, 0.9
     )
     assert run_config.prompts == PromptTemplates(chat_template="phi3_chat", randomize=True)
     assert run_config.model == CFG
+    assert run_config.lora == LoraConfig(("llm/.*_proj",), 5, 7.0, 0.5, True)
+    assert run_config.ema == EmaConfig(0.99, False, False)
     assert "losses" in config.optimizer  # the config itself, which is stored with the run, stays whole
 
 
@@ -179,13 +186,13 @@ def test_a_new_run_starts_from_its_seed_and_init_from(built, monkeypatch):
     config, program, _ = built
     asked = {}
 
-    def initial_params(cfg, seed, init_from, mesh):
-        asked.update(cfg=cfg, seed=seed, init_from=tuple(init_from), mesh=mesh)
+    def initial_params(cfg, seed, init_from, mesh, lora):
+        asked.update(cfg=cfg, seed=seed, init_from=tuple(init_from), mesh=mesh, lora=lora)
         return jax.device_put(small.params(cfg), jax.devices()[0])
 
     monkeypatch.setattr(module, "initial_params", initial_params)
     state = program.initial_state(config)
-    assert asked == {"cfg": CFG, "seed": 11, "init_from": ("sam=somewhere",), "mesh": program.mesh}
+    assert asked == {"cfg": CFG, "seed": 11, "init_from": ("sam=somewhere",), "mesh": program.mesh, "lora": LoraConfig()}
     whole = flatten_params(small.params(CFG))
     for name, x in flatten_params(state.trainable).items():
         assert np.array_equal(x, whole[name]), name

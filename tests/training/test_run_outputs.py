@@ -10,6 +10,8 @@ import pytest
 
 from flowseg_jax.errors import UserError
 from flowseg_jax.training import loop
+from flowseg_jax.training.ema import EmaConfig
+from flowseg_jax.training.lora import LoraConfig
 from flowseg_jax.training.profiling import Profile
 from tests.training.test_run import DIGEST, OPTIMIZER, config_of, state_of
 
@@ -97,7 +99,9 @@ def test_the_model_is_written_with_what_it_was_made_from(monkeypatch, tmp_path, 
     saved = {}
     monkeypatch.setattr(loop, "save_pretrained", lambda *args, **options: saved.update(args=args, options=options) or args[0])
     state = state_of(4)
-    run_config = SimpleNamespace(model=SimpleNamespace(to_dict=lambda: {"the": "model"}), prompts=Profile(1, 2))
+    run_config = SimpleNamespace(
+        model=SimpleNamespace(to_dict=lambda: {"the": "model"}), prompts=Profile(1, 2), lora=LoraConfig(), ema=EmaConfig()
+    )
     data = SimpleNamespace(digest=DIGEST, tokenizer=SimpleNamespace(name="its directory"))
     assert loop.save_final_model(run_config, state, config_of(), data, tmp_path) == tmp_path / "model"
     extra = {"step": 4, "seed": 9, "prompts": {"start": 1, "steps": 2}, "data": DIGEST}
