@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
@@ -75,8 +76,36 @@ def test_a_parameter_without_axis_names_is_refused():
 
 @pytest.mark.parametrize(
     ("sizes", "message"),
-    [({"model": 2}, "mesh.model: unknown axis"), ({"data": 3}, "does not fit 1 device"), ({"data": -1, "fsdp": 2}, "not fit")],
+    [
+        ({"model": 2}, "mesh.model: unknown axis"),
+        ({"data": 3}, r"mesh \{'data': 3, 'fsdp': 1, 'tensor': 1\} does not fit 1 device\(s\); set one axis to -1"),
+        ({"data": -1, "fsdp": 2}, "not fit"),
+    ],
 )
 def test_a_mesh_that_cannot_be_is_refused(sizes, message):
     with pytest.raises(UserError, match=message):
         sharding.make_mesh(sizes, jax.devices()[:1])
+
+
+def test_parameters_that_are_divided_know_the_axis_from_the_end(monkeypatch):
+    class Two(nnx.Module):
+        def __init__(self):
+            shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, "float32")  # noqa: E731
+            self.wide = nnx.Param(shape(3, 64, 32), logical_axes=("layers", "embed", "heads"))
+            self.narrow = nnx.Param(shape(64), logical_axes=("embed",))
+
+    monkeypatch.setattr(sharding, "MIN_SHARDED_ELEMENTS", 64 * 32)
+    model = Two()
+    sharding.mark_fsdp_axes(model, sharding.abstract_mesh({"fsdp": 4}))
+    axes = {".".join(path): variable.get_metadata().get("fsdp_axis") for path, variable in nnx.state(model).flat_state()}
+    assert axes == {"wide": -2, "narrow": None}
+
+
+def test_rows_go_to_the_devices_and_come_back():
+    mesh = sharding.make_mesh({"data": 1}, jax.devices()[:1])
+    rows = {"a": np.arange(6).reshape(3, 2).astype(np.int32), "b": np.ones(3, np.float32)}
+    placed = sharding.to_global_arrays(rows, mesh)
+    assert sharding.local_row_indices(3, mesh) == [0, 1, 2]
+    assert placed["a"].sharding == sharding.batch_sharding(mesh)
+    back = sharding.to_local_numpy(placed)
+    assert all(isinstance(back[name], np.ndarray) and np.array_equal(back[name], rows[name]) for name in rows)
