@@ -34,9 +34,9 @@ def test_the_same_training_with_divided_adapters(monkeypatch):
     one, alone, expected = trained(data=1)
     for ours, theirs in zip(seen, expected, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)
-    for tree, other in ((state.trainable, alone.trainable), (state.ema, alone.ema)):
+    for tree, other in jax.device_get(((state.trainable, alone.trainable), (state.ema, alone.ema))):
         for (name, x), y in zip(flatten_params(tree).items(), flatten_params(other).values(), strict=True):
             assert not is_adapter(name) or np.abs(x - y).max() <= 1e-4 * np.abs(y).max(), name
     assert base_digests(state.frozen) == base_digests(alone.frozen)
-    merged = [flatten_params(model_params(p.run_config, s)) for p, s in ((program, state), (one, alone))]
+    merged = [flatten_params(jax.device_get(model_params(p.run_config, s))) for p, s in ((program, state), (one, alone))]
     assert all(np.abs(x - merged[1][name]).max() <= 1e-4 for name, x in merged[0].items())
