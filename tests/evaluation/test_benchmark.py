@@ -69,7 +69,7 @@ def test_benchmarks_by_name(place, tmp_path, capsys):
     assert f"{result['ciou']:.2f}" in test.split() and str(result["n"]) in test.split()
     assert said.endswith(f"results: {tmp_path}\nopen {tmp_path}/report.html\n")
     report = (tmp_path / "report.html").read_text()
-    assert "flowseg eval" in report and "--protocol=psalm" in report and "refcoco/pictures/testA/" in report
+    assert "Model: " in report and "psalm" in report and "refcoco/pictures/testA/" in report
 
 
 @pytest.mark.parametrize(
