@@ -35,7 +35,7 @@ def test_this_environment_satisfies_them():
 def test_project_file_reads_requirements_and_has_the_extras():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert project["tool"]["hatch"]["metadata"]["hooks"]["requirements_txt"] == {"files": ["requirements.txt"]}
-    extras = {"test", "dev", "docs", "app", "wandb", "mlflow", "smollm2", "gcs", "tpu", "cuda12"}
+    extras = {"test", "dev", "docs", "app", "wandb", "mlflow", "parquet", "smollm2", "gcs", "tpu", "cuda12"}
     assert set(project["project"]["optional-dependencies"]) == extras
 
 
