@@ -1,4 +1,4 @@
-"""Tests on eight host devices. How many there are is fixed when JAX starts, so `tests/test_multidevice.py` runs them apart."""
+"""Tests on eight host devices. Their number is fixed when JAX starts, so `tests/test_eight_devices_*.py` run them apart."""
 
 from __future__ import annotations
 
