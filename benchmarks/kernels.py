@@ -10,6 +10,11 @@ largest region that a step may skip; the rest of the code runs in every step.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, so that a Ctrl-C while they last is as clean as later
+    from flowseg_jax.errors import run_cli
+
+    run_cli("benchmarks.kernels:main")
+
 import argparse
 import dataclasses
 import json
@@ -24,7 +29,7 @@ from typing import Any
 
 from benchmarks.table import ROOT
 from flowseg_jax.cli.parser import Parser
-from flowseg_jax.errors import UserError, run_cli
+from flowseg_jax.errors import UserError
 from flowseg_jax.system.console import log
 
 TABLE = ROOT / "flowseg_jax" / "aot" / "kernel_bundles.json"
@@ -116,13 +121,18 @@ def bodies(text: str) -> tuple[int, list[int]]:
     regions = []
     for address in addresses:
         for target in _BRANCH.findall(code[address]):
-            ends = (a for a in addresses if a > address and re.search(rf"(?:Start/End empty|Start) region {target}\b", code[a]))
-            regions.append((address, next(ends, address)))
+            regions.append((address, _end(code, address, target)))
     regions = [(start, end) for start, end in regions if end - start >= SMALLEST_REGION]
     # Around the step is a region too, skipped when the pipeline runs empty.
     inner = [r for r in regions if not any(r != other and r[0] <= other[0] and other[1] <= r[1] for other in regions)]
     body = max((end - start for start, end in inner), default=0)
     return total - body, [body]
+
+
+def _end(code: dict[int, str], start: int, region: str) -> int:
+    """Where the code after a region starts, or `start` if the text does not tell."""
+    pattern = re.compile(rf"(?:Start/End empty|Start) region {region}\b")
+    return min((address for address in code if address > start and pattern.search(code[address])), default=start)
 
 
 def _runs(depth: dict[int, int], total: int) -> list[int]:
@@ -205,7 +215,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         log(f"written to {TABLE.relative_to(ROOT)}")
         return 0
     return int(differ)
-
-
-if __name__ == "__main__":
-    run_cli("benchmarks.kernels:main")

@@ -22,7 +22,9 @@ from flowseg_jax.errors import UserError, listed, plain
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = ("train.py", "eval.py", "predict.py", "flowseg_jax/__main__.py")
 COMMANDS += tuple(f"experiments/{name}.py" for name in ("demo", "stages", "ablation"))
-COMMANDS += tuple(f"benchmarks/{name}.py" for name in ("__main__", "input", "measure", "startup", "train_step"))
+COMMANDS += tuple(
+    f"benchmarks/{name}.py" for name in ("__main__", "batch_prediction", "input", "kernels", "measure", "startup", "train_step")
+)
 
 
 def command(tmp_path, code: str, **environment: str) -> subprocess.CompletedProcess:

@@ -118,16 +118,22 @@ def test_pages(model, traced, refined, tmp_path):
     evaluation = types.SimpleNamespace(model=types.SimpleNamespace(cfg=cfg, params=params))
 
     def asked(measured):
-        return types.SimpleNamespace(measure=lambda *_: iter(measured), split="val", about={"images": 2}, evaluation=evaluation)
+        return types.SimpleNamespace(
+            measure=lambda *_: iter(measured), split="val", about={"images": 2}, origin=["Model m"], evaluation=evaluation
+        )
 
     (tmp_path / "layer_trace_val").mkdir()
     (tmp_path / "layer_trace_val" / "7_of-an-earlier-run.png").write_bytes(b"")
     page = layer_trace.run(asked(traced), tmp_path).read_text()
-    assert page.count("<img") == 2 == len(list((tmp_path / "layer_trace_val").iterdir()))  # one of each image
+    kept = [path.name for path in (tmp_path / "layer_trace_val").iterdir()]
+    assert all(f"layer_trace_val/{name}" in page for name in kept) and page.count("<img") == len(kept)
+    assert len({name.split("_")[0] for name in kept}) == 2  # a row of panels of each image, and none of an earlier run
+    assert "Model m" in page
     result = json.loads((tmp_path / "layer_trace_val.json").read_text())
     assert result["n"] == 4 and result["groups"]["all"] == layer_trace.summarise(traced)
     page = boundary.run(asked(refined), tmp_path).read_text()
-    assert page.count("<img") == 4 == len(list((tmp_path / "boundary_val").iterdir()))
+    kept = [path.name for path in (tmp_path / "boundary_val").iterdir()]
+    assert page.count("<img") == len(kept) and len({name.split("_")[0] for name in kept}) == 4
     result = json.loads((tmp_path / "boundary_val.json").read_text())
     assert result["alpha"] == 3.0 and result["groups"]["all"] == boundary.summarise(
         [boundary.with_boundary(m) for m in refined]

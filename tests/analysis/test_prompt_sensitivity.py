@@ -71,7 +71,8 @@ def test_the_page_shows_every_template(monkeypatch, tmp_path):
 
     monkeypatch.setattr(prompt_sensitivity, "evaluate", evaluate)
     evaluation = types.SimpleNamespace(model=types.SimpleNamespace(prompts=PromptTemplates(question=2, answer=1)))
-    page = prompt_sensitivity.run(types.SimpleNamespace(evaluation=evaluation, split="val", about={"images": None}), tmp_path)
+    source = types.SimpleNamespace(evaluation=evaluation, split="val", about={"images": None}, origin=["Model m"])
+    page = prompt_sensitivity.run(source, tmp_path)
     result = json.loads((tmp_path / "prompt_sensitivity_val.json").read_text())
     assert len(result["templates"]) == len(REFERRING_QUESTIONS) * len(REFERRING_ANSWERS)
     assert result["spread"]["answers, model's question"]["ciou"]["mean"] == 22  # 20 .. 24

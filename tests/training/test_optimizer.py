@@ -168,7 +168,7 @@ def test_every_optimizer_goes_the_way_that_it_is_known_for():
     np.testing.assert_allclose(muon["embed"], adam["embed"], rtol=1e-6)
     assert not np.allclose(muon["x"]["kernel"], adam["x"]["kernel"], rtol=0.1)
     large = {"x": {"kernel": jnp.asarray(rng.normal(size=(2, 130, 140)), jnp.float32)}}
-    updates, state = updates_of(OptimizerConfig(name="adafactor", **PLAIN), large)
+    updates, state = updates_of(OptimizerConfig(name="adafactor", **PLAIN), large, 2)
     sizes = sorted(x.size for x in jax.tree.leaves(state))
     assert sizes[-2:] == [2 * 130, 2 * 140]  # rows and columns of each layer, and nothing of the size of the weight
     assert np.sqrt(np.square(updates["x"]["kernel"]).mean()) == pytest.approx(1, rel=0.05)
