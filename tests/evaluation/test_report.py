@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from flowseg_jax.errors import UserError
-from flowseg_jax.evaluation import learning_curve, report, summary
+from flowseg_jax.evaluation import learning_curve, report, results, summary
 from flowseg_jax.evaluation.examples import GallerySample
 from flowseg_jax.evaluation.verdict import verdict
 from flowseg_jax.reports import overlay, pictures
@@ -137,6 +137,34 @@ def test_a_page_that_is_a_single_file(tmp_path):
         report.write(tmp_path / "report.html", rows, title="t", self_contained=True)
     with pytest.raises(UserError, match="no results of `flowseg eval` on expressions"):
         report.read_rows(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"p_at": ...}, "no result on expressions: it has no p_at or no families$"),
+        ({"families": ...}, "no result on expressions: it has no p_at or no families$"),
+        ({"protocol": 5}, "protocol is 5, expected a text$"),
+        ({"protocol": ...}, "protocol is None, expected a text$"),
+        ({"shuffled_text": 1}, "shuffled_text is 1, expected true or false$"),
+        ({"failed": 0.5}, "failed is 0.5, expected a count$"),
+        ({"n": -1}, "n is -1, expected a count$"),
+        ({"giou": "1"}, "giou is .1., expected a number$"),
+    ],
+)
+def test_a_table_with_a_field_of_another_kind_is_refused(tmp_path, change, message):
+    """`...`: the field is missing."""
+    table = {key: value for key, value in (result(1.0) | change).items() if value is not ...}
+    (tmp_path / "val.json").write_text(json.dumps(table))
+    with pytest.raises(UserError, match=rf"val\.json: {message}"):
+        results.read_table(tmp_path / "val.json")
+
+
+def test_a_sample_counts_in_whole_numbers():
+    assert results.impossible({"area": 2, "query": -1, "iou": 0.5, "best_iou": None}) == ""
+    assert results.impossible({"area": 1.5}) == "area is 1.5, expected a count"
+    assert results.impossible({"area": -1}) == "area is -1, expected a count"
+    assert results.impossible({"query": 0.5}) == "query is 0.5, expected a whole number"
 
 
 def test_the_learning_curve(tmp_path):
