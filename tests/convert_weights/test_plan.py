@@ -12,6 +12,7 @@ import pytest
 from convert_weights import plan
 from convert_weights.convert import get_family, import_params
 from convert_weights.families import FAMILIES
+from convert_weights.ops import OPS
 from convert_weights.sources import ArraySource
 from flowseg_jax.errors import UserError
 from tests.helpers import tiny_checkpoints as tiny
@@ -142,3 +143,13 @@ def test_a_parameter_without_a_row_is_a_fault():
 
     with pytest.raises(UserError, match=r"the tables do not cover layers/self_attn/k_norm/scale \(3, 8\)"):
         plan.make_plan(dataclasses.replace(family, layouts={"hf": rows}), cfg, ArraySource(tensors))
+
+
+def test_only_a_table_of_words_may_have_another_length():
+    """Of any other parameter, first rows that happen to be there would be taken for the whole."""
+    want = (4, 3, 2, 1)
+    longer = types.SimpleNamespace(shape=(5, 3, 2, 1), dtype=F32)
+    free = [
+        name for name, op in OPS.items() if plan._misfit(types.SimpleNamespace(op=op, source_shape=want), longer, True) is None
+    ]
+    assert free == ["vocabulary"]

@@ -245,6 +245,22 @@ def many_images_in(bucket):
     return root
 
 
+def test_images_of_one_size_go_in_whole_batches(many):
+    """However many went before: only what waits for others of its size counts against the bound."""
+    rows = many._rows((8, 8))
+    groups = many._groups(SimpleNamespace(shape="a", bucket=(8, 8)) for _ in range(2 * batch.MOST_WAITING * rows))
+    assert [len(group) for group in groups] == [rows] * (2 * batch.MOST_WAITING)
+
+
+def test_the_last_line_tells_the_rate_of_the_whole_run(many, monkeypatch, capsys):
+    clock = iter([0.0, 10.0, 11.0, 11.0])  # begin, two batches of which the first compiles, end
+    monkeypatch.setattr(batch, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    answers = [{0: [{}], 1: [{}]}, {2: [{}], 3: [{}]}]
+    monkeypatch.setattr(batch.BatchPredictor, "answers", lambda self, listed, places: iter(answers))
+    assert many._fill(None, SimpleNamespace(places=range(4), total=4, add=lambda found: None)) == 4
+    assert "predict: 4 images in 11 s, 0.4/s, compilation included; 0 failed" in capsys.readouterr().out
+
+
 def test_an_index_holds_a_few_bytes_a_line(tmp_path):
     path = tmp_path / "list.jsonl"
     path.write_text("".join(f'{{"image": "{i}.png", "text": "it"}}\n' for i in range(20_000)))
