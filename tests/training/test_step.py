@@ -11,14 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import PartitionSpec
 
 from flowseg_jax.checkpoints.manifest import flatten_params
 from flowseg_jax.errors import UserError
 from flowseg_jax.losses import LossConfig, denominators, loss_terms
 from flowseg_jax.models import flowseg
+from flowseg_jax.sharding import BATCH_AXES
 from flowseg_jax.training import loop
 from flowseg_jax.training import program as module
-from flowseg_jax.training.step import BatchPartition
+from flowseg_jax.training.step import BatchPartition, shard_map_axes, shard_map_spec
 from flowseg_jax.types import IGNORE_INDEX, PAD
 from tests.helpers import small
 
@@ -142,6 +144,13 @@ def test_a_micro_batch_is_a_run_of_rows_whatever_holds_it():
     assert held[:, 0].reshape(-1).tolist() == list(range(8)) and held[:, 1].reshape(-1).tolist() == list(range(8, 16))
     for group in (1, 2, 4, 8):  # within a device, or over two or four of them
         partition.validate(group)
+
+
+def test_a_tensor_axis_of_several_devices_is_left_to_the_compiler():
+    one, two = (SimpleNamespace(shape={"tensor": devices}) for devices in (1, 2))
+    assert shard_map_axes(one) == {*BATCH_AXES, "tensor"} and shard_map_axes(two) == set(BATCH_AXES)
+    spec = PartitionSpec(BATCH_AXES, "tensor", None)
+    assert shard_map_spec(spec, one) == spec and shard_map_spec(spec, two) == PartitionSpec(BATCH_AXES, None, None)
 
 
 @pytest.mark.parametrize(
