@@ -66,7 +66,7 @@ app: .venv-app/.installed
 # The browser is the system's chromium: `apt-get install chromium`, where there is none and we may.
 test-app: .venv-app/.installed
 	@command -v chromium chromium-browser google-chrome >/dev/null || { apt-get update -qq && apt-get install -y -qq chromium; } >/dev/null || { echo "error: the tests of the page need chromium: apt-get install chromium" >&2; exit 2; }
-	.venv-app/bin/python -m pytest tests/app -m '' -n 0 -p no:xdist
+	FLOWSEG_TYPECHECK=0 .venv-app/bin/python -m pytest tests/app -m ''
 
 stages: .venv-demo/.installed
 	.venv-demo/bin/python -m experiments.stages

@@ -46,6 +46,7 @@ def ran(tmp_path_factory):
     return outcome, root / "runs", said
 
 
+@pytest.mark.slow
 def test_what_stages_1_and_2_minimise_falls(ran):
     outcome, *_ = ran
     for name in ("stage 1", "stage 2"):
@@ -54,6 +55,7 @@ def test_what_stages_1_and_2_minimise_falls(ran):
     assert all(np.isfinite(values).all() for _, *values in outcome.losses.values())
 
 
+@pytest.mark.slow
 def test_each_stage_hands_on_what_it_has(ran):
     _, runs, said = ran
     parts = {name: load_pretrained(runs / name / "model").params for name in ("stage1", "stage2", "stage3")}
