@@ -1,6 +1,6 @@
 """Experiment trackers: metrics, pictures and config also go to Weights & Biases or MLflow, where a config's `trackers` asks.
 
-Both are optional (`pip install 'flowseg-jax[wandb]'`, `[mlflow]`), are imported when a run uses them, and take their server,
+Both are optional (`pip install -e '.[wandb]'`, `[mlflow]`), are imported when a run uses them, and take their server,
 project and mode from their own environment variables (`WANDB_MODE=offline`, `MLFLOW_TRACKING_URI=...`). A run that continues
 continues its run there: the id is kept in the work directory. A tracker that fails while the run goes on is reported once.
 """
@@ -34,7 +34,7 @@ def check_trackers(names: Sequence[str]) -> None:
                 f"trackers: unknown tracker {name!r}{did_you_mean(name, TRACKERS)}; there are {', '.join(TRACKERS)}"
             )
         if importlib.util.find_spec(name) is None:
-            raise UserError(f"trackers: {name} is not installed: pip install 'flowseg-jax[{name}]', or leave it out")
+            raise UserError(f"trackers: {name} is not installed: pip install -e '.[{name}]' in a clone, or leave it out")
 
 
 def open_tracker(name: str, workdir: epath.Path, config: ConfigDict) -> ScalarWriter:
