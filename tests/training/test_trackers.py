@@ -108,7 +108,9 @@ def test_training_outlives_a_tracker(config, workdir, capsys):
 
 def test_what_is_not_there_is_one_line(config, workdir, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"^trackers: wandb is not installed: pip install -e '\.\[wandb\]' in a clone, or leave"):
+    with pytest.raises(
+        UserError, match=r"^trackers: wandb is not installed: pip install -e '\.\[wandb\]' in a clone, or leave"
+    ):
         trackers.check_trackers(("wandb",))
     with pytest.raises(UserError, match=r"unknown tracker 'mlfow' \(did you mean 'mlflow'\?\); there are wandb, mlflow$"):
         trackers.check_trackers(("mlfow",))
