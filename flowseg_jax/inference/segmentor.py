@@ -41,6 +41,7 @@ from flowseg_jax.inference.selection import (
 )
 from flowseg_jax.models import flowseg, generate
 from flowseg_jax.models.config import FlowSegConfig
+from flowseg_jax.system import host
 from flowseg_jax.system.paths import resolve_path
 from flowseg_jax.types import BatchShape, ExpressionQueries, PromptQueries
 
@@ -376,11 +377,12 @@ def load(directory: str | os.PathLike[str] | None = None) -> Segmentor:
     a run; "org/name", where no such directory is here: of the Hugging Face hub. What its card has to say is said once.
 
     Of its `extra`, "prompts" holds the fields of `PromptTemplates`, and "no_target_threshold" the score below which the answer
-    is "nothing" (`SelectionConfig`), if it has one.
+    is "nothing" (`SelectionConfig`), if it has one. JAX's compilation cache is turned on (`host.enable_compilation_cache`).
 
     Raises:
         UserError: not a model directory, a damaged one, or one whose tokenizer does not fit the model.
     """
+    host.enable_compilation_cache()
     directory = find_model(None if directory is None else os.fspath(directory), None)
     cfg = FlowSegConfig.from_dict(pretrained.read_model_config(directory)["model"], f"{directory}/config.json: model")
     cfg.require_full_model(str(directory))
