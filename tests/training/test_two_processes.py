@@ -95,7 +95,7 @@ def test_two_processes_train_as_one(config, tmp_path):
     short.update(num_steps=2, eval_every=2)
     short.mesh.data = 1
     expected = train_both(short, tmp_path, 2)
-    assert len(expected) == 2 and expected[1]["eval/oracle_ciou"] > 0  # both took part in the validation
+    assert len(expected) == 2 and "eval/ciou" in expected[1]  # 0 after two steps: what counts is that both come through it
     assert_equal(metrics(tmp_path / "two"), expected)
     assert (tmp_path / "two" / "model" / "config.json").is_file()
 
