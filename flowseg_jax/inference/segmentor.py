@@ -41,7 +41,7 @@ from flowseg_jax.inference.selection import (
 )
 from flowseg_jax.models import flowseg, generate
 from flowseg_jax.models.config import FlowSegConfig
-from flowseg_jax.system import host
+from flowseg_jax.system import console, host
 from flowseg_jax.system.paths import resolve_path
 from flowseg_jax.types import BatchShape, ExpressionQueries, PromptQueries
 
@@ -387,7 +387,8 @@ def load(directory: str | os.PathLike[str] | None = None) -> Segmentor:
     cfg = FlowSegConfig.from_dict(pretrained.read_model_config(directory)["model"], f"{directory}/config.json: model")
     cfg.require_full_model(str(directory))
     graphdef, abstract = flowseg.abstract_model(cfg)
-    loaded = pretrained.load_pretrained(directory, flowseg.params_dict(abstract))
+    with console.heartbeat(f"loading {directory}", say=console.note):
+        loaded = pretrained.load_pretrained(directory, flowseg.params_dict(abstract))
     prompts = PromptTemplates.of_model(loaded.extra, directory)
     tokenizer = load_tokenizer(loaded.tokenizer_dir, needed=prompts.special_tokens)
     if tokenizer.vocab > cfg.llm.vocab_size:

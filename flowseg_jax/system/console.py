@@ -56,11 +56,11 @@ class ProgressHeartbeat:
 
 
 @contextlib.contextmanager
-def heartbeat(message: str, every: float = HEARTBEAT_SECONDS) -> Iterator[ProgressHeartbeat]:
+def heartbeat(message: str, every: float = HEARTBEAT_SECONDS, say: Callable[[str], None] = log) -> Iterator[ProgressHeartbeat]:
     """Prints `message` with the elapsed time from a daemon thread whenever nothing was said for `every` seconds.
 
     Heartbeats nest: the inner one's line keeps the outer one quiet. Work that takes less than `every` prints nothing, longer
-    work ends with a line that says how long it took.
+    work ends with a line that says how long it took. `say` prints a line: `log` to stdout, `note` to stderr.
     """
     beat, stop, printed, started = ProgressHeartbeat(message), threading.Event(), threading.Event(), time.monotonic()
 
@@ -71,7 +71,7 @@ def heartbeat(message: str, every: float = HEARTBEAT_SECONDS) -> Iterator[Progre
             silent_since = max(_last_print, started)
             if now - silent_since >= every:
                 printed.set()
-                log(f"{beat.message} ... {duration(now - started)}")
+                say(f"{beat.message} ... {duration(now - started)}")
                 silent_since = now
             wake = silent_since + every
 
@@ -83,7 +83,7 @@ def heartbeat(message: str, every: float = HEARTBEAT_SECONDS) -> Iterator[Progre
         stop.set()
         thread.join()
     if printed.is_set():
-        log(f"{beat.message}: done in {duration(time.monotonic() - started)}")
+        say(f"{beat.message}: done in {duration(time.monotonic() - started)}")
 
 
 class Progress:

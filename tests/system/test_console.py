@@ -110,3 +110,12 @@ def test_help_is_quick_and_imports_no_rich():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     names, seconds = done.stdout.splitlines()[-1].rsplit(" ", 1)
     assert names == "[]" and float(seconds) < 1.5  # 0.5 s each, the interpreter's start included
+
+
+def test_a_heartbeat_may_speak_elsewhere(capsys):
+    lines: list[str] = []
+    with console.heartbeat("loading", every=0.01, say=lines.append):
+        while not lines:
+            time.sleep(0.01)
+    assert lines[0].startswith("loading ... ") and lines[-1].startswith("loading: done in ")
+    assert capsys.readouterr().out == ""
