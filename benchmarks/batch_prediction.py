@@ -62,13 +62,13 @@ def compare(root: Path, count: int, texts: Sequence[str], batch_size: int, turns
 
     from flowseg_jax.checkpoints.find import SHIPPED_MODEL
     from flowseg_jax.evaluation.benchmark import EvalModel
-    from flowseg_jax.inference import batch, image_list, inputs, one_by_one, outputs, segmentor
+    from flowseg_jax.inference import batch, image_list, inputs, loading, one_by_one, outputs
 
     scenes = sorted((ROOT / "examples" / "scenes").glob("*.png"))
     (root / "images").mkdir()
     for number in range(count):
         shutil.copy(scenes[number % len(scenes)], root / "images" / f"{number:06d}.png")
-    alone = segmentor.load(SHIPPED_MODEL)
+    alone = loading.load(SHIPPED_MODEL)
     predictor = batch.BatchPredictor(EvalModel.load(SHIPPED_MODEL), batch.selection({}, SHIPPED_MODEL), batch_size=batch_size)
     respond = functools.partial(alone.predict, top_k=1, no_target_threshold=0.0)
 

@@ -17,13 +17,14 @@ __version__ = "0.1.0"
 __all__ = ["FlowSegConfig", "Segmentor", "__version__", "load"]
 
 if TYPE_CHECKING:
-    from flowseg_jax.inference.segmentor import Segmentor, load
+    from flowseg_jax.inference.loading import load
+    from flowseg_jax.inference.segmentor import Segmentor
     from flowseg_jax.models.config import FlowSegConfig
 
 _MODULES = {
     "FlowSegConfig": "flowseg_jax.models.config",
     "Segmentor": "flowseg_jax.inference.segmentor",
-    "load": "flowseg_jax.inference.segmentor",
+    "load": "flowseg_jax.inference.loading",
 }
 
 

@@ -15,7 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     from flowseg_jax.app import page
     from flowseg_jax.checkpoints.find import SHIPPED_MODEL, find_model
-    from flowseg_jax.inference import segmentor
+    from flowseg_jax.inference import loading
     from flowseg_jax.system import host
     from flowseg_jax.system.console import heartbeat, log
     from flowseg_jax.system.paths import ROOT
@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     host.enable_compilation_cache()
     directory = find_model(arguments.checkpoint, arguments.workdir)
     with heartbeat("loading"):
-        model = segmentor.load(directory)
+        model = loading.load(directory)
     shipped = directory == SHIPPED_MODEL
     about = model.card.lines() or [f"The model of {directory}."]
     blocks = page.build(model, page.scenes(ROOT / "examples" / "scenes"), None if shipped else str(directory), about)

@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"{extra} belongs to --images, which answers many images in batches: add it, or leave {extra} out")
     from flowseg_jax.checkpoints.find import find_model
     from flowseg_jax.checkpoints.pretrained import read_model_config
-    from flowseg_jax.inference import one_by_one, outputs, segmentor
+    from flowseg_jax.inference import loading, one_by_one, outputs, segmentor
     from flowseg_jax.system.console import heartbeat, log
 
     directory = find_model(arguments.checkpoint, arguments.workdir)
@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     with writer:
         with heartbeat("loading"):
-            model = segmentor.load(directory)
+            model = loading.load(directory)
         method = model.chat if arguments.chat else model.generate if writes else model.predict
         respond = functools.partial(method, **options)
         done = one_by_one.run(model, jobs, respond, writer, strict=not many)

@@ -17,8 +17,7 @@ import numpy as np
 from flax import nnx
 from PIL import Image
 
-from flowseg_jax.checkpoints import hub, pretrained
-from flowseg_jax.checkpoints.find import find_model
+from flowseg_jax.checkpoints import hub
 from flowseg_jax.checkpoints.model_card import ModelCard
 from flowseg_jax.checkpoints.pretrained import copy_pretrained
 from flowseg_jax.checkpoints.run_checkpoint import is_checkpoint
@@ -26,7 +25,7 @@ from flowseg_jax.checkpoints.storage import local_directory
 from flowseg_jax.data import collate, images
 from flowseg_jax.data.eval_dataset import PHRASE_BUCKETS, bucket_shape
 from flowseg_jax.data.prompts import PromptTemplates, check_expressions
-from flowseg_jax.data.tokenizer import Tokenizer, load_tokenizer
+from flowseg_jax.data.tokenizer import Tokenizer
 from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation import postprocess
 from flowseg_jax.inference.encoded import EncodedImage, GeneratedAnswer, PreprocessedImage
@@ -36,12 +35,9 @@ from flowseg_jax.inference.selection import (
     Prediction,
     SelectionConfig,
     select_prediction,
-    stored_no_target_threshold,
     unpack_candidates,
 )
 from flowseg_jax.models import flowseg, generate
-from flowseg_jax.models.config import FlowSegConfig
-from flowseg_jax.system import console, host
 from flowseg_jax.system.paths import resolve_path
 from flowseg_jax.types import BatchShape, ExpressionQueries, PromptQueries
 
@@ -54,7 +50,6 @@ __all__ = [
     "PreprocessedImage",
     "Segmentor",
     "SelectionConfig",
-    "load",
 ]
 
 # A file, an upright image, or uint8 [H, W, 3] or [H, W].
@@ -370,42 +365,3 @@ def _or_none(value: float) -> float | None:
 def _rounds(texts: Sequence[Any]) -> list[Sequence[Any]]:
     most = PHRASE_BUCKETS[-1]
     return [texts[at : at + most] for at in range(0, len(texts), most)]
-
-
-def load(directory: str | os.PathLike[str] | None = None) -> Segmentor:
-    """The segmentor of a model directory; None: of the shipped tiny model; "RUN@STEP" or "RUN@best": of a checkpoint of
-    a run; "org/name", where no such directory is here: of the Hugging Face hub. What its card has to say is said once.
-
-    Of its `extra`, "prompts" holds the fields of `PromptTemplates`, and "no_target_threshold" the score below which the answer
-    is "nothing" (`SelectionConfig`), if it has one. JAX's compilation cache is turned on (`host.enable_compilation_cache`).
-
-    Raises:
-        UserError: not a model directory, a damaged one, or one whose tokenizer does not fit the model.
-    """
-    host.enable_compilation_cache()
-    directory = find_model(None if directory is None else os.fspath(directory), None)
-    cfg = FlowSegConfig.from_dict(pretrained.read_model_config(directory)["model"], f"{directory}/config.json: model")
-    cfg.require_full_model(str(directory))
-    graphdef, abstract = flowseg.abstract_model(cfg)
-    with console.heartbeat(f"loading {directory}", say=console.note):
-        loaded = pretrained.load_pretrained(directory, flowseg.params_dict(abstract))
-    prompts = PromptTemplates.of_model(loaded.extra, directory)
-    tokenizer = load_tokenizer(loaded.tokenizer_dir, needed=prompts.special_tokens)
-    if tokenizer.vocab > cfg.llm.vocab_size:
-        raise UserError(
-            f"{directory}: the tokenizer has {tokenizer.vocab} ids, the model's embedding table {cfg.llm.vocab_size}"
-        )
-    card = ModelCard.of_model(loaded.extra, directory)
-    card.tell(directory)
-    return Segmentor(
-        graphdef,
-        loaded.params,
-        tokenizer,
-        sam_size=cfg.sam.image_size,
-        siglip_size=cfg.siglip.image_size,
-        visual_tokens=cfg.num_visual_tokens,
-        prompts=prompts,
-        no_target_threshold=stored_no_target_threshold(loaded.extra, directory),
-        card=card,
-        directory=directory,
-    )

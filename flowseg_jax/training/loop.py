@@ -27,15 +27,15 @@ from flowseg_jax.data.train_dataset import TrainDataset, open_tokenizer
 from flowseg_jax.errors import UserError
 from flowseg_jax.experiment import check_names, to_json
 from flowseg_jax.synthetic.shapes import load_or_build_shapes
-from flowseg_jax.system import hardware, host
+from flowseg_jax.system import host
 from flowseg_jax.system.console import heartbeat, log
 from flowseg_jax.system.distributed import is_primary, locked
 from flowseg_jax.system.json_files import expect, number
 from flowseg_jax.system.paths import resolve_path
-from flowseg_jax.training import flops
 from flowseg_jax.training import lora as adapters
 from flowseg_jax.training.adapters import save_adapters
-from flowseg_jax.training.metric_writers import ProgressWriter, Throughput, create_writer
+from flowseg_jax.training.metric_reporter import MetricReporter
+from flowseg_jax.training.metric_writers import ProgressWriter, create_writer
 from flowseg_jax.training.optimizer import OptimizerConfig, lr_schedule
 from flowseg_jax.training.preemption import GracefulStop
 from flowseg_jax.training.profiling import Profile, Profiler
@@ -307,49 +307,6 @@ def parameter_table(state: TrainState) -> str:
         f"{name}\n{parameter_overview.get_parameter_overview(part, include_stats=False)}\n" for name, part in parts.items()
     ]
     return "\n".join(tables)
-
-
-class MetricReporter:
-    """Metrics on their way from the device to the writers, a step late so that nobody waits."""
-
-    def __init__(self, program: TrainProgram, data: TrainDataset, writer: Any, start: int, began: float):
-        self._program, self._data, self._writer = program, data, writer
-        self._pending: tuple[int, Mapping[str, jax.Array]] | None = None
-        run, state, self._devices = program.run_config, program.state, list(program.mesh.devices.flat)
-        self._flops = flops.total(flops.step_flops(run.model, run.shape, run.losses, state.trainable, state.frozen))
-        self._throughput = Throughput(start, run.shape.batch, began)
-        self.waiting_for = self._throughput.waiting_for
-
-    def log(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
-        self._pending = step, metrics
-
-    def flush(self) -> None:
-        """Writes what is pending. Raises a UserError when too many updates in a row were not finite."""
-        if self._pending is None:
-            return
-        (step, metrics), self._pending = self._pending, None
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        speed = self._throughput(step)
-        use = hardware.mfu(self._flops, 1 / speed["speed/steps_per_second"], self._devices)
-        memory = hardware.memory_in_use(self._devices)["peak"]
-        known = {"speed/mfu": use, "device/memory_gib": None if memory is None else memory / hardware.GIB}
-        self._writer.write_scalars(step, values | speed | {name: x for name, x in known.items() if x is not None})
-        check_skipped(values, step, self._data, self._program.run_config.optimizer.max_skipped_updates)
-
-
-def check_skipped(values: Mapping[str, float], step: int, data: TrainDataset, limit: int) -> None:
-    """Raises a UserError with the images of the last batches when too many updates in a row were not finite.
-
-    Nothing is lost: parameters and moments are those before the first of them.
-    """
-    row = int(values["optimizer/skipped_in_a_row"])
-    if row > limit:
-        last = [data.batch(i).example_id.tolist() for i in range(step - min(row, 3), step)]
-        raise UserError(
-            f"the last {row} updates up to step {step} were not finite and were skipped, optimizer.max_skipped_updates "
-            f"is {limit}; "
-            f"image ids of the last batches: {'; '.join(', '.join(map(str, ids)) for ids in last)}"
-        )
 
 
 def state_to_tree(state: TrainState) -> dict[str, Any]:

@@ -354,10 +354,10 @@ def test_the_shipped_model_on_any_number_of_devices(scenes, tmp_path, devices, p
 
 @pytest.mark.slow
 def test_the_shipped_model_answers_as_one_by_one(scenes):
-    from flowseg_jax.inference import segmentor
+    from flowseg_jax.inference import loading
 
     flags, whole = scenes
-    one = segmentor.load(SHIPPED_MODEL)
+    one = loading.load(SHIPPED_MODEL)
     listed = image_list.open_list(flags[0].partition("=")[2], ())
     lines = [json.loads(line) for name in sorted(whole) if name.startswith("pred") for line in whole[name].splitlines()]
     records = {(line["index"], line.get("text")): line for line in lines}

@@ -12,7 +12,7 @@ from pycocotools import mask as coco
 from flowseg_jax.checkpoints.find import SHIPPED_MODEL
 from flowseg_jax.checkpoints.pretrained import read_model_config
 from flowseg_jax.errors import UserError
-from flowseg_jax.inference import segmentor
+from flowseg_jax.inference import loading
 from flowseg_jax.inference.selection import Candidate, Prediction
 from flowseg_jax.system.paths import ROOT
 
@@ -22,7 +22,7 @@ TEXTS = ["the big red triangle", "the large diamond"]
 
 @pytest.fixture(scope="module")
 def model():
-    return segmentor.load()
+    return loading.load()
 
 
 @pytest.fixture(scope="module")

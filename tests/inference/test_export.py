@@ -21,7 +21,7 @@ from flowseg_jax.data import collate
 from flowseg_jax.data.prompts import PromptTemplates
 from flowseg_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from flowseg_jax.errors import UserError
-from flowseg_jax.inference import export, segmentor
+from flowseg_jax.inference import export, loading
 from flowseg_jax.ops.attention import attention
 from flowseg_jax.ops.portable import without_kernels
 from tests.helpers import small
@@ -84,7 +84,7 @@ def test_the_script_answers_as_the_segmentor_does_without_the_package(model_dire
     assert done.returncode == 0, done.stderr
     answers = [json.loads(line) for line in done.stdout.splitlines()]
     assert [answer["text"] for answer in answers] == TEXTS
-    for k, (answer, prediction) in enumerate(zip(answers, segmentor.load(model_directory).segment(photo, TEXTS), strict=True)):
+    for k, (answer, prediction) in enumerate(zip(answers, loading.load(model_directory).segment(photo, TEXTS), strict=True)):
         best = prediction.candidates[0]
         mask = np.array(Image.open(tmp_path / f"mask_{k}.png"))
         assert answer["query"] == best.query

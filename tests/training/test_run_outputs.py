@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from flowseg_jax.errors import UserError
-from flowseg_jax.training import loop
+from flowseg_jax.training import loop, metric_reporter
 from flowseg_jax.training.ema import EmaConfig
 from flowseg_jax.training.lora import LoraConfig
 from flowseg_jax.training.profiling import Profile
@@ -37,14 +37,14 @@ def reporting(monkeypatch):
         state=SimpleNamespace(trainable="t", frozen="f"),
     )
     asked = []
-    monkeypatch.setattr(loop.flops, "step_flops", lambda *args: asked.append(args) or {"x": 30.0, "y": 70.0})
-    monkeypatch.setattr(loop.hardware, "mfu", lambda *args: asked.append(args) or 0.25)
-    monkeypatch.setattr(loop.hardware, "memory_in_use", lambda ds: {"in_use": 1, "peak": 3 * 2**30, "limit": 7})
+    monkeypatch.setattr(metric_reporter.flops, "step_flops", lambda *args: asked.append(args) or {"x": 30.0, "y": 70.0})
+    monkeypatch.setattr(metric_reporter.hardware, "mfu", lambda *args: asked.append(args) or 0.25)
+    monkeypatch.setattr(metric_reporter.hardware, "memory_in_use", lambda ds: {"in_use": 1, "peak": 3 * 2**30, "limit": 7})
     speed = lambda start, batch: lambda step: {"speed/steps_per_second": 4.0, "seen": start + batch}  # noqa: E731
-    monkeypatch.setattr(loop, "Throughput", lambda start, batch, began: Clock(speed(start, batch)))
+    monkeypatch.setattr(metric_reporter, "Throughput", lambda start, batch, began: Clock(speed(start, batch)))
     writer = SimpleNamespace(write_scalars=lambda *args: written.append(args))
     data = SimpleNamespace(batch=lambda i: SimpleNamespace(example_id=np.array([i])))
-    return loop.MetricReporter(program, data, writer, 20, 0.0), written, asked
+    return metric_reporter.MetricReporter(program, data, writer, 20, 0.0), written, asked
 
 
 def test_metrics_are_written_once_with_speed_and_devices(reporting):
@@ -73,8 +73,8 @@ def test_metrics_are_written_once_with_speed_and_devices(reporting):
 
 def test_what_devices_do_not_tell_is_left_out(reporting, monkeypatch):
     report, written, _ = reporting
-    monkeypatch.setattr(loop.hardware, "mfu", lambda *_: None)
-    monkeypatch.setattr(loop.hardware, "memory_in_use", lambda _: {"peak": None})
+    monkeypatch.setattr(metric_reporter.hardware, "mfu", lambda *_: None)
+    monkeypatch.setattr(metric_reporter.hardware, "memory_in_use", lambda _: {"peak": None})
     report.log(1, {"optimizer/skipped_in_a_row": 0})
     report.flush()
     assert written[0][1].keys() == {"optimizer/skipped_in_a_row", "speed/steps_per_second", "seen"}
@@ -83,9 +83,9 @@ def test_what_devices_do_not_tell_is_left_out(reporting, monkeypatch):
 def test_two_skipped_updates_in_a_row_name_two_batches():
     data = SimpleNamespace(batch=lambda i: SimpleNamespace(example_id=np.array([i, -1])))
     with pytest.raises(UserError, match=r"the last 2 updates .*: 5, -1; 6, -1$"):
-        loop.check_skipped({"optimizer/skipped_in_a_row": 2.0}, 7, data, limit=1)
+        metric_reporter.check_skipped({"optimizer/skipped_in_a_row": 2.0}, 7, data, limit=1)
     with pytest.raises(UserError, match="the last 1 updates"):
-        loop.check_skipped({"optimizer/skipped_in_a_row": 1.0}, 7, data, limit=0)
+        metric_reporter.check_skipped({"optimizer/skipped_in_a_row": 1.0}, 7, data, limit=0)
 
 
 def test_what_is_trained_is_said(capsys):

@@ -18,7 +18,7 @@ from flowseg_jax.errors import UserError
 from flowseg_jax.losses import LossConfig, denominators, loss_terms
 from flowseg_jax.models import flowseg
 from flowseg_jax.sharding import BATCH_AXES
-from flowseg_jax.training import loop
+from flowseg_jax.training import metric_reporter
 from flowseg_jax.training import program as module
 from flowseg_jax.training.step import BatchPartition, shard_map_axes, shard_map_spec
 from flowseg_jax.types import IGNORE_INDEX, PAD
@@ -131,11 +131,11 @@ def test_an_update_that_is_not_finite_is_not_made():
 
 def test_too_many_skipped_updates_name_the_images():
     data = SimpleNamespace(batch=lambda step: SimpleNamespace(example_id=np.array([10 * step, 10 * step + 1])))
-    loop.check_skipped({"optimizer/skipped_in_a_row": 2.0}, 7, data, limit=2)
+    metric_reporter.check_skipped({"optimizer/skipped_in_a_row": 2.0}, 7, data, limit=2)
     with pytest.raises(
         UserError, match=r"the last 3 updates up to step 7 .*max_skipped_updates is 2; .*: 40, 41; 50, 51; 60, 61$"
     ):
-        loop.check_skipped({"optimizer/skipped_in_a_row": 3.0}, 7, data, limit=2)
+        metric_reporter.check_skipped({"optimizer/skipped_in_a_row": 3.0}, 7, data, limit=2)
 
 
 def test_a_micro_batch_is_a_run_of_rows_whatever_holds_it():
