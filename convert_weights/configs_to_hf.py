@@ -21,6 +21,7 @@ def to_hf(family: str, cfg: Any) -> dict[str, Any] | None:
             "patch_size": cfg.patch_size,
             "layer_norm_eps": cfg.layer_norm_eps,
             "hidden_act": "gelu_pytorch_tanh",
+            "vision_use_head": False,
         }
     if family == "sam":
         return {

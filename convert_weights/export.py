@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
@@ -11,15 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from convert_weights.configs_to_hf import to_hf
 from convert_weights.convert import TorchView, cast
 from convert_weights.directory import ModelDirectory
-from convert_weights.families import CheckpointFamily
+from convert_weights.families import FAMILIES, CheckpointFamily
 from flowseg_jax.checkpoints.pretrained import require_empty_directory
-from flowseg_jax.errors import UserError
+from flowseg_jax.checkpoints.storage import fresh_directory
 from flowseg_jax.system import locks
 
 MAX_SHARD = 1 << 30  # bytes of a file
@@ -52,6 +50,39 @@ def export_directory(
         return _export(family, source, target, layout, dtype, overwrite, progress)
 
 
+def export_for_huggingface(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    dtype: str | None = None,
+    progress: Callable[[str], None] = lambda name: None,
+) -> Path:
+    """Exports a whole model: `xsam/` is all of it in X-SAM's layout, transformers reads `language_model/`, `siglip/`, `sam/`.
+
+    OUT appears complete or not at all; in memory is what `export_directory` holds.
+
+    Args:
+        source: a model directory.
+        out: the directory to make.
+        dtype: as in `export_directory`.
+
+    Raises:
+        UserError: a source that is no whole model or a damaged one, an OUT that exists or cannot be written.
+    """
+    model = ModelDirectory(source, FAMILIES["flowseg"]).cfg
+    target = Path(out).absolute()
+    with locks.held(target, beside=True):
+        require_empty_directory(target)
+        with fresh_directory(target) as fresh:
+            for name, family in {
+                "xsam": "flowseg",
+                "language_model": model.llm.model_type,
+                "siglip": "siglip2",
+                "sam": "sam",
+            }.items():
+                export_directory(FAMILIES[family], source, fresh / name, dtype=dtype, progress=progress)
+    return target
+
+
 def _export(
     family: CheckpointFamily,
     source: str | os.PathLike[str],
@@ -64,9 +95,7 @@ def _export(
     require_empty_directory(target, overwrite)
     directory = ModelDirectory(source, family)
     exported = TorchView(family, directory.cfg, directory, layout)
-    fresh = target.with_name(f".{target.name}.tmp-{os.getpid()}")
-    try:
-        fresh.mkdir(parents=True)
+    with fresh_directory(target) as fresh:
         write_safetensors(fresh, exported, dtype, progress)
         config = to_hf(family.name, directory.cfg)
         if config is not None and directory.tokenizer is not None:
@@ -77,14 +106,6 @@ def _export(
             (fresh / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if directory.tokenizer is not None:
             shutil.copytree(directory.tokenizer, fresh, dirs_exist_ok=True)
-        if target.exists():
-            shutil.rmtree(target)
-        fresh.rename(target)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{target} could not be written: {getattr(error, 'strerror', None) or error}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            shutil.rmtree(fresh)
     return target
 
 

@@ -8,20 +8,17 @@ ranks added up, whose B is zero outside of its blocks, and an import takes such 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import json
 import math
 import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from convert_weights.directory import ModelDirectory
@@ -30,6 +27,7 @@ from convert_weights.safetensors_source import SafetensorsSource
 from convert_weights.table import ParamSlice, expand
 from flowseg_jax.checkpoints.manifest import flatten_params, unflatten_params
 from flowseg_jax.checkpoints.pretrained import read_model_config, require_empty_directory
+from flowseg_jax.checkpoints.storage import fresh_directory
 from flowseg_jax.errors import UserError, did_you_mean, listed, plain
 from flowseg_jax.system import json_files, locks
 from flowseg_jax.system.json_files import expect, number
@@ -262,7 +260,10 @@ def export_adapters(
     }
     with locks.held(target, beside=True):
         require_empty_directory(target)
-        _write(target, tensors, config)
+        with fresh_directory(target) as folder:
+            save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+            (folder / WEIGHTS).chmod(0o644)  # the library writes it for its owner alone
+            (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return target, [name for name in flat if not (is_adapter(name) and name.split("/")[0] == component)]
 
 
@@ -291,20 +292,3 @@ def _joined(halves: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np
 def _pattern(module: str) -> str:
     r"""`model\.layers\.\d+\.self_attn\.q_proj`: a module in all layers, as a regular expression."""
     return r"\.".join(r"\d+" if name.isdigit() else re.escape(name) for name in module.split("."))
-
-
-def _write(target: Path, tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> None:
-    fresh = target.with_name(f".{target.name}.tmp-{os.getpid()}")
-    try:
-        fresh.mkdir(parents=True)
-        save_file(dict(tensors), fresh / WEIGHTS, metadata={"format": "pt"})
-        (fresh / WEIGHTS).chmod(0o644)
-        (fresh / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        if target.exists():
-            target.rmdir()
-        fresh.rename(target)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{target} could not be written: {getattr(error, 'strerror', None) or error}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            shutil.rmtree(fresh)

@@ -41,18 +41,36 @@ def upload(directory: Path, repo_id: str, *, private: bool = False) -> str:
     Raises:
         UserError: no model directory, or the hub does not take it.
     """
-    card = ModelCard.of_model(read_model_config(directory)["extra"], directory)
-    readme = "\n\n".join(
-        ["---\nlibrary_name: flowseg_jax\npipeline_tag: image-segmentation\n---", f"# {repo_id}", *card.lines()]
-    )
-    readme += f'\n\n```python\nimport flowseg_jax\n\nsegmentor = flowseg_jax.load("{repo_id}")\n```\n'
+    usage = f'import flowseg_jax\n\nsegmentor = flowseg_jax.load("{repo_id}")'
+    return _upload(directory, directory, repo_id, "flowseg_jax", usage, FILES, private)
+
+
+def upload_export(exported: Path, model: str | os.PathLike[str], repo_id: str) -> str:
+    """Uploads what `flowseg export --format=hf` made of a model directory; otherwise as `upload`."""
+    usage = f'from transformers import AutoModel\n\nsam = AutoModel.from_pretrained("{repo_id}", subfolder="sam")'
+    return _upload(exported, model, repo_id, "transformers", usage, None, False)
+
+
+def _upload(
+    directory: Path,
+    model: str | os.PathLike[str],
+    repo_id: str,
+    library: str,
+    usage: str,
+    patterns: list[str] | None,
+    private: bool,
+) -> str:
+    """Uploads the files of a directory, and a README.md of the model that they are made of."""
+    card = ModelCard.of_model(read_model_config(model)["extra"], model)
+    head = f"---\nlibrary_name: {library}\npipeline_tag: image-segmentation\n---"
+    readme = "\n\n".join([head, f"# {repo_id}", *card.lines(), f"```python\n{usage}\n```\n"])
     with _one_line(f"{directory} cannot be uploaded as {repo_id} to"):
         from huggingface_hub import HfApi
 
         api = HfApi()
         api.create_repo(repo_id, private=private, exist_ok=True)
         api.upload_file(path_or_fileobj=readme.encode(), path_in_repo="README.md", repo_id=repo_id)
-        return str(api.upload_folder(repo_id=repo_id, folder_path=os.fspath(directory), allow_patterns=FILES))
+        return str(api.upload_folder(repo_id=repo_id, folder_path=os.fspath(directory), allow_patterns=patterns))
 
 
 @contextmanager

@@ -11,16 +11,17 @@ import shutil
 import subprocess
 import tempfile
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from etils import epath
+from safetensors import SafetensorError
 
 from flowseg_jax.checkpoints.manifest import Tree
-from flowseg_jax.errors import UserError, short_reason
+from flowseg_jax.errors import UserError, not_writable, short_reason
 from flowseg_jax.system.paths import is_remote, resolve_path
 
 # What reading a damaged directory raises. Orbax goes on with JSON that is not what it wrote until an attribute is missing.
@@ -45,6 +46,28 @@ def prepare_workdir(path: str | os.PathLike) -> epath.Path:
         why = getattr(error, "strerror", None) or short_reason(error)
         raise UserError(f"workdir {workdir} cannot be written: {why}; choose another with --workdir") from None
     return workdir
+
+
+@contextlib.contextmanager
+def fresh_directory(target: Path) -> Iterator[Path]:
+    """A new directory that takes the place of `target` when the block ends, so that this appears complete or not at all.
+
+    Raises:
+        UserError: it cannot be written, or what the block raises.
+    """
+    fresh = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+    try:
+        fresh.mkdir(parents=True)
+        yield fresh
+        if target.exists():
+            shutil.rmtree(target)
+        fresh.rename(target)
+    except (OSError, SafetensorError) as error:
+        why = not_writable(error) or getattr(error, "strerror", None) or error
+        raise UserError(f"{target} could not be written: {why}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            shutil.rmtree(fresh)
 
 
 def copy_tree(source: epath.Path, target: epath.Path) -> None:

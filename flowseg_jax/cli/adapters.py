@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Sequence
 
 from flowseg_jax.cli.parser import Command, Parser, run_command
@@ -29,33 +30,32 @@ def merge(argv: Sequence[str]) -> int:
     return 0
 
 
-def _component_flag(parser: Parser) -> None:
+def _peft(name: str, description: str, argv: Sequence[str], source: tuple[str, str], model: str) -> Namespace:
+    """What the two commands around PEFT's format are given: from where, of which model and component, to where."""
+    parser = Parser(prog=f"flowseg adapters {name}", description=description)
+    parser.add_argument("source", metavar=source[0], help=source[1])
+    parser.add_argument("model", metavar="MODEL", help=model)
+    parser.add_argument("out", metavar="OUT", help="the directory to make")
     parser.add_argument("--component", metavar="NAME", default="llm", help="llm, siglip or sam; default %(default)s")
+    return parser.parse_args(argv)
 
 
 def import_(argv: Sequence[str]) -> int:
-    parser = Parser(prog="flowseg adapters import", description="Reads adapter_config.json and adapter_model.safetensors.")
-    parser.add_argument("peft", metavar="PEFT", help="the directory that PEFT's save_pretrained wrote")
-    parser.add_argument("model", metavar="MODEL", help="the model, or its language model, as a model directory")
-    parser.add_argument("out", metavar="OUT", help="the directory to make")
-    _component_flag(parser)
-    a = parser.parse_args(argv)
+    source = "PEFT", "the directory that PEFT's save_pretrained wrote"
+    model = "the model, or its language model, as a model directory"
+    a = _peft("import", "Reads adapter_config.json and adapter_model.safetensors.", argv, source, model)
     from convert_weights.peft import import_adapters
 
-    print(f"{import_adapters(a.peft, a.model, a.out, a.component)}: the adapters of {a.peft}")
+    print(f"{import_adapters(a.source, a.model, a.out, a.component)}: the adapters of {a.source}")
     return 0
 
 
 def export(argv: Sequence[str]) -> int:
-    parser = Parser(prog="flowseg adapters export", description="Writes adapter_config.json and adapter_model.safetensors.")
-    parser.add_argument("adapters", metavar="ADAPTERS", help="RUN/adapters")
-    parser.add_argument("model", metavar="MODEL", help="the model directory that the adapters were trained on")
-    parser.add_argument("out", metavar="OUT", help="the directory to make")
-    _component_flag(parser)
-    a = parser.parse_args(argv)
+    source, model = ("ADAPTERS", "RUN/adapters"), "the model directory that the adapters were trained on"
+    a = _peft("export", "Writes adapter_config.json and adapter_model.safetensors.", argv, source, model)
     from convert_weights.peft import export_adapters
     from flowseg_jax.errors import listed
 
-    out, rest = export_adapters(a.adapters, a.model, a.out, a.component)
+    out, rest = export_adapters(a.source, a.model, a.out, a.component)
     print(f"{out}: the adapters of {a.component}" + (f"; trained too, and not in it: {listed(rest)}" if rest else ""))
     return 0

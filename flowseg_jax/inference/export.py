@@ -7,11 +7,9 @@ ids alone: the program finds spans, positions and segments by the special tokens
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,15 +20,14 @@ import numpy as np
 import safetensors.numpy
 from jax import export as jax_export
 from jaxtyping import Array, Int
-from safetensors import SafetensorError
 
 from flowseg_jax.checkpoints.manifest import check_manifest, flatten_params, manifest, unflatten_params
 from flowseg_jax.checkpoints.pretrained import load_pretrained, read_model_config, require_empty_directory
-from flowseg_jax.checkpoints.storage import cast_like, provenance
+from flowseg_jax.checkpoints.storage import cast_like, fresh_directory, provenance
 from flowseg_jax.data import collate
 from flowseg_jax.data.prompts import PromptTemplates
 from flowseg_jax.data.tokenizer import Tokenizer, load_tokenizer
-from flowseg_jax.errors import UserError, did_you_mean, not_writable
+from flowseg_jax.errors import UserError, did_you_mean
 from flowseg_jax.evaluation import postprocess
 from flowseg_jax.evaluation.benchmark import params_digest
 from flowseg_jax.inference.selection import stored_no_target_threshold
@@ -240,16 +237,8 @@ def _export(directory: str | os.PathLike[str], target: Path, shapes: ExportShape
         "reserved": [token.lower() for token in tokenizer.reserved if token.strip()],
         "programs": {name: _describe(name, program) for name, program in programs.items()},
     }
-    fresh = target.with_name(f".{target.name}.tmp-{os.getpid()}")
-    try:
-        with heartbeat(f"writing {target}"):
-            _write(fresh, programs, weights, backend.to_str(pretty=True), about)
-        fresh.replace(target)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{target} could not be written: {not_writable(error) or error}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            shutil.rmtree(fresh)
+    with heartbeat(f"writing {target}"), fresh_directory(target) as fresh:
+        _write(fresh, programs, weights, backend.to_str(pretty=True), about)
     return target
 
 
@@ -260,8 +249,7 @@ def _write(
     tokenizer: str,
     about: dict[str, Any],
 ) -> None:
-    """The files of an export, in a folder that is made."""
-    folder.mkdir(parents=True)
+    """The files of an export, in a folder that is there."""
     for name, program in programs.items():
         (folder / _file(name)).write_bytes(program.serialize())
     safetensors.numpy.save_file(weights, folder / "weights.safetensors")

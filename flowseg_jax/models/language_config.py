@@ -65,92 +65,33 @@ class LanguageConfig:
         if self.head_dim % 2:
             raise UserError(f"language model: head_dim={self.head_dim} must be even (rotary embedding)")
 
-    @classmethod
-    def qwen3_4b(cls) -> LanguageConfig:
-        """Qwen3-4B-Instruct-2507 with the table cut to the tokenizer and the three segmentation tokens."""
-        return cls(
-            model_type="qwen3",
-            vocab_size=151672,
-            hidden_size=2560,
-            num_hidden_layers=36,
-            num_attention_heads=32,
-            num_key_value_heads=8,
-            head_dim=128,
-            intermediate_size=9728,
-            rope_theta=5e6,
-            rms_norm_eps=1e-6,
-            qk_norm=True,
-            tie_word_embeddings=True,
-        )
+    # Presets give sizes in the order of the fields: V, W, layers, H, G, E, feed-forward width, rotary base, epsilon. The tables
+    # of Qwen3 and Phi-3 are cut to the tokenizer and the three segmentation tokens, as X-SAM has them.
 
     @classmethod
     def qwen3_1b7(cls) -> LanguageConfig:
-        """Qwen3-1.7B with the table cut to the tokenizer and the three segmentation tokens."""
-        return dataclasses.replace(
-            cls.qwen3_4b(),
-            hidden_size=2048,
-            num_hidden_layers=28,
-            num_attention_heads=16,
-            intermediate_size=6144,
-            rope_theta=1e6,
-        )
+        """Qwen3-1.7B."""
+        return cls("qwen3", 151672, 2048, 28, 16, 8, 128, 6144, 1e6, 1e-6, qk_norm=True, tie_word_embeddings=True)
+
+    @classmethod
+    def qwen3_4b(cls) -> LanguageConfig:
+        """Qwen3-4B-Instruct-2507."""
+        return cls("qwen3", 151672, 2560, 36, 32, 8, 128, 9728, 5e6, 1e-6, qk_norm=True, tie_word_embeddings=True)
 
     @classmethod
     def phi3_mini(cls) -> LanguageConfig:
-        """Phi-3-mini-4k-instruct with the table cut to the tokenizer and the three segmentation tokens."""
-        return cls(
-            model_type="phi3",
-            vocab_size=32014,
-            hidden_size=3072,
-            num_hidden_layers=32,
-            num_attention_heads=32,
-            num_key_value_heads=32,
-            head_dim=96,
-            intermediate_size=8192,
-            rope_theta=1e4,
-            rms_norm_eps=1e-5,
-            qk_norm=False,
-            tie_word_embeddings=False,
-            sliding_window=2047,
-        )
+        """Phi-3-mini-4k-instruct."""
+        return cls("phi3", 32014, 3072, 32, 32, 32, 96, 8192, 1e4, 1e-5, False, False, sliding_window=2047)
 
     @classmethod
     def smollm2_135m(cls) -> LanguageConfig:
         """SmolLM2-135M-Instruct with the three segmentation tokens: a pretrained model that a laptop can run."""
-        return cls(
-            model_type="llama",
-            vocab_size=49155,
-            hidden_size=576,
-            num_hidden_layers=30,
-            num_attention_heads=9,
-            num_key_value_heads=3,
-            head_dim=64,
-            intermediate_size=1536,
-            rope_theta=1e5,
-            rms_norm_eps=1e-5,
-            qk_norm=False,
-            tie_word_embeddings=True,
-        )
+        return cls("llama", 49155, 576, 30, 9, 3, 64, 1536, 1e5, 1e-5, qk_norm=False, tie_word_embeddings=True)
 
     @classmethod
     def tiny(cls, vocab_size: int) -> LanguageConfig:
-        return cls(
-            model_type="qwen3",
-            vocab_size=vocab_size,
-            hidden_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=48,
-            intermediate_size=256,
-            rope_theta=1e4,
-            rms_norm_eps=1e-6,
-            qk_norm=True,
-            tie_word_embeddings=True,
-            remat="none",
-            initializer_range=0.1,
-            embedding_initializer_range=0.5,
-        )
+        deviations = {"initializer_range": 0.1, "embedding_initializer_range": 0.5}
+        return cls("qwen3", vocab_size, 96, 2, 2, 1, 48, 256, 1e4, 1e-6, True, True, remat="none", **deviations)
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> LanguageConfig:

@@ -25,7 +25,6 @@ from flowseg_jax.data import prepare
 from flowseg_jax.data.tokenizer import train_tokenizer
 from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation import resumable
-from flowseg_jax.inference import export
 from tests.helpers import minirefcoco as mini
 
 
@@ -183,7 +182,16 @@ def test_an_export(monkeypatch, tmp_path, capfd):
     assert errors.not_writable(PermissionError(errno.EACCES, "Permission denied", "/x/y")) == "Permission denied: /x/y"
     assert errors.not_writable(FileNotFoundError(errno.ENOENT, "No such file", "x")) is None
     assert errors.not_writable(ValueError("what was said about No space")) is None
-    assert export.SafetensorError is SafetensorError
+
+    def fail(*arguments):
+        raise error
+
+    target = tmp_path / "out"
+    full = pytest.raises(UserError, match=f"^{target} could not be written: No space left on device$")
+    with full, storage.fresh_directory(target) as folder:
+        (folder / "begun").write_text("")
+        fail()
+    assert not [*tmp_path.iterdir()]
 
 
 def test_whatever_else_cannot_write(capfd):

@@ -5,19 +5,25 @@ from __future__ import annotations
 import json
 import types
 
+import huggingface_hub
 import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+import torch
+import transformers
 
 from convert_weights import directory, export
-from convert_weights.convert import get_family
+from convert_weights.convert import get_family, import_params
 from convert_weights.families import FAMILIES
 from convert_weights.sources import ArraySource
-from flowseg_jax.checkpoints.manifest import unflatten_params
+from flowseg_jax.checkpoints.manifest import flatten_params, unflatten_params
 from flowseg_jax.checkpoints.pretrained import save_pretrained
+from flowseg_jax.cli.main import main as flowseg
 from flowseg_jax.errors import UserError
 from flowseg_jax.models.config import FlowSegConfig
+from flowseg_jax.models.flowseg import abstract_model, bind_params
+from tests.helpers import hf_convert
 from tests.helpers import tiny_checkpoints as tiny
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -72,12 +78,12 @@ def test_the_format_is_said_as_transformers_wants_it(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A tiny whole model of counting numbers, with a tokenizer."""
+    """A tiny whole model of random numbers, with a tokenizer."""
     root = tmp_path_factory.mktemp("whole")
     tiny.save_tokenizer(root / "tokens")
     cfg = FlowSegConfig.tiny()
     rng = np.random.default_rng(0)
-    flat = {name: rng.standard_normal(shape, np.float32) for name, shape in FAMILIES["flowseg"].shapes(cfg).items()}
+    flat = {name: 0.1 * rng.standard_normal(shape, np.float32) for name, shape in FAMILIES["flowseg"].shapes(cfg).items()}
     save_pretrained(root / "model", unflatten_params(flat), cfg.to_dict(), root / "tokens", {}, None)
     return root / "model", flat, cfg
 
@@ -128,3 +134,87 @@ def test_damage_is_the_first_line_of_its_reason(whole, monkeypatch):
     with pytest.raises(UserError) as caught:
         directory.ModelDirectory(path, get_family("sam")).read("pos_embed")
     assert str(caught.value) == f"{path} is damaged at sam/pos_embed: {'x' * 200}"
+
+
+CLASSES = {
+    "language_model": transformers.Qwen3ForCausalLM,
+    "siglip": transformers.SiglipVisionModel,
+    "sam": transformers.SamVisionModel,
+}
+NOT_OURS = {"language_model": (), "siglip": ("post_layernorm.",), "sam": ("neck.",)}  # what our hidden states do not depend on
+
+
+@pytest.fixture(scope="module")
+def for_huggingface(whole, tmp_path_factory):
+    out = tmp_path_factory.mktemp("hf") / "out"
+    assert flowseg(["export", f"--checkpoint={whole[0]}", f"--out={out}", "--format=hf"]) == 0
+    return out
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_transformers_loads_each_component_and_computes_the_same(whole, for_huggingface, name):
+    _, flat, cfg = whole
+    theirs, said = CLASSES[name].from_pretrained(
+        for_huggingface / name, output_loading_info=True, attn_implementation="eager", dtype=torch.float32
+    )
+    assert not said["unexpected_keys"] and not said["mismatched_keys"]
+    assert all(any(part in key for part in NOT_OURS[name]) for key in said["missing_keys"]), said["missing_keys"]
+    ours = bind_params(abstract_model(cfg)[0], unflatten_params(flat))
+    rng, out = np.random.default_rng(1), {}
+    if name == "language_model":
+        tokens = rng.integers(0, cfg.llm.vocab_size, (1, 6))
+        positions = np.arange(6)[None]
+        ours.llm(ours.llm.embed(tokens), positions, np.zeros_like(positions), out)
+        states, found = theirs(torch.tensor(tokens), output_hidden_states=True).hidden_states, out["llm/hidden_states"]
+        tokenizer = transformers.AutoTokenizer.from_pretrained(for_huggingface / name)
+        assert len(tokenizer) <= cfg.llm.vocab_size and tokenizer.eos_token_id == theirs.config.eos_token_id
+    else:
+        side = getattr(cfg, name).image_size
+        pixels = rng.normal(size=(1, side, side, 3)).astype(np.float32)
+        states = theirs(torch.tensor(pixels).permute(0, 3, 1, 2), output_hidden_states=True).hidden_states
+        getattr(ours, name)(pixels, **({"hidden_states": (-1,)} if name == "sam" else {}), out=out)
+        found = out[f"{name}/hidden_states"]
+    assert len(found) == len(states)
+    for mine, other in zip(found, states, strict=True):
+        assert hf_convert.error(mine, other.detach().numpy()) < 1e-5
+
+
+def test_beside_them_stands_the_whole_model_under_the_names_of_xsam(whole, for_huggingface):
+    _, flat, cfg = whole
+    assert sorted(path.name for path in for_huggingface.iterdir()) == ["language_model", "sam", "siglip", "xsam"]
+    again = flatten_params(
+        import_params("flowseg", safetensors.numpy.load_file(for_huggingface / "xsam/model.safetensors"), cfg)
+    )
+    assert again.keys() == flat.keys() and all(np.array_equal(again[name], flat[name]) for name in flat)
+
+
+def test_an_export_goes_to_the_hub_with_the_card_of_its_model(whole, tmp_path, monkeypatch):
+    said = {}
+
+    class Api:
+        def create_repo(self, repo_id, private, exist_ok):
+            assert (repo_id, private) == ("org/name", False)
+
+        def upload_file(self, path_or_fileobj, path_in_repo, repo_id):
+            said[path_in_repo] = path_or_fileobj.decode()
+
+        def upload_folder(self, repo_id, folder_path, allow_patterns):
+            said["folder"] = folder_path, allow_patterns
+            return "https://hub/org/name"
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr("convert_weights.export.export_for_huggingface", lambda source, out, dtype: tmp_path)
+    flowseg(["export", f"--checkpoint={whole[0]}", f"--out={tmp_path}/x", "--format=hf", "--push-to-hub=org/name"])
+    assert said["folder"] == (str(tmp_path), None)
+    assert said["README.md"].startswith("---\nlibrary_name: transformers") and 'subfolder="sam"' in said["README.md"]
+
+
+def test_flags_belong_to_a_format(whole, tmp_path):
+    for flags, message in (
+        (["--dtype=bfloat16"], "--dtype belongs to --format=hf, not to --format=jax"),
+        (["--format=hf", "--batch=2"], "--batch belongs to --format=jax, not to --format=hf"),
+    ):
+        with pytest.raises(UserError, match=f"^{message}$"):
+            flowseg(["export", f"--checkpoint={whole[0]}", f"--out={tmp_path}/x", *flags])
+    with pytest.raises(UserError, match="exists: remove it"):
+        flowseg(["export", f"--checkpoint={whole[0]}", f"--out={whole[0]}", "--format=hf"])
