@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import nbclient
+import nbformat
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -12,7 +14,6 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
 def read(path: Path):
-    nbformat = pytest.importorskip("nbformat")
     return nbformat.read(path, as_version=4)
 
 
@@ -36,7 +37,6 @@ def test_a_notebook_holds_text_and_code_alone(path):
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs(path, tmp_path):
-    nbclient = pytest.importorskip("nbclient")
     book = read(path)
     for cell in book.cells:  # what it writes lands elsewhere
         cell.source = cell.source.replace("runs/notebook", str(tmp_path / "out"))

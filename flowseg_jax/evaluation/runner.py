@@ -116,8 +116,7 @@ def evaluate(
         UserError: the split holds nothing to evaluate, an image is damaged, or `out` cannot be written. What was finished is
             kept.
     """
-    evaluator = task.evaluator
-    before, begin = evaluator.compiles.total(), time.monotonic()
+    begin = time.monotonic()
     path = None if out is None else Path(out) / f"{paths.check_name(name, 'split')}.partial.jsonl"
     with ResumableRecords.open(path, settings) as partial:
         if partial.records:
@@ -130,11 +129,9 @@ def evaluate(
         result = task.summarise(records) | dict(about)
         records = [task.stored(record) for record in records]
         seconds = time.monotonic() - begin
-        compiled = ", ".join(f"{count} {what}" for what, count in evaluator.compiles.items())
         say(
             f"evaluate {name}: {len(records) - kept} {task.unit} in {duration(seconds)},"
-            f" {(len(records) - kept) / max(seconds, 1e-9):.1f}/s; {evaluator.compiles.total() - before} compilations"
-            f" (so far: {compiled}); {host.memory_line()}"
+            f" {(len(records) - kept) / max(seconds, 1e-9):.1f}/s; {host.memory_line()}"
         )
         for line in task.describe(result):
             say(f"evaluate {name}: {line}")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flowseg_jax.evaluation import report
-from flowseg_jax.evaluation.results import PICTURES
+from flowseg_jax.evaluation.results import PICTURES, read_table
 
 _EXPRESSIONS = {
     "ciou": "cIoU", "giou": "gIoU", "oracle_ciou": "oracle cIoU", "oracle_giou": "oracle gIoU", "selection_gap": "gap",
@@ -73,6 +73,8 @@ def write_report(
 ) -> Path | None:
     """Writes `report.html` of the splits of expressions among those evaluated; None where there are none.
 
+    Beside a split stands its shuffled-text control, and beside a control its split, if its folder has that of the same model.
+
     Args:
         path: the HTML file.
         model: what the reader calls the model.
@@ -85,11 +87,22 @@ def write_report(
     for one in splits:
         if "ciou" not in one.result:
             continue
-        shuffled = bool(one.result["shuffled_text"])
-        label = model + f" on {one.data}" * several + ", shuffled text" * shuffled
-        row = rows.setdefault(label, report.ReportRow(label, {}))
-        pictures = one.folder / "pictures" / (f"{one.split}_shuffled" if shuffled else one.split)
-        known = {one.split: pictures} if (pictures / PICTURES).is_file() else {}
-        results, pictures = {**row.results, one.split: one.result}, {**row.pictures, **known}
-        rows[label] = report.ReportRow(label, results, pictures, folder=one.folder, shuffled=shuffled)
+        for shuffled in (False, True):
+            name = f"{one.split}_shuffled" if shuffled else one.split
+            asked = shuffled == bool(one.result["shuffled_text"])
+            result = one.result if asked else _earlier(one.folder / f"{name}.json", one.result)
+            if result is None:
+                continue
+            label = model + f" on {one.data}" * several + ", shuffled text" * shuffled
+            row = rows.setdefault(label, report.ReportRow(label, {}))
+            folder = one.folder / "pictures" / name
+            known = {one.split: folder} if (folder / PICTURES).is_file() else {}
+            results, pictures = {**row.results, one.split: result}, {**row.pictures, **known}
+            rows[label] = report.ReportRow(label, results, pictures, folder=one.folder, shuffled=shuffled)
     return report.write(path, list(rows.values()), title=f"{model}: evaluation", about=about, run=run) if rows else None
+
+
+def _earlier(path: Path, result: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What an earlier evaluation of the same checkpoint left in `path`, as the other half of `result`; None: nothing."""
+    found = read_table(path) if path.is_file() else None
+    return found if found and found["checkpoint"] == result["checkpoint"] else None

@@ -284,3 +284,14 @@ def test_the_report_that_an_evaluation_writes(tmp_path):
         summary.write_report(tmp_path / "none.html", "m", [summary.EvaluatedSplit("d", "val", {"pq": 1.0}, tmp_path)], [])
         is None
     )
+
+
+def test_a_control_that_is_evaluated_later_stands_beside_its_split(tmp_path):
+    real, control = result(61.2), result(9.0, True)
+    later = [summary.EvaluatedSplit("data/a", "val", control, tmp_path)]
+    write = lambda: summary.write_report(tmp_path / "report.html", "mine", later, []).read_text()  # noqa: E731
+    assert "cIoU 61.2" not in write()
+    (tmp_path / "val.json").write_text(json.dumps(real))
+    assert "mine: cIoU 61.2" in (text := write()) and "Asked the sentences of other images, cIoU is 9.0" in text
+    (tmp_path / "val.json").write_text(json.dumps(real | {"checkpoint": {"digest": "0" * 64, "step": 1}}))
+    assert "cIoU 61.2" not in write()  # of another model

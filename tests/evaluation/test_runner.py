@@ -107,12 +107,7 @@ def test_files_hold_what_recomputes_them(evaluator, tmp_path, capsys):
     assert [r["truth_area"] for r in records] == truths
     assert {p.name for p in (tmp_path / "eval").iterdir()} == {"val.json", "val.jsonl"}
     printed = capsys.readouterr().out
-    assert (
-        "13 samples" in printed
-        and "0 compilations (so far: " in printed
-        and "1 encode_image" in printed
-        and f"cIoU {result['ciou']:.2f}" in printed
-    )
+    assert "13 samples" in printed and f"cIoU {result['ciou']:.2f}" in printed
 
 
 def test_the_model_compiles_once_whatever_the_sizes():

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import pyarrow.parquet as parquet
 import pytest
 from flax import nnx
 from PIL import Image
@@ -192,7 +193,6 @@ def test_what_cannot_be_computed_together_is_computed_alone(many, listed, tmp_pa
 
 
 def test_parquet(many, listed, tmp_path):
-    parquet = pytest.importorskip("pyarrow.parquet")
     many.run(listed, tmp_path / "lines", shard_size=10)
     many.run(listed, tmp_path / "columns", kind="parquet", shard_size=10)
     rows = [row for path in sorted((tmp_path / "columns").glob("*.parquet")) for row in parquet.read_table(path).to_pylist()]
