@@ -31,7 +31,7 @@ from flowseg_jax.data.mixture import MixtureComponent, SampleOrder
 from flowseg_jax.data.prompts import PromptTemplates
 from flowseg_jax.data.tokenizer import Tokenizer, load_tokenizer
 from flowseg_jax.data.train_examples import DecodedImage, TrainExampleBuilder, TrainOptions
-from flowseg_jax.errors import UserError
+from flowseg_jax.errors import UserError, listed
 from flowseg_jax.types import Batch, BatchShape
 
 _DEFAULT_OPTIONS = TrainOptions()
@@ -133,6 +133,11 @@ class TrainDataset:
             if member.partial:
                 found.update(b"permuted")  # a run that began in stored order does not continue in this one
         return found.hexdigest()
+
+    @property
+    def description(self) -> str:
+        """What it consists of, for the card of the model: every data set's name and how many of its images are trained on."""
+        return listed([f"{len(member.indices):,} images of {member.prepared.directory.name}" for member in self.members])
 
     def _open(self, cache_bytes: int) -> None:
         self._sources = [member.prepared.source(member.split) for member in self.members]

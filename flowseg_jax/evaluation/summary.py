@@ -89,8 +89,8 @@ def write_report(
             continue
         for shuffled in (False, True):
             name = f"{one.split}_shuffled" if shuffled else one.split
-            asked = shuffled == bool(one.result["shuffled_text"])
-            result = one.result if asked else _earlier(one.folder / f"{name}.json", one.result)
+            given = shuffled == bool(one.result["shuffled_text"])
+            result = one.result if given else _earlier(one.folder / f"{name}.json", one.result)
             if result is None:
                 continue
             label = model + f" on {one.data}" * several + ", shuffled text" * shuffled

@@ -334,7 +334,8 @@ def state_from_tree(like: TrainState, tree: Mapping[str, Any]) -> TrainState:
 
 def model_extra(run_config: RunConfig, config: ConfigDict, data: TrainDataset, step: int) -> dict[str, Any]:
     """What is kept with a model beside its config, in its directory and in every checkpoint."""
-    return {"step": step, "seed": config.seed, "prompts": dataclasses.asdict(run_config.prompts), "data": data.digest}
+    prompts, card = dataclasses.asdict(run_config.prompts), {"trained_on": f"{data.description}, {step:,} steps."}
+    return {"step": step, "seed": config.seed, "prompts": prompts, "data": data.digest, "model_card": card}
 
 
 def keep_tokenizer(data: TrainDataset, workdir: Path) -> None:

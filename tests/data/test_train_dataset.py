@@ -94,6 +94,10 @@ def test_cache_stays_within_its_bytes(train):
     assert 0 < data._cache._used <= 12_000 and len(data._cache._items) < 3
 
 
+def test_what_a_model_was_trained_on_is_told(train, prepared):
+    assert train().description == f"3 images of {prepared.directory.name}"
+
+
 def test_seed_and_epoch_change_order_and_phrases(train, tokenizer):
     data = train(shape=dataclasses.replace(SHAPE, batch=3))
     epochs = [data.batch(i) for i in range(12)]

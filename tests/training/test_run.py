@@ -40,9 +40,13 @@ def config_of(**changes):
     return config
 
 
+def card_of(step: int) -> dict:
+    return {"trained_on": f"7 images of it, {step} steps."}
+
+
 def extra_of(step: int) -> dict:
     """What a checkpoint has for its use as a model."""
-    return {"step": step, "seed": 9, "prompts": {"start": 1, "steps": 2}, "data": DIGEST}
+    return {"step": step, "seed": 9, "prompts": {"start": 1, "steps": 2}, "data": DIGEST, "model_card": card_of(step)}
 
 
 class Run:
@@ -67,7 +71,7 @@ class Run:
             initial_state=lambda config: write(("initial", config.seed)) or state_of(0),
             step=SimpleNamespace(lower=self.lower),
         )
-        self.data = SimpleNamespace(digest=DIGEST, iterate=self.iterate, tokenizer=None)
+        self.data = SimpleNamespace(digest=DIGEST, description="7 images of it", iterate=self.iterate, tokenizer=None)
         run = self
 
         class CheckpointManager(contextlib.AbstractContextManager):
