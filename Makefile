@@ -14,8 +14,8 @@ SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || echo python3)
 # --no-compile: Python compiles what it imports; compiling everything beforehand costs longer than it saves.
 PIP_INSTALL = -m pip install --quiet --disable-pip-version-check --no-input --no-compile
-# One process a core, a file of tests stays in one of them: its models are compiled once.
-TEST_FLAGS ?= -n auto --maxprocesses=4 --dist=loadfile
+# One process a core, a file of tests stays in one of them: its models are compiled once. tests/conftest.py chooses the order.
+TEST_FLAGS ?= -n auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 
 # $(call install,DIR,WHAT,ARGUMENTS): a fresh environment in DIR with pip's ARGUMENTS; says every ten seconds that it is alive.
 define install

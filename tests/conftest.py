@@ -39,6 +39,24 @@ if os.environ.get("FLOWSEG_TYPECHECK", "1") != "0":
 jax.config.update("jax_default_matmul_precision", "float32")
 
 
+# These begin first, or the last of them would leave the other cores idle at the end.
+LONGEST = (
+    "test_eight_devices_training.py",
+    "test_eight_devices_evaluation.py",
+    "test_loop.py",
+    "test_initialization.py",
+    "test_flowseg.py",
+    "test_segmentor.py",
+    "test_command.py",
+    "test_lora.py",
+    "test_batch.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 @pytest.fixture
 def rng(request: pytest.FixtureRequest) -> np.random.Generator:
     """Random numbers that depend on the test's name alone."""
