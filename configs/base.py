@@ -12,19 +12,16 @@ from ml_collections import ConfigDict
 
 from flowseg_jax.errors import UserError, did_you_mean
 from flowseg_jax.models.config import FlowSegConfig
-from flowseg_jax.models.language_config import LanguageConfig
+from flowseg_jax.models.language_config import PRESETS
 
-LANGUAGE_MODELS = {
-    "qwen3_4b": LanguageConfig.qwen3_4b,
-    "qwen3_1b7": LanguageConfig.qwen3_1b7,
-    "phi3_mini": LanguageConfig.phi3_mini,
-}
+CHAT_TEMPLATES = {"phi3_mini": "phi3_chat", "llama3_8b": "llama3_chat"}
+CHAT_TEMPLATES |= dict.fromkeys(("qwen3_8b", "qwen3_14b", "qwen3_32b"), "qwen3_wothinking")  # or else they think first
 
 
 def get_config(llm: str = "qwen3_4b") -> ConfigDict:
     """`llm` names the language model."""
-    if llm not in LANGUAGE_MODELS:
-        raise UserError(f"no language model {llm!r}{did_you_mean(llm, LANGUAGE_MODELS)}")
+    if llm not in PRESETS:
+        raise UserError(f"no language model {llm!r}{did_you_mean(llm, PRESETS)}")
     config = ConfigDict()
     config.seed = 0
     config.num_steps = 10_000
@@ -38,7 +35,7 @@ def get_config(llm: str = "qwen3_4b") -> ConfigDict:
     config.checkpoint_every = 500
     config.checkpoint = ConfigDict({"keep": 2, "keep_every": 0, "best": ()})
     config.init_from = ()
-    config.model = ConfigDict(FlowSegConfig.full(LANGUAGE_MODELS[llm]()).to_dict())
+    config.model = ConfigDict(FlowSegConfig.full(PRESETS[llm]()).to_dict())
 
     config.data = ConfigDict()
     config.data.dir = "data/shapes"
@@ -56,7 +53,7 @@ def get_config(llm: str = "qwen3_4b") -> ConfigDict:
     config.data.lsj_scale_range = ()
     config.data.pad_to_square = False
     config.data.tokenizer = f"weights/{llm}/tokenizer"
-    config.data.chat_template = "phi3_chat" if llm == "phi3_mini" else "qwen3_instruct"
+    config.data.chat_template = CHAT_TEMPLATES.get(llm, "qwen3_instruct")
     config.data.random_prompts = True
     config.data.curriculum = ()
     config.data.num_threads = 1

@@ -1,7 +1,7 @@
 """Stage 3 of FlowSeg: everything learns, all tasks in one batch.
 
     python train.py --config=configs/stage3_mixed.py                    # around Qwen3-4B; for 16 chips of 16 GB or more
-    python train.py --config=configs/stage3_mixed.py:qwen3_1b7          # or phi3_mini, or tiny (two cores, miniature data)
+    python train.py --config=configs/stage3_mixed.py:qwen3_1b7          # or another preset, or tiny (two cores, miniature data)
     flowseg plan --config=configs/stage3_mixed.py --topology=v5e:4x4     # memory and collectives, no chip needed
 
 The recipe is that of `base`; two epochs and groups of 8 negatives are FlowSeg's. An image brings its 1,753 visual tokens, and
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 
-from flowseg_jax.configs.base import LANGUAGE_MODELS
 from flowseg_jax.configs.base import get_config as base
 from flowseg_jax.configs.shapes_tiny import get_config as shapes_tiny
 from ml_collections import ConfigDict
@@ -21,6 +20,7 @@ from ml_collections import ConfigDict
 from flowseg_jax.data.mixture import repeat_factor_counts
 from flowseg_jax.errors import UserError, did_you_mean
 from flowseg_jax.models.config import FlowSegConfig
+from flowseg_jax.models.language_config import PRESETS
 
 # Training images of each set as published; how many there really are, training says when it starts.
 SETS = {
@@ -39,9 +39,9 @@ def stage(llm: str) -> tuple[ConfigDict, FlowSegConfig]:
     """What the three stages have in common around a language model, or at tiny size: a config to complete, and its model."""
     if llm == "tiny":
         return tiny_stage()
-    if llm not in LANGUAGE_MODELS:
-        raise UserError(f"no language model {llm!r} for a stage{did_you_mean(llm, [*LANGUAGE_MODELS, 'tiny'])}")
-    return base(llm), FlowSegConfig.full(LANGUAGE_MODELS[llm]())
+    if llm not in PRESETS:
+        raise UserError(f"no language model {llm!r} for a stage{did_you_mean(llm, [*PRESETS, 'tiny'])}")
+    return base(llm), FlowSegConfig.full(PRESETS[llm]())
 
 
 def tiny_stage() -> tuple[ConfigDict, FlowSegConfig]:

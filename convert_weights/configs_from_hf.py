@@ -19,11 +19,6 @@ from flowseg_jax.models.sam import SamConfig
 from flowseg_jax.models.siglip import SiglipConfig
 from flowseg_jax.system.console import log
 
-LLMS = {
-    "qwen3_4b": LanguageConfig.qwen3_4b,
-    "qwen3_1b7": LanguageConfig.qwen3_1b7,
-    "phi3_mini": LanguageConfig.phi3_mini,
-}
 SIGLIPS = {"so400m_14_384": SiglipConfig.so400m_14_384}
 
 

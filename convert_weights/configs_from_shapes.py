@@ -10,7 +10,6 @@ import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 
-from convert_weights.configs_from_hf import LLMS
 from convert_weights.families import XSamStage1Config
 from convert_weights.ops import Shape
 from convert_weights.sources import TensorInfo
@@ -18,7 +17,7 @@ from flowseg_jax.errors import UserError
 from flowseg_jax.models.boundary import BoundaryConfig
 from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.models.connectors import ConnectorConfig
-from flowseg_jax.models.language_config import LanguageConfig
+from flowseg_jax.models.language_config import PRESETS, LanguageConfig
 from flowseg_jax.models.mask_decoder import MaskDecoderConfig
 from flowseg_jax.models.pixel_decoder import PixelDecoderConfig
 from flowseg_jax.models.sam import SamConfig
@@ -26,6 +25,8 @@ from flowseg_jax.models.semantic_flow import SemanticFlowConfig
 from flowseg_jax.models.siglip import SiglipConfig
 
 STRIDES = (32, 16, 8, 4)
+
+XSAM_LLMS = ("qwen3_4b", "qwen3_1b7", "phi3_mini")  # those that X-SAM was published with: width and depth say which
 
 
 class Shapes:
@@ -121,10 +122,10 @@ def decoders_from_shapes(shapes: Shapes, channels: Sequence[int]) -> tuple[Pixel
 
 
 def llm_from_shapes(shapes: Shapes, chosen: LanguageConfig | None) -> LanguageConfig:
-    """The preset that has the checkpoint's width, depth and kind, or `chosen`; the vocabulary is the table's."""
+    """X-SAM's preset that has the checkpoint's width and depth, or `chosen`; the vocabulary is the table's."""
     vocab, width = shapes["llm.model.embed_tokens.weight"]
     layers = shapes.count("llm.model.layers.")
-    known = [chosen] if chosen is not None else [make() for make in LLMS.values()]
+    known = [chosen] if chosen is not None else [PRESETS[name]() for name in XSAM_LLMS]
     fitting = [cfg for cfg in known if (cfg.hidden_size, cfg.num_hidden_layers) == (width, layers)]
     if not fitting:
         expected = (

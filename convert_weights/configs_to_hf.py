@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from flowseg_jax.models import hf_keys
 from flowseg_jax.models.language_config import LanguageConfig
 
 
@@ -46,6 +47,10 @@ def to_hf(family: str, cfg: Any) -> dict[str, Any] | None:
             if cfg.model_type != "phi3" or cfg.head_dim * cfg.num_attention_heads != cfg.hidden_size
             else {}
         )
+        scaling = {}
+        if cfg.rope_scaling is not None:
+            values = dict(zip(hf_keys.ROPE_SCALING, (*cfg.rope_scaling[:3], int(cfg.rope_scaling[3])), strict=True))
+            scaling = {"rope_scaling": {"rope_type": "llama3", "rope_theta": cfg.rope_theta, **values}}
         return {
             "model_type": cfg.model_type,
             "architectures": [classes[cfg.model_type]],
@@ -61,5 +66,6 @@ def to_hf(family: str, cfg: Any) -> dict[str, Any] | None:
             "hidden_act": "silu",
             **widths,
             **windows,
+            **scaling,
         }
     return None

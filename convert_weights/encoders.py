@@ -67,7 +67,6 @@ LLAMA_GGUF = Table(
         *linear("blk.{layer}.ffn_down", "layers/mlp/down_proj", bias=False),
     ),
     _layers,
-    ignore=(r"rope_freqs\.weight",),
     tied_copies={"output.weight": "token_embd.weight"},
 )
 

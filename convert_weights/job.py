@@ -30,8 +30,9 @@ from flowseg_jax.data.tokenizer import Extended, add_special_tokens, load_tokeni
 from flowseg_jax.errors import UserError
 from flowseg_jax.models import hf_keys
 from flowseg_jax.models.config import FlowSegConfig
-from flowseg_jax.models.language_config import LanguageConfig
+from flowseg_jax.models.language_config import PRESETS, LanguageConfig
 
+LLAMA3_VOCABULARY = 128_000  # a Llama with as many tokens is a Llama 3, with the special tokens of its own chat
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
 # Where a component's names stand in a whole model: (what they begin with alone, what they begin with there).
 COMPONENT_PREFIXES = {
@@ -211,11 +212,7 @@ def _xsam(family: CheckpointFamily, request: ConversionRequest) -> tuple[TensorS
         return source, configs.rebuild(FlowSegConfig, values["flowseg"]), beside.parent
     if request.config:
         raise UserError(f"{file} holds no config of ours (key flowseg); set single values by --set KEY=VALUE")
-    llm = (
-        configs_from_hf.preset(request.llm, configs_from_hf.LLMS, configs_from_hf.language_config, "--llm")
-        if request.llm
-        else None
-    )
+    llm = configs_from_hf.preset(request.llm, PRESETS, configs_from_hf.language_config, "--llm") if request.llm else None
     siglip = None
     if request.siglip:
         siglip = configs_from_hf.preset(
@@ -325,11 +322,10 @@ def _chat(cfg: LanguageConfig) -> str:
     """The template that X-SAM uses with a language model; SmolLM2 was trained with Qwen's special tokens."""
     if cfg.model_type == "phi3":
         return "phi3_chat"
-    small = LanguageConfig.qwen3_1b7()
-    thinks = cfg.model_type == "qwen3" and (cfg.hidden_size, cfg.num_hidden_layers) == (
-        small.hidden_size,
-        small.num_hidden_layers,
-    )
+    if cfg.model_type == "llama" and cfg.vocab_size >= LLAMA3_VOCABULARY:
+        return "llama3_chat"
+    size = lambda model: (model.model_type, model.hidden_size, model.num_hidden_layers)  # noqa: E731
+    thinks = size(cfg) in [size(PRESETS[name]()) for name in ("qwen3_1b7", "qwen3_8b", "qwen3_14b", "qwen3_32b")]
     return "qwen3_wothinking" if thinks else "qwen3_instruct"
 
 

@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--tokenizer", metavar="DIR", help="the language model's tokenizer, default: beside its weights")
     parser.add_argument("--config", metavar="FILE", help="the config.json, default: beside the weights")
-    parser.add_argument("--llm", metavar="NAME", help="of xsam: qwen3_4b, qwen3_1b7, phi3_mini or a directory with config.json")
+    parser.add_argument("--llm", metavar="NAME", help="of xsam: a preset such as qwen3_4b, or a directory with config.json")
     parser.add_argument("--siglip", metavar="NAME", help="of xsam: so400m_14_384 or a directory with config.json")
     parser.add_argument("--mode", choices=("off", "sr", "sr_cr"), help="semantic flow of a whole model (xsam: off)")
     parser.add_argument("--chat", metavar="NAME", help="chat template, default: the language model's")

@@ -35,6 +35,7 @@ class ChatTemplate:
     special_tokens: tuple[str, ...]
 
 
+_LLAMA3 = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 _IM = ("<|im_start|>", "<|im_end|>")
 CHAT_TEMPLATES = {
     "qwen3_instruct": ChatTemplate("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>", "\n", _IM),
@@ -43,6 +44,13 @@ CHAT_TEMPLATES = {
     ),
     "phi3_chat": ChatTemplate(
         "<|user|>\n", "<|end|>\n<|assistant|>\n", "<|end|>", "\n", ("<|user|>", "<|end|>", "<|assistant|>")
+    ),
+    "llama3_chat": ChatTemplate(
+        "<|start_header_id|>user<|end_header_id|>\n\n",
+        "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+        "<|eot_id|>",
+        "",
+        _LLAMA3,
     ),
 }
 

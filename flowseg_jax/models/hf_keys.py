@@ -229,13 +229,16 @@ LLAMA = _keys(
     "config.json (llama)", _TEXT, _CAUSAL | _NO_WINDOW | {"sliding_window": empty()}, "attention_dropout", _TEXT_UNUSED
 )
 LANGUAGE = {"qwen3": QWEN3, "phi3": PHI3, "llama": LLAMA}
-# Of the dictionary of rotary settings. Its scaling is refused by its type, so that what scales is without effect here.
+# Of the dictionary of rotary settings. Of scaled embeddings only Llama 3's is computed, which has keys of its own; others are
+# refused by their type, so that what scales is without effect here.
+ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 ROPE = _keys(
     "rope_parameters",
     {"rope_theta": Key(THETA, None, null=True), "partial_rotary_factor": Key(number(0, 1), None, null=True)},
-    unused="""rope_type type factor original_max_position_embeddings attention_factor beta_fast beta_slow short_factor
-    long_factor low_freq_factor high_freq_factor mscale mscale_all_dim truncate mrope_section""",
+    unused=f"""{" ".join(ROPE_SCALING)} rope_type type attention_factor beta_fast beta_slow short_factor long_factor mscale
+    mscale_all_dim truncate mrope_section""",
 )
+LLAMA3_ROPE = _keys("rope_parameters", {key: Key(number(1e-3, 1e6)) for key in ROPE_SCALING})
 SIGLIP = _keys(
     "SigLIP config",
     {
@@ -336,8 +339,8 @@ SWIN = _keys(
 )
 
 
-def rope_theta(values: Mapping[str, Any], name: str) -> float:
-    """The base of a plain rotary embedding, from `rope_scaling`, `rope_parameters` and the keys beside them.
+def rope(values: Mapping[str, Any], name: str) -> tuple[float, tuple[float, ...] | None]:
+    """The rotary base, and Llama 3's scaling or None, from `rope_scaling`, `rope_parameters` and the keys beside them.
 
     As in transformers, a `rope_scaling` that is not empty takes the place of `rope_parameters`, and what the dictionary says
     counts more than what stands beside it.
@@ -347,15 +350,15 @@ def rope_theta(values: Mapping[str, Any], name: str) -> float:
         name: of the config, for errors.
 
     Raises:
-        UserError: a scaled or partial embedding, settings by kind of layer, or no base.
+        UserError: a partial embedding or one that is scaled in another way, settings by kind of layer, or no base.
     """
-    rope = values["rope_scaling"] or values["rope_parameters"] or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise UserError(f"{name}: rope_scaling={reprlib.repr(kind)} is not supported, only the plain rotary embedding is")
-    if nested := [key for key, value in rope.items() if isinstance(value, Mapping)]:
+    found = values["rope_scaling"] or values["rope_parameters"] or {}
+    kind = found.get("rope_type", found.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        raise UserError(f"{name}: rope_scaling={reprlib.repr(kind)} is not supported, only 'default' and 'llama3' are")
+    if nested := [key for key, value in found.items() if isinstance(value, Mapping)]:
         raise UserError(f"{name}: rotary settings by kind of layer ({str(nested[0])[:40]}) are not supported")
-    inside = dataclasses.replace(ROPE, name=f"{name}: rope_parameters").values(rope)
+    inside = dataclasses.replace(ROPE, name=f"{name}: rope_parameters").values(found)
     factor = inside["partial_rotary_factor"]
     factor = values["partial_rotary_factor"] if factor is None else factor
     if factor != 1:
@@ -363,7 +366,10 @@ def rope_theta(values: Mapping[str, Any], name: str) -> float:
     theta = inside["rope_theta"] if inside["rope_theta"] is not None else values["rope_theta"]
     if theta is None:
         raise UserError(f"{name}: rope_theta is missing")
-    return float(theta)
+    if kind == "default":
+        return float(theta), None
+    scaling = dataclasses.replace(LLAMA3_ROPE, name=f"{name}: rope_parameters").values(found)
+    return float(theta), tuple(float(scaling[key]) for key in ROPE_SCALING)
 
 
 def notes(family: str, config: Mapping[str, Any]) -> list[str]:

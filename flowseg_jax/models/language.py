@@ -213,7 +213,7 @@ class LanguageModel(nnx.Module):
         Returns the normalised hidden states; the new keys and values of all layers if `keep_keys`; the output of every layer if
         `keep_states`.
         """
-        cos, sin = rope_cos_sin(position_ids, self.cfg.head_dim, self.cfg.rope_theta)
+        cos, sin = rope_cos_sin(position_ids, self.cfg.head_dim, self.cfg.rope_theta, self.cfg.rope_scaling)
 
         def body(layer: TransformerBlock, x: Array, past: KeyValuePair | None) -> tuple[Array, tuple[Any, Array | None]]:
             x, new = layer(x, cos, sin, mask, past)

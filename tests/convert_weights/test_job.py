@@ -143,6 +143,8 @@ def test_the_chat_template_of_a_language_model():
     assert job._chat(LanguageConfig.qwen3_4b()) == "qwen3_instruct"
     assert job._chat(LanguageConfig.phi3_mini()) == "phi3_chat"
     assert job._chat(LanguageConfig.smollm2_135m()) == "qwen3_instruct"
+    assert job._chat(LanguageConfig.llama3_8b()) == "llama3_chat"
+    assert job._chat(LanguageConfig.qwen3_14b()) == "qwen3_wothinking"
     deeper = dataclasses.replace(LanguageConfig.qwen3_1b7(), num_hidden_layers=29)
     assert job._chat(deeper) == "qwen3_instruct"
 

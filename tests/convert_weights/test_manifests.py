@@ -48,6 +48,10 @@ MASK2FORMER = Mask2FormerConfig(
 COMPONENTS = {
     "qwen3_4b": ("qwen3", dataclasses.replace(LanguageConfig.qwen3_4b(), vocab_size=151936)),
     "qwen3_1b7": ("qwen3", dataclasses.replace(LanguageConfig.qwen3_1b7(), vocab_size=151936)),
+    "qwen3_8b": ("qwen3", dataclasses.replace(LanguageConfig.qwen3_8b(), vocab_size=151936)),
+    "qwen3_14b": ("qwen3", dataclasses.replace(LanguageConfig.qwen3_14b(), vocab_size=151936)),
+    "qwen3_32b": ("qwen3", dataclasses.replace(LanguageConfig.qwen3_32b(), vocab_size=151936)),
+    "llama3_8b": ("llama", dataclasses.replace(LanguageConfig.llama3_8b(), vocab_size=128256)),
     "phi3_mini": ("phi3", dataclasses.replace(LanguageConfig.phi3_mini(), vocab_size=32064)),
     "smollm2_135m": ("llama", LanguageConfig.from_hf(SMOLLM2)),
     "siglip2_so400m_14_384": ("siglip2", SiglipConfig.so400m_14_384()),

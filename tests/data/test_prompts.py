@@ -26,6 +26,8 @@ def test_chat_templates(name):
         == {
             "qwen3_instruct": "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\nA<|im_end|>\n",
             "qwen3_wothinking": "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\nA<|im_end|>\n",
+            "llama3_chat": "<|start_header_id|>user<|end_header_id|>\n\nQ<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\nA<|eot_id|>",
             "phi3_chat": "<|user|>\nQ<|end|>\n<|assistant|>\nA<|end|>\n",
         }[name]
     )

@@ -10,6 +10,7 @@ import torch
 from flax import nnx
 from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from convert_weights.configs_to_hf import to_hf
 from flowseg_jax.errors import UserError
 from flowseg_jax.models.language import LanguageModel
 from flowseg_jax.models.language_config import LanguageConfig
@@ -27,11 +28,18 @@ SIZES = dict(
     attn_implementation="eager",
 )
 ROPE = {"rope_type": "default", "rope_theta": 500.0}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 128}
 REFERENCES = {
     # head_dim 10: heads * head_dim = 60 is not the width 36
     "qwen3 tied": (Qwen3ForCausalLM, Qwen3Config, dict(head_dim=10, tie_word_embeddings=True, rms_norm_eps=1e-6)),
     "phi3 window": (Phi3ForCausalLM, Phi3Config, dict(sliding_window=5, tie_word_embeddings=False, rms_norm_eps=1e-5)),
-    "llama": (LlamaForCausalLM, LlamaConfig, dict(tie_word_embeddings=False, rms_norm_eps=1e-5)),
+    # Of the three frequencies the first stays, the second lies between, the third is divided.
+    "llama": (
+        LlamaForCausalLM,
+        LlamaConfig,
+        dict(tie_word_embeddings=False, rms_norm_eps=1e-5, rope_parameters=ROPE | LLAMA3),
+    ),
 }
 LENGTHS = (13, 9)  # right-padded to 13
 
@@ -39,7 +47,7 @@ LENGTHS = (13, 9)  # right-padded to 13
 @pytest.fixture(scope="module", params=REFERENCES)
 def reference(request):
     model, config, extra = REFERENCES[request.param]
-    return hf_convert.randomise(model(config(**SIZES, **extra, rope_parameters=dict(ROPE))), seed=len(request.param))
+    return hf_convert.randomise(model(config(**SIZES | {"rope_parameters": dict(ROPE)} | extra)), seed=len(request.param))
 
 
 def config_of(reference):
@@ -169,10 +177,14 @@ def count(width, layers, q, kv, head_norm, mlp):
     [
         (LanguageConfig.qwen3_4b(), 151672 * 2560 + count(2560, 36, 4096, 1024, 128, 9728)),
         (LanguageConfig.qwen3_1b7(), 151672 * 2048 + count(2048, 28, 2048, 1024, 128, 6144)),
+        (LanguageConfig.qwen3_8b(), 2 * 151672 * 4096 + count(4096, 36, 4096, 1024, 128, 12288)),
+        (LanguageConfig.qwen3_14b(), 2 * 151672 * 5120 + count(5120, 40, 5120, 1024, 128, 17408)),
+        (LanguageConfig.qwen3_32b(), 2 * 151672 * 5120 + count(5120, 64, 8192, 1024, 128, 25600)),
+        (LanguageConfig.llama3_8b(), 2 * 128259 * 4096 + count(4096, 32, 4096, 1024, 0, 14336)),
         (LanguageConfig.phi3_mini(), 2 * 32014 * 3072 + count(3072, 32, 3072, 3072, 0, 8192)),
         (LanguageConfig.smollm2_135m(), 49155 * 576 + count(576, 30, 576, 192, 0, 1536)),
     ],
-    ids=["qwen3_4b", "qwen3_1b7", "phi3_mini", "smollm2_135m"],
+    ids=["qwen3_4b", "qwen3_1b7", "qwen3_8b", "qwen3_14b", "qwen3_32b", "llama3_8b", "phi3_mini", "smollm2_135m"],
 )
 def test_preset_has_the_checkpoints_parameters(cfg, expected):
     state = nnx.state(nnx.eval_shape(lambda: LanguageModel(cfg, rngs=nnx.Rngs(0))))
@@ -223,6 +235,27 @@ def test_from_hf_reads_published_configs():
         hidden_act="silu",
     )
     assert LanguageConfig.from_hf(phi) == dataclasses.replace(LanguageConfig.phi3_mini(), vocab_size=32064)
+    llama = dict(
+        model_type="llama",
+        vocab_size=128256,
+        hidden_size=4096,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        intermediate_size=14336,
+        rope_theta=500000.0,
+        rope_scaling=LLAMA3 | {"original_max_position_embeddings": 8192},
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=False,
+        attention_bias=False,
+        mlp_bias=False,
+        hidden_act="silu",
+    )
+    preset = dataclasses.replace(LanguageConfig.llama3_8b(), vocab_size=128256)
+    assert LanguageConfig.from_hf(llama) == preset
+    written = to_hf("llama", preset)
+    assert LanguageConfig.from_hf(written) == preset
+    assert LlamaConfig.from_dict(written).rope_parameters == llama["rope_scaling"] | {"rope_theta": 500000.0}
 
 
 @pytest.mark.parametrize(
@@ -232,6 +265,11 @@ def test_from_hf_reads_published_configs():
         ({"hidden_size": None}, "hidden_size is missing"),
         ({"rope_theta": None}, "rope_theta is missing"),
         ({"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "rope_scaling='longrope'"),
+        ({"rope_scaling": LLAMA3 | {"factor": None}}, r"config.json \(qwen3\): rope_parameters: factor is missing"),
+        (
+            {"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}},
+            r"rope_scaling=\(8.0, 1.0, 1.0, 128.0\) must be",
+        ),
         ({"partial_rotary_factor": 0.75}, "partial_rotary_factor=0.75"),
         ({"attention_bias": True}, "attention_bias=True"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),

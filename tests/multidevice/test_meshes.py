@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -77,6 +78,32 @@ def test_moments_lie_where_their_parameters_do():
     assert place(momentum) == place(program.state.trainable)
     divided = [name for name, spec in place(momentum).items() if "fsdp" in jax.tree.leaves(tuple(spec))]
     assert "llm/layers/self_attn/q_proj/kernel" in divided and "llm/embed_tokens" in divided
+
+
+def test_heads_and_hidden_widths_are_divided_over_tensor_and_the_vocabulary_over_fsdp():
+    program, *_ = trained(LEAN, (2, 2, 2), 2)
+    state = flatten_params(program.state.trainable)
+    axis_of = {
+        "llm/layers/self_attn/o_proj": 1,
+        "llm/layers/mlp/down_proj": 1,
+    }  # the widths that come in
+    axis_of |= {f"llm/layers/self_attn/{name}_proj": 2 for name in "qkv"} | {
+        f"llm/layers/mlp/{n}_proj": 2 for n in ("gate", "up")
+    }
+    axis_of |= {"sam/window_layers/attn/q_proj": 2, "sam/window_layers/mlp/lin1": 2, "siglip/layers/mlp/fc2": 1}
+    for layer, axis in axis_of.items():
+        x = state[f"{layer}/kernel"]
+        assert x.sharding.spec[axis] == "tensor", layer
+        assert x.sharding.shard_shape(x.shape)[axis] == x.shape[axis] // 2
+    table = state["llm/embed_tokens"]
+    assert table.sharding.shard_shape(table.shape) == (table.shape[0], table.shape[1] // 2)
+
+
+@pytest.mark.slow
+def test_the_same_training_of_a_llama_with_a_head_of_its_own_on_four_tensor_devices():
+    llm = dataclasses.replace(LEAN.llm, model_type="llama", qk_norm=False, tie_word_embeddings=False, num_attention_heads=4)
+    llm = dataclasses.replace(llm, num_key_value_heads=2, rope_scaling=(8.0, 1.0, 4.0, 64.0))
+    assert_equal_training(dataclasses.replace(LEAN, llm=llm), (1, 2, 4))
 
 
 def test_no_loop_of_unknown_length_exchanges_anything():
