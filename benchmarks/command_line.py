@@ -77,6 +77,14 @@ def batch_prediction_parser() -> Parser:
     return parser
 
 
+def quantization_parser() -> Parser:
+    parser = _parser("python -m benchmarks.quantization", "quantization")
+    parser.add_argument("--checkpoint", metavar="DIR", help="model directory; default: the shipped tiny model")
+    parser.add_argument("--turns", type=positive, default=5, metavar="N", help="of each model, default 5")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="all figures")
+    return parser
+
+
 def measure_parser() -> Parser:
     parser = _parser("python -m benchmarks.measure", "measure")
     parser.add_argument("component")
@@ -112,4 +120,5 @@ startup = functools.partial(_run, startup_parser, "startup")
 train_step = functools.partial(_run, train_step_parser, "train_step")
 input_pipeline = functools.partial(_run, input_parser, "input")
 batch_prediction = functools.partial(_run, batch_prediction_parser, "batch_prediction")
+quantization = functools.partial(_run, quantization_parser, "quantization")
 measure = functools.partial(_run, measure_parser, "measure")

@@ -7,7 +7,7 @@ import functools
 from collections.abc import Sequence
 from pathlib import Path
 
-from flowseg_jax.cli.parser import Parser, add_model_flags, add_process_flags, positive, process_group, share
+from flowseg_jax.cli.parser import Parser, add_model_flags, add_process_flags, add_quantize_flag, positive, process_group, share
 from flowseg_jax.errors import UserError
 from flowseg_jax.system import paths
 
@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--generate", action="store_true", help="the model writes its answers itself; one without <SEG> fails")
     parser.add_argument("--fsdp", type=positive, default=1, metavar="N", help="N devices share one copy of the parameters")
+    add_quantize_flag(parser)
     add_process_flags(parser)
     arguments = parser.parse_args(argv)
     from flowseg_jax.system import host
@@ -79,7 +80,13 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     @functools.cache
     def model() -> benchmark.EvalModel:
         tokens = ANSWER_TOKENS if arguments.generate else 0
-        return benchmark.EvalModel.load(directory, fsdp=arguments.fsdp, answer_tokens=tokens, expressions=expressions)
+        return benchmark.EvalModel.load(
+            directory,
+            fsdp=arguments.fsdp,
+            answer_tokens=tokens,
+            expressions=expressions,
+            quantize=arguments.quantize,
+        )
 
     options = {"images": arguments.max_images, "save_masks": arguments.save_masks}
     splits = []
@@ -122,11 +129,11 @@ def _check_generic(directory: Path, arguments: argparse.Namespace) -> None:
 
 def _results_directory(arguments: argparse.Namespace, name: str) -> Path:
     """Where an evaluation's results go: `--out`, or beside the run, or under `runs/` by the model's name."""
-
+    kind = f"-{arguments.quantize}" if arguments.quantize else ""
     if arguments.out:
         return Path(arguments.out)
     if arguments.workdir and paths.is_remote(arguments.workdir):
         raise UserError(f"results are written to a local directory: name one with --out beside --workdir={arguments.workdir}")
     if arguments.workdir:
-        return Path(arguments.workdir) / "eval"
-    return Path("runs") / "eval" / name
+        return Path(arguments.workdir) / f"eval{kind}"
+    return Path("runs") / "eval" / f"{name}{kind}"

@@ -141,6 +141,15 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_quantize_flag(parser: argparse.ArgumentParser) -> None:
+    """`--quantize`, which loading a model for inference takes."""
+    parser.add_argument(
+        "--quantize",
+        choices=("int8",),
+        help="round the matrices of the language model's and SAM's layers: docs/prediction.md",
+    )
+
+
 def add_process_flags(parser: argparse.ArgumentParser) -> None:
     """What `process_group` reads."""
     parser.add_argument("--distributed", action="store_true", help="one of several processes (TPU pod, GKE, SLURM, Open MPI)")

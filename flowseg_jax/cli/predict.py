@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flowseg_jax.cli.parser import Parser, add_model_flags, add_process_flags, positive, process_group
+from flowseg_jax.cli.parser import Parser, add_model_flags, add_process_flags, add_quantize_flag, positive, process_group
 from flowseg_jax.errors import UserError
 from flowseg_jax.system.paths import is_remote
 
@@ -51,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", metavar="DIR", default="runs/predictions", help="default runs/predictions")
     parser.add_argument("--recursive", action="store_true", help="enter the folders inside of a folder")
+    add_quantize_flag(parser)
     batches = parser.add_argument_group(
         "many images", "In batches on all devices, into shards of results; goes on after a kill."
     )
@@ -93,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     with writer:
         with heartbeat("loading"):
-            model = loading.load(directory)
+            model = loading.load(directory, quantize=arguments.quantize)
         method = model.chat if arguments.chat else model.generate if writes else model.predict
         respond = functools.partial(method, **options)
         done = one_by_one.run(model, jobs, respond, writer, strict=not many)
@@ -132,7 +133,7 @@ def _predict_batches(arguments: argparse.Namespace) -> int:
     extra = read_model_config(directory)["extra"]  # mistakes are told at once, not after loading
     selection = batch.selection(extra, directory, **_options(arguments))
     listed = image_list.open_list(arguments.images, arguments.text or (), recursive=arguments.recursive)
-    model = EvalModel.load(directory, fsdp=arguments.fsdp or 1, devices=jax.local_devices())
+    model = EvalModel.load(directory, fsdp=arguments.fsdp or 1, devices=jax.local_devices(), quantize=arguments.quantize)
     if arguments.text:
         check_expressions(arguments.text, model.tokenizer, "--text")
     card = ModelCard.of_model(extra, directory)

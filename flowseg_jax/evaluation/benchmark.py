@@ -18,7 +18,8 @@ from jax.sharding import Mesh
 from flowseg_jax import sharding
 from flowseg_jax.checkpoints.find import model_name
 from flowseg_jax.checkpoints.manifest import flatten_params, unflatten_params
-from flowseg_jax.checkpoints.pretrained import load_pretrained, read_model_config
+from flowseg_jax.checkpoints.pretrained import read_model_config
+from flowseg_jax.checkpoints.quantized import load_for_inference
 from flowseg_jax.data.dataset import METADATA, PreparedDataset
 from flowseg_jax.data.eval_dataset import EvalDataset
 from flowseg_jax.data.formats import LAYOUTS
@@ -33,7 +34,7 @@ from flowseg_jax.evaluation.runner import EvalResult
 from flowseg_jax.evaluation.tasks import referring
 from flowseg_jax.evaluation.tasks.generic import GenericTask
 from flowseg_jax.evaluation.tasks.referring import ReferringResult
-from flowseg_jax.models import flowseg, generate
+from flowseg_jax.models import flowseg, generate, quantization
 from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.system import distributed
 from flowseg_jax.system.console import heartbeat
@@ -74,6 +75,7 @@ class EvalModel:
         answer_tokens: int = 0,
         expressions: bool = True,
         devices: Sequence[jax.Device] | None = None,
+        quantize: str | None = None,
     ) -> EvalModel:
         """Opens a model directory on all devices.
 
@@ -83,6 +85,7 @@ class EvalModel:
             answer_tokens: the model writes its answers itself, of at most so many tokens; 0: they are given.
             expressions: it must answer expressions; else a segmentor without language is enough.
             devices: other than all.
+            quantize: "int8" (`models.quantization`), or None.
 
         Raises:
             UserError: it is missing, damaged or lacks a component, or `fsdp` does not divide the devices.
@@ -92,14 +95,14 @@ class EvalModel:
         if expressions:
             cfg.require_full_model(str(directory))
         mesh = sharding.make_mesh({"data": -1, "fsdp": fsdp}, devices)
-        _, abstract = flowseg.abstract_model(cfg)
+        _, abstract = quantization.abstract_model(cfg, quantize)
         places = flatten_params(sharding.param_shardings(abstract, mesh))
         shapes = {
             path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=places[path])
             for path, x in flatten_params(flowseg.params_dict(abstract)).items()
         }
         with heartbeat(f"loading {directory}"):
-            loaded = load_pretrained(directory, unflatten_params(shapes))
+            loaded = load_for_inference(directory, cfg, unflatten_params(shapes), quantize)
         prompts = PromptTemplates.of_model(loaded.extra, directory)
         tokenizer = load_tokenizer(loaded.tokenizer_dir, needed=prompts.special_tokens) if cfg.has_language_model else None
         if tokenizer and tokenizer.vocab > cfg.llm.vocab_size:
@@ -115,14 +118,16 @@ class EvalModel:
                 max_new_tokens=answer_tokens,
                 eos_ids=prompts.eos_ids(tokenizer),
             )
-        evaluator = make_evaluator(cfg, mesh, answer)
-        checkpoint = {"digest": params_digest(stored), "step": loaded.extra.get("step")}
-        return cls(cfg, evaluator, loaded.params, checkpoint, tokenizer, prompts, answer_tokens, model_name(Path(directory)))
+        evaluator = make_evaluator(cfg, mesh, answer, quantize)
+        checkpoint, name = {"digest": params_digest(stored), "step": loaded.extra.get("step")}, model_name(Path(directory))
+        if quantize:
+            checkpoint, name = checkpoint | {"quantize": quantize}, f"{name} {quantize}"
+        return cls(cfg, evaluator, loaded.params, checkpoint, tokenizer, prompts, answer_tokens, name)
 
 
-def make_evaluator(cfg: FlowSegConfig, mesh: Mesh, answer: AnswerFn | None = None) -> Evaluator:
+def make_evaluator(cfg: FlowSegConfig, mesh: Mesh, answer: AnswerFn | None = None, quantize: str | None = None) -> Evaluator:
     """The compiled functions of a model whose parameters are sharded over a mesh as `sharding.param_shardings` says."""
-    graphdef, abstract = flowseg.abstract_model(cfg)
+    graphdef, abstract = quantization.abstract_model(cfg, quantize)
     places = flatten_params(sharding.param_shardings(abstract, mesh))
     partition = unflatten_params({path: place.spec for path, place in places.items()})
     return Evaluator(sharding.mark_fsdp_axes(nnx.merge(graphdef, abstract), mesh), mesh, partition, answer)

@@ -132,6 +132,11 @@ class Segmentor:
         return len(jax.tree.leaves(self._params["mask_decoder"]["layers"])[0])
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of the parameters as they lie in memory."""
+        return sum(x.nbytes for x in jax.tree.leaves(self._params))
+
+    @property
     def no_target_threshold(self) -> float:
         """The score below which the answer is "not found", where no other is given."""
         return self._no_target_threshold

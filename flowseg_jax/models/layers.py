@@ -88,9 +88,13 @@ class LowRankAdapter(nnx.Module):
 
 
 class Linear(nnx.Module):
-    """y = x W + b, W [in, out]. `axes` names W's two dimensions. `lora` adds a product of low rank."""
+    """y = x W + b, W [in, out]. `axes` names W's two dimensions. `lora` adds a product of low rank.
+
+    W may be int8 with a `kernel_scale` [out], by which the product is multiplied (`models.quantization`).
+    """
 
     lora: LowRankAdapter | None = None
+    kernel_scale: nnx.Param | None = None
 
     def __init__(
         self,
@@ -108,6 +112,8 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
         y = dot(x, gathered_weight(self.kernel, x.dtype))
+        if self.kernel_scale is not None:
+            y = (y * self.kernel_scale[...]).astype(x.dtype)
         if self.lora is not None:
             y = y + self.lora(x)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)

@@ -158,7 +158,7 @@ def test_types_of_flags(kind, good, bad):
 
 PROGRAMS = {
     "experiments": ("demo", "stages", "ablation"),
-    "benchmarks": ("components", "startup", "train_step", "input_pipeline", "batch_prediction", "measure"),
+    "benchmarks": ("components", "startup", "train_step", "input_pipeline", "batch_prediction", "quantization", "measure"),
 }
 PROGRAM_HELP = """
 import contextlib, importlib, io, json, sys

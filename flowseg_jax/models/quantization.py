@@ -1,0 +1,69 @@
+"""int8 weights for inference: the matrices of the language model's and of SAM's layers, one scale for every output channel.
+
+A matrix W is stored as whole numbers from -127 to 127 and scales s, the largest magnitude of each of its columns over 127: W is
+nearly (whole numbers) * s. A layer multiplies by the whole numbers, in the dtype that it computes in, and its result by s.
+Embeddings, norms, biases, SigLIP, projectors, decoders and heads stay as they are.
+"""
+
+from __future__ import annotations
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from flowseg_jax.errors import UserError, did_you_mean
+from flowseg_jax.models import flowseg
+from flowseg_jax.models.config import FlowSegConfig
+from flowseg_jax.models.layers import Linear
+
+KINDS = ("int8",)
+_QUANTIZED = re.compile(r"(llm/layers|sam/(window|global)_layers)/.+")  # linear layers
+LARGEST = 127
+
+
+def abstract_model(cfg: FlowSegConfig, quantize: str | None = None) -> tuple[nnx.GraphDef, nnx.State]:
+    """`flowseg.abstract_model`, with int8 matrices and their scales where `quantize` is "int8".
+
+    Raises:
+        UserError: another kind of quantization.
+    """
+    graphdef, state = flowseg.abstract_model(cfg)
+    if quantize is None:
+        return graphdef, state
+    if quantize not in KINDS:
+        raise UserError(f"quantize={quantize!r}{did_you_mean(quantize, KINDS)}")
+    network = nnx.merge(graphdef, state)
+    for path, node in nnx.iter_graph(network):
+        if isinstance(node, Linear) and _QUANTIZED.fullmatch("/".join(map(str, path))):
+            (layers, _, d_out), axes = node.kernel.shape, node.kernel.get_metadata()["logical_axes"]
+            scale = jax.ShapeDtypeStruct((layers, d_out), jnp.float32)
+            node.kernel_scale = nnx.Param(scale, logical_axes=(axes[0], axes[2]))
+            node.kernel = nnx.Param(jax.ShapeDtypeStruct(node.kernel.shape, jnp.int8), logical_axes=axes)
+    return nnx.split(network)
+
+
+def quantized(path: str, x: np.ndarray) -> dict[str, np.ndarray]:
+    """What a parameter of the plain model becomes, by path: itself, or an int8 matrix and its float32 scales.
+
+    Args:
+        path: its flat name.
+        x: a stack [L, in, out] if it is the matrix of a layer that is quantized; then the scales are [L, out].
+
+    Raises:
+        UserError: a matrix with a value that is no number.
+    """
+    layer, _, leaf = path.rpartition("/")
+    if leaf != "kernel" or not _QUANTIZED.fullmatch(layer):
+        return {path: x}
+    whole, scales = np.empty(x.shape, np.int8), np.empty((len(x), x.shape[2]), np.float32)
+    for i, matrix in enumerate(x):  # one layer at a time in float32
+        matrix = np.asarray(matrix, np.float32)
+        scale = np.abs(matrix).max(0) / LARGEST
+        if not np.isfinite(scale).all():
+            raise UserError(f"{path} has values that are no numbers, which int8 cannot hold")
+        scales[i] = np.where(scale > 0, scale, 1)
+        whole[i] = np.rint(matrix / scales[i])
+    return {path: whole, f"{path}_scale": scales}
