@@ -9,6 +9,7 @@ condition there, bg(j) the background row, q a query as the class head sees it. 
     agreement        share of the samples whose selected query is the one that is selected at the end
     gate             mean of SR's gate of layer j over queries and channels: 1 keeps vision, 0 takes language
     step, drift      |C(j) - C(j-1)| and |C(j) - C(0)|, as shares of |C(0)|: what CR has changed
+    proposals        how many of the queries show the object: an IoU of at least 0.5 on the mask grid
     IoU selected, IoU best    of these queries' masks before BAR, at the original size
 
 C(j) and the gates are intermediates that the mask decoder gives on request (`MaskDecoder.__call__`).
@@ -36,7 +37,8 @@ from flowseg_jax.reports import plots
 from flowseg_jax.types import ExpressionQueries
 
 EXAMPLES = 6  # on the page
-FIGURES = ("margin", "cosine_selected", "cosine_best", "gate", "step", "drift")
+FIGURES = ("margin", "cosine_selected", "cosine_best", "gate", "step", "drift", "proposals")
+SHOWS = 0.5  # the IoU from which on a mask shows an object
 
 
 def layer_trace(
@@ -59,15 +61,16 @@ def layer_trace(
     figures = layer_figures(out)
     cosines = figures.pop("cosines")
 
-    def choose(
-        inputs: tuple[Array, Array],
-    ) -> postprocess.SelectedMasks:  # one prediction at a time: all masks of all would be huge
-        embeds, score = inputs
+    def choose(inputs: tuple[Array, Array]) -> tuple[postprocess.SelectedMasks, Array]:
+        embeds, score = inputs  # one prediction at a time: all masks of all would be huge
         masks = mask_logits(embeds.reshape(b, -1, embeds.shape[-1]), cache.mask_features)
-        return postprocess.select_masks(score, masks.reshape(*score.shape, *masks.shape[2:]), truth, inside)
+        masks = masks.reshape(*score.shape, *masks.shape[2:])
+        ious = jax.vmap(jax.vmap(postprocess.iou_on_grid, (0, 0, None)))(masks, truth, inside)
+        return postprocess.select_masks(score, masks, truth, inside), (ious >= SHOWS).sum(-1)
 
     scores = jax.nn.softmax(decoded.class_logits, -1)[..., 0]
-    chosen = jax.lax.map(choose, (decoded.mask_embeds, scores.reshape(-1, b, k, scores.shape[-1])))
+    chosen, proposals = jax.lax.map(choose, (decoded.mask_embeds, scores.reshape(-1, b, k, scores.shape[-1])))
+    figures["proposals"] = proposals.reshape(-1, b * k)
     queries = chosen.query.reshape(-1, b * k, 2)
     picked = jnp.take_along_axis(cosines, queries, -1)
     for n, name in enumerate(("selected", "best")):
@@ -119,6 +122,8 @@ def run(source: AnalysisRunner, out: Path) -> Path:
         plot({"cosine selected": "cosine_selected", "cosine best": "cosine_best", "margin": "margin"}, "cosine"),
         page.heading("Semantic flow", "SR's mean gate (1 keeps vision, 0 takes language); CR's step and drift, in |C(0)|."),
         plot({"gate": "gate", "step": "step", "drift": "drift"}, "share"),
+        page.heading("Proposals", "How many queries show the object (IoU of at least 50 on the mask grid), on average."),
+        plot({"proposals": "proposals"}, "queries"),
         page.heading("All figures"),
         page.table(
             ["prediction", *(name.replace("_", " ") for name in columns)],
@@ -159,7 +164,8 @@ def finding(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _shown(name: str, value: float | None) -> str:
-    return page.shown(value if value is None or name in ("agreement", "iou_selected", "iou_best") else f"{value:.3f}")
+    plain = ("agreement", "iou_selected", "iou_best", "proposals")
+    return page.shown(value if value is None or name in plain else f"{value:.3f}")
 
 
 def _thumbnails(measured: Sequence[SampleResult], out: Path, name: str) -> list[page.Thumbnail]:

@@ -80,9 +80,10 @@ def summarise(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     Returns:
         n, ciou, oracle_ciou, giou, oracle_giou and selection_gap; `errors`: for each kind n, its share of the samples, the
         points of gIoU `lost` in it (they add up to 100 - gIoU) and how many of these were `selectable`, which the oracle has.
-        The same for each family. `ranks`: {rank: n} of the best candidate among the scores, 0 for the highest, over the
-        `found` samples whose oracle has an IoU of at least 0.5; `within`: {k: share of these in which it is among the k
-        highest}. `no_target`: sentences that refer to nothing, left out. Percent.
+        The same for each family, and for each third of the samples by the truth's area (`sizes`). `ranks`: {rank: n} of the
+        best candidate among the scores, 0 for the highest, over the `found` samples whose oracle has an IoU of at least 0.5;
+        `within`: {k: share of these in which it is among the k highest}. `no_target`: sentences that refer to nothing, left
+        out. Percent.
 
     Raises:
         UserError: no sample refers to something.
@@ -97,6 +98,7 @@ def summarise(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {
         **_figures(every.pop("all")),
         "families": {family: _figures(rows) for family, rows in every.items()},
+        "sizes": {name: _figures(rows) for name, rows in _thirds(with_target).items()},
         "ranks": dict(sorted(ranks.items())),
         "found": found,
         "within": within,
@@ -104,11 +106,23 @@ def summarise(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
+def _thirds(records: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """The smallest, middle and largest third of the samples by the area of the truth; objects of one size stay together."""
+    areas = sorted(r["truth_area"] for r in records)
+    low, high = areas[len(areas) // 3], areas[2 * len(areas) // 3]
+    found = {
+        f"below {low} pixels": [r for r in records if r["truth_area"] < low],
+        f"{low} to {high - 1} pixels": [r for r in records if low <= r["truth_area"] < high],
+        f"{high} pixels and more": [r for r in records if r["truth_area"] >= high],
+    }
+    return {name: rows for name, rows in found.items() if rows}
+
+
 def run(file: Path, out: Path) -> Path:
     """Writes `oracle_<split>.json` and `.html` for the samples of a `<split>.jsonl`; returns the page."""
-    records = page.read_records(file, ["best_rank"])
+    records = page.read_records(file, ["best_rank", "truth_area"])
     result = summarise(records)
-    every = {"all": result, **result["families"]}
+    every = {"all": result, **result["families"], **result["sizes"]}
     body = [
         page.heading("Selected and best of all candidates", "oracle: if the best candidate were always selected."),
         page.table(

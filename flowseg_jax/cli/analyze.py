@@ -32,6 +32,7 @@ COMMANDS = {
     ),
     "boundary": Command("flowseg_jax.cli.analyze:boundary", "masks before and after boundary refinement"),
     "swap-embeddings": Command("flowseg_jax.cli.analyze:swap_embeddings", "which of C and S carries the answer"),
+    "mask-grid": Command("flowseg_jax.cli.analyze:mask_grid", "what the grid of the masks itself costs: perfect masks on it"),
     "prompt-sensitivity": Command(
         "flowseg_jax.cli.analyze:prompt_sensitivity", "the spread over all prompt templates of question and answer"
     ),
@@ -180,4 +181,5 @@ def _run_model(command: str, module: str, argv: Sequence[str]) -> int:
 layer_trace = functools.partial(_run_model, "layer-trace", "layer_trace")
 boundary = functools.partial(_run_model, "boundary", "boundary")
 swap_embeddings = functools.partial(_run_model, "swap-embeddings", "embedding_swap")
+mask_grid = functools.partial(_run_model, "mask-grid", "mask_grid")
 prompt_sensitivity = functools.partial(_run_model, "prompt-sensitivity", "prompt_sensitivity")

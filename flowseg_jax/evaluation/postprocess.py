@@ -167,6 +167,15 @@ def _take(scores: Float[Array, " q"], logits: Float[Array, "q h w"], query: Int[
     return SelectedMasks(query.astype(jnp.int32), score, used, rank)
 
 
+def iou_on_grid(logits: Float[Array, "q h w"], truth: Float[Array, "h w"], inside: Float[Array, "h w"]) -> Float[Array, " q"]:
+    """IoU in [0, 1] of candidates with one truth on the mask grid, counting every cell by its share of truth and of image."""
+    bits = (logits > 0).astype(jnp.float32).reshape(logits.shape[0], -1)
+    sides = jnp.stack([truth.ravel(), inside.ravel()], 1)
+    both, area = jnp.matmul(bits, sides, precision=jax.lax.Precision.HIGHEST).T
+    union = area + truth.sum() - both
+    return jnp.where(union > 0, both / jnp.maximum(union, 1e-6), 1.0)  # nothing found where nothing is
+
+
 def select_masks(
     scores: Float[Array, "b k q"],
     logits: Float[Array, "b k q h w"],
@@ -186,12 +195,8 @@ def select_masks(
     def image(scores, logits, truth, inside):
         def one(phrase):  # one at a time: [q, h, w] bits as float32, never [k, q, h, w]
             scores, logits, truth = phrase
-            bits = (logits > 0).astype(jnp.float32).reshape(logits.shape[0], -1)
-            sides = jnp.stack([truth.ravel(), inside.ravel()], 1)
-            both, area = jnp.matmul(bits, sides, precision=jax.lax.Precision.HIGHEST).T
-            union = area + truth.sum() - both
-            overlap = jnp.where(union > 0, both / jnp.maximum(union, 1e-6), 1.0)  # nothing found where nothing is
-            return _take(scores, logits, jnp.stack([jnp.argmax(ranked(scores)), jnp.argmax(overlap)]))
+            best = jnp.argmax(iou_on_grid(logits, truth, inside))
+            return _take(scores, logits, jnp.stack([jnp.argmax(ranked(scores)), best]))
 
         return jax.lax.map(one, (scores, logits, truth))
 

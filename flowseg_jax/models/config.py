@@ -109,6 +109,11 @@ class FlowSegConfig:
         side = (self.sam.grid_size + 1) // 2
         return self.siglip.num_patches + side * side
 
+    @property
+    def mask_grid_size(self) -> int:
+        """Cells along a side of the mask logits: the finest map that the connector makes of SAM's patches."""
+        return round(self.sam.grid_size * max(self.connector.scales))
+
     @classmethod
     def tiny(cls, vocab_size: int = 512, num_classes: int = 0) -> FlowSegConfig:
         """Trains from scratch on two cores: 96-pixel images, 24x24 masks, about 1.5 M parameters."""

@@ -14,6 +14,7 @@ from flowseg_jax.analysis import runner as source
 from flowseg_jax.data.eval_dataset import EvalBatch, QueryRound
 from flowseg_jax.data.records import Sample
 from flowseg_jax.errors import UserError
+from flowseg_jax.evaluation import postprocess
 from flowseg_jax.evaluation.evaluator import Evaluator
 from flowseg_jax.evaluation.tasks import referring
 from flowseg_jax.models import flowseg
@@ -88,6 +89,24 @@ def test_the_last_prediction_is_the_evaluation(model, records, traced):
         assert (m.values["margin"] > 0).all() and m.masks.shape == (2 * layers_count + 2, record["height"], record["width"])
         assert m.values["drift"][0] == m.values["step"][0] == 0 and m.values["step"][1] == m.values["drift"][1] > 0
         assert (np.abs(m.values["cosine_best"]) <= 1).all()
+
+
+def test_proposals_are_the_queries_that_show_the_object(rng):
+    logits, truth, inside = rng.normal(size=(5, 6, 8)), (rng.random((6, 8)) > 0.5).astype(np.float32), np.ones((6, 8))
+    inside[:, 6:] = truth[:, 6:] = 0
+    logits[0], logits[1] = truth - 0.5, -1
+    ious = postprocess.iou_on_grid(*(x.astype(np.float32) for x in (logits, truth, inside)))
+    expected = [((x > 0) * truth).sum() / (np.maximum(x > 0, truth) * inside).sum() for x in logits]
+    np.testing.assert_allclose(ious, expected, rtol=1e-6)
+    assert ious[0] == 1 and ious[1] == 0
+
+
+def test_proposals_count_the_best_query(model, traced):
+    for m in traced:
+        proposals = m.values["proposals"]
+        assert proposals.shape == m.values["best"].shape and (proposals == proposals.astype(int)).all()
+        assert (0 <= proposals).all() and (proposals <= model[0].mask_decoder.num_queries).all()
+    assert len({tuple(m.values["proposals"]) for m in traced}) > 1
 
 
 def test_before_and_after_bar(records, traced, refined):

@@ -42,6 +42,16 @@ def test_what_each_kind_costs_adds_up():
     assert found["families"]["relation"]["errors"]["selection"]["share"] == 50
 
 
+def test_sizes_are_thirds_by_area():
+    rows = [record(i, 0, iou=iou) | {"truth_area": area} for i, (area, iou) in enumerate(((4, 10), (4, 20), (9, 30), (30, 90)))]
+    found = oracle.summarise(rows)["sizes"]
+    assert {name: row["n"] for name, row in found.items()} == {"4 to 8 pixels": 2, "9 pixels and more": 2}
+    found = oracle.summarise([r | {"truth_area": i} for i, r in enumerate(rows * 3)])["sizes"]
+    assert {name: row["n"] for name, row in found.items()} == dict.fromkeys(
+        ("below 4 pixels", "4 to 7 pixels", "8 pixels and more"), 4
+    )
+
+
 def test_ranks_are_counted_where_a_candidate_shows_the_object():
     found = oracle.summarise([row for row, *_ in ROWS])
     assert found["ranks"] == {0: 2, 1: 1, 2: 1, 3: 1, 4: 1} and found["found"] == 6
