@@ -64,10 +64,10 @@ def measure(source: AnalysisRunner, grids: Sequence[int]) -> dict[int, list[Perf
                 where = postprocess.geometry(
                     batch.views.resized_hw, batch.sizes, grid=(side, side), padded_size=padded, bucket=batch.bucket
                 )
-                for asked in batch.rounds:
-                    for row, samples in enumerate(asked.samples):
+                for query_round in batch.rounds:
+                    for row, samples in enumerate(query_round.samples):
                         counted = ~batch.ignored[row][0] if samples else None
-                        for sample, truth in zip(samples, asked.truth[row], strict=True):
+                        for sample, truth in zip(samples, query_round.truth[row], strict=True):
                             mask = on_grid(truth, where, row)
                             both, either = (int((x & counted).sum()) for x in (mask & truth, mask | truth))
                             masks.append(PerfectMask(sample.family, both, either))
