@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--dtype", choices=DTYPES, help="what parameters are stored as, default: as they are")
     parser.add_argument("--layout", metavar="NAME", help="of --export: hf; X-SAM: main or aaai; SAM: also meta")
-    parser.add_argument("--seed", type=int, default=0, help="of parameters that the checkpoint does not have")
+    parser.add_argument("--seed", type=int, default=0, help="of parameters that the checkpoint does not have, default 0")
     only = "store for a mesh such as fsdp=8,tensor=2: each device then reads its own part only"
     parser.add_argument("--mesh", metavar="AXES", type=mesh_sizes, help=only)
     parser.add_argument("--overwrite", action="store_true", help="replace OUT")

@@ -68,6 +68,10 @@ def _add_source(parser: Parser) -> None:
     _add_layout_flags(parser)
 
 
+def _add_seed(parser: Parser) -> None:
+    parser.add_argument("--seed", type=int, default=0, help="another one draws other images (default: 0)")
+
+
 def prepare(argv: Sequence[str]) -> int:
     parser = _parser("prepare")
     parser.add_argument("--source", type=Path, required=True, help="root of the layout (or the .jsonl file)")
@@ -75,7 +79,7 @@ def prepare(argv: Sequence[str]) -> int:
     parser.add_argument("--layout", default="refcoco", help=f"what the source looks like (default: refcoco): {LAYOUTS}")
     _add_layout_flags(parser)
     parser.add_argument("--splits", nargs="+", help="only these splits")
-    parser.add_argument("--on-error", default="stop", help="stop at a damaged record, or record: list them and go on")
+    parser.add_argument("--on-error", default="stop", help="stop (default) at a damaged record, or record: list them and go on")
     parser.add_argument("--num-workers", metavar="N", type=int, help="processes that read and write (default: one per core)")
     parser.add_argument("--tokenizer-vocab", type=int, help="train a byte-level BPE tokenizer of this many ids, e.g. 512")
     arguments = parser.parse_args(argv)
@@ -145,7 +149,7 @@ def preview(argv: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, required=True, help="directory to create")
     parser.add_argument("--split", help="only this split (default: all)")
     parser.add_argument("--samples", type=int, default=12, help="of each split (default: 12)")
-    parser.add_argument("--seed", type=int, default=0, help="which samples are drawn")
+    parser.add_argument("--seed", type=int, default=0, help="which samples are drawn (default: 0)")
     arguments = parser.parse_args(argv)
     from flowseg_jax.data import formats, records
     from flowseg_jax.data import preview as module
@@ -165,13 +169,14 @@ def make_shapes(argv: Sequence[str]) -> int:
     parser = _parser("make-shapes")
     parser.add_argument("--out", type=Path, required=True, help="directory to create")
     parser.add_argument("--num-images", metavar="N", type=int, required=True, help="number of images over all splits")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--preset", default="default", help=f"mix of expressions and number of objects: {', '.join(PRESETS)}")
+    _add_seed(parser)
+    mixes = f"mix of expressions and number of objects: {', '.join(PRESETS)} (default: default)"
+    parser.add_argument("--preset", default="default", help=mixes)
     families = f"overrides the preset's mix; families: {', '.join(FAMILIES)}"
     parser.add_argument("--mix", nargs="+", metavar="FAMILY=SHARE", help=families)
     parser.add_argument("--objects", nargs=2, type=int, metavar=("MIN", "MAX"), help="objects of a scene, within 4..10")
-    parser.add_argument("--size", type=int, default=128, help="side of the images in pixels")
-    parser.add_argument("--quality", type=int, default=92, help="JPEG quality")
+    parser.add_argument("--size", type=int, default=128, help="side of the images in pixels (default: 128)")
+    parser.add_argument("--quality", type=int, default=92, help="JPEG quality (default: 92)")
     parser.add_argument("--num-workers", metavar="N", type=int, help="processes (default: one per core)")
     arguments = parser.parse_args(argv)
     generate(
@@ -205,9 +210,9 @@ def make_multitask(argv: Sequence[str]) -> int:
 
     parser = _parser("make-multitask")
     parser.add_argument("--out", type=Path, required=True, help="directory to create")
-    parser.add_argument("--seed", type=int, default=0)
+    _add_seed(parser)
     numbers = ", ".join(f"{number} {name}" for name, number in multi_task.DEFAULTS.items())
-    parser.add_argument("--scale", type=float, default=1.0, help=f"multiplies the numbers of images ({numbers})")
+    parser.add_argument("--scale", type=float, default=1.0, help=f"multiplies the numbers of images ({numbers}), default 1.0")
     arguments = parser.parse_args(argv)
     if not (math.isfinite(arguments.scale) and arguments.scale > 0):
         raise UserError(f"--scale must be a number above 0, got {arguments.scale}")
@@ -220,7 +225,7 @@ def make_toy(argv: Sequence[str]) -> int:
     parser = _parser("make-toy")
     parser.add_argument("--out", type=Path, required=True, help="directory to create")
     parser.add_argument("--num-images", metavar="N", type=int, default=20, help="default 20")
-    parser.add_argument("--seed", type=int, default=0)
+    _add_seed(parser)
     arguments = parser.parse_args(argv)
     from flowseg_jax.synthetic import toy_dataset
 

@@ -19,11 +19,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="flowseg eval", description=f"Evaluates a model; <out> gets {results}.")
     add_model_flags(parser)
     parser.add_argument("--data", metavar="DIR", help="prepared data set; default: the shapes benchmark, made if missing")
-    parser.add_argument("--split", default="val", help="one split or several: val,testA,testB")
+    parser.add_argument("--split", default="val", help="one split or several, val,testA,testB; default val")
     parser.add_argument(
         "--benchmark", metavar="LIST", help="instead of --data and --split: refcoco/val,refcoco/testA,... in <data-root>"
     )
-    parser.add_argument("--data-root", metavar="DIR", default="data", help="where the prepared data sets of --benchmark lie")
+    where = "where the prepared data sets of --benchmark lie, default data"
+    parser.add_argument("--data-root", metavar="DIR", default="data", help=where)
     parser.add_argument("--out", metavar="DIR", help="default: <workdir>/eval, or runs/eval/<name of the checkpoint>")
     parser.add_argument("--protocol", help="xsam (default), lisa, psalm, grefcoco, grefcoco-target-only: docs/protocols.md")
     parser.add_argument("--max-images", metavar="N", type=positive, help="only the first N images of each split")
@@ -33,10 +34,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--save-masks", action="store_true", help="add the selected and the best mask to <split>.jsonl, as COCO RLE"
     )
     parser.add_argument(
-        "--no-target-threshold", type=share, default=0.0, metavar="SCORE", help='a selected score below it means "no target"'
+        "--no-target-threshold",
+        type=share,
+        default=0.0,
+        metavar="SCORE",
+        help='a selected score below it means "no target", default 0.0: none does',
     )
     parser.add_argument("--generate", action="store_true", help="the model writes its answers itself; one without <SEG> fails")
-    parser.add_argument("--fsdp", type=positive, default=1, metavar="N", help="N devices share one copy of the parameters")
+    parser.add_argument("--fsdp", type=positive, default=1, metavar="N", help="N devices share one copy, default 1")
     add_quantize_flag(parser)
     add_process_flags(parser)
     arguments = parser.parse_args(argv)

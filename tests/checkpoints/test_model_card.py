@@ -84,6 +84,18 @@ def test_the_shipped_model_says_what_it_knows_once(monkeypatch):
     assert any("40.0 % false alarms, 13.4 % missed" in line for line in card.lines())
 
 
+def test_a_card_for_people():
+    no_target = {"threshold": 0.5, "missed": 2, "measured_on": "x"}
+    card = ModelCard(notice="A model of shapes.", trained_on="drawings.", can_be_asked="shapes.", no_target=no_target)
+    assert card.lines() == [
+        "A model of shapes.",
+        "It was trained on drawings.",
+        "It can be asked for shapes.",
+        'Scores below 0.50 mean "not found": 0.0 % false alarms, 2.0 % missed (x).',
+    ]
+    assert ModelCard().lines() == []
+
+
 def test_words_that_it_was_never_trained_on_are_not_found():
     import numpy as np
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,13 +12,13 @@ from pathlib import Path
 import pytest
 
 from convert_weights.families import FAMILIES
-from flowseg_jax.cli import analyze, convert, data, export, main, parser
+from flowseg_jax.cli import adapters, analyze, convert, data, export, main, parser
 from flowseg_jax.data.formats import LAYOUTS
 from flowseg_jax.errors import UserError
 from flowseg_jax.inference.export import PLATFORMS, ExportShapes
 
 ROOT = Path(__file__).resolve().parents[2]
-GROUPS = {"data": data, "analyze": analyze}
+GROUPS = {"data": data, "analyze": analyze, "adapters": adapters}
 COMMANDS = [(), *((name,) for name in main.COMMANDS)]
 COMMANDS += [(group, name) for group, module in GROUPS.items() for name in module.COMMANDS]
 
@@ -57,6 +58,72 @@ def test_the_help_of_a_group_lists_its_commands(helps, words):
     lines = helps[words].partition("commands:\n")[2].splitlines()
     assert [line.split()[0] for line in lines[: len(commands)]] == list(commands)
     assert all(command.help in helps[words] for command in commands.values())
+
+
+REQUIRED = {
+    "convert": ["FAMILY", "SOURCE OUT"],
+    "report": ["DIR"],
+    "export": ["--out"],
+    "parity": ["DIR"],
+    "seal": ["DIR"],
+    "upgrade": ["OLD", "NEW"],
+    "data prepare": ["--source", "--out"],
+    "data validate": ["LAYOUT", "DIR"],
+    "data preview": ["LAYOUT", "DIR", "--out"],
+    "data add-special-tokens": ["--source", "--out"],
+    "data make-shapes": ["--out", "--num-images"],
+    "data make-multitask": ["--out"],
+    "data make-toy": ["--out"],
+    "analyze audit": ["FILE"],
+    "analyze compare": ["A", "B"],
+    "analyze oracle": ["FILE"],
+    "analyze compare-failures": ["A", "B"],
+    "analyze calibrate-no-target": ["FILE"],
+    "adapters merge": ["MODEL", "ADAPTERS", "OUT"],
+    "adapters import": ["PEFT", "MODEL", "OUT"],
+    "adapters export": ["ADAPTERS", "MODEL", "OUT"],
+}
+
+
+class Stop(Exception):
+    """Ends a command where it would parse its flags; carries its parser."""
+
+
+@pytest.fixture(params=[words for words in COMMANDS if words and words[-1] not in GROUPS], ids=" ".join)
+def command(request, monkeypatch) -> tuple[str, parser.Parser]:
+    """The name of a command, and its parser."""
+
+    def stop(self, *_):
+        raise Stop(self)
+
+    monkeypatch.setattr(parser.Parser, "parse_args", stop)
+    with pytest.raises(Stop) as stopped:
+        main.main([*request.param, "--help"])
+    return " ".join(request.param), stopped.value.args[0]
+
+
+def test_a_command_tells_its_flags_their_defaults_and_what_it_cannot_do_without(command):
+    name, one = command
+    assert one.prog == f"flowseg {name}" and one.description
+    called = [action.option_strings[-1] if action.option_strings else action.metavar for action in one._actions]
+    flags = dict(zip(called, one._actions, strict=True))
+    assert [flag for flag, action in flags.items() if action.required] == REQUIRED.get(name, [])
+    for flag, action in flags.items():
+        assert action.help, flag
+        if action.default not in (None, False, [], argparse.SUPPRESS):
+            assert re.search(rf"\b{re.escape(str(action.default))}\b|%\(default\)s", action.help), flag
+        if action.metavar in ("N", "I") or isinstance(action.default, int):
+            assert action.nargs == 0 or action.type("3") == 3, flag
+        if action.metavar in ("SCORE", "SHARE"):
+            assert action.type("0.5") == 0.5, flag
+
+
+def test_where_an_analysis_writes(helps):
+    """Those of results beside them, those that run a model in runs/, and two write nothing."""
+    found = {name: re.search(r"--out DIR +default: (\S+)", helps["analyze", name]) for name in analyze.COMMANDS}
+    beside = dict.fromkeys(["oracle", "compare-failures", "calibrate-no-target"], "analysis/")
+    expected = dict.fromkeys(analyze.COMMANDS, "runs/analysis/<name") | beside | dict.fromkeys(["audit", "compare"])
+    assert {name: match and match[1] for name, match in found.items()} == expected
 
 
 def test_what_help_lists_is_what_there_is():

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from flowseg_jax.cli.main import main as flowseg
 from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation import learning_curve, report, results, summary
 from flowseg_jax.evaluation.examples import GallerySample
@@ -114,6 +115,22 @@ def test_page_and_pictures_from_files(tmp_path):
     report.save_pictures(folder, "val", {"good": [example(0.93)]})  # replaces: no stale files
     names = [*(f"good_1_the-b-red-b-circle_{i}.png" for i in range(4)), "index.json"]
     assert sorted(p.name for p in (folder / "pictures" / "val").iterdir()) == names
+
+
+def test_the_command_writes_the_page_of_results_that_are_there(tmp_path, capsys):
+    folder = tmp_path / "eval"
+    report.save_pictures(folder, "val", {"good": [example(0.93)]})
+    (folder / "val.json").write_text(json.dumps(result(61.25) | {"model": "mine"}))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n')
+    assert flowseg(["report", str(folder)]) == 0
+    assert "61.2" in (said := capsys.readouterr().out) and said.endswith(f"\n{folder / 'report.html'}\n")
+    text = (folder / "report.html").read_text()
+    assert "<h1>FlowSeg: mine</h1>" in text and "Learning curve" in text and "base64" not in text
+    (tmp_path / "run").mkdir()
+    flags = [f"--out={tmp_path / 'page.html'}", "--title=A title", f"--run={tmp_path / 'run'}", "--self-contained"]
+    assert flowseg(["report", str(folder), *flags]) == 0
+    text = (tmp_path / "page.html").read_text()
+    assert "<h1>A title</h1>" in text and "Learning curve" not in text and "base64" in text
 
 
 def test_a_page_that_is_a_single_file(tmp_path):

@@ -175,6 +175,8 @@ def test_mistakes(model_directory, tokenizer_directory, tmp_path):
     cfg = small.lean(components="vlm")
     language = save_pretrained(tmp_path / "language", {"x": np.zeros(1)}, cfg.to_dict(), tokenizer_directory)
     fails("holds only the components 'vlm'", checkpoint=language)
+    half = save_pretrained(tmp_path / "half", {"x": np.zeros(1)}, small.lean().to_dict(), tokenizer_directory)
+    fails(r"half does not fit the model: missing .* more.*", checkpoint=half)
 
 
 def test_programs_have_no_kernels_but_models_do():

@@ -181,6 +181,8 @@ def test_texts_that_cannot_be_asked(model, tmp_path, text, message):
     with pytest.raises(UserError, match=message):
         predict_file(model, tmp_path / "x.png", text, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match=message):
+        model.predict(None, [text])  # before the encoded image is looked at
 
 
 def test_outputs_that_are_no_numbers(tokenizer_directory, tmp_path):

@@ -1,8 +1,9 @@
-"""Losses ascalest the recorded values of X-SAM's PyTorch code, and ascalest formulas written out."""
+"""Losses against the recorded values of X-SAM's PyTorch code, and against formulas written out."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -161,6 +162,12 @@ def test_a_grid_that_does_not_divide_the_image_is_refused(level):
         downsample_packed_masks(level[0]["packed"], (5, 6))
 
 
+def test_a_cell_holds_the_share_that_a_mask_covers_where_rows_end_in_half_a_byte(rng):
+    masks = rng.random((1, 2, 12, 12)) > 0.5
+    found = downsample_packed_masks(jnp.asarray(np.packbits(masks, axis=-1)), (4, 6))
+    np.testing.assert_allclose(found, masks.reshape(1, 2, 4, 3, 6, 2).mean((3, 5)).reshape(1, 2, -1), rtol=1e-6)
+
+
 def test_the_class_loss_scale_changes_the_class_loss_and_nothing_else(level):
     inputs, _ = level
     stacked = {name: inputs[name][None] for name in ("class_logits", "mask_embeds")}
@@ -285,7 +292,7 @@ def test_only_the_last_layer_is_refined(two_types):
 
 
 def test_points_are_chosen_once(two_types):
-    """The backward pass predicts masks ascale, but reads where from what was kept."""
+    """The backward pass predicts masks again, but reads where from what was kept."""
     predictions, targets, *rest = two_types
 
     def total(features):
@@ -295,3 +302,57 @@ def test_points_are_chosen_once(two_types):
     text = jax.jit(jax.value_and_grad(total)).lower(rest[0]).compile().as_text()
     choices = [line for line in text.splitlines() if '"known_trip_count":{"n":"31"}' in line and "pred[" in line]
     assert len(choices) == 1  # loops over the bits of a float that decide about candidates
+
+
+def test_accuracies_count_matched_queries_that_are_ranked_first(rng, monkeypatch):
+    """Two images; two phrases, a generic and a closed-vocabulary pass, four queries, two names, three categories."""
+    batch = SimpleNamespace(
+        phrase_target=jnp.array([[0, 1], [2, NO_TARGET]]),
+        object_name=jnp.array([[0, 1, PAD], [PAD, 1, 0]]),
+        name_valid=jnp.ones((2, 2), bool),
+        object_category=jnp.array([[2, 0, 1], [1, PAD, PAD]]),
+        packed_masks=None,
+    )
+    assigned = {
+        "referring": jnp.array([[[3], [1]], [[0], [2]]]),
+        "generic": jnp.array([[[2, 0, PAD]], [[PAD, 3, 1]]]),
+        "closed_vocab": jnp.array([[[0, 1, 3]], [[2, PAD, PAD]]]),
+    }
+    logits = np.zeros((2, 2, 4, 4, 3), np.float32)  # layers, images, passes, queries, classes and the background
+    logits[0] = 9 * rng.normal(size=logits[0].shape)  # only the last layer counts
+    last = logits[1]
+    last[0, 0, 3] = [4, 9, 0]  # the first phrase's class is 0, against the background: query 3, the matched one
+    last[0, 0, 1] = [6, 9, 5]
+    last[0, 1, 2] = [9, 4, 0]  # the second phrase's class is 1: query 2, but query 1 was matched
+    last[0, 1, 1] = [9, 3, 0]
+    last[1, 0, 0] = [2, 0, 1]
+    last[1, 1, 2] = [0, 7, 0]  # refers to nothing: counted nowhere
+    last[0, 2, 2], last[0, 2, 0] = (
+        [3, 2, 9],
+        [5, 1, 0],
+    )  # the name of the first is right whatever the background, of the second wrong
+    last[1, 2, 3], last[1, 2, 1] = [0, 1, 0], [2, 1, 9]
+    categories = np.zeros((2, 2, 4, 4), np.float32)
+    categories[0] = 9 * rng.normal(size=categories[0].shape)
+    categories[1, 0, 0] = [0, 0, 1, 9]
+    categories[1, 0, 1] = [0, 0, 1, 0]
+    categories[1, 0, 3] = [0, 1, 0, 0]
+    categories[1, 1, 2] = [1, 0, 0, 0]
+    decoder = SimpleNamespace(
+        queries=np.zeros((2, 8, 4, 6)),
+        class_logits=jnp.asarray(logits.reshape(2, 8, 4, 3)),
+        mask_embeds=jnp.zeros((2, 8, 4, 6)),
+    )
+    out = SimpleNamespace(
+        decoder_output=decoder,
+        conditions=True,
+        category_logits=jnp.asarray(categories),
+        mask_features=None,
+        hidden_states=None,
+    )
+    model = SimpleNamespace(cfg=SimpleNamespace(negatives_group_size=1, generic_pass="with_flow"), boundary=None)
+    monkeypatch.setattr(losses.total, "deep_supervision_terms", lambda *_: ({}, assigned))
+    points = dict.fromkeys(losses.total.PASS_TYPES)
+    _, found = losses.loss_terms(model, batch, out, points, LossConfig())
+    counts = {name: (float(right), float(of)) for name, (right, of) in found.items()}
+    assert counts == {"referring_selection": (2, 3), "generic": (3, 4), "closed_vocab": (2, 4)}

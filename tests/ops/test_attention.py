@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 from flowseg_jax.ops.attention import (
     AttentionMask,
@@ -205,6 +206,18 @@ def test_flash_passes_over_blocks_in_which_nobody_sees_anybody(monkeypatch):
     q = jnp.zeros((1, 512, 1, 8))
     active, *_ = flash._describe(causal_mask(segments, jnp.zeros_like(segments)), flash._Blocks.of(q, q))
     assert active[0].tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 0, 0]]
+
+
+def test_flash_reads_nothing_outside_of_its_blocks_and_nothing_that_was_not_written(monkeypatch):
+    """In an interpreter of a TPU's memory, which refuses the one and makes the other NaN. Plain JAX clamps an index."""
+    monkeypatch.setattr(flash, "BLOCKS", (128,))
+    monkeypatch.setattr(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=pltpu.InterpretParams()))
+    rng = np.random.default_rng(3)
+    q, k, v, ct = (jnp.asarray(rng.standard_normal((1, 130, 1, width)), jnp.float32) for width in (E, E, F, F))
+    out, pull = jax.vjp(lambda *x: attention(*x, impl="flash"), q, k, v)
+    expected, gradients = run(q, k, v, ct)
+    for found, want in zip((out, *pull(ct)), (expected, *gradients), strict=True):
+        assert relative(found, want) < 1e-5
 
 
 def test_flash_in_bfloat16_accumulates_in_float32(interpreted):

@@ -120,6 +120,7 @@ def test_merged_adapters_compute_what_they_did_beside_their_weights(run):
 
 def test_the_scale_is_that_of_the_paper_or_of_rslora():
     assert LORA.scale == 2.0 and dataclasses.replace(LORA, rank=4, rslora=True).scale == 3.0
+    assert dataclasses.replace(LORA, rank=1).scale == 6.0  # the smallest rank
     kernel, a, b = np.ones((2, 3, 4)), np.full((2, 3, 1), 2.0), np.arange(8.0).reshape(2, 1, 4)
     merged = lora.merge_adapters({"x": {"kernel": jnp.asarray(kernel, jnp.bfloat16), "lora": {"a": a, "b": b}}}, 0.5)
     assert merged["x"]["kernel"].dtype == jnp.bfloat16 and np.array_equal(merged["x"]["kernel"], 1 + b + 0 * kernel)
