@@ -89,6 +89,7 @@ HELP = {
     "mesh.data": "ways in which the batch is split; -1: the devices that the other axes leave",
     "mesh.fsdp": "ways in which batch, parameters and moments are split",
     "mesh.tensor": "ways in which one image's computation is split",
+    "mesh.slices": "slices (TPU) or nodes (GPU) that data is laid out across; 0: as many as the devices say",
     # model
     "model.components": '"full"; "segmentor": no language (stage 1); "vlm": no mask decoder (stage 2)',
     "model.connector_hidden_layers": "SAM hidden states that feed the connector, shallow to deep",

@@ -1,9 +1,9 @@
 """Sharding: the mesh, the one table from logical axes to mesh axes, and the shardings that follow from them.
 
 The mesh always has the axes `data`, `fsdp` and `tensor`; one device is a mesh of ones, so one program serves a laptop and a
-pod. Batches are sharded over `data` and `fsdp`. A parameter is sharded over `tensor` where a product may be computed in parts,
-and over `fsdp` on the first other axis that allows it. That is the leading axis wherever possible: only along that one does
-the TPU compiler scatter gradients without summing them everywhere first.
+pod. Where there are several slices, `data` goes across them. Batches are sharded over `data` and `fsdp`. A parameter is sharded
+over `tensor` where a product may be computed in parts, and over `fsdp` on the first other axis that allows it. That is the
+leading axis wherever possible: only along that one does the TPU compiler scatter gradients without summing them everywhere.
 """
 
 from __future__ import annotations
@@ -45,12 +45,19 @@ MIN_SHARDED_ELEMENTS = 1 << 20
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh for sizes of `data`, `fsdp`, `tensor`; one of them may be -1, for all remaining devices.
 
+    `data` is laid out across slices, the other axes inside each of them: as `mesh_utils.create_hybrid_device_mesh` does.
+
+    Args:
+        sizes: of the axes; `slices` among them is the number of slices, see `split_slices`.
+        devices: None: all there are.
+
     Raises:
-        UserError: unknown axis, or sizes that do not multiply to the number of devices.
+        UserError: unknown axis, sizes that do not multiply to the number of devices, or slices that do not divide `data`.
     """
     devices = list(jax.devices() if devices is None else devices)
-    if unknown := sorted(set(sizes) - set(MESH_AXES)):
+    if unknown := sorted(set(sizes) - {*MESH_AXES, "slices"}):
         raise UserError(f"mesh.{unknown[0]}: unknown axis (known: {', '.join(MESH_AXES)})")
+    slices = split_slices(devices, sizes.get("slices", 0))
     shape = [sizes.get(axis, 1) for axis in MESH_AXES]
     if shape.count(-1) == 1:
         rest = -math.prod(shape)
@@ -60,13 +67,54 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
             f"mesh {dict(zip(MESH_AXES, shape, strict=True))} does not fit {len(devices)} device(s); "
             "set one axis to -1 to use what is left"
         )
-    # `fsdp` is laid out as the grid that `ops.collectives.all_gather_2d` expects, so that its steps are between neighbours.
     data, fsdp, tensor = shape
-    try:
-        grid = mesh_utils.create_device_mesh((data, *squarest_grid(fsdp), tensor), devices, allow_split_physical_axes=True)
-    except NotImplementedError:  # JAX knows no layout of such axes on this network: then no order is better than another
-        grid = np.array(devices)
+    if data % len(slices):
+        raise UserError(
+            f"mesh.data is {data}, and the {len(devices)} devices are in {len(slices)} slices: `data` is laid out across "
+            f"slices, so make it a multiple of {len(slices)}"
+        )
+    # `fsdp` is laid out as the grid that `ops.collectives.all_gather_2d` expects, so that its steps are between neighbours.
+    inside = (data // len(slices), *squarest_grid(fsdp), tensor)
+    grid = np.concatenate([_device_grid(inside, part) for part in slices])
     return Mesh(grid.reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def split_slices(devices: Sequence[Any], count: int = 0) -> list[list[Any]]:
+    """The devices by slice: the network is fast inside one and slow between them.
+
+    TPUs and GPUs say which slice they are of (a GPU's is its node, or what NVLink connects). Host devices do not.
+
+    Args:
+        devices: in the order of their processes.
+        count: how many slices; 0: as many as the devices say. Devices that say nothing, and GPUs of one slice, are cut into
+            that many equal parts.
+
+    Raises:
+        UserError: `count` is not what the devices say, does not divide them or their processes, or slices differ in size.
+    """
+    found: dict[int, list[Any]] = {}
+    for device in devices:
+        found.setdefault(getattr(device, "slice_index", 0) or 0, []).append(device)
+    if len({len(part) for part in found.values()}) > 1:
+        parts = ", ".join(f"{len(part)}" for part in found.values())
+        raise UserError(f"the slices have {parts} devices: a mesh needs slices of one size")
+    if count in (0, len(found)):
+        return [found[index] for index in sorted(found)]
+    if count < 0 or len(found) > 1 or devices[0].platform == "tpu":
+        raise UserError(f"mesh.slices is {count}, and the devices are in {len(found)}: set it to {len(found)}, or to 0")
+    processes = len({device.process_index for device in devices})
+    if len(devices) % count or (processes % count and count % processes):
+        raise UserError(f"mesh.slices={count} does not divide {len(devices)} device(s) of {processes} process(es)")
+    each = len(devices) // count
+    return [list(devices[i : i + each]) for i in range(0, len(devices), each)]
+
+
+def _device_grid(shape: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
+    """The devices of a slice in an order in which neighbours along an axis are neighbours on the network."""
+    try:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    except NotImplementedError:  # JAX knows no layout of such axes on this network: then no order is better than another
+        return np.array(devices).reshape(shape)
 
 
 def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:

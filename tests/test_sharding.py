@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -85,6 +86,51 @@ def test_a_parameter_without_axis_names_is_refused():
 def test_a_mesh_that_cannot_be_is_refused(sizes, message):
     with pytest.raises(UserError, match=message):
         sharding.make_mesh(sizes, jax.devices()[:1])
+
+
+class Device(SimpleNamespace):
+    __hash__ = object.__hash__
+
+
+def fake_devices(slices: int, each: int, **attributes) -> list[Device]:
+    """Devices of a platform whose layout JAX does not know, one process a slice."""
+    common = {"platform": "gpu", "device_kind": "a", **attributes}
+    return [Device(id=i, process_index=i // each, slice_index=i // each, **common) for i in range(slices * each)]
+
+
+def without_slices(devices: list[Device], processes: int) -> list[Device]:
+    for device in devices:
+        del device.slice_index
+        device.process_index = device.id * processes // len(devices)
+    return devices
+
+
+def ids(sizes: dict[str, int], devices: list[Device]) -> list:
+    return np.vectorize(lambda device: device.id)(sharding.make_mesh(sizes, devices).devices).tolist()
+
+
+def test_data_goes_across_slices_and_fsdp_inside():
+    two = fake_devices(2, 4)
+    assert ids({"data": 2, "fsdp": 4}, two) == [[[0], [1], [2], [3]], [[4], [5], [6], [7]]]
+    assert ids({"data": -1, "fsdp": 2, "slices": 2}, two[::-1]) == [[[0], [1]], [[2], [3]], [[4], [5]], [[6], [7]]]
+    assert ids({"data": 2, "fsdp": 4, "slices": 2}, without_slices(fake_devices(1, 8), 1)) == ids({"data": 2, "fsdp": 4}, two)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "devices", "message"),
+    [
+        ({"fsdp": -1}, fake_devices(2, 4), "mesh.data is 1, and the 8 devices are in 2 slices: .* make it a multiple of 2"),
+        ({"data": 2, "slices": 3}, fake_devices(2, 1), "mesh.slices is 3, and the devices are in 2: set it to 2, or to 0"),
+        ({"data": 2, "slices": 2}, fake_devices(1, 2, platform="tpu"), "mesh.slices is 2, and the devices are in 1: set it"),
+        ({"data": 2, "slices": -1}, fake_devices(1, 2), "mesh.slices is -1"),
+        ({"data": 6, "slices": 4}, fake_devices(1, 6), r"mesh.slices=4 does not divide 6 device\(s\) of 1 process"),
+        ({"data": 6, "slices": 2}, without_slices(fake_devices(1, 6), 3), r"slices=2 does not divide 6 .* 3 process\(es\)"),
+        ({"data": 5}, fake_devices(2, 4)[:5], "the slices have 4, 1 devices: a mesh needs slices of one size"),
+    ],
+)
+def test_slices_that_do_not_fit_are_refused(sizes, devices, message):
+    with pytest.raises(UserError, match=message):
+        sharding.make_mesh(sizes, devices)
 
 
 def test_parameters_that_are_divided_know_the_axis_from_the_end(monkeypatch):

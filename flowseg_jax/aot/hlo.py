@@ -11,6 +11,8 @@ import math
 import re
 from collections.abc import Iterator
 
+import numpy as np
+
 KINDS = (
     "all-gather",
     "all-reduce",
@@ -26,6 +28,7 @@ _ASSIGNMENT = re.compile(r"\s+(?:ROOT )?%?(?P<name>[\w.\-]+) = ")
 ARRAY = re.compile(r"\b(?P<dtype>[a-z][a-z0-9]*)\[(?P<sizes>[\d,]*)\](?P<layout>\{[^}]*\})?")
 _BITS = re.compile(r"\d+")
 _NAME = re.compile(r"%([\w.\-]+)")
+_BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 _KERNEL_METADATA = re.compile(r"kernel_metadata=\{[^{}]*\}")  # the only attribute that is printed on several lines
 
 
@@ -38,12 +41,14 @@ class Collective:
         bytes: of the whole array on a device: what is gathered to, reduced, or scattered from.
         executions: how often it runs in one run of the program.
         loops: names of the loops around it, outermost first.
+        between_slices: whether it exchanges with devices of another slice.
     """
 
     kind: str
     bytes: int
     executions: int
     loops: tuple[str, ...]
+    between_slices: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,10 +73,12 @@ class CollectiveStats:
     collectives: tuple[Collective, ...]
     loops: tuple[Loop, ...]
 
-    def totals(self) -> dict[str, tuple[int, int]]:
-        """{kind: (executions, bytes of all executions)}."""
+    def totals(self, between_slices: bool = False) -> dict[str, tuple[int, int]]:
+        """{kind: (executions, bytes of all executions)}; of all collectives, or only of those between slices."""
         found: dict[str, tuple[int, int]] = {}
         for x in self.collectives:
+            if between_slices and not x.between_slices:
+                continue
             count, size = found.get(x.kind, (0, 0))
             found[x.kind] = count + x.executions, size + x.executions * x.bytes
         return dict(sorted(found.items()))
@@ -85,9 +92,28 @@ class CollectiveStats:
         return max((x.bytes for x in self.collectives if x.kind == kind and x.loops), default=0)
 
 
-def collective_stats(text: str) -> CollectiveStats:
-    """Reads optimised HLO text (`jax.stages.Compiled.as_text()`). Raises ValueError for text without an entry computation."""
-    return _Traffic(Module(text)).read()
+def collective_stats(text: str, slice_size: int | None = None) -> CollectiveStats:
+    """Reads optimised HLO text (`jax.stages.Compiled.as_text()`).
+
+    Args:
+        text: of the program.
+        slice_size: devices of a slice, where there are several; a mesh has one slice's devices after the other's.
+
+    Raises:
+        ValueError: text without an entry computation.
+    """
+    return _Traffic(Module(text), slice_size).read()
+
+
+def device_groups(x: Instruction) -> list[list[int]]:
+    """The groups of devices that exchange, by their places in the mesh; [] stands for all in one group."""
+    if listed := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}", x.attributes):
+        return [[int(index) for index in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", listed[1])]
+    # The short form [groups,size]<=[sides]T(axes): the numbers from 0 in a box of these sides, transposed and cut into groups.
+    if short := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", x.attributes):
+        groups, sides, axes = ([int(n) for n in part.split(",")] if part else None for part in short.groups())
+        return np.arange(math.prod(sides)).reshape(sides).transpose(axes).reshape(groups).tolist()
+    return []
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,8 +218,8 @@ class Module:
 class _Traffic:
     """One pass over a program: from the entry into everything that it calls."""
 
-    def __init__(self, module: Module):
-        self._module = module
+    def __init__(self, module: Module, slice_size: int | None):
+        self._module, self._slice_size = module, slice_size
         self._loops: dict[str, int | None] = {}
 
     def read(self) -> CollectiveStats:
@@ -216,7 +242,7 @@ class _Traffic:
             elif x.opcode in ("fusion", "async-start"):
                 yield from self._fused(x.called("calls"), executions, loops, chains)
             elif collective := self._collective(x, computation):
-                yield Collective(*collective, executions, loops)
+                yield Collective(*collective, executions, loops, self._between_slices(x))
 
     def _fused(self, computation: str, executions: int, loops: tuple[str, ...], chains: set[str]) -> Iterator[Collective]:
         """The collectives of a fusion. The TPU compiler spreads one over several fusions that bear its chain's id."""
@@ -229,16 +255,23 @@ class _Traffic:
                 chains.add(chain[1])
             kind, size = collective
             # An all-reduce of which a device keeps one part is what the TPU compiler makes a reduce-scatter of.
-            yield Collective(
-                "reduce-scatter" if computation.startswith("all-reduce-scatter") else kind, size, executions, loops
-            )
+            kind = "reduce-scatter" if computation.startswith("all-reduce-scatter") else kind
+            yield Collective(kind, size, executions, loops, self._between_slices(x))
+
+    def _between_slices(self, x: Instruction) -> bool:
+        if x.opcode == "send":
+            return True
+        groups = device_groups(x) if self._slice_size else [[0]]
+        return not groups or any(len({place // self._slice_size for place in group}) > 1 for group in groups if len(group) > 1)
 
     def _collective(self, x: Instruction, computation: str) -> tuple[str, int] | None:
         """(kind, bytes) if the instruction is a collective; its end, if it has one of its own, is none."""
-        kind = x.opcode.removesuffix("-start")
+        kind, local = x.opcode.removesuffix("-start"), self._module.instructions(computation)
+        # The TPU compiler exchanges inside each slice first, and hands what is left to the hosts' network.
+        if kind == "send" and (between := _BETWEEN_SLICES.search(x.attributes)):
+            return between[1].lower().replace("_", "-"), array_bytes(local[x.operands[0]].type)
         if kind not in KINDS:
             return None
-        local = self._module.instructions(computation)
         taken = sum(array_bytes(local[name].type) for name in x.operands if name in local)
         given = array_bytes(x.type)
         if x.opcode.endswith("-start") and kind != "all-reduce":

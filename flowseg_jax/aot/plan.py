@@ -18,13 +18,15 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from flowseg_jax.aot import hlo, shardings
-from flowseg_jax.aot.pricing import COLUMNS, PricedStep, price
+from flowseg_jax.aot import plan_lines as lines
+from flowseg_jax.aot.plan_lines import gib
+from flowseg_jax.aot.pricing import PricedStep, price
 from flowseg_jax.aot.topology import Topology, open_topology
 from flowseg_jax.aot.tpu_cost import CostEstimate, cycles
 from flowseg_jax.checkpoints.manifest import flatten_params
 from flowseg_jax.errors import UserError
 from flowseg_jax.system.console import heartbeat
-from flowseg_jax.system.hardware import DEVICE_SPECS, GIB, peak_flops
+from flowseg_jax.system.hardware import DEVICE_SPECS, peak_flops
 from flowseg_jax.training import flops
 from flowseg_jax.training.program import TrainProgram
 
@@ -74,6 +76,8 @@ class PlanReport:
         flops: a step, by part of the model.
         step_seconds: a step at `MFU` of peak arithmetic; None without a peak.
         traffic: collectives; None if the compiler refused.
+        slices: that the devices are in.
+        gradients: bytes of a device's part of all gradients.
         cycles: the compiler's own estimates; None if it refused, or makes none.
         priced: all of the step's cycles; None without estimates.
         lower_seconds, compile_seconds: wall time.
@@ -99,6 +103,8 @@ class PlanReport:
     compile_seconds: float
     refusal: str | None
     warnings: tuple[str, ...] = ()
+    slices: int = 1
+    gradients: int = 0
 
     @property
     def fits(self) -> bool:
@@ -107,7 +113,7 @@ class PlanReport:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; `bytes_per_device`, `fits`, `compiled` and `compile_seconds` are what scripts read."""
-        collectives = {} if self.traffic is None else self.traffic.totals()
+        collectives, between = ({} if self.traffic is None else self.traffic.totals(only) for only in (False, True))
         loops = () if self.traffic is None else self.traffic.loops
         return {
             "topology": self.topology,
@@ -124,6 +130,9 @@ class PlanReport:
             "flops": dict(self.flops),
             "step_seconds_at_mfu_0.4": self.step_seconds,
             "collectives": {kind: {"count": count, "bytes": size} for kind, (count, size) in collectives.items()},
+            "slices": self.slices,
+            "between_slices": {kind: {"count": count, "bytes": size} for kind, (count, size) in between.items()},
+            "gradient_bytes": self.gradients,
             "largest_all_reduce_in_a_loop": self.traffic and self.traffic.largest_in_a_loop("all-reduce"),
             "largest_all_gather": self.traffic and self.traffic.largest("all-gather"),
             "cycles": self.cycles
@@ -151,31 +160,32 @@ class PlanReport:
     def text(self) -> str:
         """The report for people."""
         mesh = " ".join(f"{axis}={size}" for axis, size in self.mesh.items())
-        each = self.batch_size / self.devices
-        lines = [
+        each, several = self.batch_size / self.devices, self.traffic is not None and self.slices > 1
+        report = [
             f"{self.topology}: {self.devices} x {self.device_kind}, mesh {mesh}",
             f"{self.batch_size} images a step, {each:g} a device",
             self.note,
-            *_parameter_lines(self.parameters),
+            *lines.parameters(self.parameters),
             *self.warnings,
             *_memory_lines(self.memory),
-            _arithmetic(self.flops, self.step_seconds),
-            *([] if self.traffic is None else _traffic_lines(self.traffic)),
-            *([] if self.cycles is None else _cycle_lines(self.cycles)),
-            *([] if self.priced is None else _price_lines(self.priced)),
+            lines.arithmetic(self.flops, self.step_seconds, MFU),
+            *([] if self.traffic is None else lines.traffic(self.traffic)),
+            *(lines.between_slices(self.traffic, self.slices, self.devices, self.gradients) if several else []),
+            *([] if self.cycles is None else lines.cycles(self.cycles)),
+            *([] if self.priced is None else lines.prices(self.priced)),
             f"lowered in {self.lower_seconds:.0f} s, compiled in {self.compile_seconds:.0f} s at effort {self.effort}",
             f"verdict: {self.verdict()}",
         ]
-        return "\n".join(lines)
+        return "\n".join(report)
 
     def verdict(self) -> str:
         if self.refusal is not None:
             return f"does not fit. The compiler: {self.refusal}"
         needed, usable = self.memory.needed, self.memory.usable
         if usable is None:
-            return f"compiles, {_gib(needed)} a device"
+            return f"compiles, {gib(needed)} a device"
         spare = usable - needed
-        return f"fits, {_gib(spare)} to spare" if self.fits else f"does not fit, {_gib(-spare)} too much"
+        return f"fits, {gib(spare)} to spare" if self.fits else f"does not fit, {gib(-spare)} too much"
 
 
 def plan(config: ConfigDict, topology: str, *, effort: str = "O0") -> PlanReport:
@@ -202,9 +212,9 @@ def state_text(config: ConfigDict, topology: str) -> str:
         "moving average": state.ema,
     }
     sizes = {name: _bytes_on_one_device(tree) for name, tree in parts.items()}
-    rows = [f"  {name:<22}{_gib(size):>12}" for name, size in (sizes | {"together": sum(sizes.values())}).items()]
+    rows = [f"  {name:<22}{gib(size):>12}" for name, size in (sizes | {"together": sum(sizes.values())}).items()]
     title = f"{found.name}: on each of {len(found.devices)} x {found.devices[0].device_kind}, without activations"
-    return "\n".join([*_parameter_lines(_parameters_by_component(state.trainable, state.frozen)), title, *rows])
+    return "\n".join([*lines.parameters(_parameters_by_component(state.trainable, state.frozen)), title, *rows])
 
 
 def prepare(config: ConfigDict, topology: str, effort: str) -> tuple[TrainProgram, Topology]:
@@ -212,6 +222,10 @@ def prepare(config: ConfigDict, topology: str, effort: str) -> tuple[TrainProgra
     if effort not in XLA_OPT_LEVELS:
         raise UserError(f"--xla-opt-level={effort}: choose {', '.join(XLA_OPT_LEVELS)}")
     found = open_topology(topology)
+    if config.mesh.slices == 0:
+        config = ConfigDict(config.to_dict())
+        config.mesh.slices = found.slices
+    found = dataclasses.replace(found, slices=max(config.mesh.slices, 1))
     with heartbeat(f"building the train step for {topology}"):
         return TrainProgram.build(config, found.devices), found
 
@@ -232,7 +246,7 @@ def report(program: TrainProgram, topology: Topology, effort: str) -> PlanReport
     peak = peak_flops(topology.devices[0])
     estimate, traffic, device = (
         text and cycles(text),
-        text and hlo.collective_stats(text),
+        text and hlo.collective_stats(text, len(topology.devices) // topology.slices if topology.slices > 1 else None),
         DEVICE_SPECS.get(topology.devices[0].device_kind),
     )
     return PlanReport(
@@ -257,6 +271,8 @@ def report(program: TrainProgram, topology: Topology, effort: str) -> PlanReport
         compile_seconds=compiled_at - lowered_at,
         refusal=refusal,
         warnings=tuple(shardings.warnings(program.run_config.model, program.mesh.shape)),
+        slices=topology.slices,
+        gradients=_bytes_on_one_device(state.trainable),
     )
 
 
@@ -315,82 +331,14 @@ def _parameters_by_component(trainable: Any, frozen: Any) -> dict[str, dict[str,
     return dict(sorted(components.items(), key=lambda item: -sum(item[1].values())))
 
 
-def _parameter_lines(components: Mapping[str, Mapping[str, int]]) -> list[str]:
-    total = {kind: sum(counts[kind] for counts in components.values()) for kind in ("trained", "frozen")}
-    rows = [("parameters", {"trained": "trained", "frozen": "frozen"}), *components.items(), ("all", total)]
-    show = lambda x: x if isinstance(x, str) else f"{x:,}"  # noqa: E731
-    return [f"  {name:<18}{show(counts['trained']):>16}{show(counts['frozen']):>16}" for name, counts in rows]
-
-
 def _memory_lines(memory: Memory) -> list[str]:
-    given = f"parameters {_gib(memory.parameters)}, moments {_gib(memory.moments)}, batch {_gib(memory.batch)}"
-    lines = [f"on each device: {given}"]
+    given = f"parameters {gib(memory.parameters)}, moments {gib(memory.moments)}, batch {gib(memory.batch)}"
+    found = [f"on each device: {given}"]
     if memory.arguments is not None:
-        lines.append(
-            f"compiled: arguments {_gib(memory.arguments)}, temporaries {_gib(memory.temporaries)}, other results "
-            f"{_gib(memory.outputs)}"
+        found.append(
+            f"compiled: arguments {gib(memory.arguments)}, temporaries {gib(memory.temporaries)}, other results "
+            f"{gib(memory.outputs)}"
         )
     if memory.needed is not None:
-        lines.append(f"together {_gib(memory.needed)}" + (f" of {_gib(memory.usable)} usable" if memory.usable else ""))
-    return lines
-
-
-def _arithmetic(by_part: Mapping[str, float], seconds: float | None) -> str:
-    total = flops.total(by_part)
-    largest = sorted(by_part, key=by_part.get, reverse=True)[:4]
-    shares = ", ".join(f"{part} {by_part[part] / total:.0%}" for part in largest)
-    at = "n/a" if seconds is None else f"{seconds:.3g} s"
-    return f"arithmetic: {_flop(total)} a step ({shares}); a step at {MFU:.0%} MFU: {at}"
-
-
-def _traffic_lines(traffic: hlo.CollectiveStats) -> list[str]:
-    totals = ", ".join(f"{kind} {count} ({size / 1e6:,.1f} MB)" for kind, (count, size) in traffic.totals().items())
-    waiting = [loop for loop in traffic.loops if loop.trip_count is None]
-    exchanging = sum(bool(loop.collectives) for loop in waiting)
-    return [
-        f"collectives a step: {totals or 'none'}",
-        f"largest all-reduce in a loop {traffic.largest_in_a_loop('all-reduce') / 1e6:,.1f} MB, largest all-gather "
-        f"{traffic.largest('all-gather') / 1e6:,.1f} MB; of {len(waiting)} loops whose length depends on data {exchanging} "
-        "exchange anything",
-    ]
-
-
-def _cycle_lines(found: CostEstimate) -> list[str]:
-    share = lambda sums: ", ".join(f"{name} {count / 1e6:,.0f}" for name, count in sums.items() if count >= 5e5)  # noqa: E731
-    missing = ", ".join(f"{what} {count:,}" for what, count in found.without_estimate().items())
-    return [
-        f"million cycles a step that the compiler estimates: {found.total / 1e6:,.0f}",
-        f"  by kind: {share(found.by('kind'))}",
-        f"  by part: {share(found.by('part'))}",
-        f"  executions without an estimate, in none of these: {missing or 'none'}",
-    ]
-
-
-def _price_lines(found: PricedStep) -> list[str]:
-    seconds = [cycles / found.device.clock for cycles in (found.hidden, found.exposed)]
-    sources = ", ".join(f"{name} {count / 1e6:,.0f}" for name, count in found.by_source().items() if count >= 5e5)
-    rows = [(part, *(row[name] / 1e6 for name in COLUMNS)) for part, row in found.by_part().items()]
-    unpriced = ", ".join(f"{what} {count:,}" for what, count in found.unpriced().items())
-    return [
-        f"priced in full: {found.hidden / 1e6:,.0f} million cycles with all transfers hidden, "
-        f"{found.exposed / 1e6:,.0f} with none; "
-        f"MFU {found.mfu['low']:.0%} to {found.mfu['high']:.0%}; {seconds[0]:.3g} to {seconds[1]:.3g} s at "
-        f"{found.device.clock / 1e9:.2f} GHz. Nothing of this was measured on a device",
-        f"  by source: {sources}",
-        f"  without a price: {unpriced or 'none'}",
-        f"  {'million cycles by part':<28}{'priced':>9}{'FLOPs':>9}{'memory':>9}{'roofline':>10}",
-        *(
-            f"  {part:<28}{cycles:>9,.0f}{arithmetic:>9,.0f}{memory:>9,.0f}{floor:>10,.0f}"
-            for part, cycles, arithmetic, memory, floor in rows
-            if cycles >= 0.5
-        ),
-    ]
-
-
-def _flop(count: float) -> str:
-    scale, unit = next((x for x in ((1e15, "P"), (1e12, "T"), (1e9, "G")) if count >= x[0]), (1e6, "M"))
-    return f"{count / scale:.3g} {unit}FLOP"
-
-
-def _gib(size: int) -> str:
-    return f"{size / GIB:.2f} GiB" if size >= 0.01 * GIB else f"{size / 2**20:.2f} MiB"
+        found.append(f"together {gib(memory.needed)}" + (f" of {gib(memory.usable)} usable" if memory.usable else ""))
+    return found

@@ -62,7 +62,7 @@ class PricedStep:
         prices: of every instruction.
         device: what it was compiled for.
         flops: of the model, a step and device.
-        wire: cycles of all collectives' bytes at the links' bandwidth.
+        wire: cycles of the bytes of all collectives inside a slice, at the links' bandwidth.
     """
 
     prices: tuple[Price, ...]
@@ -132,7 +132,8 @@ def price(estimate: CostEstimate, traffic: CollectiveStats, device: DeviceKind, 
     """
     table = bundles().get(device.name, {})
     # A sum travels twice: the parts to where they are added up, and the sum back.
-    travelled = sum(x.executions * x.bytes * (2 if x.kind == "all-reduce" else 1) for x in traffic.collectives)
+    inside = [x for x in traffic.collectives if not x.between_slices]  # nothing is assumed about the network between slices
+    travelled = sum(x.executions * x.bytes * (2 if x.kind == "all-reduce" else 1) for x in inside)
     wire = travelled * device.clock / device.links
     return PricedStep(tuple(_price(cost, device, table) for cost in estimate.costs), device, flops, wire)
 

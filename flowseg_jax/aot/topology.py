@@ -1,4 +1,4 @@
-"""Devices that are not there: `v5e:4x4`, `h100:8`, `cpu:8` -> what a mesh is made of.
+"""Devices that are not there: `v5e:4x4`, `2xv5e:4x4` (two slices), `h100:8`, `cpu:8` -> what a mesh is made of.
 
 The TPU compiler (libtpu) and XLA's GPU compiler (in JAX's CUDA plugin) describe devices without having any. Programs for such
 devices can be lowered and compiled, and their memory and collectives read; nothing runs.
@@ -22,7 +22,7 @@ from flowseg_jax.system.hardware import DEVICE_SPECS
 
 # What to write, and how many numbers a TPU topology has. libtpu knows which numbers exist.
 FAMILIES = {"v5e": 2, "v6e": 2, "v5p": 3, "tpu7x": 3, "h100": 1, "cpu": 1}
-EXAMPLES = "v5e:2x2, v5e:4x4, v5e:8x8, v5p:2x2x1, v5p:2x2x2, v6e:2x2, v6e:4x4, tpu7x:2x2x1, h100:8, cpu:8"
+EXAMPLES = "v5e:2x2, v5e:4x4, v5e:8x8, 2xv5e:4x4, v5p:2x2x1, v5p:2x2x2, v6e:2x2, v6e:4x4, tpu7x:2x2x1, h100:8, cpu:8"
 
 # libtpu looks for the metadata of a cloud machine and complains where there is none: the topology's name says all it needs.
 TPU_ENVIRONMENT = {
@@ -44,12 +44,14 @@ class Topology:
     devices: for a mesh; compile-only ones, but for a CPU's.
     usable: bytes that a program may use on each of them, None without a limit to judge by.
     note: what kind of statement a program compiled for them is.
+    slices: how many the devices are in.
     """
 
     name: str
     devices: tuple[Any, ...]
     usable: int | None
     note: str
+    slices: int = 1
 
 
 def open_topology(name: str) -> Topology:
@@ -61,18 +63,22 @@ def open_topology(name: str) -> Topology:
     Raises:
         UserError: an unknown name, or a compiler that is not installed.
     """
-    family, colon, sizes = name.partition(":")
+    count, one = re.fullmatch(r"(?:([1-9][0-9]{0,3})x(?=[a-z]))?(.*)", name, re.DOTALL).groups()
+    slices = int(count or 1)
+    family, colon, sizes = one.partition(":")
     if family not in FAMILIES or not colon:
-        ours = accelerator_type(name)
-        meant = f" (did you mean '{ours}'?)" if ours else did_you_mean(family, FAMILIES) if colon else ""
+        ours = accelerator_type(one)
+        meant = (
+            f" (did you mean '{name.removesuffix(one)}{ours}'?)" if ours else did_you_mean(family, FAMILIES) if colon else ""
+        )
         raise UserError(f"--topology={name}: unknown{meant}; known: {EXAMPLES}")
     numbers = sizes.split("x")
     if len(numbers) != FAMILIES[family] or not all(re.fullmatch("[1-9][0-9]*", number) for number in numbers):
         raise UserError(f"--topology={name}: {family} takes {'x'.join('N' * FAMILIES[family])}; known: {EXAMPLES}")
     jax.config.update("jax_platforms", "cpu")
     if family == "cpu":
-        return _cpu(name, int(sizes))
-    return _gpu(name, int(sizes)) if family == "h100" else _tpu(name)
+        return _cpu(name, slices, int(sizes))
+    return _gpu(name, slices, int(sizes)) if family == "h100" else _tpu(name, slices)
 
 
 def accelerator_type(name: str) -> str:
@@ -95,21 +101,22 @@ def accelerator_type(name: str) -> str:
     return f"{family}:{'x'.join(map(str, sorted(sides, key=lambda side: (side == 1, side))))}"
 
 
-def _tpu(name: str) -> Topology:
+def _tpu(name: str, slices: int) -> Topology:
     if importlib.util.find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in os.environ:
         raise UserError(f"--topology={name} needs libtpu, the TPU compiler: pip install 'jax[tpu]=={jax.__version__}'")
     for key, value in TPU_ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     try:
-        devices = topologies.get_topology_desc(name, platform="tpu").devices
+        several = {"num_slices": slices} if slices > 1 else {}
+        devices = topologies.get_topology_desc(name.removeprefix(f"{slices}x"), platform="tpu", **several).devices
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).splitlines()[0].partition(": ")[2]
         raise UserError(f"--topology={name}: libtpu has no such topology ({reason}); known: {EXAMPLES}") from None
     note = "compiled ahead of time by the TPU compiler for devices that are not there; nothing was executed"
-    return Topology(name, tuple(devices), DEVICE_SPECS[devices[0].device_kind].usable, note)
+    return Topology(name, tuple(devices), DEVICE_SPECS[devices[0].device_kind].usable, note, slices)
 
 
-def _gpu(name: str, count: int) -> Topology:
+def _gpu(name: str, slices: int, count: int) -> Topology:
     if count > GPUS_PER_HOST and count % GPUS_PER_HOST:
         raise UserError(f"--topology={name}: up to {GPUS_PER_HOST} GPUs, or whole hosts of {GPUS_PER_HOST}")
     if importlib.util.find_spec("jax_cuda12_plugin") is None:
@@ -120,17 +127,20 @@ def _gpu(name: str, count: int) -> Topology:
         )
     target = importlib.resources.files("flowseg_jax.aot").joinpath("h100_target_config.txtpb").read_text()
     hosts, each = (1, count) if count <= GPUS_PER_HOST else (count // GPUS_PER_HOST, GPUS_PER_HOST)
-    devices = topologies.get_topology_desc("h100", platform="cuda", target_config=target, topology=f"1x{hosts}x{each}").devices
+    devices = topologies.get_topology_desc(
+        "h100", platform="cuda", target_config=target, topology=f"{slices}x{hosts}x{each}"
+    ).devices
     memory = int(re.search(r"device_memory_size: (\d+)", target)[1])
     fraction = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", GPU_MEMORY_FRACTION))
     note = (
         "compiled ahead of time by XLA's GPU compiler for devices that are not there; nothing was executed. Attention is "
         f"XLA's: cuDNN's takes a device. Usable is the {fraction:.0%} of memory that JAX takes (XLA_PYTHON_CLIENT_MEM_FRACTION)"
     )
-    return Topology(name, tuple(devices), int(memory * fraction), note)
+    return Topology(name, tuple(devices), int(memory * fraction), note, slices)
 
 
-def _cpu(name: str, count: int) -> Topology:
+def _cpu(name: str, slices: int, count: int) -> Topology:
+    count *= slices
     with contextlib.suppress(RuntimeError):  # JAX runs already: whoever started it has chosen
         jax.config.update("jax_num_cpu_devices", count)
     devices = jax.devices("cpu")
@@ -139,4 +149,4 @@ def _cpu(name: str, count: int) -> Topology:
             f"--topology={name}: JAX has started with {len(devices)} host device(s); "
             f"set XLA_FLAGS=--xla_force_host_platform_device_count={count}"
         )
-    return Topology(name, tuple(devices[:count]), None, "compiled for host devices; nothing was executed")
+    return Topology(name, tuple(devices[:count]), None, "compiled for host devices; nothing was executed", slices)

@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="flowseg plan", description="Compiles a training step for a topology and reports; nothing runs.")
     add_config_flag(parser)
     parser.add_argument(
-        "--topology", metavar="NAME", default="cpu:1", help="v5e:4x4, v5p:2x2x2, v6e:4x4, h100:8; default cpu:1"
+        "--topology", metavar="NAME", default="cpu:1", help="v5e:4x4, v5p:2x2x2, h100:8, 2xv5e:4x4 (two slices); default cpu:1"
     )
     parser.add_argument("--xla-opt-level", metavar="LEVEL", default="O0", help="how hard XLA optimises: O0 to O3, default O0")
     parser.add_argument("--by-component", action="store_true", help="compile each component by itself instead of the step")

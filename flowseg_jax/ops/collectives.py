@@ -76,8 +76,11 @@ class DataParallelGroup:
         b = x.shape[0]
         if b % group_size == 0:
             return x
-        everything = jax.lax.all_gather(x, self.axes, axis=0, tiled=True)
-        return jax.lax.dynamic_slice_in_dim(everything, self.batch_offset(b) // group_size * group_size, group_size)
+        parts = [self.axes[i:] for i in reversed(range(len(self.axes)))]
+        axes = next(part for part in parts if b * jax.lax.axis_size(part) % group_size == 0)  # the nearest that hold groups
+        everything = jax.lax.all_gather(x, axes, axis=0, tiled=True)
+        first = DataParallelGroup(axes).batch_offset(b) // group_size * group_size
+        return jax.lax.dynamic_slice_in_dim(everything, first, group_size)
 
 
 SINGLE_DEVICE = DataParallelGroup()

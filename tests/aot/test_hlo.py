@@ -55,7 +55,18 @@ def chosen(x):
 def otherwise(x):
     return lax.cond(x[0, 0] > 0, twice, once, x)
 
+two = jax.make_mesh((2, 4), ("slice", "x"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+
+def across(axes):
+    def f(w):  # of a layer: gathered inside the slice, its gradient summed over the axes
+        g = jax.grad(lambda w: jnp.sum(lax.all_gather(w, "x", axis=0, tiled=True) ** 2))(w)
+        return lax.psum(g, "slice") + lax.all_gather(w.sum(), axes).sum()
+    mapped = jax.shard_map(f, mesh=two, in_specs=P("x"), out_specs=P("x"), check_vma=False)
+    w = jax.ShapeDtypeStruct((8, 4), jnp.float32, sharding=NamedSharding(two, P("x")))
+    return jax.jit(mapped).lower(w).compile().as_text()
+
 print(json.dumps({
+    "inside": across("x"), "across": across(("slice", "x")),
     "summed": text(summed, (8, 4)), "layers": text(layers, (8, 6, 16, 2), (8, 4, 16)), "nested": text(nested, (8, 4)),
     "waiting": text(waiting, (8, 4)), "alone": text(alone, (8, 4)), "chosen": text(chosen, (8, 4)),
     "otherwise": text(otherwise, (8, 4)),
@@ -108,6 +119,42 @@ def test_a_loop_of_unknown_length_tells_whether_it_waits_for_others(compiled):
 def test_of_branches_the_one_that_exchanges_most_counts(compiled):
     for name in ("chosen", "otherwise"):
         assert hlo.collective_stats(compiled[name]).totals() == {"all-reduce": (2, 32)}
+
+
+def test_what_crosses_slices(compiled):
+    """Two slices of four devices: the first four of the mesh, and the others."""
+    between = lambda name, size: hlo.collective_stats(compiled[name], size).totals(between_slices=True)  # noqa: E731
+    assert between("inside", 4) == {"all-reduce": (1, 2 * 4 * 4)}
+    assert between("across", 4) == {"all-gather": (1, 8 * 4), "all-reduce": (1, 2 * 4 * 4)}
+    assert between("across", None) == {}
+    assert hlo.collective_stats(compiled["inside"], 4).totals()["all-gather"][0] > 0
+
+
+@pytest.mark.parametrize(
+    ("attributes", "groups"),
+    [
+        ("replica_groups={{0,1},{2,3}}, dimensions={0}", [[0, 1], [2, 3]]),
+        ("source_target_pairs={{0,1},{1,0}}", [[0, 1], [1, 0]]),
+        ("replica_groups=[2,2]<=[4], channel_id=1", [[0, 1], [2, 3]]),
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", [[0, 4], [1, 5], [2, 6], [3, 7]]),
+        ("replica_groups={}, to_apply=%add", []),
+    ],
+)
+def test_groups_of_devices(attributes, groups):
+    assert hlo.device_groups(hlo.Instruction("a", "f32[]", "all-reduce", ("p",), attributes)) == groups
+
+
+def test_the_tpu_compiler_hands_what_crosses_slices_to_the_hosts():
+    text = module(
+        "  %p = f32[64]{0} parameter(0)\n"
+        "  %in = f32[64]{0} all-reduce(%p), replica_groups={{0,1,2,3}}, to_apply=%add\n"
+        "  %send = (f32[64]{0}, u32[], token[]) send(%in, %token), channel_id=2, is_host_transfer=true, frontend_attributes="
+        '{_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}\n'
+        "  %other = (f32[64]{0}, u32[], token[]) send(%in, %token), channel_id=3, is_host_transfer=true\n"
+        "  ROOT %r = f32[64]{0} copy(%p)"
+    )
+    found = hlo.collective_stats(text, 4)
+    assert found.totals() == {"all-reduce": (2, 512)} and found.totals(between_slices=True) == {"all-reduce": (1, 256)}
 
 
 def module(body: str, *others: str) -> str:

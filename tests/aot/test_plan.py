@@ -65,7 +65,7 @@ def executable(arguments: int, temporaries: int) -> SimpleNamespace:
     return SimpleNamespace(memory_analysis=lambda: sizes, as_text=lambda: text)
 
 
-def planned(outcome, usable: int | None = 16 * GIB, chip=CHIP) -> plan.PlanReport:
+def planned(outcome, usable: int | None = 16 * GIB, chip=CHIP, slices: int = 1) -> plan.PlanReport:
     """The report on a model of three parameters, two of them trained, on 4 x 2 devices."""
     divided = ("fsdp",)
     trainable = {"llm": {"embed_tokens": abstract(40, 28, spec=divided)}, "sam": {"patch_embed": abstract(10)}}
@@ -81,7 +81,19 @@ def planned(outcome, usable: int | None = 16 * GIB, chip=CHIP) -> plan.PlanRepor
         batch={"input_ids": abstract(16, 100, spec=(("data", "fsdp"),), dtype=jnp.int32)},
         step=FakeStep(outcome),
     )
-    return plan.report(program, Topology("v5e:2x4", (chip,) * 8, usable, "not executed"), "O1")
+    return plan.report(program, Topology("v5e:2x4", (chip,) * 8, usable, "not executed", slices), "O1")
+
+
+def test_what_crosses_slices_is_said():
+    report = planned(executable(1, 1), slices=2)
+    assert report.to_json()["between_slices"] == {"all-reduce": {"count": 1, "bytes": 32}}
+    assert report.to_json()["gradient_bytes"] == (40 * 28 // 2 + 10) * 4
+    assert "between 2 slices, a step and device: all-reduce 1 (0.0 MB); its gradients are 0.0 MB" in report.text()
+    assert "between" not in planned(executable(1, 1)).text() and "WARNING" not in report.text()
+    gathered = executable(1, 1)
+    text = gathered.as_text()
+    gathered.as_text = lambda: text.replace("all-reduce", "all-gather")
+    assert "WARNING: not only gradients cross: all-gather" in planned(gathered, slices=2).text()
 
 
 def test_sizes_are_those_of_one_device():
@@ -249,11 +261,18 @@ def check_plan(found: dict, output: str) -> None:
     assert "nothing was executed" in output
 
 
+def check_slices(found: dict) -> None:
+    """Nothing but all-reduces crosses slices, of a device's gradients and a few sums of losses."""
+    assert found["slices"] == 2 and list(found["between_slices"]) == ["all-reduce"]
+    assert 0 <= found["between_slices"]["all-reduce"]["bytes"] - found["gradient_bytes"] < 1000
+
+
 @pytest.mark.slow
 def test_the_command_plans_the_real_step(tmp_path):
-    code, output, found = run_command("cpu:8", tmp_path)
+    code, output, found = run_command("2xcpu:4", tmp_path)
     assert code == 0
     check_plan(found, output)
+    check_slices(found)
     assert (found["devices"], found["mesh"]) == (8, {"data": 2, "fsdp": 4, "tensor": 1})
     assert found["step_seconds_at_mfu_0.4"] is None
     assert "effort O0" in output and "40% MFU: n/a" in output
@@ -262,7 +281,7 @@ def test_the_command_plans_the_real_step(tmp_path):
 
 
 @tpu.needs_libtpu
-@pytest.mark.parametrize("topology", ["v5e:2x4"])
+@pytest.mark.parametrize("topology", ["v5e:2x4", "2xv5e:2x2"])
 @pytest.mark.slow
 def test_the_command_plans_the_real_step_for_tpus(tmp_path, topology):
     code, output, found = run_command(topology, tmp_path)
@@ -271,3 +290,5 @@ def test_the_command_plans_the_real_step_for_tpus(tmp_path, topology):
     assert found["device_kind"] == "TPU v5 lite"
     assert found["step_seconds_at_mfu_0.4"] > 0
     assert found["memory"]["usable"] == int(15.75 * GIB)
+    if topology.startswith("2x"):
+        check_slices(found)

@@ -6,12 +6,15 @@ import importlib.util
 from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 from jax._src.pallas.mosaic import tpu_info
+from jax.experimental.mesh_utils import create_hybrid_device_mesh
 
 from flowseg_jax.aot import topology
 from flowseg_jax.aot.topology import open_topology
 from flowseg_jax.errors import UserError
+from flowseg_jax.sharding import make_mesh
 from flowseg_jax.system import hardware
 from tests.helpers import tpu
 
@@ -35,6 +38,9 @@ needs_cuda = pytest.mark.skipif(
         ("v5p:2x2", r"v5p takes NxNxN"),
         ("cpu:0", r"cpu takes N;"),
         ("h100:eight", r"h100 takes N;"),
+        ("2xv5e-16", r"unknown \(did you mean '2xv5e:4x4'\?\)"),
+        ("0xv5e:4x4", "unknown"),
+        ("2xv5e:16", r"v5e takes NxN;"),
         ("h100:12", r"up to 8 GPUs, or whole hosts of 8"),
     ],
 )
@@ -86,6 +92,17 @@ def test_tpus_without_a_tpu(name, count, kind, gib):
     assert hardware.DEVICE_SPECS[found.devices[0].device_kind].name == kind
     assert found.usable == pytest.approx(gib * hardware.GIB, abs=1)
     assert "nothing was executed" in found.note
+
+
+@tpu.needs_libtpu
+def test_two_slices_are_laid_out_as_jax_does():
+    found = open_topology("2xv5e:4x4")
+    devices = list(found.devices)
+    theirs = create_hybrid_device_mesh((1, 4, 4, 1), (2, 1, 1, 1), devices, allow_split_physical_axes=True)
+    assert (found.slices, len(devices)) == (2, 32)
+    assert np.array_equal(make_mesh({"data": -1, "fsdp": 16}, devices).devices, theirs.reshape(2, 16, 1))
+    with pytest.raises(UserError, match="mesh.data is 1, and the 32 devices are in 2 slices"):
+        make_mesh({"fsdp": -1}, devices)
 
 
 @tpu.needs_libtpu

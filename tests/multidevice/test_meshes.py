@@ -34,7 +34,8 @@ def _setting():
 def trained(cfg, mesh: tuple[int, ...], accumulate: int = 1):
     """(program, text of the compiled step, [metrics of two steps], parameters after them)."""
     batch = small.batch(cfg, images=8)
-    config = small.experiment(cfg, batch, **dict(zip(AXES, mesh, strict=True)))
+    slices = 2 if mesh[0] == 2 else 0  # of simulated slices, the first half of the devices and the second
+    config = small.experiment(cfg, batch, **dict(zip(AXES, mesh, strict=True)), slices=slices)
     config.optimizer.grad_accum_steps = accumulate
     program = TrainProgram.build(config, jax.devices()[: int(np.prod(mesh))])
     state = small.start(program, small.params(cfg))
