@@ -110,6 +110,12 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def without_flag(argv: Sequence[str], flag: str) -> list[str]:
+    """The arguments without a flag and its value, `--flag=VALUE` or `--flag VALUE`."""
+    before = ["", *argv[:-1]]
+    return [one for one, last in zip(argv, before, strict=True) if flag not in (one, last, one.partition("=")[0])]
+
+
 def share(text: str) -> float:
     """An argparse type: a number in [0, 1]."""
     try:

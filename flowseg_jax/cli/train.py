@@ -6,9 +6,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from flowseg_jax.cli.parser import Parser, add_process_flags, process_group
+from flowseg_jax.cli.parser import Parser, add_process_flags, positive, process_group, without_flag
 
 DEFAULT_CONFIG = "shapes_tiny"
+RESTART = "--restart-on-failure"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--plan", action="store_true", help="do not train: the same as `flowseg plan` with the other flags")
     parser.add_argument("--print-config", action="store_true", help="do not train: print the whole config, as a .json")
     parser.add_argument("--list-keys", action="store_true", help="do not train: list every key with type, value and help")
+    parser.add_argument(RESTART, metavar="N", type=positive, help="start a run that fails again, at most N times")
     add_process_flags(parser)
     if {"-h", "--help"} & set(argv):
         parser.parse_args(["--help"])
@@ -36,6 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(list_keys(config) if arguments.list_keys else experiment.to_json(config))
         return 0
+    if arguments.restart_on_failure:
+        from flowseg_jax.system.restarts import supervise
+
+        return supervise(
+            [sys.executable, *sys.orig_argv[1 : -len(argv)], *without_flag(argv, RESTART)], arguments.restart_on_failure
+        )
     from flowseg_jax.system import host
 
     host.use_host_devices(config.batch_size // max(1, config.model.negatives_group_size * config.optimizer.grad_accum_steps))

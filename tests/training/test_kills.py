@@ -44,9 +44,9 @@ class Command:
     config: Path
 
     @contextlib.contextmanager
-    def started(self, workdir: Path, log: Path, **options) -> Iterator[subprocess.Popen]:
+    def started(self, workdir: Path, log: Path, *flags: str, **options) -> Iterator[subprocess.Popen]:
         """Starts, or continues, the run in `workdir`; what it prints goes into `log`."""
-        arguments = [sys.executable, str(ROOT / "train.py"), f"--config={self.config}", f"--workdir={workdir}"]
+        arguments = [sys.executable, str(ROOT / "train.py"), f"--config={self.config}", f"--workdir={workdir}", *flags]
         environment = os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=1"}
         if workdir.exists():  # what could be killed reads the compilation cache and leaves it alone
             environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "1e9"
@@ -281,3 +281,30 @@ def test_stopped_damaged_and_out_of_space(command, uninterrupted, tmp_path, caps
     assert f"set aside as {newest.name}.damaged" in log.read_text()
     assert continued_from(log) == before[-2]
     assert Outcome.of(workdir) == uninterrupted
+
+
+def children(process: subprocess.Popen) -> list[int]:
+    return [
+        int(pid) for pid in subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    ]
+
+
+def test_a_killed_run_is_restarted_by_its_own_command(command, uninterrupted, tmp_path):
+    workdir, log = tmp_path / "run", tmp_path / "log"
+    with command.started(workdir, log, "--restart-on-failure=2") as supervisor:
+        try:
+            wait_until(lambda: last_logged(workdir) >= 10 and 8 in saved(workdir), supervisor, log)
+            (pid,) = children(supervisor)
+            os.kill(pid, signal.SIGKILL)
+            killed, reached = time.monotonic(), last_logged(workdir)
+            wait_until(lambda: children(supervisor) not in ([], [pid]) and continued_from(log) > 0, supervisor, log)
+            wait_until(lambda: last_logged(workdir) > reached, supervisor, log)
+            seconds = time.monotonic() - killed
+            assert supervisor.wait(PATIENCE) == 0, log.read_text()
+        finally:
+            for pid in children(supervisor):
+                os.kill(pid, signal.SIGKILL)
+    assert "the run was ended by SIGKILL; it is started again in 15 s, 1 of 2" in log.read_text()
+    assert reached - continued_from(log) < 8  # one interval, and a checkpoint that was being written
+    assert Outcome.of(workdir) == uninterrupted
+    print(f"\nkilled after step {reached}, continued from {continued_from(log)}, a new step after {seconds:.0f} s")
