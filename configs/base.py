@@ -33,7 +33,7 @@ def get_config(llm: str = "qwen3_4b") -> ConfigDict:
     config.eval_images = 64
     config.eval_data = ""
     config.checkpoint_every = 500
-    config.checkpoint = ConfigDict({"keep": 2, "keep_every": 0, "best": ()})
+    config.checkpoint = ConfigDict({"keep": 2, "keep_every": 0, "best": (), "local_dir": "", "local_every": 0})
     config.init_from = ()
     config.model = ConfigDict(FlowSegConfig.full(PRESETS[llm]()).to_dict())
 

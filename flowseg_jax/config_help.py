@@ -25,6 +25,8 @@ HELP = {
     "checkpoint.keep": "checkpoints that are kept, the latest ones",
     "checkpoint.keep_every": "keeps every checkpoint whose step is a multiple of this as well; 0: none",
     "checkpoint.best": '(metric, "min" or "max"): keeps the best by it as well; (): by eval/ciou where there is one',
+    "checkpoint.local_dir": 'disk or memory of each host for more frequent checkpoints, as "/dev/shm/flowseg"; "": none',
+    "checkpoint.local_every": "steps between two checkpoints there; 0: none",
     "init_from": "([component=]DIR, ...): models and components to start from; (): random initialization",
     # data
     "data.dir": "prepared data set to train on",

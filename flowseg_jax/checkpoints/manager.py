@@ -70,11 +70,13 @@ def _listed(value: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class RestoredCheckpoint:
-    """A training checkpoint: the step it was taken after, its state (as the abstract state asked for it) and its JSON."""
+    """A training checkpoint: the step it was taken after, its state (as the abstract state asked for it), its JSON and where it
+    was; "" for the work directory."""
 
     step: int
     state: Tree
     meta: dict[str, Any]
+    directory: str = ""
 
 
 class CheckpointManager:

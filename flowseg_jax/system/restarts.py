@@ -33,11 +33,11 @@ def supervise(command: Sequence[str], restarts: int, pause: float = PAUSE) -> in
     Returns:
         The last exit code; 128 + its number where a signal ended the process, as shells count it.
     """
-    asked, numbers, child = threading.Event(), [], None
+    stopped, numbers, child = threading.Event(), [], None
 
     def hand_on(number: int, _: FrameType | None) -> None:
         numbers.append(number)
-        asked.set()
+        stopped.set()
         if child is not None:
             child.send_signal(number)
 
@@ -45,18 +45,18 @@ def supervise(command: Sequence[str], restarts: int, pause: float = PAUSE) -> in
     try:
         for restart in range(restarts + 1):
             child = subprocess.Popen(command, process_group=0)  # of its own: Ctrl-C reaches it once, from here
-            if asked.is_set():
+            if stopped.is_set():
                 child.send_signal(numbers[-1])
             code = child.wait()
             how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
             code = 128 - code if code < 0 else code
-            if code in FINAL or asked.is_set():
+            if code in FINAL or stopped.is_set():
                 return code
             if restart == restarts:
                 tell(f"the run {how}; it was started again {restarts} time(s) and is not started any more")
                 return code
             tell(f"the run {how}; it is started again in {pause:g} s, {restart + 1} of {restarts}")
-            if asked.wait(pause):
+            if stopped.wait(pause):
                 return 130 if numbers[-1] == signal.SIGINT else 0  # nothing runs: the last checkpoint is the state
     finally:
         for number, handler in before.items():

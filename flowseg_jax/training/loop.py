@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from flowseg_jax.checkpoints.local import LocalCheckpoints
 from flowseg_jax.checkpoints.manager import CheckpointManager, config_diff
 from flowseg_jax.checkpoints.manifest import flatten_params
 from flowseg_jax.checkpoints.pretrained import save_pretrained
@@ -34,6 +35,7 @@ from flowseg_jax.system.json_files import expect, number
 from flowseg_jax.system.paths import resolve_path
 from flowseg_jax.training import lora as adapters
 from flowseg_jax.training.adapters import save_adapters
+from flowseg_jax.training.first_start import FirstStart
 from flowseg_jax.training.metric_reporter import MetricReporter
 from flowseg_jax.training.metric_writers import ProgressWriter, create_writer
 from flowseg_jax.training.optimizer import OptimizerConfig, lr_schedule
@@ -65,6 +67,8 @@ RESUMABLE_KEYS = (
     "optimizer.max_skipped_updates",
 )
 
+
+KEPT = ("keep", "keep_every", "local_dir", "local_every")  # of the section `checkpoint`
 
 # (parameters) -> scores, {"eval/ciou": percent, ...}, and pictures of answers, uint8 [H, W, 3]. Every process calls it alike.
 Validate = Callable[[Any], tuple[Mapping[str, float], Mapping[str, np.ndarray]]]
@@ -181,7 +185,8 @@ def run(
     validation: OpenValidation | None = None,
 ) -> Path:
     """`train` in a work directory that is ours."""
-    began = time.perf_counter()
+    first = FirstStart.of(workdir)
+    began = time.perf_counter() - first.seconds_ago()
     resolved = json.loads(to_json(config))
     check_trackers(config.trackers)
     data = open_train_data(config, program)
@@ -206,15 +211,20 @@ def run(
             )
 
     with contextlib.ExitStack() as stack:
-        checkpoints = stack.enter_context(CheckpointManager(workdir, **{**config.checkpoint, "best": best}))
-        restored = checkpoints.restore_latest(state_to_tree(program.state), same_run)
+        keep, keep_every, local_dir, local_every = (config.checkpoint[key] for key in KEPT)
+        checkpoints = stack.enter_context(CheckpointManager(workdir, keep=keep, keep_every=keep_every, best=best))
+        local = stack.enter_context(LocalCheckpoints(local_dir, local_every, first.run_id))
+        abstract, spent = state_to_tree(program.state), 0.0
+        restored = local.restore(abstract, same_run, checkpoints.latest_step) or checkpoints.restore_latest(abstract, same_run)
         if restored:
             start, state = restored.step, state_from_tree(program.state, restored.state)
             if "frozen" not in restored.state:
                 state = dataclasses.replace(state, frozen=program.initial_state(config).frozen)
                 base = adapters.base_digests(state.frozen)
                 adapters.check_base(restored.meta["base"], base, f"the run in {workdir}")
-            log(f"continuing from the checkpoint of step {start} in {workdir}")
+            log(f"continuing from the checkpoint of step {start} in {restored.directory or workdir}")
+            counted = restored.meta.get("seconds_in_steps")
+            spent = counted if number(counted, least=0) else 0.0
             before = restored.meta["config"].get("num_steps")
             if line := moved_rate(program.run_config.optimizer, before, config.num_steps, start):
                 log(line)
@@ -237,7 +247,12 @@ def run(
             batch = program.to_device(next(batches))
             with heartbeat("compiling the train step"):
                 train_step = program.step.lower(program.state, program.batch).compile()
-        report = MetricReporter(program, data, writer, start, began)
+        report = MetricReporter(program, data, writer, start, began, spent)
+
+        def meta_of(step: int) -> dict[str, Any]:
+            extra = model_extra(program.run_config, config, data, step)
+            counted = {"data_position": step, "seconds_in_steps": report.seconds_in_steps()}
+            return {"config": resolved, "data": data.digest, "extra": extra} | counted | base
 
         for step in range(start + 1, config.num_steps + 1):
             profiler.on_step_start(step)
@@ -259,18 +274,21 @@ def run(
                 metrics = metrics | scores
                 report.log(step, metrics)
                 writer.write_images(step, pictures)
-            if step % config.checkpoint_every == 0 or last or stopped or validated:
+            saved = step % config.checkpoint_every == 0 or last or stopped or validated
+            if saved or local.due(step):
                 report.flush()  # a checkpoint has all lines up to its step before it
                 writer.flush()
-                extra = model_extra(program.run_config, config, data, step)
-                meta = {"config": resolved, "data_position": step, "data": data.digest, "extra": extra} | base
                 measured = metrics if validated or not ranks_validations(best) else None
                 with report.waiting_for("checkpoint"):
-                    checkpoints.save(step, state_to_tree(state), meta, measured)
+                    if saved:
+                        checkpoints.save(step, state_to_tree(state), meta_of(step), measured)
+                    else:
+                        local.save(step, state_to_tree(state), meta_of(step))
             if stopped:
                 checkpoints.wait()
                 log(f"stopped: the state of step {step} is saved in {workdir}; the same command continues")
                 raise KeyboardInterrupt if stop.interrupted else SystemExit(0)
+    local.remove()
     return save_final_model(program.run_config, state, config, data, workdir)
 
 

@@ -18,13 +18,13 @@ from flowseg_jax.training.program import TrainProgram
 class MetricReporter:
     """Metrics on their way from the device to the writers, a step late so that nobody waits."""
 
-    def __init__(self, program: TrainProgram, data: TrainDataset, writer: Any, start: int, began: float):
+    def __init__(self, program: TrainProgram, data: TrainDataset, writer: Any, start: int, began: float, spent: float):
         self._program, self._data, self._writer = program, data, writer
         self._pending: tuple[int, Mapping[str, jax.Array]] | None = None
         run, state, self._devices = program.run_config, program.state, list(program.mesh.devices.flat)
         self._flops = flops.total(flops.step_flops(run.model, run.shape, run.losses, state.trainable, state.frozen))
-        self._throughput = Throughput(start, run.shape.batch, began)
-        self.waiting_for = self._throughput.waiting_for
+        self._throughput = Throughput(start, run.shape.batch, began, spent)
+        self.waiting_for, self.seconds_in_steps = self._throughput.waiting_for, self._throughput.seconds_in_steps
 
     def log(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
         self._pending = step, metrics

@@ -270,19 +270,21 @@ class Throughput:
     """Steps and examples a second since the last time it was asked, and what the time went into.
 
     `input/wait` is the time a step that the loop waited for its batch, in seconds; an accelerator may have computed meanwhile.
-    `goodput` is the share of the time since the run began that was spent in steps: not in starting, compiling, validating or
-    saving. Neither is any of these in the steps a second.
+    `goodput` is the share of the time since the run was first started that was spent in steps which count: not in starting,
+    compiling, validating or saving, nor in steps that were lost and done again, nor between two starts. None of these is in the
+    steps a second.
 
     Args:
         step: the step that the clock starts at; start it after the compilation.
         batch_size: examples a step, over all devices.
-        began: when the run began, by `time.perf_counter`; None: now.
+        began: when the run was first started, by `time.perf_counter`; None: now.
+        spent: seconds that the steps before this start took.
     """
 
-    def __init__(self, step: int, batch_size: int, began: float | None = None):
+    def __init__(self, step: int, batch_size: int, began: float | None = None, spent: float = 0.0):
         self._step, self._batch_size, self._time = step, batch_size, time.perf_counter()
         self._began = self._time if began is None else began
-        self._lost, self._paused, self._input = self._time - self._began, 0.0, 0.0  # in all; since it was last asked
+        self._lost, self._paused, self._input = self._time - self._began - spent, 0.0, 0.0  # in all; since it was last asked
 
     @contextlib.contextmanager
     def waiting_for(self, what: str) -> Iterator[None]:
@@ -294,6 +296,10 @@ class Throughput:
             self._input += spent
         else:
             self._paused += spent
+
+    def seconds_in_steps(self) -> float:
+        """Of all starts together; what was paused counts only when it is over."""
+        return time.perf_counter() - self._began - self._lost - self._paused
 
     def __call__(self, step: int) -> dict[str, float]:
         now, steps = time.perf_counter(), step - self._step

@@ -261,10 +261,10 @@ def check_plan(found: dict, output: str) -> None:
     assert "nothing was executed" in output
 
 
-def check_slices(found: dict) -> None:
-    """Nothing but all-reduces crosses slices, of a device's gradients and a few sums of losses."""
+def check_slices(found: dict, least: float) -> None:
+    """Nothing but all-reduces crosses slices: a device's gradients, or at least a share of them, and a few sums of losses."""
     assert found["slices"] == 2 and list(found["between_slices"]) == ["all-reduce"]
-    assert 0 <= found["between_slices"]["all-reduce"]["bytes"] - found["gradient_bytes"] < 1000
+    assert least * found["gradient_bytes"] <= found["between_slices"]["all-reduce"]["bytes"] < found["gradient_bytes"] + 1000
 
 
 @pytest.mark.slow
@@ -272,7 +272,7 @@ def test_the_command_plans_the_real_step(tmp_path):
     code, output, found = run_command("2xcpu:4", tmp_path)
     assert code == 0
     check_plan(found, output)
-    check_slices(found)
+    check_slices(found, 1)
     assert (found["devices"], found["mesh"]) == (8, {"data": 2, "fsdp": 4, "tensor": 1})
     assert found["step_seconds_at_mfu_0.4"] is None
     assert "effort O0" in output and "40% MFU: n/a" in output
@@ -291,4 +291,4 @@ def test_the_command_plans_the_real_step_for_tpus(tmp_path, topology):
     assert found["step_seconds_at_mfu_0.4"] > 0
     assert found["memory"]["usable"] == int(15.75 * GIB)
     if topology.startswith("2x"):
-        check_slices(found)
+        check_slices(found, 1 / 4)  # the four chips of a slice share out what each of them has whole

@@ -9,9 +9,11 @@ import jax
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from flowseg_jax import sharding
 from flowseg_jax.aot import hlo
+from flowseg_jax.checkpoints.local import LocalCheckpoints
 from flowseg_jax.checkpoints.manifest import flatten_params
 from flowseg_jax.training import program as module
 from flowseg_jax.training.program import TrainProgram
@@ -112,3 +114,40 @@ def test_no_loop_of_unknown_length_exchanges_anything():
     _, text, *_ = trained(LEAN, (2, 2, 2), 2)
     searches = [loop for loop in hlo.collective_stats(text).loops if loop.trip_count is None]
     assert searches and not [loop for loop in searches if loop.collectives]
+
+
+@pytest.mark.parametrize(
+    ("mesh", "slices", "accumulate"), [((2, 4, 1), 2, 1), ((2, 2, 1), 2, 2), ((4, 1, 1), 4, 2), ((1, 4, 1), 1, 1)]
+)
+def test_any_slices_and_micro_batches_take_the_same_images_in_the_same_order(mesh, slices, accumulate):
+    """So a run that is started again on other devices continues the same data."""
+    batch = small.batch(LEAN, images=8)
+    config = small.experiment(LEAN, batch, **dict(zip(AXES, mesh, strict=True)), slices=slices)
+    config.optimizer.grad_accum_steps = accumulate
+    program = TrainProgram.build(config, jax.devices()[: int(np.prod(mesh))])
+    ids = dataclasses.replace(batch, example_id=np.arange(8))
+    placed = program.to_device(jax.tree.map(lambda x: np.asarray(x)[program.local_rows()], ids)).example_id
+    held = {shard.device: np.asarray(shard.data).reshape(accumulate, -1) for shard in placed.addressable_shards}
+    taken = [held[device][part].tolist() for part in range(accumulate) for device in program.mesh.devices.flat]
+    assert np.concatenate(taken).tolist() == list(range(8))
+
+
+def test_local_checkpoints_hold_shards_and_fit_the_same_shards_alone(tmp_path, capsys):
+    def abstract(fsdp: int) -> dict:
+        mesh = sharding.make_mesh({"data": -1, "fsdp": fsdp})
+        place = lambda *spec: NamedSharding(mesh, PartitionSpec(*spec))  # noqa: E731
+        shape = lambda *sizes, on: jax.ShapeDtypeStruct(sizes, np.float32, sharding=on)  # noqa: E731
+        return {"divided": shape(8, 6, on=place("fsdp")), "whole": shape(3, on=place())}
+
+    wanted = abstract(4)
+    state = jax.tree.map(lambda x: jax.device_put(np.random.default_rng(0).random(x.shape, np.float32), x.sharding), wanted)
+    for _ in range(2):
+        checkpoints = LocalCheckpoints(str(tmp_path), 1, "run")
+        checkpoints.save(3, state, {})
+        checkpoints.close()
+    found = checkpoints.restore(wanted, lambda meta: None, None).state
+    assert jax.tree.all(jax.tree.map(np.array_equal, found, state))
+    assert jax.tree.all(jax.tree.map(lambda x, like: x.sharding == like.sharding, found, wanted))
+    assert (tmp_path / "run/process_0/3.safetensors").stat().st_size < 8 * 6 * 4 + 3 * 4 + 2000  # each shard once
+    assert checkpoints.restore(abstract(2), lambda meta: None, None) is None
+    assert "this process now holds other shards" in capsys.readouterr().out

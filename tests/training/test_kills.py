@@ -283,6 +283,27 @@ def test_stopped_damaged_and_out_of_space(command, uninterrupted, tmp_path, caps
     assert Outcome.of(workdir) == uninterrupted
 
 
+def test_a_run_that_is_killed_between_two_checkpoints_continues_from_the_local_one(command, uninterrupted, tmp_path):
+    config = configs.from_json(command.config.read_text())
+    config.update(checkpoint_every=20)
+    config.checkpoint.update(local_dir=str(tmp_path / "local"), local_every=2)
+    file = tmp_path / "config.json"
+    file.write_text(configs.to_json(config))
+    workdir, log = tmp_path / "run", tmp_path / "log"
+    with Command(file).started(workdir, log) as process:
+        wait_until(lambda: last_logged(workdir) >= 9, process, log)
+        process.kill()
+    first = json.loads((workdir / "first_start.json").read_text())
+    reached = last_logged(workdir)
+    assert saved(workdir) == [] or reached >= 20
+    assert Command(file).run(workdir, log) == 0, log.read_text()
+    assert 0 < reached - continued_from(log) < 4 and f"in {tmp_path}/local/{first['run_id']}/process_0" in log.read_text()
+    assert Outcome.of(workdir) == uninterrupted and list((tmp_path / "local").iterdir()) == []
+    assert json.loads((workdir / "first_start.json").read_text()) == first
+    goodput = [json.loads(line)["goodput"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert all(0 < share < 1 for share in goodput)
+
+
 def children(process: subprocess.Popen) -> list[int]:
     return [
         int(pid) for pid in subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()

@@ -114,6 +114,21 @@ def test_what_is_no_step_does_not_count_as_one(monkeypatch):
     assert (found["input/wait"], found["speed/steps_per_second"]) == (0.0, 1.0) and found["goodput"] == pytest.approx(13 / 20)
 
 
+def test_goodput_counts_from_the_first_start_and_only_what_was_kept(monkeypatch):
+    """First started at 0; its checkpoint has 30 s of steps; started again, the clock starts at 100."""
+    now = [100.0]
+    monkeypatch.setattr(metric_writers.time, "perf_counter", lambda: now[0])
+    rate = metric_writers.Throughput(step=10, batch_size=1, began=0.0, spent=30.0)
+    assert rate.seconds_in_steps() == 30.0
+    now[0] = 120.0
+    assert rate(20)["goodput"] == pytest.approx(50 / 120)
+    with rate.waiting_for("checkpoint"):
+        now[0] = 130.0
+    assert rate.seconds_in_steps() == 50.0
+    now[0] = 140.0
+    assert rate.seconds_in_steps() == 60.0 and rate(30)["goodput"] == pytest.approx(60 / 140)
+
+
 def events(directory):
     """The events of the one TensorBoard file in `directory`, read by the record format: length, crc, data, crc."""
     (file,) = directory.iterdir()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import time
@@ -60,7 +61,7 @@ class Run:
 
     def __init__(self, monkeypatch, restored: RestoredCheckpoint | None = None, stop: int = 0, interrupted: bool = False):
         self.events: list = []
-        self.restored = restored
+        self.restored, self.local = restored, None
         write = self.events.append
         batch = SimpleNamespace()
         self.program = SimpleNamespace(
@@ -84,6 +85,8 @@ class Run:
                     check(run.restored.meta)
                 return run.restored
 
+            latest_step = 3
+
             def save(self, step, tree, meta, metrics):
                 assert meta["config"] == json.loads(configs.to_json(run.config))
                 assert (tree["step"], tree["moments"]) == (step, [100 + step, 1, 2])
@@ -106,9 +109,12 @@ class Run:
         GracefulStop.interrupted = interrupted
 
         class MetricReporter:
-            def __init__(self, program, data, writer, start, began):
-                assert (program, data) == (run.program, run.data) and began <= time.perf_counter()
-                write(("report", start))
+            def __init__(self, program, data, writer, start, began, spent):
+                assert (program, data) == (run.program, run.data) and 50 <= time.perf_counter() - began < 1000
+                write(("report", start, spent))
+
+            def seconds_in_steps(self):
+                return 1.5
 
             def log(self, step, metrics):
                 write(("log", step, metrics))
@@ -133,8 +139,33 @@ class Run:
                 write("profiler closed")
 
         writer = SimpleNamespace(flush=lambda: write("flush"), close=lambda: write("writer closed"))
+
+        class LocalCheckpoints(contextlib.AbstractContextManager):
+            def __init__(self, *policy):
+                self.every = policy[1]
+                assert policy == (run.config.checkpoint.local_dir, self.every, "an id")
+
+            def restore(self, abstract, check, newer_than):
+                assert newer_than == 3 and abstract == loop.state_to_tree(run.program.state)
+                return run.local
+
+            def due(self, step):
+                return self.every and step % self.every == 0
+
+            def save(self, step, tree, meta):
+                write(("local save", step, meta["data_position"], meta["seconds_in_steps"]))
+
+            def remove(self):
+                write("local ones removed")
+
+            def __exit__(self, *_):
+                pass
+
+        first = SimpleNamespace(seconds_ago=lambda: 50.0, run_id="an id")
         for name, part in {
             "CheckpointManager": CheckpointManager,
+            "LocalCheckpoints": LocalCheckpoints,
+            "FirstStart": SimpleNamespace(of=lambda workdir: first),
             "GracefulStop": GracefulStop,
             "MetricReporter": MetricReporter,
             "Profiler": Profiler,
@@ -179,7 +210,7 @@ def test_a_whole_run_in_order(monkeypatch, tmp_path):
     run, profile = Run(monkeypatch), Profile(1, 2)
     config = config_of()
     assert run(config, tmp_path / "run", profile) == "the model"
-    position = lambda step: {"data_position": step, "data": DIGEST, "extra": extra_of(step)}  # noqa: E731
+    position = lambda step: {"data_position": step, "data": DIGEST, "extra": extra_of(step), "seconds_in_steps": 1.5}  # noqa: E731
 
     def step(n, *between, last=False):
         log = [("log", n, f"metrics {n}")] if n % 2 == 0 or last else []
@@ -194,7 +225,7 @@ def test_a_whole_run_in_order(monkeypatch, tmp_path):
         ("writer", "run", {"steps": 5, "start_step": 0, "primary": True}),
         ("profiler", profile, "profile"),
         "compile",
-        ("report", 0),
+        ("report", 0, 0.0),
         *step(1),
         *step(2),
         *step(3, *save(3)),
@@ -205,6 +236,7 @@ def test_a_whole_run_in_order(monkeypatch, tmp_path):
         "batches closed",
         "handlers back",
         "checkpoints closed",
+        "local ones removed",
         ("model", 5),
     ]
     assert (tmp_path / "run/config.json").read_text() == configs.to_json(config) + "\n"
@@ -214,7 +246,7 @@ def test_a_whole_run_in_order(monkeypatch, tmp_path):
 
 def restored(step: int, **meta) -> RestoredCheckpoint:
     """A checkpoint of the run of `config_of()`; `meta` is what differs, None for what it lacks."""
-    written = {"config": json.loads(configs.to_json(config_of())), "data": DIGEST} | meta
+    written = {"config": json.loads(configs.to_json(config_of())), "data": DIGEST, "seconds_in_steps": 20.0} | meta
     return RestoredCheckpoint(step, loop.state_to_tree(state_of(step)), {k: v for k, v in written.items() if v is not None})
 
 
@@ -222,9 +254,22 @@ def test_a_run_goes_on_where_it_was(monkeypatch, tmp_path, capsys):
     run = Run(monkeypatch, restored(3))
     run(config_of(), tmp_path)
     assert run.of("step") == [("step", 4, "placed batch 3"), ("step", 5, "placed batch 4")]
-    assert run.of("initial") == [] and run.of("report", "save")[0] == ("report", 3)
+    assert run.of("initial") == [] and run.of("report", "save")[0] == ("report", 3, 20.0)
     assert run.of("writer") == [("writer", tmp_path.name, {"steps": 5, "start_step": 3, "primary": True})]
     assert capsys.readouterr().out == f"continuing from the checkpoint of step 3 in {tmp_path}\n"
+
+
+def test_local_checkpoints_come_between_the_others_and_are_continued_from(monkeypatch, tmp_path, capsys):
+    run, config = Run(monkeypatch, restored(3)), config_of(num_steps=8)
+    config.checkpoint.update(local_dir="/dev/shm/flowseg", local_every=1)
+    run.local = dataclasses.replace(restored(4), directory="/dev/shm/flowseg/x")
+    run(config, tmp_path)
+    assert "continuing from the checkpoint of step 4 in /dev/shm/flowseg/x\n" in capsys.readouterr().out
+    assert [event[:2] for event in run.of("save", "local save")] == [
+        ("local save", 5), ("save", 6), ("local save", 7), ("save", 8),
+    ]  # fmt: skip
+    at = run.events.index(("local save", 5, 5, 1.5))
+    assert run.events[at - 2 : at] == ["flush metrics", "flush"]  # no line of metrics is lost
 
 
 def test_a_finished_run_compiles_nothing_and_writes_its_model(monkeypatch, tmp_path):
@@ -272,7 +317,7 @@ def test_a_stop_saves_waits_and_ends(monkeypatch, tmp_path, capsys, interrupted,
         run(config_of(), tmp_path)
     assert stopped.value.args == code
     tail = run.events[run.events.index(("stop?", 2)) :]
-    saved = ("save", 2, {"data_position": 2, "data": DIGEST, "extra": extra_of(2)}, "metrics 2")
+    saved = ("save", 2, {"data_position": 2, "data": DIGEST, "extra": extra_of(2), "seconds_in_steps": 1.5}, "metrics 2")
     assert tail[:5] == [("stop?", 2), "flush metrics", "flush", saved, "wait"]
     assert set(tail[5:]) == {"profiler closed", "writer closed", "batches closed", "handlers back", "checkpoints closed"}
     said = capsys.readouterr().out

@@ -26,6 +26,9 @@ class Clock:
     def waiting_for(self, what):
         return contextlib.nullcontext()
 
+    def seconds_in_steps(self):
+        return 0.0
+
 
 @pytest.fixture
 def reporting(monkeypatch):
@@ -41,10 +44,10 @@ def reporting(monkeypatch):
     monkeypatch.setattr(metric_reporter.hardware, "mfu", lambda *args: asked.append(args) or 0.25)
     monkeypatch.setattr(metric_reporter.hardware, "memory_in_use", lambda ds: {"in_use": 1, "peak": 3 * 2**30, "limit": 7})
     speed = lambda start, batch: lambda step: {"speed/steps_per_second": 4.0, "seen": start + batch}  # noqa: E731
-    monkeypatch.setattr(metric_reporter, "Throughput", lambda start, batch, began: Clock(speed(start, batch)))
+    monkeypatch.setattr(metric_reporter, "Throughput", lambda start, batch, began, spent: Clock(speed(start, batch)))
     writer = SimpleNamespace(write_scalars=lambda *args: written.append(args))
     data = SimpleNamespace(batch=lambda i: SimpleNamespace(example_id=np.array([i])))
-    return metric_reporter.MetricReporter(program, data, writer, 20, 0.0), written, asked
+    return metric_reporter.MetricReporter(program, data, writer, 20, 0.0, 0.0), written, asked
 
 
 def test_metrics_are_written_once_with_speed_and_devices(reporting):

@@ -1,0 +1,35 @@
+"""The note about a run's first start: written once, read by every later start."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from flowseg_jax.training import first_start
+from flowseg_jax.training.first_start import FILE, FirstStart
+
+
+def test_the_first_start_is_noted_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(first_start.time, "time", lambda: 1000.0)
+    first = FirstStart.of(tmp_path)
+    monkeypatch.setattr(first_start.time, "time", lambda: 1060.0)
+    again = FirstStart.of(tmp_path)
+    assert again == first and (again.time, again.seconds_ago()) == (1000.0, 60.0)
+    monkeypatch.setattr(first_start.time, "time", lambda: 900.0)  # this host's clock is behind
+    assert again.seconds_ago() == 0.0
+    assert FirstStart.of(tmp_path / "other").run_id != first.run_id
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"time": 1}', '{"time": "x", "run_id": "y"}', '{"time": 1, "run_id": "../../x"}'])
+def test_a_note_that_is_none_is_written_anew(tmp_path, text):
+    (tmp_path / FILE).write_text(text)
+    found = FirstStart.of(tmp_path)
+    assert json.loads((tmp_path / FILE).read_text()) == {"run_id": found.run_id, "time": found.time}
+    assert FirstStart.of(tmp_path) == found and len(found.run_id) == 32
+
+
+def test_another_process_takes_what_the_first_one_says(tmp_path, monkeypatch):
+    monkeypatch.setattr(first_start, "is_primary", lambda: False)
+    monkeypatch.setattr(first_start, "all_gather_bytes", lambda mine: [b'{"run_id": "a", "time": 2.0}', mine])
+    assert FirstStart.of(tmp_path) == FirstStart("a", 2.0) and list(tmp_path.iterdir()) == []
