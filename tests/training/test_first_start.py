@@ -16,7 +16,7 @@ def test_the_first_start_is_noted_once(tmp_path, monkeypatch):
     monkeypatch.setattr(first_start.time, "time", lambda: 1060.0)
     again = FirstStart.of(tmp_path)
     assert again == first and (again.time, again.seconds_ago()) == (1000.0, 60.0)
-    monkeypatch.setattr(first_start.time, "time", lambda: 900.0)  # this host's clock is behind
+    monkeypatch.setattr(first_start.time, "time", lambda: 900.0)  # this host's clock is slow
     assert again.seconds_ago() == 0.0
     assert FirstStart.of(tmp_path / "other").run_id != first.run_id
 

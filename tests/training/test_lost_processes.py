@@ -132,7 +132,7 @@ def kill_one(jobs: list[subprocess.Popen], victim: int) -> str:
 def test_training(config, tmp_path, victim):  # noqa: F811
     long = configs.from_json(configs.to_json(config))
     long.update(num_steps=100_000, checkpoint_every=2)
-    long.mesh.update(data=1, slices=1)
+    long.mesh.data = 1
     workdir = tmp_path / "two"
     jobs = [launch(long, workdir, 1, *flags) for flags in pair()]
     try:

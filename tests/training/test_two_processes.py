@@ -40,7 +40,6 @@ def config(tmp_path_factory):
     )
     config = small.experiment(cfg, small.batch(cfg, images=8), data=2, fsdp=2)
     config.update(num_steps=4, log_every=1, checkpoint_every=2, init_from=(str(root / "start"),))
-    config.mesh.slices = 2  # simulated: each of two processes, or the two halves of the devices of one
     config.data.update(dir=str(prepared.directory), shapes_images=0, text_length=120, max_masks=4)
     save_pretrained(root / "start", small.params(cfg), cfg.to_dict(), prepared.tokenizer_directory, dtype=None)
     return config
@@ -94,7 +93,7 @@ def assert_equal(ours: list[dict], theirs: list[dict]) -> None:
 def test_two_processes_train_as_one(config, tmp_path):
     short = configs.from_json(configs.to_json(config))
     short.update(num_steps=2, eval_every=2)
-    short.mesh.update(data=1, slices=1)
+    short.mesh.data = 1
     expected = train_both(short, tmp_path, 2)
     assert len(expected) == 2 and "eval/ciou" in expected[1]  # 0 after two steps: what counts is that both come through it
     assert_equal(metrics(tmp_path / "two"), expected)
@@ -103,7 +102,9 @@ def test_two_processes_train_as_one(config, tmp_path):
 
 @pytest.mark.slow
 def test_one_process_goes_on_where_two_stopped(config, tmp_path):
-    expected = train_both(config, tmp_path, 4)
+    slices = configs.from_json(configs.to_json(config))
+    slices.mesh.slices = 2  # simulated: each of two processes, or the two halves of the devices of one
+    expected = train_both(slices, tmp_path, 4)
     assert_equal(metrics(tmp_path / "two"), expected)
     assert sorted(path.name for path in (tmp_path / "two" / "checkpoints").iterdir()) == ["2", "4"]
     (tmp_path / "two" / "checkpoints" / "4").rename(tmp_path / "set-aside")
@@ -124,7 +125,7 @@ def test_one_process_goes_on_where_two_stopped(config, tmp_path):
 def test_a_signal_to_one_process_ends_both_after_the_same_step(config, tmp_path):
     endless = configs.from_json(configs.to_json(config))
     endless.update(num_steps=100_000, checkpoint_every=100_000)
-    endless.mesh.update(data=1, slices=1)
+    endless.mesh.data = 1
     halves = [launch(endless, tmp_path / "two", 1, *flags) for flags in pair()]
     deadline = time.monotonic() + 250
     while not (tmp_path / "two" / "metrics.jsonl").exists() or len(metrics(tmp_path / "two")) < 3:
