@@ -116,6 +116,8 @@ def test_gpus_without_a_gpu(monkeypatch):
     found = open_topology("h100:8")
     assert len(found.devices) == 8
     assert len(open_topology("h100:16").devices) == 16
+    two = open_topology("2xh100:8")
+    assert (two.slices, len(two.devices)) == (2, 16)  # they say one slice: `plan` sets mesh.slices
     assert hardware.DEVICE_SPECS[found.devices[0].device_kind].name == "h100"
     assert found.usable == int(84929347584 * 0.75)
     assert "cuDNN" in found.note
