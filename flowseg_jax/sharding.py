@@ -72,6 +72,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
         raise UserError(
             f"mesh.data is {data}, and the {len(devices)} devices are in {len(slices)} slices: `data` is laid out across "
             f"slices, so make it a multiple of {len(slices)}"
+            + (", or set mesh.slices=1 where the network between nodes is fast" if devices[0].platform == "gpu" else "")
         )
     # `fsdp` is laid out as the grid that `ops.collectives.all_gather_2d` expects, so that its steps are between neighbours.
     inside = (data // len(slices), *squarest_grid(fsdp), tensor)
@@ -87,7 +88,7 @@ def split_slices(devices: Sequence[Any], count: int = 0) -> list[list[Any]]:
     Args:
         devices: in the order of their processes.
         count: how many slices; 0: as many as the devices say. Devices that say nothing, and GPUs of one slice, are cut into
-            that many equal parts.
+            that many equal parts; GPUs of several slices may be taken for one.
 
     Raises:
         UserError: `count` is not what the devices say, does not divide them or their processes, or slices differ in size.
@@ -100,7 +101,10 @@ def split_slices(devices: Sequence[Any], count: int = 0) -> list[list[Any]]:
         raise UserError(f"the slices have {parts} devices: a mesh needs slices of one size")
     if count in (0, len(found)):
         return [found[index] for index in sorted(found)]
-    if count < 0 or len(found) > 1 or devices[0].platform == "tpu":
+    tpus = devices[0].platform == "tpu"
+    if count == 1 and not tpus:
+        return [list(devices)]
+    if count < 0 or len(found) > 1 or tpus:
         raise UserError(f"mesh.slices is {count}, and the devices are in {len(found)}: set it to {len(found)}, or to 0")
     processes = len({device.process_index for device in devices})
     if len(devices) % count or (processes % count and count % processes):

@@ -113,13 +113,20 @@ def test_data_goes_across_slices_and_fsdp_inside():
     two = fake_devices(2, 4)
     assert ids({"data": 2, "fsdp": 4}, two) == [[[0], [1], [2], [3]], [[4], [5], [6], [7]]]
     assert ids({"data": -1, "fsdp": 2, "slices": 2}, two[::-1]) == [[[0], [1]], [[2], [3]], [[4], [5]], [[6], [7]]]
+    assert ids({"fsdp": -1, "slices": 1}, two) == [[[i] for i in range(8)]]  # the user's choice
     assert ids({"data": 2, "fsdp": 4, "slices": 2}, without_slices(fake_devices(1, 8), 1)) == ids({"data": 2, "fsdp": 4}, two)
 
 
 @pytest.mark.parametrize(
     ("sizes", "devices", "message"),
     [
-        ({"fsdp": -1}, fake_devices(2, 4), "mesh.data is 1, and the 8 devices are in 2 slices: .* make it a multiple of 2"),
+        (
+            {"fsdp": -1},
+            fake_devices(2, 4),
+            "mesh.data is 1, and the 8 devices are in 2 slices: .* make it a multiple of 2, or set mesh.slices=1",
+        ),
+        ({"fsdp": -1}, fake_devices(2, 4, platform="tpu"), "make it a multiple of 2$"),
+        ({"fsdp": -1, "slices": 1}, fake_devices(2, 4, platform="tpu"), "mesh.slices is 1, and the devices are in 2: set"),
         ({"data": 2, "slices": 3}, fake_devices(2, 1), "mesh.slices is 3, and the devices are in 2: set it to 2, or to 0"),
         ({"data": 2, "slices": 2}, fake_devices(1, 2, platform="tpu"), "mesh.slices is 2, and the devices are in 1: set it"),
         ({"data": 2, "slices": -1}, fake_devices(1, 2), "mesh.slices is -1"),
