@@ -1,6 +1,8 @@
 """`make demo`: the whole path on a laptop, with something to look at after every part.
 
-    benchmark -> shipped model evaluated, pictures -> untrained model evaluated -> training from scratch -> evaluation -> report
+    a first picture -> benchmark -> shipped model evaluated -> untrained model evaluated -> training -> evaluation -> report
+
+The training is the last stage alone (configs/shapes_demo.py): a mask decoder from nothing, all else from the shipped model.
 
 Everything lands in `runs/demo`; started again, it continues where it stopped.
 """
@@ -24,13 +26,15 @@ from flowseg_jax.analysis import oracle
 from flowseg_jax.checkpoints.find import SHIPPED_MODEL
 from flowseg_jax.evaluation import report
 from flowseg_jax.evaluation.benchmark import EvalModel, ReferringEvaluation
+from flowseg_jax.inference.loading import load
 from flowseg_jax.models import flowseg
+from flowseg_jax.reports import answers
 from flowseg_jax.system import host
 from flowseg_jax.system.console import ProgressHeartbeat, duration, heartbeat, log
 from flowseg_jax.system.paths import ROOT
 from flowseg_jax.training import loop
 
-SPLITS = ("val", "testA", "testB")
+SPLITS, SCENE = ("val", "testA", "testB"), "06.png"
 
 
 def main(out: Path, steps: int, images: int, beat: ProgressHeartbeat) -> str:
@@ -45,17 +49,17 @@ def main(out: Path, steps: int, images: int, beat: ProgressHeartbeat) -> str:
     started = time.monotonic()
 
     def part(number: int, text: str) -> None:
-        log(f"\n== {number} of 5, after {duration(time.monotonic() - started)}: {text}")
+        log(f"\n== {number} of 6, after {duration(time.monotonic() - started)}: {text}")
         beat.message = text
 
-    config, _ = configs.load([f"--config.num_steps={steps}", "--config.checkpoint_every=100"])
-    plan = loop.RunConfig.from_config(config)
+    config, _ = configs.load([f"--config.num_steps={steps}"], default="shapes_demo")
     host.use_host_devices(config.batch_size // config.model.negatives_group_size)
     host.enable_compilation_cache()
     rows: list[report.ReportRow] = []
     about = [
-        f"Trained from nothing: {steps:,} steps of {config.batch_size} images with up to {config.data.max_phrases} expressions "
-        f"each (configs/shapes_tiny.py, seed {config.seed}). Evaluated: the first {images} images of each split.",
+        f"This run: {steps:,} steps of {config.batch_size} images with up to {config.data.max_phrases} expressions each "
+        f"(configs/shapes_demo.py, seed {config.seed}). Its mask decoder began with nothing; its encoders, pixel decoder and "
+        f"language model are the shipped model's. Evaluated: the first {images} images of each split.",
         "Shuffled text is a control: every image gets the sentences of another image. A model that reads does badly in it.",
     ]
 
@@ -65,10 +69,13 @@ def main(out: Path, steps: int, images: int, beat: ProgressHeartbeat) -> str:
         log(report.table([row]))
         log(f"the report so far: {out / 'report.html'}")
 
-    part(1, "the data")
-    prepared = loop.load_dataset(config)
+    part(1, "a first look")
+    log(f"open {first_look(out)}")
 
-    part(2, "the model that comes with the repository")
+    part(2, "the data")
+    prepared = loop.load_dataset(configs.load([])[0])
+
+    part(3, "the model that comes with the repository")
     shipped = ReferringEvaluation(EvalModel.load(SHIPPED_MODEL), prepared)
     for split in SPLITS:
         shipped.run(split, out / "eval_shipped", images=images)
@@ -76,9 +83,11 @@ def main(out: Path, steps: int, images: int, beat: ProgressHeartbeat) -> str:
     show(report.read_row("shipped", out / "eval_shipped", note="configs/shapes_shipped.py"))
     show(report.read_row("shipped, shuffled text", out / "eval_shipped", shuffled=True))
 
-    part(3, "a model that has learned nothing")
+    part(4, "a model whose mask decoder has learned nothing")
     with heartbeat("initialising parameters"):
-        _, params = flowseg.init_model(plan.model, config.seed)
+        _, fresh = flowseg.init_model(shipped.model.cfg, config.seed)
+    given = [entry.partition("=")[0] for entry in config.init_from]
+    params = fresh | {name: shipped.model.params[name] for name in given}
     nothing = {"digest": None, "step": 0}
     untrained = ReferringEvaluation(
         dataclasses.replace(shipped.model, params=params, checkpoint=nothing, name="untrained"), prepared
@@ -87,10 +96,10 @@ def main(out: Path, steps: int, images: int, beat: ProgressHeartbeat) -> str:
         untrained.run(split, out / "eval_untrained", images=images, pictures=False)
     show(report.read_row("untrained", out / "eval_untrained"))
 
-    part(4, f"training from nothing, {steps:,} steps")
+    part(5, f"training the mask decoder, {steps:,} steps")
     trained = loop.train(config, out)
 
-    part(5, "what this training gave")
+    part(6, "what this training gave")
     mine = ReferringEvaluation(EvalModel.load(trained), prepared)
     for split in SPLITS:
         mine.run(split, out / "eval", images=images)
@@ -101,6 +110,16 @@ def main(out: Path, steps: int, images: int, beat: ProgressHeartbeat) -> str:
 
     done = f"\n== done in {duration(time.monotonic() - started)}\n{report.table(rows)}"
     return "\n\n".join((done, explain(*rows), what_next(out)))
+
+
+def first_look(out: Path) -> Path:
+    """What the shipped model answers about an example scene: the picture, in the first minute."""
+    path, texts = scene()
+    answered = load(SHIPPED_MODEL).segment(path, texts)
+    sheet = answers.with_legend(answered[0].image, [(str(one.summary()), one.mask) for one in answered])
+    out.mkdir(parents=True, exist_ok=True)
+    sheet.save(out / "first_look.png")
+    return out / "first_look.png"
 
 
 def explain(
@@ -116,7 +135,9 @@ def explain(
     lines = [
         "How to read it. cIoU says how well the masks fit what the sentences name: 100 is perfect.",
         f"- This run: {after['ciou']:.1f} on val after {steps:,} steps; {before['ciou']:.1f} without training.",
-        f"- The shipped model: {theirs['ciou']:.1f}. It is the same network, trained for {more:,} steps, "
+        "  Its mask decoder, which chooses by the sentence, began with nothing. Its encoders, pixel decoder and language model "
+        "are the shipped model's, as the last of the paper's three stages begins where the first two ended.",
+        f"- The shipped model: {theirs['ciou']:.1f}. It is the same network, trained as a whole for {more:,} steps, "
         f"{more / steps:.0f} times as many, on more scenes.",
         f"- The best of all candidates would give this run {after['oracle_ciou']:.1f}: the masks are learned early, choosing "
         "the right one by the sentence comes later, and is what more steps improve.",
@@ -130,8 +151,8 @@ def explain(
 def what_next(out: Path) -> str:
     """Commands that work as they stand: this interpreter, a picture that is there, a sentence about it."""
     python = shlex.quote(str(Path(sys.executable).relative_to(Path.cwd()) if _inside(Path(sys.executable)) else sys.executable))
-    image, text = scene()
-    predict = f"{python} -m flowseg_jax predict --image={shlex.quote(image)} --text={shlex.quote(text)}"
+    image, texts = scene()
+    predict = f"{python} -m flowseg_jax predict --image={shlex.quote(image)} --text={shlex.quote(texts[0])}"
     return "\n".join(
         [
             f"The report, with pictures: open {out / 'report.html'} in a browser.",
@@ -142,12 +163,13 @@ def what_next(out: Path) -> str:
     )
 
 
-def scene() -> tuple[str, str]:
-    """(path from here, sentence) of one of the example scenes."""
+def scene() -> tuple[str, list[str]]:
+    """(path from here, sentences about different objects) of the example scene that the README shows."""
     folder = ROOT / "examples" / "scenes"
-    first = json.loads((folder / "scenes.jsonl").read_text(encoding="utf-8").splitlines()[-1])
-    image = folder / first["image"]
-    return str(image.relative_to(Path.cwd()) if _inside(image) else image), first["expressions"][0]
+    lines = [json.loads(line) for line in (folder / "scenes.jsonl").read_text(encoding="utf-8").splitlines()]
+    image = folder / SCENE
+    texts = [line["expressions"][0] for line in lines if line["image"] == image.name]
+    return str(image.relative_to(Path.cwd()) if _inside(image) else image), texts
 
 
 def _inside(path: Path) -> bool:
