@@ -83,3 +83,18 @@ def ablation(argv: Sequence[str] | None = None) -> int:
 
     ablation.main(arguments.runs, seeds)
     return 0
+
+
+def results(argv: Sequence[str] | None = None) -> int:
+    parser = Parser(prog="python -m experiments.results", description="The published tables, made of the files in results/.")
+    parser.add_argument("--keep", metavar="DIR", type=Path, help="the --out of an evaluation, which becomes results/NAME")
+    parser.add_argument("--as", dest="name", metavar="NAME", help="what it is called in results/: shipped, shipped_psalm")
+    arguments = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    if bool(arguments.keep) != bool(arguments.name):
+        raise UserError("--keep=DIR and --as=NAME belong together")
+    if arguments.name and arguments.name != Path(arguments.name).name:
+        raise UserError(f"--as={arguments.name}: a name, not a path")
+    from experiments import results
+
+    results.main(arguments.keep, arguments.name or "")
+    return 0

@@ -1,0 +1,181 @@
+"""`python -m experiments.results`: the published tables, from the result files in `results/` to the pages.
+
+    python -m experiments.results --keep=runs/eval/shipped --as=shipped     # an evaluation becomes results/shipped
+    python -m experiments.results                                           # the tables of README.md and docs/results.md
+
+A result has two files: `<split>.json` as the evaluation wrote it, with protocol, model, step and digests, and `<split>.csv`
+with a line for each sample: what was counted, by the result's protocol. Every figure in a table is computed from the lines.
+Intervals hold 95 % of the resamples of the images.
+"""
+
+from __future__ import annotations
+
+from flowseg_jax.errors import run_cli
+
+if __name__ == "__main__":  # before the imports: `--help` is quick
+    run_cli("experiments.command_line:results")
+
+import csv
+import dataclasses
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flowseg_jax.errors import UserError
+from flowseg_jax.evaluation import audit, metrics, protocols
+from flowseg_jax.evaluation.results import read_table
+from flowseg_jax.system.paths import ROOT
+
+COLUMNS = ("image_id", "family", "intersection", "union", "oracle_intersection", "oracle_union")
+PAGES = ("README.md", "docs/results.md")
+SPLITS = {  # file -> what the tables call it
+    "val": "val",
+    "val_shuffled": "val, with the text of other images",
+    "testA": "testA",
+    "testB": "testB (combinations of attributes that training lacks)",
+}
+_BLOCK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """A split that was evaluated.
+
+    Attributes:
+        about: its `<split>.json`.
+        families, images: of each sample.
+        counts: int64 [n, 4], I and U of the selected mask and of the oracle.
+    """
+
+    about: dict[str, Any]
+    families: np.ndarray
+    images: np.ndarray
+    counts: np.ndarray
+
+    @classmethod
+    def read(cls, path: Path) -> Result:
+        """From `<split>.json` and the `.csv` beside it.
+
+        Raises:
+            UserError: the `.csv` is missing, or the two differ in their number of samples.
+        """
+        if not path.with_suffix(".csv").is_file():
+            raise UserError(f"{path.with_suffix('.csv')} is missing: keep the evaluation again with --keep")
+        with path.with_suffix(".csv").open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+        about = read_table(path)
+        if len(rows) != about["n"]:
+            raise UserError(f"{path}: it says {about['n']} samples, the .csv has {len(rows)}: keep it again with --keep")
+        family, image = (np.array([row[name] for row in rows]) for name in ("family", "image_id"))
+        return cls(about, family, image, np.array([[int(row[name]) for name in COLUMNS[2:]] for row in rows]))
+
+    def figures(self, family: str = "") -> dict[str, float]:
+        """n, cIoU, gIoU, those of the oracle, the gap and P@X in percent; of one family, or of all."""
+        counts = self.counts[self.families == family] if family else self.counts
+        ious = np.where(counts[:, 1::2] > 0, counts[:, ::2] / np.maximum(counts[:, 1::2], 1), 1.0)
+        ciou, oracle_ciou = 100 * counts[:, ::2].sum(0) / counts[:, 1::2].sum(0)
+        giou, oracle_giou = 100 * ious.mean(0)
+        named = {"ciou": ciou, "giou": giou, "oracle_ciou": oracle_ciou, "oracle_giou": oracle_giou, "gap": oracle_giou - giou}
+        return {"n": len(counts), **named, **{f"p{x}": 100 * (ious[:, 0] >= x / 10).mean() for x in (5, 9)}}
+
+    def interval(self, resamples: int = audit.RESAMPLES) -> tuple[float, float]:
+        """What holds 95 % of the cIoUs of resampled images, percent."""
+        _, image = np.unique(self.images, return_inverse=True)
+        sums = np.stack([np.bincount(image, self.counts[:, k]) for k in (0, 1)], 1)
+        rng, n = np.random.default_rng(0), len(sums)
+        drawn = [100 * np.divide(*sums[rng.integers(n, size=n)].sum(0)) for _ in range(resamples)]
+        low, high = np.percentile(drawn, audit.INTERVAL)
+        return float(low), float(high)
+
+
+def keep(source: Path, target: Path) -> None:
+    """Copies the results of an evaluation on expressions into `target`, its samples as a table."""
+    found = sorted(path for path in source.glob("*.json") if path.stem in SPLITS)
+    if not found:
+        raise UserError(
+            f"{source} holds none of {', '.join(f'{name}.json' for name in SPLITS)}: name the --out of an evaluation"
+        )
+    target.mkdir(parents=True, exist_ok=True)
+    for path in found:
+        table = read_table(path)
+        protocol = protocols.get_protocol(table["protocol"])
+        records = metrics.counted(audit.read_records(path.with_suffix(".jsonl")), protocol)
+        with (target / path.name).with_suffix(".csv").open("w", encoding="utf-8", newline="") as file:
+            lines = csv.writer(file, lineterminator="\n")
+            lines.writerow(COLUMNS)
+            for record in records:
+                pairs = (metrics.intersection_union(record, protocol, of) for of in ("", "oracle_"))
+                lines.writerow([record["image_id"], record["family"], *(number for pair in pairs for number in pair)])
+        shutil.copyfile(path, target / path.name)
+
+
+def read(folder: Path) -> dict[str, Result]:
+    """{split: its result} of a folder of `results/`, in the order of the tables."""
+    return {split: Result.read(folder / f"{split}.json") for split in SPLITS if (folder / f"{split}.json").is_file()}
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---", *["--:"] * (len(head) - 1)], *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def shipped_table(results: dict[str, Result]) -> str:
+    """The README's table."""
+    rows = []
+    for split, result in results.items():
+        found, (low, high) = result.figures(), result.interval()
+        ciou = f"{found['ciou']:.1f} [{low:.1f}, {high:.1f}]"
+        rows.append([SPLITS[split], str(found["n"]), ciou, f"{found['giou']:.1f}", f"{found['oracle_ciou']:.1f}"])
+    return _table(["split", "expressions", "cIoU [95 % of resampled images]", "gIoU", "cIoU of the best candidate"], rows)
+
+
+def protocol_table(*folders: dict[str, Result]) -> str:
+    """All splits of several evaluations, each by its protocol."""
+    names = ("ciou", "giou", "oracle_ciou", "oracle_giou", "gap", "p5", "p9")
+    rows = []
+    for results in folders:
+        for split, result in results.items():
+            found = result.figures()
+            figures = (f"{found[name]:.1f}" for name in names)
+            rows.append([f"`{result.about['protocol']}`, {SPLITS[split].partition(' (')[0]}", str(found["n"]), *figures])
+    head = ["protocol, split", "n", "cIoU", "gIoU", "oracle cIoU", "oracle gIoU", "selection gap", "P@0.5", "P@0.9"]
+    return _table(head, rows)
+
+
+def family_table(result: Result) -> str:
+    """One split by expression family, the best first."""
+    found = {family: result.figures(family) for family in sorted(set(result.families.tolist()))}
+    order = sorted(found, key=lambda family: -found[family]["ciou"])
+    names = ("ciou", "giou", "oracle_ciou", "p5", "p9")
+    rows = [[family, str(found[family]["n"]), *(f"{found[family][name]:.1f}" for name in names)] for family in order]
+    return _table(["family (val)", "n", "cIoU", "gIoU", "oracle cIoU", "P@0.5", "P@0.9"], rows)
+
+
+def tables(folder: Path = ROOT / "results") -> dict[str, str]:
+    """{name of the block in a page: its table} from the result files."""
+    shipped, psalm = read(folder / "shipped"), read(folder / "shipped_psalm")
+    return {
+        "shipped": shipped_table(shipped),
+        "protocols": protocol_table(shipped, psalm),
+        "families": family_table(shipped["val"]),
+    }
+
+
+def fill(text: str, made: dict[str, str]) -> str:
+    """A page with its blocks `<!-- results: NAME --> ... <!-- end -->` written anew."""
+    return _BLOCK.sub(lambda block: block[1] + made[block[2]] + block[3], text)
+
+
+def main(source: Path | None, name: str) -> None:
+    """Keeps the evaluation in `source` as `results/<name>`, if there is one; then writes the tables of all pages."""
+    if source:
+        keep(source, ROOT / "results" / name)
+    made = tables()
+    for page in PAGES:
+        path = ROOT / page
+        path.write_text(fill(path.read_text(encoding="utf-8"), made), encoding="utf-8")
+    for table in made.values():
+        print(table)
