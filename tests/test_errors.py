@@ -21,7 +21,7 @@ from flowseg_jax.errors import UserError, listed, plain
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = ("train.py", "eval.py", "predict.py", "flowseg_jax/__main__.py")
-COMMANDS += tuple(f"experiments/{name}.py" for name in ("demo", "stages", "ablation"))
+COMMANDS += tuple(f"experiments/{name}.py" for name in ("demo", "stages", "ablation", "results"))
 COMMANDS += tuple(
     f"benchmarks/{name}.py"
     for name in ("__main__", "batch_prediction", "input", "kernels", "measure", "quantization", "startup", "train_step")

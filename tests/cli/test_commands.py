@@ -224,7 +224,7 @@ def test_types_of_flags(kind, good, bad):
 
 
 PROGRAMS = {
-    "experiments": ("demo", "stages", "ablation"),
+    "experiments": ("demo", "stages", "ablation", "results"),
     "benchmarks": ("components", "startup", "train_step", "input_pipeline", "batch_prediction", "quantization", "measure"),
 }
 PROGRAM_HELP = """

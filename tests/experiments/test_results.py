@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
 from pathlib import Path
 
@@ -11,8 +12,9 @@ import pytest
 
 from experiments import results
 from flowseg_jax.checkpoints.find import SHIPPED_MODEL
+from flowseg_jax.checkpoints.pretrained import read_model_config
 from flowseg_jax.errors import UserError
-from flowseg_jax.evaluation.benchmark import EvalModel
+from flowseg_jax.evaluation.benchmark import params_digest
 from flowseg_jax.system.paths import ROOT
 from tests.helpers.answers import record, write
 
@@ -44,6 +46,12 @@ def by_hand(path: Path, family: str | None = None) -> dict[str, float]:
     ratio = lambda tops, bottoms: [a / b if b else 1.0 for a, b in zip(tops, bottoms, strict=True)]  # noqa: E731
     ious, oracle = ratio(i, u), ratio(oracle_i, oracle_u)
     mean = lambda values: 100 * sum(values) / len(rows)  # noqa: E731
+    # The standard error of a ratio of sums over images (Cochran, Sampling Techniques, 6.4).
+    ciou, images = sum(i) / sum(u), {}
+    for row, top, bottom in zip(rows, i, u, strict=True):
+        images[row[0]] = images.get(row[0], 0.0) + top - ciou * bottom
+    n = len(images)
+    error = math.sqrt(n / (n - 1) * sum(rest**2 for rest in images.values())) / sum(u)
     return {
         "n": len(rows),
         "ciou": 100 * sum(i) / sum(u),
@@ -53,6 +61,7 @@ def by_hand(path: Path, family: str | None = None) -> dict[str, float]:
         "gap": mean(oracle) - mean(ious),
         "0.5": mean([value >= 0.5 for value in ious]),
         "0.9": mean([value >= 0.9 for value in ious]),
+        "standard error": 100 * error,
     }
 
 
@@ -64,7 +73,9 @@ def test_the_table_of_the_readme_is_what_was_counted():
         found = by_hand(ROOT / "results/shipped" / f"{split}.json")
         n, ciou, giou, oracle = printed[label]
         ciou, low, high = map(float, re.fullmatch(r"([\d.]+) \[([\d.]+), ([\d.]+)\]", ciou).groups())
-        assert int(n) == found["n"] and low < ciou < high and high - low < 6
+        assert int(n) == found["n"]
+        spread = 1.96 * found["standard error"]  # of a normal distribution: the resamples' is nearly one
+        assert (low, high) == pytest.approx((ciou - spread, ciou + spread), abs=0.15 * spread), label
         for shown, figure in ((ciou, "ciou"), (float(giou), "giou"), (float(oracle), "oracle")):
             assert shown == pytest.approx(found[figure], abs=0.0501), (label, figure)
 
@@ -75,7 +86,8 @@ def test_the_tables_of_the_results_are_what_was_counted():
         about = json.loads(path.read_text())
         label = f"{about['protocol']}, {results.SPLITS[path.stem].partition(' (')[0]}"
         printed = next(row[1:] for row in rows if row[0].replace("`", "") == label)
-        assert list(map(float, printed)) == pytest.approx(list(by_hand(path).values()), abs=0.0501), label
+        expected = [value for name, value in by_hand(path).items() if name != "standard error"]
+        assert list(map(float, printed)) == pytest.approx(expected, abs=0.0501), label
         seen += 1
     assert seen == 7
     families = [row for row in rows if row[0] in ("attribute", "ordinal", "relation", "negation", "superlative", "two-hop")]
@@ -98,7 +110,7 @@ def test_a_result_is_of_the_model_that_is_shipped_and_its_lines_are_its_figures(
 
 @pytest.fixture(scope="module")
 def shipped_digest():
-    return EvalModel.load(SHIPPED_MODEL).checkpoint["digest"]
+    return params_digest(read_model_config(SHIPPED_MODEL))
 
 
 def test_an_evaluation_is_kept(tmp_path):
