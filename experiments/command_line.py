@@ -19,7 +19,7 @@ DEMO_PARTS = {  # part -> minutes on two cores that do nothing else, with the de
     "makes the data, 6,000 small scenes with look-alike objects": 2,
     "evaluates the model that comes with the repository": 2,
     "evaluates a model that has learned nothing, to compare with": 1,
-    "trains a mask decoder from nothing, {steps:,} steps": 12,
+    "trains a mask decoder from nothing, {steps:,} steps": 7,
     "evaluates it and explains the numbers": 2,
 }
 
