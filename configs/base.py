@@ -92,7 +92,7 @@ def get_config(llm: str = "qwen3_4b") -> ConfigDict:
         }
     )
 
-    config.lora = ConfigDict({"targets": (), "rank": 16, "alpha": 32.0, "dropout": 0.0, "rslora": False})
+    config.lora = ConfigDict({"targets": (), "rank": 16, "alpha": 32.0, "dropout": 0.0, "rslora": False, "dora": False})
     config.ema = ConfigDict({"decay": 0.0, "warmup": True, "export": True})
     config.mesh = ConfigDict({"data": 1, "fsdp": -1, "tensor": 1, "slices": 0})
     return config

@@ -35,12 +35,13 @@ from flowseg_jax.training.adapters import load_adapters, save_adapters
 from flowseg_jax.training.lora import LoraConfig, adapted, base_digests, check_base, is_adapter
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+MAGNITUDE = "lora_magnitude_vector"  # PEFT's name of DoRA's lengths
 PREFIX = "base_model.model."  # PEFT's, before the names of the base
 COMPONENT_FAMILY = {"siglip": "siglip2", "sam": "sam"}  # the language model's family is its model_type
 # Keys of a PEFT config that say nothing about what an adapter computes, or are read below. Any other one must be unset.
 KNOWN = frozenset(
     "auto_mapping base_model_name_or_path revision inference_mode task_type peft_type peft_version r lora_alpha lora_dropout "
-    "use_rslora bias target_modules exclude_modules rank_pattern alpha_pattern init_lora_weights layers_pattern "
+    "use_rslora use_dora bias target_modules exclude_modules rank_pattern alpha_pattern init_lora_weights layers_pattern "
     "layers_to_transform megatron_core loftq_config eva_config qalora_group_size runtime_config".split()
 )
 FRESH = (True, False, "gaussian", "eva", "orthogonal")  # ways of initialising that leave the base's weights as they are
@@ -59,6 +60,7 @@ class Base:
     component: str
     directory: ModelDirectory
     modules: Mapping[str, list[ParamSlice]]
+    _lengths: dict[str, list[np.ndarray]] = dataclasses.field(default_factory=dict)  # what is read once: by the stack's path
 
     @classmethod
     def open(cls, model: str | os.PathLike, component: str) -> Base:
@@ -75,6 +77,13 @@ class Base:
     def layer(self, part: ParamSlice) -> str:
         """The path of the linear layer that a part belongs to, in a whole model."""
         return f"{self.component}/{part.target.removesuffix('/kernel')}"
+
+    def column_lengths(self, part: ParamSlice) -> np.ndarray:
+        """float32 [out]: the lengths of the columns of the base's matrix, with which DoRA begins."""
+        if part.target not in self._lengths:
+            stack = self.directory.read(part.target)
+            self._lengths[part.target] = [np.linalg.norm(np.asarray(x, np.float32), axis=0) for x in stack]
+        return self._lengths[part.target][part.layer]
 
     def digests(self) -> dict[str, str]:
         return base_digests({f"{self.component}/{name}": self.directory.read(name) for name in self.directory.entries})
@@ -106,18 +115,27 @@ def import_adapters(
     source, base = Path(source), Base.open(model, component)
     settings = read_config(source / CONFIG)
     tensors = SafetensorsSource([source / WEIGHTS], str(source / WEIGHTS))
-    rank, pairs = settings["r"], _pairs(tensors, base.modules)
-    stacks: dict[str, dict[int, tuple[np.ndarray, np.ndarray]]] = {}
-    cfg = LoraConfig((), rank, float(settings["lora_alpha"]), float(settings["lora_dropout"]), bool(settings["use_rslora"]))
-    for module, (a_name, b_name) in pairs.items():
+    rank, dora = settings["r"], bool(settings["use_dora"])
+    stacks: dict[str, dict[int, dict[str, np.ndarray]]] = {}
+    numbers = float(settings["lora_alpha"]), float(settings["lora_dropout"])
+    cfg = LoraConfig((), rank, *numbers, bool(settings["use_rslora"]), dora)
+    for module, names in _tensors_of(tensors, base.modules, dora).items():
         parts = base.modules[module]
-        a, b = (tensors.read(name).astype(np.float32) for name in (a_name, b_name))
+        a, b = (tensors.read(names[half]).astype(np.float32) for half in "AB")
         wanted = (len(a), parts[0].torch_shape[1]), (sum(part.torch_shape[0] for part in parts), len(a))
         if (a.shape, b.shape) != wanted:
             raise UserError(f"{tensors.name}: {plain(module)} has A {a.shape} and B {b.shape}, its base needs {wanted}")
         factor = _scale(settings, module, len(a)) / cfg.scale
         for part, (mine, rows) in zip(parts, _split(a, factor * b, parts, rank, tensors.name, module), strict=True):
-            stacks.setdefault(base.layer(part), {})[part.layer] = mine.T, rows.T
+            stacks.setdefault(base.layer(part), {})[part.layer] = {"a": mine.T, "b": rows.T}
+        if dora:
+            lengths = tensors.read(names[MAGNITUDE]).astype(np.float32)
+            if lengths.shape != (len(b),):
+                raise UserError(f"{tensors.name}: {plain(names[MAGNITUDE])} is {lengths.shape}, its base needs {(len(b),)}")
+            for part in parts:
+                before = base.column_lengths(part)
+                ratio = lengths[part.start : part.start + len(before)] / np.where(before > 0, before, 1)
+                stacks[base.layer(part)][part.layer]["magnitude"] = np.where(before > 0, ratio - 1, 0)
     learned = {}
     for layer, found in stacks.items():
         count = base.directory.entries[f"{layer.partition('/')[2]}/kernel"].shape[0]
@@ -125,8 +143,8 @@ def import_adapters(
             raise UserError(
                 f"{tensors.name}: only {len(found)} of the {count} layers of {layer} have adapters; a stack has all"
             )
-        for name, index in (("a", 0), ("b", 1)):
-            learned[f"{layer}/lora/{name}"] = np.stack([found[i][index] for i in range(count)])
+        for name in found[0]:
+            learned[f"{layer}/lora/{name}"] = np.stack([found[i][name] for i in range(count)])
     cfg = dataclasses.replace(cfg, targets=tuple(sorted(stacks)))
     return Path(save_adapters(out, unflatten_params(learned), cfg, base.digests(), {"peft": str(source.name)}))
 
@@ -147,6 +165,7 @@ def read_config(path: Path) -> dict[str, Any]:
         "lora_alpha": 8,
         "lora_dropout": 0.0,
         "use_rslora": False,
+        "use_dora": False,
         "bias": "none",
         "init_lora_weights": True,
     } | config
@@ -180,22 +199,24 @@ def _scale(settings: Mapping[str, Any], module: str, rank: int) -> float:
     return alpha / (math.sqrt(rank) if settings["use_rslora"] else rank)
 
 
-def _pairs(tensors: SafetensorsSource, modules: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-    """{module: names of its A and B}. Raises UserError for tensors that belong to no linear layer of the base."""
+def _tensors_of(tensors: SafetensorsSource, modules: Mapping[str, Any], dora: bool) -> dict[str, dict[str, str]]:
+    """{module: names of its A, B and lengths}. Raises UserError for tensors that belong to no linear layer of the base."""
     found: dict[str, dict[str, str]] = {}
     lost = []
     for name in tensors.entries:
-        matched = re.fullmatch(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.default)?\.weight", name)
+        kinds = rf"(?:lora_([AB])(?:\.default)?\.weight|({MAGNITUDE})(?:\.default)?(?:\.weight)?)"
+        matched = re.fullmatch(rf"(?:base_model\.model\.)?(.+)\.{kinds}", name)
         module = matched and next((m for m in (matched[1], f"model.{matched[1]}") if m in modules), None)
         if module is None:
             lost.append(name)
         else:
-            found.setdefault(module, {})[matched[2]] = name
-    lost += [found[module][half] for module in found for half in found[module] if len(found[module]) != 2]
+            found.setdefault(module, {})[matched[2] or MAGNITUDE] = name
+    wanted = {"A", "B", MAGNITUDE} if dora else {"A", "B"}
+    lost += [name for names in found.values() for name in names.values() if names.keys() != wanted]
     if lost or not found:
         what = f"has no place for {listed(sorted(lost))}" if lost else "holds no adapters"
         raise UserError(f"{tensors.name} {what}: the base has {listed(sorted({_pattern(m) for m in modules}))}")
-    return {module: (halves["A"], halves["B"]) for module, halves in found.items()}
+    return found
 
 
 def _split(
@@ -243,7 +264,10 @@ def export_adapters(
             key = module.rpartition(".")[2]
             ranks[key], alphas[key] = len(a), cfg.scale * (math.sqrt(len(a)) if cfg.rslora else len(a))
         tensors |= {f"{PREFIX}{module}.lora_A.weight": a, f"{PREFIX}{module}.lora_B.weight": b}
-    names = sorted({_pattern(name.removeprefix(PREFIX).rpartition(".lora_")[0]) for name in tensors})
+        if cfg.dora:
+            lengths = [(1 + _magnitude(flat, base.layer(part), part)) * base.column_lengths(part) for part in parts]
+            tensors[f"{PREFIX}{module}.{MAGNITUDE}"] = np.concatenate(lengths).astype(np.float32)
+    names = sorted({_pattern(name.removeprefix(PREFIX).partition(".lora_")[0]) for name in tensors})
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if component == "llm" else None,
@@ -252,6 +276,7 @@ def export_adapters(
         "lora_alpha": cfg.alpha,
         "lora_dropout": cfg.dropout,
         "use_rslora": cfg.rslora,
+        "use_dora": cfg.dora,
         "target_modules": "|".join(names),
         "rank_pattern": ranks,
         "alpha_pattern": alphas,
@@ -274,6 +299,12 @@ def _halves(flat: Mapping[str, np.ndarray], layer: str, part: ParamSlice, rank: 
         return np.zeros((rank, columns), np.float32), np.zeros((rows, rank), np.float32)
     a, b = (np.asarray(flat[f"{layer}/lora/{half}"][part.layer], np.float32) for half in "ab")
     return np.ascontiguousarray(a.T), np.ascontiguousarray(b.T)
+
+
+def _magnitude(flat: Mapping[str, np.ndarray], layer: str, part: ParamSlice) -> np.ndarray | float:
+    """DoRA's relative lengths of one layer, less 1; 0 for a part that has no adapter."""
+    name = f"{layer}/lora/magnitude"
+    return np.asarray(flat[name][part.layer], np.float32) if name in flat else 0.0
 
 
 def _joined(halves: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:

@@ -83,6 +83,7 @@ HELP = {
     "lora.alpha": "an adapter's product is scaled by alpha / rank",
     "lora.dropout": "share of an adapter's input that is dropped in training",
     "lora.rslora": "scales by alpha / sqrt(rank) instead",
+    "lora.dora": "also learns the length of each column of an adapted weight",
     # ema
     "ema.decay": "share of the moving average that stays in a step; 0: no average",
     "ema.warmup": "less of the average stays in the first steps",

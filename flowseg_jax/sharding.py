@@ -35,7 +35,7 @@ LOGICAL_AXIS_RULES: Rules = {
     "embed": ("fsdp",),
     "heads": ("tensor", "fsdp"),
     "mlp": ("tensor", "fsdp"),
-    "vocab": (),  # has any size: `ops.vocabulary` exchanges a device's columns for rows
+    "vocab": ("tensor",),  # not `fsdp`, as it has any size: `ops.vocabulary` exchanges a device's columns for rows
 }
 
 # To shard a small weight costs an exchange and saves nothing: the mask decoder, norms and biases are replicated.

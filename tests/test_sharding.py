@@ -55,7 +55,8 @@ def test_each_mesh_axis_is_used_once_and_tensor_chooses_first():
     assert spec(("embed", "heads"), 64, 32) == PartitionSpec("fsdp", "tensor")
     assert spec(("heads", "embed"), 32, 64) == PartitionSpec("tensor", "fsdp")
     assert spec(("heads", "mlp"), 33, 32) == PartitionSpec(None, "tensor")  # 33 rows divide by nothing
-    assert spec(("layers", "vocab", None), 8, 64, 64) == PartitionSpec(None, None, None)
+    assert spec(("layers", "vocab", None), 8, 64, 64) == PartitionSpec(None, "tensor", None)
+    assert spec(("vocab", "embed"), 33, 64) == PartitionSpec(None, "fsdp")  # an odd vocabulary
     assert spec(("batch", None), 16, 3) == PartitionSpec(("data", "fsdp"), None)
     one = sharding.abstract_mesh({"fsdp": 4})
     assert sharding.partition_spec(("heads", "embed"), (32, 64), one) == PartitionSpec(

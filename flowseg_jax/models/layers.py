@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float
 
 from flowseg_jax.ops.attention import attention
 from flowseg_jax.ops.collectives import all_gather_2d
-from flowseg_jax.ops.dot import dot
+from flowseg_jax.ops.dot import dot, einsum
 
 Initializer = Callable[..., jax.Array]
 
@@ -63,28 +63,47 @@ class LowRankAdapter(nnx.Module):
 
     The product has rank r and is never multiplied out: beside the frozen weight there is no array of its size.
 
+    With a `magnitude` it is DoRA (https://arxiv.org/abs/2402.09353): every column of W + s A B is scaled to the length that the
+    column of W has, times 1 + magnitude. As there, no gradient flows through the length of W + s A B.
+
     Attributes:
         a, b: the factors; `training.lora.add_adapters` makes them, for all layers of a stack at once.
         scale: s.
         dropout: probability with which an element of x is dropped here; it happens only where there are `keys`.
+        magnitude: [out], or None.
         keys: one for every row of the batch, [B], or None.
     """
 
     keys: DropoutKeys | None = None
 
-    def __init__(self, a: nnx.Param, b: nnx.Param, scale: float, dropout: float):
-        self.a, self.b, self.scale, self.dropout = a, b, scale, dropout
+    def __init__(self, a: nnx.Param, b: nnx.Param, scale: float, dropout: float, magnitude: nnx.Param | None = None):
+        self.a, self.b, self.scale, self.dropout, self.magnitude = a, b, scale, dropout, magnitude
 
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
         if self.keys is not None:
             x = self._drop(x, self.keys[...])
         return dot(self.scale * dot(x, gathered_weight(self.a, x.dtype)), gathered_weight(self.b, x.dtype))
 
+    def lengths(self, kernel: Float[Array, "i o"]) -> Float[Array, " o"]:
+        """What DoRA multiplies x (W + s A B) by, float32; `kernel` is W."""
+        a, b = (gathered_weight(factor, kernel.dtype) for factor in (self.a, self.b))
+        return (1 + self.magnitude[...]) * jax.lax.stop_gradient(length_ratio(kernel, a, b, self.scale))
+
     def _drop(self, x: Array, keys: Array) -> Array:
         """Inverted dropout. What is dropped of an image, and of all its windows, depends on its own key alone."""
         rows = x.reshape(len(keys), -1)
         kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - self.dropout, rows.shape[1:]))(keys)
         return jnp.where(kept, rows / (1 - self.dropout), 0).reshape(x.shape)
+
+
+def length_ratio(w: Float[Array, "i o"], a: Float[Array, "i r"], b: Float[Array, "r o"], scale: float) -> Float[Array, " o"]:
+    """The length of each column of w over that of w + scale a b, float32, without making an array of their size."""
+    w, a, b = (x.astype(jnp.float32) for x in (w, a, b))
+    before = einsum("io,io->o", w, w)
+    crossed = einsum("or,ro->o", einsum("io,ir->or", w, a), b)
+    product = einsum("ro,ro->o", b, einsum("rs,so->ro", einsum("ir,is->rs", a, a), b))
+    after = before + 2 * scale * crossed + scale**2 * product
+    return jnp.where(before > 0, jnp.sqrt(before / jnp.where(after > 0, after, 1)), 1)
 
 
 class Linear(nnx.Module):
@@ -111,11 +130,14 @@ class Linear(nnx.Module):
         self.bias = make_param(rngs, bias_init, (d_out,), (axes[1],)) if bias else None
 
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
-        y = dot(x, gathered_weight(self.kernel, x.dtype))
+        kernel = gathered_weight(self.kernel, x.dtype)
+        y = dot(x, kernel)
         if self.kernel_scale is not None:
             y = (y * self.kernel_scale[...]).astype(x.dtype)
         if self.lora is not None:
             y = y + self.lora(x)
+            if self.lora.magnitude is not None:
+                y = (y * self.lora.lengths(kernel)).astype(x.dtype)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 

@@ -97,7 +97,7 @@ class InitSource:
         if not self.adapters:
             return
         theirs, _ = read_settings(self.adapters, str(self.directory))
-        for name in ("rank", "alpha", "rslora"):
+        for name in ("rank", "alpha", "rslora", "dora"):
             if (value := getattr(theirs, name)) != getattr(lora, name):
                 raise UserError(
                     f"init_from {self.text!r}: these adapters have lora.{name}={value}, the run has {getattr(lora, name)}"

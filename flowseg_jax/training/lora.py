@@ -1,9 +1,9 @@
 """LoRA: products of low rank beside the frozen matrices of SAM, SigLIP and the language model.
 
-An adapter is two parameters of the model, `<linear layer>/lora/a` and `.../lora/b`, in a stack with the layers' axis first like
-the weight beside them (`models.layers.LowRankAdapter` computes with them). So whatever holds for parameters holds for adapters:
-the table of learning rates, sharding, checkpoints, the scan over layers. `merge_adapters` adds them to the weights, which gives
-a plain model. https://arxiv.org/abs/2106.09685
+An adapter is two parameters of the model, `<linear layer>/lora/a` and `.../lora/b` (DoRA: and `.../lora/magnitude`), in a stack
+with the layers' axis first like the weight beside them (`models.layers.LowRankAdapter` computes with them). So what holds for
+parameters holds for adapters: the table of learning rates, sharding, checkpoints, the scan over layers. `merge_adapters` adds
+them to the weights, which gives a plain model. https://arxiv.org/abs/2106.09685
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from flowseg_jax.checkpoints.manifest import checksums, flatten_params, unflatte
 from flowseg_jax.errors import UserError, listed
 from flowseg_jax.models import flowseg
 from flowseg_jax.models.config import FlowSegConfig
-from flowseg_jax.models.layers import DropoutKeys, Linear, LowRankAdapter
+from flowseg_jax.models.layers import DropoutKeys, Linear, LowRankAdapter, length_ratio
 
 ADAPTED_COMPONENTS = ("sam", "siglip", "llm")
 FAMILY = "lora"  # of a directory of adapters, among those of components
@@ -41,6 +41,8 @@ class LoraConfig:
     alpha: the product is scaled by alpha / r, with `rslora` by alpha / sqrt(r) (https://arxiv.org/abs/2312.03732).
     dropout: probability with which an element of an adapter's input is dropped in training.
     rslora: see `alpha`.
+    dora: each column of an adapted weight also learns its length (https://arxiv.org/abs/2402.09353): a third parameter,
+        `<linear layer>/lora/magnitude`, the length relative to that of the base less 1.
     """
 
     targets: tuple[str, ...] = ()
@@ -48,6 +50,7 @@ class LoraConfig:
     alpha: float = 32.0
     dropout: float = 0.0
     rslora: bool = False
+    dora: bool = False
 
     def __post_init__(self):
         if self.rank < 1:
@@ -104,11 +107,12 @@ def add_adapters(network: nnx.Module, cfg: LoraConfig) -> None:
                     ((layers, cfg.rank, d_out), (stack, None, axis_out)),
                 )
             )
-            linears[path].lora = LowRankAdapter(a, b, cfg.scale, cfg.dropout)
+            magnitude = nnx.Param(jax.ShapeDtypeStruct((layers, d_out), jnp.float32), logical_axes=(stack, None))
+            linears[path].lora = LowRankAdapter(a, b, cfg.scale, cfg.dropout, magnitude if cfg.dora else None)
 
 
 def initial_adapters(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, jax.Array]:
-    """Fresh adapters for the paths of `shapes` that are adapters: A as PEFT draws it, B zero, so that the model is its base."""
+    """Fresh adapters for the paths of `shapes` that are adapters: A as PEFT draws it, all else zero: the model is its base."""
     key, found = jax.random.key(seed), {}
     for path, shape in shapes.items():
         if path.endswith("/lora/a"):
@@ -116,13 +120,13 @@ def initial_adapters(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[s
             found[path] = jax.random.uniform(
                 jax.random.fold_in(key, zlib.crc32(path.encode())), shape, minval=-bound, maxval=bound
             )
-        elif path.endswith("/lora/b"):
+        elif is_adapter(path):
             found[path] = jnp.zeros(shape)
     return found
 
 
 def is_adapter(path: str) -> bool:
-    return path.endswith(("/lora/a", "/lora/b"))
+    return path.endswith(("/lora/a", "/lora/b", "/lora/magnitude"))
 
 
 def adapted(paths: Iterable[str]) -> dict[str, str]:
@@ -140,7 +144,7 @@ def freeze_base(rates: Mapping[str, float | None]) -> dict[str, float | None]:
     if still := [path for path, rate in rates.items() if is_adapter(path) and rate is None]:
         raise UserError(
             f"optimizer.param_groups freezes the adapters that lora.targets asks for, {still[0]} among them: begin the table "
-            "with ('.*/lora/[ab]', 1.0)"
+            "with ('.*/lora/.*', 1.0)"
         )
     return {path: None if path.split("/")[0] in components and not is_adapter(path) else rate for path, rate in rates.items()}
 
@@ -179,15 +183,18 @@ def merge_adapters(params: Mapping[str, Any], scale: float) -> dict[str, Any]:
     flat = flatten_params(params)
     plain = {path: x for path, x in flat.items() if not is_adapter(path)}
 
-    def one(args: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        kernel, a, b = args
-        product = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
-        return (kernel.astype(jnp.float32) + scale * product).astype(kernel.dtype)
+    def one(args: tuple[jax.Array, ...]) -> jax.Array:
+        kernel, a, b, *magnitude = args
+        whole = kernel.astype(jnp.float32) + scale * jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+        if magnitude:
+            whole *= (1 + magnitude[0]) * length_ratio(kernel, a, b, scale)
+        return whole.astype(kernel.dtype)
 
     for path in adapted(flat):
         kernel = flat[f"{path}/kernel"]
         merge = jax.jit(lambda *args: jax.lax.map(one, args), out_shardings=getattr(kernel, "sharding", None))
-        plain[f"{path}/kernel"] = merge(kernel, flat[f"{path}/lora/a"], flat[f"{path}/lora/b"])
+        halves = [flat[f"{path}/lora/{name}"] for name in ("a", "b", "magnitude") if f"{path}/lora/{name}" in flat]
+        plain[f"{path}/kernel"] = merge(kernel, *halves)
     return unflatten_params(plain)
 
 

@@ -83,7 +83,7 @@ def test_moments_lie_where_their_parameters_do():
     assert "llm/layers/self_attn/q_proj/kernel" in divided and "llm/embed_tokens" in divided
 
 
-def test_heads_and_hidden_widths_are_divided_over_tensor_and_the_vocabulary_over_fsdp():
+def test_heads_hidden_widths_and_the_vocabulary_are_divided_over_tensor():
     program, *_ = trained(LEAN, (2, 2, 2), 2)
     state = flatten_params(program.state.trainable)
     axis_of = {
@@ -99,7 +99,8 @@ def test_heads_and_hidden_widths_are_divided_over_tensor_and_the_vocabulary_over
         assert x.sharding.spec[axis] == "tensor", layer
         assert x.sharding.shard_shape(x.shape)[axis] == x.shape[axis] // 2
     table = state["llm/embed_tokens"]
-    assert table.sharding.shard_shape(table.shape) == (table.shape[0], table.shape[1] // 2)
+    assert tuple(table.sharding.spec) == ("tensor", "fsdp")
+    assert table.sharding.shard_shape(table.shape) == (table.shape[0] // 2, table.shape[1] // 2)
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from flowseg_jax.checkpoints.manifest import flatten_params, unflatten_params
 from flowseg_jax.checkpoints.pretrained import load_pretrained, save_pretrained
 from flowseg_jax.errors import UserError
 from flowseg_jax.models import flowseg
-from flowseg_jax.models.layers import DropoutKeys, LowRankAdapter
+from flowseg_jax.models.layers import DropoutKeys, Linear, LowRankAdapter
 from flowseg_jax.training import loop, lora
 from flowseg_jax.training.adapters import load_adapters, merge_directories, save_adapters
 from flowseg_jax.training.initialization import initial_params
@@ -124,6 +124,47 @@ def test_the_scale_is_that_of_the_paper_or_of_rslora():
     kernel, a, b = np.ones((2, 3, 4)), np.full((2, 3, 1), 2.0), np.arange(8.0).reshape(2, 1, 4)
     merged = lora.merge_adapters({"x": {"kernel": jnp.asarray(kernel, jnp.bfloat16), "lora": {"a": a, "b": b}}}, 0.5)
     assert merged["x"]["kernel"].dtype == jnp.bfloat16 and np.array_equal(merged["x"]["kernel"], 1 + b + 0 * kernel)
+
+
+def test_dora_gives_columns_the_lengths_that_it_learns():
+    """Against the sum multiplied out, as https://arxiv.org/abs/2402.09353 writes it: the length passes no gradient."""
+    rng = np.random.default_rng(0)
+    w, a, b, d, x = (rng.normal(size=shape).astype(np.float32) for shape in ((6, 4), (6, 2), (2, 4), (4,), (3, 6)))
+
+    def ours(a, b, d):
+        linear = Linear(6, 4, rngs=nnx.Rngs(0), bias=False)
+        linear.kernel = nnx.Param(jnp.asarray(w))
+        linear.lora = LowRankAdapter(nnx.Param(a), nnx.Param(b), 0.5, 0.0, nnx.Param(d))
+        return linear(x)
+
+    def theirs(a, b, d):
+        whole = w + 0.5 * a @ b
+        return x @ whole * np.linalg.norm(w, axis=0) * (1 + d) / jax.lax.stop_gradient(jnp.linalg.norm(whole, axis=0))
+
+    np.testing.assert_allclose(ours(a, b, d), theirs(a, b, d), rtol=1e-5, atol=1e-5)
+    gradients = (jax.grad(lambda *p, f=f: (f(*p) ** 2).sum(), argnums=(0, 1, 2))(a, b, d) for f in (ours, theirs))
+    for mine, other in zip(*gradients, strict=True):
+        np.testing.assert_allclose(mine, other, rtol=1e-4, atol=1e-4)
+    stacked = {"kernel": w[None], "lora": {"a": a[None], "b": b[None], "magnitude": d[None]}}
+    merged = lora.merge_adapters({"x": stacked}, 0.5)
+    assert list(merged["x"]) == ["kernel"]
+    np.testing.assert_allclose(x @ merged["x"]["kernel"][0], theirs(a, b, d), rtol=1e-5, atol=1e-5)
+    assert np.array_equal(ours(a, 0 * b, 0 * d), x @ jnp.asarray(w))  # fresh: the base, to the bit
+
+
+def test_dora_adds_one_parameter_to_each_adapter():
+    cfg = dataclasses.replace(LORA, dora=True)
+    with encoders.only_encoders():
+        found, plain = (
+            {name: x.shape for name, x in flatten_params(flowseg.params_dict(lora.abstract_model(encoders.CFG, c)[1])).items()}
+            for c in (cfg, LORA)
+        )
+    more = found.keys() - plain.keys()
+    assert more == {f"{path}/lora/magnitude" for path in lora.adapted(found)} and all(map(lora.is_adapter, more))
+    assert all(found[name] == found[name.replace("magnitude", "b")][::2] for name in more)
+    fresh = lora.initial_adapters({name: found[name] for name in more}, 0)
+    assert fresh.keys() == more and not any(x.any() for x in fresh.values())
+    assert all(name in lora.freeze_base(dict.fromkeys(found, 1.0)) for name in more)
 
 
 def test_dropout_depends_on_step_row_and_layer_alone(run):

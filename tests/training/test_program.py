@@ -87,7 +87,7 @@ def test_options_losses_optimizer_and_prompts_are_those_of_the_config():
         }
     )  # fmt: skip
     config.optimizer.losses.update(num_points=8, logits_chunk_size=32)
-    config.lora.update(targets=("llm/.*_proj",), rank=5, alpha=7.0, dropout=0.5, rslora=True)
+    config.lora.update(targets=("llm/.*_proj",), rank=5, alpha=7.0, dropout=0.5, rslora=True, dora=True)
     config.ema.update(decay=0.99, warmup=False, export=False)
     config.optimizer.losses.importance_sample_ratio = 0.5
     run_config = RunConfig.from_config(config)
@@ -104,7 +104,7 @@ def test_options_losses_optimizer_and_prompts_are_those_of_the_config():
     )
     assert run_config.prompts == PromptTemplates(chat_template="phi3_chat", randomize=True)
     assert run_config.model == CFG
-    assert run_config.lora == LoraConfig(("llm/.*_proj",), 5, 7.0, 0.5, True)
+    assert run_config.lora == LoraConfig(("llm/.*_proj",), 5, 7.0, 0.5, True, True)
     assert run_config.ema == EmaConfig(0.99, False, False)
     assert "losses" in config.optimizer  # the config itself, which is stored with the run, stays whole
 

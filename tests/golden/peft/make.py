@@ -1,15 +1,16 @@
 """Records what PEFT computes: tiny Qwen3 and Phi-3 models with adapters, their outputs and the adapters' gradients.
 
     pip install torch transformers peft
-    python tests/golden/peft/make.py
+    python tests/golden/peft/make.py          # or the names of some
 
-Beside this file it writes `qwen3/` and `phi3/`: the base as transformers saves it, the adapter as PEFT saves it, and
-`recorded.npz` with the token ids, the last hidden states, and the gradients of sum(hidden * weight).
+Beside this file it writes `qwen3/`, `phi3/` and `dora/` (DoRA on a Phi-3): the base as transformers saves it, the adapter as
+PEFT saves it, and `recorded.npz` with the token ids, the last hidden states, and the gradients of sum(hidden * weight).
 """
 
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -39,11 +40,13 @@ MODELS = {
         ["q_proj", "v_proj", "o_proj", "down_proj"],
     ),
     "phi3": (Phi3ForCausalLM, Phi3Config, dict(tie_word_embeddings=False), ["qkv_proj", "gate_up_proj", "o_proj"]),
+    "dora": (Phi3ForCausalLM, Phi3Config, dict(tie_word_embeddings=False), ["qkv_proj", "o_proj"]),
 }
 
 
 def main() -> None:
-    for name, (model_class, config_class, extra, targets) in MODELS.items():
+    for name in sys.argv[1:] or MODELS:
+        model_class, config_class, extra, targets = MODELS[name]
         out = HERE / name
         shutil.rmtree(out, ignore_errors=True)
         generator = torch.Generator().manual_seed(len(name))
@@ -53,11 +56,14 @@ def main() -> None:
             for path, p in base.named_parameters():
                 p.copy_((1.0 if "norm" in path else 0.0) + 0.2 * draw(*p.shape))
         base.save_pretrained(out / "base")
-        config = LoraConfig(r=3, lora_alpha=5, target_modules=targets, use_rslora=name == "phi3", task_type="CAUSAL_LM")
+        kind = {"use_rslora": name == "phi3", "use_dora": name == "dora"}
+        config = LoraConfig(r=3, lora_alpha=5, target_modules=targets, **kind, task_type="CAUSAL_LM")
         model = get_peft_model(base, config).eval()
         with torch.no_grad():
             for path, p in model.named_parameters():
-                if ".lora_" in path:
+                if "lora_magnitude_vector" in path:
+                    p.mul_(1 + 0.2 * draw(*p.shape))
+                elif ".lora_" in path:
                     p.copy_(0.3 * draw(*p.shape))
         model.save_pretrained(out / "adapter", save_embedding_layers=False)
         tokens = torch.randint(1, SIZES["vocab_size"], (2, 7), generator=generator)
