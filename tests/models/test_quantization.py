@@ -12,8 +12,10 @@ from flowseg_jax.checkpoints.pretrained import save_pretrained
 from flowseg_jax.checkpoints.quantized import load_for_inference
 from flowseg_jax.cli.main import main as flowseg
 from flowseg_jax.errors import UserError
+from flowseg_jax.inference.loading import load
 from flowseg_jax.models import quantization
 from flowseg_jax.models.flowseg import abstract_model, bind_params, params_dict
+from flowseg_jax.system.paths import ROOT
 from tests.helpers import hf_convert, small
 
 
@@ -93,3 +95,13 @@ def test_other_kinds_are_refused(stored):
         quantization.abstract_model(stored[2], "int4")
     with pytest.raises(UserError, match="argument --quantize: invalid choice: 'nf4'"):
         flowseg(["eval", "--quantize=nf4"])
+
+
+@pytest.mark.slow
+def test_the_shipped_model_finds_the_same_in_int8():
+    scene, texts = ROOT / "examples" / "scenes" / "06.png", ["green triangle", "the square that is not yellow"]
+    plain, rounded = load(), load(quantize="int8")
+    assert rounded.nbytes < 0.75 * plain.nbytes
+    for ours, other in zip(rounded.segment(scene, texts), plain.segment(scene, texts), strict=True):
+        assert (ours.mask & other.mask).sum() > 0.97 * (ours.mask | other.mask).sum()
+        assert ours.score == pytest.approx(other.score, abs=0.02)
