@@ -36,7 +36,8 @@ LARGEST = 20  # instructions that the JSON names
 MFU = 0.4  # the share of peak arithmetic that step times are given for
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-_REFUSAL = re.compile(r"(?:Used |required for HLO temporaries \()(?P<number>[\d.]+)(?P<unit>[KMGT])")
+# The first form counts what the program is given; the second counts temporaries alone.
+_REFUSAL = re.compile(r"(?:Used |(?P<temporaries>required for HLO temporaries \())(?P<number>[\d.]+)(?P<unit>[KMGT])")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,9 +47,10 @@ class Memory:
     Attributes:
         parameters, moments, batch: what the step is given, from shapes and shardings; a moving average counts as moments.
         arguments: the same as the compiler lays it out; None if it refused.
-        temporaries: activations, gradients and workspace; None if it refused.
+        temporaries: activations, gradients and workspace; None if it refused without a figure of them.
         outputs: results that take no argument's place; None if it refused.
-        needed: all that must fit at once; for a program that the compiler refused its own figure, None if it gave none.
+        needed: all that must fit at once. Of a program that the compiler refused: what the step is given and the compiler's
+            figure for temporaries; None if it gave none.
         usable: what a program may use; None where there is nothing to judge by.
     """
 
@@ -309,8 +311,12 @@ def _memory(program: TrainProgram, compiled: jax.stages.Compiled | None, refusal
     )
     if compiled is None:
         figure = _REFUSAL.search(refusal)
-        needed = round(float(figure["number"]) * _UNITS[figure["unit"]]) if figure else None
-        return Memory(*given, None, None, None, needed, usable)
+        if figure is None:
+            return Memory(*given, None, None, None, None, usable)
+        size = round(float(figure["number"]) * _UNITS[figure["unit"]])
+        if not figure["temporaries"]:
+            return Memory(*given, None, None, None, size, usable)
+        return Memory(*given, None, size, None, sum(given) + size, usable)
     found = compiled.memory_analysis()
     arguments, temporaries = found.argument_size_in_bytes, found.temp_size_in_bytes
     outputs = found.output_size_in_bytes - found.alias_size_in_bytes
@@ -339,6 +345,8 @@ def _memory_lines(memory: Memory) -> list[str]:
             f"compiled: arguments {gib(memory.arguments)}, temporaries {gib(memory.temporaries)}, other results "
             f"{gib(memory.outputs)}"
         )
+    elif memory.temporaries is not None:
+        found.append(f"refused: temporaries {gib(memory.temporaries)} beside what the step is given")
     if memory.needed is not None:
         found.append(f"together {gib(memory.needed)}" + (f" of {gib(memory.usable)} usable" if memory.usable else ""))
     return found

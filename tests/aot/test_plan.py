@@ -152,12 +152,17 @@ def test_the_verdict_is_needed_against_usable(needed, usable, fits, words):
     assert found["bytes_per_device"] == needed + 8
 
 
+GIVEN = (
+    3 * (40 * 28 // 2 + 10) * 4 + 6 * 2 + 2 * 100 * 4
+)  # parameters, moments and batch of `planned`, as the test above has them
+
+
 @pytest.mark.parametrize(
     ("words", "needed"),
     [
         (
             "Ran out of memory on HBM, the total memory required for HLO temporaries (124.70G) exceeds available HBM (15.75G).",
-            124.7 * GIB,
+            124.7 * GIB + GIVEN,
         ),
         ("Ran out of memory in memory space hbm. Used 512.5M of 400.0M hbm. Exceeded hbm capacity by 112.5M.", 512.5 * 2**20),
         ("Ran out of memory on HBM.", None),
@@ -170,7 +175,8 @@ def test_a_program_that_the_compiler_refuses_does_not_fit(words, needed):
     assert report.verdict() == f"does not fit. The compiler: {words}"
     found = json.loads(json.dumps(report.to_json()))
     assert (found["compiled"], found["fits"], found["bytes_per_device"]) == (False, False, report.memory.needed)
-    assert "verdict" in report.text()
+    assert ("refused: temporaries 124.70 GiB beside what the step is given" in report.text()) == ("temporaries" in words)
+    assert report.text().endswith(f"verdict: does not fit. The compiler: {words}")
 
 
 @pytest.mark.parametrize("words", ["INTERNAL: something else", "RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem"])
