@@ -16,6 +16,8 @@ from jaxtyping import Array, Float, Int
 from flowseg_jax.ops.collectives import SHARD_AXIS, all_gather_2d, all_to_all_rows, reduce_scatter_2d
 from flowseg_jax.ops.dot import TILE, einsum, matmul_f32
 
+GATHERED_BYTES = 1 << 28  # of the hidden states of all devices, at most, that exist at a time
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +99,8 @@ def cross_entropy(
         vocabulary: of the language head.
         labels: the next token of each.
         chunk: tokens of one device whose logits exist at a time; they are computed again in the backward pass. A device with
-            a part of the words takes the tokens of all devices, as many times more at once.
+            a part of the words takes the tokens of all devices, as many times more at once. It gathers their hidden states,
+            `GATHERED_BYTES` at a time.
     """
     rows = vocabulary.weight.astype(jnp.float32)  # the chunks' gradients are added up in their dtype
     if not vocabulary.sharded:
@@ -105,12 +108,27 @@ def cross_entropy(
         return peak + jnp.log(total) - picked
     here = jnp.minimum(vocabulary.size - vocabulary.row_offset, rows.shape[0])
     devices = jax.lax.axis_size(SHARD_AXIS)
-    local_labels = all_gather_2d(labels, 0) - vocabulary.row_offset
-    peak, total, picked = _scan_logits(all_gather_2d(hidden, 0), rows, local_labels, devices * chunk, here)
-    highest = jax.lax.pmax(jax.lax.stop_gradient(peak), SHARD_AXIS)  # a shift: it cancels, and so does its gradient
-    total = reduce_scatter_2d(total * jnp.exp(peak - highest), 0)
-    mine = jax.lax.axis_index(SHARD_AXIS) * hidden.shape[0]
-    return jax.lax.dynamic_slice_in_dim(highest, mine, hidden.shape[0]) + jnp.log(total) - reduce_scatter_2d(picked, 0)
+
+    def of_all_devices(inputs: tuple[Array, Array]) -> Array:
+        hidden, labels = inputs
+        local_labels = all_gather_2d(labels, 0) - vocabulary.row_offset
+        peak, total, picked = _scan_logits(all_gather_2d(hidden, 0), rows, local_labels, devices * chunk, here)
+        highest = jax.lax.pmax(jax.lax.stop_gradient(peak), SHARD_AXIS)  # a shift: it cancels, and so does its gradient
+        total = reduce_scatter_2d(total * jnp.exp(peak - highest), 0)
+        mine = jax.lax.axis_index(SHARD_AXIS) * hidden.shape[0]
+        return jax.lax.dynamic_slice_in_dim(highest, mine, hidden.shape[0]) + jnp.log(total) - reduce_scatter_2d(picked, 0)
+
+    count, width = hidden.shape
+    at_once = max(TILE, GATHERED_BYTES // (devices * width * hidden.dtype.itemsize) // TILE * TILE)
+    if count <= at_once:
+        return of_all_devices((hidden, labels))
+    # In rounds, whose states are gathered again in the backward pass: none of them outlives its round.
+    padding = -count % at_once
+    rounds = (
+        jnp.pad(hidden, ((0, padding), (0, 0))).reshape(-1, at_once, width),
+        jnp.pad(labels, (0, padding)).reshape(-1, at_once),
+    )
+    return jax.lax.map(jax.checkpoint(of_all_devices), rounds).reshape(-1)[:count]
 
 
 def _scan_logits(hidden: Array, rows: Array, labels: Array, chunk: int, exists: int | Array) -> tuple[Array, Array, Array]:

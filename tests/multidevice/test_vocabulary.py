@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
+from flowseg_jax.ops import vocabulary
 from flowseg_jax.ops.collectives import SHARD_AXIS, all_gather_2d, reduce_scatter_2d, squarest_grid
 from flowseg_jax.ops.vocabulary import ShardedEmbedding, cross_entropy, embedding_lookup
 
@@ -71,16 +72,18 @@ def test_a_divided_table_gives_the_rows_and_gradients_of_the_whole(mesh, rng):
     np.testing.assert_allclose(gradient, back(probe)[0], rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("chunk", [2, 64])
-def test_a_divided_table_gives_the_loss_and_gradients_of_the_whole(mesh, rng, chunk):
+@pytest.mark.parametrize(("chunk", "gathered"), [(2, 1 << 28), (64, 1 << 28), (64, 4 * 2 * WIDTH * 4)])
+def test_a_divided_table_gives_the_loss_and_gradients_of_the_whole(mesh, rng, monkeypatch, chunk, gathered):
+    monkeypatch.setattr(vocabulary, "GATHERED_BYTES", gathered)  # the last: two tokens of each device, so two rounds for three
+    monkeypatch.setattr(vocabulary, "TILE", 2)
     table = rng.normal(size=(WORDS, WIDTH)).astype(np.float32)
     hidden = 2 * rng.normal(size=(4 * TOKENS, WIDTH)).astype(np.float32)
     labels = rng.integers(0, WORDS, 4 * TOKENS)
     labels[:2] = WORDS - 1, 0
     scale = rng.normal(size=4 * TOKENS).astype(np.float32)
 
-    def loss(vocabulary, hidden, labels):
-        return cross_entropy(hidden, vocabulary, labels, chunk)
+    def loss(table, hidden, labels):
+        return cross_entropy(hidden, table, labels, chunk)
 
     def local(table, hidden, labels, scale):
         losses, back = jax.vjp(lambda t, h: loss(ShardedEmbedding.from_fsdp_shard(t), h, labels), table, hidden)
