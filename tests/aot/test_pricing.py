@@ -48,8 +48,12 @@ def test_each_kind_has_its_price() -> None:
 
 
 def test_collectives_cost_nothing_or_all_of_their_time() -> None:
-    """A sum travels twice. A fusion that the compiler spread a collective over has an estimate, which counts in both."""
-    traffic = Collective("all-gather", 10**6, 2, ()), Collective("all-reduce", 10**5, 3, ())
+    """A sum travels twice. A fusion that the compiler spread a collective over has an estimate, which counts in both.
+
+    What crosses slices is on another network, which has no price.
+    """
+    across = Collective("all-reduce", 10**9, 1, (), between_slices=True)
+    traffic = Collective("all-gather", 10**6, 2, ()), Collective("all-reduce", 10**5, 3, ()), across
     costs = cost("collectives", cycles=1000), cost("collectives", bytes=10**6)
     found = priced(*costs, flops=1000.0 * 2**17, traffic=traffic)
     wire = (2 * 1e6 + 2 * 3 * 1e5) / (V5E.links / V5E.clock)
