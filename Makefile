@@ -11,6 +11,8 @@
 # PYTHON=... chooses the interpreter (3.11 or newer). Package indexes and proxies come from your own pip configuration.
 
 SHELL := /bin/bash
+# Where this is set, every Python process compiles every module that it imports; the tests start hundreds of processes.
+unexport PYTHONDONTWRITEBYTECODE
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || echo python3)
 # --no-compile: Python compiles what it imports; compiling everything beforehand costs longer than it saves.
 PIP_INSTALL = -m pip install --quiet --disable-pip-version-check --no-input --no-compile
