@@ -89,11 +89,11 @@ def write_text_atomic(path: Path | epath.Path, text: str) -> None:
         if part is not path:
             os.replace(part, path)
     except Exception as error:
-        if not isinstance(error, OSError) and not is_remote(path):  # clients of object stores have their own
-            raise
         with contextlib.suppress(Exception):
             if part is not path:
                 part.unlink()
+        if not isinstance(error, OSError) and not is_remote(path):  # clients of object stores have their own
+            raise
         why = getattr(error, "strerror", None) or short_reason(error)
         raise UserError(f"cannot write {path}: {why}; make room, or choose a folder you can write to") from error
 

@@ -56,6 +56,9 @@ def test_a_text_is_replaced_whole_in_a_folder_that_is_made(tmp_path):
         assert path.read_bytes() == text.encode() and [p.name for p in path.parent.iterdir()] == ["b.json"]
     with pytest.raises(UserError, match="cannot write .*Is a directory; make room, or choose a folder"):
         storage.write_text_atomic(path.parent, "x")
+    with pytest.raises(UnicodeEncodeError):  # no fault of the place
+        storage.write_text_atomic(path, "\ud800")
+    assert path.read_text(encoding="utf-8") == "é" and [p.name for p in path.parent.iterdir()] == ["b.json"]
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import ANY, Mock, call
@@ -171,6 +172,24 @@ def test_a_training_run_has_its_directory_its_profile_and_the_devices_of_its_bat
     ]
     assert fake.mock_calls[0].args[0].batch_size == 24
     assert host.use_host_devices.mock_calls[0] == call(4) and len(host.enable_compilation_cache.mock_calls) == 2
+
+
+def test_the_page_is_served_where_it_is_told_to(monkeypatch, tmp_path, capsys):
+    from flowseg_jax.checkpoints import find
+    from flowseg_jax.system.paths import ROOT
+
+    page = SimpleNamespace(build=Mock(return_value="blocks"), scenes=Mock(return_value=["a"]), serve=Mock())
+    monkeypatch.setitem(sys.modules, "flowseg_jax.app.page", page)  # it needs an extra
+    monkeypatch.setattr("flowseg_jax.app.page", page, raising=False)
+    model = SimpleNamespace(card=Mock())
+    model.card.lines.side_effect = [["A card."], []]
+    monkeypatch.setattr("flowseg_jax.inference.loading.load", Mock(return_value=model))
+    monkeypatch.setattr(find, "find_model", lambda checkpoint, _: Path(checkpoint) if checkpoint else find.SHIPPED_MODEL)
+    assert flowseg(["app"]) == flowseg(["app", "--checkpoint=c", "--host=0.0.0.0", "--port=0"]) == 0
+    assert page.scenes.mock_calls == [call(ROOT / "examples" / "scenes")] * 2
+    assert page.build.mock_calls == [call(model, ["a"], None, ["A card."]), call(model, ["a"], "c", ["The model of c."])]
+    assert page.serve.mock_calls == [call("blocks", "127.0.0.1", 7860), call("blocks", "0.0.0.0", 0)]
+    assert "the page is on http://127.0.0.1:7860/ (Ctrl-C ends it)" in capsys.readouterr().out
 
 
 @pytest.fixture

@@ -198,6 +198,20 @@ def test_a_phrase_that_refers_to_nothing_makes_all_its_queries_background(rng):
     assert float(total) == pytest.approx(float(expected), rel=1e-5) and float(weight) == pytest.approx(1.7)
 
 
+def test_every_labelled_mask_is_a_target_of_its_images_one_pass():
+    batch = SimpleNamespace(
+        object_name=jnp.array([[2, PAD, 0], [PAD, PAD, PAD]]),
+        name_valid=jnp.array([[True, True], [False, True]]),
+        object_category=jnp.array([[PAD, 5, 0], [PAD, PAD, PAD]]),
+    )
+    named, of_categories = losses.generic_targets(batch), losses.closed_vocab_targets(batch)
+    assert named.masks.tolist() == [[[0, PAD, 2]], [[PAD, PAD, PAD]]]
+    assert named.labels[:, 0].tolist() == batch.object_name.tolist()
+    assert named.pass_valid.tolist() == [[True], [True]]  # the second image has none of the names that it is asked for
+    assert of_categories.masks.tolist() == [[[PAD, 1, 2]], [[PAD, PAD, PAD]]]
+    assert of_categories.pass_valid.tolist() == [[True], [False]]
+
+
 def test_layers_are_matched_together_as_one_by_one(level, monkeypatch):
     """The matcher runs once for all layers, and gives and costs what it does for each."""
     inputs, _ = level
