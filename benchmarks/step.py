@@ -6,6 +6,14 @@ This file is run against other revisions: beyond configs, batches and `TrainProg
 
 from __future__ import annotations
 
+import contextlib
+
+if __name__ == "__main__":  # as `flowseg train`, before anything starts threads
+    with contextlib.suppress(ImportError):  # earlier versions have none
+        from flowseg_jax.system.memory import keep_freed_memory
+
+        keep_freed_memory()
+
 import dataclasses
 import os
 import sys

@@ -29,6 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_process_flags(parser)
     if {"-h", "--help"} & set(argv):
         parser.parse_args(["--help"])
+    from flowseg_jax.system.memory import keep_freed_memory
+
+    keep_freed_memory()
     from flowseg_jax import experiment
 
     config, rest = experiment.load(argv)

@@ -6,13 +6,16 @@ exactly one id; `load_tokenizer` refuses a tokenizer where they are not.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from flowseg_jax.data.plain_tokenizer import PlainTokenizer
 from flowseg_jax.errors import UserError
 from flowseg_jax.system import paths
 
@@ -126,6 +129,17 @@ def writes_bos(hf: Any) -> bool:
     return hf.encode("x")[:1] == [hf.bos_token_id]
 
 
+@contextlib.contextmanager
+def no_advice() -> Iterator[None]:
+    """Keeps `transformers` from saying, while it is imported, that there is no PyTorch: tokenizers need none."""
+    logger, keep = logging.getLogger("transformers"), lambda record: "PyTorch was not found" not in record.getMessage()
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
+
+
 def load_tokenizer(directory: str | os.PathLike[str], *, needed: Iterable[str] = ()) -> Tokenizer:
     """Loads a tokenizer from a local directory and checks its special tokens.
 
@@ -136,11 +150,13 @@ def load_tokenizer(directory: str | os.PathLike[str], *, needed: Iterable[str] =
     Raises:
         UserError: no such directory, not a tokenizer, or a special token that is not exactly one id.
     """
-    from transformers import AutoTokenizer  # slow to import, and only needed here
-
     directory = Path(directory)
     if not directory.is_dir():
         raise UserError(f"{directory}: no such tokenizer directory{paths.made_by(directory)}")
+    if plain := PlainTokenizer.read(directory):
+        return Tokenizer(plain, str(directory), needed)
+    with no_advice():
+        from transformers import AutoTokenizer  # slow to import, and only needed here
     try:
         hf = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises many types here, all of them about the files
@@ -167,7 +183,9 @@ def train_tokenizer(texts: Iterable[str], directory: str | os.PathLike[str], *, 
         vocab: number of ids, special tokens included.
     """
     import tokenizers
-    from transformers import PreTrainedTokenizerFast
+
+    with no_advice():
+        from transformers import PreTrainedTokenizerFast
 
     if vocab < 256 + len(SPECIAL_TOKENS):
         raise UserError(
@@ -223,7 +241,8 @@ def add_special_tokens(
     source: str | os.PathLike[str], directory: str | os.PathLike[str], chat_template: str | None = None
 ) -> Extended:
     """As `extend_tokenizer`; a tokenizer with a bos is given `chat_template`, if there is one."""
-    from transformers import AutoTokenizer
+    with no_advice():
+        from transformers import AutoTokenizer
 
     if not Path(source).is_dir():
         raise UserError(f"{source}: no such tokenizer directory")

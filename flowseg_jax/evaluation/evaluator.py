@@ -27,6 +27,7 @@ from flowseg_jax.evaluation import category_scores, fusion, postprocess
 from flowseg_jax.models import flowseg
 from flowseg_jax.models.kv_cache import KVCache
 from flowseg_jax.models.outputs import ImageCache, MaskCandidates
+from flowseg_jax.ops.portable import traced_for
 from flowseg_jax.types import PAD, Batch, ExpressionQueries, ImageInputs, PromptQueries
 
 BY_IMAGE, REPLICATED = PartitionSpec(sharding.BATCH_AXES), PartitionSpec()
@@ -132,7 +133,7 @@ class Evaluator:
 
     def _sharded(self, function: Callable, inputs: Any, outputs: Any) -> Callable:
         mapped = jax.shard_map(function, mesh=self.mesh, in_specs=inputs, out_specs=outputs, check_vma=False)
-        return jax.jit(mapped)
+        return jax.jit(traced_for(self.mesh.devices.flat[0].platform)(mapped))
 
     @property
     def devices(self) -> int:

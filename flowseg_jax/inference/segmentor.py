@@ -38,6 +38,7 @@ from flowseg_jax.inference.selection import (
     unpack_candidates,
 )
 from flowseg_jax.models import flowseg, generate
+from flowseg_jax.ops.portable import traced_for
 from flowseg_jax.system.paths import resolve_path
 from flowseg_jax.types import BatchShape, ExpressionQueries, PromptQueries
 
@@ -100,15 +101,20 @@ class Segmentor:
         special_tokens = generate.SpecialTokenIds(tokenizer.phrase_start, tokenizer.phrase_end, tokenizer.seg)
         self._eos = self._prompts.eos_ids(tokenizer)
 
+        traced = traced_for(jax.default_backend())
+
+        @traced
         def predict(params, cache, queries, count):
             model = flowseg.bind_params(graphdef, params)
             return postprocess.top_candidates(model, model.predict_cached(cache, queries), count)
 
+        @traced
         def generate_answers(params, cache, prompts, tokens):
             return generate.generate_answers(
                 flowseg.bind_params(graphdef, params), cache, prompts, max_new_tokens=tokens, eos_ids=self._eos
             )
 
+        @traced
         def decode_answers(params, cache, prompts, written, outputs, count):
             model = flowseg.bind_params(graphdef, params)
             found, pairs = generate.decode_generated_masks(
@@ -117,11 +123,11 @@ class Segmentor:
             return postprocess.top_candidates(model, found, count), pairs
 
         self._prefill = jax.jit(
-            lambda params, inputs, prefix: flowseg.bind_params(graphdef, params).prefill_image(inputs, prefix)
+            traced(lambda params, inputs, prefix: flowseg.bind_params(graphdef, params).prefill_image(inputs, prefix))
         )
         self._predict, self._upsample = jax.jit(predict, static_argnums=3), jax.jit(postprocess.upsample)
         self._trace_decoder = jax.jit(
-            lambda params, cache, queries: trace_decoder(flowseg.bind_params(graphdef, params), cache, queries)
+            traced(lambda params, cache, queries: trace_decoder(flowseg.bind_params(graphdef, params), cache, queries))
         )
         self._generate_answers = jax.jit(generate_answers, static_argnums=3)
         self._decode_answers = jax.jit(decode_answers, static_argnums=(4, 5))

@@ -75,8 +75,9 @@ def matching_costs(
                 lambda p: sample_packed_masks(masks, jnp.broadcast_to(p, (masks.shape[0], *p.shape)), masks.shape[1])
             )(pts)
         )(packed, points)  # [B, R or 1, masks, k]
-    sampled = jnp.broadcast_to(sampled, (b, r, *sampled.shape[2:]))
-    at_points = einsum("brqd,brkd->brqk", mask_embeds, sampled)
+    # Points that all passes of an image share are one operand: a CPU multiplies the passes' queries as one matrix.
+    shared = sampled.shape[1] == 1
+    at_points = einsum("brqd,bkd->brqk" if shared else "brqd,brkd->brqk", mask_embeds, sampled[:, 0] if shared else sampled)
     target_values = _per_target(jnp.broadcast_to(mask_values, (b, r, *mask_values.shape[2:])), targets)
     return jax.vmap(jax.vmap(match_cost, (0, 0, 0, 0, None)), (0, 0, 0, 0, None))(
         class_logits.astype(jnp.float32), targets.labels, at_points, target_values, cfg

@@ -37,7 +37,7 @@ from flowseg_jax.models.conditions import (
 from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.models.connectors import MlpProjector, SegConnector, pad_to_multiple, pixel_shuffle
 from flowseg_jax.models.language import LanguageModel
-from flowseg_jax.models.layers import Linear, make_param, normal_init
+from flowseg_jax.models.layers import Linear, make_param, normal_init, shapes_only
 from flowseg_jax.models.mask_decoder import MaskDecoder, mask_logits
 from flowseg_jax.models.outputs import ImageCache, ImageFeatures, MaskCandidates, TextFeatures, TrainingOutput
 from flowseg_jax.models.pixel_decoder import PixelDecoder
@@ -366,4 +366,5 @@ def abstract_model(cfg: FlowSegConfig) -> tuple[nnx.GraphDef, nnx.State]:
 @functools.lru_cache(maxsize=16)
 def _abstract_network(cfg: FlowSegConfig) -> FlowSeg:
     """Traced once: a run asks for it several times, and tracing takes seconds. Who asks is given a copy."""
-    return nnx.eval_shape(lambda: FlowSeg(cfg, rngs=nnx.Rngs(0)))
+    with shapes_only():
+        return nnx.eval_shape(lambda: FlowSeg(cfg, rngs=nnx.Rngs(0)))

@@ -7,8 +7,10 @@ products accumulate in float32 (`ops.dot`), and norms take their statistics in f
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +22,7 @@ from flowseg_jax.ops.collectives import all_gather_2d
 from flowseg_jax.ops.dot import dot, einsum
 
 Initializer = Callable[..., jax.Array]
+_shapes_only: contextvars.ContextVar[bool] = contextvars.ContextVar("flowseg_shapes_only", default=False)
 
 ones = nnx.initializers.ones
 zeros = nnx.initializers.zeros
@@ -40,7 +43,18 @@ def make_param(rngs: nnx.Rngs, init: Initializer, shape: tuple[int, ...], axes: 
     """A float32 parameter with one logical axis name per dimension."""
     if len(axes) != len(shape):
         raise ValueError(f"axes {axes} do not fit shape {shape}")
-    return nnx.Param(init(rngs.params(), shape, jnp.float32), logical_axes=axes)
+    value = jnp.zeros(shape, jnp.float32) if _shapes_only.get() else init(rngs.params(), shape, jnp.float32)
+    return nnx.Param(value, logical_axes=axes)
+
+
+@contextlib.contextmanager
+def shapes_only() -> Iterator[None]:
+    """Parameters that are made inside are zeros: to trace hundreds of random generators for their shapes takes a second."""
+    token = _shapes_only.set(True)
+    try:
+        yield
+    finally:
+        _shapes_only.reset(token)
 
 
 def gathered_weight(variable: nnx.Param, dtype: jnp.dtype) -> Array:

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from flowseg_jax.ops.portable import cpu_only
+
 TILE = 8  # rows that a TPU keeps together: arrays of whole tiles are joined, parted and reshaped without being moved
 
 
@@ -21,9 +23,15 @@ def precision(*operands: Array) -> jax.lax.Precision | None:
 
 
 def dot(x: Float[Array, "*b i"], w: Float[Array, "i o"]) -> Float[Array, "*b o"]:
-    """x @ w over the last axis of x, accumulated in float32, in the dtype of x."""
+    """x @ w over the last axis of x, accumulated in float32, in the dtype of x.
+
+    For a CPU, x is a matrix: XLA would write the operands of the gradient of w to memory transposed, which takes it longer than
+    the product. On a TPU, axes that do not fill its tiles cannot be joined without a copy.
+    """
     if x.size == x.shape[-1]:  # one row, see `matmul_f32`
         return matmul_f32(x.reshape(1, -1), w, 1, 0).reshape(*x.shape[:-1], -1).astype(x.dtype)
+    if cpu_only():
+        return matmul_f32(x.reshape(-1, x.shape[-1]), w, 1, 0).astype(x.dtype).reshape(*x.shape[:-1], w.shape[1])
     return matmul_f32(x, w, x.ndim - 1, 0).astype(x.dtype)
 
 

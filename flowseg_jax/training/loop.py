@@ -8,6 +8,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -216,8 +217,11 @@ def run(
         local = stack.enter_context(LocalCheckpoints(local_dir, local_every, first.run_id))
         abstract, spent = state_to_tree(program.state), 0.0
         restored = local.restore(abstract, same_run, checkpoints.latest_step) or checkpoints.restore_latest(abstract, same_run)
+        start, compiled = restored.step if restored else 0, None
+        if start < config.num_steps:  # beside what makes the state: a compiler keeps one core busy
+            compiled = stack.enter_context(ThreadPoolExecutor(1)).submit(program.compile)
         if restored:
-            start, state = restored.step, state_from_tree(program.state, restored.state)
+            state = state_from_tree(program.state, restored.state)
             if "frozen" not in restored.state:
                 state = dataclasses.replace(state, frozen=program.initial_state(config).frozen)
                 base = adapters.base_digests(state.frozen)
@@ -230,7 +234,7 @@ def run(
                 log(line)
         else:
             with heartbeat("initialising parameters"):
-                start, state = 0, program.initial_state(config)
+                state = program.initial_state(config)
         if is_primary():  # not before: a config that is refused leaves the config of the run as it is
             write_text_atomic(workdir / "config.json", to_json(config) + "\n")
             write_text_atomic(workdir / "parameters.txt", parameter_table(program.state))
@@ -243,10 +247,10 @@ def run(
         stack.callback(writer.close)
         profiler = Profiler(profile, workdir / "profile")
         stack.callback(profiler.close)
-        if start < config.num_steps:
+        if compiled:
             batch = program.to_device(next(batches))
             with heartbeat("compiling the train step"):
-                train_step = program.step.lower(program.state, program.batch).compile()
+                train_step = compiled.result()
         report = MetricReporter(program, data, writer, start, began, spent)
 
         def meta_of(step: int) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from flowseg_jax.experiment import check_keys
 from flowseg_jax.losses import LossConfig
 from flowseg_jax.models import flowseg
 from flowseg_jax.models.config import FlowSegConfig
+from flowseg_jax.ops.portable import traced_for
 from flowseg_jax.training import lora as adapters
 from flowseg_jax.training.ema import EmaConfig
 from flowseg_jax.training.initialization import initial_params
@@ -179,9 +180,13 @@ class TrainProgram:
             dropout,
         )
         out = jax.tree.map(lambda x: x.sharding, state), parallel.replicated(mesh)
-        jitted = jax.jit(step, donate_argnums=0, out_shardings=out)
+        jitted = jax.jit(traced_for(mesh.devices.flat[0].platform)(step), donate_argnums=0, out_shardings=out)
         batch = _abstract_batch(run_config.shape, parallel.batch_sharding(mesh))
         return cls(run_config, mesh, graphdef, rates, partition, optimizer, state, batch, jitted)
+
+    def compile(self) -> jax.stages.Compiled:
+        """The step, compiled; another thread may do it."""
+        return self.step.lower(self.state, self.batch).compile()
 
     def initial_state(self, config: ConfigDict) -> TrainState:
         """Parameters, fresh or from `init_from`, and moments, created where they belong."""

@@ -1,8 +1,13 @@
 """Training, saving, loading and checking tokenizers."""
 
+import json
+import subprocess
+import sys
+
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from flowseg_jax.data.plain_tokenizer import PlainTokenizer
 from flowseg_jax.data.prompts import CHAT_TEMPLATES, PromptTemplates, template_corpus
 from flowseg_jax.data.tokenizer import SPECIAL_TOKENS, extend_tokenizer, load_tokenizer, train_tokenizer
 from flowseg_jax.errors import UserError
@@ -30,6 +35,67 @@ def test_auto_tokenizer_loads_it(directory):
     for token in SPECIAL_TOKENS:
         assert len(hf.encode(token, add_special_tokens=False)) == 1
         assert token in hf.all_special_tokens
+
+
+def test_a_plain_tokenizer_is_what_transformers_reads(directory, tokenizer):
+    plain, hf = PlainTokenizer.read(directory), AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+    assert isinstance(tokenizer.hf, PlainTokenizer)
+    assert plain.backend_tokenizer.to_str() == hf.backend_tokenizer.to_str()
+    for name in (
+        "bos_token",
+        "eos_token",
+        "unk_token",
+        "pad_token",
+        "chat_template",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+    ):
+        assert getattr(plain, name) == getattr(hf, name), name
+    assert plain.get_vocab() == hf.get_vocab() and plain.get_added_vocab() == hf.get_added_vocab()
+    text = "<|im_start|>the  large <p> red</p> star , Größe 漢字 <SEG><|im_end|>"
+    ids = hf.encode(text)
+    assert plain.encode(text) == ids and plain.encode(text, add_special_tokens=False) == ids
+    assert [plain.convert_ids_to_tokens(i) for i in ids] == hf.convert_ids_to_tokens(ids)
+    for skip in (False, True):
+        assert plain.decode(ids, skip_special_tokens=skip) == hf.decode(ids, skip_special_tokens=skip)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tokenizer_class": "Qwen2Tokenizer"},
+        {"chat_template": "{{ bos_token }}"},
+        {"bos_token": "<s>"},
+        {"eos_token": {"content": "<|im_end|>"}},
+        {"clean_up_tokenization_spaces": True},
+        {"extra_special_tokens": {"image": "<image>"}},
+        {"extra_special_tokens": None},
+    ],
+)
+def test_any_other_tokenizer_is_left_to_transformers(directory, tmp_path, change):
+    config = json.loads((directory / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer.json").write_bytes((directory / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | change))
+    assert PlainTokenizer.read(tmp_path) is None
+
+
+def test_a_plain_tokenizer_needs_no_transformers(directory):
+    code = f"import sys; from flowseg_jax.data.tokenizer import load_tokenizer as load; load({str(directory)!r})"
+    code += "; assert not {'transformers', 'jax'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_transformers_gives_no_advice_about_pytorch(directory, tmp_path):
+    config = json.loads((directory / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer.json").write_bytes((directory / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"unknown": 1}))
+    code = "import importlib.util as u, sys; find = u.find_spec; "
+    code += "u.find_spec = lambda name, *a: None if name == 'torch' else find(name, *a); "
+    code += f"from flowseg_jax.data.tokenizer import load_tokenizer as load; load({str(tmp_path)!r}); "
+    code += "assert 'transformers' in sys.modules; import logging; assert not logging.getLogger('transformers').filters"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert "PyTorch" not in done.stdout + done.stderr
 
 
 def test_ids(tokenizer):

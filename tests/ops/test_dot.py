@@ -10,6 +10,7 @@ import pytest
 from flowseg_jax.losses import LossConfig, match_cost
 from flowseg_jax.models.mask_decoder import cosine_logits, mask_logits
 from flowseg_jax.ops.dot import dot, einsum, matmul_f32
+from flowseg_jax.ops.portable import traced_for
 from flowseg_jax.ops.vocabulary import ShardedEmbedding, cross_entropy
 
 PRODUCTS = {
@@ -71,3 +72,19 @@ def test_the_gradient_of_the_vocabulary_does_not_depend_on_the_chunk(rng):
     exact = gradient(jnp.float32, 512)
     whole, parts = (np.linalg.norm(gradient(jnp.bfloat16, chunk) - exact) for chunk in (512, 8))
     assert parts < 1.5 * whole
+
+
+def test_for_a_cpu_no_operand_of_a_gradient_is_transposed(rng):
+    """The same bits, from products of matrices alone."""
+    x, w = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((2, 3, 4), (4, 5)))
+
+    def gradients(x, w):
+        return jax.grad(lambda x, w: jnp.sin(dot(x, w)).sum(), argnums=(0, 1))(x, w)
+
+    on_cpu = jax.jit(traced_for("cpu")(gradients))
+    jax.tree.map(np.testing.assert_array_equal, on_cpu(x, w), jax.jit(gradients)(x, w))
+    for function, contracted in (
+        (on_cpu, "contracting_dims = [0] x [0]"),
+        (jax.jit(gradients), "contracting_dims = [0, 1] x [0, 1]"),
+    ):
+        assert contracted in function.lower(x, w).as_text()

@@ -15,9 +15,9 @@ import functools
 import jax
 from jaxtyping import Array, Bool, Float
 
-from flowseg_jax.ops.attention import cudnn, flash, grid, xla
+from flowseg_jax.ops.attention import cudnn, grid, xla
 from flowseg_jax.ops.attention.mask import AttentionMask, TokenInfo, causal_mask
-from flowseg_jax.ops.portable import kernels_allowed
+from flowseg_jax.ops.portable import cpu_only, kernels_allowed
 
 __all__ = ["AttentionMask", "TokenInfo", "attention", "causal_mask", "decomposed_rel_pos_attention"]
 
@@ -109,13 +109,17 @@ def _run(name: str, static: _Static, q: Array, k: Array, v: Array, leaves: list[
     """`forward` or `backward` of the implementation that the call names, or the one for the platform."""
     mask = jax.tree.unflatten(static.mask, leaves)
     plain = functools.partial(getattr(xla, name), chunk=static.chunk)
-    kernels = {"flash": getattr(flash, name), "cudnn": getattr(cudnn, name)}
 
     def call(run):
         return lambda q, k, v, mask, *saved: run(q, k, v, mask, static.scale, *saved)
 
+    if static.impl == "xla":
+        return call(plain)(q, k, v, mask, *saved)
+    from flowseg_jax.ops.attention import flash  # Pallas takes long to import, and a CPU has no use for it
+
+    kernels = {"flash": getattr(flash, name), "cudnn": getattr(cudnn, name)}
     if static.impl != "auto":
-        return call({"xla": plain, **kernels}[static.impl])(q, k, v, mask, *saved)
+        return call(kernels[static.impl])(q, k, v, mask, *saved)
     fits = {}
     if min(q.shape[1], k.shape[1]) >= MIN_KERNEL_TOKENS:
         if mask is None or isinstance(mask, AttentionMask):
@@ -151,6 +155,8 @@ def _grid_forward(q: Array, k: Array, v: Array, rows: Array, columns: Array) -> 
     operands = q, k, v, rows, columns
     if 4 * b * h * s * k.shape[1] <= xla.WHOLE_BYTES:
         out, logsum = folded(*operands)
+    elif cpu_only():
+        out, logsum = grid.forward(*operands)
     else:
         out, logsum = jax.lax.platform_dependent(*operands, cpu=grid.forward, default=folded)
     return out, (*operands, out, logsum)

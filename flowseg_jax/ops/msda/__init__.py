@@ -20,23 +20,18 @@ All have the same derivative, at the kinks (points on pixel centres) too: that t
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from flowseg_jax.ops.msda import dense, gather, kernel
+from flowseg_jax.ops.msda import dense, gather
 from flowseg_jax.ops.msda.chunks import Shapes
-from flowseg_jax.ops.portable import kernels_allowed
+from flowseg_jax.ops.portable import cpu_only, kernels_allowed
 
 CHUNK_BYTES = 32 * 2**20  # float32 samples per image; with more, queries are processed in chunks
-FORMULATIONS = {
-    "gather": gather.GATHER,
-    "packed_gather": gather.PACKED_GATHER,
-    "dense": dense,
-    "pallas": kernel.Kernel(interpret=False),
-    "interpreted": kernel.Kernel(interpret=True),
-}
+FORMULATIONS = {"gather": gather.GATHER, "packed_gather": gather.PACKED_GATHER, "dense": dense}
 IMPLEMENTATIONS = ("gather", "packed_gather", "dense", "pallas")
 
 
@@ -92,15 +87,27 @@ def _select(impl: str, shapes: Shapes, value: Array) -> dict[str, str]:
         return {"cpu": "interpreted", "default": "pallas"}
     if impl != "auto":
         return {"default": impl}
+    if cpu_only():
+        return {"default": "gather"}
+    from flowseg_jax.ops.msda import kernel
+
     fits = kernels_allowed() and kernel.resident_bytes(shapes, value.shape[-1], value.dtype.itemsize) <= kernel.RESIDENT_BYTES
     return {"cpu": "gather", "tpu": "pallas" if fits else "packed_gather", "default": "packed_gather"}
+
+
+def _formulation(name: str) -> Any:
+    if name in FORMULATIONS:
+        return FORMULATIONS[name]
+    from flowseg_jax.ops.msda import kernel  # Pallas takes long to import, and a CPU has no use for it
+
+    return kernel.Kernel(interpret=name == "interpreted")
 
 
 def _run(impl: str, shapes: Shapes, direction: str, chunk: int, *arrays: Array):
     """`forward` or `backward` of the platform's implementation."""
     chosen = _select(impl, shapes, arrays[-3])
     branches = {
-        platform: functools.partial(getattr(FORMULATIONS[name], direction), shapes, chunk) for platform, name in chosen.items()
+        platform: functools.partial(getattr(_formulation(name), direction), shapes, chunk) for platform, name in chosen.items()
     }
     return jax.lax.platform_dependent(*arrays, **branches)
 
