@@ -316,7 +316,7 @@ def test_a_batch_is_learnt_by_heart(config, prepared):
     run = program.TrainProgram.build(experiment, jax.devices()[:1])
     graphdef, params = flowseg.init_model(cfg, 0)
     state, batch = small.start(run, params), run.to_device(batch)
-    step = run.step.lower(run.state, run.batch).compile()
+    step = run.compile()
     for _ in range(steps):
         state, _ = step(state, batch)
     found = jax.jit(lambda p, b: flowseg.bind_params(graphdef, p).predict(b))(state.params, batch)

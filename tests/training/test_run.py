@@ -70,7 +70,7 @@ class Run:
             batch=batch,
             to_device=lambda batch: f"placed {batch}",
             initial_state=lambda config: write(("initial", config.seed)) or state_of(0),
-            step=SimpleNamespace(lower=self.lower),
+            compile=self.compile,
         )
         self.data = SimpleNamespace(digest=DIGEST, description="7 images of it", iterate=self.iterate, tokenizer=None)
         run = self
@@ -181,10 +181,9 @@ class Run:
         }.items():
             monkeypatch.setattr(loop, name, part)
 
-    def lower(self, state, batch):
-        assert (state, batch) == (self.program.state, self.program.batch)
-        self.events.append("compile")
-        return SimpleNamespace(compile=lambda: self.step)
+    def compile(self):
+        self.events.append("compile")  # in a thread of its own
+        return self.step
 
     def step(self, state, batch):
         step = int(state.step) + 1
@@ -218,13 +217,16 @@ def test_a_whole_run_in_order(monkeypatch, tmp_path):
         return [*begin, *log, ("step ends", n, f"metrics {n}"), ("stop?", n), *between]
 
     save = lambda n: ["flush metrics", "flush", ("save", n, position(n), f"metrics {n}")]  # noqa: E731
+    compiled = run.events.index("compile")  # at any time between the restored checkpoint and the first step
+    assert run.events.index(("checkpoints", "run", {"keep": 3, "keep_every": 7, "best": ("loss", "min")})) < compiled
+    assert compiled < run.events.index(("report", 0, 0.0))
+    del run.events[compiled]
     assert run.events == [
         "summary",
         ("checkpoints", "run", {"keep": 3, "keep_every": 7, "best": ("loss", "min")}),
         ("initial", 9),
         ("writer", "run", {"steps": 5, "start_step": 0, "primary": True}),
         ("profiler", profile, "profile"),
-        "compile",
         ("report", 0, 0.0),
         *step(1),
         *step(2),
