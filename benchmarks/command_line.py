@@ -50,6 +50,7 @@ def train_step_parser() -> Parser:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--against", metavar="REVISION", help="beside the step of this commit")
     what.add_argument("--overhead", choices=("accumulate", "checkpoint"), help="what it costs")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="of --against: which seconds count")
     parser.add_argument("--parts", type=positive, default=4, help="of --overhead=accumulate")
     parser.add_argument("--steps", type=positive, default=20, help="of --overhead=checkpoint, in all")
     parser.add_argument("--every", type=positive, default=10, help="of --overhead=checkpoint, steps a checkpoint")

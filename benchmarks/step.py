@@ -1,7 +1,7 @@
 """The train step of a config as a candidate, in this revision of the repository or in another one.
 
 This file is run against other revisions: beyond configs, batches and `TrainProgram` it may use only what they have. A worker:
-`python -m benchmarks.step [--config=FILE] [--config.KEY=VALUE ...]`.
+`python -m benchmarks.step [--clock=cpu] [--config=FILE] [--config.KEY=VALUE ...]`.
 """
 
 from __future__ import annotations
@@ -41,10 +41,12 @@ COMPARED = ("loss", "optimizer/gradient_norm")  # metrics of the first step; the
 class TrainStep:
     """The jitted train step on one device, with a state of its own that every call takes one step further.
 
-    Every step sees the same random batch. Steps are dispatched one after the other, as in training.
+    Every step sees the same random batch. Steps are dispatched one after the other, as in training. `clock` says what a second
+    is.
     """
 
-    def __init__(self, config: ConfigDict):
+    def __init__(self, config: ConfigDict, clock: Callable[[], float] = time.perf_counter):
+        self._clock = clock
         run_config, place, self._step, self.state = build(config)
         self._batch = place(random_batch(run_config.shape, run_config.model))
         self.pid = os.getpid()
@@ -52,11 +54,11 @@ class TrainStep:
         self._first = {name: np.asarray(metrics[name]) for name in COMPARED}
 
     def run(self, calls: int) -> float:
-        started = time.perf_counter()
+        started = self._clock()
         for _ in range(calls):
             self.advance()
         jax.block_until_ready(self.state)
-        return time.perf_counter() - started
+        return self._clock() - started
 
     def advance(self) -> None:
         """Dispatches one step."""
@@ -135,9 +137,10 @@ def make(argv: list[str]) -> TrainStep:
     if not package.is_relative_to(Path.cwd().resolve()):
         raise RuntimeError(f"this is the train step of {package.parent}, not of {Path.cwd()}")
     config, rest = configs.load(argv)
-    if rest:
-        raise UserError(f"benchmarks.step: unknown arguments {' '.join(rest)}")
-    return TrainStep(config)
+    clock = time.process_time if "--clock=cpu" in rest else time.perf_counter  # the first one counts all threads
+    if unknown := [argument for argument in rest if argument not in ("--clock=cpu", "--clock=wall")]:
+        raise UserError(f"benchmarks.step: unknown arguments {' '.join(unknown)}")
+    return TrainStep(config, clock)
 
 
 if __name__ == "__main__":

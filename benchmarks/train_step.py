@@ -1,6 +1,7 @@
 """How long a train step takes: beside another revision's, beside itself in parts, beside itself with checkpoints.
 
     python -m benchmarks.train_step --against=REVISION      # this working tree's step and that of a commit, on one device
+    python -m benchmarks.train_step --against=REVISION --clock=cpu   # CPU seconds of all threads: also on a busy machine
     python -m benchmarks.train_step --overhead=accumulate   # optimizer.grad_accum_steps=1 and =4, the same batch
     python -m benchmarks.train_step --overhead=checkpoint   # 20 steps, without and with a checkpoint written after every 10th
 
@@ -77,10 +78,10 @@ class Window:
         return self._train_step.output()
 
 
-def against(revision: str, flags: Sequence[str], tolerance: float, rounds: int) -> ratio.TimingComparison:
+def against(revision: str, flags: Sequence[str], tolerance: float, rounds: int, clock: str = "wall") -> ratio.TimingComparison:
     """Step time of this working tree / step time of a commit."""
     with checkout(revision) as tree, contextlib.ExitStack() as stack:
-        command = [sys.executable, "-m", "benchmarks.step", *flags]
+        command = [sys.executable, "-m", "benchmarks.step", f"--clock={clock}", *flags]
         workers = {name: stack.enter_context(Worker(command, cwd=where)) for name, where in ((revision, tree), ("now", ROOT))}
         return ratio.compare(workers, revision, tolerance, rounds=rounds)
 
@@ -165,7 +166,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--every={arguments.every} is more than --steps={arguments.steps}: no checkpoint would be written")
     with heartbeat("measuring"):
         if arguments.against:
-            comparison = against(arguments.against, config_flags(argv), arguments.tolerance, arguments.rounds)
+            flags = config_flags(argv)
+            comparison = against(arguments.against, flags, arguments.tolerance, arguments.rounds, arguments.clock)
         elif arguments.overhead == "accumulate":
             comparison = accumulate(config, arguments.parts, arguments.tolerance, arguments.rounds)
         else:

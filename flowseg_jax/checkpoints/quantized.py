@@ -18,19 +18,19 @@ from flowseg_jax.models.quantization import quantized
 def load_for_inference(
     directory: str | os.PathLike[str], cfg: FlowSegConfig, abstract: dict[str, Any], quantize: str | None
 ) -> PretrainedModel:
-    """`load_pretrained`. With `quantize` the arrays are read in host memory in their stored dtype and rounded there, so that no
-    device ever holds more than the int8 model.
+    """`load_pretrained`. For int8 the arrays are read in host memory in their stored dtype and rounded there, so that no device
+    ever holds more than the int8 model.
 
     Args:
         directory: a model directory.
         cfg: its model.
         abstract: the parameters of `models.quantization.abstract_model`, with shardings where there is a mesh.
-        quantize: None or "int8".
+        quantize: None, "int8" or "bfloat16".
 
     Raises:
         UserError: as `load_pretrained`; a matrix with a value that is no number.
     """
-    if quantize is None:
+    if quantize in (None, "bfloat16"):
         return load_pretrained(directory, abstract)
     plain = manifest(flowseg.params_dict(flowseg.abstract_model(cfg)[1]))
     check_manifest(plain, read_model_config(directory)["manifest"], f"model directory {directory}")

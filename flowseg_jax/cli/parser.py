@@ -151,8 +151,8 @@ def add_quantize_flag(parser: argparse.ArgumentParser) -> None:
     """`--quantize`, which loading a model for inference takes."""
     parser.add_argument(
         "--quantize",
-        choices=("int8",),
-        help="round the matrices of the language model's and SAM's layers: docs/prediction.md",
+        choices=("int8", "bfloat16"),
+        help="int8 rounds the matrices of the language model's and SAM's layers, bfloat16 all matrices: docs/prediction.md",
     )
 
 

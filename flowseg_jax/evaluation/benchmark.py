@@ -85,7 +85,7 @@ class EvalModel:
             answer_tokens: the model writes its answers itself, of at most so many tokens; 0: they are given.
             expressions: it must answer expressions; else a segmentor without language is enough.
             devices: other than all.
-            quantize: "int8" (`models.quantization`), or None.
+            quantize: "int8" or "bfloat16" (`models.quantization`), or None.
 
         Raises:
             UserError: it is missing, damaged or lacks a component, or `fsdp` does not divide the devices.

@@ -27,7 +27,8 @@ def load(directory: str | os.PathLike[str] | None = None, *, quantize: str | Non
 
     Args:
         directory: see above.
-        quantize: "int8" rounds the matrices of the language model's and of SAM's layers (`models.quantization`).
+        quantize: "int8" rounds the matrices of the language model's and of SAM's layers, "bfloat16" all matrices
+            (`models.quantization`).
 
     Raises:
         UserError: not a model directory, a damaged one, or one whose tokenizer does not fit the model.

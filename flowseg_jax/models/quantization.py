@@ -3,6 +3,9 @@
 A matrix W is stored as whole numbers from -127 to 127 and scales s, the largest magnitude of each of its columns over 127: W is
 nearly (whole numbers) * s. A layer multiplies by the whole numbers, in the dtype that it computes in, and its result by s.
 Embeddings, norms, biases, SigLIP, projectors, decoders and heads stay as they are.
+
+"bfloat16" stores all matrices and embeddings of the model in half the bytes and rounds nothing else. A model that computes in
+bfloat16, as the full-size ones do, rounds them at every use anyway: its answers stay the same to the bit.
 """
 
 from __future__ import annotations
@@ -19,13 +22,14 @@ from flowseg_jax.models import flowseg
 from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.models.layers import Linear
 
-KINDS = ("int8",)
+KINDS = ("int8", "bfloat16")
+_MATRICES = re.compile(r"(.*/)?(kernel|embed_tokens|lm_head)/value")
 _QUANTIZED = re.compile(r"(llm/layers|sam/(window|global)_layers)/.+")  # linear layers
 LARGEST = 127
 
 
 def abstract_model(cfg: FlowSegConfig, quantize: str | None = None) -> tuple[nnx.GraphDef, nnx.State]:
-    """`flowseg.abstract_model`, with int8 matrices and their scales where `quantize` is "int8".
+    """`flowseg.abstract_model`, with int8 matrices and their scales, or bfloat16 matrices, where `quantize` says so.
 
     Raises:
         UserError: another kind of quantization.
@@ -35,6 +39,8 @@ def abstract_model(cfg: FlowSegConfig, quantize: str | None = None) -> tuple[nnx
         return graphdef, state
     if quantize not in KINDS:
         raise UserError(f"quantize={quantize!r}{did_you_mean(quantize, KINDS)}")
+    if quantize == "bfloat16":
+        return graphdef, jax.tree.map_with_path(_in_bfloat16, state)
     network = nnx.merge(graphdef, state)
     for path, node in nnx.iter_graph(network):
         if isinstance(node, Linear) and _QUANTIZED.fullmatch("/".join(map(str, path))):
@@ -43,6 +49,11 @@ def abstract_model(cfg: FlowSegConfig, quantize: str | None = None) -> tuple[nnx
             node.kernel_scale = nnx.Param(scale, logical_axes=(axes[0], axes[2]))
             node.kernel = nnx.Param(jax.ShapeDtypeStruct(node.kernel.shape, jnp.int8), logical_axes=axes)
     return nnx.split(network)
+
+
+def _in_bfloat16(path: tuple, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    return x.update(dtype=jnp.bfloat16) if _MATRICES.fullmatch(name) else x
 
 
 def quantized(path: str, x: np.ndarray) -> dict[str, np.ndarray]:

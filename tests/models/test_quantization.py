@@ -1,4 +1,4 @@
-"""int8 weights: what is rounded, by how much, and that a model computes with exactly what is stored."""
+"""int8 and bfloat16 weights: what is rounded, by how much, and that a model computes with exactly what is stored."""
 
 from __future__ import annotations
 
@@ -77,6 +77,22 @@ def test_the_model_computes_with_what_is_stored(stored, loaded):
         lambda model: model.sam(pixels, (-1,))[0],
     ):
         assert hf_convert.error(run(ours), np.asarray(run(expected))) < 1e-5
+
+
+def test_bfloat16_halves_the_matrices_and_changes_nothing_that_is_computed_in_bfloat16(stored):
+    path, plain, cfg = stored
+    graphdef, abstract = quantization.abstract_model(cfg, "bfloat16")
+    flat = flatten_params(load_for_inference(path, cfg, params_dict(abstract), "bfloat16").params)
+    assert flat.keys() == plain.keys()
+    halved = {name for name, x in flat.items() if x.dtype == ml_dtypes.bfloat16}
+    assert halved == {name for name in plain if name.endswith(("/kernel", "/embed_tokens", "/lm_head"))}
+    models = (bind_params(graphdef, unflatten_params(params)) for params in (flat, plain))
+    tokens, positions = np.arange(5)[None] % small.VOCAB, np.arange(5)[None]
+    ours, expected = (
+        model.llm(model.llm.embed(tokens, jax.numpy.bfloat16), positions, np.zeros_like(positions)) for model in models
+    )
+    assert ours.dtype == jax.numpy.bfloat16
+    np.testing.assert_array_equal(ours, expected)
 
 
 def test_a_column_of_zeros_stays_zero_and_what_is_no_number_is_refused():
