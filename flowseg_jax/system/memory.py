@@ -1,4 +1,4 @@
-"""How the C library keeps memory. Nothing of JAX is imported here: it would start threads, for which it is too late then."""
+"""How the C library keeps memory. Nothing of JAX is imported here."""
 
 from __future__ import annotations
 
@@ -20,9 +20,13 @@ def keep_freed_memory() -> bool:
     block, and the system fills all its pages with zeros again in every step: a quarter of the tiny train step's time. Now all
     blocks come from one heap that never shrinks, and its first part lies in pages of 2 MiB.
 
-    Call it before anything starts threads.
+    Nothing is done once JAX is imported: threads that were started before have heaps of their own.
     """
-    if sys.platform != "linux" or any(found for name in ACCELERATORS for found in Path("/dev").glob(name)):
+    if (
+        sys.platform != "linux"
+        or "jax" in sys.modules
+        or any(found for name in ACCELERATORS for found in Path("/dev").glob(name))
+    ):
         return False
     libc = ctypes.CDLL(None)
     settings = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: 2**31 - 1, M_ARENA_MAX: 1, M_TOP_PAD: HEAP}
