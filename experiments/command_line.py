@@ -9,6 +9,7 @@ from pathlib import Path
 from flowseg_jax.cli.parser import Parser, positive
 from flowseg_jax.errors import UserError
 from flowseg_jax.system.console import heartbeat, log
+from flowseg_jax.system.memory import keep_freed_memory
 
 ABLATION, SEEDS = Path("runs/ablation"), "0,1,2"
 DEMO, STEPS, IMAGES = Path("runs/demo"), 1100, 60
@@ -49,6 +50,7 @@ def demo(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(sys.argv[1:] if argv is None else argv)
     log(demo_plan(arguments.out, arguments.steps))
     with heartbeat("getting ready") as beat:
+        keep_freed_memory()
         from experiments import demo
 
         closing = demo.main(arguments.out, arguments.steps, arguments.max_images, beat)
@@ -64,6 +66,7 @@ def stages(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", metavar="DIR", type=Path, default=STAGES_DATA, help="data sets, default %(default)s")
     parser.add_argument("--runs", metavar="DIR", type=Path, default=STAGES, help="where it lands, default %(default)s")
     arguments = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    keep_freed_memory()
     from experiments import stages
 
     stages.main(arguments.data, arguments.runs)
@@ -79,6 +82,7 @@ def ablation(argv: Sequence[str] | None = None) -> int:
         seeds = [int(seed) for seed in arguments.seeds.split(",")]
     except ValueError:
         raise UserError(f"--seeds takes integers, 0,1,2, got {arguments.seeds!r}") from None
+    keep_freed_memory()
     from experiments import ablation
 
     ablation.main(arguments.runs, seeds)
