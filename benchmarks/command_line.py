@@ -86,6 +86,15 @@ def quantization_parser() -> Parser:
     return parser
 
 
+def on_device_parser() -> Parser:
+    parser = _parser("python -m benchmarks.on_device", "on_device")
+    parser.add_argument("--steps", type=positive, default=20, metavar="N", help="steps that are timed, default 20")
+    parser.add_argument("--checkpoint", metavar="DIR", help="model whose answers are timed; default: the shipped tiny one")
+    parser.add_argument("--turns", type=positive, default=20, metavar="N", help="answers that are timed, default 20")
+    parser.add_argument("--out", type=Path, default=Path("runs/on_device"), metavar="DIR", help="default runs/on_device")
+    return parser
+
+
 def measure_parser() -> Parser:
     parser = _parser("python -m benchmarks.measure", "measure")
     parser.add_argument("component")
@@ -123,3 +132,4 @@ input_pipeline = functools.partial(_run, input_parser, "input")
 batch_prediction = functools.partial(_run, batch_prediction_parser, "batch_prediction")
 quantization = functools.partial(_run, quantization_parser, "quantization")
 measure = functools.partial(_run, measure_parser, "measure")
+on_device = functools.partial(_run, on_device_parser, "on_device")

@@ -155,7 +155,7 @@ def _cost(module: Module, computation: str, x: Instruction, executions: float) -
     kind = _kind(module, x)
     return Cost(
         kind=kind,
-        part=_part(op_name),
+        part=part_of(op_name),
         label=label,
         cycles=found if 0 < found < MAX_CYCLES else None,
         executions=executions,
@@ -207,7 +207,8 @@ def _opcodes(module: Module, x: Instruction) -> set[str]:
     return set().union(*(_opcodes(module, inner) for inner in module.instructions(called).values()))
 
 
-def _part(op_name: str) -> str:
+def part_of(op_name: str) -> str:
+    """The part of the model that an operation belongs to, from JAX's path of it (`Cost.part`)."""
     scope = next((word for word in reversed(_WORDS.findall(op_name)) if word in SCOPES), None)
     if scope is None:
         return "other"

@@ -225,7 +225,16 @@ def test_types_of_flags(kind, good, bad):
 
 PROGRAMS = {
     "experiments": ("demo", "stages", "ablation", "results"),
-    "benchmarks": ("components", "startup", "train_step", "input_pipeline", "batch_prediction", "quantization", "measure"),
+    "benchmarks": (
+        "components",
+        "startup",
+        "train_step",
+        "input_pipeline",
+        "batch_prediction",
+        "quantization",
+        "measure",
+        "on_device",
+    ),
 }
 PROGRAM_HELP = """
 import contextlib, importlib, io, json, sys
