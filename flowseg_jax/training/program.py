@@ -180,7 +180,9 @@ class TrainProgram:
             dropout,
         )
         out = jax.tree.map(lambda x: x.sharding, state), parallel.replicated(mesh)
-        jitted = jax.jit(traced_for(mesh.devices.flat[0].platform)(step), donate_argnums=0, out_shardings=out)
+        # An axis that the compiler divides, over `tensor`, must not be joined with another one, as for a CPU alone.
+        platform = mesh.devices.flat[0].platform if mesh.shape["tensor"] == 1 else "any"
+        jitted = jax.jit(traced_for(platform)(step), donate_argnums=0, out_shardings=out)
         batch = _abstract_batch(run_config.shape, parallel.batch_sharding(mesh))
         return cls(run_config, mesh, graphdef, rates, partition, optimizer, state, batch, jitted)
 
