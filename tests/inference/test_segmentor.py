@@ -24,7 +24,7 @@ from flowseg_jax.data.records import Turn
 from flowseg_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation import postprocess
-from flowseg_jax.inference import inputs, one_by_one, outputs
+from flowseg_jax.inference import inputs, loading, one_by_one, outputs
 from flowseg_jax.inference import segmentor as predict
 from flowseg_jax.inference.selection import Candidate, SelectionConfig, mask_nms, select_prediction
 from flowseg_jax.models import flowseg, generate
@@ -216,7 +216,7 @@ def model_directory(tokenizer_directory, tmp_path_factory):
 
 def test_a_model_directory_answers(model_directory, tmp_path):
     Image.fromarray(picture()).save(tmp_path / "x.png")
-    answer = json.loads(predict_file(predict.load(model_directory), tmp_path / "x.png", "it", tmp_path).read_text())
+    answer = json.loads(predict_file(loading.load(model_directory), tmp_path / "x.png", "it", tmp_path).read_text())
     assert len(answer["candidates"]) == 5 and len({c["query"] for c in answer["candidates"]}) == 5
     assert all(0 <= c["score"] <= 1 for c in answer["candidates"])
     assert decode(answer).shape == (60, 90)
@@ -247,7 +247,7 @@ def test_a_tokenizer_larger_than_the_model_is_refused(model_directory, tmp_path)
     )
     seal(directory)
     with pytest.raises(UserError, match=r"has \d+ ids, the model's embedding table \d+"):
-        predict.load(directory)
+        loading.load(directory)
 
 
 def test_a_threshold_of_the_model_directory(model_directory, tmp_path):
@@ -260,9 +260,9 @@ def test_a_threshold_of_the_model_directory(model_directory, tmp_path):
         seal(directory)
         if problem:
             with pytest.raises(UserError, match=problem):
-                predict.load(directory)
+                loading.load(directory)
             continue
-        segmentor = predict.load(directory)
+        segmentor = loading.load(directory)
         encoded = segmentor.encode_image(Image.fromarray(picture()))
         assert not segmentor.predict(encoded, ["it"])[0].found
         assert segmentor.predict(encoded, ["it"], no_target_threshold=0)[0].mask.any(), "what is asked for wins"
@@ -375,7 +375,7 @@ def test_of_an_animation_the_first_frame_is_answered_and_hidden_files_are_none(c
 
 def test_one_image_alone_and_in_a_folder(folder, model_directory, monkeypatch, tmp_path):
     """With the network itself, byte for byte."""
-    segmentor = predict.load(model_directory)
+    segmentor = loading.load(model_directory)
     monkeypatch.setattr(predict, "load", lambda directory: segmentor)
     texts = ["--text=it", "--text=the red circle"]
     assert run_flowseg(["predict", f"--image={folder}", *texts, f"--out={tmp_path / 'many'}", "--save=rle"]) == 1

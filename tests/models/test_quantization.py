@@ -89,9 +89,10 @@ def test_bfloat16_halves_the_matrices_and_changes_nothing_that_is_computed_in_bf
     models = (bind_params(graphdef, unflatten_params(params)) for params in (flat, plain))
     tokens, positions = np.arange(5)[None] % small.VOCAB, np.arange(5)[None]
     ours, expected = (
-        model.llm(model.llm.embed(tokens, jax.numpy.bfloat16), positions, np.zeros_like(positions)) for model in models
+        model.llm(model.llm.embed(tokens, np.dtype(ml_dtypes.bfloat16)), positions, np.zeros_like(positions))
+        for model in models
     )
-    assert ours.dtype == jax.numpy.bfloat16
+    assert ours.dtype == ml_dtypes.bfloat16
     np.testing.assert_array_equal(ours, expected)
 
 
