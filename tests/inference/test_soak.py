@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flowseg_jax.inference import segmentor as predict
+from flowseg_jax.inference import loading
 
 CALLS = 300
 WORDS = ("red", "blue", "circle", "square", "the", "left", "of", "large", "small", "a", "two", "below", "star", "ring")
@@ -43,7 +43,7 @@ def resident() -> int:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_three_hundred_calls_of_random_sizes_and_texts(capsys):
-    segmentor = predict.load("checkpoints/shapes_tiny")
+    segmentor = loading.load("checkpoints/shapes_tiny")
     compiled: list[str] = []
     listen = lambda name, _seconds, **_: compiled.append(name) if name.endswith("backend_compile_duration") else None  # noqa: E731
     jax.monitoring.register_event_duration_secs_listener(listen)
