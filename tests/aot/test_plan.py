@@ -25,7 +25,6 @@ from flowseg_jax.losses import LossConfig
 from flowseg_jax.system.hardware import GIB
 from flowseg_jax.training.step import TrainState
 from flowseg_jax.types import BatchShape
-from tests.aot.test_topology import needs_cuda
 from tests.helpers import small, tpu
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -285,15 +284,6 @@ def test_the_command_plans_the_real_step(tmp_path):
     assert "effort O0" in output and "40% MFU: n/a" in output
     given = sum(found["memory"][name] for name in ("parameters", "moments", "batch"))
     assert found["memory"]["arguments"] == pytest.approx(given, abs=256)  # counters come on top, what is not used goes
-
-
-@needs_cuda
-@pytest.mark.slow
-def test_the_command_plans_the_real_step_for_two_gpu_nodes(tmp_path):
-    code, output, found = run_command("2xh100:4", tmp_path)
-    assert code == 0
-    check_plan(found, output)
-    check_slices(found, 1)
 
 
 @tpu.needs_libtpu
