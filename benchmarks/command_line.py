@@ -86,6 +86,40 @@ def quantization_parser() -> Parser:
     return parser
 
 
+def growth_parser() -> Parser:
+    parser = _parser("python -m benchmarks.growth", "growth")
+    parser.add_argument(
+        "--largest", type=int, choices=range(4, 9), default=7, metavar="N", help="sets of up to 10^N images, default 7"
+    )
+    parser.add_argument(
+        "--dir", type=Path, metavar="DIR", help="folder for the sets: 3 GB; default: the system's temporary one"
+    )
+    parser.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        default=Path(__file__).with_name("growth.json"),
+        help="default: benchmarks/growth.json",
+    )
+    parser.add_argument("--serve", nargs=3, help=argparse.SUPPRESS)
+    return parser
+
+
+def checkpoint_growth_parser() -> Parser:
+    parser = _parser("python -m benchmarks.checkpoint_growth", "checkpoint_growth")
+    parser.add_argument("--mib", type=positive, default=256, metavar="N", help="MiB of the state, default 256")
+    parser.add_argument("--hosts", type=positive, nargs="+", default=[1, 2, 4], metavar="N", help="default: 1 2 4")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        default=Path(__file__).with_name("checkpoint_growth.json"),
+        help="default: benchmarks/checkpoint_growth.json",
+    )
+    parser.add_argument("--serve", nargs=5, help=argparse.SUPPRESS)
+    return parser
+
+
 def on_device_parser() -> Parser:
     parser = _parser("python -m benchmarks.on_device", "on_device")
     parser.add_argument("--steps", type=positive, default=20, metavar="N", help="steps that are timed, default 20")
@@ -131,5 +165,7 @@ train_step = functools.partial(_run, train_step_parser, "train_step")
 input_pipeline = functools.partial(_run, input_parser, "input")
 batch_prediction = functools.partial(_run, batch_prediction_parser, "batch_prediction")
 quantization = functools.partial(_run, quantization_parser, "quantization")
+growth = functools.partial(_run, growth_parser, "growth")
+checkpoint_growth = functools.partial(_run, checkpoint_growth_parser, "checkpoint_growth")
 measure = functools.partial(_run, measure_parser, "measure")
 on_device = functools.partial(_run, on_device_parser, "on_device")

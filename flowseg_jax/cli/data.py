@@ -15,6 +15,7 @@ from flowseg_jax.errors import UserError
 
 COMMANDS = {
     "prepare": Command("flowseg_jax.cli.data:prepare", "turn an on-disk layout into a data set that training reads"),
+    "upgrade": Command("flowseg_jax.cli.data:upgrade", "write a prepared data set of the format before this one anew"),
     "validate": Command(
         "flowseg_jax.cli.data:validate", "read a data set: what is broken, incomplete or leaks into evaluation"
     ),
@@ -95,6 +96,18 @@ def prepare(argv: Sequence[str]) -> int:
         on_error=arguments.on_error,
         processes=arguments.num_workers,
     )
+    return 0
+
+
+def upgrade(argv: Sequence[str]) -> int:
+    parser = _parser("upgrade")
+    parser.add_argument("old", metavar="OLD", type=Path, help="a prepared data set of the format before this one")
+    parser.add_argument("new", metavar="NEW", type=Path, help="the folder to make")
+    arguments = parser.parse_args(argv)
+    from flowseg_jax.data.upgrade import upgrade
+
+    upgrade(arguments.old, arguments.new)
+    print(f"{arguments.new}: the same data set in today's format")
     return 0
 
 

@@ -1,18 +1,15 @@
 """A prepared data set on disk: ArrayRecord data, an index of what each split asks, category names, a tokenizer.
 
-Every file has a checksum. Those of the small files and of the index are compared when the set is opened, a shard's before its
-first record is read. Whoever made a set may be hostile: nothing in it is imported, run, or taken for a path, and all that is
-read is checked (`_metadata`, `_entry`, `serialization.deserialize`).
+Every file has a checksum. Those of the small files and of the index's rows are compared when the set is opened, a shard's
+before its first record is read, an index line's when it is read. Whoever made a set may be hostile: nothing in it is imported,
+run, or taken for a path, and all that is read is checked (`_metadata`, `index.parse_line`, `serialization.deserialize`).
 """
 
 from __future__ import annotations
 
 import bisect
-import dataclasses
 import functools
-import hashlib
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,21 +17,16 @@ from typing import Any
 from flowseg_jax.data import checksums
 from flowseg_jax.data.formats import LAYOUTS
 from flowseg_jax.data.formats.reading import field, read_json
-from flowseg_jax.data.leakage import ImageIdentity, coco_number
-from flowseg_jax.data.records import TASKS, Example, Sample, make_ref_samples, make_samples
+from flowseg_jax.data.index import Index, index_file, rows_file
+from flowseg_jax.data.records import TASKS, Example
 from flowseg_jax.data.serialization import AGAIN, deserialize
 from flowseg_jax.errors import UserError, brief, did_you_mean, quoted
 from flowseg_jax.system import paths
-from flowseg_jax.types import PAD
 
-FORMAT = 6  # of the files below; raised when they change
+FORMAT = 7  # of the files below; raised when they change
 METADATA = "metadata.json"
 TOKENIZER = "tokenizer"
-
-
-def index_file(split: str) -> str:
-    """The name of a split's index, in the directory."""
-    return f"index/{split}.jsonl"
+OPEN_SHARDS = 256  # of a split, at a time: systems often allow 1,024 files a process
 
 
 def shard_files(split: str, count: int) -> list[str]:
@@ -42,83 +34,14 @@ def shard_files(split: str, count: int) -> list[str]:
     return [f"data/flowseg-{split}.array_record-{number:05d}-of-{count:05d}" for number in range(count)]
 
 
-@dataclasses.dataclass(frozen=True)
-class IndexEntry:
-    """What the index knows of one stored image, without reading it.
-
-    Attributes:
-        image_id, file_name, height, width: the image.
-        image_digest: a digest of the encoded image.
-        categories: category of each object, PAD (-1) for a crowd region and where nothing has a category.
-        samples: its expressions, sorted.
-        refs: the same with all sentences of a ref in one (`make_ref_samples`).
-        number: COCO's number of the image, None for one that is not COCO's.
-    """
-
-    image_id: int
-    file_name: str
-    height: int
-    width: int
-    image_digest: str
-    categories: tuple[int, ...]
-    samples: tuple[Sample, ...]
-    refs: tuple[Sample, ...] = ()
-    number: int | None = None
-
-    @property
-    def by_ref(self) -> IndexEntry:
-        """The entry whose samples are its refs."""
-        return dataclasses.replace(self, samples=self.refs)
-
-    @property
-    def identity(self) -> ImageIdentity:
-        """The image's identity in any data set."""
-        return ImageIdentity(self.number, self.image_digest)
-
-
-def index_entry(example: Example) -> dict[str, Any]:
-    """The index line of an example (JSON)."""
-    return {
-        "image_id": example.image_id,
-        "file_name": example.file_name,
-        "size": [example.height, example.width],
-        "image_digest": hashlib.sha256(example.image).hexdigest()[:32],
-        "categories": [PAD if a.crowd or a.ignore else a.category for a in example.annotations],
-        "samples": [_line(sample) for sample in make_samples(example)],
-        "refs": [_line(sample) for sample in make_ref_samples(example)],
-    }
-
-
-def _line(s: Sample) -> list[Any]:
-    return [s.ann_id, s.ref_id, s.sentence_id, s.sentence, s.family, s.annotations, s.count, s.answer]
-
-
-def _entry(line: bytes, categories: int, layout: str) -> IndexEntry:
-    """An index line, read back. ValueError, KeyError or TypeError if it is not as `index_entry` makes it."""
-    raw = json.loads(line)
-    image, name, digest, (height, width) = raw["image_id"], raw["file_name"], raw["image_digest"], raw["size"]
-    classes = tuple(raw["categories"])
-    whole = all(type(number) is int and abs(number) < 1 << 62 for number in (image, height, width, *classes))
-    if not (whole and type(name) is type(digest) is str and all(PAD <= c < categories for c in classes)):
-        raise ValueError("an image of another kind")
-    samples, refs = (tuple(_sample(image, name, row, len(classes)) for row in raw[key]) for key in ("samples", "refs"))
-    return IndexEntry(image, name, height, width, digest, classes, samples, refs, coco_number(name, layout))
-
-
-def _sample(image: int, name: str, row: list[Any], objects: int) -> Sample:
-    ann, ref, number, text, family, at, count, answer = row
-    whole = all(type(n) is int and abs(n) < 1 << 62 for n in (ann, ref, number, count, *at))
-    if not (whole and type(text) is type(family) is type(answer) is str and all(0 <= place < objects for place in at)):
-        raise ValueError("a sample of another kind")
-    return Sample(image, name, ann, ref, number, text, family, tuple(at), count, text, answer)
-
-
 def _metadata(path: Path) -> dict[str, Any]:
     """The content of METADATA, checked. UserError if it is not as `builders.prepare` writes it, or of another format."""
     found = read_json(path)
     number = found.get("format") if isinstance(found, dict) else None
     if number != FORMAT:
-        raise UserError(f"{path.parent}: prepared in format {quoted(number)}, this version reads {FORMAT}; {AGAIN}")
+        old = path.parent
+        remedy = f"write it anew with `flowseg data upgrade {old} NEW`" if number == FORMAT - 1 else AGAIN
+        raise UserError(f"{old}: prepared in format {quoted(number)}, this version reads {FORMAT}; {remedy}")
     where = str(path)
     if field(found, "task", str, where) not in TASKS:
         raise UserError(f"{where}.task: unknown {quoted(found['task'])}")
@@ -133,7 +56,7 @@ def _metadata(path: Path) -> dict[str, Any]:
         raise UserError(f"{where}.request.layout: unknown {quoted(layout)}")
     if field(found, "tokenizer", (str, type(None)), where) not in (None, TOKENIZER):
         raise UserError(f"{where}.tokenizer: expected {TOKENIZER!r} or null, got {quoted(found['tokenizer'])}")
-    shards = field(found, "shards", dict, where)
+    shards, families = field(found, "shards", dict, where), field(found, "families", dict, where)
     if not field(found, "splits", dict, where):
         raise UserError(f"{where}.splits: holds no split; {AGAIN}")
     for split, counts in found["splits"].items():
@@ -143,6 +66,9 @@ def _metadata(path: Path) -> dict[str, Any]:
             raise UserError(f"{where}.shards.{split}: expected the number of records of each shard, got {quoted(lengths)}")
         for key in ("images", "refs", "sentences", "samples"):
             field(counts, key, int, f"{where}.splits.{split}")
+        field(field(found, "index", dict, where), split, str, f"{where}.index")
+        if not all(isinstance(name, str) for name in field(families, split, list, f"{where}.families")):
+            raise UserError(f"{where}.families.{split}: expected a list of names, got {quoted(families[split])}")
         if counts["images"] != sum(lengths):
             raise UserError(f"{where}.shards.{split}: {sum(lengths)} records, but {counts['images']} images")
     return found
@@ -170,7 +96,7 @@ class PreparedDataset:
         self.things: tuple[bool, ...] | None = None if metadata["things"] is None else tuple(metadata["things"])
         self.splits: dict[str, dict[str, int]] = metadata["splits"]
         self.digest: str = metadata["digest"]
-        self._index: dict[str, list[IndexEntry]] = {}
+        self._index: dict[str, Index] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Sent to a worker process as where it lies: what was read of it is read again there if it is needed."""
@@ -196,17 +122,26 @@ class PreparedDataset:
         return checksums.read(self.directory)
 
     def check_files(self) -> None:
-        """Compares the checksums of all files but the shards, of which it looks whether they are there.
+        """Compares the checksums of all files but shards and index lines, of which it looks whether they are there.
+
+        Shards and lines are compared when they are read.
 
         Raises:
             UserError: a file is missing, has changed since the set was prepared, or has no checksum.
         """
-        shards = {name for split, lengths in self.metadata["shards"].items() for name in shard_files(split, len(lengths))}
-        needed = {METADATA, *map(index_file, self.splits)}
+        later = {name for split, lengths in self.metadata["shards"].items() for name in shard_files(split, len(lengths))}
+        later |= {index_file(split) for split in self.splits}
+        needed = {METADATA, *map(rows_file, self.splits)}
         if self.tokenizer_directory is not None and self.tokenizer_directory.is_dir():  # all that could be read there
             needed |= {f"{TOKENIZER}/{path.name}" for path in self.tokenizer_directory.iterdir() if path.name[0] != "."}
-        checksums.check(self.directory, sorted({*self._checksums, *needed} - shards), self._checksums)
-        for name in sorted(shards):
+        checksums.check(self.directory, sorted({*self._checksums, *needed} - later), self._checksums)
+        for split, wanted in self.metadata["index"].items():
+            checksums.compare(
+                self.directory / index_file(split),
+                checksums.expected(self.directory, index_file(split), self._checksums),
+                wanted,
+            )
+        for name in sorted(later):
             checksums.expected(self.directory, name, self._checksums)
             if not (self.directory / name).is_file():
                 raise UserError(f"{self.directory / name}: missing; {AGAIN}")
@@ -223,49 +158,23 @@ class PreparedDataset:
         """The tokenizer trained at preparation, if one was."""
         return self.directory / TOKENIZER if self.metadata["tokenizer"] else None
 
-    def index(self, split: str) -> Sequence[IndexEntry]:
-        """What each stored image asks, in stored order. UserError if the file is damaged."""
+    def index(self, split: str) -> Index:
+        """What each stored image asks, in stored order. UserError if the files are damaged; lines are checked when read."""
         self.check_split(split)
         if split not in self._index:
-            self._index[split] = self._read_index(index_file(split), self.splits[split]["images"])
+            layout = self.metadata["request"]["layout"]
+            self._index[split] = Index(self.directory, split, self.splits[split], len(self.categories), layout)
         return self._index[split]
-
-    def _read_index(self, name: str, images: int) -> list[IndexEntry]:
-        path, digest, entries = self.directory / name, hashlib.sha256(), []
-        want = checksums.expected(self.directory, name, self._checksums)
-        try:
-            with path.open("rb") as file:
-                for number, line in enumerate(file, 1):
-                    digest.update(line)
-                    try:
-                        entries.append(_entry(line, len(self.categories), self.metadata["request"]["layout"]))
-                    except (ValueError, KeyError, TypeError, RecursionError) as error:
-                        raise UserError(f"{path}:{number}: damaged ({brief(error)}); {AGAIN}") from None
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror}); {AGAIN}") from None
-        checksums.compare(path, digest.hexdigest(), want)
-        if len(entries) != images:
-            raise UserError(f"{path}: {len(entries)} lines, but {images} images; {AGAIN}")
-        return entries
 
     def families(self, split: str) -> tuple[str, ...]:
         """The expression families that occur in the split."""
-        return tuple(sorted({s.family for entry in self.index(split) for s in entry.samples}))
+        self.check_split(split)
+        return tuple(self.metadata["families"][split])
 
     def source(self, split: str) -> ExampleSource:
         """Random access to the split's examples, encoded image bytes included."""
         self.check_split(split)
         return ExampleSource(self.directory, split, self.metadata["shards"][split], len(self.categories), self._checksums)
-
-
-@dataclasses.dataclass(frozen=True)
-class _WholeFile:
-    """A file of so many records as ArrayRecord's reader wants to know it, so that it need not open all files to count."""
-
-    filename: str
-    take: int
-    examples_in_shard: int
-    skip: int = 0
 
 
 class ExampleSource:
@@ -280,15 +189,20 @@ class ExampleSource:
     """
 
     def __init__(self, directory: Path, split: str, lengths: Sequence[int], categories: int, sums: Mapping[str, str]):
-        from array_record.python.array_record_data_source import ArrayRecordDataSource  # slow to import, only needed here
-
         self._directory, self._categories = directory, categories
         self._names = shard_files(split, len(lengths))
         self._sums = {name: checksums.expected(directory, name, sums) for name in self._names}
-        self._ready: set[str] = set()
         self._ends = list(itertools.accumulate(lengths))
-        files = [_WholeFile(str(directory / name), n, n) for name, n in zip(self._names, lengths, strict=True)]
-        self._records = ArrayRecordDataSource(files)
+        self._reader = functools.lru_cache(maxsize=OPEN_SHARDS)(self._open)
+
+    def _open(self, name: str) -> Any:
+        from array_record.python.array_record_module import ArrayRecordReader  # slow to import, only needed here
+
+        checksums.check(self._directory, [name], self._sums)
+        # As its own data source opens it, which leaves every file open that was ever read from.
+        return ArrayRecordReader(
+            str(self._directory / name), options="readahead_buffer_size:0", file_reader_buffer_size=1 << 15
+        )
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -301,13 +215,13 @@ class ExampleSource:
         """
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
-        name = self._names[bisect.bisect_right(self._ends, index)]
-        if name not in self._ready:
-            checksums.check(self._directory, [name], self._sums)
-            self._ready.add(name)
+        shard = bisect.bisect_right(self._ends, index)
+        name, before = self._names[shard], self._ends[shard - 1] if shard else 0
         where = f"{self._directory / name}: record {index}"
         try:
-            record = self._records[index]
+            record = self._reader(name).read([index - before])[0]
+        except UserError:
+            raise
         except Exception as error:  # the reader of ArrayRecord raises several kinds
             raise UserError(f"{where}: cannot be read ({brief(error)}); {AGAIN}") from None
         return deserialize(record, self._categories, where)

@@ -8,88 +8,27 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import grain
 import numpy as np
 
 from flowseg_jax.data import collate, images, masks
 from flowseg_jax.data.collate import ProcessedImage
-from flowseg_jax.data.dataset import IndexEntry, PreparedDataset
+from flowseg_jax.data.dataset import PreparedDataset
+from flowseg_jax.data.eval_plan import PHRASE_BUCKETS, BatchPlans, ConversationLengths, RoundShape, bucket_shape
+from flowseg_jax.data.index import Index, IndexEntry
 from flowseg_jax.data.prompts import PromptTemplates, check_phrase
 from flowseg_jax.data.records import Example, Sample
 from flowseg_jax.data.token_budget import TokenBudget
+from flowseg_jax.data.token_lengths import TokenLengths, count_phrases
 from flowseg_jax.data.tokenizer import Tokenizer
 from flowseg_jax.data.train_dataset import open_tokenizer
 from flowseg_jax.errors import UserError
 from flowseg_jax.types import BatchShape, ExpressionQueries, ImageInputs, PromptQueries
 
-PHRASE_BUCKETS = (1, 2, 4, 8)  # room for expressions of an image in a round; more of them take several rounds
-MIN_BUCKET_USES = 8  # rounds of a shape below which it is not worth a compilation: the next larger shape in use takes them
 _DEFAULT_PROMPTS = PromptTemplates()
-
-RoundShape = tuple[int, int]  # (K, T): expressions and text tokens an image
-
-
-def bucket_shape(phrases: int, tokens: int) -> RoundShape:
-    """The smallest room for so many expressions and text tokens: two lengths an octave."""
-    octave = 1 << max(3, (tokens - 1).bit_length() - 1)
-    length = next(n for n in (octave, octave * 3 // 2, octave * 2) if tokens <= n)
-    return next(k for k in PHRASE_BUCKETS if phrases <= k), length
-
-
-def merge_rare_buckets(uses: Mapping[RoundShape, int]) -> dict[RoundShape, RoundShape]:
-    """The shape that each shape becomes: itself, or for a rare one the smallest other that holds it, if there is one."""
-    kept: list[RoundShape] = []
-    settled = {}
-    for shape in sorted(uses, reverse=True):
-        larger = [other for other in kept if other[0] >= shape[0] and other[1] >= shape[1]]
-        if uses[shape] < MIN_BUCKET_USES and larger:
-            settled[shape] = min(larger, key=lambda s: s[0] * s[1])
-        else:
-            kept.append(shape)
-            settled[shape] = shape
-    return settled
-
-
-@dataclasses.dataclass(frozen=True)
-class BatchPlan:
-    """A batch before anything is read.
-
-    Attributes:
-        images: places of its images in the split.
-        rounds: shape of each round.
-        bucket: padded (height, width) of the original images.
-    """
-
-    images: tuple[int, ...]
-    rounds: tuple[RoundShape, ...]
-    bucket: tuple[int, int]
-
-
-def plan_batches(sizes: Mapping[int, tuple[int, int]], lengths: Mapping[int, Sequence[int]], batch: int) -> list[BatchPlan]:
-    """Divides images into batches of alike ones; the same for every process.
-
-    Args:
-        sizes: {place in the split: (height, width)}.
-        lengths: {place in the split: tokens of each conversation about the image}.
-        batch: images at a time.
-    """
-    most = PHRASE_BUCKETS[-1]
-    buckets = {i: (images.size_bucket(h), images.size_bucket(w)) for i, (h, w) in sizes.items()}
-    order = sorted(sizes, key=lambda i: (buckets[i], -len(lengths[i]), -sum(lengths[i]), i))
-    planned = []
-    for at in range(0, len(order), batch):
-        group = tuple(order[at : at + batch])
-        rounds = []
-        for first in range(0, max(len(lengths[i]) for i in group), most):
-            parts = [lengths[i][first : first + most] for i in group]
-            rounds.append(bucket_shape(max(map(len, parts)), max(map(sum, parts))))
-        height, width = (max(buckets[i][axis] for i in group) for axis in (0, 1))
-        planned.append(BatchPlan(group, tuple(rounds), (height, width)))
-    settled = merge_rare_buckets(Counter(shape for one in planned for shape in one.rounds))
-    return [dataclasses.replace(one, rounds=tuple(settled[shape] for shape in one.rounds)) for one in planned]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,36 +131,37 @@ class EvalDataset:
         self._shape = BatchShape(batch, 0, PHRASE_BUCKETS[-1], 0, *sides)
         self._rows = range(batch) if rows is None else rows
         self._read = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
-        entries = list(prepared.index(split)[:max_images])
-        if by_ref:
-            if prepared.task == "reasoning":
-                raise UserError(
-                    f"{prepared.directory}: reasoning questions have no refs whose sentences belong together; "
-                    "choose a protocol that asks sentence by sentence, such as xsam"
-                )
-            entries = [entry.by_ref for entry in entries]
+        if by_ref and prepared.task == "reasoning":
+            raise UserError(
+                f"{prepared.directory}: reasoning questions have no refs whose sentences belong together; "
+                "choose a protocol that asks sentence by sentence, such as xsam"
+            )
         self._filled_polygons, self._generate = filled_polygons, generate
+        self._entries: Sequence[IndexEntry] = _Entries(prepared.index(split), max_images, by_ref)
         if control_seed is not None:
-            entries = _shuffle_text(entries, control_seed, prepared.directory)
+            self._entries = _ShuffledText(self._entries, control_seed, prepared.directory)
         if prepared.task not in ("referring", "reasoning"):
             raise UserError(f"{prepared.directory}: {prepared.task} data has no expressions to evaluate on")
         self._task = prepared.task
-        texts = sorted({sample.prompt for entry in entries for sample in entry.samples})
-        bound = TokenBudget(self._prompts, self.tokenizer, visual_tokens)
-        length = {text: bound.conversation(n, self._task) for text, n in zip(texts, bound.phrase_lengths(texts), strict=True)}
-        wanted = (i for i in range(len(entries)) if (only is None or i in only) and i not in skip)
-        self.entries = {i: entries[i] for i in wanted if entries[i].samples}
-        for entry in self.entries.values():
+        if by_ref or control_seed is not None or max_images is not None:
+            counts, phrases = count_phrases(self._entries, self.tokenizer)
+        else:
+            counts, phrases = TokenLengths(prepared, split, self.tokenizer).phrases()
+        wanted = counts > 0
+        if only is not None:
+            wanted &= np.isin(np.arange(len(counts)), list(only))
+        wanted[[place for place in skip if place < len(counts)]] = False
+        places, evaluated = np.flatnonzero(wanted), np.repeat(wanted, counts)
+        for place in np.unique(np.repeat(np.arange(len(counts)), counts)[evaluated & (phrases == 0)]).tolist():
+            entry = self._entries[place]
             for sample in entry.samples:
                 check_phrase(sample.prompt, self.tokenizer, entry.file_name)
+        bound = TokenBudget(self._prompts, self.tokenizer, visual_tokens)
         # Of an answer that is given, so with some room where it is not.
-        self._longest = bucket_shape(1, max(length.values(), default=1))[1]
-        self.planned = plan_batches(
-            {i: (e.height, e.width) for i, e in self.entries.items()},
-            {i: [length[s.prompt] for s in e.samples] for i, e in self.entries.items()},
-            batch,
-        )
-        self.samples = sum(len(entry.samples) for entry in self.entries.values())
+        self._longest = bucket_shape(1, bound.conversation(int(phrases.max(initial=0)), self._task))[1]
+        lengths = ConversationLengths(bound.conversation(phrases[evaluated], self._task), np.cumsum(counts[places]))
+        self.planned = BatchPlans(places, prepared.index(split).columns("height", "width")[places], lengths, batch)
+        self.samples = len(lengths.values)
         self.prefix = np.array(collate.encode_prefix(self._prompts, self.tokenizer, visual_tokens), np.int32)
         self._source = prepared.source(split)
 
@@ -235,9 +175,10 @@ class EvalDataset:
         places = [planned.images[row] for row in self._rows if row < len(planned.images)]
         read = [self._read_image(place) for place in places]
         objects = [ObjectMasks.of(example) for example, *_ in read]
+        entries = {place: self._entries[place] for place in places}
         rounds = []
         for number, shape in enumerate(planned.rounds):
-            samples = [list(self.entries[i].samples[number * most : (number + 1) * most]) for i in places]
+            samples = [list(entries[i].samples[number * most : (number + 1) * most]) for i in places]
             rounds.append(self._round(shape, samples, objects, [example.file_name for example, *_ in read]))
         return EvalBatch(
             collate.collate_images(
@@ -333,17 +274,44 @@ class ObjectMasks:
         return self.single_cover[list(sample.annotations)].sum(0, dtype=np.int32) == 1
 
 
-def _shuffle_text(entries: list[IndexEntry], seed: int, where: object) -> list[IndexEntry]:
+class _Entries(Sequence[IndexEntry]):
+    """The first entries of a split, by ref or as they are."""
+
+    def __init__(self, index: Index, most: int | None, by_ref: bool):
+        self._index, self._by_ref = index, by_ref
+        self._length = len(range(len(index))[:most])
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, place: int) -> IndexEntry:
+        entry = self._index[place]
+        return entry.by_ref if self._by_ref else entry
+
+    def __iter__(self) -> Iterator[IndexEntry]:
+        return (entry.by_ref if self._by_ref else entry for entry in itertools.islice(self._index, self._length))
+
+
+class _ShuffledText(Sequence[IndexEntry]):
     """Gives every image the sentences of another one: a random cycle through all images."""
-    with_text = np.array([i for i, entry in enumerate(entries) if entry.samples])
-    if len(with_text) < 2:
-        raise UserError(f"{where}: the shuffled-text control needs at least two images with expressions")
-    order = np.random.default_rng(seed).permutation(with_text)
-    result = list(entries)
-    for here, other in zip(order, np.roll(order, 1), strict=True):
-        prompts = [{"prompt": s.sentence, "style": s.family} for s in entries[other].samples]
-        samples = tuple(dataclasses.replace(s, **prompts[i % len(prompts)]) for i, s in enumerate(entries[here].samples))
-        result[here] = dataclasses.replace(entries[here], samples=samples)
-    if all(sample.prompt == sample.sentence for entry in result for sample in entry.samples):
-        raise UserError(f"{where}: all images have the same sentences, so shuffling them is no control")
-    return result
+
+    def __init__(self, entries: Sequence[IndexEntry], seed: int, where: object):
+        with_text = np.array([i for i, entry in enumerate(entries) if entry.samples])
+        if len(with_text) < 2:
+            raise UserError(f"{where}: the shuffled-text control needs at least two images with expressions")
+        order = np.random.default_rng(seed).permutation(with_text)
+        self._entries, self._other = entries, np.arange(len(entries))
+        self._other[order] = np.roll(order, 1)
+        if all(sample.prompt == sample.sentence for entry in self for sample in entry.samples):
+            raise UserError(f"{where}: all images have the same sentences, so shuffling them is no control")
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __getitem__(self, place: int) -> IndexEntry:
+        if not 0 <= place < len(self):
+            raise IndexError(f"image {place} of {len(self)}")
+        entry, others = self._entries[place], self._entries[int(self._other[place])].samples
+        prompts = [{"prompt": s.sentence, "style": s.family} for s in others]
+        samples = tuple(dataclasses.replace(s, **prompts[i % len(prompts)]) for i, s in enumerate(entry.samples))
+        return dataclasses.replace(entry, samples=samples)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Collection, Iterator, Sequence
 
 import grain
+import numpy as np
 
 from flowseg_jax.data import collate, images
 from flowseg_jax.data.collate import TrainExample
@@ -104,9 +105,10 @@ class GenericDataset:
     ):
         prompts = dataclasses.replace(prompts, randomize=False)
         self._source, self._batch = prepared.source(split), batch
-        entries = list(prepared.index(split)[:max_images])
-        self._sizes = {place: (e.height, e.width) for place, e in enumerate(entries) if place not in skip}
-        self._places = list(self._sizes)
+        self._sizes = prepared.index(split).columns("height", "width")[:max_images].astype(np.int32)
+        kept = np.ones(len(self._sizes), bool)
+        kept[[place for place in skip if place < len(kept)]] = False
+        self._places = np.flatnonzero(kept)
         self.samples = len(self._places)
         self._rows = range(batch) if rows is None else rows
         self._tokenizer, self._prompts, self._visual_tokens = tokenizer, prompts, visual_tokens
@@ -130,8 +132,8 @@ class GenericDataset:
 
     def batch(self, number: int) -> GenericBatch:
         """Batch `number` of the images that are not left out; of it, the rows of this process."""
-        whole = self._places[number * self._batch : (number + 1) * self._batch]
-        bucket = tuple(images.size_bucket(max(self._sizes[place][axis] for place in whole)) for axis in (0, 1))
+        whole = self._places[number * self._batch : (number + 1) * self._batch].tolist()
+        bucket = tuple(images.size_bucket(side) for side in self._sizes[whole].max(0).tolist())
         places = [whole[row] for row in self._rows if row < len(whole)]
         rows, examples = [], []
         for place in places:

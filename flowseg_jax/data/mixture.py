@@ -11,16 +11,47 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+import grain
 import numpy as np
 
-from flowseg_jax.data.dataset import IndexEntry, PreparedDataset
+from flowseg_jax.data.array_file import CHUNK
+from flowseg_jax.data.dataset import PreparedDataset
+from flowseg_jax.data.index import Index, IndexEntry, key_number
 from flowseg_jax.data.leakage import COCO_LAYOUTS, coco_number, is_train_split, name_key
 from flowseg_jax.errors import UserError, brief
 
 REPEAT_THRESHOLD = 0.1  # t of X-SAM's repeat-factor rule
+MAX_PERMUTED = 1 << 22  # slots up to which a permutation is drawn and held, 4 bytes each; more of them are walked without it
+
+
+class KeptRecords(Sequence[int]):
+    """The records of a split but for those that are left out, in order. Memory grows with what is left out alone.
+
+    Args:
+        size: records of the split.
+        left_out: records, rising.
+    """
+
+    def __init__(self, size: int, left_out: Collection[int] = ()):
+        self.left_out = np.asarray(left_out, np.int64)
+        self._before = self.left_out - np.arange(len(left_out))  # kept records before each that is left out
+        self._length = size - len(left_out)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, place: int | slice) -> int | np.ndarray:
+        """A record; those of a slice as int64 [n]."""
+        if isinstance(place, slice):
+            places = np.arange(*place.indices(self._length))
+            return places + np.searchsorted(self._before, places, side="right")
+        if not -self._length <= place < self._length:
+            raise IndexError(f"record {place} of {self._length}")
+        place %= self._length
+        return place + int(np.searchsorted(self._before, place, side="right"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +68,7 @@ class MixtureComponent:
 
     prepared: PreparedDataset
     split: str
-    indices: tuple[int, ...]
+    indices: Sequence[int]
     samples_per_epoch: int
     held_out: int = 0
 
@@ -46,10 +77,17 @@ class MixtureComponent:
         """Whether an epoch shows some of its images more often than others."""
         return self.samples_per_epoch % len(self.indices) != 0
 
-    def entries(self) -> list[IndexEntry]:
+    def entries(self) -> Iterator[IndexEntry]:
         """What the index knows of its images."""
         index = self.prepared.index(self.split)
-        return [index[record] for record in self.indices]
+        return (index[record] for record in self.indices)
+
+    def rows(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(int64 [n] records, `index.ROW` [n]) of its images, some at a time."""
+        index = self.prepared.index(self.split)
+        for at in range(0, len(self.indices), CHUNK):
+            records = np.asarray(self.indices[at : at + CHUNK])
+            yield records, index.read_rows(int(records[0]), int(records[-1]) + 1)[records - records[0]]
 
 
 def repeat_factor_counts(sizes: Sequence[int]) -> list[int]:
@@ -72,20 +110,16 @@ def build_mixture(
     Raises:
         UserError: weights of which only some are given, an unknown split, or a set of which no image is left.
     """
-    kept: list[tuple[PreparedDataset, tuple[int, ...], int]] = []
+    kept: list[tuple[PreparedDataset, KeptRecords]] = []
     for prepared, _ in sets:
         index = prepared.index(split)
         if not index:
             raise UserError(f"{prepared.directory}: split {split!r} has no images")
-        mine = tuple(
-            i
-            for i, e in enumerate(index)
-            if not held_out or held_out.keys().isdisjoint((*e.identity.held_out_by, name_key(e.file_name)))
-        )
+        mine = KeptRecords(len(index), _held_out_records(index, held_out) if held_out else ())
         if not mine:
             raise UserError(f"{prepared.directory}: every image of split {split!r} is held out for evaluation (data.held_out)")
-        kept.append((prepared, mine, len(index) - len(mine)))
-    sizes = [len(mine) for _, mine, _ in kept]
+        kept.append((prepared, mine))
+    sizes = [len(mine) for _, mine in kept]
     weights = [weight for _, weight in sets]
     if any(weight < 0 for weight in weights) or (any(weights) and not all(weights)):
         raise UserError(f"data.mixture: weights must all be positive, or all be 0 for the repeat-factor rule, got {weights}")
@@ -95,7 +129,20 @@ def build_mixture(
         slots = [max(1, round(weight / sum(weights) * sum(sizes))) for weight in weights]
     else:
         slots = repeat_factor_counts(sizes)
-    return tuple(MixtureComponent(prepared, split, mine, n, out) for (prepared, mine, out), n in zip(kept, slots, strict=True))
+    return tuple(
+        MixtureComponent(prepared, split, mine, n, len(mine.left_out)) for (prepared, mine), n in zip(kept, slots, strict=True)
+    )
+
+
+def _held_out_records(index: Index, held_out: Mapping[str, str]) -> list[int]:
+    """The records with a key that is held out. Numbers of keys find candidates; the keys themselves decide."""
+    numbers = np.sort(np.array([key_number(key) for key in held_out], np.uint64))
+    candidates: list[int] = []
+    for start, rows in index.rows.chunks():
+        keys = rows["keys"]
+        there = numbers[np.minimum(np.searchsorted(numbers, keys), len(numbers) - 1)] == keys
+        candidates += (start + np.flatnonzero(there.any(1))).tolist()
+    return [record for record in candidates if not held_out.keys().isdisjoint(index[record].held_out_by)]
 
 
 class SampleOrder:
@@ -112,15 +159,12 @@ class SampleOrder:
         self._permutation = functools.lru_cache(maxsize=4)(self._draw)
         # In which order a set goes through its records. It matters only where an epoch is not a whole number of passes.
         self._walks = [
-            np.random.default_rng((seed, 2, number)).permutation(len(member.indices))
-            if member.partial
-            else range(len(member.indices))
+            permutation(len(member.indices), (seed, 2, number)) if member.partial else range(len(member.indices))
             for number, member in enumerate(members)
         ]
 
-    def _draw(self, epoch: int) -> np.ndarray:
-        # Not Grain's shuffle: it needs milliseconds an index for a handful of images (overfitting one batch).
-        return np.random.default_rng((self._seed, 0, epoch)).permutation(self.epoch)
+    def _draw(self, epoch: int) -> Sequence[int]:
+        return permutation(self.epoch, (self._seed, 0, epoch))
 
     def __call__(self, position: int) -> tuple[int, int]:
         """Number of the member and of its record."""
@@ -130,7 +174,18 @@ class SampleOrder:
         member = self._members[number]
         within = slot - (int(self._ends[number]) - member.samples_per_epoch)
         turn = (epoch * member.samples_per_epoch + within) % len(member.indices)
-        return number, member.indices[self._walks[number][turn]]
+        return number, int(member.indices[int(self._walks[number][turn])])
+
+
+def permutation(size: int, seed: tuple[int, ...]) -> Sequence[int]:
+    """The numbers below `size` in an order that the seed draws.
+
+    Up to MAX_PERMUTED it is NumPy's, in memory. Above it is Grain's shuffle, which computes each element by itself: that takes
+    no memory, but needs milliseconds an element for a handful of them (overfitting one batch).
+    """
+    if size <= MAX_PERMUTED:
+        return np.random.default_rng(seed).permutation(size).astype(np.uint32)
+    return grain.MapDataset.range(size).shuffle(seed=int(np.random.SeedSequence(seed).generate_state(1)[0]))
 
 
 def held_out_keys(sources: Iterable[str | Path | PreparedDataset]) -> dict[str, str]:

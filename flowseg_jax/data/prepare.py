@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from flowseg_jax.data import checksums, shards, workers
 from flowseg_jax.data.dataset import FORMAT, METADATA, TOKENIZER, PreparedDataset
 from flowseg_jax.data.formats import layout_name, open_layout
+from flowseg_jax.data.index import index_file
 from flowseg_jax.data.prompts import template_corpus
 from flowseg_jax.data.records import DatasetReader, RecordErrors, damaged
 from flowseg_jax.data.shards import Shard
@@ -96,13 +97,14 @@ def prepare(
     request = {"layout": layout, "splits": list(chosen), "on_error": on_error, "max_characters": max_characters}
     fingerprint = request | {"files": _stamps(opened), "images": images and str(images), "format": FORMAT}
     with _resumable_directory(out, fingerprint, log) as root:
-        todo = [shard for split in chosen for shard in shards.divide(root / "shards", split, sizes[split])]
+        todo = [shard for split in chosen for shard in shards.divide(root / "shards", layout, split, sizes[split])]
         reopen = functools.partial(_open_in_worker, layout, source, options, on_error == "record")
         _write(opened, todo, reopen, problems.keep, processes, log)
         metadata, found = _summary(opened, todo, problems, log)
         metadata["request"] = request
         metadata["tokenizer"] = TOKENIZER if tokenizer_vocab else None
         sums = shards.finish(todo, root)
+        metadata["index"] = {split: sums[index_file(split)] for split in metadata["splits"]}
         if found:
             (root / PROBLEMS).write_text("".join(f"{problem}\n" for problem in found), encoding="utf-8")
         (root / METADATA).write_text(json.dumps(metadata, indent=1) + "\n")
@@ -192,11 +194,13 @@ def _summary(
     """The metadata of complete shards, and the damaged records; logs counts and notes. UserError if a split has no example."""
     reports = [(shard.split, shard.report()) for shard in todo]
     counts = {split: Counter() for split, _ in reports}
+    families: dict[str, set[str]] = {split: set() for split in counts}
     notes, found, digest = Counter(), list(problems.found), hashlib.sha256()
     things = getattr(layout, "things", None)  # of panoptic layouts alone
     digest.update(json.dumps([layout.task, layout.categories, things]).encode())
     for split, report in reports:
         counts[split].update(report["counts"])
+        families[split].update(report["families"])
         notes.update(report["notes"])
         found += report["problems"]
         digest.update(json.dumps([split, report["digest"]]).encode())
@@ -217,6 +221,7 @@ def _summary(
         "categories": list(layout.categories),
         "things": things,
         "splits": {split: dict(count) for split, count in counts.items()},
+        "families": {split: sorted(names) for split, names in families.items()},
         "notes": dict(sorted(notes.items())),
         "problems": len(found),
         "shards": {

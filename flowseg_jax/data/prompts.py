@@ -237,10 +237,14 @@ def check_phrase(phrase: str, tokenizer: Tokenizer, name: str) -> None:
     Raises:
         UserError: naming the example and the special token.
     """
+    if token := special_token(phrase, tokenizer):
+        raise UserError(f"{name}: the expression {phrase!r} contains {token!r}, which is a special token of the tokenizer")
+
+
+def special_token(phrase: str, tokenizer: Tokenizer) -> str | None:
+    """The first of the tokenizer's special tokens that the phrase contains, in upper or lower case."""
     low = phrase.lower()
-    for token in tokenizer.reserved:
-        if token.strip() and token.lower() in low:
-            raise UserError(f"{name}: the expression {phrase!r} contains {token!r}, which is a special token of the tokenizer")
+    return next((token for token in tokenizer.reserved if token.strip() and token.lower() in low), None)
 
 
 def check_expressions(texts: Sequence[str], tokenizer: Tokenizer, where: str) -> None:

@@ -1,7 +1,7 @@
 """Runs of examples on disk, each complete or absent: what a preparation writes in several processes, and continues after.
 
-A shard is an ArrayRecord file, its index lines, and a report that is written last and whose presence says that all is there.
-`finish` puts the shards of all splits together as one TFDS data set.
+A shard is an ArrayRecord file, its index lines and rows, and a report that is written last and whose presence says that all is
+there. `finish` puts the shards of all splits together as one TFDS data set.
 """
 
 from __future__ import annotations
@@ -16,29 +16,34 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from flowseg_jax.data import checksums
-from flowseg_jax.data.dataset import index_entry, index_file, shard_files
+from flowseg_jax.data.array_file import write_header
+from flowseg_jax.data.dataset import shard_files
+from flowseg_jax.data.index import ROW, index_file, index_line, index_row, parse_line, rows_file
 from flowseg_jax.data.records import DatasetReader, Example, RecordErrors, read
 from flowseg_jax.data.serialization import features, serialize, to_record
 from flowseg_jax.system import paths
 
 EXAMPLES = 256  # of a shard
 NAME = "flowseg"
-_KINDS = ("array_record", "jsonl")
+_KINDS = ("array_record", "jsonl", "npy")
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """Examples `start` to `stop` of a split, as `directory/SPLIT-NUMBER.*`."""
+    """Examples `start` to `stop` of a split of a layout, as `directory/SPLIT-NUMBER.*`."""
 
     directory: Path
+    layout: str
     split: str
     number: int
     start: int
     stop: int
 
     def file(self, kind: str) -> Path:
-        """Its file of a kind: "array_record", "jsonl" (index) or "json" (report)."""
+        """Its file of a kind: "array_record", "jsonl" and "npy" (index) or "json" (report)."""
         paths.check_name(self.split, "split")
         return paths.inside(self.directory, f"{self.split}-{self.number:05d}.{kind}", "split")
 
@@ -68,22 +73,28 @@ class Shard:
         self.directory.mkdir(exist_ok=True)
         notes, problems, digest = Counter(), RecordErrors(keep), hashlib.sha256()
         counts = dict.fromkeys(("images", "refs", "sentences", "samples"), 0)
+        rows, families = [], set()
         writer = ArrayRecordWriter(str(self.file("array_record")), "group_size:1")
-        with self.file("jsonl").open("w") as index:
+        with self.file("jsonl").open("wb") as index:
             for number in range(self.start, self.stop):
                 example = read(layout, self.split, number, notes, problems)
                 if example is None:
                     continue
-                line = index_entry(example)
-                index.write(json.dumps(line) + "\n")
+                line = json.dumps(index_line(example)).encode() + b"\n"
+                entry = parse_line(line, len(layout.categories), self.layout)
+                rows.append(index_row(entry, line, index.tell(), counts["samples"]))
+                index.write(line)
                 writer.write(serialize(example))
                 digest.update(content(example))
                 counts["images"] += 1
                 counts["refs"] += len({e.ref_id for e in example.expressions})
                 counts["sentences"] += len(example.expressions)
-                counts["samples"] += len(line["samples"])
+                counts["samples"] += len(entry.samples)
+                families.update(sample.family for sample in entry.samples)
         writer.close()
-        report = {"counts": counts, "notes": notes, "problems": problems.found, "digest": digest.hexdigest()}
+        np.save(self.file("npy"), np.array(rows, ROW))
+        report = {"counts": counts, "families": sorted(families), "notes": notes, "problems": problems.found}
+        report["digest"] = digest.hexdigest()
         report["sha256"] = {kind: checksums.of_file(self.file(kind)) for kind in _KINDS}
         temporary = self.file("json.partial")
         temporary.write_text(json.dumps(report))
@@ -97,15 +108,16 @@ def content(example: Example) -> bytes:
     return json.dumps(stored, sort_keys=True).encode()
 
 
-def divide(directory: Path, split: str, size: int) -> list[Shard]:
+def divide(directory: Path, layout: str, split: str, size: int) -> list[Shard]:
     """The shards of a split of so many examples."""
-    return [Shard(directory, split, n, at, min(at + EXAMPLES, size)) for n, at in enumerate(range(0, size, EXAMPLES))]
+    starts = enumerate(range(0, size, EXAMPLES))
+    return [Shard(directory, layout, split, n, at, min(at + EXAMPLES, size)) for n, at in starts]
 
 
 def finish(shards: Sequence[Shard], root: Path) -> dict[str, str]:
     """Makes `root/data` (a TFDS data set) and `root/index` of complete shards, of which each split has an example.
 
-    May be done again after an interruption. Returns the checksums of the shards by their names in `root`.
+    May be done again after an interruption. Returns the checksums of shards and index lines by their names in `root`.
     """
     import tensorflow_datasets as tfds
 
@@ -118,12 +130,20 @@ def finish(shards: Sequence[Shard], root: Path) -> dict[str, str]:
     for split in dict.fromkeys(shard.split for shard in shards):
         filled = [(s, s.report()["counts"]["images"]) for s in shards if s.split == split]
         filled = [(shard, count) for shard, count in filled if count]
-        with (root / index_file(split)).open("w") as lines:
+        with (root / index_file(split)).open("wb") as lines, (root / rows_file(split)).open("wb") as rows:
+            write_header(rows, ROW, sum(count for _, count in filled))
+            samples = 0
             for shard, _ in filled:
-                lines.write(shard.file("jsonl").read_text())
+                part = np.load(shard.file("npy"))
+                part["line"] += lines.tell()
+                part["sample"] += samples
+                samples += shard.report()["counts"]["samples"]
+                rows.write(part.tobytes())
+                lines.write(shard.file("jsonl").read_bytes())
+        sums[index_file(split)] = checksums.of_file(root / index_file(split))
         total = 0
         for name, (shard, _) in zip(shard_files(split, len(filled)), filled, strict=True):
-            _link(shard.file("array_record"), root / name)
+            link(shard.file("array_record"), root / name)
             sums[name] = shard.report()["sha256"]["array_record"]
             total += (root / name).stat().st_size
         infos.append(tfds.core.SplitInfo(split, [count for _, count in filled], total, template.replace(split=split)))
@@ -139,7 +159,8 @@ def finish(shards: Sequence[Shard], root: Path) -> dict[str, str]:
     return sums
 
 
-def _link(source: Path, target: Path) -> None:
+def link(source: Path, target: Path) -> None:
+    """Makes `target` the same file as `source`, or a copy of it."""
     try:
         os.link(source, target)
     except OSError:  # a file system without hard links

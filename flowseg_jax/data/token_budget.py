@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
 
 from flowseg_jax.data.collate import encode_prefix
-from flowseg_jax.data.dataset import IndexEntry
 from flowseg_jax.data.prompts import PromptTemplates
 from flowseg_jax.data.records import Turn
 from flowseg_jax.data.tokenizer import Tokenizer
-from flowseg_jax.errors import UserError
-from flowseg_jax.types import PAD, BatchShape
 
 
 class TokenBudget:
@@ -38,74 +38,41 @@ class TokenBudget:
 
     def phrase_lengths(self, phrases: Sequence[str]) -> list[int]:
         """Number of ids of each phrase with its two special tokens."""
-        return self._tokenizer.lengths([f"<p>{' '.join(p.lower().split())}</p>" for p in phrases])
+        return phrase_lengths(self._tokenizer, phrases)
 
     def conversation(self, phrase: int, task: str = "referring") -> int:
         """At most so many tokens has the conversation about a phrase of that length (`phrase_lengths`), without its prefix."""
         return self._longest[task] + phrase
 
-    def answer_length(self, answer: str) -> int:
-        """At most so many ids does an explanation add to the answer."""
-        return len(self._tokenizer.encode(answer)) + 2 if answer else 0  # its neighbours may be cut into other tokens
+    def upper_bounds(self, longest: np.ndarray, phrases: np.ndarray, task: str) -> np.ndarray:
+        """Tokens of each image with one conversation a phrase: prefix, its phrases' lengths in all, prompt templates.
+
+        Args:
+            longest: int64 [n], sum of the lengths of an image's phrases (`phrase_lengths`) and answers (`answer_lengths`).
+            phrases: int [n], how many they are.
+            task: "referring" or "reasoning", which are worded differently.
+        """
+        return self.prefix + longest + phrases * self._longest[task]
 
     def upper_bound(self, phrases: Sequence[int], names: Sequence[int] = (), task: str = "referring") -> int:
         """Tokens for one conversation a phrase and, if there are names, a generic one; lengths from `phrase_lengths`."""
         total = self.prefix + sum(phrases) + len(phrases) * self._longest[task]
-        return total + (self.generic(names) - self.prefix if names else 0)
+        return total + (self.naming(sum(names), len(names)) if names else 0)
+
+    def naming(self, total: Any, names: Any) -> Any:
+        """Tokens for a generic conversation after the prefix: its names' lengths in all, and how many they are (> 0)."""
+        return self._longest["generic"] + total + (names - 1) * self._comma
 
     def generic(self, names: Sequence[int]) -> int:
         """Tokens for a generic conversation alone; the names' lengths from `phrase_lengths`."""
-        return self.prefix + self._longest["generic"] + sum(names) + (len(names) - 1) * self._comma
+        return self.prefix + self.naming(sum(names), len(names))
 
 
-def check_batch_shape(
-    entries: Sequence[IndexEntry],
-    phrases_at_most: int,
-    shape: BatchShape,
-    bound: TokenBudget,
-    names: Sequence[str],
-    all_objects: bool,
-    task: str = "referring",
-) -> None:
-    """Refuses a shape that some image would overflow, before training instead of in the middle of it.
+def phrase_lengths(tokenizer: Tokenizer, phrases: Sequence[str]) -> list[int]:
+    """Number of ids of each phrase with its two special tokens."""
+    return tokenizer.lengths([f"<p>{' '.join(p.lower().split())}</p>" for p in phrases])
 
-    Args:
-        entries: the images and their expressions.
-        phrases_at_most: phrases of one image at a time.
-        shape: of the batch.
-        bound: how long a text can get.
-        names: category names, if a conversation names the image's categories.
-        all_objects: every object of an image is a target.
-        task: "referring" or "reasoning", which are worded differently.
 
-    Raises:
-        UserError: naming the image and what it needs.
-    """
-    prompts = sorted({s.prompt for e in entries for s in e.samples})
-    length = dict(zip(prompts, bound.phrase_lengths(prompts), strict=True))
-    name_length = bound.phrase_lengths(names)
-    worst, worst_entry = 0, None
-    for entry in entries:
-        several = len({s.annotations for s in entry.samples if len(s.annotations) > 1})  # each a mask of its own
-        masks_needed = len(entry.categories) + min(several, phrases_at_most)
-        if all_objects and masks_needed > shape.max_masks:
-            raise UserError(
-                f"{entry.file_name}: has {masks_needed} objects, but the batch has room for {shape.max_masks} masks; "
-                "raise data.max_masks or set data.objects='referred'"
-            )
-        each = (length[s.prompt] + bound.answer_length(s.answer) for s in entry.samples)
-        longest = sorted(each, reverse=True)[:phrases_at_most]
-        categories = sorted({c for c in entry.categories if c != PAD}) if names else []
-        if len(categories) > shape.max_names:
-            raise UserError(
-                f"{entry.file_name}: has objects of {len(categories)} categories, but the batch has room for "
-                f"{shape.max_names} names; raise data.max_names"
-            )
-        needed = bound.upper_bound(longest, [name_length[c] for c in categories], task)
-        if needed > worst:
-            worst, worst_entry = needed, entry
-    if worst > shape.text_length:
-        raise UserError(
-            f"{worst_entry.file_name}: may need {worst} tokens, more than the text length {shape.text_length}; "
-            "raise data.text_length or ask fewer phrases per image"
-        )
+def answer_lengths(tokenizer: Tokenizer, answers: Sequence[str]) -> list[int]:
+    """At most so many ids does each explanation add to the answer: its neighbours may be cut into other tokens."""
+    return [n + 2 if text else 0 for n, text in zip(tokenizer.lengths(answers), answers, strict=True)]

@@ -25,9 +25,10 @@ import numpy as np
 from absl import flags
 
 from flowseg_jax.data import collate, workers
+from flowseg_jax.data.array_file import CHUNK
 from flowseg_jax.data.collate import TrainExample
 from flowseg_jax.data.dataset import PreparedDataset
-from flowseg_jax.data.mixture import MixtureComponent, SampleOrder
+from flowseg_jax.data.mixture import MAX_PERMUTED, MixtureComponent, SampleOrder
 from flowseg_jax.data.prompts import PromptTemplates
 from flowseg_jax.data.tokenizer import Tokenizer, load_tokenizer
 from flowseg_jax.data.train_examples import DecodedImage, TrainExampleBuilder, TrainOptions
@@ -129,9 +130,12 @@ class TrainDataset:
         found = hashlib.sha256()
         for member in self.members:
             found.update(f"{member.prepared.digest} {member.split} {member.samples_per_epoch} ".encode())
-            found.update(np.asarray(member.indices, np.int64).tobytes())
+            for at in range(0, len(member.indices), CHUNK):
+                found.update(np.asarray(member.indices[at : at + CHUNK], np.int64).tobytes())
             if member.partial:
                 found.update(b"permuted")  # a run that began in stored order does not continue in this one
+        if sum(member.samples_per_epoch for member in self.members) > MAX_PERMUTED:
+            found.update(b"walked")  # nor one that began in a permutation in memory in one that is walked
         return found.hexdigest()
 
     @property

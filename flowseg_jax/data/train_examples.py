@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
@@ -11,11 +10,11 @@ from PIL import Image
 
 from flowseg_jax.data import collate, images
 from flowseg_jax.data.collate import ProcessedImage, TrainExample
-from flowseg_jax.data.dataset import IndexEntry
 from flowseg_jax.data.mixture import MixtureComponent
 from flowseg_jax.data.prompts import Conversation, PromptTemplates, check_phrase
 from flowseg_jax.data.records import Annotation, Example, Sample, Turn, make_samples
-from flowseg_jax.data.token_budget import TokenBudget, check_batch_shape
+from flowseg_jax.data.token_budget import TokenBudget
+from flowseg_jax.data.token_lengths import check_member
 from flowseg_jax.data.tokenizer import Tokenizer
 from flowseg_jax.errors import UserError, did_you_mean
 from flowseg_jax.types import NO_TARGET, PAD, BatchShape
@@ -148,29 +147,18 @@ class TrainExampleBuilder:
         return bool(self._options.lsj_scale_range) and self.task == "generic"
 
     def _check(self, member: MixtureComponent) -> None:
-        entries, shape, options = member.entries(), self._shape, self._options
+        shape, options = self._shape, self._options
         where = f"{member.prepared.directory}"
         if options.objects == "referred" and self.task in ("referring", "reasoning") and shape.max_masks < self._phrases:
             raise UserError(f"the batch has room for {shape.max_masks} masks, fewer than its {self._phrases} phrases")
-        if (
-            self.task == "generic" and not shape.max_names
-        ):  # for the linear head: all objects, or what is left out is background
-            worst = max(entries, key=lambda e: len(e.categories))
-            if len(worst.categories) > shape.max_masks:
-                raise UserError(
-                    f"{where}: {worst.file_name} has {len(worst.categories)} objects, the batch has room for "
-                    f"{shape.max_masks}: raise data.max_masks"
-                )
         if self.task == "generic":
-            self._check_targets(entries, where)
+            self._check_targets(member, where)
         if self._tokenizer is None:
             if self.task != "generic":
                 raise UserError(f"{where}: {self.task} data needs a language model, and this model has none (model.components)")
             return
         for name in self._categories if shape.max_names and (self.task == "generic" or options.include_generic) else ():
             check_phrase(name, self._tokenizer, f"{where}: category {name!r}")
-        for sentence, file_name in {s.sentence: e.file_name for e in entries for s in e.samples}.items():
-            check_phrase(sentence, self._tokenizer, f"{where}: {file_name}")
         if self.task == "generic" and shape.max_names:
             worst = max(range(len(self._categories)), key=self._name_lengths.__getitem__)
             needed = self._bound.generic([self._name_lengths[worst]])
@@ -185,29 +173,40 @@ class TrainExampleBuilder:
                 f"{shape.text_length}: raise it"
             )
         if self.task in ("referring", "reasoning"):
-            named = self._categories if options.include_generic and self.task == "referring" else ()
-            everything = options.objects == "all" and self.task == "referring"
-            check_batch_shape(entries, self._phrases, shape, self._bound, named, everything, self.task)
+            referring = self.task == "referring"
+            named, everything = options.include_generic and referring, options.objects == "all" and referring
+            check_member(member, self._tokenizer, self._bound, shape, self._phrases, named, everything)
 
-    def _check_targets(self, entries: Sequence[IndexEntry], where: str) -> None:
+    def _check_targets(self, member: MixtureComponent, where: str) -> None:
         """Refuses generic data of which nothing would be trained on; remarks how many images are without a target.
 
-        All objects of a category are targets together, or none of them is.
+        All objects of a category are targets together, or none of them is. Without names, for the linear head, all objects of
+        an image must be targets: what is left out would be background.
         """
-        counts = [Counter(c for c in entry.categories if c != PAD) for entry in entries]
-        if not any(counts):
-            raise UserError(f"{where}: no image has an object that is neither a crowd nor to be ignored, so there is no target")
-        needed = [min(each.values()) for each in counts if each]
         room = self._shape.max_masks
-        if min(needed) > room:
+        most, crowded, fewest, trained = 0, -1, 0, 0
+        for records, rows in member.rows():
+            place = int(rows["objects"].argmax())
+            if rows["objects"][place] > most:
+                most, crowded = int(rows["objects"][place]), int(records[place])
+            needed = rows["fewest"][rows["fewest"] > 0]
+            if len(needed):
+                fewest = min(fewest or int(needed.min()), int(needed.min()))
+            trained += int((needed <= room).sum())
+        if not self._shape.max_names and most > room:
+            name = member.prepared.index(member.split)[crowded].file_name
+            raise UserError(f"{where}: {name} has {most} objects, the batch has room for {room}: raise data.max_masks")
+        if not fewest:
+            raise UserError(f"{where}: no image has an object that is neither a crowd nor to be ignored, so there is no target")
+        if fewest > room:
             raise UserError(
                 f"{where}: in every image each category has more objects than the batch has room for, {room}, so nothing would "
-                f"be trained on: raise data.max_masks to {min(needed)} or more"
+                f"be trained on: raise data.max_masks to {fewest} or more"
             )
-        if without := len(entries) - sum(n <= room for n in needed):
+        if without := len(member.indices) - trained:
             self.remark = (
-                f"{where}: {without:,} of {len(entries):,} images are without a target: they have nothing but crowds, or of "
-                f"each category more objects than data.max_masks, {room}"
+                f"{where}: {without:,} of {len(member.indices):,} images are without a target: they have nothing but crowds, "
+                f"or of each category more objects than data.max_masks, {room}"
             )
 
     def decode(self, example: Example, rng: np.random.Generator) -> DecodedImage:

@@ -23,7 +23,7 @@ from flowseg_jax import sharding
 from flowseg_jax.checkpoints.model_card import ModelCard
 from flowseg_jax.data import collate, images
 from flowseg_jax.data.collate import ProcessedImage, TokenizedConversation
-from flowseg_jax.data.eval_dataset import PHRASE_BUCKETS, bucket_shape
+from flowseg_jax.data.eval_plan import PHRASE_BUCKETS, bucket_shape
 from flowseg_jax.data.prompts import check_expressions
 from flowseg_jax.evaluation.benchmark import EvalModel
 from flowseg_jax.evaluation.resumable import Records

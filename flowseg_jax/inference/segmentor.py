@@ -23,7 +23,7 @@ from flowseg_jax.checkpoints.pretrained import copy_pretrained
 from flowseg_jax.checkpoints.run_checkpoint import is_checkpoint
 from flowseg_jax.checkpoints.storage import local_directory
 from flowseg_jax.data import collate, images
-from flowseg_jax.data.eval_dataset import PHRASE_BUCKETS, bucket_shape
+from flowseg_jax.data.eval_plan import PHRASE_BUCKETS, bucket_shape
 from flowseg_jax.data.prompts import PromptTemplates, check_expressions
 from flowseg_jax.data.tokenizer import Tokenizer
 from flowseg_jax.errors import UserError

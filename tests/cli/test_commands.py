@@ -68,6 +68,7 @@ REQUIRED = {
     "seal": ["DIR"],
     "upgrade": ["OLD", "NEW"],
     "data prepare": ["--source", "--out"],
+    "data upgrade": ["OLD", "NEW"],
     "data validate": ["LAYOUT", "DIR"],
     "data preview": ["LAYOUT", "DIR", "--out"],
     "data add-special-tokens": ["--source", "--out"],

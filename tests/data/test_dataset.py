@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 
 import pytest
 
-from flowseg_jax.data import dataset
+from flowseg_jax.data import dataset, prepare, shards
+from flowseg_jax.data.index import parse_line
 from flowseg_jax.types import PAD
+from tests.helpers import minirefcoco
 
 LINE = {
     "image_id": 5,
@@ -30,7 +33,7 @@ def entry(path=(), value=None):
         node = node[key]
     if path:
         node[path[-1]] = value
-    return dataset._entry(json.dumps(line).encode(), 2, "jsonl")
+    return parse_line(json.dumps(line).encode(), 2, "jsonl")
 
 
 def test_a_line_is_read_back_field_by_field():
@@ -65,3 +68,16 @@ def test_numbers_are_whole_and_bounded(path):
 def test_what_no_index_holds_is_refused(path, wrong):
     with pytest.raises((ValueError, TypeError)):
         entry(path, wrong)
+
+
+def test_shards_are_closed_again(tmp_path, monkeypatch):
+    """However many a split has, so many stay open."""
+    monkeypatch.setattr(shards, "EXAMPLES", 1)
+    monkeypatch.setattr(dataset, "OPEN_SHARDS", 1)
+    prepared = prepare.prepare(minirefcoco.write(tmp_path / "layout"), tmp_path / "set", log=lambda _: None)
+    assert len(prepared.metadata["shards"]["train"]) == 3
+    source = prepared.source("train")
+    images = [source[place].image_id for place in range(3)]
+    opened = len(os.listdir("/proc/self/fd"))
+    assert [source[place].image_id for place in (2, 1, 0, 2, 0)] == [images[place] for place in (2, 1, 0, 2, 0)]
+    assert len(os.listdir("/proc/self/fd")) == opened

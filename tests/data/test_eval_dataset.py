@@ -7,8 +7,9 @@ import pytest
 
 from flowseg_jax.data import eval_dataset as module
 from flowseg_jax.data import prepare
-from flowseg_jax.data.dataset import IndexEntry
-from flowseg_jax.data.eval_dataset import EvalDataset, bucket_shape, merge_rare_buckets, plan_batches
+from flowseg_jax.data.eval_dataset import EvalDataset
+from flowseg_jax.data.eval_plan import MIN_BUCKET_USES, BatchPlans, ConversationLengths, bucket_shape, merge_rare_buckets
+from flowseg_jax.data.index import IndexEntry
 from flowseg_jax.data.prompts import PromptTemplates
 from flowseg_jax.data.records import Sample
 from flowseg_jax.data.train_dataset import open_tokenizer
@@ -150,7 +151,7 @@ class TestPlan:
         assert sorted(set(lengths))[:6] == [8, 12, 16, 24, 32, 48]
 
     def test_rare_shapes_join_the_smallest_larger_one(self):
-        often, rare = module.MIN_BUCKET_USES, module.MIN_BUCKET_USES - 1
+        often, rare = MIN_BUCKET_USES, MIN_BUCKET_USES - 1
         uses = {(8, 256): often, (8, 384): 1, (4, 128): rare, (4, 512): 1, (2, 64): often, (1, 32): 1}
         expected = {shape: shape for shape in uses} | {(4, 128): (8, 256), (1, 32): (2, 64)}
         assert merge_rare_buckets(uses) == expected
@@ -159,7 +160,9 @@ class TestPlan:
         rng = np.random.default_rng(0)
         lengths = {i: rng.integers(5, 40, rng.integers(1, 20)).tolist() for i in range(403)}
         sizes = {i: tuple(rng.choice([400, 500], 2).tolist()) for i in lengths}
-        planned = plan_batches(sizes, lengths, 8)
+        values = np.concatenate([np.array(each) for each in lengths.values()])
+        each = ConversationLengths(values, np.cumsum([len(one) for one in lengths.values()]))
+        planned = BatchPlans(np.arange(403), np.array(list(sizes.values())), each, 8)
         assert sorted(i for one in planned for i in one.images) == list(range(403))
         for one in planned:
             for number, (phrases, text) in enumerate(one.rounds):
@@ -169,7 +172,9 @@ class TestPlan:
         used = sum(map(len, lengths.values()))
         room = sum(8 * phrases for one in planned for phrases, _ in one.rounds)
         assert used / room > 0.75  # most of what is computed is asked for
-        assert plan_batches(dict(reversed(sizes.items())), lengths, 8) == planned
+        assert [each[i] for i in lengths] == list(lengths.values()) and each.sums().tolist() == list(map(sum, lengths.values()))
+        order = sorted(lengths, key=lambda i: ([-(-side // 128) for side in sizes[i]], -len(lengths[i]), -sum(lengths[i]), i))
+        assert [i for one in planned for i in one.images] == order
 
 
 def test_empty_rows_are_drawn_for_no_sample():
@@ -183,10 +188,10 @@ def entry(*sentences: str, family: str = "short") -> IndexEntry:
 
 
 def test_a_control_asks_in_the_wording_of_what_it_asks():
-    first, silent, second = module._shuffle_text([entry("a", "b"), entry(), entry("c", family="long")], 0, "here")
+    first, silent, second = module._ShuffledText([entry("a", "b"), entry(), entry("c", family="long")], 0, "here")
     assert [(s.prompt, s.family, s.style) for s in first.samples] == [("c", "short", "long")] * 2
     assert [(s.prompt, s.family, s.style) for s in second.samples] == [("a", "long", "short")]
     assert silent.samples == ()
     for entries in ([entry("a"), entry()], [entry("a"), entry("a")]):
         with pytest.raises(UserError, match=r"here: .*(two images with expressions|same sentences)"):
-            module._shuffle_text(entries, 0, "here")
+            module._ShuffledText(entries, 0, "here")

@@ -46,7 +46,7 @@ def change(path, function):
 
 def everything(root):
     opened = PreparedDataset.open(root)
-    return {split: ([*opened.source(split)], opened.index(split)) for split in opened.splits}
+    return {split: ([*opened.source(split)], [*opened.index(split)]) for split in opened.splits}
 
 
 def refused(root, message):

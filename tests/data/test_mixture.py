@@ -10,9 +10,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flowseg_jax.data import prepare
+from flowseg_jax.data import mixture, prepare
 from flowseg_jax.data.leakage import name_key
-from flowseg_jax.data.mixture import MixtureComponent, SampleOrder, build_mixture, held_out_keys, repeat_factor_counts
+from flowseg_jax.data.mixture import (
+    KeptRecords,
+    MixtureComponent,
+    SampleOrder,
+    build_mixture,
+    held_out_keys,
+    repeat_factor_counts,
+)
 from flowseg_jax.data.train_dataset import TrainDataset
 from flowseg_jax.errors import UserError
 from tests.helpers import minicoco, minirefcoco
@@ -79,6 +86,57 @@ def test_a_set_with_fewer_slots_than_images_walks_a_permutation_that_the_seed_dr
     walk = np.random.default_rng((3, 2, 1)).permutation(40)  # of the second set: an epoch goes on where the last one ended
     for epoch in range(8):
         assert sorted(seen(3, epoch)[1]) == sorted(walk[5 * epoch : 5 * epoch + 5])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "seed", "digest"),
+    [
+        ((4000,), 0, "a7b926103d6af347"),  # the demo
+        ((16_994,), 0, "b9eb5ebae9b7787b"),  # RefCOCO
+        ((118_287,), 3, "4f9427c2ae2123c8"),  # COCO
+        ((118_287, 665_298, 16_994, 16_992, 21_899, 239), 0, "72e45164fb07e470"),  # the joint stage
+    ],
+)
+def test_the_order_of_the_shipped_configs_is_as_it_was(sizes, seed, digest):
+    """Digests of the order that the published numbers were trained in."""
+    counts = repeat_factor_counts(sizes) if len(sizes) > 1 else sizes
+    order = SampleOrder(
+        [MixtureComponent(None, "train", range(n), slots) for n, slots in zip(sizes, counts, strict=True)], seed
+    )
+    drawn = [order(place) for place in (*range(500), *range(10**6, 10**6 + 500))]
+    assert hashlib.sha256(np.array(drawn, np.int64).tobytes()).hexdigest()[:16] == digest
+
+
+def test_a_large_order_is_walked_without_memory(monkeypatch):
+    """Above the limit: still a permutation that the seed and the epoch draw."""
+    monkeypatch.setattr(mixture, "MAX_PERMUTED", 50)
+    order, other, again = (SampleOrder(members((61, 61), (50, 100)), seed) for seed in (0, 1, 0))
+    epochs = [[order(epoch * 111 + place) for place in range(111)] for epoch in range(3)]
+    for drawn in epochs:
+        assert sorted(record for number, record in drawn if number == 0) == list(range(100, 161))
+    assert sorted(record for drawn in epochs[:2] for number, record in drawn if number == 1) == list(range(100, 200))
+    assert epochs[0] != epochs[1] and epochs[0] != [other(place) for place in range(111)]
+    assert [again(place) for place in reversed(range(111))] == epochs[0][::-1]
+    monkeypatch.undo()
+    huge = SampleOrder([MixtureComponent(None, "train", range(10**12), 10**12)], 0)
+    assert len({huge(place) for place in range(2000)}) == 2000
+
+
+def test_kept_records_are_those_that_are_not_left_out():
+    for left_out in ((), (0,), (9,), (0, 1, 2), (3, 5, 6, 9), tuple(range(9))):
+        kept, want = KeptRecords(10, left_out), [record for record in range(10) if record not in left_out]
+        assert list(kept) == want and len(kept) == len(want) and kept[-1] == want[-1]
+        assert kept[1:4].tolist() == want[1:4] and kept[:].tolist() == want
+        with pytest.raises(IndexError):
+            kept[len(want)]
+
+
+def test_a_key_decides_and_not_its_number(refcoco, panoptic, monkeypatch):
+    """Where the numbers of all keys collide, the same images are held out."""
+    keys = held_out_keys([refcoco])
+    monkeypatch.setattr(mixture, "key_number", lambda key: int(panoptic.index("train").rows[:1]["keys"][0, 0]))
+    _, second = build_mixture([(refcoco, 0.0), (panoptic, 0.0)], held_out={key: "x" for key in keys if key != "coco:2"})
+    assert second.held_out == 0
 
 
 def test_a_split_without_images_is_refused(refcoco, monkeypatch):
@@ -190,7 +248,7 @@ def test_a_copy_in_one_s_own_evaluation_set_is_not_trained_on(refcoco, tmp_path)
     (root / "own.jsonl").write_text(json.dumps(line))
     mine = prepare.prepare(root, tmp_path / "prepared", layout="jsonl", log=quiet)
     (member,) = build_mixture([(refcoco, 0.0)], held_out=held_out_keys([mine]))
-    assert member.held_out == 1 and member.indices == (1,)
+    assert member.held_out == 1 and list(member.indices) == [1]
 
 
 def test_visual_genome_tells_which_of_its_pictures_are_held_out(refcoco, tmp_path):

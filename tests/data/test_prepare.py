@@ -11,10 +11,11 @@ from types import SimpleNamespace
 import pytest
 
 from flowseg_jax.cli.data import main
-from flowseg_jax.data import prepare
+from flowseg_jax.data import checksums, prepare
 from flowseg_jax.data.dataset import FORMAT, PreparedDataset
 from flowseg_jax.data.formats.refcoco import RefCoco
 from flowseg_jax.data.records import examples, make_ref_samples, make_samples
+from flowseg_jax.data.upgrade import upgrade
 from flowseg_jax.errors import UserError
 from tests.helpers import minirefcoco as mini
 
@@ -24,6 +25,7 @@ LISTING = [
     "data/features.json",
     "data/flowseg-train.array_record-00000-of-00001",
     "index/train.jsonl",
+    "index/train.npy",
     "metadata.json",
     "tokenizer/tokenizer.json",
     "tokenizer/tokenizer_config.json",
@@ -163,7 +165,7 @@ def test_processes_write_what_one_writes(layout, prepared, tmp_path, monkeypatch
     several = prepare.prepare(layout, tmp_path / "out", processes=2, log=quiet)
     assert several.splits == prepared.splits and several.metadata["notes"] == prepared.metadata["notes"]
     for split in prepared.splits:
-        assert several.index(split) == prepared.index(split)
+        assert list(several.index(split)) == list(prepared.index(split))
         ours, theirs = several.source(split), prepared.source(split)
         assert [ours[i] for i in range(len(ours))] == [theirs[i] for i in range(len(theirs))]
     assert len(list((tmp_path / "out" / "data").glob("*-train.array_record-*"))) == 3
@@ -284,3 +286,31 @@ def test_a_worker_leaves_ctrl_c_to_its_parent_and_opens_the_layout(layout, monke
         assert (name, source, problems.keep, options) == ("refcoco", layout, keep, {"split_by": "unc"})
         assert prepare._layout is opened
     assert signals == [signal.SIGINT] * 2
+
+
+def test_a_set_of_the_format_before_is_upgraded(prepared, tmp_path):
+    old, new = shutil.copytree(prepared.directory, tmp_path / "old"), tmp_path / "new"
+    metadata = json.loads((old / "metadata.json").read_text())
+    earlier = {key: value for key, value in metadata.items() if key not in ("families", "index")} | {"format": 6}
+    (old / "metadata.json").write_text(json.dumps(earlier))
+    for rows in (old / "index").glob("*.npy"):
+        rows.unlink()
+    names = [path.relative_to(old).as_posix() for path in old.rglob("*") if path.is_file() and path.name != checksums.FILE]
+    checksums.write(old, names, {})
+    with pytest.raises(
+        UserError, match=rf"format 6, this version reads 7; write it anew with `flowseg data upgrade {old} NEW`"
+    ):
+        PreparedDataset.open(old)
+    assert main(["upgrade", str(old), str(new)]) == 0
+    assert json.loads((new / "metadata.json").read_text()) == metadata
+    for path in (prepared.directory / "index").iterdir():
+        assert (new / "index" / path.name).read_bytes() == path.read_bytes()
+    assert [*PreparedDataset.open(new).source("train")] == [*prepared.source("train")]
+    with pytest.raises(UserError, match="new: exists already"):
+        upgrade(old, new)
+    with pytest.raises(UserError, match="prepared in format 7; only sets of format 6 are upgraded"):
+        upgrade(new, tmp_path / "newer")
+    (old / "index" / "val.jsonl").write_text("x")
+    with pytest.raises(UserError, match=r"val\.jsonl: has changed since it was prepared"):
+        upgrade(old, tmp_path / "newer")
+    assert not [path for path in tmp_path.iterdir() if path.name not in ("old", "new")]

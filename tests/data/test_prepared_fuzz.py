@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import random
 import shutil
 import signal
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ import pytest
 from flowseg_jax.data import checksums, masks, prepare, serialization
 from flowseg_jax.data.dataset import METADATA, PreparedDataset
 from flowseg_jax.data.formats.refcoco import RefCoco
+from flowseg_jax.data.index import line_checksum
 from flowseg_jax.data.records import Annotation, Example, Expression
 from flowseg_jax.errors import UserError
 from tests.helpers import minigrefcoco, minillava
@@ -60,6 +63,24 @@ def files(root: Path) -> list[Path]:
 def seal(root: Path) -> None:
     """Writes the checksums anew, as whoever changed a file could."""
     checksums.write(root, [path.relative_to(root).as_posix() for path in files(root) if path.name != checksums.FILE], {})
+
+
+def point_to_lines(root: Path, split: str = "train", change: Callable[[np.ndarray], None] | None = None) -> None:
+    """Rows and metadata that fit changed lines again, `change` applied to the rows, and new checksums."""
+    lines = (root / "index" / f"{split}.jsonl").read_bytes()
+    rows, each = np.load(root / "index" / f"{split}.npy"), lines.splitlines(keepends=True)[:-1]
+    each.append(lines[sum(map(len, each)) :])
+    if len(each) == len(rows):  # not where a bit turned a letter into a line end
+        rows["bytes"] = [len(line) for line in each]
+        rows["line"] = np.cumsum(rows["bytes"]) - rows["bytes"]
+        rows["checksum"] = [line_checksum(line) for line in each]
+    if change:
+        change(rows)
+    np.save(root / "index" / f"{split}.npy", rows)
+    metadata = json.loads((root / METADATA).read_text())
+    metadata["index"][split] = hashlib.sha256(lines).hexdigest()
+    (root / METADATA).write_text(json.dumps(metadata))
+    seal(root)
 
 
 def everything(root: Path) -> list:
@@ -111,12 +132,17 @@ def fuzz(root: Path, work: Path, cases: int, seed: str, sealed: bool = False) ->
         if sealed and (name == checksums.FILE or not data):
             continue
         sums, outcomes = (work / checksums.FILE).read_bytes(), found.setdefault(name, Counter())
+        follow = {path: path.read_bytes() for path in (work / METADATA, work / "index" / f"{path.stem}.npy") if path.is_file()}
         for case in range(cases):
             path.write_bytes(flip(data, random.Random(f"{seed} {name} {case}")))
-            if sealed:
+            if sealed and path.suffix == ".jsonl":
+                point_to_lines(work, path.stem)
+            elif sealed:
                 seal(work)
             outcome = verdict(work, before)
             outcomes["another set" if sealed and outcome == "silent changes" else outcome] += 1
+        for other, content in follow.items():
+            other.write_bytes(content)
         path.write_bytes(data)
         (work / checksums.FILE).write_bytes(sums)
     return found
@@ -158,8 +184,6 @@ def test_thousands(originals, tmp_path, capsys):
 
 
 def test_sha256sum_reads_the_list(prepared):
-    import hashlib
-
     for line in (prepared / checksums.FILE).read_text().splitlines():
         digest, name = line.split("  ")
         assert hashlib.sha256((prepared / name).read_bytes()).hexdigest() == digest
@@ -172,7 +196,9 @@ def test_a_shard_is_checked_before_its_first_record_and_once(prepared, monkeypat
     read, of_file = [], checksums.of_file
     monkeypatch.setattr(checksums, "of_file", lambda path: read.append(path.name) or of_file(path))
     opened = PreparedDataset.open(prepared)
-    assert "metadata.json" in read and "train.jsonl" in read and not any("array_record" in name for name in read)
+    assert (
+        "metadata.json" in read and "train.npy" in read and not any("array_record" in name or "jsonl" in name for name in read)
+    )
     read.clear()
     for source in (opened.source("train"), opened.source("train"), PreparedDataset.open(prepared).source("train")):
         assert [source[i].image_id for i in (2, 0, 1, 0)] == [5, 1, 2, 1]
@@ -214,6 +240,8 @@ WRONG = {
     "things": [[True], [1, 0, 1], "x"],
     "tokenizer": ["../../tokenizer", "/etc", 5],
     "splits": [{}, {"../x": {}}, {"val": 5}, 7],
+    "index": [{}, {"train": 5}, {"train": "x"}, None],
+    "families": [{}, {"train": [5]}, {"train": "x"}, None],
     "shards": [{}, {"train": [-1]}, {"train": [10**400]}, {"train": "x"}],
     "digest": [None],
     "request": [None, {}, {"layout": "../x"}],
@@ -252,15 +280,48 @@ def test_index_lines_of_another_kind(case, prepared):
     first, *rest = path.read_text().splitlines()
     path.write_text("\n".join([json.dumps(LINES[case](json.loads(first))), *rest]) + "\n")
     seal(prepared)
-    with pytest.raises(UserError, match=r"train\.jsonl:1: damaged \(.*\); remove it and prepare it again"):
-        PreparedDataset.open(prepared).index("train")
+    with pytest.raises(UserError, match=r"train\.jsonl: has changed since it was prepared"):
+        list(PreparedDataset.open(prepared).index("train"))
+    point_to_lines(prepared)  # whoever changes a line can change its row as well
+    with pytest.raises(UserError, match=r"train\.jsonl:1: damaged \((?!its checksum).*\); remove it and prepare it again"):
+        list(PreparedDataset.open(prepared).index("train"))
+
+
+ROWS = {
+    "another length of a line": (lambda rows: rows["bytes"].put(0, 5), "do not follow each other"),
+    "a line before the file": (lambda rows: rows["line"].put(0, -1), "do not follow each other"),
+    "a huge line": (lambda rows: rows["bytes"].put(2, 2**32 - 1), "bytes, but the lines of 3 images have"),
+    "more samples": (lambda rows: rows["samples"].put(2, 2**32 - 1), "samples, but metadata.json has"),
+    "samples of another image": (lambda rows: rows["samples"].put(0, 2**32 - 1), "do not follow each other"),
+    "fewer objects": (lambda rows: rows["objects"].put(0, 0), "its row tells of other objects"),
+}
+
+
+@pytest.mark.parametrize("case", ROWS)
+def test_index_rows_of_another_kind(case, prepared):
+    change, message = ROWS[case]
+    point_to_lines(prepared)
+    everything(prepared)
+    point_to_lines(prepared, change=change)
+    with pytest.raises(UserError, match=rf"index/train\.(npy|jsonl).*{message}.*; remove it and prepare it again"):
+        everything(prepared)
+
+
+def test_an_index_that_is_another_array(prepared):
+    path = prepared / "index" / "train.npy"
+    rows = np.load(path)
+    for other in (rows[:2], rows["line"], np.stack([rows, rows]), np.array([{}, 1, 2], object)):
+        np.save(path, other)
+        seal(prepared)
+        with pytest.raises(UserError, match=r"train\.npy: not an array of 3 rows"):
+            everything(prepared)
 
 
 def test_lines_without_images(prepared):
     path = prepared / "index" / "train.jsonl"
     path.write_text(path.read_text() + path.read_text().splitlines()[0] + "\n")
-    seal(prepared)
-    with pytest.raises(UserError, match=r"train\.jsonl: 4 lines, but 3 images"):
+    point_to_lines(prepared)
+    with pytest.raises(UserError, match=r"train\.jsonl: \d+ bytes, but the lines of 3 images have \d+"):
         PreparedDataset.open(prepared).index("train")
 
 
