@@ -14,6 +14,7 @@ from flowseg_jax.cli.main import main as flowseg
 from flowseg_jax.errors import UserError
 from flowseg_jax.inference.export import ExportShapes
 from flowseg_jax.synthetic import multi_task
+from flowseg_jax.system import host
 from flowseg_jax.training.profiling import Profile
 
 LAYOUT = "--split-by=umd --images=i --file=f --max-characters=9"
@@ -124,6 +125,19 @@ def test_a_command_calls(monkeypatch, capsys, words, function, expected):
     assert fake.mock_calls[:1] == [expected]
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--batch=2 --format=hf", "--batch belongs to --format=jax, not to --format=hf"),
+        ("--dtype=float32", "--dtype belongs to --format=hf, not to --format=jax"),
+        ("--push-to-hub=a/b", "--push-to-hub belongs to --format=hf, not to --format=jax"),
+    ],
+)
+def test_flags_of_the_other_format_of_an_export(flags, message):
+    with pytest.raises(UserError, match=message):
+        flowseg(["export", "--out=o", *flags.split()])
+
+
 def test_an_export_of_adapters_says_what_is_not_in_it(monkeypatch, capsys):
     fake = Mock(side_effect=[("o", ["boundary"]), ("o", [])])
     monkeypatch.setattr("convert_weights.peft.export_adapters", fake)
@@ -159,7 +173,6 @@ def test_a_plan_that_does_not_fit_is_no_success(monkeypatch, capsys, fits, code)
 
 def test_a_training_run_has_its_directory_its_profile_and_the_devices_of_its_batch(monkeypatch):
     from flowseg_jax.evaluation.validation import Validation
-    from flowseg_jax.system import host
 
     fake = Mock()
     monkeypatch.setattr("flowseg_jax.training.loop.train", fake)
@@ -218,6 +231,7 @@ def test_an_evaluation_of_expressions(evaluated, tmp_path, capsys):
     assert flowseg(["eval", *flags.split()]) == 0
     assert evaluated.opened.mock_calls == [call("d")] * 2
     assert evaluated.data.check_split.mock_calls == [call("val"), call("test")]
+    assert host.use_host_devices.mock_calls == [call(3)] and host.enable_compilation_cache.mock_calls == [call()]
     (loaded,) = evaluated.model.mock_calls  # once for all splits
     assert loaded.args == ("model of c and None",) and loaded.kwargs["fsdp"] == 2 and loaded.kwargs["answer_tokens"] > 0
     assert loaded.kwargs["expressions"] is True
