@@ -2,6 +2,7 @@
 
     python -m benchmarks.growth                    # into benchmarks/growth.json
     python -m benchmarks.growth --largest=5        # up to 10^5 images
+    python docs/figures/make_scale.py              # benchmarks/growth.json into docs/scale.md and its figures
 
 The data sets are synthetic: images with six sentences each, and chats. Their rows, shards and checksums are as many as a real
 set of that size has. Lines of the index are written for the first 10^5 images, and the rest of the file is a hole, because

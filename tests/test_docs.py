@@ -57,6 +57,17 @@ def test_the_figure_of_the_architecture_is_what_its_script_draws(tmp_path):
     assert (tmp_path / "figure.svg").read_bytes() == (ROOT / "docs/figures/architecture.svg").read_bytes()
 
 
+def test_figures_and_tables_of_what_grows_are_those_of_the_committed_results(tmp_path):
+    page = tmp_path / "scale.md"
+    page.write_text((ROOT / "docs/scale.md").read_text())
+    script(ROOT / "docs/figures/make_scale.py").main(tmp_path, page)
+    assert page.read_text() == (ROOT / "docs/scale.md").read_text()
+    drawn = sorted(path.name for path in tmp_path.glob("*.svg"))
+    assert drawn == sorted(path.name for path in (ROOT / "docs/figures").glob("scale-*.svg")) and len(drawn) == 5
+    for name in drawn:
+        assert (tmp_path / name).read_bytes() == (ROOT / "docs/figures" / name).read_bytes()
+
+
 @pytest.mark.slow
 def test_the_figure_of_an_answer_is_what_its_script_draws(tmp_path):
     run(ROOT / "docs/figures/make_example.py", tmp_path / "figure.png")
