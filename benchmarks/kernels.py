@@ -92,12 +92,73 @@ def _deformable_attention(maps: Sequence[tuple[int, int]], heads: int, channels:
     return build
 
 
+def _points(masks: int, candidates: int, keep: int, points: int) -> Callable:
+    def build() -> tuple[Callable, list]:
+        from flowseg_jax.ops.points import kernel
+
+        def all_of_them(maps, packed, logits, candidates, points):
+            chosen = kernel.of_smallest(logits, candidates, keep)
+            return chosen, kernel.read(maps, points), kernel.read_packed(packed, points, 1024)
+
+        of_points = ((masks, points, 2), "float32")
+        maps = ((masks, 128, 128), "float32"), ((masks, 1024, 128), "uint8")
+        return all_of_them, [*maps, ((masks, candidates), "float32"), ((masks, candidates, 2), "float32"), of_points]
+
+    return build
+
+
+def _window(side: int, heads: int) -> Callable:
+    def build() -> tuple[Callable, list]:
+        from flowseg_jax.ops.attention import window
+
+        def both(q, k, v, rows, columns, cotangent):
+            operands = q, k, v, rows, columns
+            return window.forward(*operands), window.backward(*operands, cotangent)
+
+        tokens, table = ((1, side**2, heads * 64), "bfloat16"), ((2 * side - 1, 64), "float32")
+        return both, [tokens] * 3 + [table] * 2 + [tokens]
+
+    return build
+
+
+def _rotary(tokens: int) -> Callable:
+    def build() -> tuple[Callable, list]:
+        from flowseg_jax.ops import rope
+
+        def both(x, scale, cos, sin, cotangent):
+            plain = rope.kernel_forward(0.0, x, None, cos, sin), rope.kernel_backward(0.0, x, None, cos, sin, cotangent)
+            operands = 1e-6, x, scale, cos, sin
+            return plain, rope.kernel_forward(*operands), rope.kernel_backward(*operands, cotangent)
+
+        heads, angles = ((1, tokens, 8, 128), "bfloat16"), ((1, tokens, 64), "float32")
+        return both, [heads, ((128,), "float32"), angles, angles, heads]
+
+    return build
+
+
+def _masked_attention(queries: int, keys: int, width: int) -> Callable:
+    def build() -> tuple[Callable, list]:
+        from flowseg_jax.ops.attention import flash
+
+        def both(q, k, v, mask, out, logsum, cotangent):
+            return flash.forward(q, k, v, mask, 0.1), flash.backward(q, k, v, mask, 0.1, out, logsum, cotangent)
+
+        q, k = (((1, count, 2, width), "bfloat16") for count in (queries, keys))
+        return both, [q, k, k, ((1, 1, queries, keys), "bool"), q, ((1, 2, queries), "float32"), q]
+
+    return build
+
+
 # The shapes of configs/stage3_mixed.py with each of its language models.
 CASES = (
     Case("language model", _attention(2304, 2, 1, 128, 128, masked=True)),
     Case("SAM, whole image", _attention(4096, 2, 2, 192, 64, masked=False)),
     Case("SigLIP2", _attention(729, 2, 2, 72, 72, masked=False)),
+    Case("mask decoder", _masked_attention(1800, 4096, 32)),
     Case("pixel decoder", _deformable_attention(((32, 32), (64, 64), (128, 128)), 8, 32, 4)),
+    Case("SAM, windows", _window(14, 2)),
+    Case("rotary embedding", _rotary(2304)),
+    Case("points of the losses", _points(8, 37632, 9408, 12544)),
 )
 
 

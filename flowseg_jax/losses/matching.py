@@ -70,11 +70,7 @@ def matching_costs(
     else:
         points = passes.points.matcher
         sampled = jax.vmap(jax.vmap(sample_features, (None, 0)))(features, points)  # [B, R or 1, k, D]
-        mask_values = jax.vmap(
-            lambda masks, pts: jax.vmap(
-                lambda p: sample_packed_masks(masks, jnp.broadcast_to(p, (masks.shape[0], *p.shape)), masks.shape[1])
-            )(pts)
-        )(packed, points)  # [B, R or 1, masks, k]
+        mask_values = _read_masks(packed, points)
     # Points that all passes of an image share are one operand: a CPU multiplies the passes' queries as one matrix.
     shared = sampled.shape[1] == 1
     at_points = einsum("brqd,bkd->brqk" if shared else "brqd,brkd->brqk", mask_embeds, sampled[:, 0] if shared else sampled)
@@ -82,6 +78,14 @@ def matching_costs(
     return jax.vmap(jax.vmap(match_cost, (0, 0, 0, 0, None)), (0, 0, 0, 0, None))(
         class_logits.astype(jnp.float32), targets.labels, at_points, target_values, cfg
     )
+
+
+def _read_masks(packed: UInt8[Array, "b n s s8"], points: Float[Array, "b r k 2"]) -> Float[Array, "b r n k"]:
+    """Every mask of an image at the points of each of its passes."""
+    (b, n), (r, k) = packed.shape[:2], points.shape[1:3]
+    masks = jnp.broadcast_to(packed[:, None], (b, r, *packed.shape[1:])).reshape(-1, *packed.shape[2:])
+    at = jnp.broadcast_to(points[:, :, None], (b, r, n, k, 2)).reshape(-1, k, 2)
+    return sample_packed_masks(masks, at, packed.shape[2]).reshape(b, r, n, k)
 
 
 def _per_target(mask_values: Float[Array, "b r n k"], targets: Targets) -> Float[Array, "b r m k"]:

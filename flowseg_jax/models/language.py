@@ -18,9 +18,10 @@ from jaxtyping import Array, Float, Int
 from flowseg_jax.models.kv_cache import KVCache
 from flowseg_jax.models.language_config import LanguageConfig
 from flowseg_jax.models.layers import Linear, RMSNorm, make_param, normal_init
-from flowseg_jax.models.rope import apply_rope, rope_cos_sin
+from flowseg_jax.models.rope import rope_cos_sin
 from flowseg_jax.models.stack import scan_layers, stack_layers
 from flowseg_jax.ops.attention import AttentionMask, TokenInfo, attention, causal_mask
+from flowseg_jax.ops.rope import norm_rope
 from flowseg_jax.ops.vocabulary import ShardedEmbedding, embedding_lookup
 
 KeyValuePair = tuple[Float[Array, "b _ g e"], Float[Array, "b _ g e"]]
@@ -49,9 +50,10 @@ class SelfAttention(nnx.Module):
     ) -> tuple[Float[Array, "b t w"], KeyValuePair]:
         """Attends to `past` (if any), then the new tokens, as `mask` allows; returns the new tokens' keys and values too."""
         q, k, v = (f(x).reshape(*x.shape[:2], -1, self.head_dim) for f in (self.q_proj, self.k_proj, self.v_proj))
-        if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        if self.q_norm is None:
+            q, k = norm_rope(q, None, cos, sin), norm_rope(k, None, cos, sin)
+        else:
+            q, k = (norm_rope(x, norm.scale[...], cos, sin, eps=norm.eps) for x, norm in ((q, self.q_norm), (k, self.k_norm)))
         keys, values = (k, v) if past is None else (jnp.concatenate([past[0], k], 1), jnp.concatenate([past[1], v], 1))
         y = attention(q, keys, values, mask=mask)
         return self.o_proj(y.reshape(*x.shape[:2], -1)), (k, v)

@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float
 from flowseg_jax.ops.attention import attention
 from flowseg_jax.ops.collectives import all_gather_2d
 from flowseg_jax.ops.dot import dot, einsum
+from flowseg_jax.ops.rope import rms_norm
 
 Initializer = Callable[..., jax.Array]
 _shapes_only: contextvars.ContextVar[bool] = contextvars.ContextVar("flowseg_shapes_only", default=False)
@@ -221,9 +222,7 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
-        y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
-        return y.astype(x.dtype) * self.scale[...].astype(x.dtype)
+        return rms_norm(x, self.scale[...], self.eps)
 
 
 class GroupNorm(nnx.Module):

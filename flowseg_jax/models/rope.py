@@ -1,4 +1,4 @@
-"""Rotary position embedding in the half-split layout of Hugging Face's Llama."""
+"""The angles of the rotary position embedding."""
 
 from __future__ import annotations
 
@@ -24,10 +24,3 @@ def _scaled(frequencies: np.ndarray, factor: float, low: float, high: float, len
     `factor`, what turns more than `high` times stays, and between them lies a straight line."""
     kept = np.clip((length * frequencies / (2 * np.pi) - low) / (high - low), 0, 1)
     return frequencies * (kept + (1 - kept) / factor)
-
-
-def apply_rope(x: Float[Array, "b t h e"], cos: Float[Array, "b t r"], sin: Float[Array, "b t r"]) -> Float[Array, "b t h e"]:
-    """Rotates the pairs (x[i], x[i + E/2]) by their angles, in float32; returns the dtype of x."""
-    a, b = jnp.split(x.astype(jnp.float32), 2, -1)
-    cos, sin = cos[:, :, None], sin[:, :, None]
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)

@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -21,8 +20,7 @@ from flowseg_jax.models import hf_keys
 from flowseg_jax.models.layers import Conv, LayerNorm, Linear, gathered_weight, gelu, make_param, normal_init, zeros
 from flowseg_jax.models.pixel_decoder import sine_position_embedding
 from flowseg_jax.models.stack import scan_layers, stack_layers
-from flowseg_jax.ops.attention import decomposed_rel_pos_attention
-from flowseg_jax.ops.dot import einsum
+from flowseg_jax.ops.attention import rel_pos_attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,15 +141,6 @@ class SamConfig:
         )
 
 
-def gather_rel_pos(table: Float[Array, "r e"], size: int) -> Float[Array, "q k e"]:
-    """R[q, k] = table[q - k + size - 1] for q, k < size.
-
-    Taken by a product with a 0/1 tensor: the transpose of an indexed read would be a scatter in every layer's backward pass.
-    """
-    offset = np.arange(size)[:, None] - np.arange(size)[None, :] + size - 1
-    return einsum("qkr,re->qke", jax.nn.one_hot(offset, 2 * size - 1, dtype=table.dtype), table).astype(table.dtype)
-
-
 class SamAttention(nnx.Module):
     """Self-attention over squares of `size` x `size` patches with decomposed relative positions (HF `SamVisionAttention`).
 
@@ -170,13 +159,10 @@ class SamAttention(nnx.Module):
 
     def __call__(self, x: Float[Array, "n s s w"]) -> Float[Array, "n s s w"]:
         """Every square attends on its own."""
-        n, s, _, w = x.shape
-        q, k, v = (f(x).reshape(n, s, s, self.num_heads, -1) for f in (self.q_proj, self.k_proj, self.v_proj))
-        rows = einsum("nyxhe,yke->nyxhk", q, gather_rel_pos(self.rel_pos_h[...].astype(x.dtype), s))
-        columns = einsum("nyxhe,xke->nyxhk", q, gather_rel_pos(self.rel_pos_w[...].astype(x.dtype), s))
-        operands = q * q.shape[-1] ** -0.5, k, v, rows.astype(x.dtype), columns.astype(x.dtype)
-        y = decomposed_rel_pos_attention(*(a.reshape(n, s * s, self.num_heads, -1) for a in operands))
-        return self.proj(y.reshape(n, s, s, w))
+        tokens = x.reshape(x.shape[0], -1, x.shape[-1])
+        q, k, v = (f(tokens) for f in (self.q_proj, self.k_proj, self.v_proj))
+        y = rel_pos_attention(q, k, v, self.rel_pos_h[...], self.rel_pos_w[...], self.num_heads)
+        return self.proj(y).reshape(x.shape)
 
 
 class SamMLP(nnx.Module):

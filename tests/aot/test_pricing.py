@@ -13,6 +13,7 @@ from flowseg_jax.aot import pricing, roofline
 from flowseg_jax.aot.hlo import Collective, CollectiveStats, Module
 from flowseg_jax.aot.tpu_cost import Cost, CostEstimate, cycles
 from flowseg_jax.ops.attention import flash
+from flowseg_jax.ops.attention.blocks import Blocks, metadata
 from flowseg_jax.ops.attention.mask import causal_mask
 from flowseg_jax.system.hardware import DEVICE_SPECS
 
@@ -147,14 +148,14 @@ def test_gathers_and_scatters_count_slices() -> None:
 def test_the_kernel_tells_how_many_blocks_a_causal_mask_leaves(window: int | None) -> None:
     tokens, heads = 1100, 2
     q = jnp.zeros((1, tokens, heads, 64))
-    blocks = flash._Blocks.of(q, q)
+    blocks = Blocks.of(q, q)
     steps = (1, heads, blocks.rows, blocks.columns)
     mask = causal_mask(jnp.ones((1, tokens), jnp.int32), jnp.arange(tokens)[None], window)
-    found = flash._metadata("attend", blocks, steps, [("q", 128)], jnp.dtype("float32"), mask)
+    found = metadata("attend", blocks, steps, [("q", 128)], jnp.dtype("float32"), mask)
     active = int(flash._describe(mask, blocks)[0].sum())
     assert 0 < active < blocks.rows * blocks.columns
     assert (int(found["steps"]), int(found["bodies"])) == (heads * blocks.rows * blocks.columns, heads * active)
-    assert flash._metadata("attend", blocks, steps, [], jnp.dtype("float32"), None)["bodies"] == found["steps"]
+    assert metadata("attend", blocks, steps, [], jnp.dtype("float32"), None)["bodies"] == found["steps"]
 
 
 def _bundles(*parts: tuple[int, int, dict[int, str]]) -> str:

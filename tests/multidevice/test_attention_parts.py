@@ -11,7 +11,7 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.sharding import AxisType, PartitionSpec
 
-from flowseg_jax.ops.attention import attention, causal_mask, flash
+from flowseg_jax.ops.attention import attention, blocks, causal_mask, flash
 
 
 @pytest.mark.parametrize(
@@ -19,7 +19,7 @@ from flowseg_jax.ops.attention import attention, causal_mask, flash
 )
 def test_flash_on_the_parts_of_each_device(monkeypatch, rng, manual, batch, groups):
     """Heads over `tensor`, images over `fsdp`, or whole where they do not divide: one key/value head, three images."""
-    monkeypatch.setattr(flash, "BLOCKS", (128,))
+    monkeypatch.setattr(blocks, "BLOCKS", (128,))
     seen = []
     monkeypatch.setattr(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=True))
     monkeypatch.setattr(flash, "_forward", lambda *x, run=flash._forward: seen.append(x[1].shape) or run(*x))

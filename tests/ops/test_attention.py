@@ -18,6 +18,7 @@ from flowseg_jax.ops.attention import (
     AttentionMask,
     TokenInfo,
     attention,
+    blocks,
     causal_mask,
     cudnn,
     decomposed_rel_pos_attention,
@@ -129,7 +130,7 @@ def test_chunks_are_chosen_by_size_and_bound_memory(monkeypatch):
 def test_shapes_that_do_not_fit_are_refused(monkeypatch, bad):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # the function's own checks are under test
     q, k, v = inputs(2)
-    with pytest.raises(ValueError, match="do not fit|does not broadcast|a mask for|unknown|takes an AttentionMask"):
+    with pytest.raises(ValueError, match="do not fit|does not broadcast|a mask for|unknown|differs between heads"):
         if bad == "heads":
             attention(q[:, :, :3], k, v)
         elif bad == "keys":
@@ -139,7 +140,7 @@ def test_shapes_that_do_not_fit_are_refused(monkeypatch, bad):
         elif bad == "impl":
             attention(q, k, v, impl="fast")
         elif bad == "flash":
-            attention(q, k, v, mask=jnp.ones((B, 1, S, T), bool), impl="flash")
+            attention(q, k, v, mask=jnp.ones((B, H, S, T), bool), impl="flash")
         else:
             attention(q, k, v, mask=jnp.ones((B, 1, S, T + 1), bool))
 
@@ -181,11 +182,13 @@ def interpreted(monkeypatch):
     monkeypatch.setattr(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=True))
 
 
-@pytest.mark.parametrize("case", ["plain", "packed", "cached", "window"])
+@pytest.mark.parametrize("case", ["plain", "packed", "cached", "window", "matrix", "keys"])
 def test_flash_equals_the_plain_form(monkeypatch, interpreted, case):
-    monkeypatch.setattr(flash, "BLOCKS", (128,))
-    s, t = {"plain": (130, 300), "cached": (140, 270)}.get(case, (300, 300))
+    monkeypatch.setattr(blocks, "BLOCKS", (128,))
+    s, t = {"plain": (130, 300), "cached": (140, 270), "matrix": (140, 270)}.get(case, (300, 300))
     rule = None if case == "plain" else packed(B, s, t - s, 40 if case == "window" else None)
+    if case in ("matrix", "keys"):  # "keys": the same for all images and queries
+        rule = rule.materialize() if case == "matrix" else (jnp.arange(t) % 3 == 0)[None, None, None]
     rng = np.random.default_rng(3)
     q, k, v, ct = (
         jnp.asarray(rng.standard_normal(shape), jnp.float32)
@@ -196,16 +199,16 @@ def test_flash_equals_the_plain_form(monkeypatch, interpreted, case):
     assert relative(out, expected) < 1e-5
     for gradient, want in zip(got, gradients, strict=True):
         assert gradient.shape == want.shape and relative(gradient, want) < 1e-5
-    if rule is not None:
-        blind = ~np.asarray(rule.materialize()).any((1, 3))
+    if case not in ("plain", "keys"):
+        blind = ~np.asarray(rule if case == "matrix" else rule.materialize()).any((1, 3))
         assert blind[0].any() and not np.asarray(out)[blind].any() and not np.asarray(got[0])[blind].any()
 
 
 def test_flash_passes_over_blocks_in_which_nobody_sees_anybody(monkeypatch):
-    monkeypatch.setattr(flash, "BLOCKS", (128,))
+    monkeypatch.setattr(blocks, "BLOCKS", (128,))
     segments = jnp.asarray(np.repeat([[0, 1, 2, -1]], 128, 1))
     q = jnp.zeros((1, 512, 1, 8))
-    active, *_ = flash._describe(causal_mask(segments, jnp.zeros_like(segments)), flash._Blocks.of(q, q))
+    active, *_ = flash._describe(causal_mask(segments, jnp.zeros_like(segments)), blocks.Blocks.of(q, q))
     assert active[0].tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 0, 0]]
 
 
@@ -291,7 +294,8 @@ def test_grid_attention_is_a_kernel_on_tpu(monkeypatch, platform, kernels):
     [
         ("tpu", 256, "rule", 3),
         ("tpu", 256, "none", 3),
-        ("tpu", 256, "matrix", 0),
+        ("tpu", 256, "matrix", 3),
+        ("tpu", 256, "matrix by head", 0),
         ("tpu", 255, "none", 0),
         ("cpu", 256, "rule", 0),
     ],
@@ -300,6 +304,7 @@ def test_the_platform_compiled_for_chooses(platform, tokens, mask, kernels):
     """One kernel forward and two backward, or none; that the program is traced on a CPU does not matter."""
     ids = jnp.zeros((1, tokens), jnp.int32)
     masks = {"none": None, "rule": causal_mask(ids, ids), "matrix": causal_mask(ids, ids).materialize()}
+    masks["matrix by head"] = jnp.tile(masks["matrix"], (1, 2, 1, 1))
     x = jnp.zeros((1, tokens, 2, 128), jnp.bfloat16)
     step = jax.jit(
         jax.value_and_grad(lambda q, k, v: attention(q, k, v, mask=masks[mask]).astype(jnp.float32).sum(), (0, 1, 2))
@@ -315,14 +320,14 @@ def test_flash_compiles_for_tpu(topology, case):
     """Forward and backward at the sizes of training, two heads: SAM's folded global attention, and Qwen3's with the rule."""
     program = {
         "sam": """
-from flowseg_jax.ops.attention import grid_attention
-step = lambda q, k, v, rows, columns: grid_attention(q, k, v, rows, columns).astype(jnp.float32).sum()
+from flowseg_jax.ops.attention import decomposed_rel_pos_attention
+step = lambda q, k, v, rows, columns: decomposed_rel_pos_attention(q, k, v, rows, columns).astype(jnp.float32).sum()
 function, wide = jax.grad(step, range(5)), array(jnp.bfloat16, 1, 4096, 2, 64)
 arguments = [wide] * 5
 """,
         "llm": """
-from flowseg_jax.ops.attention import attention, causal
-step = lambda q, k, v, ids: attention(q, k, v, mask=causal(ids, ids)).astype(jnp.float32).sum()
+from flowseg_jax.ops.attention import attention, causal_mask
+step = lambda q, k, v, ids: attention(q, k, v, mask=causal_mask(ids, ids)).astype(jnp.float32).sum()
 function, narrow = jax.grad(step, range(3)), array(jnp.bfloat16, 1, 1920, 1, 128)
 arguments = array(jnp.bfloat16, 1, 1920, 2, 128), narrow, narrow, array(jnp.int32, 1, 1920)
 """,

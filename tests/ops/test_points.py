@@ -11,15 +11,13 @@ import pytest
 import torch
 
 from flowseg_jax.ops.points import (
-    _compact,
-    _compact_by_products,
     _gather,
-    _packed_by_products,
+    _of_smallest,
     _packed_gather,
-    _read_by_products,
     _running_count,
     _scatter,
     _spread,
+    kernel,
     sample_features,
     sample_packed_masks,
     sample_points,
@@ -178,38 +176,35 @@ def test_the_gradient_without_a_scatter_is_the_gradient():
     assert relative(got, want) < 1e-6
 
 
-def test_reading_by_products_is_reading():
-    """What is compiled for TPUs: values, and gradients of maps and points."""
-    maps, points = inputs()[0], edges()
-    cotangent = np.random.default_rng(1).standard_normal((N, P)).astype(np.float32)
-    points[0, :6] += 1e-3  # a tent has no slope at its top and its foot
-    want, want_vjp = jax.vjp(_gather, maps, points)
-    got, got_vjp = jax.vjp(jax.jit(_read_by_products), maps, points)
-    assert relative(got, want) < 3e-6
-    for mine, theirs in zip(got_vjp(cotangent), want_vjp(cotangent), strict=True):
-        assert relative(mine, theirs) < 1e-5
+@pytest.mark.parametrize(("height", "width"), [(HEIGHT, WIDTH), (3, 128), (9, 150)])
+def test_the_kernel_reads_maps(height, width):
+    """What is compiled for TPUs: more and fewer maps and points than a step takes, and maps wider than a register."""
+    rng = np.random.default_rng(6)
+    maps = rng.standard_normal((9, height, width)).astype(np.float32)
+    points = np.concatenate([rng.uniform(-0.1, 1.1, (9, 530, 2)).astype(np.float32), np.tile(edges()[:1], (9, 1, 1))], 1)
+    got = kernel.read(maps, points, interpret=True)
+    np.testing.assert_allclose(got, _gather(maps, points), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("side", [13, 16, 100])
-def test_packed_masks_by_products_are_the_same_bits(side):
+@pytest.mark.parametrize(("height", "width"), [(13, 13), (16, 16), (100, 33), (140, 100)])
+def test_the_kernel_reads_packed_masks(height, width):
     rng = np.random.default_rng(7)
-    packed = np.packbits(rng.integers(0, 2, (N, side, side)).astype(np.uint8), axis=-1)
+    packed = np.packbits(rng.integers(0, 2, (N, height, width)).astype(np.uint8), axis=-1)
     points = np.concatenate([rng.uniform(-0.1, 1.1, (N, 200, 2)).astype(np.float32), edges()], 1)
-    got = jax.jit(_packed_by_products, static_argnums=2)(packed, points, side)
-    np.testing.assert_allclose(got, _packed_gather(packed, points, side), rtol=0, atol=1e-6)
+    got = kernel.read_packed(packed, points, width, interpret=True)
+    np.testing.assert_allclose(got, _packed_gather(packed, points, width), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(("count", "keep"), [(30, 1), (256, 256), (257, 100), (1000, 250), (1000, 999)])
-def test_compacting_by_products_moves_every_bit(count, keep):
+@pytest.mark.parametrize(("count", "keep"), [(30, 1), (30, 30), (300, 256), (2000, 131), (2000, 1999)])
+def test_the_kernel_chooses_the_same_points(count, keep):
+    """Ties, zeros of both signs and infinities included."""
     rng = np.random.default_rng(8)
-    stays = np.zeros((N, count), bool)
-    for i in range(N):
-        stays[i, rng.choice(count, keep, replace=False)] = True
-    stays[0] = np.arange(count) < keep  # all of them in the first blocks
-    candidates = rng.random((N, count, 2)).astype(np.float32)
-    want = np.stack([c[s] for c, s in zip(candidates, stays, strict=True)])
-    for form in (_compact, _compact_by_products):
-        np.testing.assert_array_equal(jax.jit(form, static_argnums=2)(stays, candidates, keep), want)
+    logits = rng.standard_normal((9, count)).astype(np.float32)
+    logits[1], logits[2] = 1.0, np.arange(count) < keep
+    logits[3:6] = rng.choice([0.0, -0.0, 1.0, 2.0, np.inf], (3, count))
+    candidates = rng.random((9, count, 2)).astype(np.float32)
+    want = _of_smallest(jnp.abs(logits), candidates, keep)
+    np.testing.assert_array_equal(kernel.of_smallest(jnp.abs(logits), candidates, keep, interpret=True), want)
 
 
 @tpu.needs_libtpu
@@ -225,4 +220,4 @@ function = jax.grad(loss)
 arguments = [array(jnp.float32, {n}, 128, 128), array(jnp.uint8, {n}, 1024, 128)]
 arguments += [array(jnp.float32, {n}, count, 2) for count in (37632, 3136)]
 """
-    assert tpu.compiled("v5e:2x2", program, ("sort", "gather", "scatter")) == ([0, 0, 0], False)
+    assert tpu.compiled("v5e:2x2", program, ("sort", "gather", "scatter")) == ([0, 0, 0], True)

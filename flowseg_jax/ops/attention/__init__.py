@@ -1,7 +1,7 @@
 """Scaled dot-product attention: grouped-query, float32 softmax, bounded memory, in the form that suits the platform.
 
     xla     plain JAX; any platform, any mask. The tests compare the others with it.
-    flash   our Pallas kernel for TPUs; no mask, or an `AttentionMask`.
+    flash   our Pallas kernel for TPUs; any mask but a matrix that differs between heads.
     cudnn   NVIDIA's kernel for GPUs, in bfloat16 or float16; xla computes other types, and widths that cuDNN does not take.
 
 All three recompute the scores in the backward pass. The forward pass keeps the result and one number per query for it.
@@ -11,15 +11,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType
 from jaxtyping import Array, Bool, Float
 
 from flowseg_jax.ops.attention import cudnn, grid, xla
 from flowseg_jax.ops.attention.mask import AttentionMask, TokenInfo, causal_mask
 from flowseg_jax.ops.portable import cpu_only, kernels_allowed
 
-__all__ = ["AttentionMask", "TokenInfo", "attention", "causal_mask", "decomposed_rel_pos_attention"]
+__all__ = ["AttentionMask", "TokenInfo", "attention", "causal_mask", "decomposed_rel_pos_attention", "rel_pos_attention"]
 
 IMPLEMENTATIONS = ("auto", "xla", "flash", "cudnn")
 # With fewer queries or keys than this, scores are small, and a kernel's blocks are mostly padding.
@@ -63,7 +66,7 @@ def attention(
         Array in the dtype of v; products accumulate in float32. A query that may attend to no key gets zeros.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown `impl`, or `flash` for a mask that is a matrix.
+        ValueError: shapes that do not fit, an unknown `impl`, or `flash` for a matrix that differs between heads.
     """
     (b, s, h, e), (t, g) = q.shape, k.shape[1:3]
     if h % g or k.shape != (b, t, g, e) or v.shape[:3] != (b, t, g):
@@ -75,8 +78,8 @@ def attention(
     elif mask is not None:
         if mask.ndim != 4 or mask.shape[3] != t or any(m not in (1, n) for m, n in zip(mask.shape, (b, h, s), strict=False)):
             raise ValueError(f"attention: mask {mask.shape} does not broadcast to {(b, h, s, t)}")
-        if impl == "flash":
-            raise ValueError('attention: impl="flash" takes an AttentionMask, not a matrix')
+        if impl == "flash" and mask.shape[1] > 1:
+            raise ValueError('attention: impl="flash" takes no matrix that differs between heads')
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"attention: impl={impl!r} is unknown (known: {', '.join(IMPLEMENTATIONS)})")
     leaves, structure = jax.tree.flatten(mask)
@@ -122,7 +125,7 @@ def _run(name: str, static: _Static, q: Array, k: Array, v: Array, leaves: list[
         return call(kernels[static.impl])(q, k, v, mask, *saved)
     fits = {}
     if min(q.shape[1], k.shape[1]) >= MIN_KERNEL_TOKENS:
-        if mask is None or isinstance(mask, AttentionMask):
+        if mask is None or isinstance(mask, AttentionMask) or mask.shape[1] == 1:
             fits["tpu"] = call(kernels["flash"])
         if cudnn.takes(q, k, v, mask):
             fits["cuda"] = call(kernels["cudnn"])
@@ -175,3 +178,62 @@ decomposed_rel_pos_attention.defvjp(_grid_forward, _grid_backward)
 
 def _grid_static() -> _Static:
     return _Static(1.0, None, _without_kernels("auto"), jax.tree.structure(None))
+
+
+def rel_pos_attention(
+    q: Float[Array, "n t w"],
+    k: Float[Array, "n t w"],
+    v: Float[Array, "n t w"],
+    rows: Float[Array, "r e"],
+    columns: Float[Array, "r e"],
+    heads: int,
+) -> Float[Array, "n t w"]:
+    """SAM's attention over squares of tokens, heads side by side: softmax(E ** -0.5 q k^T + q Rh[y, y'] + q Rw[x, x']) v.
+
+    `rows` and `columns` are the vectors of relative positions, the same for all heads; offset 0 is in the middle. On a TPU
+    small squares have a kernel of their own (`window`).
+    """
+    from flowseg_jax.ops.attention import window  # Pallas takes long to import, and a CPU has no use for it
+
+    divided = AxisType.Auto in jax.sharding.get_abstract_mesh().axis_types  # the compiler cannot divide a kernel
+    if kernels_allowed() and not divided and window.takes(math.isqrt(q.shape[1]), heads, q.shape[2] // heads):
+        return _windows(heads, q, k, v, rows, columns)
+    scaled, of_rows, of_columns = grid.rel_pos_operands(heads, q, rows, columns)
+    by_head = [x.reshape(*x.shape[:2], heads, -1) for x in (k, v)]
+    return decomposed_rel_pos_attention(scaled, *by_head, of_rows, of_columns).reshape(v.shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _windows(heads: int, q: Array, k: Array, v: Array, rows: Array, columns: Array) -> Array:
+    return _windows_forward(heads, q, k, v, rows, columns)[0]
+
+
+def _windows_forward(heads: int, *operands: Array) -> tuple[Array, tuple]:
+    def plain(q: Array, k: Array, v: Array, rows: Array, columns: Array) -> tuple[Array, Array]:
+        scaled, of_rows, of_columns = grid.rel_pos_operands(heads, q, rows, columns)
+        k, v = (x.reshape(*x.shape[:2], heads, -1) for x in (k, v))
+        out, (*_, logsum) = _grid_forward(scaled, k, v, of_rows, of_columns)
+        return out.reshape(q.shape), logsum
+
+    def kernel(q: Array, *others: Array) -> tuple[Array, Array]:
+        return window.forward(q, *others), jnp.zeros((q.shape[0], heads, q.shape[1]), jnp.float32)
+
+    out, logsum = jax.lax.platform_dependent(*operands, tpu=kernel, default=plain)
+    return out, (*operands, out, logsum)
+
+
+def _windows_backward(heads: int, saved: tuple, cotangent: Array) -> tuple:
+    def plain(q: Array, k: Array, v: Array, rows: Array, columns: Array, out: Array, logsum: Array, cotangent: Array) -> tuple:
+        (scaled, *positions), pull = jax.vjp(functools.partial(grid.rel_pos_operands, heads), q, rows, columns)
+        k, v, out, cotangent = (x.reshape(*x.shape[:2], heads, -1) for x in (k, v, out, cotangent))
+        dq, dk, dv, *dpositions = _grid_backward((scaled, k, v, *positions, out, logsum), cotangent)
+        dq, drows, dcolumns = pull((dq, *dpositions))
+        return dq, dk.reshape(q.shape), dv.reshape(q.shape), drows, dcolumns
+
+    def kernel(q: Array, k: Array, v: Array, rows: Array, columns: Array, out: Array, logsum: Array, cotangent: Array) -> tuple:
+        return window.backward(q, k, v, rows, columns, cotangent)
+
+    return jax.lax.platform_dependent(*saved, cotangent, tpu=kernel, default=plain)
+
+
+_windows.defvjp(_windows_forward, _windows_backward)

@@ -1,7 +1,8 @@
 """Attention on a TPU: a Pallas kernel that keeps the scores on the chip (FlashAttention: Dao et al., arXiv:2205.14135).
 
 JAX's own TPU kernels know causal masks and segments that are equal. Here all segments attend to a prefix, and windows count
-positions. So `mask.may_attend` is evaluated for each block, and blocks in which no query may attend to any key are skipped.
+positions. So `mask.may_attend` is evaluated for each block, and blocks in which no query may attend to any key are skipped. A
+mask that is a matrix, as the mask decoder has, comes block by block.
 
 Scores are held transposed, keys by queries: what exists once per query (peak, sum, segment) is then a row, the shape in which
 a TPU holds a vector. Heads lie side by side in the last axis, padded to whole lanes, so nothing is transposed outside.
@@ -11,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -20,22 +20,23 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
+from flowseg_jax.ops.attention.blocks import Blocks, Loops, metadata
 from flowseg_jax.ops.attention.mask import AttentionMask, may_attend
 from flowseg_jax.ops.attention.xla import BLOCKED, expected_slope
 from flowseg_jax.ops.collectives import TENSOR_AXIS
 from flowseg_jax.ops.dot import matmul_f32
 
 LANES = 128
-BLOCKS = (512, 384, 256, 128)  # tokens a block: the first of those that pad least
+Mask = AttentionMask | Bool[Array, "#b 1 #s t"] | None
 NOBODY = (np.iinfo(np.int32).min, -1, 0)  # the fields of a token that sees nothing and is seen by nothing
 
 
 def forward(
-    q: Float[Array, "b s h e"], k: Float[Array, "b t g e"], v: Float[Array, "b t g f"], mask: AttentionMask | None, scale: float
+    q: Float[Array, "b s h e"], k: Float[Array, "b t g e"], v: Float[Array, "b t g f"], mask: Mask, scale: float
 ) -> tuple[Float[Array, "b s h f"], Float[Array, "b h s"]]:
-    """As `xla.forward`, for an `AttentionMask` or none."""
+    """As `xla.forward`, for an `AttentionMask`, a matrix that is the same for all heads, or none."""
     return _on_each_device(functools.partial(_forward, scale), "qkk", "qs", (q, k, v), mask)
 
 
@@ -43,20 +44,18 @@ def backward(
     q: Float[Array, "b s h e"],
     k: Float[Array, "b t g e"],
     v: Float[Array, "b t g f"],
-    mask: AttentionMask | None,
+    mask: Mask,
     scale: float,
     out: Float[Array, "b s h f"],
     logsum: Float[Array, "b h s"],
     cotangent: Float[Array, "b s h f"],
 ) -> tuple[Float[Array, "b s h e"], Float[Array, "b t g e"], Float[Array, "b t g f"]]:
-    """As `xla.backward`, for an `AttentionMask` or none."""
+    """As `xla.backward`, for the masks of `forward`."""
     arrays = (q, k, v, cotangent, logsum, expected_slope(out, cotangent))
     return _on_each_device(functools.partial(_backward, scale), "qkkqss", "qkk", arrays, mask)
 
 
-def _on_each_device(
-    run: Callable, layouts: str, results: str, arrays: Sequence[Array], mask: AttentionMask | None
-) -> tuple[Array, ...]:
+def _on_each_device(run: Callable, layouts: str, results: str, arrays: Sequence[Array], mask: Mask) -> tuple[Array, ...]:
     """Runs on the parts of a device: the compiler cannot divide a kernel along the axes of a mesh that are left to it.
 
     `TENSOR_AXIS` divides heads, other axes the batch, each where it fits. `layouts` are "q" and "k" for [batch, tokens, heads,
@@ -66,6 +65,8 @@ def _on_each_device(
     ours = [axis for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto]
     if not ours:
         return run(*arrays, mask)
+    if isinstance(mask, Array):
+        mask = jnp.broadcast_to(mask, (arrays[0].shape[0], *mask.shape[1:]))
     batch, heads = [], None
     for axis in ours:
         if axis == TENSOR_AXIS:
@@ -82,65 +83,6 @@ def _on_each_device(
         check_vma=False,
     )
     return shared(*arrays, mask)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Blocks:
-    """How one call is divided.
-
-    Attributes:
-        queries, keys: tokens a block.
-        rows, columns: blocks of queries and of keys.
-        heads, groups: heads of queries, and of keys and values.
-        real: keys that are no padding.
-    """
-
-    queries: int
-    keys: int
-    rows: int
-    columns: int
-    heads: int
-    groups: int
-    real: int
-
-    @classmethod
-    def of(cls, q: Array, k: Array) -> _Blocks:
-        (s, h), (t, g) = q.shape[1:3], k.shape[1:3]
-        queries, keys = (min(BLOCKS, key=lambda size: -n % size) for n in (s, t))
-        return cls(queries, keys, -(-s // queries), -(-t // keys), h, g, t)
-
-    @property
-    def repeat(self) -> int:
-        """Query heads of a key/value head."""
-        return self.heads // self.groups
-
-
-@dataclasses.dataclass(frozen=True)
-class _Loops:
-    """The four nested loops of a kernel, over batch elements and ...; the last adds up what the others keep apart.
-
-    Attributes:
-        steps: of each loop but the first.
-        place: what each step is about: (batch element, head, key/value head, block of queries, block of keys).
-    """
-
-    steps: tuple[int, int, int]
-    place: Callable[..., tuple]
-
-    @classmethod
-    def by_query(cls, blocks: _Blocks) -> _Loops:
-        """... heads, blocks of queries, blocks of keys."""
-        place = lambda b, head, i, j, *_: (b, head, jax.lax.div(head, blocks.repeat), i, j)  # noqa: E731
-        return cls((blocks.heads, blocks.rows, blocks.columns), place)
-
-    @classmethod
-    def by_key(cls, blocks: _Blocks) -> _Loops:
-        """... key/value heads, blocks of keys, blocks of queries of all their heads."""
-
-        def place(b, g, j, n, *_) -> tuple:
-            return b, g * blocks.repeat + jax.lax.div(n, blocks.rows), g, jax.lax.rem(n, blocks.rows), j
-
-        return cls((blocks.groups, blocks.columns, blocks.rows * blocks.repeat), place)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,13 +114,13 @@ class _Step:
         return weights.astype(q.dtype), slopes.astype(q.dtype)
 
 
-def _forward(scale: float, q: Array, k: Array, v: Array, mask: AttentionMask | None) -> tuple[Array, Array]:
-    s, f, blocks = q.shape[1], v.shape[3], _Blocks.of(q, k)
+def _forward(scale: float, q: Array, k: Array, v: Array, mask: Mask) -> tuple[Array, Array]:
+    s, f, blocks = q.shape[1], v.shape[3], Blocks.of(q, k)
     q, k, v = _lay(q, blocks.queries), _lay(k, blocks.keys), _lay(v, blocks.keys)
     out, logsum = _call(
         _attend,
         blocks,
-        _Loops.by_query(blocks),
+        Loops.by_query(blocks),
         scale,
         mask,
         inputs=[("q", q), ("k", k), ("k", v)],
@@ -189,9 +131,9 @@ def _forward(scale: float, q: Array, k: Array, v: Array, mask: AttentionMask | N
 
 
 def _backward(
-    scale: float, q: Array, k: Array, v: Array, cotangent: Array, logsum: Array, mean: Array, mask: AttentionMask | None
+    scale: float, q: Array, k: Array, v: Array, cotangent: Array, logsum: Array, mean: Array, mask: Mask
 ) -> tuple[Array, Array, Array]:
-    (s, e), (t, f), blocks = q.shape[1::2], v.shape[1::2], _Blocks.of(q, k)
+    (s, e), (t, f), blocks = q.shape[1::2], v.shape[1::2], Blocks.of(q, k)
     q, cotangent = _lay(q, blocks.queries), _lay(cotangent, blocks.queries)
     k, v = _lay(k, blocks.keys), _lay(v, blocks.keys)
     logsum, mean = (_pad(x[:, :, None], 3, blocks.queries) for x in (logsum, mean))
@@ -199,7 +141,7 @@ def _backward(
     (dq,) = _call(
         _differentiate_queries,
         blocks,
-        _Loops.by_query(blocks),
+        Loops.by_query(blocks),
         scale,
         mask,
         inputs,
@@ -209,7 +151,7 @@ def _backward(
     dk, dv = _call(
         _differentiate_keys,
         blocks,
-        _Loops.by_key(blocks),
+        Loops.by_key(blocks),
         scale,
         mask,
         inputs,
@@ -288,10 +230,10 @@ def _differentiate_keys(
 
 def _call(
     kernel: Callable,
-    blocks: _Blocks,
-    loops: _Loops,
+    blocks: Blocks,
+    loops: Loops,
     scale: float,
-    mask: AttentionMask | None,
+    mask: Mask,
     inputs: Sequence[tuple[str, Array]],
     outputs: Sequence[tuple[str, int, jnp.dtype]],
     scratch: Sequence[tuple[int, int]],
@@ -309,7 +251,8 @@ def _call(
     batch = inputs[0][1].shape[0]
     steps = (batch, *loops.steps)
     s, t = blocks.rows * blocks.queries, blocks.columns * blocks.keys
-    described = () if mask is None else _describe(mask, blocks)
+    is_rule = isinstance(mask, AttentionMask)
+    described = () if mask is None else _describe(mask, blocks) if is_rule else (_lay_matrix(mask, batch, blocks),)
 
     def spec(shape: tuple[int, ...], index: Callable) -> pl.BlockSpec:
         return pl.BlockSpec(shape, lambda *at: index(*loops.place(*at)))
@@ -330,7 +273,9 @@ def _call(
         return jax.ShapeDtypeStruct(shapes[kind], dtype)
 
     specs = [block(kind, x.shape[3]) for kind, x in inputs]
-    if described:
+    if described and not is_rule:
+        specs = [spec((1, blocks.keys, blocks.queries), lambda b, h, g, i, j: (b, j, i)), *specs]
+    elif described:
         rows = spec((1, 3, blocks.queries), lambda b, h, g, i, j: (b, 0, i))
         columns = spec((1, blocks.keys, 3), lambda b, h, g, i, j: (b, j, 0))
         specs = [rows, columns, *specs]
@@ -339,12 +284,15 @@ def _call(
         at = [pl.program_id(axis) for axis in range(4)]
         b, _, _, i, j = loops.place(*at)
         active, allowed = True, None
-        if mask is not None:
+        if is_rule:
             active_ref, queries_ref, keys_ref, *refs = refs
             active = active_ref[b, i, j] > 0
             queries = lambda: [queries_ref[0, n : n + 1] for n in range(3)]  # noqa: E731
             keys = lambda: [keys_ref[0, :, n : n + 1] for n in range(3)]  # noqa: E731
             allowed = lambda: may_attend(queries(), keys(), mask.window)  # noqa: E731
+        elif described:
+            matrix_ref, *refs = refs
+            allowed = lambda: matrix_ref[0].astype(jnp.int32) != 0  # noqa: E731
         elif blocks.real < t:
             key = lambda: jax.lax.broadcasted_iota(jnp.int32, (blocks.keys, blocks.queries), 0)  # noqa: E731
             allowed = lambda: key() < blocks.real - j * blocks.keys  # noqa: E731
@@ -355,7 +303,7 @@ def _call(
         body,
         out_shape=[result(*output) for output in outputs],
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=len(described[:1]),  # the active blocks, which a step knows before its data is there
+            num_scalar_prefetch=int(is_rule),  # the active blocks, which a step knows before its data is there
             grid=steps,
             in_specs=specs,
             out_specs=[block(kind, width) for kind, width, _ in outputs],
@@ -363,35 +311,13 @@ def _call(
         ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 3 + ("arbitrary",)),
         name=name,
-        metadata=_metadata(name, blocks, steps, widths, inputs[0][1].dtype, mask),
+        metadata=metadata(name, blocks, steps, widths, inputs[0][1].dtype, mask),
     )(*described, *(x if kind == "s" else x.reshape(*x.shape[:2], -1) for kind, x in inputs))
     shapes = {"q": (batch, s, blocks.heads, -1), "k": (batch, t, blocks.groups, -1), "s": (batch, blocks.heads, 1, s)}
     return [x.reshape(shapes[kind]) for x, (kind, *_) in zip(found, outputs, strict=True)]
 
 
-def _metadata(
-    name: str,
-    blocks: _Blocks,
-    steps: tuple[int, ...],
-    widths: Sequence[tuple[str, int]],
-    dtype: jnp.dtype,
-    mask: AttentionMask | None,
-) -> dict[str, str]:
-    """What a plan prices the kernel by (`aot.pricing`): which code it is, its steps, and those that find their block active.
-
-    A mask's values are not known when a program is compiled: a plan counts the blocks that a causal one leaves.
-    """
-    masked = "masked" if mask is not None else "padded" if blocks.real < blocks.columns * blocks.keys else "plain"
-    shape = f"{blocks.queries}x{blocks.keys} {' '.join(f'{kind}{width}' for kind, width in widths)}"
-    active = np.ones((blocks.rows, blocks.columns), bool)
-    if mask is not None:
-        first = np.arange(blocks.rows)[:, None] * blocks.queries - np.arange(blocks.columns) * blocks.keys
-        active = (first + blocks.queries > 0) & (mask.window is None or first - blocks.keys + 1 < mask.window)
-    count = round(math.prod(steps) * active.mean())
-    return {"kernel": f"{name} {shape} {dtype} {masked}", "steps": str(math.prod(steps)), "bodies": str(count)}
-
-
-def _describe(mask: AttentionMask, blocks: _Blocks) -> tuple[Array, Array, Array]:
+def _describe(mask: AttentionMask, blocks: Blocks) -> tuple[Array, Array, Array]:
     """Which blocks of queries see anything in which blocks of keys, int32 [batch, rows, columns], and the tokens of both as
     rows [batch, 3, queries] and columns [batch, keys, 3]."""
     queries, keys = (
@@ -401,6 +327,14 @@ def _describe(mask: AttentionMask, blocks: _Blocks) -> tuple[Array, Array, Array
     matrix = may_attend([queries[:, n, :, None] for n in range(3)], [keys[:, None, :, n] for n in range(3)], mask.window)
     blockwise = matrix.reshape(-1, blocks.rows, blocks.queries, blocks.columns, blocks.keys)
     return blockwise.any((2, 4)).astype(jnp.int32), queries, keys
+
+
+def _lay_matrix(mask: Bool[Array, "#b 1 #s t"], batch: int, blocks: Blocks) -> Array:
+    """A matrix as the scores are held, int8 [batch, keys, queries], False for padding."""
+    found = mask[:, 0].swapaxes(1, 2).astype(jnp.int8)
+    queries = blocks.rows * blocks.queries if mask.shape[2] == 1 else mask.shape[2]
+    found = jnp.broadcast_to(found, (batch, found.shape[1], queries))
+    return _pad(_pad(found, 1, blocks.keys), 2, blocks.queries)
 
 
 def _lay(x: Array, size: int) -> Array:

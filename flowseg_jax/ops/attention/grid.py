@@ -6,15 +6,39 @@ keys takes three times the work at SAM's sizes. Added to scores that fit into a 
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from flowseg_jax.ops.dot import matmul_f32
+from flowseg_jax.ops.dot import einsum, matmul_f32
 
 # Float32 scores of a chunk of queries: 32 queries of SAM's global attention. Twice as many take XLA:CPU half as long again.
 CHUNK_BYTES = 8 * 2**20
+
+
+def gather_rel_pos(table: Float[Array, "r e"], size: int) -> Float[Array, "q k e"]:
+    """R[q, k] = table[q - k + size - 1] for q, k < size.
+
+    Taken by a product with a 0/1 tensor: the transpose of an indexed read would be a scatter in every layer's backward pass.
+    """
+    offset = np.arange(size)[:, None] - np.arange(size)[None, :] + size - 1
+    return einsum("qkr,re->qke", jax.nn.one_hot(offset, 2 * size - 1, dtype=table.dtype), table).astype(table.dtype)
+
+
+def rel_pos_operands(
+    heads: int, q: Float[Array, "n t w"], rows: Float[Array, "r e"], columns: Float[Array, "r e"]
+) -> tuple[Float[Array, "n t h e"], Float[Array, "n t h y"], Float[Array, "n t h x"]]:
+    """The scaled queries, and the products of the unscaled ones with the relative positions of all rows and columns."""
+    n, t, _ = q.shape
+    side = math.isqrt(t)
+    q = q.reshape(n, side, side, heads, -1)
+    of_rows = einsum("nyxhe,yke->nyxhk", q, gather_rel_pos(rows.astype(q.dtype), side))
+    of_columns = einsum("nyxhe,xke->nyxhk", q, gather_rel_pos(columns.astype(q.dtype), side))
+    operands = q * q.shape[-1] ** -0.5, of_rows.astype(q.dtype), of_columns.astype(q.dtype)
+    return tuple(x.reshape(n, t, heads, -1) for x in operands)
 
 
 def fold_rel_pos(

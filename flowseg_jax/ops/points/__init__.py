@@ -5,78 +5,48 @@ four neighbouring pixels, a neighbour outside the map counting as zero.
 
 There are two forms. On CPUs and GPUs the four reads are four gathers whose results are added, which XLA fuses into one loop;
 one gather summed over an axis of four is an order of magnitude slower on CPU. A TPU reads scalars one by one, about 14 cycles
-each, and has matrix units that are idle meanwhile: there a read is a product, with a row of weights for each point.
+each: there kernels look maps up in vector memory (`kernel`).
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from flowseg_jax.ops.dot import matmul_f32
+from flowseg_jax.ops.points import kernel
+from flowseg_jax.ops.points.corners import corners, pixel_corners
+from flowseg_jax.ops.portable import kernels_allowed
 
-Corners = list[tuple[Int[Array, "*b"], Int[Array, "*b"], Float[Array, "*b"]]]
-
-
-def corners(points: Float[Array, "*b 2"], height: int, width: int) -> Corners:
-    """The four (row, column, weight) of bilinear sampling at `points`, as `pixel_corners` has them.
-
-    Coordinates and weights are float32 whatever the dtype of the points.
-    """
-    points = points.astype(jnp.float32)
-    return pixel_corners(points[..., 0] * width - 0.5, points[..., 1] * height - 0.5, height, width)
-
-
-def pixel_corners(x: Float[Array, "*b"], y: Float[Array, "*b"], height: int, width: int) -> Corners:
-    """The four (row, column, weight) of bilinear sampling at points in pixels, the centre of the first pixel at 0.
-
-    Rows and columns are clipped into the map and the weight of a neighbour outside it is zero, so that a gather may promise
-    that its indices are in bounds.
-    """
-    left, top = jnp.floor(x), jnp.floor(y)
-    out = []
-    for row, row_weight in ((top, top + 1 - y), (top + 1, y - top)):
-        for column, column_weight in ((left, left + 1 - x), (left + 1, x - left)):
-            inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
-            weight = jnp.where(inside, row_weight * column_weight, 0.0)
-            # Clipped before the conversion: a float beyond int32 would wrap.
-            row_index = jnp.clip(row, 0, height - 1).astype(jnp.int32)
-            column_index = jnp.clip(column, 0, width - 1).astype(jnp.int32)
-            out.append((row_index, column_index, weight))
-    return out
+__all__ = ["corners", "pixel_corners", "sample_features", "sample_packed_masks", "sample_points", "uncertain_points"]
 
 
 @jax.custom_vjp
 def sample_points(maps: Float[Array, "n h w"], points: Float[Array, "n p 2"]) -> Float[Array, "n p"]:
     """Bilinear samples of each map at its own points, in float32.
 
-    The gradient of the maps adds each point's share to four pixels: a scatter. On TPUs both directions are products with two
-    tents instead, one along each axis: bilinear sampling reads pixel (y, x) with the weight tent(y - y_p) tent(x - x_p).
+    The gradient of the maps adds each point's share to four pixels: a scatter. On TPUs it is a product of two tents instead,
+    one along each axis: bilinear sampling reads pixel (y, x) with the weight tent(y - y_p) tent(x - x_p).
     """
     return _read(maps, points)
 
 
 def _read(maps: Float[Array, "n h w"], points: Float[Array, "n p 2"]) -> Float[Array, "n p"]:
-    return jax.lax.platform_dependent(maps, points, tpu=_read_by_products, default=_gather)
+    fits = kernels_allowed() and kernel.reads(*maps.shape[1:])
+    return _by_platform(maps, points, default=_gather, tpu=kernel.read if fits else None)
+
+
+def _by_platform(*operands: Array, default: Callable, tpu: Callable | None) -> Array:
+    return default(*operands) if tpu is None else jax.lax.platform_dependent(*operands, tpu=tpu, default=default)
 
 
 def _tents(at: Float[Array, "*p"], size: int) -> Float[Array, "*p size"]:
     """The weight of each of `size` pixels along one axis for a point at `at`."""
     return jnp.maximum(1 - jnp.abs(at.astype(jnp.float32)[..., None] * size - 0.5 - jnp.arange(size)), 0)
-
-
-def _read_by_products(maps: Float[Array, "n h w"], points: Float[Array, "n p 2"]) -> Float[Array, "n p"]:
-    """`_gather` without a gather, one map at a time: the weights of all maps at once would be gigabytes."""
-    _, h, w = maps.shape
-
-    def one(operands: tuple[Array, Array]) -> Array:
-        pixels, at = operands
-        return (matmul_f32(_tents(at[1], h), pixels.astype(jnp.float32), 1, 0) * _tents(at[0], w)).sum(-1)
-
-    return jax.lax.map(one, (maps, jnp.moveaxis(points, -1, 1)))
 
 
 def _gather(maps: Float[Array, "n h w"], points: Float[Array, "n p 2"]) -> Float[Array, "n p"]:
@@ -109,7 +79,7 @@ def _sample_backward(saved: tuple[Array, Array], cotangent: Array) -> tuple[Arra
 
     scatter, spread = (functools.partial(form, h=h, w=w) for form in (_scatter, _spread))
     of_maps = jax.lax.platform_dependent(points, cotangent, tpu=spread, default=scatter)
-    (of_points,) = jax.vjp(lambda p: _read(maps, p), points)[1](cotangent)
+    (of_points,) = jax.vjp(lambda p: _gather(maps, p), points)[1](cotangent)
     return of_maps.astype(maps.dtype), of_points
 
 
@@ -139,9 +109,9 @@ def sample_packed_masks(
     fills the bytes.
     """
     width = masks.shape[2] * 8 if width is None else width
-    forms = (functools.partial(form, width=width) for form in (_packed_by_products, _packed_gather))
-    by_products, gather = forms
-    return jax.lax.platform_dependent(masks, points, tpu=by_products, default=gather)
+    fits = kernels_allowed() and kernel.reads(-(-width // 32), masks.shape[1])
+    tpu = functools.partial(kernel.read_packed, width=width) if fits else None
+    return _by_platform(masks, points, default=functools.partial(_packed_gather, width=width), tpu=tpu)
 
 
 def _packed_gather(masks: UInt8[Array, "n s bytes"], points: Float[Array, "n p 2"], width: int) -> Float[Array, "n p"]:
@@ -152,26 +122,6 @@ def _packed_gather(masks: UInt8[Array, "n s bytes"], points: Float[Array, "n p 2
         byte = _take(flat, row * nbytes + column // 8)
         out += weight * (byte >> (7 - column % 8).astype(jnp.uint8) & 1)
     return out
-
-
-def _packed_by_products(masks: UInt8[Array, "n s bytes"], points: Float[Array, "n p 2"], width: int) -> Float[Array, "n p"]:
-    """`_packed_gather` without a gather, one mask at a time. A 0/1 row picks a point's row of bytes: a sum of one term, and a
-    byte is exact in bfloat16. A second such sum, over the row, picks the byte."""
-    _, h, nbytes = masks.shape
-
-    def one(operands: tuple[Array, Array]) -> Array:
-        mask, at = operands[0].astype(jnp.bfloat16), operands[1].T
-        rows: dict[int, Array] = {}
-        out = 0.0
-        for corner, (row, column, weight) in enumerate(corners(at, h, width)):
-            if corner // 2 not in rows:  # the corners come row by row
-                rows[corner // 2] = matmul_f32(jax.nn.one_hot(row, h, dtype=jnp.bfloat16), mask, 1, 0)
-            chosen = jnp.arange(nbytes) == (column // 8)[:, None]
-            byte = jnp.where(chosen, rows[corner // 2], 0).sum(1).astype(jnp.int32)
-            out += weight * (byte >> (7 - column % 8) & 1)
-        return out
-
-    return jax.lax.map(one, (masks, jnp.moveaxis(points, -1, 1)))
 
 
 def uncertain_points(
@@ -189,7 +139,10 @@ def uncertain_points(
         Points without a gradient.
     """
     logits, candidates, extra = map(jax.lax.stop_gradient, (logits, candidates, extra))
-    return jnp.concatenate([_of_smallest(jnp.abs(logits), candidates, keep), extra], axis=1)
+    fits = kernels_allowed() and kernel.chooses(candidates.shape[1])
+    tpu = functools.partial(kernel.of_smallest, keep=keep) if fits else None
+    kept = _by_platform(jnp.abs(logits), candidates, default=functools.partial(_of_smallest, keep=keep), tpu=tpu)
+    return jnp.concatenate([kept, extra], axis=1)
 
 
 def _of_smallest(magnitude: Float[Array, "n c"], candidates: Float[Array, "n c 2"], keep: int) -> Float[Array, "n {keep} 2"]:
@@ -215,8 +168,7 @@ def _of_smallest(magnitude: Float[Array, "n c"], candidates: Float[Array, "n c 2
     start = jnp.zeros((n, count), bool), jnp.ones((n, count), bool), jnp.full((n, 1), keep)
     stays, alike, room = jax.lax.fori_loop(0, 31, decide, start)
     stays |= alike & (_running_count(alike) <= room)  # ties: the first
-    compact, by_products = functools.partial(_compact, keep=keep), functools.partial(_compact_by_products, keep=keep)
-    return jax.lax.platform_dependent(stays, candidates, tpu=by_products, default=compact)
+    return _compact(stays, candidates, keep)
 
 
 def _compact(stays: Bool[Array, "n c"], candidates: Float[Array, "n c 2"], keep: int) -> Float[Array, "n {keep} 2"]:
@@ -231,33 +183,6 @@ def _compact(stays: Bool[Array, "n c"], candidates: Float[Array, "n c 2"], keep:
     at = jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32), (n, count))
     first = first.at[jnp.arange(n)[:, None], counted].min(at, mode="promise_in_bounds", indices_are_sorted=True)
     return jnp.take_along_axis(candidates, first[:, 1:, None], axis=1, mode="promise_in_bounds")
-
-
-def _compact_by_products(
-    stays: Bool[Array, "n c"], candidates: Float[Array, "n c 2"], keep: int, block: int = 256
-) -> Float[Array, "n {keep} 2"]:
-    """`_compact` without a scatter or a gather: the block in which j have been counted, then the place inside it.
-
-    A 0/1 row picks the block: sums of one term, exact in float32, and in bfloat16 for counts of at most 256.
-    """
-    padded = jnp.pad(stays, ((0, 0), (0, -stays.shape[1] % block))).reshape(len(stays), -1, block)
-    within = _count_within(padded)
-    ends = jnp.cumsum(within[..., -1].astype(jnp.int32), 1)
-    values = jnp.pad(candidates, ((0, 0), (0, padded[0].size - stays.shape[1]), (0, 0))).reshape(*padded.shape, 2)
-    wanted = jnp.arange(1, keep + 1)
-
-    def one(operands: tuple[Array, Array, Array]) -> Array:
-        within, ends, values = operands
-        before = ends < wanted[:, None]  # [keep, blocks]
-        pick = jax.nn.one_hot(before.sum(1), len(ends), dtype=jnp.float32)
-        counts = matmul_f32(pick.astype(jnp.bfloat16), within.astype(jnp.bfloat16), 1, 0)
-        earlier = jnp.where(before, ends, 0).max(1)
-        place = (counts < (wanted - earlier)[:, None]).sum(1)
-        here = jnp.arange(block) == place[:, None]
-        axes = (matmul_f32(pick, values[..., axis], 1, 0) for axis in range(2))
-        return jnp.stack([jnp.where(here, x, 0).sum(1) for x in axes], -1)
-
-    return jax.lax.map(one, (within, ends, values))
 
 
 def _running_count(flags: Bool[Array, "n c"], block: int = 64) -> Int[Array, "n c"]:

@@ -1,0 +1,100 @@
+"""How attention is divided into blocks for a kernel, and what a kernel tells about that."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from flowseg_jax.ops.attention.mask import AttentionMask
+
+BLOCKS = (512, 384, 256, 128)  # tokens a block: the first of those that pad least
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """How one call is divided.
+
+    Attributes:
+        queries, keys: tokens a block.
+        rows, columns: blocks of queries and of keys.
+        heads, groups: heads of queries, and of keys and values.
+        real: keys that are no padding.
+    """
+
+    queries: int
+    keys: int
+    rows: int
+    columns: int
+    heads: int
+    groups: int
+    real: int
+
+    @classmethod
+    def of(cls, q: Array, k: Array) -> Blocks:
+        (s, h), (t, g) = q.shape[1:3], k.shape[1:3]
+        queries, keys = (min(BLOCKS, key=lambda size: -n % size) for n in (s, t))
+        return cls(queries, keys, -(-s // queries), -(-t // keys), h, g, t)
+
+    @property
+    def repeat(self) -> int:
+        """Query heads of a key/value head."""
+        return self.heads // self.groups
+
+
+@dataclasses.dataclass(frozen=True)
+class Loops:
+    """The four nested loops of a kernel, over batch elements and ...; the last adds up what the others keep apart.
+
+    Attributes:
+        steps: of each loop but the first.
+        place: what each step is about: (batch element, head, key/value head, block of queries, block of keys).
+    """
+
+    steps: tuple[int, int, int]
+    place: Callable[..., tuple]
+
+    @classmethod
+    def by_query(cls, blocks: Blocks) -> Loops:
+        """... heads, blocks of queries, blocks of keys."""
+        place = lambda b, head, i, j, *_: (b, head, jax.lax.div(head, blocks.repeat), i, j)  # noqa: E731
+        return cls((blocks.heads, blocks.rows, blocks.columns), place)
+
+    @classmethod
+    def by_key(cls, blocks: Blocks) -> Loops:
+        """... key/value heads, blocks of keys, blocks of queries of all their heads."""
+
+        def place(b, g, j, n, *_) -> tuple:
+            return b, g * blocks.repeat + jax.lax.div(n, blocks.rows), g, jax.lax.rem(n, blocks.rows), j
+
+        return cls((blocks.groups, blocks.columns, blocks.rows * blocks.repeat), place)
+
+
+def metadata(
+    name: str,
+    blocks: Blocks,
+    steps: tuple[int, ...],
+    widths: Sequence[tuple[str, int]],
+    dtype: jnp.dtype,
+    mask: AttentionMask | Array | None,
+) -> dict[str, str]:
+    """What a plan prices the kernel by (`aot.pricing`): which code it is, its steps, and those that find their block active.
+
+    A mask's values are not known when a program is compiled: a plan counts the blocks that a causal one leaves.
+    """
+    if mask is not None:
+        masked = "masked" if isinstance(mask, AttentionMask) else "matrix"
+    else:
+        masked = "padded" if blocks.real < blocks.columns * blocks.keys else "plain"
+    shape = f"{blocks.queries}x{blocks.keys} {' '.join(f'{kind}{width}' for kind, width in widths)}"
+    active = np.ones((blocks.rows, blocks.columns), bool)
+    if isinstance(mask, AttentionMask):
+        first = np.arange(blocks.rows)[:, None] * blocks.queries - np.arange(blocks.columns) * blocks.keys
+        active = (first + blocks.queries > 0) & (mask.window is None or first - blocks.keys + 1 < mask.window)
+    count = round(math.prod(steps) * active.mean())
+    return {"kernel": f"{name} {shape} {dtype} {masked}", "steps": str(math.prod(steps)), "bodies": str(count)}
