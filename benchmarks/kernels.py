@@ -158,7 +158,7 @@ CASES = (
     Case("pixel decoder", _deformable_attention(((32, 32), (64, 64), (128, 128)), 8, 32, 4)),
     Case("SAM, windows", _window(14, 2)),
     Case("rotary embedding", _rotary(2304)),
-    Case("points of the losses", _points(8, 37632, 9408, 12544)),
+    Case("points of the losses", _points(16, 37632, 9408, 12544)),
 )
 
 

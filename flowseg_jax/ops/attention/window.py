@@ -96,7 +96,9 @@ def _places(side: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return pick, put, keys
 
 
-def _call(kernel: Callable, inputs: Sequence[Array], table: Array, outputs: Sequence[Array], interpret: bool) -> list[Array]:
+def _call(
+    kernel: Callable, inputs: Sequence[Array], table: Array, outputs: Sequence[Array], interpret: bool
+) -> Sequence[Array]:
     """Runs a kernel for every window and pair of heads. Results are shaped as `outputs`."""
     n, tokens, width = inputs[0].shape
     side = math.isqrt(tokens)
@@ -139,7 +141,8 @@ def _real(ref, tokens: int) -> Array:
 
 def _half(x: Array, head: int) -> Array:
     """Zero in the lanes of the other head."""
-    mine = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1) // HEAD == head
+    lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
+    mine = lane >= HEAD if head else lane < HEAD
     return jnp.where(mine, x.astype(jnp.float32), 0.0).astype(x.dtype)
 
 

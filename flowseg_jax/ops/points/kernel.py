@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ from flowseg_jax.ops.dot import einsum
 from flowseg_jax.ops.points.corners import pixel_corners
 
 LANES = 128
+_LANE_BITS = 7
 MAPS = 8  # maps a step, the rows of a register
 POINTS = 512  # points of each map a step
 LOOKED_UP = 8  # rows of the table that are looked up before a loop begins anew
@@ -71,9 +73,10 @@ def of_smallest(
     bits = _pad(_pad(bits, 1, MOVED * LANES, largest), 0, MAPS)
     x, y = (_pad(_pad(candidates[..., axis].astype(jnp.float32), 1, MOVED * LANES), 0, MAPS) for axis in range(2))
     lanes, kept, loops = bits.shape[1], -(-keep // LANES) * LANES, bits.shape[1] // (MOVED * LANES)
-    stages, steps = (count - keep).bit_length(), len(bits) // MAPS
+    distances, steps = (count - keep).bit_length(), len(bits) // MAPS
+    stages = min(distances, _LANE_BITS), max(0, distances - _LANE_BITS)
     block = lambda width: pl.BlockSpec((MAPS, width), lambda i: (i, 0))  # noqa: E731
-    bodies = [31 * loops, loops, *[loops] * stages]
+    bodies = [31 * loops, loops, *(loops * stage for stage in stages if stage)]
     run = pl.pallas_call(
         functools.partial(_choose_kernel, keep, stages),
         grid=(steps,),
@@ -157,7 +160,7 @@ def _find(table_ref, lanes: Sequence[Array], wanted: Sequence[tuple[Array, int]]
     """table_ref[row, :, lane] for every (row, which of `lanes`) wanted."""
     registers, rounds = table_ref.shape[2] // LANES, _unrolled(table_ref.shape[2])
     inside = [lane & (LANES - 1) for lane in lanes]
-    beside = [lane >> (LANES.bit_length() - 1) for lane in lanes]
+    beside = [lane >> _LANE_BITS for lane in lanes]
     wanted = [(row * registers + beside[side], side) for row, side in wanted]
 
     def look(at: Array, found: list[Array]) -> list[Array]:
@@ -180,14 +183,16 @@ def _permute(values: Array, lane: Array) -> Array:
     return jnp.concatenate([jnp.take_along_axis(values, part, axis=1, mode="promise_in_bounds") for part in parts], 1)
 
 
-def _choose_kernel(keep: int, stages: int, bits_ref, x_in_ref, y_in_ref, x_out_ref, y_out_ref, move_ref, x_ref, y_ref) -> None:
+def _choose_kernel(
+    keep: int, stages: tuple[int, int], bits_ref, x_in_ref, y_in_ref, x_out_ref, y_out_ref, move_ref, x_ref, y_ref
+) -> None:
     """`move_ref` says how far each candidate must still move to the left: 0 for one that has arrived or does not stay."""
     registers = bits_ref.shape[1] // LANES
     at = lambda register: pl.ds(pl.multiple_of(register * LANES, LANES), LANES)  # noqa: E731
     lane = jax.lax.broadcasted_iota(jnp.int32, (MAPS, LANES), 1)
 
-    def loop(visit: Callable, state: Array | None) -> Array | None:
-        def some(n: Array, state: Array | None) -> Array | None:
+    def loop(visit: Callable, state: Any) -> Any:
+        def some(n: Array, state: Any) -> Any:
             for step in range(MOVED):
                 state = visit(n * MOVED + step, state)
             return state
@@ -227,34 +232,35 @@ def _choose_kernel(keep: int, stages: int, bits_ref, x_in_ref, y_in_ref, x_out_r
 
     refs = move_ref, x_ref, y_ref
 
-    def shift_stage(stage: int) -> None:
-        """Moves by 2 ** stage. What has moved leaves a candidate behind that does not stay."""
-        far, near = divmod(1 << stage, LANES)
+    def move(stage: Array, inside: bool) -> None:
+        """Moves by 2 ** stage lanes, or registers. What has moved leaves a candidate behind that does not stay."""
+        distance = jnp.left_shift(1, stage)
+        bit = stage if inside else stage + _LANE_BITS
 
         def arriving(register: Array | int) -> list[Array]:
-            """The register shifted in its lanes."""
             register = jnp.minimum(register, registers - 1)
-            return [pltpu.roll(ref[:, at(register)], LANES - near, 1) if near else ref[:, at(register)] for ref in refs]
+            found = [ref[:, at(register)] for ref in refs]
+            return [pltpu.roll(x, LANES - distance, 1) for x in found] if inside else found
 
         def visit(n: Array, now: list[Array] | None) -> list[Array] | None:
-            if near:
-                after = arriving(n + 1)
-                new = [jnp.where(lane < LANES - near, a, b) for a, b in zip(now, after, strict=True)]
-                there = jnp.where(lane < LANES - near, n, n + 1) < registers
+            if inside:
+                after, near = arriving(n + 1), lane < LANES - distance
+                new = [jnp.where(near, a, b) for a, b in zip(now, after, strict=True)]
+                there = near | (n + 1 < registers)
             else:
-                after, new = None, arriving(n + far)
-                there = n + far < registers
+                after, new, there = None, arriving(n + distance), n + distance < registers
             own = [ref[:, at(n)] for ref in refs]
-            comes = (new[0] >> stage & 1 == 1) & there
-            stays = jnp.where(own[0] >> stage & 1 == 1, 0, own[0])
+            comes = (new[0] >> bit & 1 == 1) & there
+            stays = jnp.where(own[0] >> bit & 1 == 1, 0, own[0])
             for ref, moved, kept in zip(refs, new, (stays, *own[1:]), strict=True):
                 ref[:, at(n)] = jnp.where(comes, moved, kept)
             return after
 
-        loop(visit, arriving(0) if near else None)
+        loop(visit, arriving(0) if inside else None)
 
-    for stage in range(stages):
-        shift_stage(stage)
+    for inside, count in zip((True, False), stages, strict=True):
+        if count:
+            jax.lax.fori_loop(0, count, lambda stage, _, inside=inside: move(stage, inside), None)
     x_out_ref[...], y_out_ref[...] = x_ref[:, : x_out_ref.shape[1]], y_ref[:, : y_out_ref.shape[1]]
 
 
@@ -263,7 +269,7 @@ def _metadata(name: str, steps: int, bodies: Sequence[int]) -> dict[str, str]:
     return {"kernel": name, "steps": str(steps), "bodies": " ".join(map(str, bodies))}
 
 
-def _on_each_device(run: Callable, *arrays: Array) -> Array | list[Array]:
+def _on_each_device(run: Callable, *arrays: Array) -> Any:
     """Runs whole on each device of the mesh axes that are left to the compiler, which cannot divide a kernel."""
     mesh = jax.sharding.get_abstract_mesh()
     axes = {axis for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto}
