@@ -13,7 +13,7 @@ from flowseg_jax.aot import pricing, roofline
 from flowseg_jax.aot.hlo import Collective, CollectiveStats, Module
 from flowseg_jax.aot.tpu_cost import Cost, CostEstimate, cycles
 from flowseg_jax.ops.attention import flash
-from flowseg_jax.ops.attention.blocks import Blocks, metadata
+from flowseg_jax.ops.attention.blocks import Blocks, Loops, metadata
 from flowseg_jax.ops.attention.mask import causal_mask
 from flowseg_jax.system.hardware import DEVICE_SPECS
 
@@ -155,6 +155,8 @@ def test_the_kernel_tells_how_many_blocks_a_causal_mask_leaves(window: int | Non
     active = int(flash._describe(mask, blocks)[0].sum())
     assert 0 < active < blocks.rows * blocks.columns
     assert (int(found["steps"]), int(found["bodies"])) == (heads * blocks.rows * blocks.columns, heads * active)
+    # The steps of a causal mask are the pairs of blocks that are not too late.
+    assert Loops.by_query(blocks, True).steps == (heads, blocks.rows * (blocks.rows + 1) // 2)
     assert metadata("attend", blocks, steps, [], jnp.dtype("float32"), None)["bodies"] == found["steps"]
 
 

@@ -41,6 +41,10 @@ class Blocks:
         queries, keys = (min(BLOCKS, key=lambda size: -n % size) for n in (s, t))
         return cls(queries, keys, -(-s // queries), -(-t // keys), h, g, t)
 
+    def meet(self, i: int, j: int) -> bool:
+        """Whether the block i of queries has a token that is no earlier than the first one of the block j of keys."""
+        return j * self.keys < (i + 1) * self.queries
+
     @property
     def repeat(self) -> int:
         """Query heads of a key/value head."""
@@ -49,30 +53,53 @@ class Blocks:
 
 @dataclasses.dataclass(frozen=True)
 class Loops:
-    """The four nested loops of a kernel, over batch elements and ...; the last adds up what the others keep apart.
+    """The nested loops of a kernel, over batch elements and ...; the last adds up what the others keep apart.
 
     Attributes:
         steps: of each loop but the first.
-        place: what each step is about: (batch element, head, key/value head, block of queries, block of keys).
+        place: what each step is about: (batch element, head, key/value head, block of queries, block of keys). It takes the
+            numbers of the loops and, last, `order`.
+        order: int32 [5, steps of the last loop] where that loop runs over pairs of blocks and leaves out those that are too
+            late: the head among those of a key/value head, the blocks of queries and keys, and whether a sum begins and ends.
+            None where a loop runs over all blocks of one kind.
     """
 
-    steps: tuple[int, int, int]
+    steps: tuple[int, ...]
     place: Callable[..., tuple]
+    order: np.ndarray | None = None
 
     @classmethod
-    def by_query(cls, blocks: Blocks) -> Loops:
+    def by_query(cls, blocks: Blocks, in_order: bool) -> Loops:
         """... heads, blocks of queries, blocks of keys."""
+        if in_order:
+            pairs = [(0, i, j) for i in range(blocks.rows) for j in range(blocks.columns) if blocks.meet(i, j)]
+            place = lambda b, head, n, *refs: (b, head, jax.lax.div(head, blocks.repeat), refs[-1][1, n], refs[-1][2, n])  # noqa: E731
+            return cls((blocks.heads, len(pairs)), place, _order(pairs, key=1))
         place = lambda b, head, i, j, *_: (b, head, jax.lax.div(head, blocks.repeat), i, j)  # noqa: E731
         return cls((blocks.heads, blocks.rows, blocks.columns), place)
 
     @classmethod
-    def by_key(cls, blocks: Blocks) -> Loops:
+    def by_key(cls, blocks: Blocks, in_order: bool) -> Loops:
         """... key/value heads, blocks of keys, blocks of queries of all their heads."""
+        if in_order:
+            kinds = range(blocks.columns), range(blocks.repeat), range(blocks.rows)
+            pairs = [(r, i, j) for j in kinds[0] for r in kinds[1] for i in kinds[2] if blocks.meet(i, j)]
+
+            def place(b, g, n, *refs) -> tuple:
+                return b, g * blocks.repeat + refs[-1][0, n], g, refs[-1][1, n], refs[-1][2, n]
+
+            return cls((blocks.groups, len(pairs)), place, _order(pairs, key=2))
 
         def place(b, g, j, n, *_) -> tuple:
             return b, g * blocks.repeat + jax.lax.div(n, blocks.rows), g, jax.lax.rem(n, blocks.rows), j
 
         return cls((blocks.groups, blocks.columns, blocks.rows * blocks.repeat), place)
+
+
+def _order(pairs: Sequence[tuple[int, int, int]], key: int) -> np.ndarray:
+    """`pairs`, and where the element `key` of them changes."""
+    changes = np.diff([pair[key] for pair in pairs]) != 0
+    return np.concatenate([np.transpose(pairs), [[True, *changes]], [[*changes, True]]]).astype(np.int32)
 
 
 def metadata(
@@ -88,7 +115,7 @@ def metadata(
     A mask's values are not known when a program is compiled: a plan counts the blocks that a causal one leaves.
     """
     if mask is not None:
-        masked = "masked" if isinstance(mask, AttentionMask) else "matrix"
+        masked = "matrix" if not isinstance(mask, AttentionMask) else "causal" if mask.in_order else "masked"
     else:
         masked = "padded" if blocks.real < blocks.columns * blocks.keys else "plain"
     shape = f"{blocks.queries}x{blocks.keys} {' '.join(f'{kind}{width}' for kind, width in widths)}"
@@ -96,5 +123,5 @@ def metadata(
     if isinstance(mask, AttentionMask):
         first = np.arange(blocks.rows)[:, None] * blocks.queries - np.arange(blocks.columns) * blocks.keys
         active = (first + blocks.queries > 0) & (mask.window is None or first - blocks.keys + 1 < mask.window)
-    count = round(math.prod(steps) * active.mean())
+    count = steps[0] * blocks.heads * active.sum()
     return {"kernel": f"{name} {shape} {dtype} {masked}", "steps": str(math.prod(steps)), "bodies": str(count)}

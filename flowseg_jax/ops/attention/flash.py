@@ -120,7 +120,7 @@ def _forward(scale: float, q: Array, k: Array, v: Array, mask: Mask) -> tuple[Ar
     out, logsum = _call(
         _attend,
         blocks,
-        Loops.by_query(blocks),
+        Loops.by_query(blocks, _in_order(mask)),
         scale,
         mask,
         inputs=[("q", q), ("k", k), ("k", v)],
@@ -141,7 +141,7 @@ def _backward(
     (dq,) = _call(
         _differentiate_queries,
         blocks,
-        Loops.by_query(blocks),
+        Loops.by_query(blocks, _in_order(mask)),
         scale,
         mask,
         inputs,
@@ -151,7 +151,7 @@ def _backward(
     dk, dv = _call(
         _differentiate_keys,
         blocks,
-        Loops.by_key(blocks),
+        Loops.by_key(blocks, _in_order(mask)),
         scale,
         mask,
         inputs,
@@ -253,6 +253,10 @@ def _call(
     s, t = blocks.rows * blocks.queries, blocks.columns * blocks.keys
     is_rule = isinstance(mask, AttentionMask)
     described = () if mask is None else _describe(mask, blocks) if is_rule else (_lay_matrix(mask, batch, blocks),)
+    ahead = 0  # arrays that a step knows before its data is there: the active blocks, and the order of the steps
+    if is_rule:
+        ahead = 1 if loops.order is None else 2
+        described = (described[0], *[jnp.asarray(loops.order)] * (ahead - 1), *described[1:])
 
     def spec(shape: tuple[int, ...], index: Callable) -> pl.BlockSpec:
         return pl.BlockSpec(shape, lambda *at: index(*loops.place(*at)))
@@ -281,11 +285,15 @@ def _call(
         specs = [rows, columns, *specs]
 
     def body(*refs) -> None:
-        at = [pl.program_id(axis) for axis in range(4)]
-        b, _, _, i, j = loops.place(*at)
+        at = [pl.program_id(axis) for axis in range(len(steps))]
+        b, _, _, i, j = loops.place(*at, *refs[:ahead])
+        first, last = at[-1] == 0, at[-1] == steps[-1] - 1
         active, allowed = True, None
         if is_rule:
-            active_ref, queries_ref, keys_ref, *refs = refs
+            active_ref, *order_refs = refs[:ahead]
+            for order_ref in order_refs:
+                first, last = (order_ref[n, at[-1]] > 0 for n in (3, 4))
+            queries_ref, keys_ref, *refs = refs[ahead:]
             active = active_ref[b, i, j] > 0
             queries = lambda: [queries_ref[0, n : n + 1] for n in range(3)]  # noqa: E731
             keys = lambda: [keys_ref[0, :, n : n + 1] for n in range(3)]  # noqa: E731
@@ -296,25 +304,29 @@ def _call(
         elif blocks.real < t:
             key = lambda: jax.lax.broadcasted_iota(jnp.int32, (blocks.keys, blocks.queries), 0)  # noqa: E731
             allowed = lambda: key() < blocks.real - j * blocks.keys  # noqa: E731
-        kernel(_Step(at[3] == 0, at[3] == steps[3] - 1, active, allowed, scale), *refs)
+        kernel(_Step(first, last, active, allowed, scale), *refs)
 
     name, widths = kernel.__name__.strip("_"), [(kind, x.shape[3]) for kind, x in inputs if kind != "s"]
     found = pl.pallas_call(
         body,
         out_shape=[result(*output) for output in outputs],
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=int(is_rule),  # the active blocks, which a step knows before its data is there
+            num_scalar_prefetch=ahead,
             grid=steps,
             in_specs=specs,
             out_specs=[block(kind, width) for kind, width, _ in outputs],
             scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
         ),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 3 + ("arbitrary",)),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * (len(steps) - 1) + ("arbitrary",)),
         name=name,
         metadata=metadata(name, blocks, steps, widths, inputs[0][1].dtype, mask),
     )(*described, *(x if kind == "s" else x.reshape(*x.shape[:2], -1) for kind, x in inputs))
     shapes = {"q": (batch, s, blocks.heads, -1), "k": (batch, t, blocks.groups, -1), "s": (batch, blocks.heads, 1, s)}
     return [x.reshape(shapes[kind]) for x, (kind, *_) in zip(found, outputs, strict=True)]
+
+
+def _in_order(mask: Mask) -> bool:
+    return isinstance(mask, AttentionMask) and mask.in_order
 
 
 def _describe(mask: AttentionMask, blocks: Blocks) -> tuple[Array, Array, Array]:

@@ -36,11 +36,14 @@ class AttentionMask:
         queries: the tokens that attend.
         keys: the tokens that are attended to.
         window: a query attends to keys less than this many positions back; None: to any.
+        in_order: queries and keys are the same tokens, numbered as they stand. So a kernel knows before it runs which blocks
+            of keys are too late for a block of queries.
     """
 
     queries: TokenInfo
     keys: TokenInfo
     window: int | None = dataclasses.field(default=None, metadata={"static": True})
+    in_order: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def materialize(self) -> Bool[Array, "b 1 s t"]:
         """The rule as a matrix."""
@@ -61,4 +64,4 @@ def causal_mask(segment_ids: Int[Array, "b n"], position_ids: Int[Array, "b n"],
     """The rule among the tokens of one row, which are read in the order in which they stand."""
     order = jnp.broadcast_to(jnp.arange(segment_ids.shape[1], dtype=jnp.int32), segment_ids.shape)
     tokens = TokenInfo(order, segment_ids, position_ids)
-    return AttentionMask(tokens, tokens, window)
+    return AttentionMask(tokens, tokens, window, in_order=True)
