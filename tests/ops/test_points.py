@@ -12,6 +12,8 @@ import torch
 
 from flowseg_jax.ops.points import (
     _gather,
+    _gather_features,
+    _gather_patches,
     _of_smallest,
     _packed_gather,
     _running_count,
@@ -174,6 +176,13 @@ def test_the_gradient_without_a_scatter_is_the_gradient():
     want = _scatter(points, cotangent, HEIGHT, WIDTH)
     got = jax.jit(_spread, static_argnums=(2, 3))(points, cotangent, HEIGHT, WIDTH)
     assert relative(got, want) < 1e-6
+
+
+def test_reading_patches_is_reading_features():
+    """What is compiled for TPUs."""
+    features, points = np.random.default_rng(9).standard_normal((HEIGHT, WIDTH, 6)).astype(np.float32), edges()[0]
+    got = jax.jit(_gather_patches)(features, points)
+    np.testing.assert_allclose(got, _gather_features(features, points), rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize(("height", "width"), [(HEIGHT, WIDTH), (3, 128), (9, 150)])

@@ -92,12 +92,29 @@ def sample_features(features: Float[Array, "h w d"], points: Float[Array, "p 2"]
     Sampling is linear: where mask logits are queries times features, sampling the features once and multiplying afterwards
     equals sampling every query's mask, at a fraction of the work (the matcher's cost uses this).
     """
+    return _by_platform(features, points, default=_gather_features, tpu=_gather_patches)
+
+
+def _gather_features(features: Float[Array, "h w d"], points: Float[Array, "p 2"]) -> Float[Array, "p d"]:
     h, w, d = features.shape
     flat = jnp.reshape(features, (h * w, d))
     out = 0.0
     for row, column, weight in corners(points, h, w):
         out += weight[:, None] * flat.at[row * w + column].get(mode="promise_in_bounds")
     return out.astype(features.dtype)
+
+
+def _gather_patches(features: Float[Array, "h w d"], points: Float[Array, "p 2"]) -> Float[Array, "p d"]:
+    """`_gather_features` with one read for each point, of a table that holds the four pixels of each place side by side."""
+    h, w, d = features.shape
+    padded = jnp.pad(features, ((1, 1), (1, 1), (0, 0)))
+    sides = slice(None, -1), slice(1, None)
+    table = jnp.concatenate([padded[row, column] for row in sides for column in sides], -1).reshape(-1, 4 * d)
+    at = points.astype(jnp.float32) * jnp.asarray([w, h], jnp.float32) - 0.5
+    left, top = (jnp.clip(jnp.floor(at[:, axis]), -1, n - 1).astype(jnp.int32) + 1 for axis, n in ((0, w), (1, h)))
+    found = table.at[top * (w + 1) + left].get(mode="promise_in_bounds").reshape(-1, 4, d)
+    weights = [weight for _, _, weight in corners(points, h, w)]
+    return sum(weight[:, None] * found[:, corner] for corner, weight in enumerate(weights)).astype(features.dtype)
 
 
 def sample_packed_masks(
