@@ -112,9 +112,9 @@ def _gather_patches(features: Float[Array, "h w d"], points: Float[Array, "p 2"]
     table = jnp.concatenate([padded[row, column] for row in sides for column in sides], -1).reshape(-1, 4 * d)
     at = points.astype(jnp.float32) * jnp.asarray([w, h], jnp.float32) - 0.5
     left, top = (jnp.clip(jnp.floor(at[:, axis]), -1, n - 1).astype(jnp.int32) + 1 for axis, n in ((0, w), (1, h)))
-    found = table.at[top * (w + 1) + left].get(mode="promise_in_bounds").reshape(-1, 4, d)
+    found = table.at[top * (w + 1) + left].get(mode="promise_in_bounds")
     weights = [weight for _, _, weight in corners(points, h, w)]
-    return sum(weight[:, None] * found[:, corner] for corner, weight in enumerate(weights)).astype(features.dtype)
+    return sum(weight[:, None] * found[:, n * d : (n + 1) * d] for n, weight in enumerate(weights)).astype(features.dtype)
 
 
 def sample_packed_masks(
