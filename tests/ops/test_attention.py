@@ -232,7 +232,7 @@ def test_flash_tells_a_plan_which_code_runs_and_how_often(rule, real, code, bodi
 
 def test_flash_reads_nothing_outside_of_its_blocks_and_nothing_that_was_not_written(monkeypatch):
     """In an interpreter of a TPU's memory, which refuses the one and makes the other NaN. Plain JAX clamps an index."""
-    monkeypatch.setattr(flash, "BLOCKS", (128,))
+    monkeypatch.setattr(blocks, "BLOCKS", (128,))
     monkeypatch.setattr(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=pltpu.InterpretParams()))
     rng = np.random.default_rng(3)
     q, k, v, ct = (jnp.asarray(rng.standard_normal((1, 130, 1, width)), jnp.float32) for width in (E, E, F, F))

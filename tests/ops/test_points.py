@@ -182,7 +182,7 @@ def test_reading_patches_is_reading_features():
     """What is compiled for TPUs."""
     features, points = np.random.default_rng(9).standard_normal((HEIGHT, WIDTH, 6)).astype(np.float32), edges()[0]
     got = jax.jit(_gather_patches)(features, points)
-    np.testing.assert_allclose(got, _gather_features(features, points), rtol=0, atol=2e-6)
+    np.testing.assert_allclose(got, _gather_features(jnp.asarray(features), points), rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize(("height", "width"), [(HEIGHT, WIDTH), (3, 128), (9, 150)])

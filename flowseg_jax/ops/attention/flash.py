@@ -255,8 +255,8 @@ def _call(
     described = () if mask is None else _describe(mask, blocks) if is_rule else (_lay_matrix(mask, batch, blocks),)
     ahead = 0  # arrays that a step knows before its data is there: the active blocks, and the order of the steps
     if is_rule:
-        ahead = 1 if loops.order is None else 2
-        described = (described[0], *[jnp.asarray(loops.order)] * (ahead - 1), *described[1:])
+        orders = [] if loops.order is None else [jnp.asarray(loops.order)]
+        described, ahead = (described[0], *orders, *described[1:]), 1 + len(orders)
 
     def spec(shape: tuple[int, ...], index: Callable) -> pl.BlockSpec:
         return pl.BlockSpec(shape, lambda *at: index(*loops.place(*at)))
