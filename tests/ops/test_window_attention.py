@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
 from flowseg_jax.ops.attention import decomposed_rel_pos_attention, grid, rel_pos_attention, window
 from flowseg_jax.ops.portable import without_kernels
@@ -55,3 +56,15 @@ def test_in_bfloat16_the_kernel_is_as_exact_as_the_plain_form():
     got += window.backward(*inputs, cotangent.astype(jnp.bfloat16), interpret=True)
     for mine, theirs in zip(got, exact, strict=True):
         np.testing.assert_allclose(mine.astype(jnp.float32), theirs, rtol=0, atol=3e-2 * float(jnp.abs(theirs).max()))
+
+
+def test_tokens_beyond_a_window_do_not_count():
+    """In an interpreter of a TPU's memory, where what no block has written is NaN."""
+    *inputs, cotangent = operands(9, 2)
+    got, gradients = (
+        run(*arguments, interpret=pltpu.InterpretParams())
+        for run, arguments in ((window.forward, inputs), (window.backward, [*inputs, cotangent]))
+    )
+    want = [window.forward(*inputs, interpret=True), *window.backward(*inputs, cotangent, interpret=True)]
+    for mine, theirs in zip([got, *gradients], want, strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-6 * float(jnp.abs(theirs).max()))

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +46,7 @@ def forward(
     rows: Float[Array, "r e"],
     columns: Float[Array, "r e"],
     *,
-    interpret: bool = False,
+    interpret: Any = False,
 ) -> Float[Array, "n t w"]:
     """`rel_pos_attention` of windows; `interpret` runs it on any platform, to be tested."""
     (out,) = _call(_forward_kernel, [q, k, v], _table(rows, columns, q.dtype), [q], interpret)
@@ -60,7 +61,7 @@ def backward(
     columns: Float[Array, "r e"],
     cotangent: Float[Array, "n t w"],
     *,
-    interpret: bool = False,
+    interpret: Any = False,
 ) -> tuple[Array, Array, Array, Array, Array]:
     """The gradients of all five operands."""
     table, transposed = jax.vjp(functools.partial(_table, dtype=q.dtype), rows, columns)
@@ -96,9 +97,7 @@ def _places(side: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return pick, put, keys
 
 
-def _call(
-    kernel: Callable, inputs: Sequence[Array], table: Array, outputs: Sequence[Array], interpret: bool
-) -> Sequence[Array]:
+def _call(kernel: Callable, inputs: Sequence[Array], table: Array, outputs: Sequence[Array], interpret: Any) -> Sequence[Array]:
     """Runs a kernel for every window and pair of heads. Results are shaped as `outputs`."""
     n, tokens, width = inputs[0].shape
     side = math.isqrt(tokens)

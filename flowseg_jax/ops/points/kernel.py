@@ -33,7 +33,7 @@ MAPS = 8  # maps a step, the rows of a register
 POINTS = 512  # points of each map a step
 LOOKED_UP = 8  # rows of the table that are looked up before a loop begins anew
 WORD = 31  # pixels of a mask by which the words of its table are apart: each holds 32, so a pixel's right neighbour too
-MOVED = 14  # registers that are worked on before a loop begins anew
+MOVED = 42  # registers that are worked on before a loop begins anew
 TABLE_BYTES = 16 * 2**20
 VMEM_BYTES = 48 * 2**20  # of the 64 MiB and more that TPUs from v5e on have
 
