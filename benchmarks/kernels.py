@@ -55,14 +55,15 @@ class Case:
     build: Callable[[], tuple[Callable, list[tuple[tuple[int, ...], str]]]]
 
 
-def _attention(tokens: int, heads: int, groups: int, key_width: int, value_width: int, masked: bool) -> Callable:
+def _attention(tokens: int, heads: int, groups: int, key_width: int, value_width: int, mask: str = "none") -> Callable:
     def build() -> tuple[Callable, list]:
         from flowseg_jax.ops.attention import flash
         from flowseg_jax.ops.attention.mask import causal_mask
 
         def both(q, k, v, ids, out, logsum, cotangent):
-            mask = causal_mask(ids, ids) if masked else None
-            return flash.forward(q, k, v, mask, 0.1), flash.backward(q, k, v, mask, 0.1, out, logsum, cotangent)
+            causal = causal_mask(ids, ids)
+            rule = {"none": None, "causal": causal, "rule": dataclasses.replace(causal, in_order=False)}[mask]
+            return flash.forward(q, k, v, rule, 0.1), flash.backward(q, k, v, rule, 0.1, out, logsum, cotangent)
 
         def of(count, width):
             return ((1, tokens, count, width), "bfloat16")
@@ -151,9 +152,10 @@ def _masked_attention(queries: int, keys: int, width: int) -> Callable:
 
 # The shapes of configs/stage3_mixed.py with each of its language models.
 CASES = (
-    Case("language model", _attention(2304, 2, 1, 128, 128, masked=True)),
-    Case("SAM, whole image", _attention(4096, 2, 2, 192, 64, masked=False)),
-    Case("SigLIP2", _attention(729, 2, 2, 72, 72, masked=False)),
+    Case("language model", _attention(2304, 2, 1, 128, 128, mask="causal")),
+    Case("language model, tokens beside a cache", _attention(2304, 2, 1, 128, 128, mask="rule")),
+    Case("SAM, whole image", _attention(4096, 2, 2, 192, 64)),
+    Case("SigLIP2", _attention(729, 2, 2, 72, 72)),
     Case("mask decoder", _masked_attention(1800, 4096, 32)),
     Case("pixel decoder", _deformable_attention(((32, 32), (64, 64), (128, 128)), 8, 32, 4)),
     Case("SAM, windows", _window(14, 2)),
