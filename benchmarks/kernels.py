@@ -35,7 +35,7 @@ from flowseg_jax.system.console import log
 TABLE = ROOT / "flowseg_jax" / "aot" / "kernel_bundles.json"
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 TOLERANCE = 0.02
-SMALLEST_REGION = 64  # bundles of a region worth telling apart
+SMALLEST_REGION = 72  # bundles of a region worth telling apart
 
 _LINE = re.compile(r"\s*(?:0x)?(?P<address>[0-9a-f]+)\s+(?:[A-Z]{2})?\s*:\s*(?P<depth>(?:>\s*)*)\{(?P<code>.*)")
 _BRANCH = re.compile(r"sbr\.rel \([^)]*\) target = \$region(\d+)")
