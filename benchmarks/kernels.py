@@ -124,12 +124,12 @@ def _window(side: int, heads: int) -> Callable:
 
 def _rotary(tokens: int) -> Callable:
     def build() -> tuple[Callable, list]:
-        from flowseg_jax.ops import rope
+        from flowseg_jax.ops import rope_kernel
 
         def both(x, scale, cos, sin, cotangent):
-            plain = rope.kernel_forward(0.0, x, None, cos, sin), rope.kernel_backward(0.0, x, None, cos, sin, cotangent)
+            plain = rope_kernel.forward(0.0, x, None, cos, sin), rope_kernel.backward(0.0, x, None, cos, sin, cotangent)
             operands = 1e-6, x, scale, cos, sin
-            return plain, rope.kernel_forward(*operands), rope.kernel_backward(*operands, cotangent)
+            return plain, rope_kernel.forward(*operands), rope_kernel.backward(*operands, cotangent)
 
         heads, angles = ((1, tokens, 8, 128), "bfloat16"), ((1, tokens, 64), "float32")
         return both, [heads, ((128,), "float32"), angles, angles, heads]

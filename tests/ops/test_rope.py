@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from flowseg_jax.models.rope import rope_cos_sin
-from flowseg_jax.ops import rope
+from flowseg_jax.ops import rope, rope_kernel
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -19,8 +19,8 @@ def test_the_kernel_is_the_plain_form(normed, dtype):
     cos, sin = rope_cos_sin(jnp.asarray(rng.integers(0, 900, (2, 150))), 128, 1e4)
     exactly = x.astype(jnp.float32)  # in bfloat16 the plain form's sum over all tokens has hardly two digits
     want, vjp = jax.vjp(lambda x, scale: rope._plain(1e-6, x, scale, cos, sin), exactly, scale)
-    got = rope.kernel_forward(1e-6, x, scale, cos, sin, interpret=True)
-    gradients = rope.kernel_backward(1e-6, x, scale, cos, sin, cotangent, interpret=True)
+    got = rope_kernel.forward(1e-6, x, scale, cos, sin, interpret=True)
+    gradients = rope_kernel.backward(1e-6, x, scale, cos, sin, cotangent, interpret=True)
     assert got.dtype == gradients[0].dtype == dtype
     exact = dtype == jnp.float32
     for mine, theirs in zip([got, *gradients], [want, *vjp(cotangent.astype(jnp.float32))], strict=True):

@@ -193,10 +193,8 @@ def rel_pos_attention(
     `rows` and `columns` are the vectors of relative positions, the same for all heads; offset 0 is in the middle. On a TPU
     small squares have a kernel of their own (`window`).
     """
-    from flowseg_jax.ops.attention import window  # Pallas takes long to import, and a CPU has no use for it
-
     divided = AxisType.Auto in jax.sharding.get_abstract_mesh().axis_types  # the compiler cannot divide a kernel
-    if kernels_allowed() and not divided and window.takes(math.isqrt(q.shape[1]), heads, q.shape[2] // heads):
+    if kernels_allowed() and not divided and grid.is_window(math.isqrt(q.shape[1]), heads, q.shape[2] // heads):
         return _windows(heads, q, k, v, rows, columns)
     scaled, of_rows, of_columns = grid.rel_pos_operands(heads, q, rows, columns)
     by_head = [x.reshape(*x.shape[:2], heads, -1) for x in (k, v)]
@@ -209,6 +207,8 @@ def _windows(heads: int, q: Array, k: Array, v: Array, rows: Array, columns: Arr
 
 
 def _windows_forward(heads: int, *operands: Array) -> tuple[Array, tuple]:
+    from flowseg_jax.ops.attention import window  # Pallas takes long to import, and a CPU has no use for it
+
     def plain(q: Array, k: Array, v: Array, rows: Array, columns: Array) -> tuple[Array, Array]:
         scaled, of_rows, of_columns = grid.rel_pos_operands(heads, q, rows, columns)
         k, v = (x.reshape(*x.shape[:2], heads, -1) for x in (k, v))
@@ -223,6 +223,8 @@ def _windows_forward(heads: int, *operands: Array) -> tuple[Array, tuple]:
 
 
 def _windows_backward(heads: int, saved: tuple, cotangent: Array) -> tuple:
+    from flowseg_jax.ops.attention import window
+
     def plain(q: Array, k: Array, v: Array, rows: Array, columns: Array, out: Array, logsum: Array, cotangent: Array) -> tuple:
         (scaled, *positions), pull = jax.vjp(functools.partial(grid.rel_pos_operands, heads), q, rows, columns)
         k, v, out, cotangent = (x.reshape(*x.shape[:2], heads, -1) for x in (k, v, out, cotangent))

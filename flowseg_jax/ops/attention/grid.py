@@ -17,6 +17,14 @@ from flowseg_jax.ops.dot import einsum, matmul_f32
 
 # Float32 scores of a chunk of queries: 32 queries of SAM's global attention. Twice as many take XLA:CPU half as long again.
 CHUNK_BYTES = 8 * 2**20
+# What the kernel of windows takes: heads of this width, and as many patches a side as have places in a register's lanes.
+HEAD = 64
+MAX_SIDE = 16
+
+
+def is_window(side: int, heads: int, width: int) -> bool:
+    """Whether the kernel of windows takes this: `side` x `side` patches, `heads` heads of `width`."""
+    return 8 <= side <= MAX_SIDE and width == HEAD and heads % 2 == 0
 
 
 def gather_rel_pos(table: Float[Array, "r e"], size: int) -> Float[Array, "q k e"]:

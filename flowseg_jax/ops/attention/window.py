@@ -23,20 +23,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
+from flowseg_jax.ops.attention.grid import HEAD, MAX_SIDE
 from flowseg_jax.ops.attention.xla import BLOCKED
 from flowseg_jax.ops.dot import matmul_f32
 
 LANES = 128
-HEAD = LANES // 2  # the only head width that the kernel takes
-MAX_SIDE = 16  # patches: the offsets of rows and of columns, and the tokens of a window, fill their places in the lanes
 KEYS = MAX_SIDE**2
 COLUMNS = 2 * MAX_SIDE  # lane of the first offset of columns; those of rows are before it
 NOTHING = LANES - 1  # a lane that is always zero
-
-
-def takes(side: int, heads: int, width: int) -> bool:
-    """Whether the kernel computes this: `side` x `side` patches, `heads` heads of `width`."""
-    return 8 <= side <= MAX_SIDE and width == HEAD and heads % 2 == 0
 
 
 def forward(

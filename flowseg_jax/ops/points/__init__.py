@@ -18,7 +18,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from flowseg_jax.ops.dot import matmul_f32
-from flowseg_jax.ops.points import kernel
 from flowseg_jax.ops.points.corners import corners, pixel_corners
 from flowseg_jax.ops.portable import kernels_allowed
 
@@ -36,12 +35,17 @@ def sample_points(maps: Float[Array, "n h w"], points: Float[Array, "n p 2"]) ->
 
 
 def _read(maps: Float[Array, "n h w"], points: Float[Array, "n p 2"]) -> Float[Array, "n p"]:
-    fits = kernels_allowed() and kernel.reads(*maps.shape[1:])
-    return _by_platform(maps, points, default=_gather, tpu=kernel.read if fits else None)
+    return _by_platform(maps, points, default=_gather, tpu=lambda kernel: kernel.reads(*maps.shape[1:]) and kernel.read)
 
 
-def _by_platform(*operands: Array, default: Callable, tpu: Callable | None) -> Array:
-    return default(*operands) if tpu is None else jax.lax.platform_dependent(*operands, tpu=tpu, default=default)
+def _by_platform(*operands: Array, default: Callable, tpu: Callable) -> Array:
+    """`default`, and on a TPU what `tpu` chooses from the kernels; it may choose nothing."""
+    if not kernels_allowed():
+        return default(*operands)
+    from flowseg_jax.ops.points import kernel  # Pallas takes long to import, and a CPU has no use for it
+
+    chosen = tpu(kernel)
+    return jax.lax.platform_dependent(*operands, tpu=chosen, default=default) if chosen else default(*operands)
 
 
 def _tents(at: Float[Array, "*p"], size: int) -> Float[Array, "*p size"]:
@@ -92,7 +96,7 @@ def sample_features(features: Float[Array, "h w d"], points: Float[Array, "p 2"]
     Sampling is linear: where mask logits are queries times features, sampling the features once and multiplying afterwards
     equals sampling every query's mask, at a fraction of the work (the matcher's cost uses this).
     """
-    return _by_platform(features, points, default=_gather_features, tpu=_gather_patches)
+    return _by_platform(features, points, default=_gather_features, tpu=lambda _: _gather_patches)
 
 
 def _gather_features(features: Float[Array, "h w d"], points: Float[Array, "p 2"]) -> Float[Array, "p d"]:
@@ -126,8 +130,8 @@ def sample_packed_masks(
     fills the bytes.
     """
     width = masks.shape[2] * 8 if width is None else width
-    fits = kernels_allowed() and kernel.reads(-(-width // 32), masks.shape[1])
-    tpu = functools.partial(kernel.read_packed, width=width) if fits else None
+    fits = lambda kernel: kernel.reads(-(-width // 32), masks.shape[1])  # noqa: E731
+    tpu = lambda kernel: fits(kernel) and functools.partial(kernel.read_packed, width=width)  # noqa: E731
     return _by_platform(masks, points, default=functools.partial(_packed_gather, width=width), tpu=tpu)
 
 
@@ -156,8 +160,8 @@ def uncertain_points(
         Points without a gradient.
     """
     logits, candidates, extra = map(jax.lax.stop_gradient, (logits, candidates, extra))
-    fits = kernels_allowed() and kernel.chooses(candidates.shape[1])
-    tpu = functools.partial(kernel.of_smallest, keep=keep) if fits else None
+    fits = lambda kernel: kernel.chooses(candidates.shape[1])  # noqa: E731
+    tpu = lambda kernel: fits(kernel) and functools.partial(kernel.of_smallest, keep=keep)  # noqa: E731
     kept = _by_platform(jnp.abs(logits), candidates, default=functools.partial(_of_smallest, keep=keep), tpu=tpu)
     return jnp.concatenate([kept, extra], axis=1)
 
