@@ -233,7 +233,7 @@ def _choose_kernel(
     refs = move_ref, x_ref, y_ref
 
     def move(stage: Array, inside: bool) -> None:
-        """Moves by 2 ** stage lanes, or registers. What has moved leaves a candidate behind that does not stay."""
+        """Moves by 2 ** stage lanes, or registers. The place that a candidate has left holds one that does not stay."""
         distance = jnp.left_shift(1, stage)
         bit = stage if inside else stage + _LANE_BITS
 
