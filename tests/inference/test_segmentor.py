@@ -318,7 +318,7 @@ def test_selections_that_make_no_sense(selection):
 @pytest.fixture
 def command(monkeypatch, model):
     """The command with a model that is there already; returns (exit code, the lines of predictions.jsonl)."""
-    monkeypatch.setattr(predict, "load", lambda directory: model)
+    monkeypatch.setattr(loading, "load", lambda directory, quantize=None: model)
 
     def run_it(out, *flags):
         code = run_flowseg(["predict", f"--out={out}", *flags])
@@ -376,7 +376,7 @@ def test_of_an_animation_the_first_frame_is_answered_and_hidden_files_are_none(c
 def test_one_image_alone_and_in_a_folder(folder, model_directory, monkeypatch, tmp_path):
     """With the network itself, byte for byte."""
     segmentor = loading.load(model_directory)
-    monkeypatch.setattr(predict, "load", lambda directory: segmentor)
+    monkeypatch.setattr(loading, "load", lambda directory, quantize=None: segmentor)
     texts = ["--text=it", "--text=the red circle"]
     assert run_flowseg(["predict", f"--image={folder}", *texts, f"--out={tmp_path / 'many'}", "--save=rle"]) == 1
     assert run_flowseg(["predict", f"--image={folder / 'c.png'}", *texts, f"--out={tmp_path / 'one'}"]) == 0
@@ -560,7 +560,7 @@ def test_chat(taught):
 
 
 def test_the_command_tells_what_the_model_wrote(taught, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(predict, "load", lambda directory: taught[0])
+    monkeypatch.setattr(loading, "load", lambda directory, quantize=None: taught[0])
     Image.fromarray(picture()).save(tmp_path / "x.png")
     texts = [f"--text={text}" for text in ASKED]
     assert run_flowseg(["predict", f"--image={tmp_path / 'x.png'}", "--generate", *texts, f"--out={tmp_path / 'out'}"]) == 0
