@@ -5,7 +5,7 @@ python docs/figures/make_architecture.py [OUT.svg]
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 from xml.etree import ElementTree as xml
 
@@ -140,4 +140,8 @@ def draw(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    draw(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).with_name("architecture.svg"))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "out", nargs="?", type=Path, default=Path(__file__).with_name("architecture.svg"), help="file that is written"
+    )
+    draw(parser.parse_args().out)

@@ -5,7 +5,7 @@ python docs/figures/make_example.py [OUT.png]
 
 from __future__ import annotations
 
-import sys
+import argparse
 import textwrap
 from pathlib import Path
 
@@ -37,4 +37,8 @@ def draw(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    draw(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).with_name("example.png"))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "out", nargs="?", type=Path, default=Path(__file__).with_name("example.png"), help="file that is written"
+    )
+    draw(parser.parse_args().out)
