@@ -27,10 +27,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.table import ROOT
 from flowseg_jax.cli.parser import Parser
 from flowseg_jax.errors import UserError
 from flowseg_jax.system.console import log
+from flowseg_jax.system.paths import ROOT
 
 TABLE = ROOT / "flowseg_jax" / "aot" / "kernel_bundles.json"
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
