@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from flowseg_jax.aot import components
 from flowseg_jax.cli.main import main as flowseg
 from flowseg_jax.models.config import FlowSegConfig
-from flowseg_jax.ops.portable import without_kernels
+from flowseg_jax.ops.portable import traced_for, without_kernels
 from flowseg_jax.training.program import TrainProgram
 from tests.aot import test_plan
 from tests.helpers.counting import products
@@ -40,7 +40,7 @@ def config_of(which: str = "full", **optimizer) -> ConfigDict:
 def test_the_components_multiply_what_the_step_does(which, names):
     """Nothing is left out and nothing is there twice, forward and backward."""
     program = TrainProgram.build(config_of(which), jax.devices()[:1])
-    with without_kernels():
+    with without_kernels(), traced_for("cpu"):  # as the step is
         by_component = {
             name: products(jax.make_jaxpr(step)(*given).jaxpr) for name, step, given in components.programs(program)
         }

@@ -27,7 +27,7 @@ NEW = 6  # tokens to generate
 def pair(request):
     """Hugging Face's model with random weights, and ours with the same. The large scale keeps it from repeating one token."""
     make, config, extra = REFERENCES[request.param]
-    reference = make(config(**SIZES, **extra, rope_parameters=dict(ROPE)))
+    reference = make(config(**SIZES | {"rope_parameters": dict(ROPE)} | extra))
     reference = hf_convert.randomise(reference, seed=len(request.param), scale=0.3)
     cfg = config_of(reference)
     return reference, model_of(cfg, params_of(hf_convert.weights(reference), cfg))
