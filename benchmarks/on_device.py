@@ -10,9 +10,9 @@ the answers of a model. `report.json` and `report.txt` in `--out` hold everythin
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # before the imports, so that a Ctrl-C while they last is as clean as later
-    from flowseg_jax.errors import run_cli
+from flowseg_jax.errors import run_cli
 
+if __name__ == "__main__":  # before the imports: `--help` is quick, and a Ctrl-C while they last is as clean as later
     run_cli("benchmarks.command_line:on_device")
 
 import collections

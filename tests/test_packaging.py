@@ -31,7 +31,7 @@ def test_the_public_api_is_imported_when_it_is_used():
         "print(flowseg_jax.load.__module__, flowseg_jax.Segmentor.__name__, flowseg_jax.FlowSegConfig.__name__)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == ["[]", "flowseg_jax.inference.segmentor Segmentor FlowSegConfig"]
+    assert done.stdout.splitlines() == ["[]", "flowseg_jax.inference.loading Segmentor FlowSegConfig"]
 
 
 def test_the_public_api_has_nothing_else():

@@ -217,16 +217,17 @@ def test_flash_passes_over_blocks_in_which_nobody_sees_anybody(monkeypatch):
     [
         (None, 384, "plain", 18),
         (None, 383, "padded", 18),
-        ({}, 384, "masked", 12),  # 6 of 9 blocks have a key that is no later than a query
-        ({"window": 1}, 384, "masked", 6),
-        ({"window": 2}, 383, "masked", 10),
+        ({}, 384, "causal", 12),  # 6 of 9 blocks have a key that is no later than a query
+        ({"in_order": False}, 384, "masked", 12),
+        ({"window": 1}, 384, "causal", 6),
+        ({"window": 2}, 383, "causal", 10),
     ],
 )
 def test_flash_tells_a_plan_which_code_runs_and_how_often(rule, real, code, bodies):
     ids = jnp.zeros((1, 3), jnp.int32)
     mask = None if rule is None else dataclasses.replace(causal_mask(ids, ids), **rule)
-    blocks = flash._Blocks(128, 128, 3, 3, 2, 1, real)
-    found = flash._metadata("attend", blocks, (1, 2, 3, 3), [("q", 128), ("k", 256)], jnp.dtype("bfloat16"), mask)
+    cut = blocks.Blocks(128, 128, 3, 3, 2, 1, real)
+    found = blocks.metadata("attend", cut, (1, 2, 3, 3), [("q", 128), ("k", 256)], jnp.dtype("bfloat16"), mask)
     assert found == {"kernel": f"attend 128x128 q128 k256 bfloat16 {code}", "steps": "18", "bodies": str(bodies)}
 
 

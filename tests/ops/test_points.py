@@ -205,7 +205,10 @@ def test_the_kernel_reads_packed_masks(height, width):
     np.testing.assert_allclose(got, _packed_gather(packed, points, width), rtol=0, atol=2e-7 * max(height, width))
 
 
-@pytest.mark.parametrize(("count", "keep"), [(30, 1), (30, 30), (300, 256), (2000, 131), (2000, 1999)])
+_LONG = [pytest.param(2000, 131, marks=pytest.mark.slow), pytest.param(2000, 1999, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize(("count", "keep"), [(30, 1), (30, 30), (300, 256), *_LONG])
 def test_the_kernel_chooses_the_same_points(count, keep):
     """Ties, zeros of both signs and infinities included."""
     rng = np.random.default_rng(8)
