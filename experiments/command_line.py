@@ -12,16 +12,16 @@ from flowseg_jax.system.console import heartbeat, log
 from flowseg_jax.system.memory import keep_freed_memory
 
 ABLATION, SEEDS = Path("runs/ablation"), "0,1,2"
-DEMO, STEPS, IMAGES = Path("runs/demo"), 1100, 60
+DEMO, STEPS, IMAGES = Path("runs/demo"), 2000, 60
 STAGES_DATA, STAGES = Path("data/stages"), Path("runs/stages")
 
 DEMO_PARTS = {  # part -> minutes on two cores that do nothing else, with the default flags
     "asks the model that comes with the repository, for a first picture": 1,
-    "makes the data, 6,000 small scenes with look-alike objects": 2,
-    "evaluates the model that comes with the repository": 2,
+    "makes the data, 6,000 small scenes with look-alike objects": 1,
+    "evaluates the model that comes with the repository": 1,
     "evaluates a model that has learned nothing, to compare with": 1,
-    "trains a mask decoder from nothing, {steps:,} steps": 7,
-    "evaluates it and explains the numbers": 2,
+    "trains a mask decoder from nothing, {steps:,} steps": 5,
+    "evaluates it and explains the numbers": 1,
 }
 
 

@@ -108,6 +108,7 @@ def main(out: Path, steps: int, images: int, beat: ProgressHeartbeat) -> str:
     show(report.read_row("this run", out / "eval"))
     show(report.read_row("this run, shuffled text", out / "eval", shuffled=True))
 
+    beat.message = "the demo"
     done = f"\n== done in {duration(time.monotonic() - started)}\n{report.table(rows)}"
     return "\n\n".join((done, explain(*rows), what_next(out)))
 
@@ -139,7 +140,7 @@ def explain(
         "are the shipped model's, as the last of the paper's three stages begins where the first two ended.",
         f"- The shipped model: {theirs['ciou']:.1f}. It is the same network, trained as a whole for {more:,} steps, "
         f"{more / steps:.0f} times as many, on more scenes.",
-        f"- The best of all candidates would give this run {after['oracle_ciou']:.1f}: the masks are learned early, choosing "
+        f"- The best of all candidates would give this run {after['oracle_ciou']:.1f}: the masks are there early, choosing "
         "the right one by the sentence comes later, and is what more steps improve.",
         f"- With the sentences of other images: {shuffled.results['val']['ciou']:.1f} for this run, "
         f"{shuffled_shipped.results['val']['ciou']:.1f} for the shipped model. The further below the real number, "
