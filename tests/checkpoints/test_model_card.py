@@ -58,6 +58,7 @@ def test_the_card_is_covered_by_the_checksums(directory):
         ({"trained_on": "x" * 3000}, r"model_card.trained_on .* a text"),
         ({"words": "abc"}, r"model_card.words is 'abc'"),
         ({"words": [1]}, r"model_card.words"),
+        ({"no_target": {"missed": 100.1}}, r"model_card.no_target.missed is 100.1, expected a number from 0 to 100"),
         ({"no_target": {"missed": "few"}}, r"model_card.no_target.missed is 'few', expected a number"),
     ],
 )

@@ -241,6 +241,8 @@ def test_notes(capsys):
     assert "rope_theta=123.0 is not read, the rotary settings say 10000.0" in said
     read("qwen3", written("qwen3") | {f"strange_{i}": i for i in range(40)})
     assert re.search(r"40 unknown keys, which are not read: (strange_\d+, ){10}\.\.\.$", capsys.readouterr().out.strip())
+    read("qwen3", written("qwen3") | {f"strange_{i}": i for i in range(10)})
+    assert capsys.readouterr().out.strip().endswith("strange_9")
     scaling = {"rope_scaling": {"rope_type": "default", "rope_theta": 5.0}}
     read("llama", written("llama") | scaling)
     assert "rope_scaling takes the place of rope_parameters, as in transformers" in capsys.readouterr().out

@@ -21,6 +21,7 @@ from flowseg_jax.losses import (
     downsample_packed_masks,
     layer_losses,
     match_cost,
+    matching,
     next_token_loss,
     normalize_terms,
     point_losses,
@@ -300,9 +301,21 @@ def test_only_the_last_layer_is_refined(two_types):
     for i in range(3):
         level = {name: PassPredictions(x.class_logits[i], x.mask_embeds[i], None) for name, x in predictions.items()}
         levels.append(layer_losses(level, targets, features, packed, cfg, refine if i == 2 else None))
+    plain = layer_losses(level, targets, features, packed, cfg, None)
     for name in predictions:
+        assert float(levels[2][name].sums["mask"]) != pytest.approx(float(plain[name].sums["mask"]), rel=1e-3)
         expected = cfg.mask_weight * sum(float(level[name].sums["mask"]) for level in levels)
         assert float(terms[f"{name}_mask"][0]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_matcher_reads_every_mask_at_the_points_of_each_pass(rng):
+    bits = rng.integers(0, 2, (2, 3, 16, 16)).astype(np.uint8)
+    y, x = rng.integers(0, 16, (2, 2, 4, 5))
+    points = (np.stack([x, y], -1) + 0.5) / 16  # the middles of pixels: their values, nothing in between
+    found = matching._read_masks(jnp.asarray(np.packbits(bits, axis=-1)), jnp.asarray(points, jnp.float32))
+    for b in range(2):
+        for r in range(4):
+            np.testing.assert_allclose(found[b, r], bits[b][:, y[b, r], x[b, r]], atol=1e-5)
 
 
 def test_points_are_chosen_once(two_types):
