@@ -8,7 +8,6 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -217,9 +216,7 @@ def run(
         local = stack.enter_context(LocalCheckpoints(local_dir, local_every, first.run_id))
         abstract, spent = state_to_tree(program.state), 0.0
         restored = local.restore(abstract, same_run, checkpoints.latest_step) or checkpoints.restore_latest(abstract, same_run)
-        start, compiled = restored.step if restored else 0, None
-        if start < config.num_steps:  # beside what makes the state: a compiler keeps one core busy
-            compiled = stack.enter_context(ThreadPoolExecutor(1)).submit(program.compile)
+        start = restored.step if restored else 0
         if restored:
             state = state_from_tree(program.state, restored.state)
             if "frozen" not in restored.state:
@@ -247,10 +244,10 @@ def run(
         stack.callback(writer.close)
         profiler = Profiler(profile, workdir / "profile")
         stack.callback(profiler.close)
-        if compiled:
+        if start < config.num_steps:
             batch = program.to_device(next(batches))
             with heartbeat("compiling the train step"):
-                train_step = compiled.result()
+                train_step = program.compile()
         report = MetricReporter(program, data, writer, start, began, spent)
 
         def meta_of(step: int) -> dict[str, Any]:

@@ -187,7 +187,7 @@ class TrainProgram:
         return cls(run_config, mesh, graphdef, rates, partition, optimizer, state, batch, jitted)
 
     def compile(self) -> jax.stages.Compiled:
-        """The step, compiled; another thread may do it."""
+        """The step, compiled."""
         return self.step.lower(self.state, self.batch).compile()
 
     def initial_state(self, config: ConfigDict) -> TrainState:

@@ -182,7 +182,7 @@ class Run:
             monkeypatch.setattr(loop, name, part)
 
     def compile(self):
-        self.events.append("compile")  # in a thread of its own
+        self.events.append("compile")
         return self.step
 
     def step(self, state, batch):
@@ -217,7 +217,7 @@ def test_a_whole_run_in_order(monkeypatch, tmp_path):
         return [*begin, *log, ("step ends", n, f"metrics {n}"), ("stop?", n), *between]
 
     save = lambda n: ["flush metrics", "flush", ("save", n, position(n), f"metrics {n}")]  # noqa: E731
-    compiled = run.events.index("compile")  # at any time between the restored checkpoint and the first step
+    compiled = run.events.index("compile")  # between the restored checkpoint and the first step
     assert run.events.index(("checkpoints", "run", {"keep": 3, "keep_every": 7, "best": ("loss", "min")})) < compiled
     assert compiled < run.events.index(("report", 0, 0.0))
     del run.events[compiled]
