@@ -13,9 +13,11 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-from flowseg_jax.synthetic.scene import REFERENCE_SIZE, Scene
+from flowseg_jax.synthetic.scene import COLOURS, REFERENCE_SIZE, SHAPES, SIZES, TEXTURES, Scene, is_held_out
 
 FAMILIES = ("attribute", "superlative", "relation", "ordinal", "negation", "two-hop")
+NO_TARGET_FAMILY = "no-target"  # refers to nothing; a set has it on demand
+NOTHING = -1  # the target of such an expression
 
 MARGIN = 5.0  # pixels of a 128 pixel image between compared positions
 WRONG_SIDE = 1.0  # how far (same unit) everything else must be on the wrong side of the anchor
@@ -23,6 +25,7 @@ CONE = 0.5  # the offset along the named direction is at least this share of the
 SIZE_RATIO = 1.2  # between the visible areas of the most extreme object and the next
 
 KINDS = ("size", "texture", "colour", "shape")
+VALUES = {"size": SIZES, "texture": TEXTURES, "colour": COLOURS, "shape": SHAPES}
 DIRECTIONS = {"left": (0, -1), "right": (0, 1), "above": (1, -1), "below": (1, 1)}  # axis, sign
 
 Descriptor = tuple[str | None, str | None, str | None, str | None]  # one value (or None) a kind, in the order of KINDS
@@ -31,7 +34,10 @@ Rows = list[tuple]  # rows that begin with their weight
 
 @dataclass(frozen=True)
 class GeneratedExpression:
-    """`text` refers to object `target`; `rivals` objects (the target included) match the head noun with its attributes."""
+    """`text` refers to object `target`, or to `NOTHING`.
+
+    `rivals` objects (the target included) match the head noun with its attributes; 0 where the text refers to nothing.
+    """
 
     text: str
     family: str
@@ -44,6 +50,18 @@ class _Candidate:
     weight: float
     rivals: int
     phrase: Callable[[Paraphraser], str]
+
+
+_SUPERLATIVES = {  # what is compared, axis, sign: the words
+    ("position", 0, -1): ("leftmost {}", "leftmost {}", "{} furthest to the left"),
+    ("position", 0, 1): ("rightmost {}", "rightmost {}", "{} furthest to the right"),
+    ("position", 1, -1): ("topmost {}", "highest {}"),
+    ("position", 1, 1): ("lowest {}", "lowest {}", "bottommost {}"),
+    ("area", 0, 1): ("largest {}", "biggest {}"),
+    ("area", 0, -1): ("smallest {}",),
+}
+_SIDES = {"left": (0, 1), "right": (0, -1), "top": (1, 1), "bottom": (1, -1)}  # axis, sign
+_RANKS = ("second", "third", "fourth")
 
 
 class Paraphraser:
@@ -95,6 +113,20 @@ class Paraphraser:
                 "below": ("below", "below", "under"),
             }[direction]
         )
+
+    def superlative(self, head: Descriptor, forms: tuple[str, ...]) -> str:
+        form = self.rng.choice(forms) if self.article else self.rng.choice([f for f in forms if "the" not in f])
+        return self.article + form.format(self.bare(head))
+
+    def ordinal(self, head: Descriptor, word: str, side: str) -> str:
+        place = f"from the {side}" if self.article else f"from {side}"
+        if self.rng.random() < 0.7:
+            return f"{self.article}{word} {self.bare(head)} {place}"
+        return f"{self.noun(head)} that is {word} {place}"
+
+    def related(self, head: Descriptor, direction: str, names: Rows) -> str:
+        link = self.rng.choice((" ", " ", " that is ")) + self.relation(direction) + " "
+        return self.noun(head) + link + self.noun(_pick(self.rng, names))
 
 
 def _bits(mask: int) -> Iterator[int]:
@@ -183,22 +215,61 @@ class ExpressionGenerator:
         (choice,) = rng.choices(options, [o.weight for o in options])
         return GeneratedExpression(choice.phrase(Paraphraser(rng)), family, target, choice.rivals)
 
+    def draw_no_target(self, rng: random.Random) -> GeneratedExpression | None:
+        """One expression that clearly refers to nothing in this scene, or None where the draw finds none.
+
+        It is about as long as the others, and close to the scene: one word of an object's description is exchanged, the rank is
+        higher than the count, or nothing is on that side of the anchor. A combination that training lacks is never asked for:
+        it would be learned as absent.
+        """
+        speaker = Paraphraser(rng)
+        draws = (self._absent_kind, self._absent_kind, self._absent_rank, self._absent_relation)
+        text = rng.choice(draws)(rng, speaker)
+        return text and GeneratedExpression(text, NO_TARGET_FAMILY, NOTHING, 0)
+
+    def _absent_kind(self, rng: random.Random, speaker: Paraphraser) -> str | None:
+        what = list(rng.choice(self.attributes))
+        for kind in rng.sample(range(3), rng.choice((0, 1, 1, 2))):
+            what[kind] = None
+        changed = rng.choice([kind for kind in range(4) if what[kind] is not None])
+        here = sorted({attributes[changed] for attributes in self.attributes})
+        what[changed] = rng.choice(here if rng.random() < 0.7 else VALUES[KINDS[changed]])
+        if tuple(what) in self.matches or (None not in what[1:] and is_held_out(what[2], what[3], what[1])):
+            return None
+        form = rng.random()
+        if form < 0.6:
+            return speaker.described(tuple(what))
+        if form < 0.8:
+            return (
+                speaker.superlative((None, *what[1:]), rng.choice(list(_SUPERLATIVES.values())))
+                if self._is_absent(what)
+                else None
+            )
+        return speaker.ordinal(tuple(what), rng.choice(_RANKS), rng.choice(list(_SIDES)))
+
+    def _absent_rank(self, rng: random.Random, speaker: Paraphraser) -> str | None:
+        head, mask = rng.choice(list(self.matches.items()))
+        if not any(head) or mask.bit_count() > len(_RANKS):
+            return None
+        return speaker.ordinal(head, rng.choice(_RANKS[mask.bit_count() - 1 :]), rng.choice(list(_SIDES)))
+
+    def _absent_relation(self, rng: random.Random, speaker: Paraphraser) -> str | None:
+        anchor, names = rng.choice(list(self.unique.items())) if self.unique else (NOTHING, [])
+        head, mask = rng.choice(list(self.matches.items()))
+        direction = rng.choice(list(DIRECTIONS))
+        others = mask & ~(1 << anchor) if names else 0
+        if not others or others & ~self.not_there[direction][anchor]:
+            return None
+        return speaker.related(head, direction, names)
+
     def _attribute(self, table: dict[int, list[_Candidate]]) -> None:
         for target, options in self.unique.items():
             for weight, what in options:
                 table[target].append(_Candidate(weight, 1, lambda s, what=what: s.described(what)))
 
     def _superlative(self, table: dict[int, list[_Candidate]]) -> None:
-        words = {
-            ("position", 0, -1): ("leftmost {}", "leftmost {}", "{} furthest to the left"),
-            ("position", 0, 1): ("rightmost {}", "rightmost {}", "{} furthest to the right"),
-            ("position", 1, -1): ("topmost {}", "highest {}"),
-            ("position", 1, 1): ("lowest {}", "lowest {}", "bottommost {}"),
-            ("area", 0, 1): ("largest {}", "biggest {}"),
-            ("area", 0, -1): ("smallest {}",),
-        }
         for weight, head, mask in self.heads:
-            for (what, axis, sign), forms in words.items():
+            for (what, axis, sign), forms in _SUPERLATIVES.items():
                 if what == "area":
                     if head[0] is not None:  # "the largest small circle" is hard to read
                         continue
@@ -208,31 +279,20 @@ class ExpressionGenerator:
                     last, best = sorted((sign * self.centres[i][axis], i) for i in _bits(mask))[-2:]
                     clear = best[0] - last[0] >= MARGIN * self.scale
                 if clear:
-
-                    def phrase(s: Paraphraser, head: Descriptor = head, forms: tuple[str, ...] = forms) -> str:
-                        form = s.rng.choice(forms) if s.article else s.rng.choice([f for f in forms if "the" not in f])
-                        return s.article + form.format(s.bare(head))
-
+                    phrase = lambda s, head=head, forms=forms: s.superlative(head, forms)  # noqa: E731
                     table[best[1]].append(_Candidate(weight, mask.bit_count(), phrase))
 
     def _ordinal(self, table: dict[int, list[_Candidate]]) -> None:
-        sides = {"left": (0, 1), "right": (0, -1), "top": (1, 1), "bottom": (1, -1)}
         for weight, head, mask in self.heads:
             if mask.bit_count() < 3:  # the second of two is a superlative in disguise
                 continue
-            for side, (axis, sign) in sides.items():
+            for side, (axis, sign) in _SIDES.items():
                 ranked = sorted((sign * self.centres[i][axis], i) for i in _bits(mask))
                 gaps = [b[0] - a[0] >= MARGIN * self.scale for a, b in itertools.pairwise(ranked)] + [True]
-                for rank, word in enumerate(("second", "third", "fourth")[: len(ranked) - 1], 1):
+                for rank, word in enumerate(_RANKS[: len(ranked) - 1], 1):
                     if not (gaps[rank - 1] and gaps[rank]):
                         continue
-
-                    def phrase(s: Paraphraser, head: Descriptor = head, word: str = word, side: str = side) -> str:
-                        place = f"from the {side}" if s.article else f"from {side}"
-                        if s.rng.random() < 0.7:
-                            return f"{s.article}{word} {s.bare(head)} {place}"
-                        return f"{s.noun(head)} that is {word} {place}"
-
+                    phrase = lambda s, head=head, word=word, side=side: s.ordinal(head, word, side)  # noqa: E731
                     table[ranked[rank][1]].append(_Candidate(weight * (1, 0.7, 0.4)[rank - 1], mask.bit_count(), phrase))
 
     def _negation(self, table: dict[int, list[_Candidate]]) -> None:
@@ -266,11 +326,7 @@ class ExpressionGenerator:
         for anchor, names in self.unique.items():
             for target, relations in self._related(anchor).items():
                 for weight, head, rivals, direction in relations:
-
-                    def phrase(s: Paraphraser, head: Descriptor = head, direction: str = direction, names: Rows = names) -> str:
-                        link = s.rng.choice((" ", " ", " that is ")) + s.relation(direction) + " "
-                        return s.noun(head) + link + s.noun(_pick(s.rng, names))
-
+                    phrase = lambda s, head=head, to=direction, names=names: s.related(head, to, names)  # noqa: E731
                     table[target].append(_Candidate(weight, rivals, phrase))
 
     def _two_hop(self, table: dict[int, list[_Candidate]]) -> None:

@@ -19,7 +19,13 @@ from pathlib import Path
 from flowseg_jax.data.workers import Spawn, init_worker
 from flowseg_jax.errors import UserError, did_you_mean
 from flowseg_jax.synthetic import refcoco_writer
-from flowseg_jax.synthetic.expressions import FAMILIES, ExpressionGenerator, GeneratedExpression, draw_families
+from flowseg_jax.synthetic.expressions import (
+    FAMILIES,
+    NO_TARGET_FAMILY,
+    ExpressionGenerator,
+    GeneratedExpression,
+    draw_families,
+)
 from flowseg_jax.synthetic.render import render
 from flowseg_jax.synthetic.scene import Scene, compose, draw_attributes, is_held_out, place
 from flowseg_jax.synthetic.statistics import Statistics
@@ -72,7 +78,8 @@ def generate(
         out: directory to create; an existing non-empty one is an error.
         images: number of images over all splits, at least 16.
         seed: any integer.
-        mix: share of each expression family (`FAMILIES`); None takes the preset's. Shares are normalised.
+        mix: share of each expression family (`FAMILIES`, and "no-target": expressions that refer to nothing, which make the
+            layout that of gRefCOCO); None takes the preset's. Shares are normalised.
         objects: fewest and most objects of a scene, within 4..10; None takes the preset's.
         preset: "default" or "hard".
         size: side of the images in pixels.
@@ -118,22 +125,23 @@ def _config(
         raise UserError(f"unknown shapes preset {preset!r}{did_you_mean(preset, PRESETS)}")
     default_mix, default_objects = PRESETS[preset]
     mix, objects = dict(mix or default_mix), tuple(objects or default_objects)
+    known = (*FAMILIES, NO_TARGET_FAMILY)
     for family, share in mix.items():
-        if family not in FAMILIES:
-            raise UserError(f"unknown expression family {family!r}{did_you_mean(family, FAMILIES)}")
+        if family not in known:
+            raise UserError(f"unknown expression family {family!r}{did_you_mean(family, known)}")
         if not (math.isfinite(share) and share >= 0):
             raise UserError(f"share of family {family!r} must be a number of at least 0, got {share}")
     total = sum(mix.values())
-    if not total > 0:
-        raise UserError("the shares of the expression families are all 0; give at least one a positive share")
+    if not total > mix.get(NO_TARGET_FAMILY, 0):
+        raise UserError("the shares of the families that refer to an object are all 0; give at least one a positive share")
     if not 4 <= objects[0] <= objects[1] <= 10:
         raise UserError(f"objects must be a range within 4..10, got {objects[0]}..{objects[1]}")
     if not 64 <= size <= 4096:
         raise UserError(f"image size must be within 64..4096 pixels, got {size}")
     if not 1 <= quality <= 100:
         raise UserError(f"JPEG quality must be within 1..100, got {quality}")
-    # Ordered by FAMILIES, so that the order in which a user lists the shares does not change the draws.
-    return GeneratorConfig(seed, size, objects, {f: mix[f] / total for f in FAMILIES if mix.get(f)}, quality)
+    # In an order of ours, so that the order in which a user lists the shares does not change the draws.
+    return GeneratorConfig(seed, size, objects, {f: mix[f] / total for f in known if mix.get(f)}, quality)
 
 
 def assign_splits(images: int, seed: int) -> list[str]:
@@ -153,7 +161,9 @@ def make_record(index: int, split: str, *, config: GeneratorConfig, folder: Path
     """Makes one image: draws scene and expressions, saves the JPEG in `folder`, returns what the annotation files need."""
     rng = random.Random(f"shapes scene {config.seed} {index}")
     held_out = split == "testB"
-    groups = _draw_groups(rng, config.mix, refs=2 if held_out else rng.choice(REFS))
+    mix = dict(config.mix)
+    absent = mix.pop(NO_TARGET_FAMILY, 0)
+    groups = _draw_groups(rng, mix, refs=2 if held_out else rng.choice(REFS))
     for _ in range(ATTEMPTS):
         scene = _draw_scene(rng, config, held_out)
         refs = scene and _refer(rng, scene, groups, held_out)
@@ -161,6 +171,8 @@ def make_record(index: int, split: str, *, config: GeneratorConfig, folder: Path
             break
     else:
         raise UserError(f"no scene found for the expression families {groups} (image {index}); use a mix with more families")
+    if absent:
+        refs = [*refs, *_no_target_refs(rng, scene, absent / (1 - absent), refs)]
     record = refcoco_writer.record(index, split, scene, refs, rng)
     render(scene, rng).save(folder / record.file_name, quality=config.quality)
     return record
@@ -227,6 +239,20 @@ def _distinct(
         else:
             return None
     return list(chosen.values())
+
+
+def _no_target_refs(
+    rng: random.Random, scene: Scene, ratio: float, refs: list[list[GeneratedExpression]]
+) -> list[list[GeneratedExpression]]:
+    """Refs of one expression that refers to nothing: about `ratio` for every expression that refers to something."""
+    known, found = ExpressionGenerator(scene), {}
+    wanted = ratio * sum(map(len, refs))
+    count = int(wanted) + (rng.random() < wanted % 1)
+    for _ in range(40 * count):  # most draws are of something that is there
+        expression = known.draw_no_target(rng) if len(found) < count else None
+        if expression:
+            found.setdefault(expression.text.replace("the ", ""), [expression])
+    return list(found.values())
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:

@@ -1,5 +1,7 @@
 """Writes scenes in the RefCOCO layout: `instances.json`, `refs(unc).p` and `images/`.
 
+With expressions that refer to nothing it is the layout of gRefCOCO: `grefs(unc).json` in place of the pickle.
+
 `scenes.jsonl` beside them holds the scene graph for checks of the benchmark itself; no reader of the layout knows it.
 """
 
@@ -15,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from flowseg_jax.synthetic import polygons
-from flowseg_jax.synthetic.expressions import GeneratedExpression
+from flowseg_jax.synthetic.expressions import NO_TARGET_FAMILY, NOTHING, GeneratedExpression
 from flowseg_jax.synthetic.scene import COLOURS, SHAPES, SIZES, TEXTURES, Scene
 from flowseg_jax.synthetic.statistics import Statistics
 
@@ -75,19 +77,7 @@ def write(root: Path, records: list[ImageRecord], seed: int, mix: Mapping[str, f
                 target = expressions[0].target
                 sentences = [_sentence(e, sentence_id + i) for i, e in enumerate(expressions)]
                 sentence_id += len(sentences)
-                refs.append(
-                    {
-                        "ref_id": len(refs) + 1,
-                        "ann_id": first + target,
-                        "category_id": r.annotations[target]["category_id"],
-                        "image_id": r.image_id,
-                        # RefCOCO's own file names carry the annotation here; readers take the name from instances.json.
-                        "file_name": f"{r.file_name.removesuffix('.jpg')}_{first + target}.jpg",
-                        "split": r.split,
-                        "sent_ids": [s["sent_id"] for s in sentences],
-                        "sentences": sentences,
-                    }
-                )
+                refs.append(_ref(r, first, len(refs) + 1, target, sentences))
             graph = [{"ann_id": first + i} | o for i, o in enumerate(r.objects)]
             row = {"image_id": r.image_id, "split": r.split, "image_size": r.size, "objects": graph}
             sidecar.write(json.dumps(row, separators=(",", ":")) + "\n")
@@ -96,11 +86,31 @@ def write(root: Path, records: list[ImageRecord], seed: int, mix: Mapping[str, f
     licence = {"id": 1, "name": "CC0", "url": "https://creativecommons.org/publicdomain/zero/1.0/"}
     instances = {"info": info, "licenses": [licence], "images": images, "annotations": annotations, "categories": CATEGORIES}
     (root / "instances.json").write_text(json.dumps(instances, separators=(",", ":")), encoding="utf-8")
+    if NO_TARGET_FAMILY in mix:
+        refs = [ref | {"ann_id": [ref["ann_id"]], "no_target": ref["ann_id"] == NOTHING} for ref in refs]
+        (root / "grefs(unc).json").write_text(json.dumps(refs, separators=(",", ":")), encoding="utf-8")
+        return statistics
     # A pickle also records which equal strings are one object, and that depends on which process made them: make all anew.
     refs = json.loads(json.dumps(refs))
     with open(root / "refs(unc).p", "wb") as file:
         pickle.dump(refs, file, protocol=2)
     return statistics
+
+
+def _ref(r: ImageRecord, first: int, ref_id: int, target: int, sentences: list[dict[str, Any]]) -> dict[str, Any]:
+    """A ref to object `target` of the image, whose first object has the id `first`."""
+    ann_id, category = (NOTHING, NOTHING) if target == NOTHING else (first + target, r.annotations[target]["category_id"])
+    return {
+        "ref_id": ref_id,
+        "ann_id": ann_id,
+        "category_id": category,
+        "image_id": r.image_id,
+        # RefCOCO's own file names carry the annotation here; readers take the name from instances.json.
+        "file_name": f"{r.file_name.removesuffix('.jpg')}_{ann_id}.jpg",
+        "split": r.split,
+        "sent_ids": [s["sent_id"] for s in sentences],
+        "sentences": sentences,
+    }
 
 
 def _image(r: ImageRecord) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from flowseg_jax.data.dataset import FORMAT, PreparedDataset
 from flowseg_jax.data.prepare import PROGRESS_SECONDS, Log, log_line, prepare
 from flowseg_jax.errors import UserError, quoted
 from flowseg_jax.synthetic import generator
+from flowseg_jax.synthetic.expressions import NO_TARGET_FAMILY
 
 
 @contextlib.contextmanager
@@ -100,7 +101,8 @@ def load_or_build_shapes(
             with _atomic_directory(directory) as temporary:
                 layout = temporary / "refcoco-like"
                 generator.generate(layout, images, seed, workers=workers, report=log, **options)
-                prepare(layout, temporary / "prepared", tokenizer_vocab=tokenizer_vocab, log=log)
+                kind = "grefcoco" if NO_TARGET_FAMILY in options.get("mix", ()) else "refcoco"
+                prepare(layout, temporary / "prepared", layout=kind, tokenizer_vocab=tokenizer_vocab, log=log)
                 (temporary / stamp.name).write_text(json.dumps(request) + "\n")
     try:
         made_with = json.loads(stamp.read_text())

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from flowseg_jax.synthetic.expressions import FAMILIES, GeneratedExpression
+from flowseg_jax.synthetic.expressions import FAMILIES, NO_TARGET_FAMILY, NOTHING, GeneratedExpression
 
 SPLITS = ("train", "val", "testA", "testB")
 
@@ -34,6 +34,8 @@ class Statistics:
             self.refs[split] += 1
             for expression in expressions:
                 self.sentences[split, expression.family] += 1
+                if expression.target == NOTHING:
+                    continue
                 self.noun_hits[expression.family] += 1 / expression.rivals
                 self.random_hits += 1 / objects
 
@@ -53,9 +55,10 @@ class Statistics:
         return self.random_hits / self.sentences.total()
 
     def __str__(self) -> str:
-        rows = [("split", "images", "refs", "sentences", *FAMILIES)]
+        shown = (*FAMILIES, NO_TARGET_FAMILY) if self.family(NO_TARGET_FAMILY) else FAMILIES
+        rows = [("split", "images", "refs", "sentences", *shown)]
         for split in SPLITS:
-            families = [self.sentences[split, f] for f in FAMILIES]
+            families = [self.sentences[split, f] for f in shown]
             rows.append(
                 (
                     split,
@@ -65,8 +68,8 @@ class Statistics:
                     *families,
                 )
             )
-        rows.append(("share", "", "", "", *(f"{100 * self.share(f):.1f}%" for f in FAMILIES)))
-        rates = (f"{100 * self.noun_hits[f] / max(1, self.family(f)):.0f}%" for f in FAMILIES)
+        rows.append(("share", "", "", "", *(f"{100 * self.share(f):.1f}%" for f in shown)))
+        rates = (f"{100 * self.noun_hits[f] / max(1, self.family(f)):.0f}%" for f in shown)
         rows.append(("noun reader", "", "", f"{100 * self.noun_reader:.0f}%", *rates))
         widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
         lines = ["  ".join(str(cell).rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
