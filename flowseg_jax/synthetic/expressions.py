@@ -240,11 +240,8 @@ class ExpressionGenerator:
         if form < 0.6:
             return speaker.described(tuple(what))
         if form < 0.8:
-            return (
-                speaker.superlative((None, *what[1:]), rng.choice(list(_SUPERLATIVES.values())))
-                if self._is_absent(what)
-                else None
-            )
+            head = (None, *what[1:])
+            return None if head in self.matches else speaker.superlative(head, rng.choice(list(_SUPERLATIVES.values())))
         return speaker.ordinal(tuple(what), rng.choice(_RANKS), rng.choice(list(_SIDES)))
 
     def _absent_rank(self, rng: random.Random, speaker: Paraphraser) -> str | None:

@@ -17,6 +17,7 @@ from PIL import Image
 from pycocotools import mask as coco
 
 from flowseg_jax.cli import data
+from flowseg_jax.data import formats
 from flowseg_jax.errors import UserError
 from flowseg_jax.synthetic import generate, generator, polygons, refcoco_writer
 from flowseg_jax.synthetic.expressions import FAMILIES
@@ -224,6 +225,35 @@ def test_the_hardest_mix_and_other_sizes_work(tmp_path: Path):
     for ref in made.refs:
         for s in ref["sentences"]:
             assert expression_parser.resolve(s["sent"], made.scenes[ref["image_id"]]["objects"]) == [ref["ann_id"]]
+
+
+def test_an_expression_can_refer_to_nothing(tmp_path: Path):
+    mix = {"attribute": 0.4, "ordinal": 0.2, "relation": 0.15, "no-target": 0.25}
+    statistics = generate(tmp_path / "x", 60, 3, mix=mix, workers=1, report=lambda line: None)
+    assert not (tmp_path / "x" / "refs(unc).p").exists()
+    refs = json.loads((tmp_path / "x" / "grefs(unc).json").read_text())
+    scenes = {row["image_id"]: row for row in map(json.loads, (tmp_path / "x" / "scenes.jsonl").read_text().splitlines())}
+    absent = [ref for ref in refs if ref["no_target"]]
+    assert {"train", "val", "testB"} <= {ref["split"] for ref in absent}
+    ranks = relations = 0
+    for ref in refs:
+        for s in ref["sentences"]:
+            objects = scenes[ref["image_id"]]["objects"]
+            assert expression_parser.resolve(s["sent"], objects) == ([] if ref["no_target"] else ref["ann_id"])
+            assert (s["family"] == "no-target") == ref["no_target"]
+            if ref["no_target"]:
+                words = set(s["sent"].split())
+                ranks += bool(words & {"second", "third", "fourth"})
+                relations += bool(words & {"above", "below", "under", "of"})
+                kinds = [words.intersection(values) for values in (COLOURS, SHAPES, TEXTURES)]
+                if all(kinds) and not words & {"above", "below", "under", "of", "left", "right", "top", "bottom"}:
+                    assert not is_held_out(*(kind.pop() for kind in kinds)), s["sent"]  # or training would say: there is none
+    sentences = [s["sent"] for ref in absent for s in ref["sentences"]]
+    assert 0.2 < statistics.share("no-target") < 0.27 and len(sentences) == statistics.family("no-target")
+    assert min(ranks, relations, len(sentences) - ranks - relations) > 0.15 * len(sentences)
+    assert "no-target" in str(statistics)
+    layout = formats.open_layout("grefcoco", tmp_path / "x")
+    assert "val" in layout.splits
 
 
 def contents(root: Path) -> dict[str, bytes]:

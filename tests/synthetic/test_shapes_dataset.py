@@ -4,6 +4,7 @@ import threading
 
 import pytest
 
+from flowseg_jax.data.records import make_samples
 from flowseg_jax.errors import UserError
 from flowseg_jax.synthetic import generator, shapes
 from tests.helpers import minirefcoco as mini
@@ -38,6 +39,15 @@ def test_makes_it_once(generated, tmp_path):
     assert first.tokenizer_directory.is_dir()
     with pytest.raises(UserError, match=r"holds a shapes set made otherwise \(seed 3 -> 4\); remove it or name another"):
         shapes.load_or_build_shapes(tmp_path / "s", 20, 4, tokenizer_vocab=300, log=quiet, objects=(4, 6))
+
+
+def test_with_expressions_that_refer_to_nothing_it_is_read_as_grefcoco(tmp_path):
+    mix = {"attribute": 0.6, "no-target": 0.4}
+    prepared = shapes.load_or_build_shapes(tmp_path / "s", 20, 3, tokenizer_vocab=300, log=quiet, workers=1, mix=mix)
+    sources = map(prepared.source, prepared.splits)
+    samples = [sample for source in sources for i in range(len(source)) for sample in make_samples(source[i])]
+    assert {bool(sample.annotations) for sample in samples if sample.family == "attribute"} == {True}
+    assert {bool(sample.annotations) for sample in samples if sample.family == "no-target"} == {False}
 
 
 def test_several_at_once_make_it_once(generated, tmp_path):
