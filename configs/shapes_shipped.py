@@ -74,6 +74,8 @@ def get_config(part: str = "final") -> ConfigDict:
     config.model.generic_pass = "off"
     config.init_from = ("runs/fine/model",)
     config.data.tokenizer = "runs/fine/tokenizer"
-    config.optimizer.learning_rate = 6e-4
+    config.optimizer.update(learning_rate=6e-4, schedule="wsd", decay_fraction=0.3)
+    config.optimizer.param_groups = (("(sam|siglip)/.*", 0.5), (".*", 1.0))
+    config.ema.decay = 0.998
     config.optimizer.losses.language_weight = 0.0
     return config

@@ -176,7 +176,7 @@ def preview(argv: Sequence[str]) -> int:
 
 
 def make_shapes(argv: Sequence[str]) -> int:
-    from flowseg_jax.synthetic.expressions import FAMILIES
+    from flowseg_jax.synthetic.expressions import FAMILIES, NO_TARGET_FAMILY
     from flowseg_jax.synthetic.generator import PRESETS, generate
 
     parser = _parser("make-shapes")
@@ -185,7 +185,7 @@ def make_shapes(argv: Sequence[str]) -> int:
     _add_seed(parser)
     mixes = f"mix of expressions and number of objects: {', '.join(PRESETS)} (default: default)"
     parser.add_argument("--preset", default="default", help=mixes)
-    families = f"overrides the preset's mix; families: {', '.join(FAMILIES)}"
+    families = f"overrides the preset's mix; families: {', '.join((*FAMILIES, NO_TARGET_FAMILY))}"
     parser.add_argument("--mix", nargs="+", metavar="FAMILY=SHARE", help=families)
     parser.add_argument("--objects", nargs=2, type=int, metavar=("MIN", "MAX"), help="objects of a scene, within 4..10")
     parser.add_argument("--size", type=int, default=128, help="side of the images in pixels (default: 128)")
