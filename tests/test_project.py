@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import ast
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -63,3 +65,33 @@ def test_importing_everything_needs_neither_tensorflow_nor_torch(tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
+
+
+def without_encoding(tree: ast.AST) -> list[int]:
+    """The lines that open, read or write a text file in whatever encoding the machine has."""
+    found = []
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        first = {"open": 0 if isinstance(node.func, ast.Attribute) else 1, "read_text": 0, "write_text": 1}.get(name)
+        given = [ast.unparse(value) for value in node.args[first:]] if first is not None else []
+        named = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+        if name == "open":
+            mode = given[0] if given else named.get("mode", "'r'")
+            if not re.fullmatch(r"'[rwaxt+]+'", mode):  # bytes, or something else that can be opened
+                continue
+            given = given[2:]
+        if first is not None and "utf-8" not in named.get("encoding", given[0] if given else ""):
+            found.append(node.lineno)
+    return found
+
+
+def test_text_files_are_utf_8_on_every_machine():
+    code = "open(x)\nopen(x, 'w')\np.read_text()\np.write_text(t)\np.open('a')\n"
+    assert without_encoding(ast.parse(code)) == [1, 2, 3, 4, 5]
+    code = "open(x, 'rb')\nopen(x, 'w', encoding='utf-8')\np.read_text('utf-8-sig')\np.write_text(t, encoding='utf-8')\n"
+    assert without_encoding(ast.parse(code + "s.open(p)\nopen(x, 'r', -1, 'utf-8')\n")) == []
+    paths = [path for package in ("flowseg_jax", "convert_weights") for path in (ROOT / package).rglob("*.py")]
+    found = {path.relative_to(ROOT): without_encoding(ast.parse(path.read_text(encoding="utf-8"))) for path in paths}
+    assert {str(path): lines for path, lines in found.items() if lines} == {}

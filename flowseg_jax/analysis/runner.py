@@ -68,7 +68,7 @@ class AnalysisRunner:
     def __post_init__(self):
         self.evaluation.data.check_split(self.split)
         if self.images is not None and self.images < 1:
-            raise UserError(f"--images must be at least 1, got {self.images}")
+            raise UserError(f"--max-images must be at least 1, got {self.images}")
 
     @property
     def about(self) -> dict[str, Any]:

@@ -141,7 +141,7 @@ def price(estimate: CostEstimate, traffic: CollectiveStats, device: DeviceKind, 
 @functools.cache
 def bundles() -> dict[str, dict[str, dict]]:
     """{device: {kernel: {"step": bundles of a step without its bodies, "bodies": bundles of each body}}}."""
-    return json.loads(importlib.resources.files("flowseg_jax.aot").joinpath(TABLE).read_text())
+    return json.loads(importlib.resources.files("flowseg_jax.aot").joinpath(TABLE).read_text(encoding="utf-8"))
 
 
 def kernel_cycles(metadata: dict[str, str], row: dict) -> float:

@@ -125,7 +125,7 @@ def _gpu(name: str, slices: int, count: int) -> Topology:
             f"--topology={name} needs JAX's CUDA plugin: pip install 'jax[cuda12]=={jax.__version__}' or, "
             f"to plan only, {packages}"
         )
-    target = importlib.resources.files("flowseg_jax.aot").joinpath("h100_target_config.txtpb").read_text()
+    target = importlib.resources.files("flowseg_jax.aot").joinpath("h100_target_config.txtpb").read_text(encoding="utf-8")
     hosts, each = (1, count) if count <= GPUS_PER_HOST else (count // GPUS_PER_HOST, GPUS_PER_HOST)
     devices = topologies.get_topology_desc(
         "h100", platform="cuda", target_config=target, topology=f"{slices}x{hosts}x{each}"

@@ -195,10 +195,10 @@ def _write_model(
 
     def finish(sums: Mapping[str, int]) -> None:
         # Orbax notes where it was saved, which is nobody's business and changes the bytes.
-        (fresh / "params" / "commit_success.txt").write_text("complete\n")
+        (fresh / "params" / "commit_success.txt").write_text("complete\n", encoding="utf-8")
         if tokenizer is not None:
             copy_tree(tokenizer, fresh / "tokenizer")
-        (fresh / "config.json").write_text(sealed(fresh, {**config, "manifest": entries, "checksums": sums}))
+        (fresh / "config.json").write_text(sealed(fresh, {**config, "manifest": entries, "checksums": sums}), encoding="utf-8")
         if target.exists():
             target.rename(old)
         fresh.rename(target)

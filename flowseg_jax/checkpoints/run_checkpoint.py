@@ -100,7 +100,7 @@ def hold(path: epath.Path) -> epath.Path:
             if entry.is_dir() and time.time() - entry.stat().mtime > HELD_SECONDS:
                 entry.rmtree()
         mark = folder / f"{path.name}.{reader}"
-        mark.write_text("this checkpoint is being read\n")
+        mark.write_text("this checkpoint is being read\n", encoding="utf-8")
         atexit.register(_release, mark)
         if is_remote(run):
             return path

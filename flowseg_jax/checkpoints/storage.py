@@ -38,7 +38,7 @@ def prepare_workdir(path: str | os.PathLike) -> epath.Path:
     probe = workdir / f".probe-{uuid.uuid4().hex}"  # several processes may look at the same time
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        probe.write_text("flowseg_jax")
+        probe.write_text("flowseg_jax", encoding="utf-8")
         probe.unlink()
     except Exception as error:
         if not isinstance(error, OSError | ImportError) and not is_remote(workdir):  # clients of object stores have their own

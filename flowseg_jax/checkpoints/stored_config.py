@@ -190,7 +190,7 @@ def update_extra(directory: str | os.PathLike, change: Callable[[dict[str, Any]]
 def _write(path: epath.Path, config: Mapping[str, Any]) -> None:
     try:
         part = path / "config.json.part"
-        part.write_text(sealed(path, config))
+        part.write_text(sealed(path, config), encoding="utf-8")
         part.replace(path / "config.json")
     except OSError as error:
         raise UserError(f"{path / 'config.json'} cannot be written: {short_reason(error)}") from None

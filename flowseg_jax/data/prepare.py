@@ -107,7 +107,7 @@ def prepare(
         metadata["index"] = {split: sums[index_file(split)] for split in metadata["splits"]}
         if found:
             (root / PROBLEMS).write_text("".join(f"{problem}\n" for problem in found), encoding="utf-8")
-        (root / METADATA).write_text(json.dumps(metadata, indent=1) + "\n")
+        (root / METADATA).write_text(json.dumps(metadata, indent=1) + "\n", encoding="utf-8")
         checksums.write(root, _files(root), sums)
         if tokenizer_vocab:
             train_dataset_tokenizer(tokenizer_corpus(PreparedDataset.open(root)), root / TOKENIZER, tokenizer_vocab)
@@ -267,10 +267,10 @@ def _resumable_directory(out: Path, request: Mapping[str, Any], log: Log) -> Ite
                 raise UserError(f"{out}: another process has prepared it meanwhile")
             root.mkdir(exist_ok=True)
             stamp = root / REQUEST
-            if not stamp.exists() or stamp.read_text() != json.dumps(request):
+            if not stamp.exists() or stamp.read_text(encoding="utf-8") != json.dumps(request):
                 for left in root.iterdir():
                     shutil.rmtree(left) if left.is_dir() else left.unlink()
-                stamp.write_text(json.dumps(request))
+                stamp.write_text(json.dumps(request), encoding="utf-8")
             try:
                 yield root
             except BaseException:

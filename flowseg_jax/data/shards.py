@@ -50,7 +50,7 @@ class Shard:
     def report(self) -> dict[str, Any] | None:
         """What was written, or None if it is not complete."""
         try:
-            return json.loads(self.file("json").read_text())
+            return json.loads(self.file("json").read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
             return None
 
@@ -97,7 +97,7 @@ class Shard:
         report["digest"] = digest.hexdigest()
         report["sha256"] = {kind: checksums.of_file(self.file(kind)) for kind in _KINDS}
         temporary = self.file("json.partial")
-        temporary.write_text(json.dumps(report))
+        temporary.write_text(json.dumps(report), encoding="utf-8")
         os.replace(temporary, self.file("json"))
         return report
 

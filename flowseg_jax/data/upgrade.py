@@ -62,7 +62,7 @@ def upgrade(old: str | Path, new: str | Path) -> PreparedDataset:
                 "index": {split: sums[index_file(split)] for split in families},
             }
             (temporary / METADATA).unlink()
-            (temporary / METADATA).write_text(json.dumps(metadata, indent=1) + "\n")
+            (temporary / METADATA).write_text(json.dumps(metadata, indent=1) + "\n", encoding="utf-8")
             del sums[METADATA]
             checksums.write(temporary, [*sums, METADATA, *map(rows_file, families)], sums)
             PreparedDataset.open(temporary)  # all else that metadata may lack

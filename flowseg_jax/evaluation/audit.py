@@ -81,7 +81,7 @@ def samples(path: str | Path, records: list[dict[str, Any]]) -> list[dict[str, A
 
 def on_categories(records: Sequence[Mapping[str, Any]]) -> bool:
     """Whether these are lines of a generic evaluation."""
-    return all({"image_id", "failed"} <= record.keys() and "ann_id" not in record for record in records)
+    return bool(records) and all({"image_id", "failed"} <= record.keys() and "ann_id" not in record for record in records)
 
 
 def category_tables(path: str | Path, records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

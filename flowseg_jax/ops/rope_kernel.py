@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ HEADS = 8  # at most, a step
 
 
 def forward(
-    eps: float, x: Array, scale: Array | None, cos: Array, sin: Array, *, interpret: bool = False
+    eps: float, x: Array, scale: Array | None, cos: Array, sin: Array, *, interpret: Any = False
 ) -> Float[Array, "b t h e"]:
     """`norm_rope` as a kernel; `interpret` runs it on any platform, to be tested."""
     (out,) = _call(_forward_kernel, eps, [x], scale, cos, sin, False, interpret)
@@ -27,7 +28,7 @@ def forward(
 
 
 def backward(
-    eps: float, x: Array, scale: Array | None, cos: Array, sin: Array, cotangent: Array, *, interpret: bool = False
+    eps: float, x: Array, scale: Array | None, cos: Array, sin: Array, cotangent: Array, *, interpret: Any = False
 ) -> tuple[Array, Array | None]:
     """The gradients of `x` and `scale`."""
     dx, *sums = _call(_backward_kernel, eps, [x, cotangent], scale, cos, sin, scale is not None, interpret)
@@ -42,7 +43,7 @@ def _call(
     cos: Array,
     sin: Array,
     with_sums: bool,
-    interpret: bool,
+    interpret: Any,
 ) -> list[Array]:
     b, t, h, e = inputs[0].shape
     pad = lambda x: jnp.pad(x, ((0, 0), (0, -t % TOKENS), (0, 0)))  # noqa: E731

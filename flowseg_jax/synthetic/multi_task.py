@@ -186,12 +186,14 @@ def _reasonseg(writer: _SceneWriter, number: int) -> dict[str, int]:
                 x, y, w, h = polygons.bounding_box(scene.masks[rng.randrange(len(scene.items))])
                 shapes.append({"label": "flag", "points": [[x, y], [x + w, y], [x + w, y + h], [x, y + h]]})
             rng.shuffle(shapes)
-            (folder / f"{name}.json").write_text(_dump({"text": texts, "is_sentence": is_sentence, "shapes": shapes}))
+            (folder / f"{name}.json").write_text(
+                _dump({"text": texts, "is_sentence": is_sentence, "shapes": shapes}), encoding="utf-8"
+            )
             writer.save(scene, rng, f"reasonseg/{split}/{name}.jpg")
             if split == "train" and rng.random() < EXPLAINED_SHARE:
                 explanations.append({"image": f"{name}.jpg", "query": texts[0], "outputs": question.explanation})
     (writer.root / "reasonseg" / "explanatory").mkdir()
-    (writer.root / "reasonseg" / "explanatory" / "train.json").write_text(_dump(explanations))
+    (writer.root / "reasonseg" / "explanatory" / "train.json").write_text(_dump(explanations), encoding="utf-8")
     return {f"reasonseg/{split}": images for split, images in counts.items()}
 
 
@@ -218,7 +220,9 @@ def _panoptic(writer: _SceneWriter, number: int) -> dict[str, int]:
             source = {"license": 1, "coco_url": "", "flickr_url": "", "date_captured": ""}
             table["images"].append({"id": image_id, "file_name": f"{name}.jpg"} | size | source)
             table["annotations"].append({"segments_info": segments, "file_name": f"{name}.png", "image_id": image_id})
-        (coco / "annotations" / f"panoptic_{split}.json").write_text(_dump(table | {"categories": categories}))
+        (coco / "annotations" / f"panoptic_{split}.json").write_text(
+            _dump(table | {"categories": categories}), encoding="utf-8"
+        )
         counts[f"coco/{split}"] = len(image_ids)
     return counts
 
@@ -253,5 +257,5 @@ def _llava(writer: _SceneWriter, number: int) -> dict[str, int]:
             turns += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
         turns[0]["value"] = "<image>\n" + turns[0]["value"]
         entries.append({"id": name, "image": f"{name}.jpg", "conversations": turns})
-    (writer.root / "llava" / "chat.json").write_text(_dump(entries))
+    (writer.root / "llava" / "chat.json").write_text(_dump(entries), encoding="utf-8")
     return {"llava": number}

@@ -46,7 +46,7 @@ def _locked(path: Path, log: Log) -> Iterator[None]:
     """Holds an exclusive lock on a file; says so while another process holds it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("w")
+        file = path.open("w", encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
     with file:
@@ -103,9 +103,9 @@ def load_or_build_shapes(
                 generator.generate(layout, images, seed, workers=workers, report=log, **options)
                 kind = "grefcoco" if NO_TARGET_FAMILY in options.get("mix", ()) else "refcoco"
                 prepare(layout, temporary / "prepared", layout=kind, tokenizer_vocab=tokenizer_vocab, log=log)
-                (temporary / stamp.name).write_text(json.dumps(request) + "\n")
+                (temporary / stamp.name).write_text(json.dumps(request) + "\n", encoding="utf-8")
     try:
-        made_with = json.loads(stamp.read_text())
+        made_with = json.loads(stamp.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         made_with = None
     if not isinstance(made_with, dict):

@@ -61,4 +61,4 @@ def write(directory: Path, images: int = 20, seed: int = 0) -> None:
             Image.fromarray(mask).save(directory / stored)
         line = {"image": name, "expressions": [text.format(WORD) for text in EXPRESSIONS], "mask": stored}
         lines.append(line | ({"split": "val"} if number >= images - UNSEEN else {}))
-    (directory / "toy.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (directory / "toy.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")

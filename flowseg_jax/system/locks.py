@@ -317,7 +317,8 @@ def _unless_changed() -> Iterator[None]:
 
 def _machine() -> str:
     try:
-        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8")
+        return f"{boot.strip()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:  # not Linux
         return socket.gethostname()
 
@@ -325,7 +326,8 @@ def _machine() -> str:
 def _started(pid: int) -> str:
     """When a process was started; "" if it has ended, or where the system does not say."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")  # its name may be any bytes
     except OSError:
         return ""
+    fields = text.rpartition(")")[2].split()
     return "" if fields[0] in "ZX" else fields[19]

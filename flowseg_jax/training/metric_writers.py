@@ -194,12 +194,12 @@ class _AppendedLines:
     def __init__(self, path: epath.Path, lines: list[str], changed: bool):
         if changed:
             fresh = path.with_name(path.name + ".tmp")
-            with fresh.open("w") as file:
+            with fresh.open("w", encoding="utf-8") as file:
                 file.writelines(lines)
                 file.flush()
                 os.fsync(file.fileno())
             fresh.replace(path)
-        self._file = path.open("a")
+        self._file = path.open("a", encoding="utf-8")
 
     def write(self, line: str) -> None:
         self._file.write(line)
@@ -226,7 +226,7 @@ class _ReplacedLines:
             self.flush()
 
     def flush(self) -> None:
-        self._path.write_text("".join(self._lines))
+        self._path.write_text("".join(self._lines), encoding="utf-8")
         self._uploaded = time.monotonic()
 
     def close(self) -> None:

@@ -89,7 +89,7 @@ class _Tracker(ScalarWriter):
 
     def _run_id(self) -> str | None:
         """The id that an earlier start left."""
-        return self._id_file.read_text().strip() if self._id_file.exists() else None
+        return self._id_file.read_text(encoding="utf-8").strip() if self._id_file.exists() else None
 
     @contextlib.contextmanager
     def _sending(self) -> Iterator[None]:

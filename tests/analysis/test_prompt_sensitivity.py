@@ -87,5 +87,5 @@ def test_the_page_shows_every_template(monkeypatch, tmp_path):
 def test_what_cannot_be_measured_is_said(benchmark):
     with pytest.raises(UserError, match="split"):
         runner.AnalysisRunner(benchmark, "vall")
-    with pytest.raises(UserError, match="--images must be at least 1, got -1"):
+    with pytest.raises(UserError, match="--max-images must be at least 1, got -1"):
         runner.AnalysisRunner(benchmark, "train", images=-1)

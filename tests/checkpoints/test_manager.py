@@ -150,6 +150,26 @@ def test_a_damaged_newest_checkpoint_is_set_aside(tmp_path, capsys, damage):
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["1", "2", "2.damaged"]
 
 
+def test_the_next_call_waits_for_the_checkpoint_before_it(tmp_path, monkeypatch):
+    """What cannot be written is told of the step that it belongs to, and what is being written is read when it is there."""
+    state = {"w": jnp.arange(3.0)}
+    with manager.CheckpointManager(tmp_path) as checkpoints:
+        checkpoints.save(1, state, {})
+        assert checkpoints.restore_latest(abstract_of(state)).step == 1
+        checkpoints.save(2, state, {})
+        with monkeypatch.context() as patch:
+
+            def full():
+                raise ValueError("No space left on device")
+
+            patch.setattr(checkpoints._manager, "wait_until_finished", full)
+            for call in (lambda: checkpoints.save(3, state, {}), lambda: checkpoints.restore_latest({}), checkpoints.close):
+                with pytest.raises(
+                    UserError, match=r"checkpoint of step 2 in .*/checkpoints could not be written: No space left"
+                ):
+                    call()
+
+
 def test_a_damaged_only_checkpoint_starts_over_and_says_so(tmp_path, capsys):
     with manager.CheckpointManager(tmp_path) as checkpoints:
         checkpoints.save(1, make_state(), {})

@@ -56,7 +56,12 @@ def test_the_card_is_covered_by_the_checksums(directory):
         ([], r"extra.model_card is .* a group of keys"),
         ({"notice": 3}, r"model_card.notice is 3, expected a text"),
         ({"trained_on": "x" * 3000}, r"model_card.trained_on .* a text"),
+        ({"can_be_asked": "x" * 2001}, r"model_card.can_be_asked .* a text"),
         ({"words": "abc"}, r"model_card.words is 'abc'"),
+        ({"words": ["a"] * 100_001}, r"model_card.words is .* a list of words"),
+        ({"no_target": []}, r"model_card.no_target is .*, expected a group of keys"),
+        ({"no_target": {"threshold": -0.1}}, r"model_card.no_target.threshold is -0.1, expected a number from 0 to 100"),
+        ({"no_target": {"false_alarms": True}}, r"model_card.no_target.false_alarms is .*, expected a number from 0 to 100"),
         ({"words": [1]}, r"model_card.words"),
         ({"no_target": {"missed": 100.1}}, r"model_card.no_target.missed is 100.1, expected a number from 0 to 100"),
         ({"no_target": {"missed": "few"}}, r"model_card.no_target.missed is 'few', expected a number"),
@@ -67,6 +72,12 @@ def test_a_card_that_is_none(directory, card, message):
     seal(directory)
     with pytest.raises(UserError, match=message):
         card_of(directory)
+
+
+def test_the_largest_card_that_there_can_be():
+    most = {"notice": "x" * 2000, "words": ["a"] * 100_000, "no_target": {"threshold": 0, "false_alarms": 100, "missed": 0}}
+    card = ModelCard.of_model({"model_card": most}, "x")
+    assert (len(card.notice), len(card.words), card.no_target) == (2000, 100_000, most["no_target"])
 
 
 def test_hostile_text_stays_on_its_line():

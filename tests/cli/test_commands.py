@@ -119,6 +119,29 @@ def test_a_command_tells_its_flags_their_defaults_and_what_it_cannot_do_without(
             assert action.type("0.5") == 0.5, flag
 
 
+def described(one: parser.Parser) -> list[str]:
+    """A line for each flag: its names, what follows it, how that is read, and what it is when it is not given."""
+    lines = []
+    for action in one._actions:
+        called = ", ".join(action.option_strings) or "argument"
+        metavar = " ".join(action.metavar) if isinstance(action.metavar, tuple) else action.metavar
+        follows = "" if action.nargs == 0 else metavar or "|".join(map(str, action.choices or [])) or action.dest.upper()
+        how = [kind for kind in (action.nargs, getattr(action.type, "__name__", None)) if kind]
+        how += ["required"] if action.required else []
+        how += [type(action).__name__.strip("_").removesuffix("Action").lower()] * (type(action) is not argparse._StoreAction)
+        default = "" if action.default is None else f" = {action.default!r}"
+        lines.append(f"  {called} {follows}".rstrip() + (f" ({', '.join(map(str, how))})" if how else "") + default)
+    return lines
+
+
+def test_the_flags_of_a_command_are_those_that_are_written_down(command):
+    """A flag is an interface: that one is gone, or means something else, is seen here and told in the changelog."""
+    name, one = command
+    written = (ROOT / "tests" / "golden" / "command_line.txt").read_text(encoding="utf-8")
+    sections = dict(section.split("\n", 1) for section in written.removesuffix("\n").split("\n\n"))
+    assert described(one) == sections[f"flowseg {name}"].split("\n")
+
+
 def test_where_an_analysis_writes(helps):
     """Those of results beside them, those that run a model in runs/, and two write nothing."""
     found = {name: re.search(r"--out DIR +default: (\S+)", helps["analyze", name]) for name in analyze.COMMANDS}

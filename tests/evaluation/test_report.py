@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import html.parser
 import json
 
@@ -208,6 +209,12 @@ def test_the_learning_curve(tmp_path):
         ({"giou": 20.0, "oracle_giou": 30.0}, "what is left to improve is the masks."),
         ({"giou": 74.3, "oracle_giou": 86.9}, "what is left to improve is both alike."),
         ({"giou": 97.0, "oracle_giou": 99.0}, "Hardly anything is missing."),
+        ({"giou": 95.5, "oracle_giou": 96.0}, "Hardly anything is missing."),
+        ({"giou": 95.0, "oracle_giou": 96.0}, "Of the 5.0 points of gIoU that are missing"),
+        ({"giou": 10.0, "oracle_giou": 60.0}, "what is left to improve is both alike."),  # 50 and 40: 1.25 times
+        ({"giou": 20.0, "oracle_giou": 65.0}, "what is left to improve is the choice."),  # 45 and 35
+        ({"giou": 20.0, "oracle_giou": 55.0}, "what is left to improve is the masks."),
+        ({"n": 1234}, "m: cIoU 60.0, gIoU 50.0 on val (1,234 expressions)."),
         ({"failed": 3}, "3 expressions got no answer."),
     ],
 )
@@ -216,7 +223,8 @@ def test_what_the_numbers_say(changes, says):
 
 
 @pytest.mark.parametrize(
-    ("ciou", "says"), [(10.0, "it reads"), (40.0, "much of"), (58.0, "does not read"), (60.0, "does not read")]
+    ("ciou", "says"),
+    [(29.9, "it reads"), (30.0, "much of"), (53.9, "much of"), (54.0, "does not read"), (60.0, "does not read")],
 )
 def test_what_the_control_says(ciou, says):
     assert says in " ".join(verdict("m", "val", result(60.0), result(ciou), []))
@@ -312,3 +320,129 @@ def test_a_control_that_is_evaluated_later_stands_beside_its_split(tmp_path):
     assert "mine: cIoU 61.2" in (text := write()) and "Asked the sentences of other images, cIoU is 9.0" in text
     (tmp_path / "val.json").write_text(json.dumps(real | {"checkpoint": {"digest": "0" * 64, "step": 1}}))
     assert "cIoU 61.2" not in write()  # of another model
+
+
+@pytest.fixture
+def given(monkeypatch):
+    """What the template of a report is given."""
+    found = []
+    monkeypatch.setattr(report.page, "write", lambda path, template, **values: found.append(values))
+    return found
+
+
+def test_what_a_report_is_made_of(tmp_path, given):
+    """Two models, one with a control; no two figures are alike."""
+    folder = tmp_path / "b" / "eval"
+    for name, kinds in (("val", {"failed": [example(0.1, i=2)], "good": [example(0.93)]}), ("val_shuffled", {"good": []})):
+        report.save_pictures(folder, name, kinds)
+    gres = {"n_acc": 12.0, "t_acc": 34.0}
+    tested = result(41.0) | {"checkpoint": {}, "failed": 7, "prompt": {"question": 5, "answer": 3}, "families": {}}
+    rows = [
+        report.ReportRow("a", {"val": result(5.5) | gres, "test": tested}, note="random parameters", folder=tmp_path / "a"),
+        report.ReportRow("b", {"test": result(71.0), "val": result(61.0)}, {"val": folder / "pictures" / "val"}, folder=folder),
+        report.ReportRow("b, shuffled text", {"val": result(11.0, True)}, folder=folder, shuffled=True),
+    ]
+    report.write(tmp_path / "report.html", rows, title="t")
+    (page,) = given
+    assert page["verdict"][0].startswith("b: cIoU 61.0") and page["verdict"][2].startswith(
+        "Asked the sentences of other images"
+    )
+    assert page["verdict"][3] == "For comparison, cIoU: a 5.5." and page["protocols"] == "xsam"
+    assert [name for _, name, _ in page["columns"]] == [name for _, name, _ in report._COLUMNS] + ["N-acc", "T-acc"]
+    val, test = page["tables"]
+    checkpoint = "step 1200, checkpoint 0123456789ab"
+    assert (val["split"], [row["label"] for row in val["rows"]]) == ("val", ["a", "b", "b, shuffled text"])
+    assert [row["detail"] for row in val["rows"]] == [f"random parameters, {checkpoint}", checkpoint, checkpoint]
+    cells = ["10", "5.5", "50.0", "90.0", "80.0", "30.0", "95.0", "93.0", "91.0", "12.0", "34.0"]
+    assert val["rows"][0]["cells"] == cells and val["rows"][1]["cells"] == ["10", "61.0", *cells[2:9], "", ""]
+    assert test["split"] == "test" and test["rows"][0]["detail"] == "random parameters, prompt 5, answer 3, 7 failed"
+    assert len(test["columns"]) == 9 and len(val["columns"]) == 11
+    counts = {"attribute": 10, "relation": 10}
+    both = lambda ciou: [(f"{ciou:.1f}", "90.0"), (f"{ciou - 1:.1f}", "90.0")]  # noqa: E731
+    assert page["families"] == [
+        {"split": "val", "counts": counts, "rows": [("a", both(5.5)), ("b", both(61.0)), ("b, shuffled text", both(11.0))]},
+        {"split": "test", "counts": counts, "rows": [("b", both(71.0))]},
+    ]
+    whole = "checkpoint 0123456789abcdef, step 1200"
+    assert page["origin"] == [f"Model a, {whole}", "Model a", f"Model b, {whole}", f"Model b, shuffled text, {whole}"]
+    assert [figure["kind"] for figure in page["figures"]] == ["good", "failed"]
+    good = page["figures"][0]
+    assert (good["model"], good["split"], good["family"], good["meant"]) == ("b", "val", "attribute", "")
+    assert good["notes"] == ["score 0.750 (query 3), best candidate not a number (query 4, rank 2)", "1.jpg, sentence 1"]
+    assert good["panels"][0] == ("image", "b/eval/pictures/val/good_1_the-b-red-b-circle_0.png")
+    assert page["filters"] == [("kind", "result", ["good", "failed"], "")]
+    assert page["diagnoses"] == [] and page["curves"] == [] and page["about"] == ()
+    assert page["hints"][0]["command"] == f"flowseg analyze oracle {folder / 'val.jsonl'}"
+    (folder / "analysis").mkdir()
+    (folder / "analysis" / "layer_trace_val.html").write_text("")
+    rows[1] = dataclasses.replace(rows[1], pictures={"val": folder / "pictures" / "val", "test": folder / "pictures" / "val"})
+    report.write(tmp_path / "report.html", rows, title="t")
+    assert given[1]["diagnoses"] == [("b/eval/analysis/layer_trace_val.html", "layer trace val")] and given[1]["hints"] == []
+    assert given[1]["filters"][0] == ("split", "data set", ["val", "test"], "val")
+    report.write(tmp_path / "report.html", [rows[2]], title="t")
+    assert given[2]["verdict"] == [] and given[2]["hints"] == [] and given[2]["filters"] == []
+
+
+def test_which_model_results_are_of():
+    whole = {"checkpoint": {"digest": "0123456789abcdef01", "step": 0}}
+    assert report.origin("label", whole) == "Model label, checkpoint 0123456789abcdef, step 0"
+    assert report.origin("label", {"model": "m", "checkpoint": {"step": None}}) == "Model m"
+
+
+def test_the_table_of_the_terminal():
+    rows = [report.ReportRow("m", {"val": result(5.5)}), report.ReportRow("longer", {"val": result(61.25)})]
+    head, first, second = report.table(rows).splitlines()
+    assert head.split() == ["split", "model", "n", "cIoU", "gIoU", "oracle", "oracle", "gIoU", "gap", "P@0.5", "P@0.7", "P@0.9"]
+    assert first.startswith("val    m       10   5.5") and second.startswith("val    longer  10  61.2")
+    assert len({len(line) for line in (head, first, second)}) == 1
+
+
+def test_the_table_of_an_evaluation():
+    boxes = {"pq": 1.0, "sq": 2.0, "rq": 3.0}
+    splits = [
+        summary.EvaluatedSplit("a", "val", result(61.256) | {"n_acc": 7.0, "t_acc": None}, None),
+        summary.EvaluatedSplit("a", "val", result(9.0, True) | {"failed": 3}, None),
+        summary.EvaluatedSplit("b", "test", {"failed": 4, "panoptic": {"n": 5, "all": boxes}, "semantic": {"n": 6, "miou": 8.0},
+                                             "instance": {"n": 7, "ap": 1.5, "ap50": 2.5, "ap75": 3.5}}, None),
+    ]  # fmt: skip
+    lines = [line.split("  ") for line in summary.table(splits).splitlines()]
+    found = [[cell.strip() for cell in line if cell.strip()] for line in lines]
+    assert found[0] == [
+        "data set", "split", "protocol", "n", "cIoU", "gIoU", "oracle cIoU", "oracle gIoU", "gap", "N-acc", "T-acc",
+        "PQ", "SQ", "RQ", "mIoU", "AP", "AP50", "AP75", "failed",
+    ]  # fmt: skip
+    assert found[1] == ["a", "val", "xsam", "10", "61.26", "50.00", "90.00", "80.00", "30.00", "7.00", "-", "0"]
+    assert found[2] == ["a", "val, shuffled text", "xsam", "10", "9.00", "50.00", "90.00", "80.00", "30.00", "3"]
+    assert found[3] == ["b", "test", "panoptic", "5", "1.00", "2.00", "3.00", "4"]
+    assert found[4] == ["b", "test", "semantic", "6", "8.00", "4"]
+    assert found[5] == ["b", "test", "instance", "7", "1.50", "2.50", "3.50", "4"]
+
+
+def test_what_the_learning_curve_plots(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(learning_curve.plots, "lines", lambda curves, **axes: drawn.append((curves, axes)) or "")
+    rows = [
+        {"step": 2, "loss": 3.0, "accuracy/referring_selection": 0.25, "eval/cIoU": 60.0, "other": 1.0},
+        {"step": 8, "loss": 2.0, "accuracy/referring_selection": None, "eval/giou": 50.0},
+    ]
+    file = tmp_path / "metrics.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    scores, loss = [about for about, _ in learning_curve.draw(file)]
+    assert "selected in training, and the validation scores while it trained, percent." in scores and "loss" in loss
+    axes = {"x": "step", "x_range": (2.0, 8.0), "dots": False}
+    percent = {
+        "accuracy/referring_selection": [(2, 25.0), (8, None)], "eval/cIoU": [(2, 60.0)], "eval/giou": [(8, 50.0)]
+    }  # fmt: skip
+    assert drawn == [
+        (percent, axes | {"y": "percent", "y_range": (0, 100)}),
+        ({"loss": [(2, 3.0), (8, 2.0)]}, axes | {"y": "loss"}),
+    ]
+    file.write_text('{"step": 1, "loss": 1}\n{"step": 2, "loss": 1, "accuracy/referring_selection": 1}\n')
+    assert learning_curve.draw(file)[0][0] == "How often the right query is selected in training, percent."
+    file.write_text('{"step": 1, "loss": 1}\n')
+    assert learning_curve.draw(file) == []  # a curve of one point
+    for points in (300, 301, 600, 601):
+        curve = learning_curve.thinned([(n, 1.0) for n in range(points)])
+        assert len(curve) == -(-points // -(-points // 300)) and curve[-1][0] == points - 1 and curve == sorted(curve)
+    with pytest.raises(UserError, match=r"gone\.jsonl cannot be read \(No such file or directory\)"):
+        learning_curve.read(tmp_path / "gone.jsonl")

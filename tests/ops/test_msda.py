@@ -13,6 +13,7 @@ import jaxtyping
 import numpy as np
 import pytest
 import torch
+from jax.experimental.pallas import tpu as pltpu
 
 from flowseg_jax.ops import msda as module
 from flowseg_jax.ops.msda import IMPLEMENTATIONS, kernel
@@ -214,6 +215,21 @@ def test_the_kernel_visits_only_rows_that_are_touched():
     out, of_value, *_ = results(arrays, np.ones((1, 5, 2), np.float32), ((8, 128),), impl="pallas")
     np.testing.assert_allclose(out, 1)
     assert np.asarray(of_value).reshape(8, 128, 2).any((1, 2)).tolist() == [False] * 3 + [True] * 2 + [False] * 3
+
+
+def test_the_kernel_touches_its_own_blocks_alone():
+    """In an interpreter of a TPU's memory, which refuses a place outside of a block. Plain JAX clamps an index."""
+    shapes, rng = ((3, 5),), np.random.default_rng(5)
+    value, weights = rng.random((1, 15, 2, 3), np.float32), rng.random((1, 4, 2, 2), np.float32)
+    points = rng.uniform(-1, 4, (1, 4, 2, 2, 2)).astype(np.float32).reshape(1, 4, 2, 1, 2, 2)
+    arguments = shapes, 4, value, points, weights.reshape(1, 4, 2, 1, 2)
+    cotangent = rng.random((1, 4, 2, 3), np.float32)
+    strict, plain = (
+        [one.forward(*arguments), *one.backward(shapes, 4, cotangent, *arguments[2:])]
+        for one in (kernel.Kernel(pltpu.InterpretParams()), kernel.Kernel(True))
+    )
+    for mine, theirs in zip(strict, plain, strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-6)
 
 
 @tpu.needs_libtpu

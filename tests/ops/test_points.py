@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from jax.experimental.pallas import tpu as pltpu
 
 from flowseg_jax.ops.points import (
     _gather,
@@ -218,6 +219,17 @@ def test_the_kernel_chooses_the_same_points(count, keep):
     candidates = rng.random((9, count, 2)).astype(np.float32)
     want = _of_smallest(jnp.abs(logits), candidates, keep)
     np.testing.assert_array_equal(kernel.of_smallest(jnp.abs(logits), candidates, keep, interpret=True), want)
+
+
+def test_the_kernels_read_their_own_blocks_alone():
+    """In an interpreter of a TPU's memory, which refuses a place outside of a block. Plain JAX clamps an index."""
+    rng, strict = np.random.default_rng(10), pltpu.InterpretParams()
+    points = rng.random((9, 40, 2)).astype(np.float32)
+    maps = rng.standard_normal((9, 5, 6)).astype(np.float32)
+    np.testing.assert_allclose(kernel.read(maps, points, interpret=strict), _gather(maps, points), rtol=0, atol=2e-6)
+    packed = np.packbits(rng.integers(0, 2, (9, 5, 12)).astype(np.uint8), axis=-1)
+    got = kernel.read_packed(packed, points, 12, interpret=strict)
+    np.testing.assert_allclose(got, _packed_gather(packed, points, 12), rtol=0, atol=2e-6)
 
 
 @tpu.needs_libtpu

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
 from flowseg_jax.models.rope import rope_cos_sin
 from flowseg_jax.ops import rope, rope_kernel
@@ -27,6 +28,19 @@ def test_the_kernel_is_the_plain_form(normed, dtype):
         if theirs is not None:
             bound = float(jnp.abs(theirs).max()) * (2e-6 if exact else 2e-2)
             np.testing.assert_allclose(mine.astype(jnp.float32), theirs.astype(jnp.float32), rtol=0, atol=bound)
+
+
+def test_the_kernel_touches_its_own_block_alone():
+    """In an interpreter of a TPU's memory, which refuses a place outside of a block. Plain JAX clamps an index."""
+    rng = np.random.default_rng(2)
+    x, cotangent = (jnp.asarray(rng.standard_normal((2, 130, 2, 128)), jnp.float32) for _ in range(2))
+    arguments = 1e-6, x, jnp.ones(128), *rope_cos_sin(jnp.arange(260).reshape(2, 130), 128, 1e4)
+    strict, plain = (
+        [rope_kernel.forward(*arguments, interpret=how), *rope_kernel.backward(*arguments, cotangent, interpret=how)]
+        for how in (pltpu.InterpretParams(), True)
+    )
+    for mine, theirs in zip(strict, plain, strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-6 * float(jnp.abs(theirs).max()))
 
 
 def test_where_there_is_no_kernel():

@@ -20,6 +20,7 @@ from flowseg_jax.data.records import DatasetReader, Example, examples
 from flowseg_jax.errors import UserError
 from flowseg_jax.synthetic import multi_task
 from flowseg_jax.synthetic.scene import COLOURS, SHAPES, TEXTURES, is_held_out
+from tests.helpers.coarse import coarse
 from tests.helpers.reasoning_answers import Object, answer, best
 
 NUMBERS = {"reasonseg": 150, "panoptic": 20, "chat": 150}
@@ -60,6 +61,23 @@ def questions(made: Made) -> list[tuple[str, str, dict[str, Any], list[Object]]]
         for split in ("train", "val", "test")
         for path in sorted((made.root / "reasonseg" / split).glob("*.json"))
     ]
+
+
+def test_they_are_the_data_sets_that_the_published_figures_are_about(made: Made):
+    recorded = json.loads((Path(__file__).parent.parent / "golden" / "synthetic.json").read_text())["multi_task"]
+    explanations = read(made.root / "reasonseg" / "explanatory" / "train.json")
+    panoptic = read(made.root / "coco" / "annotations" / "panoptic_train2017.json")
+    found = {
+        "questions": [[entry["text"], [shape["label"] for shape in entry["shapes"]]] for _, _, entry, _ in questions(made)],
+        "explanations": [entry["outputs"] for entry in explanations],
+        "chat": [[turn["value"] for turn in entry["conversations"]] for entry in read(made.root / "llava" / "chat.json")],
+        "segments": [entry["segments_info"] for entry in panoptic["annotations"]],
+        "categories": panoptic["categories"],
+    }
+    for name, rows in found.items():
+        assert rows[: len(recorded[name])] == recorded[name], name
+    for name, colours in recorded["pictures"].items():
+        np.testing.assert_allclose(coarse(made.root / name), colours, atol=2, err_msg=name)
 
 
 def test_reasonseg_has_the_layout_of_lisa(made: Made):

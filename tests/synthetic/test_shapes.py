@@ -24,6 +24,7 @@ from flowseg_jax.synthetic.expressions import FAMILIES
 from flowseg_jax.synthetic.render import PAINT
 from flowseg_jax.synthetic.scene import COLOURS, SHAPES, TEXTURES, is_held_out
 from tests.helpers import expression_parser
+from tests.helpers.coarse import coarse
 
 
 class Made(NamedTuple):
@@ -113,6 +114,16 @@ def test_annotations_are_the_visible_pixels(made: Made):
             assert nearest == thing["colour"], (a["id"], colour)
     assert all(np.sum(masks, axis=0).max() == 1 for masks in by_image.values())
     assert kinds[list] > 6 * kinds[dict] > 0
+
+
+def test_it_is_the_benchmark_that_the_published_figures_are_about(made: Made):
+    """Other scenes or other sentences would make another benchmark: every figure of results/ would have to be measured anew."""
+    recorded = json.loads((Path(__file__).parent.parent / "golden" / "synthetic.json").read_text())["shapes"]
+    sentences = [sentence["sent"] for ref in made.refs for sentence in ref["sentences"]]
+    assert sentences[: len(recorded["sentences"])] == recorded["sentences"]
+    assert str(made.statistics).splitlines() == recorded["statistics"]
+    for name, colours in recorded["pictures"].items():
+        np.testing.assert_allclose(coarse(made.root / "images" / name), colours, atol=2, err_msg=name)
 
 
 def test_masks_survive_the_coco_rasteriser():

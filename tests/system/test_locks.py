@@ -290,3 +290,16 @@ def test_a_directory_that_cannot_be_written(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"run cannot be written: No space left on device"), locks.held(tmp_path / "run"):
         pass
     assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_process_may_be_called_anything():
+    """Its name is in the line that says when it was started, whatever bytes it is."""
+    own, started = Path("/proc/self/comm"), locks._started(os.getpid())
+    if not started:
+        pytest.skip("the system does not say when a process was started")
+    name = own.read_bytes()
+    try:
+        own.write_bytes(b"\xff) Z 1")
+        assert locks._started(os.getpid()) == started
+    finally:
+        own.write_bytes(name)

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
+from unittest.mock import Mock, call
 
 import numpy as np
 import pytest
@@ -168,6 +170,73 @@ def test_all_writers_together(tmp_path, capsys):
     assert any("hparams" in tag for tag in tags)
     texts = [value.tensor.string_val for event in events(tmp_path / "tensorboard") for value in event.summary.value]
     assert any(b'"num_steps": 2000' in text for found in texts for text in found)  # the config
+
+
+def test_what_tensorboard_is_given(tmp_path, monkeypatch):
+    """Every kind that CLU can write, with its axes in the order in which tensorboardX takes them."""
+    told = []
+    board = Mock()
+    for name in ("images", "video", "audio", "text", "histogram", "scalar"):
+        record = lambda tag, value, *rest, name=name, **more: told.append((name, tag, value, *rest, more))  # noqa: E731
+        setattr(board, f"add_{name}", record)
+    monkeypatch.setattr("tensorboardX.SummaryWriter", lambda directory, flush_secs: board if flush_secs == 10 else None)
+    writer = metric_writers.TensorBoardWriter(tmp_path)
+    shape = lambda *sides: np.zeros(sides, np.uint8)  # noqa: E731
+    writer.write_scalars(1, {"a": np.float32(0.5)})
+    writer.write_images(2, {"one": shape(4, 5, 3), "two": shape(2, 4, 5, 3)})
+    writer.write_videos(3, {"one": shape(6, 4, 5, 3), "two": shape(2, 6, 4, 5, 3)})
+    writer.write_audios(4, {"a": shape(2, 9, 1)}, sample_rate=16)
+    writer.write_texts(5, {"a": "text"})
+    writer.write_histograms(6, {"a": shape(7), "b": shape(7)}, {"b": 12})
+    writer.write_hparams({"seed": 3, "lr": 0.5})
+    found = [(name, tag, getattr(value, "shape", value), *rest) for name, tag, value, *rest in told]
+    assert found == [
+        ("scalar", "a", 0.5, 1, {}),
+        ("images", "one", (1, 4, 5, 3), 2, {"dataformats": "NHWC"}),
+        ("images", "two", (2, 4, 5, 3), 2, {"dataformats": "NHWC"}),
+        ("video", "one", (1, 6, 3, 4, 5), 3, {}),
+        ("video", "two", (2, 6, 3, 4, 5), 3, {}),
+        ("audio", "a/0", (9, 1), 4, 16, {}),
+        ("audio", "a/1", (9, 1), 4, 16, {}),
+        ("text", "a", "text", 5, {}),
+        ("histogram", "a", (7,), 6, {"bins": 30}),
+        ("histogram", "b", (7,), 6, {"bins": 12}),
+        ("text", "hparams", "| name | value |\n|---|---|\n| seed | 3 |\n| lr | 0.5 |\n", 0, {}),
+    ]
+    writer.flush()
+    writer.close()
+    assert board.flush.call_count == board.close.call_count == 1
+    with pytest.raises(ValueError, match="no generic summaries"):
+        writer.write_summaries(7, {})
+
+
+def test_a_bar_on_a_terminal_moves_with_every_step_and_keeps_the_last_figures(monkeypatch, capsys):
+    bar, opened = Mock(), []
+
+    @contextlib.contextmanager
+    def progress(*what, **options):
+        opened.append((what, options))
+        yield bar
+        bar.ended()
+
+    monkeypatch.setattr(metric_writers, "is_terminal", lambda: True)
+    monkeypatch.setattr(metric_writers, "progress", progress)
+    writer = metric_writers.ProgressWriter(20, start=4)
+    writer.on_step(5)
+    writer.write_scalars(5, {"loss": 0.5, "speed/steps_per_second": 2.0, "eval/giou": 31.0})
+    writer.on_step(6)
+    figures = "loss 0.5  2 steps/s"
+    assert opened == [(("train", 20, "steps"), {"done": 4})]
+    assert bar.mock_calls == [call.update(5, ""), call.update(5, figures), call.update(6, figures)]
+    assert capsys.readouterr().out == "validation at step 5: gIoU 31.00\n"
+    writer.close()
+    assert bar.mock_calls[-1] == call.ended()
+
+
+def test_a_line_without_a_speed_says_no_time(capsys):
+    metric_writers.ProgressWriter(20).write_scalars(5, {"loss": 0.5, "speed/steps_per_second": 0.0})
+    metric_writers.ProgressWriter(20).write_scalars(5, {"loss": 0.5})
+    assert capsys.readouterr().out == "step  5/20  loss 0.5  0 steps/s\nstep  5/20  loss 0.5\n"
 
 
 def test_only_the_primary_process_writes(tmp_path):

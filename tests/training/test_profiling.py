@@ -41,6 +41,27 @@ def traced(directory):
     return sorted(int(dict(event.stats)["step_num"]) for event in events), path.parent.name, path.read_bytes()
 
 
+def test_the_device_is_waited_for_before_a_trace_and_at_its_end(monkeypatch, tmp_path):
+    """Else it would hold the end of the step before it, and not that of its last one."""
+    told = []
+    monkeypatch.setattr(jax, "block_until_ready", lambda result: told.append(("wait", result)))
+    options = []
+    start = lambda directory, **more: options.append((directory, more)) or told.append("start")  # noqa: E731
+    monkeypatch.setattr(jax.profiler, "start_trace", start)
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: told.append("stop"))
+    for directory in (str(tmp_path), "gs://bucket/run"):
+        profiler = Profiler(Profile(2, 2), directory)
+        for step in range(1, 7):
+            profiler.on_step_start(step)
+            profiler.on_step_end(step, step)
+        profiler.close()
+    assert told == [("wait", 2), "start", ("wait", 4), "stop"] * 2
+    (local, more), (remote, less) = options
+    assert (local, remote) == (str(tmp_path), "gs://bucket/run")
+    assert more["create_perfetto_trace"] and not less["create_perfetto_trace"]  # that one needs a disk
+    assert more["profiler_options"].python_tracer_level == 0 and more["profiler_options"].session_id == "steps_3-4"
+
+
 @pytest.mark.parametrize("text", ["", "5", "5:", ":5", "5:0", "-1:5", "1:2:3", "a:b", "1.5:2", "٣:٤"])
 def test_what_is_no_profile_is_refused(text):
     with pytest.raises(UserError, match=r"--profile=.*: give START:STEPS"):

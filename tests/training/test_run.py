@@ -50,6 +50,13 @@ def extra_of(step: int) -> dict:
     return {"step": step, "seed": 9, "prompts": {"start": 1, "steps": 2}, "data": DIGEST, "model_card": card_of(step)}
 
 
+class Metrics(str):
+    """Metrics of a step; with those of a validation, a pair."""
+
+    def __or__(self, scores):
+        return str(self), scores
+
+
 class Run:
     """A run's parts; `events` is what they were asked, in order.
 
@@ -61,6 +68,7 @@ class Run:
 
     def __init__(self, monkeypatch, restored: RestoredCheckpoint | None = None, stop: int = 0, interrupted: bool = False):
         self.events: list = []
+        self.waits: list[str] = []
         self.restored, self.local = restored, None
         write = self.events.append
         batch = SimpleNamespace()
@@ -123,6 +131,7 @@ class Run:
                 write("flush metrics")
 
             def waiting_for(self, what):
+                run.waits.append(what)
                 return contextlib.nullcontext()
 
         class Profiler:
@@ -138,7 +147,11 @@ class Run:
             def close(self):
                 write("profiler closed")
 
-        writer = SimpleNamespace(flush=lambda: write("flush"), close=lambda: write("writer closed"))
+        writer = SimpleNamespace(
+            flush=lambda: write("flush"),
+            close=lambda: write("writer closed"),
+            write_images=lambda *images: write(("images", *images)),
+        )
 
         class LocalCheckpoints(contextlib.AbstractContextManager):
             def __init__(self, *policy):
@@ -188,7 +201,7 @@ class Run:
     def step(self, state, batch):
         step = int(state.step) + 1
         self.events.append(("step", step, batch))
-        return state_of(step), f"metrics {step}"
+        return state_of(step), Metrics(f"metrics {step}")
 
     def iterate(self, start):
         try:
@@ -197,9 +210,9 @@ class Run:
         finally:
             self.events.append("batches closed")
 
-    def __call__(self, config, workdir, profile=None):
+    def __call__(self, config, workdir, profile=None, validation=None):
         self.config = config
-        return loop.run(config, self.program, workdir, profile)
+        return loop.run(config, self.program, workdir, profile, validation)
 
     def of(self, *kinds: str) -> list:
         return [event for event in self.events if (event if isinstance(event, str) else event[0]) in kinds]
@@ -244,6 +257,38 @@ def test_a_whole_run_in_order(monkeypatch, tmp_path):
     assert (tmp_path / "run/config.json").read_text() == configs.to_json(config) + "\n"
     trained, frozen = (tmp_path / "run/parameters.txt").read_text().split("frozen\n")
     assert trained.startswith("trained\n") and "| a    | ()    | float32 | 1    |" in trained and "| b    |" in frozen
+
+
+@pytest.fixture
+def validation(monkeypatch):
+    """A validation that scores ten points a step."""
+    monkeypatch.setattr(loop, "model_params", lambda run_config, state: int(state.step))
+    monkeypatch.setattr(loop, "open_validation", lambda config, program, data, make: make if config.eval_every else None)
+    return lambda step: ({"eval/ciou": 10 * step}, {"a picture": step})
+
+
+def test_validations_are_logged_with_their_pictures_and_rank_the_checkpoints(monkeypatch, tmp_path, validation):
+    run, config = Run(monkeypatch), config_of(eval_every=2)
+    config.checkpoint.best = ()
+    run(config, tmp_path, None, validation)
+    assert run.of("checkpoints")[0][2]["best"] == ("eval/ciou", "max")
+    both = lambda step: (f"metrics {step}", {"eval/ciou": 10 * step})  # noqa: E731
+    seen = [(event[0], event[1], event[-1]) for event in run.of("log", "images", "save")]
+    validated = lambda n: [  # noqa: E731
+        ("log", n, f"metrics {n}"), ("log", n, both(n)), ("images", n, {"a picture": n}), ("save", n, both(n))
+    ]  # fmt: skip
+    assert seen == [*validated(2), ("save", 3, None), *validated(4), *validated(5)]  # a loss does not rank them
+    assert run.waits == [
+        "input", "input", "validation", "checkpoint", "input", "checkpoint", "input", "validation", "checkpoint",
+        "validation", "checkpoint",
+    ]  # fmt: skip
+
+
+def test_a_run_that_is_stopped_does_not_validate_first(monkeypatch, tmp_path, validation):
+    run, config = Run(monkeypatch, stop=2), config_of(eval_every=2)
+    with pytest.raises(SystemExit):
+        run(config, tmp_path, None, validation)
+    assert not run.of("images") and run.of("save")[0][1::2] == (2, "metrics 2")  # ranked by its loss, as the config says
 
 
 def restored(step: int, **meta) -> RestoredCheckpoint:

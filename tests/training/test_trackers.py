@@ -93,6 +93,30 @@ def test_mlflow_is_told_scalars_pictures_and_config_and_a_run_goes_on(config, wo
     assert again.told == [("start_run", {"run_id": "r1", "run_name": None})]
 
 
+def test_where_a_run_is_kept_there(config, workdir, monkeypatch):
+    for name in ("WANDB_PROJECT", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID"):
+        monkeypatch.delenv(name, raising=False)
+
+    def started(library, name):
+        (workdir / f"{name}_run_id.txt").unlink(missing_ok=True)
+        trackers.TRACKERS[name](library, workdir, config)
+        return library.told
+
+    assert started(Wandb(), "wandb")[0][1]["project"] == "flowseg"
+    assert started(Mlflow(), "mlflow")[0] == ("set_experiment", "flowseg", {})
+    config.data.mixture = (("x" * 600, 1.0),)
+    params = next(args for name, *args in started(Mlflow(), "mlflow") if name == "log_params")[0]
+    assert len(params["data.mixture"]) == 500
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    assert started(Wandb(), "wandb")[0][1]["project"] == "mine"
+    for name in ("MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID"):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "mine")
+            assert started(Mlflow(), "mlflow")[0][0] == "start_run"
+    monkeypatch.setattr(trackers, "is_remote", lambda path: True)  # a bucket is no place for a library's own files
+    assert started(Wandb(), "wandb")[0][1]["dir"] is None
+
+
 def test_training_outlives_a_tracker(config, workdir, capsys):
     wandb = Wandb()
     writer = trackers.WandbWriter(wandb, workdir, config)

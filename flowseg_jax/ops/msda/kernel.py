@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -90,7 +91,7 @@ class Kernel:
         interpret: run them as array code on any platform, to test them.
     """
 
-    interpret: bool
+    interpret: Any
 
     def forward(self, shapes: Shapes, chunk: int, value: Array, points: Array, weights: Array) -> Array:
         """[b, q, h, e] in the dtype of `value`; points in pixels."""
@@ -153,7 +154,7 @@ def _call(
     values: Array,
     block_outputs: list[jax.ShapeDtypeStruct],
     value_outputs: list[jax.ShapeDtypeStruct],
-    interpret: bool,
+    interpret: Any,
 ) -> Sequence[Array]:
     """Runs a kernel for every image, head and block of queries, the last of which see the same values one after the other."""
     b, h, _, queries = blocks[0].shape

@@ -48,7 +48,7 @@ def chooses(count: int) -> bool:
     return -(-count // (MOVED * LANES)) * MOVED * LANES < 2**16
 
 
-def read(maps: Float[Array, "n h w"], points: Float[Array, "n p 2"], interpret: bool = False) -> Float[Array, "n p"]:
+def read(maps: Float[Array, "n h w"], points: Float[Array, "n p 2"], interpret: Any = False) -> Float[Array, "n p"]:
     """Bilinear samples of each map at its own points, in float32; `interpret` runs on any platform, to be tested."""
     _, h, w = maps.shape
     table = _pad(_pad(jnp.moveaxis(maps.astype(jnp.float32), 1, 0), 1, MAPS), 2, LANES)
@@ -56,7 +56,7 @@ def read(maps: Float[Array, "n h w"], points: Float[Array, "n p 2"], interpret: 
 
 
 def read_packed(
-    masks: UInt8[Array, "n s bytes"], points: Float[Array, "n p 2"], width: int, interpret: bool = False
+    masks: UInt8[Array, "n s bytes"], points: Float[Array, "n p 2"], width: int, interpret: Any = False
 ) -> Float[Array, "n p"]:
     """As `read`, of binary masks packed along the width, which is `width` pixels."""
     table = _pad(_pad(_words(masks, width), 1, MAPS), 2, LANES)
@@ -64,7 +64,7 @@ def read_packed(
 
 
 def of_smallest(
-    magnitude: Float[Array, "n c"], candidates: Float[Array, "n c 2"], keep: int, interpret: bool = False
+    magnitude: Float[Array, "n c"], candidates: Float[Array, "n c 2"], keep: int, interpret: Any = False
 ) -> Float[Array, "n {keep} 2"]:
     """The candidates of the `keep` smallest magnitudes, in the order in which they come; of equal ones the first."""
     n, count = magnitude.shape
@@ -114,7 +114,7 @@ def _word_count(width: int) -> int:
     return max(1, -(-(width - 1) // WORD))
 
 
-def _look_up(kernel: Callable, name: str, table: Array, points: Float[Array, "n p 2"], interpret: bool) -> Float[Array, "n p"]:
+def _look_up(kernel: Callable, name: str, table: Array, points: Float[Array, "n p 2"], interpret: Any) -> Float[Array, "n p"]:
     """Runs a kernel over all maps and points. The table is [rows, maps, lanes]; rows are added to whole loops."""
     n, count = points.shape[:2]
     table = _pad(table, 0, _unrolled(table.shape[2]))
