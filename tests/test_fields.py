@@ -7,6 +7,7 @@ import json
 
 import pytest
 
+from flowseg_jax import fields as fields_module
 from flowseg_jax.errors import UserError
 from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.system import json_files
@@ -66,6 +67,15 @@ def test_every_value_of_every_field():
 def test_what_each_says(place, value, message):
     with pytest.raises(UserError, match=message):
         FlowSegConfig.from_dict(put(tuple(place.split(".")), value))
+
+
+def test_the_longest_lists_and_texts():
+    assert fields_module._value(str, "chat_template", "x" * 100, "m") == "x" * 100
+    assert fields_module._value(tuple[int, ...], "scales", [1] * 1000, "m") == (1,) * 1000
+    with pytest.raises(UserError, match=r"m is 'x*…', expected a text of at most 100 characters"):
+        fields_module._value(str, "chat_template", "x" * 101, "m")
+    with pytest.raises(UserError, match="m is .*, expected a list of at most 1000"):
+        fields_module._value(tuple[int, ...], "scales", [1] * 1001, "m")
 
 
 def test_keys():

@@ -1,11 +1,13 @@
 """Values from files in messages: bounded before they are formatted."""
 
+import errno
 import itertools
+import os
 import sys
 
 import pytest
 
-from flowseg_jax.errors import brief, did_you_mean, listed, quoted
+from flowseg_jax.errors import NOT_WRITABLE, UserError, brief, did_you_mean, listed, not_writable, plain, quoted
 
 
 def laughs() -> list:
@@ -70,3 +72,35 @@ def test_names_are_listed_up_to_a_number():
         did_you_mean("vall", ["val", "train"]) == " (did you mean 'val'?)" and did_you_mean("q", ["b", "a"]) == " (known: a, b)"
     )
     assert len(did_you_mean("q" * 10**5, (f"{i}" * 100 for i in range(10**5)))) < 7000
+
+
+def test_where_a_value_is_cut():
+    assert quoted(2**127 - 1) == str(2**127 - 1) and quoted(2**127) == "<a number of 128 bits>"
+    assert quoted("x" * 5, 5) == "'xxxxx'" and quoted("x" * 6, 5) == "'xxxxx'..." and quoted(b"xxxxxx", 5) == "b'xxxxx'..."
+    whole = quoted([1, 2, 3], 9)
+    assert whole == "[1, 2, 3]" and quoted([1, 2, 3], 8) == "[1, 2..."
+    assert quoted([b"x" * 60]) == "[b'" + "x" * 54 + "..." and quoted([b"xx"]) == "[b'xx']"
+    assert quoted(dict.fromkeys("abcd")) == "{'a': None, 'b': None, 'c': None, 'd': None}"
+    assert quoted({"a": {"b": {"c": {"d": 1}}}}) == "{'a': {'b': {'c': {...}}}}"
+    assert plain("x" * 200) == "x" * 200 and plain("x" * 201) == "x" * 199 + "…" and plain("ab\nc", 3) == "ab…"
+    assert plain(5) == "a int" and plain("\t") == "\\t"
+    assert listed(range(10)) == ", ".join(["a int"] * 10) and listed("abcd", 2, " + ") == "a + b and 2 more"
+    assert brief(ValueError("x" * 201)) == "x" * 200
+
+
+def test_which_names_are_compared():
+    many = [f"n{i:04d}" for i in range(1001)]
+    assert did_you_mean("n0999", many) == " (did you mean 'n0999'?)" and "'n1000'" not in did_you_mean("n1000", many)
+    assert did_you_mean("x" * 60, ["x" * 60]) == f" (did you mean {'x' * 60!r}?)"
+    assert did_you_mean("x" * 60, ["x" * 61]) == f" (known: {'x' * 61})"
+    assert did_you_mean("x" * 60 + "y" * 900, ["x" * 60]) == f" (did you mean {'x' * 60!r}?)"
+    assert did_you_mean("q", map(str, range(31))).endswith(" and 1 more)") and "more" not in did_you_mean("q", "abcdefghij" * 3)
+
+
+@pytest.mark.parametrize("code", NOT_WRITABLE)
+def test_why_a_file_cannot_be_written(code):
+    assert not_writable(OSError(code, os.strerror(code))) == os.strerror(code)
+    assert not_writable(OSError(code, os.strerror(code), "a\nb")) == f"{os.strerror(code)}: a\\nb"
+    assert not_writable(ValueError(f"a library: {os.strerror(code)} (7)")) == os.strerror(code)
+    assert not_writable(UserError(f"told already: {os.strerror(code)}")) is None
+    assert not_writable(FileNotFoundError(errno.ENOENT, "No such file or directory")) is None

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from types import SimpleNamespace
+from unittest.mock import Mock, call
 
 import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
 
-from convert_weights import configs, job
+from convert_weights import configs, job, run
 from convert_weights.job import ConversionRequest, open_conversion
+from convert_weights.plan import ParamTarget
 from convert_weights.sources import ArraySource
 from flowseg_jax.errors import UserError
 from flowseg_jax.models.config import FlowSegConfig
@@ -170,3 +174,66 @@ def test_which_language_model_a_directory_holds(tmp_path, values, family):
     (tmp_path / "x.gguf").write_bytes(b"")
     with pytest.raises(UserError, match="config.json says 'bert'"):  # a config.json beside it counts more
         job._llm_family(tmp_path)
+
+
+def test_what_a_conversion_says(monkeypatch, capsys):
+    """A line for each parameter with where it comes from, then what is fresh, resized or left over, and what it took."""
+    source = lambda name: SimpleNamespace(source=name)  # noqa: E731
+    stack = tuple(source(f"model.layers.{n}.w") for n in (0, 1, 3))
+    targets = [
+        ParamTarget("llm/layers/w", (3, 1024, 512), np.dtype("float32"), stack),
+        *(ParamTarget(f"boundary/{name}/kernel", (2,), np.dtype("float16"), ()) for name in "abcdefghi"),
+    ]
+    plan = SimpleNamespace(
+        targets=targets,
+        resized={"llm/table": (300, 302)},
+        fresh=["boundary/a/kernel", "boundary/b/deep/er/kernel", "boundary/b/deep/er/bias", "scale"],
+        ignored=["x", "y"],
+    )
+    made = SimpleNamespace(source=SimpleNamespace(notes=("read as main",)), plan=plan)
+    opened, done = [], []
+    monkeypatch.setattr(run.jobs, "open_conversion", lambda request: opened.append(request) or contextlib.nullcontext(made))
+
+    def go_through(how):
+        def each(job, request, progress):
+            done.append((how, job, request))
+            for target in targets:
+                progress(target.name)
+
+        return each
+
+    for how in ("check", "write"):
+        monkeypatch.setattr(run.jobs, how, go_through(how))
+    memory = iter([5 << 20, 9 << 20] * 2)
+    monkeypatch.setattr(run.host, "peak_memory", lambda: next(memory))
+    clock = [100.0]
+    monkeypatch.setattr(run, "time", SimpleNamespace(monotonic=lambda: clock.append(clock[-1] + 0.25) or clock[-1]))
+    asked = ConversionRequest("flowseg", {"llm": "a", "sam": "b"}, "out")
+    run.convert(asked)
+    lines = capsys.readouterr().out.splitlines()
+    assert opened == [asked] and done == [("write", made, asked)]
+    assert lines[:3] == [
+        "note: read as main",
+        " 1/10 llm/layers/w (3, 1024, 512) float32 <- model.layers.{0-1,3}.w",
+        " 2/10 boundary/a/kernel (2,) float16 <- fresh",
+    ]
+    assert lines[11:-1] == [
+        "resized llm/table: 300 rows in the checkpoint, 302 here",
+        "fresh, not in the checkpoint: 4 parameters of boundary/a, boundary/b/deep, scale",
+        "not used: 2 tensors that are known to be of no use here",
+    ]
+    took = "10 arrays, 1,572,882 values in 3 s; peak memory 9 MiB (5 before, largest array 6)"
+    assert lines[-1] == f"out: {took}"
+    run.convert(asked, check=True)
+    assert done[1][0] == "check" and capsys.readouterr().out.splitlines()[-1] == f"checked: {took}"
+    assert run._sources(asked) == "a, b" and run._sources(ConversionRequest("sam", "c")) == "c"
+
+
+def test_what_an_export_says(monkeypatch, capsys):
+    exported = Mock(return_value="out")
+    monkeypatch.setattr(run, "export_directory", exported)
+    monkeypatch.setattr(run.host, "peak_memory", lambda: 9 << 20)
+    run.export("family", "model", "out", layout="main", dtype="float16", overwrite=True)
+    options = {"layout": "main", "dtype": "float16", "overwrite": True, "progress": run.log}
+    assert exported.mock_calls == [call("family", "model", "out", **options)]
+    assert capsys.readouterr().out == "out: peak memory 9 MiB\n"

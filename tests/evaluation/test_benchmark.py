@@ -9,14 +9,19 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock, call
 
 import pytest
 
 from flowseg_jax.checkpoints.pretrained import save_pretrained
 from flowseg_jax.cli.main import main as flowseg
 from flowseg_jax.data import prepare
+from flowseg_jax.data.prompts import PromptTemplates
 from flowseg_jax.errors import UserError
-from flowseg_jax.evaluation import audit
+from flowseg_jax.evaluation import audit, benchmark
+from flowseg_jax.evaluation.fusion import MASK2FORMER
+from flowseg_jax.evaluation.protocols import PSALM
 from flowseg_jax.models.language_config import LanguageConfig
 from tests.helpers import minirefcoco as mini
 from tests.helpers import small, wild
@@ -95,6 +100,116 @@ def test_what_cannot_be_evaluated_is_said_at_once(place, tmp_path, wrong, messag
     with pytest.raises(UserError, match=message):
         flowseg(["eval", *flags(place, f"--out={tmp_path}", *wrong)])
     assert not list(tmp_path.iterdir())
+
+
+class Prepared:
+    """A data set that writes down which splits it was asked for."""
+
+    directory, digest, categories, things = Path("d"), "data's", ("a", "b", "c"), (True, False, True)
+
+    def __init__(self, task: str):
+        self.task, self.asked = task, []
+
+    def check_split(self, split: str) -> None:
+        self.asked.append(split)
+
+
+@pytest.fixture
+def parts(monkeypatch):
+    """A model, and the parts of evaluations, which only write down what they are asked."""
+    sides = {"sam": SimpleNamespace(image_size=64), "siglip": SimpleNamespace(image_size=16)}
+    has = {"has_language_model": True, "has_mask_decoder": True, "num_visual_tokens": 7, "num_classes": 0}
+    evaluator = SimpleNamespace(round_up=lambda n: n + 1, mesh="a mesh", place=lambda params: f"placed {params}")
+    checkpoint, prompts = {"digest": "d", "step": 3}, PromptTemplates(question=2, answer=1)
+    cfg = SimpleNamespace(**sides, **has, components="full")
+    model = benchmark.EvalModel(cfg, evaluator, "params", checkpoint, "a tokenizer", prompts, 5, "m")
+    found = SimpleNamespace(model=model, data=Mock(), evaluate=Mock(), run=Mock(), pictures=Mock(), task=Mock())
+    monkeypatch.setattr(benchmark, "EvalDataset", found.data)
+    monkeypatch.setattr(benchmark, "GenericDataset", found.data)
+    monkeypatch.setattr(benchmark, "GenericTask", found.task)
+    monkeypatch.setattr(benchmark.referring, "evaluate", found.evaluate)
+    monkeypatch.setattr(benchmark.runner, "evaluate", found.run)
+    monkeypatch.setattr(benchmark.report, "save_pictures", found.pictures)
+    monkeypatch.setattr(benchmark, "setup_hash", lambda *of: of)
+    monkeypatch.setattr(benchmark.sharding, "local_row_indices", lambda batch, mesh: (batch, mesh))
+    return found
+
+
+ROWS = {"batch": 9, "sides": (64, 16), "visual_tokens": 7, "rows": (9, "a mesh")}  # 8 at a time, rounded up
+
+
+def test_what_an_evaluation_of_expressions_is_made_of(parts, tmp_path):
+    model, data = parts.model, Prepared("referring")
+    evaluation = benchmark.ReferringEvaluation(model, data, 8, "psalm", 0.25)
+    assert evaluation.run("val", tmp_path, images=3, save_masks=True) is parts.evaluate.return_value
+    ((called, options),) = parts.evaluate.call_args_list
+    about = {
+        "model": "m",
+        "checkpoint": model.checkpoint,
+        "setup": (model.cfg, model.prompts, "a tokenizer"),
+        "data": "data's",
+        "images": 3,
+        "answer": "written, at most 5 tokens",
+        "prompt": {"question": 2, "answer": 1},
+    }
+    assert called[:2] == (model.evaluator, "params")
+    assert options == {
+        "split": "val", "out": tmp_path, "protocol": PSALM, "shuffle_text": False, "about": about, "no_target_threshold": 0.25,
+        "gallery": 6, "save_masks": True,
+    }  # fmt: skip
+    kept = parts.evaluate.return_value.examples
+    assert parts.pictures.mock_calls == [call(tmp_path, "val", kept)]
+    called[2]()
+    (asked,) = parts.data.call_args_list
+    assert asked.args == (data, "val", "a tokenizer") and data.asked == ["val"]
+    given = {"prompts": model.prompts, "max_images": 3, "generate": True, "control_seed": None}
+    assert asked.kwargs == ROWS | given | {"by_ref": True, "filled_polygons": True}
+
+    plain = dataclasses.replace(evaluation, model=dataclasses.replace(model, answer_tokens=0), protocol="xsam")
+    plain.run("test", tmp_path, shuffle_text=True)
+    assert parts.pictures.mock_calls[1:] == [call(tmp_path, "test_shuffled", kept)]
+    called, options = parts.evaluate.call_args_list[1]
+    assert options["shuffle_text"] is True and options["about"]["answer"] == "given" and options["about"]["images"] is None
+    called[2]()
+    asked = parts.data.call_args_list[1].kwargs
+    assert asked["control_seed"] == 0 and not (asked["generate"] or asked["by_ref"] or asked["filled_polygons"])
+    plain.run("test", tmp_path, pictures=False)
+    assert parts.evaluate.call_args_list[2].kwargs["gallery"] == 0 and len(parts.pictures.mock_calls) == 2
+
+
+def test_what_an_evaluation_of_categories_is_made_of(parts, tmp_path):
+    model, data = parts.model, Prepared("generic")
+    evaluation = benchmark.GenericEvaluation(model, data, 8, names=2)
+    assert evaluation.run("val", tmp_path, images=3, save_masks=True) is parts.run.return_value
+    assert parts.task.mock_calls == [call(model.evaluator, evaluation.category_prompts, data.things, MASK2FORMER, True)]
+    ((called, options),) = parts.run.call_args_list
+    assert called[:2] == (parts.task.return_value, "placed params")
+    about = {"split": "val", "checkpoint": model.checkpoint, "setup": (model.cfg, model.prompts, "a tokenizer")}
+    about |= {"data": "data's", "images": 3, "conversations": 2}  # three categories, two at a time
+    settings = about | {"thresholds": dataclasses.asdict(MASK2FORMER)}
+    assert options == {"name": "val", "out": tmp_path, "about": about, "settings": settings}
+    called[2](skip=(1,))
+    (asked,) = parts.data.call_args_list
+    assert asked.args == (data, "val", "a tokenizer", evaluation.category_prompts) and data.asked == ["val"]
+    assert asked.kwargs == ROWS | {"prompts": model.prompts, "max_images": 3, "skip": (1,)}
+    model.cfg.has_language_model, model.cfg.num_classes = False, 3
+    evaluation.run("val", None)
+    assert parts.run.call_args.kwargs["about"]["conversations"] == 0 and evaluation.category_prompts.count == 1
+
+
+@pytest.mark.parametrize(
+    ("task", "changes", "names", "message"),
+    [
+        ("referring", {}, 0, "d: referring data has no categories to evaluate on"),
+        ("generic", {"has_mask_decoder": False, "components": "vlm"}, 0, "holds only the components 'vlm': it makes no masks"),
+        ("generic", {"has_language_model": False, "num_classes": 4}, 0, "has 3 categories, the model's linear head has 4"),
+        ("generic", {}, -1, "names a conversation must not be negative, got -1"),
+    ],
+)
+def test_what_has_no_categories_is_refused(parts, task, changes, names, message):
+    vars(parts.model.cfg).update(changes)
+    with pytest.raises(UserError, match=message):
+        benchmark.GenericEvaluation(parts.model, Prepared(task), names=names)
 
 
 def as_one_and_as_two(place, out: Path, *chosen: str) -> list[str]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -144,10 +146,28 @@ def test_mode_off_has_no_parameters_of_the_semantic_flow():
     assert {n.split("/")[2] for n in on - sr} == {"condition_refinement"}
 
 
-def test_residual_with_zero_outputs_starts_as_plain_xsam():
+@pytest.fixture(scope="module")
+def fresh():
+    """A config, and what training with it starts from."""
     flow = small.config(semantic_flow=SemanticFlowConfig(norm="residual"))
+    return flow, *flowseg.init_model(flow, 3)
+
+
+def test_every_parameter_starts_as_it_always_did(fresh):
+    """Mean and deviation of each, as recorded: Xavier's bounds, normal deviations, zeros, ones and grids of offsets."""
+    recorded = json.loads((Path(__file__).parent.parent / "golden" / "initial_values.json").read_text())
+    found = flatten_params(fresh[2])
+    assert found.keys() == recorded.keys()
+    for name, (mean, deviation) in recorded.items():
+        x = np.asarray(found[name], np.float64)
+        noise = 5 * deviation / x.size**0.5  # of a mean of other draws
+        assert abs(x.mean() - mean) <= noise + 1e-6, name
+        assert abs(x.std() - deviation) <= noise + 1e-6, name
+
+
+def test_residual_with_zero_outputs_starts_as_plain_xsam(fresh):
+    flow, graphdef, params = fresh
     plain = small.config(semantic_flow=OFF)
-    graphdef, params = flowseg.init_model(flow, 3)
     plain_graphdef, described = flowseg.abstract_model(plain)
     kept = {
         name: value

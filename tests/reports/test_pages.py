@@ -225,3 +225,32 @@ def test_html_is_made_in_one_way_only(tmp_path):
     page.write(tmp_path / "p.html", "page.html", title="<t>", body=["<script>", html("<p>{}</p>", "x")])
     text = (tmp_path / "p.html").read_text()
     assert "<script>" not in text and "<title>&lt;t&gt;</title>" in text and "<p>x</p>" in text
+
+
+@pytest.mark.parametrize(
+    ("argv", "shown"),
+    [
+        (["python3", "-m", "flowseg_jax", "eval", "--out=a b"], "python -m flowseg_jax eval '--out=a b'"),
+        (["python3", "-m", "experiments.demo"], "python -m experiments.demo"),
+        (["python3", "-m", "pytest", "flowseg"], ""),
+        (["python3", "-m"], ""),
+        (["python3", "/usr/bin/flowseg", "eval"], "flowseg eval"),
+        (["python3", "eval.py", "--data=x"], "python eval.py --data=x"),
+        (["python3", "other.py", "eval.py"], ""),
+        (["python3"], ""),
+    ],
+)
+def test_a_page_says_by_which_command_of_ours_it_was_written(argv, shown):
+    assert page.command(argv) == shown
+
+
+def test_a_picture_inside_a_page_has_a_largest_size(tmp_path, monkeypatch):
+    file, head = tmp_path / "a.png", b"\x89PNG\r\n\x1a\n"
+    monkeypatch.setattr(page, "INLINE_BYTES", 20)
+    file.write_bytes(head + b"x" * 12)
+    assert page.data_uri(file).startswith("data:image/png;base64,iVBORw0KGgp4")
+    file.write_bytes(head + b"x" * 13)
+    with pytest.raises(UserError, match="a.png is not a picture that an evaluation kept"):
+        page.data_uri(file)
+    with pytest.raises(UserError, match=r"gone.png cannot be read \(No such file or directory\): evaluate again"):
+        page.data_uri(tmp_path / "gone.png")

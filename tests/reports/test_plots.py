@@ -80,3 +80,79 @@ def test_an_axis_without_length_is_refused():
     with pytest.raises(ValueError, match="none below zero"):
         plots.bars([("a", -1.0)], x="", y="")
     assert "NaN" not in plots.lines({"a": [(0, 0.0)]}, x="", y="", x_range=(0, 1))
+
+
+@pytest.fixture
+def axes(monkeypatch):
+    """The axes of what is drawn, while they can still be asked."""
+    made = []
+
+    class Kept(plots._Plot):
+        def __init__(self, height):
+            super().__init__(height)
+            made.append(self.axes)
+
+    monkeypatch.setattr(plots, "_Plot", Kept)
+    return made
+
+
+def size(axes) -> tuple[float, float]:
+    """Width and height of a plot in points."""
+    return tuple(72 * axes.figure.get_size_inches())
+
+
+def ticks(axis) -> list[tuple[float, str]]:
+    return [(at, label.get_text()) for at, label in zip(axis.get_ticklocs(), axis.get_ticklabels(), strict=True)]
+
+
+def test_bars_have_names_that_fit_beside_each_other(axes):
+    for count, every in ((20, 1), (21, 2), (41, 3)):
+        plots.bars([(str(n), float(n)) for n in range(count)], x="points", y="samples")
+        assert ticks(axes[-1].xaxis) == [(n, str(n)) for n in range(0, count, every)]
+    assert size(axes[0]) == (560, 260) and axes[0].get_ylim() == (0, 19)
+    assert (axes[0].get_xlabel(), axes[0].get_ylabel()) == ("points", "samples")
+    plots.bars([("none", 0.0)], x="", y="")
+    assert axes[-1].get_ylim() == (0, 1)
+
+
+def test_lines_have_the_axes_that_are_asked_for(axes):
+    many = {str(n): [(0, float(n)), (2, None), (9, 4.0)] for n in range(9)}
+    plots.lines(many, x="step", y="loss", x_range=(0, 9), whole=True)
+    first, last = axes[-1].get_lines()[0], axes[-1].get_lines()[-1]
+    assert (first.get_color(), last.get_color()) == (plots.COLORS[0], plots.COLORS[0]) and len(axes[-1].get_lines()) == 9
+    assert list(last.get_xdata()) == [0, 2, 9] and last.get_ydata()[2] == 4.0 and last.get_marker() == "o"
+    assert axes[-1].get_xlim() == (0, 9) and axes[-1].get_ylim() == (0, 8) and size(axes[-1]) == (560, 260)
+    assert all(at == int(at) for at, _ in ticks(axes[-1].xaxis)) and len(ticks(axes[-1].xaxis)) <= 9
+    assert (axes[-1].get_xlabel(), axes[-1].get_ylabel()) == ("step", "loss")
+    plots.lines({"a": [(0, -3.0), (1, -1.0)]}, x="", y="", x_range=(0, 1), diagonal=True, dots=False)
+    dashes, line = axes[-1].get_lines()
+    assert axes[-1].get_ylim() == (-3, 0) and line.get_marker() == "" and line.get_label() == "\u2060a"
+    assert (list(dashes.get_xdata()), list(dashes.get_ydata()), dashes.get_linestyle()) == ([0, 1], [-3, 0], "--")
+    plots.lines({"a": [(0, 5.0)]}, x="", y="", x_range=(0, 1), y_range=(2, 7))
+    assert axes[-1].get_ylim() == (2, 7)
+    plots.lines({"a": [(0, None)]}, x="", y="", x_range=(0, 1))  # nothing is known: an axis all the same
+    assert axes[-1].get_ylim() == (0, 1)
+
+
+def test_shares_grow_with_their_rows_and_say_what_has_room(axes):
+    plots.shares([("all", [92.0, 7.0, 1.0]), ("few", [10.0, 7.6, 82.4])], ["good", "fair", "bad"])
+    (drawn,) = axes
+    assert size(drawn) == (560, 60 + 2 * 24) and drawn.get_xlim() == (0, 100)
+    assert ticks(drawn.yaxis) == [(0, "all"), (1, "few")] and drawn.get_ylim()[0] > drawn.get_ylim()[1]  # the first on top
+    assert [text.get_text() for text in drawn.texts] == ["92", "10", "", "8", "", "82"]
+    assert [round(bar.get_x(), 1) for bar in drawn.patches] == [0, 0, 92, 10, 99, 17.6]
+    assert [text.get_text().strip("\u2060") for text in drawn.figure.legends[0].get_texts()] == ["good", "fair", "bad"]
+
+
+def test_heat_is_darker_where_it_is_higher(axes):
+    plots.heat([[0.0, 55.0], [56.0, 100.0]], ["r", "s"], ["c", "d"], x="A", y="B", digits=1)
+    (drawn,) = axes
+    assert size(drawn) == (560, 50 + 2 * 26) and drawn.collections[0].get_clim() == (0, 100)
+    assert [text.get_text() for text in drawn.texts] == ["0.0", "55.0", "56.0", "100.0"]
+    assert [text.get_position() for text in drawn.texts] == [(0.5, 0.5), (1.5, 0.5), (0.5, 1.5), (1.5, 1.5)]
+    assert [text.get_color() for text in drawn.texts] == [plots._GREY, plots._GREY, "white", "white"]
+    assert ticks(drawn.xaxis) == [(0.5, "c"), (1.5, "d")] and ticks(drawn.yaxis) == [(0.5, "r"), (1.5, "s")]
+    assert drawn.get_ylim()[0] > drawn.get_ylim()[1] and drawn.xaxis.get_ticks_position() == "top"
+    assert drawn.xaxis.get_label_position() == "bottom" and (drawn.get_xlabel(), drawn.get_ylabel()) == ("A", "B")
+    plots.heat([[3.0]], ["r"], ["c"], x="", y="")
+    assert axes[-1].collections[0].get_clim() == (3, 4) and axes[-1].texts[0].get_color() == plots._GREY
