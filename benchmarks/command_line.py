@@ -120,6 +120,12 @@ def checkpoint_growth_parser() -> Parser:
     return parser
 
 
+def fine_tuning_parser() -> Parser:
+    parser = _parser("python -m benchmarks.fine_tuning", "fine_tuning")
+    parser.add_argument("models", nargs="*", metavar="model", help="language models; default: those of docs/finetune.md")
+    return parser
+
+
 def on_device_parser() -> Parser:
     parser = _parser("python -m benchmarks.on_device", "on_device")
     parser.add_argument("--steps", type=positive, default=20, metavar="N", help="steps that are timed, default 20")
@@ -167,5 +173,6 @@ batch_prediction = functools.partial(_run, batch_prediction_parser, "batch_predi
 quantization = functools.partial(_run, quantization_parser, "quantization")
 growth = functools.partial(_run, growth_parser, "growth")
 checkpoint_growth = functools.partial(_run, checkpoint_growth_parser, "checkpoint_growth")
+fine_tuning = functools.partial(_run, fine_tuning_parser, "fine_tuning")
 measure = functools.partial(_run, measure_parser, "measure")
 on_device = functools.partial(_run, on_device_parser, "on_device")

@@ -71,7 +71,7 @@ def measure_step(config: ConfigDict, steps: int) -> dict[str, Any]:
         compile_seconds = time.perf_counter() - started
     run = program.run_config
     with heartbeat("initialising parameters"):
-        state = program.initial_state(config)
+        state, _ = program.initial_state(config)
         batch = program.to_device(random_batch(run.shape, run.model))
         state, metrics = jax.block_until_ready(step(state, batch))
     seconds = []

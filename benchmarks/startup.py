@@ -80,7 +80,7 @@ def start(size: str, began: float, checkpoint: Path | None, restore: bool) -> di
             leaves = [found[str(i)] for i in range(len(found))]
             state = jax.tree.unflatten(jax.tree.structure(program.state), leaves)
         else:
-            state = program.initial_state(config)
+            state, _ = program.initial_state(config)
         jax.block_until_ready(state)
     with stage("first step"):
         state, _ = step(state, program.to_device(batch))

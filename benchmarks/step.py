@@ -80,7 +80,7 @@ class Built(NamedTuple):
 def build(config: ConfigDict) -> Built:
     """What a step needs on the first device."""
     program = TrainProgram.build(config, jax.devices()[:1])
-    return Built(program.run_config, program.to_device, program.step, program.initial_state(config))
+    return Built(program.run_config, program.to_device, program.step, program.initial_state(config)[0])
 
 
 def random_batch(shape: BatchShape, model: FlowSegConfig, seed: int = 0) -> Batch:

@@ -88,7 +88,7 @@ def prepare_data(data: Path, size: Size) -> None:
     if not (data / "tokenizer").exists():
         from flowseg_jax.configs.stage3_mixed import TINY_VOCAB
 
-        texts = list(itertools.chain.from_iterable(tokenizer_corpus(prepared) for prepared in sets))
+        texts = itertools.chain.from_iterable(tokenizer_corpus(prepared) for prepared in sets)
         train_dataset_tokenizer(texts, data / "tokenizer", TINY_VOCAB)
 
 

@@ -60,7 +60,7 @@ HELP = {
     "optimizer.param_groups": "((pattern of paths, factor on the learning rate or None: frozen), ...); the first match counts",
     "optimizer.grad_accum_steps": "micro-batches that an update adds up one after the other, to save memory",
     "optimizer.max_skipped_updates": "updates in a row that may be skipped because they are not finite; more stop the run",
-    "optimizer.frozen_dtype": 'of the matrices of frozen encoders and language models: "float32" or "bfloat16"',
+    "optimizer.frozen_dtype": 'of the matrices of frozen encoders and language models: "float32", "bfloat16" or "int8"',
     "optimizer.name": '"adamw", "lion", "adafactor" or "muon"',
     "optimizer.schedule": 'of the learning rate: "cosine", "linear", "wsd" (constant, then down) or "constant"',
     "optimizer.decay_fraction": "of wsd: share of the steps in which the learning rate falls to zero",

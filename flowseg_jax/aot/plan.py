@@ -200,9 +200,21 @@ def plan(config: ConfigDict, topology: str, *, effort: str = "O0") -> PlanReport
 
 
 def state_text(config: ConfigDict, topology: str) -> str:
+    """`state_sizes` for people."""
+    sizes, program, found = state_sizes(config, topology)
+    rows = [f"  {name:<22}{gib(size):>12}" for name, size in (sizes | {"together": sum(sizes.values())}).items()]
+    title = f"{found.name}: on each of {len(found.devices)} x {found.devices[0].device_kind}, without activations"
+    parameters = _parameters_by_component(program.state.trainable, program.state.frozen)
+    return "\n".join([*lines.parameters(parameters), title, *rows])
+
+
+def state_sizes(config: ConfigDict, topology: str) -> tuple[dict[str, int], TrainProgram, Topology]:
     """What every device of a topology holds between two steps, and the gradients of one, by arithmetic: nothing is compiled.
 
     Activations and workspace, which `plan` gets from the compiler, come on top. Raises as `plan`.
+
+    Returns:
+        Bytes by what they are for; the program and the devices that they are of.
     """
     program, found = prepare(config, topology, XLA_OPT_LEVELS[0])
     state = program.state
@@ -213,10 +225,7 @@ def state_text(config: ConfigDict, topology: str) -> str:
         "moments": state.opt_state,
         "moving average": state.ema,
     }
-    sizes = {name: _bytes_on_one_device(tree) for name, tree in parts.items()}
-    rows = [f"  {name:<22}{gib(size):>12}" for name, size in (sizes | {"together": sum(sizes.values())}).items()]
-    title = f"{found.name}: on each of {len(found.devices)} x {found.devices[0].device_kind}, without activations"
-    return "\n".join([*lines.parameters(_parameters_by_component(state.trainable, state.frozen)), title, *rows])
+    return {name: _bytes_on_one_device(tree) for name, tree in parts.items()}, program, found
 
 
 def prepare(config: ConfigDict, topology: str, effort: str) -> tuple[TrainProgram, Topology]:

@@ -107,8 +107,11 @@ def _tpu(name: str, slices: int) -> Topology:
     for key, value in TPU_ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     try:
-        several = {"num_slices": slices} if slices > 1 else {}
-        devices = topologies.get_topology_desc(name.removeprefix(f"{slices}x"), platform="tpu", **several).devices
+        options = {"num_slices": slices} if slices > 1 else {}
+        shape = name.removeprefix(f"{slices}x")
+        if set(re.split("[:x]", shape)[1:]) == {"1"}:  # a single chip, where libtpu would take the host for larger
+            options["chips_per_host_bounds"] = (1, 1, 1)
+        devices = topologies.get_topology_desc(shape, platform="tpu", **options).devices
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).splitlines()[0].partition(": ")[2]
         raise UserError(f"--topology={name}: libtpu has no such topology ({reason}); known: {EXAMPLES}") from None

@@ -2,13 +2,17 @@
 
 A work directory is often a bucket, which is slow to write. A local checkpoint costs a copy and no network, so there can be many
 more of them. Every process writes the shards that its devices hold into one safetensors file a step. A run that is started
-again on the same hosts, with the same shards, continues from there where that is newer; otherwise from the work directory.
+again with the same shards continues from there where that is newer; otherwise from the work directory.
+
+A host that was replaced has no such file. Where the mesh has replicas (`mesh.data`), another process holds the same shards: its
+peer, which sends its file.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -27,7 +31,7 @@ from flowseg_jax.checkpoints.storage import read_error
 from flowseg_jax.errors import UserError, short_reason
 from flowseg_jax.system import json_files
 from flowseg_jax.system.console import log
-from flowseg_jax.system.distributed import all_gather_bytes, collective_try, is_primary
+from flowseg_jax.system.distributed import all_gather_bytes, collective_try, is_primary, send_file
 from flowseg_jax.system.paths import is_remote
 
 KEEP = 2  # a process may be killed while another one has written the next step already
@@ -80,7 +84,7 @@ class LocalCheckpoints:
         self._writing = self._thread.submit(self._write, step, shards, {**meta, "step": step})
 
     def restore(self, abstract: Tree, check: Callable[[dict], None], newer_than: int | None) -> RestoredCheckpoint | None:
-        """The newest state that every process has here, if it is newer than a step; None otherwise.
+        """The newest state that every process has here or gets from a peer, if it is newer than a step; None otherwise.
 
         Args:
             abstract: `jax.ShapeDtypeStruct`s with shardings, in the structure of the state.
@@ -89,18 +93,29 @@ class LocalCheckpoints:
         """
         if self._directory is None:
             return None
-        mine = [step for step in self._steps() if step > (newer_than or 0)]
-        everywhere = set.intersection(*(set(json.loads(steps)) for steps in all_gather_bytes(json.dumps(mine).encode())))
-        for step in sorted(everywhere, reverse=True):
-            found, fault = collective_try(functools.partial(self._read, step, abstract), _reason)
+        shards = hashlib.sha256("\n".join(sorted(_wanted(abstract))).encode()).hexdigest()
+        given_up: set[int] = set()
+        while True:
+            mine = [step for step in self._steps() if step > (newer_than or 0)]
+            everyone = [json.loads(said) for said in all_gather_bytes(json.dumps([shards, mine]).encode())]
+            sources = {step: _sources(step, everyone) for step in {step for _, steps in everyone for step in steps} - given_up}
+            step = max((step for step, found in sources.items() if None not in found), default=None)
+            if step is None:
+                return None
+            copies = [(source, target) for target, source in enumerate(sources[step]) if source != target]
+            _, fault = collective_try(functools.partial(self._copy, step, copies), _reason)
             if not fault:
-                meta, state = found
-                check(meta)
-                return RestoredCheckpoint(step, state, meta, str(self._directory))
+                found, fault = collective_try(functools.partial(self._read, step, abstract), _reason)
+                if not fault:
+                    meta, state = found
+                    check(meta)
+                    return RestoredCheckpoint(step, state, meta, str(self._directory))
+                if found is None:
+                    self._file(step).unlink(missing_ok=True)
             if is_primary():
                 log(f"the local checkpoint of step {step} is not used: {fault}")
-            (self._directory / f"{step}{SUFFIX}").unlink(missing_ok=True)
-        return None
+            if copies:
+                given_up.add(step)
 
     def close(self) -> None:
         self._thread.shutdown()
@@ -123,25 +138,38 @@ class LocalCheckpoints:
         names = [path.name.removesuffix(SUFFIX) for path in self._directory.iterdir() if path.name.endswith(SUFFIX)]
         return sorted(int(name) for name in names if name.isdecimal())
 
+    def _file(self, step: int) -> epath.Path:
+        return self._directory / f"{step}{SUFFIX}"
+
+    def _copy(self, step: int, copies: list[tuple[int, int]]) -> None:
+        """Gets the files of a step to the processes that lack them: from and to which. Raises OSError where one cannot."""
+        fault = None
+        for source, target in copies:
+            if is_primary():
+                log(f"the local checkpoint of step {step} of process {target} is sent by process {source}")
+            try:
+                send_file(self._file(step), source, target)
+            except OSError as error:  # the others go on
+                fault = error
+        if fault:
+            raise fault
+
     def _write(self, step: int, shards: dict[str, np.ndarray], meta: dict[str, Any]) -> None:
         meta["checksums"] = checksums(shards)
         meta[json_files.ITSELF] = json_files.checksum(meta)
-        part, path = (self._directory / f"{step}{suffix}" for suffix in (".part", SUFFIX))
+        part, path = self._directory / f"{step}.part", self._file(step)
         try:
             save_file({name: _bits(x) for name, x in shards.items()}, part, {"meta": json.dumps(meta)})
             os.replace(part, path)
             for old in self._steps()[:-KEEP]:
-                (self._directory / f"{old}{SUFFIX}").unlink()
+                self._file(old).unlink()
         except (OSError, SafetensorError) as error:
             part.unlink(missing_ok=True)
             log(f"WARNING: the local checkpoint of step {step} could not be written: {short_reason(error)}; the run goes on")
 
     def _read(self, step: int, abstract: Tree) -> tuple[dict[str, Any], Tree]:
-        wanted = {}  # name of a shard: (its shape, dtype)
-        for name, x in flatten_params(abstract).items():
-            for index in x.sharding.addressable_devices_indices_map(x.shape).values():
-                wanted[_name(name, index, x.shape)] = x.sharding.shard_shape(x.shape), x.dtype
-        with safe_open(self._directory / f"{step}{SUFFIX}", "numpy") as file:
+        wanted = _wanted(abstract)
+        with safe_open(self._file(step), "numpy") as file:
             meta = json_files.loads((file.metadata() or {})["meta"])
             if meta[json_files.ITSELF] != json_files.checksum(meta) or meta["step"] != step:
                 raise ValueError("its JSON has changed since it was written")
@@ -159,6 +187,28 @@ class LocalCheckpoints:
             return jax.make_array_from_single_device_arrays(x.shape, x.sharding, parts)
 
         return meta, jax.tree_util.tree_map_with_path(place, abstract)
+
+
+def _sources(step: int, everyone: list[list]) -> list[int | None]:
+    """From which process each one gets its file of a step: itself, a peer that holds the same shards, or None.
+
+    Args:
+        everyone: of each process, a digest of its shards and the steps that it has.
+    """
+    having = [(shards, index) for index, (shards, steps) in enumerate(everyone) if step in steps]
+    return [
+        index if step in steps else next((peer for theirs, peer in having if theirs == shards), None)
+        for index, (shards, steps) in enumerate(everyone)
+    ]
+
+
+def _wanted(abstract: Tree) -> dict[str, tuple[tuple[int, ...], Any]]:
+    """{name of a shard that this process is to hold: its shape and dtype}."""
+    return {
+        _name(name, index, x.shape): (x.sharding.shard_shape(x.shape), x.dtype)
+        for name, x in flatten_params(abstract).items()
+        for index in x.sharding.addressable_devices_indices_map(x.shape).values()
+    }
 
 
 def _shards(state: Tree) -> dict[str, Any]:

@@ -38,11 +38,11 @@ def load_for_inference(
     flat, places, found = flatten_params(loaded.params), flatten_params(abstract), {}
     for name in list(flat):
         for path, made in quantized(name, flat.pop(name)).items():
-            found[path] = _placed(made, places[path])
+            found[path] = place(made, places[path])
     return PretrainedModel(unflatten_params(found), loaded.model_config, loaded.tokenizer_dir, loaded.extra)
 
 
-def _placed(x: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:
+def place(x: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:
     """An array of this process as a part of the global one, in its dtype."""
     x = x.astype(like.dtype)
     if like.sharding is None:

@@ -158,11 +158,12 @@ def read_checkpoint_config(path: epath.Path) -> dict[str, Any]:
     extra, config = meta.get("extra"), meta.get("config")
     if not isinstance(extra, dict) or not isinstance(config, dict) or not isinstance(config.get("model"), dict):
         raise UserError(f"checkpoint {path} cannot be used as a model, an older flowseg_jax wrote it: continue the run first")
-    if "base" in meta:
-        run = path.parent.parent
+    rounded = any(name.endswith("/kernel_scale") for name in meta["manifest"])
+    if "base" in meta or rounded:
+        model, what = path.parent.parent / "model", "int8 weights" if rounded else "adapters without their base"
         raise UserError(
-            f"checkpoint {path} holds adapters without their base: use {run / 'model'}, which the run writes at its end, or "
-            "validate while it trains (eval_every)"
+            f"checkpoint {path} holds {what}: use {model}, which the run writes at its end, or validate while it trains "
+            "(eval_every)"
         )
     names = state_names(meta)
     pick = lambda values: {name: values[stored] for name, stored in names.items()}  # noqa: E731

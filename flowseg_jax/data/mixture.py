@@ -228,10 +228,10 @@ def held_out_keys(sources: Iterable[str | Path | PreparedDataset]) -> dict[str, 
 
 
 def _evaluated(prepared: PreparedDataset) -> dict[str, str]:
-    splits = [split for split in prepared.splits if not is_train_split(split)]
+    splits = {split: f"{prepared.directory} {split}" for split in prepared.splits if not is_train_split(split)}
     return {
-        key: f"{prepared.directory} {split}"
-        for split in splits
+        key: held_out_by
+        for split, held_out_by in splits.items()
         for entry in prepared.index(split)
         for key in entry.identity.holds_out
     }

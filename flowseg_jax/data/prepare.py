@@ -14,7 +14,7 @@ import os
 import shutil
 import signal
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -232,26 +232,35 @@ def _summary(
     return metadata, found
 
 
-def tokenizer_corpus(prepared: PreparedDataset) -> list[str]:
+def tokenizer_corpus(prepared: PreparedDataset) -> Iterator[str]:
     """The texts of a data set's training split (without one, in its first split): categories, sentences as often as its
     source has them, explanations, chats."""
     split = "train" if "train" in prepared.splits else next(iter(prepared.splits))
-    texts = list(prepared.categories)
+    yield from prepared.categories
     for entry in prepared.index(split):
         for sample in entry.samples:
-            texts += [sample.sentence] * sample.count + [sample.answer] * bool(sample.answer)
+            yield from [sample.sentence] * sample.count + [sample.answer] * bool(sample.answer)
     if prepared.task == "chat":  # not in the index
         source = prepared.source(split)
         for i in range(len(source)):
-            texts += [text for turn in source[i].turns for text in (turn.question, turn.answer)]
-    return texts
+            yield from (text for turn in source[i].turns for text in (turn.question, turn.answer))
 
 
-def train_dataset_tokenizer(texts: Sequence[str], directory: Path, vocab: int) -> None:
-    """Trains a tokenizer on sentences, and on prompt templates about as often as the model reads them with sentences."""
-    prompts = template_corpus()
-    prompts *= 1 + len(texts) // (4 * len(prompts))
-    train_tokenizer([*prompts, *texts], directory, vocab=vocab)
+def train_dataset_tokenizer(texts: Iterable[str], directory: Path, vocab: int) -> None:
+    """Trains a tokenizer on sentences, and on prompt templates about as often as the model reads them with sentences.
+
+    Texts are read once and not kept: what takes memory is their different words.
+    """
+
+    def corpus() -> Iterator[str]:
+        count, prompts = 0, template_corpus()
+        for text in texts:
+            count += 1
+            yield text
+        for _ in range(1 + count // (4 * len(prompts))):
+            yield from prompts
+
+    train_tokenizer(corpus(), directory, vocab=vocab)
 
 
 @contextlib.contextmanager

@@ -61,12 +61,14 @@ def shapes_only() -> Iterator[None]:
 def gathered_weight(variable: nnx.Param, dtype: jnp.dtype) -> Array:
     """The copy of a parameter that a product is computed with: in the compute dtype, and whole.
 
-    A parameter that is sharded over `fsdp` (`sharding.mark_fsdp_axes`) is gathered here, after the cast. Inside a scanned stack
-    that is one layer at a time, and with rematerialisation again in the backward pass: no stack is ever whole.
+    A parameter that is sharded over `fsdp` (`sharding.mark_fsdp_axes`) is gathered here, after the cast (before it where it is
+    int8, which is less to send). Inside a scanned stack that is one layer at a time, and with rematerialisation again in the
+    backward pass: no stack is ever whole.
     """
-    axis = variable.get_metadata().get("fsdp_axis")
-    x = variable[...].astype(dtype)
-    return x if axis is None else all_gather_2d(x, axis)
+    axis, x = variable.get_metadata().get("fsdp_axis"), variable[...]
+    if axis is None:
+        return x.astype(dtype)
+    return all_gather_2d(x, axis).astype(dtype) if x.dtype == jnp.int8 else all_gather_2d(x.astype(dtype), axis)
 
 
 class DropoutKeys(nnx.Variable):
@@ -152,7 +154,8 @@ class Linear(nnx.Module):
         if self.lora is not None:
             y = y + self.lora(x)
             if self.lora.magnitude is not None:
-                y = (y * self.lora.lengths(kernel)).astype(x.dtype)
+                whole = kernel if self.kernel_scale is None else kernel * self.kernel_scale[...]
+                y = (y * self.lora.lengths(whole)).astype(x.dtype)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 

@@ -1,4 +1,5 @@
-"""int8 weights for inference: the matrices of the language model's and of SAM's layers, one scale for every output channel.
+"""int8 weights, for inference and for what is frozen in training: the matrices of the language model's and of SAM's layers, one
+scale for every output channel.
 
 A matrix W is stored as whole numbers from -127 to 127 and scales s, the largest magnitude of each of its columns over 127: W is
 nearly (whole numbers) * s. A layer multiplies by the whole numbers, in the dtype that it computes in, and its result by s.
@@ -11,6 +12,7 @@ bfloat16, as the full-size ones do, rounds them at every use anyway: its answers
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -42,13 +44,27 @@ def abstract_model(cfg: FlowSegConfig, quantize: str | None = None) -> tuple[nnx
     if quantize == "bfloat16":
         return graphdef, jax.tree.map_with_path(_in_bfloat16, state)
     network = nnx.merge(graphdef, state)
-    for path, node in nnx.iter_graph(network):
-        if isinstance(node, Linear) and _QUANTIZED.fullmatch("/".join(map(str, path))):
-            (layers, _, d_out), axes = node.kernel.shape, node.kernel.get_metadata()["logical_axes"]
-            scale = jax.ShapeDtypeStruct((layers, d_out), jnp.float32)
-            node.kernel_scale = nnx.Param(scale, logical_axes=(axes[0], axes[2]))
-            node.kernel = nnx.Param(jax.ShapeDtypeStruct(node.kernel.shape, jnp.int8), logical_axes=axes)
+    add_scales(network)
     return nnx.split(network)
+
+
+def add_scales(network: nnx.Module, chosen: Callable[[str], bool] = lambda path: True) -> list[str]:
+    """Gives the layers that int8 is for abstract int8 matrices and scales, in place.
+
+    Args:
+        chosen: whether a linear layer, by path, is one of them.
+
+    Returns:
+        The paths of the scales.
+    """
+    linears = {"/".join(map(str, path)): node for path, node in nnx.iter_graph(network) if isinstance(node, Linear)}
+    linears = {path: node for path, node in linears.items() if _QUANTIZED.fullmatch(path) and chosen(path)}
+    for node in linears.values():
+        (layers, _, d_out), axes = node.kernel.shape, node.kernel.get_metadata()["logical_axes"]
+        scale = jax.ShapeDtypeStruct((layers, d_out), jnp.float32)
+        node.kernel_scale = nnx.Param(scale, logical_axes=(axes[0], None))
+        node.kernel = nnx.Param(jax.ShapeDtypeStruct(node.kernel.shape, jnp.int8), logical_axes=axes)
+    return [f"{path}/kernel_scale" for path in linears]
 
 
 def _in_bfloat16(path: tuple, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

@@ -16,6 +16,7 @@ from flowseg_jax.errors import UserError
 from flowseg_jax.system import console, locks, process_watch
 
 T = TypeVar("T")
+SENT_BYTES = 1 << 26  # of a file at a time, on every device
 FAULT_BYTES = 1024  # of a fault's text, which is exchanged as an array
 
 
@@ -68,6 +69,43 @@ def all_gather_bytes(mine: bytes) -> list[bytes]:
     padded[: len(mine)] = np.frombuffer(mine, np.uint8)
     everyone = multihost_utils.process_allgather(padded)
     return [row[:length].tobytes() for row, length in zip(everyone, lengths, strict=True)]
+
+
+def send_file(path: str | os.PathLike, source: int, target: int) -> None:
+    """Copies a file of process `source` to the same path of process `target`, over the network that connects the devices.
+
+    It is a broadcast, `SENT_BYTES` at a time, of which all others keep nothing; all processes must call it.
+
+    Raises:
+        OSError: on one of the two, at the end: it cannot be read, or written.
+    """
+    me, fault = jax.process_index(), None
+    part = f"{os.fspath(path)}.part"
+    with contextlib.ExitStack() as stack:
+        try:
+            names = {source: (path, "rb"), target: (part, "wb")}
+            file = stack.enter_context(open(*names[me])) if me in names else None
+            size = os.fstat(file.fileno()).st_size if me == source else 0
+        except OSError as error:
+            fault, size = error, 0
+        size = int(all_gather_bytes(str(size).encode())[source])
+        for start in range(0, size, SENT_BYTES):
+            block = np.zeros(min(SENT_BYTES, size), np.uint8)
+            try:
+                if me == source and not fault:
+                    file.readinto(block)
+            except OSError as error:  # what arrives then has wrong checksums
+                fault = error
+            block = np.asarray(multihost_utils.broadcast_one_to_all(block, is_source=me == source))
+            try:
+                if me == target and not fault:
+                    file.write(block[: size - start].data)
+            except OSError as error:
+                fault = error
+    if fault:
+        raise fault
+    if me == target and size:
+        os.replace(part, path)
 
 
 @contextlib.contextmanager

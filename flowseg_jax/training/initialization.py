@@ -15,15 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from flowseg_jax import sharding
 from flowseg_jax.checkpoints.find import find_model
 from flowseg_jax.checkpoints.manifest import flatten_params, unflatten_params
 from flowseg_jax.checkpoints.pretrained import load_pretrained, read_model_config
+from flowseg_jax.checkpoints.quantized import place
 from flowseg_jax.errors import UserError, did_you_mean, listed
 from flowseg_jax.models import flowseg
 from flowseg_jax.models.config import FlowSegConfig
+from flowseg_jax.models.quantization import quantized
 from flowseg_jax.system.console import log
 from flowseg_jax.training import lora as adapters
 from flowseg_jax.training.adapters import read_settings
@@ -114,19 +117,45 @@ class InitSource:
         found = flatten_params(load_pretrained(self.directory, unflatten_params(like), allow_component=True).params)
         return {our: found[name] for our, name in self.places.items()}
 
+    def load_int8(self, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> tuple[dict[str, jax.Array], dict[str, int]]:
+        """`load` where some of `abstract` are int8: no device ever holds more than it will keep.
+
+        Returns:
+            The arrays, the scales of int8 weights among them; {int8 weight: `rounded_checksum` of what it was made of}.
+        """
+        flat = flatten_params(load_pretrained(self.directory, dtype=None, allow_component=True).params)  # in the host's memory
+        found, sums = {}, {}
+        for our, name in self.places.items():
+            made = {our: flat.pop(name)}
+            if abstract[our].dtype == jnp.int8:
+                sums[our] = adapters.rounded_checksum(made[our])
+                made = quantized(our, made[our])
+            found |= {path: place(x, abstract[path]) for path, x in made.items()}
+        return found, sums
+
 
 def initial_params(
-    cfg: FlowSegConfig, seed: int, init_from: Sequence[str], mesh: Mesh, lora: LoraConfig | None = None
-) -> dict[str, Any]:
+    cfg: FlowSegConfig,
+    seed: int,
+    init_from: Sequence[str],
+    mesh: Mesh,
+    lora: LoraConfig | None = None,
+    frozen: Mapping[str, jax.ShapeDtypeStruct] | None = None,
+) -> tuple[dict[str, Any], dict[str, int]]:
     """All parameters of a new run, created or read where they belong; says what came from where and what is fresh.
 
     Args:
         seed: of fresh parameters; they do not depend on what else is read.
         init_from: `[component=]DIR`, in the order in which they are applied.
         lora: the adapters that the run has.
+        frozen: how those that are not trained are stored; the others are float32.
+
+    Returns:
+        The parameters, and {int8 weight: `rounded_checksum` of what it was made of}.
 
     Raises:
-        UserError: an entry that does not fit, before anything is read; adapters of another base, once that is read.
+        UserError: an entry that does not fit, or none for what is to be int8, before anything is read; adapters of another
+            base, once that is read.
     """
     lora = lora or LoraConfig()
     _, state = adapters.abstract_model(cfg, lora)
@@ -136,32 +165,43 @@ def initial_params(
         for name, x in flatten_params(flowseg.params_dict(state)).items()
     }
     shapes = {name: x.shape for name, x in abstract.items()}
+    abstract |= frozen or {}
     sources = [InitSource.open(text, shapes) for text in init_from]
     for source in sources:
         source.check_adapters(lora)
     from_source = {our: source for source in sources for our in source.places}  # the last one that has it
-    fresh = [name for name in abstract if name not in from_source]
+    fresh = [name for name in shapes if name not in from_source]
+    if random := [name for name in fresh if abstract[name].dtype == jnp.int8]:
+        raise UserError(
+            f"optimizer.frozen_dtype is int8, and init_from brings no {random[0]}: name a model that has it, or train it"
+        )
 
     def create() -> dict[str, jax.Array]:
         flat = flatten_params(flowseg.init_model(cfg, seed)[1]) | adapters.initial_adapters(shapes, seed)
-        return {name: jax.lax.with_sharding_constraint(flat[name], shardings[name]) for name in fresh}
+        cast = {name: flat[name].astype(abstract[name].dtype) for name in fresh}
+        return {name: jax.lax.with_sharding_constraint(x, shardings[name]) for name, x in cast.items()}
 
     # Hundreds of random number generators that run once: LLVM would take twice as long to optimise them.
     options = {"xla_backend_optimization_level": 0} if mesh.devices.flat[0].platform == "cpu" else None
-    params = jax.jit(create, compiler_options=options)() if fresh else {}
+    params, sums = jax.jit(create, compiler_options=options)() if fresh else {}, {}
+    in_int8 = any(x.dtype == jnp.int8 for x in abstract.values())
     for source in sources:
         mine = {our for our in source.places if from_source[our] is source}
-        params |= {our: x for our, x in source.load(abstract, mesh).items() if our in mine} if mine else {}
+        if mine:
+            found, rounded = source.load_int8(abstract) if in_int8 else (source.load(abstract, mesh), {})
+            scales = {f"{our}_scale" for our in mine & rounded.keys()}
+            params |= {our: x for our, x in found.items() if our in mine | scales}
+            sums |= {our: value for our, value in rounded.items() if our in mine}
         unused = f"; not used: {_groups(source.unused)}" if source.unused else ""
         log(f"init_from {source.text}: {len(mine)} parameters{unused}")
     if sources and fresh:
         log(f"not found, initialised afresh: {_groups(fresh)}")
     if bases := [source for source in sources if source.adapters]:
         base = {name: x for name, x in params.items() if not adapters.is_adapter(name)}
-        found = adapters.base_digests(base)
+        found = adapters.base_digests(base, sums)
         for source in bases:
             adapters.check_base(source.adapters["base"], found, f"init_from {source.text}")
-    return unflatten_params({name: params[name] for name in abstract})
+    return unflatten_params({name: params[name] for name in abstract}), sums
 
 
 def _groups(names: Sequence[str]) -> str:

@@ -214,14 +214,14 @@ def run(
         keep, keep_every, local_dir, local_every = (config.checkpoint[key] for key in KEPT)
         checkpoints = stack.enter_context(CheckpointManager(workdir, keep=keep, keep_every=keep_every, best=best))
         local = stack.enter_context(LocalCheckpoints(local_dir, local_every, first.run_id))
-        abstract, spent = state_to_tree(program.state), 0.0
+        abstract, spent, base = state_to_tree(program.state), 0.0, {}
         restored = local.restore(abstract, same_run, checkpoints.latest_step) or checkpoints.restore_latest(abstract, same_run)
         start = restored.step if restored else 0
         if restored:
             state = state_from_tree(program.state, restored.state)
             if "frozen" not in restored.state:
-                state = dataclasses.replace(state, frozen=program.initial_state(config).frozen)
-                base = adapters.base_digests(state.frozen)
+                initial, base = program.initial_state(config)
+                state = dataclasses.replace(state, frozen=initial.frozen)
                 adapters.check_base(restored.meta["base"], base, f"the run in {workdir}")
             log(f"continuing from the checkpoint of step {start} in {restored.directory or workdir}")
             counted = restored.meta.get("seconds_in_steps")
@@ -231,12 +231,11 @@ def run(
                 log(line)
         else:
             with heartbeat("initialising parameters"):
-                state = program.initial_state(config)
+                state, base = program.initial_state(config)
         if is_primary():  # not before: a config that is refused leaves the config of the run as it is
             write_text_atomic(workdir / "config.json", to_json(config) + "\n")
             write_text_atomic(workdir / "parameters.txt", parameter_table(program.state))
             keep_tokenizer(data, workdir)
-        base = {} if "frozen" in state_to_tree(state) else {"base": adapters.base_digests(state.frozen)}
         stop = stack.enter_context(GracefulStop())
         batches = stack.enter_context(contextlib.closing(data.iterate(start)))
         progress = stack.enter_context(contextlib.closing(ProgressWriter(config.num_steps, start)))
@@ -253,7 +252,7 @@ def run(
         def meta_of(step: int) -> dict[str, Any]:
             extra = model_extra(program.run_config, config, data, step)
             counted = {"data_position": step, "seconds_in_steps": report.seconds_in_steps()}
-            return {"config": resolved, "data": data.digest, "extra": extra} | counted | base
+            return {"config": resolved, "data": data.digest, "extra": extra} | counted | ({"base": base} if base else {})
 
         for step in range(start + 1, config.num_steps + 1):
             profiler.on_step_start(step)
@@ -290,7 +289,7 @@ def run(
                 log(f"stopped: the state of step {step} is saved in {workdir}; the same command continues")
                 raise KeyboardInterrupt if stop.interrupted else SystemExit(0)
     local.remove()
-    return save_final_model(program.run_config, state, config, data, workdir)
+    return save_final_model(program.run_config, state, config, data, workdir, base)
 
 
 def ranks_validations(best: tuple[str, ...]) -> bool:
@@ -366,17 +365,19 @@ def keep_tokenizer(data: TrainDataset, workdir: Path) -> None:
         fresh.rename(workdir / TOKENIZER)
 
 
-def save_final_model(run_config: RunConfig, state: TrainState, config: ConfigDict, data: TrainDataset, workdir: Path) -> Path:
-    """Writes the runnable model `<workdir>/model`; parameters keep the dtypes that they are stored in.
+def save_final_model(
+    run_config: RunConfig, state: TrainState, config: ConfigDict, data: TrainDataset, workdir: Path, base: Mapping[str, str]
+) -> Path:
+    """Writes the runnable model `<workdir>/model`; parameters keep the dtypes that they are stored in, int8 becomes bfloat16.
 
-    A run with adapters has them merged in there, and writes what it trained to `<workdir>/adapters` as well.
+    A run with adapters has them merged in there, and writes what it trained to `<workdir>/adapters` as well, with the digests
+    of its `base`.
     """
     step = int(state.step)
     extra = model_extra(run_config, config, data, step)
     cfg, tokenizer = run_config.model.to_dict(), data.tokenizer and data.tokenizer.name
     if adapters.adapted(flatten_params(state.trainable)):
         learned = state.ema if state.ema and run_config.ema.export else state.trainable
-        base = adapters.base_digests(state.frozen)
         log(f"the adapters are in {save_adapters(workdir / 'adapters', learned, run_config.lora, base, extra, overwrite=True)}")
     params = model_params(run_config, state)
     target = save_pretrained(workdir / "model", params, cfg, tokenizer, extra, dtype=None, overwrite=True)

@@ -129,6 +129,11 @@ def is_adapter(path: str) -> bool:
     return path.endswith(("/lora/a", "/lora/b", "/lora/magnitude"))
 
 
+def is_scale(path: str) -> bool:
+    """Whether a parameter is the scales of an int8 weight."""
+    return path.endswith("/kernel_scale")
+
+
 def adapted(paths: Iterable[str]) -> dict[str, str]:
     """{linear layer that has an adapter: its component}."""
     return {path.removesuffix("/lora/a"): path.split("/")[0] for path in paths if path.endswith("/lora/a")}
@@ -178,36 +183,52 @@ def dropout_keys(layers: Mapping[str, int], keys: jax.Array) -> dict[str, Any]:
 def merge_adapters(params: Mapping[str, Any], scale: float) -> dict[str, Any]:
     """A plain model's parameters: every adapter's product is added to the weight beside it, which keeps its dtype and sharding.
 
-    One layer at a time is computed in float32.
+    An int8 weight becomes a bfloat16 one, with its scales multiplied in. One layer at a time is computed in float32.
     """
     flat = flatten_params(params)
-    plain = {path: x for path, x in flat.items() if not is_adapter(path)}
+    plain = {path: x for path, x in flat.items() if not is_adapter(path) and not is_scale(path)}
 
-    def one(args: tuple[jax.Array, ...]) -> jax.Array:
-        kernel, a, b, *magnitude = args
-        whole = kernel.astype(jnp.float32) + scale * jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
-        if magnitude:
-            whole *= (1 + magnitude[0]) * length_ratio(kernel, a, b, scale)
-        return whole.astype(kernel.dtype)
+    def one(parts: dict[str, jax.Array]) -> jax.Array:
+        base = parts["kernel"].astype(jnp.float32)
+        if "kernel_scale" in parts:
+            base *= parts["kernel_scale"]
+        whole = base
+        if "lora/a" in parts:
+            a, b = parts["lora/a"], parts["lora/b"]
+            whole = base + scale * jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+            if "lora/magnitude" in parts:
+                whole *= (1 + parts["lora/magnitude"]) * length_ratio(base, a, b, scale)
+        return whole.astype(jnp.bfloat16 if "kernel_scale" in parts else parts["kernel"].dtype)
 
-    for path in adapted(flat):
+    names = ("kernel", "kernel_scale", "lora/a", "lora/b", "lora/magnitude")
+    for path in dict.fromkeys([*adapted(flat), *(path.removesuffix("/kernel_scale") for path in flat if is_scale(path))]):
         kernel = flat[f"{path}/kernel"]
-        merge = jax.jit(lambda *args: jax.lax.map(one, args), out_shardings=getattr(kernel, "sharding", None))
-        halves = [flat[f"{path}/lora/{name}"] for name in ("a", "b", "magnitude") if f"{path}/lora/{name}" in flat]
-        plain[f"{path}/kernel"] = merge(kernel, *halves)
+        merge = jax.jit(lambda parts: jax.lax.map(one, parts), out_shardings=getattr(kernel, "sharding", None))
+        plain[f"{path}/kernel"] = merge({name: flat[f"{path}/{name}"] for name in names if f"{path}/{name}" in flat})
     return unflatten_params(plain)
 
 
-def base_digests(frozen: Mapping[str, Any]) -> dict[str, str]:
+def base_digests(frozen: Mapping[str, Any], rounded_sums: Mapping[str, int] | None = None) -> dict[str, str]:
     """{component: SHA-256} of the parameters that are not trained: by which adapters know their base.
 
-    It is that of the values in bfloat16, so a base is the same in either dtype and however it is sharded.
+    It is that of the values in bfloat16, so a base is the same in either dtype and however it is sharded; and the same in int8,
+    given `rounded_sums`.
+
+    Args:
+        frozen: parameters by name.
+        rounded_sums: {path of an int8 weight: `rounded_checksum` of what it was made of}.
     """
     sums: dict[str, dict[str, int]] = {}
     for path, x in flatten_params(frozen).items():
-        rounded = x.astype(jnp.bfloat16) if jnp.issubdtype(x.dtype, jnp.floating) else x
-        sums.setdefault(path.split("/")[0], {})[path] = checksums({path: rounded})[path]
+        if not is_scale(path):
+            found = (rounded_sums or {}).get(path)
+            sums.setdefault(path.split("/")[0], {})[path] = rounded_checksum(x) if found is None else found
     return {part: hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest() for part, found in sums.items()}
+
+
+def rounded_checksum(x: Any) -> int:
+    """The checksum of an array's values in bfloat16; of those of an array of whole numbers, as they are."""
+    return checksums({"": x.astype(jnp.bfloat16) if jnp.issubdtype(x.dtype, jnp.floating) else x})[""]
 
 
 def check_base(wanted: Mapping[str, str], found: Mapping[str, str], source: str) -> None:

@@ -20,6 +20,7 @@ Params = dict[str, Any]
 Rate = float | np.ndarray | None  # a multiplier, one for each layer of a stack, or None for a frozen parameter
 
 OPTIMIZERS = ("adamw", "lion", "adafactor", "muon")
+FROZEN_DTYPES = ("float32", "bfloat16", "int8")
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
 
 
@@ -47,6 +48,7 @@ class OptimizerConfig:
         of its rate, and the embeddings at layer_decay^N (https://arxiv.org/abs/2106.08254); 1 for equal rates.
     frozen_dtype: how the matrices of frozen components (SAM, SigLIP, the language model) are stored: "float32" or "bfloat16".
         They are cast to the compute dtype before every use, so the numbers stay the same where the model computes in bfloat16.
+        "int8" rounds those of the language model's and of SAM's layers (`models.quantization`), the rest is in bfloat16.
     """
 
     learning_rate: float = 4e-5
@@ -72,8 +74,8 @@ class OptimizerConfig:
         for key in ("decay_fraction", "layer_decay"):
             if not 0 < (value := getattr(self, key)) <= 1:
                 raise UserError(f"optimizer.{key} is {value}: it must be above 0 and at most 1")
-        if self.frozen_dtype not in ("float32", "bfloat16"):
-            raise UserError(f"optimizer.frozen_dtype is {self.frozen_dtype!r}: choose float32 or bfloat16")
+        if self.frozen_dtype not in FROZEN_DTYPES:
+            raise UserError(f"optimizer.frozen_dtype is {self.frozen_dtype!r}: choose {', '.join(FROZEN_DTYPES)}")
         if self.grad_accum_steps < 1 or self.max_skipped_updates < 0:
             raise UserError(
                 f"optimizer: grad_accum_steps={self.grad_accum_steps} must be at least 1, "
@@ -111,8 +113,12 @@ ENCODER_KERNELS = re.compile(r"(sam|siglip|llm)/(.*/)?(kernel|embed_tokens|lm_he
 
 
 def cast_frozen(frozen: Params, dtype: str) -> Params:
-    """The frozen parameters as they are kept: the matrices of the components in `dtype`, all else as it is."""
-    cast = lambda path, x: x.astype(dtype) if ENCODER_KERNELS.fullmatch(path) else x  # noqa: E731
+    """The frozen parameters as they are kept: the matrices of the components in `dtype`, all else as it is.
+
+    For "int8" that is bfloat16, where they are no int8 matrices already.
+    """
+    dtype = "bfloat16" if dtype == "int8" else dtype
+    cast = lambda path, x: x.astype(dtype) if ENCODER_KERNELS.fullmatch(path) and x.dtype != jnp.int8 else x  # noqa: E731
     return unflatten_params({path: cast(path, x) for path, x in flatten_params(frozen).items()})
 
 

@@ -29,6 +29,7 @@ from flowseg_jax.experiment import check_keys
 from flowseg_jax.losses import LossConfig
 from flowseg_jax.models import flowseg
 from flowseg_jax.models.config import FlowSegConfig
+from flowseg_jax.models.quantization import add_scales
 from flowseg_jax.ops.portable import traced_for
 from flowseg_jax.training import lora as adapters
 from flowseg_jax.training.ema import EmaConfig
@@ -151,6 +152,11 @@ class TrainProgram:
         lora = run_config.lora
         whole, described = adapters.abstract_model(run_config.model, lora)
         network = nnx.merge(whole, described)
+        rates = lr_multipliers(list(flatten_params(flowseg.params_dict(described))), run_config.optimizer.param_groups)
+        rates = decay_by_layer(adapters.freeze_base(rates), run_config.model, run_config.optimizer.layer_decay)
+        if run_config.optimizer.frozen_dtype == "int8":
+            rates |= dict.fromkeys(add_scales(network, lambda path: rates[f"{path}/kernel"] is None), None)
+            described = nnx.split(network)[1]
         graphdef = parallel.mark_fsdp_axes(network, mesh)
         shardings = flatten_params(parallel.param_shardings(described, mesh))
         flat = flatten_params(flowseg.params_dict(described))
@@ -158,8 +164,6 @@ class TrainProgram:
         if lora.dropout and lora.targets:
             graphdef = adapters.with_dropout(network)
             dropout = {path: flat[f"{path}/lora/a"].shape[0] for path in adapters.adapted(flat)}
-        rates = adapters.freeze_base(lr_multipliers(list(flat), run_config.optimizer.param_groups))
-        rates = decay_by_layer(rates, run_config.model, run_config.optimizer.layer_decay)
         optimizer = make_optimizer(run_config.optimizer, config.num_steps, rates)
         params = {path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings[path]) for path, x in flat.items()}
         trainable, frozen = split_trainable(unflatten_params(params), rates)
@@ -190,12 +194,14 @@ class TrainProgram:
         """The step, compiled."""
         return self.step.lower(self.state, self.batch).compile()
 
-    def initial_state(self, config: ConfigDict) -> TrainState:
-        """Parameters, fresh or from `init_from`, and moments, created where they belong."""
-        trainable, frozen = split_trainable(
-            initial_params(self.run_config.model, config.seed, config.init_from, self.mesh, self.run_config.lora),
-            self.lr_multipliers,
-        )
+    def initial_state(self, config: ConfigDict) -> tuple[TrainState, dict[str, str]]:
+        """Parameters, fresh or from `init_from`, and moments, created where they belong; and with adapters the digests of
+        their base, else {}.
+        """
+        run, kept = self.run_config, flatten_params(self.state.frozen)
+        params, rounded_sums = initial_params(run.model, config.seed, config.init_from, self.mesh, run.lora, kept)
+        trainable, frozen = split_trainable(params, self.lr_multipliers)
+        base = adapters.base_digests(frozen, rounded_sums) if run.lora.targets else {}
         place = lambda abstract: jax.tree.map(lambda x: x.sharding, abstract)  # noqa: E731
         cast = lambda x: cast_frozen(x, self.run_config.optimizer.frozen_dtype)  # noqa: E731
         frozen = jax.jit(cast, donate_argnums=0, out_shardings=place(self.state.frozen))(frozen)
@@ -205,7 +211,7 @@ class TrainProgram:
         )
         step, skipped = zero()
         average = jax.tree.map(jnp.copy, trainable) if self.state.ema else {}  # the step is given both to keep
-        return TrainState(step, trainable, frozen, moments, skipped, average)
+        return TrainState(step, trainable, frozen, moments, skipped, average), base
 
     def local_rows(self) -> list[int]:
         """The rows of the global batch that this process's devices hold, in the order in which they hold them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from jax.sharding import SingleDeviceSharding
 from flowseg_jax.checkpoints import local as module
 from flowseg_jax.checkpoints.local import LocalCheckpoints
 from flowseg_jax.errors import UserError
+from tests.helpers.trees import flip
 
 HERE = SingleDeviceSharding(jax.devices()[0])
 
@@ -76,10 +78,42 @@ def test_an_older_one_and_that_of_another_run_are_left_alone(tmp_path):
 
 def test_what_another_process_lacks_is_not_used(tmp_path, monkeypatch):
     checkpoints = saved(tmp_path, 2, 4)
-    monkeypatch.setattr(module, "all_gather_bytes", lambda mine: [mine, json.dumps([2]).encode()])
+    other = lambda *steps: lambda mine: [mine, json.dumps(["its shards", steps]).encode()]  # noqa: E731
+    monkeypatch.setattr(module, "all_gather_bytes", other(2))
     assert restored(checkpoints).step == 2
-    monkeypatch.setattr(module, "all_gather_bytes", lambda mine: [mine, b"[]"])  # its host is a new one
+    monkeypatch.setattr(module, "all_gather_bytes", other())  # its host is a new one, and nobody holds its shards
     assert restored(checkpoints) is None
+
+
+def test_what_is_lacking_comes_from_a_process_that_holds_the_same_shards(tmp_path, monkeypatch, capsys):
+    """Between two processes: `tests/system/test_distributed.py`."""
+    saved(tmp_path, 2, 4)
+    (peer := tmp_path / "peer").mkdir()
+    for file in (tmp_path / "local/run/process_0").iterdir():
+        file.rename(peer / file.name)
+    checkpoints, sent = opened(tmp_path), []
+    there = lambda mine: [mine, json.dumps([json.loads(mine)[0], [2, 4]]).encode()]  # noqa: E731
+    monkeypatch.setattr(module, "all_gather_bytes", there)
+
+    def send(path, source, target):
+        sent.append((path.name, source, target))
+        shutil.copy(peer / path.name, path)
+
+    monkeypatch.setattr(module, "send_file", send)
+    assert restored(checkpoints, 2).step == 4 and sent == [("4.safetensors", 1, 0)]
+    assert "the local checkpoint of step 4 of process 0 is sent by process 1" in capsys.readouterr().out
+    flip(tmp_path / "local/run/process_0/4.safetensors")  # what is damaged here is fetched anew
+    assert restored(checkpoints).step == 4 and sent == [("4.safetensors", 1, 0)] * 2
+    (tmp_path / "local/run/process_0/4.safetensors").unlink()
+    flip(peer / "4.safetensors")  # and what is damaged there is not used
+    assert restored(checkpoints).step == 2 and sent[2:] == [("4.safetensors", 1, 0), ("2.safetensors", 1, 0)]
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "send_file", full)
+    assert restored(checkpoints, 2) is None
+    assert "step 4 is not used: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("at", [-1, 300])  # a byte of the last array, and one of the JSON

@@ -258,6 +258,7 @@ PROGRAMS = {
         "quantization",
         "measure",
         "on_device",
+        "fine_tuning",
     ),
 }
 PROGRAM_HELP = """

@@ -18,10 +18,11 @@ from flowseg_jax.checkpoints.manifest import flatten_params, unflatten_params
 from flowseg_jax.models import flowseg
 from flowseg_jax.models.language import LanguageModel
 from flowseg_jax.models.layers import Linear
+from flowseg_jax.models.quantization import quantized
 from flowseg_jax.models.sam import SamImageEncoder
 from flowseg_jax.models.siglip import SiglipVisionEncoder
 from flowseg_jax.training import step
-from flowseg_jax.training.lora import initial_adapters
+from flowseg_jax.training.lora import initial_adapters, is_scale
 from flowseg_jax.training.optimizer import split_trainable
 from flowseg_jax.training.program import TrainProgram
 from flowseg_jax.training.step import TrainState
@@ -71,10 +72,11 @@ def config(images: int = 2, **mesh: int) -> ConfigDict:
 def start(program: TrainProgram, seed: int = 0) -> TrainState:
     """A state to begin with: random numbers, which need no compilation, and adapters as they begin."""
     rng = np.random.default_rng(seed)
-    shapes = {
-        name: x.shape for tree in (program.state.trainable, program.state.frozen) for name, x in flatten_params(tree).items()
-    }
+    like = flatten_params(program.state.trainable) | flatten_params(program.state.frozen)
+    shapes = {name: x.shape for name, x in like.items() if not is_scale(name)}
     params = {name: (0.3 * rng.normal(size=shape)).astype(np.float32) for name, shape in shapes.items()}
+    for name in [name for name, x in like.items() if x.dtype == jnp.int8]:
+        params |= quantized(name, params[name])
     trainable, frozen = split_trainable(unflatten_params(params | initial_adapters(shapes, seed)), program.lr_multipliers)
     average = jax.tree.map(np.array, trainable) if program.state.ema else {}
     state = TrainState(np.int32(0), trainable, frozen, program.optimizer.init(trainable), np.zeros(2, np.int32), average)

@@ -31,7 +31,8 @@ from flowseg_jax.checkpoints.manager import CheckpointManager
 from flowseg_jax.errors import UserError
 from flowseg_jax.checkpoints.manifest import checksums
 from flowseg_jax.checkpoints.pretrained import load_pretrained, save_pretrained
-from tests.helpers.trees import abstract_of, largest
+from flowseg_jax.checkpoints.local import LocalCheckpoints
+from tests.helpers.trees import abstract_of, flip, largest
 
 mesh = jax.make_mesh((4,), ("fsdp",), axis_types=(AxisType.Auto,))
 split, whole = (NamedSharding(mesh, PartitionSpec(*names)) for names in (("fsdp",), ()))
@@ -64,7 +65,31 @@ try:
     save_pretrained(model, {"w": state["w"]}, {}, workdir / "tokenizer", overwrite=True)
 except UserError as error:
     refusal = str(error)
-print("RESULT", json.dumps([checksums(restored.state), checksums(loaded), refusal]))
+
+hosts = workdir.with_name("hosts")
+
+def local_of(run):
+    return LocalCheckpoints(str(hosts / str(process)), 1, run)
+
+def newest(run, state):
+    found = local_of(run).restore(abstract_of(state), lambda meta: None, 2)
+    return found and [found.step, checksums(found.state)]
+
+replicas = jax.make_mesh((2, 2), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+halves = jax.jit(lambda: make(3)["w"], out_shardings=NamedSharding(replicas, PartitionSpec("fsdp")))()
+local = []
+for run, tree in (("replicas", {"w": halves}), ("parts", {"w": state["w"]})):
+    with local_of(run) as checkpoints:
+        checkpoints.save(5, tree, {})
+    file = hosts / str(process) / run / f"process_{process}" / "5.safetensors"
+    if process == 1:
+        file.unlink()  # a new host
+    local.append(newest(run, tree))
+    if run == "replicas":
+        if process == 0:
+            flip(file)
+        local.append(newest(run, tree))
+print("RESULT", json.dumps([checksums(restored.state), checksums(loaded), refusal, local]))
 multihost_utils.sync_global_devices("end")
 """
 
@@ -111,6 +136,12 @@ def results(outputs):
 
 def expected(step):
     return {"w": jax.random.normal(jax.random.key(step), (64, 64), jnp.bfloat16), "step": jnp.asarray(step)}
+
+
+def test_a_host_without_local_checkpoints_gets_them_from_one_that_holds_the_same_shards(outputs):
+    """A new host, then a damaged file; without replicas nobody else has what the new host lacks."""
+    same = [5, checksums({"w": expected(3)["w"]})]
+    assert [result[3] for result in results(outputs)] == [[same, same, None]] * 2
 
 
 def test_both_processes_read_the_same_and_only_one_speaks(outputs):

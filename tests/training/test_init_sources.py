@@ -116,7 +116,7 @@ def test_a_later_entry_replaces_an_earlier_one_and_the_rest_is_fresh(stored, mon
     whole = sharding.replicated(mesh)
     monkeypatch.setattr(sharding, "param_shardings", lambda state, _: jax.tree.map(lambda _: whole, state))
 
-    found = flatten_params(initial_params("cfg", 70, ("one", "two", "sam=three"), mesh))
+    found = flatten_params(initial_params("cfg", 70, ("one", "two", "sam=three"), mesh)[0])
     assert list(found) == list(flatten_params(tree))
     values = {name: np.unique(x).tolist() for name, x in found.items()}
     assert values == {"sam/a": [3], "sam/b": [1], "llm/c": [70], "boundary/x": [70], "background_embed": [70]}
@@ -132,7 +132,7 @@ def test_a_later_entry_replaces_an_earlier_one_and_the_rest_is_fresh(stored, mon
         "init_from sam=three: 1 parameters",
         "not found, initialised afresh: background_embed, boundary/x, llm/c",
     ]
-    assert flatten_params(initial_params("cfg", 70, (), mesh))["sam/a"].tolist() == [70, 70]
+    assert flatten_params(initial_params("cfg", 70, (), mesh)[0])["sam/a"].tolist() == [70, 70]
     assert capsys.readouterr().out == ""
     stored.shapes["one"] = SHAPES
     monkeypatch.setattr(initialization.flowseg, "init_model", None)  # nothing is left to draw

@@ -52,7 +52,7 @@ def plain_directory(plain_params, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def upgraded(plain_directory, mesh):
-    return initial_params(FLOW, 6, (str(plain_directory),), mesh)
+    return initial_params(FLOW, 6, (str(plain_directory),), mesh)[0]
 
 
 def same(a, b) -> bool:
@@ -64,7 +64,7 @@ def test_a_part_of_a_model_and_a_tower_take_their_places(plain_directory, plain_
     lazy = {name: LazyArray(x.shape, x.dtype, lambda x=x: x) for name, x in stored.items()}
     component = save_pretrained_streaming(tmp_path / "llm", lazy, None, None, component={"family": "qwen3", "config": {}})
     parts = (f"sam={plain_directory}", f"background_embed={plain_directory}", f"llm={component}")
-    found = flatten_params(initial_params(PLAIN, 3, parts, mesh))
+    found = flatten_params(initial_params(PLAIN, 3, parts, mesh)[0])
     fresh, plain = flatten_params(flowseg.init_model(PLAIN, 3)[1]), flatten_params(plain_params)
     for name, x in found.items():
         if name.startswith("llm/"):

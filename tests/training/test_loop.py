@@ -255,7 +255,7 @@ def test_a_damaged_checkpoint_and_one_of_an_earlier_version_are_said(finished, t
     [
         ("batch_size", 3, "no multiple of model.negatives_group_size 2"),
         ("optimizer.grad_accum_steps", 4, "batch_size 2 cannot be split over 1 device.* make it a multiple of 4"),
-        ("optimizer.frozen_dtype", "half", "frozen_dtype is 'half': choose float32 or bfloat16"),
+        ("optimizer.frozen_dtype", "half", "frozen_dtype is 'half': choose float32, bfloat16, int8"),
         ("optimizer.grad_accum_steps", 0, "grad_accum_steps=0 must be at least 1"),
         ("data.text_length", 20, "more than the text length 20"),
         ("mesh.data", 5, "does not fit 1 device"),

@@ -18,6 +18,7 @@ from flowseg_jax.checkpoints.pretrained import load_pretrained, save_pretrained
 from flowseg_jax.errors import UserError
 from flowseg_jax.models import flowseg
 from flowseg_jax.models.layers import DropoutKeys, Linear, LowRankAdapter
+from flowseg_jax.models.quantization import quantized
 from flowseg_jax.training import loop, lora
 from flowseg_jax.training.adapters import load_adapters, merge_directories, save_adapters
 from flowseg_jax.training.initialization import initial_params
@@ -223,6 +224,69 @@ def test_a_directory_of_adapters_is_read_as_it_was_written_and_merged_into_its_b
     assert np.array_equal(merged["head"]["kernel"], state.trainable["head"]["kernel"])
 
 
+def test_adapters_on_an_int8_base_have_the_gradients_of_the_same_base_in_float():
+    """Where weights are divided over devices: `tests/multidevice/test_lora.py`."""
+    config = config_of(targets=("llm/layers/self_attn/q_proj", "llm/layers/mlp/down_proj"), dora=True)
+    config.optimizer.frozen_dtype = "int8"
+    with encoders.only_encoders():
+        program = TrainProgram.build(config, jax.devices()[:1])
+        plain, _ = lora.abstract_model(encoders.CFG, program.run_config.lora)
+    params = encoders.start(program).params
+    flat, rng = flatten_params(params), np.random.default_rng(1)
+    learned = {
+        name: jnp.asarray(rng.normal(size=x.shape), jnp.float32) / 5 for name, x in flat.items() if lora.is_adapter(name)
+    }
+    whole = {n: x * flat[f"{n}_scale"][:, None] if f"{n}_scale" in flat else x for n, x in flat.items() if not lora.is_scale(n)}
+    assert sum(x.dtype == jnp.int8 for x in flat.values()) == 7 and len(learned) == 6
+    ids = jnp.arange(5)[None]
+
+    def gradients(graphdef, base):
+        def loss(learned):
+            llm = flowseg.bind_params(graphdef, unflatten_params(base | learned)).llm
+            return jnp.square(llm(llm.embed(ids), ids, 0 * ids) - 1).sum()
+
+        return jax.jit(jax.grad(loss))(learned)
+
+    with encoders.only_encoders():
+        ours, theirs = gradients(program.graphdef, flat), gradients(plain, whole)
+    for name, x in theirs.items():
+        assert np.abs(x).max() > 0 and np.abs(ours[name] - x).max() <= 1e-5 * np.abs(x).max(), name
+    merged = flatten_params(lora.merge_adapters(unflatten_params(flat | learned), program.run_config.lora.scale))
+    expected = flatten_params(lora.merge_adapters(unflatten_params(whole | learned), program.run_config.lora.scale))
+    assert merged.keys() == expected.keys()
+    for name, x in expected.items():
+        x = x.astype(jnp.bfloat16) if flat[name].dtype == jnp.int8 else x
+        assert (
+            merged[name].dtype == x.dtype and np.abs(np.float32(merged[name]) - np.float32(x)).max() <= 2**-8 * np.abs(x).max()
+        )
+
+
+def test_an_int8_base_is_made_while_it_is_read_and_known_by_the_weights_that_it_is_made_of(run, directories):
+    config = config_of()
+    config.optimizer.frozen_dtype = "int8"
+    config.init_from = tuple(map(str, directories))
+    with encoders.only_encoders():
+        program = TrainProgram.build(config, jax.devices()[:1])
+        state, base = program.initial_state(config)
+    wanted, frozen = flatten_params(load_pretrained(directories[0], dtype=None).params), flatten_params(state.frozen)
+    alike = lambda x, like: (x.shape, x.dtype, x.sharding) == (like.shape, like.dtype, like.sharding)  # noqa: E731
+    assert jax.tree.all(jax.tree.map(alike, (state.trainable, state.frozen), (program.state.trainable, program.state.frozen)))
+    rounded = {name for name, x in frozen.items() if x.dtype == jnp.int8}
+    for name in rounded:
+        made = quantized(name, wanted[name])
+        assert all(np.array_equal(frozen[path], x) for path, x in made.items()) and len(made) == 2
+    assert {name for name in frozen if name.startswith("llm/layers") and name.endswith("kernel")} <= rounded
+    assert frozen["siglip/layers/mlp/fc1/kernel"].dtype == frozen["llm/embed_tokens"].dtype == jnp.bfloat16
+    assert base == load_adapters(directories[1])[2] == lora.base_digests(run[2].frozen)  # of the base, in whatever it is stored
+    assert "frozen" not in loop.state_to_tree(state)
+    config.init_from = ()
+    with (
+        encoders.only_encoders(),
+        pytest.raises(UserError, match="frozen_dtype is int8, and init_from brings no llm/layers/mlp"),
+    ):
+        TrainProgram.build(config, jax.devices()[:1]).initial_state(config)
+
+
 def test_a_run_and_a_merge_take_adapters_of_their_base_alone(run, directories, tmp_path):
     state, mesh = run[2], sharding.make_mesh({"data": 1}, jax.devices()[:1])
     other = load_pretrained(directories[0], dtype=None)
@@ -231,7 +295,8 @@ def test_a_run_and_a_merge_take_adapters_of_their_base_alone(run, directories, t
     with encoders.only_encoders():
         config = config_of()
         config.init_from = tuple(map(str, directories))
-        found = TrainProgram.build(config, jax.devices()[:1]).initial_state(config)
+        found, base = TrainProgram.build(config, jax.devices()[:1]).initial_state(config)
+        assert base == lora.base_digests(found.frozen)
         assert jax.tree.all(jax.tree.map(np.array_equal, (found.trainable, found.ema), (state.trainable, state.trainable)))
         for cfg, model, message in (
             (LORA, elsewhere, "was trained on another base, its llm is not this one: name the model that it was trained from"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,7 +18,8 @@ import pytest
 from flowseg_jax import experiment as configs
 from flowseg_jax.synthetic.shapes import load_or_build_shapes
 from flowseg_jax.system import process_watch
-from tests.training.test_two_processes import ROOT, config, finish, launch, pair  # noqa: F401
+from tests.training.test_kills import children
+from tests.training.test_two_processes import ROOT, config, finish, launch, metrics, pair  # noqa: F401
 
 WITHIN = 30.0  # seconds until the others have ended; `process_watch.OWN_END` and a busy machine's time to start and stop
 PATIENCE = 600  # seconds for what takes as long as the machine is busy
@@ -144,6 +147,79 @@ def test_training(config, tmp_path, victim):  # noqa: F811
     long.num_steps = done + 4
     said = finish(*[launch(long, workdir, 1, *flags) for flags in pair()])
     assert "continuing from the checkpoint of step" in said and "is in use" not in said
+
+
+@pytest.fixture(scope="module")
+def lasting(config):  # noqa: F811
+    """A run of two processes that lasts long enough to be killed, and saves every fourth step."""
+    found = configs.from_json(configs.to_json(config))
+    found.update(num_steps=60, checkpoint_every=4)
+    found.mesh.data = 1
+    return found
+
+
+@pytest.fixture(scope="module")
+def undisturbed(lasting, tmp_path_factory) -> list[dict]:
+    """What it logs when nothing happens to it."""
+    workdir = tmp_path_factory.mktemp("undisturbed") / "two"
+    finish(*[launch(lasting, workdir, 1, *flags) for flags in pair()])
+    return metrics(workdir)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_job_is_restarted_by_the_command_that_each_process_has(lasting, undisturbed, tmp_path, victim):
+    """A supervisor in each process: the one that was killed and the one that is left start again, and meet."""
+    workdir = tmp_path / "two"
+    jobs = [launch(lasting, workdir, 1, *flags, "--restart-on-failure=2") for flags in pair()]
+    try:
+        wait_for(lambda: lines_of(workdir / "metrics.jsonl") > 9, jobs)
+        (pid,) = children(jobs[victim])
+        os.kill(pid, signal.SIGKILL)
+        killed = time.monotonic()
+        wait_for(lambda: children(jobs[victim]) not in ([], [pid]), jobs)  # the other one has ended long before
+        reached = lines_of(workdir / "metrics.jsonl")
+        wait_for(lambda: lines_of(workdir / "metrics.jsonl") > reached, jobs)
+        seconds = time.monotonic() - killed
+        said = finish(*jobs)
+    finally:
+        for pid in [pid for job in jobs for pid in children(job)]:
+            os.kill(pid, signal.SIGKILL)
+        clean(jobs)
+    (continued,) = re.findall(r"continuing from the checkpoint of step (\d+)", said)
+    assert 0 <= reached - int(continued) < 8  # one interval, and a checkpoint that was being written
+    assert said.count("the run was ended by SIGKILL; it is started again in 15 s, 1 of 2") == 1
+    assert said.count("the run ended with exit code 1; it is started again in 15 s, 1 of 2") == 1
+    assert metrics(workdir) == undisturbed  # every loss, to the bit
+    print(f"\nprocess {victim} killed after step {reached}, continued from {continued}, a new step after {seconds:.0f} s")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("data", [2, 1])
+def test_a_replaced_host_gets_the_local_checkpoint_of_a_peer(lasting, tmp_path, data):
+    """With replicas; without, all go back to the work directory."""
+    long, workdir = configs.from_json(configs.to_json(lasting)), tmp_path / "two"
+    long.checkpoint_every = 20
+    long.mesh.update(data=data, fsdp=2 // data)
+    finish(*[launch(long, tmp_path / "whole", 1, *flags) for flags in pair()])
+    long.checkpoint.update(local_dir=str(tmp_path / "local"), local_every=2)
+    jobs = [launch(long, workdir, 1, *flags) for flags in pair()]
+    try:
+        wait_for(lambda: lines_of(workdir / "metrics.jsonl") > 34, jobs)
+        kill_one(jobs, 1)
+    finally:
+        clean(jobs)
+    reached = lines_of(workdir / "metrics.jsonl")
+    (run,) = (tmp_path / "local").iterdir()
+    shutil.rmtree(run / "process_1")  # as on a new host
+    said = finish(*[launch(long, workdir, 1, *flags) for flags in pair()])
+    (continued,) = map(int, re.findall(r"continuing from the checkpoint of step (\d+)", said))
+    if data == 2:
+        assert 0 <= reached - continued < 4 and f"step {continued} of process 1 is sent by process 0" in said
+    else:
+        assert continued % 20 == 0 and "is sent by" not in said
+    assert metrics(workdir) == metrics(tmp_path / "whole")
+    print(f"\ndata={data}: killed after step {reached}, continued from {continued}: {reached - continued} steps lost")
 
 
 @pytest.mark.slow

@@ -75,7 +75,7 @@ def test_the_smallest_values_that_there_may_be():
     for wrong in ({"grad_accum_steps": 0}, {"max_skipped_updates": -1}):
         with pytest.raises(UserError, match="must be at least 1, max_skipped_updates=-?[0-9]+ at least 0"):
             OptimizerConfig(**wrong)
-    with pytest.raises(UserError, match="frozen_dtype is 'float16': choose float32 or bfloat16"):
+    with pytest.raises(UserError, match="frozen_dtype is 'float16': choose float32, bfloat16, int8"):
         OptimizerConfig(frozen_dtype="float16")
     assert OptimizerConfig(frozen_dtype="bfloat16") != OptimizerConfig()
 

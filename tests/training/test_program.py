@@ -186,12 +186,14 @@ def test_a_new_run_starts_from_its_seed_and_init_from(built, monkeypatch):
     config, program, _ = built
     asked = {}
 
-    def initial_params(cfg, seed, init_from, mesh, lora):
+    def initial_params(cfg, seed, init_from, mesh, lora, frozen):
         asked.update(cfg=cfg, seed=seed, init_from=tuple(init_from), mesh=mesh, lora=lora)
-        return jax.device_put(small.params(cfg), jax.devices()[0])
+        assert frozen == flatten_params(program.state.frozen)
+        return jax.device_put(small.params(cfg), jax.devices()[0]), {}
 
     monkeypatch.setattr(module, "initial_params", initial_params)
-    state = program.initial_state(config)
+    state, base = program.initial_state(config)
+    assert base == {}  # no adapters
     assert asked == {"cfg": CFG, "seed": 11, "init_from": ("sam=somewhere",), "mesh": program.mesh, "lora": LoraConfig()}
     whole = flatten_params(small.params(CFG))
     for name, x in flatten_params(state.trainable).items():
