@@ -81,6 +81,7 @@ def test_host_devices_that_jax_has_not_started_with():
     ("name", "count", "kind", "gib"),
     [
         ("v5e:4x4", 16, "v5e", 15.75),
+        ("v5e:1x1", 1, "v5e", 15.75),
         ("v5p:2x2x2", 8, "v5p", 95.74),
         ("v6e:4x4", 16, "v6e", 31.25),
         ("tpu7x:2x2x1", 8, "tpu7x", 94.75),
