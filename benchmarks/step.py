@@ -80,7 +80,9 @@ class Built(NamedTuple):
 def build(config: ConfigDict) -> Built:
     """What a step needs on the first device."""
     program = TrainProgram.build(config, jax.devices()[:1])
-    return Built(program.run_config, program.to_device, program.step, program.initial_state(config)[0])
+    state = program.initial_state(config)
+    state = state[0] if isinstance(state, tuple) else state  # earlier versions return nothing beside it
+    return Built(program.run_config, program.to_device, program.step, state)
 
 
 def random_batch(shape: BatchShape, model: FlowSegConfig, seed: int = 0) -> Batch:
