@@ -77,7 +77,7 @@ class Run:
             state=state_of(-1),
             batch=batch,
             to_device=lambda batch: f"placed {batch}",
-            initial_state=lambda config: write(("initial", config.seed)) or state_of(0),
+            initial_state=lambda config: (write(("initial", config.seed)) or state_of(0), {}),
             compile=self.compile,
         )
         self.data = SimpleNamespace(digest=DIGEST, description="7 images of it", iterate=self.iterate, tokenizer=None)

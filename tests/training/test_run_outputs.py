@@ -106,11 +106,11 @@ def test_the_model_is_written_with_what_it_was_made_from(monkeypatch, tmp_path, 
         model=SimpleNamespace(to_dict=lambda: {"the": "model"}), prompts=Profile(1, 2), lora=LoraConfig(), ema=EmaConfig()
     )
     data = SimpleNamespace(digest=DIGEST, description="7 images of it", tokenizer=SimpleNamespace(name="its directory"))
-    assert loop.save_final_model(run_config, state, config_of(), data, tmp_path) == tmp_path / "model"
+    assert loop.save_final_model(run_config, state, config_of(), data, tmp_path, {}) == tmp_path / "model"
     extra = {"step": 4, "seed": 9, "prompts": {"start": 1, "steps": 2}, "data": DIGEST, "model_card": card_of(4)}
     assert saved["args"] == (tmp_path / "model", {"a": 4, "b": 5}, {"the": "model"}, "its directory", extra)
     assert saved["options"] == {"dtype": None, "overwrite": True}
     assert f"the model of step 4 is in {tmp_path}/model; " in capsys.readouterr().out
     data.tokenizer = None
-    loop.save_final_model(run_config, state, config_of(), data, tmp_path)
+    loop.save_final_model(run_config, state, config_of(), data, tmp_path, {})
     assert saved["args"][3] is None
