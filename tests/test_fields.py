@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 
@@ -67,6 +68,22 @@ def test_every_value_of_every_field():
 def test_what_each_says(place, value, message):
     with pytest.raises(UserError, match=message):
         FlowSegConfig.from_dict(put(tuple(place.split(".")), value))
+
+
+def test_what_a_value_may_be_stays_what_it_was():
+    """A range that shrinks would refuse models that there are; one that grows lets in what nothing has been built for."""
+    recorded = json.loads((Path(__file__).parent / "golden" / "config_ranges.json").read_text())
+    assert {**fields_module.WHOLE, **fields_module.REAL, **fields_module.CHOICES} == {k: tuple(v) for k, v in recorded.items()}
+    for key, (least, most) in (fields_module.WHOLE | {"width": (1, 1_000_000)}).items():
+        assert [fields_module._value(int, key, value, "m") for value in (least, most)] == [least, most]
+        for value in (least - 1, most + 1):
+            with pytest.raises(UserError, match=f"m is {value}, expected a whole number from {least} to {most}"):
+                fields_module._value(int, key, value, "m")
+    for key, (least, most) in (fields_module.REAL | {"loss": (-1e6, 1e6)}).items():
+        assert [fields_module._value(float, key, value, "m") for value in (least, most)] == [least, most]
+        for value in (least - 1e-3, most * 1.001):
+            with pytest.raises(UserError, match="m is .*, expected a number from "):
+                fields_module._value(float, key, value, "m")
 
 
 def test_the_longest_lists_and_texts():

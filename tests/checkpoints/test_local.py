@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 
 import jax
 import jax.numpy as jnp
@@ -164,6 +165,23 @@ def test_when_they_are_due_and_gone(tmp_path):
     none = LocalCheckpoints("", 0, "run")
     none.remove()
     assert not none.due(4) and restored(none) is None
+
+
+def test_what_is_still_being_written_is_waited_for(tmp_path, monkeypatch):
+    """Else the next one would be written beside it, and a file come back after the directory is gone."""
+    checkpoints, told = opened(tmp_path), []
+
+    def slowly(*arguments, save=module.save_file):
+        time.sleep(0.2)
+        save(*arguments)
+        told.append(arguments[1].name)
+
+    monkeypatch.setattr(module, "save_file", slowly)
+    checkpoints.save(2, state_of(2), {})
+    checkpoints.save(4, state_of(4), {})
+    assert told == ["2.part"]
+    checkpoints.remove()
+    assert told == ["2.part", "4.part"] and list((tmp_path / "local").iterdir()) == []
 
 
 @pytest.mark.parametrize(

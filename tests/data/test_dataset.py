@@ -6,9 +6,11 @@ import copy
 import json
 import os
 
+import numpy as np
 import pytest
 
 from flowseg_jax.data import dataset, prepare, shards
+from flowseg_jax.data import index as index_module
 from flowseg_jax.data.index import parse_line
 from flowseg_jax.types import PAD
 from tests.helpers import minirefcoco
@@ -81,3 +83,30 @@ def test_shards_are_closed_again(tmp_path, monkeypatch):
     opened = len(os.listdir("/proc/self/fd"))
     assert [source[place].image_id for place in (2, 1, 0, 2, 0)] == [images[place] for place in (2, 1, 0, 2, 0)]
     assert len(os.listdir("/proc/self/fd")) == opened
+
+
+def test_an_index_is_read_like_a_list(tmp_path, monkeypatch):
+    """From either end, in parts and in steps; few lines at a time."""
+    prepared = prepare.prepare(minirefcoco.write(tmp_path / "layout"), tmp_path / "set", log=lambda _: None)
+    index = prepared.index("train")
+    whole = list(index)
+    monkeypatch.setattr(index_module, "LINES_AT_ONCE", 2)
+    assert len(index) == len(whole) == 3 and [entry.image_id for entry in whole] == [1, 2, 3] and list(index) == whole
+    for place in range(-3, 3):
+        assert index[place] == index[np.int64(place)] == whole[place]
+    for part in (
+        slice(None),
+        slice(1, None),
+        slice(0, 2),
+        slice(None, None, 2),
+        slice(None, None, -1),
+        slice(-2, None),
+        slice(2, 1),
+    ):
+        assert index[part] == whole[part]
+    for place in (3, -4):
+        with pytest.raises(IndexError, match=f"image {place} of 3"):
+            index[place]
+    columns = index.columns("samples", "objects")
+    assert columns.dtype == np.int64
+    assert columns.tolist() == [[len(entry.samples), len(entry.categories)] for entry in whole]

@@ -348,3 +348,11 @@ def test_the_state_of_every_optimizer_has_its_place(name):
     wanted = jax.eval_shape(program.optimizer.init, program.state.trainable)
     alike = lambda x, like: (x.shape, x.dtype, x.sharding.mesh) == (like.shape, like.dtype, program.mesh)  # noqa: E731
     assert jax.tree.all(jax.tree.map(alike, program.state.opt_state, wanted))
+
+
+def test_a_base_is_the_same_in_any_order_and_either_dtype():
+    a, b = (np.arange(6, dtype=np.float32) + n for n in (0, 1))
+    digests = lora.base_digests({"llm": {"a": a, "b": b}, "sam": {"n": np.arange(3)}})
+    assert digests == lora.base_digests({"sam": {"n": np.arange(3)}, "llm": {"b": b.astype(jnp.bfloat16), "a": a}})
+    other = lora.base_digests({"llm": {"a": b, "b": a}, "sam": {"n": np.arange(3)}})
+    assert other["sam"] == digests["sam"] and other["llm"] != digests["llm"]
