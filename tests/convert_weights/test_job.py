@@ -208,8 +208,12 @@ def test_what_a_conversion_says(monkeypatch, capsys):
     monkeypatch.setattr(run.host, "peak_memory", lambda: next(memory))
     clock = [100.0]
     monkeypatch.setattr(run, "time", SimpleNamespace(monotonic=lambda: clock.append(clock[-1] + 0.25) or clock[-1]))
+    beats = []
+    beat = lambda message: beats.append(SimpleNamespace(message=message)) or contextlib.nullcontext(beats[-1])  # noqa: E731
+    monkeypatch.setattr(run, "heartbeat", beat)
     asked = ConversionRequest("flowseg", {"llm": "a", "sam": "b"}, "out")
     run.convert(asked)
+    assert [one.message for one in beats] == ["opening a, b", "10 of 10 arrays, 2 s so far"]
     lines = capsys.readouterr().out.splitlines()
     assert opened == [asked] and done == [("write", made, asked)]
     assert lines[:3] == [

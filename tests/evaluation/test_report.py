@@ -13,7 +13,7 @@ from PIL import Image
 
 from flowseg_jax.cli.main import main as flowseg
 from flowseg_jax.errors import UserError
-from flowseg_jax.evaluation import learning_curve, report, results, summary
+from flowseg_jax.evaluation import learning_curve, report, results, summary, validation
 from flowseg_jax.evaluation.examples import GallerySample
 from flowseg_jax.evaluation.verdict import verdict
 from flowseg_jax.reports import overlay, pictures
@@ -247,6 +247,15 @@ def test_pictures_show_image_truth_selected_and_best(tmp_path):
         line = [tuple(map(int, pixels[i][80, edge - n])) for n in range(1, 6)]
         assert line == [color, color, (255,) * 3, (0,) * 3, (224,) * 3]  # visible on anything
         assert tuple(pixels[i][20, 20]) == (224, 224, 224)
+
+
+def test_the_strip_of_a_validation_is_image_truth_selected_and_best():
+    sample = example(0.5)
+    shown = validation.strip(sample)
+    assert shown.dtype == np.uint8 and shown.shape == (160, 4 * 240, 3)
+    masks = (sample.truth, pictures.TRUTH), (sample.selected, pictures.SELECTED), (sample.best, pictures.BEST)
+    panels = [pictures.panel(sample.image), *(pictures.panel(sample.image, mask, color) for mask, color in masks)]
+    np.testing.assert_array_equal(shown, np.concatenate(panels, 1))
 
 
 def test_overlay_keeps_the_mask_and_fades_the_rest():
