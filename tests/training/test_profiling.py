@@ -53,9 +53,10 @@ def test_the_device_is_waited_for_before_a_trace_and_at_its_end(monkeypatch, tmp
         profiler = Profiler(Profile(2, 2), directory)
         for step in range(1, 7):
             profiler.on_step_start(step)
+            told.append(step)
             profiler.on_step_end(step, step)
         profiler.close()
-    assert told == [("wait", 2), "start", ("wait", 4), "stop"] * 2
+    assert told == [1, 2, ("wait", 2), "start", 3, 4, ("wait", 4), "stop", 5, 6] * 2
     (local, more), (remote, less) = options
     assert (local, remote) == (str(tmp_path), "gs://bucket/run")
     assert more["create_perfetto_trace"] and not less["create_perfetto_trace"]  # that one needs a disk
