@@ -71,7 +71,7 @@ def without_encoding(tree: ast.AST) -> list[int]:
     """The lines that open, read or write a text file in whatever encoding the machine has."""
     found = []
     for node in ast.walk(tree):
-        if not isinstance(node, ast.Call):
+        if not isinstance(node, ast.Call) or any(isinstance(value, ast.Starred) for value in node.args):
             continue
         name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
         first = {"open": 0 if isinstance(node.func, ast.Attribute) else 1, "read_text": 0, "write_text": 1}.get(name)

@@ -52,6 +52,13 @@ def test_names_are_text_and_no_mathematics():
     svg = plots.lines({"_hidden": [(0, 0.0), (1, 1.0)], "$a$": [(0, 1.0)]}, x="", y="", x_range=(0, 1))
     words = {"".join(t.itertext()).strip("\u2060") for t in ElementTree.fromstring(svg).iter(f"{NAME}text")}
     assert {"_hidden", "$a$"} <= words
+    svg = plots.shares([("$row$", [40.0, 60.0])], ["_first", "$b$"])
+    words = {"".join(t.itertext()).strip("\u2060") for t in ElementTree.fromstring(svg).iter(f"{NAME}text")}
+    assert {"$row$", "_first", "$b$"} <= words
+    svg = plots.heat([[1.0, 2.0]], ["$row$"], ["$c$", "_d"], x="$x$", y="$y$")
+    assert {"$row$", "$c$", "_d", "$x$", "$y$"} <= {
+        "".join(t.itertext()) for t in ElementTree.fromstring(svg).iter(f"{NAME}text")
+    }
 
 
 def test_bars_are_as_high_as_their_values():
@@ -141,7 +148,9 @@ def test_shares_grow_with_their_rows_and_say_what_has_room(axes):
     assert ticks(drawn.yaxis) == [(0, "all"), (1, "few")] and drawn.get_ylim()[0] > drawn.get_ylim()[1]  # the first on top
     assert [text.get_text() for text in drawn.texts] == ["92", "10", "", "8", "", "82"]
     assert [round(bar.get_x(), 1) for bar in drawn.patches] == [0, 0, 92, 10, 99, 17.6]
-    assert [text.get_text().strip("\u2060") for text in drawn.figure.legends[0].get_texts()] == ["good", "fair", "bad"]
+    (legend,) = drawn.figure.legends
+    assert [text.get_text().strip("\u2060") for text in legend.get_texts()] == ["good", "fair", "bad"]
+    assert not legend.get_frame_on() and legend._ncols == 3  # one line above the plot
 
 
 def test_heat_is_darker_where_it_is_higher(axes):

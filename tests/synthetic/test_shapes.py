@@ -122,6 +122,8 @@ def test_it_is_the_benchmark_that_the_published_figures_are_about(made: Made):
     sentences = [sentence["sent"] for ref in made.refs for sentence in ref["sentences"]]
     assert sentences[: len(recorded["sentences"])] == recorded["sentences"]
     assert str(made.statistics).splitlines() == recorded["statistics"]
+    objects = [[round(area["area"]), *map(round, area["bbox"])] for area in made.instances["annotations"]]
+    assert objects[: len(recorded["objects"])] == recorded["objects"]
     for name, colours in recorded["pictures"].items():
         np.testing.assert_allclose(coarse(made.root / "images" / name), colours, atol=2, err_msg=name)
 

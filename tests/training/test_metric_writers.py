@@ -8,6 +8,7 @@ from unittest.mock import Mock, call
 
 import numpy as np
 import pytest
+from etils import epath
 from tensorboardX.proto import event_pb2
 
 from flowseg_jax import experiment
@@ -56,6 +57,26 @@ def test_jsonl_resume_has_each_step_once(tmp_path):
     metric_writers.JsonlWriter(path).close()  # a run that starts over
     assert rows(path) == []
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_an_object_is_replaced_now_and_then_and_when_it_matters(tmp_path, monkeypatch):
+    """At once where lines were dropped, then every half minute, and by `flush` and `close`."""
+    now, path = [100.0], epath.Path(tmp_path / "metrics.jsonl")
+    monkeypatch.setattr(metric_writers.time, "monotonic", lambda: now[0])
+    path.write_text("1\n2\n")
+    lines = metric_writers._ReplacedLines(path, ["1\n"], True)
+    assert path.read_text() == "1\n"
+    for seconds, kept in ((29.9, "1\n"), (30.0, "1\n2\n3\n"), (59.9, "1\n2\n3\n")):
+        now[0] = 100.0 + seconds
+        lines.write(f"{2 + int(seconds >= 30) + int(seconds > 31)}\n")
+        assert path.read_text() == kept
+    lines.flush()
+    assert path.read_text() == "1\n2\n3\n4\n"
+    lines.write("5\n")
+    lines.close()
+    assert path.read_text() == "1\n2\n3\n4\n5\n"
+    metric_writers._ReplacedLines(path, ["other\n"], False)
+    assert path.read_text() == "1\n2\n3\n4\n5\n"
 
 
 def test_jsonl_in_an_impossible_place(tmp_path):
