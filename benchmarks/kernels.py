@@ -35,7 +35,7 @@ from flowseg_jax.system.paths import ROOT
 TABLE = ROOT / "flowseg_jax" / "aot" / "kernel_bundles.json"
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 TOLERANCE = 0.02
-SMALLEST_REGION = 72  # bundles of a region worth telling apart
+SMALLEST_REGION, SMALLEST_LOOP = 72, 40  # bundles of a region and of a loop worth telling apart
 
 _LINE = re.compile(r"\s*(?:0x)?(?P<address>[0-9a-f]+)\s+(?:[A-Z]{2})?\s*:\s*(?P<depth>(?:>\s*)*)\{(?P<code>.*)")
 _BRANCH = re.compile(r"sbr\.rel \([^)]*\) target = \$region(\d+)")
@@ -122,6 +122,19 @@ def _window(side: int, heads: int) -> Callable:
     return build
 
 
+def _divided(grid: int, side: int) -> Callable:
+    def build() -> tuple[Callable, list]:
+        from flowseg_jax.ops import windows_kernel
+
+        def both(x, windows):
+            return windows_kernel.split(side, grid, x), windows_kernel.join(side, grid, windows)
+
+        count = (-(-grid // side)) ** 2
+        return both, [((1, grid, grid, 128), "bfloat16"), ((count, side * side, 128), "bfloat16")]
+
+    return build
+
+
 def _rotary(tokens: int) -> Callable:
     def build() -> tuple[Callable, list]:
         from flowseg_jax.ops import rope_kernel
@@ -159,6 +172,7 @@ CASES = (
     Case("mask decoder", _masked_attention(1800, 4096, 32)),
     Case("pixel decoder", _deformable_attention(((32, 32), (64, 64), (128, 128)), 8, 32, 4)),
     Case("SAM, windows", _window(14, 2)),
+    Case("SAM, division into windows", _divided(64, 14)),
     Case("rotary embedding", _rotary(2304)),
     Case("points of the losses", _points(16, 37632, 9408, 12544)),
 )
@@ -208,7 +222,7 @@ def _runs(depth: dict[int, int], total: int) -> list[int]:
         elif inside:
             found.append(inside)
             inside = 0
-    return [size for size in (*found, inside) if size >= SMALLEST_REGION]
+    return [size for size in (*found, inside) if size >= SMALLEST_LOOP]
 
 
 def count(device: str, case: Case) -> dict[str, dict[str, Any]]:

@@ -44,7 +44,7 @@ REAL = {
     "mask_init_std": (0.0, 100.0),
     "logit_clamp": (1e-6, 1e6),
 }
-CHOICES = {"dtype": ("float32", "bfloat16"), "remat": ("none", "full", "dots")}
+CHOICES = {"dtype": ("float32", "bfloat16"), "remat": ("none", "full", "attention", "dots")}
 MOST_ITEMS, LONGEST_TEXT = 1_000, 100  # of a list; characters
 
 _ENCODER = {"width": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads"}

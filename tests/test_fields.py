@@ -57,7 +57,7 @@ def test_every_value_of_every_field():
         ("llm.hidden_size", "abc", "model.llm.hidden_size is 'abc', expected a whole number"),
         ("llm.num_hidden_layers", 2.0, "model.llm.num_hidden_layers is 2.0, expected a whole number"),
         ("llm.qk_norm", 1, "model.llm.qk_norm is 1, expected true or false"),
-        ("llm.remat", "some", "model.llm.remat is 'some', expected one of none, full, dots"),
+        ("llm.remat", "some", "model.llm.remat is 'some', expected one of none, full, attention, dots"),
         ("dtype", "float8", "model.dtype is 'float8', expected one of float32, bfloat16"),
         ("mask_decoder", 3, "model.mask_decoder is 3, expected a group of keys"),
         ("mask_decoder.num_heads", 3, r"mask_decoder.embed_dim 64 must be a multiple of 4 and of num_heads \(3\)"),

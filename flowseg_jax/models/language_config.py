@@ -32,7 +32,7 @@ class LanguageConfig:
         rope_scaling: Llama 3's scaled rotary frequencies: (factor, low_freq_factor, high_freq_factor,
             original_max_position_embeddings) in Hugging Face's names; None: they are not scaled.
         sliding_window: a token sees keys less than this many positions back, its own included; None for all.
-        remat: rematerialisation policy of a layer: "none", "full" or "dots".
+        remat: rematerialisation policy of a layer: "none", "full", "attention" or "dots".
         initializer_range: standard deviation of the layers' initial matrices. For widths near a hundred, 0.02 leaves every
             layer close to the identity.
         embedding_initializer_range: standard deviation of the embedding table's initial values (pretrained models 0.02). With

@@ -59,7 +59,7 @@ class MaskDecoderConfig:
     mask_init_std: float = 0.02
     logit_scale: float = 2.6593
     logit_clamp: float = 50.0
-    remat: str = "full"
+    remat: str = "attention"
 
     def __post_init__(self):
         if self.embed_dim % self.num_heads or self.embed_dim % 4:

@@ -43,7 +43,7 @@ class PixelDecoderConfig:
         num_levels: how many maps, counted from the lowest resolution, enter the encoder; None: all.
         common_stride: nominal stride at which the FPN ends.
         norm_groups: groups of the GroupNorms.
-        remat: rematerialisation policy of the encoder layers ("none", "full", "dots").
+        remat: rematerialisation policy of the encoder layers ("none", "full", "attention", "dots").
         deformable_attention_impl: implementation of deformable attention (`ops.msda`): "auto", "gather", "packed_gather",
             "dense" or "pallas".
     """
@@ -59,7 +59,7 @@ class PixelDecoderConfig:
     num_levels: int | None = None
     common_stride: int = 4
     norm_groups: int = 32
-    remat: str = "full"
+    remat: str = "attention"
     deformable_attention_impl: str = "auto"
 
     def __post_init__(self):

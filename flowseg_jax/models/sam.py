@@ -21,6 +21,7 @@ from flowseg_jax.models.layers import Conv, LayerNorm, Linear, gathered_weight, 
 from flowseg_jax.models.pixel_decoder import sine_position_embedding
 from flowseg_jax.models.stack import scan_layers, stack_layers
 from flowseg_jax.ops.attention import rel_pos_attention
+from flowseg_jax.ops.windows import join_windows, split_windows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +38,7 @@ class SamConfig:
         window_size: side of an attention window in patches; need not divide the grid.
         global_attn_indexes: 0-based indices of the layers that attend over the whole grid, in any pattern.
         layer_norm_eps: LayerNorm epsilon.
-        remat: rematerialisation policy of a layer: "none", "full" or "dots".
+        remat: rematerialisation policy of a layer: "none", "full", "attention" or "dots".
         pos_embed_init: what the learned position embedding starts from: "normal" (standard deviation 0.02) or "sine" (half of
             Mask2Former's sine table). Trained from scratch, features that hardly depend on their place cannot tell
             look-alikes apart.
@@ -52,7 +53,7 @@ class SamConfig:
     window_size: int
     global_attn_indexes: tuple[int, ...]
     layer_norm_eps: float = 1e-6
-    remat: str = "full"
+    remat: str = "attention"
     pos_embed_init: str = "normal"
 
     def __post_init__(self):
@@ -188,17 +189,13 @@ class SamBlock(nnx.Module):
 
     def __call__(self, x: Float[Array, "b g g w"]) -> Float[Array, "b g g w"]:
         y = self.layer_norm1(x)
-        b, g, _, w = y.shape
+        g, w = y.shape[2:]
         if g == self.size:
             y = self.attn(y)
         else:
             # Zeros fill the last windows AFTER the norm and are attended to like any patch: SAM was trained that way.
-            n = -(-g // self.size)
-            y = jnp.pad(y, ((0, 0), (0, n * self.size - g), (0, n * self.size - g), (0, 0)))
-            y = y.reshape(b, n, self.size, n, self.size, w).swapaxes(2, 3).reshape(-1, self.size, self.size, w)
-            y = self.attn(y)
-            y = y.reshape(b, n, n, self.size, self.size, w).swapaxes(2, 3)
-            y = y.reshape(b, n * self.size, n * self.size, w)[:, :g, :g]
+            y = self.attn(split_windows(y, self.size).reshape(-1, self.size, self.size, w))
+            y = join_windows(y.reshape(-1, self.size**2, w), self.size, g)
         x = x + y
         return x + self.mlp(self.layer_norm2(x))
 

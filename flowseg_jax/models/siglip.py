@@ -31,7 +31,7 @@ class SiglipConfig:
         num_attention_heads: attention heads; must divide `hidden_size`.
         intermediate_size: hidden width of the feed-forward part.
         layer_norm_eps: LayerNorm epsilon.
-        remat: rematerialisation policy of a layer: "none", "full" or "dots".
+        remat: rematerialisation policy of a layer: "none", "full", "attention" or "dots".
     """
 
     image_size: int
@@ -41,7 +41,7 @@ class SiglipConfig:
     num_attention_heads: int
     intermediate_size: int
     layer_norm_eps: float = 1e-6
-    remat: str = "full"
+    remat: str = "attention"
 
     def __post_init__(self):
         if self.hidden_size % self.num_attention_heads:

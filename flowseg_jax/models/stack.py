@@ -8,16 +8,22 @@ from typing import Any, TypeVar
 import jax
 from flax import nnx
 
+from flowseg_jax.ops.remat import ATTENTION
+
 Layer = TypeVar("Layer", bound=nnx.Module)
 REMAT_POLICIES: dict[str, Any] = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names(ATTENTION),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
 
 def remat(body: Callable, policy: str) -> Callable:
-    """`body` under the named policy: none (keep everything), full (recompute all), dots (keep the weight products)."""
+    """`body` under the named policy.
+
+    none: keep everything; full: recompute all; attention: recompute all but results of attention; dots: keep the weight products.
+    """
     if policy not in REMAT_POLICIES:
         raise ValueError(f"remat policy {policy!r}: known are {', '.join(REMAT_POLICIES)}")
     if policy == "none":

@@ -52,7 +52,7 @@ def test_hidden_states_equal_hugging_face(reference, cfg, params, images):
         assert hf_convert.error(a, e.detach().numpy()) < 1e-5, f"layer {i}"
 
 
-@pytest.mark.parametrize("remat", ["none", "full", "dots"])
+@pytest.mark.parametrize("remat", ["none", "full", "attention", "dots"])
 def test_gradients_equal_hugging_face(reference, cfg, params, images, remat):
     pixels, hidden = run_reference(reference, images)
     probe = np.random.default_rng(1).normal(size=hidden[-2].shape).astype(np.float32)

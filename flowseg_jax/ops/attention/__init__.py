@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float
 from flowseg_jax.ops.attention import cudnn, grid, xla
 from flowseg_jax.ops.attention.mask import AttentionMask, TokenInfo, causal_mask
 from flowseg_jax.ops.portable import cpu_only, kernels_allowed
+from flowseg_jax.ops.remat import keepable
 
 __all__ = ["AttentionMask", "TokenInfo", "attention", "causal_mask", "decomposed_rel_pos_attention", "rel_pos_attention"]
 
@@ -97,7 +98,7 @@ def _attention(static: _Static, q: Array, k: Array, v: Array, mask: list[Array])
 
 
 def _attention_forward(static: _Static, q: Array, k: Array, v: Array, mask: list[Array]) -> tuple[Array, tuple]:
-    out, logsum = _run("forward", static, q, k, v, mask)
+    out, logsum = keepable(_run("forward", static, q, k, v, mask))
     return out, (q, k, v, mask, out, logsum)
 
 
@@ -173,7 +174,13 @@ def _grid_backward(saved: tuple, cotangent: Array) -> tuple:
     return dq[..., :e], dk[..., :e], dv, dq[..., e : e + height], dq[..., e + height :]
 
 
-decomposed_rel_pos_attention.defvjp(_grid_forward, _grid_backward)
+def _grid_forward_to_keep(*operands: Array) -> tuple[Array, tuple]:
+    out, (*operands, _, logsum) = _grid_forward(*operands)
+    out, logsum = keepable((out, logsum))
+    return out, (*operands, out, logsum)
+
+
+decomposed_rel_pos_attention.defvjp(_grid_forward_to_keep, _grid_backward)
 
 
 def _grid_static() -> _Static:

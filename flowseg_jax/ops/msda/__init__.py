@@ -29,6 +29,7 @@ from jaxtyping import Array, Float
 from flowseg_jax.ops.msda import dense, gather
 from flowseg_jax.ops.msda.chunks import Shapes
 from flowseg_jax.ops.portable import cpu_only, kernels_allowed
+from flowseg_jax.ops.remat import keepable
 
 CHUNK_BYTES = 32 * 2**20  # float32 samples per image; with more, queries are processed in chunks
 FORMULATIONS = {"gather": gather.GATHER, "packed_gather": gather.PACKED_GATHER, "dense": dense}
@@ -120,7 +121,7 @@ def _msda(shapes: Shapes, impl: str, chunk: int, value: Array, points: Array, we
 
 
 def _msda_forward(shapes, impl, chunk, value, points, weights):
-    return _msda(shapes, impl, chunk, value, points, weights), (value, points, weights)
+    return keepable(_msda(shapes, impl, chunk, value, points, weights)), (value, points, weights)
 
 
 def _msda_backward(shapes, impl, chunk, saved, cotangent):

@@ -2,13 +2,13 @@
 
 A TPU gathers slowly and multiplies fast. So sampling is a product here: the points of a query are a row of weights over the
 pixels, almost all of them zero, and that row times the values is the result. It is made where it is used, in vector memory,
-one strip of pixels for one block of queries at a time. What keeps this from costing queries times pixels is that queries which
-stand side by side look at nearby pixels: a block visits only the strips between the first and the last row that any of its
-points touches. Exact for every input, and fast for points that stay near their queries, as those of deformable attention do.
+one row of a map for one block of queries at a time. What keeps this from costing queries times pixels is that queries which
+stand side by side look at nearby pixels: a block visits only the rows between the first and the last that any of its points
+touches. Exact for every input, and fast for points that stay near their queries, as those of deformable attention do.
 
-Layouts put what is long into the lanes: the values of a head are [e, pixels], points and results [.., queries]. Rows of a map
-are padded with zeros to a divisor or a multiple of the 128 lanes, and as many rows as fill these form a strip. The values of
-one head, all levels of them, stay in vector memory while the blocks of queries go by.
+Layouts put what is long into the lanes: the values of a head are [e, pixels], points and results [.., queries]. Every row of a
+map starts at a multiple of the 128 lanes, and only as many of its lanes are computed with as it has pixels. The values of one
+head, all levels of them, stay in vector memory while the blocks of queries go by.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from jaxtyping import Array
 from flowseg_jax.ops.msda.chunks import Shapes
 from flowseg_jax.ops.msda.dense import tent
 
-LANES = 128
+LANES, SUBLANES = 128, 8
 BLOCK = 256  # queries at a time
 # Of the 64 MiB of vector memory that the smallest of the TPUs from v5e on has: what the kernels may take, and how much of that
 # the values and their gradient.
@@ -38,49 +38,62 @@ REACH = 4  # pixels; Deformable DETR starts its points at 1 to 4
 
 
 @dataclasses.dataclass(frozen=True)
-class Strips:
-    """How a level's pixels lie in the lanes.
+class Level:
+    """How a map's pixels lie in the lanes.
 
     Attributes:
         height, width: of the map.
-        pitch: pixels from one row to the next, a power of two up to 128 or a multiple of 128.
-        start: lane of the level's first pixel.
+        start: lane of its first pixel.
     """
 
     height: int
     width: int
-    pitch: int
     start: int
 
     @property
-    def rows(self) -> int:
-        """Rows a strip, a power of two."""
-        return max(1, LANES // self.pitch)
+    def pitch(self) -> int:
+        """Lanes from one row to the next."""
+        return -(-self.width // LANES) * LANES
 
     @property
     def size(self) -> int:
-        """Pixels a strip."""
-        return self.rows * self.pitch
+        """Lanes of a row that are computed with: its pixels, and zeros up to whole registers of two bytes a value."""
+        return -(-self.width // (2 * SUBLANES)) * 2 * SUBLANES
 
     @property
-    def count(self) -> int:
-        return -(-self.height // self.rows)
+    def end(self) -> int:
+        return self.start + self.height * self.pitch
 
     @classmethod
-    def lay(cls, shapes: Shapes) -> tuple[Strips, ...]:
+    def lay(cls, shapes: Shapes) -> tuple[Level, ...]:
         """The levels one after the other."""
         found, start = [], 0
         for height, width in shapes:
-            pitch = -(-width // LANES) * LANES if width > LANES else 1 << (width - 1).bit_length()
-            found.append(cls(height, width, pitch, start))
-            start += found[-1].count * found[-1].size
+            found.append(cls(height, width, start))
+            start = found[-1].end
         return tuple(found)
+
+    def lanes(self, row: Array) -> pl.Slice:
+        """Where a row's pixels are."""
+        return pl.ds(pl.multiple_of(self.start + row * self.pitch, LANES), self.size)
+
+    def columns(self, x: Array) -> list[Array]:
+        """The distance of every column from each of the points [k, q], k times [pixels, q]."""
+        column = jax.lax.broadcasted_iota(jnp.int32, (self.size, 1), 0).astype(jnp.float32)
+        return [x[k : k + 1] - column for k in range(len(x))]
+
+    def rows(self, x: Array, y: Array) -> tuple[Array, Array]:
+        """The first row that any of the points touches, and the end of those that they do."""
+        inside = (x > -1) & (x < self.width) & (y > -1) & (y < self.height)
+        top = jnp.floor(y)
+        first = jnp.min(jnp.where(inside, top, self.height)).astype(jnp.int32)
+        last = jnp.max(jnp.where(inside, top + 1, -1)).astype(jnp.int32)
+        return jnp.maximum(first, 0), jnp.minimum(last, self.height - 1) + 1
 
 
 def resident_bytes(shapes: Shapes, e: int, itemsize: int) -> int:
     """Vector memory that the values of a head and their gradient take in the backward pass, each twice: one is on its way."""
-    last = Strips.lay(shapes)[-1]
-    return 2 * (last.start + last.count * last.size) * e * (itemsize + 4)
+    return 2 * Level.lay(shapes)[-1].end * e * (itemsize + 4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +108,7 @@ class Kernel:
 
     def forward(self, shapes: Shapes, chunk: int, value: Array, points: Array, weights: Array) -> Array:
         """[b, q, h, e] in the dtype of `value`; points in pixels."""
-        levels = Strips.lay(shapes)
+        levels = Level.lay(shapes)
         blocks, values = _lanes_of_points(points, weights), _lanes_of_values(value, levels)
         out = jax.ShapeDtypeStruct((*values.shape[:3], blocks[0].shape[3]), value.dtype)
         return _queries_first(_call(_forward_kernel, levels, blocks, values, [out], [], self.interpret)[0], points.shape[1])
@@ -104,7 +117,7 @@ class Kernel:
         self, shapes: Shapes, chunk: int, cotangent: Array, value: Array, points: Array, weights: Array
     ) -> tuple[Array, Array, Array]:
         """Gradients of value, points and weights."""
-        levels = Strips.lay(shapes)
+        levels = Level.lay(shapes)
         values, transposed = jax.vjp(functools.partial(_lanes_of_values, levels=levels), value)
         blocks = (*_lanes_of_points(points, weights), _queries_last(cotangent))
         of_points = jax.ShapeDtypeStruct(blocks[0].shape, jnp.float32)
@@ -134,22 +147,21 @@ def _lanes_of_points(points: Array, weights: Array) -> tuple[Array, Array, Array
     return _queries_last(x), _queries_last(y, padding=-2.0), _queries_last(weights)
 
 
-def _lanes_of_values(value: Array, levels: Sequence[Strips]) -> Array:
+def _lanes_of_values(value: Array, levels: Sequence[Level]) -> Array:
     """[b, n, h, e] -> [b, h, e, lanes]."""
     b, _, h, e = value.shape
     out, start = [], 0
     for level in levels:
         maps = value[:, start : start + level.height * level.width].reshape(b, level.height, level.width, h, e)
         start += level.height * level.width
-        bottom, right = level.count * level.rows - level.height, level.pitch - level.width
-        maps = jnp.pad(maps, ((0, 0), (0, bottom), (0, right), (0, 0), (0, 0)))
+        maps = jnp.pad(maps, ((0, 0), (0, 0), (0, level.pitch - level.width), (0, 0), (0, 0)))
         out.append(maps.transpose(0, 3, 4, 1, 2).reshape(b, h, e, -1))
     return jnp.concatenate(out, -1)
 
 
 def _call(
     kernel: Callable,
-    levels: Sequence[Strips],
+    levels: Sequence[Level],
     blocks: Sequence[Array],
     values: Array,
     block_outputs: list[jax.ShapeDtypeStruct],
@@ -176,57 +188,19 @@ def _call(
 
 
 def _metadata(
-    kernel: Callable, levels: Sequence[Strips], blocks: Sequence[Array], values: Array, steps: tuple[int, int]
+    kernel: Callable, levels: Sequence[Level], blocks: Sequence[Array], values: Array, steps: tuple[int, int]
 ) -> dict[str, str]:
     """What a plan prices the kernel by (`aot.pricing`): which code it is, how often a step runs, and each level's loop.
 
-    How many strips a block visits depends on its points. A plan assumes that they lie at most `REACH` pixels from the query.
+    How many rows a block visits depends on its points. A plan assumes that they lie at most `REACH` pixels from the query.
     """
     maps = " ".join(f"{level.height}x{level.width}" for level in levels)
     shapes = f"{blocks[0].shape[2]} points {values.shape[2]} channels {values.dtype}"
     queries, pixels = steps[1] * _block(blocks[0].shape[3]), sum(level.height * level.width for level in levels)
     share = _block(blocks[0].shape[3]) / min(queries, pixels)  # of every map, if queries are pixels of the same maps
-    visits = [steps[0] * steps[1] * min(x.count, math.ceil((x.height * share + 2 * REACH) / x.rows)) for x in levels]
+    visits = [steps[0] * steps[1] * min(x.height, math.ceil(x.height * share + 2 * REACH)) for x in levels]
     name = f"deformable attention {kernel.__name__.split('_')[1]} {maps} {shapes}"
     return {"kernel": name, "steps": str(math.prod(steps)), "bodies": " ".join(map(str, visits))}
-
-
-class _Level:
-    """One level of one block of queries.
-
-    Args:
-        strips: how the level lies.
-        x, y: its points [k, q].
-
-    Attributes:
-        columns: for every point the tent over the columns of a strip [pixels, q], and its derivative.
-        first, end: the strips that the points touch.
-    """
-
-    def __init__(self, strips: Strips, x: Array, y: Array):
-        self._strips, self._y = strips, y
-        self._pixel = jax.lax.broadcasted_iota(jnp.int32, (strips.size, 1), 0)
-        column = self._pixel & (strips.pitch - 1) if strips.rows > 1 else self._pixel
-        self.columns = [tent(x[k : k + 1] - column.astype(jnp.float32)) for k in range(len(x))]
-        inside = (x > -1) & (x < strips.width) & (y > -1) & (y < strips.height)
-        top = jnp.floor(y)
-        first = jnp.min(jnp.where(inside, top, strips.height)).astype(jnp.int32)
-        last = jnp.max(jnp.where(inside, top + 1, -1)).astype(jnp.int32)
-        shift = strips.rows.bit_length() - 1
-        self.first = jnp.maximum(first, 0) >> shift
-        self.end = (jnp.minimum(last, strips.height - 1) >> shift) + 1
-
-    def lanes(self, strip: Array) -> pl.Slice:
-        """Where the strip's pixels are."""
-        return pl.ds(pl.multiple_of(self._strips.start + strip * self._strips.size, LANES), self._strips.size)
-
-    def rows(self, strip: Array) -> list[tuple[Array, Array]]:
-        """As `columns`, the tents over the rows; [1, q] where a strip is one row."""
-        row = strip * self._strips.rows
-        if self._strips.rows > 1:
-            row = row + (self._pixel >> (self._strips.pitch.bit_length() - 1))
-        row = jnp.asarray(row, jnp.int32).astype(jnp.float32)
-        return [tent(self._y[k : k + 1] - row) for k in range(len(self._y))]
 
 
 def _points_of(level: int, levels: int, ref) -> slice:
@@ -243,18 +217,18 @@ def _product(a: Array, b: Array, axes: tuple[int, int]) -> Array:
 
 def _forward_kernel(levels, x_ref, y_ref, weights_ref, values_ref, out_ref):
     out = jnp.zeros(out_ref.shape, jnp.float32)
-    for index, strips in enumerate(levels):
+    for index, level in enumerate(levels):
         points = _points_of(index, len(levels), x_ref)
-        level, weights = _Level(strips, x_ref[points], y_ref[points]), weights_ref[points]
-        columns = [weights[k : k + 1] * column for k, (column, _) in enumerate(level.columns)]
+        x, y, weights = x_ref[points], y_ref[points], weights_ref[points]
+        columns = [jnp.maximum(1 - jnp.abs(distance), 0.0) for distance in level.columns(x)]
 
-        def visit(strip, out, level=level, columns=columns):
-            rows = level.rows(strip)
-            dense = sum(row * column for (row, _), column in zip(rows, columns, strict=True))
-            values = values_ref[:, level.lanes(strip)]
+        def visit(row, out, level=level, y=y, weights=weights, columns=columns):
+            rows = weights * tent(y - row.astype(jnp.float32))[0]
+            dense = sum(rows[k : k + 1] * column for k, column in enumerate(columns))
+            values = values_ref[:, level.lanes(row)]
             return out + _product(values, dense.astype(values.dtype), (1, 0))
 
-        out = jax.lax.fori_loop(level.first, level.end, visit, out)
+        out = jax.lax.fori_loop(*level.rows(x, y), visit, out)
     out_ref[...] = out.astype(out_ref.dtype)
 
 
@@ -266,25 +240,28 @@ def _backward_kernel(levels, x_ref, y_ref, weights_ref, out_ref, values_ref, dx_
         dvalues_ref[...] = jnp.zeros_like(dvalues_ref)
 
     out = out_ref[...]
-    for index, strips in enumerate(levels):
+    queries = out.shape[1]
+    of_registers = lambda x: x.reshape(-1, SUBLANES, queries).sum(0)  # noqa: E731
+    for index, level in enumerate(levels):
         points = _points_of(index, len(levels), x_ref)
-        level, weights = _Level(strips, x_ref[points], y_ref[points]), weights_ref[points]
-        columns = [weights[k : k + 1] * column for k, (column, _) in enumerate(level.columns)]
+        x, y, weights = x_ref[points], y_ref[points], weights_ref[points]
+        columns = [tent(distance) for distance in level.columns(x)]
 
-        def visit(strip, sums, level=level, columns=columns):
-            lanes = level.lanes(strip)
-            rows = level.rows(strip)
-            dense = sum(row * column for (row, _), column in zip(rows, columns, strict=True))
+        def visit(row, sums, level=level, y=y, weights=weights, columns=columns):
+            lanes = level.lanes(row)
+            rows, slopes = tent(y - row.astype(jnp.float32))
+            dense = sum((weights * rows)[k : k + 1] * column for k, (column, _) in enumerate(columns))
             dvalues_ref[:, lanes] += _product(out, dense.astype(out.dtype), (1, 1))
             pixels = _product(values_ref[:, lanes], out, (0, 0))  # [pixels, q]: each pixel's part in the loss
             added = []
-            for (row, row_slope), (column, column_slope) in zip(rows, level.columns, strict=True):
-                across = pixels * column
-                added += [pixels * column_slope * row, across * row_slope, across * row]
-            return [old + new.sum(0, keepdims=True) for old, new in zip(sums, added, strict=True)]
+            for k, (column, slope) in enumerate(columns):
+                across, aslant = of_registers(pixels * column), of_registers(pixels * slope)
+                added += [aslant * rows[k : k + 1], across * slopes[k : k + 1], across * rows[k : k + 1]]
+            return [old + new for old, new in zip(sums, added, strict=True)]
 
-        zero = jnp.zeros((1, out.shape[1]), jnp.float32)
-        sums = jax.lax.fori_loop(level.first, level.end, visit, [zero] * (3 * len(weights)))
+        zero = jnp.zeros((SUBLANES, queries), jnp.float32)
+        sums = jax.lax.fori_loop(*level.rows(x, y), visit, [zero] * (3 * len(weights)))
+        sums = [x.sum(0, keepdims=True) for x in sums]
         dx_ref[points] = weights * jnp.concatenate(sums[0::3])
         dy_ref[points] = weights * jnp.concatenate(sums[1::3])
         dweights_ref[points] = jnp.concatenate(sums[2::3])
