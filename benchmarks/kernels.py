@@ -165,8 +165,8 @@ def _masked_attention(queries: int, keys: int, width: int) -> Callable:
 
 # The shapes of configs/stage3_mixed.py with each of its language models.
 CASES = (
-    Case("language model", _attention(2304, 2, 1, 128, 128, mask="causal")),
-    Case("language model, tokens beside a cache", _attention(2304, 2, 1, 128, 128, mask="rule")),
+    *(Case(f"language model, {n} heads", _attention(2304, n, 1, 128, 128, mask="causal")) for n in (1, 2, 4)),
+    *(Case(f"language model beside a cache, {n} heads", _attention(2304, n, 1, 128, 128, mask="rule")) for n in (1, 2, 4)),
     Case("SAM, whole image", _attention(4096, 2, 2, 192, 64)),
     Case("SigLIP2", _attention(729, 2, 2, 72, 72)),
     Case("mask decoder", _masked_attention(1800, 4096, 32)),

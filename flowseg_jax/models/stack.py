@@ -22,7 +22,7 @@ REMAT_POLICIES: dict[str, Any] = {
 def remat(body: Callable, policy: str) -> Callable:
     """`body` under the named policy.
 
-    none: keep everything; full: recompute all; attention: recompute all but results of attention; dots: keep the weight products.
+    none: keep everything; full: recompute all; attention: all but the results of attention; dots: all but the weight products.
     """
     if policy not in REMAT_POLICIES:
         raise ValueError(f"remat policy {policy!r}: known are {', '.join(REMAT_POLICIES)}")

@@ -1,7 +1,7 @@
 """Maps divided into square windows, and windows put together again: what SAM attends inside.
 
-A row of a window is 14 tokens, which fill no register, so that XLA takes several copies between layouts on a TPU. There a kernel
-moves each row of each window once.
+A row of a window is 14 tokens, which fill no register, so that XLA takes several copies between layouts on a TPU. There a
+kernel moves each row of each window once.
 """
 
 from __future__ import annotations

@@ -224,11 +224,18 @@ def test_flash_passes_over_blocks_in_which_nobody_sees_anybody(monkeypatch):
     ],
 )
 def test_flash_tells_a_plan_which_code_runs_and_how_often(rule, real, code, bodies):
+    """Both heads in one step, whose sums begin and end three times a head; or each with its own keys."""
     ids = jnp.zeros((1, 3), jnp.int32)
     mask = None if rule is None else dataclasses.replace(causal_mask(ids, ids), **rule)
-    cut = blocks.Blocks(128, 128, 3, 3, 2, 1, real)
-    found = blocks.metadata("attend", cut, (1, 2, 3, 3), [("q", 128), ("k", 256)], jnp.dtype("bfloat16"), mask)
-    assert found == {"kernel": f"attend 128x128 q128 k256 bfloat16 {code}", "steps": "18", "bodies": str(bodies)}
+    widths, dtype = [("q", 128), ("k", 256)], jnp.dtype("bfloat16")
+    name = f"128x128 q128 k256 bfloat16 {code}"
+    apart = blocks.metadata("attend", blocks.Blocks(128, 128, 3, 3, 2, 2, real), (1, 2, 3, 3), widths, dtype, mask)
+    assert apart == {"kernel": f"attend {name}", "steps": "18", "bodies": str(bodies)}
+    together = blocks.Blocks(128, 128, 3, 3, 2, 1, real)
+    counts = {"attend": f"{bodies} 6", "differentiate_queries": f"6 {bodies} 6", "differentiate_keys": f"{bodies}"}
+    for kernel, expected in counts.items():
+        found = blocks.metadata(kernel, together, (1, 1, 3, 3), widths, dtype, mask)
+        assert found == {"kernel": f"{kernel} {name} 2 heads", "steps": "9", "bodies": expected}
 
 
 def test_flash_reads_nothing_outside_of_its_blocks_and_nothing_that_was_not_written(monkeypatch):

@@ -171,7 +171,7 @@ def _grid_backward(saved: tuple, cotangent: Array) -> tuple:
     wide = *grid.fold_rel_pos(q, k, rows, columns), v
     dq, dk, dv = _run("backward", _grid_static(), *wide, [], out, logsum, cotangent)
     e, height = q.shape[-1], rows.shape[-1]
-    return dq[..., :e], dk[..., :e], dv, dq[..., e : e + height], dq[..., e + height :]
+    return dq[..., :e], dk[..., :e], dv, dq[..., e : e + height], dq[..., e + height : e + height + columns.shape[-1]]
 
 
 def _grid_forward_to_keep(*operands: Array) -> tuple[Array, tuple]:
@@ -225,7 +225,7 @@ def _windows_forward(heads: int, *operands: Array) -> tuple[Array, tuple]:
     def kernel(q: Array, *others: Array) -> tuple[Array, Array]:
         return window.forward(q, *others), jnp.zeros((q.shape[0], heads, q.shape[1]), jnp.float32)
 
-    out, logsum = jax.lax.platform_dependent(*operands, tpu=kernel, default=plain)
+    out, logsum = keepable(jax.lax.platform_dependent(*operands, tpu=kernel, default=plain))
     return out, (*operands, out, logsum)
 
 

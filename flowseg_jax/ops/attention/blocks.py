@@ -14,6 +14,7 @@ from jaxtyping import Array
 from flowseg_jax.ops.attention.mask import AttentionMask
 
 BLOCKS = (512, 384, 256, 128)  # tokens a block: the first of those that pad least
+HEADS = 8  # query heads a step, at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +51,16 @@ class Blocks:
         """Query heads of a key/value head."""
         return self.heads // self.groups
 
+    @property
+    def together(self) -> int:
+        """Query heads of a step, one after the other: they read the same keys, values and mask."""
+        return math.gcd(self.repeat, HEADS)
+
+    @property
+    def parts(self) -> int:
+        """Steps for the query heads of a key/value head."""
+        return self.repeat // self.together
+
 
 @dataclasses.dataclass(frozen=True)
 class Loops:
@@ -57,10 +68,10 @@ class Loops:
 
     Attributes:
         steps: of each loop but the first.
-        place: what each step is about: (batch element, head, key/value head, block of queries, block of keys). It takes the
-            numbers of the loops and, last, `order`.
+        place: what each step is about: (batch element, which query heads together, key/value head, block of queries, block of
+            keys). It takes the numbers of the loops and, last, `order`.
         order: int32 [5, steps of the last loop] where that loop runs over pairs of blocks and leaves out those that are too
-            late: the head among those of a key/value head, the blocks of queries and keys, and whether a sum begins and ends.
+            late: which of a key/value head's query heads, the blocks of queries and keys, and whether a sum begins and ends.
             None where a loop runs over all blocks of one kind.
     """
 
@@ -70,30 +81,30 @@ class Loops:
 
     @classmethod
     def by_query(cls, blocks: Blocks, in_order: bool) -> Loops:
-        """... heads, blocks of queries, blocks of keys."""
+        """... heads (some together), blocks of queries, blocks of keys."""
         if in_order:
             pairs = [(0, i, j) for i in range(blocks.rows) for j in range(blocks.columns) if blocks.meet(i, j)]
-            place = lambda b, head, n, *refs: (b, head, jax.lax.div(head, blocks.repeat), refs[-1][1, n], refs[-1][2, n])  # noqa: E731
-            return cls((blocks.heads, len(pairs)), place, _order(pairs, key=1))
-        place = lambda b, head, i, j, *_: (b, head, jax.lax.div(head, blocks.repeat), i, j)  # noqa: E731
-        return cls((blocks.heads, blocks.rows, blocks.columns), place)
+            place = lambda b, head, n, *refs: (b, head, jax.lax.div(head, blocks.parts), refs[-1][1, n], refs[-1][2, n])  # noqa: E731
+            return cls((blocks.heads // blocks.together, len(pairs)), place, _order(pairs, key=1))
+        place = lambda b, head, i, j, *_: (b, head, jax.lax.div(head, blocks.parts), i, j)  # noqa: E731
+        return cls((blocks.heads // blocks.together, blocks.rows, blocks.columns), place)
 
     @classmethod
     def by_key(cls, blocks: Blocks, in_order: bool) -> Loops:
         """... key/value heads, blocks of keys, blocks of queries of all their heads."""
         if in_order:
-            kinds = range(blocks.columns), range(blocks.repeat), range(blocks.rows)
+            kinds = range(blocks.columns), range(blocks.parts), range(blocks.rows)
             pairs = [(r, i, j) for j in kinds[0] for r in kinds[1] for i in kinds[2] if blocks.meet(i, j)]
 
             def place(b, g, n, *refs) -> tuple:
-                return b, g * blocks.repeat + refs[-1][0, n], g, refs[-1][1, n], refs[-1][2, n]
+                return b, g * blocks.parts + refs[-1][0, n], g, refs[-1][1, n], refs[-1][2, n]
 
             return cls((blocks.groups, len(pairs)), place, _order(pairs, key=2))
 
         def place(b, g, j, n, *_) -> tuple:
-            return b, g * blocks.repeat + jax.lax.div(n, blocks.rows), g, jax.lax.rem(n, blocks.rows), j
+            return b, g * blocks.parts + jax.lax.div(n, blocks.rows), g, jax.lax.rem(n, blocks.rows), j
 
-        return cls((blocks.groups, blocks.columns, blocks.rows * blocks.repeat), place)
+        return cls((blocks.groups, blocks.columns, blocks.rows * blocks.parts), place)
 
 
 def _order(pairs: Sequence[tuple[int, int, int]], key: int) -> np.ndarray:
@@ -110,9 +121,10 @@ def metadata(
     dtype: jnp.dtype,
     mask: AttentionMask | Array | None,
 ) -> dict[str, str]:
-    """What a plan prices the kernel by (`aot.pricing`): which code it is, its steps, and those that find their block active.
+    """What a plan prices the kernel by (`aot.pricing`): which code it is, its steps, how many heads find their block active.
 
-    A mask's values are not known when a program is compiled: a plan counts the blocks that a causal one leaves.
+    Where a step has several heads, other loops over them begin and end the sums of the same queries. A mask's values are not
+    known when a program is compiled: a plan counts the blocks that a causal one leaves.
     """
     if mask is not None:
         masked = "matrix" if not isinstance(mask, AttentionMask) else "causal" if mask.in_order else "masked"
@@ -123,5 +135,9 @@ def metadata(
     if isinstance(mask, AttentionMask):
         first = np.arange(blocks.rows)[:, None] * blocks.queries - np.arange(blocks.columns) * blocks.keys
         active = (first + blocks.queries > 0) & (mask.window is None or first - blocks.keys + 1 < mask.window)
-    count = steps[0] * blocks.heads * active.sum()
-    return {"kernel": f"{name} {shape} {dtype} {masked}", "steps": str(math.prod(steps)), "bodies": str(count)}
+    bodies = [steps[0] * blocks.heads * active.sum()]
+    if blocks.together > 1:
+        masked += f" {blocks.together} heads"
+        ends = [steps[0] * blocks.heads * blocks.rows]
+        bodies = {"attend": [*bodies, *ends], "differentiate_queries": [*ends, *bodies, *ends]}.get(name, bodies)
+    return {"kernel": f"{name} {shape} {dtype} {masked}", "steps": str(math.prod(steps)), "bodies": " ".join(map(str, bodies))}

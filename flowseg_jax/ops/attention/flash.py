@@ -5,14 +5,17 @@ positions. So `mask.may_attend` is evaluated for each block, and blocks in which
 mask that is a matrix, as the mask decoder has, comes block by block.
 
 Scores are held transposed, keys by queries: what exists once per query (peak, sum, segment) is then a row, the shape in which
-a TPU holds a vector. Heads lie side by side in the last axis, padded to whole lanes, so nothing is transposed outside.
+a TPU holds a vector. Heads lie side by side in the last axis, padded to whole lanes, so nothing is transposed outside. Query
+heads that read the same keys share a step: their mask is evaluated once.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +27,7 @@ from jaxtyping import Array, Bool, Float
 
 from flowseg_jax.ops.attention.blocks import Blocks, Loops, metadata
 from flowseg_jax.ops.attention.mask import AttentionMask, may_attend
-from flowseg_jax.ops.attention.xla import BLOCKED, expected_slope
+from flowseg_jax.ops.attention.xla import BLOCKED
 from flowseg_jax.ops.collectives import TENSOR_AXIS
 from flowseg_jax.ops.dot import matmul_f32
 
@@ -51,8 +54,8 @@ def backward(
     cotangent: Float[Array, "b s h f"],
 ) -> tuple[Float[Array, "b s h e"], Float[Array, "b t g e"], Float[Array, "b t g f"]]:
     """As `xla.backward`, for the masks of `forward`."""
-    arrays = (q, k, v, cotangent, logsum, expected_slope(out, cotangent))
-    return _on_each_device(functools.partial(_backward, scale), "qkkqss", "qkk", arrays, mask)
+    arrays = (q, k, v, cotangent, out, logsum)
+    return _on_each_device(functools.partial(_backward, scale), "qkkqqs", "qkk", arrays, mask)
 
 
 def _on_each_device(run: Callable, layouts: str, results: str, arrays: Sequence[Array], mask: Mask) -> tuple[Array, ...]:
@@ -94,6 +97,8 @@ class _Step:
         active: whether any query sees any key.
         allowed: () -> which query sees which key, [keys, queries]; None: all see all.
         scale: of the scores.
+        heads: query heads of the step.
+        bias_ref: where several heads share a mask, what it adds to their scores.
     """
 
     first: Array
@@ -101,10 +106,31 @@ class _Step:
     active: Array | bool
     allowed: Callable[[], Array] | None
     scale: float
+    heads: int
+    bias_ref: Any
+
+    def each_head(self, run: Callable[[Any], None]) -> None:
+        """Runs for one head after the other, given its number."""
+        if self.heads == 1:
+            run(0)
+        else:
+            jax.lax.fori_loop(0, self.heads, lambda head, _: run(head), None)
+
+    def share_mask(self) -> None:
+        """Before the scores of several heads."""
+        if self.bias_ref is not None:
+            self.bias_ref[...] = jnp.where(self.allowed(), 0.0, BLOCKED)
+
+    def of_head(self, ref: Any, head: Any) -> Any:
+        """The part of a block [1, queries, heads * width] that belongs to a head."""
+        width = ref.shape[2] // self.heads
+        return ref.at[0, :, slice(None) if self.heads == 1 else pl.ds(pl.multiple_of(head * width, LANES), width)]
 
     def scores(self, q: Array, k: Array) -> Array:
         """float32 [keys, queries]."""
         scores = matmul_f32(k, q, 1, 1) * self.scale
+        if self.bias_ref is not None:
+            return scores + self.bias_ref[...]
         return scores if self.allowed is None else jnp.where(self.allowed(), scores, BLOCKED)
 
     def slopes(self, q: Array, k: Array, v: Array, cotangent: Array, logsum: Array, mean: Array) -> tuple[Array, Array]:
@@ -125,28 +151,28 @@ def _forward(scale: float, q: Array, k: Array, v: Array, mask: Mask) -> tuple[Ar
         mask,
         inputs=[("q", q), ("k", k), ("k", v)],
         outputs=[("q", v.shape[3], v.dtype), ("s", 1, jnp.dtype(jnp.float32))],
-        scratch=[(1, blocks.queries), (1, blocks.queries), (v.shape[3], blocks.queries)],
+        scratch=[(blocks.together, rows, blocks.queries) for rows in (1, 1, v.shape[3])],
     )
     return out[:, :s, :, :f], logsum[:, :, 0, :s]
 
 
 def _backward(
-    scale: float, q: Array, k: Array, v: Array, cotangent: Array, logsum: Array, mean: Array, mask: Mask
+    scale: float, q: Array, k: Array, v: Array, cotangent: Array, out: Array, logsum: Array, mask: Mask
 ) -> tuple[Array, Array, Array]:
     (s, e), (t, f), blocks = q.shape[1::2], v.shape[1::2], Blocks.of(q, k)
-    q, cotangent = _lay(q, blocks.queries), _lay(cotangent, blocks.queries)
+    q, cotangent, out = (_lay(x, blocks.queries) for x in (q, cotangent, out))
     k, v = _lay(k, blocks.keys), _lay(v, blocks.keys)
-    logsum, mean = (_pad(x[:, :, None], 3, blocks.queries) for x in (logsum, mean))
-    inputs = [("q", q), ("k", k), ("k", v), ("q", cotangent), ("s", logsum), ("s", mean)]
-    (dq,) = _call(
+    logsum = _pad(logsum[:, :, None], 3, blocks.queries)
+    inputs = [("q", q), ("k", k), ("k", v), ("q", cotangent), ("s", logsum)]
+    dq, mean = _call(
         _differentiate_queries,
         blocks,
         Loops.by_query(blocks, _in_order(mask)),
         scale,
         mask,
-        inputs,
-        outputs=[("q", q.shape[3], q.dtype)],
-        scratch=[(blocks.queries, q.shape[3])],
+        [*inputs, ("q", out)],
+        outputs=[("q", q.shape[3], q.dtype), ("s", 1, jnp.dtype(jnp.float32))],
+        scratch=[(blocks.together, blocks.queries, q.shape[3])],
     )
     dk, dv = _call(
         _differentiate_keys,
@@ -154,7 +180,7 @@ def _backward(
         Loops.by_key(blocks, _in_order(mask)),
         scale,
         mask,
-        inputs,
+        [*inputs, ("s", mean)],
         outputs=[("k", k.shape[3], k.dtype), ("k", v.shape[3], v.dtype)],
         scratch=[(blocks.keys, k.shape[3]), (blocks.keys, v.shape[3])],
     )
@@ -170,39 +196,58 @@ def _attend(step: _Step, q_ref, k_ref, v_ref, out_ref, logsum_ref, peak_ref, tot
         total_ref[...] = jnp.zeros_like(total_ref)
         sum_ref[...] = jnp.zeros_like(sum_ref)
 
+    def attend(head) -> None:
+        scores, v = step.scores(step.of_head(q_ref, head)[...], k_ref[0]), v_ref[0]
+        peak = jnp.maximum(peak_ref[head], scores.max(0, keepdims=True))
+        weights, decay = jnp.exp(scores - peak), jnp.exp(peak_ref[head] - peak)
+        peak_ref[head] = peak
+        total_ref[head] = total_ref[head] * decay + weights.sum(0, keepdims=True)
+        sum_ref[head] = sum_ref[head] * decay + matmul_f32(v, weights.astype(v.dtype), 0, 0)
+
+    def finish(head) -> None:
+        found = peak_ref[head] > BLOCKED  # what was added up before a query's first key has decayed to nothing
+        total = jnp.where(found, total_ref[head], 1.0)
+        step.of_head(out_ref, head)[...] = jnp.where(found, sum_ref[head] / total, 0.0).T.astype(out_ref.dtype)
+        logsum_ref[0, head] = jnp.where(found, peak_ref[head] + jnp.log(total), -BLOCKED)
+
     @pl.when(step.active)
     def _():
-        scores, v = step.scores(q_ref[0], k_ref[0]), v_ref[0]
-        peak = jnp.maximum(peak_ref[...], scores.max(0, keepdims=True))
-        weights, decay = jnp.exp(scores - peak), jnp.exp(peak_ref[...] - peak)
-        peak_ref[...] = peak
-        total_ref[...] = total_ref[...] * decay + weights.sum(0, keepdims=True)
-        sum_ref[...] = sum_ref[...] * decay + matmul_f32(v, weights.astype(v.dtype), 0, 0)
+        step.share_mask()
+        step.each_head(attend)
 
     @pl.when(step.last)
     def _():
-        found = peak_ref[...] > BLOCKED  # what was added up before a query's first key has decayed to nothing
-        total = jnp.where(found, total_ref[...], 1.0)
-        out_ref[0] = jnp.where(found, sum_ref[...] / total, 0.0).T.astype(out_ref.dtype)
-        logsum_ref[0, 0] = jnp.where(found, peak_ref[...] + jnp.log(total), -BLOCKED)
+        step.each_head(finish)
 
 
-def _differentiate_queries(step: _Step, q_ref, k_ref, v_ref, ct_ref, logsum_ref, mean_ref, dq_ref, sum_ref) -> None:
-    """The kernel of the queries' gradient."""
+def _differentiate_queries(step: _Step, q_ref, k_ref, v_ref, ct_ref, logsum_ref, out_ref, dq_ref, mean_ref, sum_ref) -> None:
+    """The kernel of the queries' gradient, and of what `xla.expected_slope` gives."""
+
+    def start(head) -> None:
+        sum_ref[head] = jnp.zeros_like(sum_ref[head])
+        of_values = (step.of_head(ref, head)[...].astype(jnp.float32) for ref in (out_ref, ct_ref))
+        mean_ref[0, head] = math.prod(of_values).T.sum(0, keepdims=True)
 
     @pl.when(step.first)
     def _():
-        sum_ref[...] = jnp.zeros_like(sum_ref)
+        step.each_head(start)
+
+    def differentiate(head) -> None:
+        k, q, ct = k_ref[0], step.of_head(q_ref, head)[...], step.of_head(ct_ref, head)[...]
+        _, slopes = step.slopes(q, k, v_ref[0], ct, logsum_ref[0, head], mean_ref[0, head])
+        sum_ref[head] += matmul_f32(slopes, k, 0, 0)
+
+    def finish(head) -> None:
+        step.of_head(dq_ref, head)[...] = sum_ref[head].astype(dq_ref.dtype)
 
     @pl.when(step.active)
     def _():
-        k = k_ref[0]
-        _, slopes = step.slopes(q_ref[0], k, v_ref[0], ct_ref[0], logsum_ref[0, 0], mean_ref[0, 0])
-        sum_ref[...] += matmul_f32(slopes, k, 0, 0)
+        step.share_mask()
+        step.each_head(differentiate)
 
     @pl.when(step.last)
     def _():
-        dq_ref[0] = sum_ref[...].astype(dq_ref.dtype)
+        step.each_head(finish)
 
 
 def _differentiate_keys(
@@ -215,12 +260,16 @@ def _differentiate_keys(
         dk_sum_ref[...] = jnp.zeros_like(dk_sum_ref)
         dv_sum_ref[...] = jnp.zeros_like(dv_sum_ref)
 
-    @pl.when(step.active)
-    def _():
-        q, ct = q_ref[0], ct_ref[0]
-        weights, slopes = step.slopes(q, k_ref[0], v_ref[0], ct, logsum_ref[0, 0], mean_ref[0, 0])
+    def differentiate(head) -> None:
+        q, ct = step.of_head(q_ref, head)[...], step.of_head(ct_ref, head)[...]
+        weights, slopes = step.slopes(q, k_ref[0], v_ref[0], ct, logsum_ref[0, head], mean_ref[0, head])
         dk_sum_ref[...] += matmul_f32(slopes, q, 1, 0)
         dv_sum_ref[...] += matmul_f32(weights, ct, 1, 0)
+
+    @pl.when(step.active)
+    def _():
+        step.share_mask()
+        step.each_head(differentiate)
 
     @pl.when(step.last)
     def _():
@@ -236,7 +285,7 @@ def _call(
     mask: Mask,
     inputs: Sequence[tuple[str, Array]],
     outputs: Sequence[tuple[str, int, jnp.dtype]],
-    scratch: Sequence[tuple[int, int]],
+    scratch: Sequence[tuple[int, ...]],
 ) -> list[Array]:
     """Runs a kernel over all blocks.
 
@@ -249,7 +298,7 @@ def _call(
         scratch: shapes of the float32 sums that live through the innermost loop.
     """
     batch = inputs[0][1].shape[0]
-    steps = (batch, *loops.steps)
+    steps, together = (batch, *loops.steps), blocks.together
     s, t = blocks.rows * blocks.queries, blocks.columns * blocks.keys
     is_rule = isinstance(mask, AttentionMask)
     described = () if mask is None else _describe(mask, blocks) if is_rule else (_lay_matrix(mask, batch, blocks),)
@@ -263,10 +312,10 @@ def _call(
 
     def block(kind: str, width: int) -> pl.BlockSpec:
         if kind == "q":
-            return spec((1, blocks.queries, width), lambda b, h, g, i, j: (b, i, h))
+            return spec((1, blocks.queries, together * width), lambda b, h, g, i, j: (b, i, h))
         if kind == "k":
             return spec((1, blocks.keys, width), lambda b, h, g, i, j: (b, j, g))
-        return spec((1, 1, 1, blocks.queries), lambda b, h, g, i, j: (b, h, 0, i))
+        return spec((1, together, 1, blocks.queries), lambda b, h, g, i, j: (b, h, 0, i))
 
     def result(kind: str, width: int, dtype: jnp.dtype) -> jax.ShapeDtypeStruct:
         shapes = {
@@ -276,6 +325,8 @@ def _call(
         }
         return jax.ShapeDtypeStruct(shapes[kind], dtype)
 
+    shared = together > 1 and (mask is not None or blocks.real < t)
+    scratch = [*scratch, (blocks.keys, blocks.queries)] if shared else scratch
     specs = [block(kind, x.shape[3]) for kind, x in inputs]
     if described and not is_rule:
         specs = [spec((1, blocks.keys, blocks.queries), lambda b, h, g, i, j: (b, j, i)), *specs]
@@ -304,7 +355,8 @@ def _call(
         elif blocks.real < t:
             key = lambda: jax.lax.broadcasted_iota(jnp.int32, (blocks.keys, blocks.queries), 0)  # noqa: E731
             allowed = lambda: key() < blocks.real - j * blocks.keys  # noqa: E731
-        kernel(_Step(first, last, active, allowed, scale), *refs)
+        *refs, bias_ref = refs if shared else (*refs, None)
+        kernel(_Step(first, last, active, allowed, scale, together, bias_ref), *refs)
 
     name, widths = kernel.__name__.strip("_"), [(kind, x.shape[3]) for kind, x in inputs if kind != "s"]
     found = pl.pallas_call(

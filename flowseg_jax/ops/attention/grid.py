@@ -18,7 +18,7 @@ from flowseg_jax.ops.dot import einsum, matmul_f32
 # Float32 scores of a chunk of queries: 32 queries of SAM's global attention. Twice as many take XLA:CPU half as long again.
 CHUNK_BYTES = 8 * 2**20
 # What the kernel of windows takes: heads of this width, and as many patches a side as have places in a register's lanes.
-HEAD = 64
+HEAD, LANES = 64, 128
 MAX_SIDE = 16
 
 
@@ -54,14 +54,18 @@ def fold_rel_pos(
     k: Float[Array, "b t h e"],
     rows: Float[Array, "b s h y"],
     columns: Float[Array, "b s h x"],
-) -> tuple[Float[Array, "b s h e+y+x"], Float[Array, "b t h e+y+x"]]:
-    """Queries [q, rows, columns] and keys [k, onehot(y), onehot(x)], whose plain product is q k^T + rows[y] + columns[x]."""
-    height, width = rows.shape[-1], columns.shape[-1]
+) -> tuple[Float[Array, "b s h _"], Float[Array, "b t h _"]]:
+    """Queries [q, rows, columns] and keys [k, onehot(y), onehot(x)], whose plain product is q k^T + rows[y] + columns[x].
+
+    Zeros fill what is wider than a kernel's lanes up to whole ones: nothing has to copy it for that.
+    """
+    e, height, width = k.shape[-1], rows.shape[-1], columns.shape[-1]
+    missing = -(e + height + width) % LANES if e + height + width > LANES else 0
     place = np.concatenate([np.eye(height).repeat(width, 0), np.tile(np.eye(width), (height, 1))], -1)
-    place = jnp.asarray(np.pad(place, ((0, 0), (k.shape[-1], 0))), k.dtype)
+    place = jnp.asarray(np.pad(place, ((0, 0), (e, missing))), k.dtype)
     # Added to zeros, which is exact: a concatenation would write the places to memory for every batch element and head.
-    wide = jnp.pad(k, ((0, 0), (0, 0), (0, 0), (0, height + width))) + place[:, None]
-    return jnp.concatenate([q, rows, columns], -1), wide
+    wide = jnp.pad(k, ((0, 0), (0, 0), (0, 0), (0, height + width + missing))) + place[:, None]
+    return jnp.concatenate([q, rows, columns, jnp.zeros((*q.shape[:3], missing), q.dtype)], -1), wide
 
 
 def forward(

@@ -237,7 +237,10 @@ def _backward_kernel(levels, x_ref, y_ref, weights_ref, out_ref, values_ref, dx_
 
     @pl.when(pl.program_id(2) == 0)
     def _():
-        dvalues_ref[...] = jnp.zeros_like(dvalues_ref)
+        @pl.loop(0, dvalues_ref.shape[1] // LANES)
+        def _(start):
+            lanes = pl.ds(pl.multiple_of(start * LANES, LANES), LANES)
+            dvalues_ref[:, lanes] = jnp.zeros((dvalues_ref.shape[0], LANES), jnp.float32)
 
     out = out_ref[...]
     queries = out.shape[1]
