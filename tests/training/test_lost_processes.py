@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -192,28 +191,6 @@ def test_a_job_is_restarted_by_the_command_that_each_process_has(lasting, undist
     assert said.count("the run ended with exit code 1; it is started again in 15 s, 1 of 2") == 1
     assert metrics(workdir) == undisturbed  # every loss, to the bit
     print(f"\nprocess {victim} killed after step {reached}, continued from {continued}, a new step after {seconds:.0f} s")
-
-
-@pytest.mark.slow
-def test_a_replaced_host_gets_the_local_checkpoint_of_a_peer(lasting, undisturbed, tmp_path):
-    """Every array is on both processes: those of a model as small as this one are not divided."""
-    frequent, workdir = configs.from_json(configs.to_json(lasting)), tmp_path / "two"
-    frequent.checkpoint_every = 8
-    frequent.checkpoint.update(local_dir=str(tmp_path / "local"), local_every=2)
-    jobs = [launch(frequent, workdir, 1, *flags) for flags in pair()]
-    try:
-        wait_for(lambda: lines_of(workdir / "metrics.jsonl") > 12, jobs)
-        kill_one(jobs, 1)
-    finally:
-        clean(jobs)
-    reached = lines_of(workdir / "metrics.jsonl")
-    (run,) = (tmp_path / "local").iterdir()
-    shutil.rmtree(run / "process_1")  # as on a new host
-    said = finish(*[launch(frequent, workdir, 1, *flags) for flags in pair()])
-    (continued,) = map(int, re.findall(r"continuing from the checkpoint of step (\d+)", said))
-    assert 0 <= reached - continued < 4 and f"step {continued} of process 1 is sent by process 0" in said
-    assert metrics(workdir) == undisturbed
-    print(f"\nkilled after step {reached}, continued from {continued}; the work directory had step {continued // 8 * 8}")
 
 
 @pytest.mark.slow
