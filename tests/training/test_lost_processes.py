@@ -18,7 +18,7 @@ from flowseg_jax import experiment as configs
 from flowseg_jax.synthetic.shapes import load_or_build_shapes
 from flowseg_jax.system import process_watch
 from tests.training.test_kills import children
-from tests.training.test_two_processes import ROOT, config, finish, launch, metrics, pair  # noqa: F401
+from tests.training.test_two_processes import ROOT, config, finish, launch, pair  # noqa: F401
 
 WITHIN = 30.0  # seconds until the others have ended; `process_watch.OWN_END` and a busy machine's time to start and stop
 PATIENCE = 600  # seconds for what takes as long as the machine is busy
@@ -148,49 +148,59 @@ def test_training(config, tmp_path, victim):  # noqa: F811
     assert "continuing from the checkpoint of step" in said and "is in use" not in said
 
 
-@pytest.fixture(scope="module")
-def lasting(config):  # noqa: F811
-    """A run of two processes that lasts long enough to be killed, and saves every fourth step."""
-    found = configs.from_json(configs.to_json(config))
-    found.update(num_steps=20, checkpoint_every=4, batch_size=4)
-    found.mesh.data = 1
-    return found
+COUNTING = """
+import sys, time
+from pathlib import Path
+from flowseg_jax import errors
+from flowseg_jax.system import distributed
 
+def main():
+    address, index, file = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+    with distributed.joined(address, 2, index):
+        start = int(file.read_text()) if file.exists() else 0
+        print("from", start, flush=True)
+        for step in range(start + 1, 41):
+            assert distributed.all_gather_bytes(b"%d" % step) == [b"%d" % step] * 2
+            if index == 0 and step % 4 == 0:
+                file.with_suffix(".new").write_text(str(step))
+                file.with_suffix(".new").rename(file)
+            time.sleep(0.1)
 
-@pytest.fixture(scope="module")
-def undisturbed(lasting, tmp_path_factory) -> list[dict]:
-    """What it logs when nothing happens to it."""
-    workdir = tmp_path_factory.mktemp("undisturbed") / "two"
-    finish(*[launch(lasting, workdir, 1, *flags) for flags in pair()])
-    return metrics(workdir)
+errors.run_cli(main)
+"""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_job_is_restarted_by_the_command_that_each_process_has(lasting, undisturbed, tmp_path, victim):
-    """A supervisor in each process: the one that was killed and the one that is left start again, and meet."""
-    workdir = tmp_path / "two"
-    jobs = [launch(lasting, workdir, 1, *flags, "--restart-on-failure=2") for flags in pair()]
+def test_a_job_is_restarted_by_the_command_that_each_process_has(tmp_path, victim):
+    """A supervisor for each process, as `--restart-on-failure` is: both start theirs again, and they meet. They count together
+    and note every fourth number, where a run trains and saves."""
+    file, (address, *_) = tmp_path / "count", pair()[0]
+    jobs = []
+    for index in range(2):
+        command = [sys.executable, "-c", COUNTING, address.partition("=")[2], str(index), str(file)]
+        script = f"import sys; from flowseg_jax.system.restarts import supervise; sys.exit(supervise({command!r}, 2))"
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        jobs.append(subprocess.Popen([sys.executable, "-c", script], env=environment, **pipes))
     try:
-        wait_for(lambda: lines_of(workdir / "metrics.jsonl") > 6, jobs)
+        wait_for(lambda: file.exists() and int(file.read_text()) >= 8, jobs)
         (pid,) = children(jobs[victim])
         os.kill(pid, signal.SIGKILL)
         killed = time.monotonic()
         wait_for(lambda: children(jobs[victim]) not in ([], [pid]), jobs)  # the other one has ended long before
-        reached = lines_of(workdir / "metrics.jsonl")
-        wait_for(lambda: lines_of(workdir / "metrics.jsonl") > reached, jobs)
+        reached = file.read_text()
+        wait_for(lambda: file.read_text() != reached, jobs)
         seconds = time.monotonic() - killed
         said = finish(*jobs)
     finally:
         for pid in [pid for job in jobs for pid in children(job)]:
             os.kill(pid, signal.SIGKILL)
         clean(jobs)
-    (continued,) = re.findall(r"continuing from the checkpoint of step (\d+)", said)
-    assert 0 <= reached - int(continued) < 8  # one interval, and a checkpoint that was being written
+    assert re.findall(r"^from (\d+)$", said, re.MULTILINE) == ["0", reached] * 2 and file.read_text() == "40"
     assert said.count("the run was ended by SIGKILL; it is started again in 15 s, 1 of 2") == 1
     assert said.count("the run ended with exit code 1; it is started again in 15 s, 1 of 2") == 1
-    assert metrics(workdir) == undisturbed  # every loss, to the bit
-    print(f"\nprocess {victim} killed after step {reached}, continued from {continued}, a new step after {seconds:.0f} s")
+    print(f"\nprocess {victim} killed, both continued from {reached}, a new note after {seconds:.0f} s")
 
 
 @pytest.mark.slow
