@@ -45,7 +45,9 @@ def match_cost(
     probability = jax.nn.softmax(class_logits, -1)
     k = logits.shape[-1]
     # BCE summed over points is linear in the target once softplus(logit) is separated.
-    bce = (jax.nn.softplus(logits).sum(-1)[None] - matmul_f32(targets, logits, 1, 1)) / k
+    # A plain log and not log1p: beside a sum over points its last digits count for nothing, and it takes half the time.
+    softplus = jnp.maximum(logits, 0) + jnp.log(1 + jnp.exp(-jnp.abs(logits)))
+    bce = (softplus.sum(-1)[None] - matmul_f32(targets, logits, 1, 1)) / k
     p = jax.nn.sigmoid(logits)
     dice = 1 - (2 * matmul_f32(targets, p, 1, 1) + 1) / (targets.sum(-1)[:, None] + p.sum(-1)[None] + 1)
     return cfg.mask_weight * bce + cfg.dice_weight * dice - cfg.class_weight * probability.T[jnp.maximum(labels, 0)]

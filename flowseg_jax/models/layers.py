@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float
 from flowseg_jax.ops.attention import attention
 from flowseg_jax.ops.collectives import all_gather_2d
 from flowseg_jax.ops.dot import dot, einsum
+from flowseg_jax.ops.portable import cpu_only
 from flowseg_jax.ops.rope import rms_norm
 
 Initializer = Callable[..., jax.Array]
@@ -240,10 +241,19 @@ class GroupNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "b h w d"]) -> Float[Array, "b h w d"]:
         b, h, w, d = x.shape
-        y = x.astype(jnp.float32).reshape(b, h, w, self.groups, d // self.groups)
-        y = y - y.mean((1, 2, 4), keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.square(y).mean((1, 2, 4), keepdims=True) + self.eps)
+        y = x.astype(jnp.float32)
+        if not cpu_only():
+            y = y.reshape(b, h, w, self.groups, d // self.groups)
+        y = y - self._group_mean(y)
+        y = y * jax.lax.rsqrt(self._group_mean(jnp.square(y)) + self.eps)
         return (y.reshape(b, h, w, d) * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+    def _group_mean(self, y: Array) -> Array:
+        """The mean over the map and the channels of a group, to be broadcast. A CPU takes half the time by channel first."""
+        if not cpu_only():
+            return y.mean((1, 2, 4), keepdims=True)
+        mean = y.mean((1, 2)).reshape(len(y), self.groups, -1).mean(-1)
+        return jnp.repeat(mean, y.shape[-1] // self.groups, axis=-1)[:, None, None]
 
 
 def gelu(x: Array) -> Array:

@@ -17,6 +17,7 @@ from transformers import Mask2FormerConfig
 from transformers.models.mask2former import modeling_mask2former as hf
 
 from flowseg_jax.errors import UserError
+from flowseg_jax.models.layers import GroupNorm
 from flowseg_jax.models.pixel_decoder import (
     PixelDecoder,
     PixelDecoderConfig,
@@ -25,6 +26,7 @@ from flowseg_jax.models.pixel_decoder import (
     sine_position_embedding,
 )
 from flowseg_jax.models.stack import scan_layers
+from flowseg_jax.ops.portable import traced_for
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -365,3 +367,13 @@ def test_config_errors(fields, message):
 def test_maps_that_differ_from_the_config(small_params, small_features):
     with pytest.raises(ValueError, match="configured for"):
         apply(SMALL)(small_params, small_features[::-1])
+
+
+@pytest.mark.parametrize("platform", ["cpu", "any"])
+def test_group_norm_is_torchs_in_the_form_of_each_platform(rng, platform):
+    x, scale, bias = (rng.normal(size=shape).astype(np.float32) for shape in ((2, 5, 3, 12), (12,), (12,)))
+    norm = GroupNorm(12, 4, rngs=nnx.Rngs(0))
+    norm.scale[...], norm.bias[...] = jnp.asarray(scale), jnp.asarray(bias)
+    theirs = torch.nn.functional.group_norm(torch.tensor(x).permute(0, 3, 1, 2), 4, *map(torch.tensor, (scale, bias)))
+    with traced_for(platform):
+        assert error(norm(jnp.asarray(x)), theirs.permute(0, 2, 3, 1)) < 1e-5
