@@ -83,7 +83,7 @@ def against(revision: str, flags: Sequence[str], tolerance: float, rounds: int, 
     with checkout(revision) as tree, contextlib.ExitStack() as stack:
         command = [sys.executable, "-m", "benchmarks.step", f"--clock={clock}", *flags]
         workers = {name: stack.enter_context(Worker(command, cwd=where)) for name, where in ((revision, tree), ("now", ROOT))}
-        return ratio.compare(workers, revision, tolerance, rounds=rounds)
+        return ratio.compare(workers, revision, tolerance, rounds=rounds, cpu_time=clock == "cpu")
 
 
 def accumulate(config: ConfigDict, parts: int, tolerance: float, rounds: int) -> ratio.TimingComparison:

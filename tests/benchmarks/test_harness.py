@@ -109,6 +109,14 @@ def test_a_busy_machine_is_sampled_longer_and_the_quality_says_how_it_went():
     assert comparison.quality == "B"
 
 
+def test_cpu_seconds_count_however_busy_the_machine_is():
+    log = []
+    candidates = {name: Fake(name, 1, log) for name in ("a", "b")}
+    comparison = ratio.compare(candidates, "a", 1e-3, rounds=3, read=clocks((0.5,)), cpu_time=True)
+    assert len(log) == 6 + 2 * 3
+    assert comparison.quality == "A"
+
+
 def test_the_median_is_of_clean_samples_or_of_the_least_contended():
     clean = [TimingSample(seconds, 0.1) for seconds in (1.0, 2.0, 4.0)]
     busy = [TimingSample(9.0, 0.3), TimingSample(5.0, 0.25), TimingSample(8.0, 1.0)]
