@@ -225,7 +225,7 @@ def state_sizes(config: ConfigDict, topology: str) -> tuple[dict[str, int], Trai
         "moments": state.opt_state,
         "moving average": state.ema,
     }
-    return {name: _bytes_on_one_device(tree) for name, tree in parts.items()}, program, found
+    return {name: bytes_on_one_device(tree) for name, tree in parts.items()}, program, found
 
 
 def prepare(config: ConfigDict, topology: str, effort: str) -> tuple[TrainProgram, Topology]:
@@ -283,7 +283,7 @@ def report(program: TrainProgram, topology: Topology, effort: str) -> PlanReport
         refusal=refusal,
         warnings=tuple(shardings.warnings(program.run_config.model, program.mesh.shape)),
         slices=topology.slices,
-        gradients=_bytes_on_one_device(state.trainable),
+        gradients=bytes_on_one_device(state.trainable),
     )
 
 
@@ -314,9 +314,9 @@ def compiler_effort(level: str) -> Iterator[None]:
 
 def _memory(program: TrainProgram, compiled: jax.stages.Compiled | None, refusal: str | None, usable: int | None) -> Memory:
     given = (
-        _bytes_on_one_device((program.state.trainable, program.state.frozen)),
-        _bytes_on_one_device((program.state.opt_state, program.state.ema)),
-        _bytes_on_one_device(program.batch),
+        bytes_on_one_device((program.state.trainable, program.state.frozen)),
+        bytes_on_one_device((program.state.opt_state, program.state.ema)),
+        bytes_on_one_device(program.batch),
     )
     if compiled is None:
         figure = _REFUSAL.search(refusal)
@@ -332,7 +332,7 @@ def _memory(program: TrainProgram, compiled: jax.stages.Compiled | None, refusal
     return Memory(*given, arguments, temporaries, outputs, arguments + temporaries + outputs, usable)
 
 
-def _bytes_on_one_device(tree: Any) -> int:
+def bytes_on_one_device(tree: Any) -> int:
     """Of abstract arrays with shardings; the largest part where parts differ."""
     return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 

@@ -23,7 +23,7 @@ def arithmetic(by_part: Mapping[str, float], seconds: float | None, mfu: float) 
     largest = sorted(by_part, key=by_part.get, reverse=True)[:4]
     shares = ", ".join(f"{part} {by_part[part] / total:.0%}" for part in largest)
     at = "n/a" if seconds is None else f"{seconds:.3g} s"
-    return f"arithmetic: {_flop(total)} a step ({shares}); a step at {mfu:.0%} MFU: {at}"
+    return f"arithmetic: {flop(total)} a step ({shares}); a step at {mfu:.0%} MFU: {at}"
 
 
 def traffic(found: CollectiveStats) -> list[str]:
@@ -85,7 +85,7 @@ def prices(found: PricedStep) -> list[str]:
     ]
 
 
-def _flop(count: float) -> str:
+def flop(count: float) -> str:
     scale, unit = next((x for x in ((1e15, "P"), (1e12, "T"), (1e9, "G")) if count >= x[0]), (1e6, "M"))
     return f"{count / scale:.3g} {unit}FLOP"
 

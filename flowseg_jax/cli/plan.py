@@ -21,6 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--xla-opt-level", metavar="LEVEL", default="O0", help="how hard XLA optimises: O0 to O3, default O0")
     parser.add_argument("--by-component", action="store_true", help="compile each component by itself instead of the step")
+    parser.add_argument("--eval", action="store_true", help="what answering expressions costs instead: an image and a round")
     parser.add_argument(
         "--shardings", metavar="MESH", type=mesh_sizes, help="only print which parameter a mesh, fsdp=16, shards"
     )
@@ -48,6 +49,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.json:
             log(json.dumps([dataclasses.asdict(report) for report in reports]))
         return int(any(report.refusal is not None for report in reports))
+    if arguments.eval:
+        from flowseg_jax.aot import eval_plan
+
+        found = eval_plan.plan_eval(config, arguments.topology, effort=arguments.xla_opt_level)
+        log(found.text())
+        if arguments.json:
+            log(json.dumps(found.to_json()))
+        return 0 if found.fits else 1
     from flowseg_jax.aot import plan
 
     if arguments.state_only:

@@ -154,6 +154,20 @@ class Evaluator:
         put = lambda spec, part: jax.device_put(part, NamedSharding(self.mesh, spec))  # noqa: E731
         return jax.tree.map(put, self._partition, params, is_leaf=lambda x: isinstance(x, PartitionSpec))
 
+    def lower(
+        self, params: Any, views: ImageInputs, prefix: jax.ShapeDtypeStruct, queries: ExpressionQueries
+    ) -> dict[str, jax.stages.Lowered]:
+        """The encoding of a batch and a round of its expressions, for abstract arrays with shardings; nothing is computed."""
+        cache = jax.eval_shape(self._encode_image, params, views, prefix)
+        put = lambda spec, part: jax.tree.map(  # noqa: E731
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(self.mesh, spec)), part
+        )
+        cache = tuple(map(put, CACHE, cache))
+        return {
+            "encode_image": self._encode_image.lower(params, views, prefix),
+            "round": self._predict_top(1).lower(params, cache, queries),
+        }
+
     def _put(self, tree: Any) -> Any:
         return sharding.to_global_arrays(tree, self.mesh)
 

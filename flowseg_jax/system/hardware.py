@@ -52,7 +52,7 @@ DEVICE_SPECS = {
     "NVIDIA A100-SXM4-40GB": DeviceKind("a100", 312e12),
     "NVIDIA A100-SXM4-80GB": DeviceKind("a100", 312e12),
     "NVIDIA H20": DeviceKind("h20", 148e12),
-    "NVIDIA H100 80GB HBM3": DeviceKind("h100", 989e12),
+    "NVIDIA H100 80GB HBM3": DeviceKind("h100", 989e12, memory=3350e9),
     "NVIDIA H200": DeviceKind("h200", 989e12),
 }
 

@@ -121,6 +121,11 @@ def language(cfg: LanguageConfig, tokens: int) -> FlopCount:
     )
 
 
+def projector(tokens: float, d_in: int, d_out: int) -> FlopCount:
+    """Two layers, as wide as what comes out."""
+    return FlopCount(_linear(tokens, d_in, d_out) + _linear(tokens, d_out, d_out))
+
+
 def connector(cfg: ConnectorConfig, grid: int) -> FlopCount:
     rows = (-(-grid // cfg.pad_multiple) * cfg.pad_multiple) ** 2
     total = 0.0
@@ -200,9 +205,6 @@ def forward(model: FlowSegConfig, shape: BatchShape, losses: LossConfig) -> dict
     targets = phrases + (named + categories) * shape.max_masks
     side, maps = (model.sam.grid_size + 1) // 2, levels(model)
     head = _linear(shape.text_length - model.num_visual_tokens, llm, model.llm.vocab_size) if losses.language_weight else 0.0
-
-    def projector(tokens: float, d_in: int, d_out: int) -> FlopCount:
-        return FlopCount(_linear(tokens, d_in, d_out) + _linear(tokens, d_out, d_out))
 
     works = {
         "sam": sam(model.sam, max(*model.connector_hidden_layers, model.sam.num_hidden_layers - 1)),

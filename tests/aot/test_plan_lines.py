@@ -30,7 +30,7 @@ def test_arithmetic_names_the_four_largest_parts():
      (12345, "0.0123 MFLOP")],
 )  # fmt: skip
 def test_flops(count, text):
-    assert plan_lines._flop(count) == text
+    assert plan_lines.flop(count) == text
 
 
 def test_sizes():
