@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from flowseg_jax.errors import UserError, did_you_mean
 
 ENCODERS = ("sam", "siglip", "llm")
-SIZE = {"coarse": (20_000, 9000), "fine": (40_000, 10_000), "final": (40_000, 6000)}  # images, steps
+SIZE = {"coarse": (20_000, 9000), "fine": (40_000, 10_000), "final": (40_000, 4000)}  # images, steps
 MIX = {  # shares of the generated expressions
     "coarse": (
         ("attribute", 0.25),
@@ -74,8 +74,6 @@ def get_config(part: str = "final") -> ConfigDict:
     config.model.generic_pass = "off"
     config.init_from = ("runs/fine/model",)
     config.data.tokenizer = "runs/fine/tokenizer"
-    config.optimizer.update(learning_rate=6e-4, schedule="wsd", decay_fraction=0.3)
-    config.optimizer.param_groups = (("(sam|siglip)/.*", 0.5), (".*", 1.0))
-    config.ema.decay = 0.998
+    config.optimizer.learning_rate = 6e-4
     config.optimizer.losses.language_weight = 0.0
     return config

@@ -29,7 +29,7 @@ from flowseg_jax.evaluation import audit, metrics, protocols
 from flowseg_jax.evaluation.results import read_table
 from flowseg_jax.system.paths import ROOT
 
-COLUMNS = ("image_id", "family", "intersection", "union", "oracle_intersection", "oracle_union")
+COLUMNS = ("image_id", "family", "intersection", "union", "oracle_intersection", "oracle_union", "present", "area", "score")
 PAGES = ("README.md", "docs/results.md")
 SPLITS = {  # file -> what the tables call it
     "val": "val",
@@ -48,12 +48,16 @@ class Result:
         about: its `<split>.json`.
         families, images: of each sample.
         counts: int64 [n, 4], I and U of the selected mask and of the oracle.
+        present: bool [n], whether the expression refers to something.
+        answered: bool [n], whether a mask was the answer: one with pixels, with a score of at least the threshold.
     """
 
     about: dict[str, Any]
     families: np.ndarray
     images: np.ndarray
     counts: np.ndarray
+    present: np.ndarray
+    answered: np.ndarray
 
     @classmethod
     def read(cls, path: Path) -> Result:
@@ -70,7 +74,9 @@ class Result:
         if len(rows) != about["n"]:
             raise UserError(f"{path}: it says {about['n']} samples, the .csv has {len(rows)}: keep it again with --keep")
         family, image = (np.array([row[name] for row in rows]) for name in ("family", "image_id"))
-        return cls(about, family, image, np.array([[int(row[name]) for name in COLUMNS[2:]] for row in rows]))
+        counts = np.array([[int(row[name]) for name in COLUMNS[2:6]] for row in rows])
+        present, area, score = (np.array([float(row[name]) for row in rows]) for name in COLUMNS[6:])
+        return cls(about, family, image, counts, present > 0, (area > 0) & (score >= about["no_target_threshold"]))
 
     def figures(self, family: str = "") -> dict[str, float]:
         """n, cIoU, gIoU, those of the oracle, the gap and P@X in percent; of one family, or of all."""
@@ -108,7 +114,8 @@ def keep(source: Path, target: Path) -> None:
             lines.writerow(COLUMNS)
             for record in records:
                 pairs = (metrics.intersection_union(record, protocol, of) for of in ("", "oracle_"))
-                lines.writerow([record["image_id"], record["family"], *(number for pair in pairs for number in pair)])
+                answer = (int(not metrics.has_no_target(record)), record["area"], record["score"])
+                lines.writerow([record["image_id"], record["family"], *(number for pair in pairs for number in pair), *answer])
         shutil.copyfile(path, target / path.name)
 
 
@@ -154,6 +161,16 @@ def family_table(result: Result) -> str:
     return _table(["family (val)", "n", "cIoU", "gIoU", "oracle cIoU", "P@0.5", "P@0.9"], rows)
 
 
+def no_target_table(result: Result) -> str:
+    """How well the model says that nothing is there: the accuracies of both kinds at its threshold."""
+    absent = ~result.present
+    n_acc, t_acc = 100 * (~result.answered[absent]).mean(), 100 * result.answered[result.present].mean()
+    counts = (str(int(absent.sum())), str(int(result.present.sum())))
+    figures = (f"{result.about['no_target_threshold']:.3f}", f"{n_acc:.1f}", f"{t_acc:.1f}")
+    head = ["no-target split", "refer to nothing", "refer to something", "threshold", "N-acc", "T-acc"]
+    return _table(head, [["`grefcoco`, val", *counts, *figures]])
+
+
 def tables(folder: Path = ROOT / "results") -> dict[str, str]:
     """{name of the block in a page: its table} from the result files."""
     shipped, psalm = read(folder / "shipped"), read(folder / "shipped_psalm")
@@ -161,6 +178,7 @@ def tables(folder: Path = ROOT / "results") -> dict[str, str]:
         "shipped": shipped_table(shipped),
         "protocols": protocol_table(shipped, psalm),
         "families": family_table(shipped["val"]),
+        "no_target": no_target_table(read(folder / "shipped_no_target")["val"]),
     }
 
 
