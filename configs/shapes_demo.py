@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 def get_config() -> ConfigDict:
     config = shapes_ablation("sr_cr_bar")
-    config.num_steps = 2000
+    config.num_steps = 1200
     config.checkpoint_every = 100
     config.log_every = 20
     return config

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from flowseg_jax.errors import UserError, did_you_mean
 
 ENCODERS = ("sam", "siglip", "llm")
-SIZE = {"coarse": (20_000, 9000), "fine": (40_000, 10_000), "final": (40_000, 4000)}  # images, steps
+SIZE = {"coarse": (20_000, 9000), "fine": (40_000, 10_000), "final": (40_000, 3300)}  # images, steps
 MIX = {  # shares of the generated expressions
     "coarse": (
         ("attribute", 0.25),

@@ -13,9 +13,11 @@ import dataclasses
 from flowseg_jax.configs.shapes_tiny import get_config as shapes_tiny
 from ml_collections import ConfigDict
 
+from flowseg_jax.checkpoints.pretrained import read_model_config
 from flowseg_jax.errors import UserError
 from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.models.language_config import LanguageConfig
+from flowseg_jax.system.paths import ROOT
 
 LANGUAGE_MODEL, VISION = "data/smollm2", "checkpoints/shapes_tiny"
 
@@ -30,7 +32,8 @@ def get_config(learns: str = "frozen") -> ConfigDict:
     config.checkpoint_every = 50
     components = ("siglip", "sam", "connector", "pixel_decoder", "mask_decoder", "boundary", "background_embed")
     config.init_from = (LANGUAGE_MODEL, *(f"{component}={VISION}" for component in components))
-    config.model = ConfigDict(dataclasses.replace(FlowSegConfig.tiny(), llm=llm).to_dict())
+    model = FlowSegConfig.from_dict(read_model_config(ROOT / VISION)["model"])
+    config.model = ConfigDict(dataclasses.replace(model, llm=llm, num_classes=0).to_dict())
     config.data.tokenizer = f"{LANGUAGE_MODEL}/tokenizer"
     config.data.max_phrases = 6
     config.data.text_length = 336

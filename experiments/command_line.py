@@ -12,7 +12,7 @@ from flowseg_jax.system.console import heartbeat, log
 from flowseg_jax.system.memory import keep_freed_memory
 
 ABLATION, SEEDS = Path("runs/ablation"), "0,1,2"
-DEMO, STEPS, IMAGES = Path("runs/demo"), 2000, 60
+DEMO, STEPS, IMAGES = Path("runs/demo"), 1200, 60
 STAGES_DATA, STAGES = Path("data/stages"), Path("runs/stages")
 
 DEMO_PARTS = {  # part -> minutes on two cores that do nothing else, with the default flags

@@ -138,8 +138,8 @@ def explain(
         f"- This run: {after['ciou']:.1f} on val after {steps:,} steps; {before['ciou']:.1f} without training.",
         "  Its mask decoder, which chooses by the sentence, began with nothing. Its encoders, pixel decoder and language model "
         "are the shipped model's, as the last of the paper's three stages begins where the first two ended.",
-        f"- The shipped model: {theirs['ciou']:.1f}. It is the same network, trained as a whole for {more:,} steps, "
-        f"{more / steps:.0f} times as many, on more scenes.",
+        f"- The shipped model: {theirs['ciou']:.1f}. Its mask decoder has twice as many layers, and all of it was "
+        f"trained, for {more:,} steps, {more / steps:.0f} times as many, on more scenes.",
         f"- The best of all candidates would give this run {after['oracle_ciou']:.1f}: the masks are there early, choosing "
         "the right one by the sentence comes later, and is what more steps improve.",
         f"- With the sentences of other images: {shuffled.results['val']['ciou']:.1f} for this run, "

@@ -17,8 +17,8 @@ def row(label: str, ciou: float, step: int, oracle: float = 80.0) -> ReportRow:
 
 
 def test_the_plan_names_every_part_with_its_minutes():
-    text = command_line.demo_plan(Path("runs/demo"), 2000)
-    assert "in about 10 minutes" in text and "5. trains a mask decoder from nothing, 2,000 steps" in text
+    text = command_line.demo_plan(Path("runs/demo"), 1200)
+    assert "in about 10 minutes" in text and "5. trains a mask decoder from nothing, 1,200 steps" in text
     lines = [line for line in text.splitlines() if line.endswith(" min")]
     assert len(lines) == 6 and len({len(line) for line in lines}) == 1
     assert "10 minutes on two CPU cores" in (ROOT / "README.md").read_text()
