@@ -83,7 +83,7 @@ def main(out: Path, steps: int, images: int, beat: ProgressHeartbeat) -> str:
     show(report.read_row("shipped", out / "eval_shipped", note="configs/shapes_shipped.py"))
     show(report.read_row("shipped, shuffled text", out / "eval_shipped", shuffled=True))
 
-    part(4, "a model whose mask decoder has learned nothing")
+    part(4, "the same model with a mask decoder that has learned nothing")
     with heartbeat("initialising parameters"):
         _, fresh = flowseg.init_model(shipped.model.cfg, config.seed)
     given = [entry.partition("=")[0] for entry in config.init_from]
