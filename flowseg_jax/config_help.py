@@ -7,7 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-_REMAT = 'again in the backward pass: "none", "full" (layers), "attention" (all but its results) or "dots" (all but products)'
+_REMAT = 'again in the backward pass: "none", "full", "attention" (all but its results), "dots" (all but products)'
 _HEADS = "attention heads; divides hidden_size"
 _MLP = "hidden width of the feed-forward part"
 

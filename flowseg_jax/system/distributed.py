@@ -83,8 +83,9 @@ def send_file(path: str | os.PathLike, source: int, target: int) -> None:
     part = f"{os.fspath(path)}.part"
     with contextlib.ExitStack() as stack:
         try:
-            names = {source: (path, "rb"), target: (part, "wb")}
-            file = stack.enter_context(open(*names[me])) if me in names else None
+            file = None
+            if me in (source, target):
+                file = stack.enter_context(open(path, "rb") if me == source else open(part, "wb"))
             size = os.fstat(file.fileno()).st_size if me == source else 0
         except OSError as error:
             fault, size = error, 0
