@@ -93,7 +93,7 @@ def test_the_shipped_model_says_what_it_knows_once(monkeypatch):
         card.tell(SHIPPED)
     assert len(said) == 1 and "drawn shapes only" in said[0] and "shapes_tiny" in said[0]
     assert len(card.words) == 61 and card.no_target["threshold"] == read_model_config(SHIPPED)["extra"]["no_target_threshold"]
-    assert any("40.0 % false alarms, 13.4 % missed" in line for line in card.lines())
+    assert any("15.0 % false alarms, 15.7 % missed" in line for line in card.lines())
 
 
 def test_a_card_for_people():
