@@ -22,7 +22,17 @@ from flowseg_jax.errors import UserError, listed, plain
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = ("train.py", "eval.py", "predict.py", "flowseg_jax/__main__.py")
 COMMANDS += tuple(f"experiments/{name}.py" for name in ("demo", "stages", "ablation", "results"))
-BENCHMARKS = ("__main__", "batch_prediction", "checkpoint_growth", "growth", "input", "kernels", "measure", "on_device")
+BENCHMARKS = (
+    "__main__",
+    "batch_prediction",
+    "checkpoint_growth",
+    "fine_tuning",
+    "growth",
+    "input",
+    "kernels",
+    "measure",
+    "on_device",
+)
 COMMANDS += tuple(f"benchmarks/{name}.py" for name in (*BENCHMARKS, "quantization", "startup", "train_step"))
 
 

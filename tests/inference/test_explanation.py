@@ -32,15 +32,15 @@ def explanations(model):
 
 def test_the_last_layer_is_the_answer(model, explanations):
     predictions = model.segment(str(SCENE), TEXTS)
-    assert model.num_layers == 3
+    assert model.num_layers == 6
     for expected, found in zip(predictions, explanations, strict=True):
         assert found.prediction.to_json() == expected.to_json()
         last, best = found.layers[-1], expected.candidates[0]
-        assert len(found.layers) == 4 and last.query == best.query and last.score == pytest.approx(best.score, abs=1e-5)
+        assert len(found.layers) == 7 and last.query == best.query and last.score == pytest.approx(best.score, abs=1e-5)
         np.testing.assert_array_equal(found.after_boundary, expected.mask)
         np.testing.assert_array_equal(found.before_boundary, last.mask)
         assert not ((found.before_boundary != found.after_boundary) & ~found.band).any() and found.band.any()
-        assert found.scores.argmax() == best.query and found.scores.shape == (16,)
+        assert found.scores.argmax() == best.query and found.scores.shape == (20,)
         assert found.layers[0].gate is None and found.layers[0].drift == 0
         assert all(0 < layer.gate < 1 and layer.drift > 0.01 for layer in found.layers[1:])
         assert all(layer.margin >= 0 for layer in found.layers)

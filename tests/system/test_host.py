@@ -106,7 +106,7 @@ VENDORS = {
     "tpu7x": (2307 / 2, None, None, None),  # a device is one of a chip's two chiplets
     "a100": (312, None, None, None),
     "h20": (148, None, None, None),
-    "h100": (989, None, None, None),
+    "h100": (989, 3350, None, None),
     "h200": (989, None, None, None),
 }
 CHIPS = {"v5e": (16, 1.5), "v5p": (95.74, 1.75), "v6e": (32, 1.75), "tpu7x": (96, None)}  # GiB of memory, GHz
