@@ -107,8 +107,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _given(arguments: argparse.Namespace, flags: Sequence[str]) -> str:
     """The first of these flags that is given, or ""."""
-    given = [flag for flag in flags if getattr(arguments, flag[2:].replace("-", "_")) not in (None, False)]
-    return given[0] if given else ""
+    values = {flag: getattr(arguments, flag[2:].replace("-", "_")) for flag in flags}
+    return next((flag for flag, value in values.items() if value is not None and value is not False), "")  # 0 is given
 
 
 def _check_batch(arguments: argparse.Namespace) -> None:

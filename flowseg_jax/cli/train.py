@@ -72,6 +72,6 @@ def add_config_flag(parser: Parser) -> None:
 
 def config_name(argv: Sequence[str]) -> str:
     """What a run is called: the name of its config, without folder, ending and argument."""
-    following = [*argv[1:], ""]
-    chosen = [a.partition("=")[2] or b for a, b in zip(argv, following, strict=True) if a.partition("=")[0] == "--config"]
+    pairs = zip(argv, [*argv[1:], ""], strict=False)  # of no argument there is none
+    chosen = [one.partition("=")[2] or following for one, following in pairs if one.partition("=")[0] == "--config"]
     return Path((chosen or [DEFAULT_CONFIG])[0].split(":")[0]).stem

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from unittest.mock import Mock, call
 
 import numpy as np
 import pytest
@@ -87,3 +88,31 @@ def test_a_control_may_share_a_sentence_with_its_image(tmp_path):
     assert (found["present"], found["absent"]) == (3, 2)
     with pytest.raises(UserError, match="is no shuffled-text control"):
         calibration.run(real, real, tmp_path / "out", 0.1)
+
+
+def test_the_threshold_becomes_a_models_own_with_its_rates_and_where_they_were_measured(tmp_path, monkeypatch, capsys):
+    told = Mock()
+    monkeypatch.setattr(calibration, "write_no_target", told)
+    real, control = tmp_path / "val.jsonl", tmp_path / "val_shuffled.jsonl"
+    rows = [*(present(score, i=i) for i, score in enumerate((0.9, 0.8, 0.05))), absent(0.3, i=7), absent(0.2, i=8)]
+    real.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    control.write_text(json.dumps(shuffled(0.1, i=9)) + "\n")
+    calibration.run(real, control, tmp_path / "out", 0.4, "m")
+    calibration.run(real, None, tmp_path / "out", 0.4, "m")
+    calibration.run(real, None, tmp_path / "out", 0.4)
+    texts = ["3 that do not, val.jsonl and val_shuffled.jsonl", "2 that do not, val.jsonl"]
+    assert told.mock_calls == [
+        call(
+            "m",
+            threshold=pytest.approx(threshold),
+            false_alarms=alarms,
+            missed=33.3,
+            measured_on=f"3 sentences that fit and {text}",
+        )
+        for threshold, alarms, text in zip((0.200001, 0.300001), (33.3, 0.0), texts, strict=True)
+    ]
+    assert capsys.readouterr().out.count("m: this is the model's own threshold now") == 2
+    page = (tmp_path / "out" / "calibration_val.html").read_text()
+    assert f"3 sentences that refer to something, 2 that do not: {real}." in page and "Some of them do fit" not in page
+    with pytest.raises(UserError, match="val_shuffled.jsonl is a shuffled-text control: name the results on real"):
+        calibration.run(control, None, tmp_path / "out", 0.4)

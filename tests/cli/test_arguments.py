@@ -11,7 +11,9 @@ import pytest
 
 from convert_weights.job import ConversionRequest
 from flowseg_jax.cli.main import main as flowseg
+from flowseg_jax.cli.train import config_name
 from flowseg_jax.errors import UserError
+from flowseg_jax.evaluation.summary import EvaluatedSplit
 from flowseg_jax.inference.export import ExportShapes
 from flowseg_jax.synthetic import multi_task
 from flowseg_jax.system import host
@@ -148,6 +150,83 @@ def test_an_export_of_adapters_says_what_is_not_in_it(monkeypatch, capsys):
     assert capsys.readouterr().out.splitlines() == [f"{said}; trained too, and not in it: boundary", said]
 
 
+def test_an_export_for_transformers(monkeypatch, capsys):
+    made, sent = Mock(return_value=Path("o")), Mock(return_value="https://hub/a/b")
+    monkeypatch.setattr("convert_weights.export.export_for_huggingface", made)
+    monkeypatch.setattr("flowseg_jax.checkpoints.hub.upload_export", sent)
+    words = ["export", "--format=hf", "--workdir=w", "--out=o"]
+    assert flowseg(words) == flowseg([*words, "--dtype=float16", "--push-to-hub=a/b"]) == 0
+    model = "model of None and w"
+    assert made.mock_calls == [call(model, "o", None), call(model, "o", "float16")]
+    assert sent.mock_calls == [call(Path("o"), model, "a/b")]
+    assert capsys.readouterr().out.splitlines() == ["o", "o", "https://hub/a/b"]
+
+
+def test_an_export_by_default(monkeypatch):
+    monkeypatch.setattr("flowseg_jax.inference.export.export", fake := Mock())
+    assert flowseg(["export", "--out=o"]) == 0
+    assert fake.mock_calls == [call("model of None and None", "o", ExportShapes(1, 8, 256), ["cpu", "tpu", "cuda"])]
+    with pytest.raises(UserError, match="batch is 0"):
+        flowseg(["export", "--out=o", "--batch=0"])
+
+
+def test_what_is_said_of_what_was_made(monkeypatch, capsys):
+    for words, function, line in (
+        ("data upgrade a b", "flowseg_jax.data.upgrade.upgrade", "b: the same data set in today's format"),
+        ("data make-toy --out=o", "flowseg_jax.synthetic.toy_dataset.write", "wrote 20 images and o/toy.jsonl"),
+        ("data add-special-tokens --source=s --out=o", "flowseg_jax.data.tokenizer.extend_tokenizer", "o: 7 ids"),
+        ("adapters merge m a o", "flowseg_jax.training.adapters.merge_directories", "7: m with the adapters of a"),
+        ("adapters import p m o", "convert_weights.peft.import_adapters", "7: the adapters of p"),
+        ("upgrade a b", "flowseg_jax.checkpoints.upgrade.upgrade", "7: the model of a in format 3"),
+        ("train --print-config", "flowseg_jax.experiment.to_json", "7"),
+    ):
+        monkeypatch.setattr(function, fake := Mock(return_value=7))
+        assert flowseg(words.split()) == 0 and len(fake.mock_calls) == 1
+        assert capsys.readouterr().out == f"{line}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("convert xsam m --export", "--export takes one model directory and OUT"),
+        ("convert xsam a b c --export", "--export takes one model directory and OUT"),
+        ("convert xsam m o --export --check", "--export takes one model directory and OUT"),
+        ("convert xsam s o --layout=hf", "--layout chooses the names of an export: give --export too"),
+        ("convert xsam s", "xsam: expected one SOURCE and one OUT, got s$"),
+        ("convert xsam s o p", "xsam: expected one SOURCE and one OUT, got s o p"),
+        ("convert xsam s o p --check", "xsam: expected one SOURCE and one OUT"),
+        ("convert flowseg llm=a llm=b o", "flowseg: a component is given twice"),
+        ("convert flowseg llm=a", "flowseg: expected one SOURCE and one OUT, got llm=a"),
+        ("data make-multitask --out=o --scale=0", "--scale must be a number above 0, got 0.0"),
+        ("data make-multitask --out=o --scale=inf", "--scale must be a number above 0, got inf"),
+        ("data make-shapes --out=o --num-images=1 --mix attribute", "--mix takes FAMILY=SHARE, got 'attribute'"),
+        ("train --profile=5", "--profile=5: give START:STEPS"),
+    ],
+)
+def test_what_makes_no_call(monkeypatch, words, message):
+    for function in ("convert_weights.run.convert", "convert_weights.run.export", "flowseg_jax.training.loop.train"):
+        monkeypatch.setattr(function, fake := Mock())
+    with pytest.raises(UserError, match=message):
+        flowseg(words.split())
+    assert not fake.mock_calls
+
+
+def test_components_are_told_from_paths(monkeypatch):
+    monkeypatch.setattr("convert_weights.run.convert", fake := Mock())
+    for words in ("flowseg llm=a=b sam=c o", "flowseg ./x=1 o", "flowseg s o --check", "flowseg s --check", "xsam k=v o"):
+        assert flowseg(["convert", *words.split()]) == 0
+    asked = [(one.args[0].source, one.args[0].out) for one in fake.call_args_list]
+    assert asked == [({"llm": "a=b", "sam": "c"}, "o"), ("./x=1", "o"), ("s", None), ("s", None), ("k=v", "o")]
+
+
+def test_what_a_run_is_called():
+    for flags, name in (
+        ([], "shapes_tiny"), (["--config=configs/a.py"], "a"), (["--config", "b.json"], "b"), (["--workdir=x"], "shapes_tiny"),
+        (["--seed", "--config=c:7"], "c"), (["--config.seed=1"], "shapes_tiny"),
+    ):  # fmt: skip
+        assert config_name(flags) == name
+
+
 def test_preview_opens_a_layout_and_draws_one_split_or_all(monkeypatch, capsys):
     opened, drawn = Mock(return_value=SimpleNamespace(splits=("a", "b"))), Mock(return_value=Path("o/index.html"))
     monkeypatch.setattr("flowseg_jax.data.formats.open_layout", opened)
@@ -158,6 +237,17 @@ def test_preview_opens_a_layout_and_draws_one_split_or_all(monkeypatch, capsys):
     layout = opened.return_value
     assert drawn.mock_calls == [call(layout, Path("o"), of, ANY, samples=3, seed=4) for of in (("a", "b"), ("b",))]
     assert capsys.readouterr().out == "o/index.html\n" * 2
+
+
+@pytest.mark.parametrize(("fits", "code"), [(True, 0), (False, 1)])
+def test_a_plan_of_an_evaluation(monkeypatch, capsys, fits, code):
+    found = SimpleNamespace(fits=fits, text=lambda: "a table", to_json=lambda: {"n": 1})
+    monkeypatch.setattr("flowseg_jax.aot.eval_plan.plan_eval", fake := Mock(return_value=found))
+    assert (
+        flowseg(["plan", "--eval"]) == flowseg(["plan", "--eval", "--topology=v5e:2x2", "--xla-opt-level=O2", "--json"]) == code
+    )
+    assert fake.mock_calls == [call(ANY, "cpu:1", effort="O0"), call(ANY, "v5e:2x2", effort="O2")]
+    assert capsys.readouterr().out.splitlines() == ["a table", "a table", '{"n": 1}']
 
 
 @pytest.mark.parametrize(("fits", "code"), [(True, 0), (False, 1)])
@@ -227,18 +317,20 @@ def evaluated(monkeypatch):
 def test_an_evaluation_of_expressions(evaluated, tmp_path, capsys):
     out = tmp_path / "out"
     flags = "--data=d --split=val,test --protocol=lisa --max-images=7 --batch-size=3 --shuffle-text --save-masks --fsdp=2"
-    flags += f" --no-target-threshold=0.25 --generate --checkpoint=c --out={out}"
+    flags += f" --no-target-threshold=0.25 --generate --checkpoint=c --quantize=int8 --out={out}"
     assert flowseg(["eval", *flags.split()]) == 0
     assert evaluated.opened.mock_calls == [call("d")] * 2
     assert evaluated.data.check_split.mock_calls == [call("val"), call("test")]
     assert host.use_host_devices.mock_calls == [call(3)] and host.enable_compilation_cache.mock_calls == [call()]
     (loaded,) = evaluated.model.mock_calls  # once for all splits
-    assert loaded.args == ("model of c and None",) and loaded.kwargs["fsdp"] == 2 and loaded.kwargs["answer_tokens"] > 0
-    assert loaded.kwargs["expressions"] is True
+    assert loaded.args == ("model of c and None",) and loaded.kwargs["fsdp"] == 2 and loaded.kwargs["answer_tokens"] == 64
+    assert loaded.kwargs["expressions"] is True and loaded.kwargs["quantize"] == "int8"
     assert evaluated.referring.call_args_list == [call(evaluated.model.return_value, evaluated.data, 3, "lisa", 0.25)] * 2
     options = {"shuffle_text": True, "images": 7, "save_masks": True}
     assert evaluated.referring.return_value.run.mock_calls == [call(split, out, **options) for split in ("val", "test")]
     assert evaluated.report.mock_calls == [call(out / "report.html", "m", ANY, ["Model: m."], None)]
+    result = evaluated.referring.return_value.run.return_value.result
+    assert evaluated.report.call_args.args[2] == [EvaluatedSplit("d", split, result, out) for split in ("val", "test")]
     lines = capsys.readouterr().out.splitlines()
     assert lines[-3:] == ["val test", f"results: {out}", "open page"]
 
@@ -253,10 +345,60 @@ def test_an_evaluation_of_categories(evaluated, tmp_path):
     assert evaluated.generic.call_args_list == [call(evaluated.model.return_value, evaluated.data, 3)]
     assert evaluated.generic.return_value.run.mock_calls == [call("val", tmp_path / "eval", images=None, save_masks=False)]
     assert evaluated.report.mock_calls == [call(tmp_path / "eval" / "report.html", "m", ANY, ["Model: m."], tmp_path)]
-    with pytest.raises(UserError, match="leave out --shuffle-text, --no-target-threshold"):
-        flowseg([*words, "--shuffle-text", "--no-target-threshold=0.5"])
+    assert loaded.kwargs["quantize"] is None
+    for wrong in ("--shuffle-text --no-target-threshold=0.5", "--protocol=lisa --generate"):
+        named = ", ".join(flag.partition("=")[0] for flag in wrong.split())
+        with pytest.raises(UserError, match=f"^d: has categories and no expressions: .*; leave out {named}$"):
+            flowseg([*words, *wrong.split()])
     with pytest.raises(UserError, match="--benchmark and --data both name data sets"):
         flowseg([*words, "--benchmark=refcoco/val"])
+
+
+def test_where_results_go_and_what_is_evaluated_by_default(monkeypatch, evaluated, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    made = Mock(return_value=SimpleNamespace(directory="shapes"))
+    monkeypatch.setattr("flowseg_jax.training.loop.load_dataset", made)
+    evaluated.report.return_value = None  # nothing to show
+    assert flowseg(["eval"]) == flowseg(["eval", "--quantize=int8"]) == flowseg(["eval", "--workdir=w", "--quantize=int8"]) == 0
+    assert evaluated.opened.mock_calls == [call("shapes")] * 3 and made.call_args.args[0].batch_size > 0
+    where = [one.args[0].parent for one in evaluated.report.mock_calls]
+    assert where == [Path("runs/eval/m"), Path("runs/eval/m-int8"), Path("w/eval-int8")]
+    assert "open" not in capsys.readouterr().out
+    assert evaluated.referring.call_args_list[0] == call(evaluated.model.return_value, evaluated.data, 8, "xsam", 0.0)
+    with pytest.raises(UserError, match="name one with --out beside --workdir=gs://bucket/run"):
+        flowseg(["eval", "--workdir=gs://bucket/run"])
+    assert flowseg(["eval", "--workdir=gs://bucket/run", "--out=o"]) == 0  # its learning curve is not here
+    assert evaluated.report.call_args == call(Path("o/report.html"), "m", ANY, ["Model: m."], None)
+
+
+def test_an_evaluation_of_benchmarks_that_another_process_reports(monkeypatch, evaluated, tmp_path):
+    sets = [SimpleNamespace(task=task, directory=Path(task), check_split=Mock()) for task in ("generic", "referring")]
+    named = Mock(return_value=[("coco/val", sets[0], "val"), ("refcoco/val", sets[1], "val")])
+    monkeypatch.setattr("flowseg_jax.evaluation.benchmark.parse_benchmarks", named)
+    monkeypatch.setattr("flowseg_jax.system.distributed.is_primary", lambda: False)
+    assert flowseg(["eval", "--benchmark=list", "--data-root=sets", f"--out={tmp_path}"]) == 0
+    assert named.mock_calls == [call("list", Path("sets"))] and not evaluated.report.mock_calls
+    assert evaluated.model.call_args.kwargs["expressions"] is True  # one of them has some
+    assert evaluated.generic.call_args_list == [call(evaluated.model.return_value, sets[0], 8)]
+    assert evaluated.generic.return_value.run.call_args.args == ("val", tmp_path / "coco/val")
+    assert evaluated.referring.return_value.run.call_args.args == ("val", tmp_path / "refcoco/val")
+
+
+def test_an_analysis_of_the_benchmark_that_is_made_if_it_is_missing(monkeypatch, evaluated):
+    made, read = Mock(return_value=SimpleNamespace(directory="shapes")), Mock()
+    monkeypatch.setattr("flowseg_jax.training.loop.load_dataset", made)
+    monkeypatch.setattr("flowseg_jax.checkpoints.pretrained.read_model_config", read)
+    monkeypatch.setattr("flowseg_jax.analysis.runner.AnalysisRunner", Mock())
+    for module in ("layer_trace", "embedding_swap", "mask_grid", "prompt_sensitivity"):
+        monkeypatch.setattr(f"flowseg_jax.analysis.{module}.run", ran := Mock())
+        command = {"embedding_swap": "swap-embeddings"}.get(module, module.replace("_", "-"))
+        assert flowseg(["analyze", command]) == 0 and ran.call_args.args[1] == Path("runs/analysis/m")
+    assert evaluated.opened.mock_calls == [call("shapes")] * 4 and read.mock_calls == [call("model of None and None")] * 4
+    assert host.enable_compilation_cache.mock_calls == [call()] * 4
+    read.side_effect = UserError("no model")
+    with pytest.raises(UserError, match="no model"):
+        flowseg(["analyze", "mask-grid"])
+    assert len(made.mock_calls) == 4  # a mistyped model is told before the benchmark is made
 
 
 def test_an_analysis_that_runs_a_model(monkeypatch, evaluated):
