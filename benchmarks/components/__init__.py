@@ -104,8 +104,9 @@ COMPONENTS: dict[str, TimedComponent] = {
         TimedComponent(
             "point_losses_grad", "losses", "point selection, BCE and dice of 32 masks, and the gradient", _one(1.3, 1.0)
         ),
-        TimedComponent("matcher", "losses", "10 levels of 32 targets and 200 queries", peer="scipy"),
-        TimedComponent("resize", "losses", "50 masks, 128 to 1,024 pixels"),
+        TimedComponent("matcher", "losses", "10 levels of 32 targets and 200 queries", _one(1.5, 1.0), peer="scipy"),
+        TimedComponent("matcher_batch", "losses", "the same for 16 images", _one(1.0, 0.7), peer="scipy"),
+        TimedComponent("resize", "losses", "50 masks, 128 to 1,024 pixels", _one(1.0, 0.7)),
         TimedComponent("forward", "whole", "image and one expression to masks, two layers per encoder", _one(1.1, 0.95)),
         TimedComponent(
             "train_step", "whole", "train step, one image, four expressions, two layers per encoder", _one(1.2, 1.0)

@@ -18,7 +18,7 @@ from flowseg_jax.ops.matcher import batched_hungarian
 from flowseg_jax.ops.points import sample_packed_masks, sample_points, uncertain_points
 from flowseg_jax.ops.resize import resize as resized
 
-LEVELS, TARGETS, RESIZED = 10, 32, 50
+LEVELS, TARGETS, RESIZED, IMAGES = 10, 32, 50, 16
 
 
 def point_losses_grad(sizes: Sizes, dtype: str) -> Pair:
@@ -55,11 +55,11 @@ def point_losses_grad(sizes: Sizes, dtype: str) -> Pair:
     return Pair(lambda: ours(logits, packed, candidates, extra), theirs, 1e-4)
 
 
-def matcher(sizes: Sizes, dtype: str) -> Pair:
+def matcher(sizes: Sizes, dtype: str, problems: int = LEVELS) -> Pair:
     queries = sizes.model.mask_decoder.num_queries
     targets = min(TARGETS, queries)
-    cost = random(LEVELS, targets, queries)
-    exists = jnp.ones((LEVELS, targets), bool)
+    cost = random(problems, targets, queries)
+    exists = jnp.ones((problems, targets), bool)
     host, ours = np.asarray(cost), jax.jit(batched_hungarian)
     return Pair(
         lambda: ours(cost, exists),
@@ -67,6 +67,10 @@ def matcher(sizes: Sizes, dtype: str) -> Pair:
         0.0,
         compiled=False,
     )
+
+
+def matcher_batch(sizes: Sizes, dtype: str) -> Pair:
+    return matcher(sizes, dtype, IMAGES * LEVELS)
 
 
 def resize(sizes: Sizes, dtype: str) -> Pair:

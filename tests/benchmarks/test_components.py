@@ -52,7 +52,7 @@ def test_a_bar_and_an_aim_make_the_verdict():
     assert [Bar(0.2).verdict(x) for x in (0.1, 0.3)] == ["met", "missed"]
     assert table.verdict(result(ratio=0.45)) == "met"
     assert table.verdict(result(ratio=0.45, quality="C")) == table.BUSY  # met, but nobody knows
-    assert table.verdict(result("resize", ratio=9.0)) == ""
+    assert table.verdict(result("resize", "bfloat16", ratio=9.0)) == ""
     assert table.verdict(result("siglip", "bfloat16", ratio=1.9)) == "met"
     assert table.verdict(result("siglip", "float32", ratio=1.9)) == "missed"
 

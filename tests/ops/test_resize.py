@@ -27,6 +27,23 @@ def test_matches_torch(before, after):
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize(("before", "after"), [((8, 6), (32, 24)), ((9, 4), (9, 11)), ((24, 24), (7, 50))])
+def test_gradient_is_torchs(before, after):
+    rng = np.random.default_rng(7)
+    x, cotangent = (rng.standard_normal((2, *size)).astype(np.float32) for size in (before, after))
+    leaf = torch.tensor(x[None], requires_grad=True)
+    resized = torch.nn.functional.interpolate(leaf, size=after, mode="bilinear", align_corners=False)
+    (expected,) = torch.autograd.grad(resized, leaf, torch.tensor(cotangent[None]))
+    got = jax.jit(jax.grad(lambda x: (resize(x, after) * cotangent).sum()))(x)
+    np.testing.assert_allclose(got, expected[0].numpy(), rtol=0, atol=1e-5 * np.abs(expected.numpy()).max())
+
+
+def test_a_tpu_multiplies_and_a_cpu_reads_rows_where_they_grow():
+    for platform, reads in (("cpu", True), ("tpu", False)):
+        text = jax.jit(resize, static_argnums=1).trace(jnp.zeros((2, 8, 8)), (32, 32)).lower(lowering_platforms=(platform,))
+        assert ("gather" in text.as_text()) == reads
+
+
 def test_bfloat16_is_resized_in_float32():
     x = jnp.asarray(np.random.default_rng(1).standard_normal((1, 1, 6, 6)), jnp.bfloat16)
     got = resize(x, (24, 24))
