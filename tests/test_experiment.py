@@ -8,6 +8,7 @@ import pytest
 
 from flowseg_jax import experiment as config_lib
 from flowseg_jax.errors import UserError
+from flowseg_jax.fields import RENAMED_KEYS
 
 CONFIG = """
 from ml_collections import ConfigDict, config_dict
@@ -195,3 +196,12 @@ def test_the_default_config_loads_from_anywhere(tmp_path, monkeypatch):
     config, rest = config_lib.load([])
     assert set(config) == set(config_lib.TOP_LEVEL)
     assert rest == []
+
+
+def test_five_old_names_are_told_and_the_others_counted():
+    names = list(RENAMED_KEYS["model.sam"])
+    for many, more in ((5, ""), (6, "; 1 more have other names too"), (7, "; 2 more have other names too")):
+        with pytest.raises(UserError) as error:
+            config_lib.check_names({"model": {"sam": dict.fromkeys(names[:many], 1)}}, "it")
+        told = [f"model.sam.{name} is called {config_lib.new_name(f'model.sam.{name}')}" for name in names[:5]]
+        assert str(error.value) == f"it: {'; '.join(told)}{more}"

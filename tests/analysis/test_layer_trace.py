@@ -166,3 +166,11 @@ def test_no_samples_are_refused(model):
     _, graphdef, params = model
     with pytest.raises(UserError, match="holds no expression to measure"):
         next(source.measure(graphdef, params, Data(), layer_trace.layer_trace, "layers"))
+
+
+def test_how_many_images_are_looked_at():
+    checked = []
+    evaluation = types.SimpleNamespace(data=types.SimpleNamespace(check_split=checked.append))
+    assert [source.AnalysisRunner(evaluation, "val", n).images for n in (None, 1)] == [None, 1] and checked == ["val"] * 2
+    with pytest.raises(UserError, match="--max-images must be at least 1, got 0"):
+        source.AnalysisRunner(evaluation, "val", 0)

@@ -178,6 +178,36 @@ def test_a_program_that_the_compiler_refuses_does_not_fit(words, needed):
     assert report.text().endswith(f"verdict: does not fit. The compiler: {words}")
 
 
+@pytest.mark.parametrize(("asked", "found", "slices"), [(0, 2, 2), (0, 1, 1), (1, 2, 1), (4, 2, 4)])
+def test_slices_are_those_of_the_topology_where_the_config_leaves_them_open(monkeypatch, asked, found, slices):
+    config, built = configs.read("configs/shapes_tiny.py"), []
+    config.mesh.slices = asked
+    monkeypatch.setattr(plan, "open_topology", lambda name: Topology(name, (CHIP,) * 8, None, "", found))
+    monkeypatch.setattr(plan.TrainProgram, "build", lambda config, devices: built.append((config.mesh.slices, devices)) or "it")
+    program, topology = plan.prepare(config, "2xv5e:2x2", "O1")
+    assert (program, topology.slices, topology.name) == ("it", max(slices, 1), "2xv5e:2x2")
+    assert built == [(asked or found, (CHIP,) * 8)] and config.mesh.slices == asked  # that of the caller is left alone
+
+
+def test_what_a_device_holds_between_two_steps(monkeypatch):
+    trainable = {"llm": {"embed_tokens": abstract(40, 28, spec=("fsdp",))}, "sam": {"patch_embed": abstract(10)}}
+    frozen = {"llm": {"lm_head": abstract(6, dtype=jnp.bfloat16)}}
+    average = {"llm": {"embed_tokens": abstract(3)}}
+    state = TrainState(abstract(dtype=jnp.int32), trainable, frozen, [abstract(7)], abstract(2, dtype=jnp.int32), average)
+    found = SimpleNamespace(state=state), Topology("v5e:2x4", (CHIP,) * 8, None, "")
+    asked = []
+    monkeypatch.setattr(plan, "prepare", lambda *arguments: asked.append(arguments) or found)
+    sizes, *rest = plan.state_sizes("config", "v5e:2x4")
+    assert asked == [("config", "v5e:2x4", "O0")] and tuple(rest) == found
+    weights = (40 * 28 // 2 + 10) * 4
+    assert sizes == {
+        "parameters, trained": weights, "parameters, frozen": 12, "gradients": weights, "moments": 28, "moving average": 12
+    }  # fmt: skip
+    lines = plan.state_text("config", "v5e:2x4").splitlines()
+    assert lines[-7] == "v5e:2x4: on each of 8 x TPU v5 lite, without activations" and lines[-1].startswith("  together  ")
+    assert lines[-1].endswith(plan.gib(2 * weights + 52)) and lines[-6].endswith(plan.gib(weights))
+
+
 @pytest.mark.parametrize("words", ["INTERNAL: something else", "RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem"])
 def test_another_failure_of_the_compiler_is_no_verdict(words):
     with pytest.raises(jax.errors.JaxRuntimeError, match=words):

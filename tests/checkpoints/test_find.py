@@ -57,6 +57,14 @@ def test_a_run_is_its_model_or_what_is_newer(tmp_path, monkeypatch, capsys, trai
     assert capsys.readouterr().out == ("" if is_model else f"run: the checkpoint of step {newest}\n")
 
 
+def test_a_run_without_a_model(tmp_path, capsys):
+    with pytest.raises(UserError, match="holds no trained model yet, and no checkpoint"):
+        find.find_model(None, str(tmp_path))
+    for step in (4, 2):
+        checkpoint(tmp_path, step)
+    assert find.find_model(None, str(tmp_path)).name == "4"
+
+
 def test_which_checkpoint_is_the_best(tmp_path):
     run = epath.Path(tmp_path)
     scores = {2: 5.0, 4: 9.0, 6: 7.0, 8: float("nan"), 10: "high", 12: True}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 
@@ -16,6 +18,9 @@ def test_relative_error():
     assert relative_error(np.array([np.nan]), np.array([1.0])) == np.inf
     assert relative_error(np.array([1.0]), np.array([np.nan])) == np.inf
     assert relative_error(np.zeros((0, 2)), np.zeros((0, 2))) == 0.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a table has no warning of NumPy between its lines
+        assert relative_error(np.array([np.inf, 1.0]), np.array([np.inf, 1.0])) == 0.0
 
 
 def test_rows():
