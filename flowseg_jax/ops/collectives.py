@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 SHARD_AXIS = "fsdp"  # the mesh axis whose devices hold parts of a parameter
 TENSOR_AXIS = "tensor"  # the mesh axis over which a product may be computed in parts: heads, hidden units
+WHOLE = PartitionSpec()
 
 
 def squarest_grid(devices: int) -> tuple[int, int]:
@@ -55,6 +59,20 @@ def all_to_all_rows(x: Array) -> Array:
     devices = jax.lax.axis_size(SHARD_AXIS)
     x = jnp.pad(x, ((0, -x.shape[0] % devices), (0, 0)))
     return jax.lax.all_to_all(x, SHARD_AXIS, split_axis=0, concat_axis=1, tiled=True)
+
+
+def on_each_device(run: Callable, *arrays: Array, spec: PartitionSpec = WHOLE) -> Any:
+    """Runs on each device of the mesh axes that are left to the compiler, which cannot divide a kernel.
+
+    Args:
+        run: from arrays to an array or several.
+        spec: the part of each array, and of each result, that a device has; by default all of it.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = {axis for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto}
+    if not axes:
+        return run(*arrays)
+    return jax.shard_map(run, in_specs=spec, out_specs=spec, axis_names=axes, check_vma=False)(*arrays)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -276,10 +276,11 @@ def smallest_config() -> ConfigDict:
     return config
 
 
-def run_command(topology: str, directory: Path) -> tuple[int, str, dict]:
-    config = directory / "config.json"
-    config.write_text(configs.to_json(smallest_config()))
-    command = [sys.executable, "train.py", f"--config={config}", "--plan", f"--topology={topology}", "--json"]
+def run_command(topology: str, directory: Path, **mesh: int) -> tuple[int, str, dict]:
+    file, config = directory / "config.json", smallest_config()
+    config.mesh.update(mesh)
+    file.write_text(configs.to_json(config))
+    command = [sys.executable, "train.py", f"--config={file}", "--plan", f"--topology={topology}", "--json"]
     environment = {name: value for name, value in os.environ.items() if name not in ("FLOWSEG_DEVICES", "JAX_PLATFORMS")}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False)
     assert "Traceback" not in done.stderr, done.stderr
@@ -317,10 +318,10 @@ def test_the_command_plans_the_real_step(tmp_path):
 
 
 @tpu.needs_libtpu
-@pytest.mark.parametrize("topology", ["v5e:2x4", "2xv5e:2x2"])
+@pytest.mark.parametrize(("topology", "tensor"), [("v5e:2x4", 1), ("v5e:2x4", 2), ("2xv5e:2x2", 1)])
 @pytest.mark.slow
-def test_the_command_plans_the_real_step_for_tpus(tmp_path, topology):
-    code, output, found = run_command(topology, tmp_path)
+def test_the_command_plans_the_real_step_for_tpus(tmp_path, topology, tensor):
+    code, output, found = run_command(topology, tmp_path, fsdp=4 // tensor, tensor=tensor)
     assert code == 0
     check_plan(found, output)
     assert found["device_kind"] == "TPU v5 lite"

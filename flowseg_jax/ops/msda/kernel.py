@@ -23,8 +23,10 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
+from flowseg_jax.ops.collectives import TENSOR_AXIS, WHOLE, on_each_device
 from flowseg_jax.ops.msda.chunks import Shapes
 from flowseg_jax.ops.msda.dense import tent
 
@@ -108,15 +110,29 @@ class Kernel:
 
     def forward(self, shapes: Shapes, chunk: int, value: Array, points: Array, weights: Array) -> Array:
         """[b, q, h, e] in the dtype of `value`; points in pixels."""
-        levels = Level.lay(shapes)
-        blocks, values = _lanes_of_points(points, weights), _lanes_of_values(value, levels)
-        out = jax.ShapeDtypeStruct((*values.shape[:3], blocks[0].shape[3]), value.dtype)
-        return _queries_first(_call(_forward_kernel, levels, blocks, values, [out], [], self.interpret)[0], points.shape[1])
+        return self._on_each_device(self._forward, shapes, value, points, weights)
 
     def backward(
         self, shapes: Shapes, chunk: int, cotangent: Array, value: Array, points: Array, weights: Array
     ) -> tuple[Array, Array, Array]:
         """Gradients of value, points and weights."""
+        return self._on_each_device(self._backward, shapes, cotangent, value, points, weights)
+
+    def _on_each_device(self, run: Callable, shapes: Shapes, *arrays: Array) -> Any:
+        """Heads, the third axis of all arrays, are divided over `TENSOR_AXIS` where that fits."""
+        devices = jax.sharding.get_abstract_mesh().shape.get(TENSOR_AXIS, 1)
+        spec = PartitionSpec(None, None, TENSOR_AXIS) if arrays[0].shape[2] % devices == 0 else WHOLE
+        return on_each_device(functools.partial(run, shapes), *arrays, spec=spec)
+
+    def _forward(self, shapes: Shapes, value: Array, points: Array, weights: Array) -> Array:
+        levels = Level.lay(shapes)
+        blocks, values = _lanes_of_points(points, weights), _lanes_of_values(value, levels)
+        out = jax.ShapeDtypeStruct((*values.shape[:3], blocks[0].shape[3]), value.dtype)
+        return _queries_first(_call(_forward_kernel, levels, blocks, values, [out], [], self.interpret)[0], points.shape[1])
+
+    def _backward(
+        self, shapes: Shapes, cotangent: Array, value: Array, points: Array, weights: Array
+    ) -> tuple[Array, Array, Array]:
         levels = Level.lay(shapes)
         values, transposed = jax.vjp(functools.partial(_lanes_of_values, levels=levels), value)
         blocks = (*_lanes_of_points(points, weights), _queries_last(cotangent))

@@ -21,9 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float, Int, UInt8
 
+from flowseg_jax.ops.collectives import on_each_device
 from flowseg_jax.ops.dot import einsum
 from flowseg_jax.ops.points.corners import pixel_corners
 
@@ -88,7 +88,7 @@ def of_smallest(
         interpret=interpret,
         metadata=_metadata(f"choose {keep} of {count} points", steps, [steps * body for body in bodies]),
     )
-    return jnp.stack([axis[:n, :keep] for axis in _on_each_device(run, bits, x, y)], -1)
+    return jnp.stack([axis[:n, :keep] for axis in on_each_device(run, bits, x, y)], -1)
 
 
 def _words(masks: UInt8[Array, "n s bytes"], width: int) -> Int[Array, "j n s"]:
@@ -132,7 +132,7 @@ def _look_up(kernel: Callable, name: str, table: Array, points: Float[Array, "n 
         interpret=interpret,
         metadata=_metadata(f"{name} {len(table)} x {table.shape[2]}", math.prod(grid), [loops]),
     )
-    return _on_each_device(run, table, x, y)[:n, :count]
+    return on_each_device(run, table, x, y)[:n, :count]
 
 
 def _unrolled(lanes: int) -> int:
@@ -267,16 +267,6 @@ def _choose_kernel(
 def _metadata(name: str, steps: int, bodies: Sequence[int]) -> dict[str, str]:
     """What a plan prices the kernel by (`aot.pricing`)."""
     return {"kernel": name, "steps": str(steps), "bodies": " ".join(map(str, bodies))}
-
-
-def _on_each_device(run: Callable, *arrays: Array) -> Any:
-    """Runs whole on each device of the mesh axes that are left to the compiler, which cannot divide a kernel."""
-    mesh = jax.sharding.get_abstract_mesh()
-    axes = {axis for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto}
-    if not axes:
-        return run(*arrays)
-    whole = PartitionSpec()
-    return jax.shard_map(run, in_specs=whole, out_specs=whole, axis_names=axes, check_vma=False)(*arrays)
 
 
 def _pad(x: Array, axis: int, multiple: int, fill: int = 0) -> Array:
