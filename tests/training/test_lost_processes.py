@@ -18,7 +18,7 @@ from flowseg_jax import experiment as configs
 from flowseg_jax.synthetic.shapes import load_or_build_shapes
 from flowseg_jax.system import process_watch
 from tests.training.test_kills import children
-from tests.training.test_two_processes import ROOT, config, finish, launch, pair  # noqa: F401
+from tests.training.test_two_processes import ROOT, config, finish, launch, metrics, pair  # noqa: F401
 
 WITHIN = 30.0  # seconds until the others have ended; `process_watch.OWN_END` and a busy machine's time to start and stop
 PATIENCE = 600  # seconds for what takes as long as the machine is busy
@@ -201,6 +201,40 @@ def test_a_job_is_restarted_by_the_command_that_each_process_has(tmp_path, victi
     assert said.count("the run was ended by SIGKILL; it is started again in 15 s, 1 of 2") == 1
     assert said.count("the run ended with exit code 1; it is started again in 15 s, 1 of 2") == 1
     print(f"\nprocess {victim} killed, both continued from {reached}, a new note after {seconds:.0f} s")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(config, tmp_path_factory):  # noqa: F811
+    """(config, metrics) of a run of two processes, of which none is killed."""
+    run, workdir = configs.from_json(configs.to_json(config)), tmp_path_factory.mktemp("undisturbed") / "run"
+    run.update(num_steps=40, checkpoint_every=4)
+    run.mesh.data = 1
+    finish(*[launch(run, workdir, 1, *flags) for flags in pair()])
+    return run, metrics(workdir)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_two_processes_that_are_restarted_train_as_if_none_had_been_killed(undisturbed, tmp_path, victim):
+    (run, expected), workdir = undisturbed, tmp_path / "killed"
+    jobs = [launch(run, workdir, 1, "--restart-on-failure=2", *flags) for flags in pair()]
+    try:
+        wait_for(lambda: lines_of(workdir / "metrics.jsonl") >= 10, jobs)
+        (pid,) = children(jobs[victim])
+        os.kill(pid, signal.SIGKILL)
+        reached = lines_of(workdir / "metrics.jsonl")
+        said = finish(*jobs)
+    finally:
+        for pid in [pid for job in jobs for pid in children(job)]:
+            os.kill(pid, signal.SIGKILL)
+        clean(jobs)
+    assert said.count("the run was ended by SIGKILL; it is started again in 15 s, 1 of 2") == 1
+    assert said.count(f"the run ended with exit code {process_watch.GONE}; it is started again in 15 s, 1 of 2") == 1
+    (start,) = map(int, re.findall(r"continuing from the checkpoint of step (\d+)", said))
+    assert 0 <= reached - start < 12  # an interval, a checkpoint that was being written, and steps until the other noticed
+    found = metrics(workdir)
+    assert [row["step"] for row in found] == list(range(1, 41)) and found == expected
+    print(f"\nprocess {victim} killed after step {reached}, both continued from {start}, the losses of all 40 steps are equal")
 
 
 @pytest.mark.slow
