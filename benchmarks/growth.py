@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from flowseg_jax.data import checksums, masks, shards, token_lengths
 from flowseg_jax.data.array_file import write_header
 from flowseg_jax.data.dataset import FORMAT, METADATA, PreparedDataset, shard_files
 from flowseg_jax.data.eval_dataset import EvalDataset
+from flowseg_jax.data.held_out import HeldOutKeys
 from flowseg_jax.data.index import ROW, index_file, index_line, index_row, parse_line, rows_file
 from flowseg_jax.data.mixture import SampleOrder, build_mixture
 from flowseg_jax.data.prompts import PromptTemplates, template_corpus
@@ -162,7 +164,9 @@ def measure(root: Path, kind: str, images: int) -> dict[str, Any]:
     with measured("mixture"):
         small = PreparedDataset.open(root / f"chat-{BLOCK}")
         members = build_mixture([(prepared, 0.0), (small, 0.0)])
-    held = {key: "x" for number in range(HELD_OUT) for key in index[number].identity.holds_out}
+    with measured("held-out list"):  # of all images up to WRITTEN
+        held = HeldOutKeys(key for entry in islice(index, WRITTEN) for key in entry.identity.holds_out)
+    held = HeldOutKeys(key for entry in islice(index, HELD_OUT) for key in entry.identity.holds_out)
     with measured("held-out look-up"):
         build_mixture([(prepared, 0.0)], held_out=held)
     if kind == "referring":

@@ -2,6 +2,7 @@
 
     make smollm2                                                  # fetches the weights and converts them to data/smollm2
     python train.py --config=configs/shapes_smollm2.py            # the language model is frozen
+    python train.py --config=configs/shapes_smollm2.py:lora       # it learns through adapters
     python train.py --config=configs/shapes_smollm2.py:full       # all of it learns
 
 A language model of this size costs two cores seconds a step, too much to learn to see from nothing beside it: the vision
@@ -23,8 +24,8 @@ LANGUAGE_MODEL, VISION = "data/smollm2", "checkpoints/shapes_tiny"
 
 
 def get_config(learns: str = "frozen") -> ConfigDict:
-    if learns not in ("frozen", "full"):
-        raise UserError(f"the language model is 'frozen' or 'full', got {learns!r}")
+    if learns not in ("frozen", "lora", "full"):
+        raise UserError(f"the language model is 'frozen', 'lora' or 'full', got {learns!r}")
     llm = dataclasses.replace(LanguageConfig.smollm2_135m(), remat="none")
     config = shapes_tiny()
     config.num_steps = 250
@@ -37,9 +38,12 @@ def get_config(learns: str = "frozen") -> ConfigDict:
     config.data.tokenizer = f"{LANGUAGE_MODEL}/tokenizer"
     config.data.max_phrases = 6
     config.data.text_length = 336
-    if learns == "frozen":
-        config.optimizer.param_groups = (("llm/.*", None), (".*", 1.0))
-        config.optimizer.losses.language_weight = 0.0
-    else:
+    if learns == "full":
         config.optimizer.param_groups = (("llm/.*", 0.04), (".*", 1.0))
+        return config
+    config.optimizer.losses.language_weight = 0.0
+    if learns == "lora":
+        config.lora.targets = ("llm/layers/.*",)
+    else:
+        config.optimizer.param_groups = (("llm/.*", None), (".*", 1.0))
     return config

@@ -22,6 +22,7 @@ STYLE = {"svg.fonttype": "none", "svg.hashsalt": "flowseg", "font.size": 9, "axe
 COSTS = (
     "open",
     "mixture",
+    "held-out list",
     "held-out look-up",
     "training data, checked",
     "digest",

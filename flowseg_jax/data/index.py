@@ -29,7 +29,7 @@ ROW = np.dtype(
         ("line", "<i8"),  # where its line begins, bytes
         ("bytes", "<u4"),  # of the line, its end included
         ("checksum", "<u8"),  # of the line
-        ("keys", "<u8", (3,)),  # `key_number` of its content, of its COCO number or copy, and of its name
+        ("keys", "<u8", (3,)),  # the first of `key_numbers` of its content, of its COCO number or copy, and of its name
         ("height", "<i4"),
         ("width", "<i4"),
         ("objects", "<u4"),
@@ -109,9 +109,10 @@ def _sample_line(s: Sample) -> list[Any]:
     return [s.ann_id, s.ref_id, s.sentence_id, s.sentence, s.family, s.annotations, s.count, s.answer]
 
 
-def key_number(text: str) -> int:
-    """64 bits that stand for a key of `leakage`; equal keys have equal numbers."""
-    return line_checksum(text.encode("utf-8", "surrogatepass"))
+def key_numbers(text: str) -> tuple[int, int]:
+    """The first 128 bits of the SHA-256 of a key of `leakage`: the 64 that a row has, and 64 that decide."""
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:16], "little")
 
 
 def line_checksum(line: bytes) -> int:
@@ -123,7 +124,7 @@ def index_row(entry: IndexEntry, line: bytes, at: int, sample: int) -> np.void:
     """The row of an entry whose line is written at byte `at`, and whose first sample is the split's number `sample`."""
     counts = Counter(c for c in entry.categories if c != PAD)
     unions = {s.annotations for s in entry.samples if len(s.annotations) > 1}
-    keys = [key_number(key) for key in entry.held_out_by]
+    keys = [key_numbers(key)[0] for key in entry.held_out_by]
     size = entry.height, entry.width
     numbers = len(entry.categories), len(counts), min(counts.values(), default=0), len(unions), sample, len(entry.samples)
     return np.array((at, len(line), line_checksum(line), keys, *size, *numbers), ROW)[()]

@@ -9,19 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Collection, Iterator, Sequence
 
 import grain
 import numpy as np
 
 from flowseg_jax.data.array_file import CHUNK
 from flowseg_jax.data.dataset import PreparedDataset
-from flowseg_jax.data.index import Index, IndexEntry, key_number
-from flowseg_jax.data.leakage import COCO_LAYOUTS, coco_number, is_train_split, name_key
-from flowseg_jax.errors import UserError, brief
+from flowseg_jax.data.held_out import HeldOutKeys
+from flowseg_jax.data.index import IndexEntry
+from flowseg_jax.errors import UserError
 
 REPEAT_THRESHOLD = 0.1  # t of X-SAM's repeat-factor rule
 MAX_PERMUTED = 1 << 22  # slots up to which a permutation is drawn and held, 4 bytes each; more of them are walked without it
@@ -97,7 +95,7 @@ def repeat_factor_counts(sizes: Sequence[int]) -> list[int]:
 
 
 def build_mixture(
-    sets: Sequence[tuple[PreparedDataset, float]], split: str = "train", held_out: Mapping[str, str] | None = None
+    sets: Sequence[tuple[PreparedDataset, float]], split: str = "train", held_out: HeldOutKeys | None = None
 ) -> tuple[MixtureComponent, ...]:
     """The members of a mixture.
 
@@ -105,7 +103,7 @@ def build_mixture(
         sets: data sets and their weights: all 0 for the repeat-factor rule, else shares of an epoch, whose length is then the
             number of all images.
         split: which split of each.
-        held_out: images that nothing is trained on (`held_out_keys`).
+        held_out: images that nothing is trained on.
 
     Raises:
         UserError: weights of which only some are given, an unknown split, or a set of which no image is left.
@@ -115,7 +113,7 @@ def build_mixture(
         index = prepared.index(split)
         if not index:
             raise UserError(f"{prepared.directory}: split {split!r} has no images")
-        mine = KeptRecords(len(index), _held_out_records(index, held_out) if held_out else ())
+        mine = KeptRecords(len(index), held_out.records(index) if held_out else ())
         if not mine:
             raise UserError(f"{prepared.directory}: every image of split {split!r} is held out for evaluation (data.held_out)")
         kept.append((prepared, mine))
@@ -132,17 +130,6 @@ def build_mixture(
     return tuple(
         MixtureComponent(prepared, split, mine, n, len(mine.left_out)) for (prepared, mine), n in zip(kept, slots, strict=True)
     )
-
-
-def _held_out_records(index: Index, held_out: Mapping[str, str]) -> list[int]:
-    """The records with a key that is held out. Numbers of keys find candidates; the keys themselves decide."""
-    numbers = np.sort(np.array([key_number(key) for key in held_out], np.uint64))
-    candidates: list[int] = []
-    for start, rows in index.rows.chunks():
-        keys = rows["keys"]
-        there = numbers[np.minimum(np.searchsorted(numbers, keys), len(numbers) - 1)] == keys
-        candidates += (start + np.flatnonzero(there.any(1))).tolist()
-    return [record for record in candidates if not held_out.keys().isdisjoint(index[record].held_out_by)]
 
 
 class SampleOrder:
@@ -186,75 +173,3 @@ def permutation(size: int, seed: tuple[int, ...]) -> Sequence[int]:
     if size <= MAX_PERMUTED:
         return np.random.default_rng(seed).permutation(size).astype(np.uint32)
     return grain.MapDataset.range(size).shuffle(seed=int(np.random.SeedSequence(seed).generate_state(1)[0]))
-
-
-def held_out_keys(sources: Iterable[str | Path | PreparedDataset]) -> dict[str, str]:
-    """{key of an image: what holds it out} of everything that is evaluated on.
-
-    The keys are those of `leakage.ImageIdentity.holds_out`, and of images that are known by name alone `leakage.name_key`.
-
-    Args:
-        sources: prepared data sets, or their directories: the images of all splits but "train"; text files with one image a
-            line, a COCO number or a file name as the data set has it; Visual Genome's `image_data.json`, which tells the COCO
-            numbers of its images and so which of them the others hold out.
-
-    Raises:
-        UserError: a source that is none of these, or a directory without an evaluation split.
-    """
-    keys: dict[str, str] = {}
-    genomes: list[Path] = []
-    for source in sources:
-        if isinstance(source, PreparedDataset):
-            keys |= _evaluated(source)
-            continue
-        path = Path(source)
-        if path.is_file() and path.suffix == ".json":
-            genomes.append(path)
-        elif path.is_file():
-            keys |= _listed(path)
-        elif path.is_dir():
-            found = _evaluated(PreparedDataset.open(path))
-            if not found:
-                raise UserError(f"data.held_out: {path} has no evaluation split: prepare it with all of its splits")
-            keys |= found
-        else:
-            raise UserError(
-                f"data.held_out: {path} is not there; prepare that evaluation set, name a text file of image names or COCO "
-                "numbers, or take it off the list to train on its images too"
-            )
-    for path in genomes:  # when everything else is known
-        keys |= _of_visual_genome(path, keys)
-    return keys
-
-
-def _evaluated(prepared: PreparedDataset) -> dict[str, str]:
-    splits = {split: f"{prepared.directory} {split}" for split in prepared.splits if not is_train_split(split)}
-    return {
-        key: held_out_by
-        for split, held_out_by in splits.items()
-        for entry in prepared.index(split)
-        for key in entry.identity.holds_out
-    }
-
-
-def _listed(path: Path) -> dict[str, str]:
-    try:
-        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"data.held_out: {path} is no text file of image names ({error})") from None
-    keys: dict[str, str] = {}
-    for name in names:
-        number = int(name) if name.isdecimal() else coco_number(name, COCO_LAYOUTS[0])
-        keys |= {key: str(path) for key in (name_key(name), *(() if number is None else (f"coco:{number}",)))}
-    return keys
-
-
-def _of_visual_genome(path: Path, held_out: Mapping[str, str]) -> dict[str, str]:
-    """Visual Genome's images that are held out under their COCO numbers, by the names that LLaVA's chats give them."""
-    try:
-        pairs = [(int(e["image_id"]), e["coco_id"]) for e in json.loads(path.read_bytes())]
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise UserError(f"data.held_out: {path} is not Visual Genome's image_data.json ({brief(error)})") from None
-    folders = ("vg/VG_100K", "vg/VG_100K_2", "gqa/images")
-    numbers = [number for number, coco in pairs if coco is not None and f"coco:{coco}" in held_out]
-    return {name_key(f"{folder}/{number}.jpg"): str(path) for number in numbers for folder in folders}

@@ -22,8 +22,9 @@ from flowseg_jax.checkpoints.pretrained import save_pretrained
 from flowseg_jax.checkpoints.run_checkpoint import BEST, TOKENIZER
 from flowseg_jax.checkpoints.storage import copy_tree, prepare_workdir, write_text_atomic
 from flowseg_jax.data.dataset import PreparedDataset
+from flowseg_jax.data.held_out import held_out_keys
 from flowseg_jax.data.leakage import is_train_split
-from flowseg_jax.data.mixture import MixtureComponent, build_mixture, held_out_keys
+from flowseg_jax.data.mixture import MixtureComponent, build_mixture
 from flowseg_jax.data.train_dataset import TrainDataset, open_tokenizer
 from flowseg_jax.errors import UserError
 from flowseg_jax.experiment import check_names, to_json

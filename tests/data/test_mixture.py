@@ -10,16 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flowseg_jax.data import mixture, prepare
+from flowseg_jax.data import held_out, mixture, prepare
+from flowseg_jax.data.held_out import HeldOutKeys, held_out_keys
 from flowseg_jax.data.leakage import name_key
-from flowseg_jax.data.mixture import (
-    KeptRecords,
-    MixtureComponent,
-    SampleOrder,
-    build_mixture,
-    held_out_keys,
-    repeat_factor_counts,
-)
+from flowseg_jax.data.mixture import KeptRecords, MixtureComponent, SampleOrder, build_mixture, repeat_factor_counts
 from flowseg_jax.data.train_dataset import TrainDataset
 from flowseg_jax.errors import UserError
 from tests.helpers import minicoco, minirefcoco
@@ -133,10 +127,23 @@ def test_kept_records_are_those_that_are_not_left_out():
 
 def test_a_key_decides_and_not_its_number(refcoco, panoptic, monkeypatch):
     """Where the numbers of all keys collide, the same images are held out."""
-    keys = held_out_keys([refcoco])
-    monkeypatch.setattr(mixture, "key_number", lambda key: int(panoptic.index("train").rows[:1]["keys"][0, 0]))
-    _, second = build_mixture([(refcoco, 0.0), (panoptic, 0.0)], held_out={key: "x" for key in keys if key != "coco:2"})
-    assert second.held_out == 0
+    splits = (refcoco.index(split) for split in refcoco.splits if split != "train")
+    keys = [key for split in splits for entry in split for key in entry.identity.holds_out]
+    index, real = panoptic.index("train"), held_out.key_numbers
+    for record, entry in enumerate(index):
+        number = int(index.rows[record : record + 1]["keys"][0, 0])
+        monkeypatch.setattr(held_out, "key_numbers", lambda key, number=number: (number, real(key)[1]))
+        for chosen, count in ((keys, entry.image_id == 2), ([key for key in keys if key != "coco:2"], 0)):
+            _, second = build_mixture([(refcoco, 0.0), (panoptic, 0.0)], held_out=HeldOutKeys(chosen))
+            assert second.held_out == count
+
+
+def test_held_out_keys_take_sixteen_bytes_each_and_are_told_apart():
+    texts = [f"coco:{number}" for number in range(3000)]
+    keys = HeldOutKeys(texts[:2000] + texts[:1000], HeldOutKeys(texts[1500:2500]))
+    assert len(keys) == 2500 and sum(array.nbytes for array in (keys.numbers, keys._rest)) == 16 * 2500
+    assert [text in keys for text in texts] == [True] * 2500 + [False] * 500
+    assert (np.diff(keys.numbers) > 0).all() and "coco:1" not in HeldOutKeys()
 
 
 def test_a_split_without_images_is_refused(refcoco, monkeypatch):
@@ -183,11 +190,11 @@ def test_weights_are_shares_of_an_epoch(refcoco, panoptic):
 def test_images_of_evaluation_splits_are_not_trained_on(refcoco, panoptic, tmp_path):
     """Image 2 is in RefCOCO's val under its name of 2014 and in the panoptic training set under that of 2017."""
     keys = held_out_keys([refcoco, panoptic])
-    assert {"coco:2", "coco:4"} <= set(keys) and "coco:1" not in keys and keys["coco:2"] == f"{refcoco.directory} val"
+    assert "coco:2" in keys and "coco:4" in keys and "coco:1" not in keys
     by_list = tmp_path / "held_out.txt"
     by_list.write_text("2\n\nCOCO_train2014_000000000004.jpg\n")
-    for held_out in (keys, held_out_keys([str(refcoco.directory)]), held_out_keys([by_list])):
-        first, second = build_mixture([(refcoco, 0.0), (panoptic, 0.0)], held_out=held_out)
+    for left_out in (keys, held_out_keys([str(refcoco.directory)]), held_out_keys([by_list])):
+        first, second = build_mixture([(refcoco, 0.0), (panoptic, 0.0)], held_out=left_out)
         assert first.held_out == 0 and second.held_out == 1
         assert {e.image_id for e in second.entries()} == {e.image_id for e in panoptic.index("train")} - {2}
         drawn = SampleOrder((first, second), seed=0)
@@ -257,8 +264,10 @@ def test_visual_genome_tells_which_of_its_pictures_are_held_out(refcoco, tmp_pat
         json.dumps([{"image_id": 77, "coco_id": 2}, {"image_id": 78, "coco_id": 1}, {"image_id": 79, "coco_id": None}])
     )
     keys = held_out_keys([genome, refcoco])  # in any order
-    assert keys.keys() >= {name_key("vg/VG_100K/77.jpg"), name_key("vg/VG_100K_2/77.jpg"), name_key("gqa/images/77.jpg")}
-    assert not any("/78" in key or "/79" in key for key in keys)
+    folders = ("vg/VG_100K", "vg/VG_100K_2", "gqa/images")
+    assert all(name_key(f"{folder}/77.jpg") in keys for folder in folders)
+    assert not any(name_key(f"{folder}/{number}.jpg") in keys for folder in folders for number in (78, 79))
+    assert len(keys) == len(held_out_keys([refcoco])) + 3
     genome.write_text("[{}]")
     with pytest.raises(UserError, match=r"image_data.json is not Visual Genome's image_data.json \('image_id'\)"):
         held_out_keys([genome])
@@ -268,19 +277,24 @@ def test_a_set_without_evaluation_images_holds_nothing_out_and_says_so(tmp_path)
     train = own(tmp_path / "a", {"1.png": 10}, "train")
     with pytest.raises(UserError, match="a-prepared has no evaluation split: prepare it with all of its splits"):
         held_out_keys([train.directory])
-    assert held_out_keys([train]) == {}
+    assert len(held_out_keys([train])) == 0
 
 
 def test_the_digest_of_what_is_trained_on_knows_images_and_slots(refcoco, panoptic):
     """A resumed run compares it: the position in the data means something in these data alone."""
 
-    def digest(*sets, **held_out):
+    def digest(*sets, **left_out):
         data = TrainDataset.__new__(TrainDataset)
-        data.members = build_mixture(list(sets), **held_out)
+        data.members = build_mixture(list(sets), **left_out)
         return data.digest
 
     both = (refcoco, 0.0), (panoptic, 0.0)
-    digests = [digest(*both), digest(*both, held_out={"coco:2": "x"}), digest((refcoco, 3.0), (panoptic, 1.0)), digest(both[0])]
+    digests = [
+        digest(*both),
+        digest(*both, held_out=HeldOutKeys(["coco:2"])),
+        digest((refcoco, 3.0), (panoptic, 1.0)),
+        digest(both[0]),
+    ]
     assert len(set(digests)) == 4 and digest(*both) == digests[0]
 
 
@@ -290,7 +304,7 @@ def test_held_out_errors(refcoco, panoptic, tmp_path):
     (tmp_path / "binary").write_bytes(b"\xff\xfe\xff")
     with pytest.raises(UserError, match="binary is no text file of image names"):
         held_out_keys([tmp_path / "binary"])
-    everything = {e.identity.identity: "x" for e in panoptic.index("train")}
+    everything = HeldOutKeys(e.identity.identity for e in panoptic.index("train"))
     with pytest.raises(UserError, match=r"every image of split 'train' is held out for evaluation \(data.held_out\)"):
         build_mixture([(panoptic, 0.0)], held_out=everything)
 

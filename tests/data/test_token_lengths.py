@@ -8,6 +8,7 @@ import pytest
 
 from flowseg_jax.data import checksums, prepare, token_lengths
 from flowseg_jax.data.dataset import PreparedDataset
+from flowseg_jax.data.held_out import HeldOutKeys
 from flowseg_jax.data.mixture import build_mixture
 from flowseg_jax.data.prompts import PromptTemplates
 from flowseg_jax.data.token_budget import TokenBudget
@@ -100,7 +101,7 @@ def needed(entry, prepared, tokenizer, bound, phrases, named):
 def test_the_check_is_exact(prepared, tokenizer, phrases, named, left_out, monkeypatch):
     monkeypatch.setattr(token_lengths, "ENTRIES_AT_ONCE", 2)
     index = prepared.index("train")
-    held_out = {index[record].held_out_by[1]: "x" for record in left_out}
+    held_out = HeldOutKeys(index[record].held_out_by[1] for record in left_out)
     (member,) = build_mixture([(prepared, 0.0)], held_out=held_out)
     bound = TokenBudget(PROMPTS, tokenizer, 6)
     tokens = {e.file_name: needed(e, prepared, tokenizer, bound, phrases, named) for e in member.entries()}
