@@ -3,6 +3,7 @@
     python -m benchmarks --list                        # what there is
     python -m benchmarks                               # everything
     python -m benchmarks msda siglip --dtype=float32,bfloat16
+    python -m benchmarks --clock=cpu                   # CPU seconds of all threads: also on a busy machine
     python -m benchmarks --check                       # beside benchmarks/ratios.json
     python -m benchmarks --write-docs                  # into benchmarks/ratios.json and docs/performance.md
     python -m benchmarks startup                       # time to the first step; see benchmarks/startup.py
@@ -59,7 +60,11 @@ def run_component(component: components.TimedComponent, dtype: str, arguments: a
             f"--size={arguments.size}",
             f"--out={out}",
         ]
-        command += [f"--rounds={arguments.rounds}", *(["--eager"] if arguments.peer == "torch-eager" else [])]
+        command += [
+            f"--rounds={arguments.rounds}",
+            f"--clock={arguments.clock}",
+            *(["--eager"] if arguments.peer == "torch-eager" else []),
+        ]
         done = subprocess.run(
             command, cwd=table.ROOT, env=PEACEFUL | dict(os.environ), stderr=subprocess.PIPE, text=True, check=False
         )

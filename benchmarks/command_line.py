@@ -28,6 +28,7 @@ def components_parser() -> Parser:
     parser.add_argument("--list", action="store_true", help="the components, their bars and aims")
     parser.add_argument("--peer", choices=("torch", "torch-eager"), default="torch", help="torch tries torch.compile too")
     parser.add_argument("--dtype", default="float32", metavar="D[,D]", help="float32, bfloat16 or both")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="which seconds count; CPU's on a busy machine")
     parser.add_argument("--rounds", type=positive, default=7, help="turns of each side; more while the machine is busy")
     parser.add_argument("--json", type=Path, metavar="FILE", help="all results, written after each component")
     what = parser.add_mutually_exclusive_group()
@@ -142,6 +143,7 @@ def measure_parser() -> Parser:
     parser.add_argument("--size", choices=("full", "tiny"), default="full")
     parser.add_argument("--rounds", type=positive, default=7)
     parser.add_argument("--eager", action="store_true", help="does not try torch.compile")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: stdout")
     return parser
 

@@ -33,8 +33,8 @@ SLOW = 10.0  # seconds of a call, from which on so few rounds are made as a medi
 class Readable(ratio.Local):
     """A call of either framework; `read` makes of its result what is compared, in any structure of arrays or tensors."""
 
-    def __init__(self, call: Callable[[], Any], read: Callable[[Any], Any]):
-        super().__init__(call)
+    def __init__(self, call: Callable[[], Any], read: Callable[[Any], Any], clock: Callable[[], float] = time.perf_counter):
+        super().__init__(call, clock)
         self._compared = ratio.Local(lambda: read(call()))
 
     def output(self) -> dict[str, np.ndarray]:
@@ -50,7 +50,7 @@ def as_arrays(result: Any) -> Any:
     return jax.tree.map(plain, result)
 
 
-def fastest(pair: components.Pair, eager_only: bool) -> tuple[components.Call, str, float]:
+def fastest(pair: components.Pair, eager_only: bool, clock: Callable[[], float]) -> tuple[components.Call, str, float]:
     """The peer's call in its faster mode, warmed up; the name of the mode; about how many seconds the call takes.
 
     Only one of the two exists at a time: a train step's state is the larger part of the machine's memory.
@@ -60,13 +60,13 @@ def fastest(pair: components.Pair, eager_only: bool) -> tuple[components.Call, s
         import torch
 
         try:
-            seconds = _seconds(pair.peer(torch.compile))
+            seconds = _seconds(pair.peer(torch.compile), clock)
         except Exception as error:  # the compiler's many; what it cannot compile runs as it is
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             mode = f"eager (torch.compile failed: {reason[:80]})"
         gc.collect()
     call = pair.peer(lambda layer: layer)
-    eager = _seconds(call)
+    eager = _seconds(call, clock)
     if eager <= seconds:
         return call, mode, eager
     del call
@@ -76,21 +76,21 @@ def fastest(pair: components.Pair, eager_only: bool) -> tuple[components.Call, s
     return call, "torch.compile", seconds
 
 
-def _seconds(call: components.Call) -> float:
+def _seconds(call: components.Call, clock: Callable[[], float]) -> float:
     """The least of TRIES calls after a first one; of fewer where they are slow."""
     call()
     found: list[float] = []
     while len(found) < TRIES and sum(found) < SLOW:
-        started = time.perf_counter()
+        started = clock()
         call()
-        found.append(time.perf_counter() - started)
+        found.append(clock() - started)
     return min(found)
 
 
 def measure(
-    component: components.TimedComponent, size: str, dtype: str, rounds: int, eager_only: bool = False
+    component: components.TimedComponent, size: str, dtype: str, rounds: int, eager_only: bool = False, clock: str = "wall"
 ) -> dict[str, Any]:
-    """Builds and times a component; see `python -m benchmarks` for what the result holds.
+    """Builds and times a component by one of `ratio.CLOCKS`; see `python -m benchmarks` for what the result holds.
 
     Raises:
         UserError: the outputs differ: there is no ratio then.
@@ -99,13 +99,14 @@ def measure(
     import torch
 
     pair = components.build(component, size, dtype)
-    call, mode, about = fastest(pair, eager_only)
+    seconds = ratio.CLOCKS[clock]
+    call, mode, about = fastest(pair, eager_only, seconds)
     rounds = min(rounds, ratio.ENOUGH) if about > SLOW else rounds
     candidates = {
-        component.peer: Readable(call, lambda result: as_arrays(pair.peer_output(result))),
-        OURS: Readable(pair.ours, pair.our_output),
+        component.peer: Readable(call, lambda result: as_arrays(pair.peer_output(result)), seconds),
+        OURS: Readable(pair.ours, pair.our_output, seconds),
     }
-    comparison = ratio.compare(candidates, component.peer, pair.tolerance, rounds=rounds)
+    comparison = ratio.compare(candidates, component.peer, pair.tolerance, rounds=rounds, cpu_time=clock == "cpu")
     result = comparison.to_json()
     result["environment"]["versions"] |= {"torch": torch.__version__, "scipy": scipy.__version__}
     peak = host.peak_memory() / GIB
@@ -115,6 +116,7 @@ def measure(
         "size": size,
         "peer": component.peer,
         "mode": mode,
+        "clock": clock,
         "ratio": comparison.ratio(OURS),
         "seconds": comparison.timings[OURS].seconds,
         "peer_seconds": comparison.timings[component.peer].seconds,
@@ -129,7 +131,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     (component,) = components.choose([arguments.component])
     if arguments.dtype not in component.dtypes:
         raise UserError(f"{component.name} is measured in {', '.join(component.dtypes)}, not in {arguments.dtype!r}")
-    result = json.dumps(measure(component, arguments.size, arguments.dtype, arguments.rounds, arguments.eager), indent=1)
+    found = measure(component, arguments.size, arguments.dtype, arguments.rounds, arguments.eager, arguments.clock)
+    result = json.dumps(found, indent=1)
     if arguments.out is None:
         print(result)
     else:

@@ -22,7 +22,8 @@ TOLERANCE = 0.25  # by how much a ratio may exceed the committed one
 BUSY, REGRESSED, UNKNOWN = "machine too busy", "regressed", "not in the table"
 
 Result = Mapping[str, Any]
-KEPT = ("component", "dtype", "peer", "mode", "ratio", "seconds", "peer_seconds", "quality", "difference", "peak_gib", "facts")
+KEPT = ("component", "dtype", "peer", "mode", "clock", "ratio", "seconds", "peer_seconds", "quality")
+KEPT += ("difference", "peak_gib", "facts")
 
 
 def key(result: Result) -> str:
@@ -46,9 +47,16 @@ def compared(result: Result, committed: Mapping[str, Result]) -> str:
         return BUSY
     if machine(result) != machine(before):
         return f"another machine: {before['ratio']:.2f}"
+    if clock(result) != clock(before):
+        return f"another clock: {before['ratio']:.2f}"
     if result["ratio"] > before["ratio"] * (1 + TOLERANCE):
         return REGRESSED
     return "faster" if result["ratio"] < before["ratio"] / (1 + TOLERANCE) else "as committed"
+
+
+def clock(result: Result) -> str:
+    """Which seconds were counted, "wall" or "cpu". The oldest entries do not say it: it was the wall's."""
+    return result.get("clock", "wall")
 
 
 def machine(result: Result) -> str:
@@ -99,7 +107,7 @@ def write(results: Iterable[Result], ratios: Path = RATIOS, docs: Path = DOCS) -
     """
     entries = read(ratios) if ratios.exists() else {}
     for result in results:
-        entries[key(result)] = {name: result[name] for name in KEPT} | {"environment": result["environment"]}
+        entries[key(result)] = {name: result[name] for name in KEPT if name in result} | {"environment": result["environment"]}
     order = {name: number for number, name in enumerate(COMPONENTS)}
     entries = dict(sorted(entries.items(), key=lambda item: (order[item[1]["component"]], item[1]["dtype"] != "float32")))
     text = placed(docs, markdown(list(entries.values())))  # before anything is written
@@ -129,10 +137,11 @@ def markdown(results: list[Result]) -> str:
     for result in results:
         component = COMPONENTS[result["component"]]
         times = f"{milliseconds(result['peer_seconds'])} | {milliseconds(result['seconds'])} | **{result['ratio']:.2f}**"
+        quality = result["quality"] + ", CPU" * (clock(result) == "cpu")
         peer = f"{result['peer']}, {result['mode']}" if component.peer == "torch" else result["peer"]
         rows.append(
             f"| `{component.name}`: {component.text} | {result['dtype']} | {peer} | {times} "
-            f"| {bars(component, result['dtype'])} | {verdict(result)} | {result['quality']} |"
+            f"| {bars(component, result['dtype'])} | {verdict(result)} | {quality} |"
         )
     notes = [extrapolation(result) for result in results if "extrapolate_ours" in result["facts"]]
     return "\n".join([*rows, "", *notes, *sorted({origin(result) for result in results})])

@@ -167,11 +167,11 @@ def test_the_table_is_written_between_its_marks_and_read_back(tmp_path):
 def test_the_faster_mode_of_the_peer_is_taken(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda layer: "compiled")
     seconds = {"eager": 1.0, "compiled": 0.5}
-    monkeypatch.setattr(measure, "_seconds", lambda call: seconds[call()])
+    monkeypatch.setattr(measure, "_seconds", lambda call, clock: seconds[call()])
     pair = lambda **changes: Pair(None, lambda wrap: lambda: wrap("eager"), 0.0, **changes)  # noqa: E731
 
     def chosen(*, eager_only=False, **changes):
-        call, mode, about = measure.fastest(pair(**changes), eager_only)
+        call, mode, about = measure.fastest(pair(**changes), eager_only, time.perf_counter)
         assert about == seconds[call()]
         return call(), mode
 
@@ -187,11 +187,18 @@ def test_the_faster_mode_of_the_peer_is_taken(monkeypatch):
     assert chosen() == ("eager", "eager (torch.compile failed: no compiler here)")
 
 
+def test_cpu_seconds_stand_in_the_table_as_such_and_are_compared_with_their_like():
+    of_cpu = result(clock="cpu", ratio=0.3)
+    assert "| A, CPU |" in table.markdown([of_cpu]) and "CPU" not in table.markdown([result()])
+    committed = {"msda float32": result(ratio=0.3)}
+    assert table.compared(of_cpu, committed) == "another clock: 0.30"
+    assert table.compared(of_cpu, {"msda float32": of_cpu}) == table.compared(result(ratio=0.3), committed) == "as committed"
+
+
 def test_slow_calls_are_made_less_often(monkeypatch):
     clock = iter(np.arange(100) * 6.0)
-    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(clock))
     calls = []
-    assert measure._seconds(lambda: calls.append(1)) == 6.0
+    assert measure._seconds(lambda: calls.append(1), lambda: next(clock)) == 6.0
     assert len(calls) == 3  # the first one, and two that took more than ten seconds together
 
 
@@ -206,6 +213,8 @@ def test_there_is_no_ratio_for_other_numbers(monkeypatch):
     found = measure.measure(COMPONENTS["msda"], "tiny", "float32", rounds=1)
     assert found["difference"] == 0 and found["ratio"] == found["seconds"] / found["peer_seconds"]
     assert set(found["candidates"]) == {"torch", measure.OURS} and found["environment"]["versions"]["torch"]
+    by_cpu = measure.measure(COMPONENTS["msda"], "tiny", "float32", rounds=1, clock="cpu")
+    assert (found["clock"], by_cpu["clock"]) == ("wall", "cpu") and by_cpu["quality"] == "A"
     shift = 1.0
     with pytest.raises(UserError, match="no ratio: y of flowseg_jax differs from torch's by 0.33"):
         measure.measure(COMPONENTS["msda"], "tiny", "float32", rounds=1)
