@@ -22,7 +22,7 @@ def get_config(size: str = "qwen3_4b") -> ConfigDict:
     model = dataclasses.replace(
         model,
         components="segmentor",
-        num_classes=9 if size == "tiny" else 133,
+        num_classes=17 if size == "tiny" else 133,
         generic_pass="off",
         semantic_flow=SemanticFlowConfig(mode="off"),
         negatives_group_size=1,

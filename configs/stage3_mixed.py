@@ -31,7 +31,12 @@ SETS = {
     "data/refcocog": 21_899,
     "data/reasonseg": 239,
 }
-TINY_SETS = ("data/stages/shapes/prepared", "data/stages/reasonseg", "data/stages/panoptic", "data/stages/chat")
+TINY_SETS = {  # of miniature data -> share
+    "data/stages/shapes/prepared": 0.5,
+    "data/stages/reasonseg": 0.05,
+    "data/stages/panoptic": 0.3,
+    "data/stages/chat": 0.15,
+}
 TINY_TOKENIZER, TINY_VOCAB = "data/stages/tokenizer", 640
 
 
@@ -52,7 +57,6 @@ def tiny_stage() -> tuple[ConfigDict, FlowSegConfig]:
     config.data.shapes_images = 0
     config.data.tokenizer = TINY_TOKENIZER
     config.data.random_prompts = True
-    config.optimizer.losses.class_loss_scale = 1.0
     return config, dataclasses.replace(FlowSegConfig.tiny(TINY_VOCAB), generic_pass="off")
 
 
@@ -64,7 +68,7 @@ def get_config(llm: str = "qwen3_4b") -> ConfigDict:
     config.data.objects = "referred"
     if llm == "tiny":
         config.num_steps = 400
-        config.data.mixture = tuple((directory, 0.0) for directory in TINY_SETS)
+        config.data.mixture = tuple(TINY_SETS.items())
         config.data.update(max_phrases=6, max_masks=12, max_names=10, text_length=420)
     else:
         model = dataclasses.replace(model, negatives_group_size=8)

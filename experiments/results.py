@@ -120,8 +120,15 @@ def keep(source: Path, target: Path) -> None:
 
 
 def read(folder: Path) -> dict[str, Result]:
-    """{split: its result} of a folder of `results/`, in the order of the tables."""
-    return {split: Result.read(folder / f"{split}.json") for split in SPLITS if (folder / f"{split}.json").is_file()}
+    """{split: its result} of a folder of `results/`, in the order of the tables.
+
+    Raises:
+        UserError: the folder has none.
+    """
+    found = {split: Result.read(folder / f"{split}.json") for split in SPLITS if (folder / f"{split}.json").is_file()}
+    if not found:
+        raise UserError(f"{folder} holds no result: keep an evaluation there with --keep=OUT --as={folder.name}")
+    return found
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
@@ -171,6 +178,17 @@ def no_target_table(result: Result) -> str:
     return _table(head, [["`grefcoco`, val", *counts, *figures]])
 
 
+def stages_table(after: dict[str, Result], alone: dict[str, Result]) -> str:
+    """Stage 3 with and without the first two stages, each with the text of other images beside it."""
+    rows = []
+    for name, results in (("stage 3 after stages 1 and 2", after), ("stage 3 alone", alone)):
+        found, (low, high) = results["val"].figures(), results["val"].interval()
+        ciou, control = f"{found['ciou']:.1f} [{low:.1f}, {high:.1f}]", f"{results['val_shuffled'].figures()['ciou']:.1f}"
+        rows.append([name, str(found["n"]), ciou, control, f"{found['giou']:.1f}", f"{found['oracle_ciou']:.1f}"])
+    head = ["val of the small world", "n", "cIoU [95 % of resampled images]", "cIoU with the text of other images", "gIoU"]
+    return _table([*head, "oracle cIoU"], rows)
+
+
 def tables(folder: Path = ROOT / "results") -> dict[str, str]:
     """{name of the block in a page: its table} from the result files."""
     shipped, psalm = read(folder / "shipped"), read(folder / "shipped_psalm")
@@ -179,6 +197,7 @@ def tables(folder: Path = ROOT / "results") -> dict[str, str]:
         "protocols": protocol_table(shipped, psalm),
         "families": family_table(shipped["val"]),
         "no_target": no_target_table(read(folder / "shipped_no_target")["val"]),
+        "stages": stages_table(read(folder / "stages"), read(folder / "stages_alone")),
     }
 
 

@@ -190,6 +190,7 @@ def make_shapes(argv: Sequence[str]) -> int:
     parser.add_argument("--objects", nargs=2, type=int, metavar=("MIN", "MAX"), help="objects of a scene, within 4..10")
     parser.add_argument("--size", type=int, default=128, help="side of the images in pixels (default: 128)")
     parser.add_argument("--quality", type=int, default=92, help="JPEG quality (default: 92)")
+    _add_palette(parser)
     parser.add_argument("--num-workers", metavar="N", type=int, help="processes (default: one per core)")
     arguments = parser.parse_args(argv)
     generate(
@@ -201,9 +202,17 @@ def make_shapes(argv: Sequence[str]) -> int:
         preset=arguments.preset,
         size=arguments.size,
         quality=arguments.quality,
+        palette=arguments.palette,
         workers=arguments.num_workers,
     )
     return 0
+
+
+def _add_palette(parser: Parser) -> None:
+    from flowseg_jax.synthetic.scene import PALETTES
+
+    looks = f"what objects look like: {', '.join(PALETTES)} (default: all); few: four shapes and colours, no texture"
+    parser.add_argument("--palette", default="all", help=looks)
 
 
 def _mix(items: Sequence[str]) -> dict[str, float]:
@@ -224,13 +233,14 @@ def make_multitask(argv: Sequence[str]) -> int:
     parser = _parser("make-multitask")
     parser.add_argument("--out", type=Path, required=True, help="directory to create")
     _add_seed(parser)
+    _add_palette(parser)
     numbers = ", ".join(f"{number} {name}" for name, number in multi_task.DEFAULTS.items())
     parser.add_argument("--scale", type=float, default=1.0, help=f"multiplies the numbers of images ({numbers}), default 1.0")
     arguments = parser.parse_args(argv)
     if not (math.isfinite(arguments.scale) and arguments.scale > 0):
         raise UserError(f"--scale must be a number above 0, got {arguments.scale}")
     numbers = {name: round(arguments.scale * n) for name, n in multi_task.DEFAULTS.items()}
-    multi_task.write_datasets(arguments.out, seed=arguments.seed, **numbers)
+    multi_task.write_datasets(arguments.out, seed=arguments.seed, palette=arguments.palette, **numbers)
     return 0
 
 

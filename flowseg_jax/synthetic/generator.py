@@ -27,7 +27,7 @@ from flowseg_jax.synthetic.expressions import (
     draw_families,
 )
 from flowseg_jax.synthetic.render import render
-from flowseg_jax.synthetic.scene import Scene, compose, draw_attributes, is_held_out, place
+from flowseg_jax.synthetic.scene import PALETTES, Scene, compose, draw_attributes, is_held_out, place
 from flowseg_jax.synthetic.statistics import Statistics
 
 PRESETS: dict[str, tuple[Mapping[str, float], tuple[int, int]]] = {
@@ -51,6 +51,7 @@ class GeneratorConfig:
     objects: tuple[int, int]
     mix: Mapping[str, float]
     quality: int
+    palette: str = "all"
 
 
 def say(line: str) -> None:
@@ -67,12 +68,13 @@ def generate(
     preset: str = "default",
     size: int = 128,
     quality: int = 92,
+    palette: str = "all",
     workers: int | None = None,
     report: Callable[[str], None] = say,
 ) -> Statistics:
     """Writes a benchmark in the RefCOCO layout to the new directory `out`.
 
-    The result depends on (images, seed, mix, objects, size, quality) only, not on `workers`.
+    The result depends on (images, seed, mix, objects, size, quality, palette) only, not on `workers`.
 
     Args:
         out: directory to create; an existing non-empty one is an error.
@@ -84,6 +86,7 @@ def generate(
         preset: "default" or "hard".
         size: side of the images in pixels.
         quality: JPEG quality.
+        palette: what objects look like: "all", or "few" shapes and colours and no texture.
         workers: processes; None takes the number of cores for larger sets.
         report: receives progress lines, at least one every ten seconds.
 
@@ -94,7 +97,7 @@ def generate(
         UserError: for arguments that cannot be met, or an `out` that exists or cannot be written.
     """
     out = Path(out)
-    config = _config(seed, mix, objects, preset, size, quality)
+    config = _config(seed, mix, objects, preset, size, quality, palette)
     splits = assign_splits(images, seed)
     if workers is None:
         workers = 1 if images < 256 else os.cpu_count() or 1
@@ -119,10 +122,17 @@ def generate(
 
 
 def _config(
-    seed: int, mix: Mapping[str, float] | None, objects: tuple[int, int] | None, preset: str, size: int, quality: int
+    seed: int,
+    mix: Mapping[str, float] | None,
+    objects: tuple[int, int] | None,
+    preset: str,
+    size: int,
+    quality: int,
+    palette: str,
 ) -> GeneratorConfig:
     if preset not in PRESETS:
         raise UserError(f"unknown shapes preset {preset!r}{did_you_mean(preset, PRESETS)}")
+    check_palette(palette)
     default_mix, default_objects = PRESETS[preset]
     mix, objects = dict(mix or default_mix), tuple(objects or default_objects)
     known = (*FAMILIES, NO_TARGET_FAMILY)
@@ -141,7 +151,13 @@ def _config(
     if not 1 <= quality <= 100:
         raise UserError(f"JPEG quality must be within 1..100, got {quality}")
     # In an order of ours, so that the order in which a user lists the shares does not change the draws.
-    return GeneratorConfig(seed, size, objects, {f: mix[f] / total for f in known if mix.get(f)}, quality)
+    return GeneratorConfig(seed, size, objects, {f: mix[f] / total for f in known if mix.get(f)}, quality, palette)
+
+
+def check_palette(palette: str) -> None:
+    """Raises a UserError for a palette that is not known."""
+    if palette not in PALETTES:
+        raise UserError(f"unknown palette {palette!r}{did_you_mean(palette, PALETTES)}")
 
 
 def assign_splits(images: int, seed: int) -> list[str]:
@@ -185,7 +201,7 @@ def _draw_groups(rng: random.Random, mix: Mapping[str, float], refs: int) -> lis
 
 def _draw_scene(rng: random.Random, config: GeneratorConfig, held_out: bool) -> Scene | None:
     count = rng.randint(*config.objects)
-    triples = draw_attributes(rng, count, lambda *t: held_out or not is_held_out(*t))
+    triples = draw_attributes(rng, count, lambda *t: held_out or not is_held_out(*t), config.palette)
     if not triples or (held_out and sum(is_held_out(*t) for t in triples) < 2):
         return None
     items = place(rng, triples, config.size)

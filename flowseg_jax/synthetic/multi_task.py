@@ -24,10 +24,19 @@ from PIL import Image
 from flowseg_jax.errors import UserError
 from flowseg_jax.synthetic import chat as talk
 from flowseg_jax.synthetic import polygons
-from flowseg_jax.synthetic.generator import say, whole_directory
+from flowseg_jax.synthetic.generator import check_palette, say, whole_directory
 from flowseg_jax.synthetic.reasoning_questions import REASONING_QUESTIONS, ReasoningQuestion
 from flowseg_jax.synthetic.render import render
-from flowseg_jax.synthetic.scene import REFERENCE_SIZE, SHAPES, Scene, compose, draw_attributes, is_held_out, place
+from flowseg_jax.synthetic.scene import (
+    PALETTES,
+    REFERENCE_SIZE,
+    Scene,
+    SceneObject,
+    compose,
+    draw_attributes,
+    is_held_out,
+    place,
+)
 
 DEFAULTS = {"reasonseg": 60, "panoptic": 120, "chat": 120}
 LEAST = {"reasonseg": 5, "panoptic": 2, "chat": 1}  # so that every split has an image
@@ -36,24 +45,23 @@ QUALITY = 92  # of the JPEG files
 ATTEMPTS = 5000
 IGNORE_SHARE, FLAG_SHARE, EXPLAINED_SHARE = 0.4, 0.15, 0.75
 IGNORE_RADIUS = 7.0
-# As in COCO, the ids have gaps and things come before stuff.
-THINGS = {shape: i + 1 + i // 3 for i, shape in enumerate(SHAPES)}
-BACKGROUND = 100
+BACKGROUND = 100  # as in COCO, ids have gaps and things come before stuff
 
 
 class _SceneWriter:
     """Draws scenes, saves their pictures and writes down what is on them."""
 
-    def __init__(self, root: Path, seed: int, sidecar: TextIO):
-        self.root, self._seed, self._sidecar = root, seed, sidecar
+    def __init__(self, root: Path, seed: int, sidecar: TextIO, objects: tuple[int, int], palette: str):
+        self.root, self.objects, self.palette = root, objects, palette
+        self._seed, self._sidecar = seed, sidecar
 
     def rng(self, name: str) -> random.Random:
         return random.Random(f"shapes companions {self._seed} {name}")
 
-    def scene(self, rng: random.Random) -> Scene:
+    def scene(self, rng: random.Random, objects: tuple[int, int], palette: str) -> Scene:
         """Any scene without a combination of testB."""
         while True:
-            triples = draw_attributes(rng, rng.randint(*OBJECTS), lambda *t: not is_held_out(*t))
+            triples = draw_attributes(rng, rng.randint(*objects), lambda *t: not is_held_out(*t), palette)
             items = triples and place(rng, triples, REFERENCE_SIZE)
             if items and (scene := compose(items, REFERENCE_SIZE)):
                 return scene
@@ -80,6 +88,8 @@ def write_datasets(
     reasonseg: int = DEFAULTS["reasonseg"],
     panoptic: int = DEFAULTS["panoptic"],
     chat: int = DEFAULTS["chat"],
+    objects: tuple[int, int] = OBJECTS,
+    palette: str = "all",
     report: Callable[[str], None] = say,
 ) -> dict[str, int]:
     """Writes the three data sets to the new directory `directory`; the arguments alone decide what is in them.
@@ -90,15 +100,20 @@ def write_datasets(
         reasonseg: images of the ReasonSeg layout: 60 % train, 20 % val, 20 % test.
         panoptic: images of the COCO panoptic layout: 80 % train, 20 % val.
         chat: images of the LLaVA layout.
+        objects: fewest and most objects of a scene. The questions of ReasonSeg ask for `OBJECTS` and for all looks.
+        palette: what objects look like (`scene.PALETTES`). Of "all" the panoptic categories are shapes, of "few" colours and
+            shapes: "red circle".
         report: receives progress lines.
 
     Returns:
         Number of images by folder.
 
     Raises:
-        UserError: too few images for every split to have one, or a directory that exists or cannot be written.
+        UserError: too few images for every split to have one, an unknown palette, or a directory that exists or cannot be
+            written.
     """
     directory = Path(directory)
+    check_palette(palette)
     for name, number in (("reasonseg", reasonseg), ("panoptic", panoptic), ("chat", chat)):
         if number < LEAST[name]:
             raise UserError(f"multi-task data needs at least {LEAST[name]} images for {name}, got {number}")
@@ -107,7 +122,7 @@ def write_datasets(
         whole_directory(directory, "the multi-task data sets") as partial,
         open(partial / "scenes.jsonl", "w", encoding="utf-8") as sidecar,
     ):
-        writer = _SceneWriter(partial, seed, sidecar)
+        writer = _SceneWriter(partial, seed, sidecar, objects, palette)
         for make, number in ((_reasonseg, reasonseg), (_panoptic, panoptic), (_llava, chat)):
             made = make(writer, number)
             report(f"multi-task data: {', '.join(f'{n} images in {folder}' for folder, n in made.items())}")
@@ -146,7 +161,7 @@ def _question(writer: _SceneWriter, rng: random.Random) -> tuple[Scene, Reasonin
     # The kind is drawn before the scene and kept, so that rejection cannot bend the mix.
     kind = rng.choice(tuple(REASONING_QUESTIONS))
     for _ in range(ATTEMPTS):
-        scene = writer.scene(rng)
+        scene = writer.scene(rng, OBJECTS, "all")
         if question := REASONING_QUESTIONS[kind](scene, rng):
             outlines = [outline_points(scene.masks[i]) for i in question.targets]
             if all(outlines):
@@ -198,7 +213,8 @@ def _reasonseg(writer: _SceneWriter, number: int) -> dict[str, int]:
 
 
 def _panoptic(writer: _SceneWriter, number: int) -> dict[str, int]:
-    categories = [{"supercategory": "shape", "isthing": 1, "id": i, "name": shape} for shape, i in THINGS.items()]
+    things = _things(writer.palette)
+    categories = [{"supercategory": "shape", "isthing": 1, "id": i, "name": name} for name, i in things.items()]
     categories.append({"supercategory": "background", "isthing": 0, "id": BACKGROUND, "name": "background"})
     for category, colour in zip(categories, writer.rng("palette").sample(range(1 << 24), len(categories)), strict=True):
         category["color"] = _rgb(colour)
@@ -212,9 +228,9 @@ def _panoptic(writer: _SceneWriter, number: int) -> dict[str, int]:
         for image_id in image_ids:
             name = f"{image_id:012d}"
             rng = writer.rng(f"panoptic {name}")
-            scene = writer.scene(rng)
+            scene = writer.scene(rng, writer.objects, writer.palette)
             writer.save(scene, rng, f"coco/{split}/{name}.jpg")
-            ids, segments = _segments(scene, rng)
+            ids, segments = _segments(scene, rng, [things[_name(item, writer.palette)] for item in scene.items])
             Image.fromarray(ids).save(maps / f"{name}.png")
             size = {"height": scene.size, "width": scene.size}
             source = {"license": 1, "coco_url": "", "flickr_url": "", "date_captured": ""}
@@ -231,10 +247,21 @@ def _rgb(number: int) -> list[int]:
     return [number % 256, number // 256 % 256, number // 65536]
 
 
-def _segments(scene: Scene, rng: random.Random) -> tuple[np.ndarray, list[dict[str, Any]]]:
+def _name(item: SceneObject, palette: str) -> str:
+    return item.shape if palette == "all" else f"{item.colour} {item.shape}"
+
+
+def _things(palette: str) -> dict[str, int]:
+    """Category name -> id."""
+    looks = PALETTES[palette]
+    names = looks.shapes if palette == "all" else [f"{colour} {shape}" for colour in looks.colours for shape in looks.shapes]
+    return {name: i + 1 + i // 3 for i, name in enumerate(names)}
+
+
+def _segments(scene: Scene, rng: random.Random, things: list[int]) -> tuple[np.ndarray, list[dict[str, Any]]]:
     """The PNG's pixels, which code segment ids as R + 256 G + 65536 B, and the list of the segments."""
     masks = [*scene.masks, ~scene.masks.any(axis=0)]
-    categories = [*(THINGS[item.shape] for item in scene.items), BACKGROUND]
+    categories = [*things, BACKGROUND]
     pixels = np.zeros((scene.size, scene.size, 3), np.uint8)
     segments = []
     for number, category, mask in zip(rng.sample(range(1, 1 << 24), len(masks)), categories, masks, strict=True):
@@ -250,7 +277,7 @@ def _llava(writer: _SceneWriter, number: int) -> dict[str, int]:
     for i in range(number):
         name = f"shapes_chat_{i:06d}"
         rng = writer.rng(name)
-        scene = writer.scene(rng)
+        scene = writer.scene(rng, writer.objects, writer.palette)
         writer.save(scene, rng, f"llava/images/{name}.jpg")
         turns = []
         for question, answer in talk.conversation(scene, rng):

@@ -22,6 +22,21 @@ COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "black", "white
 TEXTURES = ("plain", "striped", "dotted")
 SIZES = ("small", "large")
 
+
+@dataclass(frozen=True)
+class Palette:
+    """The looks that the objects of a set are drawn from."""
+
+    shapes: tuple[str, ...] = SHAPES
+    colours: tuple[str, ...] = COLOURS
+    textures: tuple[str, ...] = TEXTURES
+
+
+PALETTES = {
+    "all": Palette(),
+    "few": Palette(("circle", "square", "triangle", "star"), ("red", "yellow", "green", "blue"), ("plain",)),
+}
+
 REFERENCE_SIZE = 128
 RADII = {"small": (9.0, 11.5), "large": (15.0, 18.5)}  # radius of the disc with the object's area
 MIN_GAP = 0.86  # smallest distance of two centres in units of the sum of the radii
@@ -143,13 +158,16 @@ def silhouette(item: SceneObject, scale: float) -> Patch:
     return Patch(left, top, alpha, rim)
 
 
-def draw_attributes(rng: random.Random, count: int, allow: Callable[[str, str, str], bool]) -> list[tuple[str, str, str]]:
-    """Draws `count` (colour, shape, texture) triples from a small palette; `allow` says which triples may occur."""
-    shapes = rng.sample(SHAPES, rng.choice((2, 2, 3)))
-    colours = rng.sample(COLOURS, rng.choice((2, 3, 3)))
-    textures = rng.sample(TEXTURES, rng.choice((1, 2, 2)))
-    palette = [(c, s, t) for c in colours for s in shapes for t in textures if allow(c, s, t)]
-    return [rng.choice(palette) for _ in range(count)] if len(palette) > 1 else []
+def draw_attributes(
+    rng: random.Random, count: int, allow: Callable[[str, str, str], bool], palette: str = "all"
+) -> list[tuple[str, str, str]]:
+    """Draws `count` (colour, shape, texture) triples from a few looks of a palette; `allow` says which triples may occur."""
+    looks = PALETTES[palette]
+    shapes = rng.sample(looks.shapes, rng.choice((2, 2, 3)))
+    colours = rng.sample(looks.colours, rng.choice((2, 3, 3)))
+    textures = rng.sample(looks.textures, min(rng.choice((1, 2, 2)), len(looks.textures)))
+    triples = [(c, s, t) for c in colours for s in shapes for t in textures if allow(c, s, t)]
+    return [rng.choice(triples) for _ in range(count)] if len(triples) > 1 else []
 
 
 def place(rng: random.Random, triples: list[tuple[str, str, str]], size: int) -> list[SceneObject] | None:

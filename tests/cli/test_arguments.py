@@ -41,22 +41,22 @@ CALLS = [
     ("data add-special-tokens --source=s --out=o", "flowseg_jax.data.tokenizer.extend_tokenizer", call(Path("s"), Path("o"))),
     (
         "data make-shapes --out=o --num-images=5 --seed=6 --preset=hard --mix attribute=0.4 two-hop=0.6 --objects 4 7 --size=64"
-        " --quality=80 --num-workers=2",
+        " --quality=80 --palette=few --num-workers=2",
         "flowseg_jax.synthetic.generator.generate",
         call(
             Path("o"), 5, 6, mix={"attribute": 0.4, "two-hop": 0.6}, objects=(4, 7), preset="hard", size=64, quality=80,
-            workers=2,
+            palette="few", workers=2,
         ),
     ),
     (
         "data make-shapes --out=o --num-images=5",
         "flowseg_jax.synthetic.generator.generate",
-        call(Path("o"), 5, 0, mix=None, objects=None, preset="default", size=128, quality=92, workers=None),
+        call(Path("o"), 5, 0, mix=None, objects=None, preset="default", size=128, quality=92, palette="all", workers=None),
     ),
     (
-        "data make-multitask --out=o --seed=6 --scale=0.5",
+        "data make-multitask --out=o --seed=6 --scale=0.5 --palette=few",
         "flowseg_jax.synthetic.multi_task.write_datasets",
-        call(Path("o"), seed=6, **{name: n // 2 for name, n in multi_task.DEFAULTS.items()}),
+        call(Path("o"), seed=6, palette="few", **{name: n // 2 for name, n in multi_task.DEFAULTS.items()}),
     ),
     ("data make-toy --out=o --num-images=5 --seed=6", "flowseg_jax.synthetic.toy_dataset.write", call(Path("o"), 5, 6)),
     ("adapters merge m a o", "flowseg_jax.training.adapters.merge_directories", call("m", "a", "o")),

@@ -18,7 +18,7 @@ from flowseg_jax.evaluation.benchmark import params_digest
 from flowseg_jax.system.paths import ROOT
 from tests.helpers.answers import record, write
 
-RESULTS = sorted((ROOT / "results").glob("*/*.json"))
+RESULTS = sorted((ROOT / "results").glob("shipped*/*.json"))
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +115,26 @@ def test_the_table_of_the_no_target_split_is_what_was_counted():
     assert float(printed[2]) == pytest.approx(threshold, abs=0.000501)
 
 
+def test_the_table_of_the_stages_is_what_was_counted():
+    rows = {row[0]: row[1:] for row in cells("docs/results.md") if len(row) == 6}
+    sets = set()
+    for label, folder in (("stage 3 after stages 1 and 2", "stages"), ("stage 3 alone", "stages_alone")):
+        paths = [ROOT / "results" / folder / f"{split}.json" for split in ("val", "val_shuffled")]
+        found, control = map(by_hand, paths)
+        n, ciou, *figures = rows[label]
+        ciou, low, high = map(float, re.fullmatch(r"([\d.]+) \[([\d.]+), ([\d.]+)\]", ciou).groups())
+        spread = 1.96 * found["standard error"]
+        assert int(n) == found["n"] == control["n"]
+        assert (low, high) == pytest.approx((ciou - spread, ciou + spread), abs=0.15 * spread), label
+        expected = (found["ciou"], control["ciou"], found["giou"], found["oracle"])
+        assert [ciou, *map(float, figures)] == pytest.approx(expected, abs=0.0501), label
+        abouts = [json.loads(path.read_text()) for path in paths]
+        assert [about["shuffled_text"] for about in abouts] == [False, True] and not any(about["failed"] for about in abouts)
+        assert len({about["checkpoint"]["digest"] for about in abouts}) == 1
+        sets.add((abouts[0]["data"], abouts[0]["checkpoint"]["step"]))
+    assert len(sets) == 1  # the same expressions, after the same number of steps
+
+
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_a_result_is_of_the_model_that_is_shipped_and_its_lines_are_its_figures(path, shipped_digest):
     about, found = json.loads(path.read_text()), by_hand(path)
@@ -152,3 +172,5 @@ def test_an_evaluation_is_kept(tmp_path):
         results.read(tmp_path / "to")
     with pytest.raises(UserError, match=r"holds none of val\.json"):
         results.keep(tmp_path, tmp_path / "to")
+    with pytest.raises(UserError, match=r"absent holds no result: keep an evaluation there with --keep=OUT --as=absent"):
+        results.read(tmp_path / "absent")

@@ -354,6 +354,27 @@ def test_the_seed_decides(tmp_path: Path):
     assert a.keys() == c.keys() and not any(a[name] == c[name] for name in a if name.endswith(("jpg", "png")))
 
 
+def test_a_small_world_names_colour_and_shape(tmp_path: Path):
+    numbers = {"reasonseg": 20, "panoptic": 30, "chat": 30}
+    multi_task.write_datasets(tmp_path / "x", **numbers, objects=(4, 4), palette="few", report=lambda line: None)
+    colours, shapes = ("red", "yellow", "green", "blue"), ("circle", "square", "triangle", "star")
+    table = read(tmp_path / "x" / "coco" / "annotations" / "panoptic_train2017.json")
+    names = {category["id"]: category["name"] for category in table["categories"]}
+    assert sorted(names.values()) == sorted([*(f"{c} {s}" for c in colours for s in shapes), "background"])
+    scenes = {
+        row["image"]: row["objects"] for row in map(json.loads, (tmp_path / "x" / "scenes.jsonl").read_text().splitlines())
+    }
+    for image, objects in scenes.items():
+        looks = {(o["colour"], o["shape"], o["texture"]) for o in objects}
+        few = all(c in colours and s in shapes and t == "plain" for c, s, t in looks)
+        assert (few and len(objects) == 4) or image.startswith("reasonseg/")
+    assert any(o["texture"] != "plain" for image, objects in scenes.items() for o in objects)  # ReasonSeg's questions
+    for annotation in table["annotations"]:
+        objects = scenes[f"coco/train2017/{annotation['file_name'].replace('.png', '.jpg')}"]
+        found = sorted((names[s["category_id"]], s["area"]) for s in annotation["segments_info"] if s["category_id"] != 100)
+        assert found == sorted((f"{o['colour']} {o['shape']}", o["area"]) for o in objects)
+
+
 def test_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def full(*_: Any):
         raise OSError(28, "No space left on device")
@@ -371,6 +392,7 @@ def test_bad_requests_are_user_errors(tmp_path: Path):
         ("at least 5 images for reasonseg, got 4", "x", {"reasonseg": 4}),
         ("at least 2 images for panoptic, got 1", "x", {"panoptic": 1}),
         ("at least 1 images for chat, got 0", "x", {"chat": 0}),
+        ("did you mean 'few'", "x", {"palette": "fewer"}),
         ("already exists", "taken", {}),
         ("cannot create", "taken/file/x", {}),
     ):

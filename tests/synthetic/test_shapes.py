@@ -22,7 +22,7 @@ from flowseg_jax.errors import UserError
 from flowseg_jax.synthetic import generate, generator, polygons, refcoco_writer
 from flowseg_jax.synthetic.expressions import FAMILIES
 from flowseg_jax.synthetic.render import PAINT
-from flowseg_jax.synthetic.scene import COLOURS, SHAPES, TEXTURES, is_held_out
+from flowseg_jax.synthetic.scene import COLOURS, PALETTES, SHAPES, TEXTURES, is_held_out
 from tests.helpers import expression_parser
 from tests.helpers.coarse import coarse
 
@@ -129,7 +129,7 @@ def test_it_is_the_benchmark_that_the_published_figures_are_about(made: Made):
 
 
 def test_masks_survive_the_coco_rasteriser():
-    config = generator._config(0, None, (7, 10), "default", 128, 92)
+    config = generator._config(0, None, (7, 10), "default", 128, 92, "all")
     rng, parts = random.Random(5), collections.Counter()
     scenes = [s for s in (generator._draw_scene(rng, config, False) for _ in range(60)) if s]
     for mask in itertools.chain.from_iterable(scene.masks for scene in scenes):
@@ -240,6 +240,23 @@ def test_the_hardest_mix_and_other_sizes_work(tmp_path: Path):
             assert expression_parser.resolve(s["sent"], made.scenes[ref["image_id"]]["objects"]) == [ref["ann_id"]]
 
 
+def test_a_set_can_have_few_looks(tmp_path: Path):
+    mix = {"attribute": 1.0}
+    generate(tmp_path / "x", 30, 0, mix=mix, objects=(4, 4), palette="few", workers=1, report=lambda line: None)
+    made, seen = load(tmp_path / "x"), collections.defaultdict(set)
+    for scene in made.scenes.values():
+        assert len(scene["objects"]) == 4
+        for o in scene["objects"]:
+            for kind in ("shape", "colour", "texture"):
+                seen[kind].add(o[kind])
+    looks = PALETTES["few"]
+    assert seen == {"shape": set(looks.shapes), "colour": set(looks.colours), "texture": {"plain"}}
+    assert {ref["split"] for ref in made.refs} == {"train", "val", "testA", "testB"}
+    for ref in made.refs:
+        for s in ref["sentences"]:
+            assert expression_parser.resolve(s["sent"], made.scenes[ref["image_id"]]["objects"]) == [ref["ann_id"]]
+
+
 def test_an_expression_can_refer_to_nothing(tmp_path: Path):
     mix = {"attribute": 0.4, "ordinal": 0.2, "relation": 0.15, "no-target": 0.25}
     statistics = generate(tmp_path / "x", 60, 3, mix=mix, workers=1, report=lambda line: None)
@@ -316,6 +333,7 @@ def test_bad_requests_are_user_errors(tmp_path: Path):
         ("64..4096", "x", 16, {"size": 32}),
         ("quality", "x", 16, {"quality": 0}),
         ("preset", "x", 16, {"preset": "harder"}),
+        ("did you mean 'few'", "x", 16, {"palette": "fewer"}),
         ("workers", "x", 16, {"workers": 0}),
     ):
         with pytest.raises(UserError, match=match):
