@@ -2,7 +2,7 @@
 
 They are known by keys (`data.leakage`). A key is kept as the first 128 bits of its SHA-256, 16 bytes however long its text is.
 Equal keys have equal bits, so no image that is evaluated on slips through. Different keys with equal bits would leave out a
-training image too many; that some two of 10^7 keys on either side have them has a chance of 3 in 10^25.
+training image too many; the chance that there are any is the number of keys on one side times that on the other over 2^128.
 """
 
 from __future__ import annotations
