@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -223,11 +224,13 @@ def test_two_processes_that_are_restarted_train_as_if_none_had_been_killed(undis
         (pid,) = children(jobs[victim])
         os.kill(pid, signal.SIGKILL)
         reached = lines_of(workdir / "metrics.jsonl")
-        said = finish(*jobs)
+        codes, lines = zip(*ended(jobs), strict=True)
     finally:
         for pid in [pid for job in jobs for pid in children(job)]:
             os.kill(pid, signal.SIGKILL)
         clean(jobs)
+    said = "\n".join(itertools.chain(*lines))
+    assert codes == (0, 0), said
     assert said.count("the run was ended by SIGKILL; it is started again in 15 s, 1 of 2") == 1
     assert said.count(f"the run ended with exit code {process_watch.GONE}; it is started again in 15 s, 1 of 2") == 1
     (start,) = map(int, re.findall(r"continuing from the checkpoint of step (\d+)", said))
