@@ -4,8 +4,8 @@
     python -m benchmarks.kernels v5e v5p v6e --write    # into flowseg_jax/aot/kernel_bundles.json
 
 Needs libtpu (the extra `tpu`); nothing runs. A kernel is compiled for a device that is not there, and the compiler writes its
-final code down: one line a bundle, loops and skipped regions marked. Every inner loop is a body of the kernel, or else the
-largest region that a step may skip; the rest of the code runs in every step.
+final code down: one line a bundle, loops and skipped regions marked. A kernel tells how many bodies it has. They are its
+longest inner loops, or else the largest region that a step may skip; the rest of the code runs in every step.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from flowseg_jax.system.paths import ROOT
 TABLE = ROOT / "flowseg_jax" / "aot" / "kernel_bundles.json"
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 TOLERANCE = 0.02
-SMALLEST_REGION, SMALLEST_LOOP = 72, 40  # bundles of a region and of a loop worth telling apart
+SMALLEST_REGION, SMALLEST_LOOP = 72, 16  # bundles of a region and of a loop worth telling apart
 
 _LINE = re.compile(r"\s*(?:0x)?(?P<address>[0-9a-f]+)\s+(?:[A-Z]{2})?\s*:\s*(?P<depth>(?:>\s*)*)\{(?P<code>.*)")
 _BRANCH = re.compile(r"sbr\.rel \([^)]*\) target = \$region(\d+)")
@@ -178,11 +178,11 @@ CASES = (
 )
 
 
-def bodies(text: str) -> tuple[int, list[int]]:
-    """(bundles of a step without its bodies, bundles of each body) of a kernel's final code.
+def bodies(text: str, count: int = 1) -> tuple[int, list[int]]:
+    """(bundles of a step without its bodies, bundles of each of `count` bodies as they stand) of a kernel's final code.
 
     Raises:
-        ValueError: text that holds no bundle.
+        ValueError: text that holds no bundle, or fewer bodies than `count`.
     """
     depth, code = {}, {}
     for line in text.splitlines():
@@ -192,8 +192,12 @@ def bodies(text: str) -> tuple[int, list[int]]:
     if not depth:
         raise ValueError("no bundles in this text")
     total, addresses = max(depth) + 1, sorted(depth)
-    loops = _runs(depth, total)
-    if loops:
+    runs = _runs(depth, total)
+    if runs:
+        if len(runs) < count:
+            raise ValueError(f"{len(runs)} loops in a kernel of {count} bodies")
+        chosen = sorted(sorted(range(len(runs)), key=lambda n: -runs[n])[:count])
+        loops = [runs[n] for n in chosen]
         return total - sum(loops), loops
     regions = []
     for address in addresses:
@@ -239,15 +243,15 @@ def count(device: str, case: Case) -> dict[str, dict[str, Any]]:
             raise UserError(f"{case.name} on {device}: {(ran.stderr or ran.stdout).strip().splitlines()[-1]}")
         files = {path.name: path for path in Path(directory).iterdir() if _SETTLED.search(path.name)}
         found = {}
-        for instruction, kernel in json.loads(ran.stdout.splitlines()[-1]).items():
+        for instruction, (kernel, told) in json.loads(ran.stdout.splitlines()[-1]).items():
             [path] = [p for name, p in files.items() if f"-{instruction}-" in name and "schedule-analysis" not in name]
-            step, inner = bodies(path.read_text(errors="replace"))
+            step, inner = bodies(path.read_text(errors="replace"), told)
             found[kernel] = {"step": step, "bodies": inner}
         return found
 
 
-def _compile(device: str, case: Case) -> dict[str, str]:
-    """{HLO instruction: kernel} of a case; the compiler writes its code to where LIBTPU_INIT_ARGS says."""
+def _compile(device: str, case: Case) -> dict[str, tuple[str, int]]:
+    """{HLO instruction: (kernel, its bodies)} of a case; the compiler writes its code to where LIBTPU_INIT_ARGS says."""
     import jax
     from jax.sharding import SingleDeviceSharding
 
@@ -260,7 +264,7 @@ def _compile(device: str, case: Case) -> dict[str, str]:
     shapes = [jax.ShapeDtypeStruct(shape, dtype, sharding=at) for shape, dtype in arguments]
     module = Module(jax.jit(function).lower(*shapes).compile().as_text())
     metadata = {x.name: kernel_metadata(x) for x in module.instructions(module.entry).values()}
-    return {name: found["kernel"] for name, found in metadata.items() if "kernel" in found}
+    return {name: (found["kernel"], len(found["bodies"].split())) for name, found in metadata.items() if "kernel" in found}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

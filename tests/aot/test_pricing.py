@@ -12,7 +12,7 @@ from benchmarks.kernels import bodies
 from flowseg_jax.aot import pricing, roofline
 from flowseg_jax.aot.hlo import Collective, CollectiveStats, Module
 from flowseg_jax.aot.tpu_cost import Cost, CostEstimate, cycles
-from flowseg_jax.ops.attention import flash
+from flowseg_jax.ops.attention import flash_call
 from flowseg_jax.ops.attention.blocks import Blocks, Loops, metadata
 from flowseg_jax.ops.attention.mask import causal_mask
 from flowseg_jax.system.hardware import DEVICE_SPECS
@@ -152,7 +152,7 @@ def test_the_kernel_tells_how_many_blocks_a_causal_mask_leaves(window: int | Non
     steps = (1, heads, blocks.rows, blocks.columns)
     mask = causal_mask(jnp.ones((1, tokens), jnp.int32), jnp.arange(tokens)[None], window)
     found = metadata("attend", blocks, steps, [("q", 128)], jnp.dtype("float32"), mask)
-    active = int(flash._describe(mask, blocks)[0].sum())
+    active = int(flash_call.describe(mask, blocks)[0].sum())
     assert 0 < active < blocks.rows * blocks.columns
     assert (int(found["steps"]), int(found["bodies"])) == (heads * blocks.rows * blocks.columns, heads * active)
     # The steps of a causal mask are the pairs of blocks that are not too late.
@@ -184,6 +184,11 @@ def test_bundles_of_a_region_that_a_step_may_skip_are_a_body() -> None:
 
 
 def test_bundles_of_inner_loops_are_bodies() -> None:
-    assert bodies(_bundles((30, 1, {}), (200, 2, {}), (3, 1, {}), (100, 2, {}), (4, 1, {}))) == (37, [200, 100])
+    """As many as the kernel tells of, the longest, in their order. A loop that the compiler made is none of them."""
+    loops = ((size, 2, {}) for size in (20, 17, 9, 200))
+    code = _bundles((30, 1, {}), *(part for loop in loops for part in (loop, (3, 1, {}))))
+    assert bodies(code, 2) == (30 + 12 + 17 + 9, [20, 200])
+    with pytest.raises(ValueError, match="3 loops in a kernel of 4 bodies"):
+        bodies(code, 4)
     with pytest.raises(ValueError, match="no bundles"):
         bodies("nothing")

@@ -11,7 +11,7 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.sharding import AxisType, PartitionSpec
 
-from flowseg_jax.ops.attention import attention, blocks, causal_mask, flash
+from flowseg_jax.ops.attention import attention, blocks, causal_mask, flash_forward
 from flowseg_jax.ops.msda import kernel, msda
 
 
@@ -23,7 +23,7 @@ def test_flash_on_the_parts_of_each_device(monkeypatch, rng, manual, batch, grou
     monkeypatch.setattr(blocks, "BLOCKS", (128,))
     seen = []
     monkeypatch.setattr(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=True))
-    monkeypatch.setattr(flash, "_forward", lambda *x, run=flash._forward: seen.append(x[1].shape) or run(*x))
+    monkeypatch.setattr(flash_forward, "run", lambda *x, run=flash_forward.run: seen.append(x[1].shape) or run(*x))
     q, k, v = (jnp.asarray(rng.normal(size=(batch, 8, heads, 4)), jnp.float32) for heads in (4, groups, groups))
     ids = jnp.zeros((batch, 8), jnp.int32)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +43,7 @@ class Blocks:
         queries, keys = (min(BLOCKS, key=lambda size: -n % size) for n in (s, t))
         return cls(queries, keys, -(-s // queries), -(-t // keys), h, g, t)
 
-    def meet(self, i: int, j: int) -> bool:
+    def meet(self, i: Any, j: Any) -> Any:
         """Whether the block i of queries has a token that is no earlier than the first one of the block j of keys."""
         return j * self.keys < (i + 1) * self.queries
 
@@ -139,5 +140,5 @@ def metadata(
     if blocks.together > 1:
         masked += f" {blocks.together} heads"
         ends = [steps[0] * blocks.heads * blocks.rows]
-        bodies = {"attend": [*bodies, *ends], "differentiate_queries": [*ends, *bodies, *ends]}.get(name, bodies)
+        bodies = {"attend": [*bodies, *ends], "differentiate": [*ends, *bodies, *ends]}[name]
     return {"kernel": f"{name} {shape} {dtype} {masked}", "steps": str(math.prod(steps)), "bodies": " ".join(map(str, bodies))}
