@@ -76,6 +76,20 @@ def _attention(tokens: int, heads: int, groups: int, key_width: int, value_width
     return build
 
 
+def _attention_to_a_cache(queries: int, keys: int, heads: int) -> Callable:
+    def build() -> tuple[Callable, list]:
+        from flowseg_jax.ops.attention import flash
+        from flowseg_jax.ops.attention.mask import AttentionMask, TokenInfo
+
+        def forward(q, k, v, of_queries, of_keys):
+            return flash.forward(q, k, v, AttentionMask(TokenInfo(*[of_queries] * 3), TokenInfo(*[of_keys] * 3)), 0.1)
+
+        k = (1, keys, 1, 128), "bfloat16"
+        return forward, [((1, queries, heads, 128), "bfloat16"), k, k, ((1, queries), "int32"), ((1, keys), "int32")]
+
+    return build
+
+
 def _deformable_attention(maps: Sequence[tuple[int, int]], heads: int, channels: int, points: int) -> Callable:
     def build() -> tuple[Callable, list]:
         from flowseg_jax.ops.msda.kernel import Kernel
@@ -167,9 +181,12 @@ def _masked_attention(queries: int, keys: int, width: int) -> Callable:
 CASES = (
     *(Case(f"language model, {n} heads", _attention(2304, n, 1, 128, 128, mask="causal")) for n in (1, 2, 4)),
     *(Case(f"language model beside a cache, {n} heads", _attention(2304, n, 1, 128, 128, mask="rule")) for n in (1, 2, 4)),
+    Case("language model, an image before its expressions", _attention(1792, 4, 1, 128, 128, mask="causal")),
+    Case("language model, a round of expressions", _attention_to_a_cache(192, 1984, 4)),
     Case("SAM, whole image", _attention(4096, 2, 2, 192, 64)),
     Case("SigLIP2", _attention(729, 2, 2, 72, 72)),
     Case("mask decoder", _masked_attention(1800, 4096, 32)),
+    Case("mask decoder, a round of expressions", _masked_attention(1600, 4096, 32)),
     Case("pixel decoder", _deformable_attention(((32, 32), (64, 64), (128, 128)), 8, 32, 4)),
     Case("SAM, windows", _window(14, 2)),
     Case("SAM, division into windows", _divided(64, 14)),

@@ -49,6 +49,8 @@ from flowseg_jax.types import IMAGE_TOKEN_INDEX, Batch, ExpressionQueries, Image
 
 # ImageNet's, of RGB values in [0, 1].
 SAM_MEAN, SAM_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# An image's prefix of at least so many blocks of tokens is padded to whole ones: accelerators move no part of a block.
+BLOCK, MIN_BLOCKS = 128, 8
 
 Out = dict[str, Any] | None
 
@@ -272,10 +274,12 @@ class FlowSeg(nnx.Module):
         """
         features = self.encode_image(images)
         b, length = images.sam_images.shape[0], prefix.shape[0]
-        position_ids = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (b, length))
+        padding = -length % BLOCK if length >= MIN_BLOCKS * BLOCK else 0
+        place = jnp.broadcast_to(jnp.arange(length + padding, dtype=jnp.int32), (b, length + padding))
         with jax.named_scope("llm"):
             embeds = self.merge_visual_tokens(jnp.broadcast_to(prefix, (b, length)), features.visual_tokens)
-            _, kv_cache = self.llm.prefill(embeds, position_ids, jnp.zeros_like(position_ids), length)
+            embeds = jnp.pad(embeds, ((0, 0), (0, padding), (0, 0)))
+            _, kv_cache = self.llm.prefill(embeds, place, jnp.where(place < length, 0, -1))
         return ImageCache(features.mask_features, features.multi_scale_features, kv_cache)
 
     def predict_cached(self, image_cache: ImageCache, queries: ExpressionQueries, out: Out = None) -> MaskCandidates:

@@ -155,18 +155,22 @@ class LanguageModel(nnx.Module):
         inputs_embeds: Float[Array, "b t w"],
         position_ids: Int[Array, "b t"],
         segment_ids: Int[Array, "b t"],
-        capacity: int,
+        capacity: int | None = None,
     ) -> tuple[Float[Array, "b t w"], KVCache]:
         """As the call; also returns the cache of these tokens, with `capacity` slots per row.
+
+        None: a slot per token, without moving any; then padding must stand at the end of a row.
 
         Raises:
             ValueError: fewer slots than tokens.
         """
         b, t = segment_ids.shape
-        if capacity < t:
+        if capacity is not None and capacity < t:
             raise ValueError(f"a cache of {capacity} slots cannot hold {t} tokens")
         mask = causal_mask(segment_ids, position_ids, self.cfg.sliding_window)
         hidden, new, _ = self._run(inputs_embeds, position_ids, mask, None, keep_keys=True)
+        if capacity is None:
+            return hidden, KVCache(*new, position_ids, segment_ids)
         cfg = self.cfg
         cache = KVCache.empty(cfg.num_hidden_layers, b, capacity, cfg.num_key_value_heads, cfg.head_dim, inputs_embeds.dtype)
         return hidden, cache.update(*new, position_ids, segment_ids)

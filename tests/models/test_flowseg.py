@@ -106,10 +106,15 @@ def queries_of(batch, prefix, phrases, text=0):
     return ExpressionQueries(**fields, query_valid=np.broadcast_to(np.isin(np.arange(k), phrases), (len(batch.input_ids), k)))
 
 
-def test_predictions_from_an_image_cache_are_those_of_one_pass(model, run, batch):
-    """One pass over everything, and a cached image with all phrases at once or with some of them: the same numbers."""
+def test_predictions_from_an_image_cache_are_those_of_one_pass(monkeypatch, model, run, batch):
+    """One pass over everything, and a cached image with all phrases at once or with some of them: the same numbers.
+
+    The cached prefix is padded to whole blocks, as long ones are.
+    """
     cfg, graphdef, params = model
     prefix = 1 + cfg.num_visual_tokens
+    monkeypatch.setattr(flowseg, "BLOCK", prefix - 3)
+    monkeypatch.setattr(flowseg, "MIN_BLOCKS", 1)
     batch = dataclasses.replace(
         batch, input_ids=np.concatenate([batch.input_ids[:1, :1].repeat(2, 0), batch.input_ids[:, 1:]], 1)
     )
@@ -118,6 +123,7 @@ def test_predictions_from_an_image_cache_are_those_of_one_pass(model, run, batch
     cache = jax.jit(net.prefill_image)(
         ImageInputs(batch.sam_images, batch.resized_hw, batch.siglip_images), batch.input_ids[0, :prefix]
     )
+    assert cache.kv_cache.segment_ids.tolist() == [[0] * prefix + [-1] * (prefix - 6)] * len(batch.input_ids)
     predict = jax.jit(net.predict_cached)
     for phrases, text in (((0, 1, 2), 0), ((1,), 0), ((0, 2), 9)):
         found = predict(cache, queries_of(batch, prefix, phrases, text))

@@ -312,19 +312,22 @@ def test_grid_attention_is_a_kernel_on_tpu(monkeypatch, platform, kernels):
         ("tpu", 256, "matrix", 2),
         ("tpu", 256, "matrix by head", 0),
         ("tpu", 255, "none", 0),
+        ("tpu", (192, 384), "none", 2),
+        ("tpu", (127, 1024), "none", 0),
         ("cpu", 256, "rule", 0),
     ],
 )
 def test_the_platform_compiled_for_chooses(platform, tokens, mask, kernels):
     """One kernel forward and one backward, or none; that the program is traced on a CPU does not matter."""
-    ids = jnp.zeros((1, tokens), jnp.int32)
+    s, t = tokens if isinstance(tokens, tuple) else (tokens, tokens)
+    ids = jnp.zeros((1, t), jnp.int32)
     masks = {"none": None, "rule": causal_mask(ids, ids), "matrix": causal_mask(ids, ids).materialize()}
     masks["matrix by head"] = jnp.tile(masks["matrix"], (1, 2, 1, 1))
-    x = jnp.zeros((1, tokens, 2, 128), jnp.bfloat16)
+    q, k = (jnp.zeros((1, n, 2, 128), jnp.bfloat16) for n in (s, t))
     step = jax.jit(
         jax.value_and_grad(lambda q, k, v: attention(q, k, v, mask=masks[mask]).astype(jnp.float32).sum(), (0, 1, 2))
     )
-    text = step.trace(x, x, x).lower(lowering_platforms=(platform,)).as_text()
+    text = step.trace(q, k, k).lower(lowering_platforms=(platform,)).as_text()
     assert text.count("@tpu_custom_call") == kernels
 
 

@@ -26,8 +26,8 @@ from flowseg_jax.ops.remat import keepable
 __all__ = ["AttentionMask", "TokenInfo", "attention", "causal_mask", "decomposed_rel_pos_attention", "rel_pos_attention"]
 
 IMPLEMENTATIONS = ("auto", "xla", "flash", "cudnn")
-# With fewer queries or keys than this, scores are small, and a kernel's blocks are mostly padding.
-MIN_KERNEL_TOKENS = 256
+# With fewer queries or keys than the first, or fewer scores than the second, a kernel's blocks are mostly padding.
+MIN_KERNEL_TOKENS, MIN_KERNEL_SCORES = 128, 256**2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +125,8 @@ def _run(name: str, static: _Static, q: Array, k: Array, v: Array, leaves: list[
     if static.impl != "auto":
         return call(kernels[static.impl])(q, k, v, mask, *saved)
     fits = {}
-    if min(q.shape[1], k.shape[1]) >= MIN_KERNEL_TOKENS:
+    s, t = q.shape[1], k.shape[1]
+    if min(s, t) >= MIN_KERNEL_TOKENS and s * t >= MIN_KERNEL_SCORES:
         if mask is None or isinstance(mask, AttentionMask) or mask.shape[1] == 1:
             fits["tpu"] = call(kernels["flash"])
         if cudnn.takes(q, k, v, mask):
