@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from flowseg_jax.ops.remat import ATTENTION
@@ -57,15 +59,36 @@ def scan_layers(
 ) -> tuple[Any, Any]:
     """Runs `body(layer, carry, x) -> (carry, y)` over layers [start, stop) of a stack.
 
-    Returns the last carry and the stacked ys, as `jax.lax.scan`. `xs` has one leading entry per layer that runs, or is None.
+    Returns the last carry and the stacked ys, as `jax.lax.scan`. `xs` has one leading entry per layer of the stack, or is None
+    where not all of them run.
     """
     graphdef, state = nnx.split(layers)
     state = nnx.to_pure_dict(state)
-    if start or stop is not None:
-        state = jax.tree.map(lambda w: w[start:stop], state)
 
     def step(carry, inputs):
         params, x = inputs
         return body(nnx.merge(graphdef, params), carry, x)
 
-    return jax.lax.scan(remat(step, policy), carry, (state, xs))
+    step = remat(step, policy)
+    if start or stop is not None:
+        return _scan_part(step, *slice(start, stop).indices(len(jax.tree.leaves(state)[0]))[:2], state, carry)
+    return jax.lax.scan(step, carry, (state, xs))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _scan_part(step: Callable, start: int, stop: int, state: Any, carry: Any) -> tuple[Any, Any]:
+    """Reads one layer after the other, for a part of a stack would be a copy."""
+
+    def one(carry, index):
+        return step(carry, (jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, index, keepdims=False), state), None))
+
+    return jax.lax.scan(one, carry, jnp.arange(start, stop))
+
+
+def _scan_part_forward(step: Callable, start: int, stop: int, state: Any, carry: Any) -> tuple[Any, Callable]:
+    """Of a copy, for each layer's gradient would be as large as the stack."""
+    run = lambda state, carry: jax.lax.scan(step, carry, (jax.tree.map(lambda w: w[start:stop], state), None))  # noqa: E731
+    return jax.vjp(run, state, carry)
+
+
+_scan_part.defvjp(_scan_part_forward, lambda step, start, stop, pull, cotangent: pull(cotangent))

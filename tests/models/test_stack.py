@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from flowseg_jax.models.stack import remat
+from flowseg_jax.models.layers import Linear
+from flowseg_jax.models.stack import remat, scan_layers, stack_layers
 from flowseg_jax.ops.attention import attention, decomposed_rel_pos_attention
 from flowseg_jax.ops.msda import msda
 
@@ -29,3 +31,26 @@ def test_attention_is_computed_once_where_its_results_are_kept(case):
     assert products["none"] == products["attention"] < products["full"]
     for policy in ("attention", "full"):
         np.testing.assert_allclose(gradients[policy], gradients["none"], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("part", [(0, 2), (1, 3), (2, None)])
+def test_a_part_of_a_stack_is_those_layers_and_no_copy_of_them(part):
+    """But where a gradient is taken: there each layer's own is as large as the layer, not as the stack."""
+    graphdef, params = nnx.split(stack_layers(lambda rngs: Linear(3, 3, rngs=rngs), 3, nnx.Rngs(0)))
+    params, x = nnx.to_pure_dict(params), jnp.arange(6.0).reshape(2, 3)
+
+    def run(params, x):
+        layers = nnx.merge(graphdef, params)
+        return scan_layers(layers, lambda layer, x, _: (jnp.sin(layer(x)),) * 2, x, start=part[0], stop=part[1])
+
+    def plain(params, x):
+        found = [x]
+        for kernel, bias in zip(params["kernel"][slice(*part)], params["bias"][slice(*part)], strict=True):
+            found.append(jnp.sin(found[-1] @ kernel + bias))
+        return found[-1], jnp.stack(found[1:])
+
+    for function in (lambda f: f, lambda f: jax.grad(lambda *x: sum(jnp.sum(y * y) for y in f(*x)), (0, 1))):
+        found, expected = (jax.tree.leaves(jax.jit(function(f))(params, x)) for f in (run, plain))
+        for a, b in zip(found, expected, strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+    assert " slice[" not in str(jax.make_jaxpr(run)(params, x))

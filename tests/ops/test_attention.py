@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -196,10 +197,10 @@ def test_flash_equals_the_plain_form(monkeypatch, interpreted, case, in_parts):
         rule = dataclasses.replace(rule, in_order=True)
     if case in ("matrix", "keys"):  # "keys": the same for all images and queries
         rule = rule.materialize() if case == "matrix" else (jnp.arange(t) % 3 == 0)[None, None, None]
-    rng = np.random.default_rng(3)
+    rng, groups = np.random.default_rng(3), 1 if case == "in order" else 2
     q, k, v, ct = (
         jnp.asarray(rng.standard_normal(shape), jnp.float32)
-        for shape in ((B, s, H, E), (B, t, 2, E), (B, t, 2, F), (B, s, H, F))
+        for shape in ((B, s, H, E), (B, t, groups, E), (B, t, groups, F), (B, s, H, F))
     )
     expected, gradients = run(q, k, v, ct, mask=rule, scale=0.3)
     out, got = run(q, k, v, ct, mask=rule, scale=0.3, impl="flash")
@@ -231,18 +232,17 @@ def test_flash_passes_over_blocks_in_which_nobody_sees_anybody(monkeypatch):
     ],
 )
 def test_flash_tells_a_plan_which_code_runs_and_how_often(rule, real, code, bodies):
-    """Both heads in one step, whose sums begin and end three times a head; or each with its own keys."""
+    """Two heads in one step, whose sums begin and end three times a head; or each with its own keys. A body has two of four."""
     ids = jnp.zeros((1, 3), jnp.int32)
     mask = None if rule is None else dataclasses.replace(causal_mask(ids, ids), **rule)
     widths, dtype = [("q", 128), ("k", 256)], jnp.dtype("bfloat16")
     name = f"128x128 q128 k256 bfloat16 {code}"
     apart = blocks.metadata("attend", blocks.Blocks(128, 128, 3, 3, 2, 2, real), (1, 2, 3, 3), widths, dtype, mask)
     assert apart == {"kernel": f"attend {name}", "steps": "18", "bodies": str(bodies)}
-    together = blocks.Blocks(128, 128, 3, 3, 2, 1, real)
     counts = {"attend": f"{bodies} 6", "differentiate": f"6 {bodies} 6"}
-    for kernel, expected in counts.items():
-        found = blocks.metadata(kernel, together, (1, 1, 3, 3), widths, dtype, mask)
-        assert found == {"kernel": f"{kernel} {name} 2 heads", "steps": "9", "bodies": expected}
+    for (kernel, expected), heads in itertools.product(counts.items(), (2, 4)):
+        found = blocks.metadata(kernel, blocks.Blocks(128, 128, 3, 3, heads, 1, real), (1, 1, 3, 3), widths, dtype, mask)
+        assert found == {"kernel": f"{kernel} {name} {heads} heads", "steps": "9", "bodies": expected}
 
 
 def test_flash_reads_nothing_outside_of_its_blocks_and_nothing_that_was_not_written(monkeypatch):

@@ -114,6 +114,11 @@ def _order(pairs: Sequence[tuple[int, int, int]], key: int) -> np.ndarray:
     return np.concatenate([np.transpose(pairs), [[True, *changes]], [[*changes, True]]]).astype(np.int32)
 
 
+def heads_a_body(together: int) -> int:
+    """Of so many query heads of a step, those in one pass of the loop over them. A loop has two passes or more."""
+    return 2 if together > 2 else 1
+
+
 def metadata(
     name: str,
     blocks: Blocks,
@@ -122,7 +127,7 @@ def metadata(
     dtype: jnp.dtype,
     mask: AttentionMask | Array | None,
 ) -> dict[str, str]:
-    """What a plan prices the kernel by (`aot.pricing`): which code it is, its steps, how many heads find their block active.
+    """What a plan prices the kernel by (`aot.pricing`): which code it is, its steps, how often a body finds its block active.
 
     Where a step has several heads, other loops over them begin and end the sums of the same queries. A mask's values are not
     known when a program is compiled: a plan counts the blocks that a causal one leaves.
@@ -136,9 +141,10 @@ def metadata(
     if isinstance(mask, AttentionMask):
         first = np.arange(blocks.rows)[:, None] * blocks.queries - np.arange(blocks.columns) * blocks.keys
         active = (first + blocks.queries > 0) & (mask.window is None or first - blocks.keys + 1 < mask.window)
-    bodies = [steps[0] * blocks.heads * active.sum()]
+    times = steps[0] * blocks.heads // heads_a_body(blocks.together)
+    bodies = [times * active.sum()]
     if blocks.together > 1:
         masked += f" {blocks.together} heads"
-        ends = [steps[0] * blocks.heads * blocks.rows]
+        ends = [times * blocks.rows]
         bodies = {"attend": [*bodies, *ends], "differentiate": [*ends, *bodies, *ends]}[name]
     return {"kernel": f"{name} {shape} {dtype} {masked}", "steps": str(math.prod(steps)), "bodies": " ".join(map(str, bodies))}
