@@ -32,6 +32,7 @@ BENCHMARKS = (
     "kernels",
     "measure",
     "on_device",
+    "priced",
 )
 COMMANDS += tuple(f"benchmarks/{name}.py" for name in (*BENCHMARKS, "quantization", "startup", "train_step"))
 
