@@ -186,7 +186,6 @@ CASES = (
     Case("SAM, whole image", _attention(4096, 2, 2, 192, 64)),
     Case("SigLIP2", _attention(729, 2, 2, 72, 72)),
     Case("mask decoder", _masked_attention(1800, 4096, 32)),
-    Case("mask decoder, a round of expressions", _masked_attention(1600, 4096, 32)),
     Case("pixel decoder", _deformable_attention(((32, 32), (64, 64), (128, 128)), 8, 32, 4)),
     Case("SAM, windows", _window(14, 2)),
     Case("SAM, division into windows", _divided(64, 14)),

@@ -220,6 +220,11 @@ def test_flash_passes_over_blocks_in_which_nobody_sees_anybody(monkeypatch):
     assert active[0].tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 0, 0]]
 
 
+def test_blocks_are_large_where_padding_costs_less():
+    sizes = {n: blocks.tokens_a_block(n) for n in (100, 192, 729, 1600, 1792, 2304, 4096)}
+    assert sizes == {100: 128, 192: 256, 729: 384, 1600: 384, 1792: 256, 2304: 384, 4096: 512}
+
+
 @pytest.mark.parametrize(
     ("rule", "real", "code", "bodies"),
     [

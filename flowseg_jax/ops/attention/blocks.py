@@ -14,8 +14,14 @@ from jaxtyping import Array
 
 from flowseg_jax.ops.attention.mask import AttentionMask
 
-BLOCKS = (512, 384, 256, 128)  # tokens a block: the first of those that pad least
+BLOCKS = (512, 384, 256, 128)  # tokens a block, one of these
+BLOCK_COST = 112  # what a block costs beside its tokens, in tokens: from counted bundles
 HEADS = 8  # query heads a step, at most
+
+
+def tokens_a_block(count: int) -> int:
+    """The cheapest of `BLOCKS` for so many tokens. Padding costs a copy, a tenth of it all."""
+    return min(BLOCKS, key=lambda size: -(-count // size) * (size + BLOCK_COST) * (1.1 if count % size else 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +46,7 @@ class Blocks:
     @classmethod
     def of(cls, q: Array, k: Array) -> Blocks:
         (s, h), (t, g) = q.shape[1:3], k.shape[1:3]
-        queries, keys = (min(BLOCKS, key=lambda size: -n % size) for n in (s, t))
+        queries, keys = tokens_a_block(s), tokens_a_block(t)
         return cls(queries, keys, -(-s // queries), -(-t // keys), h, g, t)
 
     def meet(self, i: Any, j: Any) -> Any:
