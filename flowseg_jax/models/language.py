@@ -200,7 +200,7 @@ class LanguageModel(nnx.Module):
         # Cached tokens come before all new ones.
         cached = TokenInfo(jnp.full_like(cache.segment_ids, -1), cache.segment_ids, cache.position_ids)
         keys = jax.tree.map(lambda *x: jnp.concatenate(x, 1), cached, mask.keys)
-        mask = dataclasses.replace(mask, keys=keys)
+        mask = dataclasses.replace(mask, keys=keys, in_order=False)
         hidden, new, _ = self._run(inputs_embeds, position_ids, mask, (cache.keys, cache.values), keep_keys=True)
         return hidden, cache.update(*new, position_ids, segment_ids)
 

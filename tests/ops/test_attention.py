@@ -128,17 +128,19 @@ def test_chunks_are_chosen_by_size_and_bound_memory(monkeypatch):
     assert temporary() < 8 * 2**20
 
 
-@pytest.mark.parametrize("bad", ["heads", "mask", "keys", "rule", "impl", "flash"])
+@pytest.mark.parametrize("bad", ["heads", "mask", "keys", "rule", "order", "impl", "flash"])
 def test_shapes_that_do_not_fit_are_refused(monkeypatch, bad):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # the function's own checks are under test
     q, k, v = inputs(2)
-    with pytest.raises(ValueError, match="do not fit|does not broadcast|a mask for|unknown|differs between heads"):
+    with pytest.raises(ValueError, match="do not fit|does not broadcast|a mask for|not the same|unknown|differs between heads"):
         if bad == "heads":
             attention(q[:, :, :3], k, v)
         elif bad == "keys":
             attention(q, k[:, 1:], v)
         elif bad == "rule":
             attention(q, k, v, mask=causal_mask(jnp.zeros((B, S), int), jnp.zeros((B, S), int)))
+        elif bad == "order":  # a kernel would pass over keys of a cache as too late
+            attention(q, k, v, mask=dataclasses.replace(packed(B, S, T - S, None), in_order=True))
         elif bad == "impl":
             attention(q, k, v, impl="fast")
         elif bad == "flash":

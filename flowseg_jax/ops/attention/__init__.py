@@ -76,6 +76,8 @@ def attention(
         shapes = mask.queries.order.shape, mask.keys.order.shape
         if shapes != ((b, s), (b, t)):
             raise ValueError(f"attention: a mask for queries {shapes[0]} and keys {shapes[1]}, not {(b, s)} and {(b, t)}")
+        if mask.in_order and s != t:
+            raise ValueError(f"attention: {s} queries and {t} keys are not the same tokens, as the mask's in_order says")
     elif mask is not None:
         if mask.ndim != 4 or mask.shape[3] != t or any(m not in (1, n) for m, n in zip(mask.shape, (b, h, s), strict=False)):
             raise ValueError(f"attention: mask {mask.shape} does not broadcast to {(b, h, s, t)}")

@@ -136,7 +136,7 @@ def metadata(
     """What a plan prices the kernel by (`aot.pricing`): which code it is, its steps, how often a body finds its block active.
 
     Where a step has several heads, other loops over them begin and end the sums of the same queries. A mask's values are not
-    known when a program is compiled: a plan counts the blocks that a causal one leaves.
+    known when a program is compiled: a plan counts the blocks that a causal one leaves whose queries are the last of the keys.
     """
     if mask is not None:
         masked = "matrix" if not isinstance(mask, AttentionMask) else "causal" if mask.in_order else "masked"
@@ -145,7 +145,8 @@ def metadata(
     shape = f"{blocks.queries}x{blocks.keys} {' '.join(f'{kind}{width}' for kind, width in widths)}"
     active = np.ones((blocks.rows, blocks.columns), bool)
     if isinstance(mask, AttentionMask):
-        first = np.arange(blocks.rows)[:, None] * blocks.queries - np.arange(blocks.columns) * blocks.keys
+        earlier = blocks.columns * blocks.keys - blocks.rows * blocks.queries
+        first = earlier + np.arange(blocks.rows)[:, None] * blocks.queries - np.arange(blocks.columns) * blocks.keys
         active = (first + blocks.queries > 0) & (mask.window is None or first - blocks.keys + 1 < mask.window)
     times = steps[0] * blocks.heads // heads_a_body(blocks.together)
     bodies = [times * active.sum()]
