@@ -95,3 +95,14 @@ def test_text_files_are_utf_8_on_every_machine():
     paths = [path for package in ("flowseg_jax", "convert_weights") for path in (ROOT / package).rglob("*.py")]
     found = {path.relative_to(ROOT): without_encoding(ast.parse(path.read_text(encoding="utf-8"))) for path in paths}
     assert {str(path): lines for path, lines in found.items() if lines} == {}
+
+
+def test_json_that_people_read_has_a_space_a_level_and_two_where_hugging_face_has():
+    found = {
+        (package, keyword.value.value)
+        for package in ("flowseg_jax", "convert_weights")
+        for path in (ROOT / package).rglob("*.py")
+        for keyword in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(keyword, ast.keyword) and keyword.arg == "indent" and isinstance(keyword.value, ast.Constant)
+    }
+    assert {one for one in found if one[1] is not None} == {("flowseg_jax", 1), ("convert_weights", 2)}

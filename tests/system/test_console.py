@@ -21,6 +21,17 @@ def test_duration(seconds, text):
     assert console.duration(seconds) == text
 
 
+def test_a_duration_reads_back_as_the_seconds():
+    for seconds in {
+        n for unit in (60, 3600, 86400) for times in range(1, 30) for n in range(unit * times - 61, unit * times + 61)
+    }:
+        if seconds >= 60:
+            days, _, clock = console.duration(seconds).rpartition("d ")
+            parts = [int(part) for part in clock.split(":")]
+            whole = sum(part * 60**n for n, part in enumerate(reversed(parts)))
+            assert (86400 * int(days or 0) + whole, max(parts[1:]) < 60, parts[0] < 60) == (seconds, True, True)
+
+
 def test_heartbeat_breaks_the_silence_and_only_the_silence(capsys):
     with console.heartbeat("compiling", every=0.1) as beat:
         time.sleep(0.15)
