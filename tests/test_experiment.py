@@ -5,6 +5,7 @@ import re
 import textwrap
 
 import pytest
+from ml_collections import ConfigDict
 
 from flowseg_jax import experiment as config_lib
 from flowseg_jax.errors import UserError
@@ -205,3 +206,8 @@ def test_five_old_names_are_told_and_the_others_counted():
             config_lib.check_names({"model": {"sam": dict.fromkeys(names[:many], 1)}}, "it")
         told = [f"model.sam.{name} is called {config_lib.new_name(f'model.sam.{name}')}" for name in names[:5]]
         assert str(error.value) == f"it: {'; '.join(told)}{more}"
+
+
+def test_a_config_holds_plain_values():
+    with pytest.raises(ValueError, match="^a config holds plain values only: Object of type set is not JSON serializable"):
+        config_lib.to_json(ConfigDict({"a": {1}}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import pytest
 from flowseg_jax import fields as fields_module
 from flowseg_jax.errors import UserError
 from flowseg_jax.models.config import FlowSegConfig
+from flowseg_jax.models.connectors import ConnectorConfig
+from flowseg_jax.models.language_config import LanguageConfig
 from flowseg_jax.system import json_files
 
 TINY = FlowSegConfig.tiny().to_dict()
@@ -118,3 +121,20 @@ def test_json_that_blows_up(tmp_path):
     assert json_files.short("x" * 10**6) == repr("x" * 40 + "…")
     assert json_files.short(10**6000) == "a number of 19932 bits"
     assert len(json_files.short([["x" * 10**6] * 10**5] * 3)) < 80
+
+
+def test_what_is_missing_is_named():
+    with pytest.raises(UserError, match="^m: model.connector: missing channels, hidden_channels$"):
+        fields_module.read(ConnectorConfig, {"scales": [1]}, "m: model.connector")
+    assert fields_module.read(ConnectorConfig, {"channels": [8], "hidden_channels": 4, "scales": [0.25]}, "m").channels == (8,)
+    with pytest.raises(UserError, match="connector: width 6 with scale 0.25 needs a width divisible by 4"):
+        fields_module.read(ConnectorConfig, {"channels": [6], "hidden_channels": 4, "scales": [0.25]}, "m")
+    with pytest.raises(UserError, match=r"head_dim=13 must be even \(rotary embedding\)"):
+        dataclasses.replace(LanguageConfig.tiny(300), head_dim=13)
+
+
+def test_json_is_read_as_deep_as_any_file_of_ours_and_no_deeper():
+    assert json_files.loads("[" * 100 + "]" * 100) and json_files.loads("7") == 7
+    for deep in ("[" * 101 + "]" * 101, '{"a":' * 101 + "1" + "}" * 101):
+        with pytest.raises(ValueError, match="it is nested more than 100 deep"):
+            json_files.loads(deep)

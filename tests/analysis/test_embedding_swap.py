@@ -11,6 +11,7 @@ import pytest
 from flowseg_jax.analysis import embedding_swap
 from flowseg_jax.analysis.runner import SampleResult
 from flowseg_jax.data.records import Sample
+from flowseg_jax.errors import UserError
 
 
 @pytest.fixture
@@ -71,3 +72,12 @@ def test_means():
         "n": 2,
         "iou": pytest.approx({"nothing": 80, "S": 50, "C": 10, "both": 0}),
     }
+
+
+def test_without_two_objects_there_is_nothing_to_exchange(tmp_path):
+    sample = Sample(1, "1.png", 1, 1, 1, "it", "", (0,), 1, "it")
+    alone = SampleResult(sample, {"other": -1}, np.zeros(4), None, None, None, None)
+    for measured in ([], [alone]):
+        with pytest.raises(UserError, match="no image of val has expressions for two different objects: there is nothing"):
+            embedding_swap.run(SimpleNamespace(measure=lambda *_, rows=measured: rows, split="val"), tmp_path)
+    assert list(tmp_path.iterdir()) == []

@@ -32,6 +32,7 @@ def explanation(text="the cat", left=5, band=True):
 
 def test_texts_are_lines():
     assert views.read_texts(" the cat \n\n a dog\n") == ["the cat", "a dog"]
+    assert len(views.read_texts("x\n" * 16)) == 16 and views.read_texts("y" * 300) == ["y" * 300]
     for wrong, message in (("", "one expression per line"), ("\n \n", "one expression per line"), ("x\n" * 17, "at most 16"),
                            ("y" * 301, "at most 300")):  # fmt: skip
         with pytest.raises(UserError, match=message):

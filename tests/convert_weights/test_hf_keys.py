@@ -271,3 +271,9 @@ def test_defaults_are_those_of_the_classes():
         for key, how in keys.read.items():
             if how.default not in (hf_keys.REQUIRED, None, {}) and key in theirs and theirs[key] is not None:
                 assert how.default == theirs[key], (family, key)
+
+
+def test_rotary_settings_by_kind_of_layer_are_refused():
+    values = {"rope_scaling": {"full_attention": {"rope_theta": 1e4}}, "rope_parameters": None}
+    with pytest.raises(UserError, match=r"^it: rotary settings by kind of layer \(full_attention\) are not supported"):
+        hf_keys.rope(values, "it")

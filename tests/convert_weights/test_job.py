@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from convert_weights import configs, job, run
+from convert_weights import configs, configs_from_hf, convert, job, run
 from convert_weights.job import ConversionRequest, open_conversion
 from convert_weights.plan import ParamTarget
 from convert_weights.sources import ArraySource
@@ -241,3 +241,32 @@ def test_what_an_export_says(monkeypatch, capsys):
     options = {"layout": "main", "dtype": "float16", "overwrite": True, "progress": run.log}
     assert exported.mock_calls == [call("family", "model", "out", **options)]
     assert capsys.readouterr().out == "out: peak memory 9 MiB\n"
+
+
+def test_what_a_conversion_cannot_begin_with(tmp_path):
+    safetensors.numpy.save_file({"w": np.zeros(1, np.float32)}, tmp_path / "x.safetensors")
+    (tmp_path / "other.json").write_text('{"model_type": "x"}')
+    joined = lambda parts: job._joined(job.FAMILIES["flowseg"], ConversionRequest("flowseg", parts))  # noqa: E731
+    for begin, message in (
+        (lambda: joined("x"), r"flowseg is put together from components: flowseg llm=DIR siglip=DIR sam=DIR"),
+        (lambda: joined({"llm": "x", "eyes": "y"}), r"flowseg has no part 'eyes' \(known: llm, siglip, sam, segmentor\)"),
+        (lambda: joined({"llm": "x"}), "flowseg needs siglip=DIR, sam=DIR: nothing is made up for a missing component"),
+        (lambda: joined({"segmentor": "x", "llm": "y"}), "flowseg needs siglip=DIR: nothing is made up"),
+        (
+            lambda: job._xsam(
+                job.FAMILIES["xsam"],
+                ConversionRequest("xsam", str(tmp_path / "x.safetensors"), config=str(tmp_path / "other.json")),
+            ),
+            r"other\.json holds no config of ours \(key flowseg\); set single values by --set KEY=VALUE",
+        ),
+        (
+            lambda: configs_from_hf.preset("qwen3_4c", job.PRESETS, None, "--llm"),
+            r"--llm: no preset and no directory 'qwen3_4c' \(did you mean 'qwen3_4b'\?\)",
+        ),
+        (
+            lambda: convert.TorchView(job.FAMILIES["sam"], SamConfig.tiny(), ArraySource({}), "hff"),
+            r"sam has no layout 'hff' \(did you mean 'hf'\?\)",
+        ),
+    ):
+        with pytest.raises(UserError, match=message):
+            begin()

@@ -186,3 +186,12 @@ def test_tensors_that_fit_no_layer_or_not_all_are_refused(recording, tmp_path):
     assert f"has no place for {min(tensors)}, " in refused(tensors)
     with pytest.raises(UserError, match="has no adapter_config.json"):
         peft.import_adapters(tmp_path, recording.base, tmp_path / "out")
+
+
+def test_a_component_without_adapters_has_none_to_export(monkeypatch, tmp_path):
+    learned = {"llm": {"x": {"lora": {"a": np.zeros((2, 3)), "b": np.zeros((3, 2))}}}}
+    monkeypatch.setattr(peft.Base, "open", lambda model, component: None)
+    monkeypatch.setattr(peft, "load_adapters", lambda directory: (learned, None, {"llm": "digest"}))
+    with pytest.raises(UserError, match="^a has no adapters of sam, but of llm$"):
+        peft.export_adapters("a", "m", tmp_path / "out", "sam")
+    assert list(tmp_path.iterdir()) == []

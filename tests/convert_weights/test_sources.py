@@ -13,7 +13,7 @@ import pytest
 import safetensors.numpy
 import torch
 
-from convert_weights import configs_from_hf
+from convert_weights import configs_from_hf, job
 from convert_weights.convert import export_params, import_params
 from convert_weights.files import open_source
 from flowseg_jax.checkpoints.manifest import flatten_params
@@ -258,3 +258,14 @@ def test_damaged_gguf(gguf_file, tmp_path):
         (tmp_path / "x.gguf").write_bytes(part)
         with pytest.raises(UserError, match=r"x.gguf cannot be read, it is damaged or truncated"):
             open_source(tmp_path / "x.gguf")
+
+
+def test_a_gguf_is_no_part_and_says_what_it_lacks(gguf_file, monkeypatch):
+    for path in (gguf_file[0], gguf_file[0].parent):
+        with pytest.raises(UserError, match=r"convert a GGUF by itself first \(flowseg convert llama \.\.\.\), then give its"):
+            job._llm_family(path)
+    source = open_source(gguf_file[0])
+    found = type(source)._field
+    monkeypatch.setattr(type(source), "_field", lambda self, name: None if "block" in name else found(self, name))
+    with pytest.raises(UserError, match=r"tiny\.gguf lacks llama\.block_count$"):
+        source.config()

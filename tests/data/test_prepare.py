@@ -1,11 +1,14 @@
 """Preparation: what is stored comes back, atomically, without TensorFlow."""
 
+import contextlib
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from types import SimpleNamespace
 
 import pytest
@@ -314,3 +317,34 @@ def test_a_set_of_the_format_before_is_upgraded(prepared, tmp_path):
     with pytest.raises(UserError, match=r"val\.jsonl: has changed since it was prepared"):
         upgrade(old, tmp_path / "newer")
     assert not [path for path in tmp_path.iterdir() if path.name not in ("old", "new")]
+
+
+def test_a_process_that_dies_and_one_that_was_quicker(tmp_path, monkeypatch):
+    class Pool(contextlib.AbstractContextManager):
+        def __init__(self, *_, **__):
+            pass
+
+        def __exit__(self, *_):
+            pass
+
+        def submit(self, *_):
+            future = Future()
+            future.set_exception(BrokenProcessPool())
+            return future
+
+    monkeypatch.setattr(prepare, "ProcessPoolExecutor", Pool)
+    with pytest.raises(UserError, match="a process died while it prepared, perhaps for want of memory: try fewer"):
+        prepare._write_in_processes(["a shard"], None, False, 2, None)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "metadata.json").write_text("")
+    with pytest.raises(UserError, match="out: another process has prepared it meanwhile"):
+        with prepare._resumable_directory(tmp_path / "out", {}, quiet):
+            pass
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "metadata.json").write_text(json.dumps({"format": FORMAT - 1}))
+    with pytest.raises(UserError, match="out: exists already; name another folder"):
+        upgrade(tmp_path / "old", tmp_path / "out")
+    (tmp_path / "old" / "metadata.json").write_text(json.dumps({"format": FORMAT - 2}))
+    with pytest.raises(UserError, match=f"prepared in format {FORMAT - 2}; only sets of format {FORMAT - 1} are"):
+        upgrade(tmp_path / "old", tmp_path / "new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["old", "out"]

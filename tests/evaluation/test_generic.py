@@ -24,7 +24,7 @@ from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation import category_scores, fusion, postprocess
 from flowseg_jax.evaluation.benchmark import EvalModel, GenericEvaluation
 from flowseg_jax.evaluation.evaluator import Evaluator
-from flowseg_jax.evaluation.tasks import instance, panoptic, semantic
+from flowseg_jax.evaluation.tasks import category_tables, instance, panoptic, semantic
 from flowseg_jax.evaluation.tasks.panoptic import Segments
 from flowseg_jax.models import flowseg
 from flowseg_jax.models.semantic_flow import SemanticFlowConfig
@@ -614,3 +614,21 @@ def test_what_cannot_be_evaluated_is_told(prepared):
         rows(marked, cfg, CategoryPrompts.of(marked.categories))
     with pytest.raises(UserError, match="holds no image to evaluate"):
         proposals.evaluate(perfect(prepared), Nothing(), prepared.categories, prepared.things)
+
+
+@pytest.mark.parametrize(
+    ("record", "fits"),
+    [
+        ({}, True), ({"matched": [[2, 0, 0]]}, True), ({"matched": [[3, 0, 0]]}, False), ({"matched": [[0, 5, 4]]}, False),
+        ({"matched": [[0, -1, 4]]}, False), ({"missed": [2], "extra": [0]}, True), ({"missed": [3]}, False),
+        ({"extra": [-1]}, False), ({"extra": [True]}, False), ({"confusion": [[2, -1, 0]]}, True),
+        ({"confusion": [[0, -2, 1]]}, False), ({"confusion": [[0, 1, -1]]}, False), ({"objects": [[3, {}]]}, False),
+        ({"found": [[0, 0.5, 1]], "masks": [1, 2]}, True), ({"found": [[0, 0.5, 2]], "masks": [1, 2]}, False),
+        ({"found": [[0, 0.5, -1]], "masks": [1]}, False),
+    ],
+)  # fmt: skip
+def test_counts_that_can_be(record, fits):
+    if fits:
+        return category_tables.check(record, 3)
+    with pytest.raises(ValueError, match="a negative count or no such category"):
+        category_tables.check(record, 3)

@@ -156,3 +156,8 @@ def test_unknown_protocol_names_the_known():
     assert protocols.get_protocol("xsam") is protocols.XSAM
     with pytest.raises(UserError, match=r"unknown protocol 'xsan' .*'xsam'"):
         protocols.get_protocol("xsan")
+
+
+def test_no_sample_at_all_is_a_mistake_of_ours():
+    with pytest.raises(ValueError, match="no samples to summarise"):
+        metrics.counted([])

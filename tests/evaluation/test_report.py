@@ -455,3 +455,12 @@ def test_what_the_learning_curve_plots(tmp_path, monkeypatch):
         assert len(curve) == -(-points // -(-points // 300)) and curve[-1][0] == points - 1 and curve == sorted(curve)
     with pytest.raises(UserError, match=r"gone\.jsonl cannot be read \(No such file or directory\)"):
         learning_curve.read(tmp_path / "gone.jsonl")
+
+
+def test_a_prompt_has_a_question_and_an_answer(tmp_path):
+    for prompt, lacking in (({"question": 1}, "answer"), ({"answer": 0}, "question"), ({"x": 1}, "question, answer")):
+        (tmp_path / "val.json").write_text(json.dumps(result(60.0) | {"prompt": prompt}))
+        with pytest.raises(UserError, match=rf"val\.json: prompt lacks {lacking}: evaluate again"):
+            results.read_table(tmp_path / "val.json")
+    (tmp_path / "val.json").write_text(json.dumps(result(60.0) | {"prompt": {}}))
+    assert results.read_table(tmp_path / "val.json")["prompt"] == {}

@@ -38,3 +38,10 @@ def test_a_step_has_a_band_one_pixel_wide_on_either_side():
 def test_even_windows_are_refused():
     with pytest.raises(ValueError, match="odd"):
         boundary_band(jnp.zeros((4, 4)), 2, 0.1)
+
+
+@pytest.mark.parametrize("size", [0, -1, 2])
+def test_a_window_has_an_odd_side(size):
+    with pytest.raises(ValueError, match=f"boundary_band: kernel_size {size} must be odd"):
+        boundary_band(jnp.zeros((3, 3)), size, 0.5)
+    assert not boundary_band(jnp.eye(3), 1, 0.5).any()  # of a window of one pixel there is no gradient

@@ -90,3 +90,10 @@ def test_sizes_that_do_not_fit_are_refused(monkeypatch):
         restore_matrices((24, 24), 96, (97, 96), (10, 10), (16, 16))
     with pytest.raises(ValueError, match="positive"):
         bilinear_matrix(0, 4)
+
+
+@pytest.mark.parametrize("sizes", [(0, 3), (3, 0), (-1, 1)])
+def test_sizes_are_positive(sizes):
+    with pytest.raises(ValueError, match=f"bilinear_matrix: sizes must be positive, got {sizes[0]} -> {sizes[1]}"):
+        bilinear_matrix(*sizes)
+    assert bilinear_matrix(1, 1).tolist() == [[1.0]]

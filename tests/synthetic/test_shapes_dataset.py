@@ -95,3 +95,25 @@ def test_the_real_generator(tmp_path):
     assert set(prepared.splits) == {"train", "val", "testA", "testB"} and prepared.families("train")
     source, index = prepared.source("train"), prepared.index("train")
     assert [source[i].image_id for i in range(len(source))] == [entry.image_id for entry in index]  # stored in order
+
+
+def test_who_waits_says_so_and_a_place_that_was_taken_meanwhile_is_left_alone(tmp_path):
+    said = []
+    with shapes._locked(tmp_path / "set.lock", said.append):
+        release = threading.Event()
+
+        def second():
+            with shapes._locked(tmp_path / "set.lock", said.append):
+                release.set()
+
+        thread = threading.Thread(target=second)
+        thread.start()
+        assert not release.wait(0.3)
+    thread.join(10)
+    assert release.is_set() and said == [f"waiting for another process to make {tmp_path / 'set'}"]
+    with pytest.raises(UserError, match=r"out: cannot be put in place \(.*\); did another process write it meanwhile\?"):
+        with shapes._atomic_directory(tmp_path / "out") as made:
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out" / "theirs").write_text("")
+            assert made.is_dir()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "set.lock"]

@@ -16,6 +16,8 @@ import pytest
 from flowseg_jax.checkpoints.manager import CheckpointManager
 from flowseg_jax.checkpoints.manifest import checksums
 from flowseg_jax.checkpoints.pretrained import load_pretrained
+from flowseg_jax.errors import UserError
+from flowseg_jax.system import distributed
 from tests.helpers.trees import abstract_of
 
 PROGRAM = """
@@ -162,3 +164,18 @@ def test_one_process_reads_what_two_wrote(outputs, workdir):
     assert checksums(restored.state) == checksums(expected(2))
     assert checksums(load_pretrained(workdir / "model", dtype=None).params) == checksums({"w": expected(3)["w"]})
     assert sorted(path.name for path in workdir.iterdir()) == ["checkpoints", "model"]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("host:1", None, None), "^--num-processes, --process-id missing: give --coordinator, --num-processes and"),
+        ((None, 2, 0), "^--coordinator missing: give"),
+        (("host", 2, 0), "^--coordinator=host --num-processes=2 --process-id=0: HOST:PORT, and a process below N$"),
+        (("host:1", 2, 2), "--process-id=2: HOST:PORT, and a process below N$"),
+        (("host:1", 2, -1), "--process-id=-1: HOST:PORT, and a process below N$"),
+    ],
+)
+def test_processes_are_named_whole_or_not_at_all(given, message):
+    with pytest.raises(UserError, match=message):
+        distributed._join(*given)
