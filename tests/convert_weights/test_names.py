@@ -101,3 +101,9 @@ def test_a_prefix_is_taken_off_and_said():
     assert found.notes == ["it: names without the prefix module."]
     with pytest.raises(UserError, match=r"^it holds an adapter \(1 of 2 tensors: a.base_layer.w\): merge the adapter first"):
         names.unwrapped(source("a.base_layer.w", "b"), get_family("siglip2"))
+
+
+@pytest.mark.parametrize("name", ["qwen3", "phi3", "llama"])
+def test_the_names_of_a_language_model_are_those_of_its_own_kind(name):
+    cfg = get_family(name).example_config()
+    assert (cfg.model_type, cfg.qk_norm, cfg.vocab_size) == (name, name == "qwen3", 8)

@@ -21,7 +21,16 @@ def test_the_first_start_is_noted_once(tmp_path, monkeypatch):
     assert FirstStart.of(tmp_path / "other").run_id != first.run_id
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"time": 1}', '{"time": "x", "run_id": "y"}', '{"time": 1, "run_id": "../../x"}'])
+A_RUN = "0123456789abcdef0123456789abcdef"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "[]", '{"time": 1}', f'{{"run_id": "{A_RUN}"}}', '{"time": 1, "run_id": "../../x"}', '{"time": 1, "run_id": 7}',
+        *(f'{{"time": {time}, "run_id": "{A_RUN}"}}' for time in ('"x"', "true", "null", "NaN")),
+    ],
+)  # fmt: skip
 def test_a_note_that_is_none_is_written_anew(tmp_path, text):
     (tmp_path / FILE).write_text(text)
     found = FirstStart.of(tmp_path)
@@ -33,3 +42,8 @@ def test_another_process_takes_what_the_first_one_says(tmp_path, monkeypatch):
     monkeypatch.setattr(first_start, "is_primary", lambda: False)
     monkeypatch.setattr(first_start, "all_gather_bytes", lambda mine: [b'{"run_id": "a", "time": 2.0}', mine])
     assert FirstStart.of(tmp_path) == FirstStart("a", 2.0) and list(tmp_path.iterdir()) == []
+
+
+def test_a_note_of_another_form_is_the_same_run(tmp_path):
+    (tmp_path / FILE).write_text(f'{{"time": 0, "run_id": "{A_RUN[:8]}-{A_RUN[8:].upper()}"}}')
+    assert FirstStart.of(tmp_path) == FirstStart(A_RUN, 0)
