@@ -1,6 +1,7 @@
 """Training, saving, loading and checking tokenizers."""
 
 import json
+import pickle
 import subprocess
 import sys
 
@@ -188,3 +189,10 @@ def test_not_a_tokenizer(tmp_path):
     with pytest.raises(UserError, match="not a readable tokenizer directory") as caught:
         load_tokenizer(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_that_was_sent_to_a_worker_has_the_same_ids_and_keeps_them(tokenizer):
+    sent = pickle.loads(pickle.dumps(tokenizer))
+    text = "<p>the red circle</p><SEG>"
+    assert sent.encode(text) == tokenizer.encode(text) and sent.encode(text) is sent.encode(text)
+    assert (sent.seg, sent.vocab, sent.definition) == (tokenizer.seg, tokenizer.vocab, tokenizer.definition)

@@ -10,7 +10,15 @@ from flowseg_jax.synthetic.expressions import NO_TARGET_FAMILY
 
 
 def config(**changes):
-    asked = {"seed": 3, "mix": {"attribute": 1.0}, "objects": (4, 7), "preset": "default", "size": 128, "quality": 92}
+    asked = {
+        "seed": 3,
+        "mix": {"attribute": 1.0},
+        "objects": (4, 7),
+        "preset": "default",
+        "size": 128,
+        "quality": 92,
+        "palette": "all",
+    }
     return generator._config(**asked | changes)
 
 
@@ -18,7 +26,7 @@ def test_what_is_asked_for_arrives_in_an_order_of_its_own():
     made = config(mix={"relation": 1.0, "attribute": 3.0, NO_TARGET_FAMILY: 0.0}, size=64, quality=100, objects=(10, 10))
     assert (made.seed, made.size, made.quality, made.objects) == (3, 64, 100, (10, 10))
     assert made.mix == {"attribute": 0.75, "relation": 0.25} and list(made.mix) == ["attribute", "relation"]
-    assert config(size=4096, quality=1, objects=(4, 4)).objects == (4, 4)
+    assert config(size=4096, quality=1, objects=(4, 4), palette="few").palette == "few" and made.palette == "all"
     for preset, (mix, objects) in generator.PRESETS.items():
         made = config(mix=None, objects=None, preset=preset)
         assert made.objects == tuple(objects) and set(made.mix) == {family for family, share in mix.items() if share}
@@ -39,6 +47,7 @@ def test_what_is_asked_for_arrives_in_an_order_of_its_own():
         ({"size": 63}, r"image size must be within 64\.\.4096 pixels, got 63"),
         ({"size": 4097}, r"image size must be within 64\.\.4096 pixels, got 4097"),
         ({"quality": 0}, r"JPEG quality must be within 1\.\.100, got 0"),
+        ({"palette": "fwe"}, r"unknown palette 'fwe' \(did you mean 'few'\?\)"),
         ({"quality": 101}, r"JPEG quality must be within 1\.\.100, got 101"),
     ],
 )
