@@ -18,6 +18,7 @@ from convert_weights.convert import TorchView, get_family
 from convert_weights.families import FAMILIES, Mask2FormerConfig
 from convert_weights.plan import detect_family, make_plan
 from convert_weights.sources import TensorInfo
+from flowseg_jax.errors import UserError
 from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.models.language_config import LanguageConfig
 from flowseg_jax.models.mask_decoder import MaskDecoderConfig
@@ -180,3 +181,31 @@ def test_every_parameter_has_exactly_one_place_in_every_layout(family, layout):
     unnamed = ("mask_decoder/logit_scale",) if family.name == "mask2former" else ()
     assert {part.target for part in slices} == set(ours.entries) - set(unnamed)
     assert covered == sum(math.prod(e.shape) for name, e in ours.entries.items() if name not in unnamed)
+
+
+def sam_of(*rows: int, meta: bool = False) -> SamConfig:
+    """The config of an encoder on a grid of 4 x 4 patches whose layers have tables of so many rows."""
+    patches, blocks = ("patch_embed.proj", "blocks") if meta else ("patch_embed.projection", "layers")
+    shapes = {"pos_embed": (1, 4, 4, 8), f"{patches}.weight": (8, 3, 16, 16), f"{blocks}.0.mlp.lin1.weight": (24, 8)}
+    shapes |= {f"{blocks}.{i}.attn.rel_pos_h": (n, 4) for i, n in enumerate(rows)}
+    entries = {f"it.{name}": TensorInfo(shape, BF16) for name, shape in shapes.items()}
+    return configs_from_shapes.sam_from_shapes(configs_from_shapes.Shapes(entries, "it"), "it.")
+
+
+def test_windows_and_whole_maps_are_told_apart_by_their_tables():
+    sizes = {"image_size": 64, "patch_size": 16, "hidden_size": 8, "num_attention_heads": 2, "mlp_dim": 24}
+    for rows, window, whole in (((3, 7), 2, (1,)), ((7, 5, 5, 7), 3, (0, 3)), ((7, 7), 1, (0, 1)), ((5,), 3, ())):
+        wanted = SamConfig(**sizes, num_hidden_layers=len(rows), window_size=window, global_attn_indexes=whole)
+        assert sam_of(*rows) == sam_of(*rows, meta=True) == wanted
+    with pytest.raises(UserError, match=r"^it\.: layers with windows of 2 sizes, \[2, 3\]; one size is supported$"):
+        sam_of(3, 5, 7)
+    with pytest.raises(UserError, match=r"it holds no it\.layers\.0\.mlp\.lin1\.weight: its sizes cannot be read off"):
+        configs_from_shapes.Shapes({}, "it")["it.layers.0.mlp.lin1.weight"]
+
+
+def test_the_last_quarters_of_an_encoder_are_read():
+    assert [configs_from_shapes.quarters(*of) for of in ((24, 3), (24, 4), (5, 3), (12, 1))] == [
+        (12, 18, 24), (6, 12, 18, 24), (2, 4, 5), (12,)
+    ]  # fmt: skip
+    shapes = configs_from_shapes.Shapes({"a.9.w": None, "a.10.w": None, "b.a.30.w": None, "a.40": None}, "it")
+    assert (shapes.count("a."), shapes.count("c."), "a.40" in shapes, "a.9" in shapes) == (11, 0, True, False)

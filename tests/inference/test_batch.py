@@ -261,6 +261,16 @@ def test_the_last_line_tells_the_rate_of_the_whole_run(many, monkeypatch, capsys
     assert "predict: 4 images in 11 s, 0.4/s, compilation included; 0 failed" in capsys.readouterr().out
 
 
+def test_twenty_failures_are_told_and_the_others_listed(many, monkeypatch, capsys):
+    answers = [{n: [{"failure": f"no {n}"} if n % 2 else {}]} for n in range(44)]
+    monkeypatch.setattr(batch.BatchPredictor, "answers", lambda self, listed, places: iter(answers))
+    assert many._fill(None, SimpleNamespace(places=range(44), total=50, add=lambda found: None)) == 22
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "predict: 44 of 50 images are to be answered by this process"
+    assert lines[1:-1] == [f"failed: no {n}" + "; further ones are only listed" * (n == 39) for n in range(1, 40, 2)]
+    assert lines[-1].endswith("22 failed")
+
+
 def test_an_index_holds_a_few_bytes_a_line(tmp_path):
     path = tmp_path / "list.jsonl"
     path.write_text("".join(f'{{"image": "{i}.png", "text": "it"}}\n' for i in range(20_000)))
