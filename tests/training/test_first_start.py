@@ -36,6 +36,7 @@ def test_a_note_that_is_none_is_written_anew(tmp_path, text):
     found = FirstStart.of(tmp_path)
     assert json.loads((tmp_path / FILE).read_text()) == {"run_id": found.run_id, "time": found.time}
     assert FirstStart.of(tmp_path) == found and len(found.run_id) == 32
+    assert found.run_id != A_RUN and 0 <= found.seconds_ago() < 1000  # nothing of the note is kept
 
 
 def test_another_process_takes_what_the_first_one_says(tmp_path, monkeypatch):
