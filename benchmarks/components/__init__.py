@@ -86,21 +86,17 @@ def _one(bar: float, aim: float | None = None) -> dict[str, Bar]:
 COMPONENTS: dict[str, TimedComponent] = {
     component.name: component
     for component in (
-        TimedComponent(
-            "sam_window", "encoders", "SAM ViT-L window block, 64 x 64 patches", _one(1.15, 1.0), dtypes=(FLOAT32, BFLOAT16)
-        ),
-        TimedComponent(
-            "sam_global", "encoders", "SAM ViT-L global block, 4,096 patches", _one(1.3, 1.0), dtypes=(FLOAT32, BFLOAT16)
-        ),
+        TimedComponent("sam_window", "encoders", "SAM ViT-L window block, 64 x 64 patches", **_both(1.15, 1.0, 1.15, 1.0)),
+        TimedComponent("sam_global", "encoders", "SAM ViT-L global block, 4,096 patches", **_both(1.3, 1.0, 1.3, 1.0)),
         TimedComponent("siglip", "encoders", "SigLIP2-so400m block, 729 patches", **_both(1.3, 1.1, 2.0, 1.6)),
         TimedComponent("llm_prefill", "encoders", "Qwen3-4B block, a prompt of 1,800 tokens", **_both(1.3, 1.1, 2.0, 1.6)),
         TimedComponent("llm_decode", "encoders", "Qwen3-4B block, one token after 1,800 cached", **_both(1.3, 1.1, 2.0, 1.6)),
-        TimedComponent("pixel_decoder_layer", "msda", "layer of the pixel decoder, 21,504 tokens"),
+        TimedComponent("pixel_decoder_layer", "msda", "layer of the pixel decoder, 21,504 tokens", _one(0.5, 0.4)),
         TimedComponent("msda", "msda", "deformable attention alone, 21,504 queries", _one(0.5, 0.4)),
         TimedComponent("msda_grad", "msda", "the same and its three gradients", _one(0.7, 0.5)),
         TimedComponent("decoder_layer", "decoder", "Mask2Former layer, 200 queries, 16,384 keys", _one(0.8, 0.7)),
         TimedComponent("decoder_layer_grad", "decoder", "the same and all gradients", _one(1.2, 1.0)),
-        TimedComponent("bar", "decoder", "boundary refinement of 8 masks, 128 x 128"),
+        TimedComponent("bar", "decoder", "boundary refinement of 8 masks, 128 x 128", _one(0.5, 0.3)),
         TimedComponent(
             "point_losses_grad", "losses", "point selection, BCE and dice of 32 masks, and the gradient", _one(1.3, 1.0)
         ),
