@@ -128,7 +128,7 @@ def test_results_come_from_processes_and_the_worst_decides(monkeypatch, tmp_path
     ((argv, options),) = commands
     assert "--eager" in argv and "--rounds=2" in argv and options["env"]["GOMP_SPINCOUNT"]
     assert command.main(["msda", "msda_grad"]) == 3
-    assert command.main(["msda", "matcher"]) == 3  # it has no bar to miss, and was not measured either
+    assert command.main(["msda", "matcher"]) == 3  # a C has no verdict
     assert command.main(["msda", "bar", "msda_grad", "resize", f"--json={out}"]) == 2
     text = capsys.readouterr().out
     assert "no ratio: it differs" in text and "killed by signal 9" in text
