@@ -178,15 +178,15 @@ def no_target_table(result: Result) -> str:
     return _table(head, [["`grefcoco`, val", *counts, *figures]])
 
 
-def stages_table(after: dict[str, Result], alone: dict[str, Result]) -> str:
-    """Stage 3 with and without the first two stages, each with the text of other images beside it."""
+def compared_table(title: str, models: dict[str, dict[str, Result]]) -> str:
+    """Models on the same samples, each with the text of other images beside it."""
     rows = []
-    for name, results in (("stage 3 after stages 1 and 2", after), ("stage 3 alone", alone)):
+    for name, results in models.items():
         found, (low, high) = results["val"].figures(), results["val"].interval()
         ciou, control = f"{found['ciou']:.1f} [{low:.1f}, {high:.1f}]", f"{results['val_shuffled'].figures()['ciou']:.1f}"
         rows.append([name, str(found["n"]), ciou, control, f"{found['giou']:.1f}", f"{found['oracle_ciou']:.1f}"])
-    head = ["val of the small world", "n", "cIoU [95 % of resampled images]", "cIoU with the text of other images", "gIoU"]
-    return _table([*head, "oracle cIoU"], rows)
+    head = [title, "n", "cIoU [95 % of resampled images]", "cIoU with the text of other images", "gIoU", "oracle cIoU"]
+    return _table(head, rows)
 
 
 def tables(folder: Path = ROOT / "results") -> dict[str, str]:
@@ -197,7 +197,14 @@ def tables(folder: Path = ROOT / "results") -> dict[str, str]:
         "protocols": protocol_table(shipped, psalm),
         "families": family_table(shipped["val"]),
         "no_target": no_target_table(read(folder / "shipped_no_target")["val"]),
-        "stages": stages_table(read(folder / "stages"), read(folder / "stages_alone")),
+        "stages": compared_table(
+            "val of the small world",
+            {"stage 3 after stages 1 and 2": read(folder / "stages"), "stage 3 alone": read(folder / "stages_alone")},
+        ),
+        "language_model": compared_table(
+            "first 60 images of val",
+            {"SmolLM2, frozen": read(folder / "smollm2_frozen"), "SmolLM2 with adapters": read(folder / "smollm2_lora")},
+        ),
     }
 
 

@@ -115,10 +115,18 @@ def test_the_table_of_the_no_target_split_is_what_was_counted():
     assert float(printed[2]) == pytest.approx(threshold, abs=0.000501)
 
 
-def test_the_table_of_the_stages_is_what_was_counted():
+@pytest.mark.parametrize(
+    "models",
+    [
+        {"stage 3 after stages 1 and 2": "stages", "stage 3 alone": "stages_alone"},
+        {"SmolLM2, frozen": "smollm2_frozen", "SmolLM2 with adapters": "smollm2_lora"},
+    ],
+    ids=lambda models: next(iter(models.values())),
+)
+def test_the_tables_that_compare_models_are_what_was_counted(models):
     rows = {row[0]: row[1:] for row in cells("docs/results.md") if len(row) == 6}
-    sets = set()
-    for label, folder in (("stage 3 after stages 1 and 2", "stages"), ("stage 3 alone", "stages_alone")):
+    setups = set()
+    for label, folder in models.items():
         paths = [ROOT / "results" / folder / f"{split}.json" for split in ("val", "val_shuffled")]
         found, control = map(by_hand, paths)
         n, ciou, *figures = rows[label]
@@ -131,8 +139,8 @@ def test_the_table_of_the_stages_is_what_was_counted():
         abouts = [json.loads(path.read_text()) for path in paths]
         assert [about["shuffled_text"] for about in abouts] == [False, True] and not any(about["failed"] for about in abouts)
         assert len({about["checkpoint"]["digest"] for about in abouts}) == 1
-        sets.add((abouts[0]["data"], abouts[0]["checkpoint"]["step"]))
-    assert len(sets) == 1  # the same expressions, after the same number of steps
+        setups.add((abouts[0]["data"], abouts[0]["images"], abouts[0]["checkpoint"]["step"]))
+    assert len(setups) == 1  # the same expressions, after the same number of steps
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: f"{path.parent.name}-{path.stem}")
