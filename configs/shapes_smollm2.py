@@ -6,8 +6,8 @@
     python train.py --config=configs/shapes_smollm2.py:full       # all of it learns
 
 A language model of this size costs two cores seconds a step, too much to learn to see from nothing beside it: the vision
-components and the mask decoder are those of the shipped tiny model and stay as they are. What joins them to the language model is
-new: it learns to put images into the model's words, and the model's words into the conditions that the decoder knows.
+components and the mask decoder are those of the shipped tiny model and stay as they are. What joins them to the language model
+is new: it learns to put images into the model's words, and the model's words into the conditions that the decoder knows.
 """
 
 import dataclasses
