@@ -160,4 +160,4 @@ def test_unknown_protocol_names_the_known():
 
 def test_no_sample_at_all_is_a_mistake_of_ours():
     with pytest.raises(ValueError, match="no samples to summarise"):
-        metrics.counted([])
+        metrics.counted([], protocols.XSAM)
