@@ -57,7 +57,7 @@ class Size:
     panoptic: int = 1600
     chat: int = 800
     steps: tuple[int, int, int] = (500, 80, 250)
-    evaluated: int = 144  # all of val
+    evaluated: int = 80
 
 
 @dataclasses.dataclass(frozen=True)
