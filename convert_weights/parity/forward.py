@@ -71,9 +71,9 @@ def observe(model: FlowSeg, batch: Batch) -> Observed:
     images |= {f"pixel_decoder/encoder_layer_{i}": x for i, x in enumerate(out["pixel_decoder/encoder_layers"])}
     images |= _maps("pixel_decoder/multi_scale", out["pixel_decoder/multi_scale_features"])
     images["pixel_decoder/mask_features"] = channels_first(found.mask_features)
-    for i, memory in enumerate(out["memories"]):
-        images[f"decoder/memory_{i}"] = memory.values
-        images[f"decoder/memory_pos_{i}"] = jnp.broadcast_to(memory.positions, (b, *memory.positions.shape))
+    for i, level in enumerate(out["levels"]):
+        images[f"decoder/memory_{i}"] = level.values.reshape(b, *level.positions.shape)
+        images[f"decoder/memory_pos_{i}"] = jnp.broadcast_to(level.positions, (b, *level.positions.shape))
 
     states, projected = out["llm/hidden_states"], out["llm_projector"]
     tokens = {f"llm/hidden_states_{i}": x for i, x in enumerate(states)} | {"llm/inputs_embeds": states[0]}
@@ -89,7 +89,7 @@ def observe(model: FlowSeg, batch: Batch) -> Observed:
     names = {"after_cross": "after_cross_attn", "after_self": "after_self_attn", "out": "after_mlp"}
     for i in range(cfg.mask_decoder.num_layers):
         passes |= {f"decoder/layer{i}_{theirs}": out[ours][i] for theirs, ours in names.items()}
-        positions = len(out["memories"][i % cfg.mask_decoder.num_levels].positions)
+        positions = len(out["levels"][i % cfg.mask_decoder.num_levels].positions)
         passes[f"decoder/layer{i}_attn_mask"] = ~out["attention_mask"][i][..., :positions]
     columns = {"class/cond_embeds": found.conditions.embeds}
     features = jnp.repeat(found.mask_features, k, 0)
@@ -114,7 +114,7 @@ def run_model(graphdef: nnx.GraphDef, params: dict[str, Any], batch: Batch) -> O
 def run_evaluation(graphdef: nnx.GraphDef, params: dict[str, Any], batch: Batch) -> tuple[Array, postprocess.SelectedMasks]:
     """The evaluation path of the product: scores [B, K, Q], and the selected candidate of each phrase."""
     found = bind_params(graphdef, params).predict(batch)
-    return found.scores, postprocess.top_k_masks(found.scores, found.mask_logits, 1)
+    return found.scores, postprocess.top_k_masks(found, 1)
 
 
 class ForwardComparison:

@@ -46,7 +46,7 @@ def before_and_after(
         {"band", "mask": [B, K]}, shares of the image in [0, 1]; mask logits [B, K, 2, h, w].
     """
     found = model.predict_cached(cache, questions)
-    before = postprocess.top_k_masks(found.scores, found.mask_logits, 1).logits[:, :, 0]
+    before = postprocess.top_k_masks(found, 1).logits[:, :, 0]
     after = model.refine_masks(before, found.mask_features)
     area = lambda cells: (cells * inside[:, None]).sum((-2, -1))  # noqa: E731
     edge = model.boundary.band(before)

@@ -54,10 +54,8 @@ def swapped(
     theirs = lambda x: jnp.take_along_axis(x, jnp.maximum(other, 0)[..., None], 1)  # noqa: E731
 
     def selected(phrases: Array, segs: Array) -> Array:
-        found = model.decode_masks(cache.mask_features, cache.multi_scale_features, phrases, segs)
-        return model.refine_masks(
-            postprocess.top_k_masks(found.scores, found.mask_logits, 1).logits[:, :, 0], found.mask_features
-        )
+        found = model.decode_masks(cache.mask_features, cache.levels, phrases, segs)
+        return model.refine_masks(postprocess.top_k_masks(found, 1).logits[:, :, 0], found.mask_features)
 
     pairs = (phrases, segs), (phrases, theirs(segs)), (theirs(phrases), segs), (theirs(phrases), theirs(segs))
     return {"other": other}, jnp.stack([selected(*pair) for pair in pairs], 2)

@@ -77,7 +77,8 @@ def _llm(model: FlowSeg, batch: Batch, given: dict[str, Any], losses: LossConfig
 
 
 def _mask_decoder(model: FlowSeg, batch: Batch, given: dict[str, Any], losses: LossConfig) -> TrainingOutput:
-    features = ImageFeatures(None, *given["pixel_decoder"])
+    mask_features, multi_scale_features = given["pixel_decoder"]
+    features = ImageFeatures(None, mask_features, model.mask_decoder.prepare_levels(mask_features, multi_scale_features))
     text = given["llm"][0] if model.cfg.has_language_model else None
     out = model.decode_training_passes(batch, features, text, DP_GROUP)
     return dataclasses.replace(out, hidden_states=None, lm_head=None)

@@ -42,11 +42,11 @@ def score_categories(
             conditions = dataclasses.replace(conditions, attend_mask=jnp.zeros_like(conditions.attend_mask))
         # A conversation's <SEG> bears the number of its first name.
         segs = pool_spans(projected, batch.seg_ids, count * size)[:, ::size].reshape(b * count, -1)
-        out = model.mask_decoder(features.mask_features, features.multi_scale_features, count, conditions, segs)
+        out = model.mask_decoder(features.levels, count, conditions, segs)
         logits = out.class_logits[-1]
     else:
         count, size = 1, total
-        out = model.mask_decoder(features.mask_features, features.multi_scale_features, 1)
+        out = model.mask_decoder(features.levels, 1)
         logits = model.category_head(out.queries[-1]).astype(jnp.float32)
     own = jax.nn.softmax(logits, -1)[..., :-1].reshape(b, count, -1, size)
     # A candidate's scores stand in the place of its own conversation; not a product, which would round them.

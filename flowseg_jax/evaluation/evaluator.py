@@ -37,7 +37,7 @@ CACHE = BY_IMAGE, PartitionSpec(None, sharding.BATCH_AXES)  # of the two parts b
 def _split(cache: ImageCache) -> tuple[Any, Any]:
     """What has its images along the first axis, and what along the second, after the layers."""
     kv = cache.kv_cache
-    return (cache.mask_features, cache.multi_scale_features, kv.position_ids, kv.segment_ids), (kv.keys, kv.values)
+    return (cache.mask_features, cache.levels, kv.position_ids, kv.segment_ids), (kv.keys, kv.values)
 
 
 def _join(parts: tuple[Any, Any]) -> ImageCache:

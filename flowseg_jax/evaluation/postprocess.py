@@ -24,6 +24,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from flowseg_jax.data.images import size_bucket
+from flowseg_jax.models.outputs import MaskCandidates
 from flowseg_jax.ops.resize import apply_matrices, restore_matrices
 
 BLOCK = 1 << 22  # logits at the original size that exist at once, an image
@@ -160,10 +161,10 @@ def ranked(scores: Float[Array, "*s"]) -> Float[Array, "*s"]:
     return jnp.where(jnp.isfinite(scores), scores, -jnp.inf)  # NaN would win every argmax
 
 
-def _take(scores: Float[Array, " q"], logits: Float[Array, "q h w"], query: Int[Array, " n"]) -> SelectedMasks:
+def _selected(scores: Float[Array, " q"], query: Int[Array, " n"], logits: Float[Array, "n h w"]) -> SelectedMasks:
     score = scores[query]
     rank = (ranked(scores)[None] > ranked(score)[:, None]).sum(-1, dtype=jnp.int32)
-    used = jnp.where(jnp.isfinite(score)[:, None, None], logits[query], jnp.nan)
+    used = jnp.where(jnp.isfinite(score)[:, None, None], logits, jnp.nan)
     return SelectedMasks(query.astype(jnp.int32), score, used, rank)
 
 
@@ -195,27 +196,27 @@ def select_masks(
     def image(scores, logits, truth, inside):
         def one(phrase):  # one at a time: [q, h, w] bits as float32, never [k, q, h, w]
             scores, logits, truth = phrase
-            best = jnp.argmax(iou_on_grid(logits, truth, inside))
-            return _take(scores, logits, jnp.stack([jnp.argmax(ranked(scores)), best]))
+            query = jnp.stack([jnp.argmax(ranked(scores)), jnp.argmax(iou_on_grid(logits, truth, inside))])
+            return _selected(scores, query, logits[query])
 
         return jax.lax.map(one, (scores, logits, truth))
 
     return jax.vmap(image)(scores, logits, truth, inside)
 
 
-def top_k_masks(scores: Float[Array, "b k q"], logits: Float[Array, "b k q h w"], count: int) -> SelectedMasks:
-    """The `count` candidates with the highest scores, best first (N = count)."""
-    _, query = jax.lax.top_k(ranked(scores), count)
-    return jax.vmap(jax.vmap(_take))(scores, logits, query)
+def top_k_masks(found: MaskCandidates, count: int) -> SelectedMasks:
+    """The `count` candidates with the highest scores, best first (N = count); no mask of the others is computed."""
+    _, query = jax.lax.top_k(ranked(found.scores), count)
+    return jax.vmap(jax.vmap(_selected))(found.scores, query, found.mask_logits_of(query))
 
 
-def top_candidates(model: Any, found: Any, count: int) -> SelectedMasks:
+def top_candidates(model: Any, found: MaskCandidates, count: int) -> SelectedMasks:
     """The `count` best of the candidates that a model found, or all if there are fewer, refined by BAR.
 
     Args:
-        model: a `FlowSeg`. found: its `MaskCandidates`. count: static.
+        model: a `FlowSeg`. found: what it found. count: static.
     """
-    chosen = top_k_masks(found.scores, found.mask_logits, min(count, found.scores.shape[-1]))
+    chosen = top_k_masks(found, min(count, found.scores.shape[-1]))
     return dataclasses.replace(chosen, logits=refine(model, chosen.logits, found.mask_features))
 
 

@@ -34,6 +34,7 @@ from flowseg_jax.inference.selection import stored_no_target_threshold
 from flowseg_jax.models import flowseg
 from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.models.kv_cache import KVCache
+from flowseg_jax.models.mask_decoder import LevelMemory
 from flowseg_jax.models.outputs import ImageCache
 from flowseg_jax.ops.portable import without_kernels
 from flowseg_jax.system import locks
@@ -142,16 +143,15 @@ def lower(
         # Plain containers: whoever loads the program knows no class of ours.
         return {
             "mask_features": cache.mask_features,
-            "multi_scale_features": cache.multi_scale_features,
+            "levels": [vars(level) for level in cache.levels],
             "kv_cache": vars(cache.kv_cache),
         }
 
     def predict(weights, *, image, input_ids):
         network, queries = model(weights), queries_from_tokens(input_ids, shapes.phrases, prompt)
-        found = network.predict_cached(
-            ImageCache(image["mask_features"], image["multi_scale_features"], KVCache(**image["kv_cache"])), queries
-        )
-        chosen = postprocess.top_k_masks(found.scores, found.mask_logits, 1)
+        levels = tuple(LevelMemory(**level) for level in image["levels"])
+        found = network.predict_cached(ImageCache(image["mask_features"], levels, KVCache(**image["kv_cache"])), queries)
+        chosen = postprocess.top_k_masks(found, 1)
         logits = postprocess.refine(network, chosen.logits, found.mask_features)
         return {
             "scores": found.scores,

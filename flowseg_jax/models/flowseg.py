@@ -38,7 +38,7 @@ from flowseg_jax.models.config import FlowSegConfig
 from flowseg_jax.models.connectors import MlpProjector, SegConnector, pad_to_multiple, pixel_shuffle
 from flowseg_jax.models.language import LanguageModel
 from flowseg_jax.models.layers import Linear, make_param, normal_init, shapes_only
-from flowseg_jax.models.mask_decoder import MaskDecoder, mask_logits
+from flowseg_jax.models.mask_decoder import LevelMemory, MaskDecoder
 from flowseg_jax.models.outputs import ImageCache, ImageFeatures, MaskCandidates, TextFeatures, TrainingOutput
 from flowseg_jax.models.pixel_decoder import PixelDecoder
 from flowseg_jax.models.sam import SamImageEncoder
@@ -94,7 +94,7 @@ class FlowSeg(nnx.Module):
         self.category_head = Linear(width, cfg.num_classes + 1, rngs=rngs) if cfg.num_classes and cfg.has_mask_decoder else None
 
     def encode_image(self, images: Batch | ImageInputs, out: Out = None) -> ImageFeatures:
-        """Runs all components that read the image alone, once per image: encoders, projectors, connector, pixel decoder.
+        """Runs all that reads the image alone, once per image: encoders, projectors, connector, pixel decoder, levels.
 
         Args:
             images: the images; of a batch, its images.
@@ -102,7 +102,13 @@ class FlowSeg(nnx.Module):
         """
         *features, penultimate = self.sam_hidden_states(images, out)
         visual_tokens = self.project_visual_tokens(images, penultimate, out) if self.cfg.has_language_model else None
-        mask_features, levels = self.pixel_features(tuple(features), out) if self.cfg.has_mask_decoder else (None, ())
+        if not self.cfg.has_mask_decoder:
+            return ImageFeatures(visual_tokens, None, ())
+        mask_features, multi_scale_features = self.pixel_features(tuple(features), out)
+        with jax.named_scope("mask_decoder"):
+            levels = self.mask_decoder.prepare_levels(mask_features, multi_scale_features)
+        if out is not None:
+            out["levels"] = levels
         return ImageFeatures(visual_tokens, mask_features, levels)
 
     def sam_hidden_states(self, images: Batch | ImageInputs, out: Out = None) -> tuple[Float[Array, "b _ _ c"], ...]:
@@ -183,8 +189,8 @@ class FlowSeg(nnx.Module):
             devices: the devices among which the batch is sharded.
             out: if given, gets what the components compute on the way. "sam/hidden_states", "siglip/hidden_states" and
                 "llm/hidden_states" count as Hugging Face does. "visual_projector", "seg_projector", "connector" and
-                "llm_projector" are these components' outputs. `PixelDecoder.__call__` and `MaskDecoder.__call__` describe the
-                rest.
+                "llm_projector" are these components' outputs, "levels" what the mask decoder attends to.
+                `PixelDecoder.__call__` and `MaskDecoder.__call__` describe the rest.
         """
         features = self.encode_image(batch, out)
         if not self.cfg.has_mask_decoder:
@@ -209,7 +215,7 @@ class FlowSeg(nnx.Module):
         b, k = batch.phrase_target.shape
         if text is None:
             with jax.named_scope("mask_decoder"):
-                decoded = self.mask_decoder(features.mask_features, features.multi_scale_features, 1, out=out)
+                decoded = self.mask_decoder(features.levels, 1, out=out)
             categories = self.category_head(decoded.queries).astype(jnp.float32)
             return TrainingOutput(None, None, features.mask_features, decoded, None, categories)
         size = cfg.negatives_group_size
@@ -236,14 +242,7 @@ class FlowSeg(nnx.Module):
         seg_embeds = interleave_passes(segs, b)
         passes = conditions.attend_mask.shape[0] // b
         with jax.named_scope("mask_decoder"):
-            decoded = self.mask_decoder(
-                features.mask_features,
-                features.multi_scale_features,
-                passes,
-                conditions,
-                seg_embeds,
-                out=out,
-            )
+            decoded = self.mask_decoder(features.levels, passes, conditions, seg_embeds, out=out)
         categories = None
         if self.category_head is not None:
             by_image = decoded.queries.reshape(decoded.queries.shape[0], b, passes, *decoded.queries.shape[2:])
@@ -257,11 +256,7 @@ class FlowSeg(nnx.Module):
         text = self.encode_text(batch, features.visual_tokens, out)
         k = batch.phrase_target.shape[1]
         return self.decode_masks(
-            features.mask_features,
-            features.multi_scale_features,
-            text.condition_embeds[:, :k],
-            text.seg_embeds[:, :k],
-            out,
+            features.mask_features, features.levels, text.condition_embeds[:, :k], text.seg_embeds[:, :k], out
         )
 
     def prefill_image(self, images: ImageInputs, prefix: Int[Array, " p"]) -> ImageCache:
@@ -280,16 +275,12 @@ class FlowSeg(nnx.Module):
             embeds = self.merge_visual_tokens(jnp.broadcast_to(prefix, (b, length)), features.visual_tokens)
             embeds = jnp.pad(embeds, ((0, 0), (0, padding), (0, 0)))
             _, kv_cache = self.llm.prefill(embeds, place, jnp.where(place < length, 0, -1))
-        return ImageCache(features.mask_features, features.multi_scale_features, kv_cache)
+        return ImageCache(features.mask_features, features.levels, kv_cache)
 
     def predict_cached(self, image_cache: ImageCache, queries: ExpressionQueries, out: Out = None) -> MaskCandidates:
         """All candidates of every phrase about encoded images; the numbers are those of `predict`."""
-        return self.decode_masks(
-            image_cache.mask_features,
-            image_cache.multi_scale_features,
-            *self.encode_text_cached(image_cache, queries),
-            out,
-        )
+        texts = self.encode_text_cached(image_cache, queries)
+        return self.decode_masks(image_cache.mask_features, image_cache.levels, *texts, out)
 
     def encode_text_cached(
         self, image_cache: ImageCache, queries: ExpressionQueries
@@ -305,7 +296,7 @@ class FlowSeg(nnx.Module):
     def decode_masks(
         self,
         mask_features: Float[Array, "b h w f"],
-        multi_scale_features: tuple[Float[Array, "b _ _ d"], ...],
+        levels: tuple[LevelMemory, ...],
         condition_embeds: Float[Array, "b k d"],
         seg_embeds: Float[Array, "b k d"],
         out: Out = None,
@@ -319,20 +310,12 @@ class FlowSeg(nnx.Module):
         yes = jnp.ones((b * k, 1), bool)
         conditions = append_background(condition_embeds.reshape(b * k, 1, -1), yes, yes, self.background_embed[...])
         with jax.named_scope("mask_decoder"):
-            decoded = self.mask_decoder(
-                mask_features,
-                multi_scale_features,
-                k,
-                conditions,
-                seg_embeds.reshape(b * k, -1),
-                out=out,
-            )
+            decoded = self.mask_decoder(levels, k, conditions, seg_embeds.reshape(b * k, -1), out=out)
         if out is not None:
             out["decoder_output"] = decoded
         scores = jax.nn.softmax(decoded.class_logits[-1], -1)[..., 0].reshape(b, k, -1)
-        embeds = decoded.mask_embeds[-1].reshape(b, -1, decoded.mask_embeds.shape[-1])
-        masks = mask_logits(embeds, mask_features)
-        return MaskCandidates(scores, masks.reshape(*scores.shape, *masks.shape[2:]), mask_features)
+        embeds = decoded.mask_embeds[-1]
+        return MaskCandidates(scores, embeds.reshape(*scores.shape, embeds.shape[-1]), mask_features)
 
     def refine_masks(self, masks: Float[Array, "b n h w"], mask_features: Float[Array, "b h w f"]) -> Float[Array, "b n h w"]:
         """Boundary-aware refinement (BAR) of mask logits; without it, the masks as they are."""

@@ -218,7 +218,7 @@ def decode_generated_masks(
     embeds = pool_all(pairs.start, pairs.end), pool_all(pairs.seg, pairs.seg)
     candidates = model.decode_masks(
         image_cache.mask_features,
-        image_cache.multi_scale_features,
+        image_cache.levels,
         *(x.reshape(b, k * num_outputs, x.shape[-1]) for x in embeds),
     )
     exists = pairs.exists.reshape(b, k * num_outputs, 1)

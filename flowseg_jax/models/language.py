@@ -54,7 +54,7 @@ class SelfAttention(nnx.Module):
             q, k = norm_rope(q, None, cos, sin), norm_rope(k, None, cos, sin)
         else:
             q, k = (norm_rope(x, norm.scale[...], cos, sin, eps=norm.eps) for x, norm in ((q, self.q_norm), (k, self.k_norm)))
-        keys, values = (k, v) if past is None else (jnp.concatenate([past[0], k], 1), jnp.concatenate([past[1], v], 1))
+        keys, values = (k, v) if past is None else (_append(past[0], k), _append(past[1], v))
         y = attention(q, keys, values, mask=mask)
         return self.o_proj(y.reshape(*x.shape[:2], -1)), (k, v)
 
@@ -92,6 +92,11 @@ class TransformerBlock(nnx.Module):
         y, new = self.self_attn(self.input_layernorm(x), cos, sin, mask, past)
         x = x + y
         return x + self.mlp(self.post_attention_layernorm(x)), new
+
+
+def _append(old, new):
+    room = jnp.pad(old, ((0, 0), (0, new.shape[1]), (0, 0), (0, 0)))
+    return jax.lax.dynamic_update_slice_in_dim(room, new, old.shape[1], 1)
 
 
 def _linear(cfg: LanguageConfig, d_in: int, d_out: int, *axes: str, rngs: nnx.Rngs) -> Linear:

@@ -11,6 +11,8 @@ which they compute only the masks they need (`mask_logits`).
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -123,17 +125,22 @@ def cosine_logits(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LevelMemory:
-    """One level as the mask decoder reads it, flattened row by row.
+    """One level as the mask decoder reads it, whatever it is asked: computed once an image.
 
     Attributes:
-        values: [B, S, D], the encoded level plus its learned embedding.
-        positions: [S, D], added to the keys.
-        mask_features: [B, S, F], the mask features at this level's size, without gradient: what attention masks are made from.
+        values: [B, y, x, D], the encoded level plus its learned embedding.
+        mask_features: [B, y, x, F], the mask features at this level's size, without gradient: what attention masks are made
+            from.
     """
 
-    values: Float[Array, "b s d"]
-    positions: Float[Array, "s d"]
-    mask_features: Float[Array, "b s f"]
+    values: Float[Array, "b y x d"]
+    mask_features: Float[Array, "b y x f"]
+
+    @property
+    def positions(self) -> Float[Array, "s d"]:
+        """[S, D], what is added to the keys; S = y * x, row by row."""
+        _, y, x, d = self.values.shape
+        return sine_position_embedding(y, x, d).reshape(y * x, d).astype(self.values.dtype)
 
 
 class DecoderLayer(nnx.Module):
@@ -218,14 +225,22 @@ class MaskDecoder(nnx.Module):
         first, second, third = self.mask_embedder
         return third(jax.nn.relu(second(jax.nn.relu(first(queries)))))
 
-    def prepare_level(self, index: int, level: Float[Array, "b y x d"], mask_features: Float[Array, "b h w f"]) -> LevelMemory:
-        """Prepares level `index` (0 = lowest resolution)."""
-        b, y, x, d = level.shape
-        features = jax.lax.stop_gradient(self.resize_features(mask_features, (y, x)))
-        return LevelMemory(
-            level.reshape(b, y * x, d) + self.level_embed[index].astype(level.dtype),
-            sine_position_embedding(y, x, d).reshape(y * x, d).astype(level.dtype),
-            features.reshape(b, y * x, -1),
+    def prepare_levels(
+        self, mask_features: Float[Array, "b h w f"], multi_scale_features: tuple[Float[Array, "b _ _ d"], ...]
+    ) -> tuple[LevelMemory, ...]:
+        """What all passes of an image read, from the pixel decoder's output; the levels come from low to high resolution.
+
+        Raises:
+            ValueError: another number of levels than configured.
+        """
+        if len(multi_scale_features) != self.cfg.num_levels:
+            raise ValueError(f"the mask decoder expects {self.cfg.num_levels} levels, got {len(multi_scale_features)}")
+        return tuple(
+            LevelMemory(
+                level + embed.astype(level.dtype),
+                jax.lax.stop_gradient(self.resize_features(mask_features, level.shape[1:3])),
+            )
+            for level, embed in zip(multi_scale_features, self.level_embed[...], strict=True)
         )
 
     def init_queries(self, passes: int, seg_embeds: Float[Array, "p d"] | None, dtype: jnp.dtype) -> Float[Array, "p q d"]:
@@ -245,16 +260,15 @@ class MaskDecoder(nnx.Module):
     @staticmethod
     def attention_mask(mask_embeds: Float[Array, "p q f"], memory: LevelMemory) -> Bool[Array, "p q s"]:
         """Where each query may attend: inside its predicted mask, or everywhere if that is empty at this level's size."""
-        b, s, e = memory.mask_features.shape
+        b, y, x, e = memory.mask_features.shape
         flat = jax.lax.stop_gradient(mask_embeds).reshape(b, -1, e)
-        allowed = einsum("bqe,bse->bqs", flat, memory.mask_features) >= 0
+        allowed = einsum("bqe,bse->bqs", flat, memory.mask_features.reshape(b, y * x, e)) >= 0
         allowed = allowed | ~allowed.any(-1, keepdims=True)
-        return allowed.reshape(*mask_embeds.shape[:2], s)
+        return allowed.reshape(*mask_embeds.shape[:2], y * x)
 
     def __call__(
         self,
-        mask_features: Float[Array, "b h w f"],
-        multi_scale_features: tuple[Float[Array, "b _ _ d"], ...],
+        levels: Sequence[LevelMemory],
         passes: int,
         conditions: Conditions | None = None,
         seg_embeds: Float[Array, "p d"] | None = None,
@@ -263,33 +277,25 @@ class MaskDecoder(nnx.Module):
         """Decodes `passes` passes per image (P = B * passes, the passes of an image adjacent).
 
         Args:
-            mask_features: [B, h, w, F].
-            multi_scale_features: the levels to attend to, low to high resolution.
+            levels: of the images, from `prepare_levels`.
             passes: R, decoder passes per image.
             conditions: of all P passes; None for a call without language.
             seg_embeds: S, added to every query of its pass; zeros for a pass without.
             out: if given, it gets what the layers compute on the way (L layers, J = L + 1):
-                "memories": the `LevelMemory` of each level, in a list;
                 "query_init" [P, Q, D] and "query_pos" [Q, D]: the queries before the first layer, and their positions;
                 "conditions" [J, P, N, D]: C before the first layer and after each layer, if there are conditions;
                 "attention_mask" [L, P, Q, S']: where the queries of each layer may attend; S' counts the pixels of the
                 largest level, and those that the layer's level does not have are False;
                 "after_cross_attn", "after_self_attn", "after_mlp" [L, P, Q, D]: the queries in and after each layer;
                 "text_attention", "q_sem", "gate" [L, P, Q, D]: of SR (`SemanticRefinement`), with SR and conditions.
-
-        Raises:
-            ValueError: another number of levels than configured.
         """
-        cfg, b = self.cfg, mask_features.shape[0]
-        if len(multi_scale_features) != cfg.num_levels:
-            raise ValueError(f"the mask decoder expects {cfg.num_levels} levels, got {len(multi_scale_features)}")
-        dtype = mask_features.dtype
+        cfg, b, dtype = self.cfg, levels[0].values.shape[0], levels[0].values.dtype
         query_pos = self.queries_embedder[...].astype(dtype)
         x = query_init = self.init_queries(b * passes, seg_embeds, dtype)
         embeds = None if conditions is None else conditions.embeds.astype(dtype)
-        memories = [self.prepare_level(index, level, mask_features) for index, level in enumerate(multi_scale_features)]
         graphdef, stacked = nnx.split(self.layers)
-        largest = max(len(memory.positions) for memory in memories)
+        positions = [level.positions for level in levels]
+        largest = max(map(len, positions))
 
         def body(carry, inputs):
             x, embeds = carry
@@ -298,13 +304,14 @@ class MaskDecoder(nnx.Module):
             prediction = self.prediction_heads(x, embeds, conditions)
             kept: dict[str, Array] | None = None if out is None else {}
 
-            def attend(memory: LevelMemory) -> tuple[Array, Array | None]:
-                allowed = self.attention_mask(prediction[1], memory)
-                q_vis = layer.cross_attention_block(x, query_pos, memory.values, memory.positions, allowed)
+            def attend(level: LevelMemory, memory_pos: Array) -> tuple[Array, Array | None]:
+                allowed = self.attention_mask(prediction[1], level)
+                memory = level.values.reshape(b, *memory_pos.shape)
+                q_vis = layer.cross_attention_block(x, query_pos, memory, memory_pos, allowed)
                 missing = largest - allowed.shape[-1]
                 return q_vis, None if kept is None else jnp.pad(allowed, ((0, 0), (0, 0), (0, missing)))
 
-            branches = [lambda memory=memory: attend(memory) for memory in memories]
+            branches = [functools.partial(attend, *each) for each in zip(levels, positions, strict=True)]
             q_vis, allowed = jax.lax.switch(index % len(branches), branches)
             q_s = layer.refine_and_self_attend(q_vis, query_pos, embeds, conditions, kept)
             carry = layer.feed_forward_and_refine_conditions(q_s, embeds, conditions)
@@ -319,7 +326,7 @@ class MaskDecoder(nnx.Module):
         append = lambda ys, y: jnp.concatenate([ys, y[None]])  # noqa: E731
         queries, mask_embeds, logits = jax.tree.map(append, predictions, last)
         if out is not None:
-            out |= kept | {"memories": memories, "query_init": query_init, "query_pos": query_pos}
+            out |= kept | {"query_init": query_init, "query_pos": query_pos}
             if embeds is not None:
                 out["conditions"] = append(kept["conditions"], embeds)
         return DecoderOutput(queries, mask_embeds, logits)

@@ -10,10 +10,11 @@ from __future__ import annotations
 import dataclasses
 
 import jax
-from jaxtyping import Array, Float
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from flowseg_jax.models.kv_cache import KVCache
-from flowseg_jax.models.mask_decoder import DecoderOutput
+from flowseg_jax.models.mask_decoder import DecoderOutput, LevelMemory, mask_logits
 from flowseg_jax.models.semantic_flow import Conditions
 from flowseg_jax.ops.vocabulary import ShardedEmbedding
 
@@ -26,12 +27,12 @@ class ImageFeatures:
     Attributes:
         visual_tokens: [B, V, E] for the language model: SigLIP's tokens, then SAM's; None without a language model.
         mask_features: [B, h, w, F]; None without a mask decoder.
-        multi_scale_features: the levels [B, y, x, D] that the mask decoder attends to, low to high resolution.
+        levels: what the mask decoder attends to, low to high resolution.
     """
 
     visual_tokens: Float[Array, "b v e"] | None
     mask_features: Float[Array, "b h w f"] | None
-    multi_scale_features: tuple[Float[Array, "b _ _ d"], ...]
+    levels: tuple[LevelMemory, ...]
 
 
 @jax.tree_util.register_dataclass
@@ -81,12 +82,12 @@ class ImageCache:
 
     Attributes:
         mask_features: [B, h, w, F].
-        multi_scale_features: the levels [B, y, x, D] that the mask decoder attends to, low to high resolution.
+        levels: what the mask decoder attends to, low to high resolution.
         kv_cache: of the language model after the prompt's prefix, which ends with the image.
     """
 
     mask_features: Float[Array, "b h w f"]
-    multi_scale_features: tuple[Float[Array, "b _ _ d"], ...]
+    levels: tuple[LevelMemory, ...]
     kv_cache: KVCache
 
 
@@ -97,10 +98,24 @@ class MaskCandidates:
 
     Attributes:
         scores: float32 [B, K, Q]: softmax over [phrase, background], of which the phrase's share is kept.
-        mask_logits: float32 [B, K, Q, h, w], before boundary refinement.
-        mask_features: [B, h, w, F], which `FlowSeg.refine_masks` needs.
+        mask_embeds: [B, K, Q, F]; a mask is the product of its embedding with the mask features.
+        mask_features: [B, h, w, F], which `FlowSeg.refine_masks` needs, too.
     """
 
     scores: Float[Array, "b k q"]
-    mask_logits: Float[Array, "b k q h w"]
+    mask_embeds: Float[Array, "b k q f"]
     mask_features: Float[Array, "b h w f"]
+
+    @property
+    def mask_logits(self) -> Float[Array, "b k q h w"]:
+        """Float32 [B, K, Q, h, w]: all masks, before boundary refinement."""
+        return self._products(self.mask_embeds)
+
+    def mask_logits_of(self, query: Int[Array, "b k n"]) -> Float[Array, "b k n h w"]:
+        """Float32 [B, K, N, h, w]: the masks of these candidates alone."""
+        return self._products(jnp.take_along_axis(self.mask_embeds, query[..., None], 2))
+
+    def _products(self, embeds: Float[Array, "b k n f"]) -> Float[Array, "b k n h w"]:
+        b, k, n, f = embeds.shape
+        masks = mask_logits(embeds.reshape(b, k * n, f), self.mask_features)
+        return masks.reshape(b, k, n, *masks.shape[2:])

@@ -46,13 +46,13 @@ def _call(
     interpret: Any,
 ) -> list[Array]:
     b, t, h, e = inputs[0].shape
-    pad = lambda x: jnp.pad(x, ((0, 0), (0, -t % TOKENS), (0, 0)))  # noqa: E731
+    pad = lambda x: jnp.pad(x, ((0, 0), (0, -t % TOKENS), (0, 0))) if with_sums else x  # noqa: E731
     heads = math.gcd(h, HEADS)
     grid = b, -(-t // TOKENS), h // heads
     of_heads = pl.BlockSpec((1, TOKENS, heads * e), lambda i, j, k: (i, j, k))
     of_angles = pl.BlockSpec((1, TOKENS, e), lambda i, j, k: (i, j, 0))
     scales = [] if scale is None else [scale.reshape(1, e)]
-    dtype, padded = inputs[0].dtype, grid[1] * TOKENS
+    dtype, padded = inputs[0].dtype, grid[1] * TOKENS if with_sums else t
     sums = [jax.ShapeDtypeStruct((b, grid[1], 8, e), jnp.float32)] * with_sums
     name = f"norm and rotate {kernel.__name__.split('_')[1]} {heads} heads {dtype}{'' if scales else ' without norm'}"
     out, *sums = pl.pallas_call(

@@ -12,6 +12,7 @@ from flowseg_jax.analysis import embedding_swap
 from flowseg_jax.analysis.runner import SampleResult
 from flowseg_jax.data.records import Sample
 from flowseg_jax.errors import UserError
+from flowseg_jax.models.outputs import MaskCandidates
 
 
 @pytest.fixture
@@ -38,12 +39,9 @@ def test_one_two_or_none_are_exchanged(truth):
     phrases, segs = jnp.arange(1.0, 6)[None, :, None], 10 * jnp.arange(1.0, 6)[None, :, None]
 
     def candidates(mask_features, levels, phrases, segs):
-        logits = jnp.broadcast_to((phrases + segs)[..., None, None], (1, 5, 1, 2, 2))
-        return SimpleNamespace(
-            scores=jnp.broadcast_to(jnp.array([0.1, 0.9]), (1, 5, 2)),
-            mask_logits=jnp.concatenate([-logits, logits], 2),
-            mask_features=mask_features,
-        )
+        embeds = (phrases + segs)[..., None]
+        scores = jnp.broadcast_to(jnp.array([0.1, 0.9]), (1, 5, 2))
+        return MaskCandidates(scores, jnp.concatenate([-embeds, embeds], 2), mask_features)
 
     model = SimpleNamespace(
         encode_text_cached=lambda *_: (phrases, segs),
@@ -51,7 +49,7 @@ def test_one_two_or_none_are_exchanged(truth):
         refine_masks=lambda masks, features: masks + 100,
     )
     seen, questions = (
-        SimpleNamespace(mask_features=None, multi_scale_features=None),
+        SimpleNamespace(mask_features=jnp.ones((1, 2, 2, 1)), levels=None),
         SimpleNamespace(query_valid=jnp.asarray(ASKED)),
     )
     values, masks = embedding_swap.swapped(model, seen, questions, jnp.asarray(truth), jnp.ones((1, 4, 4)))

@@ -47,22 +47,23 @@ class Painter(flowseg.FlowSeg):
     def prefill_image(self, views, prefix):
         b, grid = views.sam_images.shape[0], SIDE // CELL
         cells = views.sam_images.astype(jnp.float32).reshape(b, grid, CELL, grid, CELL, 3).mean((2, 4)) / 255
-        features = jnp.stack([cells.max(-1), cells[..., 2] - cells[..., 0]], -1)
+        features = jnp.stack([cells.max(-1), cells[..., 2] - cells[..., 0], jnp.ones((b, grid, grid))], -1)
         none = jnp.zeros((b, 1), jnp.int32)
         return ImageCache(features, (), KVCache(*[jnp.zeros((1, b, 1, 1, 1))] * 2, none, none))
 
     def predict_cached(self, seen, questions):
         b, k = questions.query_valid.shape
-        light, blue = seen.mask_features[..., 0], seen.mask_features[..., 1].max((1, 2)) > 0.2
+        blue = seen.mask_features[..., 1].max((1, 2)) > 0.2
         thresholds = jnp.array([0.1, 0.25, 0.4, 0.55, 0.7, 1.2])
-        logits = self.gain[0] * (light[:, None, None] - thresholds[None, None, :, None, None])
+        embeds = self.gain[0] * jnp.stack([jnp.ones(QUERIES), jnp.zeros(QUERIES), -thresholds], -1)
         broken = blue[:, None] & (jnp.arange(QUERIES) % 2 == 0)
-        logits = jnp.where(broken[:, None, :, None, None], jnp.nan, logits)
+        embeds = jnp.where(broken[..., None], jnp.nan, embeds)
         said = questions.phrase_ids[:, None] == jnp.arange(k)[None, :, None]
         signature = (said * questions.input_ids[:, None]).sum(-1)
         scores = (signature[..., None] * 37 + jnp.arange(QUERIES) * 29) % 101 / 101
         scores *= (signature[..., None] % 4 + 1) / 4  # some questions have low scores alone
-        return MaskCandidates(scores, jnp.broadcast_to(logits, (b, k, *logits.shape[2:])), seen.mask_features)
+        embeds = jnp.broadcast_to(embeds[:, None], (b, k, QUERIES, 3))
+        return MaskCandidates(scores, embeds, seen.mask_features)
 
     def refine_masks(self, mask_logits, mask_features):
         return mask_logits

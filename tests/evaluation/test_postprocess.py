@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 import torch
 
 from flowseg_jax.evaluation import postprocess as post
+from flowseg_jax.models.outputs import MaskCandidates
 from flowseg_jax.ops.resize import apply_matrices
 
 PADDED, GRID = 96, (24, 24)
@@ -196,7 +199,11 @@ def test_numbers_that_are_none_give_an_empty_mask():
 def test_top_orders_by_score():
     _, logits, _, _, _ = chosen_case()
     scores = np.array([[[0.1, 0.9, 0.2, np.nan, 0.4, 0.5], [0.6, 0.1, 0.2, 0.6, 0.0, 0.0]]], np.float32)
-    chosen = post.top_k_masks(scores, logits, 3)
+    # Features are a one for every cell: embeddings that are the masks.
+    cells = math.prod(GRID)
+    found = MaskCandidates(scores, logits.reshape(1, 2, 6, cells), np.eye(cells, dtype=np.float32).reshape(1, *GRID, cells))
+    np.testing.assert_array_equal(found.mask_logits, logits)
+    chosen = post.top_k_masks(found, 3)
     np.testing.assert_array_equal(chosen.query, [[[1, 5, 4], [0, 3, 2]]])
     np.testing.assert_array_equal(chosen.logits[0, 1, 1], logits[0, 1, 3])
 

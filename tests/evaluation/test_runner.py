@@ -190,13 +190,11 @@ def test_an_answer_without_a_mask_fails_and_says_why(tmp_path, capsys):
 
     def answer(model, seen, asked):
         b, k = asked.lengths.shape
-        brightness = jax.numpy.broadcast_to(
-            seen.mask_features[..., 0][:, None, None], (b, k, 2, fake.SIDE // 4, fake.SIDE // 4)
-        )
         answered = asked.input_ids[..., 0] == 1
         good = answered & (asked.input_ids[..., 1] != 4)
         scores = jax.numpy.where(good[..., None], jax.numpy.array([0.2, 0.7]), np.nan)
-        return MaskCandidates(scores, brightness - 0.5, seen.mask_features), answered
+        bright = jax.numpy.broadcast_to(jax.numpy.array([1.0, -0.5]), (b, k, 2, 2))
+        return MaskCandidates(scores, bright, seen.mask_features), answered
 
     evaluator = Evaluator(fake.parts()[0], answer=answer)
     data = functools.partial(Unanswered, SCENES, 2)

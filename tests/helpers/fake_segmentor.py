@@ -32,22 +32,21 @@ class FakeSegmentor(flowseg.FlowSeg):
         gray = views.sam_images.astype(jnp.float32).mean(-1).reshape(b, grid, CELL, grid, CELL).mean((2, 4)) / 255
         nothing = jnp.zeros((b, 1), jnp.int32)
         keys = jnp.full((1, b, 1, 1, 1), prefix.sum(), jnp.float32)
-        return ImageCache(gray[..., None], (), KVCache(keys, keys, nothing, nothing))
+        return ImageCache(jnp.stack([gray, jnp.ones_like(gray)], -1), (), KVCache(keys, keys, nothing, nothing))
 
     def predict_cached(self, seen, questions):
         b, k = questions.query_valid.shape
         thresholds = (jnp.arange(QUERIES) + 0.5) / QUERIES
-        logits = self.gain[0] * (seen.mask_features[..., 0][:, None, None] - thresholds[None, None, :, None, None])
-        logits = jnp.broadcast_to(logits, (b, k, *logits.shape[2:]))
+        embeds = self.gain[0] * jnp.stack([jnp.ones(QUERIES), -thresholds], -1)
         said = questions.phrase_ids[:, None] == jnp.arange(k)[None, :, None]
         signature = (
             (said * questions.input_ids[:, None]).sum(-1).astype(jnp.float32) + seen.kv_cache.keys[0, :, :, 0, 0] - sum(PREFIX)
         )
         scores = -jnp.abs(thresholds * 100 - (signature % 100)[..., None])
-        return MaskCandidates(scores, logits, seen.mask_features)
+        return MaskCandidates(scores, jnp.broadcast_to(embeds, (b, k, QUERIES, 2)), seen.mask_features)
 
     def refine_masks(self, mask_logits, mask_features):
-        return mask_logits + 0.3 * jnp.moveaxis(mask_features, -1, 1)
+        return mask_logits + 0.3 * mask_features[:, None, ..., 0]
 
 
 class Sample(NamedTuple):

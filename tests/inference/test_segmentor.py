@@ -48,19 +48,18 @@ class Thresholds(flowseg.FlowSeg):
         gray = (
             views.sam_images.astype(jnp.float32).mean(-1).reshape(b, GRID, SIDE // GRID, GRID, SIDE // GRID).mean((2, 4)) / 255
         )
-        return ImageCache(gray[..., None], (), KVCache.empty(2, b, 1, 1, 48, jnp.dtype("float32")))
+        return ImageCache(jnp.stack([gray, jnp.ones_like(gray)], -1), (), KVCache.empty(2, b, 1, 1, 48, jnp.dtype("float32")))
 
     def predict_cached(self, seen, questions):
         thresholds = (jnp.arange(QUERIES) + 1.0) / 5
-        logits = self.gain[0] * (seen.mask_features[..., 0][:, None, None] - thresholds[None, None, :, None, None])
+        embeds = self.gain[0] * jnp.stack([jnp.ones(QUERIES), -thresholds], -1)
         k = questions.query_valid.shape[1]
         length = (questions.phrase_ids[:, None] == jnp.arange(k)[:, None]).sum(-1)
         scores = 1 / (1 + jnp.abs(jnp.arange(QUERIES) - length[..., None] % QUERIES))
-        logits = jnp.broadcast_to(logits, (*scores.shape, *logits.shape[-2:]))
-        return MaskCandidates(scores, logits, seen.mask_features)
+        return MaskCandidates(scores, jnp.broadcast_to(embeds, (*scores.shape, 2)), seen.mask_features)
 
     def refine_masks(self, mask_logits, mask_features):
-        return mask_logits + 0.01 * jnp.moveaxis(mask_features, -1, 1)
+        return mask_logits + 0.01 * mask_features[:, None, ..., 0]
 
 
 @pytest.fixture(scope="module")
@@ -541,7 +540,7 @@ def test_each_seg_has_the_phrase_that_the_answer_gives_it(taught):
     prefix = encoded.cache.kv_cache.position_ids.shape[1]
     questions = collate.collate_queries([[conversation]], (1, 4, 64), prefix, 0, ["x"])
     found = jax.jit(lambda params: flowseg.bind_params(graphdef, params).predict_cached(encoded.cache, questions))(params)
-    best = postprocess.top_k_masks(found.scores, found.mask_logits, 3)
+    best = postprocess.top_k_masks(found, 3)
     for k, prediction in enumerate(segmentor.generate(encoded, ["it"], top_k=3)[0].predictions):
         assert [c.query for c in prediction.candidates] == best.query[0, k].tolist()
         np.testing.assert_allclose([c.score for c in prediction.candidates], best.score[0, k], rtol=1e-4)

@@ -15,6 +15,7 @@ from flowseg_jax.errors import UserError
 from flowseg_jax.losses import (
     LossConfig,
     PassPredictions,
+    PointSamples,
     Targets,
     class_loss,
     deep_supervision_terms,
@@ -250,6 +251,15 @@ def test_points_that_cannot_be_chosen_are_refused(wrong):
         LossConfig(num_points=16, **wrong)
 
 
+def test_as_many_points_are_drawn_as_are_configured():
+    """Of 20 points a mask 13 are chosen among 50 candidates, and 7 are taken as they are."""
+    cfg = LossConfig(num_points=20, oversample_ratio=2.5, importance_sample_ratio=0.66)
+    points = PointSamples.draw(jax.random.split(jax.random.key(0), 2), 3, cfg)
+    assert (points.matcher.shape, points.candidates.shape, points.extra.shape) == ((2, 1, 20, 2), (2, 3, 50, 2), (2, 3, 7, 2))
+    drawn = np.concatenate([x.ravel() for x in (points.matcher, points.candidates, points.extra)])
+    assert len(np.unique(drawn)) > 0.99 * drawn.size and drawn.min() >= 0 and drawn.max() < 1
+
+
 @pytest.fixture
 def two_types(rng):
     """Two images; three referring passes of one target, and a pass of two targets, of three layers."""
@@ -383,3 +393,4 @@ def test_accuracies_count_matched_queries_that_are_ranked_first(rng, monkeypatch
     _, found = losses.loss_terms(model, batch, out, points, LossConfig())
     counts = {name: (float(right), float(of)) for name, (right, of) in found.items()}
     assert counts == {"referring_selection": (2, 3), "generic": (3, 4), "closed_vocab": (2, 4)}
+    assert {x.dtype for pair in found.values() for x in pair} == {jnp.dtype("float32")}

@@ -30,13 +30,13 @@ def decoder_and_arguments(flow, rng):
     own, valid = rng.random((2, passes, ROWS)) < 0.6
     own[:, 0], own[0] = True, False  # the first pass is language-free
     conditions = Conditions(draw(passes, ROWS, WIDTH), jnp.asarray(own), jnp.asarray(valid | own))
-    return decoder, (features, levels, PASSES, conditions, draw(passes, WIDTH))
+    return decoder, (decoder.prepare_levels(features, levels), PASSES, conditions, draw(passes, WIDTH))
 
 
 @FLOWS
 def test_asking_for_intermediates_changes_nothing(flow, rng):
     decoder, arguments = decoder_and_arguments(flow, rng)
-    conditions, passes = arguments[3], IMAGES * PASSES
+    conditions, passes = arguments[2], IMAGES * PASSES
     expected = decoder(*arguments)
     out: dict = {}
     found = decoder(*arguments, out)
@@ -57,18 +57,19 @@ def test_asking_for_intermediates_changes_nothing(flow, rng):
 def test_intermediates_are_what_each_layer_computes(flow, rng):
     """Every layer run by itself, from what came out of the one before."""
     decoder, arguments = decoder_and_arguments(flow, rng)
-    conditions, out = arguments[3], {}
+    levels, conditions, out = arguments[0], arguments[2], {}
     found = decoder(*arguments, out)
     graphdef, stacked = nnx.split(decoder.layers)
     x, position = out["query_init"], out["query_pos"]
     for i in range(CFG.num_layers):
         layer = nnx.merge(graphdef, jax.tree.map(lambda w, i=i: w[i], nnx.to_pure_dict(stacked)))
-        memory, embeds = out["memories"][i % CFG.num_levels], out["conditions"][i]
-        positions = len(memory.positions)
+        level, embeds = levels[i % CFG.num_levels], out["conditions"][i]
+        positions = len(level.positions)
         allowed = out["attention_mask"][i]
-        np.testing.assert_array_equal(allowed[..., :positions], decoder.attention_mask(found.mask_embeds[i], memory))
+        np.testing.assert_array_equal(allowed[..., :positions], decoder.attention_mask(found.mask_embeds[i], level))
         assert not np.asarray(allowed[..., positions:]).any()
-        q_vis = layer.cross_attention_block(x, position, memory.values, memory.positions, allowed[..., :positions])
+        memory = level.values.reshape(IMAGES, positions, WIDTH)
+        q_vis = layer.cross_attention_block(x, position, memory, level.positions, allowed[..., :positions])
         kept: dict = {}
         mixed = layer.refine_and_self_attend(q_vis, position, embeds, conditions, kept)
         x, embeds = layer.feed_forward_and_refine_conditions(mixed, embeds, conditions)

@@ -83,7 +83,7 @@ def run_both():
 
     def forward(params, features, levels):
         model = nnx.merge(graphdef, params)
-        out = model.mask_decoder(features, levels, 1)
+        out = model.mask_decoder(model.mask_decoder.prepare_levels(features, levels), 1)
         masks = jnp.stack([mask_logits(embeds, features) for embeds in out.mask_embeds])
         return {"queries": out.queries, "masks": masks, "classes": model.category_head(out.queries)}
 

@@ -115,7 +115,8 @@ def test_the_mask_decoder_multiplies_what_is_counted(mode):
     yes = np.ones((passes, rows), bool)
 
     def call(decoder, features, low, middle, high, embeds):
-        return decoder(features, (low, middle, high), passes, Conditions(embeds, yes, yes))
+        levels = decoder.prepare_levels(features, (low, middle, high))
+        return decoder(levels, passes, Conditions(embeds, yes, yes))
 
     shapes = [(1, side, side, 256) for side in (128, 32, 64, 128)]
     found = traced(lambda r: MaskDecoder(cfg, flow, rngs=r), call, *shapes, (passes, rows, 256))

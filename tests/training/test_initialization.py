@@ -89,7 +89,7 @@ def test_an_upgrade_names_what_is_new(upgraded, plain_params, plain_directory, m
 def predictions(cfg, params, features, levels, conditions, segs):
     """What the two models do differently: all predictions of the decoder, and refined masks."""
     model = flowseg.bind_params(flowseg.abstract_model(cfg)[0], params)
-    out = model.mask_decoder(features, levels, 2, conditions, segs)
+    out = model.mask_decoder(model.mask_decoder.prepare_levels(features, levels), 2, conditions, segs)
     masks = mask_logits(out.mask_embeds[-1].reshape(len(features), -1, features.shape[-1]), features)
     return out.class_logits, out.mask_embeds, model.refine_masks(masks, features)
 

@@ -125,6 +125,9 @@ def test_the_scale_is_that_of_the_paper_or_of_rslora():
     kernel, a, b = np.ones((2, 3, 4)), np.full((2, 3, 1), 2.0), np.arange(8.0).reshape(2, 1, 4)
     merged = lora.merge_adapters({"x": {"kernel": jnp.asarray(kernel, jnp.bfloat16), "lora": {"a": a, "b": b}}}, 0.5)
     assert merged["x"]["kernel"].dtype == jnp.bfloat16 and np.array_equal(merged["x"]["kernel"], 1 + b + 0 * kernel)
+    # A TPU would round the factors of a product to bfloat16.
+    adapted = {"x": {"kernel": jnp.asarray(kernel), "lora": {"a": a, "b": b}}}
+    assert "HIGHEST" in str(jax.make_jaxpr(lambda params: lora.merge_adapters(params, 0.5))(adapted))
 
 
 def test_dora_gives_columns_the_lengths_that_it_learns():

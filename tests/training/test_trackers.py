@@ -93,6 +93,14 @@ def test_mlflow_is_told_scalars_pictures_and_config_and_a_run_goes_on(config, wo
     assert again.told == [("start_run", {"run_id": "r1", "run_name": None})]
 
 
+def test_a_tracker_is_opened_with_its_library(config, workdir, monkeypatch):
+    wandb = Wandb()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(trackers.importlib, "import_module", {"wandb": wandb}.get)
+    use(trackers.open_tracker("wandb", workdir, config))
+    assert wandb.told[0][1]["name"] == "mine" and wandb.told[-1] == "finish"
+
+
 def test_where_a_run_is_kept_there(config, workdir, monkeypatch):
     for name in ("WANDB_PROJECT", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID"):
         monkeypatch.delenv(name, raising=False)
