@@ -165,7 +165,7 @@ HELP = {
     "model.mask_decoder.logit_scale": "initial log scale of the cosine class head",
     "model.mask_decoder.logit_clamp": "class logits are clipped to plus or minus this",
     "model.mask_decoder.remat": _REMAT,
-    "model.semantic_flow.mode": '"off" (as X-SAM), "sr" (semantic refinement) or "sr_cr" (and condition refinement: FlowSeg)',
+    "model.semantic_flow.mode": '"off" (as X-SAM), "sr" (semantic refinement), "cr" (condition refinement), "sr_cr" (FlowSeg)',
     "model.semantic_flow.norm": '"post" (LayerNorm after the sum, as in X-SAM\'s layers) or "residual" (starts as X-SAM)',
     "model.semantic_flow.gate_bias": "initial bias of the gate; positive values start near vision",
     "model.semantic_flow.zero_init_condition_refinement": "condition refinement starts as the identity",

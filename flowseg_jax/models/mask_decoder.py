@@ -149,14 +149,14 @@ class DecoderLayer(nnx.Module):
     def __init__(self, cfg: MaskDecoderConfig, flow: SemanticFlowConfig, *, rngs: nnx.Rngs):
         self.cross_attn = MultiHeadAttention(cfg.embed_dim, cfg.num_heads, rngs=rngs)
         self.cross_attn_layer_norm = LayerNorm(cfg.embed_dim, rngs=rngs)
-        on, both = flow.mode != "off", flow.mode == "sr_cr"
-        self.semantic_refinement = SemanticRefinement(cfg.embed_dim, cfg.num_heads, flow, rngs=rngs) if on else None
+        width, heads = cfg.embed_dim, cfg.num_heads
+        self.semantic_refinement = SemanticRefinement(width, heads, flow, rngs=rngs) if flow.has_sr else None
         self.self_attn = MultiHeadAttention(cfg.embed_dim, cfg.num_heads, rngs=rngs, fused_init=False)
         self.self_attn_layer_norm = LayerNorm(cfg.embed_dim, rngs=rngs)
         self.fc1 = Linear(cfg.embed_dim, cfg.mlp_dim, rngs=rngs)
         self.fc2 = Linear(cfg.mlp_dim, cfg.embed_dim, rngs=rngs)
         self.final_layer_norm = LayerNorm(cfg.embed_dim, rngs=rngs)
-        self.condition_refinement = ConditionRefinement(cfg.embed_dim, cfg.num_heads, flow, rngs=rngs) if both else None
+        self.condition_refinement = ConditionRefinement(width, heads, flow, rngs=rngs) if flow.has_cr else None
 
     def cross_attention_block(
         self,

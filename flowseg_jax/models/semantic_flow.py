@@ -49,7 +49,7 @@ class SemanticFlowConfig:
     """Switches of the semantic flow.
 
     Attributes:
-        mode: "off" (X-SAM without semantic flow), "sr", or "sr_cr" (FlowSeg).
+        mode: "off" (X-SAM without semantic flow), "sr" or "cr" (one of the two alone), or "sr_cr" (FlowSeg).
         norm: "post": Q_sem = LN(Q_vis + MHA), as in X-SAM's layers. "residual": Q_sem = Q_vis + MHA without a norm, the
             output projection starting at zero, so that a converted X-SAM checkpoint predicts at step 0 what X-SAM predicts.
         gate_bias: initial bias of the gate; 0 mixes Q_vis and Q_sem evenly, positive values start near Q_vis.
@@ -62,10 +62,20 @@ class SemanticFlowConfig:
     zero_init_condition_refinement: bool = True
 
     def __post_init__(self):
-        if self.mode not in ("off", "sr", "sr_cr"):
-            raise UserError(f"semantic_flow.mode is {self.mode!r}: choose off, sr or sr_cr")
+        if self.mode not in ("off", "sr", "cr", "sr_cr"):
+            raise UserError(f"semantic_flow.mode is {self.mode!r}: choose off, sr, cr or sr_cr")
         if self.norm not in ("post", "residual"):
             raise UserError(f"semantic_flow.norm is {self.norm!r}: choose post or residual")
+
+    @property
+    def has_sr(self) -> bool:
+        """Whether language refines the queries."""
+        return self.mode in ("sr", "sr_cr")
+
+    @property
+    def has_cr(self) -> bool:
+        """Whether the queries refine the conditions."""
+        return self.mode in ("cr", "sr_cr")
 
 
 class SemanticRefinement(nnx.Module):

@@ -174,9 +174,9 @@ def mask_decoder(
 
     layer = attention(queries, queries, queries * cfg.num_queries)  # among the queries of a pass
     layer += FlopCount(2 * _linear(queries, d, cfg.mlp_dim))
-    if flow != "off":
+    if flow in ("sr", "sr_cr"):
         layer += attention(queries, named, queries * conditions) + FlopCount(_linear(queries, 2 * d, d))
-    if flow == "sr_cr":
+    if flow in ("cr", "sr_cr"):
         layer += attention(named, queries, queries * conditions)
     predictions = FlopCount(2 * _linear(queries, d, d) + _linear(queries, d, mask_width), 2.0 * queries * conditions * d)
     if classes:

@@ -150,6 +150,8 @@ def test_mode_off_has_no_parameters_of_the_semantic_flow():
     assert not off - on
     sr = names(small.config(semantic_flow=SemanticFlowConfig(mode="sr")))
     assert {n.split("/")[2] for n in on - sr} == {"condition_refinement"}
+    cr = names(small.config(semantic_flow=SemanticFlowConfig(mode="cr")))
+    assert {n.split("/")[2] for n in on - cr} == {"semantic_refinement"} and not cr - on
 
 
 @pytest.fixture(scope="module")

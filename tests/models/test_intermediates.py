@@ -15,7 +15,7 @@ from flowseg_jax.models.semantic_flow import Conditions, SemanticFlowConfig
 WIDTH, IMAGES, PASSES, ROWS = 12, 2, 3, 4
 CFG = MaskDecoderConfig(embed_dim=WIDTH, num_queries=5, num_layers=4, num_heads=3, mlp_dim=20, query_init_std=1.0, remat="none")
 FLOWS = pytest.mark.parametrize(
-    "flow", [("sr_cr", "post"), ("sr", "residual"), ("off", "post")], ids=lambda flow: "-".join(flow)
+    "flow", [("sr_cr", "post"), ("sr", "residual"), ("cr", "post"), ("off", "post")], ids=lambda flow: "-".join(flow)
 )
 
 
@@ -45,8 +45,8 @@ def test_asking_for_intermediates_changes_nothing(flow, rng):
     assert out["conditions"].shape == (CFG.num_layers + 1, passes, ROWS, WIDTH)
     np.testing.assert_array_equal(out["conditions"][0], conditions.embeds)
     moved = np.abs(np.diff(out["conditions"], axis=0)).max((0, 2, 3)) > 1e-3
-    assert moved[1:].all() == moved[1:].any() == (flow[0] == "sr_cr")
-    assert ("gate" in out) == (flow[0] != "off")
+    assert moved[1:].all() == moved[1:].any() == (flow[0] in ("cr", "sr_cr"))
+    assert ("gate" in out) == (flow[0] in ("sr", "sr_cr"))
     if "gate" in out:
         gate = np.asarray(out["gate"])
         assert gate.shape == (CFG.num_layers, passes, CFG.num_queries, WIDTH)

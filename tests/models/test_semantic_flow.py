@@ -78,7 +78,7 @@ def test_the_gate_starts_where_it_is_told(arrays):
     np.testing.assert_allclose(np.asarray(module(*map(jnp.asarray, arrays))), arrays[0], atol=1e-6)
 
 
-@pytest.mark.parametrize("change", [{"mode": "cr"}, {"norm": "pre"}])
+@pytest.mark.parametrize("change", [{"mode": "both"}, {"norm": "pre"}])
 def test_unknown_switches_are_refused(change):
     with pytest.raises(ValueError, match="choose"):
         SemanticFlowConfig(**change)

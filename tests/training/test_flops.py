@@ -108,7 +108,7 @@ def test_connector_and_pixel_decoder_multiply_what_is_counted():
     assert found == pytest.approx(flops.pixel_decoder(cfg, levels).forward, rel=0.02)  # sampling is left out
 
 
-@pytest.mark.parametrize("mode", ["off", "sr", "sr_cr"])
+@pytest.mark.parametrize("mode", ["off", "sr", "cr", "sr_cr"])
 def test_the_mask_decoder_multiplies_what_is_counted(mode):
     cfg, passes, rows = FULL.mask_decoder, 5, 17
     flow = dataclasses.replace(FULL.semantic_flow, mode=mode)
