@@ -6,7 +6,7 @@
 # make app    the page, a model in the browser: http://127.0.0.1:7860 (in an environment of its own, .venv-app)
 # make test-app  the page driven in chromium, screenshots in runs/app
 # make stages  the three training stages end to end at tiny size, on miniature data: data/stages, runs/stages
-# make ablation  what SR, CR and BAR are each worth: four variants, three seeds, into runs/ablation
+# make ablation  what SR, CR and BAR are each worth: a hundred runs and more, into runs/ablation and results/ablation
 # make smollm2  data/smollm2: a small real language model, for configs/shapes_smollm2.py
 # PYTHON=... chooses the interpreter (3.11 or newer). Package indexes and proxies come from your own pip configuration.
 

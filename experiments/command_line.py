@@ -11,7 +11,8 @@ from flowseg_jax.errors import UserError
 from flowseg_jax.system.console import heartbeat, log
 from flowseg_jax.system.memory import keep_freed_memory
 
-ABLATION, SEEDS = Path("runs/ablation"), "0,1,2"
+ABLATION_DATA, ABLATION, ABLATION_RESULTS = Path("data/ablation"), Path("runs/ablation"), Path("results/ablation")
+BUDGETS = {500: 8, 1500: 8, 4500: 4}  # steps -> seeds, of the ablation
 DEMO, STEPS, IMAGES = Path("runs/demo"), 1200, 60
 STAGES_DATA, STAGES = Path("data/stages"), Path("runs/stages")
 
@@ -75,17 +76,23 @@ def stages(argv: Sequence[str] | None = None) -> int:
 
 def ablation(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m experiments.ablation", description="The paper's ablation at tiny size.")
+    budgets = ", ".join(f"{budget:,} steps with {seeds} seeds" for budget, seeds in BUDGETS.items())
+    parser.add_argument("--budget", metavar="N", type=int, choices=BUDGETS, help=f"steps of a run; default: all, {budgets}")
+    parser.add_argument("--seeds", metavar="N,N", help="default: 0,1,... as many as the budget has")
+    parser.add_argument("--data", metavar="DIR", type=Path, default=ABLATION_DATA, help="data sets, default %(default)s")
     parser.add_argument("--runs", metavar="DIR", type=Path, default=ABLATION, help="where it lands, default %(default)s")
-    parser.add_argument("--seeds", metavar="N,N", default=SEEDS, help="default: %(default)s")
+    parser.add_argument("--results", metavar="DIR", type=Path, default=ABLATION_RESULTS, help="counts, default %(default)s")
     arguments = parser.parse_args(sys.argv[1:] if argv is None else argv)
     try:
-        seeds = [int(seed) for seed in arguments.seeds.split(",")]
+        seeds = [int(seed) for seed in arguments.seeds.split(",")] if arguments.seeds else None
     except ValueError:
         raise UserError(f"--seeds takes integers, 0,1,2, got {arguments.seeds!r}") from None
+    chosen = [arguments.budget] if arguments.budget else list(BUDGETS)
     keep_freed_memory()
     from experiments import ablation
 
-    ablation.main(arguments.runs, seeds)
+    budgets = {budget: seeds or list(range(BUDGETS[budget])) for budget in chosen}
+    ablation.main(arguments.data, arguments.runs, budgets, arguments.results)
     return 0
 
 

@@ -100,18 +100,20 @@ def prepare_data(data: Path, size: Size) -> None:
         train_dataset_tokenizer(texts, data / "tokenizer", TINY_VOCAB)
 
 
+def train_stage(config: str, workdir: Path, steps: int, init_from: tuple[str, ...], data: Path) -> Path:
+    """Trains a stage at tiny size on the data sets in `data`, as far as it is not done; returns the directory of its model."""
+    cfg = configs.read(f"configs/{config}.py:tiny")
+    cfg.update(num_steps=steps, init_from=init_from)
+    relocate(cfg, data)
+    return loop.train(cfg, workdir)
+
+
 def main(data: Path, runs: Path, size: Size = Size()) -> Outcome:
     """Runs whatever is missing and returns what came out."""
     started = time.monotonic()
 
     def stage(text: str) -> None:
         log(f"\n== [{duration(time.monotonic() - started)}] {text}")
-
-    def train(config: str, name: str, steps: int, init_from: tuple[str, ...]) -> Path:
-        cfg = configs.read(f"configs/{config}.py:tiny")
-        cfg.update(num_steps=steps, init_from=init_from)
-        relocate(cfg, data)
-        return loop.train(cfg, runs / name)
 
     host.use_host_devices(2)
     host.enable_compilation_cache()  # both runs of stage 3 are one program
@@ -120,15 +122,15 @@ def main(data: Path, runs: Path, size: Size = Size()) -> Outcome:
 
     first, second, third = size.steps
     stage(f"stage 1, masks of categories, no language: {first} steps")
-    masks = train("stage1_segmentor", "stage1", first, ())
+    masks = train_stage("stage1_segmentor", runs / "stage1", first, (), data)
     stage(f"stage 2, words for images, no masks: {second} steps")
-    words = train("stage2_align", "stage2", second, (f"sam={masks}",))
+    words = train_stage("stage2_align", runs / "stage2", second, (f"sam={masks}",), data)
     stage(f"stage 3, everything, from stages 1 and 2: {third} steps")
-    whole = train("stage3_mixed", "stage3", third, (str(words), str(masks)))
+    whole = train_stage("stage3_mixed", runs / "stage3", third, (str(words), str(masks)), data)
     compared = {"stage 3 after stages 1 and 2": whole}
     if size.evaluated:
         stage(f"stage 3 alone, from nothing: {third} steps")
-        compared["stage 3 alone"] = train("stage3_mixed", "stage3_alone", third, ())
+        compared["stage 3 alone"] = train_stage("stage3_mixed", runs / "stage3_alone", third, (), data)
 
     stage("what the first two stages are worth")
     scores, controls = {}, {}

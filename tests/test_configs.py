@@ -13,7 +13,7 @@ from flowseg_jax.training.program import RunConfig
 
 VARIANTS = {
     "base": ("qwen3_1b7", "qwen3_8b", "qwen3_14b", "qwen3_32b", "llama3_8b", "phi3_mini"),
-    "shapes_ablation": ("baseline", "sr", "sr_cr"),
+    "shapes_ablation": ("baseline", "sr", "sr_cr", "cr", "sr_residual", "sr_even"),
     "shapes_smollm2": ("lora", "full"),
     "stage1_segmentor": ("tiny",),
     "stage2_align": ("qwen3_1b7", "phi3_mini", "tiny"),

@@ -1,4 +1,4 @@
-"""The ablation: its variants differ in one thing at a time, its tables are right, and what is finished is not repeated."""
+"""The ablation: its variants differ in one thing at a time, its runs come in a useful order, and finished ones are kept."""
 
 from __future__ import annotations
 
@@ -6,197 +6,142 @@ import json
 
 import numpy as np
 import pytest
+from flowseg_jax.configs.shapes_ablation import FROZEN
 
-from experiments import ablation
-from experiments.ablation import Estimate, VariantComparison
+from experiments import ablation, command_line
+from experiments.ablation_tables import MAIN, NAMES, SIDE, Counts
 from flowseg_jax import experiment as configs
 from flowseg_jax.checkpoints.manifest import flatten_params
 from flowseg_jax.errors import UserError
-from flowseg_jax.evaluation import audit, metrics, protocols
 from flowseg_jax.models import flowseg
 from flowseg_jax.training import loop
-from flowseg_jax.training.initialization import InitSource
 from flowseg_jax.training.optimizer import lr_multipliers
 from flowseg_jax.training.program import RunConfig
-
-
-def sample(image: int, number: int, found: int, best: int, family: str = "attribute") -> dict:
-    """One line of a results file: of 10 pixels, `found` are in the selected mask and `best` in the best candidate."""
-    i = {"intersection": found, "union": 10, "oracle_intersection": best, "oracle_union": 10}
-    once = {
-        name.replace("inter", "single_cover_inter").replace("union", "single_cover_union"): value for name, value in i.items()
-    }
-    about = {"image_id": image, "ann_id": number, "sentence_id": 0, "text": "a", "sentence": "a", "family": family}
-    answer = {
-        "text_form": "lower",
-        "count": 1,
-        "failed": False,
-        "failure": "",
-        "area": 10,
-        "score": 0.5,
-        "no_target_threshold": 0.0,
-    }
-    return about | i | once | answer
-
-
-def chance(rng: np.random.Generator, images: int = 12) -> list[dict]:
-    found, more = rng.integers(0, 8, (images, 3)), rng.integers(0, 4, (images, 3))
-    families = ("attribute", "ordinal", "relation")
-    return [sample(i, k, int(found[i, k]), int((found + more)[i, k]), families[k]) for i in range(images) for k in range(3)]
-
-
-def test_figures_are_those_of_the_evaluation(rng):
-    records = {variant: {seed: chance(rng) for seed in (0, 1)} for variant in ablation.VARIANTS}
-    comparison = VariantComparison.of(records, resamples=50)
-    assert (comparison.n, comparison.seeds) == (36, (0, 1))
-    for variant, runs in records.items():
-        tables = [metrics.summarise(runs[seed]) for seed in (0, 1)]
-        tables = [t | {"ciou_to_oracle": t["oracle_ciou"] - t["ciou"]} for t in tables]
-        for name, estimate in comparison.figures[variant].items():
-            assert estimate.seeds == pytest.approx([table[name] for table in tables])
-            assert estimate.mean == pytest.approx(np.mean(estimate.seeds)) and estimate.low < estimate.mean < estimate.high
-        for family, share in comparison.families[variant].items():
-            assert share == pytest.approx(np.mean([table["families"][family]["p_at"]["0.5"] for table in tables]))
-
-
-def test_differences_are_paired(rng):
-    """Each step and the whole way; the interval is that of `compare` on one seed, and vanishes where nothing differs."""
-    first = chance(rng, images=60)
-    better = [sample(r["image_id"], r["ann_id"], r["intersection"] + r["image_id"] % 3, 10, r["family"]) for r in first]
-    runs = dict(zip(ablation.VARIANTS, (first, better, better, first), strict=True))
-    comparison = VariantComparison.of({variant: {0: run} for variant, run in runs.items()})
-    assert list(comparison.differences) == [
-        ("baseline", "sr"),
-        ("sr", "sr_cr"),
-        ("sr_cr", "sr_cr_bar"),
-        ("baseline", "sr_cr_bar"),
-    ]
-    step = comparison.differences["baseline", "sr"]
-    for name, expected in audit.compare(first, better, protocols.XSAM).items():
-        assert step[name].mean == pytest.approx(expected.second - expected.first)
-        assert (step[name].low, step[name].high) == pytest.approx((expected.low, expected.high), abs=0.5)
-    nothing = comparison.differences["sr", "sr_cr"]["ciou"]
-    assert (nothing.mean, nothing.low, nothing.high) == (0, 0, 0)
-
-
-def test_hand_computed_table():
-    """Two images of one sample each: 5 and 9 of 10 pixels are found, or 9 and 5, and 9 and 9 with the next variant.
-
-    Whatever images are drawn, the baseline's two seeds have 14 of 20 between them, and SR gains 6.
-    """
-    runs = {"baseline": {3: [(5, 9), (9, 10)], 4: [(9, 9), (5, 10)]}, "sr": {3: [(9, 10), (9, 10)], 4: [(9, 10), (9, 10)]}}
-    records = {
-        variant: {seed: [sample(i, 0, *values) for i, values in enumerate(run)] for seed, run in seeds.items()}
-        for variant, seeds in runs.items()
-    }
-    comparison = VariantComparison.of(records, resamples=100)
-    lines = comparison.tables().splitlines()
-    assert "val, n 2 | cIoU | gIoU | oracle cIoU | oracle cIoU - cIoU | cIoU by seed" in lines[0]
-    assert lines[2] == (
-        "| baseline | 70.0 [70.0, 70.0] ± 0.0 | 70.0 [70.0, 70.0] ± 0.0 | 95.0 [90.0, 100.0] ± 0.0 "
-        "| 25.0 [20.0, 30.0] ± 0.0 | 70.0 70.0 |"
-    )
-    assert "| +SR against baseline | +20.0 [+20.0, +20.0] ± 0.0, 2 of 2 |" in comparison.tables()
-    assert list(comparison.differences) == [("baseline", "sr")]
-    assert comparison.to_json()["differences"][0]["ciou"]["mean"] == pytest.approx(20)
-
-
-def test_spread_and_agreement():
-    estimate = Estimate(1.0, 0.0, 2.0, (3.0, 1.0, -1.0))
-    assert estimate.spread == pytest.approx(2.0) and estimate.agree == 2
-    assert Estimate(1.0, 0.0, 2.0, (1.0,)).spread is None
-
-
-def test_different_samples_are_refused():
-    records = {"baseline": {0: [sample(0, 0, 5, 9)]}, "sr": {0: [sample(0, 1, 5, 9)]}}
-    with pytest.raises(UserError, match="different samples"):
-        VariantComparison.of(records, resamples=2)
+from tests.helpers.answers import record, write
 
 
 @pytest.fixture
-def counted(monkeypatch, rng):
+def counted(monkeypatch, tmp_path):
     """Training and evaluation that do nothing but count, and leave what they would."""
     calls = {"train": [], "evaluate": []}
 
     def train(config, workdir):
-        calls["train"].append(workdir.name)
+        calls["train"].append(f"{workdir.parent.name}/{workdir.name}")
         workdir.mkdir(parents=True, exist_ok=True)
         (workdir / "config.json").write_text(configs.to_json(config))
         return workdir / "model"
 
     class Evaluated:
-        def __init__(self, model, step):
-            self.model, self.step = model, step
+        def __init__(self, model, data):
+            self.run_dir, self.step = model.parent, json.loads((model.parent / "config.json").read_text())["num_steps"]
 
-        def run(self, split, out, *, pictures):
-            calls["evaluate"].append(self.model.parent.name)
+        def run(self, split, out, *, shuffle_text, pictures):
+            assert split == "val" and not pictures
+            calls["evaluate"].append(f"{self.run_dir.parent.name}/{self.run_dir.name}{'*' * shuffle_text}")
             out.mkdir(exist_ok=True)
-            (out / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in chance(rng)))
-            (out / f"{split}.json").write_text(json.dumps({"checkpoint": {"step": self.step}}))
-
-    def benchmark(model, data):
-        return Evaluated(model, json.loads((model.parent / "config.json").read_text())["num_steps"])
+            name = "val_shuffled" if shuffle_text else "val"
+            write(out / f"{name}.jsonl", [record(2, 0, iou=30, oracle=80), record(1, 0, iou=10 if shuffle_text else 50)])
+            about = {"data": "d", "checkpoint": {"step": self.step, "digest": self.run_dir.name}}
+            (out / f"{name}.json").write_text(json.dumps(about))
 
     monkeypatch.setattr(loop, "train", train)
     monkeypatch.setattr(loop, "load_dataset", lambda config: "data")
     monkeypatch.setattr(ablation.EvalModel, "load", lambda model: model)
-    monkeypatch.setattr(ablation, "ReferringEvaluation", benchmark)
+    monkeypatch.setattr(ablation, "ReferringEvaluation", Evaluated)
+    monkeypatch.setattr(ablation, "train_components", lambda data, runs: None)
+    monkeypatch.setattr(ablation, "read_model_config", lambda path: {"checksums": path.parent.name})
     return calls
 
 
-def read(variant: str):
-    return configs.read(f"configs/shapes_ablation.py:{variant}")
+def run(tmp_path, budgets):
+    ablation.main(tmp_path / "data", tmp_path / "runs", budgets, tmp_path / "results")
+
+
+def test_the_plan_has_whole_seeds_first_and_side_questions_at_one_budget():
+    todo = list(ablation.plan({500: [0, 1], 1500: [0]}))
+    assert todo[:6] == [*((500, 0, variant) for variant in MAIN), (500, 1, "baseline")]
+    assert todo[10:14] == [(500, seed, variant) for seed in (0, 1) for variant in SIDE]
+    assert todo[14:] == [(1500, 0, variant) for variant in MAIN]
+    assert len(list(ablation.plan({n: range(seeds) for n, seeds in command_line.BUDGETS.items()}))) == 5 * 20 + 2 * 8
 
 
 def test_finished_runs_are_kept(counted, tmp_path):
-    ablation.ablate(read, (0, 1), tmp_path)
-    names = [f"{variant}_{seed}" for seed in (0, 1) for variant in ablation.VARIANTS]
-    assert counted == {"train": names, "evaluate": names}
-    assert [json.loads((tmp_path / name / "config.json").read_text())["seed"] for name in names] == [0] * 4 + [1] * 4
-    table = (tmp_path / "ablation.md").read_text()
-    assert all(f"| {name} |" in table for name in ablation.VARIANTS.values())
+    run(tmp_path, {500: [0, 1]})
+    names = [f"500/{variant}_{seed}" for variants in (MAIN, SIDE) for seed in (0, 1) for variant in variants]
+    assert counted["train"] == names
+    assert counted["evaluate"] == [name + star for name in names for star in (("", "*") if name.endswith("0") else ("",))]
+    first = json.loads((tmp_path / "runs/500/sr_1/config.json").read_text())
+    assert (first["seed"], first["num_steps"], first["model"]["semantic_flow"]["mode"]) == (1, 500, "sr")
+    assert first["init_from"] == [str(tmp_path / "runs" / name / "model") for name in ("stage2", "stage1")]
+    assert first["data"]["dir"] == str(tmp_path / "data/shapes/prepared")
 
-    (tmp_path / "sr_1" / "eval" / "val.json").unlink()  # stopped before it was evaluated
+    (tmp_path / "runs/500/sr_1/eval/val.json").unlink()  # stopped before it was evaluated
     for seen in counted.values():
         seen.clear()
-    again = ablation.ablate(read, (0, 1, 2), tmp_path)
-    names = ["sr_1", *(f"{variant}_2" for variant in ablation.VARIANTS)]
-    assert counted == {"train": names, "evaluate": names} and again.seeds == (0, 1, 2)
-    assert json.loads((tmp_path / "ablation.json").read_text())["seeds"] == [0, 1, 2]
+    run(tmp_path, {500: [1], 1500: [0]})
+    assert counted["train"] == ["500/sr_1", *(f"1500/{variant}_0" for variant in MAIN)]
+
+    found = Counts.read(tmp_path / "results")  # the runs of both times
+    assert found.budgets(MAIN) == [500, 1500] and found.seeds(500, NAMES) == [0, 1] and found.seeds(1500, MAIN) == [0]
+    np.testing.assert_array_equal(found.runs[500, "cr", 1], [[50, 100, 50, 100], [30, 100, 80, 100]])  # in the order of images
+    assert found.controls[500, "cr", 0][0].tolist() == [10, 100, 10, 100] and (500, "cr", 1) not in found.controls
 
 
 def test_a_run_of_another_config_is_not_taken_for_finished(counted, tmp_path):
-    config = read("sr").unlock()
-    ablation.finish(config, tmp_path / "sr_0")
+    config = ablation.read("sr", tmp_path, tmp_path).unlock()
+    config.seed, workdir = 1, tmp_path / "500" / "sr_1"
+    ablation.finish(config, workdir)
+    ablation.finish(config, workdir)
+    assert len(counted["evaluate"]) == 1
     config.num_steps += 1
-    ablation.finish(config, tmp_path / "sr_0")
-    (tmp_path / "sr_0" / "eval" / "val.json").write_text(json.dumps({"checkpoint": {"step": 1}}))  # of an earlier model
-    ablation.finish(config, tmp_path / "sr_0")
-    assert len(counted["evaluate"]) == 3
+    ablation.finish(config, workdir)
+    (workdir / "eval" / "val.json").write_text(json.dumps({"checkpoint": {"step": 1}}))  # of an earlier model
+    ablation.finish(config, workdir)
     config.optimizer.learning_rate *= 2
-    ablation.finish(config, tmp_path / "sr_0")
-    assert len(counted["evaluate"]) == 4
-    ablation.finish(config, tmp_path / "sr_0")
+    ablation.finish(config, workdir)
     assert len(counted["evaluate"]) == 4
 
 
-def test_variants_differ_in_one_thing_and_share_their_encoders():
-    """What every variant learns is what the one before learns and one part more; all else comes from the shipped model."""
+def test_runs_of_other_components_are_not_mixed(counted, tmp_path, monkeypatch):
+    run(tmp_path, {1500: [0]})
+    monkeypatch.setattr(ablation, "read_model_config", lambda path: {"checksums": "trained anew"})
+    with pytest.raises(UserError, match="has runs with other components; remove it, or name another --results"):
+        run(tmp_path, {1500: [0]})
+
+
+def test_variants_differ_in_one_thing_and_nothing_in_front_of_the_mask_decoder_learns():
     learned = {}
-    for variant in ablation.VARIANTS:
-        config = read(variant)
-        plan = RunConfig.from_config(config)
-        shapes = {
-            name: x.shape for name, x in flatten_params(flowseg.params_dict(flowseg.abstract_model(plan.model)[1])).items()
-        }
-        rates = lr_multipliers(list(shapes), plan.optimizer.param_groups)
-        brought = {name for text in config.init_from for name in InitSource.open(text, shapes).places}
-        assert brought == {name for name, rate in rates.items() if rate is None}
-        learned[variant] = set(shapes) - brought
+    for variant in NAMES:
+        plan = RunConfig.from_config(configs.read(f"configs/shapes_ablation.py:{variant}"))
+        names = flatten_params(flowseg.params_dict(flowseg.abstract_model(plan.model)[1]))
+        rates = lr_multipliers(list(names), plan.optimizer.param_groups)
+        assert {name.split("/")[0] for name, rate in rates.items() if rate is None} == set(FROZEN)
+        learned[variant] = {name for name, rate in rates.items() if rate}
     assert {name.split("/")[0] for name in learned["baseline"]} == {"mask_decoder", "llm_projector", "background_embed"}
-    names = list(ablation.VARIANTS)
-    parts = ("/semantic_refinement/", "/condition_refinement/", "boundary/")
-    for before, after, part in zip(names, names[1:], parts, strict=False):
-        assert learned[before] < learned[after] and all(part in f"/{name}" for name in learned[after] - learned[before])
+    added = {
+        ("baseline", "sr"): "/semantic_refinement/",
+        ("sr", "sr_cr"): "/condition_refinement/",
+        ("sr_cr", "sr_cr_bar"): "boundary/",
+        ("baseline", "cr"): "/condition_refinement/",
+        ("baseline", "sr_residual"): "/semantic_refinement/",
+    }
+    for (before, after), part in added.items():
+        assert learned[before] < learned[after] and all(part in name for name in learned[after] - learned[before])
+    assert learned["sr_even"] == learned["sr"]
     with pytest.raises(UserError, match=r"no variant 'sr_bar' of the ablation \(did you mean"):
-        read("sr_bar")
+        configs.read("configs/shapes_ablation.py:sr_bar")
+
+
+@pytest.mark.parametrize(
+    ("flags", "budgets"), [([], {500: 8, 1500: 8, 4500: 4}), (["--budget=1500", "--seeds=3,5"], {1500: [3, 5]})]
+)
+def test_flags(flags, budgets, monkeypatch):
+    asked = []
+    monkeypatch.setattr(ablation, "main", lambda *arguments: asked.append(arguments))
+    assert command_line.ablation(flags) == 0
+    expected = {budget: list(range(seeds)) if isinstance(seeds, int) else seeds for budget, seeds in budgets.items()}
+    assert asked[0][2] == expected
+    with pytest.raises(UserError, match="--seeds takes integers, 0,1,2, got 'x'"):
+        command_line.ablation(["--seeds=x"])
+    with pytest.raises(UserError, match="invalid choice: 700"):
+        command_line.ablation(["--budget=700"])
