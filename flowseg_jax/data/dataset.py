@@ -35,7 +35,7 @@ def shard_files(split: str, count: int) -> list[str]:
 
 
 def _metadata(path: Path) -> dict[str, Any]:
-    """The content of METADATA, checked. UserError if it is not as `builders.prepare` writes it, or of another format."""
+    """The content of METADATA, checked. UserError if it is not as `prepare.prepare` writes it, or of another format."""
     found = read_json(path)
     number = found.get("format") if isinstance(found, dict) else None
     if number != FORMAT:
@@ -75,7 +75,7 @@ def _metadata(path: Path) -> dict[str, Any]:
 
 
 class PreparedDataset:
-    """An opened prepared data set; make one with `builders.prepare`.
+    """An opened prepared data set; make one with `prepare.prepare`.
 
     Attributes:
         directory: where it lies.

@@ -183,6 +183,7 @@ def test_a_sample_counts_in_whole_numbers():
     assert results.impossible({"area": 1.5}) == "area is 1.5, expected a count"
     assert results.impossible({"area": -1}) == "area is -1, expected a count"
     assert results.impossible({"query": 0.5}) == "query is 0.5, expected a whole number"
+    assert results.impossible({"best_rank": -2}) == "best_rank is -2, expected a whole number"  # -1: there is none
 
 
 def test_the_learning_curve(tmp_path):
