@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import types
+import weakref
 
 import huggingface_hub
 import ml_dtypes
@@ -14,7 +15,7 @@ import torch
 import transformers
 
 from convert_weights import directory, export
-from convert_weights.convert import get_family, import_params
+from convert_weights.convert import TorchView, get_family, import_params
 from convert_weights.families import FAMILIES
 from convert_weights.sources import ArraySource
 from flowseg_jax.checkpoints.manifest import flatten_params, unflatten_params
@@ -104,6 +105,25 @@ def test_a_component_of_a_whole_model(whole):
     assert (found.cfg, found.tokenizer, set(found.entries)) == (cfg, path / "tokenizer", set(flat))
     name = "llm/embed_tokens"
     assert np.array_equal(found.read(name, 3, 7), flat[name][3:7])
+
+
+def test_an_export_reads_every_stack_once_and_holds_those_of_one_tensor(whole):
+    _, flat, cfg = whole
+    given = ArraySource({name.removeprefix("llm/"): x for name, x in flat.items() if name.startswith("llm/")})
+    read, alive = [], []
+
+    def copy(name):
+        x = np.array(given.read(name))
+        read.append(name)
+        alive.append(weakref.ref(x))
+        return x
+
+    view = TorchView(FAMILIES["qwen3"], cfg.llm, types.SimpleNamespace(name="it", entries=given.entries, read=copy))
+    held = []
+    for name in view.in_order():
+        view.read(name)
+        held.append(sum(x() is not None for x in alive))
+    assert sorted(read) == sorted(given.entries) and max(held) == 1
 
 
 def test_what_is_not_in_a_whole_model(whole):

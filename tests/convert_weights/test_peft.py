@@ -188,6 +188,14 @@ def test_tensors_that_fit_no_layer_or_not_all_are_refused(recording, tmp_path):
         peft.import_adapters(tmp_path, recording.base, tmp_path / "out")
 
 
+def test_a_config_of_peft_has_its_defaults(tmp_path):
+    (tmp_path / peft.CONFIG).write_text('{"peft_type": "LORA"}')
+    found = peft.read_config(tmp_path / peft.CONFIG)
+    assert (found["r"], found["lora_alpha"], found["lora_dropout"]) == (8, 8, 0.0)
+    assert (found["use_rslora"], found["use_dora"], found["bias"], found["init_lora_weights"]) == (False, False, "none", True)
+    assert found["rank_pattern"] == found["alpha_pattern"] == {}
+
+
 def test_a_component_without_adapters_has_none_to_export(monkeypatch, tmp_path):
     learned = {"llm": {"x": {"lora": {"a": np.zeros((2, 3)), "b": np.zeros((3, 2))}}}}
     monkeypatch.setattr(peft.Base, "open", lambda model, component: None)

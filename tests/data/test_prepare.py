@@ -74,7 +74,8 @@ def test_index_agrees_with_the_records(prepared):
     assert prepared.splits["train"] == {"images": 3, "refs": 5, "sentences": 16, "samples": 15}
     described = json.loads(next(prepared.directory.rglob("dataset_info.json")).read_text())
     sizes = {split["name"]: int(split["numBytes"]) for split in described["splits"]}
-    assert sizes == {name: sum(p.stat().st_size for p in prepared.directory.rglob(f"flowseg-{name}.array_record*")) for name in sizes}
+    files = {name: prepared.directory.rglob(f"flowseg-{name}.array_record*") for name in sizes}
+    assert sizes == {name: sum(file.stat().st_size for file in found) for name, found in files.items()}
 
 
 def test_metadata_and_digest(layout, prepared, tmp_path):
