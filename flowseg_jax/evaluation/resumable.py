@@ -99,8 +99,8 @@ def record_line(place: int, records: list[dict[str, Any]]) -> str:
     return line.encode("utf-8", "backslashreplace").decode()
 
 
-def parse_lines(lines: Iterable[str]) -> Records:
-    """What `record_line` wrote; lines that are cut off, as by a kill, or something else are left out."""
+def parse_lines(lines: Iterable[str | bytes]) -> Records:
+    """What `record_line` wrote; lines that are cut off, as by a kill, no UTF-8 or something else are left out."""
     records: Records = {}
     for line in filter(None, lines):
         try:

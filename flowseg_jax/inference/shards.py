@@ -150,12 +150,12 @@ class PredictionShards:
             raise UserError(f"{path}: cannot be read ({error.strerror}); remove it to answer its images again") from None
         os.truncate(path, content.rfind(b"\n") + 1)
         mine = range(shard * self._size, min((shard + 1) * self._size, self.total))
-        return [place for place in parse_lines(content.decode(errors="replace").split("\n")) if place in mine]
+        return [place for place in parse_lines(content.split(b"\n")) if place in mine]
 
     def _finish(self, shard: int) -> None:
         if file := self._open.pop(shard, None):
             file.close()
-        found = parse_lines(self._partial(shard).read_text("utf-8").split("\n"))
+        found = parse_lines(self._partial(shard).read_bytes().split(b"\n"))
         records = [{"index": place} | record for place in sorted(found) for record in found[place]]
         failed = [record for record in records if "failure" in record]
         if failed:

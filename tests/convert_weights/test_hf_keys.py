@@ -25,6 +25,7 @@ from transformers.models.siglip import modeling_siglip
 from convert_weights import configs_from_hf
 from flowseg_jax.errors import UserError
 from flowseg_jax.models import hf_keys
+from flowseg_jax.models.hf_keys import HEADS, LAYERS, SIDE, WIDTH
 from flowseg_jax.models.language_config import LanguageConfig
 from tests.helpers import tiny_checkpoints as tiny
 
@@ -83,6 +84,11 @@ def test_every_key_that_all_classes_take_is_in_every_list():
     from transformers.modeling_rope_utils import RopeParameters
 
     assert set(RopeParameters.__annotations__) <= hf_keys.ROPE.known
+
+
+def test_sizes_have_bounds():
+    for kind, most in ((WIDTH, 131_072), (LAYERS, 1000), (HEADS, 4096), (SIDE, 16_384)):
+        assert [kind.fits(size) for size in (0, 1, most, most + 1, 1.5)] == [False, True, True, False, False]
 
 
 def test_a_key_has_one_fate():
@@ -243,6 +249,8 @@ def test_notes(capsys):
     assert re.search(r"40 unknown keys, which are not read: (strange_\d+, ){10}\.\.\.$", capsys.readouterr().out.strip())
     read("qwen3", written("qwen3") | {f"strange_{i}": i for i in range(10)})
     assert capsys.readouterr().out.strip().endswith("strange_9")
+    read("qwen3", written("qwen3") | {"x" * 90: 1})
+    assert capsys.readouterr().out.strip().endswith(" " + "x" * 80)
     scaling = {"rope_scaling": {"rope_type": "default", "rope_theta": 5.0}}
     read("llama", written("llama") | scaling)
     assert "rope_scaling takes the place of rope_parameters, as in transformers" in capsys.readouterr().out

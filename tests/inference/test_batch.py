@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -253,12 +254,21 @@ def test_images_of_one_size_go_in_whole_batches(many):
 
 
 def test_the_last_line_tells_the_rate_of_the_whole_run(many, monkeypatch, capsys):
-    clock = iter([0.0, 10.0, 11.0, 11.0])  # begin, two batches of which the first compiles, end
+    clock, beat = iter([5.0, 15.0, 16.0, 16.0]), SimpleNamespace()  # begin, two batches of which the first compiles, end
     monkeypatch.setattr(batch, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-    answers = [{0: [{}], 1: [{}]}, {2: [{}], 3: [{}]}]
-    monkeypatch.setattr(batch.BatchPredictor, "answers", lambda self, listed, places: iter(answers))
-    assert many._fill(None, SimpleNamespace(places=range(4), total=4, add=lambda found: None)) == 4
-    assert "predict: 4 images in 11 s, 0.4/s, compilation included; 0 failed" in capsys.readouterr().out
+    monkeypatch.setattr(batch, "heartbeat", lambda message: contextlib.nullcontext(beat))
+    said = []
+
+    def answers(self, listed, places):
+        yield {0: [{}], 1: [{}]}
+        said.append(beat.message)
+        yield {2: [{}], 3: [{"failure": "x"}]}
+        said.append(beat.message)
+
+    monkeypatch.setattr(batch.BatchPredictor, "answers", answers)
+    assert many._fill(None, SimpleNamespace(places=range(4), total=4, add=lambda found: None)) == 3
+    assert said == ["predict: 2/4 images, 0.2/s, 10 s left, 0 failed", "predict: 4/4 images, 2.0/s, 0 s left, 1 failed"]
+    assert "predict: 4 images in 11 s, 0.4/s, compilation included; 1 failed" in capsys.readouterr().out
 
 
 def test_twenty_failures_are_told_and_the_others_listed(many, monkeypatch, capsys):

@@ -60,6 +60,18 @@ def test_a_shard_that_was_killed_before_its_end_is_finished(tmp_path):
     assert names(tmp_path) == ["predictions-00000-of-00001.jsonl", "run.json"]
 
 
+def test_bytes_that_are_no_text_cost_their_image_alone(tmp_path):
+    with opened(tmp_path, total=2) as run:
+        path = run._partial(0)
+        run.add(records(0))
+    path.write_bytes(path.read_bytes() + shards.record_line(1, records(1)[1]).encode("latin-1") + b"\n")
+    with opened(tmp_path, total=2) as run:
+        assert run.places.tolist() == [1]
+        run.add(records(1))
+    (file,) = tmp_path.glob("predictions-*")
+    assert [json.loads(line)["index"] for line in file.read_text().splitlines()] == [0, 0, 1, 1]
+
+
 def test_how_many_images_a_file_has_where_nobody_says(tmp_path):
     for total, size in ((7, 7), (1000, 1000), (1001, 1000)):
         with opened(tmp_path / str(total), total=total, size=None):
