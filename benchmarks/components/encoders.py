@@ -112,7 +112,8 @@ def llm_decode(sizes: Sizes, dtype: str) -> Pair:
     keys, values = (random(1, past, cfg.num_key_value_heads, cfg.head_dim, seed=i, dtype=dtype) for i in (1, 2))
     x = random(1, 1, cfg.hidden_size, dtype=dtype)
     here = jnp.full((1, 1), past)
-    cache = KVCache(keys[None], values[None], jnp.arange(past)[None], jnp.zeros((1, past), int))
+    flat = (x.reshape(1, 1, past, -1) for x in (keys, values))
+    cache = KVCache(*flat, jnp.arange(past)[None], jnp.zeros((1, past), int))
 
     def step(params, cache, x):
         return bind(qwen.graphdef, params).extend(cache, x, here, jnp.zeros((1, 1), int))

@@ -17,23 +17,22 @@ class KVCache:
     Keys are stored rotated, so the index of a slot only says in which order tokens were read.
 
     Attributes:
-        keys: [layers, B, S, G, E], rotated, in the dtype computed in.
-        values: [layers, B, S, G, E].
+        keys: [layers, B, S, G * E], rotated, in the dtype computed in. Heads lie side by side, as products write and TPU kernels
+            read them: an axis of heads would be a copy into another layout in every layer.
+        values: [layers, B, S, G * E].
         position_ids: int [B, S], rotary position of each slot's token.
         segment_ids: int [B, S], segment of each slot's token; -1 = empty slot, never attended to.
     """
 
-    keys: Float[Array, "l b s g e"]
-    values: Float[Array, "l b s g e"]
+    keys: Float[Array, "l b s d"]
+    values: Float[Array, "l b s d"]
     position_ids: Int[Array, "b s"]
     segment_ids: Int[Array, "b s"]
 
     @classmethod
-    def empty(
-        cls, num_layers: int, batch_size: int, capacity: int, num_key_value_heads: int, head_dim: int, dtype: jnp.dtype
-    ) -> KVCache:
-        """A cache of `capacity` empty slots per row."""
-        zeros = jnp.zeros((num_layers, batch_size, capacity, num_key_value_heads, head_dim), dtype)
+    def empty(cls, num_layers: int, batch_size: int, capacity: int, width: int, dtype: jnp.dtype) -> KVCache:
+        """A cache of `capacity` empty slots per row; `width` is that of all key/value heads together."""
+        zeros = jnp.zeros((num_layers, batch_size, capacity, width), dtype)
         position_ids = jnp.zeros((batch_size, capacity), jnp.int32)
         return cls(zeros, zeros, position_ids, jnp.full((batch_size, capacity), -1, jnp.int32))
 
@@ -56,8 +55,8 @@ class KVCache:
 
     def update(
         self,
-        keys: Float[Array, "l b t g e"],
-        values: Float[Array, "l b t g e"],
+        keys: Float[Array, "l b t d"],
+        values: Float[Array, "l b t d"],
         position_ids: Int[Array, "b t"],
         segment_ids: Int[Array, "b t"],
     ) -> KVCache:

@@ -24,7 +24,7 @@ from flowseg_jax.ops.attention import AttentionMask, TokenInfo, attention, causa
 from flowseg_jax.ops.rope import norm_rope
 from flowseg_jax.ops.vocabulary import ShardedEmbedding, embedding_lookup
 
-KeyValuePair = tuple[Float[Array, "b _ g e"], Float[Array, "b _ g e"]]
+KeyValuePair = tuple[Float[Array, "b _ d"], Float[Array, "b _ d"]]  # keys and values of a layer, heads side by side
 
 
 class SelfAttention(nnx.Module):
@@ -49,14 +49,19 @@ class SelfAttention(nnx.Module):
         past: KeyValuePair | None = None,
     ) -> tuple[Float[Array, "b t w"], KeyValuePair]:
         """Attends to `past` (if any), then the new tokens, as `mask` allows; returns the new tokens' keys and values too."""
-        q, k, v = (f(x).reshape(*x.shape[:2], -1, self.head_dim) for f in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (self._split_heads(f(x)) for f in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is None:
             q, k = norm_rope(q, None, cos, sin), norm_rope(k, None, cos, sin)
         else:
             q, k = (norm_rope(x, norm.scale[...], cos, sin, eps=norm.eps) for x, norm in ((q, self.q_norm), (k, self.k_norm)))
-        keys, values = (k, v) if past is None else (_append(past[0], k), _append(past[1], v))
-        y = attention(q, keys, values, mask=mask)
-        return self.o_proj(y.reshape(*x.shape[:2], -1)), (k, v)
+        new = keys, values = k.reshape(*x.shape[:2], -1), v.reshape(*x.shape[:2], -1)
+        if past is not None:
+            keys, values = (jnp.concatenate(both, 1) for both in zip(past, new, strict=True))
+        y = attention(q, self._split_heads(keys), self._split_heads(values), mask=mask)
+        return self.o_proj(y.reshape(*x.shape[:2], -1)), new
+
+    def _split_heads(self, x: Float[Array, "b t d"]) -> Float[Array, "b t h e"]:
+        return x.reshape(*x.shape[:2], -1, self.head_dim)
 
 
 class MLP(nnx.Module):
@@ -92,11 +97,6 @@ class TransformerBlock(nnx.Module):
         y, new = self.self_attn(self.input_layernorm(x), cos, sin, mask, past)
         x = x + y
         return x + self.mlp(self.post_attention_layernorm(x)), new
-
-
-def _append(old, new):
-    room = jnp.pad(old, ((0, 0), (0, new.shape[1]), (0, 0), (0, 0)))
-    return jax.lax.dynamic_update_slice_in_dim(room, new, old.shape[1], 1)
 
 
 def _linear(cfg: LanguageConfig, d_in: int, d_out: int, *axes: str, rngs: nnx.Rngs) -> Linear:
@@ -177,7 +177,8 @@ class LanguageModel(nnx.Module):
         if capacity is None:
             return hidden, KVCache(*new, position_ids, segment_ids)
         cfg = self.cfg
-        cache = KVCache.empty(cfg.num_hidden_layers, b, capacity, cfg.num_key_value_heads, cfg.head_dim, inputs_embeds.dtype)
+        width = cfg.num_key_value_heads * cfg.head_dim
+        cache = KVCache.empty(cfg.num_hidden_layers, b, capacity, width, inputs_embeds.dtype)
         return hidden, cache.update(*new, position_ids, segment_ids)
 
     def extend(

@@ -18,7 +18,7 @@ from flowseg_jax.errors import UserError
 from flowseg_jax.models import hf_keys
 from flowseg_jax.models.layers import Conv, LayerNorm, Linear, gathered_weight, gelu, make_param, normal_init, zeros
 from flowseg_jax.models.pixel_decoder import sine_position_embedding
-from flowseg_jax.models.stack import scan_layers, stack_layers
+from flowseg_jax.models.stack import scan_blocks, scan_layers, stack_layers
 from flowseg_jax.ops.attention import rel_pos_attention
 from flowseg_jax.ops.windows import join_windows, split_windows
 
@@ -266,22 +266,13 @@ class SamImageEncoder(nnx.Module):
 
     def _periodic(self, x: Array, select: tuple[int, ...], period: int) -> dict[int, Array]:
         """One scan over the blocks: only one block is compiled."""
-        inner = any(i % period for i in select)  # whether the input of a global layer is selected
         stacks = [s for s in (self.window_layers, self.global_layers) if s is not None]
-        graphdefs, params = zip(*(nnx.split(s) for s in stacks), strict=True)
         blocks = self.cfg.num_hidden_layers // period
-        params = jax.tree.map(lambda w: w.reshape(blocks, -1, *w.shape[1:]), tuple(nnx.to_pure_dict(p) for p in params))
-
-        def block(x, params):
-            *windows, last = (nnx.merge(g, p) for g, p in zip(graphdefs, params, strict=True))
-            for layers in windows:
-                x = self._run(layers, x)
-            y = self._run(last, x)
-            return y, (y, x if inner else None)
-
-        _, (outputs, inputs) = jax.lax.scan(block, x, params)
+        inputs, outputs = scan_blocks(stacks, lambda layer, x: layer(x), x, blocks, policy=self.cfg.remat)
         states = {(i + 1) * period: outputs[i] for i in range(blocks)}
-        return states | {(i + 1) * period - 1: inputs[i] for i in range(blocks) if inner}
+        if any(i % period for i in select):  # the input of a global layer
+            states |= {(i + 1) * period - 1: inputs[i] for i in range(blocks)}
+        return states
 
     def _runs(self, x: Array, select: tuple[int, ...]) -> dict[int, Array]:
         """Any other pattern: one scan per run of equal layers, cut at the selected states."""

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from flowseg_jax.ops.portable import kernels_allowed
 
 LANES = 128  # the only head width that the kernel takes: a head is a register's row
-MIN_TOKENS = 256  # with fewer there is little to gain
+MIN_TOKENS = 16  # with fewer there is little to gain
 
 
 def rms_norm(x: Float[Array, "*b d"], scale: Float[Array, " d"], eps: float) -> Float[Array, "*b d"]:

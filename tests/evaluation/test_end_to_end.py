@@ -49,7 +49,7 @@ class Painter(flowseg.FlowSeg):
         cells = views.sam_images.astype(jnp.float32).reshape(b, grid, CELL, grid, CELL, 3).mean((2, 4)) / 255
         features = jnp.stack([cells.max(-1), cells[..., 2] - cells[..., 0], jnp.ones((b, grid, grid))], -1)
         none = jnp.zeros((b, 1), jnp.int32)
-        return ImageCache(features, (), KVCache(*[jnp.zeros((1, b, 1, 1, 1))] * 2, none, none))
+        return ImageCache(features, (), KVCache(*[jnp.zeros((1, b, 1, 1))] * 2, none, none))
 
     def predict_cached(self, seen, questions):
         b, k = questions.query_valid.shape

@@ -31,7 +31,7 @@ class FakeSegmentor(flowseg.FlowSeg):
         b, grid = views.sam_images.shape[0], SIDE // CELL
         gray = views.sam_images.astype(jnp.float32).mean(-1).reshape(b, grid, CELL, grid, CELL).mean((2, 4)) / 255
         nothing = jnp.zeros((b, 1), jnp.int32)
-        keys = jnp.full((1, b, 1, 1, 1), prefix.sum(), jnp.float32)
+        keys = jnp.full((1, b, 1, 1), prefix.sum(), jnp.float32)
         return ImageCache(jnp.stack([gray, jnp.ones_like(gray)], -1), (), KVCache(keys, keys, nothing, nothing))
 
     def predict_cached(self, seen, questions):
@@ -40,7 +40,7 @@ class FakeSegmentor(flowseg.FlowSeg):
         embeds = self.gain[0] * jnp.stack([jnp.ones(QUERIES), -thresholds], -1)
         said = questions.phrase_ids[:, None] == jnp.arange(k)[None, :, None]
         signature = (
-            (said * questions.input_ids[:, None]).sum(-1).astype(jnp.float32) + seen.kv_cache.keys[0, :, :, 0, 0] - sum(PREFIX)
+            (said * questions.input_ids[:, None]).sum(-1).astype(jnp.float32) + seen.kv_cache.keys[0, :, :, 0] - sum(PREFIX)
         )
         scores = -jnp.abs(thresholds * 100 - (signature % 100)[..., None])
         return MaskCandidates(scores, jnp.broadcast_to(embeds, (b, k, QUERIES, 2)), seen.mask_features)

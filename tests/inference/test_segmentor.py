@@ -48,7 +48,7 @@ class Thresholds(flowseg.FlowSeg):
         gray = (
             views.sam_images.astype(jnp.float32).mean(-1).reshape(b, GRID, SIDE // GRID, GRID, SIDE // GRID).mean((2, 4)) / 255
         )
-        return ImageCache(jnp.stack([gray, jnp.ones_like(gray)], -1), (), KVCache.empty(2, b, 1, 1, 48, jnp.dtype("float32")))
+        return ImageCache(jnp.stack([gray, jnp.ones_like(gray)], -1), (), KVCache.empty(2, b, 1, 48, jnp.dtype("float32")))
 
     def predict_cached(self, seen, questions):
         thresholds = (jnp.arange(QUERIES) + 1.0) / 5

@@ -134,7 +134,7 @@ def test_slots_beyond_the_need_and_junk_in_empty_ones_change_nothing(tiny):
     @functools.partial(jax.jit, static_argnums=0)
     def last(slots, junk):
         _, cache = tiny.prefill(embeds[:, :4], positions[:, :4], segments[:, :4], slots)
-        empty = (cache.segment_ids == -1)[None, :, :, None, None]
+        empty = (cache.segment_ids == -1)[None, :, :, None]
         cache = dataclasses.replace(cache, keys=jnp.where(empty, junk, cache.keys), values=jnp.where(empty, junk, cache.values))
         return tiny.extend(cache, embeds[:, 4:], positions[:, 4:], segments[:, 4:])[0]
 
@@ -142,24 +142,24 @@ def test_slots_beyond_the_need_and_junk_in_empty_ones_change_nothing(tiny):
 
 
 def test_append_by_hand():
-    cache = KVCache.empty(1, 2, 3, 1, 2, jnp.dtype(jnp.bfloat16))
+    cache = KVCache.empty(1, 2, 3, 2, jnp.dtype(jnp.bfloat16))
     assert cache.keys.dtype == jnp.bfloat16 and cache.lengths.tolist() == [0, 0]
 
     def append(cache, keys, values, positions, segments):
-        keys, values = (jnp.broadcast_to(jnp.array(x)[None, :, :, None, None], (1, 2, 2, 1, 2)) for x in (keys, values))
+        keys, values = (jnp.broadcast_to(jnp.array(x)[None, :, :, None], (1, 2, 2, 2)) for x in (keys, values))
         return cache.update(keys, values, jnp.array(positions), jnp.array(segments))
 
     cache = append(cache, [[1.0, 2.0], [3.0, 4.0]], [[5.0, 6.0], [7.0, 8.0]], [[8, 9], [8, 9]], [[0, -1], [-1, 4]])
-    assert cache.keys[0, :, :, 0, 0].tolist() == [[1, 0, 0], [4, 0, 0]]
+    assert cache.keys[0, :, :, 0].tolist() == [[1, 0, 0], [4, 0, 0]]
     cache = append(cache, [[10.0, 20.0], [3.0, 4.0]], [[50.0, 60.0], [7.0, 8.0]], [[3, 4], [5, 6]], [[0, 2], [-1, -1]])
-    assert cache.keys[0, :, :, 0, 1].tolist() == [[1, 10, 20], [4, 0, 0]]
-    assert cache.values[0, :, :, 0, 1].tolist() == [[5, 50, 60], [8, 0, 0]]
+    assert cache.keys[0, :, :, 1].tolist() == [[1, 10, 20], [4, 0, 0]]
+    assert cache.values[0, :, :, 1].tolist() == [[5, 50, 60], [8, 0, 0]]
     assert cache.position_ids.tolist() == [[8, 3, 4], [9, 0, 0]]
     assert cache.segment_ids.tolist() == [[0, 0, 2], [4, -1, -1]]
     full = append(cache, [[7.0, 7.0], [9.0, 9.0]], [[0.0, 0.0], [0.0, 0.0]], [[1, 1], [1, 1]], [[0, 0], [0, 0]])
-    assert full.keys[0, :, :, 0, 0].tolist() == [[1, 10, 20], [4, 9, 9]], "a full row keeps what it has"
+    assert full.keys[0, :, :, 0].tolist() == [[1, 10, 20], [4, 9, 9]], "a full row keeps what it has"
     grown = cache.with_capacity(2)
-    assert grown.segment_ids.tolist() == [[0, 0, 2, -1, -1], [4, -1, -1, -1, -1]] and grown.keys.shape == (1, 2, 5, 1, 2)
+    assert grown.segment_ids.tolist() == [[0, 0, 2, -1, -1], [4, -1, -1, -1, -1]] and grown.keys.shape == (1, 2, 5, 2)
     assert cache.repeat(2).segment_ids.tolist() == [[0, 0, 2]] * 2 + [[4, -1, -1]] * 2
 
 

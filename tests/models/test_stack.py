@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from flowseg_jax.models.layers import Linear
-from flowseg_jax.models.stack import remat, scan_layers, stack_layers
+from flowseg_jax.models.stack import remat, scan_blocks, scan_layers, stack_layers
 from flowseg_jax.ops.attention import attention, decomposed_rel_pos_attention
 from flowseg_jax.ops.msda import msda
 
@@ -54,3 +54,26 @@ def test_a_part_of_a_stack_is_those_layers_and_no_copy_of_them(part):
         for a, b in zip(found, expected, strict=True):
             np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
     assert " slice[" not in str(jax.make_jaxpr(run)(params, x))
+
+
+def test_blocks_of_two_stacks_are_their_layers_in_turn_and_no_copy_of_them():
+    """Two blocks: two layers of the one stack, then one of the other. Where a gradient is taken, as above."""
+    stacks = [stack_layers(lambda rngs: Linear(3, 3, rngs=rngs), count, nnx.Rngs(count)) for count in (4, 2)]
+    graphdefs, params = zip(*map(nnx.split, stacks), strict=True)
+    params, x = tuple(map(nnx.to_pure_dict, params)), jnp.arange(6.0).reshape(2, 3)
+
+    def run(params, x):
+        layers = [nnx.merge(*both) for both in zip(graphdefs, params, strict=True)]
+        return scan_blocks(layers, lambda layer, x: jnp.sin(layer(x)), x, 2)
+
+    def plain(params, x):
+        found = [x]
+        for stack, i in ((0, 0), (0, 1), (1, 0), (0, 2), (0, 3), (1, 1)):
+            found.append(jnp.sin(found[-1] @ params[stack]["kernel"][i] + params[stack]["bias"][i]))
+        return jnp.stack([found[2], found[5]]), jnp.stack([found[3], found[6]])
+
+    for function in (lambda f: f, lambda f: jax.grad(lambda *x: sum(jnp.sum(y * y) for y in f(*x)), (0, 1))):
+        found, expected = (jax.tree.leaves(jax.jit(function(f))(params, x)) for f in (run, plain))
+        for a, b in zip(found, expected, strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+    assert " reshape[" not in str(jax.make_jaxpr(run)(params, x))

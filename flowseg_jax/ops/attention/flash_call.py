@@ -115,7 +115,7 @@ def call(
         blocks, loops: the division and the order.
         scale, mask: of the scores.
         inputs: kind and array: "q" and "k" [batch, tokens, heads, width], "s" [batch, heads, 1, tokens]; "once" as "q", but
-            read for the first block of keys alone.
+            read for the first block of keys alone. The first one is of kind "q", and results of this kind have its tokens.
         outputs: kind, width and dtype; "all" as "q", but in the chip's memory until all that reads the same keys is done.
         scratch: shapes of the float32 sums.
     """
@@ -152,7 +152,7 @@ def call(
             "k": (batch, t, blocks.groups * width),
             "s": (batch, blocks.heads, 1, s),
         }
-        return jax.ShapeDtypeStruct(shapes.get(kind, (batch, s, blocks.heads * width)), dtype)
+        return jax.ShapeDtypeStruct(shapes.get(kind, (batch, inputs[0][1].shape[1], blocks.heads * width)), dtype)
 
     shared = together > 1 and (mask is not None or blocks.real < t)
     scratch = [*scratch, (blocks.keys, blocks.queries)] if shared else scratch
@@ -211,7 +211,7 @@ def call(
         metadata=metadata(name, blocks, steps, widths, inputs[0][1].dtype, mask),
     )(*described, *(x if kind == "s" else x.reshape(*x.shape[:2], -1) for kind, x in inputs))
     shapes = {"k": (batch, t, blocks.groups, -1), "s": (batch, blocks.heads, 1, s)}
-    return [x.reshape(shapes.get(kind, (batch, s, blocks.heads, -1))) for x, (kind, *_) in zip(found, outputs, strict=True)]
+    return [x.reshape(shapes.get(kind, (*x.shape[:2], blocks.heads, -1))) for x, (kind, *_) in zip(found, outputs, strict=True)]
 
 
 def in_order(mask: Mask) -> bool:
@@ -240,7 +240,10 @@ def _lay_matrix(mask: Bool[Array, "#b 1 #s t"], batch: int, blocks: Blocks) -> A
 
 def lay(x: Array, size: int) -> Array:
     """[batch, tokens, heads, width] with tokens padded to whole blocks and widths to whole lanes, with zeros."""
-    return pad(pad(x, 1, size), 3, LANES)
+    b, t, h, e = x.shape
+    if e % LANES:
+        return pad(pad(x, 1, size), 3, LANES)
+    return pad(x.reshape(b, t, h * e), 1, size).reshape(b, -1, h, e)  # flat, as kernels read it: nothing changes its layout
 
 
 def pad(x: Array, axis: int, multiple: int, fill: int = 0) -> Array:
