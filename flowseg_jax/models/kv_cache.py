@@ -17,8 +17,8 @@ class KVCache:
     Keys are stored rotated, so the index of a slot only says in which order tokens were read.
 
     Attributes:
-        keys: [layers, B, S, G * E], rotated, in the dtype computed in. Heads lie side by side, as products write and TPU kernels
-            read them: an axis of heads would be a copy into another layout in every layer.
+        keys: [layers, B, S, G * E], rotated, in the dtype computed in. Heads lie side by side, as products write them and TPU
+            kernels read them: with an axis of heads, a TPU would change the layout of every layer's keys.
         values: [layers, B, S, G * E].
         position_ids: int [B, S], rotary position of each slot's token.
         segment_ids: int [B, S], segment of each slot's token; -1 = empty slot, never attended to.
