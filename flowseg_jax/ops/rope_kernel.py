@@ -46,6 +46,7 @@ def _call(
     interpret: Any,
 ) -> list[Array]:
     b, t, h, e = inputs[0].shape
+    # Sums over tokens need zeros beyond the last one. Otherwise what is there is not written.
     pad = lambda x: jnp.pad(x, ((0, 0), (0, -t % TOKENS), (0, 0))) if with_sums else x  # noqa: E731
     heads = math.gcd(h, HEADS)
     grid = b, -(-t // TOKENS), h // heads
