@@ -21,6 +21,7 @@ if "FLOWSEG_DEVICES" in os.environ:  # how many host devices a process has is fi
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import gc
 import random
 import typing
 
@@ -55,6 +56,9 @@ LONGEST = (
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name not in LONGEST)
+    # What is imported by now stays: the collections of garbage to come need not walk through it.
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
