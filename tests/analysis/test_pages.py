@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -238,3 +239,11 @@ def test_calibrate_no_target(drawn, tmp_path):
     assert by_score[0] == ["0.0–0.1", 0, None, None]
     found = json.loads((tmp_path / "a/analysis/calibration_val.json").read_text())
     assert found["wanted_false_alarms"] == 30.0
+
+
+def test_a_table_has_its_head_above_its_rows():
+    text = str(page.table(["kind", "share", "n"], [["<b>", 12.34, None], ["two", 5.0, 7]]))
+    head, body = text.split("<tbody>")
+    assert [part.split("</th>")[0] for part in head.split("<th>")[1:]] == ["kind", "share", "n"]
+    rows = [re.findall("<t[hd]>(.*?)</t[hd]>", row) for row in body.split("</tr>")[:-1]]
+    assert rows == [["&lt;b&gt;", "12.3", "–"], ["two", "5.0", "7"]]
