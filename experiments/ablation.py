@@ -1,13 +1,13 @@
 """`make ablation`: what SR, CR and BAR are each worth, from components that were trained without any of them.
 
-    data -> stage 1 (masks of categories) and stage 2 (words) -> stage 3 of every variant, seed and budget -> results/ablation
+    data -> stage 1 (masks of categories) and stage 2 (words) -> stage 3 of every variant, seed and budget -> tables
 
 docs/results.md has the protocol: what is held equal, how many seeds and steps, and what is concluded from which outcome. The
 runs come in the order in which unfinished results are worth most: all variants of a seed, then the next seed; then the side
 questions; then the next budget. Every run with the same seed and budget sees the same batches.
 
 Everything lands in `runs/ablation`. Started again, finished runs are kept and an interrupted one continues. What was counted in
-a finished run is written to `results/ablation`, of which `experiments/ablation_tables.py` makes the tables.
+a finished run is written to `runs/ablation/results`, and the tables of it, as soon as a seed is complete, to `ablation.md`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from experiments import stages
-from experiments.ablation_tables import MAIN, SIDE, SIDE_BUDGET
+from experiments.ablation_tables import MAIN, SIDE, SIDE_BUDGET, tables
 from flowseg_jax import experiment as configs
 from flowseg_jax.checkpoints import storage
 from flowseg_jax.checkpoints.pretrained import read_model_config
@@ -99,7 +99,7 @@ def keep(workdir: Path, name: str, components: Mapping[str, str], target: Path) 
         target: has the other runs.
 
     Raises:
-        UserError: `target` has runs from other components, or on other samples.
+        UserError: `target` has runs with other components or on other data.
     """
     out = workdir / "eval"
     result, records = json.loads((out / f"{SPLIT}.json").read_text()), in_order(out / f"{SPLIT}.jsonl")
@@ -107,7 +107,7 @@ def keep(workdir: Path, name: str, components: Mapping[str, str], target: Path) 
     if (target / "about.json").exists():
         before = json.loads((target / "about.json").read_text())
         if changed := [key for key in about if key != "runs" and before[key] != about[key]]:
-            raise UserError(f"{target}: has runs with other {' and '.join(changed)}; remove it, or name another --results")
+            raise UserError(f"{target}: has runs with other {' and '.join(changed)}; remove it, or name another --runs")
         about = before
     arrays = {"counts": counts(records)}
     if (out / f"{SHUFFLED}.jsonl").exists():
@@ -134,8 +134,8 @@ def counts(records: Sequence[Mapping[str, Any]]) -> np.ndarray:
     )
 
 
-def main(data: Path, runs: Path, budgets: Mapping[int, Sequence[int]], target: Path) -> None:
-    """Makes all runs of `plan(budgets)` into `runs`, and what was counted in them into `target`."""
+def main(data: Path, runs: Path, budgets: Mapping[int, Sequence[int]]) -> None:
+    """Makes all runs of `plan(budgets)` into `runs`, and the tables of them."""
     host.use_host_devices(read("baseline", data, runs).batch_size)
     host.enable_compilation_cache()
     train_components(data, runs)
@@ -146,4 +146,8 @@ def main(data: Path, runs: Path, budgets: Mapping[int, Sequence[int]], target: P
         config, name = read(variant, data, runs), f"{budget}/{variant}_{seed}"
         config.seed, config.num_steps = seed, budget
         finish(config, runs / name)
-        keep(runs / name, name, components, target)
+        keep(runs / name, name, components, runs / "results")
+        if variant in (list(MAIN)[-1], list(SIDE)[-1]):
+            text = "\n".join(tables(runs / "results").values())
+            storage.write_text_atomic(runs / "ablation.md", text)
+            log(text)

@@ -1,4 +1,4 @@
-"""The ablation's tables, from the counts in `results/ablation` (`experiments/ablation.py` writes them).
+"""The ablation's tables, from what was counted in its runs (`experiments/ablation.py` writes it).
 
 Intervals are of a bootstrap with two levels: seeds are drawn with replacement, and images are drawn with replacement, the same
 images for every run, for all runs were evaluated on the same ones. Variants are paired: a draw takes the same seeds and images
@@ -222,12 +222,28 @@ def control_table(counts: Counts) -> str:
     return table(["steps", "run", "cIoU", "cIoU with the text of other images"], rows, text=2)
 
 
-def tables(counts: Counts) -> dict[str, str]:
-    """{name of the block in docs/results.md: its table}."""
+def layer_table(folder: Path) -> str:
+    """What the layers of a run do, from `<variant>/layer_trace_val.json` (`flowseg analyze layer-trace`)."""
+    rows = []
+    for variant, name in MAIN.items():
+        if (path := folder / variant / "layer_trace_val.json").exists():
+            first, *_, last = json.loads(path.read_text())["groups"]["all"]
+            gate = "" if last["gate"] is None else f"{last['gate']:.2f}"
+            margin, selected = (
+                f"{first[key]:{form}} to {last[key]:{form}}" for key, form in (("margin", ".3f"), ("iou_selected", ".1f"))
+            )
+            rows.append([name, gate, f"{last['drift']:.2f}", margin, selected, f"{last['iou_best']:.1f}"])
+    return table(["variant", "gate", "drift of C", "margin", "IoU of the selected query", "of the best"], rows)
+
+
+def tables(folder: Path) -> dict[str, str]:
+    """{name of the block in docs/results.md: its table} of the results in a folder."""
+    counts = Counts.read(folder)
     return {
         "ablation": variant_table(counts),
         "ablation_steps": step_table(counts),
         "ablation_rescue": rescue_table(counts),
         "ablation_side": side_table(counts),
+        "ablation_layers": layer_table(folder / "layers"),
         "ablation_control": control_table(counts),
     }

@@ -11,7 +11,7 @@ from flowseg_jax.errors import UserError
 from flowseg_jax.system.console import heartbeat, log
 from flowseg_jax.system.memory import keep_freed_memory
 
-ABLATION_DATA, ABLATION, ABLATION_RESULTS = Path("data/ablation"), Path("runs/ablation"), Path("results/ablation")
+ABLATION_DATA, ABLATION = Path("data/ablation"), Path("runs/ablation")
 BUDGETS = {500: 8, 1500: 8, 4500: 4}  # steps -> seeds, of the ablation
 DEMO, STEPS, IMAGES = Path("runs/demo"), 1200, 60
 STAGES_DATA, STAGES = Path("data/stages"), Path("runs/stages")
@@ -81,7 +81,6 @@ def ablation(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", metavar="N,N", help="default: 0,1,... as many as the budget has")
     parser.add_argument("--data", metavar="DIR", type=Path, default=ABLATION_DATA, help="data sets, default %(default)s")
     parser.add_argument("--runs", metavar="DIR", type=Path, default=ABLATION, help="where it lands, default %(default)s")
-    parser.add_argument("--results", metavar="DIR", type=Path, default=ABLATION_RESULTS, help="counts, default %(default)s")
     arguments = parser.parse_args(sys.argv[1:] if argv is None else argv)
     try:
         seeds = [int(seed) for seed in arguments.seeds.split(",")] if arguments.seeds else None
@@ -92,13 +91,18 @@ def ablation(argv: Sequence[str] | None = None) -> int:
     from experiments import ablation
 
     budgets = {budget: seeds or list(range(BUDGETS[budget])) for budget in chosen}
-    ablation.main(arguments.data, arguments.runs, budgets, arguments.results)
+    ablation.main(arguments.data, arguments.runs, budgets)
     return 0
 
 
 def results(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m experiments.results", description="The published tables, made of the files in results/.")
-    parser.add_argument("--keep", metavar="DIR", type=Path, help="the --out of an evaluation, which becomes results/NAME")
+    parser.add_argument(
+        "--keep",
+        metavar="DIR",
+        type=Path,
+        help="the --out of an evaluation, or the results of the ablation: they become results/NAME",
+    )
     parser.add_argument("--as", dest="name", metavar="NAME", help="what it is called in results/: shipped, shipped_psalm")
     arguments = parser.parse_args(sys.argv[1:] if argv is None else argv)
     if bool(arguments.keep) != bool(arguments.name):

@@ -1,11 +1,12 @@
-"""`python -m experiments.results`: the published tables, from the result files in `results/` to the pages.
+"""`python -m experiments.results`: the published tables and a figure, from the result files in `results/` to the pages.
 
     python -m experiments.results --keep=runs/eval/shipped --as=shipped     # an evaluation becomes results/shipped
+    python -m experiments.results --keep=runs/ablation/results --as=ablation
     python -m experiments.results                                           # the tables of README.md and docs/results.md
 
 A result has two files: `<split>.json` as the evaluation wrote it, with protocol, model, step and digests, and `<split>.csv`
 with a line for each sample: what was counted, by the result's protocol. Every figure in a table is computed from the lines.
-Intervals hold 95 % of the resamples of the images.
+Intervals hold 95 % of the resamples of the images. `experiments/ablation_tables.py` has those of the ablation.
 """
 
 from __future__ import annotations
@@ -24,13 +25,16 @@ from typing import Any
 
 import numpy as np
 
+from experiments import ablation_figure, ablation_tables
+from experiments.ablation_tables import Counts
+from experiments.markdown import table
 from flowseg_jax.errors import UserError
 from flowseg_jax.evaluation import audit, metrics, protocols
 from flowseg_jax.evaluation.results import read_table
 from flowseg_jax.system.paths import ROOT
 
 COLUMNS = ("image_id", "family", "intersection", "union", "oracle_intersection", "oracle_union", "present", "area", "score")
-PAGES = ("README.md", "docs/results.md")
+PAGES, FIGURE = ("README.md", "docs/results.md"), "docs/figures/ablation.svg"
 SPLITS = {  # file -> what the tables call it
     "val": "val",
     "val_shuffled": "val, with the text of other images",
@@ -98,7 +102,11 @@ class Result:
 
 
 def keep(source: Path, target: Path) -> None:
-    """Copies the results of an evaluation on expressions into `target`, its samples as a table."""
+    """Copies the results of an evaluation on expressions into `target`, its samples as a table; or those of the ablation."""
+    if (source / "samples.csv").is_file():
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.copytree(source, target, ignore=shutil.ignore_patterns("layer_trace_val", "*.html"))  # pages of the traces
+        return
     found = sorted(path for path in source.glob("*.json") if path.stem in SPLITS)
     if not found:
         raise UserError(
@@ -106,8 +114,7 @@ def keep(source: Path, target: Path) -> None:
         )
     target.mkdir(parents=True, exist_ok=True)
     for path in found:
-        table = read_table(path)
-        protocol = protocols.get_protocol(table["protocol"])
+        protocol = protocols.get_protocol(read_table(path)["protocol"])
         records = metrics.counted(audit.read_records(path.with_suffix(".jsonl")), protocol)
         with (target / path.name).with_suffix(".csv").open("w", encoding="utf-8", newline="") as file:
             lines = csv.writer(file, lineterminator="\n")
@@ -131,11 +138,6 @@ def read(folder: Path) -> dict[str, Result]:
     return found
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---", *["--:"] * (len(head) - 1)], *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
 def shipped_table(results: dict[str, Result]) -> str:
     """The README's table."""
     rows = []
@@ -143,7 +145,7 @@ def shipped_table(results: dict[str, Result]) -> str:
         found, (low, high) = result.figures(), result.interval()
         ciou = f"{found['ciou']:.1f} [{low:.1f}, {high:.1f}]"
         rows.append([SPLITS[split], str(found["n"]), ciou, f"{found['giou']:.1f}", f"{found['oracle_ciou']:.1f}"])
-    return _table(["split", "expressions", "cIoU [95 % of resampled images]", "gIoU", "cIoU of the best candidate"], rows)
+    return table(["split", "expressions", "cIoU [95 % of resampled images]", "gIoU", "cIoU of the best candidate"], rows)
 
 
 def protocol_table(*folders: dict[str, Result]) -> str:
@@ -156,7 +158,7 @@ def protocol_table(*folders: dict[str, Result]) -> str:
             figures = (f"{found[name]:.1f}" for name in names)
             rows.append([f"`{result.about['protocol']}`, {SPLITS[split].partition(' (')[0]}", str(found["n"]), *figures])
     head = ["protocol, split", "n", "cIoU", "gIoU", "oracle cIoU", "oracle gIoU", "selection gap", "P@0.5", "P@0.9"]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def family_table(result: Result) -> str:
@@ -165,7 +167,7 @@ def family_table(result: Result) -> str:
     order = sorted(found, key=lambda family: -found[family]["ciou"])
     names = ("ciou", "giou", "oracle_ciou", "p5", "p9")
     rows = [[family, str(found[family]["n"]), *(f"{found[family][name]:.1f}" for name in names)] for family in order]
-    return _table(["family (val)", "n", "cIoU", "gIoU", "oracle cIoU", "P@0.5", "P@0.9"], rows)
+    return table(["family (val)", "n", "cIoU", "gIoU", "oracle cIoU", "P@0.5", "P@0.9"], rows)
 
 
 def no_target_table(result: Result) -> str:
@@ -175,7 +177,7 @@ def no_target_table(result: Result) -> str:
     counts = (str(int(absent.sum())), str(int(result.present.sum())))
     figures = (f"{result.about['no_target_threshold']:.3f}", f"{n_acc:.1f}", f"{t_acc:.1f}")
     head = ["no-target split", "refer to nothing", "refer to something", "threshold", "N-acc", "T-acc"]
-    return _table(head, [["`grefcoco`, val", *counts, *figures]])
+    return table(head, [["`grefcoco`, val", *counts, *figures]])
 
 
 def compared_table(title: str, models: dict[str, dict[str, Result]]) -> str:
@@ -186,7 +188,7 @@ def compared_table(title: str, models: dict[str, dict[str, Result]]) -> str:
         ciou, control = f"{found['ciou']:.1f} [{low:.1f}, {high:.1f}]", f"{results['val_shuffled'].figures()['ciou']:.1f}"
         rows.append([name, str(found["n"]), ciou, control, f"{found['giou']:.1f}", f"{found['oracle_ciou']:.1f}"])
     head = [title, "n", "cIoU [95 % of resampled images]", "cIoU with the text of other images", "gIoU", "oracle cIoU"]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def tables(folder: Path = ROOT / "results") -> dict[str, str]:
@@ -205,6 +207,7 @@ def tables(folder: Path = ROOT / "results") -> dict[str, str]:
             "first 60 images of val",
             {"SmolLM2, frozen": read(folder / "smollm2_frozen"), "SmolLM2 with adapters": read(folder / "smollm2_lora")},
         ),
+        **ablation_tables.tables(folder / "ablation"),
     }
 
 
@@ -214,12 +217,12 @@ def fill(text: str, made: dict[str, str]) -> str:
 
 
 def main(source: Path | None, name: str) -> None:
-    """Keeps the evaluation in `source` as `results/<name>`, if there is one; then writes the tables of all pages."""
+    """Keeps the evaluation in `source` as `results/<name>`, if there is one; then writes all tables, and the figure."""
     if source:
         keep(source, ROOT / "results" / name)
     made = tables()
     for page in PAGES:
         path = ROOT / page
         path.write_text(fill(path.read_text(encoding="utf-8"), made), encoding="utf-8")
-    for table in made.values():
-        print(table)
+    ablation_figure.draw(Counts.read(ROOT / "results" / "ablation"), ROOT / FIGURE)
+    print("\n".join(made.values()))

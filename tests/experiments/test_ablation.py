@@ -54,7 +54,7 @@ def counted(monkeypatch, tmp_path):
 
 
 def run(tmp_path, budgets):
-    ablation.main(tmp_path / "data", tmp_path / "runs", budgets, tmp_path / "results")
+    ablation.main(tmp_path / "data", tmp_path / "runs", budgets)
 
 
 def test_the_plan_has_whole_seeds_first_and_side_questions_at_one_budget():
@@ -81,7 +81,9 @@ def test_finished_runs_are_kept(counted, tmp_path):
     run(tmp_path, {500: [1], 1500: [0]})
     assert counted["train"] == ["500/sr_1", *(f"1500/{variant}_0" for variant in MAIN)]
 
-    found = Counts.read(tmp_path / "results")  # the runs of both times
+    table = (tmp_path / "runs/ablation.md").read_text()
+    assert all(f"| 500 | {name} | 2 |" in table and f"| 1,500 | {name} | 1 |" in table for name in MAIN.values())
+    found = Counts.read(tmp_path / "runs/results")  # the runs of both times
     assert found.budgets(MAIN) == [500, 1500] and found.seeds(500, NAMES) == [0, 1] and found.seeds(1500, MAIN) == [0]
     np.testing.assert_array_equal(found.runs[500, "cr", 1], [[50, 100, 50, 100], [30, 100, 80, 100]])  # in the order of images
     assert found.controls[500, "cr", 0][0].tolist() == [10, 100, 10, 100] and (500, "cr", 1) not in found.controls
@@ -105,7 +107,7 @@ def test_a_run_of_another_config_is_not_taken_for_finished(counted, tmp_path):
 def test_runs_of_other_components_are_not_mixed(counted, tmp_path, monkeypatch):
     run(tmp_path, {1500: [0]})
     monkeypatch.setattr(ablation, "read_model_config", lambda path: {"checksums": "trained anew"})
-    with pytest.raises(UserError, match="has runs with other components; remove it, or name another --results"):
+    with pytest.raises(UserError, match="has runs with other components; remove it, or name another --runs"):
         run(tmp_path, {1500: [0]})
 
 
