@@ -264,6 +264,17 @@ def test_flash_reads_nothing_outside_of_its_blocks_and_nothing_that_was_not_writ
         assert relative(found, want) < 1e-5
 
 
+def test_the_backward_kernel_has_memory_for_the_gradients_of_all_queries(monkeypatch):
+    """Two copies of the result in bfloat16, the sums and a row of numbers in float32: of 512 more queries with two heads."""
+    given, plain = [], flash_call.pltpu.CompilerParams
+    monkeypatch.setattr(flash_call.pltpu, "CompilerParams", lambda **k: given.append(k["vmem_limit_bytes"]) or plain(**k))
+    draw = lambda *shape: jnp.zeros((1, *shape), jnp.bfloat16)  # noqa: E731
+    for s in (512, 1024):
+        arguments = draw(s, 4, 128), *[draw(512, 2, 128)] * 2, *[draw(s, 4, 128)] * 2, jnp.zeros((1, 4, s))
+        jax.eval_shape(lambda *x: flash_backward.run(1.0, *x, None), *arguments)
+    assert given[1] - given[0] == 512 * 2 * (2 * 2 * 128 + 4 * 128 + 4) and given[0] > flash_call.STEP_BYTES + 512 * 2 * 1028
+
+
 def test_flash_in_bfloat16_accumulates_in_float32(interpreted):
     q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in inputs(2))
     out = attention(8 * q, k, v, impl="flash")
