@@ -257,8 +257,10 @@ class GroupNorm(nnx.Module):
 
 
 def gelu(x: Array) -> Array:
-    """Exact (erf) GELU, as torch's default: in float32, whatever the dtype of x. `jax.nn.gelu` takes erfc in that dtype, which
-    is less exact in bfloat16, and takes two to three times as long on a CPU and on a TPU."""
+    """Exact (erf) GELU, as torch's default: in float32, whatever the dtype of x.
+
+    `jax.nn.gelu` takes erfc in that dtype: less exact in bfloat16, and more than twice the time on a CPU.
+    """
     y = x.astype(jnp.float32)
     return (0.5 * y * (1 + jax.lax.erf(y * 0.5**0.5))).astype(x.dtype)
 
