@@ -13,6 +13,7 @@ from transformers.models.sam.configuration_sam import SamVisionConfig
 from transformers.models.sam.modeling_sam import SamVisionEncoder
 
 from flowseg_jax.errors import UserError
+from flowseg_jax.models import layers
 from flowseg_jax.models.sam import SamConfig, SamImageEncoder
 from flowseg_jax.ops.attention import grid
 from flowseg_jax.ops.attention import xla as attention_module
@@ -214,3 +215,18 @@ def test_wrong_use_is_refused():
     for select in [(), (5,), (-6,)]:
         with pytest.raises(ValueError, match="hidden states 0 to 4"):
             model(jnp.zeros((1, 96, 96, 3)), select)
+
+
+def test_gelu_is_the_exact_one_and_keeps_what_it_read():
+    x = np.linspace(-9, 9, 4001)
+    wanted = torch.tensor(x, requires_grad=True)
+    torch.nn.functional.gelu(wanted).sum().backward()
+    value, pull = jax.vjp(layers.gelu, jnp.asarray(x, jnp.float32))
+    np.testing.assert_allclose(value, torch.nn.functional.gelu(torch.tensor(x)), atol=1e-6)
+    np.testing.assert_allclose(pull(jnp.ones_like(value))[0], wanted.grad, atol=1e-6)
+    half = jnp.asarray(x, jnp.bfloat16)
+    exact = torch.nn.functional.gelu(torch.tensor(np.asarray(half, np.float64)))
+    value, pull = jax.vjp(layers.gelu, half)
+    assert value.dtype == pull(value)[0].dtype == jnp.bfloat16
+    np.testing.assert_allclose(value.astype(jnp.float32), exact, rtol=2**-8, atol=2e-6)
+    assert [kept.dtype for kept in jax.tree.leaves(pull) if kept.size == x.size] == [jnp.bfloat16]
