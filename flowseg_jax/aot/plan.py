@@ -30,7 +30,7 @@ from flowseg_jax.system.hardware import DEVICE_SPECS, peak_flops
 from flowseg_jax.training import flops
 from flowseg_jax.training.program import TrainProgram
 
-# How hard XLA optimises. The lower levels take a fraction of the time of "default", with memory within a few percent of it.
+# How hard XLA optimises. The lower levels take a fraction of the time of "default", and mostly somewhat more memory.
 XLA_OPT_LEVELS = ("O0", "O1", "O2", "O3", "default")
 LARGEST = 20  # instructions that the JSON names
 MFU = 0.4  # the share of peak arithmetic that step times are given for
@@ -187,7 +187,10 @@ class PlanReport:
         if usable is None:
             return f"compiles, {gib(needed)} a device"
         spare = usable - needed
-        return f"fits, {gib(spare)} to spare" if self.fits else f"does not fit, {gib(-spare)} too much"
+        if self.fits:
+            return f"fits, {gib(spare)} to spare"
+        again = "" if self.effort == "default" else "; --xla-opt-level=default, at which training compiles, may need less"
+        return f"does not fit, {gib(-spare)} too much{again}"
 
 
 def plan(config: ConfigDict, topology: str, *, effort: str = "O0") -> PlanReport:

@@ -26,6 +26,7 @@ from flowseg_jax.data.generic_dataset import CategoryPrompts, GenericBatch
 from flowseg_jax.evaluation import category_scores, fusion, postprocess
 from flowseg_jax.models import flowseg
 from flowseg_jax.models.kv_cache import KVCache
+from flowseg_jax.models.mask_decoder import LevelMemory
 from flowseg_jax.models.outputs import ImageCache, MaskCandidates
 from flowseg_jax.ops.portable import traced_for
 from flowseg_jax.types import PAD, Batch, ExpressionQueries, ImageInputs, PromptQueries
@@ -36,13 +37,13 @@ CACHE = BY_IMAGE, PartitionSpec(None, sharding.BATCH_AXES)  # of the two parts b
 
 def _split(cache: ImageCache) -> tuple[Any, Any]:
     """What has its images along the first axis, and what along the second, after the layers."""
-    kv = cache.kv_cache
-    return (cache.mask_features, cache.levels, kv.position_ids, kv.segment_ids), (kv.keys, kv.values)
+    kv, levels = cache.kv_cache, [(level.values, level.mask_features) for level in cache.levels]
+    return (cache.mask_features, levels, kv.position_ids, kv.segment_ids), (kv.keys, kv.values)
 
 
 def _join(parts: tuple[Any, Any]) -> ImageCache:
     (mask_features, levels, *places), keys_values = parts
-    return ImageCache(mask_features, levels, KVCache(*keys_values, *places))
+    return ImageCache(mask_features, tuple(LevelMemory(*level) for level in levels), KVCache(*keys_values, *places))
 
 
 AnswerFn = Callable[[flowseg.FlowSeg, ImageCache, PromptQueries], tuple[MaskCandidates, jax.Array]]
