@@ -260,7 +260,7 @@ class GroupNorm(nnx.Module):
 def gelu(x: Array) -> Array:
     """Exact (erf) GELU, as torch's default: in float32, whatever the dtype of x. For the gradient x alone is kept.
 
-    `jax.nn.gelu` takes erfc in that dtype: less exact in bfloat16, and more than twice the time on a CPU.
+    `jax.nn.gelu` takes erfc in the dtype of x: less exact in bfloat16, and more than twice the time on a CPU.
     """
     y = x.astype(jnp.float32)
     return (y * _normal_cdf(y)).astype(x.dtype)
